@@ -1,0 +1,73 @@
+# The commands of the project; `make` alone lists them.
+
+# The Python that the environment is made with, 3.11 or 3.12, and where the environment lies.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DEMO := runs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format pins clean
+
+help: ## list the commands
+	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the environment in .venv, with pinned versions
+
+# The stamp is new once everything is in place, so an interrupted set-up starts again.
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
+	@command -v $(PYTHON) > /dev/null || \
+	  { echo "make: there is no $(PYTHON). Name a Python 3.11 or 3.12: make setup PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit( \
+	  "make: $(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed: make setup PYTHON=python3.12" % v)'
+	@echo "Installing the pinned packages in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements/python$$($(BIN)/python -c \
+	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "Ready: $(BIN)/python -m inception_jax.main --help"
+
+demo: setup ## train, evaluate and plot the embedded digits on the CPU
+	@if [ -d $(DEMO) ]; then echo "$(DEMO) holds an earlier run, which goes on or is finished" \
+	  "already; to start again: rm -r $(DEMO)"; fi
+	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
+	  --config.data.directory=runs/data
+	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
+	  --config.data.directory=runs/data --mode=eval
+	$(BIN)/python -m inception_jax.tools.plot --workdir $(DEMO)
+	@echo "Result:      $(DEMO)/result.json"
+	@echo "Metrics:     $(DEMO)/metrics.jsonl"
+	@echo "Plots:       $(DEMO)/plots/"
+	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)/tensorboard"
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## put the code in format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# In a new environment, with the newest versions that pyproject.toml allows. pip freeze writes no
+# hashes and no addresses, so the file says nothing about the index that made it. --all keeps
+# setuptools, which TensorBoard needs and which builds this package.
+pins: ## renew the pins of one Python: make pins PYTHON=python3.12
+	@rm -rf build/pins
+	@$(PYTHON) -m venv --upgrade-deps build/pins
+	@build/pins/bin/python -m pip -qq --disable-pip-version-check install '.[dev]'
+	@pins=requirements/python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+	  build/pins/bin/python -m pip freeze --all --exclude pip --exclude inception-jax > \
+	  $$pins && echo "Wrote $$pins"
+
+clean: ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find inception_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

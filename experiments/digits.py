@@ -1,0 +1,35 @@
+"""MiniGoogLeNet on handwritten digits: the demo, with nothing to download.
+
+Source: MiniGoogLeNet (Zhang et al. 2017, "Understanding deep learning requires rethinking
+  generalization", figure 3) on the 1,797 digits of 8 by 8 pixels that come with scikit-learn,
+  enlarged to 16 pixels; 1,437 to train on, 360 to test.
+Command: make demo, or
+  python -m inception_jax.main --config experiments/digits.py --workdir runs/digits
+Expected: at least 97% of the test digits right (the figure measured is in BUILD_NOTES.md).
+"""
+
+from inception_jax.config import (
+    Augment,
+    Config,
+    Data,
+    Duration,
+    Log,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+)
+
+
+def get_config() -> Config:
+    """Returns the settings."""
+    return Config(
+        name="digits",
+        data=Data(name="digits", image_size=16),
+        augment=Augment(crop="pad", pad=1, flip=False),
+        model=Model(name="mini_googlenet", dropout=0.5),
+        optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
+        schedule=Schedule(name="cosine", learning_rate=0.05, warmup=Duration(epochs=1)),
+        train=Train(batch_size=32, length=Duration(epochs=12)),
+        log=Log(every=Duration(steps=15)),
+    )

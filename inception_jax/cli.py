@@ -1,0 +1,144 @@
+"""The command line that main and every tool share.
+
+Flags are absl's, because ml_collections' `config_flags` (the `--config.a.b=value` overrides) are.
+absl itself exits with 1 for --help and for a wrong flag, and an unknown setting raises a bare
+KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from inception_jax import config as configs
+from inception_jax.config import Config
+from inception_jax.errors import ConfigError, RunError, UserError
+
+_HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
+
+
+def define_config() -> flags.FlagHolder[Config]:
+    """Defines --config=FILE with its overrides --config.a.b=value."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "experiment file with a get_config() that returns a Config"
+    )
+
+
+def require(*names: str) -> None:
+    """Makes flags obligatory."""
+    flags.mark_flags_as_required(names)
+
+
+def refuse_positional(positional: Sequence[str]) -> None:
+    """Checks that nothing is left of the command line besides flags.
+
+    Raises:
+      UserError: naming what was left.
+    """
+    if positional:
+        raise UserError(f"{' '.join(positional)!r}: not a flag; flags begin with --. See --help")
+
+
+def say(line: str) -> None:
+    """Prints a line for the user on stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
+    """Parses the command line, calls `main` with what is left of it, and exits.
+
+    Args:
+      main: gets the positional arguments.
+      usage: what the command is for and how it is called, for --help.
+    """
+    # The libraries below log much that is of no use to a user; what is, this package says itself.
+    logging.set_verbosity(logging.ERROR)
+    if _HELP & set(sys.argv[1:]):
+        print(_help(usage))
+        sys.exit(0)
+    try:
+        main(_parse(sys.argv))
+    except UserError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        # A failed read or write that no module could say more about: its file and reason say enough.
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    say(f"error: {message}")
+    sys.exit(code)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    """Parses flags and returns the positional arguments; every mistake is a UserError."""
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            _check_path(match[1])
+    try:
+        positional = flags.FLAGS(argv)[1:]
+        # A file that is not there shows only when the configuration is looked at.
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+            _check_type(flags.FLAGS.config)
+        return positional
+    except flags.Error as error:
+        raise UserError(f"{str(error).strip()} See --help") from error
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
+    except Exception as error:
+        # The experiment file is the user's own code, and may fail in any way.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"--config: the experiment file failed: {type(error).__name__}: {error} "
+            f"({where.filename}, line {where.lineno})"
+        ) from error
+
+
+def _check_path(path: str) -> None:
+    """Checks that a setting named on the command line is one."""
+    paths = {known for known, _, _ in configs.leaves()}
+    if path in paths:
+        return
+    if inner := [known for known in paths if known.startswith(f"{path}.")]:
+        raise ConfigError(f"config.{path}: is a group of settings; give one of {', '.join(inner)}")
+    raise ConfigError(configs.unknown_field(path))
+
+
+def _check_type(config: Any) -> None:
+    """Checks that an experiment file returned a Config; looking at it raises a missing file's error."""
+    name = getattr(config, "name", None)
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"--config: get_config() returned {type(config).__name__} {name or ''}; it must return "
+            "inception_jax.config.Config"
+        )
+
+
+def _help(usage: str) -> str:
+    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    lines = [usage.strip(), "", "Flags:"]
+    for flag in sorted(defined, key=lambda flag: flag.name):
+        if flag.name != "config":
+            lines.append(f"  --{flag.name}={flag.default_as_str or ''}\n      {flag.help}")
+    if "config" in flags.FLAGS:
+        lines += [
+            "  --config=FILE",
+            f"      {flags.FLAGS['config'].help}; see experiments/",
+            "",
+            "Settings, with their defaults; an experiment file gives others:",
+            configs.describe(Config()),
+        ]
+    return "\n".join(lines)

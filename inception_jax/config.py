@@ -1,0 +1,510 @@
+"""The typed configuration of a run: every setting with its unit, range and default.
+
+An experiment file returns a `Config`; the command line overrides single fields
+(`--config.train.batch_size=256`); `validate` checks the whole before anything is downloaded or
+compiled. `Timeline` turns durations (epochs, steps or examples) into steps.
+
+Each field is declared with `setting`, whose metadata is read in four places: `validate` (type,
+range, choices), `describe` (the --help text), `changes` (what may differ when a run is resumed) and
+the tests, which require that every field is read somewhere in the package.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from inception_jax.errors import ConfigError, nearest
+
+DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "digits")
+MODELS = ("googlenet", "googlenet_torchvision", "deeper_googlenet", "mini_googlenet")
+STEMS = ("paper", "s16", "s32")
+FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
+NORMS = ("batch", "lrn", "none")
+DTYPES = ("float32", "bfloat16")
+CROPS = ("none", "pad", "resized")
+OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw")
+SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    resumable: bool = False,
+) -> Any:
+    """Declares one field of the configuration.
+
+    Args:
+      default: its value when nothing else is said; a dataclass instance is copied for each use.
+      help: what it is, with its unit.
+      choices: the allowed values of a string field; empty: any.
+      low, high: the smallest and largest allowed value, themselves included.
+      above, below: bounds that are themselves excluded.
+      resumable: whether a run may be resumed with another value. A field that decides the shape of
+        the state, or which examples a step sees, may not.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "low": low,
+        "high": high,
+        "above": above,
+        "below": below,
+        "resumable": resumable,
+    }
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        template = default
+        return dataclasses.field(
+            default_factory=lambda: dataclasses.replace(template), metadata=metadata
+        )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Duration:
+    """A length of training in one of three units; at most one of them is more than zero.
+
+    With all at zero the duration is absent, which each user of a duration gives a meaning ("off").
+    """
+
+    epochs: float = setting(0.0, "passes over the training split; 0: not the unit", low=0, resumable=True)
+    steps: int = setting(0, "optimizer steps; 0: not the unit", low=0, resumable=True)
+    examples: int = setting(0, "training examples seen; 0: not the unit", low=0, resumable=True)
+
+    def given(self) -> dict[str, float | int]:
+        """Returns the units that are set, with their values."""
+        return {unit: value for unit, value in dataclasses.asdict(self).items() if value}
+
+    def __bool__(self) -> bool:
+        """Whether a unit is set."""
+        return bool(self.given())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value:g} {unit}" for unit, value in self.given().items()) or "none"
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = setting("tiny_imagenet", "the data set", choices=DATASETS)
+    source: str = setting(
+        "",
+        "where the original files are: an archive or an extracted folder; empty: the official download",
+        resumable=True,
+    )
+    directory: str = setting(
+        "",
+        "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
+        resumable=True,
+    )
+    image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
+
+
+@dataclasses.dataclass
+class Augment:
+    crop: str = setting("pad", "random crop of training images", choices=CROPS, resumable=True)
+    pad: int = setting(4, "zeros added on each side before a 'pad' crop, pixels", low=0, resumable=True)
+    area_min: float = setting(
+        0.08, "smallest share of the image's area in a 'resized' crop", above=0, high=1, resumable=True
+    )
+    aspect_max: float = setting(
+        4 / 3, "largest width/height, and height/width, of a 'resized' crop", low=1, resumable=True
+    )
+    flip: bool = setting(True, "mirror half of the training images left to right", resumable=True)
+    mixup: float = setting(
+        0.0, "alpha of mixup's Beta(alpha, alpha) distribution; 0: no mixup", low=0, resumable=True
+    )
+    cutmix: float = setting(
+        0.0, "alpha of CutMix's Beta(alpha, alpha) distribution; 0: no CutMix", low=0, resumable=True
+    )
+    mix_probability: float = setting(
+        1.0, "share of batches that mixup or CutMix change", low=0, high=1, resumable=True
+    )
+    cutout: int = setting(
+        0, "side of the square that Cutout blanks, pixels; 0: no Cutout", low=0, resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Model:
+    name: str = setting("googlenet", "the network", choices=MODELS)
+    stem: str = setting(
+        "paper",
+        "first layers of googlenet: the paper's (total stride 8), or for small images s16 (stride 4) "
+        "and s32 (stride 2)",
+        choices=STEMS,
+    )
+    width: float = setting(1.0, "factor on the number of channels of every layer", above=0)
+    five_by_five: str = setting(
+        "5x5", "what the inception modules' 5x5 branch is made of", choices=FIVE_BY_FIVE
+    )
+    norm: str = setting(
+        "batch",
+        "BatchNorm after each convolution, the paper's two local response normalisations, or none",
+        choices=NORMS,
+    )
+    norm_momentum: float = setting(
+        0.9, "share of BatchNorm's running statistics kept at each step", low=0, below=1, resumable=True
+    )
+    norm_epsilon: float = setting(1e-3, "added to BatchNorm's variance", above=0, resumable=True)
+    aux_heads: bool = setting(False, "auxiliary classifiers on modules 4a and 4d, in training only")
+    dropout: float = setting(
+        0.4, "share of features dropped before the last layer", low=0, below=1, resumable=True
+    )
+    aux_dropout: float = setting(
+        0.7, "share of features dropped in the auxiliary heads", low=0, below=1, resumable=True
+    )
+    dtype: str = setting(
+        "float32",
+        "type that layers compute in; parameters and statistics are float32",
+        choices=DTYPES,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Optimizer:
+    name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, below=1, resumable=True)
+    beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
+    beta2: float = setting(0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True)
+    epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
+    weight_decay: float = setting(
+        0.0,
+        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay times the rate (AdamW)",
+        low=0,
+        resumable=True,
+    )
+    decay_all: bool = setting(
+        False, "decay biases and norm scales too, not kernels only", resumable=True
+    )
+    clip_norm: float = setting(
+        0.0, "largest global norm of the gradient; 0: no clipping", low=0, resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Schedule:
+    name: str = setting(
+        "cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES, resumable=True
+    )
+    learning_rate: float = setting(
+        0.1, "the peak rate, at the end of the warm-up", above=0, resumable=True
+    )
+    warmup: Duration = setting(
+        Duration(), "linear rise from 0 to the peak; none: start at the peak", resumable=True
+    )
+    end_factor: float = setting(
+        0.0, "last rate over peak rate, for cosine, linear and polynomial", low=0, high=1, resumable=True
+    )
+    power: float = setting(1.0, "exponent of the polynomial schedule", above=0, resumable=True)
+    decay: float = setting(
+        0.1,
+        "factor at each boundary (steps) or over each decay_every (exponential)",
+        above=0,
+        high=1,
+        resumable=True,
+    )
+    decay_every: Duration = setting(
+        Duration(), "time in which exponential multiplies the rate by `decay`", resumable=True
+    )
+    staircase: bool = setting(
+        False, "let exponential fall at whole multiples of decay_every only", resumable=True
+    )
+    boundaries: tuple[float, ...] = setting(
+        (), "where `steps` multiplies the rate by `decay`, epochs from the start", low=0, resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Train:
+    batch_size: int = setting(128, "examples a step, over all devices", low=1)
+    length: Duration = setting(Duration(epochs=60), "length of the run", resumable=True)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread evenly over all classes", low=0, below=1, resumable=True
+    )
+    aux_weight: float = setting(
+        0.3, "weight of each auxiliary head's loss", low=0, resumable=True
+    )
+    ema: Duration = setting(
+        Duration(),
+        "time constant of the exponential moving average of parameters and BatchNorm statistics that "
+        "evaluation uses; none: no average",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Evaluation:
+    batch_size: int = setting(500, "examples an evaluation step, over all devices", low=1, resumable=True)
+    every: Duration = setting(
+        Duration(epochs=1), "time between evaluations; there is always one at the end", resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    every: Duration = setting(
+        Duration(epochs=1), "time between checkpoints; there is always one at the end", resumable=True
+    )
+    keep_last: int = setting(2, "how many of the newest checkpoints are kept", low=1, resumable=True)
+    keep_best: int = setting(
+        1, "how many of the best by validation top-1 are kept besides", low=0, resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Log:
+    every: Duration = setting(
+        Duration(steps=100), "time between training metrics", resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run."""
+
+    name: str = setting("unnamed", "what the experiment is called in logs and plots", resumable=True)
+    seed: int = setting(0, "seed of initialisation, shuffling and augmentation", low=0)
+    data: Data = setting(Data(), "what the examples are")
+    augment: Augment = setting(Augment(), "how training images are varied")
+    model: Model = setting(Model(), "what is trained")
+    optimizer: Optimizer = setting(Optimizer(), "how parameters are updated")
+    schedule: Schedule = setting(Schedule(), "the learning rate over time")
+    train: Train = setting(Train(), "how training runs")
+    evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
+    checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
+    log: Log = setting(Log(), "what is reported")
+
+
+def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yields (dotted path, type, field) of every leaf setting, in order."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from leaves(hints[field.name], path + ".")
+        else:
+            yield path, hints[field.name], field
+
+
+def get(config: Any, path: str) -> Any:
+    """Returns the setting at a dotted path."""
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as nested dictionaries that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the configuration that `to_dict` (and a pass through JSON) gave `values`.
+
+    Raises:
+      ConfigError: if a field is unknown, or a value fails `validate`.
+    """
+    known = {path: hint for path, hint, _ in leaves()}
+    config = Config()
+    for path, value in flatten(values).items():
+        if path not in known:
+            raise ConfigError(unknown_field(path))
+        parent, _, name = path.rpartition(".")
+        is_tuple = typing.get_origin(known[path]) is tuple
+        setattr(get(config, parent) if parent else config, name, tuple(value) if is_tuple else value)
+    validate(config)
+    return config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one, keyed by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unknown_field(path: str) -> str:
+    """Returns the message for a setting that does not exist, with the nearest one that does."""
+    known = [known_path for known_path, _, _ in leaves()]
+    same_end = [p for p in known if p.rpartition(".")[2] == path.rpartition(".")[2]]
+    hint = f" Did you mean {same_end[0]!r}?" if same_end else nearest(path, known)
+    return f"config.{path}: there is no such setting.{hint} See --help for all of them."
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's declared type; an int passes for a float."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if typing.get_args(hint) else hint.__name__
+
+
+def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
+    """Returns what is wrong with one value, or ''."""
+    if not _matches(value, hint):
+        return f"must be of type {_type_name(hint)}"
+    if metadata["choices"] and value not in metadata["choices"]:
+        return f"must be one of {', '.join(metadata['choices'])}.{nearest(value, metadata['choices'])}"
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            return "must be finite"
+        for bound, fails, words in (
+            ("low", lambda v, b: v < b, "at least"),
+            ("high", lambda v, b: v > b, "at most"),
+            ("above", lambda v, b: v <= b, "more than"),
+            ("below", lambda v, b: v >= b, "less than"),
+        ):
+            if metadata[bound] is not None and fails(number, metadata[bound]):
+                return f"must be {words} {metadata[bound]:g}"
+    return ""
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yields what is wrong between fields that are each right by themselves."""
+    for path, duration in (
+        ("schedule.warmup", config.schedule.warmup),
+        ("schedule.decay_every", config.schedule.decay_every),
+        ("train.length", config.train.length),
+        ("train.ema", config.train.ema),
+        ("evaluation.every", config.evaluation.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("log.every", config.log.every),
+    ):
+        if len(duration.given()) > 1:
+            units = " and ".join(f"{unit}={value}" for unit, value in duration.given().items())
+            yield f"config.{path} has {units}: give one unit, and set the others to 0"
+    for path, duration in (
+        ("train.length", config.train.length),
+        ("evaluation.every", config.evaluation.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("log.every", config.log.every),
+    ):
+        if not duration:
+            yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
+    schedule = config.schedule
+    if schedule.name == "steps" and not schedule.boundaries:
+        yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one, in epochs"
+    if list(schedule.boundaries) != sorted(set(schedule.boundaries)):
+        yield f"config.schedule.boundaries = {schedule.boundaries}: must rise from each to the next"
+    if schedule.name == "exponential" and not schedule.decay_every:
+        yield "config.schedule.decay_every = none: the schedule 'exponential' needs it"
+    if config.augment.crop == "pad" and config.augment.pad >= config.data.image_size:
+        yield (
+            f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
+            f"{config.data.image_size}"
+        )
+    model = config.model
+    if model.name != "googlenet":
+        fixed = {"stem": "paper", "five_by_five": "5x5", "norm": "batch"}
+        for name, value in fixed.items():
+            if getattr(model, name) != value:
+                yield (
+                    f"config.model.{name} = {getattr(model, name)!r}: only the model 'googlenet' has "
+                    f"this setting; leave it at {value!r} for {model.name!r}"
+                )
+    if model.aux_heads and model.name in ("deeper_googlenet", "mini_googlenet"):
+        yield f"config.model.aux_heads = True: {model.name!r} has no auxiliary heads; set it to False"
+
+
+def validate(config: Config) -> None:
+    """Checks a whole configuration.
+
+    Raises:
+      ConfigError: naming every setting that is wrong, its value, what is allowed.
+    """
+    problems = []
+    for path, hint, field in leaves():
+        value = get(config, path)
+        if problem := _problem(value, hint, field.metadata):
+            problems.append(f"config.{path} = {value!r}: {problem}")
+    # Fields of a wrong type would make the comparisons between fields fail in odd ways.
+    problems = problems or list(_contradictions(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Returns what differs between the configuration of a workdir and a new one.
+
+    Returns:
+      (refused, allowed): 'path: old → new' of the fields that a resumed run may not change, and of
+      those that it may.
+    """
+    refused, allowed = [], []
+    for path, _, field in leaves():
+        before, after = get(old, path), get(new, path)
+        if before != after:
+            resumable = field.metadata["resumable"]
+            (allowed if resumable else refused).append(f"config.{path}: {before!r} → {after!r}")
+    # The average is part of the state: it can neither be added to a run nor taken away.
+    if bool(old.train.ema) != bool(new.train.ema):
+        refused.append(f"config.train.ema: {old.train.ema} → {new.train.ema}")
+    return refused, allowed
+
+
+def describe(config: Config) -> str:
+    """Returns every setting with its value and meaning, a line each, for --help and logs."""
+    lines = []
+    for path, _, field in leaves():
+        choices = field.metadata["choices"]
+        allowed = f" [{', '.join(choices)}]" if choices else ""
+        lines.append(f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Converts between epochs, steps and examples for one run.
+
+    Training runs over an endless sequence of shuffled epochs, one after another; a batch may hold
+    the end of one epoch and the start of the next, so no example is ever left out. An epoch is
+    therefore `train_examples / batch_size` steps, which need not be whole.
+
+    Args:
+      batch_size: examples a step, over all devices.
+      train_examples: size of the training split.
+    """
+
+    batch_size: int
+    train_examples: int
+
+    def _examples(self, duration: Duration) -> Fraction:
+        if duration.epochs:
+            return Fraction(duration.epochs).limit_denominator(10**6) * self.train_examples
+        return Fraction(duration.steps * self.batch_size or duration.examples)
+
+    def steps(self, duration: Duration) -> int:
+        """Returns the least number of steps that lasts at least `duration`."""
+        return math.ceil(self._examples(duration) / self.batch_size)
+
+    def due(self, every: Duration, step: int) -> bool:
+        """Whether a multiple of `every` is reached by step `step` (counted from 1)."""
+        period = self._examples(every)
+        return step * self.batch_size // period > (step - 1) * self.batch_size // period
+
+    def epoch(self, step: int) -> float:
+        """Returns how many epochs `step` steps are."""
+        return step * self.batch_size / self.train_examples

@@ -1,0 +1,112 @@
+"""Downloads a file so that nothing is lost: resumed where it stopped, checked before it is used."""
+
+import hashlib
+import http.client
+import os
+import pathlib
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+from inception_jax.datasets.progress import Progress
+from inception_jax.errors import DataError
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0
+_ATTEMPTS = 5
+
+
+def fetch(
+    url: str,
+    target: pathlib.Path,
+    *,
+    size: int,
+    md5: str,
+    log: Callable[[str], None] = print,
+    wait: float = 2.0,
+) -> pathlib.Path:
+    """Downloads `url` to `target`, unless it is there already.
+
+    What arrives is kept in `target`.part, and a later call goes on from there; only a file of the
+    right size and digest is renamed to `target`.
+
+    Args:
+      url: http or https.
+      target: where the file is to be.
+      size: what it must measure, bytes.
+      md5: its digest, hexadecimal.
+      log: takes one line of text.
+      wait: seconds before a broken connection is tried again.
+
+    Returns:
+      `target`.
+
+    Raises:
+      DataError: if the server cannot be reached, or sends something else.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
+        progress.update(have)
+        failures = 0
+        while have < size:
+            try:
+                _receive(url, part, have, size=size, progress=progress)
+                problem = "the connection closed early"
+            except (OSError, http.client.HTTPException) as error:
+                problem = str(error)
+            received = part.stat().st_size if part.exists() else 0
+            # Only attempts that brought nothing count: a poor line may break any number of times.
+            failures = failures + 1 if received <= have else 0
+            have = received
+            if have < size and failures >= _ATTEMPTS:
+                raise _unreachable(url, problem, have, size=size)
+            if have < size:
+                time.sleep(wait)
+    _check(url, part, size=size, md5=md5)
+    os.replace(part, target)
+    return target
+
+
+def _receive(url: str, part: pathlib.Path, have: int, *, size: int, progress: Progress) -> None:
+    """Appends to `part` what the server sends from byte `have` on."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        # A server that ignores the Range header answers 200 and sends all of it again.
+        restart = have > 0 and response.status != http.client.PARTIAL_CONTENT
+        if restart:
+            progress.update(-have)
+            have = 0
+        with part.open("wb" if restart else "ab") as file:
+            while have <= size and (chunk := response.read(_CHUNK)):
+                file.write(chunk)
+                have += len(chunk)
+                progress.update(len(chunk))
+
+
+def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
+    return DataError(
+        f"{url}: cannot be downloaded ({problem}; {have:,} of {size:,} bytes are here and will be kept). "
+        "Check the network and start again, or get the file elsewhere and give its path as "
+        "--config.data.source."
+    )
+
+
+def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
+    """Raises DataError, and removes the file, if it is not the one that was wanted."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with part.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    found = part.stat().st_size
+    if found != size or digest.hexdigest() != md5:
+        part.unlink()
+        raise DataError(
+            f"{url}: what was downloaded is another file ({found:,} bytes, md5 {digest.hexdigest()}; "
+            f"expected {size:,} bytes, md5 {md5}); it was removed. Start again, or get the file elsewhere "
+            "and give its path as --config.data.source."
+        )

@@ -1,0 +1,87 @@
+"""The data sets by name: what has to be known of each before its builder is imported.
+
+Training from prepared data must not import TFDS (0.3 to 1 s at every start), so a builder is named
+by its path here and imported by `DatasetSpec.builder_class` when something is to be prepared.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from inception_jax import config
+from inception_jax.errors import ConfigError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+    """A data set's facts.
+
+    Attributes:
+      name: as in `config.data.name`; also the name of the TFDS dataset.
+      version: of the TFDS dataset; rises when its records change.
+      train_split, eval_split: names of the splits to train on and to evaluate on.
+      builder: the builder's class as 'module:Class'.
+      fixed_content: whether every source holds the same examples, so that data prepared from one
+        serve for another.
+      takes_source: whether `config.data.source` has a meaning.
+    """
+
+    name: str
+    version: str
+    train_split: str
+    eval_split: str
+    builder: str
+    fixed_content: bool = True
+    takes_source: bool = True
+
+    def builder_class(self) -> Any:
+        """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
+        module, _, name = self.builder.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_SPECS = (
+    DatasetSpec(
+        name="tiny_imagenet",
+        version="1.0.0",
+        train_split="train",
+        eval_split="validation",
+        builder="inception_jax.datasets.tiny_imagenet:TinyImagenet",
+    ),
+    DatasetSpec(
+        name="tiny_imagenet_subset",
+        version="1.0.0",
+        train_split="train",
+        eval_split="validation",
+        builder="inception_jax.datasets.tiny_imagenet:TinyImagenetSubset",
+        fixed_content=False,
+    ),
+    DatasetSpec(
+        name="digits",
+        version="1.0.0",
+        train_split="train",
+        eval_split="test",
+        builder="inception_jax.datasets.digits:Digits",
+        takes_source=False,
+    ),
+)
+_BY_NAME = {spec.name: spec for spec in _SPECS}
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all data sets, in the order of `config.DATASETS`."""
+    return tuple(_BY_NAME)
+
+
+def get(name: str) -> DatasetSpec:
+    """Returns the data set called `name`.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    if name not in _BY_NAME:
+        raise ConfigError(
+            f"config.data.name = {name!r}: must be one of {', '.join(config.DATASETS)}."
+            f"{nearest(name, config.DATASETS)}"
+        )
+    return _BY_NAME[name]

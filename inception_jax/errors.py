@@ -1,0 +1,35 @@
+"""The errors of the package: what a user can mend, and what stops a run.
+
+Every message names the thing, the value found, what is allowed and the remedy (BUILD_NOTES.md,
+"Errors"). `cli.run` turns a `UserError` into one message on stderr and exit code 2, a `RunError`
+into one message and exit code 1, and leaves everything else, a bug, its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: a setting, a file, a missing device. Exit code 2."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, out of its range, or contradicts another."""
+
+
+class DataError(UserError):
+    """A data source is missing, truncated, incomplete, corrupt or not what it should be."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, or belongs to another model or data set."""
+
+
+class RunError(Exception):
+    """A run had to stop through no mistake of the user's: a non-finite loss. Exit code 1."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

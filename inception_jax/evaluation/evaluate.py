@@ -1,0 +1,97 @@
+"""Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from inception_jax.input import augment, pipeline, sharding
+from inception_jax.telemetry.metrics import EvalMetrics
+from inception_jax.training import losses
+from inception_jax.training import state as states
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.run import Run
+from inception_jax.training.state import Variables
+from inception_jax.training.workdir import Workdir
+
+
+class Evaluator:
+    """Evaluates model variables on a run's evaluation split.
+
+    The same object, and so the same compiled function, serves evaluation during training and of a
+    checkpoint: their numbers are equal.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        replicated = sharding.replicated(run.mesh)
+        # Nothing is donated: training goes on with the same variables.
+        self._step = jax.jit(
+            self._eval_step,
+            in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
+            out_shardings=replicated,
+        )
+
+    def __call__(self, variables: Variables) -> dict[str, float]:
+        """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
+
+        Args:
+          variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
+        """
+        split = self._run.dataset.evaluation
+        metrics = EvalMetrics.total(self._batch_sums(variables)).compute()
+        assert metrics["count"] == len(split), (metrics["count"], len(split))
+        return metrics
+
+    def _batch_sums(self, variables: Variables) -> Iterator[EvalMetrics]:
+        """Yields the sums of each batch. At most two are computed at a time, to bound memory."""
+        batches = pipeline.eval_batches(
+            self._run.dataset.evaluation,
+            batch_size=self._run.config.evaluation.batch_size,
+            mesh=self._run.mesh,
+        )
+        previous: EvalMetrics | None = None
+        for batch in batches:
+            sums = self._step(variables, batch)
+            jax.block_until_ready(previous)
+            previous = sums
+            yield sums
+
+    def _eval_step(self, variables: Variables, batch: dict[str, jax.Array]) -> EvalMetrics:
+        dataset = self._run.dataset
+        images = augment.normalise(batch["image"], dataset.mean, dataset.std)
+        logits = self._run.model.apply(variables, images, train=False).logits
+        labels = batch["label"]
+        targets = jax.nn.one_hot(labels, dataset.num_classes, dtype=jnp.float32)
+        return EvalMetrics.single_batch(
+            loss=losses.cross_entropy(logits, targets),
+            top1=losses.top_k_correct(logits, labels, 1),
+            top5=losses.top_k_correct(logits, labels, 5),
+            mask=batch["mask"],
+        )
+
+
+def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any]:
+    """Evaluates a checkpoint of a workdir.
+
+    Args:
+      run: with the model and data set of the workdir.
+      workdir: of a run that has saved a checkpoint.
+      which: "best", "last" or the number of a step.
+
+    Returns:
+      step, epoch, split, count, loss, top1 and top5.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint or it does not fit the model.
+    """
+    with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
+        step = checkpoints.resolve(which)
+        model = checkpoints.restore_model(step, states.abstract(run))
+    return {
+        "step": step,
+        "epoch": run.timeline.epoch(step),
+        "split": run.dataset.eval_split,
+        **Evaluator(run)(states.eval_variables(**model)),
+    }

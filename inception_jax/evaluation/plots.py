@@ -1,0 +1,146 @@
+"""Curves of a run, drawn from its metrics.jsonl: loss, accuracy and learning rate by epoch.
+
+They are drawn from the file, so that a run can be plotted while it goes on, or on another machine.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from inception_jax.errors import UserError
+from inception_jax.telemetry.writers import read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Line = dict[str, Any]
+
+# From the palette of Okabe and Ito, which the common kinds of colour blindness can tell apart.
+_COLOURS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+_OTHER_COLOUR = "#333333"
+
+# Below this many points each gets a marker; above, they would hide the line.
+_MARKED_POINTS = 70
+
+
+def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Draws plots/loss.png, plots/accuracy.png and plots/learning_rate.png in a workdir.
+
+    Args:
+      workdir: folder of a run, with metrics.jsonl and, for the title, config.json.
+
+    Returns:
+      The files written; without one whose metric is in no line.
+
+    Raises:
+      UserError: if there are no metrics, or the files cannot be read or written.
+    """
+    lines = _read(workdir / "metrics.jsonl")
+    title = _title(workdir, lines)
+    figures = {
+        "loss": _figure(lines, ["loss"], title=title, label="loss"),
+        "accuracy": _figure(lines, ["top1", "top5"], title=title, label="accuracy, %"),
+        "learning_rate": _figure(lines, ["learning_rate"], title=title, label="learning rate"),
+    }
+    folder = workdir / "plots"
+    written = []
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.savefig(folder / f"{name}.png", dpi=150)
+                written.append(folder / f"{name}.png")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write plots to {folder}: {error}. Make the folder writable, with space left."
+        ) from error
+    return written
+
+
+def _read(path: pathlib.Path) -> list[Line]:
+    """Returns the lines of a metrics.jsonl, at least one."""
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {path}: {error.strerror}. Give the --workdir of a run that has started."
+        ) from error
+    if not lines:
+        raise UserError(
+            f"{path} has no metrics yet. Wait for the run's first report (config.log.every)."
+        )
+    return lines
+
+
+def _title(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
+    """Returns the experiment's name, and its last accuracy outside training if there is one."""
+    try:
+        name = json.loads((workdir / "config.json").read_text())["config"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # The title is no reason to refuse a plot: metrics.jsonl may have been copied alone.
+        name = workdir.resolve().name
+    for line in reversed(lines):
+        if line["split"] != "train" and line.get("top1") is not None:
+            return f"{name}: {line['split']} top-1 {line['top1']:.2f}% at epoch {line['epoch']:.4g}"
+    return name
+
+
+def _figure(
+    lines: Sequence[Line], metrics: Sequence[str], *, title: str, label: str
+) -> "Figure | None":
+    """Returns curves of some metrics for each split, or None if no line has any of them.
+
+    Args:
+      lines: of metrics.jsonl.
+      metrics: keys of the lines; the first is drawn solid, the second dashed.
+      title: above the plot.
+      label: of the vertical axis.
+    """
+    # Imported late: training imports this package, and draws nothing.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    splits = sorted({line["split"] for line in lines}, key=lambda split: (split != "train", split))
+    for split in splits:
+        for metric, style in zip(metrics, ("-", "--"), strict=False):
+            points = [line for line in lines if line["split"] == split and metric in line]
+            name = split if len(metrics) == 1 else f"{split} {metric.replace('top', 'top-')}"
+            if points:
+                _curve(axes, points, metric, name=name, style=style)
+    if not axes.lines:
+        return None
+    _finish(axes, title=title, label=label)
+    return figure
+
+
+def _curve(axes: "Axes", points: Sequence[Line], metric: str, *, name: str, style: str) -> None:
+    """Draws one curve; a null, which was not finite, leaves a gap."""
+    values = [float("nan") if line[metric] is None else line[metric] for line in points]
+    dense = len(points) > _MARKED_POINTS
+    axes.plot(
+        [line["epoch"] for line in points],
+        values,
+        style,
+        color=_COLOURS.get(points[0]["split"], _OTHER_COLOUR),
+        linewidth=1 if dense else 1.8,
+        marker="" if dense else "o",
+        markersize=5,
+        markerfacecolor="white" if style == "--" else None,
+        label=f"{name}, last {values[-1]:.4g}",
+    )
+
+
+def _finish(axes: "Axes", *, title: str, label: str) -> None:
+    """Adds what a reader needs: labels, grid, legend, and no box around it all."""
+    axes.set_title(title, fontsize=13)
+    axes.set_xlabel("epoch", fontsize=12)
+    axes.set_ylabel(label, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(color="#DDDDDD")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=11, handlelength=3)

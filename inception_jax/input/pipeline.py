@@ -1,0 +1,110 @@
+"""Batches as a function of the step number.
+
+Nothing is carried from one batch to the next: `train_indices(step)` says which examples a step sees,
+from the seed alone. So a run that resumes at any step, on any number of devices or processes, goes on
+with the same batches, and there is no iterator state to save. (Grain's own saved iterator state is
+bound to the process and worker count.) Grain reads ahead in a thread.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from inception_jax.input import sharding
+from inception_jax.input.decoded import DecodedSplit
+
+# Two batches are read ahead by one thread: a batch is one gather from the mapped cache, faster than
+# any step; more threads only compete with the step for cores.
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """Returns the order in which an epoch visits the training examples: int64 [examples].
+
+    A permutation drawn from (seed, epoch) by numpy's counter-based Philox generator.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+    return generator.permutation(examples)
+
+
+def train_indices(step: int, *, batch_size: int, examples: int, seed: int) -> np.ndarray:
+    """Returns which examples the step after `step` finished steps sees: int64 [batch_size].
+
+    The epochs' orders are one endless sequence, cut into batches: a batch may span two epochs, and
+    no example is left out.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, offsets = np.divmod(positions, examples)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = epoch_order(seed, int(epoch), examples)[offsets[here]]
+    return indices
+
+
+def train_batches(
+    split: DecodedSplit, *, batch_size: int, seed: int, start: int, stop: int, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
+
+    Args:
+      split: the training examples.
+      batch_size: examples a step over all processes; a multiple of the device count.
+      seed: of the order.
+      start, stop: range of steps.
+      mesh: the devices that each batch is laid on.
+
+    Yields:
+      image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
+    """
+    rows = sharding.process_rows(batch_size)
+
+    def load(step: int) -> dict[str, np.ndarray]:
+        indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
+        return {"image": split.images[indices], "label": split.labels[indices]}
+
+    return _to_devices_ahead(load, start, stop, mesh)
+
+
+def eval_batches(
+    split: DecodedSplit, *, batch_size: int, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields every example of a split once, in order.
+
+    The last batch is filled up with copies of the first example, masked out. `batch_size` is rounded
+    up to a multiple of the device count, which changes no result.
+
+    Yields:
+      image: uint8 [B, H, W, 3], label: int32 [B] and mask: bool [B], True for real examples.
+    """
+    batch_size += -batch_size % mesh.size
+    rows = sharding.process_rows(batch_size)
+
+    def load(batch: int) -> dict[str, np.ndarray]:
+        indices = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
+        mask = indices < len(split)
+        indices = np.where(mask, indices, 0)
+        return {"image": split.images[indices], "label": split.labels[indices], "mask": mask}
+
+    return _to_devices_ahead(load, 0, -(-len(split) // batch_size), mesh)
+
+
+def _to_devices_ahead(
+    load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields `load(start)` … `load(stop - 1)` on the devices, the next one already on its way."""
+    if start >= stop:
+        return
+    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(_READ)
+    ahead: dict[str, jax.Array] | None = None
+    for batch in dataset:
+        current, ahead = ahead, sharding.to_devices(batch, mesh)
+        if current is not None:
+            yield current
+    assert ahead is not None
+    yield ahead

@@ -1,0 +1,65 @@
+"""How arrays lie on the devices: the state on all of them, a batch split along its first axis.
+
+One mesh axis, `data`, over every device of every process. Its type is Auto: under the Explicit axes
+that `jax.make_mesh` takes by default, a linen convolution with BatchNorm fails to type-check its
+shardings. Under Auto the compiler inserts the sums between devices, so BatchNorm's statistics, the
+loss and the gradients are those of the global batch.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from inception_jax.errors import ConfigError
+
+
+def make_mesh() -> Mesh:
+    """Returns the mesh of all devices of all processes, with the one axis `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of the train state: a whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch_size(batch_size: int, device_count: int) -> None:
+    """Checks that a training batch can be split evenly.
+
+    Raises:
+      ConfigError: naming the nearest batch sizes that can.
+    """
+    if batch_size % device_count:
+        below = batch_size // device_count * device_count
+        nearest = [str(size) for size in (below, below + device_count) if size]
+        raise ConfigError(
+            f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it evenly; "
+            f"the nearest sizes that they can are {' and '.join(nearest)}"
+        )
+
+
+def process_rows(batch_size: int) -> slice:
+    """Returns which rows of a global batch this process must provide.
+
+    The devices of a process are neighbours in the mesh, so its rows are contiguous.
+    """
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes one global array of the rows that each process holds.
+
+    Args:
+      batch: this process's rows of each array.
+      mesh: of all devices.
+
+    Returns:
+      The global batch, split over the `data` axis.
+    """
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)

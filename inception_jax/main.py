@@ -1,0 +1,68 @@
+"""Trains or evaluates: flags, then one call into the package."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from inception_jax import cli
+
+USAGE = """
+Train a network, or evaluate a checkpoint of it.
+
+  python -m inception_jax.main --config experiments/tiny.py --workdir DIR
+  python -m inception_jax.main --config experiments/tiny.py --workdir DIR --mode=eval
+
+Training goes on from the newest checkpoint in DIR if there is one. Exit code 0: done; 2: a mistake
+in the command, the settings or the data, which the message says how to mend; 1: a failed run.
+"""
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
+_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod or SLURM job")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "with coordinator_address: processes")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "with coordinator_address: this one")
+cli.require("config", "workdir")
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    cli.refuse_positional(positional)
+    # Imported here so that --help and mistakes in flags are answered at once.
+    from inception_jax import config as configs
+    from inception_jax import runtime
+    from inception_jax.evaluation import evaluate, plots
+    from inception_jax.training import loop, run, workdir
+
+    configs.validate(_CONFIG.value)
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    changed = workdir.check_owner(folder, _CONFIG.value)
+    if _MODE.value == "train":
+        workdir.check_writable(folder)
+    runtime.initialize(
+        platform=_PLATFORM.value,
+        distributed=_DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        process_count=_PROCESS_COUNT.value,
+        process_index=_PROCESS_INDEX.value,
+    )
+    this_run = run.build(_CONFIG.value, log=cli.say)
+    workdir.check_dataset(folder, this_run.dataset_identity())
+    if _MODE.value == "train":
+        evaluator = evaluate.Evaluator(this_run)
+        result = loop.train(this_run, folder, evaluator, changed=changed)
+        if this_run.is_lead:
+            plots.plot_run(folder.path)
+    else:
+        result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
+    if this_run.is_lead:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, USAGE)

@@ -1,0 +1,183 @@
+"""GoogLeNet (Inception v1) and its relatives.
+
+Szegedy et al. 2014, "Going Deeper with Convolutions", arXiv:1409.4842. One module describes all of
+them, since they differ only in the first layers, in the number of inception modules and in a few
+details; `registry` names the combinations.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from inception_jax.models import ops
+from inception_jax.models.layers import (
+    AuxiliaryHead,
+    Classifier,
+    ConvUnit,
+    Inception,
+    InceptionWidths,
+    ModelOutput,
+    Unit,
+    check_image_size,
+    local_response_norm,
+    scaled,
+)
+
+
+class Stem(NamedTuple):
+    """The layers before the first inception module.
+
+    Attributes:
+      kernel_size, stride: of the first convolution.
+      second_pool: whether a pool stands before the first inception module.
+    """
+
+    kernel_size: int
+    stride: int
+    second_pool: bool = True
+
+
+STEMS: Mapping[str, Stem] = {
+    "paper": Stem(kernel_size=7, stride=2),
+    "s16": Stem(kernel_size=3, stride=1),
+    "s32": Stem(kernel_size=3, stride=1, second_pool=False),
+    "deeper": Stem(kernel_size=5, stride=1),
+}
+
+# Table 1 of the paper. A pool of stride 2 follows the last module of stages 3 and 4.
+MODULES: Mapping[str, InceptionWidths] = {
+    "3a": InceptionWidths(64, 96, 128, 16, 32, 32),
+    "3b": InceptionWidths(128, 128, 192, 32, 96, 64),
+    "4a": InceptionWidths(192, 96, 208, 16, 48, 64),
+    "4b": InceptionWidths(160, 112, 224, 24, 64, 64),
+    "4c": InceptionWidths(128, 128, 256, 24, 64, 64),
+    "4d": InceptionWidths(112, 144, 288, 32, 64, 64),
+    "4e": InceptionWidths(256, 160, 320, 32, 128, 128),
+    "5a": InceptionWidths(256, 160, 320, 32, 128, 128),
+    "5b": InceptionWidths(384, 192, 384, 48, 128, 128),
+}
+AUX_MODULES = ("4a", "4d")
+
+
+class GoogLeNet(nn.Module):
+    """GoogLeNet, with the choices that its relatives differ in.
+
+    Kernels start from He's truncated normal, biases at 0 and BatchNorm's scales at 1.
+
+    Attributes:
+      num_classes: number of logits.
+      stem: which entry of `STEMS`.
+      last_module: the last inception module, "5b" or "4e".
+      last_window: side in pixels of the pool after stage 4.
+      five_by_five: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
+      norm: "batch", "lrn" (the two local response normalisations of the stem, and biases) or
+        "none" (biases).
+      norm_momentum: share of BatchNorm's running statistics that a step keeps.
+      norm_epsilon: added to BatchNorm's variance.
+      width: factor on the number of channels of every layer.
+      aux_heads: whether training has the two auxiliary heads.
+      adaptive_aux: whether the heads pool as torchvision's do.
+      dropout, aux_dropout: share of features dropped before the last layer, and in the heads.
+      dtype: type to compute in.
+    """
+
+    num_classes: int
+    stem: str = "paper"
+    last_module: str = "5b"
+    last_window: int = 3
+    five_by_five: str = "5x5"
+    norm: str = "batch"
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-3
+    width: float = 1.0
+    aux_heads: bool = False
+    adaptive_aux: bool = False
+    dropout: float = 0.4
+    aux_dropout: float = 0.7
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        """Computes the logits.
+
+        Args:
+          images: float32 [B, H, W, 3], normalised.
+          train: whether to drop features, use batch statistics and run the auxiliary heads.
+
+        Returns:
+          The logits, float32 [B, num_classes], and in training those of the auxiliary heads.
+
+        Raises:
+          ConfigError: if the images are smaller than `least_image_size`.
+        """
+        check_image_size(
+            images, least=self.least_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
+        )
+        unit = functools.partial(
+            ConvUnit,
+            dtype=self.dtype,
+            batch_norm=self.norm == "batch",
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            train=train,
+        )
+        x = self._stem(images, unit)
+        aux = []
+        for name, widths in MODULES.items():
+            x = self._inception(name, widths, unit)(x)
+            # The heads must get their parameters even when evaluation code initialises the model.
+            if self.aux_heads and name in AUX_MODULES and (train or self.is_initializing()):
+                aux.append(self._head(name, unit, train)(x))
+            if name == "3b":
+                x = ops.max_pool(x, window=3, stride=2)
+            if name == "4e":
+                x = ops.max_pool(x, window=self.last_window, stride=2)
+            if name == self.last_module:
+                break
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        logits = Classifier(self.num_classes, self.dropout, train, name="classifier")(x)
+        return ModelOutput(logits, tuple(aux) if train else ())
+
+    @property
+    def least_image_size(self) -> int:
+        """The least side of an image, in pixels, that leaves one pixel in the last grid."""
+        stem = STEMS[self.stem]
+        # Windows of 3 at stride 2 make m pixels out of 2 m, a window of 2 or a stride of the first
+        # convolution out of 2 m - 1.
+        size = 2 if self.last_window == 3 else 1
+        size *= 8 if stem.second_pool else 4
+        return size * stem.stride - (stem.stride - 1)
+
+    def _stem(self, images: jax.Array, unit: Unit) -> jax.Array:
+        """Maps images [B, H, W, 3] to the first inception module's input."""
+        stem = STEMS[self.stem]
+        x = unit(scaled(64, self.width), stem.kernel_size, stem.stride, name="conv1")(images)
+        x = ops.max_pool(x, window=3, stride=2)
+        if self.norm == "lrn":
+            x = local_response_norm(x)
+        x = unit(scaled(64, self.width), name="conv2_reduce")(x)
+        x = unit(scaled(192, self.width), 3, name="conv2")(x)
+        if self.norm == "lrn":
+            x = local_response_norm(x)
+        return ops.max_pool(x, window=3, stride=2) if stem.second_pool else x
+
+    def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
+        widths = InceptionWidths(*(scaled(channels, self.width) for channels in widths))
+        return Inception(widths, self.five_by_five, unit, name=f"inception_{name}")
+
+    def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
+        return AuxiliaryHead(
+            num_classes=self.num_classes,
+            conv_features=scaled(128, self.width),
+            dense_features=scaled(1024, self.width),
+            dropout=self.aux_dropout,
+            adaptive=self.adaptive_aux,
+            unit=unit,
+            dtype=self.dtype,
+            train=train,
+            name=f"aux_{name}",
+        )

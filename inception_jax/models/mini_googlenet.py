@@ -1,0 +1,133 @@
+"""MiniGoogLeNet, the small Inception network for CIFAR-size images.
+
+Zhang et al. 2017, "Understanding deep learning requires rethinking generalization",
+arXiv:1611.03530, figure 3.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from inception_jax.models import ops
+from inception_jax.models.layers import (
+    Classifier,
+    ConvUnit,
+    ModelOutput,
+    Unit,
+    check_image_size,
+    scaled,
+)
+
+
+class MiniGoogLeNet(nn.Module):
+    """MiniGoogLeNet: 1.65 M parameters at 10 classes.
+
+    Kernels start from He's truncated normal and BatchNorm's scales at 1.
+
+    Attributes:
+      num_classes: number of logits.
+      norm_momentum: share of BatchNorm's running statistics that a step keeps.
+      norm_epsilon: added to BatchNorm's variance.
+      width: factor on the number of channels of every layer.
+      dropout: share of features dropped before the last layer; the paper has none.
+      dtype: type to compute in.
+    """
+
+    num_classes: int
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-3
+    width: float = 1.0
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        """Computes the logits.
+
+        Args:
+          images: float32 [B, H, W, 3], normalised; the paper's are 28 px, CIFAR's 32.
+          train: whether to drop features and use batch statistics.
+
+        Returns:
+          The logits, float32 [B, num_classes].
+
+        Raises:
+          ConfigError: if the images are smaller than 4 px, which two halvings make one pixel.
+        """
+        check_image_size(images, least=4, model="MiniGoogLeNet")
+        unit = functools.partial(
+            ConvUnit,
+            dtype=self.dtype,
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            train=train,
+        )
+        x = unit(scaled(96, self.width), 3, name="conv1")(images)
+        x = self._inception("2a", 32, 32, unit)(x)
+        x = self._inception("2b", 32, 48, unit)(x)
+        x = self._downsample("2c", 80, unit)(x)
+        x = self._inception("3a", 112, 48, unit)(x)
+        x = self._inception("3b", 96, 64, unit)(x)
+        x = self._inception("3c", 80, 80, unit)(x)
+        x = self._inception("3d", 48, 96, unit)(x)
+        x = self._downsample("3e", 96, unit)(x)
+        x = self._inception("4a", 176, 160, unit)(x)
+        x = self._inception("4b", 176, 160, unit)(x)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        logits = Classifier(self.num_classes, self.dropout, train, name="classifier")(x)
+        return ModelOutput(logits)
+
+    def _inception(self, name: str, conv_1x1: int, conv_3x3: int, unit: Unit) -> "MiniInception":
+        features = scaled(conv_1x1, self.width), scaled(conv_3x3, self.width)
+        return MiniInception(*features, unit, name=f"inception_{name}")
+
+    def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":
+        return Downsample(scaled(conv_3x3, self.width), unit, name=f"downsample_{name}")
+
+
+class MiniInception(nn.Module):
+    """A 1x1 and a 3x3 convolution side by side.
+
+    Attributes:
+      conv_1x1, conv_3x3: output channels of the two.
+      unit: makes a convolution unit, given features, kernel size and name.
+    """
+
+    conv_1x1: int
+    conv_3x3: int
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float [B, H, W, I] to [B, H, W, conv_1x1 + conv_3x3]."""
+        branch_1x1 = self.unit(self.conv_1x1, name="conv_1x1")(x)
+        branch_3x3 = self.unit(self.conv_3x3, 3, name="conv_3x3")(x)
+        return jnp.concatenate([branch_1x1, branch_3x3], axis=-1)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution and a 3x3 maximum side by side, both at stride 2.
+
+    Both have the borders of `ops.max_pool`, so that the grid is halved: 28, 14, 7 as in the figure.
+
+    Attributes:
+      features: output channels of the convolution.
+      unit: makes a convolution unit, given features, kernel size and name.
+    """
+
+    features: int
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float [B, H, W, I] to [B, ceil((H - 1) / 2), ceil((W - 1) / 2), features + I]."""
+        height, width = x.shape[1:3]
+        paddings = (
+            ops.pool_padding(height, window=3, stride=2),
+            ops.pool_padding(width, window=3, stride=2),
+        )
+        convolved = self.unit(self.features, 3, 2, paddings, name="conv_3x3")(x)
+        return jnp.concatenate([convolved, ops.max_pool(x, window=3, stride=2)], axis=-1)

@@ -1,0 +1,118 @@
+"""Convolution and max-pooling, in the formulation that is fast on the backend in use.
+
+XLA's CPU backend loses most of a training step in two places: the gradients of convolutions, and
+the gradient of a windowed maximum. Each has an equivalent that is several times as fast there
+(BUILD_NOTES.md, "Speed"). `_rewrite` decides, in this one place, when they are used; on every other
+backend the plain XLA operations run.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Pixels before and after, in each direction: ((top, bottom), (left, right)).
+Paddings = tuple[tuple[int, int], tuple[int, int]]
+NO_PADDING: Paddings = ((0, 0), (0, 0))
+
+
+def _rewrite() -> bool:
+    """Whether the equivalents replace the plain operations."""
+    return jax.default_backend() == "cpu"
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, paddings: Paddings = NO_PADDING
+) -> jax.Array:
+    """Convolves images with a square kernel.
+
+    Args:
+      x: float [B, H, W, I].
+      kernel: float [k, k, I, O], of the same dtype.
+      stride: distance between windows in pixels, in both directions.
+      paddings: zeros added before and after, in each direction.
+
+    Returns:
+      float [B, H', W', O] with H' = floor((H + top + bottom - k) / stride) + 1.
+    """
+    if _rewrite() and kernel.shape[0] == 1 and (stride, paddings) == (1, NO_PADDING):
+        return pointwise_conv(x, kernel)
+    return plain_conv(x, kernel, stride=stride, paddings=paddings)
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, *, stride: int, paddings: Paddings) -> jax.Array:
+    """Convolves as `conv` does, with XLA's convolution."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), paddings, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves with a 1x1 kernel, written as one matrix product over all pixels."""
+    flat = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
+    """Takes the maximum over square windows, with the borders of the paper's Caffe implementation.
+
+    At stride 1 the window is centred and the size is kept. At a larger stride the first window
+    starts at the first pixel and the last one may reach over the end (torch: `ceil_mode=True`).
+
+    Args:
+      x: float [B, H, W, C].
+      window: side of the window in pixels; odd at stride 1.
+      stride: distance between windows in pixels.
+
+    Returns:
+      float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
+    """
+    height, width = x.shape[1:3]
+    paddings = (
+        pool_padding(height, window=window, stride=stride),
+        pool_padding(width, window=window, stride=stride),
+    )
+    pool = separable_max_pool if _rewrite() else plain_max_pool
+    return pool(x, window=window, stride=stride, paddings=paddings)
+
+
+def pool_padding(size: int, *, window: int, stride: int) -> tuple[int, int]:
+    """Returns the padding before and after one direction of `size` pixels, as `max_pool` has it."""
+    if stride == 1:
+        return (window - 1) // 2, window // 2
+    outputs = -(-(size - window) // stride) + 1
+    return 0, (outputs - 1) * stride + window - size
+
+
+def plain_max_pool(
+    x: jax.Array, *, window: int, stride: int, paddings: Paddings
+) -> jax.Array:
+    """Pools with XLA's windowed reduction; where values tie, the first takes the whole gradient."""
+    return lax.reduce_window(
+        x,
+        -jnp.inf,
+        lax.max,
+        (1, window, window, 1),
+        (1, stride, stride, 1),
+        ((0, 0), *paddings, (0, 0)),
+    )
+
+
+def separable_max_pool(
+    x: jax.Array, *, window: int, stride: int, paddings: Paddings
+) -> jax.Array:
+    """Pools rows, then columns, by comparing shifted slices.
+
+    Where values tie, they share the gradient, in halves at each comparison. Positive ties are rare
+    after a convolution; ties at zero, the common ones, have no gradient after a ReLU either way.
+    """
+    for axis, padding in zip((1, 2), paddings, strict=True):
+        widths = [padding if i == axis else (0, 0) for i in range(4)]
+        padded = jnp.pad(x, widths, constant_values=-jnp.inf)
+        reach = padded.shape[axis] - window + 1
+        slices = (
+            lax.slice_in_dim(padded, start, start + reach, stride, axis) for start in range(window)
+        )
+        x = functools.reduce(jnp.maximum, slices)
+    return x

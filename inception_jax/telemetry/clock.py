@@ -1,0 +1,95 @@
+"""Where the time of a run goes: seconds in named phases, and the speed of training alone.
+
+Throughput that counts evaluation, saving or compiling as training time says little about either, so
+each second belongs to exactly one phase, and the rate is taken over training time only.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+
+class Clock:
+    """Adds up seconds by phase ("compile", "train", "evaluate", "save", "input", "other", …).
+
+    Phases nest: an inner one stops the outer one, so that no second is counted twice.
+
+    Args:
+      initial: seconds by phase that earlier parts of the run took, as `state` gave them.
+      now: returns seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        initial: Mapping[str, float] | None = None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = dict(initial or {})
+        self._now = now
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time inside the `with` block, less that of phases within it, under `name`."""
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def seconds(self, name: str) -> float:
+        """Returns the seconds spent in one phase until now."""
+        self._settle()
+        return self._seconds.get(name, 0.0)
+
+    def total(self) -> float:
+        """Returns the seconds spent in all phases until now."""
+        self._settle()
+        return sum(self._seconds.values())
+
+    def state(self) -> dict[str, float]:
+        """Returns the seconds by phase, for a checkpoint and for `initial`."""
+        self._settle()
+        return dict(self._seconds)
+
+    def _settle(self) -> None:
+        """Credits the time since the last change to the innermost open phase."""
+        now = self._now()
+        if self._open:
+            name = self._open[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+class Rate:
+    """Examples a second of one phase of a clock, from one report to the next.
+
+    Args:
+      clock: what measures the time.
+      phases: the phases whose time counts; all others are pauses.
+    """
+
+    def __init__(self, clock: Clock, phases: tuple[str, ...] = ("train", "input")) -> None:
+        self._clock = clock
+        self._phases = phases
+        self._seconds = self._elapsed()
+
+    def since_last(self, examples: int) -> float:
+        """Returns examples a second since the last call, and starts the next interval.
+
+        Args:
+          examples: how many examples were processed since the last call.
+
+        Returns:
+          The rate; NaN when no time was spent in the phases.
+        """
+        start, self._seconds = self._seconds, self._elapsed()
+        seconds = self._seconds - start
+        return examples / seconds if seconds > 0 else float("nan")
+
+    def _elapsed(self) -> float:
+        return sum(self._clock.seconds(phase) for phase in self._phases)

@@ -1,0 +1,100 @@
+"""What ran, and on what: the parameters of a model and the software and hardware of a run.
+
+A result can be told from another, and had again, only with the versions and devices beside it.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array-record",
+    "tensorflow-datasets",
+    "clu",
+    "ml-collections",
+    "numpy",
+    "pillow",
+)
+
+
+def parameter_table(params: Mapping[str, Any]) -> str:
+    """Returns each parameter's name, shape, type and size, and the total, as a table.
+
+    Args:
+      params: nested mapping of arrays (or of anything with a shape and a dtype).
+    """
+    return parameter_overview.get_parameter_overview(dict(params), include_stats=False)
+
+
+def environment() -> dict[str, Any]:
+    """Returns the software and hardware of this process, for config.json and result.json.
+
+    Returns:
+      Values for JSON: date (UTC), python, packages (version by name), platform, cpu, cpu_count,
+      backend, device, device_count, process_count, and revision: the commit of the source, with
+      "+changes" if files differ from it, or None where it is no git checkout.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "revision": _git_revision(pathlib.Path(__file__).parents[2]),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """Returns the processor's model, which Linux knows and Python's platform module does not."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git_revision(folder: pathlib.Path) -> str | None:
+    """Returns the commit that `folder`, the root of a checkout, is at; None if it is no such."""
+    # A package inside another project's checkout (site-packages) is not at that project's commit.
+    if not (folder / ".git").exists():
+        return None
+    # Without optional locks, so that asking never disturbs a git command of the user's.
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
+    try:
+        commit, status = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+changes" if status else "")

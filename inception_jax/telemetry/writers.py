@@ -1,0 +1,140 @@
+"""The metrics of a run on disk: `metrics.jsonl` for programs, TensorBoard events for the eye.
+
+A resumed run repeats the steps after its last checkpoint. What the killed run had written of those
+is removed (JSON lines) or hidden (TensorBoard), so that each curve has each step once.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from inception_jax.errors import UserError
+from inception_jax.telemetry import clu_writers
+from inception_jax.telemetry.clu_writers import metric_writers
+
+
+class RunWriter:
+    """Writes the metrics of a run into its workdir; a context manager.
+
+    The files are written in the calling thread: a line costs some 0.1 ms, and an error surfaces at
+    the write that it belongs to.
+
+    Args:
+      workdir: folder of the run; made if it is missing.
+      resume_step: the step the run continues from. Earlier metrics of later steps are dropped; 0
+        drops them all.
+      is_lead: whether this process writes; in all others every method does nothing.
+
+    Raises:
+      UserError: from each method, if the files cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, resume_step: int, is_lead: bool = True) -> None:
+        self._workdir = workdir
+        self._writer = metric_writers.MultiWriter([])
+        if not is_lead:
+            return
+        with self._explained():
+            workdir.mkdir(parents=True, exist_ok=True)
+            lines = workdir / "metrics.jsonl"
+            _drop_later_lines(lines, resume_step)
+            self._writer = metric_writers.MultiWriter(
+                [
+                    clu_writers.JsonLinesWriter(lines),
+                    clu_writers.TensorBoardWriter(
+                        workdir / "tensorboard", purge_step=resume_step + 1 if resume_step else 0
+                    ),
+                ]
+            )
+
+    def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Writes one line of metrics, and a point of each TensorBoard curve `split/name`.
+
+        Args:
+          step: optimizer steps done so far.
+          epoch: the same in passes over the training split.
+          split: "train", "validation" or "test".
+          values: numbers by name, such as loss, top1, learning_rate.
+        """
+        named = {"epoch": epoch, **values}
+        with self._explained():
+            self._writer.write_scalars(
+                step, {f"{split}/{name}": value for name, value in named.items()}
+            )
+
+    def flush(self) -> None:
+        """Returns when everything written is on the disk."""
+        with self._explained():
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        with self._explained():
+            try:
+                self._writer.flush()
+            finally:
+                self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"Cannot write metrics to {self._workdir}: {error}. The folder must be writable, "
+                "with space left, as long as the run lasts. Mend that, and start the same command "
+                "again: it continues from the last checkpoint."
+            ) from error
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the objects of a metrics.jsonl, in order.
+
+    A last line without its end, which a kill leaves behind, is left out.
+
+    Raises:
+      UserError: if another line is no JSON object with a step.
+      OSError: if the file cannot be read.
+    """
+    objects = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} is not a line of metrics, which is a JSON "
+                'object with a "step". Remove the line, or the file, and start again.'
+            )
+        objects.append(found)
+    return objects
+
+
+def _drop_later_lines(path: pathlib.Path, resume_step: int) -> None:
+    """Leaves in a metrics.jsonl the whole lines up to a step; none for step 0."""
+    kept = []
+    if resume_step and path.exists():
+        kept = [line for line in read_lines(path) if line["step"] <= resume_step]
+    # Written beside and renamed, so that a kill leaves the old file or the new one.
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

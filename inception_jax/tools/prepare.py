@@ -1,0 +1,35 @@
+"""Prepares a data set ahead of training."""
+
+from collections.abc import Sequence
+
+from inception_jax import cli
+
+USAGE = """
+Prepare the data set of an experiment: read its source, write it as a TFDS data set, decode it once.
+
+  python -m inception_jax.tools.prepare --config experiments/tiny.py
+  python -m inception_jax.tools.prepare --config experiments/tiny.py \\
+      --config.data.source=tiny-imagenet-200.zip --config.data.directory=DIR
+
+The source is an archive or an extracted folder; without one the official archive is downloaded.
+Training does the same when it finds the data missing.
+"""
+
+_CONFIG = cli.define_config()
+cli.require("config")
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    cli.refuse_positional(positional)
+    from inception_jax import config as configs
+    from inception_jax.input import decoded
+
+    configs.validate(_CONFIG.value)
+    dataset = decoded.prepare(_CONFIG.value.data, log=cli.say)
+    for name, split in dataset.splits.items():
+        print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")
+
+
+if __name__ == "__main__":
+    cli.run(main, USAGE)

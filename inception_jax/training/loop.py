@@ -1,0 +1,259 @@
+"""The training loop: read it from top to bottom, it is the whole of what happens to a run."""
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from inception_jax.errors import RunError
+from inception_jax.input import pipeline
+from inception_jax.telemetry import summary
+from inception_jax.telemetry.clock import Clock, Rate
+from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.telemetry.progress import Progress
+from inception_jax.telemetry.writers import RunWriter
+from inception_jax.training import state as states
+from inception_jax.training import workdir as workdirs
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.run import Run
+from inception_jax.training.state import TrainState
+from inception_jax.training.step import make_train_step
+from inception_jax.training.workdir import Workdir
+
+Evaluate = Callable[[states.Variables], dict[str, float]]
+
+# How many steps the host may be ahead of the device: enough to hide the dispatch, few enough that
+# batches do not pile up and the progress shown is true.
+_STEPS_AHEAD = 2
+
+
+def train(
+    run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]
+) -> dict[str, Any]:
+    """Trains a run to its end, going on from the newest checkpoint if there is one.
+
+    Args:
+      run: what to train.
+      workdir: where its checkpoints and metrics are and go.
+      evaluate: maps model variables to loss, top1, top5 and count on the evaluation split.
+      changed: settings that differ from an earlier start, to be said and recorded.
+
+    Returns:
+      The contents of result.json: the last evaluation, with the speed and time of the whole run.
+
+    Raises:
+      RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
+      UserError: if the workdir cannot be written to.
+    """
+    config = run.config
+    with Checkpoints(
+        workdir.checkpoints,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    ) as checkpoints:
+        state, clock = _start(run, checkpoints)
+        first = int(state.step)
+        if run.is_lead:
+            workdirs.record_start(
+                workdir, config, step=first, changed=changed, dataset=run.dataset_identity()
+            )
+        with (
+            RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,
+            Progress(
+                run.total_steps, initial_step=first, batch_size=config.train.batch_size
+            ) as progress,
+            clock.phase("other"),
+        ):
+            reporter = _Reporter(run, writer, progress, clock)
+            reporter.started(state, first, changed)
+            result = _train(run, state, evaluate, checkpoints, reporter)
+    if run.is_lead:
+        workdirs.write_json(workdir.result, result)
+    return result
+
+
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Clock]:
+    """Returns the state and the clock of the newest checkpoint, or new ones."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return states.create(run), Clock()
+    state, progress = checkpoints.restore(step, states.abstract(run))
+    return state, Clock(initial=progress["seconds"])
+
+
+def _train(
+    run: Run,
+    state: TrainState,
+    evaluate: Evaluate,
+    checkpoints: Checkpoints,
+    reporter: "_Reporter",
+) -> dict[str, Any]:
+    config, clock, timeline = run.config, reporter.clock, run.timeline
+    first = int(state.step)
+    batches = pipeline.train_batches(
+        run.dataset.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start=first,
+        stop=run.total_steps,
+        mesh=run.mesh,
+    )
+    train_step = make_train_step(run)
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    metrics: dict[str, float] = {}
+
+    for step in range(first + 1, run.total_steps + 1):
+        with clock.phase("input"):
+            batch = next(batches)
+        if step == first + 1:
+            with clock.phase("compile"):
+                train_step = train_step.lower(state, batch).compile()
+        with clock.phase("train"):
+            state, loss = train_step(state, batch)
+            in_flight.append(loss)
+            if len(in_flight) > _STEPS_AHEAD:
+                in_flight.popleft().block_until_ready()
+        reporter.stepped(step)
+
+        last = step == run.total_steps
+        evaluate_now = last or timeline.due(config.evaluation.every, step)
+        save_now = evaluate_now or timeline.due(config.checkpoint.every, step)
+        if last or timeline.due(config.log.every, step):
+            reporter.report_later(step, state.metrics)
+            state = state.replace(metrics=states.fresh_metrics(run))
+        if save_now:
+            with clock.phase("train"):
+                jax.block_until_ready(state)
+            in_flight.clear()
+            reporter.report_pending()
+            reporter.check_finite(state.metrics)
+        if evaluate_now:
+            with clock.phase("evaluate"):
+                metrics = evaluate(state.eval_variables())
+            reporter.evaluated(step, metrics)
+        if save_now:
+            with clock.phase("save"):
+                # Lines up to this step must be on disk before the checkpoint says they were written.
+                reporter.flush()
+                checkpoints.save(
+                    state,
+                    progress={"seconds": clock.state()},
+                    metrics=metrics if evaluate_now else None,
+                )
+
+    # A run that was killed between its last checkpoint and its result has nothing left to train.
+    metrics = metrics or evaluate(state.eval_variables())
+    return reporter.result(int(state.step), metrics)
+
+
+class _Reporter:
+    """Says and writes what the loop does."""
+
+    def __init__(self, run: Run, writer: RunWriter, progress: Progress, clock: Clock) -> None:
+        self.clock = clock
+        self._run = run
+        self._writer = writer
+        self._progress = progress
+        self._rate = Rate(clock)
+        self._last_report = 0
+        self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
+
+    def started(self, state: TrainState, first: int, changed: list[str]) -> None:
+        """Says what is trained, on what, from where."""
+        run, note = self._run, self._progress.note
+        if not run.is_lead:
+            return
+        note(summary.parameter_table(state.params))
+        devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" in {jax.process_count()} processes"
+        note(
+            f"{run.config.name}: {run.config.model.name} on {run.dataset.name}, "
+            f"{len(run.dataset.train):,} training and {len(run.dataset.evaluation):,} "
+            f"{run.dataset.eval_split} images, {run.total_steps:,} steps of "
+            f"{run.config.train.batch_size}, on {devices}"
+        )
+        if first:
+            note(f"resumed at step {first:,}, epoch {run.timeline.epoch(first):.2f}")
+        for line in changed:
+            note(f"changed since the run began: {line}")
+        self._last_report = first
+
+    def stepped(self, step: int) -> None:
+        """Takes note of a dispatched step, and reports the step before it if that is due."""
+        self._progress.step(step)
+        if self._pending and self._pending[0] < step:
+            self.report_pending()
+
+    def report_later(self, step: int, metrics: TrainMetrics) -> None:
+        """Keeps metrics until the next step is dispatched, so that the device does not wait."""
+        rate = self._rate.since_last((step - self._last_report) * self._run.config.train.batch_size)
+        self._last_report = step
+        self._pending = (step, metrics, self._timing(rate))
+
+    def report_pending(self) -> None:
+        """Reports the metrics that were kept."""
+        if self._pending is None:
+            return
+        (step, metrics, timing), self._pending = self._pending, None
+        self.check_finite(metrics)
+        values = metrics.compute()
+        del values["first_nonfinite_step"]
+        # The rate that the step applied: the schedule counts finished steps.
+        rate = float(self._run.schedule(step - 1))
+        self._write(step, "train", {**values, "learning_rate": rate, **timing})
+        self._progress.status(
+            {"loss": values["loss"], "top1": values["top1"], "learning_rate": rate}
+        )
+
+    def check_finite(self, metrics: TrainMetrics) -> None:
+        """Stops the run at a loss or gradient that is not finite."""
+        step = metrics.first_nonfinite_step.compute()
+        if step < 0:
+            return
+        raise RunError(
+            f"the loss or the gradient was not finite at step {step}, epoch "
+            f"{self._run.timeline.epoch(step):.2f}. The last checkpoint is from before that. Try a "
+            f"lower config.schedule.learning_rate (it was {float(self._run.schedule(step - 1)):.4g}), "
+            "a longer config.schedule.warmup or config.optimizer.clip_norm=1; the same command goes "
+            "on from the last checkpoint"
+        )
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Reports an evaluation."""
+        split = self._run.dataset.eval_split
+        self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
+        self._progress.note(
+            f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "
+            f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%, top-5 {metrics['top5']:.2f}%"
+        )
+
+    def flush(self) -> None:
+        """Puts all that was written on disk."""
+        self._writer.flush()
+
+    def result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Returns what result.json holds."""
+        run, clock = self._run, self.clock
+        busy = clock.seconds("train") + clock.seconds("input")
+        return {
+            "name": run.config.name,
+            "step": step,
+            "epoch": run.timeline.epoch(step),
+            "split": run.dataset.eval_split,
+            **metrics,
+            "images_per_second": round(step * run.config.train.batch_size / busy, 2),
+            "seconds": round(clock.total(), 3),
+            "seconds_by_phase": {k: round(v, 3) for k, v in clock.state().items()},
+            "environment": summary.environment(),
+        }
+
+    def _timing(self, rate: float) -> dict[str, float]:
+        return {
+            "images_per_second": round(rate, 2),
+            "seconds": round(self.clock.total(), 3),
+        }
+
+    def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)

@@ -1,0 +1,86 @@
+"""Everything that a run is made of, built once from its configuration."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from inception_jax.config import Config, Timeline
+from inception_jax.input import decoded, sharding
+from inception_jax.models import registry
+from inception_jax.training import optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A configuration with what follows from it.
+
+    Args:
+      config: the validated settings.
+      dataset: the prepared examples.
+      mesh: the devices.
+      model: the network; returns logits and auxiliary logits.
+      timeline: converts durations to steps.
+      total_steps: length of training, optimizer steps.
+      schedule: learning rate by finished steps.
+      optimizer: the update rule.
+    """
+
+    config: Config
+    dataset: decoded.DecodedDataset
+    mesh: Mesh
+    model: nn.Module
+    timeline: Timeline
+    total_steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this process writes the metrics and messages."""
+        return jax.process_index() == 0
+
+    def dataset_identity(self) -> dict[str, Any]:
+        """What must stay the same for a resumed run to see the same examples and classes."""
+        dataset = self.dataset
+        return {
+            "name": dataset.name,
+            "version": dataset.version,
+            "classes": dataset.num_classes,
+            "training examples": len(dataset.train),
+            f"{dataset.eval_split} examples": len(dataset.evaluation),
+        }
+
+
+def build(config: Config, log: Callable[[str], None] = print) -> Run:
+    """Builds a run, preparing its data first where that was not done before.
+
+    Args:
+      config: validated settings.
+      log: receives lines about the preparation.
+
+    Raises:
+      UserError: if the data cannot be prepared or a setting does not fit the data or the devices.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.train.batch_size, mesh.size)
+    dataset = decoded.prepare(config.data, log=log)
+    timeline = Timeline(config.train.batch_size, len(dataset.train))
+    total_steps = timeline.steps(config.train.length)
+    schedule = optimizers.make_schedule(
+        config.schedule, timeline=timeline, total_steps=total_steps
+    )
+    return Run(
+        config=config,
+        dataset=dataset,
+        mesh=mesh,
+        model=registry.create(config.model, dataset.num_classes),
+        timeline=timeline,
+        total_steps=total_steps,
+        schedule=schedule,
+        optimizer=optimizers.make_optimizer(config.optimizer, schedule),
+    )

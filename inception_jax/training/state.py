@@ -1,0 +1,87 @@
+"""The state of training: all that a step reads and writes, and all that a checkpoint holds."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from inception_jax.input import sharding
+from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.training import keys
+from inception_jax.training.run import Run
+
+Variables = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State after `step` finished steps; every leaf is an array on all devices.
+
+    Args:
+      step: int32 scalar.
+      params: float32 parameters.
+      batch_stats: float32 BatchNorm statistics; empty for a model without BatchNorm.
+      average: moving averages {"params", "batch_stats"}; empty when the run keeps none.
+      opt_state: of the optimizer.
+      metrics: sums of the training metrics since they were last reported. They are part of the state
+        so that a run killed between two reports goes on to report the same numbers.
+    """
+
+    step: jax.Array
+    params: Variables
+    batch_stats: Variables
+    average: Variables
+    opt_state: Any
+    metrics: TrainMetrics
+
+    def eval_variables(self) -> Variables:
+        """The variables that evaluation uses: the averages where the run keeps them."""
+        return eval_variables(self.params, self.batch_stats, self.average)
+
+
+def eval_variables(params: Variables, batch_stats: Variables, average: Variables) -> Variables:
+    """Returns the variables that evaluation uses: the averages where there are any."""
+    return average or {"params": params, "batch_stats": batch_stats}
+
+
+def _initial_state(run: Run) -> TrainState:
+    size = run.dataset.image_size
+    seed = run.config.seed
+    variables = run.model.init(
+        {"params": keys.derive(seed, "init"), "dropout": keys.derive(seed, "init dropout")},
+        jnp.zeros((1, size, size, 3)),
+        train=True,
+    )
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    has_average = bool(run.config.train.ema)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        # A copy, not the same buffers: the step donates each of them.
+        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+        if has_average
+        else {},
+        opt_state=run.optimizer.init(params),
+        metrics=TrainMetrics.empty(),
+    )
+
+
+def create(run: Run) -> TrainState:
+    """Returns the state before the first step, on all devices."""
+    return jax.jit(lambda: _initial_state(run), out_shardings=sharding.replicated(run.mesh))()
+
+
+def abstract(run: Run) -> TrainState:
+    """Returns shapes, types and shardings of the state, without computing it."""
+    placed = sharding.replicated(run.mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        jax.eval_shape(lambda: _initial_state(run)),
+    )
+
+
+def fresh_metrics(run: Run) -> TrainMetrics:
+    """Returns empty metrics on all devices, to follow ones that were reported."""
+    return jax.jit(TrainMetrics.empty, out_shardings=sharding.replicated(run.mesh))()

@@ -1,0 +1,98 @@
+"""One training step: augment → forward → loss → gradient → update → averages → metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from inception_jax.input import augment, sharding
+from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.training import ema, keys, losses
+from inception_jax.training.run import Run
+from inception_jax.training.state import TrainState, Variables
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+
+
+def make_train_step(run: Run) -> TrainStep:
+    """Returns the jitted training step of a run.
+
+    The step maps (state, batch) to (state after it, mean loss: float32 scalar). A batch holds image:
+    uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated: the one
+    passed in can no longer be used.
+    """
+    config, dataset = run.config, run.dataset
+    seed = config.seed
+    time_constant = run.timeline.steps(config.train.ema)
+
+    def forward(
+        params: Variables, state: TrainState, images: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Variables]]:
+        output, updated = run.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": keys.derive(seed, "dropout", state.step)},
+            mutable=["batch_stats"],
+        )
+        loss = losses.objective(
+            output.logits,
+            output.aux,
+            targets,
+            label_smoothing=config.train.label_smoothing,
+            aux_weight=config.train.aux_weight,
+        )
+        return loss.mean(), (loss, output.logits, updated.get("batch_stats", {}))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        images, targets = augment.augment(
+            keys.derive(seed, "augment", state.step),
+            batch["image"],
+            batch["label"],
+            settings=config.augment,
+            mean=dataset.mean,
+            std=dataset.std,
+            num_classes=dataset.num_classes,
+        )
+        gradient = jax.value_and_grad(forward, has_aux=True)
+        (mean_loss, (loss, logits, batch_stats)), grads = gradient(
+            state.params, state, images, targets
+        )
+        updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average: dict[str, Any] = {}
+        if time_constant:
+            decay = ema.decay(state.step, time_constant)
+            current = {"params": params, "batch_stats": batch_stats}
+            average = ema.update(state.average, current, decay)
+        # With mixed images, the label that has the larger share counts as right.
+        labels = jnp.argmax(targets, axis=-1)
+        metrics = state.metrics.merge(
+            TrainMetrics.single_step(
+                step=state.step + 1,
+                loss=loss,
+                top1=losses.top_k_correct(logits, labels, 1),
+                top5=losses.top_k_correct(logits, labels, 5),
+                gradient_norm=optax.global_norm(grads),
+            )
+        )
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            average=average,
+            opt_state=opt_state,
+            metrics=metrics,
+        )
+        return state, mean_loss
+
+    replicated = sharding.replicated(run.mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
+        out_shardings=replicated,
+    )

@@ -1,0 +1,162 @@
+"""The folder of a run: whose it is, and what was changed when it was resumed.
+
+`config.json` holds the resolved configuration, what the data set was, the environment, and the
+settings that later starts changed. A folder is used by one model on one data set; a start that would
+mix two is refused.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+from inception_jax import config as configs
+from inception_jax.config import Config
+from inception_jax.errors import CheckpointError, ConfigError, UserError
+from inception_jax.telemetry import summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths in a run's folder."""
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> pathlib.Path:
+        return self.path / "result.json"
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def check_writable(workdir: Workdir) -> None:
+    """Makes the folder and checks that files can be written in it.
+
+    Raises:
+      UserError: if they cannot.
+    """
+    probe = workdir.path / f".probe.{os.getpid()}"
+    try:
+        workdir.path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir.path}: cannot be written to: {error.strerror}. "
+            "Give a folder on a disk with room that you may write to"
+        ) from error
+
+
+def recorded(workdir: Workdir) -> dict[str, Any] | None:
+    """Returns what config.json holds, or None in a new folder.
+
+    Raises:
+      CheckpointError: if the file cannot be read as that.
+    """
+    try:
+        values = json.loads(workdir.config.read_text())
+        configs.from_dict(values["config"])
+        return values
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{workdir.config}: cannot be read as the record of a run: {error}. "
+            "Was it written by another version? Give another --workdir"
+        ) from error
+
+
+def has_checkpoint(workdir: Workdir) -> bool:
+    """Whether a finished checkpoint is in the folder. Orbax gives it its plain name at the end."""
+    return workdir.checkpoints.is_dir() and any(
+        child.name.isdecimal() for child in workdir.checkpoints.iterdir()
+    )
+
+
+def check_owner(workdir: Workdir, config: Config) -> list[str]:
+    """Checks that a folder belongs to this model and data set, or to none yet.
+
+    A folder without a checkpoint holds nothing that could be mixed up: it belongs to nobody.
+
+    Returns:
+      'path: old → new' of the settings that differ and may.
+
+    Raises:
+      CheckpointError: naming the settings that differ and may not.
+    """
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    if record is None:
+        return []
+    refused, allowed = configs.changes(configs.from_dict(record["config"]), config)
+    if refused:
+        raise CheckpointError(_other_run(workdir, refused))
+    return allowed
+
+
+def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
+    """Checks that a folder's run was trained on these examples.
+
+    Two sources may have the same name and other contents.
+
+    Raises:
+      CheckpointError: naming what differs.
+    """
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    before = record["dataset"] if record else dataset
+    if differing := [
+        f"data set's {key}: {before.get(key)!r} → {value!r}"
+        for key, value in dataset.items()
+        if before.get(key) != value
+    ]:
+        raise CheckpointError(_other_run(workdir, differing))
+
+
+def _other_run(workdir: Workdir, differing: list[str]) -> str:
+    lines = "\n  ".join(differing)
+    return (
+        f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n"
+        "Give the settings it was started with, or another --workdir"
+    )
+
+
+def record_start(
+    workdir: Workdir, config: Config, *, step: int, changed: list[str], dataset: dict[str, Any]
+) -> None:
+    """Writes config.json at the start of a process.
+
+    Args:
+      workdir: of the run.
+      config: of this start.
+      step: finished steps at this start.
+      changed: what `check_owner` returned.
+      dataset: what the examples are.
+    """
+    record = (recorded(workdir) if has_checkpoint(workdir) else None) or {"changes": []}
+    if changed:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record["changes"].append({"step": step, "date": now, "settings": changed})
+    record |= {
+        "config": configs.to_dict(config),
+        "dataset": dataset,
+        "environment": summary.environment(),
+    }
+    write_json(workdir.config, record)

@@ -1,0 +1,27 @@
+"""Settings of every test: eight simulated CPU devices, strict promotion, one compilation cache.
+
+They are environment variables, set before anything imports JAX, so that a command that a test
+starts as a process of its own inherits them.
+"""
+
+import os
+import pathlib
+import platform
+
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{platform.python_version()}"
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_NUM_CPU_DEVICES="8",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    # A step compiled by one test, or by a former run of the tests, is not compiled again.
+    JAX_COMPILATION_CACHE_DIR=str(_CACHE),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+)
+
+from absl import flags  # noqa: E402  (after the environment that its importers read)
+
+# Grain's workers read absl flags, which only an absl command line parses (fixed after 0.2.18).
+flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,211 @@
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.errors import UserError
+from inception_jax.telemetry.writers import RunWriter
+
+_KILLED = """
+import os, pathlib, signal, sys
+from inception_jax.telemetry.writers import RunWriter
+workdir, resume_step, last_step, loss = sys.argv[1:]
+writer = RunWriter(pathlib.Path(workdir), resume_step=int(resume_step))
+for step in range(int(resume_step) + 1, int(last_step) + 1):
+    writer.write(step, epoch=step / 10, split="train", values={"loss": float(loss)})
+    if step % 10 == 0:
+        writer.write(step, epoch=step / 10, split="validation", values={"top1": float(loss)})
+writer.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _write_and_be_killed(workdir: pathlib.Path, *, resume: int, last: int, loss: float) -> None:
+    arguments = [str(workdir), str(resume), str(last), str(loss)]
+    assert subprocess.run([sys.executable, "-c", _KILLED, *arguments]).returncode == -9
+
+
+def _lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (workdir / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def _write(workdir: pathlib.Path, steps: range, *, resume_step: int = 0) -> None:
+    with RunWriter(workdir, resume_step=resume_step) as writer:
+        for step in steps:
+            writer.write(step, epoch=step / 4, split="train", values={"loss": 1 / step})
+
+
+def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
+    with RunWriter(tmp_path, resume_step=0) as writer:
+        writer.write(3, epoch=0.3, split="train", values={"loss": 2.5, "learning_rate": 0.1})
+        writer.write(3, epoch=0.3, split="validation", values={"top1": 12.5, "count": 10_000})
+    assert _lines(tmp_path) == [
+        {"step": 3, "epoch": 0.3, "split": "train", "loss": 2.5, "learning_rate": 0.1},
+        {"step": 3, "epoch": 0.3, "split": "validation", "top1": 12.5, "count": 10_000},
+    ]
+    assert isinstance(_lines(tmp_path)[1]["count"], int)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 2**53 + 1.0])
+def test_floats_read_back_the_same(tmp_path: pathlib.Path, value: float) -> None:
+    with RunWriter(tmp_path, resume_step=0) as writer:
+        writer.write(1, epoch=value, split="train", values={"loss": value})
+    assert _lines(tmp_path)[0]["loss"] == value == _lines(tmp_path)[0]["epoch"]
+
+
+def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Path) -> None:
+    values: dict[str, Any] = {
+        "numpy": np.float32(0.1),
+        "jax": jnp.float32(0.1),
+        "nan": float("nan"),
+        "inf": -np.inf,
+        "jax_nan": jnp.float32(jnp.nan),
+    }
+    with RunWriter(tmp_path, resume_step=0) as writer:
+        writer.write(np.int64(1), epoch=0.0, split="train", values=values)  # type: ignore[arg-type]
+    (line,) = _lines(tmp_path)
+    assert line["numpy"] == line["jax"] == float(np.float32(0.1))
+    assert [line["nan"], line["inf"], line["jax_nan"]] == [None, None, None]
+
+
+def test_what_was_written_outlives_a_kill(tmp_path: pathlib.Path) -> None:
+    _write_and_be_killed(tmp_path, resume=0, last=25, loss=1.5)
+    lines = [line["step"] for line in _lines(tmp_path) if line["split"] == "train"]
+    assert lines == list(range(1, 26))
+
+
+def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, range(1, 10))
+    before = _lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "split": "tr')
+    _write(tmp_path, range(7, 12), resume_step=6)
+    after = _lines(tmp_path)
+    assert after[:6] == before[:6]
+    assert [line["step"] for line in after] == list(range(1, 12))
+
+
+def test_starting_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, range(1, 10))
+    _write(tmp_path, range(0))
+    assert _lines(tmp_path) == []
+
+
+def test_resuming_without_earlier_metrics_starts_a_file(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, range(7, 9), resume_step=6)
+    assert [line["step"] for line in _lines(tmp_path)] == [7, 8]
+
+
+def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
+    with RunWriter(tmp_path / "run", resume_step=0, is_lead=False) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+        writer.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"epoch": 1}', '{"step": "1"}'])
+def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*Remove the line"):
+        RunWriter(tmp_path, resume_step=2)
+    assert path.read_text().count("\n") == 3
+
+
+@pytest.fixture
+def limit_file_size() -> Iterator[None]:
+    """Makes writes beyond the first 4 KiB of any file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("limit_file_size")
+def test_a_write_that_fails_is_the_users_error(tmp_path: pathlib.Path) -> None:
+    with (
+        pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}: .*File too large.*space"),
+        RunWriter(tmp_path, resume_step=0) as writer,
+    ):
+        for step in range(1, 1000):
+            writer.write(step, epoch=0.0, split="train", values={"loss": math.pi})
+
+
+def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    with RunWriter(workdir, resume_step=0) as writer:
+        shutil.rmtree(workdir)
+        with pytest.raises(UserError, match="removed"):
+            writer.write(1, epoch=0.0, split="train", values={"loss": 1.0})
+
+
+def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="Cannot write metrics"):
+        RunWriter(tmp_path / "run", resume_step=0)
+
+
+@pytest.fixture(params=["auto", "false"])
+def tensorboard(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[str]:
+    """Runs a TensorBoard of `tmp_path`, with each of its two loaders; gives its address."""
+    pytest.importorskip("tensorboard")
+    command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0"]
+    command += [f"--logdir={tmp_path / 'tensorboard'}", f"--load_fast={request.param}"]
+    command += ["--reload_interval=1"]
+    log = tmp_path / "tensorboard.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, env={**os.environ, "PYTHONWARNINGS": ""})
+    try:
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield address.group()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]:
+    """Returns (step, value) of a curve once TensorBoard, which reads on, has its last step."""
+    while True:
+        with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags") as reply:
+            tags = json.load(reply).get(".", {})
+        if tag in tags:
+            query = f"{address}/data/plugin/scalars/scalars?run=.&tag={tag}"
+            with urllib.request.urlopen(query) as reply:
+                points = [(step, value) for _, step, value in json.load(reply)]
+            if points and points[-1][0] >= last_step:
+                return points
+        time.sleep(0.1)
+
+
+def test_tensorboard_shows_each_step_once_after_kills_and_resumes(
+    tensorboard: str, tmp_path: pathlib.Path
+) -> None:
+    _write_and_be_killed(tmp_path, resume=0, last=30, loss=1.0)
+    _write_and_be_killed(tmp_path, resume=20, last=40, loss=2.0)
+    expected = [(step, 1.0 if step <= 20 else 2.0) for step in range(1, 41)]
+    assert _curve(tensorboard, "train/loss", last_step=40) == expected
+    assert _curve(tensorboard, "validation/top1", last_step=40) == expected[9::10]
+    # A new run in the same folder hides all of the old one.
+    _write_and_be_killed(tmp_path, resume=0, last=50, loss=3.0)
+    expected = [(step, 3.0) for step in range(1, 51)]
+    assert _curve(tensorboard, "train/loss", last_step=50) == expected

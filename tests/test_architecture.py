@@ -1,0 +1,146 @@
+"""What holds between the files of the project, read from their source without importing them."""
+
+import ast
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from inception_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "inception_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part of the package may import from the others; `inception_jax` is its version.
+BASE = {"inception_jax", "errors", "config"}
+MAY_IMPORT = {
+    "inception_jax": set(),
+    "errors": set(),
+    "config": {"inception_jax", "errors"},
+    "cli": BASE,
+    "runtime": BASE,
+    "datasets": BASE,
+    "input": BASE | {"datasets"},
+    "models": BASE,
+    "telemetry": BASE | {"datasets"},
+    "training": BASE | {"datasets", "input", "models", "telemetry"},
+    "evaluation": BASE | {"datasets", "input", "models", "telemetry", "training"},
+}
+COMMANDS = {"tools", "main"}
+
+# The libraries whose interface changes most, and the only places that know them.
+OWNERS = {
+    "orbax": ("training/checkpoints.py",),
+    "grain": ("input/pipeline.py",),
+    "clu": ("telemetry/",),
+    "tensorboardX": ("telemetry/",),
+    "tensorflow_datasets": ("datasets/",),
+    "sklearn": ("datasets/",),
+    "matplotlib": ("evaluation/",),
+}
+UNWANTED = {"tensorflow", "keras", "torch", "torchvision", "tensorboard"}
+PARALLEL = {"sharding", "PartitionSpec", "NamedSharding", "Mesh", "axis_name", "psum", "pmean"}
+
+
+@functools.cache
+def parse(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: pathlib.Path) -> Iterator[str]:
+    """Yields the dotted name of everything that a file imports, wherever in it."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import by the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(name: str) -> str:
+    """Returns the part that a dotted name is in: 'input' of inception_jax.input.pipeline."""
+    inside = name.partition(".")[2].partition(".")[0]
+    paths = (PACKAGE / inside, PACKAGE / f"{inside}.py")
+    return inside if inside and any(path.exists() for path in paths) else "inception_jax"
+
+
+def name_of(path: pathlib.Path) -> str:
+    """Returns a file's path inside the package, with forward slashes."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of_file(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "inception_jax" if first == "__init__" else first
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_one_way(path: pathlib.Path) -> None:
+    part = part_of_file(path)
+    allowed = {"tools", *MAY_IMPORT} if part in COMMANDS else {part, *MAY_IMPORT[part]}
+    used = {part_of(name) for name in imports(path) if name.split(".")[0] == "inception_jax"}
+    assert used <= allowed, f"{part} must not import {sorted(used - allowed)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_each_changing_library_has_one_owner(path: pathlib.Path) -> None:
+    for name in {name.split(".")[0] for name in imports(path)}:
+        assert name not in UNWANTED
+        if name in OWNERS:
+            assert name_of(path).startswith(OWNERS[name]), f"{name} belongs to {OWNERS[name]}"
+
+
+def test_every_owned_library_is_used_by_its_owner() -> None:
+    """A rule about a library that nothing uses would only look like a rule."""
+    used = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    assert set(OWNERS) <= used
+
+
+def test_models_name_no_mesh_axis() -> None:
+    for path in sorted((PACKAGE / "models").glob("*.py")):
+        nodes = list(ast.walk(parse(path)))
+        words = {node.id for node in nodes if isinstance(node, ast.Name)}
+        words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        words |= {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}
+        assert not words & PARALLEL, path
+        assert not any(name.startswith("jax.sharding") for name in imports(path)), path
+
+
+def test_experiments_import_only_the_configuration() -> None:
+    paths = sorted((ROOT / "experiments").glob("*.py"))
+    assert paths
+    for path in paths:
+        for name in imports(path):
+            known = name.startswith("inception_jax.config") or name.split(".")[0] == "experiments"
+            assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+def test_every_experiment_says_what_it_is() -> None:
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        assert ast.get_docstring(parse(path)), f"{path.name} has no docstring"
+
+
+def test_the_entry_point_is_short() -> None:
+    assert len((PACKAGE / "main.py").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """A setting that nothing reads would be accepted, recorded and without any effect."""
+    read = {
+        node.attr
+        for path in MODULES
+        if path.name != "config.py"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    settings = set()
+    for path, _, _ in config.leaves():
+        parent, _, name = path.rpartition(".")
+        # A duration is read as a whole, by the methods of Timeline.
+        is_duration = parent and isinstance(config.get(config.Config(), parent), config.Duration)
+        settings.add(parent.rpartition(".")[2] if is_duration else name)
+    unread = sorted(settings - read)
+    assert not unread

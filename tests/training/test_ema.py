@@ -1,0 +1,49 @@
+"""The moving average against a loop in Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.training import ema
+
+
+@pytest.mark.parametrize("time_constant", [1, 5, 1000])
+def test_decay_rises_to_that_of_the_time_constant(time_constant: int) -> None:
+    for step in (0, 1, 7, 40, 100_000):
+        expected = min(1 - 1 / time_constant, (1 + step) / (10 + step))
+        for form in (step, jnp.int32(step)):
+            result = ema.decay(form, time_constant)
+            assert result.dtype == jnp.float32
+            np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_update_equals_a_loop_over_the_values() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(30, 3)).astype(np.float32)
+    tree = {"params": {"kernel": jnp.asarray(values[0])}, "batch_stats": {"mean": jnp.zeros(())}}
+    expected, statistic = values[0].astype(np.float64), 0.0
+
+    @jax.jit
+    def step(average: dict, value: jax.Array, count: jax.Array) -> dict:
+        new = {"params": {"kernel": value}, "batch_stats": {"mean": value[0]}}
+        return ema.update(average, new, ema.decay(count, 10))
+
+    for count, value in enumerate(values):
+        tree = step(tree, value, jnp.int32(count))
+        keep = min(0.9, (1 + count) / (10 + count))
+        expected = keep * expected + (1 - keep) * value
+        statistic = keep * statistic + (1 - keep) * float(value[0])
+    np.testing.assert_allclose(tree["params"]["kernel"], expected, rtol=1e-5)
+    np.testing.assert_allclose(tree["batch_stats"]["mean"], statistic, rtol=1e-5)
+
+
+def test_the_average_of_a_constant_is_the_constant() -> None:
+    values = {"kernel": jnp.full((2, 2), 3.5)}
+    result = ema.update(values, values, ema.decay(3, 100))
+    np.testing.assert_allclose(result["kernel"], values["kernel"], rtol=1e-6)
+
+
+def test_a_time_constant_of_one_step_keeps_the_last_value() -> None:
+    result = ema.update({"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, ema.decay(5, 1))
+    np.testing.assert_array_equal(result["a"], [0, 0])
