@@ -28,7 +28,7 @@ def get_config() -> Config:
         augment=Augment(crop="pad", pad=4, flip=True),
         model=Model(name="googlenet", stem="paper", dropout=0.2),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule(name="linear", learning_rate=0.1, warmup=Duration(epochs=0.4)),
-        train=Train(batch_size=128, length=Duration(epochs=4), label_smoothing=0.1),
+        schedule=Schedule(name="linear", learning_rate=0.1, warmup=Duration(epochs=0.3)),
+        train=Train(batch_size=128, length=Duration(epochs=3), label_smoothing=0.1),
         checkpoint=Checkpoint(every=Duration(steps=200)),
     )

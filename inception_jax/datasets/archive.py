@@ -134,7 +134,7 @@ class _ZipSource(Source):
             raise self._missing(file)
         try:
             return self._zip.read(self._members[file])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(
                 f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
             ) from error
@@ -249,10 +249,11 @@ def _train(source: Source, wnids: tuple[str, ...], images: dict[str, set[str]]) 
 
 def _validation(source: Source, wnids: tuple[str, ...], images: dict[str, set[str]]) -> list[Entry]:
     where, folder = "val/val_annotations.txt", "val/images/"
+    known = set(wnids)
     entries = []
     for line in source.lines(where):
         wnid = line[1] if len(line) > 1 else ""
-        if wnid not in wnids:
+        if wnid not in known:
             raise DataError(
                 f"{source.path}: {where} gives {line[0]} the class {wnid!r}, which wnids.txt does not "
                 "list. Use the two files of one archive."
@@ -287,7 +288,7 @@ def index(source: Source) -> Index:
     """
     images: dict[str, set[str]] = collections.defaultdict(set)
     for file in source.sizes:
-        if file.lower().endswith((".jpeg", ".jpg", ".png")):
+        if file.lower().endswith((".jpeg", ".jpg")):
             images[file.rpartition("/")[0] + "/"].add(file)
     wnids = tuple(sorted(line[0].strip() for line in source.lines("wnids.txt")))
     if not wnids or len(set(wnids)) != len(wnids):

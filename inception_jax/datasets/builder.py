@@ -78,8 +78,13 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Returns the size of all encoded images together, bytes."""
 
     def is_prepared(self) -> bool:
-        """Whether the dataset is on disk, whole: TFDS renames its folder when all is written."""
+        """Whether the dataset is on disk: TFDS gives the folder its name when all is written."""
         return bool(self.info.splits)
+
+    def missing_files(self) -> list[str]:
+        """Returns the files of the prepared dataset that have been removed since."""
+        paths = [path for split in self.info.splits.values() for path in split.filepaths]
+        return [str(path) for path in paths if not path.exists()]
 
     def prepare(self) -> None:
         """Writes the dataset; `open` comes first.

@@ -47,7 +47,7 @@ class Digits(builder.ImageBuilder):
         )
 
     def open(self) -> None:
-        """Loads the images from the scikit-learn package."""
+        """Loads the images from scikit-learn."""
         # Imported here because scikit-learn takes a second, and reading what is prepared needs none.
         from sklearn import datasets
 

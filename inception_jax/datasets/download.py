@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import pathlib
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -50,6 +51,12 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
+    free = shutil.disk_usage(target.parent).free
+    if free < size - have:
+        raise DataError(
+            f"{url}: {size - have:,} bytes are to be downloaded to {target.parent}, which has {free:,} free. "
+            "Free some space, or set config.data.directory elsewhere."
+        )
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
         progress.update(have)
         failures = 0

@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 from typing import Any
 
-from inception_jax import config
 from inception_jax.errors import ConfigError, nearest
 
 
@@ -81,7 +80,7 @@ def get(name: str) -> DatasetSpec:
     """
     if name not in _BY_NAME:
         raise ConfigError(
-            f"config.data.name = {name!r}: must be one of {', '.join(config.DATASETS)}."
-            f"{nearest(name, config.DATASETS)}"
+            f"config.data.name = {name!r}: must be one of {', '.join(_BY_NAME)}."
+            f"{nearest(name, _BY_NAME)}"
         )
     return _BY_NAME[name]

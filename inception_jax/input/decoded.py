@@ -67,7 +67,7 @@ class DecodedSplit:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The original file name of each example; read at first use."""
-        return tuple(self.names_path.read_text(encoding="utf-8").splitlines())
+        return tuple(self.names_path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,38 +139,34 @@ def prepare(data: config.Data, *, log: Log = print) -> DecodedDataset:
         )
     directory = data_directory(data.directory)
     cache = directory / _CACHES / f"{spec.name}-{spec.version}-{data.image_size}px"
-    info = _read_info(cache, log=log)
+    info, _ = _read_info(cache)
     if info is None:
         with _locked(directory / _CACHES / f"{spec.name}-{spec.version}.lock", log=log):
             # Another process may have prepared it while this one waited.
-            info = _read_info(cache, log=log)
+            info, problem = _read_info(cache)
             if info is None:
-                _build(spec, data.source, cache, size=data.image_size, log=log)
-                info = _read_info(cache, log=log)
-    if info is None:
-        raise DataError(f"{cache}: changed by something else while it was opened. Start again.")
+                if problem:
+                    log(f"{cache}: {problem}; it is made again")
+                info = _build(spec, data.source, cache, size=data.image_size, log=log)
     _check_source(spec, data.source, info["source"], where=cache)
     return _open(spec, cache, info)
 
 
-def _read_info(cache: pathlib.Path, *, log: Log) -> dict[str, Any] | None:
-    """Returns the cache's description, or None if it is absent, damaged or of another format."""
+def _read_info(cache: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
+    """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
     try:
         info = json.loads((cache / "info.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log(f"{cache}: info.json cannot be read ({error}); the cache is made again")
-        return None
+        return None, "info.json is missing" if cache.exists() else ""
+    except ValueError as error:
+        return None, f"info.json is damaged ({error})"
     if info.get("format") != FORMAT:
-        log(f"{cache}: has format {info.get('format')} instead of {FORMAT}; it is made again")
-        return None
+        return None, f"its format is {info.get('format')}, not {FORMAT}"
     for file, size in info["files"].items():
         found = (cache / file).stat().st_size if (cache / file).exists() else 0
         if found != size:
-            log(f"{cache}: {file} has {found:,} bytes instead of {size:,}; the cache is made again")
-            return None
-    return info
+            return None, f"{file} has {found:,} bytes instead of {size:,}"
+    return info, ""
 
 
 def _open(spec: DatasetSpec, cache: pathlib.Path, info: dict[str, Any]) -> DecodedDataset:
@@ -253,29 +249,50 @@ def _check_space(directory: pathlib.Path, needed: int) -> None:
 
 def _build(
     spec: DatasetSpec, source: str, cache: pathlib.Path, *, size: int, log: Log
-) -> None:
-    """Makes the cache, and the TFDS dataset before it if there is none. Under the lock."""
+) -> dict[str, Any]:
+    """Makes the cache, and the TFDS dataset before it if there is none; returns its description.
+
+    The lock is held: what others left unfinished here is nobody's.
+    """
     directory = cache.parent.parent
     partial = cache.with_name(cache.name + ".partial")
-    # What a preparation that was killed left behind. Its name is TFDS's: 'incomplete.XXXXXX_1.0.0'.
+    # TFDS's name for a folder it has not finished is 'incomplete.XXXXXX_1.0.0'.
     for leftover in (partial, *(directory / spec.name).glob(f"incomplete.*_{spec.version}")):
         shutil.rmtree(leftover, ignore_errors=True)
-    builder = spec.builder_class()(source=source, log=log, data_dir=directory)
-    with contextlib.closing(builder):
-        if not builder.is_prepared():
+    builder = _prepared_builder(spec, source, directory, size=size, log=log)
+    _check_source(spec, source, _source_of(builder), where=pathlib.Path(builder.data_dir))
+    count = sum(split.num_examples for split in builder.info.splits.values())
+    _check_space(directory, count * _decoded_bytes(size))
+    partial.mkdir(parents=True)
+    try:
+        info = _write_cache(builder, spec, partial, size=size, log=log)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(cache, ignore_errors=True)
+    os.replace(partial, cache)
+    log(f"{spec.name}: ready in {cache}")
+    return info
+
+
+def _prepared_builder(
+    spec: DatasetSpec, source: str, directory: pathlib.Path, *, size: int, log: Log
+) -> Any:
+    """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
+    new = functools.partial(spec.builder_class(), source=source, log=log, data_dir=directory)
+    builder = new()
+    if builder.is_prepared() and (missing := builder.missing_files()):
+        log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
+        shutil.rmtree(builder.data_dir)
+        builder = new()
+    if not builder.is_prepared():
+        with contextlib.closing(builder):
             builder.open()
             count = sum(map(len, builder.splits().values()))
             records = builder.source_bytes() + count * _RECORD_OVERHEAD
             _check_space(directory, records + count * _decoded_bytes(size))
             builder.prepare()
-        _check_source(spec, source, _source_of(builder), where=builder.data_path)
-        count = sum(split.num_examples for split in builder.info.splits.values())
-        _check_space(directory, count * _decoded_bytes(size))
-        partial.mkdir(parents=True)
-        _write_cache(builder, spec, partial, size=size, log=log)
-    shutil.rmtree(cache, ignore_errors=True)
-    os.replace(partial, cache)
-    log(f"{spec.name}: ready in {cache}")
+    return builder
 
 
 def _decoded_bytes(size: int) -> int:
@@ -290,8 +307,8 @@ def _source_of(builder: Any) -> dict[str, str]:
 
 def _write_cache(
     builder: Any, spec: DatasetSpec, folder: pathlib.Path, *, size: int, log: Log
-) -> None:
-    """Writes all splits and, last, info.json, to `folder`."""
+) -> dict[str, Any]:
+    """Writes all splits and, last, info.json, to `folder`; returns what is in info.json."""
     statistics = {
         split: _write_split(builder, split, folder, size=size, log=log)
         for split in builder.info.splits
@@ -311,6 +328,7 @@ def _write_cache(
     }
     with _synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
+    return info
 
 
 def _write_split(
