@@ -32,14 +32,14 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 	@echo "Ready: $(BIN)/python -m inception_jax.main --help"
 
-demo: setup ## train, evaluate and plot the embedded digits on the CPU
+demo: setup ## train on the embedded digits, evaluate and plot: data, curves and result
 	@if [ -d $(DEMO) ]; then echo "$(DEMO) holds an earlier run, which goes on or is finished" \
 	  "already; to start again: rm -r $(DEMO)"; fi
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
 	  --config.data.directory=runs/data
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
 	  --config.data.directory=runs/data --mode=eval
-	$(BIN)/python -m inception_jax.tools.plot --workdir $(DEMO)
+	$(BIN)/python -m inception_jax.tools.plot $(DEMO)
 	@echo "Result:      $(DEMO)/result.json"
 	@echo "Metrics:     $(DEMO)/metrics.jsonl"
 	@echo "Plots:       $(DEMO)/plots/"

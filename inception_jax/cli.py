@@ -93,7 +93,11 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
             _check_type(flags.FLAGS.config)
         return positional
     except flags.Error as error:
-        raise UserError(f"{str(error).strip()} See --help") from error
+        message = str(error).strip()
+        # config_flags puts a whole traceback into this message; its last line says what is wrong.
+        if "Error whilst parsing config file" in message:
+            message = f"--config: the experiment file failed: {message.splitlines()[-1]}"
+        raise UserError(f"{message.rstrip('.')}. See --help") from error
     except UserError:
         raise
     except OSError as error:

@@ -9,6 +9,7 @@ range, choices), `describe` (the --help text), `changes` (what may differ when a
 the tests, which require that every field is read somewhere in the package.
 """
 
+import copy
 import dataclasses
 import math
 import typing
@@ -31,7 +32,7 @@ SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial
 
 def setting(
     default: Any,
-    help: str,
+    meaning: str,
     *,
     choices: Sequence[str] = (),
     low: float | None = None,
@@ -44,7 +45,7 @@ def setting(
 
     Args:
       default: its value when nothing else is said; a dataclass instance is copied for each use.
-      help: what it is, with its unit.
+      meaning: what it is, with its unit.
       choices: the allowed values of a string field; empty: any.
       low, high: the smallest and largest allowed value, themselves included.
       above, below: bounds that are themselves excluded.
@@ -52,7 +53,7 @@ def setting(
         the state, or which examples a step sees, may not.
     """
     metadata = {
-        "help": help,
+        "help": meaning,
         "choices": tuple(choices),
         "low": low,
         "high": high,
@@ -62,9 +63,8 @@ def setting(
     }
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         template = default
-        return dataclasses.field(
-            default_factory=lambda: dataclasses.replace(template), metadata=metadata
-        )
+        # Deep: a group within the group would be shared otherwise.
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(template), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -453,7 +453,8 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
       (refused, allowed): 'path: old → new' of the fields that a resumed run may not change, and of
       those that it may.
     """
-    refused, allowed = [], []
+    refused: list[str] = []
+    allowed: list[str] = []
     for path, _, field in leaves():
         before, after = get(old, path), get(new, path)
         if before != after:

@@ -91,6 +91,7 @@ class Source(abc.ABC):
     def fingerprint(self) -> str:
         """Returns a digest that another content does not share."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Releases what is open."""
 
@@ -104,8 +105,8 @@ class Source(abc.ABC):
 
     def _missing(self, file: str) -> DataError:
         return DataError(
-            f"{self.path}: {file} is missing. Tiny ImageNet's official layout has it: get the archive "
-            "again, or copy the folder whole."
+            f"{self.path}: {file} is missing. Tiny ImageNet's official layout has it: get the "
+            "archive again, or copy the folder whole."
         )
 
 
@@ -118,8 +119,8 @@ class _ZipSource(Source):
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(
-                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). It may be "
-                "cut short: download or copy it again."
+                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). It may "
+                "be cut short: download or copy it again."
             ) from error
         root = _root([info.filename for info in self._zip.infolist()], path)
         self._members = {
@@ -156,7 +157,7 @@ class _FolderSource(Source):
         inner = path / FOLDER
         self._root = path if (path / "wnids.txt").exists() or not inner.is_dir() else inner
         if not (self._root / "wnids.txt").exists():
-            raise _foreign(path, sorted(os.listdir(path)))
+            raise _foreign(path, sorted(os.listdir(self._root)))
         for folder, _, files in os.walk(self._root):
             for file in files:
                 whole = pathlib.Path(folder, file)
@@ -177,12 +178,15 @@ class _FolderSource(Source):
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    def close(self) -> None:
+        """Does nothing: files are open only while they are read."""
+
 
 def _foreign(path: pathlib.Path, names: list[str]) -> DataError:
     found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return DataError(
-        f"{path}: not Tiny ImageNet, for it has no wnids.txt (found: {found or 'nothing'}). Give the "
-        f"{FOLDER}.zip, or the folder {FOLDER} that was extracted from it."
+        f"{path}: not Tiny ImageNet, for it has no wnids.txt (found: {found or 'nothing'}). Give "
+        f"the {FOLDER}.zip, or the folder {FOLDER} that was extracted from it."
     )
 
 
@@ -217,7 +221,8 @@ def _box(fields: list[str], where: str) -> Box:
         x0, y0, x1, y1 = map(int, fields)
     except ValueError as error:
         raise DataError(
-            f"{where}: four whole numbers x0, y0, x1, y1 belong at the line's end, but it has {fields}."
+            f"{where}: four whole numbers x0, y0, x1, y1 belong at the line's end, but it has "
+            f"{fields}."
         ) from error
     return x0, y0, x1, y1
 
@@ -226,13 +231,13 @@ def _compare(source: Source, where: str, *, listed: set[str], present: set[str])
     """Raises DataError if the images that a text file lists are not those that are there."""
     if missing := sorted(listed - present):
         raise DataError(
-            f"{source.path}: {len(missing)} of the {len(listed):,} images that {where} lists are missing, "
-            f"such as {missing[0]}. Get the archive again, or copy the folder whole."
+            f"{source.path}: {len(missing)} of the {len(listed):,} images that {where} lists are "
+            f"missing, such as {missing[0]}. Get the archive again, or copy the folder whole."
         )
     if extra := sorted(present - listed):
         raise DataError(
-            f"{source.path}: {where} does not list {len(extra)} of the images that are there, such as "
-            f"{extra[0]}. Get the archive again, or mend that file."
+            f"{source.path}: {where} does not list {len(extra)} of the images that are there, such "
+            f"as {extra[0]}. Get the archive again, or mend that file."
         )
 
 
@@ -241,7 +246,10 @@ def _train(source: Source, wnids: tuple[str, ...], images: dict[str, set[str]]) 
     for wnid in wnids:
         where = f"train/{wnid}/{wnid}_boxes.txt"
         folder = f"train/{wnid}/images/"
-        boxes = {folder + line[0]: _box(line[1:], where) for line in source.lines(where)}
+        boxes = {
+            folder + line[0]: _box(line[1:], f"{source.path}: {where}")
+            for line in source.lines(where)
+        }
         _compare(source, where, listed=set(boxes), present=images.pop(folder, set()))
         entries += [Entry(file, wnid, box) for file, box in sorted(boxes.items())]
     return entries
@@ -255,10 +263,10 @@ def _validation(source: Source, wnids: tuple[str, ...], images: dict[str, set[st
         wnid = line[1] if len(line) > 1 else ""
         if wnid not in known:
             raise DataError(
-                f"{source.path}: {where} gives {line[0]} the class {wnid!r}, which wnids.txt does not "
-                "list. Use the two files of one archive."
+                f"{source.path}: {where} gives {line[0]} the class {wnid!r}, which wnids.txt does "
+                "not list. Use the two files of one archive."
             )
-        entries.append(Entry(folder + line[0], wnid, _box(line[2:], where)))
+        entries.append(Entry(folder + line[0], wnid, _box(line[2:], f"{source.path}: {where}")))
     listed = {entry.file for entry in entries}
     _compare(source, where, listed=listed, present=images.pop(folder, set()))
     return sorted(entries)
@@ -269,8 +277,8 @@ def _class_names(source: Source, wnids: tuple[str, ...]) -> tuple[str, ...]:
     words = {line[0]: line[1] for line in source.lines("words.txt") if len(line) > 1}
     if missing := [wnid for wnid in wnids if wnid not in words]:
         raise DataError(
-            f"{source.path}: words.txt has no name for {len(missing)} classes of wnids.txt, such as "
-            f"{missing[0]}. Use the two files of one archive."
+            f"{source.path}: words.txt has no name for {len(missing)} classes of wnids.txt, such "
+            f"as {missing[0]}. Use the two files of one archive."
         )
     first = [words[wnid].split(",")[0].strip() for wnid in wnids]
     uses = collections.Counter(first)
@@ -292,7 +300,9 @@ def index(source: Source) -> Index:
             images[file.rpartition("/")[0] + "/"].add(file)
     wnids = tuple(sorted(line[0].strip() for line in source.lines("wnids.txt")))
     if not wnids or len(set(wnids)) != len(wnids):
-        raise DataError(f"{source.path}: wnids.txt must list at least one class id, and none twice.")
+        raise DataError(
+            f"{source.path}: wnids.txt must list at least one class id, and none twice."
+        )
     splits = {
         "train": _train(source, wnids, images),
         "validation": _validation(source, wnids, images),
@@ -302,7 +312,7 @@ def index(source: Source) -> Index:
     if images:
         folder = min(images)
         raise DataError(
-            f"{source.path}: {folder} holds images, but wnids.txt lists no such class. Use the files of "
-            "one archive."
+            f"{source.path}: {folder} holds images, but wnids.txt lists no such class. Use the "
+            "files of one archive."
         )
     return Index(wnids, _class_names(source, wnids), splits)

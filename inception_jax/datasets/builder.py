@@ -7,7 +7,7 @@ encoded bytes and archives are read here rather than by TFDS's download manager.
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -18,11 +18,11 @@ from inception_jax.datasets.progress import Progress
 KeyedExample = tuple[str, dict[str, Any]]
 
 
-class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ImageBuilder(tfds.core.GeneratorBasedBuilder):
     """Builds one data set.
 
-    Subclasses give `VERSION`, `info_fields`, `open`, `splits`, `examples`. The records of a split lie in
-    the order of a hash of their keys, which TFDS fixes: shuffled, and the same at every preparation.
+    A subclass gives `VERSION`, `_info` and the abstract methods. The records of a split lie in the
+    order of a hash of their keys, which TFDS fixes: shuffled, the same at every preparation.
 
     Args:
       source: where the original files are, as in `config.data.source`.
@@ -62,7 +62,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Returns what each split consists of, in the form that `examples` takes."""
 
     @abc.abstractmethod
-    def examples(self, items: Sequence[Any]) -> Iterator[KeyedExample]:
+    def examples(self, items: Sequence[Any]) -> Generator[KeyedExample, None, None]:
         """Yields the examples of a split, each verified to be a whole image.
 
         Raises:
@@ -107,17 +107,21 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # when the source is gone.
         self.info.features["label"].names = list(names)
         self.info.metadata.update(metadata)
-        return {split: self._generate_examples(split, items) for split, items in self.splits().items()}
+        return {
+            split: self._generate_examples(split, items) for split, items in self.splits().items()
+        }
 
     def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[KeyedExample]:
-        with Progress(f"{self.name}: writing {split} records", len(items), log=self.log) as progress:
-            with contextlib.closing(self.examples(items)) as examples:
-                for key, example in examples:
-                    yield key, example
-                    progress.update(1)
+        with (
+            Progress(f"{self.name}: writing {split} records", len(items), log=self.log) as progress,
+            contextlib.closing(self.examples(items)) as examples,
+        ):
+            for key, example in examples:
+                yield key, example
+                progress.update(1)
 
     def _log_download_bytes(self) -> None:
-        """Silences TFDS's announcement of a download of unknown size; `Progress` says what happens."""
+        """Silences TFDS's first line; `Progress` says what happens."""
 
     def _log_download_done(self) -> None:
         """Silences TFDS's last line."""

@@ -5,7 +5,7 @@
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Digits(builder.ImageBuilder):
 
     def open(self) -> None:
         """Loads the images from scikit-learn."""
-        # Imported here because scikit-learn takes a second, and reading what is prepared needs none.
+        # Imported here: scikit-learn takes a second, and reading what is prepared needs none of it.
         from sklearn import datasets
 
         bunch = datasets.load_digits()
@@ -72,7 +72,7 @@ class Digits(builder.ImageBuilder):
         """Returns a bound on the size of all images, bytes."""
         return 4 * self._images.nbytes
 
-    def examples(self, items: Sequence[int]) -> Iterator[builder.KeyedExample]:
+    def examples(self, items: Sequence[int]) -> Generator[builder.KeyedExample, None, None]:
         """Yields the images as PNG files."""
         for item in items:
             buffer = io.BytesIO()

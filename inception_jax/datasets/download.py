@@ -54,8 +54,8 @@ def fetch(
     free = shutil.disk_usage(target.parent).free
     if free < size - have:
         raise DataError(
-            f"{url}: {size - have:,} bytes are to be downloaded to {target.parent}, which has {free:,} free. "
-            "Free some space, or set config.data.directory elsewhere."
+            f"{url}: {size - have:,} bytes are to be downloaded to {target.parent}, which has "
+            f"{free:,} free. Free some space, or set config.data.directory elsewhere."
         )
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
         progress.update(have)
@@ -97,8 +97,8 @@ def _receive(url: str, part: pathlib.Path, have: int, *, size: int, progress: Pr
 
 def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
     return DataError(
-        f"{url}: cannot be downloaded ({problem}; {have:,} of {size:,} bytes are here and will be kept). "
-        "Check the network and start again, or get the file elsewhere and give its path as "
+        f"{url}: cannot be downloaded ({problem}; {have:,} of {size:,} bytes are here and will be "
+        "kept). Check the network and start again, or get the file elsewhere and give its path as "
         "--config.data.source."
     )
 
@@ -113,7 +113,7 @@ def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
     if found != size or digest.hexdigest() != md5:
         part.unlink()
         raise DataError(
-            f"{url}: what was downloaded is another file ({found:,} bytes, md5 {digest.hexdigest()}; "
-            f"expected {size:,} bytes, md5 {md5}); it was removed. Start again, or get the file elsewhere "
-            "and give its path as --config.data.source."
+            f"{url}: what was downloaded is another file ({found:,} bytes, md5 "
+            f"{digest.hexdigest()}; expected {size:,} bytes, md5 {md5}); it was removed. Start "
+            "again, or get the file elsewhere and give its path as --config.data.source."
         )

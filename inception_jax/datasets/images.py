@@ -24,8 +24,8 @@ _MOST_THREADS = 8
 
 def _broken(name: str, size: int, error: Exception) -> DataError:
     return DataError(
-        f"{name}: not a whole image ({size:,} bytes; {error}). The source is damaged: get this file, "
-        "or the whole source, again."
+        f"{name}: not a whole image ({size:,} bytes; {error}). The source is damaged: get this "
+        "file, or the whole source, again."
     )
 
 

@@ -14,8 +14,8 @@ _PAUSE = 5.0
 class Progress:
     """Counts work done and shows it.
 
-    On a terminal it is a tqdm bar on stderr; elsewhere (a log file, a notebook server) a line goes to
-    `log` at the start and then every few seconds.
+    On a terminal it is a tqdm bar on stderr; elsewhere (a log file, a notebook server) a line goes
+    to `log` at the start and then every few seconds.
 
     Args:
       label: what is being done, such as "reading images".

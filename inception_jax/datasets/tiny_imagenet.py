@@ -1,13 +1,13 @@
 """Tiny ImageNet as a TFDS dataset: 200 classes of 64 × 64 pixels, from the official layout.
 
-Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231n, Stanford, 2015. TFDS itself
-has no builder for it (tensorflow/datasets#998).
+Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231n, Stanford, 2015. TFDS
+itself has no builder for it (tensorflow/datasets#998).
 """
 
 import collections
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,8 @@ class TinyImagenetSubset(builder.ImageBuilder):
     def _locate(self) -> str | pathlib.Path:
         if not self.source:
             raise DataError(
-                f"config.data.source = '': {self.name} has no download. Give a zip archive or a folder in "
-                "Tiny ImageNet's layout."
+                f"config.data.source = '': {self.name} has no download. Give a zip archive or a "
+                "folder in Tiny ImageNet's layout."
             )
         return self.source
 
@@ -112,7 +112,9 @@ class TinyImagenetSubset(builder.ImageBuilder):
         """Returns the size of all images, bytes."""
         return sum(self._files.sizes.values())
 
-    def examples(self, items: Sequence[archive.Entry]) -> Iterator[builder.KeyedExample]:
+    def examples(
+        self, items: Sequence[archive.Entry]
+    ) -> Generator[builder.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
         pieces = (items[start : start + _PIECE] for start in range(0, len(items), _PIECE))
@@ -172,8 +174,9 @@ class TinyImagenet(TinyImagenetSubset):
         ][:3]
         if wrong:
             raise DataError(
-                f"{self._files.path}: not the whole of Tiny ImageNet, for it has {', '.join(wrong)}. Get "
-                "the archive again, or set config.data.name=tiny_imagenet_subset to use what is there."
+                f"{self._files.path}: not the whole of Tiny ImageNet, for it has "
+                f"{', '.join(wrong)}. Get the archive again, or set "
+                "config.data.name=tiny_imagenet_subset to use what is there."
             )
 
 

@@ -1,6 +1,5 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,23 +39,12 @@ class Evaluator:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
         """
         split = self._run.dataset.evaluation
-        metrics = EvalMetrics.total(self._batch_sums(variables)).compute()
+        batches = pipeline.eval_batches(
+            split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
+        )
+        metrics = EvalMetrics.total(self._step(variables, batch) for batch in batches).compute()
         assert metrics["count"] == len(split), (metrics["count"], len(split))
         return metrics
-
-    def _batch_sums(self, variables: Variables) -> Iterator[EvalMetrics]:
-        """Yields the sums of each batch. At most two are computed at a time, to bound memory."""
-        batches = pipeline.eval_batches(
-            self._run.dataset.evaluation,
-            batch_size=self._run.config.evaluation.batch_size,
-            mesh=self._run.mesh,
-        )
-        previous: EvalMetrics | None = None
-        for batch in batches:
-            sums = self._step(variables, batch)
-            jax.block_until_ready(previous)
-            previous = sums
-            yield sums
 
     def _eval_step(self, variables: Variables, batch: dict[str, jax.Array]) -> EvalMetrics:
         dataset = self._run.dataset

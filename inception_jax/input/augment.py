@@ -2,8 +2,8 @@
 
 Everything here is a pure function of a key and a whole batch. It runs on the devices because a
 uint8 batch is a quarter of the size of a float32 one on its way there, and because what a batch
-becomes then depends on the key alone, not on how many processes or workers feed it. Under jit with a
-batch sharded over devices the result is the same as on one device.
+becomes then depends on the key alone, not on how many processes or workers feed it. With a batch
+that is sharded over devices the result is the same as on one.
 
 Each operation draws from its own key, folded in by number (`_Stream`), so that switching one on or
 adding another leaves what the rest draw unchanged.
@@ -23,6 +23,7 @@ from inception_jax import config
 _RESIZED_TRIES = 10
 
 
+@enum.unique
 class _Stream(enum.IntEnum):
     """Numbers of the operations' keys. They stay as they are: a changed one changes every run."""
 
@@ -211,10 +212,10 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Blends each image and its target with those of the image before it in the batch.
 
-    mixup (Zhang et al. 2018) weighs whole images, lambda * own + (1 - lambda) * partner. CutMix (Yun
-    et al. 2019) pastes one box of the partner, with sides sqrt(1 - lambda) of the image's, its
+    mixup (Zhang et al. 2018) weighs whole images, lambda * own + (1 - lambda) * partner. CutMix
+    (Yun et al. 2019) pastes one box of the partner, with sides sqrt(1 - lambda) of the image's, its
     centre uniform, clipped at the border; lambda is then corrected to the share of pixels that are
-    left. As in the authors' code, lambda ~ Beta(alpha, alpha), the box and the choice whether to mix
+    left. As in the authors' code, lambda ~ Beta(alpha, alpha), the box and whether to mix at all
     are drawn once a batch. With both alphas above 0 a batch gets one of the two, each with
     probability one half. The authors permute the batch to find partners; a batch is in random order
     already, and a roll by one moves a single image between neighbouring devices.
@@ -250,7 +251,7 @@ def _random_box(key: jax.Array, size: tuple[int, int], side: jax.Array) -> jax.A
     """Returns bool [1, H, W, 1], true in a box of `side` times the image's height and width."""
     extent = np.array([size])
     centres = jax.random.randint(key, (1, 2), 0, extent)
-    sides = (extent.astype(np.float32) * side).astype(jnp.int32)
+    sides = (jnp.asarray(extent, jnp.float32) * side).astype(jnp.int32)
     return _boxes(centres, sides, size)
 
 

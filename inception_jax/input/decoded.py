@@ -1,8 +1,8 @@
 """The decoded cache: every image of a data set as memory-mapped uint8 pixels.
 
-Decoding 64 × 64 JPEGs costs 100 µs each, a gather from mapped memory 1 µs (BUILD_NOTES.md, "Input");
-so images are decoded once, and a training step is never waiting for a decoder. `prepare` makes the
-cache from a standard TFDS dataset, and makes that from the original files.
+Decoding a 64 × 64 JPEG takes 100 µs, gathering one from mapped memory 1 µs; so images are decoded
+once, and a training step never waits for a decoder. `prepare` makes the cache from a standard TFDS
+dataset, and makes that from the original files.
 
 The cache is a folder, `<directory>/inception_jax/<name>-<version>-<size>px/`:
 
@@ -156,7 +156,7 @@ def _read_info(cache: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
     """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
     try:
         info = json.loads((cache / "info.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, "info.json is missing" if cache.exists() else ""
     except ValueError as error:
         return None, f"info.json is damaged ({error})"
@@ -205,9 +205,9 @@ def _check_source(
         if files.fingerprint() == prepared["digest"]:
             return
     raise DataError(
-        f"config.data.source = {source!r}: {where} was prepared from other content, {prepared['path']}. "
-        "Give another config.data.directory, or leave config.data.source empty to use what is prepared, "
-        f"or remove what is prepared of {spec.name!r} there."
+        f"config.data.source = {source!r}: {where} was prepared from other content, "
+        f"{prepared['path']}. Give another config.data.directory, or leave config.data.source "
+        f"empty to use what is prepared, or remove what is prepared of {spec.name!r} there."
     )
 
 
@@ -234,7 +234,8 @@ def _check_writable(directory: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise DataError(
-            f"config.data.directory: cannot write to {directory} ({error}). Give a directory of your own."
+            f"config.data.directory: cannot write to {directory} ({error}). Give a directory of "
+            "your own."
         ) from error
 
 
@@ -242,8 +243,9 @@ def _check_space(directory: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DataError(
-            f"config.data.directory: preparing this data set needs {needed / 1e9:.2f} GB in {directory}, "
-            f"which has {free / 1e9:.2f} GB free. Free some space, or give another directory."
+            f"config.data.directory: preparing this data set needs {needed / 1e9:.2f} GB in "
+            f"{directory}, which has {free / 1e9:.2f} GB free. Free some space, or give another "
+            "directory."
         )
 
 

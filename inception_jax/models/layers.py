@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from inception_jax.errors import ConfigError
@@ -214,12 +215,29 @@ class AuxiliaryHead(nn.Module):
             x = adaptive_average_pool(x, 4)
         else:
             window = min(5, *x.shape[1:3])
-            x = nn.avg_pool(x, (window, window), (3, 3))
+            x = average_pool(x, window=window, stride=3)
         x = self.unit(self.conv_features, name="conv")(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.Dense(self.dense_features, dtype=self.dtype, kernel_init=he_normal, name="hidden")(x)
         x = nn.relu(x)
         return Classifier(self.num_classes, self.dropout, self.train, name="classifier")(x)
+
+
+def average_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
+    """Averages the square windows that lie inside the image.
+
+    Args:
+      x: float [B, H, W, C].
+      window: side of the window in pixels.
+      stride: distance between windows in pixels.
+
+    Returns:
+      float [B, floor((H - window) / stride) + 1, ..., C].
+    """
+    total = lax.reduce_window(
+        x, np.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, stride, stride, 1), "VALID"
+    )
+    return total / window**2
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
@@ -234,10 +252,11 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """
 
     def weights(length: int) -> jax.Array:
-        index, window = jnp.arange(length), jnp.arange(size)[:, None]
-        first, end = window * length // size, -(-(window + 1) * length // size)
-        inside = (index[None] >= first) & (index[None] < end)
-        return (inside / (end - first)).astype(x.dtype)
+        matrix = np.zeros((size, length), np.float32)
+        for row in range(size):
+            first, end = row * length // size, -(-(row + 1) * length // size)
+            matrix[row, first:end] = 1 / (end - first)
+        return jnp.asarray(matrix, x.dtype)
 
     return jnp.einsum("bhwc,ih,jw->bijc", x, weights(x.shape[1]), weights(x.shape[2]))
 

@@ -1,3 +1,5 @@
-"""How a model is trained: losses and metrics, learning rate and update rule, the jitted step, the
-state with its checkpoints, and the loop that drives them.
+"""How a model is trained.
+
+The objective, the learning rate and the update rule, the jitted step, the state with its
+checkpoints, and the loop that drives them.
 """

@@ -1,6 +1,7 @@
 """The training loop: read it from top to bottom, it is the whole of what happens to a run."""
 
 import collections
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,7 +62,10 @@ def train(
         with (
             RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,
             Progress(
-                run.total_steps, initial_step=first, batch_size=config.train.batch_size
+                run.total_steps,
+                initial_step=first,
+                batch_size=config.train.batch_size,
+                enabled=run.is_lead,
             ) as progress,
             clock.phase("other"),
         ):
@@ -162,8 +166,6 @@ class _Reporter:
     def started(self, state: TrainState, first: int, changed: list[str]) -> None:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
-        if not run.is_lead:
-            return
         note(summary.parameter_table(state.params))
         devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
         if jax.process_count() > 1:
@@ -210,19 +212,23 @@ class _Reporter:
     def check_finite(self, metrics: TrainMetrics) -> None:
         """Stops the run at a loss or gradient that is not finite."""
         step = metrics.first_nonfinite_step.compute()
-        if step < 0:
-            return
-        raise RunError(
-            f"the loss or the gradient was not finite at step {step}, epoch "
-            f"{self._run.timeline.epoch(step):.2f}. The last checkpoint is from before that. Try a "
-            f"lower config.schedule.learning_rate (it was {float(self._run.schedule(step - 1)):.4g}), "
-            "a longer config.schedule.warmup or config.optimizer.clip_norm=1; the same command goes "
-            "on from the last checkpoint"
+        if step >= 0:
+            raise self._not_finite("the loss or the gradient", step)
+
+    def _not_finite(self, what: str, step: int) -> RunError:
+        rate = float(self._run.schedule(step - 1))
+        return RunError(
+            f"{what} was not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}. The "
+            "last checkpoint is from before that. Try a lower config.schedule.learning_rate (it was "
+            f"{rate:.4g}), a longer config.schedule.warmup or config.optimizer.clip_norm=1; the same "
+            "command goes on from the last checkpoint"
         )
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Reports an evaluation."""
+        """Reports an evaluation; stops the run if its loss is not finite, before it is saved."""
         split = self._run.dataset.eval_split
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_finite(f"the {split} loss", step)
         self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
         self._progress.note(
             f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "

@@ -1,9 +1,9 @@
 """Learning-rate schedules and update rules.
 
-A schedule is a function of the step alone, so a resumed run needs none of its history, and a run may
-be resumed with another one. For the same reason the optimizer is always the same chain of
-transformations: settings that are switched off leave their place in the chain, and with it the
-structure of a checkpoint, as it is.
+A schedule is a function of the step alone, so a resumed run needs none of its history, and may be
+given another one. For the same reason the optimizer is always the same chain of transformations:
+settings that are switched off leave their place in the chain, and with it the structure of a
+checkpoint, as it is.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,10 @@ def make_schedule(
       linear        end + (1 - end) * (1 - p)
       polynomial    end + (1 - end) * (1 - p) ^ power
 
-    `end`, the setting end_factor, is reached at t = T, so the last update is made just above it: for
-    linear at end + (1 - end) / (T - W). After T the rate stays. Boundaries and multiples of E count
-    from the start of training, warm-up included. Durations are rounded up to whole steps.
+    `end`, the setting end_factor, is reached at t = T, so the last update is made just above it:
+    for linear at peak * (end + (1 - end) / (T - W)). After T these three stay at the end, the
+    others go on. Boundaries and multiples of E count from the start of training, warm-up included.
+    Durations are rounded up to whole steps.
 
     Args:
       schedule: the settings.
@@ -66,9 +67,7 @@ def make_schedule(
     return rate
 
 
-def _check(
-    schedule: config.Schedule, warmup: int, boundaries: list[int], total_steps: int
-) -> None:
+def _check(schedule: config.Schedule, warmup: int, boundaries: list[int], total_steps: int) -> None:
     if warmup and warmup >= total_steps:
         raise ConfigError(
             f"config.schedule.warmup = {schedule.warmup}, {warmup} steps: must be shorter than the "
@@ -77,8 +76,8 @@ def _check(
     if schedule.name == "steps" and boundaries[0] <= warmup:
         raise ConfigError(
             f"config.schedule.boundaries = {schedule.boundaries}: the first is at step "
-            f"{boundaries[0]}, and must be after the warm-up, which ends at step {warmup}; move it, "
-            "or shorten config.schedule.warmup"
+            f"{boundaries[0]}, and must be after the warm-up, which ends at step {warmup}; move "
+            "it, or shorten config.schedule.warmup"
         )
 
 
@@ -134,13 +133,13 @@ def make_optimizer(
 
       sgd            torch.optim.SGD: g += wd * p; v = momentum * v + g; p -= rate * v
       sgd_nesterov   torch.optim.SGD(nesterov=True): p -= rate * (g + momentum * v)
-      adam           torch.optim.Adam: wd * p is added to the gradient (L2), and so rescaled by Adam
-      adamw          torch.optim.AdamW: rate * wd * p is taken off besides (Loshchilov & Hutter 2019)
+      adam           torch.optim.Adam: wd * p is added to the gradient (L2), so rescaled with it
+      adamw          torch.optim.AdamW: p -= rate * wd * p besides (Loshchilov & Hutter 2019)
 
     Unlike there, only leaves named "kernel" decay (not biases and norm scales), unless decay_all.
 
-    The state's structure depends on the name alone (sgd and sgd_nesterov share theirs), so a run can
-    be resumed with any other setting changed.
+    The state's structure depends on the name alone (sgd and sgd_nesterov share theirs), so a run
+    can be resumed with any other setting changed.
 
     Args:
       optimizer: the settings.

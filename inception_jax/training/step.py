@@ -76,7 +76,7 @@ def make_train_step(run: Run) -> TrainStep:
                 loss=loss,
                 top1=losses.top_k_correct(logits, labels, 1),
                 top5=losses.top_k_correct(logits, labels, 5),
-                gradient_norm=optax.global_norm(grads),
+                gradient_norm=optax.tree.norm(grads),
             )
         )
         state = TrainState(

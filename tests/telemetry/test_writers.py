@@ -5,6 +5,7 @@ import pathlib
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,20 +23,12 @@ from inception_jax.telemetry.writers import RunWriter
 _KILLED = """
 import os, pathlib, signal, sys
 from inception_jax.telemetry.writers import RunWriter
-workdir, resume_step, last_step, loss = sys.argv[1:]
-writer = RunWriter(pathlib.Path(workdir), resume_step=int(resume_step))
-for step in range(int(resume_step) + 1, int(last_step) + 1):
-    writer.write(step, epoch=step / 10, split="train", values={"loss": float(loss)})
-    if step % 10 == 0:
-        writer.write(step, epoch=step / 10, split="validation", values={"top1": float(loss)})
+writer = RunWriter(pathlib.Path(sys.argv[1]), resume_step=0)
+for step in range(1, 26):
+    writer.write(step, epoch=step / 10, split="train", values={"loss": 1.5})
 writer.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def _write_and_be_killed(workdir: pathlib.Path, *, resume: int, last: int, loss: float) -> None:
-    arguments = [str(workdir), str(resume), str(last), str(loss)]
-    assert subprocess.run([sys.executable, "-c", _KILLED, *arguments]).returncode == -9
 
 
 def _lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -80,16 +73,16 @@ def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Pa
         "jax_nan": jnp.float32(jnp.nan),
     }
     with RunWriter(tmp_path, resume_step=0) as writer:
-        writer.write(np.int64(1), epoch=0.0, split="train", values=values)  # type: ignore[arg-type]
+        writer.write(np.int64(1), epoch=0.0, split="train", values=values)
     (line,) = _lines(tmp_path)
     assert line["numpy"] == line["jax"] == float(np.float32(0.1))
     assert [line["nan"], line["inf"], line["jax_nan"]] == [None, None, None]
 
 
 def test_what_was_written_outlives_a_kill(tmp_path: pathlib.Path) -> None:
-    _write_and_be_killed(tmp_path, resume=0, last=25, loss=1.5)
-    lines = [line["step"] for line in _lines(tmp_path) if line["split"] == "train"]
-    assert lines == list(range(1, 26))
+    child = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)])
+    assert child.returncode == -signal.SIGKILL
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 26))
 
 
 def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> None:
@@ -104,7 +97,8 @@ def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> 
 
 
 def test_starting_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
-    _write(tmp_path, range(1, 10))
+    # Not even the state before the first step, nor a line that a resume would refuse.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1}\n')
     _write(tmp_path, range(0))
     assert _lines(tmp_path) == []
 
@@ -197,15 +191,23 @@ def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]
         time.sleep(0.1)
 
 
-def test_tensorboard_shows_each_step_once_after_kills_and_resumes(
+def _run(workdir: pathlib.Path, *, resume: int, last: int, loss: float) -> None:
+    with RunWriter(workdir, resume_step=resume) as writer:
+        for step in range(resume + 1, last + 1):
+            writer.write(step, epoch=step / 10, split="train", values={"loss": loss})
+            if step % 10 == 0:
+                writer.write(step, epoch=step / 10, split="validation", values={"top1": loss})
+
+
+def test_tensorboard_shows_each_step_once_after_resumes(
     tensorboard: str, tmp_path: pathlib.Path
 ) -> None:
-    _write_and_be_killed(tmp_path, resume=0, last=30, loss=1.0)
-    _write_and_be_killed(tmp_path, resume=20, last=40, loss=2.0)
+    _run(tmp_path, resume=0, last=30, loss=1.0)
+    _run(tmp_path, resume=20, last=40, loss=2.0)
     expected = [(step, 1.0 if step <= 20 else 2.0) for step in range(1, 41)]
     assert _curve(tensorboard, "train/loss", last_step=40) == expected
     assert _curve(tensorboard, "validation/top1", last_step=40) == expected[9::10]
     # A new run in the same folder hides all of the old one.
-    _write_and_be_killed(tmp_path, resume=0, last=50, loss=3.0)
+    _run(tmp_path, resume=0, last=50, loss=3.0)
     expected = [(step, 3.0) for step in range(1, 51)]
     assert _curve(tensorboard, "train/loss", last_step=50) == expected

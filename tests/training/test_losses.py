@@ -109,9 +109,7 @@ def test_top_k_correct_counts_nan_as_wrong() -> None:
     logits = jnp.asarray([[jnp.nan, 1.0, 2.0], [1.0, 2.0, jnp.nan], [0.0, 1.0, jnp.inf]])
     labels = jnp.asarray([0, 1, 2], jnp.int32)
     for k in (1, 5):
-        np.testing.assert_array_equal(
-            losses.top_k_correct(logits, labels, k), [False, False, True]
-        )
+        np.testing.assert_array_equal(losses.top_k_correct(logits, labels, k), [False, False, True])
 
 
 def test_top_5_of_three_classes_is_always_right() -> None:

@@ -59,7 +59,7 @@ SHAPES: list[tuple[str, dict[str, object], Callable[[int, int], float]]] = [
         lambda t, w: 0.1 + 0.9 * math.cos(progress(t, w) * math.pi / 2) ** 2,
     ),
     ("linear", {}, lambda t, w: 1 - progress(t, w)),
-    ("linear", {"end_factor": 0.3}, lambda t, w: 1 - 0.7 * progress(t, w)),
+    ("linear", {"end_factor": 0.3, "power": 3.0}, lambda t, w: 1 - 0.7 * progress(t, w)),
     (
         "polynomial",
         {"end_factor": 0.01, "power": 2.5},
@@ -69,7 +69,9 @@ SHAPES: list[tuple[str, dict[str, object], Callable[[int, int], float]]] = [
 ]
 
 
-@pytest.mark.parametrize(("warmup", "warmup_steps"), [({}, 0), ({"epochs": 1}, 13), ({"steps": 1}, 1)])
+@pytest.mark.parametrize(
+    ("warmup", "warmup_steps"), [({}, 0), ({"epochs": 1}, 13), ({"steps": 1}, 1)]
+)
 @pytest.mark.parametrize(("name", "changes", "factor"), SHAPES)
 def test_schedule_follows_its_formula_at_every_step(
     name: str,
@@ -123,10 +125,8 @@ def test_warmup_must_be_shorter_than_the_run(steps: int) -> None:
 
 @pytest.mark.parametrize(("boundary", "warmup"), [(0.5, 7), (0.0, 0)])
 def test_a_boundary_in_the_warmup_is_refused(boundary: float, warmup: int) -> None:
-    with pytest.raises(ConfigError, match="boundaries.*after the warm-up"):
-        rates(
-            schedule_of("steps", boundaries=(boundary, 4.0), warmup=Duration(steps=warmup))
-        )
+    with pytest.raises(ConfigError, match=r"boundaries.*after the warm-up"):
+        rates(schedule_of("steps", boundaries=(boundary, 4.0), warmup=Duration(steps=warmup)))
     rates(schedule_of("cosine", boundaries=(boundary, 4.0), warmup=Duration(steps=warmup)))
 
 
@@ -232,9 +232,7 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 0.1 - 0.01 * step
-        jax.tree.map(
-            lambda t, g: setattr(t, "grad", torch.tensor(g)), tensors, gradients(step)
-        )
+        jax.tree.map(lambda t, g: setattr(t, "grad", torch.tensor(g)), tensors, gradients(step))
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_([kernel, *others], settings.clip_norm)
         optimizer.step()

@@ -1,0 +1,114 @@
+"""Small archives in Tiny ImageNet's layout, with images that a network can learn."""
+
+import io
+import pathlib
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+
+def wnid(label: int) -> str:
+    """Returns the class id of a label: sorted as the labels are."""
+    return f"n{1000 + 7 * label:08d}"
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """Returns the mean colour of a class's images: far from that of the next ones."""
+    return 60 + 150 * (label % 2), 60 + 75 * (label // 2 % 3), 60 + 75 * (label // 6 % 3)
+
+
+def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns an image: the class's colour, stripes in the class's direction, and noise.
+
+    Args:
+      label: the class.
+      size: height and width, pixels.
+      rng: of the noise, and of where the stripes begin.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    y, x = np.mgrid[:size, :size] / size
+    angle = np.pi * label / 8
+    stripes = np.sin(2 * np.pi * (4 * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()))
+    image = np.array(colour(label)) + 30 * stripes[..., None] + rng.normal(0, 5, (size, size, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(image: np.ndarray, *, grey: bool = False) -> bytes:
+    """Returns an RGB image as a JPEG file, of one channel if `grey`."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image)
+    (picture.convert("L") if grey else picture).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def tiny_imagenet_files(
+    classes: int, train_per_class: int, val_per_class: int, test_images: int, size: int = 64
+) -> dict[str, bytes]:
+    """Returns the files of an archive by their path; every fifth training image is grey."""
+    rng = np.random.default_rng(0)
+    files = {}
+    # As in the official archive, wnids.txt is not sorted, and words.txt knows more classes.
+    files["wnids.txt"] = "".join(f"{wnid(c)}\n" for c in reversed(range(classes))).encode()
+    words = [f"{wnid(c)}\tclass {c}, kind {c}\n" for c in range(classes + 3)]
+    files["words.txt"] = "".join(words).encode()
+    box = f"0\t1\t{size - 2}\t{size - 1}"
+    annotations = []
+    for label in range(classes):
+        folder, names = f"train/{wnid(label)}", []
+        for number in range(train_per_class):
+            names.append(f"{wnid(label)}_{number}.JPEG")
+            data = jpeg(pixels(label, size, rng), grey=number % 5 == 4)
+            files[f"{folder}/images/{names[-1]}"] = data
+        boxes = "".join(f"{name}\t{box}\n" for name in names)
+        files[f"{folder}/{wnid(label)}_boxes.txt"] = boxes.encode()
+        for number in range(val_per_class):
+            name = f"val_{label + number * classes}.JPEG"
+            files[f"val/images/{name}"] = jpeg(pixels(label, size, rng))
+            annotations.append(f"{name}\t{wnid(label)}\t{box}\n")
+    files["val/val_annotations.txt"] = "".join(annotations).encode()
+    for number in range(test_images):
+        data = jpeg(pixels(number % classes, size, rng))
+        files[f"test/images/test_{number}.JPEG"] = data
+    return files
+
+
+def write_files(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    """Writes files below 'tiny-imagenet-200': a zip archive if `path` ends so, else a folder."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"tiny-imagenet-200/{name}", data)
+        return path
+    for name, data in files.items():
+        file = path / "tiny-imagenet-200" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    return path
+
+
+def write_tiny_imagenet(
+    path: pathlib.Path,
+    classes: int,
+    train_per_class: int,
+    val_per_class: int,
+    test_images: int,
+    size: int = 64,
+) -> pathlib.Path:
+    """Writes an archive in Tiny ImageNet's layout, for the data set 'tiny_imagenet_subset'.
+
+    Args:
+      path: of a zip archive, or of the folder to hold the extracted 'tiny-imagenet-200'.
+      classes: how many classes.
+      train_per_class: training images of each class.
+      val_per_class: validation images of each class.
+      test_images: images without a class, in all.
+      size: height and width, pixels.
+
+    Returns:
+      `path`.
+    """
+    files = tiny_imagenet_files(classes, train_per_class, val_per_class, test_images, size)
+    return write_files(path, files)

@@ -1,0 +1,35 @@
+"""Runs the command line as a user does: a process of its own, with a given number of devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """Starts `python -m inception_jax.<arguments>`; both streams are pipes of text."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"inception_jax.{arguments[0]}", *arguments[1:]],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
+    """Runs a command to its end and returns its exit code, output and messages."""
+    process = start(*arguments, devices=devices)
+    output, messages = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, messages)
+
+
+def check(*arguments: str, devices: int = 1) -> str:
+    """Runs a command that must succeed and returns its output."""
+    done = run(*arguments, devices=devices)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

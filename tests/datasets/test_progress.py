@@ -1,0 +1,35 @@
+import io
+import sys
+import time
+
+import pytest
+
+from inception_jax.datasets import progress
+
+
+def test_off_a_terminal_it_logs_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    with progress.Progress("reading", 1000, log=lines.append) as shown:
+        for _ in range(100):
+            now[0] += 0.3
+            shown.update(10)
+    assert lines[0] == "reading: 1,000 images"
+    # 30 seconds, a line at most every 5.
+    assert lines[1:] == [f"reading: {done} of 1,000 images" for done in (170, 340, 510, 680, 850)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    lines: list[str] = []
+    with progress.Progress("reading", 50, log=lines.append) as shown:
+        shown.update(50)
+    assert not lines
+    assert "reading: 100%" in terminal.getvalue()

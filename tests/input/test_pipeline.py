@@ -1,0 +1,96 @@
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from inception_jax.errors import ConfigError
+from inception_jax.input import pipeline, sharding
+
+
+def make_split(examples: int) -> types.SimpleNamespace:
+    """Images that show their own index, so that a batch tells which examples it holds."""
+
+    class Split(types.SimpleNamespace):
+        def __len__(self) -> int:
+            return examples
+
+    index = np.arange(examples)
+    images = np.broadcast_to(index[:, None, None, None] % 256, (examples, 2, 2, 3))
+    return Split(images=images.astype(np.uint8), labels=index.astype(np.int32))
+
+
+def mesh_of(devices: int) -> Mesh:
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+def test_each_epoch_sees_each_example_once() -> None:
+    seen = np.concatenate(
+        [pipeline.train_indices(s, batch_size=16, examples=50, seed=3) for s in range(25)]
+    )
+    epochs = seen.reshape(8, 50)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(50))
+    assert not (epochs[0] == epochs[1]).all()
+
+
+def test_seeds_give_other_orders() -> None:
+    orders = [pipeline.epoch_order(seed, 0, 100).tolist() for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_a_batch_may_be_larger_than_the_data_set() -> None:
+    indices = pipeline.train_indices(1, batch_size=25, examples=10, seed=0)
+    assert np.bincount(indices).tolist() == [2 if count == 2 else 3 for count in np.bincount(indices)]
+    assert len(indices) == 25
+
+
+def test_batches_depend_on_the_step_alone() -> None:
+    split, mesh = make_split(50), mesh_of(8)
+    arguments = {"batch_size": 16, "seed": 5, "mesh": mesh}
+    whole = list(pipeline.train_batches(split, start=0, stop=9, **arguments))
+    part = list(pipeline.train_batches(split, start=6, stop=9, **arguments))
+    assert len(whole) == 9
+    for expected, found in zip(whole[6:], part, strict=True):
+        np.testing.assert_array_equal(expected["label"], found["label"])
+        np.testing.assert_array_equal(found["image"][:, 0, 0, 0], found["label"])
+    assert [b["label"].sharding.num_devices for b in part] == [8] * 3
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_together_read_the_whole_batch(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    rows: list[int] = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        rows += range(8)[sharding.process_rows(8)]
+    assert rows == list(range(8))
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(50, 16), (48, 16), (5, 16), (50, 7), (1, 1)])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_sees_each_example_once(examples: int, batch_size: int, devices: int) -> None:
+    split, mesh = make_split(examples), mesh_of(devices)
+    seen: list[int] = []
+    for batch in pipeline.eval_batches(split, batch_size=batch_size, mesh=mesh):
+        assert len(batch["label"]) % devices == 0
+        seen += np.asarray(batch["label"])[np.asarray(batch["mask"])].tolist()
+    assert seen == list(range(examples))
+
+
+def test_no_steps_give_no_batches() -> None:
+    arguments = {"batch_size": 16, "seed": 5, "mesh": mesh_of(8)}
+    assert list(pipeline.train_batches(make_split(50), start=4, stop=4, **arguments)) == []
+
+
+def test_a_batch_that_devices_cannot_share_is_refused() -> None:
+    sharding.check_batch_size(16, 8)
+    with pytest.raises(ConfigError, match=r"batch_size = 12: 8 devices .* 8 and 16"):
+        sharding.check_batch_size(12, 8)
+    with pytest.raises(ConfigError, match="can are 8$"):
+        sharding.check_batch_size(3, 8)

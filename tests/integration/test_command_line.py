@@ -1,0 +1,234 @@
+"""The main job through the command line, on a small archive in the official layout."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from inception_jax.telemetry.writers import read_lines
+from tests import archives, command
+
+CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 4, 24, 6
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that name the archive and where it is prepared."""
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "archive.zip"
+    archives.write_tiny_imagenet(source, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 3)
+    return [
+        "--config=experiments/tiny_cpu.py",
+        "--config.data.name=tiny_imagenet_subset",
+        f"--config.data.source={source}",
+        f"--config.data.directory={folder / 'prepared'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def training(data: list[str]) -> list[str]:
+    """Flags of a run that takes seconds: a thin network, 30 steps, something due at most of them."""
+    return [
+        *data,
+        "--config.data.image_size=32",
+        "--config.model.width=0.1",
+        "--config.train.batch_size=16",
+        "--config.train.length.epochs=0",
+        f"--config.train.length.steps={STEPS}",
+        "--config.train.ema.steps=5",
+        "--config.schedule.warmup.epochs=0",
+        "--config.schedule.warmup.steps=3",
+        "--config.evaluation.batch_size=10",
+        "--config.checkpoint.every.steps=3",
+        "--config.log.every.steps=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("finished")
+    command.check("main", *training, f"--workdir={folder}")
+    return folder
+
+
+def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
+    timing = {"seconds", "images_per_second"}
+    return [
+        {name: value for name, value in line.items() if name not in timing}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def last_checkpoint(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every array of the last checkpoint as bytes, by name."""
+    step = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    arrays: dict[str, bytes] = {}
+    for item in ("model", "training"):
+        tree = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / item)
+        flat = ocp.utils.to_flat_dict(tree, sep="/")
+        arrays |= {f"{item}/{name}": np.asarray(leaf).tobytes() for name, leaf in flat.items()}
+    return arrays
+
+
+def test_the_archive_is_prepared(data: list[str]) -> None:
+    output = command.check("tools.prepare", *data)
+    assert "train: 96 images of 64 px" in output
+    assert "validation: 24 images" in output
+    # A second call finds it done.
+    assert command.check("tools.prepare", *data) == output
+
+
+def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert (result["step"], result["split"], result["count"]) == (STEPS, "validation", 24)
+    assert result["top1"] <= result["top5"] <= 100
+    # The classes differ in colour; a guess is 25.
+    assert result["top1"] > 40
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["train"]["batch_size"] == 16
+    assert config["dataset"]["classes"] == CLASSES
+    for name in ("loss", "accuracy"):
+        with Image.open(finished / "plots" / f"{name}.png") as image:
+            assert min(image.size) > 300
+    assert list((finished / "tensorboard").rglob("*tfevents*"))
+    splits = {line["split"] for line in lines(finished)}
+    assert splits == {"train", "validation"}
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_evaluation_gives_the_numbers_of_training(
+    which: str, training: list[str], finished: pathlib.Path
+) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
+    output = command.check(
+        "main", *training, f"--workdir={finished}", "--mode=eval", f"--checkpoint={which}"
+    )
+    result = json.loads(output)
+    during = [line for line in lines(finished) if line["split"] == "validation"]
+    assert result in during
+    if which == "last":
+        assert result == during[-1]
+    assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+
+
+def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:
+    (finished / "plots" / "loss.png").unlink()
+    output = command.check("tools.plot", str(finished))
+    assert str(finished / "plots" / "loss.png") in output.splitlines()
+    assert (finished / "plots" / "loss.png").stat().st_size > 1000
+
+
+def kill_at_step(step: int, *arguments: str, workdir: pathlib.Path) -> None:
+    """Starts training and kills it with SIGKILL once a metric of `step` or later is written."""
+    process = command.start("main", *arguments, f"--workdir={workdir}")
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and any(line["step"] >= step for line in read_lines(metrics))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for step in (4, 12, 20):
+        kill_at_step(step, *training, workdir=tmp_path)
+    command.check("main", *training, f"--workdir={tmp_path}")
+    assert lines(tmp_path) == lines(finished)
+    expected, found = last_checkpoint(finished), last_checkpoint(tmp_path)
+    assert len(found) > 300
+    assert found == expected
+
+
+def test_a_run_goes_on_with_another_number_of_devices(
+    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    kill_at_step(12, *training, workdir=tmp_path)
+    command.check("main", *training, f"--workdir={tmp_path}", devices=8)
+    for one, other in zip(lines(finished), lines(tmp_path), strict=True):
+        assert (one["step"], one["split"]) == (other["step"], other["split"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
+    before = (finished / "config.json").read_text()
+    done = command.run(
+        "main", *training, f"--workdir={finished}", "--config.model.width=0.2", "--config.seed=3"
+    )
+    assert done.returncode == 2
+    assert "config.model.width: 0.1 → 0.2" in done.stderr
+    assert "config.seed: 0 → 3" in done.stderr
+    assert (finished / "config.json").read_text() == before
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(
+    training: list[str], tmp_path: pathlib.Path
+) -> None:
+    done = command.run(
+        "main", *training, "--config.train.batch_size=12", f"--workdir={tmp_path}", devices=8
+    )
+    assert done.returncode == 2
+    assert "8 devices cannot share it evenly" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
+def test_an_archive_that_is_no_good_is_refused(
+    damage: str, training: list[str], tmp_path: pathlib.Path
+) -> None:
+    source = tmp_path / "archive.zip"
+    if damage != "missing":
+        archives.write_tiny_imagenet(source, 2, 2, 1, 1)
+    if damage == "truncated":
+        source.write_bytes(source.read_bytes()[:-200])
+    name = "tiny_imagenet" if damage == "foreign" else "tiny_imagenet_subset"
+    done = command.run(
+        "main",
+        *training,
+        f"--config.data.source={source}",
+        f"--config.data.directory={tmp_path / 'prepared'}",
+        f"--config.data.name={name}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(source) in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_stops_the_run_with_one_message(
+    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    # A limit on the size of a file fails a write as a full disk does, at the same calls.
+    script = (
+        "import resource, runpy, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "sys.argv[0] = 'main'; runpy.run_module('inception_jax.main', run_name='__main__')"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, *training, f"--workdir={tmp_path}"],
+        cwd=command.ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr

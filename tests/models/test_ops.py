@@ -1,0 +1,146 @@
+"""The operations against direct formulas, and each equivalent against the plain operation."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.models import ops
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def direct_conv(
+    x: np.ndarray, kernel: np.ndarray, stride: int, paddings: ops.Paddings
+) -> np.ndarray:
+    size = kernel.shape[0]
+    x = np.pad(x, ((0, 0), *paddings, (0, 0)))
+    height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
+    result = np.zeros((x.shape[0], height, width, kernel.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            window = x[:, i * stride : i * stride + size, j * stride : j * stride + size]
+            result[:, i, j] = np.einsum("bijc,ijco->bo", window, kernel)
+    return result
+
+
+def direct_max_pool(x: np.ndarray, window: int, stride: int) -> np.ndarray:
+    before = (window - 1) // 2 if stride == 1 else 0
+    height, width = (
+        side if stride == 1 else int(np.ceil((side - window) / stride)) + 1 for side in x.shape[1:3]
+    )
+    result = np.zeros((x.shape[0], height, width, x.shape[3]), x.dtype)
+    for i in range(height):
+        for j in range(width):
+            top, left = i * stride - before, j * stride - before
+            rows = slice(max(0, top), top + window)
+            columns = slice(max(0, left), left + window)
+            result[:, i, j] = x[:, rows, columns].max(axis=(1, 2))
+    return result
+
+
+def pulled_back(
+    function: Callable[..., jax.Array], *inputs: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns a function's value, and its gradients when the result's is a fixed random one."""
+
+    @jax.jit
+    def both(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        value, pull_back = jax.vjp(function, *inputs)
+        return value, pull_back(jnp.asarray(normal(*value.shape)))
+
+    value, gradients = both(*inputs)
+    return np.asarray(value), [np.asarray(gradient) for gradient in gradients]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "stride", "paddings"),
+    [
+        (5, 1, 1, ops.NO_PADDING),
+        (6, 3, 1, ((1, 1), (1, 1))),
+        (2, 3, 1, ((1, 1), (1, 1))),
+        (4, 5, 1, ((2, 2), (2, 2))),
+        (7, 5, 1, ((2, 2), (2, 2))),
+        (9, 7, 2, ((3, 3), (3, 3))),
+        (6, 3, 2, ((0, 1), (0, 1))),
+        (6, 3, 1, ((0, 2), (1, 0))),
+    ],
+)
+def test_conv_equals_the_direct_sum(
+    backend: str, side: int, size: int, stride: int, paddings: ops.Paddings
+) -> None:
+    x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
+    result = ops.conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, paddings=paddings)
+    np.testing.assert_allclose(result, direct_conv(x, kernel, stride, paddings), atol=1e-4)
+
+
+@pytest.mark.parametrize("equivalent", [ops.patch_conv, ops.tap_conv])
+@pytest.mark.parametrize(
+    ("side", "size", "paddings"),
+    [(5, 1, ops.NO_PADDING), (2, 3, ((1, 1), (1, 1))), (6, 3, ((0, 2), (1, 0))), (4, 5, ((2, 2),) * 2)],
+)
+def test_equivalent_convolutions_have_the_values_and_gradients_of_the_plain_one(
+    equivalent: Callable[..., jax.Array], side: int, size: int, paddings: ops.Paddings
+) -> None:
+    x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
+    value, gradients = pulled_back(lambda x, kernel: equivalent(x, kernel, paddings), x, kernel)
+    plain_value, plain_gradients = pulled_back(
+        lambda x, kernel: ops.plain_conv(x, kernel, stride=1, paddings=paddings), x, kernel
+    )
+    np.testing.assert_allclose(value, plain_value, atol=1e-4)
+    for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
+        np.testing.assert_allclose(gradient, plain_gradient, atol=1e-4)
+
+
+POOLS = [(8, 3, 2), (7, 3, 2), (2, 3, 2), (8, 2, 2), (7, 2, 2), (1, 2, 2), (6, 3, 1), (1, 3, 1)]
+
+
+@pytest.mark.parametrize(("side", "window", "stride"), POOLS)
+def test_max_pool_equals_the_direct_maximum(
+    backend: str, side: int, window: int, stride: int
+) -> None:
+    x = normal(2, side, side + 2, 3)
+    result = ops.max_pool(jnp.asarray(x), window=window, stride=stride)
+    np.testing.assert_array_equal(result, direct_max_pool(x, window, stride))
+
+
+@pytest.mark.parametrize(("side", "window", "stride"), POOLS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_separable_max_pool_has_the_values_and_gradients_of_the_plain_one(
+    side: int, window: int, stride: int, ties: bool
+) -> None:
+    x = normal(2, side, side + 2, 3)
+    if ties:
+        x = np.round(x)
+    paddings = tuple(
+        ops.pool_padding(size, window=window, stride=stride) for size in (side, side + 2)
+    )
+
+    def pooled(pool: Callable[..., jax.Array]) -> tuple[np.ndarray, list[np.ndarray]]:
+        return pulled_back(lambda x: pool(x, window=window, stride=stride, paddings=paddings), x)
+
+    value, (gradient,) = pooled(ops.separable_max_pool)
+    plain_value, (plain_gradient,) = pooled(ops.plain_max_pool)
+    np.testing.assert_array_equal(value, plain_value)
+    np.testing.assert_allclose(gradient, plain_gradient, atol=1e-6)
+
+
+def test_the_equivalents_replace_the_plain_operations_on_the_cpu_alone(backend: str) -> None:
+    def small(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return ops.max_pool(ops.conv(x, kernel), window=3, stride=1)
+
+    program = str(jax.make_jaxpr(small)(jnp.ones((1, 4, 4, 2)), jnp.ones((1, 1, 2, 2))))
+    plain = backend == "gpu"
+    assert ("conv_general_dilated" in program) is plain
+    assert ("reduce_window_max" in program) is plain
+    assert ("dot_general" in program) is not plain

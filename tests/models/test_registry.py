@@ -1,0 +1,141 @@
+"""Every network that a configuration can name: it builds, has the right size, runs."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax import config
+from inception_jax.errors import ConfigError
+from inception_jax.models import registry
+
+
+def abstract_variables(model: config.Model, size: int, num_classes: int) -> Any:
+    module = registry.create(model, num_classes)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), images)
+
+
+def parameter_count(model: config.Model, size: int, num_classes: int) -> int:
+    params = abstract_variables(model, size, num_classes)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_registry_holds_the_models_of_the_configuration() -> None:
+    assert tuple(registry.REGISTRY) == config.MODELS
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "num_classes", "expected"),
+    [
+        ({"norm": "lrn"}, 224, 1000, 6_998_552),
+        ({"norm": "none"}, 224, 1000, 6_998_552),
+        ({}, 224, 1000, 7_005_832),
+        ({}, 64, 200, 6_185_832),
+        ({"name": "googlenet_torchvision"}, 224, 1000, 6_624_904),
+        ({"name": "googlenet_torchvision", "aux_heads": True}, 224, 1000, 13_004_888),
+        ({"name": "deeper_googlenet"}, 64, 200, 3_653_000),
+        ({"name": "mini_googlenet"}, 32, 10, 1_651_114),
+    ],
+)
+def test_parameter_counts(
+    model: dict[str, Any], size: int, num_classes: int, expected: int
+) -> None:
+    assert parameter_count(config.Model(**model), size, num_classes) == expected
+
+
+def test_auxiliary_heads_of_the_paper_have_the_papers_size() -> None:
+    without = parameter_count(config.Model(norm="lrn"), 224, 1000)
+    added = parameter_count(config.Model(norm="lrn", aux_heads=True), 224, 1000) - without
+    # For each head: 1x1 convolution to 128, 4x4 grid to 1024, 1024 to 1000 classes; with biases.
+    dense = (4 * 4 * 128 + 1) * 1024 + (1024 + 1) * 1000
+    assert added == (512 + 1) * 128 + (528 + 1) * 128 + 2 * dense
+
+
+@pytest.mark.parametrize(
+    ("stem", "five_by_five", "norm"),
+    list(itertools.product(config.STEMS, config.FIVE_BY_FIVE, config.NORMS)),
+)
+def test_every_combination_builds(stem: str, five_by_five: str, norm: str) -> None:
+    for aux_heads in (False, True):
+        model = config.Model(
+            stem=stem, five_by_five=five_by_five, norm=norm, aux_heads=aux_heads, width=0.1
+        )
+        variables = abstract_variables(model, 64, 10)
+        heads = {name for name in variables["params"] if name.startswith("aux")}
+        assert heads == ({"aux_4a", "aux_4d"} if aux_heads else set())
+        assert ("batch_stats" in variables) is (norm == "batch")
+
+
+@pytest.mark.parametrize("name", config.MODELS)
+def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type(name: str) -> None:
+    aux_heads = name.startswith("googlenet")
+    model = config.Model(name=name, dtype="bfloat16", width=0.1, aux_heads=aux_heads)
+    module = registry.create(model, 7)
+    variables = abstract_variables(model, 64, 7)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    for train in (False, True):
+        program = jax.make_jaxpr(
+            lambda variables, images, train=train: module.apply(
+                variables,
+                images,
+                train=train,
+                rngs={"dropout": jax.random.key(0)},
+                mutable=["batch_stats"],
+            ),
+            return_shape=True,
+        )
+        jaxpr, (output, _) = program(variables, images)
+        shapes = [(each.shape, each.dtype) for each in (output.logits, *output.aux)]
+        assert shapes == [((2, 7), jnp.float32)] * (3 if aux_heads and train else 1)
+        assert "bf16[2,64,64,3]" in str(jaxpr), "the convolutions compute in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("model", "least"),
+    [
+        ({}, 31),
+        ({"stem": "s16"}, 16),
+        ({"stem": "s32"}, 8),
+        ({"name": "googlenet_torchvision"}, 15),
+        ({"name": "deeper_googlenet"}, 16),
+        ({"name": "mini_googlenet"}, 4),
+    ],
+)
+def test_the_least_image_size_is_carried_and_the_next_smaller_refused(
+    model: dict[str, Any], least: int
+) -> None:
+    settings = config.Model(**model, width=0.1)
+    abstract_variables(settings, least, 2)
+    with pytest.raises(ConfigError, match=f"{least - 1} x {least - 1} px.*at least {least} x"):
+        abstract_variables(settings, least - 1, 2)
+
+
+def test_a_network_without_batch_norm_learns() -> None:
+    model = config.Model(norm="lrn", stem="s16", width=0.25, dropout=0.0)
+    module = registry.create(model, 4)
+    rng = np.random.default_rng(0)
+    labels = np.arange(16) % 4
+    tints = rng.normal(size=(4, 1, 1, 3))
+    images = jnp.asarray(tints[labels] + 0.3 * rng.normal(size=(16, 16, 16, 3)), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
+
+    def loss(params: Any) -> jax.Array:
+        logits = module.apply({"params": params}, images).logits
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(16), labels])
+
+    @jax.jit
+    def step(params: Any) -> tuple[Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient), value
+
+    params, first = step(params)
+    for _ in range(30):
+        params, last = step(params)
+    assert 0.5 < float(first) < 10, "the signal neither dies out nor explodes on its way"
+    assert float(last) < 0.1 * float(first)

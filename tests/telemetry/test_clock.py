@@ -1,0 +1,100 @@
+import json
+import math
+
+import pytest
+
+from inception_jax.telemetry.clock import Clock, Rate
+
+
+class _Time:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_an_inner_phase_stops_the_outer_one() -> None:
+    time = _Time()
+    clock = Clock(now=time)
+    time.sleep(100)
+    with clock.phase("train"):
+        time.sleep(1)
+        with clock.phase("evaluate"):
+            time.sleep(2)
+            with clock.phase("compile"):
+                time.sleep(4)
+            time.sleep(8)
+        time.sleep(16)
+    time.sleep(100)
+    assert clock.state() == {"train": 17, "evaluate": 10, "compile": 4}
+    assert clock.total() == 31
+
+
+def test_a_phase_can_be_entered_again_and_read_while_open() -> None:
+    time = _Time()
+    clock = Clock(now=time)
+    for _ in range(3):
+        with clock.phase("train"):
+            time.sleep(1)
+    with clock.phase("train"), clock.phase("train"):
+        time.sleep(1)
+        assert clock.seconds("train") == 4
+        assert clock.total() == 4
+        time.sleep(1)
+    assert clock.seconds("train") == 5
+    assert clock.seconds("save") == 0
+
+
+def test_time_counts_when_a_phase_ends_with_an_error() -> None:
+    time = _Time()
+    clock = Clock(now=time)
+    with pytest.raises(KeyError), clock.phase("save"):
+        time.sleep(2)
+        raise KeyError
+    time.sleep(5)
+    assert clock.state() == {"save": 2}
+
+
+def test_a_resumed_run_goes_on_counting() -> None:
+    time = _Time()
+    clock = Clock(now=time)
+    with clock.phase("train"):
+        time.sleep(1.5)
+    saved = json.loads(json.dumps(clock.state()))
+    resumed = Clock(saved, now=time)
+    with resumed.phase("train"):
+        time.sleep(2)
+    with resumed.phase("save"):
+        time.sleep(1)
+    assert resumed.state() == {"train": 3.5, "save": 1}
+    assert saved == {"train": 1.5}
+
+
+def test_the_clock_runs_by_itself() -> None:
+    clock = Clock()
+    with clock.phase("train"):
+        pass
+    assert 0 <= clock.total() < 60
+
+
+def test_the_rate_leaves_out_pauses_and_earlier_intervals() -> None:
+    time = _Time()
+    clock = Clock({"train": 50.0}, now=time)
+    rate = Rate(clock)
+    with clock.phase("train"):
+        time.sleep(3)
+        with clock.phase("evaluate"):
+            time.sleep(30)
+        with clock.phase("input"):
+            time.sleep(1)
+    assert rate.since_last(400) == 100
+    with clock.phase("train"):
+        time.sleep(2)
+    assert rate.since_last(400) == 200
+    assert math.isnan(rate.since_last(0))

@@ -1,0 +1,71 @@
+import io
+import re
+
+import pytest
+
+from inception_jax.telemetry.progress import Progress
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_each_status_is_a_line() -> None:
+    stream = io.StringIO()
+    with Progress(400, initial_step=100, batch_size=32, stream=stream) as progress:
+        for step in range(101, 201):
+            progress.step(step)
+        progress.status({"loss": 1.23456, "top1": 45.6789})
+        progress.note("epoch 2: validation top-1 40%")
+    status, note = stream.getvalue().splitlines()
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d step 200/400 \(50\.0%\), \d+ images/s, \d+:\d\d:\d\d left, "
+        r"loss 1\.235, top1 45\.68",
+        status,
+    )
+    assert re.fullmatch(r"\d\d:\d\d:\d\d epoch 2: validation top-1 40%", note)
+
+
+def test_speed_and_time_left_are_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = Progress(1000, initial_step=900, batch_size=10, stream=stream)
+    progress.status({})
+    now += 20
+    progress.step(901)
+    progress.step(902)
+    progress.status({})
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith(" step 900/1000 (90.0%)")
+    assert second.endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left")
+
+
+def test_a_terminal_gets_a_bar_with_notes_above_it() -> None:
+    stream = _Terminal()
+    with Progress(4, initial_step=1, batch_size=500, stream=stream) as progress:
+        progress.step(2)
+        progress.note("a note")
+        progress.step(4)
+        progress.status({"loss": 2.0})
+    text = stream.getvalue()
+    assert "2.00k/2.00k" in text
+    assert "images/s" in text
+    assert "loss=2" in text
+    assert re.search(r"(^|\r)a note\n", text)
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()])
+def test_other_processes_show_nothing(stream: io.StringIO) -> None:
+    with Progress(4, initial_step=0, batch_size=8, stream=stream, enabled=False) as progress:
+        progress.step(1)
+        progress.status({"loss": 1.0})
+        progress.note("a note")
+    assert stream.getvalue() == ""
+
+
+def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(4, initial_step=0, batch_size=8).note("a note")
+    captured = capsys.readouterr()
+    assert captured.err.endswith(" a note\n") and captured.out == ""

@@ -1,0 +1,98 @@
+"""The command line as a process of its own: exit codes and messages, before anything is computed."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["main", "tools.prepare", "tools.plot"])
+def test_help_exits_with_0(module: str) -> None:
+    done = run(f"inception_jax.{module}", "--help")
+    assert done.returncode == 0
+    assert f"python -m inception_jax.{module}" in done.stdout
+    if module != "tools.plot":
+        assert "--config.train.batch_size=128" in done.stdout
+
+
+def experiment(folder: pathlib.Path, body: str) -> str:
+    path = folder / "experiment.py"
+    path.write_text(f"from inception_jax.config import Config\ndef get_config():\n    {body}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.train.batchsize=3"], "Did you mean 'train.batch_size'"),
+        (["--config.train=3"], "is a group of settings"),
+        (["--config.train.batch_size=many"], "many"),
+        (["--config.train.batch_size=0"], "config.train.batch_size = 0: must be at least 1"),
+        (["--config.model.name=goglenet"], "Did you mean 'googlenet'"),
+        (["--noconfig.augment.flop"], "augment.flip"),
+        (["--workdri=x"], "workdri"),
+        (["--mode=evaluate"], "train"),
+        (["stray"], "'stray'"),
+        (["--platform=gpu"], "no device of the platform 'gpu'"),
+        (["--platform=gpo"], "Did you mean 'gpu'"),
+        (["--coordinator_address=localhost:1"], "--process_count"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: pathlib.Path
+) -> None:
+    base = ["--config", "experiments/digits.py", "--workdir", str(tmp_path / "run")]
+    done = run("inception_jax.main", *base, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return Config(batch=3)", "batch"),
+        ("return 3", "must return inception_jax.config.Config"),
+        ("return nothing", "line 3"),
+    ],
+)
+def test_an_experiment_file_that_fails_is_named(
+    body: str, words: str, tmp_path: pathlib.Path
+) -> None:
+    path = experiment(tmp_path, body)
+    done = run("inception_jax.main", "--config", path, "--workdir", str(tmp_path / "run"))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+    done = run("inception_jax.main", "--config", "none.py", "--workdir", str(tmp_path))
+    assert done.returncode == 2
+    assert "none.py" in done.stderr
+
+
+def test_flags_that_are_needed_are_named() -> None:
+    done = run("inception_jax.main", "--config", "experiments/digits.py")
+    assert done.returncode == 2
+    assert "--workdir" in done.stderr
+
+
+@pytest.mark.parametrize("workdir", ["/proc/no/such", "file/run"])
+def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    path = tmp_path / workdir
+    done = run("inception_jax.main", "--config", "experiments/digits.py", "--workdir", str(path))
+    assert done.returncode == 2, done.stderr
+    assert f"--workdir={path}" in done.stderr

@@ -1,0 +1,154 @@
+import dataclasses
+import json
+
+import pytest
+
+from inception_jax import config as configs
+from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train
+from inception_jax.errors import ConfigError
+
+
+def test_the_default_is_valid_and_survives_json() -> None:
+    default = Config(schedule=Schedule(name="steps", boundaries=(2.5, 4.0)))
+    configs.validate(default)
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(default)))) == default
+
+
+def test_configurations_share_no_group() -> None:
+    first, second = Config(), Config()
+    first.train.batch_size = 7
+    first.train.length.epochs = 7
+    assert second.train.batch_size == 128
+    assert second.train.length.epochs == 60
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("train.batch_size", 0, "at least 1"),
+        ("train.batch_size", 2.5, "of type int"),
+        ("train.batch_size", True, "of type int"),
+        ("model.dropout", 1.0, "less than 1"),
+        ("model.width", 0, "more than 0"),
+        ("model.width", float("nan"), "finite"),
+        ("augment.mix_probability", 1.5, "at most 1"),
+        ("model.stem", "s23", "paper, s16, s32. Did you mean 's32'?"),
+        ("schedule.boundaries", (1.0, "2"), "of type tuple[float, ...]"),
+        ("schedule.boundaries", (3.0, 2.0), "must rise"),
+        ("train.length.steps", 5, "give one unit"),
+        ("train.length.epochs", 0.0, "more than zero"),
+        ("augment.pad", 64, "less than data.image_size = 64"),
+        ("data.name", "tiny_imagnet", "Did you mean 'tiny_imagenet'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:
+    config = Config()
+    parent, _, name = path.rpartition(".")
+    setattr(configs.get(config, parent), name, value)
+    with pytest.raises(ConfigError) as error:
+        configs.validate(config)
+    assert f"config.{path.removesuffix('.steps').removesuffix('.epochs')}" in str(error.value)
+    assert words in str(error.value)
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    config = Config(train=Train(batch_size=-1), optimizer=Optimizer(name="sdg"))
+    with pytest.raises(ConfigError, match=r"optimizer\.name(.|\n)*batch_size"):
+        configs.validate(config)
+
+
+def test_settings_that_a_model_does_not_have_are_refused() -> None:
+    config = Config()
+    config.model.name, config.model.stem, config.model.aux_heads = "mini_googlenet", "s16", True
+    with pytest.raises(ConfigError, match=r"model\.stem(.|\n)*aux_heads"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (Schedule(name="steps"), "boundaries"),
+        (Schedule(name="exponential"), "decay_every"),
+    ],
+)
+def test_schedules_need_their_settings(schedule: Schedule, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configs.validate(Config(schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("train.batchsize", "train.batch_size"),
+        ("learning_rate", "schedule.learning_rate"),
+        ("optimizer.learning_rate", "schedule.learning_rate"),
+    ],
+)
+def test_an_unknown_field_gets_the_nearest(path: str, hint: str) -> None:
+    assert f"Did you mean {hint!r}" in configs.unknown_field(path)
+
+
+def test_an_unknown_field_of_a_record_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config\.train\.rate"):
+        configs.from_dict({"train": {"rate": 1}})
+
+
+def test_changes_are_split_into_refused_and_allowed() -> None:
+    old, new = Config(), Config(seed=1)
+    new.model.stem = "s32"
+    new.schedule.learning_rate = 0.2
+    new.train.length = Duration(epochs=90)
+    refused, allowed = configs.changes(old, new)
+    assert refused == ["config.seed: 0 → 1", "config.model.stem: 'paper' → 's32'"]
+    assert allowed == [
+        "config.schedule.learning_rate: 0.1 → 0.2",
+        "config.train.length.epochs: 60 → 90",
+    ]
+
+
+def test_an_average_can_change_its_length_but_not_appear() -> None:
+    old, new = Config(), Config()
+    new.train.ema = Duration(steps=10)
+    assert configs.changes(old, new)[0] == ["config.train.ema: none → 10 steps"]
+    old.train.ema = Duration(steps=20)
+    assert configs.changes(old, new) == ([], ["config.train.ema.steps: 20 → 10"])
+
+
+def test_each_field_has_a_meaning_and_shows_in_the_help() -> None:
+    text = configs.describe(Config())
+    for path, _, field in configs.leaves():
+        assert field.metadata["help"]
+        assert f"--config.{path}=" in text
+
+
+def test_timeline_in_each_unit() -> None:
+    timeline = Timeline(batch_size=32, train_examples=100)
+    assert timeline.steps(Duration(epochs=2)) == 7  # 200 / 32 = 6.25
+    assert timeline.steps(Duration(steps=5)) == 5
+    assert timeline.steps(Duration(examples=64)) == 2
+    assert timeline.steps(Duration(examples=65)) == 3
+    assert timeline.steps(Duration()) == 0
+    assert timeline.epoch(25) == 8.0
+
+
+def test_timeline_is_due_once_a_period() -> None:
+    timeline = Timeline(batch_size=32, train_examples=100)
+    due = [step for step in range(1, 14) if timeline.due(Duration(epochs=1), step)]
+    # The first step by which 100, 200, 300, 400 examples were seen.
+    assert due == [4, 7, 10, 13]
+    assert [s for s in range(1, 10) if timeline.due(Duration(steps=3), s)] == [3, 6, 9]
+    # A period of less than a step is due at each.
+    assert all(timeline.due(Duration(examples=10), step) for step in range(1, 10))
+
+
+def test_the_reading_of_tenths_of_epochs_is_exact() -> None:
+    timeline = Timeline(batch_size=1, train_examples=10)
+    due = [step for step in range(1, 21) if timeline.due(Duration(epochs=0.1), step)]
+    assert due == list(range(1, 21))
+
+
+def test_groups_are_dataclasses_all_the_way() -> None:
+    assert all(
+        dataclasses.is_dataclass(getattr(Config(), field.name)) or field.name in ("name", "seed")
+        for field in dataclasses.fields(Config)
+    )

@@ -1,0 +1,309 @@
+"""Training as a whole, on eight simulated devices: resume, evaluation, faults."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from inception_jax.config import Checkpoint, Config, Data, Duration, Schedule
+from inception_jax.errors import CheckpointError, RunError, UserError
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.input import pipeline
+from inception_jax.telemetry.writers import read_lines
+from inception_jax.training import checkpoints as checkpointing
+from inception_jax.training import loop, run, state, workdir
+from tests import small
+
+TIMING = ("seconds", "images_per_second")
+
+
+class Stopped(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+@pytest.fixture(scope="module")
+def reference(
+    data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[run.Run, workdir.Workdir]:
+    """A run that never stopped."""
+    this = run.build(small.config(data_directory), log=lambda _: None)
+    folder = workdir.Workdir(tmp_path_factory.mktemp("reference"))
+    loop.train(this, folder, Evaluator(this), changed=[])
+    return this, folder
+
+
+def train_again(this: run.Run, folder: workdir.Workdir) -> dict[str, Any]:
+    changed = workdir.check_owner(folder, this.config)
+    return loop.train(this, folder, Evaluator(this), changed=changed)
+
+
+def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.ndarray]]:
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        step = saved.resolve("last")
+        restored, _ = saved.restore(step, state.abstract(this))
+    paths = jax.tree_util.tree_leaves_with_path(restored)
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in paths]
+
+
+def lines_without_timing(folder: workdir.Workdir) -> list[dict[str, Any]]:
+    lines = read_lines(folder.path / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def assert_same(this: run.Run, folder: workdir.Workdir, reference: workdir.Workdir) -> None:
+    expected = final_leaves(this, reference)
+    found = final_leaves(this, folder)
+    assert len(found) > 100
+    for (path, left), (_, right) in zip(expected, found, strict=True):
+        assert left.tobytes() == right.tobytes(), path
+    assert lines_without_timing(folder) == lines_without_timing(reference)
+
+
+def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the input of the training step after `step` finished ones stop the process."""
+    whole = pipeline.train_batches
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        left = max(0, step - kwargs["start"])
+        yield from itertools.islice(whole(*args, **kwargs), left)
+        raise Stopped
+
+    monkeypatch.setattr(pipeline, "train_batches", batches)
+
+
+def test_the_run_is_recorded(reference: tuple[run.Run, workdir.Workdir]) -> None:
+    this, folder = reference
+    lines = read_lines(folder.path / "metrics.jsonl")
+    at = [(line["step"], line["split"]) for line in lines]
+    # 11 steps of 64: a report each 3 and at the end, an evaluation each 5 and at the end.
+    train, test = "train", "test"
+    expected = [(3, train), (5, test), (6, train), (9, train), (10, test), (11, train), (11, test)]
+    assert at == expected
+    for line in lines:
+        names = {"step", "epoch", "split", "loss", "top1", "top5", "seconds"}
+        assert names <= set(line)
+        assert line["epoch"] == line["step"] * 64 / 1437
+        assert ("learning_rate" in line) == (line["split"] == "train")
+    assert lines[0]["learning_rate"] == pytest.approx(0.05)
+    assert all(line["count"] == 360 for line in lines if line["split"] == test)
+
+    result = json.loads((folder.path / "result.json").read_text())
+    last = lines[-1]
+    assert {k: result[k] for k in ("step", "split", "count", "loss", "top1", "top5")} == {
+        k: last[k] for k in ("step", "split", "count", "loss", "top1", "top5")
+    }
+    assert result["images_per_second"] > 0
+    assert result["seconds"] >= sum(result["seconds_by_phase"].values()) * 0.99
+
+
+def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = small.config(data_directory)
+    config.train.length = Duration(epochs=4)
+    config.log.every = Duration(epochs=1)
+    config.evaluation.every = config.checkpoint.every = Duration(epochs=4)
+    this = run.build(config, log=lambda _: None)
+    result = loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+    losses = [
+        line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
+    ]
+    assert losses[-1] < losses[0] / 2
+    assert result["top1"] > 50  # A guess is 10.
+
+
+# Before the first checkpoint (2), inside and at the edges of the intervals of checkpoints (2),
+# reports (3), evaluations (5) and epochs (22.5), and with nothing left to do.
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7, 10])
+def test_a_stopped_run_ends_the_same(
+    step: int,
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before_step(step, patch)
+        with pytest.raises(Stopped):
+            train_again(this, folder)
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_a_run_stopped_in_a_save_ends_the_same(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    save = checkpointing.Checkpoints.save
+
+    def stop_at_5(self: Any, state: Any, **kwargs: Any) -> None:
+        if int(state.step) == 5:
+            raise Stopped
+        save(self, state, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing.Checkpoints, "save", stop_at_5)
+        with pytest.raises(Stopped):
+            train_again(this, folder)
+    # The evaluation at step 5 was written already; resuming from step 4 must not write it twice.
+    assert lines_without_timing(folder)[-1]["step"] == 5
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_a_finished_run_is_not_trained_again(
+    reference: tuple[run.Run, workdir.Workdir],
+) -> None:
+    this, folder = reference
+    before = lines_without_timing(folder)
+    result = json.loads(folder.result.read_text())
+    folder.result.unlink()
+    again = train_again(this, folder)
+    assert lines_without_timing(folder) == before
+    assert {k: again[k] for k in ("step", "loss", "top1")} == {
+        k: result[k] for k in ("step", "loss", "top1")
+    }
+
+
+@pytest.mark.parametrize("which", ["best", "last", "5"])
+def test_a_checkpoint_evaluates_as_training_did(
+    which: str, reference: tuple[run.Run, workdir.Workdir]
+) -> None:
+    this, folder = reference
+    result = evaluate_checkpoint(this, folder, which)
+    evaluations = [line for line in lines_without_timing(folder) if line["split"] == "test"]
+    best = max(evaluations, key=lambda line: line["top1"])["step"]
+    assert result["step"] == {"best": best, "last": 11, "5": 5}[which]
+    assert result == next(line for line in evaluations if line["step"] == result["step"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, folder = reference
+    with pytest.raises(CheckpointError, match=r"no checkpoint '7'.*2, 4, 5, 6, 8, 10, 11"):
+        evaluate_checkpoint(this, folder, "7")
+    with pytest.raises(UserError, match="best, last or the number"):
+        evaluate_checkpoint(this, folder, "worst")
+    with pytest.raises(CheckpointError, match="no checkpoints here"):
+        evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = small.config(
+        data_directory, checkpoint=Checkpoint(every=Duration(steps=1), keep_last=2, keep_best=1)
+    )
+    this = run.build(config, log=lambda _: None)
+    # The evaluation at step 5 is the best.
+    scores = iter([90.0, 50.0, 50.0])
+
+    def evaluate(variables: state.Variables) -> dict[str, float]:
+        return {"loss": 1.0, "top1": next(scores), "top5": 99.0, "count": 360}
+
+    loop.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [5, 10, 11]
+
+
+def test_another_rate_and_length_go_on_and_are_recorded(
+    reference: tuple[run.Run, workdir.Workdir],
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    folder = workdir.Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before_step(4, patch)
+        with pytest.raises(Stopped):
+            train_again(this, folder)
+    config = small.config(
+        data_directory, schedule=Schedule(name="constant", learning_rate=0.01)
+    )
+    config.train.length = Duration(steps=6)
+    train_again(run.build(config, log=lambda _: None), folder)
+    lines = lines_without_timing(folder)
+    assert lines[-1]["step"] == 6
+    assert lines[-2]["learning_rate"] == pytest.approx(0.01)
+    record = json.loads(folder.config.read_text())
+    assert record["changes"][0]["step"] == 4
+    expected = "config.schedule.learning_rate: 0.05 → 0.01"
+    assert expected in record["changes"][0]["settings"]
+    assert expected in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
+    this = run.build(config, log=lambda _: None)
+    with pytest.raises(RunError, match=r"not finite at step [12],") as error:
+        loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+    assert "learning_rate" in str(error.value)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
+    reference: tuple[run.Run, workdir.Workdir],
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    folder = workdir.Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before_step(4, patch)
+        with pytest.raises(Stopped):
+            train_again(this, folder)
+    config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
+    # The first update leaves finite but senseless parameters, which the evaluation shows.
+    with pytest.raises(RunError, match=r"the test loss was not finite at step 5,"):
+        train_again(run.build(config, log=lambda _: None), folder)
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        assert saved.latest_step() == 4
+        restored, _ = saved.restore(4, state.abstract(this))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(
+    reference: tuple[run.Run, workdir.Workdir],
+) -> None:
+    this, folder = reference
+    results = []
+    for batch_size in (7, 64, 1000):
+        config = dataclasses.replace(this.config)
+        config.evaluation = dataclasses.replace(config.evaluation, batch_size=batch_size)
+        other = dataclasses.replace(this, config=config)
+        results.append(evaluate_checkpoint(other, folder, "last"))
+    for result in results:
+        assert result["count"] == 360
+        assert result["top1"] == results[0]["top1"]
+        assert result["top5"] == results[0]["top5"]
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
+def test_a_model_without_average_or_batch_norm_trains(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config: Config = small.config(
+        data_directory, data=Data(name="digits", directory=str(data_directory), image_size=32)
+    )
+    config.model.name, config.model.stem = "googlenet", "s32"
+    config.model.norm, config.model.aux_heads, config.model.width = "lrn", True, 0.05
+    config.train.ema = Duration()
+    config.train.length = Duration(steps=2)
+    this = run.build(config, log=lambda _: None)
+    result = loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+    assert np.isfinite(result["loss"])
+    assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
