@@ -241,7 +241,7 @@ def average_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Averages a grid of any size to `size` x `size`, with the windows of torch's AdaptiveAvgPool2d.
+    """Averages a grid of any size to `size` x `size`, as torch's AdaptiveAvgPool2d does.
 
     Args:
       x: float [B, H, W, C].

@@ -133,9 +133,7 @@ def pool_padding(size: int, *, window: int, stride: int) -> tuple[int, int]:
     return 0, (outputs - 1) * stride + window - size
 
 
-def plain_max_pool(
-    x: jax.Array, *, window: int, stride: int, paddings: Paddings
-) -> jax.Array:
+def plain_max_pool(x: jax.Array, *, window: int, stride: int, paddings: Paddings) -> jax.Array:
     """Pools with XLA's windowed reduction; where values tie, the first takes the whole gradient."""
     return lax.reduce_window(
         x,
@@ -147,9 +145,7 @@ def plain_max_pool(
     )
 
 
-def separable_max_pool(
-    x: jax.Array, *, window: int, stride: int, paddings: Paddings
-) -> jax.Array:
+def separable_max_pool(x: jax.Array, *, window: int, stride: int, paddings: Paddings) -> jax.Array:
     """Pools along rows, then along columns, by comparing shifted slices.
 
     Where values tie, the first of the window takes the whole gradient, as in `plain_max_pool`: that

@@ -80,7 +80,8 @@ def test_conv_unit_without_batch_norm_adds_a_bias_and_has_no_statistics() -> Non
 
 
 def test_kernels_start_with_the_variance_that_relu_needs() -> None:
-    kernel = layers.Conv(512, 3).init(jax.random.key(0), jnp.ones((1, 4, 4, 32)))["params"]["kernel"]
+    params = layers.Conv(512, 3).init(jax.random.key(0), jnp.ones((1, 4, 4, 32)))["params"]
+    kernel = params["kernel"]
     assert float(kernel.std()) == pytest.approx(np.sqrt(2 / (3 * 3 * 32)), rel=0.02)
 
 
@@ -124,7 +125,9 @@ def test_dropout_drops_features_in_training_alone() -> None:
     np.testing.assert_allclose(keeps.apply(variables, x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("channels", "width", "expected"), [(64, 1.0, 64), (96, 0.25, 24), (16, 0.01, 1)])
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"), [(64, 1.0, 64), (96, 0.25, 24), (16, 0.01, 1)]
+)
 def test_scaled_channels_are_rounded_and_at_least_one(
     channels: int, width: float, expected: int
 ) -> None:

@@ -24,9 +24,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize(("size", "grids"), [(28, (28, 14, 7)), (32, (32, 16, 8))])
-def test_modules_have_the_widths_and_grids_of_the_figure(
-    size: int, grids: tuple[int, ...]
-) -> None:
+def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple[int, ...]) -> None:
     module = MiniGoogLeNet(num_classes=10)
 
     def call(images: jax.Array) -> jax.Array:

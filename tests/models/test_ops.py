@@ -87,7 +87,12 @@ def test_conv_equals_the_direct_sum(
 @pytest.mark.parametrize("equivalent", [ops.patch_conv, ops.tap_conv])
 @pytest.mark.parametrize(
     ("side", "size", "paddings"),
-    [(5, 1, ops.NO_PADDING), (2, 3, ((1, 1), (1, 1))), (6, 3, ((0, 2), (1, 0))), (4, 5, ((2, 2),) * 2)],
+    [
+        (5, 1, ops.NO_PADDING),
+        (2, 3, ((1, 1), (1, 1))),
+        (6, 3, ((0, 2), (1, 0))),
+        (4, 5, ((2, 2),) * 2),
+    ],
 )
 def test_equivalent_convolutions_have_the_values_and_gradients_of_the_plain_one(
     equivalent: Callable[..., jax.Array], side: int, size: int, paddings: ops.Paddings

@@ -189,9 +189,9 @@ def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_gr
 
     with torch.no_grad():
         all_logits = reference.train()(torch_images)
-    output, _ = jax.jit(
-        lambda *args: module.apply(*args, train=True, mutable=["batch_stats"])
-    )(variables, images)
+    output, _ = jax.jit(lambda *args: module.apply(*args, train=True, mutable=["batch_stats"]))(
+        variables, images
+    )
     for logits, torch_logits in zip((output.logits, *output.aux), all_logits, strict=True):
         assert_close(logits, torch_logits)
 

@@ -1,0 +1,118 @@
+"""One training step against its parts, and eight devices against one."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from inception_jax.config import Augment, Duration, Optimizer, Schedule
+from inception_jax.input import pipeline
+from inception_jax.training import run, state, step
+from tests import small
+
+
+def build(data_directory: pathlib.Path, devices: int) -> run.Run:
+    """A run without randomness but for its initialisation, on the first `devices` devices."""
+    config = small.config(
+        data_directory,
+        augment=Augment(crop="none", flip=False),
+        optimizer=Optimizer(name="sgd", momentum=0.0),
+        schedule=Schedule(name="constant", learning_rate=0.1),
+    )
+    config.model.dropout = 0.0
+    config.train.label_smoothing = 0.1
+    config.train.ema = Duration(steps=2)
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    return dataclasses.replace(run.build(config, log=lambda _: None), mesh=mesh)
+
+
+def batches(this: run.Run, stop: int) -> list[dict[str, jax.Array]]:
+    return list(
+        pipeline.train_batches(
+            this.dataset.train, batch_size=64, seed=0, start=0, stop=stop, mesh=this.mesh
+        )
+    )
+
+
+def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
+    this = build(data_directory, 1)
+    before = jax.device_get(state.create(this))
+    batch = batches(this, 1)[0]
+    images = (np.asarray(batch["image"], np.float32) / 255 - this.dataset.mean) / this.dataset.std
+    targets = 0.9 * np.eye(10, dtype=np.float32)[batch["label"]] + np.float32(0.01)
+
+    def loss(params: dict) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+        output, updated = this.model.apply(
+            {"params": params, "batch_stats": before.batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        log_p = output.logits - jax.nn.logsumexp(output.logits, axis=1, keepdims=True)
+        return -(targets * log_p).sum(1).mean(), (output.logits, updated["batch_stats"])
+
+    with jax.numpy_rank_promotion("allow"):
+        (expected, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(
+            before.params
+        )
+    after, found = step.make_train_step(this)(state.create(this), batch)
+
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert int(after.step) == 1
+    close = {"rtol": 1e-3, "atol": 1e-5}
+    for old, new, grad in zip(
+        *map(jax.tree.leaves, (before.params, after.params, grads)), strict=True
+    ):
+        np.testing.assert_allclose(new, old - 0.1 * grad, **close)
+    for new, wanted in zip(
+        *map(jax.tree.leaves, (after.batch_stats, batch_stats)), strict=True
+    ):
+        np.testing.assert_allclose(new, wanted, **close)
+    # The first update of an average with the time constant 2 keeps min(1/2, 1/10) of the old.
+    for old, new, mean in zip(
+        *map(jax.tree.leaves, (before.params, after.params, after.average["params"])), strict=True
+    ):
+        np.testing.assert_allclose(mean, 0.1 * old + 0.9 * np.asarray(new), **close)
+    metrics = after.metrics.compute()
+    right = np.asarray(logits).argmax(1) == np.asarray(batch["label"])
+    assert metrics["top1"] == pytest.approx(100 * right.mean())
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
+    losses = []
+    for devices in (1, 8):
+        this = build(data_directory, devices)
+        current, train_step = state.create(this), step.make_train_step(this)
+        run_losses = []
+        for batch in batches(this, 4):
+            current, loss = train_step(current, batch)
+            run_losses.append(float(loss))
+        losses.append(run_losses)
+        assert len(jax.tree.leaves(current.params)[0].sharding.device_set) == devices
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[0][3] < losses[0][0]
+
+
+def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
+    this = build(data_directory, 1)
+    before = state.create(this)
+    after, _ = step.make_train_step(this)(before, batches(this, 1)[0])
+    assert jax.tree.leaves(before.params)[0].is_deleted()
+    assert not jnp.isnan(jax.tree.leaves(after.params)[0]).any()
+
+
+def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -> None:
+    this = build(data_directory, 8)
+    new, described = state.create(this), state.abstract(this)
+    assert jax.tree.structure(new) == jax.tree.structure(described)
+    for leaf, description in zip(jax.tree.leaves(new), jax.tree.leaves(described), strict=True):
+        assert (leaf.shape, leaf.dtype) == (description.shape, description.dtype)
+        assert leaf.sharding.is_equivalent_to(description.sharding, leaf.ndim)
