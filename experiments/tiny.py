@@ -27,9 +27,7 @@ def get_config() -> Config:
     return Config(
         name="tiny",
         data=Data(name="tiny_imagenet", image_size=64),
-        augment=Augment(
-            crop="pad", pad=4, flip=True, mixup=0.2, cutmix=1.0, mix_probability=0.5
-        ),
+        augment=Augment(crop="pad", pad=4, flip=True, mixup=0.2, cutmix=1.0, mix_probability=0.5),
         model=Model(name="googlenet", stem="s32", dropout=0.2, dtype="bfloat16"),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
         schedule=Schedule(name="cosine", learning_rate=0.4, warmup=Duration(epochs=5)),

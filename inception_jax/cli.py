@@ -67,7 +67,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
     except RunError as error:
         _fail(str(error), 1)
     except OSError as error:
-        # A failed read or write that no module could say more about: its file and reason say enough.
+        # A failed read or write that no module could say more about: its text says enough.
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}", 2)
@@ -122,7 +122,7 @@ def _check_path(path: str) -> None:
 
 
 def _check_type(config: Any) -> None:
-    """Checks that an experiment file returned a Config; looking at it raises a missing file's error."""
+    """Checks that an experiment file returned a Config; a missing file's error is raised too."""
     name = getattr(config, "name", None)
     if not isinstance(config, Config):
         raise ConfigError(

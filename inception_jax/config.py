@@ -75,7 +75,9 @@ class Duration:
     With all at zero the duration is absent, which each user of a duration gives a meaning ("off").
     """
 
-    epochs: float = setting(0.0, "passes over the training split; 0: not the unit", low=0, resumable=True)
+    epochs: float = setting(
+        0.0, "passes over the training split; 0: not the unit", low=0, resumable=True
+    )
     steps: int = setting(0, "optimizer steps; 0: not the unit", low=0, resumable=True)
     examples: int = setting(0, "training examples seen; 0: not the unit", low=0, resumable=True)
 
@@ -96,7 +98,7 @@ class Data:
     name: str = setting("tiny_imagenet", "the data set", choices=DATASETS)
     source: str = setting(
         "",
-        "where the original files are: an archive or an extracted folder; empty: the official download",
+        "the original files: an archive or an extracted folder; empty: the official download",
         resumable=True,
     )
     directory: str = setting(
@@ -110,9 +112,15 @@ class Data:
 @dataclasses.dataclass
 class Augment:
     crop: str = setting("pad", "random crop of training images", choices=CROPS, resumable=True)
-    pad: int = setting(4, "zeros added on each side before a 'pad' crop, pixels", low=0, resumable=True)
+    pad: int = setting(
+        4, "zeros added on each side before a 'pad' crop, pixels", low=0, resumable=True
+    )
     area_min: float = setting(
-        0.08, "smallest share of the image's area in a 'resized' crop", above=0, high=1, resumable=True
+        0.08,
+        "smallest share of the image's area in a 'resized' crop",
+        above=0,
+        high=1,
+        resumable=True,
     )
     aspect_max: float = setting(
         4 / 3, "largest width/height, and height/width, of a 'resized' crop", low=1, resumable=True
@@ -122,7 +130,10 @@ class Augment:
         0.0, "alpha of mixup's Beta(alpha, alpha) distribution; 0: no mixup", low=0, resumable=True
     )
     cutmix: float = setting(
-        0.0, "alpha of CutMix's Beta(alpha, alpha) distribution; 0: no CutMix", low=0, resumable=True
+        0.0,
+        "alpha of CutMix's Beta(alpha, alpha) distribution; 0: no CutMix",
+        low=0,
+        resumable=True,
     )
     mix_probability: float = setting(
         1.0, "share of batches that mixup or CutMix change", low=0, high=1, resumable=True
@@ -137,8 +148,8 @@ class Model:
     name: str = setting("googlenet", "the network", choices=MODELS)
     stem: str = setting(
         "paper",
-        "first layers of googlenet: the paper's (total stride 8), or for small images s16 (stride 4) "
-        "and s32 (stride 2)",
+        "first layers of googlenet: the paper's (total stride 8), or for small images s16 "
+        "(stride 4) and s32 (stride 2)",
         choices=STEMS,
     )
     width: float = setting(1.0, "factor on the number of channels of every layer", above=0)
@@ -151,7 +162,11 @@ class Model:
         choices=NORMS,
     )
     norm_momentum: float = setting(
-        0.9, "share of BatchNorm's running statistics kept at each step", low=0, below=1, resumable=True
+        0.9,
+        "share of BatchNorm's running statistics kept at each step",
+        low=0,
+        below=1,
+        resumable=True,
     )
     norm_epsilon: float = setting(1e-3, "added to BatchNorm's variance", above=0, resumable=True)
     aux_heads: bool = setting(False, "auxiliary classifiers on modules 4a and 4d, in training only")
@@ -174,11 +189,13 @@ class Optimizer:
     name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
     momentum: float = setting(0.9, "momentum of SGD", low=0, below=1, resumable=True)
     beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
-    beta2: float = setting(0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True)
+    beta2: float = setting(
+        0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True
+    )
     epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
     weight_decay: float = setting(
         0.0,
-        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay times the rate (AdamW)",
+        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW)",
         low=0,
         resumable=True,
     )
@@ -202,7 +219,11 @@ class Schedule:
         Duration(), "linear rise from 0 to the peak; none: start at the peak", resumable=True
     )
     end_factor: float = setting(
-        0.0, "last rate over peak rate, for cosine, linear and polynomial", low=0, high=1, resumable=True
+        0.0,
+        "last rate over peak rate, for cosine, linear and polynomial",
+        low=0,
+        high=1,
+        resumable=True,
     )
     power: float = setting(1.0, "exponent of the polynomial schedule", above=0, resumable=True)
     decay: float = setting(
@@ -219,7 +240,10 @@ class Schedule:
         False, "let exponential fall at whole multiples of decay_every only", resumable=True
     )
     boundaries: tuple[float, ...] = setting(
-        (), "where `steps` multiplies the rate by `decay`, epochs from the start", low=0, resumable=True
+        (),
+        "where `steps` multiplies the rate by `decay`, epochs from the start",
+        low=0,
+        resumable=True,
     )
 
 
@@ -230,31 +254,37 @@ class Train:
     label_smoothing: float = setting(
         0.0, "share of the target spread evenly over all classes", low=0, below=1, resumable=True
     )
-    aux_weight: float = setting(
-        0.3, "weight of each auxiliary head's loss", low=0, resumable=True
-    )
+    aux_weight: float = setting(0.3, "weight of each auxiliary head's loss", low=0, resumable=True)
     ema: Duration = setting(
         Duration(),
-        "time constant of the exponential moving average of parameters and BatchNorm statistics that "
-        "evaluation uses; none: no average",
+        "time constant of the exponential moving average of parameters and BatchNorm statistics "
+        "that evaluation uses; none: no average",
         resumable=True,
     )
 
 
 @dataclasses.dataclass
 class Evaluation:
-    batch_size: int = setting(500, "examples an evaluation step, over all devices", low=1, resumable=True)
+    batch_size: int = setting(
+        500, "examples an evaluation step, over all devices", low=1, resumable=True
+    )
     every: Duration = setting(
-        Duration(epochs=1), "time between evaluations; there is always one at the end", resumable=True
+        Duration(epochs=1),
+        "time between evaluations; there is always one at the end",
+        resumable=True,
     )
 
 
 @dataclasses.dataclass
 class Checkpoint:
     every: Duration = setting(
-        Duration(epochs=1), "time between checkpoints; there is always one at the end", resumable=True
+        Duration(epochs=1),
+        "time between checkpoints; there is always one at the end",
+        resumable=True,
     )
-    keep_last: int = setting(2, "how many of the newest checkpoints are kept", low=1, resumable=True)
+    keep_last: int = setting(
+        2, "how many of the newest checkpoints are kept", low=1, resumable=True
+    )
     keep_best: int = setting(
         1, "how many of the best by validation top-1 are kept besides", low=0, resumable=True
     )
@@ -262,16 +292,16 @@ class Checkpoint:
 
 @dataclasses.dataclass
 class Log:
-    every: Duration = setting(
-        Duration(steps=100), "time between training metrics", resumable=True
-    )
+    every: Duration = setting(Duration(steps=100), "time between training metrics", resumable=True)
 
 
 @dataclasses.dataclass
 class Config:
     """All settings of a run."""
 
-    name: str = setting("unnamed", "what the experiment is called in logs and plots", resumable=True)
+    name: str = setting(
+        "unnamed", "what the experiment is called in logs and plots", resumable=True
+    )
     seed: int = setting(0, "seed of initialisation, shuffling and augmentation", low=0)
     data: Data = setting(Data(), "what the examples are")
     augment: Augment = setting(Augment(), "how training images are varied")
@@ -320,7 +350,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             raise ConfigError(unknown_field(path))
         parent, _, name = path.rpartition(".")
         is_tuple = typing.get_origin(known[path]) is tuple
-        setattr(get(config, parent) if parent else config, name, tuple(value) if is_tuple else value)
+        setattr(
+            get(config, parent) if parent else config, name, tuple(value) if is_tuple else value
+        )
     validate(config)
     return config
 
@@ -347,7 +379,9 @@ def unknown_field(path: str) -> str:
 def _matches(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's declared type; an int passes for a float."""
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+        return isinstance(value, tuple) and all(
+            _matches(v, typing.get_args(hint)[0]) for v in value
+        )
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
@@ -364,7 +398,9 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     if not _matches(value, hint):
         return f"must be of type {_type_name(hint)}"
     if metadata["choices"] and value not in metadata["choices"]:
-        return f"must be one of {', '.join(metadata['choices'])}.{nearest(value, metadata['choices'])}"
+        return (
+            f"must be one of {', '.join(metadata['choices'])}.{nearest(value, metadata['choices'])}"
+        )
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -422,11 +458,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         for name, value in fixed.items():
             if getattr(model, name) != value:
                 yield (
-                    f"config.model.{name} = {getattr(model, name)!r}: only the model 'googlenet' has "
+                    f"config.model.{name} = {getattr(model, name)!r}: only 'googlenet' has "
                     f"this setting; leave it at {value!r} for {model.name!r}"
                 )
     if model.aux_heads and model.name in ("deeper_googlenet", "mini_googlenet"):
-        yield f"config.model.aux_heads = True: {model.name!r} has no auxiliary heads; set it to False"
+        yield f"config.model.aux_heads = True: {model.name!r} has no such heads; set it to False"
 
 
 def validate(config: Config) -> None:
@@ -472,7 +508,9 @@ def describe(config: Config) -> str:
     for path, _, field in leaves():
         choices = field.metadata["choices"]
         allowed = f" [{', '.join(choices)}]" if choices else ""
-        lines.append(f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}")
+        lines.append(
+            f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}"
+        )
     return "\n".join(lines)
 
 

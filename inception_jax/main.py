@@ -19,7 +19,9 @@ in the command, the settings or the data, which the message says how to mend; 1:
 """
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run: checkpoints, metrics, plots", required=True
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
@@ -27,7 +29,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the hosts of a TPU 
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "with coordinator_address: processes")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "with coordinator_address: this one")
-cli.require("config", "workdir")
+cli.require("config")
 
 
 def main(positional: Sequence[str]) -> None:

@@ -67,9 +67,9 @@ def _check_platform(platform: str) -> None:
         platform = platform or os.environ.get("JAX_PLATFORMS", "")
     if found == "none" or platform not in ("", found):
         raise UserError(
-            f"no device of the platform {platform!r} can be used; found: {found}{reason}. Check its "
-            "driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), or use "
-            "--platform=cpu"
+            f"no device of the platform {platform!r} can be used; found: {found}{reason}. Check "
+            "its driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), "
+            "or use --platform=cpu"
         )
 
 

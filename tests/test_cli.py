@@ -1,4 +1,4 @@
-"""The command line as a process of its own: exit codes and messages, before anything is computed."""
+"""The command line as a process of its own: exit codes and messages."""
 
 import pathlib
 import subprocess

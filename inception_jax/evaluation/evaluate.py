@@ -49,7 +49,8 @@ class Evaluator:
     def _eval_step(self, variables: Variables, batch: dict[str, jax.Array]) -> EvalMetrics:
         dataset = self._run.dataset
         images = augment.normalise(batch["image"], dataset.mean, dataset.std)
-        logits = self._run.model.apply(variables, images, train=False).logits
+        output: Any = self._run.model.apply(variables, images, train=False)
+        logits = output.logits
         labels = batch["label"]
         targets = jax.nn.one_hot(labels, dataset.num_classes, dtype=jnp.float32)
         return EvalMetrics.single_batch(

@@ -1,9 +1,9 @@
 """Batches as a function of the step number.
 
-Nothing is carried from one batch to the next: `train_indices(step)` says which examples a step sees,
-from the seed alone. So a run that resumes at any step, on any number of devices or processes, goes on
-with the same batches, and there is no iterator state to save. (Grain's own saved iterator state is
-bound to the process and worker count.) Grain reads ahead in a thread.
+Nothing is carried from one batch to the next: `train_indices(step)` says which examples a step
+sees, from the seed alone. So a run that resumes at any step, on any number of devices or processes,
+goes on with the same batches, and there is no iterator state to save. (Grain's own saved iterator
+state is bound to the process and worker count.) Grain reads ahead in a thread.
 """
 
 import functools
@@ -71,13 +71,25 @@ def train_batches(
     return _to_devices_ahead(load, start, stop, mesh)
 
 
+def abstract_train_batch(
+    split: DecodedSplit, *, batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a training batch looks like, to compile the step without one."""
+    placed = sharding.batch_sharding(mesh)
+    image_shape = (batch_size, *split.images.shape[1:])
+    return {
+        "image": jax.ShapeDtypeStruct(image_shape, split.images.dtype, sharding=placed),
+        "label": jax.ShapeDtypeStruct((batch_size,), split.labels.dtype, sharding=placed),
+    }
+
+
 def eval_batches(
     split: DecodedSplit, *, batch_size: int, mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields every example of a split once, in order.
 
-    The last batch is filled up with copies of the first example, masked out. `batch_size` is rounded
-    up to a multiple of the device count, which changes no result.
+    The last batch is filled up with copies of the first example, masked out. `batch_size` is
+    rounded up to a multiple of the device count, which changes no result.
 
     Yields:
       image: uint8 [B, H, W, 3], label: int32 [B] and mask: bool [B], True for real examples.

@@ -38,8 +38,8 @@ def check_batch_size(batch_size: int, device_count: int) -> None:
         below = batch_size // device_count * device_count
         nearest = [str(size) for size in (below, below + device_count) if size]
         raise ConfigError(
-            f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it evenly; "
-            f"the nearest sizes that they can are {' and '.join(nearest)}"
+            f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it "
+            f"evenly; the nearest sizes that they can are {' and '.join(nearest)}"
         )
 
 

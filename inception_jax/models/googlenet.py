@@ -66,7 +66,8 @@ AUX_MODULES = ("4a", "4d")
 class GoogLeNet(nn.Module):
     """GoogLeNet, with the choices that its relatives differ in.
 
-    Kernels start from He's truncated normal, biases at 0 and BatchNorm's scales at 1.
+    Kernels start from He's truncated normal (`layers.he_normal` says why), biases at 0 and
+    BatchNorm's scales at 1.
 
     Attributes:
       num_classes: number of logits.
@@ -140,7 +141,7 @@ class GoogLeNet(nn.Module):
                 break
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         logits = Classifier(self.num_classes, self.dropout, train, name="classifier")(x)
-        return ModelOutput(logits, tuple(aux) if train else ())
+        return ModelOutput(logits, tuple(aux))
 
     @property
     def least_image_size(self) -> int:

@@ -18,6 +18,9 @@ from inception_jax.errors import ConfigError
 from inception_jax.models import ops
 
 # He et al. 2015 (arXiv:1502.01852), eq. 10: keeps the variance of activations through ReLU layers.
+# Networks without BatchNorm need that most. Caffe's GoogLeNet starts from a Xavier variance, half
+# of this, and biases of 0.2, but is given pixels of 0 to 255; on normalised images its logits hardly
+# depend on the image, and it learns more slowly at the paper's learning rate of 0.01.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
@@ -185,8 +188,7 @@ class AuxiliaryHead(nn.Module):
 
     The paper's head averages 5x5 windows at stride 3, so its parameters' shapes depend on the size
     of the images. On a grid of less than 5 pixels (images of 64 px) the window is the whole grid.
-    torchvision's averages the grid to 4x4 whatever its size, which is the same at 224 px only in
-    shape.
+    torchvision's averages the grid to 4x4 whatever its size.
 
     Attributes:
       num_classes: number of logits.

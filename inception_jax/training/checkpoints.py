@@ -74,9 +74,12 @@ class Checkpoints:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        """Waits for a write under way. Its failure does not hide an error that is already raised."""
+        """Waits for a write under way. Its failure does not hide an error raised before."""
         try:
             with _readable_errors(self._directory):
                 self._manager.close()
@@ -135,7 +138,7 @@ class Checkpoints:
             )
         if not saved:
             raise CheckpointError(
-                f"{self._directory}: step {step} was not saved; newer checkpoints are already there: "
+                f"{self._directory}: step {step} was not saved; newer ones are already there: "
                 f"{sorted(self._manager.all_steps())}"
             )
 
@@ -194,6 +197,6 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
         if isinstance(error, OSError) or any(os.strerror(code) in text for code in _STORAGE_ERRORS):
             raise UserError(
                 f"{directory}: a checkpoint could not be written: {text.splitlines()[0]}. The ones "
-                "before it are whole. Make room or mend the folder, and start the same command again"
+                "before it are whole. Make room or mend the folder, and start the command again"
             ) from error
         raise

@@ -19,7 +19,7 @@ from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
-from inception_jax.training.step import make_train_step
+from inception_jax.training.step import compile_train_step
 from inception_jax.training.workdir import Workdir
 
 Evaluate = Callable[[states.Variables], dict[str, float]]
@@ -29,9 +29,7 @@ Evaluate = Callable[[states.Variables], dict[str, float]]
 _STEPS_AHEAD = 2
 
 
-def train(
-    run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]
-) -> dict[str, Any]:
+def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
     Args:
@@ -95,6 +93,12 @@ def _train(
 ) -> dict[str, Any]:
     config, clock, timeline = run.config, reporter.clock, run.timeline
     first = int(state.step)
+    metrics: dict[str, float] = {}
+    if first >= run.total_steps:
+        # Killed between its last checkpoint and its result, or shortened since.
+        return reporter.result(first, evaluate(state.eval_variables()))
+    with clock.phase("compile"):
+        train_step = compile_train_step(run)
     batches = pipeline.train_batches(
         run.dataset.train,
         batch_size=config.train.batch_size,
@@ -103,16 +107,12 @@ def _train(
         stop=run.total_steps,
         mesh=run.mesh,
     )
-    train_step = make_train_step(run)
+    empty_metrics = states.empty_metrics(run)
     in_flight: collections.deque[jax.Array] = collections.deque()
-    metrics: dict[str, float] = {}
 
     for step in range(first + 1, run.total_steps + 1):
         with clock.phase("input"):
             batch = next(batches)
-        if step == first + 1:
-            with clock.phase("compile"):
-                train_step = train_step.lower(state, batch).compile()
         with clock.phase("train"):
             state, loss = train_step(state, batch)
             in_flight.append(loss)
@@ -125,7 +125,7 @@ def _train(
         save_now = evaluate_now or timeline.due(config.checkpoint.every, step)
         if last or timeline.due(config.log.every, step):
             reporter.report_later(step, state.metrics)
-            state = state.replace(metrics=states.fresh_metrics(run))
+            state = state.replace(metrics=empty_metrics())
         if save_now:
             with clock.phase("train"):
                 jax.block_until_ready(state)
@@ -138,7 +138,7 @@ def _train(
             reporter.evaluated(step, metrics)
         if save_now:
             with clock.phase("save"):
-                # Lines up to this step must be on disk before the checkpoint says they were written.
+                # Lines up to this step must be on disk before a checkpoint says they are.
                 reporter.flush()
                 checkpoints.save(
                     state,
@@ -146,9 +146,7 @@ def _train(
                     metrics=metrics if evaluate_now else None,
                 )
 
-    # A run that was killed between its last checkpoint and its result has nothing left to train.
-    metrics = metrics or evaluate(state.eval_variables())
-    return reporter.result(int(state.step), metrics)
+    return reporter.result(run.total_steps, metrics)
 
 
 class _Reporter:
@@ -218,10 +216,10 @@ class _Reporter:
     def _not_finite(self, what: str, step: int) -> RunError:
         rate = float(self._run.schedule(step - 1))
         return RunError(
-            f"{what} was not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}. The "
-            "last checkpoint is from before that. Try a lower config.schedule.learning_rate (it was "
-            f"{rate:.4g}), a longer config.schedule.warmup or config.optimizer.clip_norm=1; the same "
-            "command goes on from the last checkpoint"
+            f"{what} was not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}. "
+            "The last checkpoint is from before that, and the same command goes on from it. Try a "
+            f"lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
+            "config.schedule.warmup, or config.optimizer.clip_norm=1"
         )
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:

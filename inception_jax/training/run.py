@@ -15,7 +15,7 @@ from inception_jax.models import registry
 from inception_jax.training import optimizers
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A configuration with what follows from it.
 
@@ -71,9 +71,7 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
     dataset = decoded.prepare(config.data, log=log)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
-    schedule = optimizers.make_schedule(
-        config.schedule, timeline=timeline, total_steps=total_steps
-    )
+    schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
     return Run(
         config=config,
         dataset=dataset,

@@ -1,5 +1,6 @@
 """The state of training: all that a step reads and writes, and all that a checkpoint holds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,8 +15,7 @@ from inception_jax.training.run import Run
 Variables = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """State after `step` finished steps; every leaf is an array on all devices.
 
     Args:
@@ -24,8 +24,8 @@ class TrainState:
       batch_stats: float32 BatchNorm statistics; empty for a model without BatchNorm.
       average: moving averages {"params", "batch_stats"}; empty when the run keeps none.
       opt_state: of the optimizer.
-      metrics: sums of the training metrics since they were last reported. They are part of the state
-        so that a run killed between two reports goes on to report the same numbers.
+      metrics: sums of the training metrics since they were last reported. They are part of the
+        state so that a run killed between two reports goes on to report the same numbers.
     """
 
     step: jax.Array
@@ -82,6 +82,6 @@ def abstract(run: Run) -> TrainState:
     )
 
 
-def fresh_metrics(run: Run) -> TrainMetrics:
-    """Returns empty metrics on all devices, to follow ones that were reported."""
-    return jax.jit(TrainMetrics.empty, out_shardings=sharding.replicated(run.mesh))()
+def empty_metrics(run: Run) -> Callable[[], TrainMetrics]:
+    """Returns a function that makes empty metrics on all devices, to follow reported ones."""
+    return jax.jit(TrainMetrics.empty, out_shardings=sharding.replicated(run.mesh))

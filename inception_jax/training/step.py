@@ -1,28 +1,35 @@
 """One training step: augment → forward → loss → gradient → update → averages → metrics."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from inception_jax.input import augment, sharding
+from inception_jax.input import augment, pipeline, sharding
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import ema, keys, losses
+from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
 
 Batch = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 
 
-def make_train_step(run: Run) -> TrainStep:
+def compile_train_step(run: Run) -> jax.stages.Compiled:
+    """Returns the training step of a run, compiled; called as `make_train_step` describes."""
+    batch = pipeline.abstract_train_batch(
+        run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
+    )
+    return make_train_step(run).lower(states.abstract(run), batch).compile()
+
+
+def make_train_step(run: Run) -> jax.stages.Wrapped:
     """Returns the jitted training step of a run.
 
-    The step maps (state, batch) to (state after it, mean loss: float32 scalar). A batch holds image:
-    uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated: the one
-    passed in can no longer be used.
+    The step maps (state, batch) to (state after it, mean loss: float32 scalar). A batch holds
+    image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated:
+    the one passed in can no longer be used.
     """
     config, dataset = run.config, run.dataset
     seed = config.seed

@@ -1,8 +1,8 @@
 """The folder of a run: whose it is, and what was changed when it was resumed.
 
 `config.json` holds the resolved configuration, what the data set was, the environment, and the
-settings that later starts changed. A folder is used by one model on one data set; a start that would
-mix two is refused.
+settings that later starts changed. A folder is used by one model on one data set; a start that
+would mix two is refused.
 """
 
 import dataclasses
@@ -26,14 +26,17 @@ class Workdir:
 
     @property
     def config(self) -> pathlib.Path:
+        """The record of the run's settings."""
         return self.path / "config.json"
 
     @property
     def checkpoints(self) -> pathlib.Path:
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def result(self) -> pathlib.Path:
+        """The last evaluation."""
         return self.path / "result.json"
 
 

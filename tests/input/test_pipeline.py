@@ -44,7 +44,9 @@ def test_seeds_give_other_orders() -> None:
 
 def test_a_batch_may_be_larger_than_the_data_set() -> None:
     indices = pipeline.train_indices(1, batch_size=25, examples=10, seed=0)
-    assert np.bincount(indices).tolist() == [2 if count == 2 else 3 for count in np.bincount(indices)]
+    assert np.bincount(indices).tolist() == [
+        2 if count == 2 else 3 for count in np.bincount(indices)
+    ]
     assert len(indices) == 25
 
 
@@ -92,5 +94,5 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
     sharding.check_batch_size(16, 8)
     with pytest.raises(ConfigError, match=r"batch_size = 12: 8 devices .* 8 and 16"):
         sharding.check_batch_size(12, 8)
-    with pytest.raises(ConfigError, match="can are 8$"):
+    with pytest.raises(ConfigError, match=r"can are 8$"):
         sharding.check_batch_size(3, 8)

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training(data: list[str]) -> list[str]:
-    """Flags of a run that takes seconds: a thin network, 30 steps, something due at most of them."""
+    """Flags of a run that takes seconds, with something due at most of its 30 steps."""
     return [
         *data,
         "--config.data.image_size=32",

@@ -45,9 +45,7 @@ def run_two(*arguments: str) -> list[subprocess.CompletedProcess]:
     done = []
     for process in processes:
         output, messages = process.communicate(timeout=280)
-        done.append(
-            subprocess.CompletedProcess(arguments, process.returncode, output, messages)
-        )
+        done.append(subprocess.CompletedProcess(arguments, process.returncode, output, messages))
     return done
 
 
@@ -70,7 +68,9 @@ def test_two_processes_train_as_one_and_one_goes_on(
     assert both[0].stdout and not both[1].stdout
     assert "step 8/8" in both[0].stderr and "step" not in both[1].stderr
 
-    command.check("main", *settings, "--config.train.length.steps=12", f"--workdir={two}", devices=2)
+    command.check(
+        "main", *settings, "--config.train.length.steps=12", f"--workdir={two}", devices=2
+    )
     expected, found = read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl")
     # The shorter first part ended with a report and an evaluation of its own.
     extra = [line for line in found if line["step"] == 8 and line["split"] == "test"]

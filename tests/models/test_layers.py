@@ -1,6 +1,7 @@
 """The layers against NumPy."""
 
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,12 +90,10 @@ def test_kernels_start_with_the_variance_that_relu_needs() -> None:
 def test_inception_concatenates_its_branches_in_the_papers_order(
     kind: str, branch: list[int]
 ) -> None:
-    def unit(features: int, kernel_size: int = 1, *, name: str) -> nn.Module:
-        return layers.ConvUnit(features, kernel_size, batch_norm=False, name=name)
-
+    unit = functools.partial(layers.ConvUnit, batch_norm=False)
     module = layers.Inception(layers.InceptionWidths(1, 2, 3, 4, 5, 6), kind, unit)
     x = jnp.asarray(normal(1, 4, 4, 7))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     shapes = {name: each["conv"]["kernel"].shape for name, each in params.items()}
     assert shapes.pop("conv_1x1") == (1, 1, 7, 1)
     assert shapes.pop("reduce_3x3") == (1, 1, 7, 2)
@@ -109,7 +108,7 @@ def test_inception_concatenates_its_branches_in_the_papers_order(
     zeros = jax.tree.map(jnp.zeros_like, params)
     for name, value in last.items():
         zeros[name]["conv"]["bias"] += value
-    result = module.apply({"params": zeros}, x)
+    result = jax.jit(module.apply)({"params": zeros}, x)
     assert result.shape == (1, 4, 4, 15)
     np.testing.assert_array_equal(result[0, 0, 0], np.repeat([1, 2, 3, 4], [1, 3, 5, 6]))
 

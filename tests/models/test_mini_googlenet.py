@@ -1,5 +1,7 @@
 """MiniGoogLeNet against figure 3 of Zhang et al. 2017."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,12 +42,10 @@ def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple
 
 
 def test_downsample_puts_the_convolution_before_the_maximum() -> None:
-    def unit(*args: object, name: str) -> ConvUnit:
-        return ConvUnit(*args, batch_norm=False, name=name)
-
+    unit = functools.partial(ConvUnit, batch_norm=False)
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 1)).astype(np.float32)
     module = Downsample(2, unit)
-    params = module.init(jax.random.key(0), jnp.asarray(x))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.asarray(x))["params"]
     result = np.asarray(module.apply({"params": params}, jnp.asarray(x)))
     kernel = np.asarray(params["conv_3x3"]["conv"]["kernel"])
     # The window of the last pixel reaches one pixel over the right and lower border.

@@ -1,6 +1,7 @@
 """Training as a whole, on eight simulated devices: resume, evaluation, faults."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -27,6 +28,17 @@ class Stopped(BaseException):
     """Stands for a kill: nothing in the package catches it."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_once() -> Iterator[None]:
+    """Compiles the step of each run once, however often the run is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_train_step", functools.cache(loop.compile_train_step))
+        yield
+
+
+evaluator_of = functools.cache(Evaluator)
+
+
 @pytest.fixture(scope="module")
 def reference(
     data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
@@ -34,13 +46,13 @@ def reference(
     """A run that never stopped."""
     this = run.build(small.config(data_directory), log=lambda _: None)
     folder = workdir.Workdir(tmp_path_factory.mktemp("reference"))
-    loop.train(this, folder, Evaluator(this), changed=[])
+    loop.train(this, folder, evaluator_of(this), changed=[])
     return this, folder
 
 
 def train_again(this: run.Run, folder: workdir.Workdir) -> dict[str, Any]:
     changed = workdir.check_owner(folder, this.config)
-    return loop.train(this, folder, Evaluator(this), changed=changed)
+    return loop.train(this, folder, evaluator_of(this), changed=changed)
 
 
 def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.ndarray]]:
@@ -78,7 +90,7 @@ def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_run_is_recorded(reference: tuple[run.Run, workdir.Workdir]) -> None:
-    this, folder = reference
+    _, folder = reference
     lines = read_lines(folder.path / "metrics.jsonl")
     at = [(line["step"], line["split"]) for line in lines]
     # 11 steps of 64: a report each 3 and at the end, an evaluation each 5 and at the end.
@@ -108,7 +120,7 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
     config.log.every = Duration(epochs=1)
     config.evaluation.every = config.checkpoint.every = Duration(epochs=4)
     this = run.build(config, log=lambda _: None)
-    result = loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+    result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
         line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
     ]
@@ -228,9 +240,7 @@ def test_another_rate_and_length_go_on_and_are_recorded(
         stop_before_step(4, patch)
         with pytest.raises(Stopped):
             train_again(this, folder)
-    config = small.config(
-        data_directory, schedule=Schedule(name="constant", learning_rate=0.01)
-    )
+    config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=0.01))
     config.train.length = Duration(steps=6)
     train_again(run.build(config, log=lambda _: None), folder)
     lines = lines_without_timing(folder)
@@ -243,13 +253,25 @@ def test_another_rate_and_length_go_on_and_are_recorded(
     assert expected in capsys.readouterr().err
 
 
+def test_a_run_that_is_made_shorter_than_it_is_just_reports(
+    reference: tuple[run.Run, workdir.Workdir], data_directory: pathlib.Path
+) -> None:
+    _, folder = reference
+    before = lines_without_timing(folder)
+    config = small.config(data_directory)
+    config.train.length = Duration(steps=4)
+    result = train_again(run.build(config, log=lambda _: None), folder)
+    assert result["step"] == 11
+    assert lines_without_timing(folder) == before
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = run.build(config, log=lambda _: None)
     with pytest.raises(RunError, match=r"not finite at step [12],") as error:
-        loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+        loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
 
@@ -302,8 +324,8 @@ def test_a_model_without_average_or_batch_norm_trains(
     config.model.name, config.model.stem = "googlenet", "s32"
     config.model.norm, config.model.aux_heads, config.model.width = "lrn", True, 0.05
     config.train.ema = Duration()
-    config.train.length = Duration(steps=2)
+    config.train.length = Duration(steps=3)
     this = run.build(config, log=lambda _: None)
-    result = loop.train(this, workdir.Workdir(tmp_path), Evaluator(this), changed=[])
+    result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert np.isfinite(result["loss"])
     assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
