@@ -55,8 +55,8 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
       main: gets the positional arguments.
       usage: what the command is for and how it is called, for --help.
     """
-    # The libraries below log much that is of no use to a user; what is, this package says itself.
-    logging.set_verbosity(logging.ERROR)
+    # The libraries log much that is of no use to a user, and errors that they also raise.
+    logging.set_verbosity(logging.FATAL)
     if _HELP & set(sys.argv[1:]):
         print(_help(usage))
         sys.exit(0)

@@ -13,6 +13,9 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{platform.p
 os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_NUM_CPU_DEVICES="8",
+    # Simulated devices wait for each other, by default too short a time for a busy machine.
+    XLA_FLAGS="--xla_cpu_collective_call_terminate_timeout_seconds=300 "
+    "--xla_cpu_collective_timeout_seconds=300",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     # A step compiled by one test, or by a former run of the tests, is not compiled again.

@@ -19,8 +19,8 @@ from inception_jax.models import ops
 
 # He et al. 2015 (arXiv:1502.01852), eq. 10: keeps the variance of activations through ReLU layers.
 # Networks without BatchNorm need that most. Caffe's GoogLeNet starts from a Xavier variance, half
-# of this, and biases of 0.2, but is given pixels of 0 to 255; on normalised images its logits hardly
-# depend on the image, and it learns more slowly at the paper's learning rate of 0.01.
+# of this, and biases of 0.2, but is given pixels of 0 to 255. On normalised images its logits
+# hardly depend on the image, and it learns more slowly at the paper's learning rate of 0.01.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 

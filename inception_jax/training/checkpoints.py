@@ -193,10 +193,11 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error)
-        if isinstance(error, OSError) or any(os.strerror(code) in text for code in _STORAGE_ERRORS):
+        reasons = [text for text in map(os.strerror, _STORAGE_ERRORS) if text in str(error)]
+        if isinstance(error, OSError) or reasons:
+            reason = reasons[0] if reasons else str(error)
             raise UserError(
-                f"{directory}: a checkpoint could not be written: {text.splitlines()[0]}. The ones "
+                f"{directory}: a checkpoint could not be written: {reason}. The ones "
                 "before it are whole. Make room or mend the folder, and start the command again"
             ) from error
         raise

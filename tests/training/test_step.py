@@ -118,3 +118,22 @@ def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -
     for leaf, description in zip(jax.tree.leaves(new), jax.tree.leaves(described), strict=True):
         assert (leaf.shape, leaf.dtype) == (description.shape, description.dtype)
         assert leaf.sharding.is_equivalent_to(description.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("norm", ["batch", "lrn"])
+def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
+    norm: str, data_directory: pathlib.Path
+) -> None:
+    config = small.config(data_directory)
+    config.data.image_size = 32
+    config.model.name, config.model.stem = "googlenet", "s32"
+    config.model.norm, config.model.aux_heads, config.model.dtype = norm, True, "bfloat16"
+    this = run.build(config, log=lambda _: None)
+    before = state.abstract(this)
+    batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
+    after, loss = jax.eval_shape(step.make_train_step(this), before, batch)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    assert bool(before.batch_stats) == (norm == "batch")
+    assert any("aux" in name for name in before.params)
