@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT = 280
 
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
@@ -23,9 +24,16 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
 
 def run(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
     """Runs a command to its end and returns its exit code, output and messages."""
-    process = start(*arguments, devices=devices)
-    output, messages = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(arguments, process.returncode, output, messages)
+    return finish(start(*arguments, devices=devices))
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Waits for a command to end, and ends it where it takes far too long."""
+    try:
+        output, messages = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, messages)
 
 
 def check(*arguments: str, devices: int = 1) -> str:

@@ -42,11 +42,11 @@ def run_two(*arguments: str) -> list[subprocess.CompletedProcess]:
         )
         for index in range(2)
     ]
-    done = []
-    for process in processes:
-        output, messages = process.communicate(timeout=280)
-        done.append(subprocess.CompletedProcess(arguments, process.returncode, output, messages))
-    return done
+    try:
+        return [command.finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")

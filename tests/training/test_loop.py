@@ -18,7 +18,7 @@ from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.telemetry.writers import read_lines
 from inception_jax.training import checkpoints as checkpointing
-from inception_jax.training import loop, run, state, workdir
+from inception_jax.training import loop, run, state, step, workdir
 from tests import small
 
 TIMING = ("seconds", "images_per_second")
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 def compile_once() -> Iterator[None]:
     """Compiles the step of each run once, however often the run is started."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_train_step", functools.cache(loop.compile_train_step))
+        patch.setattr(loop, "compile_train_step", functools.cache(step.compile_train_step))
         yield
 
 
@@ -77,12 +77,12 @@ def assert_same(this: run.Run, folder: workdir.Workdir, reference: workdir.Workd
     assert lines_without_timing(folder) == lines_without_timing(reference)
 
 
-def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the input of the training step after `step` finished ones stop the process."""
+def stop_before_step(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the input of the training step after so many finished ones stop the process."""
     whole = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        left = max(0, step - kwargs["start"])
+        left = max(0, finished - kwargs["start"])
         yield from itertools.islice(whole(*args, **kwargs), left)
         raise Stopped
 
