@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import threading
 import zipfile
 import zlib
 from types import TracebackType
@@ -115,6 +116,7 @@ class _ZipSource(Source):
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__(path)
+        self._lock = threading.Lock()
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
@@ -134,7 +136,10 @@ class _ZipSource(Source):
         if file not in self._members:
             raise self._missing(file)
         try:
-            return self._zip.read(self._members[file])
+            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the file
+            # stands, so that several threads get each other's bytes.
+            with self._lock:
+                return self._zip.read(self._members[file])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(
                 f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."

@@ -1,6 +1,9 @@
 import pathlib
+import struct
 import zipfile
+from concurrent import futures
 
+import numpy as np
 import pytest
 
 from inception_jax.datasets import archive
@@ -148,3 +151,19 @@ def test_the_fingerprint_of_a_folder_sees_a_changed_file(
     assert fingerprint(folder / "tiny-imagenet-200") == before
     (folder / "tiny-imagenet-200" / "words.txt").write_bytes(b"other" + files["words.txt"])
     assert fingerprint(folder) != before
+
+
+def test_threads_read_an_archive_together(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    contents = {f"{number}.JPEG": rng.bytes(2000) for number in range(4000)}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for name, data in {"wnids.txt": b"", **contents}.items():
+            info = zipfile.ZipInfo(name)
+            # A time stamp, as most programs add; it is what Python 3.12.1 trips over.
+            info.extra = struct.pack("<HHBL", 0x5455, 5, 1, 0)
+            file.writestr(info, data)
+    with (
+        archive.open_source(tmp_path / "x.zip") as source,
+        futures.ThreadPoolExecutor(4) as pool,
+    ):
+        assert list(pool.map(source.read, contents)) == list(contents.values())
