@@ -136,8 +136,8 @@ class _ZipSource(Source):
         if file not in self._members:
             raise self._missing(file)
         try:
-            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the file
-            # stands, so that several threads get each other's bytes.
+            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
+            # file stands, so that several threads get each other's bytes.
             with self._lock:
                 return self._zip.read(self._members[file])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
