@@ -4,7 +4,9 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and the paper's own stem,
   leaves grids of 8, 4 and 2: a twelfth of the work of experiments/tiny.py. The rate rises and falls
   linearly; so few epochs need little regularisation.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
-Expected: see results/tiny_cpu/README.md.
+Expected: 30.56% top-1, 58.53% top-5 (measured once, seed 0: results/tiny_cpu/README.md).
+Time: 83 minutes on cores shared with other work; 137 images/s, so some 40 minutes, where they are
+  free. Two cores of an Intel Xeon with AVX-512 and AMX.
 """
 
 from inception_jax.config import (

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 280
+TIMEOUT = 600
 
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:

@@ -156,7 +156,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     command.check("main", *training, f"--workdir={tmp_path}")
     assert lines(tmp_path) == lines(finished)
     expected, found = last_checkpoint(finished), last_checkpoint(tmp_path)
-    assert len(found) > 300
+    assert len(found) > 200
     assert found == expected
 
 
@@ -228,11 +228,15 @@ def test_a_full_disk_stops_the_run_with_one_message(
     done = subprocess.run(
         [sys.executable, "-c", script, *training, f"--workdir={tmp_path}"],
         cwd=command.ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        # No compilation cache: the limit would leave damaged entries in it.
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: " in done.stderr
-    assert "Traceback" not in done.stderr
+    # (TensorStore's threads may print a traceback of their own before.)
+    assert done.stderr.count("error: ") == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}")
+    assert "File too large" in last
