@@ -70,4 +70,4 @@ pins: ## renew the pins of one Python: make pins PYTHON=python3.12
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find inception_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .venv\* -prune -o -name __pycache__ -prune -exec rm -rf {} +
