@@ -123,10 +123,11 @@ def _check_path(path: str) -> None:
 
 def _check_type(config: Any) -> None:
     """Checks that an experiment file returned a Config; a missing file's error is raised too."""
-    name = getattr(config, "name", None)
+    # config_flags puts off the error of a missing file until a field is looked at.
+    getattr(config, "name", None)
     if not isinstance(config, Config):
         raise ConfigError(
-            f"--config: get_config() returned {type(config).__name__} {name or ''}; it must return "
+            f"--config: get_config() returned {type(config).__name__}; it must return "
             "inception_jax.config.Config"
         )
 

@@ -53,9 +53,6 @@ class Index:
     class_names: tuple[str, ...]
     splits: dict[str, list[Entry]]
 
-    def __len__(self) -> int:
-        return sum(map(len, self.splits.values()))
-
 
 class Source(abc.ABC):
     """Files by their path below the layout's root.

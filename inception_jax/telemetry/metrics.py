@@ -81,8 +81,8 @@ class TrainMetrics(metrics.Collection):
         Args:
           step: integer scalar, counted from 1.
           loss: float32 [B], each example's loss.
-          top1: bool or float32 [B], whether the most probable class is right. With mixed labels it
-            is the share of the label that it got.
+          top1: bool or float32 [B], whether the most probable class is right. With mixed labels the
+            one that has the larger share counts as the label.
           top5: the same for the five most probable classes.
           gradient_norm: float32 scalar, global norm of the gradients.
         """

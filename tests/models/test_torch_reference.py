@@ -30,7 +30,8 @@ WIDTHS = {
 }
 
 
-class Unit(nn.Module):  # type: ignore[name-defined]  # torch may be absent
+# The classes need "type: ignore": importorskip gives mypy no torch, whether it is there or not.
+class Unit(nn.Module):  # type: ignore[name-defined]
     def __init__(self, i: int, o: int, size: int = 1, stride: int = 1, norm: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(i, o, size, stride, size // 2, bias=not norm)

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +95,7 @@ def _evaluate(
     """Evaluates in batches, the last one padded with examples that must not count."""
     single_batch = jax.jit(EvalMetrics.single_batch)
 
-    def batches():  # type: ignore[no-untyped-def]
+    def batches() -> Iterator[EvalMetrics]:
         for start in range(0, len(loss), batch_size):
             part = slice(start, start + batch_size)
             missing = batch_size - len(loss[part])
@@ -147,7 +149,7 @@ def test_few_batches_are_in_flight() -> None:
             read.append(self.index)
             return np.asarray(1, np.int32)
 
-    def batches():  # type: ignore[no-untyped-def]
+    def batches() -> Iterator[EvalMetrics]:
         for index in range(20):
             ahead.append(index - len(set(read)))
             leaf = Leaf(index)
