@@ -73,6 +73,39 @@ class Conv(nn.Module):
         return x
 
 
+class BatchNormReLU(nn.Module):
+    """BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1) and ReLU.
+
+    Parameters and running statistics are those of `flax.linen.BatchNorm`, of the same names.
+
+    Attributes:
+      momentum: share of the running statistics that a training step keeps.
+      epsilon: added to the variance.
+      train: whether batch statistics are used, and the running ones updated.
+    """
+
+    momentum: float
+    epsilon: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float [B, H, W, C] to an array of the same shape and type."""
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        if not self.train:
+            factor = scale * lax.rsqrt(variance.value + self.epsilon)
+            return ops.affine_relu(x, factor, bias - mean.value * factor)
+        x, batch_mean, batch_variance = ops.batch_norm_relu(x, scale, bias, epsilon=self.epsilon)
+        if not self.is_initializing():
+            for running, batch in ((mean, batch_mean), (variance, batch_variance)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+        return x
+
+
 class ConvUnit(nn.Module):
     """Convolution, BatchNorm and ReLU; or convolution with a bias and ReLU.
 
@@ -106,15 +139,9 @@ class ConvUnit(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        if self.batch_norm:
-            x = nn.BatchNorm(
-                use_running_average=not self.train,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                dtype=self.dtype,
-                name="norm",
-            )(x)
-        return nn.relu(x)
+        if not self.batch_norm:
+            return nn.relu(x)
+        return BatchNormReLU(self.momentum, self.epsilon, self.train, name="norm")(x)
 
 
 Unit = Callable[..., ConvUnit]
