@@ -105,4 +105,6 @@ def _explain_problems(folder: pathlib.Path, log: Log) -> None:
             log(f"{folder}: compiled programs could not be {done}: {problem['reason']}")
         said.add(problem["what"])
 
+    # Not only the first of several equal ones, and never as an error.
+    warnings.filterwarnings("always", _PROBLEM.pattern)
     warnings.showwarning = showwarning

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from inception_jax import compilation_cache
@@ -165,7 +166,7 @@ def test_the_entries_used_longest_ago_make_room(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
     # The settings of this process stay as they are.
-    monkeypatch.setattr(compilation_cache.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(compilation_cache, "_explain_problems", lambda *_: None)
     compilation_cache.use(said.append)
     assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]
