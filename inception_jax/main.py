@@ -52,6 +52,7 @@ def main(positional: Sequence[str]) -> None:
         coordinator_address=_COORDINATOR.value,
         process_count=_PROCESS_COUNT.value,
         process_index=_PROCESS_INDEX.value,
+        log=cli.say,
     )
     this_run = run.build(_CONFIG.value, log=cli.say)
     workdir.check_dataset(folder, this_run.dataset_identity())

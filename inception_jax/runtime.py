@@ -1,10 +1,11 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
 import os
-import pathlib
+from collections.abc import Callable
 
 import jax
 
+from inception_jax import compilation_cache
 from inception_jax.errors import UserError, nearest
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -17,6 +18,7 @@ def initialize(
     coordinator_address: str = "",
     process_count: int = 0,
     process_index: int = -1,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Chooses the devices and joins the other processes. Call before any other use of JAX.
 
@@ -27,6 +29,7 @@ def initialize(
       coordinator_address: host:port of process 0, where the processes are not found by themselves.
       process_count: how many processes there are, with `coordinator_address`.
       process_index: which of them this one is, with `coordinator_address`.
+      log: takes a line where compiled programs cannot be kept.
 
     Raises:
       UserError: if the platform is not there, or the processes cannot be joined.
@@ -38,7 +41,7 @@ def initialize(
         )
     if platform == "cpu":
         jax.config.update("jax_platforms", platform)
-    _use_compilation_cache()
+    compilation_cache.use(log)
     if coordinator_address and not (process_count > 0 and 0 <= process_index < process_count):
         raise UserError(
             f"--coordinator_address={coordinator_address}: needs --process_count (found "
@@ -71,14 +74,3 @@ def _check_platform(platform: str) -> None:
             "its driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), "
             "or use --platform=cpu"
         )
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a restart does not wait for them.
-
-    JAX_COMPILATION_CACHE_DIR names another folder; set to nothing, it turns the cache off.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "inception_jax" / "xla"))

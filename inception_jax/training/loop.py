@@ -1,8 +1,10 @@
 """The training loop: read it from top to bottom, it is the whole of what happens to a run."""
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from inception_jax.training.state import TrainState
 from inception_jax.training.step import compile_train_step
 from inception_jax.training.workdir import Workdir
 
+TrainStep = futures.Future[jax.stages.Compiled]
 Evaluate = Callable[[states.Variables], dict[str, float]]
 
 # How many steps the host may be ahead of the device: enough to hide the dispatch, few enough that
@@ -46,12 +49,15 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
       UserError: if the workdir cannot be written to.
     """
     config = run.config
-    with Checkpoints(
-        workdir.checkpoints,
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-    ) as checkpoints:
-        state, clock = _start(run, checkpoints)
+    with (
+        Checkpoints(
+            workdir.checkpoints,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        ) as checkpoints,
+        futures.ThreadPoolExecutor(1) as background,
+    ):
+        state, clock, train_step = _start(run, checkpoints, background)
         first = int(state.step)
         if run.is_lead:
             workdirs.record_start(
@@ -69,24 +75,35 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         ):
             reporter = _Reporter(run, writer, progress, clock)
             reporter.started(state, first, changed)
-            result = _train(run, state, evaluate, checkpoints, reporter)
+            result = _train(run, state, train_step, evaluate, checkpoints, reporter)
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Clock]:
-    """Returns the state and the clock of the newest checkpoint, or new ones."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return states.create(run), Clock()
-    state, progress = checkpoints.restore(step, states.abstract(run))
-    return state, Clock(initial=progress["seconds"])
+def _start(
+    run: Run, checkpoints: Checkpoints, background: futures.Executor
+) -> tuple[TrainState, Clock, TrainStep | None]:
+    """Returns the state and the clock of the newest checkpoint, or new ones, and the step.
+
+    The step compiles in the background, while the state is made or read and all else gets ready;
+    there is none if nothing is left to train.
+    """
+    like, create = states.plan(run)
+    first = checkpoints.latest_step()
+    train_step = None
+    if (first or 0) < run.total_steps:
+        train_step = compile_train_step(run, like, background)
+    if first is None:
+        return create(), Clock(), train_step
+    state, progress = checkpoints.restore(first, like)
+    return state, Clock(initial=progress["seconds"]), train_step
 
 
 def _train(
     run: Run,
     state: TrainState,
+    train_step: TrainStep | None,
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
@@ -94,11 +111,9 @@ def _train(
     config, clock, timeline = run.config, reporter.clock, run.timeline
     first = int(state.step)
     metrics: dict[str, float] = {}
-    if first >= run.total_steps:
+    if train_step is None:
         # Killed between its last checkpoint and its result, or shortened since.
         return reporter.result(first, evaluate(state.eval_variables()))
-    with clock.phase("compile"):
-        train_step = compile_train_step(run)
     batches = pipeline.train_batches(
         run.dataset.train,
         batch_size=config.train.batch_size,
@@ -109,12 +124,16 @@ def _train(
     )
     empty_metrics = states.empty_metrics(run)
     in_flight: collections.deque[jax.Array] = collections.deque()
+    with clock.phase("compile"):
+        # The first batch is read while the step compiles.
+        batches = itertools.chain([next(batches)], batches)
+        run_step = train_step.result()
 
     for step in range(first + 1, run.total_steps + 1):
         with clock.phase("input"):
             batch = next(batches)
         with clock.phase("train"):
-            state, loss = train_step(state, batch)
+            state, loss = run_step(state, batch)
             in_flight.append(loss)
             if len(in_flight) > _STEPS_AHEAD:
                 in_flight.popleft().block_until_ready()

@@ -1,5 +1,6 @@
 """One training step: augment → forward → loss → gradient → update → averages → metrics."""
 
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -9,19 +10,29 @@ import optax
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import ema, keys, losses
-from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
 
 Batch = dict[str, jax.Array]
 
 
-def compile_train_step(run: Run) -> jax.stages.Compiled:
-    """Returns the training step of a run, compiled; called as `make_train_step` describes."""
+def compile_train_step(
+    run: Run, like: TrainState, background: futures.Executor
+) -> futures.Future[jax.stages.Compiled]:
+    """Returns the training step of a run, to be called as `make_train_step` describes.
+
+    It is traced before this returns, and compiled in the background: XLA lets other threads run,
+    tracing does not.
+
+    Args:
+      run: what is trained.
+      like: shapes, types and shardings of the state.
+      background: where it is compiled.
+    """
     batch = pipeline.abstract_train_batch(
         run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
     )
-    return make_train_step(run).lower(states.abstract(run), batch).compile()
+    return background.submit(make_train_step(run).lower(like, batch).compile)
 
 
 def make_train_step(run: Run) -> jax.stages.Wrapped:

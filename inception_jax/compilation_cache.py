@@ -1,0 +1,110 @@
+"""Compiled programs on disk, so that a restart does not wait for them.
+
+JAX's persistent cache does the work: its keys hold the program, the versions, XLA's flags and the
+processor's features. What it leaves open is mended here. It writes an entry in place, so a kill or
+a full disk leaves a part of one; that it reports at every start, and never replaces. And it grows
+without end: its own bound (jax_compilation_cache_max_size) locks the folder for each read, and in
+JAX 0.10 one kill at a bad moment stops it from writing ever after.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Callable
+
+import jax
+
+Log = Callable[[str], None]
+
+# A GoogLeNet's programs take 2.5 MB.
+MAX_BYTES = 2 * 2**30
+
+# JAX's file of the program jit(f) is jit_f-<hash>-cache; its warnings name the program.
+_PROBLEM = re.compile(
+    r"Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<program>[^']*)'"
+    r": (?P<reason>.*)",
+    re.DOTALL,
+)
+_HASH = "[0-9a-f]" * 64
+
+
+def use(log: Log) -> None:
+    """Switches the cache on, in the user's cache folder.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; set to nothing, it turns the cache off.
+
+    Args:
+      log: takes a line about a cache that cannot be used, or entries that were thrown away.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder = _own_folder()
+            _remove_oldest(folder, MAX_BYTES)
+        except (OSError, RuntimeError) as error:
+            log(f"compiled programs are not kept for the next start: {error}")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_compilation_cache_dir:
+        _explain_problems(pathlib.Path(jax.config.jax_compilation_cache_dir), log)
+
+
+def _own_folder() -> pathlib.Path:
+    """Returns the folder in the user's cache, made if missing.
+
+    Raises:
+      OSError: if it cannot be made, or is another user's, who could put programs of theirs there.
+      RuntimeError: if the user has no home.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification has relative paths ignored.
+    if not cache.is_absolute():
+        cache = pathlib.Path.home() / ".cache"
+    folder = cache / "inception_jax" / "xla"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder
+
+
+def _remove_oldest(folder: pathlib.Path, max_bytes: int) -> None:
+    """Removes the entries that were not used for longest, until the rest fit in `max_bytes`."""
+    entries = []
+    for path in folder.glob("*-cache"):
+        # Another process may be removing the same ones.
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            # Where reading leaves no trace (noatime), the last write has to do.
+            entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+    excess = sum(size for _, size, _ in entries) - max_bytes
+    for _, size, path in sorted(entries):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= size
+
+
+def _explain_problems(folder: pathlib.Path, log: Log) -> None:
+    """Mends what JAX warns of, and says it in one line; every other warning is shown as before."""
+    show = warnings.showwarning
+    said = set()
+
+    def showwarning(message: Warning | str, *args: object, **kwargs: object) -> None:
+        if not (problem := _PROBLEM.match(str(message))):
+            show(message, *args, **kwargs)  # type: ignore[arg-type]
+            return
+        # Called before the program is compiled and written again, or after it could not be written.
+        # Which of the program's entries it is, the warning does not tell.
+        with contextlib.suppress(OSError):
+            for path in folder.glob(f"{problem['program']}-{_HASH}-cache"):
+                path.unlink(missing_ok=True)
+        # Where one cannot be written, none can.
+        if problem["what"] not in said:
+            done = "read" if problem["what"] == "reading" else "kept for the next start"
+            log(f"{folder}: compiled programs could not be {done}: {problem['reason']}")
+        said.add(problem["what"])
+
+    # Not only the first of several equal ones, and never as an error.
+    warnings.filterwarnings("always", _PROBLEM.pattern)
+    warnings.showwarning = showwarning
