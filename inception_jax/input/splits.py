@@ -67,9 +67,9 @@ class Split(abc.ABC):
 class DecodedSplit(Split):
     """A split whose images were decoded into one .npy file.
 
-    Each image is one positional read. A mapped file would be twice as fast, but the pages that it
-    touches count as the process's memory, up to the whole file; and giving them back after each
-    batch is slower than to read.
+    Each image is one positional read. A mapped file is faster (1.6 to 2.3 against 2.7 to 4 µs), but
+    the pages that it touches count as the process's memory, up to the whole file; and giving them
+    back after each batch (MADV_DONTNEED) is as slow as to read, or slower.
 
     Attributes:
       images_path: uint8 [N, H, W, 3] as a .npy file.
