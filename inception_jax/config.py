@@ -20,6 +20,7 @@ from typing import Any
 from inception_jax.errors import ConfigError, nearest
 
 DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "digits")
+STORAGES = ("decoded", "records")
 MODELS = ("googlenet", "googlenet_torchvision", "deeper_googlenet", "mini_googlenet")
 STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
@@ -107,6 +108,19 @@ class Data:
         resumable=True,
     )
     image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
+    storage: str = setting(
+        "decoded",
+        "where a step's images come from: all decoded once into a file (3 x image_size^2 bytes "
+        "each on disk), or decoded from the compressed records at each step",
+        choices=STORAGES,
+        resumable=True,
+    )
+    workers: int = setting(
+        0,
+        "threads that decode records, a batch each; 0: one for each core",
+        low=0,
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass

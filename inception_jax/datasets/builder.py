@@ -7,6 +7,7 @@ encoded bytes and archives are read here rather than by TFDS's download manager.
 import abc
 import contextlib
 import os
+import pathlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
 
     def missing_files(self) -> list[str]:
         """Returns the files of the prepared dataset that have been removed since."""
-        paths = [path for split in self.info.splits.values() for path in split.filepaths]
+        paths = [path for split in self.info.splits for path in self.files(split)]
         return [str(path) for path in paths if not path.exists()]
 
     def prepare(self) -> None:
@@ -95,9 +96,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         tfds.disable_progress_bar()
         self.download_and_prepare(file_format="array_record")
 
-    def records(self, split: str) -> Any:
-        """Returns a split's records for random access, their images as encoded bytes."""
-        return self.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    def files(self, split: str) -> list[pathlib.Path]:
+        """Returns the record files of a split of the prepared dataset, in order."""
+        return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager

@@ -3,7 +3,7 @@
 Nothing is carried from one batch to the next: `train_indices(step)` says which examples a step
 sees, from the seed alone. So a run that resumes at any step, on any number of devices or processes,
 goes on with the same batches, and there is no iterator state to save. (Grain's own saved iterator
-state is bound to the process and worker count.) Grain reads ahead in a thread.
+state is bound to the process and worker count.) Grain reads ahead in threads.
 """
 
 import functools
@@ -15,11 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from inception_jax.input import sharding
-from inception_jax.input.decoded import DecodedSplit
-
-# Two batches are read ahead by one thread: a batch is one gather from the mapped cache, faster than
-# any step; more threads only compete with the step for cores.
-_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+from inception_jax.input.splits import Split
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,7 +44,7 @@ def train_indices(step: int, *, batch_size: int, examples: int, seed: int) -> np
 
 
 def train_batches(
-    split: DecodedSplit, *, batch_size: int, seed: int, start: int, stop: int, mesh: Mesh
+    split: Split, *, batch_size: int, seed: int, start: int, stop: int, mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
 
@@ -66,26 +62,24 @@ def train_batches(
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
-        return {"image": split.images[indices], "label": split.labels[indices]}
+        return {"image": split.read(indices), "label": split.labels[indices]}
 
-    return _to_devices_ahead(load, start, stop, mesh)
+    return _to_devices_ahead(load, start, stop, mesh, threads=split.threads)
 
 
 def abstract_train_batch(
-    split: DecodedSplit, *, batch_size: int, mesh: Mesh
+    split: Split, *, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what a training batch looks like, to compile the step without one."""
     placed = sharding.batch_sharding(mesh)
-    image_shape = (batch_size, *split.images.shape[1:])
+    image_shape = (batch_size, *split.image_shape)
     return {
-        "image": jax.ShapeDtypeStruct(image_shape, split.images.dtype, sharding=placed),
+        "image": jax.ShapeDtypeStruct(image_shape, np.uint8, sharding=placed),
         "label": jax.ShapeDtypeStruct((batch_size,), split.labels.dtype, sharding=placed),
     }
 
 
-def eval_batches(
-    split: DecodedSplit, *, batch_size: int, mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
+def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     """Yields every example of a split once, in order.
 
     The last batch is filled up with copies of the first example, masked out. `batch_size` is
@@ -101,18 +95,23 @@ def eval_batches(
         indices = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
         mask = indices < len(split)
         indices = np.where(mask, indices, 0)
-        return {"image": split.images[indices], "label": split.labels[indices], "mask": mask}
+        return {"image": split.read(indices), "label": split.labels[indices], "mask": mask}
 
-    return _to_devices_ahead(load, 0, -(-len(split) // batch_size), mesh)
+    batches = -(-len(split) // batch_size)
+    return _to_devices_ahead(load, 0, batches, mesh, threads=split.threads)
 
 
 def _to_devices_ahead(
-    load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, mesh: Mesh
+    load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, mesh: Mesh, *, threads: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields `load(start)` … `load(stop - 1)` on the devices, the next one already on its way."""
+    """Yields `load(start)` … `load(stop - 1)` on the devices, the next one already on its way.
+
+    Each of the threads loads a batch, and one more batch waits on the host.
+    """
     if start >= stop:
         return
-    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(_READ)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options)
     ahead: dict[str, jax.Array] | None = None
     for batch in dataset:
         current, ahead = ahead, sharding.to_devices(batch, mesh)

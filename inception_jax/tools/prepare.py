@@ -23,10 +23,10 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     from inception_jax import config as configs
-    from inception_jax.input import decoded
+    from inception_jax.input.dataset import prepare
 
     configs.validate(_CONFIG.value)
-    dataset = decoded.prepare(_CONFIG.value.data, log=cli.say)
+    dataset = prepare(_CONFIG.value.data, log=cli.say)
     for name, split in dataset.splits.items():
         print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")
 

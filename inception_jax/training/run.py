@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax.config import Config, Timeline
-from inception_jax.input import decoded, sharding
+from inception_jax.input import sharding
+from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.models import registry
 from inception_jax.training import optimizers
 
@@ -31,7 +32,7 @@ class Run:
     """
 
     config: Config
-    dataset: decoded.DecodedDataset
+    dataset: Dataset
     mesh: Mesh
     model: nn.Module
     timeline: Timeline
@@ -68,7 +69,7 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
     """
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size)
-    dataset = decoded.prepare(config.data, log=log)
+    dataset = prepare(config.data, log=log)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
     schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)

@@ -15,7 +15,9 @@ def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) ->
     found = Evaluator(this)(variables)
 
     split, dataset = this.dataset.evaluation, this.dataset
-    images = (np.asarray(split.images, np.float32) / 255 - dataset.mean) / dataset.std
+    images = (
+        split.read(np.arange(len(split))).astype(np.float32) / 255 - dataset.mean
+    ) / dataset.std
     logits = np.asarray(
         this.model.apply(jax.device_get(variables), images, train=False).logits, np.float64
     )

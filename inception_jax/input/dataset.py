@@ -1,13 +1,16 @@
-"""The decoded cache: every image of a data set as memory-mapped uint8 pixels.
+"""Data sets made ready for training, once.
 
-Decoding a 64 × 64 JPEG takes 100 µs, gathering one from mapped memory 1 µs; so images are decoded
-once, and a training step never waits for a decoder. `prepare` makes the cache from a standard TFDS
-dataset, and makes that from the original files.
+`prepare` makes a folder from a standard TFDS dataset, and makes that from the original files. With
+`config.data.storage` "decoded" the folder holds every image as uint8 pixels: decoding a 64 × 64
+JPEG takes 35 µs or more, reading its pixels 3 µs, so a training step never waits for a decoder.
+With "records" it holds no pixels, only what a first pass over all images found, and images are
+decoded from the TFDS records as they are needed: for data sets too large to be kept decoded.
 
-The cache is a folder, `<directory>/inception_jax/<name>-<version>-<size>px/`:
+The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`:
 
-    info.json              what follows, with the size of each file
-    <split>_images.npy     uint8 [N, size, size, 3]
+    info.json              what follows, with the size of each file, and the training pixels' mean
+                           and standard deviation
+    <split>_images.npy     uint8 [N, size, size, 3]; not with "records"
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
 
@@ -18,13 +21,14 @@ same wherever the data set is prepared. A folder appears under its name only whe
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
@@ -34,6 +38,7 @@ from inception_jax.datasets import archive, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
 from inception_jax.errors import ConfigError, DataError
+from inception_jax.input.splits import DecodedSplit, RecordSplit, Split
 
 # Rises when the files' layout or the way of decoding changes; older caches are then made again.
 FORMAT = 1
@@ -44,34 +49,17 @@ _PIECE = 64
 _RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
 
+if TYPE_CHECKING:
+    # It imports TFDS, which opening decoded images does without.
+    from inception_jax.datasets.records import Records
+
 Log = Callable[[str], None]
+# What info.json holds.
+Info = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DecodedSplit:
-    """The examples of one split.
-
-    Attributes:
-      images: uint8 [N, H, W, 3], mapped from disk, read-only.
-      labels: int32 [N]; −1: unknown.
-      names_path: the text file behind `names`.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    names_path: pathlib.Path
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The original file name of each example; read at first use."""
-        return tuple(self.names_path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DecodedDataset:
+class Dataset:
     """A data set ready for training.
 
     Attributes:
@@ -90,7 +78,7 @@ class DecodedDataset:
     class_names: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
-    splits: dict[str, DecodedSplit]
+    splits: dict[str, Split]
     train_split: str
     eval_split: str
 
@@ -100,12 +88,12 @@ class DecodedDataset:
         return len(self.class_names)
 
     @property
-    def train(self) -> DecodedSplit:
+    def train(self) -> Split:
         """The split to train on."""
         return self.splits[self.train_split]
 
     @property
-    def evaluation(self) -> DecodedSplit:
+    def evaluation(self) -> Split:
         """The split to evaluate on."""
         return self.splits[self.eval_split]
 
@@ -116,21 +104,22 @@ def data_directory(directory: str) -> pathlib.Path:
     return pathlib.Path(directory or default).expanduser()
 
 
-def prepare(data: config.Data, *, log: Log = print) -> DecodedDataset:
+def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     """Opens a data set, after preparing it if this has not been done.
 
     Several processes may call this at once: one prepares, the others wait for it.
 
     Args:
-      data: which data set, from where, kept where, at what size.
+      data: which data set, from where, kept where and how, at what size.
       log: takes one line of text about what goes on.
 
     Returns:
-      The data set, its images mapped from disk.
+      The data set, its images still on disk.
 
     Raises:
       ConfigError: if a source is given for a data set that takes none.
-      DataError: if the source is missing or damaged, or the disk is full or read-only.
+      DataError: if the source or what is prepared is damaged or missing, or the disk is full or
+        read-only.
     """
     spec = registry.get(data.name)
     if data.source and not spec.takes_source:
@@ -139,6 +128,8 @@ def prepare(data: config.Data, *, log: Log = print) -> DecodedDataset:
         )
     directory = data_directory(data.directory)
     cache = directory / _CACHES / f"{spec.name}-{spec.version}-{data.image_size}px"
+    if data.storage == "records":
+        cache = cache.with_name(f"{cache.name}-records")
     info, _ = _read_info(cache)
     if info is None:
         with _locked(directory / _CACHES / f"{spec.name}-{spec.version}.lock", log=log):
@@ -147,12 +138,12 @@ def prepare(data: config.Data, *, log: Log = print) -> DecodedDataset:
             if info is None:
                 if problem:
                     log(f"{cache}: {problem}; it is made again")
-                info = _build(spec, data.source, cache, size=data.image_size, log=log)
+                info = _build(spec, data, cache, log=log)
     _check_source(spec, data.source, info["source"], where=cache)
-    return _open(spec, cache, info)
+    return _open(spec, data, cache, info)
 
 
-def _read_info(cache: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
+def _read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
     try:
         info = json.loads((cache / "info.json").read_text(encoding="utf-8"))
@@ -169,26 +160,31 @@ def _read_info(cache: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
     return info, ""
 
 
-def _open(spec: DatasetSpec, cache: pathlib.Path, info: dict[str, Any]) -> DecodedDataset:
-    splits = {
-        split: DecodedSplit(
-            images=np.load(cache / f"{split}_images.npy", mmap_mode="r"),
-            labels=np.load(cache / f"{split}_labels.npy"),
-            names_path=cache / f"{split}_names.txt",
-        )
-        for split in info["splits"]
-    }
-    return DecodedDataset(
+def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info) -> Dataset:
+    return Dataset(
         name=info["name"],
         version=info["version"],
         image_size=info["image_size"],
         class_names=tuple(info["class_names"]),
         mean=np.array(info["mean"], np.float32),
         std=np.array(info["std"], np.float32),
-        splits=splits,
+        splits={split: _open_split(data, cache, info, split) for split in info["splits"]},
         train_split=spec.train_split,
         eval_split=spec.eval_split,
     )
+
+
+def _open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -> Split:
+    labels = np.load(cache / f"{split}_labels.npy")
+    names_path = cache / f"{split}_names.txt"
+    if data.storage == "decoded":
+        return DecodedSplit(labels, names_path, data.image_size, cache / f"{split}_images.npy")
+    # Imports TFDS (0.3 s).
+    from inception_jax.datasets.records import Records
+
+    files = [pathlib.Path(os.path.normpath(cache / file)) for file in info["records"][split]]
+    workers = data.workers or len(os.sched_getaffinity(0))
+    return RecordSplit(labels, names_path, data.image_size, Records(files), workers)
 
 
 def _check_source(
@@ -249,10 +245,8 @@ def _check_space(directory: pathlib.Path, needed: int) -> None:
         )
 
 
-def _build(
-    spec: DatasetSpec, source: str, cache: pathlib.Path, *, size: int, log: Log
-) -> dict[str, Any]:
-    """Makes the cache, and the TFDS dataset before it if there is none; returns its description.
+def _build(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, *, log: Log) -> Info:
+    """Makes the folder, and the TFDS dataset before it if there is none; returns its description.
 
     The lock is held: what others left unfinished here is nobody's.
     """
@@ -261,13 +255,13 @@ def _build(
     # TFDS's name for a folder it has not finished is 'incomplete.XXXXXX_1.0.0'.
     for leftover in (partial, *(directory / spec.name).glob(f"incomplete.*_{spec.version}")):
         shutil.rmtree(leftover, ignore_errors=True)
-    builder = _prepared_builder(spec, source, directory, size=size, log=log)
-    _check_source(spec, source, _source_of(builder), where=pathlib.Path(builder.data_dir))
+    builder = _prepared_builder(spec, data, directory, log=log)
+    _check_source(spec, data.source, _source_of(builder), where=pathlib.Path(builder.data_dir))
     count = sum(split.num_examples for split in builder.info.splits.values())
-    _check_space(directory, count * _decoded_bytes(size))
+    _check_space(directory, count * _example_bytes(data))
     partial.mkdir(parents=True)
     try:
-        info = _write_cache(builder, spec, partial, size=size, log=log)
+        info = _write_cache(builder, spec, data, partial, log=log)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -278,10 +272,10 @@ def _build(
 
 
 def _prepared_builder(
-    spec: DatasetSpec, source: str, directory: pathlib.Path, *, size: int, log: Log
+    spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log
 ) -> Any:
     """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
-    new = functools.partial(spec.builder_class(), source=source, log=log, data_dir=directory)
+    new = functools.partial(spec.builder_class(), source=data.source, log=log, data_dir=directory)
     builder = new()
     if builder.is_prepared() and (missing := builder.missing_files()):
         log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
@@ -292,14 +286,15 @@ def _prepared_builder(
             builder.open()
             count = sum(map(len, builder.splits().values()))
             records = builder.source_bytes() + count * _RECORD_OVERHEAD
-            _check_space(directory, records + count * _decoded_bytes(size))
+            _check_space(directory, records + count * _example_bytes(data))
             builder.prepare()
     return builder
 
 
-def _decoded_bytes(size: int) -> int:
-    """Returns what one example takes in the cache, a bound."""
-    return 3 * size * size + np.dtype(np.int32).itemsize + _NAME_BYTES
+def _example_bytes(data: config.Data) -> int:
+    """Returns what one example takes in the folder, a bound."""
+    pixels = 3 * data.image_size**2 if data.storage == "decoded" else 0
+    return pixels + np.dtype(np.int32).itemsize + _NAME_BYTES
 
 
 def _source_of(builder: Any) -> dict[str, str]:
@@ -308,19 +303,18 @@ def _source_of(builder: Any) -> dict[str, str]:
 
 
 def _write_cache(
-    builder: Any, spec: DatasetSpec, folder: pathlib.Path, *, size: int, log: Log
-) -> dict[str, Any]:
+    builder: Any, spec: DatasetSpec, data: config.Data, folder: pathlib.Path, *, log: Log
+) -> Info:
     """Writes all splits and, last, info.json, to `folder`; returns what is in info.json."""
     statistics = {
-        split: _write_split(builder, split, folder, size=size, log=log)
-        for split in builder.info.splits
+        split: _write_split(builder, split, data, folder, log=log) for split in builder.info.splits
     }
     mean, std = statistics[spec.train_split]
     info = {
         "format": FORMAT,
         "name": spec.name,
         "version": spec.version,
-        "image_size": size,
+        "image_size": data.image_size,
         "class_names": builder.info.features["label"].names,
         "mean": mean.tolist(),
         "std": std.tolist(),
@@ -328,29 +322,45 @@ def _write_cache(
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         "source": _source_of(builder),
     }
+    if data.storage == "records":
+        info["records"] = {
+            split: [os.path.relpath(file, folder) for file in builder.files(split)]
+            for split in builder.info.splits
+        }
+        for file in itertools.chain.from_iterable(info["records"].values()):
+            info["files"][file] = (folder / file).stat().st_size
     with _synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
     return info
 
 
 def _write_split(
-    builder: Any, split: str, folder: pathlib.Path, *, size: int, log: Log
+    builder: Any, split: str, data: config.Data, folder: pathlib.Path, *, log: Log
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one split; returns its mean and standard deviation, float64 [3]."""
-    records = builder.records(split)
+    """Decodes one split and writes what is kept of it.
+
+    Returns:
+      Mean and standard deviation of its pixels, float64 [3].
+    """
+    from inception_jax.datasets.records import Records
+
+    records, size = Records(builder.files(split)), data.image_size
     count = len(records)
     pieces = (range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE))
     decode = functools.partial(_decode_piece, records, size)
     labels, names = [], []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
-    with (
-        _synced(folder / f"{split}_images.npy") as file,
-        Progress(f"{builder.name}: decoding {split}", count, log=log) as progress,
-    ):
-        # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
-        _write_header(file, (count, size, size, 3))
+    with contextlib.ExitStack() as stack:
+        if data.storage == "decoded":
+            # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
+            file = stack.enter_context(_synced(folder / f"{split}_images.npy"))
+            _write_header(file, (count, size, size, 3))
+        progress = stack.enter_context(
+            Progress(f"{builder.name}: decoding {split}", count, log=log)
+        )
         for piece in images.threaded_map(decode, pieces):
-            file.write(piece.pixels)
+            if data.storage == "decoded":
+                file.write(piece.pixels)
             labels += piece.labels
             names += piece.names
             total += piece.total
@@ -381,20 +391,14 @@ class _Piece:
     squares: np.ndarray
 
 
-def _decode_piece(records: Any, size: int, indices: range) -> _Piece:
-    examples = records.__getitems__(list(indices))
-    names = [example["file_name"].decode() for example in examples]
-    pixels = np.stack(
-        [
-            images.decode(example["image"], size, name)
-            for example, name in zip(examples, names, strict=True)
-        ]
-    )
+def _decode_piece(records: "Records", size: int, indices: range) -> _Piece:
+    examples = records.read(indices)
+    pixels = np.stack([images.decode(e.image, size, e.file_name) for e in examples])
     channels = [pixels[..., channel] for channel in range(3)]
     return _Piece(
         pixels=pixels,
-        labels=[int(example["label"]) for example in examples],
-        names=names,
+        labels=[example.label for example in examples],
+        names=[example.file_name for example in examples],
         total=np.array([c.sum(dtype=np.uint64) for c in channels]),
         # The square of a byte fits 16 bits, so integer sums are exact.
         squares=np.array([np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels]),

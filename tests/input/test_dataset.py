@@ -15,7 +15,8 @@ from sklearn import datasets as sklearn_datasets
 from inception_jax import config
 from inception_jax.datasets import archive, registry
 from inception_jax.errors import ConfigError, DataError
-from inception_jax.input import decoded
+from inception_jax.input.dataset import Dataset, data_directory, prepare
+from inception_jax.input.splits import Split
 from tests import archives
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def directory(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A directory in which the subset is prepared; not to be changed."""
     path = tmp_path_factory.mktemp("prepared")
-    decoded.prepare(subset(source, path), log=quiet)
+    prepare(subset(source, path), log=quiet)
     return path
 
 
@@ -53,21 +54,26 @@ def prepared(directory: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(directory, tmp_path / "prepared"))
 
 
-def check_subset(dataset: decoded.DecodedDataset, size: int = SIZE) -> None:
+def pixels_of(split: Split) -> np.ndarray:
+    return split.read(np.arange(len(split)))
+
+
+def check_subset(dataset: Dataset, size: int = SIZE) -> None:
     """Compares a prepared subset with what tests/archives.py put into the archive."""
     assert (dataset.num_classes, dataset.image_size) == (CLASSES, size)
     assert dataset.class_names == tuple(f"class {label}" for label in range(CLASSES))
     counts = {"train": CLASSES * TRAIN, "validation": CLASSES * VAL, "test": TEST}
     assert {name: len(split) for name, split in dataset.splits.items()} == counts
     for name, split in dataset.splits.items():
-        assert split.images.shape == (counts[name], size, size, 3)
-        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+        images = pixels_of(split)
+        assert images.shape == (counts[name], *split.image_shape) == (counts[name], size, size, 3)
+        assert (images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         assert len(set(split.names)) == len(split)
         if name == "train":
             by_name = [archives.wnid(label) for label in split.labels]
             assert [file.split("/")[1] for file in split.names] == by_name
         numbers = [int(file.rsplit("_")[-1].removesuffix(".JPEG")) for file in split.names]
-        for image, label, number in zip(split.images, split.labels, numbers, strict=True):
+        for image, label, number in zip(images, split.labels, numbers, strict=True):
             if name == "train":
                 true = label
             else:
@@ -79,7 +85,7 @@ def check_subset(dataset: decoded.DecodedDataset, size: int = SIZE) -> None:
                 np.testing.assert_allclose(mean, [luma] * 3, atol=8)
             else:
                 np.testing.assert_allclose(mean, archives.colour(true), atol=8)
-    pixels = np.asarray(dataset.train.images, np.float64) / 255
+    pixels = pixels_of(dataset.train).astype(np.float64) / 255
     np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)
     assert dataset.train is dataset.splits["train"]
@@ -94,31 +100,25 @@ def test_what_is_prepared_is_what_the_archive_holds(
     source: pathlib.Path, directory: pathlib.Path
 ) -> None:
     lines: list[str] = []
-    dataset = decoded.prepare(subset(source, directory), log=lines.append)
+    dataset = prepare(subset(source, directory), log=lines.append)
     check_subset(dataset)
     assert not lines, "the second time there is nothing to do"
-    assert not dataset.train.images.flags.writeable
-
-
-def test_images_are_mapped_not_read(directory: pathlib.Path) -> None:
-    images = decoded.prepare(subset("", directory)).train.images
-    assert isinstance(images, np.memmap)
 
 
 def test_an_extracted_folder_gives_the_same(
     directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     folder = archives.write_tiny_imagenet(tmp_path / "x", CLASSES, TRAIN, VAL, TEST, SIZE)
-    one = decoded.prepare(subset("", directory))
-    two = decoded.prepare(subset(folder, tmp_path / "data"), log=quiet)
+    one = prepare(subset("", directory))
+    two = prepare(subset(folder, tmp_path / "data"), log=quiet)
     for split in one.splits:
-        np.testing.assert_array_equal(one.splits[split].images, two.splits[split].images)
+        assert (pixels_of(one.splits[split]) == pixels_of(two.splits[split])).all()
         assert one.splits[split].names == two.splits[split].names
 
 
 def test_another_image_size_is_made_from_the_same_records(prepared: pathlib.Path) -> None:
-    check_subset(decoded.prepare(subset("", prepared, image_size=8), log=quiet), size=8)
-    check_subset(decoded.prepare(subset("", prepared), log=quiet))
+    check_subset(prepare(subset("", prepared, image_size=8), log=quiet), size=8)
+    check_subset(prepare(subset("", prepared), log=quiet))
 
 
 def test_tfds_reads_the_records_by_itself(source: pathlib.Path, directory: pathlib.Path) -> None:
@@ -144,9 +144,9 @@ def test_opening_imports_neither_tfds_nor_sklearn(directory: pathlib.Path) -> No
     code = f"""
 import sys
 from inception_jax import config
-from inception_jax.input import decoded
+from inception_jax.input.dataset import prepare
 data = config.Data(name="tiny_imagenet_subset", image_size={SIZE}, directory={str(directory)!r})
-assert len(decoded.prepare(data).train) == {CLASSES * TRAIN}
+assert len(prepare(data).train) == {CLASSES * TRAIN}
 print([name for name in ("tensorflow_datasets", "tensorflow", "sklearn") if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -155,7 +155,7 @@ print([name for name in ("tensorflow_datasets", "tensorflow", "sklearn") if name
 
 def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
     data = config.Data(name="digits", image_size=8, directory=str(tmp_path))
-    dataset = decoded.prepare(data, log=quiet)
+    dataset = prepare(data, log=quiet)
     bunch = sklearn_datasets.load_digits()
     assert dataset.class_names == tuple("0123456789")
     assert (dataset.train_split, dataset.eval_split) == ("train", "test")
@@ -166,7 +166,7 @@ def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
         seen += index
         np.testing.assert_array_equal(split.labels, bunch.target[index])
         grey = np.round(bunch.images[index] / 16 * 255)
-        np.testing.assert_array_equal(split.images, np.repeat(grey[..., None], 3, axis=-1))
+        np.testing.assert_array_equal(pixels_of(split), np.repeat(grey[..., None], 3, axis=-1))
     assert sorted(seen) == list(range(1797)), "each example is in one split, once"
     shares = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
     np.testing.assert_allclose(shares, 0.2, atol=0.006)
@@ -175,12 +175,12 @@ def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
 def test_the_default_directory_is_that_of_tfds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    assert decoded.data_directory("~/x") == pathlib.Path.home() / "x"
+    assert data_directory("~/x") == pathlib.Path.home() / "x"
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert decoded.data_directory("") == pathlib.Path.home() / "tensorflow_datasets"
+    assert data_directory("") == pathlib.Path.home() / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert decoded.data_directory("") == tmp_path
-    assert decoded.data_directory("/y") == pathlib.Path("/y")
+    assert data_directory("") == tmp_path
+    assert data_directory("/y") == pathlib.Path("/y")
 
 
 # What is wrong with the source.
@@ -188,12 +188,12 @@ def test_the_default_directory_is_that_of_tfds(
 
 def test_a_source_that_its_data_set_does_not_take_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs no source"):
-        decoded.prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
+        prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 
 def test_a_subset_needs_a_source(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = '':.*no download"):
-        decoded.prepare(subset("", tmp_path), log=quiet)
+        prepare(subset("", tmp_path), log=quiet)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -203,7 +203,7 @@ def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, sp
     files[name] = files[name][:-30]
     archives.write_files(tmp_path / "x.zip", files)
     with pytest.raises(DataError, match=rf"x\.zip: {name}: not a whole image"):
-        decoded.prepare(subset(tmp_path / "x.zip", tmp_path / "data"), log=quiet)
+        prepare(subset(tmp_path / "x.zip", tmp_path / "data"), log=quiet)
     assert files_below(tmp_path / "data") == {"inception_jax/tiny_imagenet_subset-1.0.0.lock"}
 
 
@@ -216,7 +216,7 @@ def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
 ) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", 1, train, val, 1, SIZE)
     with pytest.raises(DataError, match=message):
-        decoded.prepare(subset(path, tmp_path), log=quiet)
+        prepare(subset(path, tmp_path), log=quiet)
 
 
 def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
@@ -224,7 +224,7 @@ def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
 ) -> None:
     data = config.Data(name="tiny_imagenet", source=str(source), directory=str(tmp_path))
     with pytest.raises(DataError) as error:
-        decoded.prepare(data, log=quiet)
+        prepare(data, log=quiet)
     assert (
         "3 classes (expected 200), 15 train images (expected 100,000), 6 validation images "
         "(expected 10,000), 4 test images (expected 10,000), 5 training images of class n00001000 "
@@ -284,7 +284,7 @@ def test_another_source_is_refused_where_it_decides_the_content(
     other = archives.write_tiny_imagenet(tmp_path / "other.zip", 2, 2, 2, 2, SIZE)
     for size in (SIZE, 2 * SIZE):
         with pytest.raises(DataError) as error:
-            decoded.prepare(subset(other, directory, image_size=size), log=quiet)
+            prepare(subset(other, directory, image_size=size), log=quiet)
         assert str(other) in str(error.value) and str(source) in str(error.value)
         assert "config.data.directory" in str(error.value)
 
@@ -293,16 +293,16 @@ def test_the_same_content_elsewhere_is_the_same_source(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     copy = shutil.copyfile(source, tmp_path / "copy.zip")
-    check_subset(decoded.prepare(subset(copy, directory), log=quiet))
+    check_subset(prepare(subset(copy, directory), log=quiet))
 
 
 def test_the_source_may_be_gone_once_it_is_prepared(tmp_path: pathlib.Path) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
-    decoded.prepare(subset(path, tmp_path), log=quiet)
+    prepare(subset(path, tmp_path), log=quiet)
     path.unlink()
-    check_subset(decoded.prepare(subset(path, tmp_path), log=quiet))
+    check_subset(prepare(subset(path, tmp_path), log=quiet))
     with pytest.raises(DataError, match="no such file"):
-        decoded.prepare(subset(tmp_path / "y.zip", tmp_path), log=quiet)
+        prepare(subset(tmp_path / "y.zip", tmp_path), log=quiet)
 
 
 def cut(path: pathlib.Path) -> None:
@@ -329,7 +329,7 @@ def test_a_damaged_cache_is_made_again(
 ) -> None:
     damage(prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px" / file)
     lines: list[str] = []
-    check_subset(decoded.prepare(subset("", prepared), log=lines.append))
+    check_subset(prepare(subset("", prepared), log=lines.append))
     assert [text for text in lines if line in text and "made again" in text]
 
 
@@ -337,14 +337,14 @@ def test_missing_records_are_written_again(source: pathlib.Path, prepared: pathl
     shutil.rmtree(prepared / "inception_jax")
     records = prepared / "tiny_imagenet_subset" / "1.0.0"
     next(records.glob("*train*")).unlink()
-    check_subset(decoded.prepare(subset(source, prepared), log=quiet))
+    check_subset(prepare(subset(source, prepared), log=quiet))
 
 
 def test_the_order_is_the_same_wherever_it_is_prepared(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    one = decoded.prepare(subset("", directory)).train.names
-    two = decoded.prepare(subset(source, tmp_path), log=quiet).train.names
+    one = prepare(subset("", directory)).train.names
+    two = prepare(subset(source, tmp_path), log=quiet).train.names
     assert one == two
     assert list(one) != sorted(one), "the records are shuffled"
 
@@ -357,7 +357,7 @@ def test_a_directory_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"config\.data\.directory: cannot write to .*file"):
-        decoded.prepare(subset(source, tmp_path / "file" / "data"), log=quiet)
+        prepare(subset(source, tmp_path / "file" / "data"), log=quiet)
 
 
 def test_too_little_space_is_found_before_anything_is_written(
@@ -366,7 +366,7 @@ def test_too_little_space_is_found_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
     with pytest.raises(DataError, match=r"needs 0\.\d+ GB in .*, which has 0\.00 GB free"):
-        decoded.prepare(subset(source, tmp_path), log=quiet)
+        prepare(subset(source, tmp_path), log=quiet)
     assert not (tmp_path / "tiny_imagenet_subset").exists()
 
 
@@ -375,7 +375,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 PREPARE = f"""
 import sys
 from inception_jax import config
-from inception_jax.input import decoded
+from inception_jax.input.dataset import prepare
 
 def log(line: str) -> None:
     print(line, flush=True)
@@ -385,7 +385,7 @@ def log(line: str) -> None:
 data = config.Data(
     name="tiny_imagenet_subset", source=sys.argv[1], directory=sys.argv[2], image_size={SIZE}
 )
-print(len(decoded.prepare(data, log=log).train))
+print(len(prepare(data, log=log).train))
 """
 
 
@@ -414,7 +414,7 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(
         os.kill(process.pid, signal.SIGKILL)
     leftovers = [*tmp_path.glob("inception_jax/*.partial"), *tmp_path.glob("*/incomplete.*")]
     assert len(leftovers) == 1, "it was killed midway"
-    check_subset(decoded.prepare(subset(source, tmp_path), log=quiet))
+    check_subset(prepare(subset(source, tmp_path), log=quiet))
     assert not [path for path in leftovers if path.exists()]
 
 
@@ -429,4 +429,4 @@ def test_of_two_processes_one_prepares_and_the_other_waits(
             assert first.returncode == 0
             rest, _ = second.communicate()
     assert rest == f"{CLASSES * TRAIN}\n", "the second had nothing to prepare"
-    check_subset(decoded.prepare(subset("", tmp_path)))
+    check_subset(prepare(subset("", tmp_path)))
