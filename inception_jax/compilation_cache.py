@@ -94,6 +94,9 @@ def _explain_problems(folder: pathlib.Path, log: Log) -> None:
         if not (problem := _PROBLEM.match(str(message))):
             show(message, *args, **kwargs)  # type: ignore[arg-type]
             return
+        # jaxlib cannot write a program that calls oneDNN (models/ops.py); then nothing was written.
+        if "bad_alloc" in problem["reason"]:
+            return
         # Called before the program is compiled and written again, or after it could not be written.
         # Which of the program's entries it is, the warning does not tell.
         with contextlib.suppress(OSError):

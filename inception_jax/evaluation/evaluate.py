@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from inception_jax.input import augment, pipeline, sharding
+from inception_jax.models import ops
 from inception_jax.telemetry.metrics import EvalMetrics
 from inception_jax.training import losses
 from inception_jax.training import state as states
@@ -30,6 +31,7 @@ class Evaluator:
             self._eval_step,
             in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
+            compiler_options=ops.compiler_options(run.config.model.dtype),
         )
 
     def __call__(self, variables: Variables) -> dict[str, float]:

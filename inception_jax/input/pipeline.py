@@ -58,13 +58,21 @@ def train_batches(
     Yields:
       image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
     """
+    batches = host_train_batches(split, batch_size=batch_size, seed=seed, start=start, stop=stop)
+    return _to_devices_ahead(batches, mesh)
+
+
+def host_train_batches(
+    split: Split, *, batch_size: int, seed: int, start: int, stop: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this process's share of the batches that `train_batches` describes, on the host."""
     rows = sharding.process_rows(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
         return {"image": split.read(indices), "label": split.labels[indices]}
 
-    return _to_devices_ahead(load, start, stop, mesh, threads=split.threads)
+    return _read_ahead(load, start, stop, threads=split.threads)
 
 
 def abstract_train_batch(
@@ -98,24 +106,28 @@ def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[
         return {"image": split.read(indices), "label": split.labels[indices], "mask": mask}
 
     batches = -(-len(split) // batch_size)
-    return _to_devices_ahead(load, 0, batches, mesh, threads=split.threads)
+    return _to_devices_ahead(_read_ahead(load, 0, batches, threads=split.threads), mesh)
+
+
+def _read_ahead(
+    load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, *, threads: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields `load(start)` … `load(stop - 1)`.
+
+    Each of the threads loads a batch, and one more batch waits.
+    """
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 
 
 def _to_devices_ahead(
-    load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, mesh: Mesh, *, threads: int
+    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields `load(start)` … `load(stop - 1)` on the devices, the next one already on its way.
-
-    Each of the threads loads a batch, and one more batch waits on the host.
-    """
-    if start >= stop:
-        return
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options)
+    """Yields batches on the devices, the next one already on its way."""
     ahead: dict[str, jax.Array] | None = None
-    for batch in dataset:
+    for batch in batches:
         current, ahead = ahead, sharding.to_devices(batch, mesh)
         if current is not None:
             yield current
-    assert ahead is not None
-    yield ahead
+    if ahead is not None:
+        yield ahead

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from inception_jax.input import augment, pipeline, sharding
+from inception_jax.models import ops
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import ema, keys, losses
 from inception_jax.training.run import Run
@@ -111,6 +112,7 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
     return jax.jit(
         train_step,
         donate_argnums=0,
+        compiler_options=ops.compiler_options(config.model.dtype),
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
