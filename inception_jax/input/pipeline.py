@@ -116,6 +116,8 @@ def _read_ahead(
 
     Each of the threads loads a batch, and one more batch waits.
     """
+    if start >= stop:
+        return iter(())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 
