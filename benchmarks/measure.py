@@ -1,6 +1,7 @@
 """What the benchmarks share: statistics, the description of the machine, tables, JSON files."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -11,12 +12,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-class Summary(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Summary:
     """Several measurements of one thing.
 
     Attributes:
@@ -36,7 +38,7 @@ class Summary(NamedTuple):
 
     def to_dict(self) -> dict[str, float]:
         """Returns what a JSON file holds of it."""
-        return {**self._asdict(), "spread": self.spread}
+        return {**dataclasses.asdict(self), "spread": self.spread}
 
 
 def summarise(values: Iterable[float]) -> Summary:
@@ -77,16 +79,8 @@ def _cpu_model() -> str:
 
 def _revision() -> str:
     """Returns the commit, with '+' where files differ from it; '' outside of a git repository."""
-    git = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+",
-    ]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    git = ["git", "-C", str(ROOT), *describe]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

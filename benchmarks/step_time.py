@@ -1,17 +1,18 @@
 """Times the training and evaluation step beside PyTorch's and Keras's, on the same network.
 
-GoogLeNet with BatchNorm, 200 classes, no auxiliary heads, SGD with Nesterov momentum; the same batch
-and image size. Contenders, each in a process of its own, those that are installed:
+GoogLeNet with BatchNorm, 200 classes, no auxiliary heads, SGD with Nesterov momentum; the same
+batch and image size. Contenders, each in a process of its own, those that are installed:
 
   ours            the step of the training command
   torch           PyTorch, eager, channels_last, autocast for bfloat16
   torch-compile   the same under torch.compile
   keras           Keras on TensorFlow, mixed_bfloat16 for bfloat16
-  keras-xla       the same with jit_compile=True
+  keras-xla       the same with jit_compile=True; slow on a CPU, so only if named
 
 Everyone's step is bare: the batch lies on the device, nothing is read. Ours holds more than the
-peers': it augments uint8 images, normalises them, and computes top-1, top-5 and the gradient's norm;
-the peers get normalised float32. Contenders take turns, round after round, while the others wait.
+peers': it augments uint8 images, normalises them, and computes top-1, top-5 and the gradient's
+norm; the peers get normalised float32. Contenders take turns, round after round, while the others
+wait.
 "Share of peak" is the operations of the network's multiplications (two a multiply-add, three passes
 in training) a second, over those of the fastest product of square matrices that any contender
 reached in the same run and type.
@@ -20,8 +21,8 @@ The peers may live in other environments, which need not have this package's dep
 
   python -m benchmarks.step_time --python-torch ~/torch/bin/python --python-keras ~/tf/bin/python
 
-On two CPU cores: about 40 s a contender to get ready (torch-compile: some minutes), then about
-(rounds x contenders x 2 x 4) seconds, with the defaults some 10 minutes. On a GPU name the platform:
+On two CPU cores: up to 40 s a contender to get ready (torch-compile: 150 s), then some 12 s a
+contender and round; with the defaults about 18 minutes. On a GPU name the platform:
 
   python -m benchmarks.step_time --platform gpu --stem s32 --batch-size 1024 --dtypes bfloat16
 """
@@ -41,6 +42,7 @@ MODULES = {
     "keras": ("keras_step", False),
     "keras-xla": ("keras_step", True),
 }
+DEFAULT = ["ours", "torch", "torch-compile", "keras"]
 DTYPES = ("float32", "bfloat16")
 MODES = ("train", "eval")
 CLASSES = 200
@@ -52,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
     add_network_flags(parser)
-    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")

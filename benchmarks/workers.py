@@ -56,7 +56,8 @@ class Worker:
 
     def __init__(self, contender: Contender) -> None:
         self.name = contender.name
-        self._messages = tempfile.TemporaryFile("w+")
+        # Lives as long as the worker.
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 [
@@ -148,7 +149,8 @@ def take_turns(
 
     Args:
       workers: that are ready.
-      commands: what each does in its turn: "mode" and its keywords.
+      commands: what each does in its turn, "mode" and its keywords; those of a mode that a worker
+        does not have pass it by.
       rounds: how often.
 
     Returns:
@@ -161,6 +163,8 @@ def take_turns(
     for index in range(rounds):
         for worker in workers:
             for command in commands:
+                if command["mode"] not in worker.facts["modes"]:
+                    continue
                 time.sleep(_PAUSE)
                 answer = worker.ask(**command)
                 if index:

@@ -60,7 +60,7 @@ def serve(module: str, settings: Numbers) -> None:
             answer(missing=error.name)
             return
         contender = make(settings)
-        answer(ready=contender.facts)
+        answer(ready={**contender.facts, "modes": list(contender.modes)})
         _answer_commands(contender, answer)
     except Exception as error:
         traceback.print_exc()
