@@ -20,7 +20,7 @@ from benchmarks import measure
 _POLL = 0.005
 
 
-class CommandError(Exception):
+class CommandError(measure.BenchmarkError):
     """A training command that ended early; the message has the end of what it printed."""
 
 

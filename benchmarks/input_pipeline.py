@@ -8,10 +8,11 @@ Contenders, each in a process of its own, those that are installed:
   tf-data         tf.data: files decoded by tf.io.decode_jpeg, parallel map, AUTOTUNE
 
 The peers decode each JPEG again in each epoch, as they do where no cache of decoded images is made.
-Everything lies in the page cache. All give shuffled batches of uint8 pixels and labels; nobody augments (ours does that on the
-device). Contenders take turns, round after round, while the others wait. Figures are images a
-second, images a second of CPU time (of all threads and processes: what one core gives), and by how
-much resident memory grows while reading, pages of mapped files left out.
+Everything lies in the page cache. All give shuffled batches of uint8 pixels and labels; nobody
+augments (ours does that on the device). Contenders take turns, round after round, while the others
+wait. Figures are images a second, images a second of CPU time (of all threads and processes: what
+one core gives), and by how much resident memory grows while reading, pages of mapped files left
+out.
 
   python -m benchmarks.input_pipeline --data-directory DATA --source tiny-imagenet-200.zip \
       --python-torch ~/torch/bin/python --python-tensorflow ~/tf/bin/python
@@ -199,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

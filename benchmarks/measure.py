@@ -11,10 +11,14 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+class BenchmarkError(Exception):
+    """A measurement that cannot be made; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--json", type=pathlib.Path, metavar="FILE", help="also write the result there"
     )
     return made
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Calls `main` and exits; a failed measurement is said in one message."""
+    try:
+        main()
+    except BenchmarkError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    sys.exit(0)
 
 
 def write_json(path: pathlib.Path | None, result: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ On two CPU cores: about a minute a round for GoogLeNet, a third of it for the di
 """
 
 import argparse
+import itertools
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PATH=VALUE",
-        help="settings, as --config.PATH=VALUE",
+        help="as --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 
@@ -78,7 +79,7 @@ def start(
     with command.training(
         arguments.experiment, flags, environment=environment, interpreter=interpreter
     ) as run:
-        seconds = [elapsed for (elapsed, _), _ in zip(run.reports(), range(_REPORTS), strict=False)]
+        seconds = [elapsed for elapsed, _ in itertools.islice(run.reports(), _REPORTS)]
         return seconds[0], run.messages
 
 
@@ -106,16 +107,14 @@ def intervals(messages: Sequence[tuple[float, str]]) -> dict[str, list[Interval]
 
 
 def attribute(found: Mapping[str, Sequence[Interval]], total: float) -> dict[str, float]:
-    """Gives each second between 0 and `total` to the first phase that went on then, or to "rest"."""
-    spans = [span for several in found.values() for span in several]
-    cuts = sorted({0.0, total, *(cut for span in spans for cut in span if 0 < cut < total)})
+    """Gives each second of 0 to `total` to the first phase that went on then, or to "rest"."""
+    ends = (end for spans in found.values() for span in spans for end in span)
+    cuts = sorted({0.0, total, *(end for end in ends if 0 < end < total)})
     seconds = dict.fromkeys([*found, "rest"], 0.0)
-    for start_, end in zip(cuts, cuts[1:], strict=False):
-        middle = (start_ + end) / 2
-        active = (
-            name for name, several in found.items() if any(a < middle < b for a, b in several)
-        )
-        seconds[next(active, "rest")] += end - start_
+    for begin, end in itertools.pairwise(cuts):
+        middle = (begin + end) / 2
+        active = [name for name, spans in found.items() if any(a < middle < b for a, b in spans)]
+        seconds[active[0] if active else "rest"] += end - begin
     return seconds
 
 
@@ -124,7 +123,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     samples: dict[str, list[float]] = {"cold": [], "warm": []}
     for index in range(arguments.rounds):
         with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as cache:
-            for kind, seconds in samples.items():
+            for seconds in samples.values():
                 seconds.append(start(arguments, cache)[0])
         measure.say(f"round {index + 1} of {arguments.rounds} done")
     anatomy = {}
@@ -173,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

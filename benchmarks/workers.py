@@ -24,7 +24,7 @@ _PAUSE = 0.5
 _IDLE_SHARE = 0.05
 
 
-class ContenderError(Exception):
+class ContenderError(measure.BenchmarkError):
     """A contender that failed; the message has the end of what it printed."""
 
 

@@ -25,7 +25,9 @@ from inception_jax.training.step import compile_train_step
 
 
 def make_config(settings: dict[str, Any]) -> Config:
-    """Returns the configuration of the network that all contenders train."""
+    """Returns settings["config"], or the configuration of the network that all contenders train."""
+    if "config" in settings:
+        return config.from_dict(settings["config"])
     made = Config(
         model=config.Model(
             name="googlenet",
