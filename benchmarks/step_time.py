@@ -104,6 +104,12 @@ def contenders(arguments: argparse.Namespace) -> list[workers.Contender]:
     ]
 
 
+def commands(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns what a contender measures in its turn."""
+    matmul = {"mode": "matmul", "seconds": arguments.seconds / 4}
+    return [matmul, *({"mode": mode, "seconds": arguments.seconds} for mode in arguments.modes)]
+
+
 def check_same_network(ready: Sequence[workers.Worker], stem: str) -> int:
     """Checks that all contenders train the same network, and returns its parameter count."""
     expected = network.parameters(stem, CLASSES)
@@ -195,11 +201,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures, and returns what the JSON file holds."""
     with workers.started(contenders(arguments)) as (ready, absent):
         parameters = check_same_network(ready, arguments.stem)
-        commands = [
-            {"mode": "matmul", "seconds": arguments.seconds / 4},
-            *({"mode": mode, "seconds": arguments.seconds} for mode in arguments.modes),
-        ]
-        numbers = workers.take_turns(ready, commands, rounds=arguments.rounds)
+        numbers = workers.take_turns(ready, commands(arguments), rounds=arguments.rounds)
         return {
             "benchmark": "step_time",
             "environment": measure.environment(),

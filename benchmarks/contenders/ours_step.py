@@ -23,6 +23,9 @@ from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.step import compile_train_step
 
+# Durations in epochs become steps as on Tiny ImageNet.
+_EXAMPLES = 100_000
+
 
 def make_config(settings: dict[str, Any]) -> Config:
     """Returns settings["config"], or the configuration of the network that all contenders train."""
@@ -76,15 +79,16 @@ def noise(settings: dict[str, Any]) -> DecodedDataset:
 def make_run(settings: dict[str, Any]) -> Run:
     """Returns a run on noise, made of the same parts as `training.run.build` does from files."""
     made, dataset = make_config(settings), noise(settings)
-    timeline = Timeline(made.train.batch_size, len(dataset.train))
-    schedule = optimizers.make_schedule(made.schedule, timeline=timeline, total_steps=1)
+    timeline = Timeline(made.train.batch_size, _EXAMPLES)
+    total_steps = timeline.steps(made.train.length)
+    schedule = optimizers.make_schedule(made.schedule, timeline=timeline, total_steps=total_steps)
     return Run(
         config=made,
         dataset=dataset,
         mesh=sharding.make_mesh(),
         model=registry.create(made.model, dataset.num_classes),
         timeline=timeline,
-        total_steps=1,
+        total_steps=total_steps,
         schedule=schedule,
         optimizer=optimizers.make_optimizer(made.optimizer, schedule),
     )
