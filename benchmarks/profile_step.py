@@ -28,13 +28,13 @@ class Operation(NamedTuple):
       name: of XLA's operation.
       kernel: of the kernel that ran it; on a CPU the same name.
       seconds: of all of them.
-      count: how many there were.
+      times: how many there were.
     """
 
     name: str
     kernel: str
     seconds: float
-    count: int
+    times: int
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -118,7 +118,7 @@ def report(found: Sequence[Operation], origin: Mapping[str, str], steps: int, to
             each.name,
             f"{1e3 * each.seconds / steps:.2f}",
             f"{100 * each.seconds / total:.1f}%",
-            f"{each.count / steps:g}",
+            f"{each.times / steps:g}",
             "" if each.kernel == each.name else each.kernel[:60],
             "/".join(origin.get(each.name, "").split("/")[-4:])[-70:],
         ]
