@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "classes": arguments.classes,
         "modes": ["train"],
     }
-    contender = workers.Contender("bare step", "ours_step", settings, environment=SHARED_GPU)
+    contender = workers.Contender(
+        "bare step", "benchmarks.contenders.ours_step", settings, environment=SHARED_GPU
+    )
     rates: dict[str, list[float]] = {"bare": [], "command": [], "reported": []}
     with workers.started([contender]) as (ready, absent):
         if absent:

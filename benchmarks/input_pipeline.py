@@ -34,11 +34,11 @@ from typing import Any
 from benchmarks import measure, workers
 
 # Where a reader of another kind joins: our records, for example, are
-# "records": ("ours_input", {"reader": "records"}).
+# "records": ("benchmarks.contenders.ours_input", {"reader": "records"}).
 CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ours": ("ours_input", {"reader": "cache"}),
-    "torch-loader": ("torch_input", {}),
-    "tf-data": ("tf_input", {}),
+    "ours": ("benchmarks.contenders.ours_input", {"reader": "cache"}),
+    "torch-loader": ("benchmarks.contenders.torch_input", {}),
+    "tf-data": ("benchmarks.contenders.tf_input", {}),
 }
 PEERS = ("torch-loader", "tf-data")
 MODES = ("host", "device")
@@ -103,7 +103,7 @@ def _evenly(names: Sequence[str], count: int) -> Sequence[str]:
 
 def contenders(arguments: argparse.Namespace, files: str) -> list[workers.Contender]:
     """Returns the contenders that were asked for."""
-    pythons = {"torch_input": arguments.python_torch, "tf_input": arguments.python_tensorflow}
+    pythons = {"torch-loader": arguments.python_torch, "tf-data": arguments.python_tensorflow}
     # The workers' folder is the root of the repository.
     directory, source = (
         str(pathlib.Path(path).expanduser().absolute()) if path else ""
@@ -124,7 +124,7 @@ def contenders(arguments: argparse.Namespace, files: str) -> list[workers.Conten
             name=name,
             module=CONTENDERS[name][0],
             settings={**shared, **CONTENDERS[name][1]},
-            python=pythons.get(CONTENDERS[name][0], sys.executable),
+            python=pythons.get(name, sys.executable),
         )
         for name in arguments.contenders
     ]

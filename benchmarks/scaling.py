@@ -67,7 +67,9 @@ def contender(arguments: argparse.Namespace, axis: str, point: float) -> workers
         AXES[axis][0]: point,
     }
     environment = {**SHARED_GPU, "JAX_NUM_CPU_DEVICES": str(settings["devices"])}
-    return workers.Contender(f"{axis} {point:g}", "ours_step", settings, environment=environment)
+    return workers.Contender(
+        f"{axis} {point:g}", "benchmarks.contenders.ours_step", settings, environment=environment
+    )
 
 
 def work(settings: Mapping[str, Any]) -> float:

@@ -36,11 +36,11 @@ from benchmarks import measure, workers
 from benchmarks.contenders import network
 
 MODULES = {
-    "ours": ("ours_step", None),
-    "torch": ("torch_step", False),
-    "torch-compile": ("torch_step", True),
-    "keras": ("keras_step", False),
-    "keras-xla": ("keras_step", True),
+    "ours": ("benchmarks.contenders.ours_step", None),
+    "torch": ("benchmarks.contenders.torch_step", False),
+    "torch-compile": ("benchmarks.contenders.torch_step", True),
+    "keras": ("benchmarks.contenders.keras_step", False),
+    "keras-xla": ("benchmarks.contenders.keras_step", True),
 }
 DEFAULT = ["ours", "torch", "torch-compile", "keras"]
 DTYPES = ("float32", "bfloat16")
@@ -84,7 +84,7 @@ def network_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def contenders(arguments: argparse.Namespace) -> list[workers.Contender]:
     """Returns the contenders that were asked for, by type and then by name."""
-    pythons = {"torch_step": arguments.python_torch, "keras_step": arguments.python_keras}
+    pythons = {"torch": arguments.python_torch, "keras": arguments.python_keras}
     return [
         workers.Contender(
             name=f"{name} {dtype}",
@@ -96,7 +96,7 @@ def contenders(arguments: argparse.Namespace) -> list[workers.Contender]:
                 "compile": MODULES[name][1],
                 "compile_mode": arguments.torch_compile_mode,
             },
-            python=pythons.get(MODULES[name][0], sys.executable),
+            python=pythons.get(name.split("-")[0], sys.executable),
             environment=SHARED_GPU,
         )
         for dtype in arguments.dtypes
@@ -111,11 +111,18 @@ def commands(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def check_same_network(ready: Sequence[workers.Worker], stem: str) -> int:
-    """Checks that all contenders train the same network, and returns its parameter count."""
+    """Checks that all contenders train the same network, and returns its parameter count.
+
+    Raises:
+      ContenderError: naming one that does not.
+    """
     expected = network.parameters(stem, CLASSES)
     for worker in ready:
         found = worker.facts["parameters"]
-        assert found == expected, f"{worker.name}: {found:,} parameters, not {expected:,}"
+        if found != expected:
+            raise workers.ContenderError(
+                f"{worker.name}: {found:,} parameters instead of {expected:,}: another network"
+            )
     return expected
 
 

@@ -34,7 +34,7 @@ class Contender:
 
     Attributes:
       name: in tables and files.
-      module: what runs in the worker, in `benchmarks.contenders`.
+      module: dotted name of what runs in the worker.
       settings: given to it as JSON.
       python: the interpreter.
       environment: variables that differ from this process's.

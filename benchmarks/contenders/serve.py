@@ -2,7 +2,7 @@
 
     python -m benchmarks.contenders.serve MODULE SETTINGS
 
-MODULE is one of this folder, with a function make(settings) that returns a `Contender`; SETTINGS is
+MODULE is a dotted name; it has a function make(settings) that returns a `Contender`; SETTINGS is
 JSON. The protocol is a line of JSON each way. The worker answers, once it is ready:
 
     {"ready": {facts}}     or {"missing": "torch"}     or {"error": "what went wrong"}
@@ -41,7 +41,7 @@ def serve(module: str, settings: Numbers) -> None:
     """Runs a worker.
 
     Args:
-      module: of this folder; one that needs a package which is not there is reported as missing.
+      module: dotted name; one that needs a package which is not there is reported as missing.
       settings: of the contender.
     """
     # Libraries print to stdout what they please; the protocol keeps it to itself.
@@ -53,9 +53,9 @@ def serve(module: str, settings: Numbers) -> None:
 
     try:
         try:
-            make = importlib.import_module(f"benchmarks.contenders.{module}").make
+            make = importlib.import_module(module).make
         except ModuleNotFoundError as error:
-            if str(error.name).split(".")[0] in ("benchmarks", "inception_jax"):
+            if str(error.name).split(".")[0] in (module.split(".")[0], "inception_jax"):
                 raise
             answer(missing=error.name)
             return

@@ -123,7 +123,7 @@ def matmul(settings: dict[str, Any], device: torch.device, wait: Any) -> serve.R
 
 def make(settings: dict[str, Any]) -> serve.Contender:
     """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
-    use_cuda = settings["platform"] != "cpu" and torch.cuda.is_available()
+    use_cuda = settings["platform"] == "gpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     if use_cuda:
         # TF32 in place of float32, as JAX does by default.
