@@ -26,6 +26,7 @@ from benchmarks import command, measure, workers
 from benchmarks.step_time import SHARED_GPU
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.errors import ConfigError
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,6 +55,8 @@ def experiment(path: str, settings: Sequence[str]) -> Config:
     values = configs.to_dict(made)
     for setting in settings:
         name, _, text = setting.partition("=")
+        if name not in configs.flatten(values):
+            raise ConfigError(configs.unknown_field(name))
         *groups, last = name.split(".")
         group = values
         for each in groups:

@@ -75,6 +75,7 @@ class Worker:
                 text=True,
             )
         except OSError as error:
+            self._messages.close()
             raise ContenderError(
                 f"{contender.name}: {contender.python}: {error.strerror}"
             ) from error

@@ -53,13 +53,12 @@ def serve(module: str, settings: Numbers) -> None:
 
     try:
         try:
-            make = importlib.import_module(module).make
+            contender = importlib.import_module(module).make(settings)
         except ModuleNotFoundError as error:
             if str(error.name).split(".")[0] in (module.split(".")[0], "inception_jax"):
                 raise
             answer(missing=error.name)
             return
-        contender = make(settings)
         answer(ready={**contender.facts, "modes": list(contender.modes)})
         _answer_commands(contender, answer)
     except Exception as error:
