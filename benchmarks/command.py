@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks import measure
 
-_POLL = 0.005
+# Seconds; fine enough for a start-up of seconds, coarse enough not to disturb it.
+_POLL = 0.02
 
 
 class CommandError(measure.BenchmarkError):

@@ -1,13 +1,16 @@
 """What the benchmarks share: statistics, the description of the machine, tables, JSON files."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,6 +62,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "revision": _revision(),
         "command": command_line(),
@@ -71,6 +75,15 @@ def command_line() -> str:
     spec = getattr(main, "__spec__", None)
     called = ["-m", spec.name] if spec else [pathlib.Path(sys.argv[0]).name]
     return shlex.join(["python", *called, *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide speed, those of this interpreter."""
+    installed = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def _cpu_model() -> str:
@@ -102,6 +115,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Calls `main` and exits; a failed measurement is said in one message."""
+    # So that children are ended when this process is.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except BenchmarkError as error:

@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,10 +36,16 @@ def test_results_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
     assert found["cores"] >= 1
     assert found["python"] == sys.version.split()[0]
     assert found["command"].startswith("python ")
+    assert found["versions"]["jax"] == jax.__version__
     assert {"cpu", "date", "revision", "memory_gib"} <= set(found)
 
 
-def test_a_failed_measurement_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_measurement_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tests' own process keeps its handlers.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
     def main() -> None:
         raise measure.BenchmarkError("nothing to measure")
 
