@@ -15,6 +15,7 @@ import collections
 import pathlib
 import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,7 +134,10 @@ def main() -> None:
     seconds, program, file = trace(arguments)
     from jax.profiler import ProfileData
 
-    found = operations(ProfileData.from_file(str(file)).planes)
+    with warnings.catch_warnings():
+        # JAX's own, of the type of an event's statistics.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = operations(ProfileData.from_file(str(file)).planes)
     if not found:
         raise measure.BenchmarkError(f"{file}: the trace names no operation")
     total = sum(each.seconds for each in found) / arguments.steps
