@@ -6,7 +6,8 @@ first step. Data are the embedded digits, so nothing has to be downloaded. So th
 or a busy one, does not pass for a change of the code, each figure is divided by the rate of a
 matrix product measured in the same run and type (float32 for reading and start-up) before it is
 compared.
-Prints what moved by more than 10%, and ends with 1 where something became slower by more than that.
+Prints what moved by more than 10%, and ends with 1 where something became slower by more than that
+and by more than the spread of its measurements.
 
   python -m benchmarks.regression            compare with the newest of benchmarks/results/
   python -m benchmarks.regression --store    and keep the new figures there
@@ -173,14 +174,30 @@ def report(
     return measure.table(["figure", "now", "unit", "spread", "before", "moved"], rows)
 
 
-def verdict(moved: Mapping[str, float]) -> tuple[list[str], bool]:
-    """Returns a line for each figure that moved too far, and whether one became slower."""
-    lines = [
-        f"{name}: {'faster' if change > 0 else 'SLOWER'} by {100 * abs(change):.0f}%"
-        for name, change in moved.items()
-        if abs(change) > THRESHOLD
-    ]
-    return lines, any(change < -THRESHOLD for change in moved.values())
+def noise(
+    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Returns of each figure that both have the larger of the two spreads."""
+    return {
+        name: max(before[name]["spread"], now[name]["spread"]) for name in now if name in before
+    }
+
+
+def verdict(moved: Mapping[str, float], spreads: Mapping[str, float]) -> tuple[list[str], bool]:
+    """Returns a line for each figure that moved too far, and whether one became slower for sure.
+
+    Args:
+      moved: by how much each figure moved.
+      spreads: of each; a move that is not larger is said, but may be chance.
+    """
+    lines, slower = [], False
+    for name, change in moved.items():
+        if abs(change) > THRESHOLD:
+            line = f"{name}: {'faster' if change > 0 else 'SLOWER'} by {100 * abs(change):.0f}%"
+            by_chance = abs(change) <= spreads[name]
+            lines.append(f"{line}, within its spread" if by_chance else line)
+            slower |= change < 0 and not by_chance
+    return lines, slower
 
 
 def main() -> None:
@@ -199,7 +216,7 @@ def main() -> None:
             print(f"On another machine: {there['cores']} cores of {there['cpu']}")
     else:
         print(f"\nNothing to compare with in {arguments.results}")
-    lines, slower = verdict(moved)
+    lines, slower = verdict(moved, noise(before["figures"], result["figures"]) if before else {})
     print("\n".join(lines or ["Nothing moved by more than 10%"] if before else []))
     if arguments.store:
         print(f"Stored: {store(arguments.results, result)}")

@@ -117,9 +117,12 @@ def test_another_network_is_refused() -> None:
 
 def figures(step: float, matmul: float, read: float = 1.0) -> dict[str, dict[str, Any]]:
     return {
-        "matmul float32": {"value": matmul, "dtype": "float32"},
-        "train float32": {"value": step, "dtype": "float32"},
-        "read host": {"value": read, "dtype": "float32"},
+        name: {"value": value, "dtype": "float32", "unit": "images/s", "spread": 0.05}
+        for name, value in (
+            ("matmul float32", matmul),
+            ("train float32", step),
+            ("read host", read),
+        )
     }
 
 
@@ -127,11 +130,35 @@ def test_regression_is_relative_to_the_matrix_product() -> None:
     # A machine of half the speed does half the steps: nothing moved.
     moved = regression.changes(figures(100, 400, 8), figures(50, 200, 3))
     assert moved == {"train float32": pytest.approx(0.0), "read host": pytest.approx(-0.25)}
-    assert regression.verdict(moved) == (["read host: SLOWER by 25%"], True)
-    assert regression.verdict({"train float32": 0.3, "read host": -0.09}) == (
-        ["train float32: faster by 30%"],
-        False,
-    )
+    spreads = {"train float32": 0.05, "read host": 0.05}
+    assert regression.verdict(moved, spreads) == (["read host: SLOWER by 25%"], True)
+    lines, slower = regression.verdict({"train float32": 0.3, "read host": -0.09}, spreads)
+    assert (lines, slower) == (["train float32: faster by 30%"], False)
+    lines, slower = regression.verdict(moved, {**spreads, "read host": 0.4})
+    assert (lines, slower) == (["read host: SLOWER by 25%, within its spread"], False)
+
+
+def test_regression_says_what_became_slower_and_stores_when_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"cpu": "one", "cores": 2, "date": "2026-11-21T00:00:00", "revision": "aaa"}
+    result = {"environment": environment, "figures": figures(100, 400)}
+
+    def start(*flags: str) -> str:
+        monkeypatch.setattr("sys.argv", ["regression", f"--results={tmp_path}", *flags])
+        monkeypatch.setattr(regression, "run", lambda arguments: result)
+        regression.main()
+        return capsys.readouterr().out
+
+    assert "Nothing to compare with" in start()
+    assert "Stored: " in start("--store")
+    assert "Nothing moved by more than 10%" in start()
+    result = {"environment": environment | {"cpu": "two"}, "figures": figures(80, 400)}
+    with pytest.raises(measure.BenchmarkError, match="slower than the stored result"):
+        start()
+    printed = capsys.readouterr().out
+    assert "train float32: SLOWER by 20%" in printed
+    assert "On another machine: 2 cores of one" in printed
 
 
 def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
