@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format pins clean
+.PHONY: help setup demo test bench lint format pins clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
@@ -47,6 +47,9 @@ demo: setup ## train on the embedded digits, evaluate and plot: data, curves and
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
+
+bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
+	$(BIN)/python -m benchmarks.regression $(STORE)
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check .

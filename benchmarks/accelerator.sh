@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# What is measured on a machine with a GPU, in parts that are named as arguments:
+#
+#   benchmarks/accelerator.sh [--smoke] PART...
+#
+#   compare  step_time for each of STEMS and BATCHES, bfloat16, beside PyTorch (torch.compile,
+#            channels_last, autocast): $OUT/step_STEM_BATCH.{json,txt}
+#   profile  trace of the step of the first stem and last batch: $OUT/profile.{json,txt}, $OUT/trace
+#   train    the flagship run, experiments/tiny.py, in $WORKDIR. It goes on where it stopped when it is
+#            called again, and stops by itself after $LIMIT seconds; metrics, result and plots go to
+#            $OUT/train
+#
+# --smoke: the same on the CPU with tiny sizes, in a few minutes, to try the script.
+#
+# Variables, with their defaults: OUT=runs/accelerator, PYTHON=python3, PYTHON_TORCH=$PYTHON,
+# STEMS="s16 s32", BATCHES="512 1024", CONTENDERS="ours torch torch-compile", ROUNDS=5,
+# WORKDIR=runs/tiny, LIMIT=0 (none), TRAIN_FLAGS="" (more flags of the training command, such as
+# --config.data.directory=DATA --config.data.source=tiny-imagenet-200.zip).
+#
+# One stem and batch of `compare` takes some 3 minutes, most of it compiling.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+}
+
+smoke=
+parts=()
+for argument in "$@"; do
+  case "$argument" in
+    --help | -h) usage; exit 0 ;;
+    --smoke) smoke=yes ;;
+    compare | profile | train) parts+=("$argument") ;;
+    *) echo "$argument: is neither compare, profile, train nor --smoke; see --help" >&2; exit 2 ;;
+  esac
+done
+if [ "${#parts[@]}" -eq 0 ]; then
+  usage >&2
+  exit 2
+fi
+
+PYTHON=${PYTHON:-python3}
+PYTHON_TORCH=${PYTHON_TORCH:-$PYTHON}
+OUT=${OUT:-runs/accelerator}
+ROUNDS=${ROUNDS:-5}
+LIMIT=${LIMIT:-0}
+if [ -n "$smoke" ]; then
+  platform=cpu
+  step=(--matmul-size 256 --image-size 32)
+  STEMS=${STEMS:-s16}
+  BATCHES=${BATCHES:-8}
+  CONTENDERS=${CONTENDERS:-ours torch}
+  compare=(--rounds 2 --seconds 0.2)
+  WORKDIR=${WORKDIR:-runs/smoke}
+  train=(--config experiments/digits.py)
+else
+  platform=gpu
+  step=(--matmul-size 8192)
+  STEMS=${STEMS:-s16 s32}
+  BATCHES=${BATCHES:-512 1024}
+  CONTENDERS=${CONTENDERS:-ours torch torch-compile}
+  compare=(--rounds "$ROUNDS" --seconds 2)
+  WORKDIR=${WORKDIR:-runs/tiny}
+  train=(--config experiments/tiny.py)
+fi
+mkdir -p "$OUT"
+
+# The lists of words are meant to be split.
+# shellcheck disable=SC2086
+compare() {
+  local stem batch
+  for stem in $STEMS; do
+    for batch in $BATCHES; do
+      "$PYTHON" -m benchmarks.step_time --platform "$platform" --stem "$stem" \
+        --batch-size "$batch" --dtypes bfloat16 --contenders $CONTENDERS \
+        --python-torch "$PYTHON_TORCH" --json "$OUT/step_${stem}_$batch.json" \
+        "${step[@]}" "${compare[@]}" | tee "$OUT/step_${stem}_$batch.txt"
+    done
+  done
+}
+
+profile() {
+  "$PYTHON" -m benchmarks.profile_step --platform "$platform" --stem "${STEMS%% *}" \
+    --batch-size "${BATCHES##* }" --dtype bfloat16 --trace "$OUT/trace" \
+    --json "$OUT/profile.json" "${step[@]}" | tee "$OUT/profile.txt"
+}
+
+# Interrupted by the limit, the command ends with 130; its checkpoints are in the workdir.
+# shellcheck disable=SC2086
+train() {
+  local code=0 file
+  timeout --signal=INT "$LIMIT" "$PYTHON" -m inception_jax.main "${train[@]}" \
+    --workdir "$WORKDIR" --platform="$platform" ${TRAIN_FLAGS:-} || code=$?
+  mkdir -p "$OUT/train"
+  for file in metrics.jsonl result.json config.json plots; do
+    if [ -e "$WORKDIR/$file" ]; then
+      cp -r "$WORKDIR/$file" "$OUT/train/"
+    fi
+  done
+  if [ "$code" -eq 124 ] || [ "$code" -eq 130 ]; then
+    echo "train: stopped after $LIMIT s; the same command goes on from the last checkpoint" >&2
+  elif [ "$code" -ne 0 ]; then
+    return "$code"
+  fi
+}
+
+for part in "${parts[@]}"; do
+  echo "=== $part"
+  "$part"
+done

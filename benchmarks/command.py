@@ -1,0 +1,136 @@
+"""The real training command as a child process, watched from outside.
+
+Nothing here knows what goes on inside the command: it reads metrics.jsonl as it grows.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import measure
+
+# Seconds; fine enough for a start-up of seconds, coarse enough not to disturb it.
+_POLL = 0.02
+
+
+class CommandError(measure.BenchmarkError):
+    """A training command that ended early; the message has the end of what it printed."""
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """Returns settings given as PATH=VALUE as flags of the training command."""
+    return [f"--config.{argument}" for argument in arguments]
+
+
+@contextlib.contextmanager
+def training(
+    experiment: str,
+    flags: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    interpreter: Sequence[str] = (),
+) -> Iterator["Training"]:
+    """Starts the training command in a workdir that is thrown away, and kills it at the end.
+
+    Args:
+      experiment: file of the experiment.
+      flags: of the command, besides --config and --workdir.
+      environment: variables that differ from this process's.
+      interpreter: flags of Python itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-run-") as workdir:
+        run = Training(experiment, flags, workdir, environment or {}, interpreter)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+class Training:
+    """A training command that runs; `training` makes it.
+
+    Attributes:
+      messages: seconds since the start and text of each line that it has printed to stderr.
+    """
+
+    def __init__(
+        self,
+        experiment: str,
+        flags: Sequence[str],
+        workdir: str,
+        environment: Mapping[str, str],
+        interpreter: Sequence[str],
+    ) -> None:
+        self._metrics = pathlib.Path(workdir) / "metrics.jsonl"
+        self.messages: list[tuple[float, str]] = []
+        self._started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                *interpreter,
+                "-m",
+                "inception_jax.main",
+                f"--config={experiment}",
+                f"--workdir={workdir}",
+                *flags,
+            ],
+            cwd=measure.ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read_messages)
+        self._reader.start()
+
+    def reports(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Yields each training report as it is written, with seconds since the start.
+
+        Raises:
+          CommandError: if the command fails.
+        """
+        seen = 0
+        while True:
+            ended = self._process.poll() is not None
+            lines = self._lines()
+            elapsed = time.perf_counter() - self._started
+            for line in lines[seen:]:
+                report = json.loads(line)
+                if report["split"] == "train":
+                    yield elapsed, report
+            seen = len(lines)
+            if ended:
+                if self._process.returncode:
+                    raise CommandError(
+                        f"the training command ended with {self._process.returncode}\n"
+                        + "".join(text for _, text in self.messages[-20:])
+                    )
+                return
+            time.sleep(_POLL)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _read_messages(self) -> None:
+        assert self._process.stderr
+        with self._process.stderr as lines:
+            for line in lines:
+                self.messages.append((time.perf_counter() - self._started, line))
+
+    def _lines(self) -> list[str]:
+        """Returns the whole lines of metrics.jsonl."""
+        if not self._metrics.exists():
+            return []
+        return self._metrics.read_text(encoding="utf-8").split("\n")[:-1]

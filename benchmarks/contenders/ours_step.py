@@ -1,0 +1,159 @@
+"""Our training and evaluation step, bare: the batch lies on the device, nothing is read.
+
+The step is the one that the training command compiles, with its augmentation, loss and metrics; the
+data set is noise in memory.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.contenders import network, serve
+from inception_jax import config, runtime
+from inception_jax.config import Config, Timeline
+from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.input import sharding
+from inception_jax.input.decoded import DecodedDataset, DecodedSplit
+from inception_jax.models import registry
+from inception_jax.training import optimizers
+from inception_jax.training import state as states
+from inception_jax.training.run import Run
+from inception_jax.training.step import compile_train_step
+
+# Durations in epochs become steps as on Tiny ImageNet.
+_EXAMPLES = 100_000
+
+
+def make_config(settings: dict[str, Any]) -> Config:
+    """Returns settings["config"], or the configuration of the network that all contenders train."""
+    if "config" in settings:
+        return config.from_dict(settings["config"])
+    made = Config(
+        model=config.Model(
+            name="googlenet",
+            stem=settings["stem"],
+            width=settings.get("width", 1.0),
+            dtype=settings["dtype"],
+            norm_epsilon=network.NORM_EPSILON,
+            norm_momentum=network.NORM_MOMENTUM,
+            dropout=network.DROPOUT,
+        ),
+        data=config.Data(image_size=settings["image_size"]),
+        optimizer=config.Optimizer(name="sgd_nesterov", momentum=network.MOMENTUM),
+        schedule=config.Schedule(name="constant", learning_rate=network.LEARNING_RATE),
+        train=config.Train(batch_size=settings["batch_size"]),
+        evaluation=config.Evaluation(batch_size=settings["batch_size"]),
+    )
+    config.validate(made)
+    return made
+
+
+def noise(settings: dict[str, Any]) -> DecodedDataset:
+    """Returns a data set of random pictures and labels, a batch of each split."""
+    random = np.random.default_rng(0)
+    size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
+
+    def split() -> DecodedSplit:
+        return DecodedSplit(
+            images=random.integers(0, 256, (count, size, size, 3), np.uint8),
+            labels=random.integers(0, classes, count, np.int32),
+            names_path=pathlib.Path("unnamed"),
+        )
+
+    return DecodedDataset(
+        name="noise",
+        version="1",
+        image_size=size,
+        class_names=tuple(map(str, range(classes))),
+        mean=np.full(3, 0.5, np.float32),
+        std=np.full(3, 0.25, np.float32),
+        splits={"train": split(), "validation": split()},
+        train_split="train",
+        eval_split="validation",
+    )
+
+
+def make_run(settings: dict[str, Any]) -> Run:
+    """Returns a run on noise, made of the same parts as `training.run.build` does from files."""
+    made, dataset = make_config(settings), noise(settings)
+    timeline = Timeline(made.train.batch_size, _EXAMPLES)
+    total_steps = timeline.steps(made.train.length)
+    schedule = optimizers.make_schedule(made.schedule, timeline=timeline, total_steps=total_steps)
+    return Run(
+        config=made,
+        dataset=dataset,
+        mesh=sharding.make_mesh(),
+        model=registry.create(made.model, dataset.num_classes),
+        timeline=timeline,
+        total_steps=total_steps,
+        schedule=schedule,
+        optimizer=optimizers.make_optimizer(made.optimizer, schedule),
+    )
+
+
+def batch_of(split: DecodedSplit, run: Run, **more: np.ndarray) -> dict[str, jax.Array]:
+    """Returns a whole split as a batch on the devices."""
+    return sharding.to_devices({"image": split.images, "label": split.labels, **more}, run.mesh)
+
+
+def train_mode(run: Run) -> serve.Repeated:
+    """Returns what times the training step, compiled and warm."""
+    step = compile_train_step(run)
+    batch = batch_of(run.dataset.train, run)
+    state = states.create(run)
+
+    def train() -> None:
+        nonlocal state
+        state, _ = step(state, batch)
+
+    return serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
+
+
+def eval_mode(run: Run) -> serve.Repeated:
+    """Returns what times the evaluation step, compiled and warm."""
+    # Not public, but the step alone: the call around it reads a split as well.
+    step = Evaluator(run)._step
+    batch = batch_of(run.dataset.evaluation, run, mask=np.ones(len(run.dataset.evaluation), bool))
+    variables = states.create(run).eval_variables()
+    metrics: Any = None
+
+    def evaluate() -> None:
+        nonlocal metrics
+        metrics = step(variables, batch)
+
+    return serve.Repeated(evaluate, lambda: jax.block_until_ready(metrics)).warm_up()
+
+
+def matmul_mode(size: int, dtype: str) -> serve.Repeated:
+    """Returns what times a product of two square matrices, compiled and warm."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul)
+    result = a
+
+    def multiply() -> None:
+        nonlocal result
+        result = product(a, a)
+
+    return serve.Repeated(multiply, lambda: jax.block_until_ready(result)).warm_up()
+
+
+def make(settings: dict[str, Any]) -> serve.Contender:
+    """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
+    runtime.initialize(platform=settings["platform"])
+    run = make_run(settings)
+    makers = {
+        "train": lambda: train_mode(run),
+        "eval": lambda: eval_mode(run),
+        "matmul": lambda: matmul_mode(settings["matmul_size"], settings["dtype"]),
+    }
+    shapes = states.abstract(run).params
+    facts = {
+        "versions": {"jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+    }
+    return serve.Contender(facts, {mode: makers[mode]() for mode in settings["modes"]})

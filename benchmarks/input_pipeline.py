@@ -1,0 +1,203 @@
+r"""Measures how fast batches of Tiny ImageNet reach host memory and the device, beside peers.
+
+Contenders, each in a process of its own, those that are installed:
+
+  ours            input.pipeline on the decoded cache; "host": batches in memory, "device": laid on
+                  the device as well
+  torch-loader    PyTorch's DataLoader: files decoded by PIL, in two worker processes
+  tf-data         tf.data: files decoded by tf.io.decode_jpeg, parallel map, AUTOTUNE
+
+The peers decode each JPEG again in each epoch, as they do where no cache of decoded images is made.
+Everything lies in the page cache. All give shuffled batches of uint8 pixels and labels; nobody
+augments (ours does that on the device). Contenders take turns, round after round, while the others
+wait. Figures are images a second, images a second of CPU time (of all threads and processes: what
+one core gives), and by how much resident memory grows while reading, pages of mapped files left
+out.
+
+  python -m benchmarks.input_pipeline --data-directory DATA --source tiny-imagenet-200.zip \
+      --python-torch ~/torch/bin/python --python-tensorflow ~/tf/bin/python
+
+On two CPU cores: a minute to get ready (files are unpacked), then (rounds x 4 x 5) seconds, with
+the defaults 3 minutes.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import measure, workers
+
+# Where a reader of another kind joins: our records, for example, are
+# "records": ("benchmarks.contenders.ours_input", {"reader": "records"}).
+CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ours": ("benchmarks.contenders.ours_input", {"reader": "cache"}),
+    "torch-loader": ("benchmarks.contenders.torch_input", {}),
+    "tf-data": ("benchmarks.contenders.tf_input", {}),
+}
+PEERS = ("torch-loader", "tf-data")
+MODES = ("host", "device")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the settings of the command line."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--dataset", choices=("tiny_imagenet", "digits"), default="tiny_imagenet")
+    parser.add_argument("--data-directory", default="", help="as config.data.directory")
+    parser.add_argument(
+        "--source", default="", help="tiny-imagenet-200.zip or the extracted folder; peers need it"
+    )
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--files", type=int, default=20_000, help="JPEG files that peers read")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the DataLoader")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--python-torch", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--python-tensorflow", default=sys.executable, metavar="PYTHON")
+    arguments = parser.parse_args(argv)
+    if set(PEERS) & set(arguments.contenders) and not arguments.source:
+        parser.error("--source: the peers read JPEG files; name the archive, or --contenders ours")
+    return arguments
+
+
+@contextlib.contextmanager
+def jpeg_files(source: str, count: int) -> Iterator[str]:
+    """Yields a temporary folder with some of the training images, evenly over the classes."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-jpeg-") as folder:
+        if zipfile.is_zipfile(source):
+            _unpack(source, count, pathlib.Path(folder))
+        else:
+            _copy(pathlib.Path(source), count, pathlib.Path(folder))
+        yield folder
+
+
+def _unpack(source: str, count: int, folder: pathlib.Path) -> None:
+    with zipfile.ZipFile(source) as archive:
+        names = [name for name in archive.namelist() if _is_training_image(name)]
+        for name in _evenly(names, count):
+            archive.extract(name, folder)
+
+
+def _copy(source: pathlib.Path, count: int, folder: pathlib.Path) -> None:
+    names = [path.relative_to(source).as_posix() for path in source.rglob("*.JPEG")]
+    for name in _evenly([name for name in names if _is_training_image(name)], count):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def _is_training_image(name: str) -> bool:
+    return name.endswith(".JPEG") and "train" in name.split("/")[:-1]
+
+
+def _evenly(names: Sequence[str], count: int) -> Sequence[str]:
+    return sorted(names)[:: max(1, len(names) // count)]
+
+
+def contenders(arguments: argparse.Namespace, files: str) -> list[workers.Contender]:
+    """Returns the contenders that were asked for."""
+    pythons = {"torch-loader": arguments.python_torch, "tf-data": arguments.python_tensorflow}
+    # The workers' folder is the root of the repository.
+    directory, source = (
+        str(pathlib.Path(path).expanduser().absolute()) if path else ""
+        for path in (arguments.data_directory, arguments.source)
+    )
+    shared = {
+        "dataset": arguments.dataset,
+        "data_directory": directory,
+        "source": source,
+        "image_size": arguments.image_size,
+        "batch_size": arguments.batch_size,
+        "platform": arguments.platform,
+        "workers": arguments.workers,
+        "files": files,
+    }
+    return [
+        workers.Contender(
+            name=name,
+            module=CONTENDERS[name][0],
+            settings={**shared, **CONTENDERS[name][1]},
+            python=pythons.get(name, sys.executable),
+        )
+        for name in arguments.contenders
+    ]
+
+
+def results(
+    numbers: Mapping[tuple[str, str], Sequence[Mapping[str, float]]],
+) -> list[dict[str, Any]]:
+    """Returns one entry a contender and mode."""
+    entries = []
+    for (name, mode), rounds in numbers.items():
+        entry: dict[str, Any] = {"contender": name, "mode": mode}
+        for figure in ("images_per_second", "images_per_cpu_second", "memory_growth"):
+            samples = [each[figure] for each in rounds]
+            entry[figure] = {**measure.summarise(samples).to_dict(), "samples": samples}
+        entries.append(entry)
+    return entries
+
+
+def report(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table; the ratio is our images/s into host memory over the contender's."""
+    ours = next((e["images_per_second"]["median"] for e in entries if e["contender"] == "ours"), 0)
+    rows = []
+    for entry in entries:
+        rate = entry["images_per_second"]
+        rows.append(
+            [
+                entry["contender"],
+                entry["mode"],
+                f"{rate['median']:,.0f}",
+                f"{rate['low']:,.0f}–{rate['high']:,.0f}",
+                f"{100 * rate['spread']:.0f}%",
+                f"{entry['images_per_cpu_second']['median']:,.0f}",
+                f"{ours / rate['median']:.1f}" if ours else "",
+                f"{entry['memory_growth']['high'] / 1e6:.0f}",
+            ]
+        )
+    head = ["batches", "to", "images/s", "low–high", "spread", "images/CPU-s", "ours/this"]
+    return measure.table([*head, "memory growth, MB"], rows)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures, and returns what the JSON file holds."""
+    with contextlib.ExitStack() as stack:
+        files = ""
+        if set(PEERS) & set(arguments.contenders):
+            files = stack.enter_context(jpeg_files(arguments.source, arguments.files))
+        ready, absent = stack.enter_context(workers.started(contenders(arguments, files)))
+        commands = [{"mode": mode, "seconds": arguments.seconds} for mode in MODES]
+        numbers = workers.take_turns(ready, commands, rounds=arguments.rounds)
+        return {
+            "benchmark": "input_pipeline",
+            "environment": measure.environment(),
+            "settings": {
+                name: getattr(arguments, name)
+                for name in ("dataset", "image_size", "batch_size", "files", "workers", "rounds")
+            },
+            "contenders": {worker.name: worker.facts for worker in ready},
+            "absent": absent,
+            "results": results(numbers),
+        }
+
+
+def main() -> None:
+    """Runs the command."""
+    arguments = parse()
+    result = run(arguments)
+    measure.write_json(arguments.json, result)
+    print(f"Batches of {arguments.batch_size}, {arguments.image_size} px\n")
+    print(report(result["results"]))
+    for name, why in result["absent"].items():
+        print(f"Absent: {name} ({why})")
+
+
+if __name__ == "__main__":
+    measure.run(main)

@@ -1,0 +1,153 @@
+"""What the benchmarks share: statistics, the description of the machine, tables, JSON files."""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class BenchmarkError(Exception):
+    """A measurement that cannot be made; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Several measurements of one thing.
+
+    Attributes:
+      median, low, high: of all of them.
+      count: how many there are.
+    """
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def spread(self) -> float:
+        """Distance from the lowest to the highest, as a share of the median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns what a JSON file holds of it."""
+        return {**dataclasses.asdict(self), "spread": self.spread}
+
+
+def summarise(values: Iterable[float]) -> Summary:
+    """Returns the summary of at least one measurement."""
+    values = sorted(values)
+    return Summary(statistics.median(values), values[0], values[-1], len(values))
+
+
+def environment() -> dict[str, Any]:
+    """Returns where and when this runs: machine, versions, revision, date and command."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "revision": _revision(),
+        "command": command_line(),
+    }
+
+
+def command_line() -> str:
+    """Returns the command that runs, as a user would type it from the root of the repository."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    called = ["-m", spec.name] if spec else [pathlib.Path(sys.argv[0]).name]
+    return shlex.join(["python", *called, *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide speed, those of this interpreter."""
+    installed = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
+def _cpu_model() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+
+
+def _revision() -> str:
+    """Returns the commit, with '+' where files differ from it; '' outside of a git repository."""
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    git = ["git", "-C", str(ROOT), *describe]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of command lines whose --help is a module's docstring."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the result there"
+    )
+    return made
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Calls `main` and exits; a failed measurement is said in one message."""
+    # So that children are ended when this process is.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main()
+    except BenchmarkError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def write_json(path: pathlib.Path | None, result: dict[str, Any]) -> None:
+    """Writes a result, where a file was asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table with aligned columns, figures to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        return f"| {' | '.join(cells)} |"
+
+    rule = [("-" * width if not i else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
+    return "\n".join([text(lines[0]), f"| {' | '.join(rule)} |", *map(text, lines[1:])])
+
+
+def say(line: str) -> None:
+    """Prints a line about what goes on to stderr; stdout is for the result."""
+    print(line, file=sys.stderr, flush=True)

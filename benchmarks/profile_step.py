@@ -1,0 +1,161 @@
+"""Traces the training step with jax.profiler, and prints what it spends its time on.
+
+The step is step_time's: GoogLeNet with BatchNorm on a batch of noise that lies on the device. On a
+GPU the time is that of the kernels, on a CPU that of XLA's operations, summed over its threads (so
+it may exceed the wall time). The trace stays in the folder --trace, for XProf and Perfetto.
+
+  python -m benchmarks.profile_step --trace runs/trace
+  python -m benchmarks.profile_step --platform gpu --stem s32 --batch-size 1024 --dtype bfloat16
+
+About a minute on two CPU cores, most of it compiling.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import measure, step_time
+
+
+class Operation(NamedTuple):
+    """What all runs of one operation took.
+
+    Attributes:
+      name: of XLA's operation.
+      kernel: of the kernel that ran it; on a CPU the same name.
+      seconds: of all of them.
+      times: how many there were.
+    """
+
+    name: str
+    kernel: str
+    seconds: float
+    times: int
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the settings of the command line."""
+    parser = measure.parser(__doc__)
+    step_time.add_network_flags(parser)
+    parser.add_argument("--dtype", choices=step_time.DTYPES, default="float32")
+    parser.add_argument("--steps", type=int, default=5, help="traced steps")
+    parser.add_argument("--top", type=int, default=10, help="operations to print")
+    parser.add_argument("--trace", type=pathlib.Path, default=pathlib.Path("runs/trace"))
+    return parser.parse_args(argv)
+
+
+def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
+    """Traces some steps; returns seconds a step, the compiled program's text and the trace file."""
+    import jax
+
+    from benchmarks.contenders import ours_step
+    from inception_jax import runtime
+    from inception_jax.training import state as states
+    from inception_jax.training.step import compile_train_step
+
+    runtime.initialize(platform=arguments.platform)
+    run = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
+    step, state = compile_train_step(run), states.create(run)
+    batch = ours_step.batch_of(run.dataset.train, run)
+    for _ in range(3):
+        state, loss = step(state, batch)
+    loss.block_until_ready()
+    # jax.profiler makes a folder of the date in it, down to the second.
+    before = set(arguments.trace.rglob("*.xplane.pb"))
+    with jax.profiler.trace(str(arguments.trace)):
+        start = time.perf_counter()
+        for _ in range(arguments.steps):
+            state, loss = step(state, batch)
+        loss.block_until_ready()
+        seconds = (time.perf_counter() - start) / arguments.steps
+    (file,) = set(arguments.trace.rglob("*.xplane.pb")) - before
+    return seconds, step.as_text() or "", file
+
+
+def operations(planes: Iterable[Any]) -> list[Operation]:
+    """Returns the operations of a trace, the most expensive first.
+
+    Args:
+      planes: of a `jax.profiler.ProfileData`.
+    """
+    seconds: collections.Counter[tuple[str, str]] = collections.Counter()
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for line in _lines(list(planes)):
+        for event in line.events:
+            # The other events are the runtime's own, and contain these.
+            if operation := dict(event.stats).get("hlo_op"):
+                key = (str(operation), event.name)
+                seconds[key] += event.duration_ns
+                counts[key] += 1
+    return [
+        Operation(name, kernel, nanoseconds / 1e9, counts[name, kernel])
+        for (name, kernel), nanoseconds in seconds.most_common()
+    ]
+
+
+def _lines(planes: Sequence[Any]) -> list[Any]:
+    """Returns the lines with the work: the streams of GPUs where there are any, or all threads."""
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    streams = [line for plane in devices for line in plane.lines if line.name.startswith("Stream")]
+    return streams or [line for plane in planes for line in plane.lines]
+
+
+def sources(program: str) -> dict[str, str]:
+    """Returns by operation of a compiled program where in the model it comes from."""
+    pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
+    return {match[1]: match[2] for match in pattern.finditer(program)}
+
+
+def report(found: Sequence[Operation], origin: Mapping[str, str], steps: int, top: int) -> str:
+    """Returns the table of the most expensive operations."""
+    total = sum(each.seconds for each in found)
+    rows = [
+        [
+            each.name,
+            f"{1e3 * each.seconds / steps:.2f}",
+            f"{100 * each.seconds / total:.1f}%",
+            f"{each.times / steps:g}",
+            "" if each.kernel == each.name else each.kernel[:60],
+            "/".join(origin.get(each.name, "").split("/")[-4:])[-70:],
+        ]
+        for each in found[:top]
+    ]
+    return measure.table(["operation", "ms a step", "share", "times", "kernel", "from"], rows)
+
+
+def main() -> None:
+    """Runs the command."""
+    arguments = parse()
+    seconds, program, file = trace(arguments)
+    from jax.profiler import ProfileData
+
+    with warnings.catch_warnings():
+        # JAX's own, of the type of an event's statistics.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = operations(ProfileData.from_file(str(file)).planes)
+    if not found:
+        raise measure.BenchmarkError(f"{file}: the trace names no operation")
+    total = sum(each.seconds for each in found) / arguments.steps
+    print(
+        f"GoogLeNet, stem {arguments.stem}, {arguments.dtype}, batch {arguments.batch_size}: "
+        f"{1e3 * seconds:.1f} ms a step, {1e3 * total:.1f} ms in {len(found)} operations\n"
+    )
+    print(report(found, sources(program), arguments.steps, arguments.top))
+    print(f"\nTrace: {file}")
+    result = {
+        "benchmark": "profile_step",
+        "environment": measure.environment(),
+        "settings": {**step_time.network_settings(arguments), "dtype": arguments.dtype},
+        "seconds_per_step": seconds,
+        "operations": [each._asdict() for each in found],
+    }
+    measure.write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    measure.run(main)

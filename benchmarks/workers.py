@@ -1,0 +1,190 @@
+"""Contenders as processes of their own that take turns, so that none disturbs another.
+
+A worker prepares itself, then waits for commands (`contenders.serve` is its inside). The rounds go
+A B C A B C …: what changes on the machine in the meantime meets all contenders alike.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import measure
+
+# Threads of a contender that has just had its turn may spin this long (OpenMP's block time is
+# 200 ms by default), which no next one should feel.
+_PAUSE = 0.5
+# Above this share of one core, an idle contender disturbs the others.
+_IDLE_SHARE = 0.05
+
+
+class ContenderError(measure.BenchmarkError):
+    """A contender that failed; the message has the end of what it printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """How a worker is started.
+
+    Attributes:
+      name: in tables and files.
+      module: dotted name of what runs in the worker.
+      settings: given to it as JSON.
+      python: the interpreter.
+      environment: variables that differ from this process's.
+    """
+
+    name: str
+    module: str
+    settings: Mapping[str, Any]
+    python: str = sys.executable
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Worker:
+    """A running contender.
+
+    Raises:
+      ContenderError: if it fails to get ready.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        self.name = contender.name
+        # Lives as long as the worker.
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                [
+                    contender.python,
+                    "-m",
+                    "benchmarks.contenders.serve",
+                    contender.module,
+                    json.dumps(contender.settings),
+                ],
+                cwd=measure.ROOT,
+                env={**os.environ, **contender.environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                text=True,
+            )
+        except OSError as error:
+            self._messages.close()
+            raise ContenderError(
+                f"{contender.name}: {contender.python}: {error.strerror}"
+            ) from error
+        first = self._read()
+        # What is not installed, or '' where the contender is ready.
+        self.missing: str = first.get("missing", "")
+        self.facts: dict[str, Any] = first.get("ready", {})
+
+    def ask(self, mode: str, **command: Any) -> dict[str, Any]:
+        """Measures once, and returns the numbers.
+
+        Raises:
+          ContenderError: if the worker fails.
+        """
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"mode": mode, **command}) + "\n")
+            self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process: with its stdin, so that it ends its own children, or else by force."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._messages.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "ended without an answer"}
+        if "error" in answer:
+            self._process.wait()
+            self._messages.seek(0)
+            tail = "".join(self._messages.readlines()[-20:])
+            self.close()
+            raise ContenderError(f"{self.name}: {answer['error']}\n{tail}")
+        return answer
+
+
+@contextlib.contextmanager
+def started(contenders: Sequence[Contender]) -> Iterator[tuple[list[Worker], dict[str, str]]]:
+    """Starts contenders one after the other, and ends them at the end.
+
+    Yields:
+      Those that are ready, and why the others are not, by name. One that fails is said, and left
+      out: hours of measuring others should not be lost to it.
+    """
+    with contextlib.ExitStack() as stack:
+        ready, absent = [], {}
+        for contender in contenders:
+            start = time.perf_counter()
+            try:
+                worker = Worker(contender)
+            except ContenderError as error:
+                measure.say(str(error))
+                absent[contender.name] = f"failed: {str(error).splitlines()[0]}"
+                continue
+            stack.callback(worker.close)
+            if worker.missing:
+                absent[contender.name] = f"not installed: {worker.missing}"
+                measure.say(f"{contender.name}: {absent[contender.name]}")
+            else:
+                measure.say(f"{contender.name}: ready in {time.perf_counter() - start:.0f} s")
+                ready.append(worker)
+        yield ready, absent
+
+
+def take_turns(
+    workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], *, rounds: int
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Measures every worker in turn, round after round.
+
+    Args:
+      workers: that are ready.
+      commands: what each does in its turn, "mode" and its keywords; those of a mode that a worker
+        does not have pass it by.
+      rounds: how often.
+
+    Returns:
+      By (worker, mode) the numbers of each round.
+
+    Raises:
+      ContenderError: if a worker fails.
+    """
+    numbers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for index in range(rounds):
+        for worker in workers:
+            for command in commands:
+                if command["mode"] not in worker.facts["modes"]:
+                    continue
+                time.sleep(_PAUSE)
+                answer = worker.ask(**command)
+                if index:
+                    _check_idle(worker, answer)
+                numbers.setdefault((worker.name, command["mode"]), []).append(answer)
+        measure.say(f"round {index + 1} of {rounds} done")
+    return numbers
+
+
+def _check_idle(worker: Worker, answer: Mapping[str, Any]) -> None:
+    if answer["idle_wall"] > 2 and answer["idle_cpu"] > _IDLE_SHARE * answer["idle_wall"]:
+        measure.say(
+            f"{worker.name}: used {answer['idle_cpu']:.1f} s of CPU while others were measured "
+            f"({answer['idle_wall']:.1f} s): figures of this round are disturbed"
+        )

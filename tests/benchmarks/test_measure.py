@@ -1,0 +1,81 @@
+"""Statistics, tables, files and /proc."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import measure
+from benchmarks.contenders import resources
+
+
+def test_summary_of_several_measurements() -> None:
+    summary = measure.summarise([4.0, 1.0, 2.0])
+    assert (summary.median, summary.low, summary.high, summary.count) == (2.0, 1.0, 4.0, 3)
+    assert summary.spread == 1.5
+    assert summary.to_dict() == {"median": 2.0, "low": 1.0, "high": 4.0, "count": 3, "spread": 1.5}
+
+
+def test_table_is_aligned_markdown() -> None:
+    assert measure.table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
+        "| what  |     n |",
+        "| ----- | ----: |",
+        "| a     |     1 |",
+        "| bcdef | 1,000 |",
+    ]
+
+
+def test_results_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
+    measure.write_json(tmp_path / "new" / "file.json", {"environment": measure.environment()})
+    found = json.loads((tmp_path / "new" / "file.json").read_text())["environment"]
+    assert found["cores"] >= 1
+    assert found["python"] == sys.version.split()[0]
+    assert found["command"].startswith("python ")
+    assert found["versions"]["jax"] == jax.__version__
+    assert {"cpu", "date", "revision", "memory_gib"} <= set(found)
+
+
+def test_a_failed_measurement_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tests' own process keeps its handlers.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def main() -> None:
+        raise measure.BenchmarkError("nothing to measure")
+
+    with pytest.raises(SystemExit) as caught:
+        measure.run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: nothing to measure\n"
+
+
+def test_memory_counts_arrays_but_not_mapped_files(tmp_path: pathlib.Path) -> None:
+    size = 40_000_000
+    file = tmp_path / "pixels"
+    np.zeros(size, np.uint8).tofile(file)
+    with resources.PeakMemory() as mapped:
+        assert np.memmap(file, np.uint8, "r").sum() == 0
+    assert mapped.growth < size / 2
+    with resources.PeakMemory() as allocated:
+        array = np.ones(size, np.uint8)
+    assert array[-1] == 1
+    assert size * 0.9 < allocated.growth < size * 1.5
+
+
+def test_cpu_time_counts_children() -> None:
+    loop = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    before = resources.cpu_seconds()
+    with subprocess.Popen(
+        [sys.executable, "-c", loop], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout
+        child.stdout.readline()
+        used = resources.cpu_seconds() - before
+        child.communicate(b"\n")
+    assert used > 0.4
