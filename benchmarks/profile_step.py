@@ -55,12 +55,10 @@ def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
 
     from benchmarks.contenders import ours_step
     from inception_jax import runtime
-    from inception_jax.training import state as states
-    from inception_jax.training.step import compile_train_step
 
     runtime.initialize(platform=arguments.platform)
     run = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
-    step, state = compile_train_step(run), states.create(run)
+    step, state = ours_step.compiled(run)
     batch = ours_step.batch_of(run.dataset.train, run)
     for _ in range(3):
         state, loss = step(state, batch)

@@ -4,7 +4,9 @@ The step is the one that the training command compiles, with its augmentation, l
 data set is noise in memory.
 """
 
+import dataclasses
 import pathlib
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -16,11 +18,13 @@ from inception_jax import config, runtime
 from inception_jax.config import Config, Timeline
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import sharding
-from inception_jax.input.decoded import DecodedDataset, DecodedSplit
+from inception_jax.input.dataset import Dataset
+from inception_jax.input.splits import Split
 from inception_jax.models import registry
 from inception_jax.training import optimizers
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
+from inception_jax.training.state import TrainState
 from inception_jax.training.step import compile_train_step
 
 # Durations in epochs become steps as on Tiny ImageNet.
@@ -51,19 +55,40 @@ def make_config(settings: dict[str, Any]) -> Config:
     return made
 
 
-def noise(settings: dict[str, Any]) -> DecodedDataset:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noise(Split):
+    """Random pictures in memory.
+
+    Attributes:
+      pixels: uint8 [N, H, W, 3].
+    """
+
+    pixels: np.ndarray
+
+    @property
+    def threads(self) -> int:
+        """One."""
+        return 1
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the images at `indices`."""
+        return self.pixels[indices]
+
+
+def noise(settings: dict[str, Any]) -> Dataset:
     """Returns a data set of random pictures and labels, a batch of each split."""
     random = np.random.default_rng(0)
     size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
 
-    def split() -> DecodedSplit:
-        return DecodedSplit(
-            images=random.integers(0, 256, (count, size, size, 3), np.uint8),
+    def split() -> Noise:
+        return Noise(
+            pixels=random.integers(0, 256, (count, size, size, 3), np.uint8),
             labels=random.integers(0, classes, count, np.int32),
             names_path=pathlib.Path("unnamed"),
+            image_size=size,
         )
 
-    return DecodedDataset(
+    return Dataset(
         name="noise",
         version="1",
         image_size=size,
@@ -94,16 +119,24 @@ def make_run(settings: dict[str, Any]) -> Run:
     )
 
 
-def batch_of(split: DecodedSplit, run: Run, **more: np.ndarray) -> dict[str, jax.Array]:
+def batch_of(split: Split, run: Run, **more: np.ndarray) -> dict[str, jax.Array]:
     """Returns a whole split as a batch on the devices."""
-    return sharding.to_devices({"image": split.images, "label": split.labels, **more}, run.mesh)
+    return sharding.to_devices(
+        {"image": split.read(np.arange(len(split))), "label": split.labels, **more}, run.mesh
+    )
+
+
+def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
+    """Returns the compiled training step and the first state."""
+    like, create = states.plan(run)
+    with futures.ThreadPoolExecutor(1) as background:
+        return compile_train_step(run, like, background).result(), create()
 
 
 def train_mode(run: Run) -> serve.Repeated:
     """Returns what times the training step, compiled and warm."""
-    step = compile_train_step(run)
+    step, state = compiled(run)
     batch = batch_of(run.dataset.train, run)
-    state = states.create(run)
 
     def train() -> None:
         nonlocal state

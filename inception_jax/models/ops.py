@@ -20,7 +20,7 @@ from jax import lax
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
-# Products with fewer rows than this are not worth the copies that they take.
+# With fewer channels than this, one product for each tap of a kernel would be too thin.
 _LEAST_CHANNELS = 8
 
 
@@ -55,9 +55,8 @@ def conv(
     Returns:
       float [B, H', W', O] with H' = floor((H + top + bottom - k) / stride) + 1.
     """
-    worth_it = x.shape[-1] >= _LEAST_CHANNELS or _is_small_grid(x, kernel)
     inside = max(paddings[0] + paddings[1]) < kernel.shape[0]
-    if _rewrite() and stride == 1 and worth_it and inside:
+    if _rewrite() and stride == 1 and inside:
         return matmul_conv(x, kernel, paddings)
     return plain_conv(x, kernel, paddings, stride=stride)
 
@@ -117,11 +116,12 @@ def _matmul_conv_backward(
     full = size - 1
     mirrored = ((full - top, full - bottom), (full - left, full - right))
     gradient_x = _conv_or_patches(gradient, turned, mirrored)
-    # With regard to the kernel: one product, or on larger grids, where patches cost more to write
-    # than they save, one for each tap.
+    # With regard to the kernel: one product over patches, or on larger grids, where patches cost
+    # more to write than they save, one for each tap. Not XLA's convolution of x with the gradient:
+    # with oneDNN it is wrong for batches of less than 16 (jaxlib 0.12).
     rows = gradient.reshape(-1, gradient.shape[-1])
-    small = _is_small_grid(x, kernel)
-    seen = [_patches(x, size, paddings)] if small else _taps(x, size, paddings)
+    patches = _is_small_grid(x, kernel) or x.shape[-1] < _LEAST_CHANNELS
+    seen = [_patches(x, size, paddings)] if patches else _taps(x, size, paddings)
     products = [_weight_gradient(part.reshape(-1, part.shape[-1]), rows) for part in seen]
     return gradient_x, jnp.stack(products).reshape(kernel.shape)
 

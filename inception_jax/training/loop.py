@@ -216,6 +216,9 @@ class _Reporter:
         if self._pending is None:
             return
         (step, metrics, timing), self._pending = self._pending, None
+        # Where the device is still at that step, the wait for it is part of training.
+        with self.clock.phase("train"):
+            jax.block_until_ready(metrics)
         self.check_finite(metrics)
         values = metrics.compute()
         del values["first_nonfinite_step"]
