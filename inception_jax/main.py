@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, memory
 
 USAGE = """
 Train a network, or evaluate a checkpoint of it.
@@ -68,4 +68,5 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     cli.run(main, USAGE)

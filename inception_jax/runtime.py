@@ -1,6 +1,5 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
-import ctypes
 import os
 from collections.abc import Callable
 
@@ -59,26 +58,6 @@ def initialize(
             "--process_count and --process_index, or leave --distributed out for one process"
         ) from error
     _check_platform(platform)
-    if jax.default_backend() == "cpu":
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep what is freed, instead of returning it to the system.
-
-    XLA's CPU backend allocates some hundred megabytes for each step. Memory that was returned is
-    got back page by page, which takes a tenth of the step. Where the user has tuned the C library,
-    or it is not glibc, nothing is done.
-    """
-    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tuned or mallopt is None:
-        return
-    # Numbers from glibc's malloc.h. One arena: those of other threads cannot hold large blocks.
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1
-    mallopt(arena_max, 1)
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
 
 
 def _check_platform(platform: str) -> None:

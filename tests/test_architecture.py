@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "inception_jax": set(),
     "errors": set(),
     "config": {"inception_jax", "errors"},
+    "memory": set(),
     "cli": BASE,
     "compilation_cache": BASE,
     "runtime": BASE | {"compilation_cache"},

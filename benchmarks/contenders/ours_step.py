@@ -140,7 +140,10 @@ def train_mode(run: Run) -> serve.Repeated:
 
     def train() -> None:
         nonlocal state
-        state, _ = step(state, batch)
+        state, loss = step(state, batch)
+        # As the training loop does, which says why.
+        if jax.default_backend() == "cpu":
+            loss.block_until_ready()
 
     return serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
 

@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from inception_jax import memory
+
 Numbers = dict[str, Any]
 
 
@@ -114,6 +116,8 @@ class Repeated:
 
 
 if __name__ == "__main__":
+    # As our command does; the peers gain from it as well.
+    memory.use_huge_pages()
     # As the contenders know this module, not as __main__.
     from benchmarks.contenders import serve as this
 

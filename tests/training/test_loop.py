@@ -135,6 +135,25 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
     assert result["top1"] > 50  # A guess is 10.
 
 
+def test_a_run_goes_on_from_records_to_the_same_bits(
+    reference: tuple[run.Run, workdir.Workdir],
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, uninterrupted = reference
+    folder = workdir.Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before_step(5, patch)
+        with pytest.raises(Stopped):
+            loop.train(this, folder, evaluator_of(this), changed=[])
+    config = small.config(data_directory)
+    config.data.storage = "records"
+    streamed = run.build(config, log=lambda _: None)
+    train_again(streamed, folder)
+    assert_same(streamed, folder, uninterrupted)
+
+
 # Before the first checkpoint (2), inside and at the edges of the intervals of checkpoints (2),
 # reports (3), evaluations (5) and epochs (22.5), and with nothing left to do.
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7, 10])
