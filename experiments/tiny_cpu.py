@@ -5,8 +5,9 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and the paper's own stem,
   linearly; so few epochs need little regularisation.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Expected: 30.56% top-1, 58.53% top-5 (measured once, seed 0: results/tiny_cpu/README.md).
-Time: 83 minutes on cores shared with other work; 137 images/s, so some 40 minutes, where they are
-  free. Two cores of an Intel Xeon with AVX-512 and AMX.
+Time: 83 minutes for that run, on cores shared with other work. On free ones 175 images/s since
+  (benchmarks/results/end_to_end.json), so some 30 minutes, and with --config.model.dtype=bfloat16,
+  on Python 3.12, about half of that. Two cores of an Intel Xeon with AVX-512 and AMX.
 """
 
 from inception_jax.config import (
