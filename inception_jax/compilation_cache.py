@@ -38,7 +38,8 @@ def use(log: Log) -> None:
     Args:
       log: takes a line about a cache that cannot be used, or entries that were thrown away.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named is None:
         try:
             folder = _own_folder()
             _remove_oldest(folder, MAX_BYTES)
@@ -46,8 +47,9 @@ def use(log: Log) -> None:
             log(f"compiled programs are not kept for the next start: {error}")
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_compilation_cache_dir:
-        _explain_problems(pathlib.Path(jax.config.jax_compilation_cache_dir), log)
+        _explain_problems(folder, log)
+    elif named:
+        _explain_problems(pathlib.Path(named), log)
 
 
 def _own_folder() -> pathlib.Path:

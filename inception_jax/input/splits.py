@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,8 @@ class DecodedSplit(Split):
         # Opened for each batch (10 µs): nothing is left to close, and threads share nothing.
         with self.images_path.open("rb", buffering=0) as file:
             # The interpreter's loop would cost as much as the reads.
-            count = sum(map(os.preadv, repeat(file.fileno()), zip(rows), places))
+            read: Callable[..., int] = os.preadv
+            count = sum(map(read, repeat(file.fileno()), zip(rows), places))
         if count != pixels.nbytes:
             raise DataError(
                 f"{self.images_path}: is shorter than it was. Start again: it is then made again."

@@ -165,7 +165,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
 
     Args:
       x: float [B, H, W, C].
-      window: side of the window in pixels; odd at stride 1.
+      window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
 
     Returns:
