@@ -167,8 +167,10 @@ def test_a_run_goes_on_with_another_number_of_devices(
     command.check("main", *training, f"--workdir={tmp_path}", devices=8)
     for one, other in zip(lines(finished), lines(tmp_path), strict=True):
         assert (one["step"], one["split"]) == (other["step"], other["split"])
-        # Another number of devices rounds otherwise, and what that changes grows from step to step.
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
+        # Another number of devices rounds otherwise, and what that changes grows from step to step
+        # (a maximum found in another place is no small change); wrong batches would show at once.
+        tolerance = 0.02 if one["step"] <= 16 else 0.25
+        assert one["loss"] == pytest.approx(other["loss"], rel=tolerance)
 
 
 def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
