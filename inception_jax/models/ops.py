@@ -32,10 +32,11 @@ def _rewrite() -> bool:
 def compiler_options(dtype: Any) -> dict[str, bool]:
     """Returns the options for `jax.jit` with which a network that computes in `dtype` is compiled.
 
-    On the CPU, in bfloat16, they let XLA call oneDNN, which jaxlib contains since 0.11 but does not
-    use by default: only it takes products and convolutions to the matrix units in both directions,
-    for twice the images a second on a processor with AMX. The price is that jaxlib (0.12) cannot
-    write such a program to the compilation cache. In float32 that is not worth the tenth it gains.
+    On the CPU, in bfloat16, they let XLA call oneDNN, which jaxlib 0.12 contains but does not use
+    by default (0.10.2 ignores the option): only it takes products and convolutions to the matrix
+    units in both directions, for twice the images a second on a processor with AMX. The price is
+    that jaxlib cannot write such a program to the compilation cache. In float32 that is not worth
+    the tenth it gains.
     """
     use = _rewrite() and jnp.dtype(dtype) == jnp.bfloat16
     return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}

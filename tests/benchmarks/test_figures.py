@@ -6,6 +6,7 @@ import types
 import zipfile
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,7 +42,10 @@ def test_counts_are_those_of_our_network(stem: str, image_size: int, width: floa
     def shapes() -> Any:
         images = jnp.zeros((1, image_size, image_size, 3))
         variables = module.init(jax.random.key(0), images)
-        is_conv = lambda layer, method: isinstance(layer, Conv)  # noqa: E731
+
+        def is_conv(layer: nn.Module, method: str) -> bool:
+            return isinstance(layer, Conv)
+
         _, captured = module.apply(
             variables, images, capture_intermediates=is_conv, mutable=["intermediates"]
         )

@@ -161,16 +161,16 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 
 def test_a_run_goes_on_with_another_number_of_devices(
-    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+    training: list[str], tmp_path: pathlib.Path
 ) -> None:
-    kill_at_step(12, *training, workdir=tmp_path)
-    command.check("main", *training, f"--workdir={tmp_path}", devices=8)
-    for one, other in zip(lines(finished), lines(tmp_path), strict=True):
+    # Another number of devices rounds otherwise; at a high rate that grows from step to step.
+    slow = [*training, "--config.schedule.learning_rate=0.001"]
+    command.check("main", *slow, f"--workdir={tmp_path / 'one'}")
+    kill_at_step(12, *slow, workdir=tmp_path / "other")
+    command.check("main", *slow, f"--workdir={tmp_path / 'other'}", devices=8)
+    for one, other in zip(lines(tmp_path / "one"), lines(tmp_path / "other"), strict=True):
         assert (one["step"], one["split"]) == (other["step"], other["split"])
-        # Another number of devices rounds otherwise, and what that changes grows from step to step
-        # (a maximum found in another place is no small change); wrong batches would show at once.
-        tolerance = 0.02 if one["step"] <= 16 else 0.25
-        assert one["loss"] == pytest.approx(other["loss"], rel=tolerance)
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
 
 
 def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
