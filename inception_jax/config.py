@@ -121,6 +121,12 @@ class Data:
         low=0,
         resumable=True,
     )
+    holdout: int = setting(
+        0,
+        "training examples, the same number of each class, that are kept from training and "
+        "evaluated on in place of the evaluation split: to tune on; 0: none",
+        low=0,
+    )
 
 
 @dataclasses.dataclass
@@ -268,6 +274,19 @@ class Train:
     label_smoothing: float = setting(
         0.0, "share of the target spread evenly over all classes", low=0, below=1, resumable=True
     )
+    image_sizes: tuple[int, ...] = setting(
+        (),
+        "progressive resizing: sides that training images are resized to one after another, "
+        "pixels; empty: data.image_size throughout",
+        low=8,
+        resumable=True,
+    )
+    image_size_epochs: tuple[float, ...] = setting(
+        (),
+        "where each of image_sizes after the first begins, epochs from the start",
+        above=0,
+        resumable=True,
+    )
     aux_weight: float = setting(0.3, "weight of each auxiliary head's loss", low=0, resumable=True)
     ema: Duration = setting(
         Duration(),
@@ -285,6 +304,12 @@ class Evaluation:
     every: Duration = setting(
         Duration(epochs=1),
         "time between evaluations; there is always one at the end",
+        resumable=True,
+    )
+    flip: bool = setting(
+        False,
+        "evaluate also with the logits averaged over each image and its mirror image; reported "
+        "apart, as flip_loss, flip_top1 and flip_top5",
         resumable=True,
     )
 
@@ -457,8 +482,12 @@ def _contradictions(config: Config) -> Iterator[str]:
     schedule = config.schedule
     if schedule.name == "steps" and not schedule.boundaries:
         yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one, in epochs"
-    if list(schedule.boundaries) != sorted(set(schedule.boundaries)):
-        yield f"config.schedule.boundaries = {schedule.boundaries}: must rise from each to the next"
+    for path, boundaries in (
+        ("schedule.boundaries", schedule.boundaries),
+        ("train.image_size_epochs", config.train.image_size_epochs),
+    ):
+        if list(boundaries) != sorted(set(boundaries)):
+            yield f"config.{path} = {boundaries}: must rise from each to the next"
     if schedule.name == "exponential" and not schedule.decay_every:
         yield "config.schedule.decay_every = none: the schedule 'exponential' needs it"
     if config.augment.crop == "pad" and config.augment.pad >= config.data.image_size:
@@ -466,7 +495,18 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
+    sizes, begins = config.train.image_sizes, config.train.image_size_epochs
+    if len(begins) != max(len(sizes) - 1, 0):
+        yield (
+            f"config.train.image_size_epochs = {begins}: must have an entry for each of "
+            f"train.image_sizes = {sizes} but the first"
+        )
     model = config.model
+    if sizes and model.aux_heads and model.name != "googlenet_torchvision":
+        yield (
+            f"config.train.image_sizes = {sizes}: the auxiliary heads' shapes depend on the image "
+            "size; set model.aux_heads to False, or leave image_sizes empty"
+        )
     if model.name != "googlenet":
         fixed = {"stem": "paper", "five_by_five": "5x5", "norm": "batch"}
         for name, value in fixed.items():

@@ -25,7 +25,7 @@ from inception_jax.training import optimizers
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
-from inception_jax.training.step import compile_train_step
+from inception_jax.training.step import compile_train_steps
 
 # Durations in epochs become steps as on Tiny ImageNet.
 _EXAMPLES = 100_000
@@ -130,7 +130,8 @@ def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
     """Returns the compiled training step and the first state."""
     like, create = states.plan(run)
     with futures.ThreadPoolExecutor(1) as background:
-        return compile_train_step(run, like, background).result(), create()
+        steps = compile_train_steps(run, like, background, first=0)
+        return steps[run.dataset.image_size].result(), create()
 
 
 def train_mode(run: Run) -> serve.Repeated:

@@ -37,6 +37,9 @@ class Evaluator:
     def __call__(self, variables: Variables) -> dict[str, float]:
         """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
 
+        With `config.evaluation.flip` also flip_loss, flip_top1 and flip_top5, of logits averaged
+        over each image and its mirror image.
+
         Args:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
         """
@@ -44,23 +47,42 @@ class Evaluator:
         batches = pipeline.eval_batches(
             split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
         )
-        metrics = EvalMetrics.total(self._step(variables, batch) for batch in batches).compute()
-        assert metrics["count"] == len(split), (metrics["count"], len(split))
-        return metrics
+        views = EvalMetrics.total(self._step(variables, batch) for batch in batches)
+        metrics = {}
+        for prefix, sums in views.items():
+            found = sums.compute()
+            count = found.pop("count")
+            assert count == len(split), (count, len(split))
+            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        return metrics | {"count": len(split)}
 
-    def _eval_step(self, variables: Variables, batch: dict[str, jax.Array]) -> EvalMetrics:
+    def _eval_step(
+        self, variables: Variables, batch: dict[str, jax.Array]
+    ) -> dict[str, EvalMetrics]:
+        """Returns the sums of a batch by the prefix of their names."""
         dataset = self._run.dataset
         images = augment.normalise(batch["image"], dataset.mean, dataset.std)
+        logits = self._logits(variables, images)
+        metrics = {"": _metrics(logits, batch)}
+        if self._run.config.evaluation.flip:
+            mirrored = self._logits(variables, images[:, :, ::-1])
+            metrics["flip_"] = _metrics((logits + mirrored) / 2, batch)
+        return metrics
+
+    def _logits(self, variables: Variables, images: jax.Array) -> jax.Array:
         output: Any = self._run.model.apply(variables, images, train=False)
-        logits = output.logits
-        labels = batch["label"]
-        targets = jax.nn.one_hot(labels, dataset.num_classes, dtype=jnp.float32)
-        return EvalMetrics.single_batch(
-            loss=losses.cross_entropy(logits, targets),
-            top1=losses.top_k_correct(logits, labels, 1),
-            top5=losses.top_k_correct(logits, labels, 5),
-            mask=batch["mask"],
-        )
+        return output.logits
+
+
+def _metrics(logits: jax.Array, batch: dict[str, jax.Array]) -> EvalMetrics:
+    labels = batch["label"]
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    return EvalMetrics.single_batch(
+        loss=losses.cross_entropy(logits, targets),
+        top1=losses.top_k_correct(logits, labels, 1),
+        top5=losses.top_k_correct(logits, labels, 5),
+        mask=batch["mask"],
+    )
 
 
 def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any]:

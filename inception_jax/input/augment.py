@@ -42,10 +42,12 @@ def augment(
     mean: ArrayLike,
     std: ArrayLike,
     num_classes: int,
+    size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Crops, flips, normalises, mixes and blanks a batch, in this order, as `settings` say.
+    """Crops, flips, resizes, normalises, mixes and blanks a batch, in this order.
 
-    With everything switched off the result is `normalise(images)` and the labels' one-hot rows.
+    `settings` say what of it. With everything switched off, and images of `size` already, the
+    result is `normalise(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
@@ -54,9 +56,11 @@ def augment(
       settings: what to do and how much.
       mean, std: float32 [C], of the training split's pixels in units of pixel / 255.
       num_classes: K.
+      size: height and width of the result, pixels; None: those of `images`.
 
     Returns:
-      (images, targets): float32 [B, H, W, C], normalised, and float32 [B, K], rows summing to 1.
+      (images, targets): float32 [B, size, size, C], normalised, and float32 [B, K], rows summing
+      to 1.
     """
     keys = {stream: jax.random.fold_in(key, stream.value) for stream in _Stream}
     if settings.crop == "pad":
@@ -65,6 +69,8 @@ def augment(
         images = resized_crop(keys[_Stream.CROP], images, settings.area_min, settings.aspect_max)
     if settings.flip:
         images = flip(keys[_Stream.FLIP], images)
+    if size is not None:
+        images = resize(images, size)
     images = normalise(images, mean, std)
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if settings.mixup or settings.cutmix:
@@ -79,6 +85,23 @@ def augment(
     if settings.cutout:
         images = cutout(keys[_Stream.CUTOUT], images, settings.cutout)
     return images, targets
+
+
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Resizes images by antialiased bilinear interpolation (a triangle as wide as a new pixel).
+
+    Args:
+      images: uint8, or float32 between 0 and 255, [B, H, W, C].
+      size: new height and width, pixels.
+
+    Returns:
+      The images themselves if they have that size, else float32 [B, size, size, C] in 0 to 255.
+    """
+    batch, *shape, channels = images.shape
+    if shape == [size, size]:
+        return images
+    new_shape = (batch, size, size, channels)
+    return jax.image.resize(images.astype(jnp.float32), new_shape, "linear", antialias=True)
 
 
 def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:

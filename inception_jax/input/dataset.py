@@ -38,10 +38,13 @@ from inception_jax.datasets import archive, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
 from inception_jax.errors import ConfigError, DataError
+from inception_jax.input import splits
 from inception_jax.input.splits import DecodedSplit, RecordSplit, Split
 
 # Rises when the files' layout or the way of decoding changes; older caches are then made again.
 FORMAT = 1
+# The split that config.data.holdout cuts from the training split.
+HOLDOUT = "holdout"
 _CACHES = "inception_jax"
 # Images that one thread decodes at a time: some 10 ms of work.
 _PIECE = 64
@@ -66,8 +69,8 @@ class Dataset:
       name, version: as in the registry.
       image_size: height and width of the images, pixels.
       class_names: in the order of the labels.
-      mean, std: float32 [3], of each channel over all pixels of the training split, in units of
-        pixel value / 255.
+      mean, std: float32 [3], of each channel over all pixels of the training split (a hold-out
+        included), in units of pixel value / 255.
       splits: all splits by name.
       train_split, eval_split: the names of the two that training and evaluation use.
     """
@@ -161,6 +164,13 @@ def _read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
 
 
 def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info) -> Dataset:
+    opened = {split: _open_split(data, cache, info, split) for split in info["splits"]}
+    eval_split = spec.eval_split
+    if data.holdout:
+        train, eval_split = opened[spec.train_split], HOLDOUT
+        held = splits.stratified(train.labels, data.holdout)
+        opened[HOLDOUT] = splits.subset(train, np.flatnonzero(held))
+        opened[spec.train_split] = splits.subset(train, np.flatnonzero(~held))
     return Dataset(
         name=info["name"],
         version=info["version"],
@@ -168,9 +178,9 @@ def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info)
         class_names=tuple(info["class_names"]),
         mean=np.array(info["mean"], np.float32),
         std=np.array(info["std"], np.float32),
-        splits={split: _open_split(data, cache, info, split) for split in info["splits"]},
+        splits=opened,
         train_split=spec.train_split,
-        eval_split=spec.eval_split,
+        eval_split=eval_split,
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inception_jax.datasets import images
-from inception_jax.errors import DataError
+from inception_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     # It imports TFDS, which decoded images do without.
@@ -131,3 +131,69 @@ class RecordSplit(Split):
         for row, example in zip(pixels, self.records.read(indices.tolist()), strict=True):
             row[:] = images.decode(example.image, self.image_size, example.file_name)
         return pixels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SubsetSplit(Split):
+    """Some examples of another split; made by `subset`.
+
+    Attributes:
+      whole: the other split.
+      indices: int64 [N], which of its examples these are.
+    """
+
+    whole: Split
+    indices: np.ndarray
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The original file name of each example."""
+        return tuple(self.whole.names[index] for index in self.indices)
+
+    @property
+    def threads(self) -> int:
+        """Those of the other split."""
+        return self.whole.threads
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the images at `indices`."""
+        return self.whole.read(self.indices[indices])
+
+
+def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
+    """Returns the examples of `split` at `indices`, int64 [N], in that order."""
+    return SubsetSplit(split.labels[indices], split.names_path, split.image_size, split, indices)
+
+
+def stratified(labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns which examples a hold-out of the same number of each class takes.
+
+    Of each class those that come first, in the order of the records, which is a fixed shuffle: so
+    the hold-out is the same for every seed, on every machine.
+
+    Args:
+      labels: int32 [N], all known.
+      count: how many, a multiple of the number of classes.
+
+    Returns:
+      bool [N], of which `count` are True.
+
+    Raises:
+      ConfigError: if `count` does not fit the classes.
+    """
+    sizes = np.bincount(labels)
+    if count % len(sizes):
+        raise ConfigError(
+            f"config.data.holdout = {count}: must be a multiple of the {len(sizes)} classes, such "
+            f"as {max(count // len(sizes), 1) * len(sizes)}"
+        )
+    each = count // len(sizes)
+    if each >= sizes.min():
+        raise ConfigError(
+            f"config.data.holdout = {count}: takes {each} of each class, and the smallest has "
+            f"{sizes.min()} training examples; it must keep one at least"
+        )
+    taken = np.zeros(len(labels), bool)
+    for label in range(len(sizes)):
+        taken[np.flatnonzero(labels == label)[:each]] = True
+    return taken

@@ -7,7 +7,7 @@ type, as donation and checkpoints need.
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import flax.struct
@@ -155,23 +155,33 @@ class EvalMetrics:
         )
 
     @classmethod
-    def total(cls, batches: Iterable[Self]) -> Self:
+    def total(cls, batches: Iterable[Mapping[str, Self]]) -> dict[str, Self]:
         """Returns the sums over all batches, on the host.
 
         Args:
-          batches: from `single_batch`. An iterator that dispatches them is asked for the next one
-            before this waits for an earlier one, and is never more than a few ahead of the device,
-            so that the images of a large split do not pile up there.
+          batches: from `single_batch`, by the name of what was evaluated; each batch has the same
+            names. An iterator that dispatches them is asked for the next one before this waits for
+            an earlier one, and is never more than a few ahead of the device, so that the images of
+            a large split do not pile up there.
         """
-        sums = cls(loss=np.float64(0), top1=np.int64(0), top5=np.int64(0), count=np.int64(0))
-        in_flight: collections.deque[Self] = collections.deque()
+        sums: dict[str, Self] = {}
+        in_flight: collections.deque[Mapping[str, Self]] = collections.deque()
+
+        def add_oldest() -> None:
+            for name, batch in in_flight.popleft().items():
+                sums[name] = sums.get(name, cls._zero())._plus(batch)
+
         for batch in batches:
             in_flight.append(batch)
             if len(in_flight) > _BATCHES_AHEAD:
-                sums = sums._plus(in_flight.popleft())
-        for batch in in_flight:
-            sums = sums._plus(batch)
+                add_oldest()
+        while in_flight:
+            add_oldest()
         return sums
+
+    @classmethod
+    def _zero(cls) -> Self:
+        return cls(loss=np.float64(0), top1=np.int64(0), top5=np.int64(0), count=np.int64(0))
 
     def _plus(self, batch: Self) -> Self:
         """Returns the sums of a `total` with one more batch."""

@@ -21,10 +21,9 @@ from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
-from inception_jax.training.step import compile_train_step
+from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
-TrainStep = futures.Future[jax.stages.Compiled]
 Evaluate = Callable[[states.Variables], dict[str, float]]
 
 
@@ -63,7 +62,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         ) as checkpoints,
         futures.ThreadPoolExecutor(1) as background,
     ):
-        state, clock, train_step = _start(run, checkpoints, background)
+        state, clock, train_steps = _start(run, checkpoints, background)
         first = int(state.step)
         if run.is_lead:
             workdirs.record_start(
@@ -81,7 +80,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         ):
             reporter = _Reporter(run, writer, progress, clock)
             reporter.started(state, first, changed)
-            result = _train(run, state, train_step, evaluate, checkpoints, reporter)
+            result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
@@ -89,27 +88,25 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
 
 def _start(
     run: Run, checkpoints: Checkpoints, background: futures.Executor
-) -> tuple[TrainState, Clock, TrainStep | None]:
-    """Returns the state and the clock of the newest checkpoint, or new ones, and the step.
+) -> tuple[TrainState, Clock, dict[int, CompiledStep]]:
+    """Returns the state and the clock of the newest checkpoint, or new ones, and the steps.
 
-    The step compiles in the background, while the state is made or read and all else gets ready;
-    there is none if nothing is left to train.
+    The steps, one for each image size, compile in the background, while the state is made or read
+    and all else gets ready.
     """
     like, create = states.plan(run)
     first = checkpoints.latest_step()
-    train_step = None
-    if (first or 0) < run.total_steps:
-        train_step = compile_train_step(run, like, background)
+    train_steps = compile_train_steps(run, like, background, first=first or 0)
     if first is None:
-        return create(), Clock(), train_step
+        return create(), Clock(), train_steps
     state, progress = checkpoints.restore(first, like)
-    return state, Clock(initial=progress["seconds"]), train_step
+    return state, Clock(initial=progress["seconds"]), train_steps
 
 
 def _train(
     run: Run,
     state: TrainState,
-    train_step: TrainStep | None,
+    train_steps: Mapping[int, CompiledStep],
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
@@ -117,7 +114,7 @@ def _train(
     config, clock, timeline = run.config, reporter.clock, run.timeline
     first = int(state.step)
     metrics: dict[str, float] = {}
-    if train_step is None:
+    if first >= run.total_steps:
         # Killed between its last checkpoint and its result, or shortened since.
         return reporter.result(first, evaluate(state.eval_variables()))
     batches = pipeline.train_batches(
@@ -134,11 +131,14 @@ def _train(
     with clock.phase("compile"):
         # The first batch is read while the step compiles.
         batches = itertools.chain([next(batches)], batches)
-        run_step = train_step.result()
+        train_steps[run.train_image_size(first)].result()
 
     for step in range(first + 1, run.total_steps + 1):
         with clock.phase("input"):
             batch = next(batches)
+        with clock.phase("compile"):
+            # Done already, but where the next image size begins too soon.
+            run_step = train_steps[run.train_image_size(step - 1)].result()
         with clock.phase("train"):
             state, loss = run_step(state, batch)
             in_flight.append(loss)

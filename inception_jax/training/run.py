@@ -1,6 +1,8 @@
 """Everything that a run is made of, built once from its configuration."""
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from inception_jax.config import Config, Timeline
+from inception_jax.config import Config, Duration, Timeline
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.models import registry
@@ -44,6 +46,21 @@ class Run:
     def is_lead(self) -> bool:
         """Whether this process writes the metrics and messages."""
         return jax.process_index() == 0
+
+    def train_image_size(self, step: int) -> int:
+        """Returns the side of the training images after `step` finished steps, pixels."""
+        sizes = self.config.train.image_sizes or (self.dataset.image_size,)
+        return sizes[bisect.bisect_right(self._image_size_begins, step)]
+
+    def train_image_sizes(self, step: int) -> list[int]:
+        """Returns the sides, in order, that are left to train on after `step` finished steps."""
+        begins = [step, *(begin for begin in self._image_size_begins if begin > step)]
+        return [self.train_image_size(begin) for begin in begins if begin < self.total_steps]
+
+    @functools.cached_property
+    def _image_size_begins(self) -> list[int]:
+        epochs = self.config.train.image_size_epochs
+        return [self.timeline.steps(Duration(epochs=epoch)) for epoch in epochs]
 
     def dataset_identity(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to see the same examples and classes."""

@@ -15,29 +15,48 @@ from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
 
 Batch = dict[str, jax.Array]
+CompiledStep = futures.Future[jax.stages.Compiled]
 
 
-def compile_train_step(
-    run: Run, like: TrainState, background: futures.Executor
-) -> futures.Future[jax.stages.Compiled]:
-    """Returns the training step of a run, to be called as `make_train_step` describes.
+def compile_train_steps(
+    run: Run, like: TrainState, background: futures.Executor, *, first: int
+) -> dict[int, CompiledStep]:
+    """Returns the training step for each image size that a run still needs.
 
-    It is traced before this returns, and compiled in the background: XLA lets other threads run,
-    tracing does not.
+    They compile in the background, one after another in the order of their use. The first is traced
+    before this returns: XLA lets other threads run, tracing does not.
 
     Args:
       run: what is trained.
       like: shapes, types and shardings of the state.
-      background: where it is compiled.
+      background: where they are compiled, in the order in which they are handed in.
+      first: how many steps are finished already.
+
+    Returns:
+      By image size in pixels, what is to be called as `make_train_step` describes; empty if no step
+      is left.
     """
     batch = pipeline.abstract_train_batch(
         run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
     )
-    return background.submit(make_train_step(run).lower(like, batch).compile)
+
+    def lower(image_size: int) -> jax.stages.Lowered:
+        return make_train_step(run, image_size).lower(like, batch)
+
+    def trace_and_compile(image_size: int) -> jax.stages.Compiled:
+        return lower(image_size).compile()
+
+    steps: dict[int, CompiledStep] = {}
+    for size in run.train_image_sizes(first):
+        if not steps:
+            steps[size] = background.submit(lower(size).compile)
+        elif size not in steps:
+            steps[size] = background.submit(trace_and_compile, size)
+    return steps
 
 
-def make_train_step(run: Run) -> jax.stages.Wrapped:
-    """Returns the jitted training step of a run.
+def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
+    """Returns the jitted training step of a run for images resized to `image_size` pixels.
 
     The step maps (state, batch) to (state after it, mean loss: float32 scalar). A batch holds
     image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated:
@@ -75,6 +94,7 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
             mean=dataset.mean,
             std=dataset.std,
             num_classes=dataset.num_classes,
+            size=image_size,
         )
         gradient = jax.value_and_grad(forward, has_aux=True)
         (mean_loss, (loss, logits, batch_stats)), grads = gradient(

@@ -95,18 +95,19 @@ def _evaluate(
     """Evaluates in batches, the last one padded with examples that must not count."""
     single_batch = jax.jit(EvalMetrics.single_batch)
 
-    def batches() -> Iterator[EvalMetrics]:
+    def batches() -> Iterator[dict[str, EvalMetrics]]:
         for start in range(0, len(loss), batch_size):
             part = slice(start, start + batch_size)
             missing = batch_size - len(loss[part])
-            yield single_batch(
+            batch = single_batch(
                 loss=jnp.asarray(np.append(loss[part], np.full(missing, np.nan, np.float32))),
                 top1=jnp.asarray(np.append(top1[part], np.ones(missing, bool))),
                 top5=jnp.asarray(np.append(top5[part], np.ones(missing, bool))),
                 mask=jnp.arange(batch_size) < batch_size - missing,
             )
+            yield {"plain": batch}
 
-    return EvalMetrics.total(batches()).compute()
+    return EvalMetrics.total(batches())["plain"].compute()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 103, 128])
@@ -126,12 +127,32 @@ def test_totals_are_in_double_precision() -> None:
     ones = {"top1": jnp.ones(1, bool), "top5": jnp.ones(1, bool), "mask": jnp.ones(1, bool)}
     losses = [2.0**24, 1.0, 1.0, 1.0]
     batches = [EvalMetrics.single_batch(loss=jnp.full(1, x, jnp.float32), **ones) for x in losses]
-    assert EvalMetrics.total(batches).compute()["loss"] == (2**24 + 3) / 4
+    assert (
+        EvalMetrics.total([{"": batch} for batch in batches])[""].compute()["loss"]
+        == (2**24 + 3) / 4
+    )
 
 
-def test_evaluation_of_nothing_is_nan() -> None:
-    found = EvalMetrics.total([]).compute()
+def test_a_batch_of_padding_alone_is_nan() -> None:
+    nothing = np.zeros(0)
+    nobody = EvalMetrics.single_batch(
+        loss=nothing, top1=nothing > 0, top5=nothing > 0, mask=nothing > 0
+    )
+    found = EvalMetrics.total([{"plain": nobody}])["plain"].compute()
     assert found["count"] == 0 and np.isnan(found["loss"])
+
+
+def test_what_is_evaluated_side_by_side_is_summed_apart() -> None:
+    one = {"top1": jnp.ones(1, bool), "top5": jnp.ones(1, bool), "mask": jnp.ones(1, bool)}
+    batch = {
+        name: EvalMetrics.single_batch(loss=jnp.full(1, loss, jnp.float32), **one)
+        for name, loss in (("plain", 1.0), ("flip", 3.0))
+    }
+    found = EvalMetrics.total([batch, batch])
+    assert {name: sums.compute()["loss"] for name, sums in found.items()} == {
+        "plain": 1.0,
+        "flip": 3.0,
+    }
 
 
 def test_few_batches_are_in_flight() -> None:
@@ -149,11 +170,11 @@ def test_few_batches_are_in_flight() -> None:
             read.append(self.index)
             return np.asarray(1, np.int32)
 
-    def batches() -> Iterator[EvalMetrics]:
+    def batches() -> Iterator[dict[str, EvalMetrics]]:
         for index in range(20):
             ahead.append(index - len(set(read)))
             leaf = Leaf(index)
-            yield EvalMetrics(loss=leaf, top1=leaf, top5=leaf, count=leaf)
+            yield {"plain": EvalMetrics(loss=leaf, top1=leaf, top5=leaf, count=leaf)}
 
-    assert EvalMetrics.total(batches()).compute()["count"] == 20
+    assert EvalMetrics.total(batches())["plain"].compute()["count"] == 20
     assert max(ahead) <= 3

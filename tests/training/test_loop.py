@@ -33,13 +33,13 @@ def compile_once() -> Iterator[None]:
     """Compiles the step of each run once, however often the run is started."""
     compiled: dict[run.Run, Any] = {}
 
-    def compile_or_reuse(this: run.Run, *arguments: Any) -> Any:
+    def compile_or_reuse(this: run.Run, *arguments: Any, first: int) -> Any:
         if this not in compiled:
-            compiled[this] = step.compile_train_step(this, *arguments)
+            compiled[this] = step.compile_train_steps(this, *arguments, first=0)
         return compiled[this]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_train_step", compile_or_reuse)
+        patch.setattr(loop, "compile_train_steps", compile_or_reuse)
         yield
 
 

@@ -32,6 +32,10 @@ def build(data_directory: pathlib.Path, devices: int) -> run.Run:
     return dataclasses.replace(run.build(config, log=lambda _: None), mesh=mesh)
 
 
+def make_train_step(this: run.Run) -> jax.stages.Wrapped:
+    return step.make_train_step(this, this.dataset.image_size)
+
+
 def batches(this: run.Run, stop: int) -> list[dict[str, jax.Array]]:
     return list(
         pipeline.train_batches(
@@ -61,7 +65,7 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
         (expected, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(
             before.params
         )
-    after, found = step.make_train_step(this)(state.create(this), batch)
+    after, found = make_train_step(this)(state.create(this), batch)
 
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     assert int(after.step) == 1
@@ -88,7 +92,10 @@ def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
         this = build(data_directory, devices)
-        current, train_step = state.create(this), step.make_train_step(this)
+        current, train_step = (
+            state.create(this),
+            make_train_step(this),
+        )
         run_losses = []
         for batch in batches(this, 4):
             current, loss = train_step(current, batch)
@@ -102,7 +109,7 @@ def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
 def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 1)
     before = state.create(this)
-    after, _ = step.make_train_step(this)(before, batches(this, 1)[0])
+    after, _ = make_train_step(this)(before, batches(this, 1)[0])
     assert jax.tree.leaves(before.params)[0].is_deleted()
     assert not jnp.isnan(jax.tree.leaves(after.params)[0]).any()
 
@@ -133,7 +140,7 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
         before = state.abstract(this)
-        after, loss = jax.eval_shape(step.make_train_step(this), before, batch)
+        after, loss = jax.eval_shape(make_train_step(this), before, batch)
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
