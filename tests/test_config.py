@@ -152,3 +152,28 @@ def test_groups_are_dataclasses_all_the_way() -> None:
         dataclasses.is_dataclass(getattr(Config(), field.name)) or field.name in ("name", "seed")
         for field in dataclasses.fields(Config)
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs", "message"),
+    [
+        ((32, 64), (), "an entry for each of train.image_sizes"),
+        ((), (3.0,), "an entry for each of train.image_sizes"),
+        ((16, 32, 64), (3.0, 2.0), "must rise from each to the next"),
+        ((4,), (), "must be at least 8"),
+    ],
+)
+def test_progressive_sizes_that_do_not_fit_are_refused(
+    sizes: tuple[int, ...], epochs: tuple[float, ...], message: str
+) -> None:
+    config = Config()
+    config.train.image_sizes, config.train.image_size_epochs = sizes, epochs
+    with pytest.raises(ConfigError, match=message):
+        configs.validate(config)
+
+
+def test_progressive_sizes_and_heads_that_depend_on_the_size_are_refused() -> None:
+    config = Config()
+    config.train.image_sizes, config.model.aux_heads = (32,), True
+    with pytest.raises(ConfigError, match="auxiliary heads"):
+        configs.validate(config)

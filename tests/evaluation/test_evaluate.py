@@ -28,3 +28,26 @@ def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) ->
     assert found["loss"] == pytest.approx(-own.mean(), rel=1e-5)
     assert found["top1"] == pytest.approx(100 * (rank < 1).mean())
     assert found["top5"] == pytest.approx(100 * (rank < 5).mean())
+
+
+def test_flip_averaging_is_reported_apart(tmp_path: pathlib.Path) -> None:
+    plain = Evaluator(run.build(small.config(tmp_path), log=lambda _: None))
+    config = small.config(tmp_path)
+    config.evaluation.flip = True
+    this = run.build(config, log=lambda _: None)
+    variables = state.create(this).eval_variables()
+    found = Evaluator(this)(variables)
+    assert {name: found[name] for name in ("loss", "top1", "top5", "count")} == plain(variables)
+
+    split, dataset = this.dataset.evaluation, this.dataset
+    images = (split.read(np.arange(len(split))) / np.float32(255) - dataset.mean) / dataset.std
+    one, other = (
+        np.asarray(this.model.apply(jax.device_get(variables), view, train=False).logits)
+        for view in (images, images[:, :, ::-1])
+    )
+    logits = (one + other).astype(np.float64) / 2
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    own = log_p[np.arange(len(split)), split.labels]
+    assert found["flip_loss"] == pytest.approx(-own.mean(), rel=1e-5)
+    assert found["flip_loss"] != found["loss"]
+    assert found["flip_top1"] == pytest.approx(100 * (log_p.argmax(1) == split.labels).mean())

@@ -341,3 +341,31 @@ def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, 
         ):
             assert len(many.sharding.device_set) == 8
             np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_resizing_is_an_antialiased_triangle_filter() -> None:
+    images = images_of((2, 12, 12, 3))
+    found = np.asarray(augment.resize(jnp.asarray(images), 8))
+    # A triangle of half-width 12 / 8 around each new pixel's centre, normalised within the image.
+    centres = (np.arange(8) + 0.5) * 12 / 8 - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(12) - centres[:, None]) / 1.5)
+    weights /= weights.sum(1, keepdims=True)
+    expected = np.einsum("ih,jw,bhwc->bijc", weights, weights, images.astype(np.float64))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert augment.resize(images, 12) is images
+
+
+def test_the_batch_is_resized_before_it_is_mixed() -> None:
+    settings = settings_of(cutmix=1.0)
+    images, targets = augment.augment(
+        jax.random.key(0),
+        jnp.asarray(images_of((4, 8, 8, 3))),
+        jnp.arange(4),
+        settings=settings,
+        mean=MEAN,
+        std=STD,
+        num_classes=10,
+        size=6,
+    )
+    assert (images.shape, images.dtype) == ((4, 6, 6, 3), jnp.float32)
+    np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)

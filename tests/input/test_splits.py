@@ -140,3 +140,31 @@ def test_memory_does_not_grow_with_what_is_read(tmp_path: pathlib.Path) -> None:
         check=True,
     )
     assert int(done.stdout) < 64e6
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_a_hold_out_takes_the_same_number_of_each_class_from_training(
+    directory: pathlib.Path, storage: str
+) -> None:
+    whole = prepare(settings(directory, storage=storage), log=quiet)
+    held = prepare(settings(directory, storage=storage, holdout=6), log=quiet)
+    assert (held.eval_split, len(held.train), len(held.evaluation)) == ("holdout", 27, 6)
+    assert np.bincount(held.evaluation.labels).tolist() == [2, 2, 2]
+    assert sorted((*held.train.names, *held.evaluation.names)) == sorted(whole.train.names)
+    # Labels, names and pixels stay together.
+    at = {name: index for index, name in enumerate(whole.train.names)}
+    for split in (held.train, held.evaluation):
+        places = np.array([at[name] for name in split.names])
+        np.testing.assert_array_equal(split.labels, whole.train.labels[places])
+        everything = np.arange(len(split))
+        np.testing.assert_array_equal(split.read(everything), whole.train.read(places))
+    again = prepare(settings(directory, holdout=6), log=quiet)
+    assert again.evaluation.names == held.evaluation.names
+
+
+@pytest.mark.parametrize(("count", "message"), [(4, "such as 3"), (33, "must keep one at least")])
+def test_a_hold_out_that_does_not_fit_the_classes_is_refused(
+    directory: pathlib.Path, count: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"config.data.holdout = {count}: .*{message}"):
+        prepare(settings(directory, holdout=count), log=quiet)

@@ -350,3 +350,25 @@ def test_a_run_without_average_trains_and_evaluates(
     result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert np.isfinite(result["loss"])
     assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
+
+
+def test_progressive_resizing_goes_on_to_the_same_bits(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small.config(data_directory)
+    # 11 steps of 64 of 1,437 examples are 0.49 epochs; the sizes change after 5 and 9 steps.
+    config.train.image_sizes = (12, 10, 8)
+    config.train.image_size_epochs = (0.2, 0.4)
+    this = run.build(config, log=lambda _: None)
+    assert [this.train_image_size(step) for step in range(11)] == [12] * 5 + [10] * 4 + [8] * 2
+    assert this.train_image_sizes(0) == [12, 10, 8]
+    assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([10, 8], [])
+
+    whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
+    loop.train(this, whole, evaluator_of(this), changed=[])
+    with monkeypatch.context() as patch:
+        stop_before_step(7, patch)
+        with pytest.raises(Stopped):
+            train_again(this, parts)
+    train_again(this, parts)
+    assert_same(this, parts, whole)
