@@ -1,0 +1,91 @@
+"""The table of an ablation, and what is trained for it."""
+
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import pytest
+
+from benchmarks import ablation, measure
+
+PLAN = """
+experiment = "experiments/digits.py"
+shared = ["train.length.epochs=2"]
+
+[variants]
+base = []
+"no flip, 2 px" = ["augment.flip=False", "augment.pad=2"]
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    return path
+
+
+def test_each_variant_is_trained_once(
+    plan: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    called: list[list[str]] = []
+
+    def train(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        (folder,) = (flag.partition("=")[2] for flag in command if flag.startswith("--workdir="))
+        pathlib.Path(folder).mkdir(parents=True)
+        result = {"top1": 40.0 + 2 * len(called), "loss": 2.5, "seconds": 90.0}
+        (pathlib.Path(folder) / "result.json").write_text(json.dumps(result))
+        return subprocess.CompletedProcess(command, 0)
+
+    table = tmp_path / "table.json"
+    arguments = [str(plan), f"--output={tmp_path / 'out'}", "--json", str(table)]
+    monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--seeds", "0", "1"])
+    # Only the command is replaced: what describes the machine runs others.
+    whole = subprocess.run
+    monkeypatch.setattr(
+        ablation.subprocess,
+        "run",
+        lambda command, **more: (train if "inception_jax.main" in command else whole)(
+            command, **more
+        ),
+    )
+    ablation.main()
+    ablation.main()
+    assert len(called) == 4, "what has finished is not trained again"
+    assert called[3][-4:] == [
+        "--config.train.length.epochs=2",
+        "--config.augment.flip=False",
+        "--config.augment.pad=2",
+        "--config.seed=1",
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split("|")[1:5] == [
+        " base          ",
+        "   43.00 ",
+        "      +0.00 ",
+        " 42.00–44.00 ",
+    ]
+    assert [cell.strip() for cell in lines[3].split("|")[2:4]] == ["47.00", "+4.00"]
+    found = json.loads(table.read_text())["results"]
+    assert [run["top1"] for run in found["no flip, 2 px"]] == [46.0, 48.0]
+
+
+@pytest.mark.parametrize("text", ["", "experiment = 1", "[variants]", PLAN + "[more]\n"])
+def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(measure.BenchmarkError, match=r"plan\.toml: "):
+        ablation.read_plan(path)
+
+
+def test_each_plan_of_the_project_can_be_read() -> None:
+    plans = sorted((measure.ROOT / "benchmarks" / "ablations").glob("*.toml"))
+    assert plans
+    for path in plans:
+        plan = ablation.read_plan(path)
+        assert (measure.ROOT / plan.experiment).is_file()
