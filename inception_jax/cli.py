@@ -6,6 +6,8 @@ KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
 import gc
+import itertools
+import pathlib
 import re
 import sys
 import traceback
@@ -90,6 +92,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     for argument in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             _check_path(match[1])
+    _make_experiments_importable(argv)
     try:
         positional = flags.FLAGS(argv)[1:]
         # A file that is not there shows only when the configuration is looked at.
@@ -113,6 +116,21 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
             f"--config: the experiment file failed: {type(error).__name__}: {error} "
             f"({where.filename}, line {where.lineno})"
         ) from error
+
+
+def _make_experiments_importable(argv: Sequence[str]) -> None:
+    """Lets an experiment file import those beside it, by the name of their folder.
+
+    `from experiments import tiny_base` works without this only where the command is run from the
+    folder above. That one is put last, so that nothing in it hides a module found elsewhere.
+    """
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            file = following if match[1] is None else match[1]
+            # config_flags hands what follows a colon to get_config().
+            above = str(pathlib.Path(file.partition(":")[0]).resolve().parent.parent)
+            if above not in sys.path:
+                sys.path.append(above)
 
 
 def _check_path(path: str) -> None:

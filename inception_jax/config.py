@@ -21,7 +21,13 @@ from inception_jax.errors import ConfigError, nearest
 
 DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "digits")
 STORAGES = ("decoded", "records")
-MODELS = ("googlenet", "googlenet_torchvision", "deeper_googlenet", "mini_googlenet")
+MODELS = (
+    "googlenet",
+    "googlenet_torchvision",
+    "deeper_googlenet",
+    "eight_module_googlenet",
+    "mini_googlenet",
+)
 STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
@@ -515,7 +521,7 @@ def _contradictions(config: Config) -> Iterator[str]:
                     f"config.model.{name} = {getattr(model, name)!r}: only 'googlenet' has "
                     f"this setting; leave it at {value!r} for {model.name!r}"
                 )
-    if model.aux_heads and model.name in ("deeper_googlenet", "mini_googlenet"):
+    if model.aux_heads and model.name not in ("googlenet", "googlenet_torchvision"):
         yield f"config.model.aux_heads = True: {model.name!r} has no such heads; set it to False"
 
 

@@ -1,5 +1,6 @@
 """The command line as a process of its own: exit codes and messages."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -75,6 +76,28 @@ def test_an_experiment_file_that_fails_is_named(
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_experiment_can_import_its_neighbour_from_anywhere(
+    joined: bool, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "above" / "recipes"
+    folder.mkdir(parents=True)
+    (folder / "base.py").write_text("SIZE = -7\n")
+    path = experiment(folder, "from recipes import base; return Config(seed=base.SIZE)")
+    flag = [f"--config={path}"] if joined else ["--config", path]
+    done = subprocess.run(
+        [sys.executable, "-m", "inception_jax.main", *flag, "--workdir=run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # The neighbour was read: its value is what is refused.
+    assert done.returncode == 2, done.stderr
+    assert "config.seed = -7" in done.stderr
 
 
 def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:

@@ -29,16 +29,31 @@ from inception_jax.models.layers import (
 
 
 class Stem(NamedTuple):
-    """The layers before the first inception module.
+    """The layers before the first inception module: convolution, pool, two convolutions, pool.
 
     Attributes:
-      kernel_size, stride: of the first convolution.
+      kernel_size, stride: of the first convolution, which has 64 channels.
+      reduce: channels of the second convolution, 1x1.
+      features, second_kernel_size: of the third convolution.
       second_pool: whether a pool stands before the first inception module.
     """
 
     kernel_size: int
     stride: int
+    reduce: int = 64
+    features: int = 192
+    second_kernel_size: int = 3
     second_pool: bool = True
+
+
+class Pool(NamedTuple):
+    """A maximum over square windows at stride 2.
+
+    Attributes:
+      window: side in pixels.
+    """
+
+    window: int = 3
 
 
 STEMS: Mapping[str, Stem] = {
@@ -46,19 +61,40 @@ STEMS: Mapping[str, Stem] = {
     "s16": Stem(kernel_size=3, stride=1),
     "s32": Stem(kernel_size=3, stride=1, second_pool=False),
     "deeper": Stem(kernel_size=5, stride=1),
+    "eight_module": Stem(3, 1, reduce=32, features=128, second_kernel_size=5),
 }
 
-# Table 1 of the paper. A pool of stride 2 follows the last module of stages 3 and 4.
-MODULES: Mapping[str, InceptionWidths] = {
+# Table 1 of the paper, from the first inception module on.
+TABLE_1: Mapping[str, InceptionWidths | Pool] = {
     "3a": InceptionWidths(64, 96, 128, 16, 32, 32),
     "3b": InceptionWidths(128, 128, 192, 32, 96, 64),
+    "pool3": Pool(),
     "4a": InceptionWidths(192, 96, 208, 16, 48, 64),
     "4b": InceptionWidths(160, 112, 224, 24, 64, 64),
     "4c": InceptionWidths(128, 128, 256, 24, 64, 64),
     "4d": InceptionWidths(112, 144, 288, 32, 64, 64),
     "4e": InceptionWidths(256, 160, 320, 32, 128, 128),
+    "pool4": Pool(),
     "5a": InceptionWidths(256, 160, 320, 32, 128, 128),
     "5b": InceptionWidths(384, 192, 384, 48, 128, 128),
+}
+# What stands between the stem and the mean over the last grid.
+BODIES: Mapping[str, Mapping[str, InceptionWidths | Pool]] = {
+    "paper": TABLE_1,
+    "torchvision": {**TABLE_1, "pool4": Pool(window=2)},
+    "deeper": {name: layer for name, layer in TABLE_1.items() if name not in ("5a", "5b")},
+    "eight_module": {
+        "3a": InceptionWidths(32, 64, 128, 16, 32, 16),
+        "3b": InceptionWidths(64, 128, 256, 32, 64, 32),
+        "3c": InceptionWidths(32, 64, 128, 16, 32, 16),
+        "pool3": Pool(),
+        "4a": InceptionWidths(64, 128, 256, 32, 64, 32),
+        "4b": InceptionWidths(128, 256, 512, 64, 128, 64),
+        "4c": InceptionWidths(256, 512, 768, 128, 256, 128),
+        "4d": InceptionWidths(128, 256, 512, 64, 128, 64),
+        "4e": InceptionWidths(64, 128, 256, 32, 64, 32),
+        "pool4": Pool(),
+    },
 }
 AUX_MODULES = ("4a", "4d")
 
@@ -72,8 +108,7 @@ class GoogLeNet(nn.Module):
     Attributes:
       num_classes: number of logits.
       stem: which entry of `STEMS`.
-      last_module: the last inception module, "5b" or "4e".
-      last_window: side in pixels of the pool after stage 4.
+      body: which entry of `BODIES`.
       five_by_five: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
       norm: "batch", "lrn" (the two local response normalisations of the stem, and biases) or
         "none" (biases).
@@ -88,8 +123,7 @@ class GoogLeNet(nn.Module):
 
     num_classes: int
     stem: str = "paper"
-    last_module: str = "5b"
-    last_window: int = 3
+    body: str = "paper"
     five_by_five: str = "5x5"
     norm: str = "batch"
     norm_momentum: float = 0.9
@@ -128,17 +162,14 @@ class GoogLeNet(nn.Module):
         )
         x = self._stem(images, unit)
         aux = []
-        for name, widths in MODULES.items():
-            x = self._inception(name, widths, unit)(x)
+        for name, layer in BODIES[self.body].items():
+            if isinstance(layer, Pool):
+                x = ops.max_pool(x, window=layer.window, stride=2)
+                continue
+            x = self._inception(name, layer, unit)(x)
             # The heads must get their parameters even when evaluation code initialises the model.
             if self.aux_heads and name in AUX_MODULES and (train or self.is_initializing()):
                 aux.append(self._head(name, unit, train)(x))
-            if name == "3b":
-                x = ops.max_pool(x, window=3, stride=2)
-            if name == "4e":
-                x = ops.max_pool(x, window=self.last_window, stride=2)
-            if name == self.last_module:
-                break
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         logits = Classifier(self.num_classes, self.dropout, train, name="classifier")(x)
         return ModelOutput(logits, tuple(aux))
@@ -147,10 +178,13 @@ class GoogLeNet(nn.Module):
     def least_image_size(self) -> int:
         """The least side of an image, in pixels, that leaves one pixel in the last grid."""
         stem = STEMS[self.stem]
+        pools = [Pool()] * (2 if stem.second_pool else 1)
+        pools += [layer for layer in BODIES[self.body].values() if isinstance(layer, Pool)]
         # Windows of 3 at stride 2 make m pixels out of 2 m, a window of 2 or a stride of the first
         # convolution out of 2 m - 1.
-        size = 2 if self.last_window == 3 else 1
-        size *= 8 if stem.second_pool else 4
+        size = 1
+        for pool in reversed(pools):
+            size = 2 * size - (3 - pool.window)
         return size * stem.stride - (stem.stride - 1)
 
     def _stem(self, images: jax.Array, unit: Unit) -> jax.Array:
@@ -160,8 +194,8 @@ class GoogLeNet(nn.Module):
         x = ops.max_pool(x, window=3, stride=2)
         if self.norm == "lrn":
             x = local_response_norm(x)
-        x = unit(scaled(64, self.width), name="conv2_reduce")(x)
-        x = unit(scaled(192, self.width), 3, name="conv2")(x)
+        x = unit(scaled(stem.reduce, self.width), name="conv2_reduce")(x)
+        x = unit(scaled(stem.features, self.width), stem.second_kernel_size, name="conv2")(x)
         if self.norm == "lrn":
             x = local_response_norm(x)
         return ops.max_pool(x, window=3, stride=2) if stem.second_pool else x

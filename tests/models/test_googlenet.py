@@ -40,23 +40,49 @@ COLUMNS = {
 }
 
 
-def parameters_by_columns() -> dict[str, int]:
-    """Returns each block's number of parameters, biases included, by arithmetic."""
-    counts = {
-        "conv1": 7 * 7 * 3 * 64 + 64,
-        "conv2": (64 * 64 + 64) + (3 * 3 * 64 * 192 + 192),
-        "classifier": 1024 * 1000 + 1000,
-    }
-    features = 192
-    for name, (one, reduce3, three, reduce5, five, pool) in COLUMNS.items():
+# The columns of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch, which counts layers instead.
+EIGHT_MODULES = {
+    "inception_3a": (32, 64, 128, 16, 32, 16),
+    "inception_3b": (64, 128, 256, 32, 64, 32),
+    "inception_3c": (32, 64, 128, 16, 32, 16),
+    "inception_4a": (64, 128, 256, 32, 64, 32),
+    "inception_4b": (128, 256, 512, 64, 128, 64),
+    "inception_4c": (256, 512, 768, 128, 256, 128),
+    "inception_4d": (128, 256, 512, 64, 128, 64),
+    "inception_4e": (64, 128, 256, 32, 64, 32),
+}
+
+
+def module_parameters(
+    columns: dict[str, tuple[int, ...]], features: int, per_channel: int
+) -> tuple[dict[str, int], int]:
+    """Returns each module's number of parameters by arithmetic, and the last one's channels.
+
+    Args:
+      columns: in the order of table 1.
+      features: channels of the first module's input.
+      per_channel: parameters of a channel besides kernels: 1 for a bias, 2 for BatchNorm.
+    """
+    counts = {}
+    for name, (one, reduce3, three, reduce5, five, pool) in columns.items():
         counts[name] = (
             features * (one + reduce3 + reduce5 + pool)
             + 3 * 3 * reduce3 * three
             + 5 * 5 * reduce5 * five
-            + (one + reduce3 + three + reduce5 + five + pool)
+            + per_channel * (one + reduce3 + three + reduce5 + five + pool)
         )
         features = one + three + five + pool
-    return counts
+    return counts, features
+
+
+def parameters_by_columns() -> dict[str, int]:
+    """Returns the number of parameters of each block of table 1, biases included."""
+    modules, features = module_parameters(COLUMNS, 192, per_channel=1)
+    return modules | {
+        "conv1": 7 * 7 * 3 * 64 + 64,
+        "conv2": (64 * 64 + 64) + (3 * 3 * 64 * 192 + 192),
+        "classifier": features * 1000 + 1000,
+    }
 
 
 def abstract_call(model: Model, size: int, num_classes: int) -> tuple[Any, Any]:
@@ -113,6 +139,26 @@ def test_deeper_googlenet_ends_after_module_4e() -> None:
     assert results["inception_4e"]["__call__"][0].shape == (1, 8, 8, 832)
 
 
+def test_eight_module_googlenet_has_the_blocks_of_its_source() -> None:
+    params, results = abstract_call(Model(name="eight_module_googlenet"), 64, 200)
+    expected, features = module_parameters(EIGHT_MODULES, 128, per_channel=2)
+    expected |= {
+        "conv1": 3 * 3 * 3 * 64 + 2 * 64,
+        "conv2_reduce": 64 * 32 + 2 * 32,
+        "conv2": 5 * 5 * 32 * 128 + 2 * 128,
+        "classifier": features * 200 + 200,
+    }
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(block)) for name, block in params.items()
+    }
+    assert counts == expected
+    sides = {name: results[name]["__call__"][0].shape[1] for name in EIGHT_MODULES}
+    assert sides == {name: 16 if "_3" in name else 8 for name in EIGHT_MODULES}
+    # The source's own count, 10.7 M: a bias more for each channel of a convolution.
+    channels = 64 + 32 + 128 + sum(sum(columns) for columns in EIGHT_MODULES.values())
+    assert sum(counts.values()) + channels == 10_723_624
+
+
 def multiply_accumulates(jaxpr: Any) -> int:
     """Counts the multiply-accumulates of the convolutions and matrix products in a program."""
     total = 0
@@ -135,6 +181,9 @@ def multiply_accumulates(jaxpr: Any) -> int:
     [
         (Model(stem="s16"), 64, 0.49),
         (Model(stem="s32"), 64, 1.57),
+        (Model(name="deeper_googlenet"), 64, 0.46),
+        (Model(name="eight_module_googlenet"), 64, 0.91),
+        (Model(), 64, 0.13),
         # The figure that torchvision publishes.
         (Model(name="googlenet_torchvision"), 224, 1.50),
     ],

@@ -56,6 +56,7 @@ def test_the_settings_reach_the_network(name: str) -> None:
         ({"name": "googlenet_torchvision"}, 224, 1000, 6_624_904),
         ({"name": "googlenet_torchvision", "aux_heads": True}, 224, 1000, 13_004_888),
         ({"name": "deeper_googlenet"}, 64, 200, 3_653_000),
+        ({"name": "eight_module_googlenet"}, 64, 200, 10_716_744),
         ({"name": "mini_googlenet"}, 32, 10, 1_651_114),
     ],
 )
@@ -122,6 +123,7 @@ def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type
         ({"stem": "s32"}, 8),
         ({"name": "googlenet_torchvision"}, 15),
         ({"name": "deeper_googlenet"}, 16),
+        ({"name": "eight_module_googlenet"}, 16),
         ({"name": "mini_googlenet"}, 4),
     ],
 )
