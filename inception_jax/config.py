@@ -312,6 +312,12 @@ class Evaluation:
         "time between evaluations; there is always one at the end",
         resumable=True,
     )
+    image_size: int = setting(
+        0,
+        "side that images are resized to for evaluation, pixels; 0: data.image_size",
+        low=0,
+        resumable=True,
+    )
     flip: bool = setting(
         False,
         "evaluate also with the logits averaged over each image and its mirror image; reported "

@@ -61,7 +61,8 @@ class Evaluator:
     ) -> dict[str, EvalMetrics]:
         """Returns the sums of a batch by the prefix of their names."""
         dataset = self._run.dataset
-        images = augment.normalise(batch["image"], dataset.mean, dataset.std)
+        size = self._run.config.evaluation.image_size or dataset.image_size
+        images = augment.normalise(augment.resize(batch["image"], size), dataset.mean, dataset.std)
         logits = self._logits(variables, images)
         metrics = {"": _metrics(logits, batch)}
         if self._run.config.evaluation.flip:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.input import augment
 from inception_jax.training import run, state
 from tests import small
 
@@ -51,3 +52,17 @@ def test_flip_averaging_is_reported_apart(tmp_path: pathlib.Path) -> None:
     assert found["flip_loss"] == pytest.approx(-own.mean(), rel=1e-5)
     assert found["flip_loss"] != found["loss"]
     assert found["flip_top1"] == pytest.approx(100 * (log_p.argmax(1) == split.labels).mean())
+
+
+def test_images_are_resized_for_evaluation(tmp_path: pathlib.Path) -> None:
+    config = small.config(tmp_path)
+    config.evaluation.image_size = 12
+    this = run.build(config, log=lambda _: None)
+    variables = state.create(this).eval_variables()
+    split, dataset = this.dataset.evaluation, this.dataset
+    resized = augment.resize(split.read(np.arange(len(split))), 12)
+    assert resized.shape == (360, 12, 12, 3)
+    images = (np.asarray(resized) / np.float32(255) - dataset.mean) / dataset.std
+    logits = this.model.apply(jax.device_get(variables), images, train=False).logits
+    right = (np.asarray(logits).argmax(1) == split.labels).mean()
+    assert Evaluator(this)(variables)["top1"] == pytest.approx(100 * right)
