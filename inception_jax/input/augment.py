@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from inception_jax import config
+from inception_jax.input import photometric, policies
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
 _RESIZED_TRIES = 10
@@ -31,6 +32,8 @@ class _Stream(enum.IntEnum):
     FLIP = 2
     MIX = 3
     CUTOUT = 4
+    POLICY = 5
+    PHOTOMETRIC = 6
 
 
 def augment(
@@ -42,10 +45,14 @@ def augment(
     mean: ArrayLike,
     std: ArrayLike,
     num_classes: int,
+    mix_probability: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Crops, flips, normalises, mixes and blanks a batch, in this order, as `settings` say.
+    """Varies a batch as `settings` say.
 
-    With everything switched off the result is `normalise(images)` and the labels' one-hot rows.
+    In this order: crop, flip, policy, colour jitter, normalisation, mixing, Cutout. A policy needs
+    whole grey levels: images are uint8 up to it, rounded after a resized crop, which is float32,
+    and float32 from the colour jitter on. With everything switched off the result is
+    `normalise(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
@@ -54,6 +61,8 @@ def augment(
       settings: what to do and how much.
       mean, std: float32 [C], of the training split's pixels in units of pixel / 255.
       num_classes: K.
+      mix_probability: share of batches that are mixed at all, perhaps traced; None: that of the
+        settings.
 
     Returns:
       (images, targets): float32 [B, H, W, C], normalised, and float32 [B, K], rows summing to 1.
@@ -65,6 +74,12 @@ def augment(
         images = resized_crop(keys[_Stream.CROP], images, settings.area_min, settings.aspect_max)
     if settings.flip:
         images = flip(keys[_Stream.FLIP], images)
+    if settings.policy != "none":
+        images = _policy(keys[_Stream.POLICY], images, settings)
+    if settings.color_jitter or settings.hue_jitter:
+        images = photometric.color_jitter(
+            keys[_Stream.PHOTOMETRIC], images, settings.color_jitter, settings.hue_jitter
+        )
     images = normalise(images, mean, std)
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if settings.mixup or settings.cutmix:
@@ -74,11 +89,20 @@ def augment(
             targets,
             mixup=settings.mixup,
             cutmix=settings.cutmix,
-            probability=settings.mix_probability,
+            probability=settings.mix_probability if mix_probability is None else mix_probability,
         )
     if settings.cutout:
         images = cutout(keys[_Stream.CUTOUT], images, settings.cutout)
     return images, targets
+
+
+def _policy(key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
+    """Returns uint8 [B, H, W, C]: images, uint8 or float32 between 0 and 255, under a policy."""
+    if images.dtype != jnp.uint8:
+        images = jnp.round(images).astype(jnp.uint8)
+    if settings.policy == "randaugment":
+        return policies.randaugment(key, images, settings.policy_ops, settings.policy_magnitude)
+    return policies.trivialaugment(key, images)
 
 
 def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
@@ -208,7 +232,7 @@ def mix(
     *,
     mixup: float,
     cutmix: float,
-    probability: float,
+    probability: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Blends each image and its target with those of the image before it in the batch.
 

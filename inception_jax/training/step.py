@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.models import ops
@@ -46,6 +47,12 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
     config, dataset = run.config, run.dataset
     seed = config.seed
     time_constant = run.timeline.steps(config.train.ema)
+    mixed_steps = run.timeline.steps(config.augment.mix_until)
+
+    def mix_probability(number: jax.Array) -> ArrayLike:
+        """Returns the share of batches mixed at a step, counted from 0."""
+        share = config.augment.mix_probability
+        return jnp.where(number < mixed_steps, share, 0.0) if mixed_steps else share
 
     def forward(
         params: Variables, state: TrainState, images: jax.Array, targets: jax.Array
@@ -75,6 +82,7 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
             mean=dataset.mean,
             std=dataset.std,
             num_classes=dataset.num_classes,
+            mix_probability=mix_probability(state.step),
         )
         gradient = jax.value_and_grad(forward, has_aux=True)
         (mean_loss, (loss, logits, batch_stats)), grads = gradient(

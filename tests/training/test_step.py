@@ -84,6 +84,23 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
+    this = build(data_directory, 1)
+    batch = batches(this, 1)[0]
+    losses: dict[float, list[float]] = {}
+    for mixup in (0.0, 1.0):
+        this.config.augment.mixup = mixup
+        this.config.augment.mix_until = Duration(steps=2)
+        train_step = step.make_train_step(this)
+        for number in range(4):
+            at = dataclasses.replace(state.create(this), step=jnp.int32(number))
+            losses.setdefault(mixup, []).append(float(train_step(at, batch)[1]))
+        assert train_step._cache_size() == 1
+    plain, mixed = losses[0.0], losses[1.0]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(plain[:2], mixed[:2], strict=True))
+    assert mixed[2:] == pytest.approx(plain[2:], rel=1e-5)
+
+
 def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
