@@ -7,7 +7,7 @@ Which operation an image gets is known on the device only, and a switch between 
 would, under vmap, compute all of them for all images. So they are three passes that every image
 takes, with numbers of its own that leave it as it is where its operation is another:
 
-- a table of 256 values a channel: brightness, contrast, posterize, solarize, autocontrast, equalize;
+- a table of 256 levels: brightness, contrast, posterize, solarize, autocontrast, equalize;
 - a blend with grey or smoothed pixels: colour, sharpness;
 - an affine map of coordinates: shears, translations, rotation.
 """
@@ -65,11 +65,12 @@ def _grey(images: jax.Array) -> jax.Array:
 
 
 def _enhance(pixels: jax.Array, degenerate: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns uint8: degenerate + (1 + value) * (pixels - degenerate), as ImageEnhance has it.
+    """Returns degenerate + (1 + value) * (pixels - degenerate), as ImageEnhance has it.
 
-    The result is clipped and cut off. In this form, equal pixels stay exactly as they are.
+    Pixels are int32, the result is uint8: clipped, with its fraction cut off. In this form, equal pixels stay exactly as they are.
     """
-    result = degenerate + (1 + value) * (pixels - degenerate)
+    start = degenerate.astype(jnp.float32)
+    result = start + (1 + value) * (pixels - degenerate).astype(jnp.float32)
     return jnp.clip(result, 0, 255).astype(jnp.uint8)
 
 
@@ -86,7 +87,7 @@ def _tables(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.
         Op.BRIGHTNESS: _enhance(level, jnp.zeros_like(level), value),
         Op.CONTRAST: _enhance(level, mean.reshape(-1, 1, 1), value),
         Op.POSTERIZE: level >> dropped_bits << dropped_bits,
-        Op.SOLARIZE: jnp.where(level < value, level, 255 - level),
+        Op.SOLARIZE: jnp.where(level.astype(jnp.float32) < value, level, 255 - level),
         Op.AUTOCONTRAST: _autocontrast(images, level),
         Op.EQUALIZE: _equalize(images),
     }
@@ -176,8 +177,8 @@ def _matrices(images: jax.Array, operations: jax.Array, values: jax.Array) -> ja
 def _warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     """Takes each pixel from where its image's matrix points, black (0) from outside the image."""
     _, height, width, _ = images.shape
-    x = jnp.arange(width).reshape(1, -1) + 0.5
-    y = jnp.arange(height).reshape(-1, 1) + 0.5
+    x = jnp.arange(width, dtype=jnp.float32).reshape(1, -1) + 0.5
+    y = jnp.arange(height, dtype=jnp.float32).reshape(-1, 1) + 0.5
 
     def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
         columns, rows = (jnp.floor(row[0] * x + row[1] * y + row[2]) for row in matrix)
