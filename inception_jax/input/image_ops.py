@@ -67,7 +67,8 @@ def _grey(images: jax.Array) -> jax.Array:
 def _enhance(pixels: jax.Array, degenerate: jax.Array, value: jax.Array) -> jax.Array:
     """Returns degenerate + (1 + value) * (pixels - degenerate), as ImageEnhance has it.
 
-    Pixels are int32, the result is uint8: clipped, with its fraction cut off. In this form, equal pixels stay exactly as they are.
+    Pixels are int32, the result is uint8: clipped, with its fraction cut off. In
+    this form, equal pixels stay exactly as they are.
     """
     start = degenerate.astype(jnp.float32)
     result = start + (1 + value) * (pixels - degenerate).astype(jnp.float32)

@@ -49,11 +49,6 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
     time_constant = run.timeline.steps(config.train.ema)
     mixed_steps = run.timeline.steps(config.augment.mix_until)
 
-    def mix_probability(number: jax.Array) -> ArrayLike:
-        """Returns the share of batches mixed at a step, counted from 0."""
-        share = config.augment.mix_probability
-        return jnp.where(number < mixed_steps, share, 0.0) if mixed_steps else share
-
     def forward(
         params: Variables, state: TrainState, images: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Variables]]:
@@ -82,7 +77,9 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
             mean=dataset.mean,
             std=dataset.std,
             num_classes=dataset.num_classes,
-            mix_probability=mix_probability(state.step),
+            mix_probability=mix_probability(
+                state.step, config.augment.mix_probability, mixed_steps
+            ),
         )
         gradient = jax.value_and_grad(forward, has_aux=True)
         (mean_loss, (loss, logits, batch_stats)), grads = gradient(
@@ -124,3 +121,14 @@ def make_train_step(run: Run) -> jax.stages.Wrapped:
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
+
+
+def mix_probability(step: jax.Array, share: float, mixed_steps: int) -> ArrayLike:
+    """Returns the share of batches mixed at a step, traced where mixing ends.
+
+    Args:
+      step: int32 scalar, counted from 0.
+      share: of batches, as long as they are mixed.
+      mixed_steps: how many steps mix; 0: all.
+    """
+    return jnp.where(step < mixed_steps, share, 0.0) if mixed_steps else share
