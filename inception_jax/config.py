@@ -33,6 +33,7 @@ FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized")
+POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
@@ -152,6 +153,37 @@ class Augment:
         4 / 3, "largest width/height, and height/width, of a 'resized' crop", low=1, resumable=True
     )
     flip: bool = setting(True, "mirror half of the training images left to right", resumable=True)
+    policy: str = setting(
+        "none",
+        "operations drawn at random for each image, after crop and flip",
+        choices=POLICIES,
+        resumable=True,
+    )
+    policy_ops: int = setting(
+        2, "operations an image, of randaugment (trivialaugment: one)", low=1, resumable=True
+    )
+    policy_magnitude: int = setting(
+        9,
+        "strength of randaugment's operations, in 30ths of the strongest (trivialaugment: random)",
+        low=0,
+        high=30,
+        resumable=True,
+    )
+    color_jitter: float = setting(
+        0.0,
+        "brightness, contrast and saturation of each image are multiplied by factors uniform "
+        "between 1 - this and 1 + this; 0: they are not; Howard's 2013 are 0.5",
+        low=0,
+        high=1,
+        resumable=True,
+    )
+    hue_jitter: float = setting(
+        0.0,
+        "the hue of each image turns by up to this share of the colour circle, either way; 0: not",
+        low=0,
+        high=0.5,
+        resumable=True,
+    )
     mixup: float = setting(
         0.0, "alpha of mixup's Beta(alpha, alpha) distribution; 0: no mixup", low=0, resumable=True
     )
@@ -163,6 +195,11 @@ class Augment:
     )
     mix_probability: float = setting(
         1.0, "share of batches that mixup or CutMix change", low=0, high=1, resumable=True
+    )
+    mix_until: Duration = setting(
+        Duration(),
+        "time from the start after which nothing is mixed; none: mix to the end",
+        resumable=True,
     )
     cutout: int = setting(
         0, "side of the square that Cutout blanks, pixels; 0: no Cutout", low=0, resumable=True
@@ -472,6 +509,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
 def _contradictions(config: Config) -> Iterator[str]:
     """Yields what is wrong between fields that are each right by themselves."""
     for path, duration in (
+        ("augment.mix_until", config.augment.mix_until),
         ("schedule.warmup", config.schedule.warmup),
         ("schedule.decay_every", config.schedule.decay_every),
         ("train.length", config.train.length),

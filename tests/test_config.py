@@ -32,6 +32,9 @@ def test_configurations_share_no_group() -> None:
         ("model.width", 0, "more than 0"),
         ("model.width", float("nan"), "finite"),
         ("augment.mix_probability", 1.5, "at most 1"),
+        ("augment.policy", "trivialaugmnt", "Did you mean 'trivialaugment'"),
+        ("augment.policy_magnitude", 31, "at most 30"),
+        ("augment.hue_jitter", 0.6, "at most 0.5"),
         ("model.stem", "s23", "paper, s16, s32. Did you mean 's32'?"),
         ("schedule.boundaries", (1.0, "2"), "of type tuple[float, ...]"),
         ("schedule.boundaries", (3.0, 2.0), "must rise"),
@@ -49,6 +52,13 @@ def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, w
         configs.validate(config)
     assert f"config.{path.removesuffix('.steps').removesuffix('.epochs')}" in str(error.value)
     assert words in str(error.value)
+
+
+def test_mixing_ends_after_one_duration() -> None:
+    config = Config()
+    config.augment.mix_until = Duration(epochs=3, steps=5)
+    with pytest.raises(ConfigError, match=r"augment\.mix_until has epochs=3 and steps=5"):
+        configs.validate(config)
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from inception_jax import config
+from inception_jax.input import photometric, policies
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
 _RESIZED_TRIES = 10
@@ -31,6 +32,8 @@ class _Stream(enum.IntEnum):
     FLIP = 2
     MIX = 3
     CUTOUT = 4
+    POLICY = 5
+    PHOTOMETRIC = 6
 
 
 def augment(
@@ -43,11 +46,14 @@ def augment(
     std: ArrayLike,
     num_classes: int,
     size: int | None = None,
+    mix_probability: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Crops, flips, resizes, normalises, mixes and blanks a batch, in this order.
+    """Varies a batch as `settings` say.
 
-    `settings` say what of it. With everything switched off, and images of `size` already, the
-    result is `normalise(images)` and the labels' one-hot rows.
+    In this order: crop, flip, policy, colour jitter, resizing, normalisation, mixing, Cutout. A
+    policy needs whole grey levels: images are uint8 up to it, rounded after a resized crop, which
+    is float32, and float32 from the colour jitter on. With everything switched off, and images of
+    `size` already, the result is `normalise(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
@@ -57,6 +63,8 @@ def augment(
       mean, std: float32 [C], of the training split's pixels in units of pixel / 255.
       num_classes: K.
       size: height and width of the result, pixels; None: those of `images`.
+      mix_probability: share of batches that are mixed at all, perhaps traced; None: that of the
+        settings.
 
     Returns:
       (images, targets): float32 [B, size, size, C], normalised, and float32 [B, K], rows summing
@@ -69,6 +77,12 @@ def augment(
         images = resized_crop(keys[_Stream.CROP], images, settings.area_min, settings.aspect_max)
     if settings.flip:
         images = flip(keys[_Stream.FLIP], images)
+    if settings.policy != "none":
+        images = _policy(keys[_Stream.POLICY], images, settings)
+    if settings.color_jitter or settings.hue_jitter:
+        images = photometric.color_jitter(
+            keys[_Stream.PHOTOMETRIC], images, settings.color_jitter, settings.hue_jitter
+        )
     if size is not None:
         images = resize(images, size)
     images = normalise(images, mean, std)
@@ -80,7 +94,7 @@ def augment(
             targets,
             mixup=settings.mixup,
             cutmix=settings.cutmix,
-            probability=settings.mix_probability,
+            probability=settings.mix_probability if mix_probability is None else mix_probability,
         )
     if settings.cutout:
         images = cutout(keys[_Stream.CUTOUT], images, settings.cutout)
@@ -102,6 +116,15 @@ def resize(images: jax.Array, size: int) -> jax.Array:
         return images
     new_shape = (batch, size, size, channels)
     return jax.image.resize(images.astype(jnp.float32), new_shape, "linear", antialias=True)
+
+
+def _policy(key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
+    """Returns uint8 [B, H, W, C]: images, uint8 or float32 between 0 and 255, under a policy."""
+    if images.dtype != jnp.uint8:
+        images = jnp.round(images).astype(jnp.uint8)
+    if settings.policy == "randaugment":
+        return policies.randaugment(key, images, settings.policy_ops, settings.policy_magnitude)
+    return policies.trivialaugment(key, images)
 
 
 def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
@@ -231,7 +254,7 @@ def mix(
     *,
     mixup: float,
     cutmix: float,
-    probability: float,
+    probability: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Blends each image and its target with those of the image before it in the batch.
 

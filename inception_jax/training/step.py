@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.models import ops
@@ -65,6 +66,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     config, dataset = run.config, run.dataset
     seed = config.seed
     time_constant = run.timeline.steps(config.train.ema)
+    mixed_steps = run.timeline.steps(config.augment.mix_until)
 
     def forward(
         params: Variables, state: TrainState, images: jax.Array, targets: jax.Array
@@ -95,6 +97,9 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             std=dataset.std,
             num_classes=dataset.num_classes,
             size=image_size,
+            mix_probability=mix_probability(
+                state.step, config.augment.mix_probability, mixed_steps
+            ),
         )
         gradient = jax.value_and_grad(forward, has_aux=True)
         (mean_loss, (loss, logits, batch_stats)), grads = gradient(
@@ -136,3 +141,14 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
+
+
+def mix_probability(step: jax.Array, share: float, mixed_steps: int) -> ArrayLike:
+    """Returns the share of batches mixed at a step, traced where mixing ends.
+
+    Args:
+      step: int32 scalar, counted from 0.
+      share: of batches, as long as they are mixed.
+      mixed_steps: how many steps mix; 0: all.
+    """
+    return jnp.where(step < mixed_steps, share, 0.0) if mixed_steps else share

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from inception_jax import config
-from inception_jax.input import augment
+from inception_jax.input import augment, photometric
 
 MEAN = np.array([0.48, 0.45, 0.40], np.float32)
 STD = np.array([0.28, 0.27, 0.28], np.float32)
@@ -295,7 +295,15 @@ def test_cutout_blanks_one_clipped_square_an_image() -> None:
 
 def test_images_of_a_batch_vary_independently() -> None:
     images = np.broadcast_to(images_of((1, 16, 16, 3)), (64, 16, 16, 3))
-    for changes in ({"crop": "pad"}, {"crop": "resized"}, {"flip": True}, {"cutout": 4}):
+    for changes in (
+        {"crop": "pad"},
+        {"crop": "resized"},
+        {"flip": True},
+        {"cutout": 4},
+        {"policy": "trivialaugment"},
+        {"color_jitter": 0.4},
+        {"hue_jitter": 0.2},
+    ):
         result, _ = run(images, **changes)
         assert len(np.unique(result.reshape(64, -1), axis=0)) > (1 if "flip" in changes else 30)
 
@@ -324,7 +332,72 @@ def test_an_operation_more_does_not_change_what_the_others_draw() -> None:
     np.testing.assert_array_equal(mixed, mixed_and_more)
 
 
-@pytest.mark.parametrize("changes", [{"crop": "pad"} | ALL, {"crop": "resized"}], ids=str)
+@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
+def test_a_policy_gets_whole_levels_and_gives_them(policy: str) -> None:
+    images = images_of((32, 16, 16, 3))
+    for crop in ("none", "pad", "resized"):
+        cropped, _ = run(images, crop=crop)
+        result, _ = run(images, crop=crop, policy=policy, policy_ops=1)
+        levels = (result * STD + MEAN) * 255
+        np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+        assert levels.min() > -0.01 and levels.max() < 255.01
+        # One image in 14 gets the identity, and others one that changes nothing.
+        kept = (np.abs(result - cropped) < 0.51 / 255 / STD).all(axis=(1, 2, 3))
+        assert 0 < kept.sum() < 16
+
+
+def test_the_policy_and_its_settings_change_the_batch() -> None:
+    images = images_of((32, 16, 16, 3))
+    results = [
+        run(images, **changes)[0]
+        for changes in (
+            {},
+            {"policy": "trivialaugment"},
+            {"policy": "randaugment"},
+            {"policy": "randaugment", "policy_ops": 1},
+            {"policy": "randaugment", "policy_magnitude": 20},
+        )
+    ]
+    assert len(np.unique(np.stack(results).reshape(len(results), -1), axis=0)) == len(results)
+
+
+def test_colours_vary_after_the_policy_and_before_the_mean_is_taken() -> None:
+    images = images_of((8, 16, 16, 3))
+    policy, _ = run(images, policy="trivialaugment")
+    both, _ = run(images, policy="trivialaugment", color_jitter=0.3, hue_jitter=0.1)
+    before = (policy * STD + MEAN) * 255
+    key = jax.random.fold_in(jax.random.key(0), 6)
+    jittered = photometric.color_jitter(key, jnp.asarray(before), 0.3, 0.1)
+    np.testing.assert_allclose(both, normalised(np.asarray(jittered)), atol=1e-4)
+
+
+def test_a_traced_probability_is_the_same_as_a_set_one() -> None:
+    images, labels = images_of((4, 8, 8, 3)), np.arange(4, dtype=np.int32)
+    function = jax.jit(
+        functools.partial(
+            augment.augment,
+            settings=settings_of(mixup=1.0),
+            mean=MEAN,
+            std=STD,
+            num_classes=10,
+        )
+    )
+    for seed in range(3):
+        key = jax.random.key(seed)
+        for probability in (0.0, 0.5, 1.0):
+            expected, targets = run(images, seed=seed, mixup=1.0, mix_probability=probability)
+            found = function(key, images, labels, mix_probability=probability)
+            np.testing.assert_allclose(found[0], expected, atol=1e-5)
+            np.testing.assert_array_equal(found[1], targets)
+    assert function._cache_size() == 1
+
+
+EACH_IMAGE = {"crop": "pad", "policy": "randaugment", "color_jitter": 0.4, "hue_jitter": 0.1}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"crop": "pad"} | ALL, {"crop": "resized"}, EACH_IMAGE], ids=str
+)
 def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, object]) -> None:
     images, labels = images_of((16, 8, 8, 3)), np.arange(16, dtype=np.int32)
     settings = settings_of(flip=True, **changes)
@@ -341,6 +414,10 @@ def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, 
         ):
             assert len(many.sharding.device_set) == 8
             np.testing.assert_allclose(one, many, atol=1e-5)
+    if changes is EACH_IMAGE:
+        # Nothing that concerns one image travels between devices.
+        text = sharded.lower(key, images, labels).compile().as_text()
+        assert not [name for name in ("all-gather", "all-to-all", "permute(") if name in text]
 
 
 def test_resizing_is_an_antialiased_triangle_filter() -> None:

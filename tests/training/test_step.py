@@ -88,6 +88,22 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+def test_batches_are_mixed_until_a_step(
+    data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = jax.jit(step.mix_probability, static_argnums=(1, 2))
+    assert [float(share(number, 0.75, 2)) for number in range(4)] == [0.75, 0.75, 0, 0]
+    assert [float(share(number, 0.75, 0)) for number in range(4)] == [0.75] * 4
+    asked = []
+    monkeypatch.setattr(step, "mix_probability", lambda _, *rest: asked.append(rest) or 0.5)
+    this = build(data_directory, 1)
+    this.config.augment.mixup, this.config.augment.mix_probability = 1.0, 0.75
+    this.config.augment.mix_until = Duration(examples=129)
+    batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
+    jax.eval_shape(step.make_train_step(this), state.abstract(this), batch)
+    assert asked == [(0.75, 3)]
+
+
 def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):

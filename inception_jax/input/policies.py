@@ -1,0 +1,97 @@
+"""RandAugment and TrivialAugment: operations drawn at random for each image.
+
+Both draw from the 14 operations of `image_ops.Op`, with the ranges and the 31 magnitudes (0 to 30)
+of torchvision's RandAugment and TrivialAugmentWide, which differ from each other. A shear, a
+translation, a rotation or an enhancement goes either way with probability one half.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inception_jax.input.image_ops import Op, apply
+
+_MAGNITUDES = 31
+_ENHANCEMENTS = (Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS)
+_SIGNED = np.isin(np.arange(len(Op)), [op for op in Op if Op.SHEAR_X <= op <= Op.SHARPNESS])
+
+
+def randaugment(key: jax.Array, images: jax.Array, ops: int, magnitude: int) -> jax.Array:
+    """Applies `ops` operations of one magnitude to each image (Cubuk et al. 2020, section 3).
+
+    They are drawn with replacement. The paper's magnitudes go to 30, too, but its ranges are
+    wider for some operations: torchvision's are used.
+
+    Args:
+      key: typed PRNG key.
+      images: uint8 [B, H, W, 3].
+      ops: how many, one after another (the paper's N).
+      magnitude: between 0 and 30 (the paper's M).
+
+    Returns:
+      uint8 [B, H, W, 3].
+    """
+    values = jnp.asarray(randaugment_values(*images.shape[1:3])[:, magnitude])
+    op_key, sign_key = jax.random.split(key)
+    shape = (ops, len(images))
+    operations = jax.random.randint(op_key, shape, 0, len(Op))
+    drawn = _signed(sign_key, operations, values[operations])
+    # A scan compiles the operations once, however many there are.
+    return jax.lax.scan(lambda last, op: (apply(last, *op), None), images, (operations, drawn))[0]
+
+
+def trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Applies one operation of a uniform magnitude to each image (Müller & Hutter 2021).
+
+    The ranges are those of the paper's "Wide" space. A translation is by up to 32 pixels, whatever
+    the size of the images.
+
+    Args:
+      key: typed PRNG key.
+      images: uint8 [B, H, W, 3].
+
+    Returns:
+      uint8 [B, H, W, 3].
+    """
+    op_key, magnitude_key, sign_key = jax.random.split(key, 3)
+    shape = (len(images),)
+    operations = jax.random.randint(op_key, shape, 0, len(Op))
+    magnitudes = jax.random.randint(magnitude_key, shape, 0, _MAGNITUDES)
+    values = jnp.asarray(trivialaugment_values())[operations, magnitudes]
+    return apply(images, operations, _signed(sign_key, operations, values))
+
+
+def _signed(key: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
+    """Negates half of the values that may go either way."""
+    negative = jax.random.bernoulli(key, 0.5, operations.shape)
+    return jnp.where(negative & jnp.asarray(_SIGNED)[operations], -values, values)
+
+
+def randaugment_values(height: int, width: int) -> np.ndarray:
+    """Returns float32 [14, 31]: each operation's value at each magnitude, in the units of `Op`."""
+    # 150 pixels of the 331 that AutoAugment's images have.
+    share = 150 / 331
+    return _values(
+        shear=0.3, x=share * width, y=share * height, degrees=30, enhancement=0.9, bits=4
+    )
+
+
+def trivialaugment_values() -> np.ndarray:
+    """Returns float32 [14, 31]: each operation's value at each magnitude, in the units of `Op`."""
+    return _values(shear=0.99, x=32, y=32, degrees=135, enhancement=0.99, bits=6)
+
+
+def _values(
+    *, shear: float, x: float, y: float, degrees: float, enhancement: float, bits: int
+) -> np.ndarray:
+    """Returns float32 [14, 31] that grow to the given extremes; `bits` is how many are dropped."""
+    values = np.zeros((len(Op), _MAGNITUDES))
+    steps = np.linspace(0, 1, _MAGNITUDES)
+    values[[Op.SHEAR_X, Op.SHEAR_Y]] = shear * steps
+    values[Op.TRANSLATE_X] = np.trunc(x * steps)
+    values[Op.TRANSLATE_Y] = np.trunc(y * steps)
+    values[Op.ROTATE] = degrees * steps
+    values[list(_ENHANCEMENTS)] = enhancement * steps
+    values[Op.POSTERIZE] = 8 - np.round(bits * steps)
+    values[Op.SOLARIZE] = 255 * (1 - steps)
+    return values.astype(np.float32)
