@@ -33,7 +33,7 @@ FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized")
-OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
 
@@ -213,7 +213,7 @@ class Model:
 @dataclasses.dataclass
 class Optimizer:
     name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, "momentum of SGD", low=0, below=1, resumable=True)
+    momentum: float = setting(0.9, "momentum of SGD and Muon", low=0, below=1, resumable=True)
     beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
     beta2: float = setting(
         0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True
@@ -221,8 +221,15 @@ class Optimizer:
     epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
     weight_decay: float = setting(
         0.0,
-        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW)",
+        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW, Muon)",
         low=0,
+        resumable=True,
+    )
+    adam_rate_factor: float = setting(
+        0.05,
+        "learning rate of the Adam that muon leaves the first convolution, the classifiers, biases "
+        "and norms to, over schedule.learning_rate",
+        above=0,
         resumable=True,
     )
     decay_all: bool = setting(
