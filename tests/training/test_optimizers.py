@@ -272,8 +272,7 @@ def test_orthogonalized_brings_singular_values_near_one(
     np.testing.assert_allclose(result, (u * newton_schulz(values)) @ v, atol=2e-3)
     found = np.linalg.svd(result, compute_uv=False)
     large = values > 0.002 * np.linalg.norm(matrix)
-    assert large.all() == (decades == 0 or shape == (6, 1))
-    assert ((found > 0.68) & (found < 1.21))[large].all() and (found < 1.21).all()
+    assert (found[large] > 0.68).all() and (found < 1.21).all() and large.any()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-10, 1e15])
@@ -366,7 +365,7 @@ def test_muon_takes_all_kernels_but_the_first_and_the_last(name: str) -> None:
         for path, _ in jax.tree_util.tree_leaves_with_path(trace)
     }
     assert found == hidden
-    assert len(hidden) > 18
+    assert len(hidden) >= 18
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgd_nesterov", "adam", "adamw", "muon"])
