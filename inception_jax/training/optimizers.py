@@ -55,7 +55,10 @@ def make_schedule(
       ConfigError: if the warm-up is not shorter than the run, or a boundary lies in the warm-up.
     """
     warmup = timeline.steps(schedule.warmup)
-    boundaries = [timeline.steps(config.Duration(epochs=b)) for b in schedule.boundaries]
+    if schedule.boundaries_unit == "epochs":
+        boundaries = [timeline.steps(config.Duration(epochs=b)) for b in schedule.boundaries]
+    else:
+        boundaries = [int(step) for step in schedule.boundaries]
     _check(schedule, warmup, boundaries, total_steps)
     factor = _factor(schedule, timeline, warmup, boundaries, total_steps)
 

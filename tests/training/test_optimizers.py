@@ -45,6 +45,17 @@ SHAPES: list[tuple[str, dict[str, object], Callable[[int, int], float]]] = [
         lambda t, w: 0.2 ** ((t >= 25) + (t >= 39) + (t >= 88)),
     ),
     (
+        "steps",
+        {"boundaries": (25.0, 39.0), "boundaries_unit": "steps"},
+        lambda t, w: 0.1 ** ((t >= 25) + (t >= 39)),
+    ),
+    (
+        # "Decreasing the learning rate by 4% every 8 epochs" (Szegedy et al. 2014, section 6).
+        "exponential",
+        {"decay": 0.96, "decay_every": Duration(epochs=8), "staircase": True},
+        lambda t, w: 0.96 ** (t >= 100),
+    ),
+    (
         "exponential",
         {"decay": 0.5, "decay_every": Duration(epochs=2)},
         lambda t, w: 2 ** (-(t - w) / 25),
