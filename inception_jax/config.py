@@ -34,7 +34,7 @@ NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized")
 POLICIES = ("none", "randaugment", "trivialaugment")
-OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
 
@@ -250,7 +250,7 @@ class Model:
 @dataclasses.dataclass
 class Optimizer:
     name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, "momentum of SGD", low=0, below=1, resumable=True)
+    momentum: float = setting(0.9, "momentum of SGD and Muon", low=0, below=1, resumable=True)
     beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
     beta2: float = setting(
         0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True
@@ -258,8 +258,15 @@ class Optimizer:
     epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
     weight_decay: float = setting(
         0.0,
-        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW)",
+        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW, Muon)",
         low=0,
+        resumable=True,
+    )
+    adam_rate_factor: float = setting(
+        0.05,
+        "learning rate of the Adam that muon leaves the first convolution, the classifiers, biases "
+        "and norms to, over schedule.learning_rate",
+        above=0,
         resumable=True,
     )
     decay_all: bool = setting(
@@ -267,6 +274,13 @@ class Optimizer:
     )
     clip_norm: float = setting(
         0.0, "largest global norm of the gradient; 0: no clipping", low=0, resumable=True
+    )
+    sam_rho: float = setting(
+        0.0,
+        "radius of sharpness-aware minimisation, in the norm of all parameters together, for twice "
+        "the work; 0: off",
+        low=0,
+        resumable=True,
     )
 
 
@@ -304,15 +318,25 @@ class Schedule:
     )
     boundaries: tuple[float, ...] = setting(
         (),
-        "where `steps` multiplies the rate by `decay`, epochs from the start",
+        "where `steps` multiplies the rate by `decay`, in boundaries_unit from the start",
         low=0,
         resumable=True,
+    )
+    boundaries_unit: str = setting(
+        "epochs", "what `boundaries` counts", choices=("epochs", "steps"), resumable=True
     )
 
 
 @dataclasses.dataclass
 class Train:
     batch_size: int = setting(128, "examples a step, over all devices", low=1)
+    accumulate: int = setting(
+        1,
+        "micro-batches that a step's batch is computed in, one after another, to save memory; "
+        "BatchNorm sees each by itself",
+        low=1,
+        resumable=True,
+    )
     length: Duration = setting(Duration(epochs=60), "length of the run", resumable=True)
     label_smoothing: float = setting(
         0.0, "share of the target spread evenly over all classes", low=0, below=1, resumable=True
@@ -531,13 +555,18 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule
     if schedule.name == "steps" and not schedule.boundaries:
-        yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one, in epochs"
+        yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one"
     for path, boundaries in (
         ("schedule.boundaries", schedule.boundaries),
         ("train.image_size_epochs", config.train.image_size_epochs),
     ):
         if list(boundaries) != sorted(set(boundaries)):
             yield f"config.{path} = {boundaries}: must rise from each to the next"
+    if schedule.boundaries_unit == "steps" and any(b % 1 for b in schedule.boundaries):
+        yield (
+            f"config.schedule.boundaries = {schedule.boundaries}: must be whole numbers with "
+            "schedule.boundaries_unit = 'steps'"
+        )
     if schedule.name == "exponential" and not schedule.decay_every:
         yield "config.schedule.decay_every = none: the schedule 'exponential' needs it"
     if config.augment.crop == "pad" and config.augment.pad >= config.data.image_size:

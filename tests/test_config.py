@@ -78,6 +78,10 @@ def test_settings_that_a_model_does_not_have_are_refused() -> None:
     ("schedule", "words"),
     [
         (Schedule(name="steps"), "boundaries"),
+        (
+            Schedule(name="steps", boundaries=(1.0, 2.5), boundaries_unit="steps"),
+            r"boundaries = \(1.0, 2.5\): must be whole",
+        ),
         (Schedule(name="exponential"), "decay_every"),
     ],
 )

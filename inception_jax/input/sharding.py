@@ -28,18 +28,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, device_count: int) -> None:
-    """Checks that a training batch can be split evenly.
+def parts_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch in parts, [parts, B, ...]: each part split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
+def check_batch_size(batch_size: int, device_count: int, parts: int = 1) -> None:
+    """Checks that a training batch can be split evenly, over the devices and each share in parts.
 
     Raises:
       ConfigError: naming the nearest batch sizes that can.
     """
-    if batch_size % device_count:
-        below = batch_size // device_count * device_count
-        nearest = [str(size) for size in (below, below + device_count) if size]
+    unit = device_count * parts
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        nearest = [str(size) for size in (below, below + unit) if size]
+        in_parts = f" in {parts} micro-batches each (config.train.accumulate)" if parts > 1 else ""
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it "
-            f"evenly; the nearest sizes that they can are {' and '.join(nearest)}"
+            f"evenly{in_parts}; the nearest sizes that they can are {' and '.join(nearest)}"
         )
 
 

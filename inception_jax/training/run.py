@@ -85,7 +85,7 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
       UserError: if the data cannot be prepared or a setting does not fit the data or the devices.
     """
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.train.batch_size, mesh.size)
+    sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     dataset = prepare(config.data, log=log)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.models import ops
 from inception_jax.telemetry.metrics import TrainMetrics
-from inception_jax.training import ema, keys, losses
+from inception_jax.training import ema, gradients, keys, losses
 from inception_jax.training.run import Run
-from inception_jax.training.state import TrainState, Variables
+from inception_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 CompiledStep = futures.Future[jax.stages.Compiled]
@@ -68,24 +68,9 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     time_constant = run.timeline.steps(config.train.ema)
     mixed_steps = run.timeline.steps(config.augment.mix_until)
 
-    def forward(
-        params: Variables, state: TrainState, images: jax.Array, targets: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Variables]]:
-        output, updated = run.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": keys.derive(seed, "dropout", state.step)},
-            mutable=["batch_stats"],
-        )
-        loss = losses.objective(
-            output.logits,
-            output.aux,
-            targets,
-            label_smoothing=config.train.label_smoothing,
-            aux_weight=config.train.aux_weight,
-        )
-        return loss.mean(), (loss, output.logits, updated.get("batch_stats", {}))
+    gradient = gradients.make_gradient(
+        run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         images, targets = augment.augment(
@@ -101,9 +86,12 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
                 state.step, config.augment.mix_probability, mixed_steps
             ),
         )
-        gradient = jax.value_and_grad(forward, has_aux=True)
-        (mean_loss, (loss, logits, batch_stats)), grads = gradient(
-            state.params, state, images, targets
+        grads, batch_stats, loss, logits = gradient(
+            state.params,
+            state.batch_stats,
+            images,
+            targets,
+            keys.derive(seed, "dropout", state.step),
         )
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -131,7 +119,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             opt_state=opt_state,
             metrics=metrics,
         )
-        return state, mean_loss
+        return state, loss.mean()
 
     replicated = sharding.replicated(run.mesh)
     return jax.jit(

@@ -97,3 +97,6 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
         sharding.check_batch_size(12, 8)
     with pytest.raises(ConfigError, match=r"can are 8$"):
         sharding.check_batch_size(3, 8)
+    sharding.check_batch_size(48, 8, 3)
+    with pytest.raises(ConfigError, match=r"40: 8 devices.*3 micro-batches.*are 24 and 48"):
+        sharding.check_batch_size(40, 8, 3)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from jax.sharding import AxisType
 
 from inception_jax.config import Augment, Duration, Optimizer, Schedule
+from inception_jax.errors import ConfigError
 from inception_jax.input import pipeline
+from inception_jax.models.layers import ModelOutput
 from inception_jax.training import run, state, step
 from tests import small
 
@@ -162,3 +165,46 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
     assert bool(before.batch_stats) == (norm == "batch")
     assert any("aux" in name for name in before.params)
+
+
+class Linear(nn.Module):
+    """A network of one layer, which neither micro-batches nor their order change."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> ModelOutput:
+        return ModelOutput(nn.Dense(10)(images.reshape(len(images), -1)))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
+    devices: int, data_directory: pathlib.Path
+) -> None:
+    ends = []
+    for accumulate, on in ((1, 1), (4, devices)):
+        this = dataclasses.replace(build(data_directory, on), model=Linear())
+        this.config.train.accumulate = accumulate
+        this.config.optimizer.sam_rho = 0.05
+        this.config.augment = Augment(crop="pad", pad=1, mixup=0.5)
+        current, train_step = state.create(this), make_train_step(this)
+        for batch in batches(this, 3):
+            current, _ = train_step(current, batch)
+        ends.append((current.step, current.params, current.metrics.compute()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
+
+
+def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> None:
+    ends = []
+    for rho in (0.0, 0.5):
+        this = dataclasses.replace(build(data_directory, 1), model=Linear())
+        this.config.optimizer.sam_rho = rho
+        current, _ = make_train_step(this)(state.create(this), batches(this, 1)[0])
+        ends.append(current)
+    assert jax.tree.structure(ends[0].opt_state) == jax.tree.structure(ends[1].opt_state)
+    assert not np.allclose(*(end.params["Dense_0"]["kernel"] for end in ends))
+
+
+def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathlib.Path) -> None:
+    config = small.config(tmp_path)
+    config.train.accumulate = 3
+    with pytest.raises(ConfigError, match=r"batch_size = 64.*accumulate.*48 and 72"):
+        run.build(config, log=lambda _: None)

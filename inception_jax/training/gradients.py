@@ -1,0 +1,146 @@
+"""The gradient that a step hands to its update rule: of the batch, in parts, or of a neighbour."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from inception_jax import config
+from inception_jax.input import sharding
+from inception_jax.training import losses
+from inception_jax.training.state import Variables
+
+
+class Gradient(NamedTuple):
+    """What comes of one batch of B examples.
+
+    Attributes:
+      grads: of the mean loss, float32, shaped like the parameters.
+      batch_stats: BatchNorm's running statistics after the batch.
+      loss: float32 [B].
+      logits: float32 [B, K].
+    """
+
+    grads: Variables
+    batch_stats: Variables
+    loss: jax.Array
+    logits: jax.Array
+
+
+# (params, batch_stats, images float32 [B, H, W, 3], targets float32 [B, K], key of the dropout)
+GradientFunction = Callable[[Variables, Variables, jax.Array, jax.Array, jax.Array], Gradient]
+
+
+def make_gradient(
+    model: nn.Module, train: config.Train, *, sam_rho: float, mesh: Mesh
+) -> GradientFunction:
+    """Returns the gradient of training: in micro-batches and sharpness-aware where asked for.
+
+    Args:
+      model: the network.
+      train: label smoothing, weight of the auxiliary heads, number of micro-batches.
+      sam_rho: radius of `sharpness_aware`; 0: the plain gradient.
+      mesh: the devices that share a batch.
+    """
+
+    def objective(
+        params: Variables,
+        batch_stats: Variables,
+        images: jax.Array,
+        targets: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[Variables, jax.Array, jax.Array]]:
+        output, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        loss = losses.objective(
+            output.logits,
+            output.aux,
+            targets,
+            label_smoothing=train.label_smoothing,
+            aux_weight=train.aux_weight,
+        )
+        return loss.mean(), (updated.get("batch_stats", {}), loss, output.logits)
+
+    def plain(params: Variables, *rest: jax.Array) -> Gradient:
+        grads, found = jax.grad(objective, has_aux=True)(params, *rest)
+        return Gradient(grads, *found)
+
+    gradient = accumulated(plain, train.accumulate, mesh) if train.accumulate > 1 else plain
+    return sharpness_aware(gradient, sam_rho) if sam_rho else gradient
+
+
+def accumulated(gradient: GradientFunction, parts: int, mesh: Mesh) -> GradientFunction:
+    """Returns the mean gradient over equal parts of the batch, computed one after another.
+
+    Only one part's activations are in memory at a time. BatchNorm normalises each part by its own
+    statistics (over all devices), and its running statistics follow the parts in turn. Part i holds
+    the rows i, i + parts, i + 2 parts, ..., so that each device has its share of every part
+    already; its key is fold_in(key, i).
+
+    Args:
+      gradient: of one part.
+      parts: how many; the batch must be divisible by parts times the devices.
+      mesh: the devices that share each part.
+    """
+
+    def divide(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding.parts_sharding(mesh))
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def mean(
+        params: Variables,
+        batch_stats: Variables,
+        images: jax.Array,
+        targets: jax.Array,
+        key: jax.Array,
+    ) -> Gradient:
+        def add(
+            carry: tuple[Variables, Variables], part: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[tuple[Variables, Variables], tuple[jax.Array, jax.Array]]:
+            total, batch_stats = carry
+            index, images, targets = part
+            found = gradient(params, batch_stats, images, targets, jax.random.fold_in(key, index))
+            return (optax.tree.add(total, found.grads), found.batch_stats), found[2:]
+
+        (total, batch_stats), (loss, logits) = jax.lax.scan(
+            add,
+            (optax.tree.zeros_like(params), batch_stats),
+            (jnp.arange(parts), divide(images), divide(targets)),
+        )
+        return Gradient(optax.tree.scale(1 / parts, total), batch_stats, join(loss), join(logits))
+
+    return mean
+
+
+def sharpness_aware(gradient: GradientFunction, rho: float) -> GradientFunction:
+    """Returns the gradient of SAM (Foret et al. 2021, arXiv:2010.01412, algorithm 1).
+
+    With g the gradient at the parameters p, it is the gradient at p + rho * g / ||g||, the norm
+    taken over all parameters, on the same batch with the same dropout. Loss, logits and BatchNorm's
+    running statistics are those of the first pass, at p itself.
+
+    Args:
+      gradient: of the loss; with micro-batches, the mean over all of them.
+      rho: radius of the neighbourhood, in the norm of all parameters together.
+    """
+
+    def at_neighbour(params: Variables, *rest: jax.Array) -> Gradient:
+        here = gradient(params, *rest)
+        # A gradient of zeros leaves the parameters where they are.
+        factor = rho / (optax.tree.norm(here.grads) + 1e-12)
+        neighbour = optax.tree.add_scale(params, factor, here.grads)
+        return here._replace(grads=gradient(neighbour, *rest).grads)
+
+    return at_neighbour

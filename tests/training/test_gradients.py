@@ -1,0 +1,169 @@
+"""Micro-batches and sharpness-aware gradients against formulas, on networks of a layer or two."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from inception_jax.config import Train
+from inception_jax.input import sharding
+from inception_jax.models.layers import ModelOutput
+from inception_jax.training import gradients
+
+BATCH, CLASSES = 32, 5
+KEY = jax.random.key(3)
+
+
+class Net(nn.Module):
+    """BatchNorm, a hidden layer and dropout, each where asked for, and a linear layer."""
+
+    norm: bool = False
+    hidden: int = 0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> ModelOutput:
+        x = images.reshape(len(images), -1)
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        if self.hidden:
+            x = nn.tanh(nn.Dense(self.hidden)(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return ModelOutput(nn.Dense(CLASSES, name="last")(x))
+
+
+def mesh_of(devices: int) -> Mesh:
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(BATCH, 2, 2, 3)).astype(np.float32)
+    return images, rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+
+
+def variables_of(net: Net) -> tuple[Any, Any]:
+    variables = net.init({"params": KEY, "dropout": KEY}, data()[0], train=True)
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def gradient_of(
+    net: Net, *, parts: int = 1, rho: float = 0.0, devices: int = 1, at: Any = None
+) -> gradients.Gradient:
+    """The gradient at the initial parameters, or at others, of the batch split over devices."""
+    params, batch_stats = variables_of(net)
+    mesh = mesh_of(devices)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    gradient = gradients.make_gradient(net, Train(accumulate=parts), sam_rho=rho, mesh=mesh)
+    placed = jax.device_put((params if at is None else at, batch_stats), whole)
+    return jax.jit(gradient)(*placed, *jax.device_put(data(), rows), jax.device_put(KEY, whole))
+
+
+def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
+    limits = {"rtol": 1e-5, "atol": 1e-6} | tolerance
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **limits), found, expected)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(
+    parts: int, rho: float, devices: int
+) -> None:
+    net = Net(hidden=4)
+    assert_close(gradient_of(net, parts=parts, rho=rho, devices=devices), gradient_of(net, rho=rho))
+
+
+def test_no_device_sends_its_images_to_another() -> None:
+    net, mesh = Net(hidden=4), mesh_of(8)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    gradient = gradients.make_gradient(net, Train(accumulate=2), sam_rho=0.0, mesh=mesh)
+    jitted = jax.jit(gradient, in_shardings=(whole, whole, rows, rows, whole))
+    program = jitted.lower(*variables_of(net), *data(), KEY).compile().as_text()
+    assert "all-reduce" in program
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program
+
+
+def test_running_statistics_follow_the_parts_in_turn() -> None:
+    images = data()[0].reshape(BATCH, -1).astype(np.float64)
+    mean, variance = np.zeros(12), np.ones(12)
+    for part in range(4):
+        mean = 0.9 * mean + 0.1 * images[part::4].mean(0)
+        variance = 0.9 * variance + 0.1 * images[part::4].var(0)
+    found = gradient_of(Net(norm=True), parts=4, devices=8).batch_stats["norm"]
+    assert_close(found, {"mean": mean, "var": variance})
+
+
+def test_each_part_has_a_dropout_of_its_own() -> None:
+    net = Net(dropout=0.5)
+    images, targets = data()
+    plain = gradients.make_gradient(net, Train(), sam_rho=0.0, mesh=mesh_of(1))
+    parts = [
+        plain(*variables_of(net), images[i::2], targets[i::2], jax.random.fold_in(KEY, i))
+        for i in range(2)
+    ]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, parts[0].grads, parts[1].grads)
+    found = gradient_of(net, parts=2)
+    assert_close(found.grads, expected)
+    assert_close(found.logits[1::2], parts[1].logits)
+
+
+def test_sharpness_aware_gradient_equals_its_formula() -> None:
+    images, targets = data()
+    images = images.reshape(BATCH, -1).astype(np.float64)
+    start = jax.tree.map(lambda p: np.asarray(p, np.float64), variables_of(Net())[0]["last"])
+
+    def gradient(layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        powers = np.exp(images @ layer["kernel"] + layer["bias"])
+        error = (powers / powers.sum(1, keepdims=True) - targets) / BATCH
+        return {"kernel": images.T @ error, "bias": error.sum(0)}
+
+    here = gradient(start)
+    norm = np.sqrt(sum((g**2).sum() for g in here.values()))
+    expected = gradient({name: start[name] + 0.7 * here[name] / norm for name in start})
+    assert_close(gradient_of(Net(), rho=0.7).grads["last"], expected)
+    assert_close(gradient_of(Net()).grads["last"], here)
+    assert abs(expected["kernel"] - here["kernel"]).max() > 0.01
+
+
+def test_sharpness_aware_step_equals_optax() -> None:
+    net = Net(hidden=4)
+    params = variables_of(net)[0]
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.3))
+    rule = optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True)
+    updates, _ = rule.update(
+        gradient_of(net).grads,
+        rule.init(params),
+        params,
+        grad_fn=lambda at, _: gradient_of(net, at=at).grads,
+    )
+    found = gradient_of(net, rho=0.3).grads
+    assert_close(jax.tree.map(lambda g: -0.1 * g, found), updates)
+
+
+def test_second_pass_has_the_same_dropout_and_leaves_the_statistics() -> None:
+    net = Net(norm=True, hidden=4, dropout=0.5)
+    plain, found = gradient_of(net), gradient_of(net, rho=0.3)
+    assert_close(found[1:], plain[1:])
+    factor = 0.3 / optax.tree.norm(plain.grads)
+    neighbour = jax.tree.map(lambda p, g: p + factor * g, variables_of(net)[0], plain.grads)
+    assert_close(found.grads, gradient_of(net, at=neighbour).grads)
+
+
+def test_a_gradient_of_zero_stays_where_it_is() -> None:
+    net = Net()
+    params, _ = variables_of(net)
+    mesh = mesh_of(1)
+    gradient = gradients.make_gradient(net, Train(), sam_rho=0.5, mesh=mesh)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    uniform = jnp.full((BATCH, CLASSES), 1 / CLASSES)
+    found = gradient(zeros, {}, jnp.asarray(data()[0]), uniform, KEY)
+    assert_close(found.grads, zeros)
