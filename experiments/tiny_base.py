@@ -1,4 +1,4 @@
-"""What the Tiny ImageNet experiments share; each of the others derives from this and changes some.
+"""What the Tiny ImageNet experiments share: each of the others derives from this.
 
 It is no recipe: run one of the others. All of them train on the whole training split (100,000
 images, in a new order each epoch, none dropped) and are evaluated on all 10,000 images of the
@@ -16,7 +16,7 @@ from their sources in common:
     on kernels, as there.
 """
 
-from inception_jax.config import Augment, Checkpoint, Config, Data, Duration, Evaluation, Log
+from inception_jax.config import Augment, Checkpoint, Config, Data, Duration, Evaluation, Log, Model
 
 
 def get_config() -> Config:
@@ -25,6 +25,7 @@ def get_config() -> Config:
         name="tiny_base",
         data=Data(name="tiny_imagenet", image_size=64),
         augment=Augment(crop="pad", pad=4, flip=True),
+        model=Model(name="googlenet", stem="paper", norm="batch", dropout=0.4),
         evaluation=Evaluation(batch_size=500, every=Duration(epochs=1)),
         checkpoint=Checkpoint(every=Duration(epochs=1), keep_last=2, keep_best=1),
         log=Log(every=Duration(steps=100)),
