@@ -49,8 +49,9 @@ def main(positional: Sequence[str]) -> None:
 
     runtime.initialize(platform="cpu", log=cli.say)
     source, target = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
+    state = read_state_dict(source)
     try:
-        model, variables = torchvision_weights.from_torchvision(read_state_dict(source))
+        model, variables = torchvision_weights.from_torchvision(state)
     except DataError as error:
         raise DataError(f"--input={source}: {error}") from error
     mean, std = _TRANSFORMED if _TRANSFORM_INPUT.value else _IMAGENET
