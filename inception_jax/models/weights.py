@@ -89,7 +89,8 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
       path: of the file; one that is there is replaced.
       weights: to write.
       dtype: of the parameters, "float32" or "bfloat16". BatchNorm statistics stay float32: they are
-        under 1% of the file, and an eighth of the logits' error would come from rounding them.
+        0.2% of the numbers, and rounding them alone moved the logits of a trained MiniGoogLeNet by
+        up to 0.05 of 19.5, where rounding the parameters moved them by up to 0.07.
 
     Raises:
       UserError: if the file cannot be written.

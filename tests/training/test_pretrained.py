@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.config import Config, Duration, Init, Model, Schedule, Train
+from inception_jax.config import Checkpoint, Config, Data, Duration, Init, Model
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
 from inception_jax.models import registry, weights
@@ -68,15 +68,13 @@ def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.P
     assert evaluate_weights(other, source.path) == expected
 
 
-def fine_tuning(data: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
-    """Returns settings of a step that changes no parameter by as much as a rounding."""
+def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
+    """Returns settings of a run from a file; its first step has rate 0 and changes no parameter."""
     groups = {
-        "seed": 1,
         "init": Init(weights=str(path)),
-        "schedule": Schedule(name="constant", learning_rate=1e-30),
-        "train": Train(batch_size=64, length=Duration(steps=1), ema=Duration(steps=5)),
+        "checkpoint": Checkpoint(every=Duration(steps=1), keep_last=20),
     }
-    return small.config(data, **(groups | changes))
+    return small.config(directory, **(groups | changes))
 
 
 def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
@@ -105,7 +103,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
 
     path.unlink()
     resumed = loop.train(this, folder, Evaluator(this), changed=[])
-    assert resumed["step"] == 1
+    assert resumed["step"] == 11
 
 
 def test_the_state_starts_from_parameters_statistics_and_average(
@@ -203,10 +201,12 @@ def test_auxiliary_heads_may_be_on_one_side_only(
     def model(heads: bool) -> Model:
         return Model(stem="s16", width=0.03, aux_heads=heads)
 
-    this = build(fine_tuning(data_directory, tmp_path / "weights", model=model(not theirs)))
+    data = Data(name="digits", directory=str(data_directory), image_size=16)
+    path = tmp_path / "weights"
+    this = build(fine_tuning(data_directory, path, data=data, model=model(not theirs)))
     module = registry.create(model(theirs), 10)
     shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+        lambda: module.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
     )
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     dataset = this.dataset
@@ -217,7 +217,7 @@ def test_auxiliary_heads_may_be_on_one_side_only(
         mean=dataset.mean,
         std=dataset.std,
     )
-    weights.save(tmp_path / "weights", saved)
+    weights.save(path, saved)
     start = pretrained.start(this, state.abstract(this))
     assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
     notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
