@@ -328,6 +328,16 @@ class Schedule:
 
 
 @dataclasses.dataclass
+class Init:
+    weights: str = setting(
+        "",
+        "file of weights that a new run starts from (tools.export_weights, tools.import_weights); "
+        "a resumed run does not read it; empty: random values",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
 class Train:
     batch_size: int = setting(128, "examples a step, over all devices", low=1)
     accumulate: int = setting(
@@ -418,6 +428,7 @@ class Config:
     data: Data = setting(Data(), "what the examples are")
     augment: Augment = setting(Augment(), "how training images are varied")
     model: Model = setting(Model(), "what is trained")
+    init: Init = setting(Init(), "what training starts from")
     optimizer: Optimizer = setting(Optimizer(), "how parameters are updated")
     schedule: Schedule = setting(Schedule(), "the learning rate over time")
     train: Train = setting(Train(), "how training runs")

@@ -13,15 +13,16 @@ Train a network, or evaluate a checkpoint of it.
 
   python -m inception_jax.main --config experiments/tiny.py --workdir DIR
   python -m inception_jax.main --config experiments/tiny.py --workdir DIR --mode=eval
+  python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
 Training goes on from the newest checkpoint in DIR if there is one. Exit code 0: done; 2: a mistake
 in the command, the settings or the data, which the message says how to mend; 1: a failed run.
 """
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the run: checkpoints, metrics, plots", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
+_WEIGHTS = flags.DEFINE_string("weights", None, "eval: file of weights, instead of --workdir")
+flags.mark_flags_as_mutual_exclusive(["workdir", "weights"], required=True)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
@@ -42,8 +43,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import loop, run, workdir
 
     configs.validate(_CONFIG.value)
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    changed = workdir.check_owner(folder, _CONFIG.value)
+    folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(folder)
     runtime.initialize(
@@ -55,8 +56,11 @@ def main(positional: Sequence[str]) -> None:
         log=cli.say,
     )
     this_run = run.build(_CONFIG.value, log=cli.say)
-    workdir.check_dataset(folder, this_run.dataset_identity())
-    if _MODE.value == "train":
+    if folder is not None:
+        workdir.check_dataset(folder, this_run.dataset_identity())
+    if folder is None:
+        result = evaluate.evaluate_weights(this_run, pathlib.Path(_WEIGHTS.value))
+    elif _MODE.value == "train":
         evaluator = evaluate.Evaluator(this_run)
         result = loop.train(this_run, folder, evaluator, changed=changed)
         if this_run.is_lead:

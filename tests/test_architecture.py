@@ -42,8 +42,10 @@ OWNERS = {
     "tensorflow_datasets": ("datasets/",),
     "sklearn": ("datasets/",),
     "matplotlib": ("evaluation/",),
+    "safetensors": ("models/weights.py",),
+    "torch": ("tools/import_weights.py",),
 }
-UNWANTED = {"tensorflow", "keras", "torch", "torchvision", "tensorboard"}
+UNWANTED = {"tensorflow", "keras", "torchvision", "tensorboard"}
 PARALLEL = {"sharding", "PartitionSpec", "NamedSharding", "Mesh", "axis_name", "psum", "pmean"}
 
 

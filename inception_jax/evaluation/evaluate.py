@@ -1,14 +1,16 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
+import dataclasses
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from inception_jax.input import augment, pipeline, sharding
-from inception_jax.models import ops
+from inception_jax.models import ops, weights
 from inception_jax.telemetry.metrics import EvalMetrics
-from inception_jax.training import losses
+from inception_jax.training import losses, pretrained
 from inception_jax.training import state as states
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
@@ -108,4 +110,33 @@ def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any
         "epoch": run.timeline.epoch(step),
         "split": run.dataset.eval_split,
         **Evaluator(run)(states.eval_variables(**model)),
+    }
+
+
+def evaluate_weights(run: Run, path: pathlib.Path) -> dict[str, Any]:
+    """Evaluates a file of weights on a run's evaluation split.
+
+    Images are normalised by the file's mean and std, as the weights were trained.
+
+    Args:
+      run: with the network of the file, and a data set of its classes.
+      path: of the file.
+
+    Returns:
+      step, epoch, split, count, loss, top1 and top5; step and epoch are those of the training that
+      gave the weights, None if unknown.
+
+    Raises:
+      DataError: if the file cannot be used.
+      ConfigError: if it is of another network or other classes.
+    """
+    found = weights.load(path)
+    variables = pretrained.for_evaluation(run, path, found)
+    dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
+    variables = jax.device_put(variables, sharding.replicated(run.mesh))
+    return {
+        "step": found.step,
+        "epoch": found.epoch,
+        "split": dataset.eval_split,
+        **Evaluator(dataclasses.replace(run, dataset=dataset))(variables),
     }

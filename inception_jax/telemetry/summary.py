@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "revision": _git_revision(pathlib.Path(__file__).parents[2]),
+        "revision": revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
@@ -61,6 +61,11 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
     }
+
+
+def revision() -> str | None:
+    """Returns the commit of the source, as in `environment`."""
+    return _git_revision(pathlib.Path(__file__).parents[2])
 
 
 def _version(package: str) -> str | None:

@@ -162,6 +162,10 @@ class Checkpoints:
         """Returns params, batch_stats and average of a step, and no more."""
         return self._restore(step, model=ocp.args.StandardRestore(_model_item(like))).model
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the metrics that a step was saved with; empty if there were none."""
+        return dict(self._manager.metrics(step) or {})
+
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))

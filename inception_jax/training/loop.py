@@ -16,6 +16,7 @@ from inception_jax.telemetry.clock import Clock, Rate
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.writers import RunWriter
+from inception_jax.training import pretrained
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -62,7 +63,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         ) as checkpoints,
         futures.ThreadPoolExecutor(1) as background,
     ):
-        state, clock, train_steps = _start(run, checkpoints, background)
+        state, clock, train_steps, notes = _start(run, checkpoints, background)
         first = int(state.step)
         if run.is_lead:
             workdirs.record_start(
@@ -79,7 +80,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
             clock.phase("other"),
         ):
             reporter = _Reporter(run, writer, progress, clock)
-            reporter.started(state, first, changed)
+            reporter.started(state, first, changed, notes)
             result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
@@ -88,19 +89,23 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
 
 def _start(
     run: Run, checkpoints: Checkpoints, background: futures.Executor
-) -> tuple[TrainState, Clock, dict[int, CompiledStep]]:
-    """Returns the state and the clock of the newest checkpoint, or new ones, and the steps.
+) -> tuple[TrainState, Clock, dict[int, CompiledStep], list[str]]:
+    """Returns the state and the clock of the newest checkpoint, or new ones; the steps; and notes.
 
     The steps, one for each image size, compile in the background, while the state is made or read
     and all else gets ready.
     """
     like, create = states.plan(run)
     first = checkpoints.latest_step()
+    # Read before anything is compiled, as it may be refused.
+    start = pretrained.start(run, like) if first is None and run.config.init.weights else None
     train_steps = compile_train_steps(run, like, background, first=first or 0)
+    if start:
+        return states.start_from(create(), start.values), Clock(), train_steps, start.notes
     if first is None:
-        return create(), Clock(), train_steps
+        return create(), Clock(), train_steps, []
     state, progress = checkpoints.restore(first, like)
-    return state, Clock(initial=progress["seconds"]), train_steps
+    return state, Clock(initial=progress["seconds"]), train_steps, []
 
 
 def _train(
@@ -187,7 +192,7 @@ class _Reporter:
         self._last_report = 0
         self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
 
-    def started(self, state: TrainState, first: int, changed: list[str]) -> None:
+    def started(self, state: TrainState, first: int, changed: list[str], notes: list[str]) -> None:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
         note(summary.parameter_table(state.params))
@@ -202,6 +207,8 @@ class _Reporter:
         )
         if first:
             note(f"resumed at step {first:,}, epoch {run.timeline.epoch(first):.2f}")
+        for line in notes:
+            note(line)
         for line in changed:
             note(f"changed since the run began: {line}")
         self._last_report = first

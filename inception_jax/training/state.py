@@ -1,13 +1,15 @@
 """The state of training: all that a step reads and writes, and all that a checkpoint holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from inception_jax.input import sharding
+from inception_jax.models import weights
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import keys
 from inception_jax.training.run import Run
@@ -89,6 +91,24 @@ def plan(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
 def create(run: Run) -> TrainState:
     """Returns the state before the first step, on all devices."""
     return plan(run)[1]()
+
+
+def start_from(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
+    """Returns the state before the first step with other initial variables.
+
+    Args:
+      state: as `create` returns it.
+      values: parameters and BatchNorm statistics by path ("params/conv1/conv/kernel"); those that
+        are not named keep their values. The averages start from the same as they.
+    """
+
+    def replaced(state: TrainState, values: Mapping[str, jax.Array]) -> TrainState:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = weights.unflatten({**weights.flatten(variables), **values})
+        average = jax.tree.map(jnp.copy, variables) if state.average else {}
+        return state.replace(**variables, average=average)
+
+    return jax.jit(replaced, out_shardings=state.step.sharding)(state, values)
 
 
 def abstract(run: Run) -> TrainState:

@@ -51,12 +51,17 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def check_writable(workdir: Workdir) -> None:
+def check_writable(workdir: Workdir | None) -> None:
     """Makes the folder and checks that files can be written in it.
 
     Raises:
-      UserError: if they cannot.
+      UserError: if they cannot, or there is no folder.
     """
+    if workdir is None:
+        raise UserError(
+            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
+            "--config.init.weights=FILE instead of --weights"
+        )
     probe = workdir.path / f".probe.{os.getpid()}"
     try:
         workdir.path.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,18 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
             f"{workdir.config}: cannot be read as the record of a run: {error}. "
             "Was it written by another version? Give another --workdir"
         ) from error
+
+
+def recorded_config(workdir: Workdir) -> Config:
+    """Returns the settings of a folder's run.
+
+    Raises:
+      CheckpointError: if there is no run, or its record cannot be read.
+    """
+    record = recorded(workdir)
+    if record is None:
+        raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
+    return configs.from_dict(record["config"])
 
 
 def has_checkpoint(workdir: Workdir) -> bool:

@@ -127,6 +127,19 @@ def test_evaluation_gives_the_numbers_of_training(
     assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
 
 
+def test_exported_weights_evaluate_as_the_checkpoint(
+    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    said = command.check("tools.export_weights", f"--workdir={finished}", f"--output={path}")
+    assert "mini_googlenet, 4 classes" in said and "moving average" in said
+    result = json.loads(command.check("main", *training, f"--weights={path}", "--mode=eval"))
+    assert result in [line for line in lines(finished) if line["split"] == "validation"]
+    done = command.run("main", *training, f"--weights={path}")
+    assert done.returncode == 2
+    assert "--config.init.weights" in done.stderr
+
+
 def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:
     (finished / "plots" / "loss.png").unlink()
     output = command.check("tools.plot", str(finished))

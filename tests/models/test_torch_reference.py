@@ -1,18 +1,22 @@
 """The networks against PyTorch, with the same random weights on both sides.
 
-The PyTorch modules are written here, with the names and the geometry of torchvision's GoogLeNet
-(ceil-mode pools, padding of half the kernel, adaptive average pools) and of the paper's.
+The PyTorch modules are written here, with the names of torchvision's GoogLeNet and the geometry of
+it (ceil-mode pools, padding of half the kernel, adaptive average pools) and of the paper's.
 """
 
+import pathlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from inception_jax.config import Model
-from inception_jax.models import registry
+from inception_jax.models import registry, torchvision_weights, weights
+from tests import command
 
 torch = pytest.importorskip("torch", reason="the reference is written in PyTorch")
 nn, functional = torch.nn, torch.nn.functional
@@ -35,32 +39,27 @@ class Unit(nn.Module):  # type: ignore[name-defined]
     def __init__(self, i: int, o: int, size: int = 1, stride: int = 1, norm: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(i, o, size, stride, size // 2, bias=not norm)
-        self.norm = nn.BatchNorm2d(o, eps=1e-3) if norm else nn.Identity()
+        self.bn = nn.BatchNorm2d(o, eps=1e-3) if norm else nn.Identity()
 
     def forward(self, x: Any) -> Any:
-        return functional.relu(self.norm(self.conv(x)))
+        return functional.relu(self.bn(self.conv(x)))
 
 
 class Inception(nn.Module):  # type: ignore[name-defined]
     def __init__(self, widths: tuple[int, ...], five: int, norm: bool) -> None:
         super().__init__()
         i, one, reduce3, three, reduce5, five_out, pool = widths
-        self.conv_1x1 = Unit(i, one, norm=norm)
-        self.reduce_3x3 = Unit(i, reduce3, norm=norm)
-        self.conv_3x3 = Unit(reduce3, three, 3, norm=norm)
-        self.reduce_5x5 = Unit(i, reduce5, norm=norm)
-        self.conv_5x5 = Unit(reduce5, five_out, five, norm=norm)
-        self.pool_proj = Unit(i, pool, norm=norm)
+        self.branch1 = Unit(i, one, norm=norm)
+        self.branch2 = nn.Sequential(
+            Unit(i, reduce3, norm=norm), Unit(reduce3, three, 3, norm=norm)
+        )
+        self.branch3 = nn.Sequential(
+            Unit(i, reduce5, norm=norm), Unit(reduce5, five_out, five, norm=norm)
+        )
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), Unit(i, pool, norm=norm))
 
     def forward(self, x: Any) -> Any:
-        pooled = functional.max_pool2d(x, 3, 1, 1)
-        branches = (
-            self.conv_1x1(x),
-            self.conv_3x3(self.reduce_3x3(x)),
-            self.conv_5x5(self.reduce_5x5(x)),
-            self.pool_proj(pooled),
-        )
-        return torch.cat(branches, 1)
+        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
 
 
 class Head(nn.Module):  # type: ignore[name-defined]
@@ -68,17 +67,15 @@ class Head(nn.Module):  # type: ignore[name-defined]
         super().__init__()
         self.adaptive = adaptive
         self.conv = Unit(i, 128, norm=norm)
-        self.hidden = nn.Linear(128 * grid * grid, 1024)
-        self.classifier = nn.Linear(1024, 10)
+        self.fc1 = nn.Linear(128 * grid * grid, 1024)
+        self.fc2 = nn.Linear(1024, 10)
 
     def forward(self, x: Any) -> Any:
         if self.adaptive:
             x = functional.adaptive_avg_pool2d(x, 4)
         else:
             x = functional.avg_pool2d(x, min(5, x.shape[-1]), 3)
-        # Flattened with the channels last, as the other side does.
-        x = self.conv(x).permute(0, 2, 3, 1).flatten(1)
-        return self.classifier(functional.relu(self.hidden(x)))
+        return self.fc2(functional.relu(self.fc1(self.conv(x).flatten(1))))
 
 
 class Reference(nn.Module):  # type: ignore[name-defined]
@@ -88,30 +85,30 @@ class Reference(nn.Module):  # type: ignore[name-defined]
         super().__init__()
         norm, self.lrn = not lrn, lrn
         self.conv1 = Unit(3, 64, 7, 2, norm=norm)
-        self.conv2_reduce = Unit(64, 64, norm=norm)
-        self.conv2 = Unit(64, 192, 3, norm=norm)
+        self.conv2 = Unit(64, 64, norm=norm)
+        self.conv3 = Unit(64, 192, 3, norm=norm)
         for name, widths in WIDTHS.items():
-            self.add_module(f"inception_{name}", Inception(widths, 5 if lrn else 3, norm))
-        self.aux_4a = Head(512, head_grid, not lrn, norm)
-        self.aux_4d = Head(528, head_grid, not lrn, norm)
-        self.classifier = nn.Linear(1024, 10)
+            self.add_module(f"inception{name}", Inception(widths, 5 if lrn else 3, norm))
+        self.aux1 = Head(512, head_grid, not lrn, norm)
+        self.aux2 = Head(528, head_grid, not lrn, norm)
+        self.fc = nn.Linear(1024, 10)
 
     def respond(self, x: Any) -> Any:
         return functional.local_response_norm(x, 5, 1e-4, 0.75, 1.0) if self.lrn else x
 
     def forward(self, x: Any) -> list[Any]:
         x = self.respond(functional.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True))
-        x = self.respond(self.conv2(self.conv2_reduce(x)))
+        x = self.respond(self.conv3(self.conv2(x)))
         x = functional.max_pool2d(x, 3, 2, ceil_mode=True)
         aux = []
         for name in WIDTHS:
-            x = getattr(self, f"inception_{name}")(x)
+            x = getattr(self, f"inception{name}")(x)
             if name in ("4a", "4d"):
-                aux.append(getattr(self, f"aux_{name}")(x))
+                aux.append((self.aux1 if name == "4a" else self.aux2)(x))
             if name in ("3b", "4e"):
                 window = 2 if name == "4e" and not self.lrn else 3
                 x = functional.max_pool2d(x, window, 2, ceil_mode=True)
-        return [self.classifier(x.mean((2, 3))), *aux]
+        return [self.fc(x.mean((2, 3))), *aux]
 
 
 def random_weights(reference: Any) -> None:
@@ -135,24 +132,8 @@ def random_weights(reference: Any) -> None:
                 module.running_var.copy_(torch.exp(0.3 * normal(module.running_var)))
 
 
-def copied(reference: Any, variables: Any) -> Any:
-    """Returns the tree `variables` filled from the reference's module of each leaf's path."""
-    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-
-    def value(path: Any, leaf: Any) -> np.ndarray:
-        _, *modules, name = (key.key for key in path)
-        modules = [each for each in modules if each != "dense"]
-        module = reference.get_submodule(".".join(modules))
-        if name != "kernel":
-            result = getattr(module, names[name]).detach().numpy()
-        elif isinstance(module, nn.Conv2d):
-            result = module.weight.detach().numpy().transpose(2, 3, 1, 0)
-        else:
-            result = module.weight.detach().numpy().T
-        assert result.shape == leaf.shape, path
-        return np.ascontiguousarray(result)
-
-    return jax.tree_util.tree_map_with_path(value, variables)
+def arrays(reference: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +160,8 @@ def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_gr
     model.dropout = model.aux_dropout = 0.0
     module = registry.create(model, 10)
     images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
-    variables = copied(reference, jax.eval_shape(module.init, jax.random.key(0), images))
+    like = jax.eval_shape(module.init, jax.random.key(0), images)
+    variables = torchvision_weights.convert(arrays(reference), like)
     torch_images = torch.from_numpy(images).permute(0, 3, 1, 2)
 
     with torch.no_grad():
@@ -201,3 +183,71 @@ def assert_close(logits: jax.Array, expected: Any) -> None:
     """Asserts that logits agree to 1e-4 of the largest."""
     expected = expected.numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("heads", [True, False], ids=["heads", "no-heads"])
+def test_a_state_dict_becomes_a_file_of_weights(
+    suffix: str, heads: bool, tmp_path: pathlib.Path
+) -> None:
+    reference = Reference(False, 4)
+    random_weights(reference)
+    state = {k: v for k, v in reference.state_dict().items() if heads or not k.startswith("aux")}
+    source, names = tmp_path / f"googlenet{suffix}", tmp_path / "names.txt"
+    target = tmp_path / "weights.safetensors"
+    if suffix == ".pth":
+        # As torchvision's own training script saves it, from several devices.
+        torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, source)
+    else:
+        save_file({k: v.numpy() for k, v in state.items()}, source)
+    names.write_text("".join(f"class {index}\n" for index in range(10)))
+
+    arguments = (f"--input={source}", f"--output={target}", f"--class_names={names}")
+    output = command.check("tools.import_weights", *arguments)
+    assert "googlenet_torchvision, 10 classes; mean (0.5, 0.5, 0.5)" in output
+
+    found = weights.load(target)
+    assert found.class_names == tuple(f"class {index}" for index in range(10))
+    assert found.config.model.aux_heads == heads
+    assert found.mean.tolist() == found.std.tolist() == [0.5, 0.5, 0.5]
+    expected = torchvision_weights.from_torchvision(arrays(reference))[1]
+    leaves = weights.flatten(found.variables)
+    assert any("aux_4a" in name for name in leaves) == heads
+    for name, leaf in weights.flatten(expected).items():
+        if heads or "aux" not in name:
+            np.testing.assert_array_equal(leaves[name], leaf, err_msg=name)
+
+
+def test_a_state_dict_of_another_network_is_refused(tmp_path: pathlib.Path) -> None:
+    reference = Reference(False, 4)
+    state = reference.state_dict()
+    state["layer1.weight"] = state.pop("conv2.conv.weight")
+    state["conv3.bn.weight"] = torch.zeros(7)
+    torch.save(state, tmp_path / "other.pth")
+    done = command.run(
+        "tools.import_weights", f"--input={tmp_path / 'other.pth'}", f"--output={tmp_path / 'out'}"
+    )
+    assert done.returncode == 2
+    for words in ("3 entries", "missing: conv2.conv.weight", "layer1.weight", "conv3.bn.weight: ("):
+        assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None:
+    trace, source = tmp_path / "trace", tmp_path / "evil.pth"
+    source.write_bytes(pickle.dumps(Touch(trace)))
+    done = command.run("tools.import_weights", f"--input={source}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert str(source) in done.stderr and "Traceback" not in done.stderr
+    assert not trace.exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")

@@ -1,0 +1,154 @@
+"""The file of weights: what is written is what is read, and everything else is refused."""
+
+import dataclasses
+import pathlib
+import pickle
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from inception_jax.config import Config, Model
+from inception_jax.errors import DataError, UserError
+from inception_jax.models import weights
+from inception_jax.models.weights import Weights
+
+
+def example(**changes: object) -> Weights:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    found = Weights(
+        variables={
+            "params": {
+                "conv1": {"conv": {"kernel": normal(3, 3, 3, 4)}},
+                "classifier": {"dense": {"kernel": normal(4, 2), "bias": normal(2)}},
+            },
+            "batch_stats": {"conv1": {"norm": {"mean": normal(4), "var": normal(4) ** 2}}},
+        },
+        config=Config(seed=7, model=Model(width=0.5)),
+        class_names=("grün", "blau"),
+        mean=normal(3),
+        std=normal(3) ** 2,
+        is_average=True,
+        step=12,
+        epoch=1.5,
+        metrics={"top1": 99.5, "loss": 0.1},
+        revision="abc",
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def test_what_is_saved_is_loaded(tmp_path: pathlib.Path) -> None:
+    saved = example()
+    weights.save(tmp_path / "weights", saved)
+    loaded = weights.load(tmp_path / "weights")
+    for field in dataclasses.fields(Weights):
+        one, other = getattr(saved, field.name), getattr(loaded, field.name)
+        if field.name == "variables":
+            one, other = weights.flatten(one), weights.flatten(other)
+            assert {leaf.dtype for leaf in other.values()} == {np.dtype(np.float32)}
+        np.testing.assert_equal(other, one)
+    assert (loaded.num_classes, loaded.image_size) == (2, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_network_without_batchnorm_and_unknown_classes_are_possible(
+    tmp_path: pathlib.Path,
+) -> None:
+    saved = example(class_names=(), step=None, epoch=None)
+    saved.variables["batch_stats"] = {}
+    weights.save(tmp_path / "weights", saved)
+    loaded = weights.load(tmp_path / "weights")
+    assert (loaded.variables["batch_stats"], loaded.class_names, loaded.step) == ({}, (), None)
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: pathlib.Path) -> None:
+    for name in ("one", "two"):
+        weights.save(tmp_path / name, example())
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_bfloat16_rounds_parameters_and_keeps_statistics(tmp_path: pathlib.Path) -> None:
+    saved = example()
+    weights.save(tmp_path / "weights", saved, dtype="bfloat16")
+    with safe_open(tmp_path / "weights", framework="np") as file:
+        types = {name: file.get_tensor(name).dtype.name for name in file.keys()}  # noqa: SIM118
+    assert types == {
+        name: "bfloat16" if name.startswith("params/") else "float32"
+        for name in weights.flatten(saved.variables)
+    }
+    loaded = weights.flatten(weights.load(tmp_path / "weights").variables)
+    for name, leaf in weights.flatten(saved.variables).items():
+        rounded = leaf.astype(jnp.bfloat16) if name.startswith("params/") else leaf
+        np.testing.assert_array_equal(loaded[name], rounded.astype(np.float32))
+
+
+def write_damaged(path: pathlib.Path, damage: str) -> None:
+    weights.save(path, example())
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(whole[:-5])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"fc.weight": [1.0]}))
+    elif damage == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", "x")
+    elif damage == "foreign":
+        save_file({"fc.weight": np.zeros(3, np.float32)}, path)
+    elif damage == "newer":
+        path.write_bytes(whole.replace(b'format\\": 1', b'format\\": 2'))
+    elif damage == "setting":
+        path.write_bytes(whole.replace(b'\\"seed\\"', b'\\"sead\\"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "No such file"),
+        ("truncated", "only a part"),
+        ("empty", "only a part"),
+        ("pickle", "pickle(.|\n)*import_weights"),
+        ("zip", "pickle(.|\n)*import_weights"),
+        ("foreign", "nothing about its network(.|\n)*import_weights"),
+        ("newer", "its format is 2; this version reads 1"),
+        ("setting", "config.sead"),
+    ],
+)
+def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    write_damaged(path, damage)
+    with pytest.raises(DataError, match=words) as error:
+        weights.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="none/weights: cannot be written"):
+        weights.save(tmp_path / "none" / "weights", example())
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights.save(tmp_path / "weights", example())
+    before = (tmp_path / "weights").read_bytes()
+
+    def fail(_: object, path: pathlib.Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    with pytest.raises(UserError, match="No space left"):
+        weights.save(tmp_path / "weights", example(step=13))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    assert (tmp_path / "weights").read_bytes() == before
