@@ -31,9 +31,9 @@ _TRAIN_FOLDERS = ("train", "training")
 _VALIDATION_FOLDERS = ("val", "validation", "valid")
 _TEST_FOLDERS = ("test", "testing")
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
-_EXPECTED = (
-    "Expected is one folder of pictures for each class, or train/ and val/ with such folders."
-)
+_EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/ with such folders."
+# Unicode's categories of control characters, line breaks and paragraph breaks.
+_BREAKS = ("Cc", "Zl", "Zp")
 # How many things an error names.
 NAMED = 10
 
@@ -235,11 +235,11 @@ def class_name(folder: str) -> str:
 def shown(file: str) -> str:
     """Returns a path as text of one line: what is not UTF-8 and what breaks lines is escaped."""
     text = file.encode("utf-8", "backslashreplace").decode()
-    breaks = ("Cc", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c
-        for c in text
-    )
+    return "".join(_escaped(c) if unicodedata.category(c) in _BREAKS else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:

@@ -23,7 +23,7 @@ from inception_jax.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What PIL raises for data that are no image, or not a whole one. Most of its decoders turn what goes
+# What PIL raises for data that are no image, or not a whole one. Most decoders turn what goes
 # wrong into one of the first four; those of rare formats let errors of unpacking through.
 _BROKEN = (
     OSError,
@@ -152,9 +152,8 @@ def _decode_any(data: bytes) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits of grey, which PIL would cut at 255.
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        high = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         # PIL warns of the direct way.
         image = image.convert("RGBA")
