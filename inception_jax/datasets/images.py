@@ -1,8 +1,8 @@
 """Encoded images to pixels, in threads (the decoders release the interpreter's lock).
 
 JPEGs are decoded by simplejpeg, a thin layer over libjpeg-turbo: in a quarter of PIL's time, to the
-same pixels. What it does not take (other formats, four channels, JPEGs with odd or missing data) is
-left to PIL, which alone decides what is an image.
+same pixels. What it does not take (other formats, four channels, JPEGs with odd or missing data),
+and JPEGs with EXIF data, are left to PIL, which alone decides what is an image.
 """
 
 import collections
@@ -41,6 +41,8 @@ _BROKEN = (
 )
 # As simplejpeg names them.
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
+# What EXIF data begin with in a JPEG. They can say how the camera was held.
+_EXIF = b"Exif\0\0"
 # What brings an image upright, by the value of the EXIF tag "Orientation"; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,17 +128,14 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Returns a JPEG's pixels, uint8 [H, W, 3], or None for what is left to PIL."""
+    if _EXIF in data:
+        return None
     try:
         *_, colours, _ = simplejpeg.decode_jpeg_header(data)
         # Of the ways from four channels to three, it does not take PIL's.
-        pixels = simplejpeg.decode_jpeg(data) if colours in _JPEG_COLOURS else None
+        return simplejpeg.decode_jpeg(data) if colours in _JPEG_COLOURS else None
     except ValueError:
         return None
-    # PIL takes 20 µs to open a file, a small image's decoding as much: most have no EXIF data.
-    if pixels is None or b"Exif\0\0" not in data:
-        return pixels
-    with Image.open(io.BytesIO(data)) as image:
-        return _upright(Image.fromarray(pixels), _orientation(image))
 
 
 def _decode_any(data: bytes) -> np.ndarray:
@@ -146,7 +145,9 @@ def _decode_any(data: bytes) -> np.ndarray:
         _check_mode(image)
         # Asked for after the loading: PIL itself turns TIFFs, and then says so.
         orientation = _orientation(image)
-        return _upright(_to_rgb(image), orientation)
+        pixels = _to_rgb(image)
+    turn = _TURNS.get(orientation)
+    return np.asarray(pixels if turn is None else pixels.transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -171,11 +172,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BROKEN:
         return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> np.ndarray:
-    turn = _TURNS.get(orientation)
-    return np.asarray(image if turn is None else image.transpose(turn))
 
 
 def threaded_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
