@@ -50,10 +50,10 @@ _CITATION = """@techreport{krizhevsky2009learning,
 
 
 class Example(NamedTuple):
-    """One image: its split, its index in the order of the files, pixels and label."""
+    """One image: its split, its number in the order of the files, pixels and label."""
 
     split: str
-    index: int
+    number: int
     pixels: np.ndarray
     label: int
 
@@ -145,7 +145,7 @@ class Cifar10(builder.ImageBuilder):
         pieces = (items[start : start + _PIECE] for start in range(0, len(items), _PIECE))
         encoded = itertools.chain.from_iterable(images.threaded_map(_encode, pieces))
         for item, data in zip(items, encoded, strict=True):
-            name = f"{item.split}_{item.index:05d}.png"
+            name = f"{item.split}_{item.number:05d}.png"
             yield name, {"image": data, "label": item.label, "file_name": name}
 
 

@@ -18,7 +18,7 @@ _NAMED = 100
 
 
 # TFDS has a builder of this name, which is no base for this one: it needs TensorFlow.
-class ImageFolder(builder.ImageBuilder, skip_registration=True):
+class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Pictures of any format that PIL knows, kept as the files that they are.
 
     Features: image, label (the index of the class among the sorted class names; −1 in a test split

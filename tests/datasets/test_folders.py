@@ -19,7 +19,7 @@ def write(path: pathlib.Path, *names: str, root: str = "") -> pathlib.Path:
 
 
 def found(layout: folders.Layout) -> dict[str, list[tuple[str, str]]]:
-    return {split: [tuple(entry) for entry in entries] for split, entries in layout.splits.items()}
+    return {split: [(e.file, e.label) for e in entries] for split, entries in layout.splits.items()}
 
 
 @pytest.fixture(params=["x.zip", "folder"])

@@ -14,7 +14,7 @@ from inception_jax.input.dataset import Dataset, prepare
 from tests import archives
 
 SIZE = 16
-COUNTS = {"ant": 10, "<i>bee</i> & co": 5, "été": 3}
+COUNTS = {"ant": 10, "<i>bee&amp; co": 5, "été": 3}
 
 
 def data(source: pathlib.Path | str, directory: pathlib.Path, **changes: Any) -> config.Data:
@@ -44,10 +44,10 @@ def source(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Pa
 
 def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     dataset = prepare(data(source, tmp_path / "data"), log=quiet)
-    assert dataset.class_names == ("<i>bee</i> & co", "ant", "été")
+    assert dataset.class_names == ("<i>bee&amp; co", "ant", "été")
     assert counts(dataset) == {
-        "train": {"<i>bee</i> & co": 4, "ant": 8, "été": 2},
-        "validation": {"<i>bee</i> & co": 1, "ant": 2, "été": 1},
+        "train": {"<i>bee&amp; co": 4, "ant": 8, "été": 2},
+        "validation": {"<i>bee&amp; co": 1, "ant": 2, "été": 1},
     }
     for split in dataset.splits.values():
         pictures = split.read(np.arange(len(split)))
