@@ -19,7 +19,8 @@ from typing import Any
 
 from inception_jax.errors import ConfigError, nearest
 
-DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "digits")
+DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "cifar10", "image_folder", "digits")
+UNREADABLE = ("refuse", "skip")
 STORAGES = ("decoded", "records")
 MODELS = (
     "googlenet",
@@ -113,6 +114,17 @@ class Data:
         "",
         "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
         resumable=True,
+    )
+    eval_share: float = setting(
+        0.2,
+        "share of each class that image_folder evaluates on, where the folder has no val/ or test/",
+        above=0,
+        below=1,
+    )
+    unreadable: str = setting(
+        "refuse",
+        "what image_folder does about files that are no whole image: stop, or leave them out",
+        choices=UNREADABLE,
     )
     image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
     storage: str = setting(

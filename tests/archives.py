@@ -1,4 +1,4 @@
-"""Small archives in Tiny ImageNet's layout, with images that a network can learn."""
+"""Small archives in the layouts of the data sets, with images that a network can learn."""
 
 import io
 import pathlib
@@ -75,18 +75,38 @@ def tiny_imagenet_files(
     return files
 
 
-def write_files(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
-    """Writes files below 'tiny-imagenet-200': a zip archive if `path` ends so, else a folder."""
+def write_files(
+    path: pathlib.Path, files: dict[str, bytes], root: str = "tiny-imagenet-200"
+) -> pathlib.Path:
+    """Writes files below `root`: into a zip archive if `path` ends so, else into a folder.
+
+    A name that ends in '/' is that of a folder.
+    """
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
-                archive.writestr(f"tiny-imagenet-200/{name}", data)
+                archive.writestr(f"{root}/{name}" if root else name, data)
         return path
     for name, data in files.items():
-        file = path / "tiny-imagenet-200" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        file = path / root / name
+        (file if name.endswith("/") else file.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            file.write_bytes(data)
     return path
+
+
+def class_folders(counts: dict[str, int], size: int = 16) -> dict[str, bytes]:
+    """Returns JPEGs by their path, as many below each folder as `counts` says.
+
+    The label that decides on their looks is the folder's place among the sorted names.
+    """
+    rng = np.random.default_rng(0)
+    labels = {name: label for label, name in enumerate(sorted({f.split("/")[-1] for f in counts}))}
+    return {
+        f"{folder}/{number}.jpg": jpeg(pixels(labels[folder.split("/")[-1]], size, rng))
+        for folder, count in counts.items()
+        for number in range(count)
+    }
 
 
 def write_tiny_imagenet(

@@ -12,18 +12,15 @@
 a download that was cut short or a folder that was half copied is found before any work is done.
 """
 
-import abc
 import collections
 import dataclasses
-import hashlib
+import functools
 import os
 import pathlib
-import threading
-import zipfile
-import zlib
-from types import TracebackType
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from inception_jax.datasets.files import FolderSource, Source, ZipSource
 from inception_jax.errors import DataError
 
 FOLDER = "tiny-imagenet-200"
@@ -54,136 +51,6 @@ class Index:
     splits: dict[str, list[Entry]]
 
 
-class Source(abc.ABC):
-    """Files by their path below the layout's root.
-
-    Attributes:
-      path: the archive or folder.
-      sizes: bytes of each file.
-    """
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        self.sizes: dict[str, int] = {}
-
-    def __enter__(self) -> "Source":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @abc.abstractmethod
-    def read(self, file: str) -> bytes:
-        """Returns a file's content.
-
-        Raises:
-          DataError: if it is missing or damaged.
-        """
-
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """Returns a digest that another content does not share."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Releases what is open."""
-
-    def lines(self, file: str) -> list[list[str]]:
-        """Returns a text file's lines, split at tabs, without empty ones."""
-        try:
-            text = self.read(file).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: {file} is not a text file ({error}).") from error
-        return [line.split("\t") for line in text.splitlines() if line.strip()]
-
-    def _missing(self, file: str) -> DataError:
-        return DataError(
-            f"{self.path}: {file} is missing. Tiny ImageNet's official layout has it: get the "
-            "archive again, or copy the folder whole."
-        )
-
-
-class _ZipSource(Source):
-    """A zip archive, read in place; reading is safe in threads."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        super().__init__(path)
-        self._lock = threading.Lock()
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(
-                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). It may "
-                "be cut short: download or copy it again."
-            ) from error
-        root = _root([info.filename for info in self._zip.infolist()], path)
-        self._members = {
-            info.filename.removeprefix(root): info
-            for info in self._zip.infolist()
-            if info.filename.startswith(root) and not info.is_dir()
-        }
-        self.sizes = {file: info.file_size for file, info in self._members.items()}
-
-    def read(self, file: str) -> bytes:
-        if file not in self._members:
-            raise self._missing(file)
-        try:
-            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
-            # file stands, so that several threads get each other's bytes.
-            with self._lock:
-                return self._zip.read(self._members[file])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-            raise DataError(
-                f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
-            ) from error
-
-    def fingerprint(self) -> str:
-        # The archive's own checksums stand for the contents, so this reads no file.
-        facts = sorted((f, info.file_size, info.CRC) for f, info in self._members.items())
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def close(self) -> None:
-        self._zip.close()
-
-
-class _FolderSource(Source):
-    """An extracted folder: the layout's root itself, or the folder that holds it."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        super().__init__(path)
-        inner = path / FOLDER
-        self._root = path if (path / "wnids.txt").exists() or not inner.is_dir() else inner
-        if not (self._root / "wnids.txt").exists():
-            raise _foreign(path, sorted(os.listdir(self._root)))
-        for folder, _, files in os.walk(self._root):
-            for file in files:
-                whole = pathlib.Path(folder, file)
-                self.sizes[whole.relative_to(self._root).as_posix()] = whole.stat().st_size
-
-    def read(self, file: str) -> bytes:
-        try:
-            return (self._root / file).read_bytes()
-        except FileNotFoundError as error:
-            raise self._missing(file) from error
-        except OSError as error:
-            raise DataError(f"{self._root / file}: cannot be read ({error}).") from error
-
-    def fingerprint(self) -> str:
-        facts = sorted(
-            (file, size, (self._root / file).stat().st_mtime_ns)
-            for file, size in self.sizes.items()
-        )
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def close(self) -> None:
-        """Does nothing: files are open only while they are read."""
-
-
 def _foreign(path: pathlib.Path, names: list[str]) -> DataError:
     found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return DataError(
@@ -192,7 +59,7 @@ def _foreign(path: pathlib.Path, names: list[str]) -> DataError:
     )
 
 
-def _root(names: list[str], path: pathlib.Path) -> str:
+def _root(path: pathlib.Path, names: Sequence[str]) -> str:
     """Returns the folder inside an archive that holds wnids.txt: '' or 'folder/'."""
     roots = [name.removesuffix("wnids.txt") for name in names if name.endswith("wnids.txt")]
     roots = [root for root in roots if not root or root.endswith("/")]
@@ -209,13 +76,26 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
-        return _FolderSource(path)
+        inner = path / FOLDER
+        root = path if (path / "wnids.txt").exists() or not inner.is_dir() else inner
+        if not (root / "wnids.txt").exists():
+            raise _foreign(path, sorted(os.listdir(root)))
+        return FolderSource(path, root)
     if not path.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such file or folder. Give the "
             f"{FOLDER}.zip or the extracted folder, or leave it empty for the official download."
         )
-    return _ZipSource(path)
+    return ZipSource(path, root=functools.partial(_root, path))
+
+
+def _lines(source: Source, file: str) -> list[list[str]]:
+    """Returns a text file's lines, split at tabs, without empty ones."""
+    try:
+        text = source.read(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.path}: {file} is not a text file ({error}).") from error
+    return [line.split("\t") for line in text.splitlines() if line.strip()]
 
 
 def _box(fields: list[str], where: str) -> Box:
@@ -250,7 +130,7 @@ def _train(source: Source, wnids: tuple[str, ...], images: dict[str, set[str]]) 
         folder = f"train/{wnid}/images/"
         boxes = {
             folder + line[0]: _box(line[1:], f"{source.path}: {where}")
-            for line in source.lines(where)
+            for line in _lines(source, where)
         }
         _compare(source, where, listed=set(boxes), present=images.pop(folder, set()))
         entries += [Entry(file, wnid, box) for file, box in sorted(boxes.items())]
@@ -261,7 +141,7 @@ def _validation(source: Source, wnids: tuple[str, ...], images: dict[str, set[st
     where, folder = "val/val_annotations.txt", "val/images/"
     known = set(wnids)
     entries = []
-    for line in source.lines(where):
+    for line in _lines(source, where):
         wnid = line[1] if len(line) > 1 else ""
         if wnid not in known:
             raise DataError(
@@ -276,7 +156,7 @@ def _validation(source: Source, wnids: tuple[str, ...], images: dict[str, set[st
 
 def _class_names(source: Source, wnids: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the first name of each class, with the class id added where two are the same."""
-    words = {line[0]: line[1] for line in source.lines("words.txt") if len(line) > 1}
+    words = {line[0]: line[1] for line in _lines(source, "words.txt") if len(line) > 1}
     if missing := [wnid for wnid in wnids if wnid not in words]:
         raise DataError(
             f"{source.path}: words.txt has no name for {len(missing)} classes of wnids.txt, such "
@@ -300,7 +180,7 @@ def index(source: Source) -> Index:
     for file in source.sizes:
         if file.lower().endswith((".jpeg", ".jpg")):
             images[file.rpartition("/")[0] + "/"].add(file)
-    wnids = tuple(sorted(line[0].strip() for line in source.lines("wnids.txt")))
+    wnids = tuple(sorted(line[0].strip() for line in _lines(source, "wnids.txt")))
     if not wnids or len(set(wnids)) != len(wnids):
         raise DataError(
             f"{source.path}: wnids.txt must list at least one class id, and none twice."

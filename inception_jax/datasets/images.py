@@ -1,36 +1,63 @@
 """Encoded images to pixels, in threads (the decoders release the interpreter's lock).
 
 JPEGs are decoded by simplejpeg, a thin layer over libjpeg-turbo: in a quarter of PIL's time, to the
-same pixels. What it does not take (other formats, four channels, JPEGs with odd or missing data) is
-left to PIL, which alone decides what is an image.
+same pixels. What it does not take (other formats, four channels, JPEGs with odd or missing data),
+and JPEGs with EXIF data, are left to PIL, which alone decides what is an image.
 """
 
 import collections
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from inception_jax.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What PIL raises for data that are no image, or not a whole one; struct.error comes through as
-# SyntaxError or ValueError from some of its decoders.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What PIL raises for data that are no image, or not a whole one. Most decoders turn what goes
+# wrong into one of the first four; those of rare formats let errors of unpacking through.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 # As simplejpeg names them.
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
+# What EXIF data begin with in a JPEG. They can say how the camera was held.
+_EXIF = b"Exif\0\0"
+# What brings an image upright, by the value of the EXIF tag "Orientation"; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Beyond this, threads only wait for each other's turn at the interpreter.
 _MOST_THREADS = 8
 
 
-def _broken(name: str, size: int, error: Exception) -> DataError:
+def _broken(name: str, size: int, error: Exception | str) -> DataError:
     return DataError(
         f"{name}: not a whole image ({size:,} bytes; {error}). The source is damaged: get this "
         "file, or the whole source, again."
@@ -40,8 +67,6 @@ def _broken(name: str, size: int, error: Exception) -> DataError:
 def verify(data: bytes, name: str) -> None:
     """Checks that an encoded image can be decoded to its last byte.
 
-    A JPEG is decoded at an eighth of its size, which reads all of its data in half the time.
-
     Args:
       data: the image file's content.
       name: what an error calls it.
@@ -49,18 +74,33 @@ def verify(data: bytes, name: str) -> None:
     Raises:
       DataError: if the image is corrupt or cut short.
     """
+    if error := problem(data):
+        raise _broken(name, len(data), error)
+
+
+def problem(data: bytes) -> str:
+    """Returns why an encoded image cannot be decoded to its last byte, or '' if it can.
+
+    A JPEG is decoded at an eighth of its size, which reads all of its data in half the time.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (1, 1))
             image.load()
+            _check_mode(image)
     except _BROKEN as error:
-        raise _broken(name, len(data), error) from error
+        # PIL names the buffer that it was given, by its address.
+        found = "no image format that is known" if isinstance(error, UnidentifiedImageError) else ""
+        return found or str(error) or type(error).__name__
+    return ""
 
 
 def decode(data: bytes, size: int, name: str) -> np.ndarray:
     """Decodes an image to RGB pixels of a given size.
 
-    An image of another size is resized with PIL's antialiased bicubic filter: the centred square
+    A picture that its EXIF data say was taken with the camera turned is set upright. Of an animated
+    image the first frame counts; 16 bits a channel become 8, and transparency is dropped. An image
+    of another size is resized with PIL's antialiased bicubic filter: the centred square
     that is as large as its shorter side becomes `size` × `size` pixels.
 
     Args:
@@ -77,8 +117,7 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
     pixels = _decode_jpeg(data)
     if pixels is None:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = np.asarray(image.convert("RGB"))
+            pixels = _decode_any(data)
         except _BROKEN as error:
             raise _broken(name, len(data), error) from error
     if pixels.shape[:2] == (size, size):
@@ -89,12 +128,50 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Returns a JPEG's pixels, uint8 [H, W, 3], or None for what is left to PIL."""
+    if _EXIF in data:
+        return None
     try:
         *_, colours, _ = simplejpeg.decode_jpeg_header(data)
         # Of the ways from four channels to three, it does not take PIL's.
         return simplejpeg.decode_jpeg(data) if colours in _JPEG_COLOURS else None
     except ValueError:
         return None
+
+
+def _decode_any(data: bytes) -> np.ndarray:
+    """Returns the pixels of an image that PIL can read, uint8 [H, W, 3]."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        _check_mode(image)
+        # Asked for after the loading: PIL itself turns TIFFs, and then says so.
+        orientation = _orientation(image)
+        pixels = _to_rgb(image)
+    turn = _TURNS.get(orientation)
+    return np.asarray(pixels if turn is None else pixels.transpose(turn))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which PIL would cut at 255.
+        high = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # PIL warns of the direct way.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF tag of that name; 1, upright, if there is none or it cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BROKEN:
+        return 1
 
 
 def threaded_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

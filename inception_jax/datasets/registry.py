@@ -6,8 +6,10 @@ by its path here and imported by `DatasetSpec.builder_class` when something is t
 
 import dataclasses
 import importlib
+import os
 from typing import Any
 
+from inception_jax.datasets import files
 from inception_jax.errors import ConfigError, nearest
 
 
@@ -23,6 +25,9 @@ class DatasetSpec:
       fixed_content: whether every source holds the same examples, so that data prepared from one
         serve for another.
       takes_source: whether `config.data.source` has a meaning.
+      opener: the function that opens a source, a `files.Source`, as 'module:function'; needed where
+        the content is not fixed.
+      settings: the fields of `config.Data` besides the source that the builder takes.
     """
 
     name: str
@@ -32,11 +37,26 @@ class DatasetSpec:
     builder: str
     fixed_content: bool = True
     takes_source: bool = True
+    opener: str = ""
+    settings: tuple[str, ...] = ()
 
     def builder_class(self) -> Any:
         """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
-        module, _, name = self.builder.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.builder)
+
+    def open_source(self, path: str | os.PathLike[str]) -> files.Source:
+        """Opens a source, without TFDS; only where the content is not fixed.
+
+        Raises:
+          DataError: if there is none at `path`, or it is something else.
+        """
+        return _imported(self.opener)(path)
+
+
+def _imported(place: str) -> Any:
+    """Returns what 'module:name' names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _SPECS = (
@@ -54,6 +74,24 @@ _SPECS = (
         eval_split="validation",
         builder="inception_jax.datasets.tiny_imagenet:TinyImagenetSubset",
         fixed_content=False,
+        opener="inception_jax.datasets.archive:open_source",
+    ),
+    DatasetSpec(
+        name="cifar10",
+        version="1.0.0",
+        train_split="train",
+        eval_split="test",
+        builder="inception_jax.datasets.cifar10:Cifar10",
+    ),
+    DatasetSpec(
+        name="image_folder",
+        version="1.0.0",
+        train_split="train",
+        eval_split="validation",
+        builder="inception_jax.datasets.image_folder:ImageFolder",
+        fixed_content=False,
+        opener="inception_jax.datasets.folders:open_source",
+        settings=("eval_share", "unreadable"),
     ),
     DatasetSpec(
         name="digits",

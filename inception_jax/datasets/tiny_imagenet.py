@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from inception_jax.datasets import archive, builder, download, images, registry
+from inception_jax.datasets import archive, builder, download, files, images, registry
 from inception_jax.errors import DataError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -41,7 +41,7 @@ class TinyImagenetSubset(builder.ImageBuilder):
     VERSION = tfds.core.Version(registry.get("tiny_imagenet_subset").version)
     DESCRIPTION = "A part of Tiny ImageNet, or other images in its layout."
 
-    _files: archive.Source
+    _files: files.Source
     _index: archive.Index
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -34,7 +34,7 @@ import filelock
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets import archive, images, registry
+from inception_jax.datasets import images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
 from inception_jax.errors import ConfigError, DataError
@@ -142,7 +142,7 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
                 if problem:
                     log(f"{cache}: {problem}; it is made again")
                 info = _build(spec, data, cache, log=log)
-    _check_source(spec, data.source, info["source"], where=cache)
+    _check_source(spec, data, info["source"], where=cache)
     return _open(spec, data, cache, info)
 
 
@@ -198,23 +198,37 @@ def _open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) 
 
 
 def _check_source(
-    spec: DatasetSpec, source: str, prepared: dict[str, str], *, where: pathlib.Path
+    spec: DatasetSpec, data: config.Data, prepared: dict[str, Any], *, where: pathlib.Path
 ) -> None:
-    """Raises DataError if `source` does not hold what was prepared, where that can differ."""
-    if spec.fixed_content or not source:
+    """Raises DataError if source and settings are not what was prepared, where that can differ."""
+    for name, value in prepared.get("settings", {}).items():
+        if getattr(data, name) != value:
+            raise DataError(
+                f"config.data.{name} = {getattr(data, name)!r}: {where} was prepared with "
+                f"{value!r}. Give that, or another config.data.directory, or remove "
+                f"{_all_of(spec, data)}."
+            )
+    if spec.fixed_content or not data.source:
         return
-    path = pathlib.Path(source).expanduser().absolute()
+    path = pathlib.Path(data.source).expanduser().absolute()
     # Removing the original once it is prepared is no mistake.
     if not path.exists() and str(path) == prepared["path"]:
         return
-    with archive.open_source(path) as files:
+    with spec.open_source(path) as files:
         if files.fingerprint() == prepared["digest"]:
             return
     raise DataError(
-        f"config.data.source = {source!r}: {where} was prepared from other content, "
-        f"{prepared['path']}. Give another config.data.directory, or leave config.data.source "
-        f"empty to use what is prepared, or remove what is prepared of {spec.name!r} there."
+        f"config.data.source = {data.source!r}: {where} was prepared from other content, "
+        f"{prepared['path']}{' as it was then' if str(path) == prepared['path'] else ''}. Give "
+        "another config.data.directory, or leave config.data.source empty to use what is "
+        f"prepared, or remove {_all_of(spec, data)}, to prepare it anew."
     )
+
+
+def _all_of(spec: DatasetSpec, data: config.Data) -> str:
+    """Returns the folders that hold what is prepared of a data set, for an error's remedy."""
+    directory = data_directory(data.directory)
+    return f"{directory / spec.name} and {directory / _CACHES / spec.name}-*"
 
 
 @contextlib.contextmanager
@@ -266,7 +280,7 @@ def _build(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, *, log: Lo
     for leftover in (partial, *(directory / spec.name).glob(f"incomplete.*_{spec.version}")):
         shutil.rmtree(leftover, ignore_errors=True)
     builder = _prepared_builder(spec, data, directory, log=log)
-    _check_source(spec, data.source, _source_of(builder), where=pathlib.Path(builder.data_dir))
+    _check_source(spec, data, _source_of(builder), where=pathlib.Path(builder.data_dir))
     count = sum(split.num_examples for split in builder.info.splits.values())
     _check_space(directory, count * _example_bytes(data))
     partial.mkdir(parents=True)
@@ -285,7 +299,11 @@ def _prepared_builder(
     spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log
 ) -> Any:
     """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
-    new = functools.partial(spec.builder_class(), source=data.source, log=log, data_dir=directory)
+    known = {"eval_share": data.eval_share, "unreadable": data.unreadable}
+    settings = {name: known[name] for name in spec.settings}
+    new = functools.partial(
+        spec.builder_class(), source=data.source, log=log, data_dir=directory, **settings
+    )
     builder = new()
     if builder.is_prepared() and (missing := builder.missing_files()):
         log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
@@ -307,9 +325,13 @@ def _example_bytes(data: config.Data) -> int:
     return pixels + np.dtype(np.int32).itemsize + _NAME_BYTES
 
 
-def _source_of(builder: Any) -> dict[str, str]:
+def _source_of(builder: Any) -> dict[str, Any]:
     metadata = builder.info.metadata
-    return {"path": metadata.get("source", ""), "digest": metadata.get("source_digest", "")}
+    return {
+        "path": metadata.get("source", ""),
+        "digest": metadata.get("source_digest", ""),
+        "settings": metadata.get("settings", {}),
+    }
 
 
 def _write_cache(

@@ -1,10 +1,11 @@
 import io
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from inception_jax.datasets import images
 from inception_jax.errors import DataError
@@ -48,6 +49,67 @@ def test_decode_averages_when_it_shrinks() -> None:
     decoded = images.decode(png(checkers), 16, "x")
     # Without antialiasing, some pixels would be black or white. Borders see less of the pattern.
     assert np.abs(decoded[2:-2, 2:-2].astype(int) - 127.5).max() < 3
+
+
+def encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_sets_turned_pictures_upright(kind: str, orientation: int) -> None:
+    # Where the four corners go tells the eight ways apart.
+    array = np.full((16, 16, 3), 128, np.uint8)
+    array[:8, :8], array[:8, 8:], array[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(Image.fromarray(array), kind, exif=exif, quality=100)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(images.decode(data, 16, "x"), expected)
+    is_red = expected[4, 4, 0] > 200 and expected[4, 4, 1] < 100
+    assert is_red == (orientation in (1, 5)), "the reference does turn"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_decode_ignores_damaged_exif_data() -> None:
+    array = np.full((16, 16, 3), 90, np.uint8)
+    data = encoded(Image.fromarray(array), "JPEG", exif=b"Exif\0\0MM\0\x2a\0\0\xff\xff")
+    np.testing.assert_array_equal(images.decode(data, 16, "x"), array)
+
+
+def test_decode_keeps_the_upper_8_of_16_bits() -> None:
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
+    expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    for kind in ("PNG", "TIFF", "PPM"):
+        data = encoded(Image.fromarray(grey), kind)
+        np.testing.assert_array_equal(images.decode(data, 16, "x"), expected)
+
+
+def test_decode_takes_other_colour_modes_and_the_first_frame() -> None:
+    red = Image.new("RGB", (16, 16), (250, 10, 10))
+    blue = Image.new("RGB", (16, 16), (10, 10, 250))
+    palette = encoded(red.quantize(4), "PNG", transparency=b"\x80")
+    animated = encoded(red, "GIF", save_all=True, append_images=[blue])
+    transparent = encoded(red.convert("RGBA"), "PNG")
+    cmyk = encoded(red.convert("CMYK"), "JPEG", quality=100)
+    for data in (palette, animated, transparent, cmyk):
+        assert images.problem(data) == ""
+        np.testing.assert_allclose(images.decode(data, 16, "x"), np.asarray(red), atol=4)
+
+
+def test_floating_point_and_enormous_images_are_refused() -> None:
+    data = encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
+    assert "floating-point" in images.problem(data)
+    with pytest.raises(DataError, match=r"x: not a whole image .*floating-point"):
+        images.decode(data, 8, "x")
+    assert "200000000 pixels" in images.problem(encoded(Image.new("1", (20000, 10000)), "PNG"))
+
+
+def test_what_is_no_image_is_said_in_one_line() -> None:
+    assert images.problem(b"a note") == "no image format that is known"
 
 
 @pytest.mark.parametrize("kept", [0, 10, 300, -20])

@@ -13,7 +13,7 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 
 from inception_jax import config
-from inception_jax.datasets import archive, registry
+from inception_jax.datasets import archive, files, registry
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.input.dataset import Dataset, data_directory, prepare
 from inception_jax.input.splits import Split
@@ -232,7 +232,7 @@ def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
     ) in str(error.value)
 
 
-class WholeListing(archive.Source):
+class WholeListing(files.Source):
     """Tiny ImageNet as far as its text files and the names of its images go."""
 
     def __init__(self, per_class: Sequence[int]) -> None:

@@ -1,0 +1,36 @@
+"""MiniGoogLeNet on CIFAR-10: small enough for any accelerator.
+
+Source: MiniGoogLeNet (Zhang et al. 2017, "Understanding deep learning requires rethinking
+  generalization", arXiv:1611.03530, figure 3) with the usual recipe for small images: SGD with
+  Nesterov momentum, 5 epochs of warm-up, cosine decay, padded crops, flips, label smoothing.
+Command: python -m inception_jax.main --config experiments/cifar10_mini.py --workdir runs/cifar10
+  Add --config.data.source=cifar-10-python.tar.gz where the archive is already at hand.
+Expected: not measured yet; at least 91% top-1 on the test images is the aim.
+Time: not measured yet. 25,391 steps of 128.
+"""
+
+from inception_jax.config import (
+    Augment,
+    Config,
+    Data,
+    Duration,
+    Log,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+)
+
+
+def get_config() -> Config:
+    """Returns the settings."""
+    return Config(
+        name="cifar10_mini",
+        data=Data(name="cifar10", image_size=32),
+        augment=Augment(crop="pad", pad=4, flip=True),
+        model=Model(name="mini_googlenet", dropout=0.2, dtype="bfloat16"),
+        optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
+        schedule=Schedule(name="cosine", learning_rate=0.1, warmup=Duration(epochs=5)),
+        train=Train(batch_size=128, length=Duration(epochs=65), label_smoothing=0.1),
+        log=Log(every=Duration(steps=100)),
+    )

@@ -1,0 +1,198 @@
+"""The files of a data set's source by their path, in a zip archive or in a folder alike."""
+
+import abc
+import hashlib
+import os
+import pathlib
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from inception_jax.errors import DataError
+
+
+class Source(abc.ABC):
+    """Files by their path below a root, parted by '/'.
+
+    Attributes:
+      path: the archive or folder, as it was given.
+      sizes: bytes of each file.
+      folders: the folders that are listed by themselves, ending in '/'; those that hold nothing
+        are among them.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.sizes: dict[str, int] = {}
+        self.folders: list[str] = []
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def read(self, file: str) -> bytes:
+        """Returns a file's content; safe in threads.
+
+        Raises:
+          DataError: if it is missing or damaged.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a digest that another content does not share."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Releases what is open."""
+
+    def _missing(self, file: str) -> DataError:
+        return DataError(
+            f"{self.path}: {file} is missing. Get the archive again, or copy the folder whole."
+        )
+
+
+class ZipSource(Source):
+    """A zip archive, read in place.
+
+    Args:
+      path: the archive.
+      root: from the names of all members, the start that the files' paths leave out ('' or ending
+        in '/'); members elsewhere are no files of the source.
+      hidden: whether a file, by its path, is none of the source's.
+
+    Raises:
+      DataError: if it is not a whole zip archive.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        root: Callable[[Sequence[str]], str] = lambda names: "",
+        hidden: Callable[[str], bool] = lambda file: False,
+    ) -> None:
+        super().__init__(path)
+        self._lock = threading.Lock()
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(
+                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). It may "
+                "be cut short: download or copy it again."
+            ) from error
+        start = root([info.filename for info in self._zip.infolist()])
+        members = {
+            info.filename.removeprefix(start): info
+            for info in self._zip.infolist()
+            if info.filename.startswith(start) and not hidden(info.filename)
+        }
+        self.folders = [file for file, info in members.items() if info.is_dir()]
+        self._members = {file: info for file, info in members.items() if not info.is_dir()}
+        self.sizes = {file: info.file_size for file, info in self._members.items()}
+
+    def read(self, file: str) -> bytes:
+        """Returns a member's content."""
+        if file not in self._members:
+            raise self._missing(file)
+        try:
+            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
+            # file stands, so that several threads get each other's bytes.
+            with self._lock:
+                return self._zip.read(self._members[file])
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise DataError(
+                f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Returns a digest of names, sizes and the archive's own checksums, so it reads no file."""
+        facts = sorted((f, info.file_size, info.CRC) for f, info in self._members.items())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Closes the archive."""
+        self._zip.close()
+
+
+class FolderSource(Source):
+    """All files below a folder; links to folders are followed.
+
+    Args:
+      path: the folder that was given.
+      root: the folder below it that paths start from.
+      hidden: whether a file or folder, by its path, is none of the source's.
+
+    Raises:
+      DataError: if a folder below cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        root: pathlib.Path,
+        *,
+        hidden: Callable[[str], bool] = lambda file: False,
+    ) -> None:
+        super().__init__(path)
+        self._root = root
+        self._times: dict[str, int] = {}
+        for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            start = "" if below == "." else f"{below}/"
+            inner[:] = [
+                name
+                for name in inner
+                if not hidden(start + name) and not _leads_back(os.path.join(folder, name))
+            ]
+            self.folders += [f"{start}{name}/" for name in inner]
+            for file in (start + name for name in names):
+                if not hidden(file):
+                    self.sizes[file], self._times[file] = _facts(root / file)
+
+    def read(self, file: str) -> bytes:
+        """Returns a file's content."""
+        try:
+            return (self._root / file).read_bytes()
+        except FileNotFoundError as error:
+            raise self._missing(file) from error
+        except OSError as error:
+            raise DataError(f"{self._root / file}: cannot be read ({error}).") from error
+
+    def fingerprint(self) -> str:
+        """Returns a digest of names, sizes and times of change, so it reads no file."""
+        facts = sorted((file, size, self._times[file]) for file, size in self.sizes.items())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Does nothing: files are open only while they are read."""
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error}).") from error
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in, which would be walked for ever."""
+    if not os.path.islink(folder):
+        return False
+    inside, target = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
+    return os.path.commonpath([inside, target]) == target
+
+
+def _facts(path: pathlib.Path) -> tuple[int, int]:
+    """Returns a file's size in bytes and its time of change in ns; 0 and 0 for a dead link."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

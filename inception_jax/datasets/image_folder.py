@@ -1,0 +1,182 @@
+"""A user's own pictures as a TFDS dataset: a folder for each class (folders.py has the layout)."""
+
+import collections
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from inception_jax.datasets import builder, files, folders, images, registry
+from inception_jax.datasets.progress import Progress
+from inception_jax.errors import DataError
+
+# Images that one thread reads at a time.
+_PIECE = 16
+# How many unreadable files the metadata name.
+_NAMED = 100
+
+
+# TFDS has a builder of this name, which is no base for this one: it needs TensorFlow.
+class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Pictures of any format that PIL knows, kept as the files that they are.
+
+    Features: image, label (the index of the class among the sorted class names; −1 in a test split
+    without classes), file_name (path below the source, unprintable characters escaped).
+
+    Args:
+      eval_share: share of each class to evaluate on where the source has no folder for it.
+      unreadable: 'refuse' or 'skip' files that are no whole image.
+      kwargs: as of `builder.ImageBuilder`.
+    """
+
+    VERSION = tfds.core.Version(registry.get("image_folder").version)
+
+    _files: files.Source
+
+    def __init__(self, *, eval_share: float, unreadable: str, **kwargs: Any) -> None:
+        self._eval_share, self._unreadable = eval_share, unreadable
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pictures of a user's own, a folder for each class.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def open(self) -> None:
+        """Finds the pictures, reads each once, and divides them.
+
+        What cannot be read has to be known before images are held out, so that each class has its
+        share of those that can.
+        """
+        if not self.source:
+            raise DataError(
+                "config.data.source = '': image_folder has no download. Give the folder that holds "
+                "one folder of pictures for each class, or a zip archive of it."
+            )
+        self._files = folders.open_source(self.source)
+        try:
+            self._divide(folders.layout(self._files))
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _divide(self, layout: folders.Layout) -> None:
+        entries = list(itertools.chain.from_iterable(layout.splits.values()))
+        problems = self._problems(entries)
+        if problems and self._unreadable == "refuse":
+            raise self._refused(problems, len(entries))
+        splits = {
+            split: [entry for entry in members if entry.file not in problems]
+            for split, members in layout.splits.items()
+        }
+        # What the content depends on besides the files: only this is compared with later settings.
+        self._settings: dict[str, Any] = {}
+        if problems:
+            self.log(f"{self._listed(problems, len(entries))}; left out")
+            self._settings["unreadable"] = self._unreadable
+        if not layout.divided:
+            self._settings["eval_share"] = self._eval_share
+            train, held = folders.hold_out(splits[folders.TRAIN], self._eval_share)
+            splits |= {folders.TRAIN: train, folders.VALIDATION: held}
+        self._classes, self._splits, self._skipped = layout.classes, splits, problems
+        self._check_counts()
+
+    def _problems(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
+        """Reads all files; returns what is wrong with those that are no whole image."""
+        problems: dict[str, str] = {}
+        with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
+            for found in images.threaded_map(self._check, _pieces(entries)):
+                problems |= {file: problem for file, problem in found.items() if problem}
+                progress.update(len(found))
+        return problems
+
+    def _check(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
+        return {entry.file: self._problem(entry.file) for entry in entries}
+
+    def _problem(self, file: str) -> str:
+        try:
+            data = self._files.read(file)
+        except DataError as error:
+            return str(error)
+        return images.problem(data)
+
+    def _refused(self, problems: dict[str, str], count: int) -> DataError:
+        return DataError(
+            f"{self._listed(problems, count)}. Mend or remove them, or set "
+            "config.data.unreadable=skip to leave them out."
+        )
+
+    def _listed(self, problems: dict[str, str], count: int) -> str:
+        named = [f"{folders.shown(file)} ({what})" for file, what in problems.items()]
+        more = f" and {len(named) - folders.NAMED:,} more" if len(named) > folders.NAMED else ""
+        return (
+            f"{self._files.path}: {len(problems):,} of {count:,} files are no whole image: "
+            f"{', '.join(named[: folders.NAMED])}{more}"
+        )
+
+    def _check_counts(self) -> None:
+        counts = collections.Counter(entry.label for entry in self._splits[folders.TRAIN])
+        if empty := [name for name in self._classes if not counts[name]]:
+            more = f" and {len(empty) - folders.NAMED:,} more" if len(empty) > folders.NAMED else ""
+            raise DataError(
+                f"{self._files.path}: no training picture of {len(empty):,} of "
+                f"{len(self._classes):,} classes: {', '.join(map(repr, empty[: folders.NAMED]))}"
+                f"{more}. Add some, or remove the class folders."
+            )
+        if not self._splits[folders.VALIDATION]:
+            raise DataError(
+                f"{self._files.path}: no picture is left to evaluate on. Give at least one class "
+                "two pictures, or add val/ with a folder for each class."
+            )
+
+    def close(self) -> None:
+        """Closes the source, if it was opened."""
+        if hasattr(self, "_files"):
+            self._files.close()
+
+    def splits(self) -> dict[str, Sequence[folders.Entry]]:
+        """Returns the images of each split."""
+        return dict(self._splits)
+
+    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names; the source, the settings that counted, and what was left out."""
+        metadata = {
+            "source": str(self._files.path.absolute()),
+            "source_digest": self._files.fingerprint(),
+            "settings": self._settings,
+            "unreadable_count": len(self._skipped),
+            "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
+        }
+        return self._classes, metadata
+
+    def source_bytes(self) -> int:
+        """Returns the size of all files, bytes."""
+        return sum(self._files.sizes.values())
+
+    def examples(
+        self, items: Sequence[folders.Entry]
+    ) -> Generator[builder.KeyedExample, None, None]:
+        """Yields the images, read in threads."""
+        label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
+        contents = itertools.chain.from_iterable(images.threaded_map(self._read, _pieces(items)))
+        for entry, data in zip(items, contents, strict=True):
+            name = folders.shown(entry.file)
+            yield name, {"image": data, "label": label[entry.label], "file_name": name}
+
+    def _read(self, entries: Sequence[folders.Entry]) -> list[bytes]:
+        return [self._files.read(entry.file) for entry in entries]
+
+
+def _pieces(entries: Sequence[folders.Entry]) -> Iterator[Sequence[folders.Entry]]:
+    return (entries[start : start + _PIECE] for start in range(0, len(entries), _PIECE))

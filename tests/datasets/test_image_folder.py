@@ -1,0 +1,172 @@
+import io
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax import config
+from inception_jax.errors import DataError
+from inception_jax.input.dataset import Dataset, prepare
+from tests import archives
+
+SIZE = 16
+COUNTS = {"ant": 10, "<i>bee&amp; co": 5, "été": 3}
+
+
+def data(source: pathlib.Path | str, directory: pathlib.Path, **changes: Any) -> config.Data:
+    settings = {"image_size": SIZE, "source": str(source), "directory": str(directory)}
+    return config.Data(name="image_folder", **(settings | changes))
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def write(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    return archives.write_files(path, files, "")
+
+
+def counts(dataset: Dataset) -> dict[str, dict[str, int]]:
+    return {
+        name: {dataset.class_names[label]: int(n) for label, n in enumerate(np.bincount(s.labels))}
+        for name, s in dataset.splits.items()
+    }
+
+
+@pytest.fixture(params=["x.zip", "folder"])
+def source(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+    return write(tmp_path / request.param, archives.class_folders(COUNTS, SIZE))
+
+
+def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    dataset = prepare(data(source, tmp_path / "data"), log=quiet)
+    assert dataset.class_names == ("<i>bee&amp; co", "ant", "été")
+    assert counts(dataset) == {
+        "train": {"<i>bee&amp; co": 4, "ant": 8, "été": 2},
+        "validation": {"<i>bee&amp; co": 1, "ant": 2, "été": 1},
+    }
+    for split in dataset.splits.values():
+        pictures = split.read(np.arange(len(split)))
+        for picture, label, name in zip(pictures, split.labels, split.names, strict=True):
+            assert name.split("/")[0] == dataset.class_names[label]
+            colour = archives.colour(label)
+            np.testing.assert_allclose(picture.mean(axis=(0, 1)), colour, atol=8)
+
+
+def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    one = prepare(data(source, tmp_path / "data", storage="records"), log=quiet)
+    shutil.rmtree(source)
+    two = prepare(data(source, tmp_path / "data", image_size=8), log=quiet)
+    assert one.class_names == two.class_names and one.train.names == two.train.names
+
+
+def test_every_format_is_kept_as_it_is(tmp_path: pathlib.Path) -> None:
+    picture = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
+    files = {}
+    for number, kind in enumerate(["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"] * 2):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=kind)
+        # Names say nothing: what a file holds decides.
+        files[f"{'ab'[number % 2]}/{number}.jpg"] = buffer.getvalue()
+    dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
+    assert len(dataset.train) + len(dataset.evaluation) == 12
+    for split in dataset.splits.values():
+        pixels = split.read(np.arange(len(split))).astype(int)
+        assert np.abs(pixels - np.asarray(picture)).mean() < 6
+
+
+def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1, "test": 3}, SIZE)
+    dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
+    assert dataset.splits["test"].labels.tolist() == [-1] * 3
+    assert (len(dataset.train), dataset.evaluation.labels.tolist()) == (4, [1])
+
+
+BAD = {"ant/note.txt": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
+
+
+def test_unreadable_files_are_named_and_counted(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = source.with_stem("bad")
+    write(source, archives.class_folders(COUNTS, SIZE) | BAD)
+    with pytest.raises(
+        DataError, match=r"3 of 21 files are no whole image: .*unreadable=skip"
+    ) as e:
+        prepare(data(source, tmp_path / "data"), log=quiet)
+    assert all(f"{name} (" in str(e.value) for name in BAD)
+    assert not (tmp_path / "data" / "image_folder").exists()
+    lines: list[str] = []
+    dataset = prepare(data(source, tmp_path / "data", unreadable="skip"), log=lines.append)
+    assert len(dataset.train) + len(dataset.evaluation) == 18
+    assert any("3 of 21 files" in line and "left out" in line for line in lines)
+    stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
+    metadata = json.loads(stored.read_text())
+    assert metadata["unreadable_count"] == 3
+    assert sorted(metadata["unreadable_files"]) == sorted(BAD)
+    # What was left out would now be refused.
+    with pytest.raises(DataError, match=r"unreadable = 'refuse'.*prepared with 'skip'"):
+        prepare(data("", tmp_path / "data"), log=quiet)
+
+
+def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders({"a": 2, "b": 2}, SIZE)
+    files |= {f"a/bad{n:02d}": b"" for n in range(13)}
+    with pytest.raises(DataError, match=r"13 of 17 .*bad09 .* and 3 more\. Mend") as error:
+        prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
+    assert "bad10" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"empty/": b""}, "no training picture of 1 of 3 classes: 'empty'"),
+        ({"none/x.jpg": b"no image"}, "no training picture of 1 of 3 classes: 'none'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.zip", "folder"])
+def test_a_class_without_pictures_is_refused(
+    tmp_path: pathlib.Path, name: str, files: dict[str, bytes], message: str
+) -> None:
+    path = write(tmp_path / name, archives.class_folders({"a": 2, "b": 2}, SIZE) | files)
+    with pytest.raises(DataError, match=message):
+        prepare(data(path, tmp_path, unreadable="skip"), log=quiet)
+
+
+def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"a": 1, "b": 1}, SIZE))
+    with pytest.raises(DataError, match="no picture is left to evaluate on"):
+        prepare(data(path, tmp_path), log=quiet)
+
+
+def test_a_source_is_needed(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no download"):
+        prepare(data("", tmp_path), log=quiet)
+
+
+def test_changed_content_or_settings_are_noticed(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    directory = tmp_path / "data"
+    prepare(data(source, directory), log=quiet)
+    for size in (SIZE, 8):
+        with pytest.raises(DataError, match=r"eval_share = 0\.5: .* was prepared with 0\.2"):
+            prepare(data("", directory, eval_share=0.5, image_size=size), log=quiet)
+    # Nothing was unreadable, so this setting decided nothing.
+    prepare(data(source, directory, unreadable="skip"), log=quiet)
+    write(source, archives.class_folders(COUNTS | {"ant": 11}, SIZE))
+    with pytest.raises(DataError, match=r"prepared from other content, .* as it was then"):
+        prepare(data(source, directory), log=quiet)
+    assert len(prepare(data("", directory), log=quiet).train) == 14
+
+
+def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1}, SIZE)
+    path = write(tmp_path / "x", files)
+    prepare(data(path, tmp_path), log=quiet)
+    prepare(data(path, tmp_path, eval_share=0.5), log=quiet)
