@@ -23,6 +23,8 @@ class DatasetSpec:
       fixed_content: whether every source holds the same examples, so that data prepared from one
         serve for another.
       takes_source: whether `config.data.source` has a meaning.
+      mean, std: the published ones of the training pixels, in units of pixel value / 255; empty:
+        they are measured when the data set is made ready, for which every image is decoded.
     """
 
     name: str
@@ -32,6 +34,8 @@ class DatasetSpec:
     builder: str
     fixed_content: bool = True
     takes_source: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def builder_class(self) -> Any:
         """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
@@ -62,6 +66,16 @@ _SPECS = (
         eval_split="test",
         builder="inception_jax.datasets.digits:Digits",
         takes_source=False,
+    ),
+    DatasetSpec(
+        name="imagenet2012",
+        version="5.1.0",
+        train_split="train",
+        eval_split="validation",
+        builder="inception_jax.datasets.imagenet:Imagenet2012",
+        # As in torchvision's documentation of its pretrained models.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
     ),
 )
 _BY_NAME = {spec.name: spec for spec in _SPECS}

@@ -46,8 +46,9 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Crops, flips, resizes, normalises, mixes and blanks a batch, in this order.
 
-    `settings` say what of it. With everything switched off, and images of `size` already, the
-    result is `normalise(images)` and the labels' one-hot rows.
+    `settings` say what of it; 'inception' crops were cut on the host already (`crops`). With
+    everything switched off, and images of `size` already, the result is `normalise(images)` and the
+    labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
