@@ -39,6 +39,9 @@ def test_configurations_share_no_group() -> None:
         ("train.length.epochs", 0.0, "more than zero"),
         ("augment.pad", 64, "less than data.image_size = 64"),
         ("data.name", "tiny_imagnet", "Did you mean 'tiny_imagenet'"),
+        ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
+        ("data.eval_crop", 0.875, "with config.data.storage = 'decoded' it must be 1"),
+        ("data.eval_crop", 0.0, "more than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:
@@ -49,6 +52,12 @@ def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, w
         configs.validate(config)
     assert f"config.{path.removesuffix('.steps').removesuffix('.epochs')}" in str(error.value)
     assert words in str(error.value)
+
+
+def test_original_images_are_cut_where_they_are_streamed() -> None:
+    config = Config(data=configs.Data(storage="records", eval_crop=0.875))
+    config.augment.crop = "inception"
+    configs.validate(config)
 
 
 def test_all_wrong_values_are_named_at_once() -> None:
