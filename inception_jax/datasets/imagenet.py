@@ -75,7 +75,7 @@ def official() -> Official:
     return Official(wnids, validation, TRAIN_IMAGES)
 
 
-class Imagenet2012(builder.ImageBuilder, skip_registration=True):
+class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
     """1,281,167 training and 50,000 validation images of 1,000 classes, of many sizes.
 
     Features: image, label, file_name. It is not registered with TFDS, which has one of this name.

@@ -63,7 +63,6 @@ class Split(abc.ABC):
           DataError: naming the file that is damaged.
         """
 
-    @abc.abstractmethod
     def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
         """Returns a box of each original image at `indices`, resized: uint8 [B, H, W, 3].
 
@@ -72,9 +71,13 @@ class Split(abc.ABC):
           boxes: B of them.
 
         Raises:
-          ConfigError: if the original images are not at hand.
+          ConfigError: if the original images are not at hand, as for all but records.
           DataError: naming the file that is damaged.
         """
+        raise ConfigError(
+            "config.data.storage = 'decoded': the original images are not at hand to cut boxes "
+            "from; set it to 'records', or config.augment.crop to 'resized'"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,13 +122,6 @@ class DecodedSplit(Split):
                 f"{self.images_path}: is shorter than it was. Start again: it is then made again."
             )
         return pixels
-
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
-        """Refuses: what is decoded is the centred square, at one size."""
-        raise ConfigError(
-            "config.data.storage = 'decoded': the original images are not at hand to cut boxes "
-            "from; set it to 'records', or config.augment.crop to 'resized'"
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

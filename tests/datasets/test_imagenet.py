@@ -144,7 +144,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as original
 
-    class Prepared(original.Builder, skip_registration=True):
+    class Prepared(original.Builder, skip_registration=True):  # type: ignore[call-arg]
         name = "imagenet2012"
         url_infos = None
 

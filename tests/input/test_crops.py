@@ -32,6 +32,7 @@ def quiet(line: str) -> None:
 def boxes_of(height: int, width: int, count: int = 3000, seed: int = 0) -> np.ndarray:
     """Returns the boxes of the first positions: int64 [count, 4]."""
     box_at = crops.train_boxes(INCEPTION, seed)
+    assert box_at is not None
     return np.array([box_at(position)(height, width) for position in range(count)])
 
 
@@ -140,6 +141,7 @@ def test_a_batch_holds_the_boxes_of_the_original_images(directory: pathlib.Path)
     found = batches_of(examples)
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
     box_at = crops.train_boxes(INCEPTION, 3)
+    assert box_at is not None
     for step in (0, 4, 8):
         indices = pipeline.train_indices(step, batch_size=8, examples=33, seed=3)
         for row, index in enumerate(indices):
