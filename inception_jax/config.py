@@ -19,7 +19,14 @@ from typing import Any
 
 from inception_jax.errors import ConfigError, nearest
 
-DATASETS = ("tiny_imagenet", "tiny_imagenet_subset", "cifar10", "image_folder", "digits")
+DATASETS = (
+    "tiny_imagenet",
+    "tiny_imagenet_subset",
+    "cifar10",
+    "image_folder",
+    "digits",
+    "imagenet2012",
+)
 UNREADABLE = ("refuse", "skip")
 STORAGES = ("decoded", "records")
 MODELS = (
@@ -33,7 +40,7 @@ STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16")
-CROPS = ("none", "pad", "resized")
+CROPS = ("none", "pad", "resized", "inception")
 POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
@@ -107,7 +114,8 @@ class Data:
     name: str = setting("tiny_imagenet", "the data set", choices=DATASETS)
     source: str = setting(
         "",
-        "the original files: an archive or an extracted folder; empty: the official download",
+        "the original files: an archive or a folder; empty: the official download, where there is "
+        "one",
         resumable=True,
     )
     directory: str = setting(
@@ -140,6 +148,14 @@ class Data:
         low=0,
         resumable=True,
     )
+    eval_crop: float = setting(
+        1.0,
+        "side of the centred square that evaluation cuts from an image, over the image's shorter "
+        "side; other than 1 with storage 'records' only",
+        above=0,
+        high=1,
+        resumable=True,
+    )
     holdout: int = setting(
         0,
         "training examples, the same number of each class, that are kept from training and "
@@ -150,19 +166,29 @@ class Data:
 
 @dataclasses.dataclass
 class Augment:
-    crop: str = setting("pad", "random crop of training images", choices=CROPS, resumable=True)
+    crop: str = setting(
+        "pad",
+        "random crop of training images: 'pad' shifts them, 'resized' resizes a box of what was "
+        "cut to data.image_size before, 'inception' resizes a box of the original image (storage "
+        "'records' only)",
+        choices=CROPS,
+        resumable=True,
+    )
     pad: int = setting(
         4, "zeros added on each side before a 'pad' crop, pixels", low=0, resumable=True
     )
     area_min: float = setting(
         0.08,
-        "smallest share of the image's area in a 'resized' crop",
+        "smallest share of the image's area in a 'resized' or 'inception' crop",
         above=0,
         high=1,
         resumable=True,
     )
     aspect_max: float = setting(
-        4 / 3, "largest width/height, and height/width, of a 'resized' crop", low=1, resumable=True
+        4 / 3,
+        "largest width/height, and height/width, of a 'resized' or 'inception' crop",
+        low=1,
+        resumable=True,
     )
     flip: bool = setting(True, "mirror half of the training images left to right", resumable=True)
     policy: str = setting(
@@ -597,6 +623,19 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
+    if config.data.storage != "records":
+        # What is kept decoded is the whole centred square, at the size that the model sees.
+        if config.augment.crop == "inception":
+            yield (
+                f"config.augment.crop = 'inception': cuts from the original images, which "
+                f"config.data.storage = {config.data.storage!r} does not keep; set data.storage to "
+                "'records', or augment.crop to 'resized'"
+            )
+        if config.data.eval_crop != 1:
+            yield (
+                f"config.data.eval_crop = {config.data.eval_crop:g}: with config.data.storage = "
+                f"{config.data.storage!r} it must be 1; set data.storage to 'records' to cut less"
+            )
     sizes, begins = config.train.image_sizes, config.train.image_size_epochs
     if len(begins) != max(len(sizes) - 1, 0):
         yield (

@@ -42,6 +42,9 @@ def test_configurations_share_no_group() -> None:
         ("train.length.epochs", 0.0, "more than zero"),
         ("augment.pad", 64, "less than data.image_size = 64"),
         ("data.name", "tiny_imagnet", "Did you mean 'tiny_imagenet'"),
+        ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
+        ("data.eval_crop", 0.875, "with config.data.storage = 'decoded' it must be 1"),
+        ("data.eval_crop", 0.0, "more than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:
@@ -59,6 +62,12 @@ def test_mixing_ends_after_one_duration() -> None:
     config.augment.mix_until = Duration(epochs=3, steps=5)
     with pytest.raises(ConfigError, match=r"augment\.mix_until has epochs=3 and steps=5"):
         configs.validate(config)
+
+
+def test_original_images_are_cut_where_they_are_streamed() -> None:
+    config = Config(data=configs.Data(storage="records", eval_crop=0.875))
+    config.augment.crop = "inception"
+    configs.validate(config)
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

@@ -8,15 +8,31 @@ import abc
 import contextlib
 import os
 import pathlib
+import resource
+import types
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from inception_jax.datasets.progress import Progress
+from inception_jax.errors import DataError
 
 # Key, then the example's features.
 KeyedExample = tuple[str, dict[str, Any]]
+
+_FORMAT = "array_record"
+# TFDS 4.9.10 shuffles a split of more than 1 GB through temporary files that it opens with
+# TensorFlow. This stands in for the part of TensorFlow that it uses there.
+_PLAIN_FILES = types.SimpleNamespace(
+    io=types.SimpleNamespace(
+        gfile=types.SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
+    ),
+    errors=types.SimpleNamespace(ResourceExhaustedError=()),
+)
+# It keeps a thousand of them open at a time; the usual limit is 1,024.
+_OPEN_FILES = 4096
 
 
 class ImageBuilder(tfds.core.GeneratorBasedBuilder):
@@ -79,8 +95,23 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         """Returns the size of all encoded images together, bytes."""
 
     def is_prepared(self) -> bool:
-        """Whether the dataset is on disk: TFDS gives the folder its name when all is written."""
-        return bool(self.info.splits)
+        """Whether the dataset is on disk: TFDS gives the folder its name when all is written.
+
+        Raises:
+          DataError: if it is there in another format, written by TFDS's own commands.
+        """
+        if not self.info.splits:
+            return False
+        found = self.info.file_format.value
+        if found != _FORMAT:
+            raise DataError(
+                f"{self.data_dir}: is stored as {found}, not as {_FORMAT}. Give another "
+                "config.data.directory, or, with TensorFlow installed, convert it: tfds "
+                f"convert_format --dataset_version_dir={self.data_dir} --out_file_format={_FORMAT} "
+                f"--out_dir=DIRECTORY/{self.name}/{self.version} and "
+                "--config.data.directory=DIRECTORY"
+            )
+        return True
 
     def missing_files(self) -> list[str]:
         """Returns the files of the prepared dataset that have been removed since."""
@@ -94,7 +125,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
           DataError: if an image is damaged; nothing is left behind.
         """
         tfds.disable_progress_bar()
-        self.download_and_prepare(file_format="array_record")
+        shuffle.tf = _PLAIN_FILES
+        _allow_open_files(_OPEN_FILES)
+        self.download_and_prepare(file_format=_FORMAT)
 
     def files(self, split: str) -> list[pathlib.Path]:
         """Returns the record files of a split of the prepared dataset, in order."""
@@ -126,3 +159,12 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _log_download_done(self) -> None:
         """Silences TFDS's last line."""
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files to `count`, or to what it may raise it to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -7,10 +7,11 @@ and JPEGs with EXIF data, are left to PIL, which alone decides what is an image.
 
 import collections
 import io
+import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import TypeVar
 
@@ -19,6 +20,11 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from inception_jax.errors import DataError
+
+# Top, left, height and width, pixels.
+Box = tuple[int, int, int, int]
+# Maps an image's height and width to the box that is cut from it.
+ChooseBox = Callable[[int, int], Box]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,18 +101,19 @@ def problem(data: bytes) -> str:
     return ""
 
 
-def decode(data: bytes, size: int, name: str) -> np.ndarray:
+def decode(data: bytes, size: int, name: str, crop: float = 1.0) -> np.ndarray:
     """Decodes an image to RGB pixels of a given size.
 
     A picture that its EXIF data say was taken with the camera turned is set upright. Of an animated
-    image the first frame counts; 16 bits a channel become 8, and transparency is dropped. An image
-    of another size is resized with PIL's antialiased bicubic filter: the centred square
-    that is as large as its shorter side becomes `size` × `size` pixels.
+    image the first frame counts; 16 bits a channel become 8, and transparency is dropped. The
+    centred square that is `crop` times as large as its shorter side becomes `size` × `size` pixels,
+    resized with PIL's antialiased bicubic filter where it is of another size.
 
     Args:
       data: the image file's content, in any format and colour mode that PIL knows.
       size: height and width of the result, pixels.
       name: what an error calls it.
+      crop: more than 0, at most 1.
 
     Returns:
       uint8 [size, size, 3].
@@ -114,28 +121,87 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
     Raises:
       DataError: if the image is corrupt or cut short.
     """
-    pixels = _decode_jpeg(data)
-    if pixels is None:
-        try:
-            pixels = _decode_any(data)
-        except _BROKEN as error:
-            raise _broken(name, len(data), error) from error
-    if pixels.shape[:2] == (size, size):
+    pixels = _decode_jpeg(data, name) if _jpeg_shape(data) else _decode_with_pil(data, name)
+    if crop == 1 and pixels.shape[:2] == (size, size):
         return pixels
-    fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), method=Image.Resampling.BICUBIC)
+    fitted = ImageOps.fit(
+        Image.fromarray(pixels),
+        (size, size),
+        method=Image.Resampling.BICUBIC,
+        bleed=(1 - crop) / 2,
+    )
     return np.asarray(fitted)
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """Returns a JPEG's pixels, uint8 [H, W, 3], or None for what is left to PIL."""
+def decode_box(data: bytes, size: int, name: str, choose: ChooseBox) -> np.ndarray:
+    """Decodes an image and resizes a box of it to a square.
+
+    The filter is PIL's antialiased bilinear one, as in torchvision's RandomResizedCrop; beside the
+    box's edge it sees the image's own pixels, where a crop before it would repeat the last ones. A
+    JPEG is decoded at half its size, or less, where the box stays at least `size` pixels each way.
+
+    Args:
+      data: the image file's content, in any format and colour mode that PIL knows.
+      size: height and width of the result, pixels.
+      name: what an error calls it.
+      choose: gives the box inside the image.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      DataError: if the image is corrupt or cut short.
+    """
+    shape = _jpeg_shape(data)
+    if shape is None:
+        pixels = _decode_with_pil(data, name)
+        shape = pixels.shape[0], pixels.shape[1]
+        box = choose(*shape)
+    else:
+        box = choose(*shape)
+        least = [math.ceil(side * size / part) for side, part in zip(shape, box[2:], strict=True)]
+        pixels = _decode_jpeg(data, name, least)
+    top, left, height, width = box
+    y, x = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
+    edges = (left * x, top * y, (left + width) * x, (top + height) * y)
+    picture = Image.fromarray(pixels)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=edges))
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Returns the height and width of a JPEG that simplejpeg decodes as PIL does, else None."""
     if _EXIF in data:
         return None
     try:
-        *_, colours, _ = simplejpeg.decode_jpeg_header(data)
-        # Of the ways from four channels to three, it does not take PIL's.
-        return simplejpeg.decode_jpeg(data) if colours in _JPEG_COLOURS else None
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    # Of the ways from four channels to three, it does not take PIL's.
+    return (height, width) if colours in _JPEG_COLOURS else None
+
+
+def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.ndarray:
+    """Returns a JPEG's pixels, uint8 [H, W, 3].
+
+    Args:
+      data: the file's content.
+      name: what an error calls it.
+      least: height and width that it may be reduced to while it is decoded; 0: not at all.
+    """
+    height, width = least
+    try:
+        # Reducing by less than 2 takes longer than to decode the whole.
+        return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2)
+    except ValueError:
+        return _decode_with_pil(data, name)
+
+
+def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
+    """Returns an image's pixels, uint8 [H, W, 3], from any format and colour mode."""
+    try:
+        return _decode_any(data)
+    except _BROKEN as error:
+        raise _broken(name, len(data), error) from error
 
 
 def _decode_any(data: bytes) -> np.ndarray:

@@ -28,6 +28,8 @@ class DatasetSpec:
       opener: the function that opens a source, a `files.Source`, as 'module:function'; needed where
         the content is not fixed.
       settings: the fields of `config.Data` besides the source that the builder takes.
+      mean, std: the published ones of the training pixels, in units of pixel value / 255; empty:
+        they are measured when the data set is made ready, for which every image is decoded.
     """
 
     name: str
@@ -39,6 +41,8 @@ class DatasetSpec:
     takes_source: bool = True
     opener: str = ""
     settings: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def builder_class(self) -> Any:
         """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
@@ -100,6 +104,16 @@ _SPECS = (
         eval_split="test",
         builder="inception_jax.datasets.digits:Digits",
         takes_source=False,
+    ),
+    DatasetSpec(
+        name="imagenet2012",
+        version="5.1.0",
+        train_split="train",
+        eval_split="validation",
+        builder="inception_jax.datasets.imagenet:Imagenet2012",
+        # As in torchvision's documentation of its pretrained models.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
     ),
 )
 _BY_NAME = {spec.name: spec for spec in _SPECS}

@@ -50,10 +50,11 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Varies a batch as `settings` say.
 
-    In this order: crop, flip, policy, colour jitter, resizing, normalisation, mixing, Cutout. A
-    policy needs whole grey levels: images are uint8 up to it, rounded after a resized crop, which
-    is float32, and float32 from the colour jitter on. With everything switched off, and images of
-    `size` already, the result is `normalise(images)` and the labels' one-hot rows.
+    In this order: crop ('inception' crops were cut on the host already: `crops`), flip, policy,
+    colour jitter, resizing, normalisation, mixing, Cutout. A policy needs whole grey levels: images
+    are uint8 up to it, rounded after a resized crop, which is float32, and float32 from the colour
+    jitter on. With everything switched off, and images of `size` already, the result is
+    `normalise(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.

@@ -3,13 +3,14 @@
 `prepare` makes a folder from a standard TFDS dataset, and makes that from the original files. With
 `config.data.storage` "decoded" the folder holds every image as uint8 pixels: decoding a 64 × 64
 JPEG takes 35 µs or more, reading its pixels 3 µs, so a training step never waits for a decoder.
-With "records" it holds no pixels, only what a first pass over all images found, and images are
-decoded from the TFDS records as they are needed: for data sets too large to be kept decoded.
+With "records" it holds no pixels, only what a first pass over all records found, and images are
+decoded from the TFDS records as they are needed: for data sets too large to be kept decoded. That
+pass decodes every image too, to measure mean and standard deviation, unless the registry has them.
 
 The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`:
 
     info.json              what follows, with the size of each file, and the training pixels' mean
-                           and standard deviation
+                           and standard deviation, measured or published
     <split>_images.npy     uint8 [N, size, size, 3]; not with "records"
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
@@ -70,7 +71,7 @@ class Dataset:
       image_size: height and width of the images, pixels.
       class_names: in the order of the labels.
       mean, std: float32 [3], of each channel over all pixels of the training split (a hold-out
-        included), in units of pixel value / 255.
+        included), in units of pixel value / 255; the published ones where the registry has them.
       splits: all splits by name.
       train_split, eval_split: the names of the two that training and evaluation use.
     """
@@ -164,12 +165,15 @@ def _read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
 
 
 def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info) -> Dataset:
-    opened = {split: _open_split(data, cache, info, split) for split in info["splits"]}
+    # Only what is evaluated is cut: training has crops of its own.
+    crop = dict.fromkeys(info["splits"], data.eval_crop) | {spec.train_split: 1.0}
+    opened = {split: _open_split(data, cache, info, split, crop[split]) for split in info["splits"]}
     eval_split = spec.eval_split
     if data.holdout:
         train, eval_split = opened[spec.train_split], HOLDOUT
         held = splits.stratified(train.labels, data.holdout)
-        opened[HOLDOUT] = splits.subset(train, np.flatnonzero(held))
+        evaluated = _open_split(data, cache, info, spec.train_split, data.eval_crop)
+        opened[HOLDOUT] = splits.subset(evaluated, np.flatnonzero(held))
         opened[spec.train_split] = splits.subset(train, np.flatnonzero(~held))
     return Dataset(
         name=info["name"],
@@ -184,7 +188,9 @@ def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info)
     )
 
 
-def _open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -> Split:
+def _open_split(
+    data: config.Data, cache: pathlib.Path, info: Info, split: str, crop: float
+) -> Split:
     labels = np.load(cache / f"{split}_labels.npy")
     names_path = cache / f"{split}_names.txt"
     if data.storage == "decoded":
@@ -194,7 +200,7 @@ def _open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) 
 
     files = [pathlib.Path(os.path.normpath(cache / file)) for file in info["records"][split]]
     workers = data.workers or len(os.sched_getaffinity(0))
-    return RecordSplit(labels, names_path, data.image_size, Records(files), workers)
+    return RecordSplit(labels, names_path, data.image_size, Records(files), workers, crop)
 
 
 def _check_source(
@@ -306,6 +312,9 @@ def _prepared_builder(
     )
     builder = new()
     if builder.is_prepared() and (missing := builder.missing_files()):
+        with contextlib.closing(builder):
+            # What is left is not removed where there is nothing to make it from.
+            builder.open()
         log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
         shutil.rmtree(builder.data_dir)
         builder = new()
@@ -338,18 +347,21 @@ def _write_cache(
     builder: Any, spec: DatasetSpec, data: config.Data, folder: pathlib.Path, *, log: Log
 ) -> Info:
     """Writes all splits and, last, info.json, to `folder`; returns what is in info.json."""
+    decode = data.storage == "decoded" or not spec.mean
     statistics = {
-        split: _write_split(builder, split, data, folder, log=log) for split in builder.info.splits
+        split: _write_split(builder, split, data, folder, decode=decode, log=log)
+        for split in builder.info.splits
     }
-    mean, std = statistics[spec.train_split]
+    measured = statistics[spec.train_split]
+    mean, std = (spec.mean, spec.std) if spec.mean else (each.tolist() for each in measured)
     info = {
         "format": FORMAT,
         "name": spec.name,
         "version": spec.version,
         "image_size": data.image_size,
         "class_names": builder.info.features["label"].names,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
+        "mean": list(mean),
+        "std": list(std),
         "splits": {split: facts.num_examples for split, facts in builder.info.splits.items()},
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         "source": _source_of(builder),
@@ -367,41 +379,49 @@ def _write_cache(
 
 
 def _write_split(
-    builder: Any, split: str, data: config.Data, folder: pathlib.Path, *, log: Log
+    builder: Any, split: str, data: config.Data, folder: pathlib.Path, *, decode: bool, log: Log
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one split and writes what is kept of it.
+    """Reads one split and writes what is kept of it.
+
+    Args:
+      builder: of the prepared TFDS dataset.
+      split: its name.
+      data: the settings.
+      folder: where to write to.
+      decode: whether to decode the images, to keep them or to measure them.
+      log: takes one line of text.
 
     Returns:
-      Mean and standard deviation of its pixels, float64 [3].
+      Mean and standard deviation of its pixels, float64 [3]; zeros if they were not decoded.
     """
     from inception_jax.datasets.records import Records
 
     records, size = Records(builder.files(split)), data.image_size
     count = len(records)
     pieces = (range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE))
-    decode = functools.partial(_decode_piece, records, size)
-    labels, names = [], []
+    work = functools.partial(_decode_piece, records, size)
+    if not decode:
+        work = functools.partial(_list_piece, records)
+    labels = []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
+    label = f"{builder.name}: {'decoding' if decode else 'listing'} {split}"
     with contextlib.ExitStack() as stack:
+        names = stack.enter_context(_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
             # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
             file = stack.enter_context(_synced(folder / f"{split}_images.npy"))
             _write_header(file, (count, size, size, 3))
-        progress = stack.enter_context(
-            Progress(f"{builder.name}: decoding {split}", count, log=log)
-        )
-        for piece in images.threaded_map(decode, pieces):
+        progress = stack.enter_context(Progress(label, count, log=log))
+        for piece in images.threaded_map(work, pieces):
             if data.storage == "decoded":
                 file.write(piece.pixels)
-            labels += piece.labels
-            names += piece.names
+            labels.append(piece.labels)
+            names.write("".join(f"{name}\n" for name in piece.names).encode())
             total += piece.total
             squares += piece.squares
             progress.update(len(piece.labels))
     with _synced(folder / f"{split}_labels.npy") as file:
-        np.save(file, np.array(labels, np.int32))
-    with _synced(folder / f"{split}_names.txt") as file:
-        file.write("".join(f"{name}\n" for name in names).encode())
+        np.save(file, np.concatenate(labels))
     pixels = count * size * size
     mean = total / pixels
     return mean / 255, np.sqrt(squares / pixels - mean**2) / 255
@@ -414,10 +434,10 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Some decoded examples; `total` and `squares` are uint64 [3] sums over their pixels."""
+    """Some examples: labels, int32; `total` and `squares`, uint64 [3], summed over their pixels."""
 
     pixels: np.ndarray
-    labels: list[int]
+    labels: np.ndarray
     names: list[str]
     total: np.ndarray
     squares: np.ndarray
@@ -429,11 +449,23 @@ def _decode_piece(records: "Records", size: int, indices: range) -> _Piece:
     channels = [pixels[..., channel] for channel in range(3)]
     return _Piece(
         pixels=pixels,
-        labels=[example.label for example in examples],
+        labels=np.array([example.label for example in examples], np.int32),
         names=[example.file_name for example in examples],
         total=np.array([c.sum(dtype=np.uint64) for c in channels]),
         # The square of a byte fits 16 bits, so integer sums are exact.
         squares=np.array([np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels]),
+    )
+
+
+def _list_piece(records: "Records", indices: range) -> _Piece:
+    """Reads examples without decoding their images."""
+    examples = records.read(indices)
+    return _Piece(
+        pixels=np.empty((0,), np.uint8),
+        labels=np.array([example.label for example in examples], np.int32),
+        names=[example.file_name for example in examples],
+        total=np.zeros(3, np.uint64),
+        squares=np.zeros(3, np.uint64),
     )
 
 

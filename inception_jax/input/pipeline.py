@@ -14,8 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from inception_jax.datasets.images import ChooseBox
 from inception_jax.input import sharding
 from inception_jax.input.splits import Split
+
+# Gives, for a position in the endless sequence of training examples, the box to cut there.
+BoxAt = Callable[[int], ChooseBox]
 
 
 @functools.lru_cache(maxsize=4)
@@ -44,7 +48,14 @@ def train_indices(step: int, *, batch_size: int, examples: int, seed: int) -> np
 
 
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, start: int, stop: int, mesh: Mesh
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    mesh: Mesh,
+    box_at: BoxAt | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
 
@@ -54,23 +65,37 @@ def train_batches(
       seed: of the order.
       start, stop: range of steps.
       mesh: the devices that each batch is laid on.
+      box_at: the boxes to cut from the original images (`crops`); None: the whole images.
 
     Yields:
       image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
     """
-    batches = host_train_batches(split, batch_size=batch_size, seed=seed, start=start, stop=stop)
+    batches = host_train_batches(
+        split, batch_size=batch_size, seed=seed, start=start, stop=stop, box_at=box_at
+    )
     return _to_devices_ahead(batches, mesh)
 
 
 def host_train_batches(
-    split: Split, *, batch_size: int, seed: int, start: int, stop: int
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    box_at: BoxAt | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's share of the batches that `train_batches` describes, on the host."""
     rows = sharding.process_rows(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
-        return {"image": split.read(indices), "label": split.labels[indices]}
+        if box_at is None:
+            images = split.read(indices)
+        else:
+            positions = range(step * batch_size, (step + 1) * batch_size)[rows]
+            images = split.read_boxes(indices, [box_at(position) for position in positions])
+        return {"image": images, "label": split.labels[indices]}
 
     return _read_ahead(load, start, stop, threads=split.threads)
 

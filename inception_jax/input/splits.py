@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,22 @@ class Split(abc.ABC):
           DataError: naming the file that is damaged.
         """
 
+    def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
+        """Returns a box of each original image at `indices`, resized: uint8 [B, H, W, 3].
+
+        Args:
+          indices: int64 [B], at least one.
+          boxes: B of them.
+
+        Raises:
+          ConfigError: if the original images are not at hand, as for all but records.
+          DataError: naming the file that is damaged.
+        """
+        raise ConfigError(
+            "config.data.storage = 'decoded': the original images are not at hand to cut boxes "
+            "from; set it to 'records', or config.augment.crop to 'resized'"
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodedSplit(Split):
@@ -115,10 +131,12 @@ class RecordSplit(Split):
     Attributes:
       records: the split's records.
       decoders: how many batches to decode at a time, each in a thread.
+      crop: side of the centred square that `read` cuts, over the image's shorter side.
     """
 
     records: "Records"
     decoders: int
+    crop: float = 1.0
 
     @property
     def threads(self) -> int:
@@ -129,7 +147,15 @@ class RecordSplit(Split):
         """Returns the images at `indices`."""
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
         for row, example in zip(pixels, self.records.read(indices.tolist()), strict=True):
-            row[:] = images.decode(example.image, self.image_size, example.file_name)
+            row[:] = images.decode(example.image, self.image_size, example.file_name, self.crop)
+        return pixels
+
+    def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
+        """Returns a box of each image at `indices`."""
+        pixels = np.empty((len(indices), *self.image_shape), np.uint8)
+        examples = self.records.read(indices.tolist())
+        for row, example, choose in zip(pixels, examples, boxes, strict=True):
+            row[:] = images.decode_box(example.image, self.image_size, example.file_name, choose)
         return pixels
 
 
@@ -158,6 +184,10 @@ class SubsetSplit(Split):
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
         return self.whole.read(self.indices[indices])
+
+    def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
+        """Returns a box of each image at `indices`."""
+        return self.whole.read_boxes(self.indices[indices], boxes)
 
 
 def subset(split: Split, indices: np.ndarray) -> SubsetSplit:

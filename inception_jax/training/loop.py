@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from inception_jax.errors import RunError
-from inception_jax.input import pipeline
+from inception_jax.input import crops, pipeline
 from inception_jax.telemetry import summary
 from inception_jax.telemetry.clock import Clock, Rate
 from inception_jax.telemetry.metrics import TrainMetrics
@@ -129,6 +129,7 @@ def _train(
         start=first,
         stop=run.total_steps,
         mesh=run.mesh,
+        box_at=crops.train_boxes(config.augment, config.seed),
     )
     empty_metrics = states.empty_metrics(run)
     in_flight: collections.deque[jax.Array] = collections.deque()

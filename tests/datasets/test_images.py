@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from inception_jax.datasets import images
@@ -112,8 +113,74 @@ def test_what_is_no_image_is_said_in_one_line() -> None:
     assert images.problem(b"a note") == "no image format that is known"
 
 
+def smooth(height: int, width: int) -> np.ndarray:
+    """Returns an image without detail: a wave across and one down."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 40), np.cos(y / 30), np.sin((x + y) / 50)]
+    return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def test_decode_cuts_a_share_of_the_shorter_side() -> None:
+    array = smooth(48, 60)
+    # The usual way: the shorter side becomes 16 pixels, of which the centred 14 stay.
+    whole = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole)[1:15, 3:17].astype(int)
+    decoded = images.decode(png(array), 14, "x", crop=0.875)
+    assert np.abs(decoded - expected).max() <= 1
+    assert (images.decode(png(array[:16, :16]), 16, "x", crop=0.5) != array[:16, :16]).any()
+
+
+@pytest.mark.parametrize("encode", [png, archives.jpeg])
+def test_decode_box_is_a_crop_and_an_antialiased_resize(
+    encode: Callable[[np.ndarray], bytes],
+) -> None:
+    asked = []
+
+    def choose(height: int, width: int) -> images.Box:
+        asked.append((height, width))
+        return 7, 20, 33, 25
+
+    array = smooth(48, 70)
+    found = images.decode_box(encode(array), 14, "x", choose)
+    assert asked == [(48, 70)]
+    whole = np.asarray(Image.open(io.BytesIO(encode(array))))
+    crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
+    # At the border the one sees the image's own pixels, the other none.
+    difference = np.abs(found.astype(int) - np.asarray(crop))
+    assert difference[1:-1, 1:-1].max() <= 1
+    assert difference.max() <= 8
+
+
+@pytest.mark.parametrize("box", [(10, 30, 500, 640), (0, 0, 600, 800), (100, 200, 400, 384)])
+def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
+    box: images.Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, shapes = archives.jpeg(smooth(600, 800)), []
+    original = simplejpeg.decode_jpeg
+
+    def decode_jpeg(*arguments: Any, **settings: Any) -> np.ndarray:
+        shapes.append((pixels := original(*arguments, **settings)).shape)
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
+    small = images.decode_box(data, 192, "x", lambda height, width: box)
+    assert shapes[0][0] <= 600 // 2 and shapes[0][0] * box[2] // 600 >= 192
+    monkeypatch.undo()
+    whole = Image.open(io.BytesIO(data))
+    edges = (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    expected = np.asarray(whole.resize((192, 192), Image.Resampling.BILINEAR, box=edges))
+    assert np.abs(small.astype(int) - expected).max() <= 4
+
+
 @pytest.mark.parametrize("kept", [0, 10, 300, -20])
-@pytest.mark.parametrize("read", [images.verify, lambda data, name: images.decode(data, 32, name)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        images.verify,
+        lambda data, name: images.decode(data, 32, name),
+        lambda data, name: images.decode_box(data, 32, name, lambda *_: (0, 0, 32, 32)),
+    ],
+)
 def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], kept: int) -> None:
     whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
     read(whole, "whole.JPEG")
