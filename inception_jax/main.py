@@ -59,6 +59,7 @@ def main(positional: Sequence[str]) -> None:
     if folder is not None:
         workdir.check_dataset(folder, this_run.dataset_identity())
     if folder is None:
+        assert _WEIGHTS.value is not None  # One of the two flags is given.
         result = evaluate.evaluate_weights(this_run, pathlib.Path(_WEIGHTS.value))
     elif _MODE.value == "train":
         evaluator = evaluate.Evaluator(this_run)

@@ -18,12 +18,13 @@ as one safetensors file, with the network's settings, the classes and the normal
 In bfloat16 the file is half as large; BatchNorm statistics stay float32.
 """
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write; one that is there is replaced")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "file to write; one that is there is replaced", required=True
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of the parameters")
 _DATA = flags.DEFINE_string("data_directory", None, "prepared data, where they have moved since")
-cli.require("workdir", "output")
 
 
 def main(positional: Sequence[str]) -> None:

@@ -23,15 +23,16 @@ not. torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 t
 says so: mean and std 0.5. With --notransform_input they are those of ImageNet.
 """
 
-_INPUT = flags.DEFINE_string("input", None, "state dict: .pth or .safetensors")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write; one that is there is replaced")
+_INPUT = flags.DEFINE_string("input", None, "state dict: .pth or .safetensors", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "file to write; one that is there is replaced", required=True
+)
 _CLASS_NAMES = flags.DEFINE_string(
     "class_names", None, "text file of the classes' names in the order of the logits, a line each"
 )
 _TRANSFORM_INPUT = flags.DEFINE_bool(
     "transform_input", True, "as torchvision's argument; its pretrained weights have it"
 )
-cli.require("input", "output")
 
 # torchvision's usual normalisation, and the one that GoogLeNet's transform_input makes of it:
 # (x * 0.229 + 0.485 - 0.5) / 0.5 and so on give back (pixel / 255 - 0.5) / 0.5.
