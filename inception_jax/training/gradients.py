@@ -1,7 +1,7 @@
 """The gradient that a step hands to its update rule: of the batch, in parts, or of a neighbour."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,7 @@ def make_gradient(
         )
         return loss.mean(), (updated.get("batch_stats", {}), loss, output.logits)
 
-    def plain(params: Variables, *rest: jax.Array) -> Gradient:
+    def plain(params: Variables, *rest: Any) -> Gradient:
         grads, found = jax.grad(objective, has_aux=True)(params, *rest)
         return Gradient(grads, *found)
 
@@ -136,7 +136,7 @@ def sharpness_aware(gradient: GradientFunction, rho: float) -> GradientFunction:
       rho: radius of the neighbourhood, in the norm of all parameters together.
     """
 
-    def at_neighbour(params: Variables, *rest: jax.Array) -> Gradient:
+    def at_neighbour(params: Variables, *rest: Any) -> Gradient:
         here = gradient(params, *rest)
         # A gradient of zeros leaves the parameters where they are.
         factor = rho / (optax.tree.norm(here.grads) + 1e-12)

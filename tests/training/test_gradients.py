@@ -87,7 +87,7 @@ def test_no_device_sends_its_images_to_another() -> None:
     gradient = gradients.make_gradient(net, Train(accumulate=2), sam_rho=0.0, mesh=mesh)
     jitted = jax.jit(gradient, in_shardings=(whole, whole, rows, rows, whole))
     program = jitted.lower(*variables_of(net), *data(), KEY).compile().as_text()
-    assert "all-reduce" in program
+    assert program and "all-reduce" in program
     for exchange in ("all-gather", "all-to-all", "collective-permute"):
         assert exchange not in program
 

@@ -318,7 +318,7 @@ def test_muon_equals_numpy_on_hidden_kernels_and_adamw_elsewhere(
     def draw(seed: int) -> dict:
         rng = np.random.default_rng(seed)
         return jax.tree.map(
-            lambda shape: rng.normal(0, 2, shape).astype(np.float32),
+            lambda shape: np.asarray(rng.normal(0, 2, shape), np.float32),
             MUON_PARAMS,
             is_leaf=lambda node: isinstance(node, tuple),
         )

@@ -199,7 +199,8 @@ def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> Non
         this.config.optimizer.sam_rho = rho
         current, _ = make_train_step(this)(state.create(this), batches(this, 1)[0])
         ends.append(current)
-    assert jax.tree.structure(ends[0].opt_state) == jax.tree.structure(ends[1].opt_state)
+    structures = {str(jax.tree.structure(end.opt_state)) for end in ends}
+    assert len(structures) == 1
     assert not np.allclose(*(end.params["Dense_0"]["kernel"] for end in ends))
 
 
