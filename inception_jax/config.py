@@ -287,6 +287,13 @@ class Evaluation:
         "time between evaluations; there is always one at the end",
         resumable=True,
     )
+    train_examples: int = setting(
+        0,
+        "training examples (the first of the data set) that each evaluation covers besides, without "
+        "augmentation and dropout, as split train_eval; 0: none",
+        low=0,
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from inception_jax.input import augment, pipeline, sharding
+from inception_jax.input.splits import Split
 from inception_jax.models import ops
 from inception_jax.telemetry.metrics import EvalMetrics
 from inception_jax.training import losses
@@ -41,11 +42,23 @@ class Evaluator:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
         """
         split = self._run.dataset.evaluation
+        return self._evaluate(variables, split, len(split))
+
+    def train_sample(self, variables: Variables) -> dict[str, float]:
+        """Returns the same of the first `evaluation.train_examples` of the training split."""
+        split = self._run.dataset.train
+        examples = min(self._run.config.evaluation.train_examples, len(split))
+        return self._evaluate(variables, split, examples)
+
+    def _evaluate(self, variables: Variables, split: Split, examples: int) -> dict[str, float]:
         batches = pipeline.eval_batches(
-            split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
+            split,
+            batch_size=self._run.config.evaluation.batch_size,
+            mesh=self._run.mesh,
+            examples=examples,
         )
         metrics = EvalMetrics.total(self._step(variables, batch) for batch in batches).compute()
-        assert metrics["count"] == len(split), (metrics["count"], len(split))
+        assert metrics["count"] == examples, (metrics["count"], examples)
         return metrics
 
     def _eval_step(self, variables: Variables, batch: dict[str, jax.Array]) -> EvalMetrics:

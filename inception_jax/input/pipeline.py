@@ -87,8 +87,10 @@ def abstract_train_batch(
     }
 
 
-def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Yields every example of a split once, in order.
+def eval_batches(
+    split: Split, *, batch_size: int, mesh: Mesh, examples: int | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields every example of a split once, in order, or the first `examples` of them.
 
     The last batch is filled up with copies of the first example, masked out. `batch_size` is
     rounded up to a multiple of the device count, which changes no result.
@@ -98,14 +100,15 @@ def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[
     """
     batch_size += -batch_size % mesh.size
     rows = sharding.process_rows(batch_size)
+    count = len(split) if examples is None else min(examples, len(split))
 
     def load(batch: int) -> dict[str, np.ndarray]:
         indices = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
-        mask = indices < len(split)
+        mask = indices < count
         indices = np.where(mask, indices, 0)
         return {"image": split.read(indices), "label": split.labels[indices], "mask": mask}
 
-    batches = -(-len(split) // batch_size)
+    batches = -(-count // batch_size)
     return _to_devices_ahead(_read_ahead(load, 0, batches, threads=split.threads), mesh)
 
 
