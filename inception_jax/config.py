@@ -289,8 +289,8 @@ class Evaluation:
     )
     train_examples: int = setting(
         0,
-        "training examples (the first of the data set) that each evaluation covers besides, without "
-        "augmentation and dropout, as split train_eval; 0: none",
+        "training examples (the first of the data set) that each evaluation covers besides, "
+        "without augmentation and dropout, as split train_eval; 0: none",
         low=0,
         resumable=True,
     )

@@ -53,7 +53,7 @@ SMALL_ERROR = 5.0
 # With that much on its training images, percent, a network is large enough for them.
 FITS = 90.0
 
-# Validation loss above its least, in units of guessing: more than the noise of a few hundred images.
+# Validation loss above its least, in units of guessing: more than the noise of some hundred images.
 # With top-1 lower, too, the network has been getting worse; alone it shows growing confidence (Guo
 # et al. 2017, arXiv:1706.04599), no harm to top-1.
 LOSS_RISE = 0.05
@@ -238,7 +238,8 @@ def _over_fitting(e: Evidence) -> tuple[str, str] | None:
     if e.validation_drop > e.noise and e.validation_loss_rise > LOSS_RISE and e.gap > e.noise:
         return OVER, (
             f"validation top-1 fell by {e.validation_drop:.1f} points from its best (noise "
-            f"{e.noise:.1f}), and its loss rose by {e.validation_loss_rise:.2f} of guessing (threshold {LOSS_RISE:g})"
+            f"{e.noise:.1f}), and its loss rose by {e.validation_loss_rise:.2f} of guessing "
+            f"(threshold {LOSS_RISE:g})"
         )
     if e.error_share < VARIANCE and e.gap > max(LEAST_GAP, e.noise):
         bound = "at least " if e.train_is_bound else ""
