@@ -96,7 +96,6 @@ def plot_range_test(
     )
     if proposal is not None:
         for rate, words, colour in (
-            (proposal.steepest, "steepest fall", _COLOURS["test"]),
             (proposal.rate, "proposed", _COLOURS["validation"]),
             (proposal.least, "least loss", _OTHER_COLOUR),
         ):

@@ -32,7 +32,7 @@ SMOOTHING = 1 / 20
 # tenth of it for a constant rate. A third lies between, for a peak reached by a warm-up.
 BELOW_LEAST = 3.0
 
-# A smoothed loss that fell by less than this share of its start shows noise and no learning.
+# A smoothed loss that fell by less than this share of the first losses shows noise and no learning.
 LEAST_FALL = 0.05
 
 
@@ -63,13 +63,11 @@ class Proposal:
     Attributes:
       rate: proposed peak, `least / BELOW_LEAST`, to two digits.
       least: where the smoothed loss is least.
-      steepest: where it falls fastest on the logarithmic axis.
       diverged: whether the test ended by divergence; if not, `least` may be the end of the range.
     """
 
     rate: float
     least: float
-    steepest: float
     diverged: bool
 
 
@@ -135,16 +133,16 @@ def has_diverged(points: Sequence[Point]) -> bool:
 def propose(points: Sequence[Point]) -> Proposal | None:
     """Returns what a range test proposes, or None if the loss did not fall in its range."""
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
-    loss = np.array([p.smoothed_loss for p in finite])
-    least = int(loss.argmin()) if finite else 0
-    if least < 2 or loss[least] > (1 - LEAST_FALL) * loss[0]:
+    if not finite:
         return None
-    rate = np.array([p.smoothed_rate for p in finite])
-    slope = np.gradient(loss[: least + 1], np.log(rate[: least + 1]))
+    least = min(finite, key=lambda p: p.smoothed_loss)
+    # One batch alone would be a noisy start.
+    start = np.mean([p.loss for p in finite[: math.ceil(SMOOTHING * len(points))]])
+    if least.smoothed_loss > (1 - LEAST_FALL) * start:
+        return None
     return Proposal(
-        rate=float(f"{rate[least] / BELOW_LEAST:.2g}"),
-        least=float(rate[least]),
-        steepest=float(rate[slope.argmin()]),
+        rate=float(f"{least.smoothed_rate / BELOW_LEAST:.2g}"),
+        least=least.smoothed_rate,
         diverged=has_diverged(points),
     )
 

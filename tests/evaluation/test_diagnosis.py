@@ -72,7 +72,7 @@ def curves(
         lines.append(
             step
             | {"split": "train", "loss": GUESSING * value, "top1": train_top1 * fallen}
-            | {"learning_rate": 0.1, "gradient_norm": 3 * (1 - (1 - gradient) * fallen)}
+            | {"learning_rate": 0.1, "gradient_norm": 3.0 if half == 1 else 3 * gradient}
         )
         if half % 2 == 0:
             rise = late_rise * min(0.0, (t - 1) / 0.2) if t > 0.8 else -late_rise
@@ -124,7 +124,7 @@ def settings(found: Diagnosis) -> dict[str, Any]:
         # Guessing; what the gradient did.
         ({"train_loss": 0.91, "loss": 0.91, "top1": 15.0, "gradient": 0.49}, "rate too high"),
         ({"train_loss": 0.91, "loss": 0.91, "top1": 15.0, "gradient": 0.51}, "rate too low"),
-        ({"train_loss": 0.91, "loss": 0.89, "train_top1": 40.0, "top1": 30.0}, "well fitted"),
+        ({"train_loss": 0.91, "loss": 0.89, "train_top1": 40.0, "top1": 30.0}, "under-fitting"),
         ({"train_loss": 0.985, "loss": 1.0, "top1": 10.0, "gradient": 1.0}, "uncertain"),
         ({"train_loss": 0.975, "loss": 1.0, "top1": 10.0, "gradient": 1.0}, "rate too low"),
         ({"train_loss": 0.95, "loss": 1.0, "gradient": 1.0, "spike": 0.19}, "rate too low"),
