@@ -24,12 +24,14 @@ smoothed loss is least. It holds for the batch size, optimizer and model it was 
 """
 
 _CONFIG = cli.define_config()
-_OUTPUT = flags.DEFINE_string("output", None, "folder for find_lr.json and find_lr.png")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "folder for find_lr.json and find_lr.png", required=True
+)
 _LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
 _HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
 _STEPS = flags.DEFINE_integer("steps", 200, "how many steps; 30 for each factor of ten", 10)
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
-cli.require("config", "output")
+cli.require("config")
 
 
 def main(positional: Sequence[str]) -> None:

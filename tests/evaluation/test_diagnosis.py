@@ -154,7 +154,10 @@ def test_each_rule_holds_on_one_side_of_its_threshold(curve: dict[str, Any], exp
 @pytest.mark.parametrize(("epochs", "short"), [(1, True), (2, False)])
 def test_two_epochs_are_the_least(epochs: int, short: bool) -> None:
     config = plain(train=Train(batch_size=100, length=Duration(epochs=epochs)))
-    found = verdict(curves(epochs=epochs), config)
+    lines = curves(epochs=epochs)
+    # Two evaluations in either case.
+    lines.insert(1, next(line for line in lines if line["split"] == "validation"))
+    found = verdict(lines, config)
     assert (found.verdict == "too short to say") == short
     if short:
         assert settings(found) == {"train.length.epochs": 2}
@@ -254,6 +257,19 @@ def test_the_four_answers_and_remedies_of_under_fitting() -> None:
     }
     assert [s.setting for s in found.suggestions if s.new_run] == ["model.width"]
     assert "needs a new workdir" in "\n".join(found.lines())
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "more"),
+    [("sgd", 5e-4, 1.5e-3), ("sgd", 0.0, 5e-4), ("sgd", 2e-3, None), ("adam", 1e-5, None)]
+    + [("adamw", 0.02, 0.06), ("adamw", 0.05, None)],
+)
+def test_more_weight_decay_is_advised_where_it_acts(
+    name: str, decay: float, more: float | None
+) -> None:
+    config = plain(optimizer=Optimizer(name=name, weight_decay=decay))
+    found = settings(verdict(curves(train_top1=99.0), config))
+    assert found.get("optimizer.weight_decay") == more
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
