@@ -261,8 +261,14 @@ def test_the_four_answers_and_remedies_of_under_fitting() -> None:
 
 @pytest.mark.parametrize(
     ("name", "decay", "more"),
-    [("sgd", 5e-4, 1.5e-3), ("sgd", 0.0, 5e-4), ("sgd", 2e-3, None), ("adam", 1e-5, None)]
-    + [("adamw", 0.02, 0.06), ("adamw", 0.05, None)],
+    [
+        ("sgd", 5e-4, 1.5e-3),
+        ("sgd", 0.0, 5e-4),
+        ("sgd", 2e-3, None),
+        ("adam", 1e-5, None),
+        ("adamw", 0.02, 0.06),
+        ("adamw", 0.05, None),
+    ],
 )
 def test_more_weight_decay_is_advised_where_it_acts(
     name: str, decay: float, more: float | None
