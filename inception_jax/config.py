@@ -433,6 +433,13 @@ class Evaluation:
         "apart, as flip_loss, flip_top1 and flip_top5",
         resumable=True,
     )
+    train_examples: int = setting(
+        0,
+        "training examples (the first of the data set) that each evaluation covers besides, "
+        "without augmentation and dropout, as split train_eval; 0: none",
+        low=0,
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass

@@ -39,7 +39,7 @@ def main(positional: Sequence[str]) -> None:
     # Imported here so that --help and mistakes in flags are answered at once.
     from inception_jax import config as configs
     from inception_jax import runtime
-    from inception_jax.evaluation import evaluate, plots
+    from inception_jax.evaluation import evaluate, report
     from inception_jax.training import loop, run, workdir
 
     configs.validate(_CONFIG.value)
@@ -63,9 +63,10 @@ def main(positional: Sequence[str]) -> None:
         result = evaluate.evaluate_weights(this_run, pathlib.Path(_WEIGHTS.value))
     elif _MODE.value == "train":
         evaluator = evaluate.Evaluator(this_run)
-        result = loop.train(this_run, folder, evaluator, changed=changed)
+        sample = evaluator.train_sample if _CONFIG.value.evaluation.train_examples else None
+        result = loop.train(this_run, folder, evaluator, changed=changed, evaluate_train=sample)
         if this_run.is_lead:
-            plots.plot_run(folder.path)
+            report.finish(folder.path, log=cli.say)
     else:
         result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
     if this_run.is_lead:

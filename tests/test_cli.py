@@ -16,12 +16,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("module", ["main", "tools.prepare", "tools.plot"])
+@pytest.mark.parametrize(
+    "module", ["main", "tools.prepare", "tools.plot", "tools.diagnose", "tools.find_lr"]
+)
 def test_help_exits_with_0(module: str) -> None:
     done = run(f"inception_jax.{module}", "--help")
     assert done.returncode == 0
     assert f"python -m inception_jax.{module}" in done.stdout
-    if module != "tools.plot":
+    if module not in ("tools.plot", "tools.diagnose"):
         assert "--config.train.batch_size=128" in done.stdout
 
 

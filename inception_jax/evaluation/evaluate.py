@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from inception_jax.input import augment, pipeline, sharding
+from inception_jax.input.splits import Split, subset
 from inception_jax.models import ops, weights
 from inception_jax.telemetry.metrics import EvalMetrics
 from inception_jax.training import losses, pretrained
@@ -45,12 +47,20 @@ class Evaluator:
         Args:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
         """
-        split = self._run.dataset.evaluation
+        return self._evaluate(variables, self._run.dataset.evaluation)
+
+    def train_sample(self, variables: Variables) -> dict[str, float]:
+        """Returns the same of the first `evaluation.train_examples` of the training split."""
+        split = self._run.dataset.train
+        examples = min(self._run.config.evaluation.train_examples, len(split))
+        return self._evaluate(variables, subset(split, np.arange(examples)))
+
+    def _evaluate(self, variables: Variables, split: Split) -> dict[str, float]:
         batches = pipeline.eval_batches(
             split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
         )
         views = EvalMetrics.total(self._step(variables, batch) for batch in batches)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for prefix, sums in views.items():
             found = sums.compute()
             count = found.pop("count")

@@ -4,12 +4,14 @@ They are drawn from the file, so that a run can be plotted while it goes on, or 
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inception_jax.errors import UserError
 from inception_jax.telemetry.writers import read_lines
+from inception_jax.training.range_test import Point, Proposal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 
 # From the palette of Okabe and Ito, which the common kinds of colour blindness can tell apart.
-_COLOURS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+_COLOURS = {
+    "train": "#0072B2",
+    "train_eval": "#56B4E9",
+    "validation": "#D55E00",
+    "test": "#009E73",
+}
 _OTHER_COLOUR = "#333333"
 
 # Below this many points each gets a marker; above, they would hide the line.
@@ -37,7 +44,7 @@ def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       UserError: if there are no metrics, or the files cannot be read or written.
     """
-    lines = _read(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     title = _title(workdir, lines)
     figures = {
         "loss": _figure(lines, ["loss"], title=title, label="loss"),
@@ -59,8 +66,53 @@ def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
     return written
 
 
-def _read(path: pathlib.Path) -> list[Line]:
-    """Returns the lines of a metrics.jsonl, at least one."""
+def plot_range_test(
+    path: pathlib.Path, points: Sequence[Point], proposal: Proposal | None, *, title: str
+) -> None:
+    """Draws the loss of a learning-rate range test over the rate, with the proposed rate marked.
+
+    Args:
+      path: of the PNG file.
+      points: the steps of the test; what is not finite is left out.
+      proposal: what to mark, if anything.
+      title: above the plot.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    finite = [point for point in points if math.isfinite(point.smoothed_loss)]
+    axes.plot([p.rate for p in finite], [p.loss for p in finite], color="#AAAAAA", label="loss")
+    axes.plot(
+        [p.smoothed_rate for p in finite],
+        [p.smoothed_loss for p in finite],
+        color=_COLOURS["train"],
+        linewidth=1.8,
+        label="smoothed",
+    )
+    if proposal is not None:
+        for rate, words, colour in (
+            (proposal.rate, "proposed", _COLOURS["validation"]),
+            (proposal.least, "least loss", _OTHER_COLOUR),
+        ):
+            axes.axvline(rate, color=colour, linestyle="--", label=f"{words}, {rate:.2g}")
+    # The last losses of a test that diverged would flatten all that matters.
+    if finite:
+        axes.set_ylim(0, 1.5 * max(p.smoothed_loss for p in finite[: len(finite) // 2 + 1]))
+    _finish(axes, title=title, horizontal="learning rate", label="loss")
+    figure.savefig(path, dpi=150)
+
+
+def read_metrics(path: pathlib.Path) -> list[Line]:
+    """Returns the lines of a metrics.jsonl, at least one.
+
+    Raises:
+      UserError: if there are none, or the file cannot be read.
+    """
     try:
         lines = read_lines(path)
     except OSError as error:
@@ -82,7 +134,7 @@ def _title(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
         # The title is no reason to refuse a plot: metrics.jsonl may have been copied alone.
         name = workdir.resolve().name
     for line in reversed(lines):
-        if line["split"] != "train" and line.get("top1") is not None:
+        if not line["split"].startswith("train") and line.get("top1") is not None:
             return f"{name}: {line['split']} top-1 {line['top1']:.2f}% at epoch {line['epoch']:.4g}"
     return name
 
@@ -112,7 +164,8 @@ def _figure(
                 _curve(axes, points, metric, name=name, style=style)
     if not axes.lines:
         return None
-    _finish(axes, title=title, label=label)
+    _finish(axes, title=title, horizontal="epoch", label=label)
+    axes.set_xlim(left=0)
     return figure
 
 
@@ -133,14 +186,13 @@ def _curve(axes: "Axes", points: Sequence[Line], metric: str, *, name: str, styl
     )
 
 
-def _finish(axes: "Axes", *, title: str, label: str) -> None:
+def _finish(axes: "Axes", *, title: str, horizontal: str, label: str) -> None:
     """Adds what a reader needs: labels, grid, legend, and no box around it all."""
     axes.set_title(title, fontsize=13)
-    axes.set_xlabel("epoch", fontsize=12)
+    axes.set_xlabel(horizontal, fontsize=12)
     axes.set_ylabel(label, fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(left=0)
     axes.legend(fontsize=11, handlelength=3)

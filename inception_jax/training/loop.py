@@ -38,7 +38,14 @@ def _steps_ahead() -> int:
     return 0 if jax.default_backend() == "cpu" else 2
 
 
-def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]) -> dict[str, Any]:
+def train(
+    run: Run,
+    workdir: Workdir,
+    evaluate: Evaluate,
+    *,
+    changed: list[str],
+    evaluate_train: Evaluate | None = None,
+) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
     Args:
@@ -46,6 +53,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
       workdir: where its checkpoints and metrics are and go.
       evaluate: maps model variables to loss, top1, top5 and count on the evaluation split.
       changed: settings that differ from an earlier start, to be said and recorded.
+      evaluate_train: the same on a sample of the training split, where that is wanted.
 
     Returns:
       The contents of result.json: the last evaluation, with the speed and time of the whole run.
@@ -81,7 +89,9 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         ):
             reporter = _Reporter(run, writer, progress, clock)
             reporter.started(state, first, changed, notes)
-            result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
+            result = _train(
+                run, state, train_steps, evaluate, evaluate_train, checkpoints, reporter
+            )
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
@@ -113,6 +123,7 @@ def _train(
     state: TrainState,
     train_steps: Mapping[int, CompiledStep],
     evaluate: Evaluate,
+    evaluate_train: Evaluate | None,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
 ) -> dict[str, Any]:
@@ -167,7 +178,8 @@ def _train(
         if evaluate_now:
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables())
-            reporter.evaluated(step, metrics)
+                sample = evaluate_train(state.eval_variables()) if evaluate_train else None
+            reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):
                 # Lines up to this step must be on disk before a checkpoint says they are.
@@ -248,6 +260,8 @@ class _Reporter:
         """Stops the run at a loss or gradient that is not finite."""
         step = metrics.first_nonfinite_step.compute()
         if step >= 0:
+            rate = float(self._run.schedule(step - 1))
+            self._write(step, "train", {"loss": math.nan, "learning_rate": rate})
             raise self._not_finite("the loss or the gradient", step)
 
     def _not_finite(self, what: str, step: int) -> RunError:
@@ -259,12 +273,16 @@ class _Reporter:
             "config.schedule.warmup, or config.optimizer.clip_norm=1"
         )
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluated(
+        self, step: int, metrics: Mapping[str, float], sample: Mapping[str, float] | None
+    ) -> None:
         """Reports an evaluation; stops the run if its loss is not finite, before it is saved."""
         split = self._run.dataset.eval_split
+        self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the {split} loss", step)
-        self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
+        if sample is not None:
+            self._write(step, "train_eval", sample)
         self._progress.note(
             f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "
             f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%, top-5 {metrics['top5']:.2f}%"

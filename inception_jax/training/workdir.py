@@ -51,8 +51,12 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def check_writable(workdir: Workdir | None) -> None:
+def check_writable(workdir: Workdir | None, *, flag: str = "workdir") -> None:
     """Makes the folder and checks that files can be written in it.
+
+    Args:
+      workdir: the folder.
+      flag: that named it, for the message.
 
     Raises:
       UserError: if they cannot, or there is no folder.
@@ -69,7 +73,7 @@ def check_writable(workdir: Workdir | None) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--workdir={workdir.path}: cannot be written to: {error.strerror}. "
+            f"--{flag}={workdir.path}: cannot be written to: {error.strerror}. "
             "Give a folder on a disk with room that you may write to"
         ) from error
 

@@ -6,26 +6,36 @@ import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import augment
+from inception_jax.input.splits import Split
 from inception_jax.training import run, state
 from tests import small
 
 
 def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) -> None:
     this = run.build(small.config(tmp_path), log=lambda _: None)
+    this.config.evaluation.train_examples = 150
     variables = state.create(this).eval_variables()
-    found = Evaluator(this)(variables)
+    evaluator = Evaluator(this)
+    check(evaluator(variables), this, variables, this.dataset.evaluation, 360)
+    # One full batch of 100 and a half one.
+    check(evaluator.train_sample(variables), this, variables, this.dataset.train, 150)
+    this.config.evaluation.train_examples = 10**6
+    assert evaluator.train_sample(variables)["count"] == len(this.dataset.train)
 
-    split, dataset = this.dataset.evaluation, this.dataset
-    images = (
-        split.read(np.arange(len(split))).astype(np.float32) / 255 - dataset.mean
-    ) / dataset.std
+
+def check(
+    found: dict[str, float], this: run.Run, variables: state.Variables, split: Split, count: int
+) -> None:
+    """Checks metrics against plain NumPy on the first `count` examples of a split."""
+    dataset = this.dataset
+    images = (split.read(np.arange(count)).astype(np.float32) / 255 - dataset.mean) / dataset.std
     logits = np.asarray(
         this.model.apply(jax.device_get(variables), images, train=False).logits, np.float64
     )
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    own = log_p[np.arange(len(split)), split.labels]
+    own = log_p[np.arange(count), split.labels[:count]]
     rank = (log_p > own[:, None]).sum(1)
-    assert found["count"] == len(split) == 360
+    assert found["count"] == count
     assert found["loss"] == pytest.approx(-own.mean(), rel=1e-5)
     assert found["top1"] == pytest.approx(100 * (rank < 1).mean())
     assert found["top5"] == pytest.approx(100 * (rank < 5).mean())

@@ -300,6 +300,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
+    # The curves show it, too.
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
 def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(

@@ -1,0 +1,36 @@
+"""Says what the curves of a run mean."""
+
+import pathlib
+from collections.abc import Sequence
+
+from inception_jax import cli
+
+USAGE = """
+Say what the curves of one or more runs mean: is the learning rate right, is regularisation too
+strong, is dropout, is the network large enough? With what to try next.
+
+  python -m inception_jax.tools.diagnose DIR [DIR …]
+
+It reads metrics.jsonl and config.json, writes diagnosis.json, and may be called while a run is
+going on. The rules and their thresholds are in inception_jax/evaluation/diagnosis.py.
+"""
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    from inception_jax.errors import UserError
+    from inception_jax.evaluation import report
+
+    if not positional:
+        raise UserError(
+            "give at least one run's folder: python -m inception_jax.tools.diagnose DIR"
+        )
+    for folder in positional:
+        if len(positional) > 1:
+            print(folder)
+        for line in report.write_diagnosis(pathlib.Path(folder)).lines():
+            print(line)
+
+
+if __name__ == "__main__":
+    cli.run(main, USAGE)

@@ -1,0 +1,87 @@
+"""Finds a learning rate by a range test."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from inception_jax import cli, memory
+
+if TYPE_CHECKING:
+    from inception_jax.training.range_test import Point
+
+USAGE = """
+Find a learning rate: train shortly while the rate rises, and see where the loss falls and diverges.
+
+  python -m inception_jax.tools.find_lr --config experiments/tiny.py --output DIR
+  python -m inception_jax.tools.find_lr --config experiments/tiny.py --output DIR \\
+      --low=1e-4 --high=3 --steps=400 --config.train.batch_size=512
+
+Training is the experiment's own, from its first step, except for the schedule. DIR gets find_lr.png
+and find_lr.json, with every step. The peak rate proposed is a third of the rate at which the
+smoothed loss is least. It holds for the batch size, optimizer and model it was found with.
+"""
+
+_CONFIG = cli.define_config()
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "folder for find_lr.json and find_lr.png", required=True
+)
+_LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
+_HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
+_STEPS = flags.DEFINE_integer("steps", 200, "how many steps; 30 for each factor of ten", 10)
+_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+cli.require("config")
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    cli.refuse_positional(positional)
+    from inception_jax import config as configs
+    from inception_jax import runtime
+    from inception_jax.errors import UserError
+    from inception_jax.evaluation import report
+    from inception_jax.training import run, workdir
+    from inception_jax.training.range_test import propose, range_test
+
+    configs.validate(_CONFIG.value)
+    if _LOW.value >= _HIGH.value:
+        raise UserError(
+            f"--low={_LOW.value:g} and --high={_HIGH.value:g}: the first rate must be less than "
+            "the last; leave them out for 1e-05 and 10"
+        )
+    output = pathlib.Path(_OUTPUT.value)
+    workdir.check_writable(workdir.Workdir(output), flag="output")
+    runtime.initialize(platform=_PLATFORM.value, log=cli.say)
+    this_run = run.build(_CONFIG.value, log=cli.say)
+    points = range_test(
+        this_run,
+        low=_LOW.value,
+        high=_HIGH.value,
+        steps=_STEPS.value,
+        stepped=_say,
+    )
+    proposal = propose(points)
+    for path in report.write_range_test(output, points, proposal, config=this_run.config):
+        print(path)
+    if proposal is None:
+        raise UserError(
+            f"the loss did not fall between the rates {points[0].rate:.3g} and "
+            f"{points[-1].rate:.3g}, so none can be proposed. Give a smaller --low, a larger "
+            "--high or more --steps"
+        )
+    print(f"--config.schedule.learning_rate={proposal.rate:g}")
+
+
+def _say(point: "Point") -> None:
+    """Says where the test is, at a twentieth of its steps."""
+    if point.step % max(1, _STEPS.value // 20) == 0:
+        cli.say(
+            f"step {point.step}/{_STEPS.value}: rate {point.rate:.3g}, loss {point.loss:.4g}, "
+            f"smoothed {point.smoothed_loss:.4g}"
+        )
+
+
+if __name__ == "__main__":
+    memory.use_huge_pages()
+    cli.run(main, USAGE)

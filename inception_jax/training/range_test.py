@@ -1,0 +1,174 @@
+"""The learning-rate range test: one short training with a rising rate shows which rates work.
+
+Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3;
+with the rate rising exponentially, and stopped where the loss diverges, as in Gugger 2018, "How Do
+You Find A Good Learning Rate" (the learning-rate finder of fastai).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from inception_jax.input import crops, pipeline
+from inception_jax.training import optimizers
+from inception_jax.training import state as states
+from inception_jax.training.run import Run
+from inception_jax.training.step import make_train_step
+
+# A smoothed loss above this multiple of its least has diverged (Gugger 2018).
+DIVERGED = 4.0
+
+# The average reaches over this share of the steps: long enough to even out batches, short against
+# the factor of ten in the rate that separates "learns" from "diverges".
+SMOOTHING = 1 / 20
+
+# The rate proposed is the one with the least smoothed loss divided by this. At the least the loss
+# is about to rise, so it is the edge; Smith takes the peak of a cycle just below it, and Gugger a
+# tenth of it for a constant rate. A third lies between, for a peak reached by a warm-up.
+BELOW_LEAST = 3.0
+
+# A smoothed loss that fell by less than this share of the first losses shows noise and no learning.
+LEAST_FALL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One step of a range test.
+
+    Attributes:
+      step: counted from 1.
+      rate: learning rate of its update.
+      loss: objective before the update; may be infinite or NaN in the last point.
+      smoothed_loss: exponential moving average of the loss up to here, without bias to its start.
+      smoothed_rate: geometric mean of the rates with the same weights, which is where on the axis
+        the smoothed loss belongs: at the newest rate it would lag.
+    """
+
+    step: int
+    rate: float
+    loss: float
+    smoothed_rate: float
+    smoothed_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What a range test says; rates in the unit of config.schedule.learning_rate.
+
+    Attributes:
+      rate: proposed peak, `least / BELOW_LEAST`, to two digits.
+      least: where the smoothed loss is least.
+      diverged: whether the test ended by divergence; if not, `least` may be the end of the range.
+    """
+
+    rate: float
+    least: float
+    diverged: bool
+
+
+def exponential_rise(low: float, high: float, steps: int) -> optax.Schedule:
+    """Returns rate(t) = low (high / low)^(t / (steps - 1)), t the updates already made."""
+    exponent = math.log(high / low) / (steps - 1)
+    return lambda count: low * jnp.exp(exponent * jnp.asarray(count, jnp.float32))
+
+
+def range_test(
+    run: Run,
+    *,
+    low: float,
+    high: float,
+    steps: int,
+    stepped: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
+    """Trains a run from its initial state with the rate rising from `low` to `high`.
+
+    All else is as the run has it when it begins: batches, augmentation, image size, objective,
+    optimizer. Nothing is saved.
+
+    Args:
+      run: what is tested; its own schedule and length are not used.
+      low, high: first and last rate.
+      steps: how many rates, equally spaced on a logarithmic axis; at least 2. A rate shows its
+        effect in the steps after it, some ten with a momentum of 0.9: with fewer than about 30 for
+        each factor of ten in the rate, the edge is found too high.
+      stepped: takes each point as soon as it is known.
+
+    Returns:
+      A point for each step, up to the one at which the loss diverged or was not finite.
+    """
+    schedule = exponential_rise(low, high, steps)
+    optimizer = optimizers.make_optimizer(run.config.optimizer, schedule)
+    rising = dataclasses.replace(run, schedule=schedule, total_steps=steps, optimizer=optimizer)
+    train_step, state = make_train_step(rising, rising.train_image_size(0)), states.create(rising)
+    batches = pipeline.train_batches(
+        run.dataset.train,
+        batch_size=run.config.train.batch_size,
+        seed=run.config.seed,
+        start=0,
+        stop=steps,
+        mesh=run.mesh,
+        box_at=crops.train_boxes(run.config.augment, run.config.seed),
+    )
+    smooth = _Smoothing(max(2.0, SMOOTHING * steps))
+    points: list[Point] = []
+    for step, batch in enumerate(batches, start=1):
+        state, loss = train_step(state, batch)
+        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(loss))))
+        stepped(points[-1])
+        if has_diverged(points):
+            break
+    return points
+
+
+def has_diverged(points: Sequence[Point]) -> bool:
+    """Whether the last smoothed loss is not finite, or above `DIVERGED` times the least before."""
+    last = points[-1].smoothed_loss
+    least = min((p.smoothed_loss for p in points[:-1]), default=last)
+    return not math.isfinite(last) or last > DIVERGED * least
+
+
+def propose(points: Sequence[Point]) -> Proposal | None:
+    """Returns what a range test proposes, or None if the loss did not fall in its range."""
+    finite = [p for p in points if math.isfinite(p.smoothed_loss)]
+    if not finite:
+        return None
+    least = min(finite, key=lambda p: p.smoothed_loss)
+    # One batch alone would be a noisy start.
+    start = np.mean([p.loss for p in finite[: math.ceil(SMOOTHING * len(points))]])
+    if least.smoothed_loss > (1 - LEAST_FALL) * start:
+        return None
+    return Proposal(
+        rate=float(f"{least.smoothed_rate / BELOW_LEAST:.2g}"),
+        least=least.smoothed_rate,
+        diverged=has_diverged(points),
+    )
+
+
+class _Smoothing:
+    """Bias-corrected exponential moving averages of loss and log rate (as in Adam's moments).
+
+    Args:
+      steps: time constant T of the average; the newest value has the weight 1 / T.
+    """
+
+    def __init__(self, steps: float) -> None:
+        self._decay = 1 - 1 / steps
+        self._loss = self._log_rate = self._weight = 0.0
+
+    def __call__(self, step: int, rate: float, loss: float) -> Point:
+        keep, add = self._decay, 1 - self._decay
+        self._loss = keep * self._loss + add * loss
+        self._log_rate = keep * self._log_rate + add * math.log(rate)
+        self._weight = keep * self._weight + add
+        return Point(
+            step=step,
+            rate=rate,
+            loss=loss,
+            smoothed_rate=math.exp(self._log_rate / self._weight),
+            smoothed_loss=self._loss / self._weight,
+        )

@@ -1,0 +1,79 @@
+"""What is written for a reader: the diagnosis of a run, and a range test."""
+
+import json
+import math
+import pathlib
+
+import pytest
+from PIL import Image
+
+from inception_jax import config as configs
+from inception_jax.errors import UserError
+from inception_jax.evaluation import report
+from inception_jax.training.range_test import Point
+from tests import command
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A run's folder with three real epochs of experiments/tiny_cpu.py, which ran to its end."""
+    config = configs.Config(name="three", train=configs.Train(length=configs.Duration(epochs=3)))
+    config.schedule.name = "linear"
+    dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
+    record = {"config": configs.to_dict(config), "dataset": dataset, "changes": []}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    lines = (ROOT / "results" / "tiny_cpu" / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> None:
+    said: list[str] = []
+    report.finish(folder, said.append)
+    assert said[0].startswith("diagnosis: under-fitting: validation top-1 was still rising")
+    assert (folder / "plots" / "loss.png").exists()
+    stored = json.loads((folder / "diagnosis.json").read_text())
+    assert stored["verdict"] == "under-fitting"
+    assert [answer["question"] for answer in stored["answers"]] == [
+        "learning rate",
+        "regularisation",
+        "dropout",
+        "capacity",
+    ]
+    assert stored["suggestions"][0]["setting"] == "train.length.epochs"
+    assert stored["suggestions"][0]["value"] == 6
+    # Never happened: null, as JSON has no NaN.
+    assert stored["evidence"]["nonfinite_epoch"] is None
+    assert stored["evidence"]["validation_top1"] == 30.56
+
+
+def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
+    said: list[str] = []
+    report.finish(folder, said.append)
+    assert command.check("tools.diagnose", str(folder)).splitlines() == said
+    done = command.run("tools.diagnose", str(folder), str(folder / "none"))
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_its_configuration_is_the_users_error(folder: pathlib.Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        report.write_diagnosis(folder)
+
+
+def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) -> None:
+    points = [
+        Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
+        Point(step=2, rate=1.0, loss=math.inf, smoothed_rate=0.3, smoothed_loss=math.inf),
+    ]
+    paths = report.write_range_test(tmp_path, points, None, config=configs.Config())
+    stored = json.loads(paths[0].read_text())
+    assert stored["proposal"] is None
+    assert [point["loss"] for point in stored["points"]] == [2.0, None]
+    with Image.open(paths[1]) as image:
+        assert min(image.size) > 300

@@ -1,0 +1,58 @@
+"""The command find_lr on a thin network and the embedded digits."""
+
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+
+from tests import command
+
+
+def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
+    return [
+        "tools.find_lr",
+        "--config=experiments/digits.py",
+        f"--config.data.directory={data}",
+        "--config.data.image_size=8",
+        "--config.model.width=0.125",
+        "--config.model.dropout=0",
+        f"--output={output}",
+        "--steps=15",
+    ]
+
+
+def test_it_leaves_a_plot_its_points_and_a_rate(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "a" / "found"
+    printed = command.check(*arguments(tmp_path / "data", output), "--low=1e-3", "--high=1")
+    found = json.loads((output / "find_lr.json").read_text())
+    rate = found["proposal"]["rate"]
+    assert printed.splitlines() == [
+        str(output / "find_lr.json"),
+        str(output / "find_lr.png"),
+        f"--config.schedule.learning_rate={rate:g}",
+    ]
+    assert 1e-3 < rate < 1
+    points = found["points"]
+    assert points[0]["rate"] == pytest.approx(1e-3)
+    assert points[-1]["rate"] <= 1.001
+    assert min(point["loss"] for point in points) < points[0]["loss"]
+    assert found["config"]["model"]["width"] == 0.125
+    with Image.open(output / "find_lr.png") as image:
+        assert min(image.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("--low=1", "--low=1 and --high=0.5: the first rate must be less"),
+        ("--steps=1", "--steps"),
+        ("--output=/proc/no/such", "--output=/proc/no/such: cannot be written to"),
+        ("stray", "'stray'"),
+    ],
+)
+def test_a_mistake_gets_exit_code_2(mistake: str, words: str, tmp_path: pathlib.Path) -> None:
+    done = command.run(*arguments(tmp_path, tmp_path / "out"), "--high=0.5", mistake)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,122 @@
+"""The range test on a linear classifier of the digits, which compiles in a moment."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from inception_jax.config import Augment, Duration, Optimizer, Schedule, Train
+from inception_jax.input import pipeline
+from inception_jax.models.layers import ModelOutput
+from inception_jax.training import range_test, run, state, step
+from inception_jax.training.range_test import Point, Proposal, has_diverged, propose
+from tests import small
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        return ModelOutput(nn.Dense(10)(images.reshape(len(images), -1)))
+
+
+@pytest.fixture(scope="module")
+def linear(data_directory: pathlib.Path) -> run.Run:
+    config = small.config(
+        data_directory,
+        augment=Augment(crop="none", flip=False),
+        optimizer=Optimizer(name="sgd_nesterov", momentum=0.9),
+        schedule=Schedule(name="constant", learning_rate=0.01),
+        train=Train(batch_size=64, length=Duration(steps=20)),
+    )
+    return dataclasses.replace(run.build(config, log=lambda _: None), model=Linear())
+
+
+def losses_of_training(this: run.Run, steps: int) -> list[float]:
+    """The losses of a run's own training."""
+    train_step, current, losses = step.make_train_step(this), state.create(this), []
+    batches = pipeline.train_batches(
+        this.dataset.train, batch_size=64, seed=0, start=0, stop=steps, mesh=this.mesh
+    )
+    for batch in batches:
+        current, loss = train_step(current, batch)
+        losses.append(float(loss))
+    return losses
+
+
+def test_at_one_rate_it_is_the_runs_own_training(linear: run.Run) -> None:
+    points = range_test.range_test(linear, low=0.01, high=0.01, steps=8)
+    assert [p.rate for p in points] == pytest.approx([0.01] * 8)
+    np.testing.assert_allclose([p.loss for p in points], losses_of_training(linear, 8), rtol=1e-5)
+
+
+def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> None:
+    heard: list[Point] = []
+    points = range_test.range_test(linear, low=1e-4, high=1e4, steps=160, stepped=heard.append)
+    assert heard == points
+    assert len(points) < 160
+    rates = [p.rate for p in points]
+    np.testing.assert_allclose(rates, 1e-4 * 10 ** (8 * np.arange(len(points)) / 159), rtol=1e-4)
+    assert has_diverged(points)
+    assert not any(has_diverged(points[:n]) for n in range(1, len(points)))
+    found = propose(points)
+    assert found is not None
+    assert found.diverged
+    assert found.rate < found.least < rates[-1]
+    # What it proposes learns, and a thousand times that does not.
+    ends = []
+    for rate in (found.rate, 1000 * found.rate):
+        losses = range_test.range_test(linear, low=rate, high=rate, steps=20)
+        ends.append(losses[-1].loss)
+    assert ends[0] < 0.5 * points[0].loss < ends[1]
+
+
+def test_a_loss_that_is_not_finite_ends_it(linear: run.Run) -> None:
+    points = range_test.range_test(linear, low=1e30, high=1e38, steps=12)
+    assert not math.isfinite(points[-1].loss) or points[-1].loss > 4 * points[0].loss
+    assert len(points) < 12
+    assert propose(points) is None
+
+
+def synthetic(loss: Any, steps: int = 200) -> list[Point]:
+    """Points from 1e-5 to 10 with a given loss by log10 of the rate, no smoothing needed."""
+    exponents = np.linspace(-5, 1, steps)
+    return [Point(n, 10**x, loss(x), 10**x, loss(x)) for n, x in enumerate(exponents, start=1)]
+
+
+def test_the_rate_proposed_is_a_third_of_that_of_the_least_loss() -> None:
+    # A fall around 10^-2, the least at 10^-1, then a steep rise.
+    points = synthetic(
+        lambda x: 2.3 - 1.5 / (1 + math.exp(-6 * (x + 2))) + (50 * (x + 1) ** 2 if x > -1 else 0)
+    )
+    found = propose(points)
+    assert found is not None
+    assert found.least == pytest.approx(0.1, rel=0.1)
+    assert found.rate == pytest.approx(found.least / 3, rel=0.05)
+    assert found.diverged
+
+
+@pytest.mark.parametrize(("fall", "proposed"), [(0.049, False), (0.053, True)])
+def test_a_fall_of_less_than_a_twentieth_is_none(fall: float, proposed: bool) -> None:
+    points = synthetic(lambda x: 2 * (1 - fall * (x + 5) / 6))
+    assert isinstance(propose(points), Proposal) == proposed
+
+
+@pytest.mark.parametrize(("last", "diverged"), [(3.99, False), (4.01, True), (math.nan, True)])
+def test_four_times_the_least_is_divergence(last: float, diverged: bool) -> None:
+    points = [Point(n, 0.1, loss, 0.1, loss) for n, loss in enumerate([2.0, 1.0, last])]
+    assert has_diverged(points) == diverged
+
+
+def test_the_smoothed_curve_does_not_lag() -> None:
+    smooth = range_test._Smoothing(10.0)
+    points = [smooth(n, math.exp(n / 10), 5 - n / 10) for n in range(100)]
+    # On a straight line over the log rate, the averages lie on the line.
+    for p in points:
+        assert p.smoothed_loss == pytest.approx(5 - math.log(p.smoothed_rate))
+    assert points[0].smoothed_loss == pytest.approx(5)
+    assert points[-1].smoothed_rate < 0.6 * points[-1].rate
