@@ -22,8 +22,14 @@ from inception_jax.training import optimizers
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = {path.stem: path for path in sorted((ROOT / "experiments").glob("*.py"))}
-# Training examples and classes.
-SIZES = {"tiny_imagenet": (100_000, 200), "digits": (1_437, 10)}
+# Training examples and classes; those of a user's own folder are made up.
+SIZES = {
+    "tiny_imagenet": (100_000, 200),
+    "digits": (1_437, 10),
+    "cifar10": (50_000, 10),
+    "imagenet2012": (1_281_167, 1000),
+    "image_folder": (2_000, 5),
+}
 PEERS = ("tiny_adam", "tiny_deeper", "tiny_paper", "tiny_steps")
 
 
@@ -99,7 +105,7 @@ def test_every_command_of_a_docstring_is_for_its_file_and_valid(name: str) -> No
         load([f"--config={PATHS[name]}", *arguments[1:]])
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", [*PEERS, "tiny", "tiny_cpu"])
 def test_an_experiment_differs_from_its_base_in_what_it_names(name: str) -> None:
     base, derived = experiment("tiny_base"), experiment(name)
     differing = {

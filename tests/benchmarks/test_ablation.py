@@ -48,7 +48,7 @@ def test_each_variant_is_trained_once(
     # Only the command is replaced: what describes the machine runs others.
     whole = subprocess.run
     monkeypatch.setattr(
-        ablation.subprocess,
+        subprocess,
         "run",
         lambda command, **more: (train if "inception_jax.main" in command else whole)(
             command, **more

@@ -5,23 +5,14 @@ import math
 import pathlib
 from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
 from inception_jax.config import Augment, Duration, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
-from inception_jax.models.layers import ModelOutput
 from inception_jax.training import range_test, run, state, step
 from inception_jax.training.range_test import Point, Proposal, has_diverged, propose
 from tests import small
-
-
-class Linear(nn.Module):
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        return ModelOutput(nn.Dense(10)(images.reshape(len(images), -1)))
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +24,13 @@ def linear(data_directory: pathlib.Path) -> run.Run:
         schedule=Schedule(name="constant", learning_rate=0.01),
         train=Train(batch_size=64, length=Duration(steps=20)),
     )
-    return dataclasses.replace(run.build(config, log=lambda _: None), model=Linear())
+    return dataclasses.replace(run.build(config, log=lambda _: None), model=small.Linear())
 
 
 def losses_of_training(this: run.Run, steps: int) -> list[float]:
     """The losses of a run's own training."""
-    train_step, current, losses = step.make_train_step(this), state.create(this), []
+    train_step, current = step.make_train_step(this, this.dataset.image_size), state.create(this)
+    losses: list[float] = []
     batches = pipeline.train_batches(
         this.dataset.train, batch_size=64, seed=0, start=0, stop=steps, mesh=this.mesh
     )

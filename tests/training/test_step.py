@@ -1,5 +1,6 @@
 """One training step against its parts, and eight devices against one."""
 
+import copy
 import dataclasses
 import pathlib
 
@@ -91,30 +92,31 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_batches_are_mixed_until_a_step(
-    data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
     share = jax.jit(step.mix_probability, static_argnums=(1, 2))
     assert [float(share(number, 0.75, 2)) for number in range(4)] == [0.75, 0.75, 0, 0]
     assert [float(share(number, 0.75, 0)) for number in range(4)] == [0.75] * 4
-    asked = []
-    monkeypatch.setattr(step, "mix_probability", lambda _, *rest: asked.append(rest) or 0.5)
-    this = build(data_directory, 1)
-    this.config.augment.mixup, this.config.augment.mix_probability = 1.0, 0.75
-    this.config.augment.mix_until = Duration(examples=129)
-    batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
-    jax.eval_shape(step.make_train_step(this), state.abstract(this), batch)
-    assert asked == [(0.75, 3)]
+
+    plain = dataclasses.replace(build(data_directory, 1), model=small.Linear())
+    config = copy.deepcopy(plain.config)
+    config.augment.mixup, config.augment.mix_until = 1.0, Duration(examples=129)
+    mixed = dataclasses.replace(plain, config=config)
+    batch = batches(plain, 1)[0]
+    # At step 2 of 64 the third batch is still to come, which ends after 129 examples.
+    for finished, is_mixed in ((2, True), (3, False)):
+        first, second = (
+            make_train_step(this)(state.create(this).replace(step=jnp.int32(finished)), batch)[0]
+            for this in (plain, mixed)
+        )
+        kernels = [jax.tree.leaves(after.params)[-1] for after in (first, second)]
+        assert np.allclose(*kernels, rtol=1e-4) != is_mixed
 
 
 def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
         this = build(data_directory, devices)
-        current, train_step = (
-            state.create(this),
-            make_train_step(this),
-        )
+        current, train_step = state.create(this), make_train_step(this)
         run_losses = []
         for batch in batches(this, 4):
             current, loss = train_step(current, batch)
