@@ -27,7 +27,7 @@ def get_config() -> Config:
         image_sizes=(32, 48, 64),
         image_size_epochs=(4.0, 6.4),
     )
-    config.evaluation.every = Duration(epochs=2)
+    config.evaluation.every = Duration(epochs=3.6)
     config.evaluation.flip = True
     config.checkpoint.every = Duration(steps=200)
     return config

@@ -109,7 +109,7 @@ def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
             for this in (plain, mixed)
         )
         kernels = [jax.tree.leaves(after.params)[-1] for after in (first, second)]
-        assert np.allclose(*kernels, rtol=1e-4) != is_mixed
+        assert np.allclose(kernels[0], kernels[1], rtol=1e-4) != is_mixed
 
 
 def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
