@@ -2,8 +2,8 @@
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions"): the network without
   BatchNorm, with local response normalisation and both auxiliary heads; boxes of 8 to 100% of the
-  image (section 6); the averaged parameters are evaluated (Polyak averaging; here a moving average
-  over an epoch). Optimisation is BVLC Caffe's models/bvlc_googlenet/quick_solver.prototxt: SGD with
+  image and Howard's photometric distortions (section 6); the averaged parameters are evaluated
+  (Polyak averaging; here a moving average over an epoch). Optimisation is BVLC Caffe's models/bvlc_googlenet/quick_solver.prototxt: SGD with
   momentum 0.9, rate 0.01 falling as (1 - t / T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there the
   batch is 256, not 32, at the same rate, and kernels start from He's distribution.
   The paper's schedule, -4% every 8 epochs, is --config.schedule.name=exponential
@@ -15,7 +15,7 @@ Command: python -m inception_jax.main --config experiments/imagenet.py --workdir
   `tfds build imagenet2012 --file_format=array_record` has prepared it.
 Expected: no accuracy of it was measured: the data have to be requested from image-net.org. BVLC
   reports 68.7% top-1 and 88.9% top-5, centre crop, for its solver with batches of 32, 2.4 million
-  steps and neither these boxes nor the photometric distortions of the paper (which are off here).
+  steps and neither these boxes nor photometric distortions.
 Evaluation: the centred 224 pixels of the image resized to a shorter side of 256, one crop.
 Cost: 1.6 GMACs an image forward, 7.0 M parameters without the heads; 300,274 steps of 256. JPEGs
   are decoded and cut at each step, on every core of the host: BUILD_NOTES.md has the rate.
@@ -41,7 +41,9 @@ def get_config() -> Config:
     return Config(
         name="imagenet",
         data=Data(name="imagenet2012", image_size=224, storage="records", eval_crop=0.875),
-        augment=Augment(crop="inception", area_min=0.08, aspect_max=4 / 3, flip=True),
+        augment=Augment(
+            crop="inception", area_min=0.08, aspect_max=4 / 3, flip=True, color_jitter=0.5
+        ),
         model=Model(
             name="googlenet",
             stem="paper",
