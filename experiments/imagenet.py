@@ -3,9 +3,10 @@
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions"): the network without
   BatchNorm, with local response normalisation and both auxiliary heads; boxes of 8 to 100% of the
   image and Howard's photometric distortions (section 6); the averaged parameters are evaluated
-  (Polyak averaging; here a moving average over an epoch). Optimisation is BVLC Caffe's models/bvlc_googlenet/quick_solver.prototxt: SGD with
-  momentum 0.9, rate 0.01 falling as (1 - t / T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there the
-  batch is 256, not 32, at the same rate, and kernels start from He's distribution.
+  (Polyak averaging; here a moving average over an epoch). Optimisation is BVLC Caffe's
+  models/bvlc_googlenet/quick_solver.prototxt: SGD with momentum 0.9, rate 0.01 falling as (1 - t /
+  T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there the batch is 256, not 32, at the same rate, and
+  kernels start from He's distribution.
   The paper's schedule, -4% every 8 epochs, is --config.schedule.name=exponential
   --config.schedule.decay=0.96 --config.schedule.decay_every.epochs=8
   --config.schedule.staircase=true (BVLC ran it for 250 epochs).
