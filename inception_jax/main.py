@@ -56,19 +56,18 @@ def main(positional: Sequence[str]) -> None:
         log=cli.say,
     )
     this_run = run.build(_CONFIG.value, log=cli.say)
-    if folder is not None:
-        workdir.check_dataset(folder, this_run.dataset_identity())
     if folder is None:
         assert _WEIGHTS.value is not None  # One of the two flags is given.
         result = evaluate.evaluate_weights(this_run, pathlib.Path(_WEIGHTS.value))
-    elif _MODE.value == "train":
-        evaluator = evaluate.Evaluator(this_run)
-        sample = evaluator.train_sample if _CONFIG.value.evaluation.train_examples else None
-        result = loop.train(this_run, folder, evaluator, changed=changed, evaluate_train=sample)
-        if this_run.is_lead:
-            report.finish(folder.path, log=cli.say)
     else:
-        result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
+        workdir.check_dataset(folder, this_run.dataset_identity())
+        if _MODE.value == "eval":
+            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
+        else:
+            evaluator = evaluate.Evaluator(this_run)
+            result = loop.train(this_run, folder, evaluator, changed=changed)
+            if this_run.is_lead:
+                report.finish(folder.path, log=cli.say)
     if this_run.is_lead:
         print(json.dumps(result))
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from inception_jax.input import augment, pipeline, sharding
-from inception_jax.input.splits import Split, subset
+from inception_jax.input.splits import Split
 from inception_jax.models import ops, weights
 from inception_jax.telemetry.metrics import EvalMetrics
 from inception_jax.training import losses, pretrained
@@ -21,7 +20,7 @@ from inception_jax.training.workdir import Workdir
 
 
 class Evaluator:
-    """Evaluates model variables on a run's evaluation split.
+    """Evaluates model variables on a run's evaluation split, or on other examples.
 
     The same object, and so the same compiled function, serves evaluation during training and of a
     checkpoint: their numbers are equal.
@@ -38,7 +37,7 @@ class Evaluator:
             compiler_options=ops.compiler_options(run.config.model.dtype),
         )
 
-    def __call__(self, variables: Variables) -> dict[str, float]:
+    def __call__(self, variables: Variables, split: Split | None = None) -> dict[str, float]:
         """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
 
         With `config.evaluation.flip` also flip_loss, flip_top1 and flip_top5, of logits averaged
@@ -46,16 +45,10 @@ class Evaluator:
 
         Args:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
+          split: the examples; None: the run's evaluation split.
         """
-        return self._evaluate(variables, self._run.dataset.evaluation)
-
-    def train_sample(self, variables: Variables) -> dict[str, float]:
-        """Returns the same of the first `evaluation.train_examples` of the training split."""
-        split = self._run.dataset.train
-        examples = min(self._run.config.evaluation.train_examples, len(split))
-        return self._evaluate(variables, subset(split, np.arange(examples)))
-
-    def _evaluate(self, variables: Variables, split: Split) -> dict[str, float]:
+        if split is None:
+            split = self._run.dataset.evaluation
         batches = pipeline.eval_batches(
             split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
         )

@@ -11,6 +11,7 @@ import jax
 
 from inception_jax.errors import RunError
 from inception_jax.input import crops, pipeline
+from inception_jax.input.splits import Split
 from inception_jax.telemetry import summary
 from inception_jax.telemetry.clock import Clock, Rate
 from inception_jax.telemetry.metrics import TrainMetrics
@@ -25,7 +26,7 @@ from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
-Evaluate = Callable[[states.Variables], dict[str, float]]
+Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 
 
 def _steps_ahead() -> int:
@@ -38,22 +39,14 @@ def _steps_ahead() -> int:
     return 0 if jax.default_backend() == "cpu" else 2
 
 
-def train(
-    run: Run,
-    workdir: Workdir,
-    evaluate: Evaluate,
-    *,
-    changed: list[str],
-    evaluate_train: Evaluate | None = None,
-) -> dict[str, Any]:
+def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
     Args:
       run: what to train.
       workdir: where its checkpoints and metrics are and go.
-      evaluate: maps model variables to loss, top1, top5 and count on the evaluation split.
+      evaluate: maps model variables and a split to loss, top1, top5 and count.
       changed: settings that differ from an earlier start, to be said and recorded.
-      evaluate_train: the same on a sample of the training split, where that is wanted.
 
     Returns:
       The contents of result.json: the last evaluation, with the speed and time of the whole run.
@@ -89,9 +82,7 @@ def train(
         ):
             reporter = _Reporter(run, writer, progress, clock)
             reporter.started(state, first, changed, notes)
-            result = _train(
-                run, state, train_steps, evaluate, evaluate_train, checkpoints, reporter
-            )
+            result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
@@ -123,7 +114,6 @@ def _train(
     state: TrainState,
     train_steps: Mapping[int, CompiledStep],
     evaluate: Evaluate,
-    evaluate_train: Evaluate | None,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
 ) -> dict[str, Any]:
@@ -132,7 +122,8 @@ def _train(
     metrics: dict[str, float] = {}
     if first >= run.total_steps:
         # Killed between its last checkpoint and its result, or shortened since.
-        return reporter.result(first, evaluate(state.eval_variables()))
+        metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
+        return reporter.result(first, metrics)
     batches = pipeline.train_batches(
         run.dataset.train,
         batch_size=config.train.batch_size,
@@ -145,6 +136,7 @@ def _train(
     empty_metrics = states.empty_metrics(run)
     in_flight: collections.deque[jax.Array] = collections.deque()
     steps_ahead = _steps_ahead()
+    train_sample = run.train_sample()
     with clock.phase("compile"):
         # The first batch is read while the step compiles.
         batches = itertools.chain([next(batches)], batches)
@@ -177,8 +169,8 @@ def _train(
             reporter.check_finite(state.metrics)
         if evaluate_now:
             with clock.phase("evaluate"):
-                metrics = evaluate(state.eval_variables())
-                sample = evaluate_train(state.eval_variables()) if evaluate_train else None
+                metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
+                sample = evaluate(state.eval_variables(), train_sample) if train_sample else None
             reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):

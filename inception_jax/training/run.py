@@ -8,12 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
+from inception_jax.input.splits import Split, subset
 from inception_jax.models import registry
 from inception_jax.training import optimizers
 
@@ -61,6 +63,12 @@ class Run:
     def _image_size_begins(self) -> list[int]:
         epochs = self.config.train.image_size_epochs
         return [self.timeline.steps(Duration(epochs=epoch)) for epoch in epochs]
+
+    def train_sample(self) -> Split | None:
+        """Returns the training examples that evaluations cover besides; None if there are none."""
+        split = self.dataset.train
+        examples = min(self.config.evaluation.train_examples, len(split))
+        return subset(split, np.arange(examples)) if examples else None
 
     def dataset_identity(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to see the same examples and classes."""

@@ -18,9 +18,12 @@ def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) ->
     evaluator = Evaluator(this)
     check(evaluator(variables), this, variables, this.dataset.evaluation, 360)
     # One full batch of 100 and a half one.
-    check(evaluator.train_sample(variables), this, variables, this.dataset.train, 150)
+    sample = this.train_sample()
+    check(evaluator(variables, sample), this, variables, this.dataset.train, 150)
     this.config.evaluation.train_examples = 10**6
-    assert evaluator.train_sample(variables)["count"] == len(this.dataset.train)
+    assert len(this.train_sample()) == len(this.dataset.train)
+    this.config.evaluation.train_examples = 0
+    assert this.train_sample() is None
 
 
 def check(

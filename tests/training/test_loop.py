@@ -16,6 +16,7 @@ from inception_jax.config import Checkpoint, Duration, Schedule
 from inception_jax.errors import CheckpointError, RunError, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
+from inception_jax.input.splits import Split
 from inception_jax.telemetry.writers import read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import loop, run, state, step, workdir
@@ -245,12 +246,19 @@ def test_the_last_and_the_best_checkpoints_are_kept(
     # The evaluation at step 5 is the best.
     scores = iter([90.0, 50.0, 50.0])
 
-    def evaluate(variables: state.Variables) -> dict[str, float]:
-        return {"loss": 1.0, "top1": next(scores), "top5": 99.0, "count": 360}
+    config.evaluation.train_examples = 70
+
+    def evaluate(variables: state.Variables, split: Split) -> dict[str, float]:
+        if split is this.dataset.evaluation:
+            return {"loss": 1.0, "top1": next(scores), "top5": 99.0, "count": 360}
+        return {"loss": 0.5, "top1": 95.0, "top5": 99.0, "count": len(split)}
 
     loop.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 10, 11]
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    sample = [(line["step"], line["count"]) for line in lines if line["split"] == "train_eval"]
+    assert sample == [(5, 70), (10, 70), (11, 70)]
 
 
 def test_another_rate_and_length_go_on_and_are_recorded(
