@@ -83,9 +83,10 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
     Raises:
       CommandError: if the training command fails.
     """
-    folder = arguments.output / re.sub(r"[^\w.=-]+", "_", f"{variant}-{seed}")
+    folder = arguments.output.resolve() / re.sub(r"[^\w.=-]+", "_", f"{variant}-{seed}")
+    settings = [*plan.shared, *arguments.set, *plan.variants[variant], f"seed={seed}"]
+    _claim(folder, settings)
     if not (folder / "result.json").exists():
-        settings = [*plan.shared, *arguments.set, *plan.variants[variant], f"seed={seed}"]
         flags = [
             f"--config={plan.experiment}",
             f"--workdir={folder}",
@@ -99,6 +100,21 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
             raise command.CommandError(f"{variant}: the command ended with {done.returncode}")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
+
+
+def _claim(folder: pathlib.Path, settings: Sequence[str]) -> None:
+    """Notes what a folder is for, so that no result is taken for that of other settings.
+
+    Raises:
+      BenchmarkError: if it was made for other ones.
+    """
+    note = folder / "variant.json"
+    if not note.exists():
+        measure.write_json(note, {"settings": list(settings)})
+    elif (found := json.loads(note.read_text(encoding="utf-8"))["settings"]) != list(settings):
+        raise measure.BenchmarkError(
+            f"{folder}: was trained with other settings, {' '.join(found)}; give another --output"
+        )
 
 
 def rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:

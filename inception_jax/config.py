@@ -371,7 +371,6 @@ class Init:
         "",
         "file of weights that a new run starts from (tools.export_weights, tools.import_weights); "
         "a resumed run does not read it; empty: random values",
-        resumable=True,
     )
 
 

@@ -46,7 +46,7 @@ def main(positional: Sequence[str]) -> None:
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
-        workdir.check_writable(folder)
+        workdir.check_writable(workdir.needed(folder))
     runtime.initialize(
         platform=_PLATFORM.value,
         distributed=_DISTRIBUTED.value,

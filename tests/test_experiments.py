@@ -5,20 +5,17 @@ import dataclasses
 import pathlib
 import re
 import shlex
-import warnings
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration
 from inception_jax.models import registry
 from inception_jax.training import optimizers
+from tests.experiments import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = {path.stem: path for path in sorted((ROOT / "experiments").glob("*.py"))}
@@ -31,20 +28,6 @@ SIZES = {
     "image_folder": (2_000, 5),
 }
 PEERS = ("tiny_adam", "tiny_deeper", "tiny_paper", "tiny_steps")
-
-
-def load(arguments: Sequence[str]) -> Config:
-    """Returns the configuration that a command's arguments make, as the command line does."""
-    argv = ["command", *(each for each in arguments if each.startswith("--config"))]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-    with warnings.catch_warnings():
-        # ml_collections loads the file with a method of importlib that is to go.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        values(argv)
-    config: Config = values.config
-    configs.validate(config)
-    return config
 
 
 def experiment(name: str) -> Config:

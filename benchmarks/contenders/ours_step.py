@@ -6,7 +6,6 @@ data set is noise in memory.
 
 import dataclasses
 import pathlib
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from benchmarks.contenders import network, serve
 from inception_jax import config, runtime
 from inception_jax.config import Config, Timeline
 from inception_jax.evaluation.evaluate import Evaluator
-from inception_jax.input import sharding
+from inception_jax.input import pipeline, sharding
 from inception_jax.input.dataset import Dataset
 from inception_jax.input.splits import Split
 from inception_jax.models import registry
@@ -25,7 +24,7 @@ from inception_jax.training import optimizers
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
-from inception_jax.training.step import compile_train_steps
+from inception_jax.training.step import make_train_step
 
 # Durations in epochs become steps as on Tiny ImageNet.
 _EXAMPLES = 100_000
@@ -127,11 +126,12 @@ def batch_of(split: Split, run: Run, **more: np.ndarray) -> dict[str, jax.Array]
 
 
 def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
-    """Returns the compiled training step and the first state."""
+    """Returns the compiled training step of the first image size, and the first state."""
     like, create = states.plan(run)
-    with futures.ThreadPoolExecutor(1) as background:
-        steps = compile_train_steps(run, like, background, first=0)
-        return steps[run.dataset.image_size].result(), create()
+    batch = pipeline.abstract_train_batch(
+        run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
+    )
+    return make_train_step(run, run.train_image_size(0)).lower(like, batch).compile(), create()
 
 
 def train_mode(run: Run) -> serve.Repeated:

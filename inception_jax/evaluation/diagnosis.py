@@ -377,6 +377,11 @@ def _suggestions(verdict: str, e: Evidence, config: Config) -> Iterator[Suggesti
 
 _Change = tuple[str, Any, str]
 
+# The weight decay to begin with and the most to suggest; those of SGD are the default. A decoupled
+# one acts times the rate. Adam rescales an L2 term with the gradient; there it is no remedy
+# (Loshchilov & Hutter 2019).
+_DECAYS = {"adam": (1.0, 0.0), "adamw": (0.01, 0.1), "muon": (0.02, 0.2)}
+
 
 def _lower_rate(config: Config, e: Evidence) -> Iterator[_Change]:
     rate = config.schedule.learning_rate
@@ -399,9 +404,9 @@ def _more_regularisation(config: Config, e: Evidence) -> Iterator[_Change]:
         yield "augment.crop", "pad", "new images from old; flip too, where a mirror image is valid"
     if not (augment.cutmix or augment.mixup):
         yield "augment.cutmix", 1.0, "mixed images; train longer with them"
-    more = _round(3 * decay) if decay else 5e-4
-    # Adam rescales an L2 term with the gradient; there it is no remedy (Loshchilov & Hutter 2019).
-    if more <= {"adam": 0.0, "adamw": 0.1}.get(config.optimizer.name, 5e-3):
+    first, most = _DECAYS.get(config.optimizer.name, (5e-4, 5e-3))
+    more = _round(3 * decay) if decay else first
+    if more <= most:
         yield "optimizer.weight_decay", more, "smaller weights"
     if dropout < 0.5:
         yield "model.dropout", _round(min(0.5, dropout + 0.2)), "acts on the last layer alone"
@@ -442,7 +447,11 @@ def _more_still(config: Config, e: Evidence) -> Iterator[_Change]:
 
 
 def _go_on(config: Config, e: Evidence) -> Iterator[_Change]:
-    if e.done >= FINISHED:
+    if e.epochs >= LEAST_EPOCHS and e.evaluations < LEAST_EVALUATIONS:
+        ((unit, value),) = config.train.length.given().items()
+        quarter = value / 4 if unit == "epochs" else max(1, value // 4)
+        yield f"evaluation.every.{unit}", quarter, "a curve that can be judged"
+    elif e.done >= FINISHED:
         yield *_longer(config), "a curve that can be judged"
 
 

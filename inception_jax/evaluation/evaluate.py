@@ -133,6 +133,7 @@ def evaluate_weights(run: Run, path: pathlib.Path) -> dict[str, Any]:
       DataError: if the file cannot be used.
       ConfigError: if it is of another network or other classes.
     """
+    path = path.expanduser()
     found = weights.load(path)
     variables = pretrained.for_evaluation(run, path, found)
     dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)

@@ -56,7 +56,8 @@ class Evidence:
       gap: train_top1 − validation_top1, points.
       error_share: training error over validation error: the share of the error that the network
         makes on the images it trains on.
-      late_gain: rise of validation top-1 in the last fifth of the time at a high rate, points.
+      late_gain: rise of validation top-1 in the last fifth of the time at a high rate, points; NaN
+        where the size of the training images changed meanwhile.
     """
 
     epochs: float
@@ -118,7 +119,7 @@ def gather(lines: Sequence[Line], config: Config, *, classes: int, train_example
         noise=_noise(_last(top1), _last(_column(validation, "count"))),
         gap=train_top1 - _last(top1),
         error_share=(100 - train_top1) / max(100 - _last(top1), 1e-9),
-        late_gain=_late_gain(train, validation),
+        late_gain=_late_gain(train, validation, config.train.image_size_epochs),
     )
 
 
@@ -166,14 +167,22 @@ def _second_half(train: Sequence[Line]) -> float:
     return float((middle - loss[-1]) / (loss[0] - loss[-1]))
 
 
-def _late_gain(train: Sequence[Line], validation: Sequence[Line]) -> float:
+def _late_gain(
+    train: Sequence[Line], validation: Sequence[Line], size_changes: Sequence[float]
+) -> float:
     rate, epoch = _column(train, "learning_rate"), _column(train, "epoch")
     top1, at = _column(validation, "top1"), _column(validation, "epoch")
     if len(at) < 2 or not np.isfinite(rate).any():
         return math.nan
     end = epoch[rate >= HIGH_RATE * np.nanmax(rate)][-1]
+    start = (1 - LAST_PART) * end
     # Between evaluations top-1 is interpolated: a run may have few of them.
-    before, after = np.interp([(1 - LAST_PART) * end, end], at, top1)
+    before, after = np.interp([start, end], at, top1)
+    first = at[at <= start].max(initial=0.0)
+    last = at[at >= end].min(initial=epoch[-1])
+    if any(first <= change <= last for change in size_changes):
+        # Top-1 rises with the size of the training images, whatever the rate.
+        return math.nan
     return float(after - before)
 
 

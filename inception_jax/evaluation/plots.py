@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from inception_jax.errors import UserError
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training.range_test import Point, Proposal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from inception_jax.training.range_test import Point, Proposal
 
 Line = dict[str, Any]
 
@@ -25,6 +26,7 @@ _COLOURS = {
     "train_eval": "#56B4E9",
     "validation": "#D55E00",
     "test": "#009E73",
+    "holdout": "#CC79A7",
 }
 _OTHER_COLOUR = "#333333"
 
@@ -67,7 +69,7 @@ def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def plot_range_test(
-    path: pathlib.Path, points: Sequence[Point], proposal: Proposal | None, *, title: str
+    path: pathlib.Path, points: "Sequence[Point]", proposal: "Proposal | None", *, title: str
 ) -> None:
     """Draws the loss of a learning-rate range test over the rate, with the proposed rate marked.
 
@@ -150,7 +152,7 @@ def _figure(
       title: above the plot.
       label: of the vertical axis.
     """
-    # Imported late: training imports this package, and draws nothing.
+    # Imported late: evaluation without plots does without it.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -43,6 +43,11 @@ class MiniGoogLeNet(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
+    @property
+    def least_image_size(self) -> int:
+        """The least side of an image, in pixels: two halvings make 4 one pixel."""
+        return 4
+
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         """Computes the logits.
@@ -55,9 +60,9 @@ class MiniGoogLeNet(nn.Module):
           The logits, float32 [B, num_classes].
 
         Raises:
-          ConfigError: if the images are smaller than 4 px, which two halvings make one pixel.
+          ConfigError: if the images are smaller than `least_image_size`.
         """
-        check_image_size(images, least=4, model="MiniGoogLeNet")
+        check_image_size(images, least=self.least_image_size, model="MiniGoogLeNet")
         unit = functools.partial(
             ConvUnit,
             dtype=self.dtype,

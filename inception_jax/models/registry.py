@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from inception_jax import config
 from inception_jax.models.googlenet import GoogLeNet
 from inception_jax.models.mini_googlenet import MiniGoogLeNet
+
+Network = GoogLeNet | MiniGoogLeNet
 
 
 def _shared(model: config.Model, num_classes: int) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def _heads(model: config.Model) -> dict[str, Any]:
     return {"aux_heads": model.aux_heads, "aux_dropout": model.aux_dropout}
 
 
-def googlenet(model: config.Model, num_classes: int) -> nn.Module:
+def googlenet(model: config.Model, num_classes: int) -> Network:
     """Returns the paper's network, with its variations of stem, 5x5 branch, norm and width."""
     return GoogLeNet(
         stem=model.stem,
@@ -39,7 +40,7 @@ def googlenet(model: config.Model, num_classes: int) -> nn.Module:
     )
 
 
-def googlenet_torchvision(model: config.Model, num_classes: int) -> nn.Module:
+def googlenet_torchvision(model: config.Model, num_classes: int) -> Network:
     """Returns the network of torchvision.models.googlenet, whose weights fit it.
 
     It differs from the paper's in the 5x5 branch (3x3, pytorch/vision#906), in the fourth pool
@@ -54,7 +55,7 @@ def googlenet_torchvision(model: config.Model, num_classes: int) -> nn.Module:
     )
 
 
-def deeper_googlenet(model: config.Model, num_classes: int) -> nn.Module:
+def deeper_googlenet(model: config.Model, num_classes: int) -> Network:
     """Returns DeeperGoogLeNet (Rosebrock, "Deep Learning for Computer Vision with Python").
 
     Made for the 64 px of Tiny ImageNet: a 5x5 first convolution at stride 1, and modules 3a to 4e.
@@ -63,7 +64,7 @@ def deeper_googlenet(model: config.Model, num_classes: int) -> nn.Module:
     return GoogLeNet(stem="deeper", body="deeper", **_shared(model, num_classes))
 
 
-def eight_module_googlenet(model: config.Model, num_classes: int) -> nn.Module:
+def eight_module_googlenet(model: config.Model, num_classes: int) -> Network:
     """Returns the network of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch (as of 2020-11-16).
 
     Made for the 64 px of Tiny ImageNet: a 3x3 first convolution at stride 1, a 5x5 third one, and
@@ -75,12 +76,12 @@ def eight_module_googlenet(model: config.Model, num_classes: int) -> nn.Module:
     return GoogLeNet(stem="eight_module", body="eight_module", **_shared(model, num_classes))
 
 
-def mini_googlenet(model: config.Model, num_classes: int) -> nn.Module:
+def mini_googlenet(model: config.Model, num_classes: int) -> Network:
     """Returns MiniGoogLeNet for images of about 32 px."""
     return MiniGoogLeNet(**_shared(model, num_classes))
 
 
-REGISTRY: Mapping[str, Callable[[config.Model, int], nn.Module]] = {
+REGISTRY: Mapping[str, Callable[[config.Model, int], Network]] = {
     "googlenet": googlenet,
     "googlenet_torchvision": googlenet_torchvision,
     "deeper_googlenet": deeper_googlenet,
@@ -89,7 +90,7 @@ REGISTRY: Mapping[str, Callable[[config.Model, int], nn.Module]] = {
 }
 
 
-def create(model: config.Model, num_classes: int) -> nn.Module:
+def create(model: config.Model, num_classes: int) -> Network:
     """Returns the network that `model.name` names.
 
     The network is called as `module.apply(variables, images, train=train, rngs={"dropout": key},

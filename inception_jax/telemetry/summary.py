@@ -28,6 +28,7 @@ _PACKAGES = (
     "ml-collections",
     "numpy",
     "pillow",
+    "safetensors",
 )
 
 

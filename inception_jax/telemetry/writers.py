@@ -57,7 +57,7 @@ class RunWriter:
         Args:
           step: optimizer steps done so far.
           epoch: the same in passes over the training split.
-          split: "train", "train_eval", "validation" or "test".
+          split: "train", "train_eval", "validation", "test" or "holdout".
           values: numbers by name, such as loss, top1, learning_rate.
         """
         named = {"epoch": epoch, **values}

@@ -77,7 +77,10 @@ def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
     Raises:
       DataError: if there are not `count`.
     """
-    names = tuple(path.read_text(encoding="utf-8").splitlines())
+    try:
+        names = tuple(path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError(f"--class_names={path}: is no text in UTF-8: {error}") from error
     if len(names) != count:
         raise DataError(
             f"--class_names={path}: has {len(names)} lines; the weights have {count} classes, and "
@@ -103,8 +106,16 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     state = _load_with_torch(path)
     for key in ("state_dict", "model"):
         state = state.get(key, state)
+    if others := [name for name, value in state.items() if not hasattr(value, "detach")]:
+        raise DataError(
+            f"{path}: {', '.join(map(str, others[:3]))} are no tensors. Save it anew with "
+            "torch.save(model.state_dict(), FILE)"
+        )
     # float32 first: NumPy knows no bfloat16 of PyTorch's.
-    return {name.removeprefix("module."): tensor.float().numpy() for name, tensor in state.items()}
+    return {
+        name.removeprefix("module."): tensor.detach().float().numpy()
+        for name, tensor in state.items()
+    }
 
 
 def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:

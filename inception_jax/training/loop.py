@@ -1,6 +1,7 @@
 """The training loop: read it from top to bottom, it is the whole of what happens to a run."""
 
 import collections
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -62,8 +63,11 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         ) as checkpoints,
-        futures.ThreadPoolExecutor(1) as background,
+        contextlib.ExitStack() as cleanup,
     ):
+        background = futures.ThreadPoolExecutor(1)
+        # An error does not wait for sizes that are still to be compiled.
+        cleanup.callback(background.shutdown, cancel_futures=True)
         state, clock, train_steps, notes = _start(run, checkpoints, background)
         first = int(state.step)
         if run.is_lead:

@@ -1,5 +1,6 @@
 """Weights in files: exported from a checkpoint, and as the start of another run."""
 
+import copy
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -51,9 +52,12 @@ def export(run: Run, workdir: Workdir, which: str) -> Weights:
         step = checkpoints.resolve(which)
         model = checkpoints.restore_model(step, states.abstract(run))
         metrics = checkpoints.metrics(step)
+    config = copy.deepcopy(run.config)
+    # Where files lay on this machine is of no use on another.
+    config.data.source = config.data.directory = config.init.weights = ""
     return Weights(
         variables=jax.device_get(states.eval_variables(**model)),
-        config=run.config,
+        config=config,
         class_names=run.dataset.class_names,
         mean=run.dataset.mean,
         std=run.dataset.std,

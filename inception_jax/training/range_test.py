@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from inception_jax.input import crops, pipeline
-from inception_jax.training import optimizers
+from inception_jax.training import optimizers, pretrained
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.step import make_train_step
@@ -104,7 +104,11 @@ def range_test(
     schedule = exponential_rise(low, high, steps)
     optimizer = optimizers.make_optimizer(run.config.optimizer, schedule)
     rising = dataclasses.replace(run, schedule=schedule, total_steps=steps, optimizer=optimizer)
-    train_step, state = make_train_step(rising, rising.train_image_size(0)), states.create(rising)
+    like, create = states.plan(rising)
+    state = create()
+    if run.config.init.weights:
+        state = states.start_from(state, pretrained.start(rising, like).values)
+    train_step = make_train_step(rising, rising.train_image_size(0))
     batches = pipeline.train_batches(
         run.dataset.train,
         batch_size=run.config.train.batch_size,

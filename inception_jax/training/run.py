@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax.config import Config, Duration, Timeline
+from inception_jax.errors import ConfigError
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
@@ -95,6 +96,8 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     dataset = prepare(config.data, log=log)
+    model = registry.create(config.model, dataset.num_classes)
+    _check_image_sizes(config, model.least_image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
     schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
@@ -102,9 +105,22 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
         config=config,
         dataset=dataset,
         mesh=mesh,
-        model=registry.create(config.model, dataset.num_classes),
+        model=model,
         timeline=timeline,
         total_steps=total_steps,
         schedule=schedule,
         optimizer=optimizers.make_optimizer(config.optimizer, schedule),
     )
+
+
+def _check_image_sizes(config: Config, least: int) -> None:
+    """Raises ConfigError if a size that is only reached later is less than the network takes."""
+    later = [("train.image_sizes", size) for size in config.train.image_sizes]
+    # 0: the data set's own, which the network sees first.
+    later += [("evaluation.image_size", config.evaluation.image_size or least)]
+    for path, size in later:
+        if size < least:
+            raise ConfigError(
+                f"config.{path} = {size}: {config.model.name} needs at least {least} px, with its "
+                "stem; raise it, or take a model or stem that shrinks the image less"
+            )

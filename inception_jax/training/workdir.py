@@ -51,7 +51,21 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def check_writable(workdir: Workdir | None, *, flag: str = "workdir") -> None:
+def needed(workdir: Workdir | None) -> Workdir:
+    """Returns the folder that training needs.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if workdir is None:
+        raise UserError(
+            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
+            "--config.init.weights=FILE instead of --weights"
+        )
+    return workdir
+
+
+def check_writable(workdir: Workdir, *, flag: str = "workdir") -> None:
     """Makes the folder and checks that files can be written in it.
 
     Args:
@@ -59,13 +73,8 @@ def check_writable(workdir: Workdir | None, *, flag: str = "workdir") -> None:
       flag: that named it, for the message.
 
     Raises:
-      UserError: if they cannot, or there is no folder.
+      UserError: if they cannot.
     """
-    if workdir is None:
-        raise UserError(
-            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
-            "--config.init.weights=FILE instead of --weights"
-        )
     probe = workdir.path / f".probe.{os.getpid()}"
     try:
         workdir.path.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,13 @@
 import json
 import pathlib
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from benchmarks import ablation, measure
+from benchmarks import ablation, command, measure
+from tests.experiments import load
 
 PLAN = """
 experiment = "experiments/digits.py"
@@ -37,7 +39,7 @@ def test_each_variant_is_trained_once(
     def train(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         called.append(command)
         (folder,) = (flag.partition("=")[2] for flag in command if flag.startswith("--workdir="))
-        pathlib.Path(folder).mkdir(parents=True)
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         result = {"top1": 40.0 + 2 * len(called), "loss": 2.5, "seconds": 90.0}
         (pathlib.Path(folder) / "result.json").write_text(json.dumps(result))
         return subprocess.CompletedProcess(command, 0)
@@ -63,6 +65,9 @@ def test_each_variant_is_trained_once(
         "--config.augment.pad=2",
         "--config.seed=1",
     ]
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--set", "seed=7"])
+    with pytest.raises(measure.BenchmarkError, match="other settings"):
+        ablation.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split("|")[1:5] == [
         " base          ",
@@ -83,9 +88,11 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) ->
         ablation.read_plan(path)
 
 
-def test_each_plan_of_the_project_can_be_read() -> None:
+def test_each_variant_of_the_project_is_valid() -> None:
     plans = sorted((measure.ROOT / "benchmarks" / "ablations").glob("*.toml"))
     assert plans
     for path in plans:
         plan = ablation.read_plan(path)
-        assert (measure.ROOT / plan.experiment).is_file()
+        for variant in plan.variants.values():
+            flags = command.overrides([*plan.shared, *variant])
+            load([f"--config={measure.ROOT / plan.experiment}", *flags])

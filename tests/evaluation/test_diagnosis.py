@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import digits, tiny_cpu
+from experiments import digits
 from inception_jax import config as configs
 from inception_jax.config import Augment, Config, Duration, Evaluation, Model, Optimizer, Train
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
@@ -268,6 +268,9 @@ def test_the_four_answers_and_remedies_of_under_fitting() -> None:
         ("adam", 1e-5, None),
         ("adamw", 0.02, 0.06),
         ("adamw", 0.05, None),
+        ("adamw", 0.0, 0.01),
+        ("muon", 0.05, 0.15),
+        ("muon", 0.15, None),
     ],
 )
 def test_more_weight_decay_is_advised_where_it_acts(
@@ -278,7 +281,7 @@ def test_more_weight_decay_is_advised_where_it_acts(
     assert found.get("optimizer.weight_decay") == more
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 @pytest.mark.parametrize(
     "curve",
     [
@@ -301,6 +304,22 @@ def test_every_suggestion_is_a_setting_with_another_valid_value(
         group, _, name = suggestion.setting.rpartition(".")
         setattr(configs.get(changed, group), name, suggestion.value)
         configs.validate(changed)
+
+
+def test_one_evaluation_at_the_end_asks_for_more_of_them() -> None:
+    lines = curves()
+    last = [line for line in lines if line["split"] == "validation"][-1]
+    found = verdict([line for line in lines if line["split"] == "train"] + [last])
+    assert found.verdict == "too short to say"
+    assert settings(found) == {"evaluation.every.epochs": EPOCHS / 4}
+
+
+@pytest.mark.parametrize(("change", "judged"), [(0.2, True), (0.9, False)])
+def test_a_rise_with_the_size_of_the_images_is_no_late_gain(change: float, judged: bool) -> None:
+    config = plain()
+    config.train.image_sizes, config.train.image_size_epochs = (32, 64), (change * EPOCHS,)
+    found = verdict(curves(late_rise=5.0, train_top1=50.0), config)
+    assert (found.evidence.late_gain > found.evidence.noise) == judged
 
 
 def test_evidence_is_what_arithmetic_gives() -> None:
@@ -363,8 +382,8 @@ def test_real_runs_of_known_faults() -> None:
 
 
 def test_three_real_epochs_of_tiny_imagenet_are_too_few() -> None:
-    lines = read_lines(HERE.parents[1] / "results" / "tiny_cpu" / "metrics.jsonl")
-    found = diagnose(lines, tiny_cpu.get_config(), classes=200, train_examples=100_000)
+    config = plain(train=Train(batch_size=128, length=Duration(epochs=3)))
+    found = diagnose(real("three_epochs"), config, classes=200, train_examples=100_000)
     assert found.verdict == "under-fitting"
     assert found.suggestions[0].setting == "train.length.epochs"
     assert answers(found)["capacity"] == "cannot say"

@@ -13,18 +13,18 @@ from inception_jax.evaluation import report
 from inception_jax.training.range_test import Point
 from tests import command
 
-ROOT = pathlib.Path(__file__).parents[2]
+HERE = pathlib.Path(__file__).parent
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A run's folder with three real epochs of experiments/tiny_cpu.py, which ran to its end."""
+    """A run's folder with three real epochs on Tiny ImageNet, which ran to its end."""
     config = configs.Config(name="three", train=configs.Train(length=configs.Duration(epochs=3)))
     config.schedule.name = "linear"
     dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
     record = {"config": configs.to_dict(config), "dataset": dataset, "changes": []}
     (tmp_path / "config.json").write_text(json.dumps(record))
-    lines = (ROOT / "results" / "tiny_cpu" / "metrics.jsonl").read_text()
+    lines = (HERE / "curves" / "three_epochs.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(lines)
     return tmp_path
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.config import Checkpoint, Duration, Schedule
-from inception_jax.errors import CheckpointError, RunError, UserError
+from inception_jax.config import Checkpoint, Duration, Model, Schedule
+from inception_jax.errors import CheckpointError, ConfigError, RunError, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
@@ -382,3 +382,16 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
             train_again(this, parts)
     train_again(this, parts)
     assert_same(this, parts, whole)
+
+
+def test_an_image_size_that_is_too_small_is_refused_before_it_is_reached(
+    data_directory: pathlib.Path,
+) -> None:
+    config = small.config(data_directory)
+    config.evaluation.image_size = 3
+    with pytest.raises(ConfigError, match=r"config\.evaluation\.image_size = 3: .* at least 4 px"):
+        run.build(config, log=lambda _: None)
+    config = small.config(data_directory, model=Model(name="googlenet"))
+    config.train.image_sizes, config.train.image_size_epochs = (64, 24), (0.1,)
+    with pytest.raises(ConfigError, match=r"config\.train\.image_sizes = 24: .* at least 31 px"):
+        run.build(config, log=lambda _: None)

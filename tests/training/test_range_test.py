@@ -1,15 +1,18 @@
 """The range test on a linear classifier of the digits, which compiles in a moment."""
 
+import copy
 import dataclasses
 import math
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from inception_jax.config import Augment, Duration, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
+from inception_jax.models import weights
 from inception_jax.training import range_test, run, state, step
 from inception_jax.training.range_test import Point, Proposal, has_diverged, propose
 from tests import small
@@ -44,6 +47,27 @@ def test_at_one_rate_it_is_the_runs_own_training(linear: run.Run) -> None:
     points = range_test.range_test(linear, low=0.01, high=0.01, steps=8)
     assert [p.rate for p in points] == pytest.approx([0.01] * 8)
     np.testing.assert_allclose([p.loss for p in points], losses_of_training(linear, 8), rtol=1e-5)
+
+
+def test_it_starts_from_the_weights_that_the_run_starts_from(
+    linear: run.Run, tmp_path: pathlib.Path
+) -> None:
+    nothing = jax.tree.map(np.zeros_like, jax.device_get(state.create(linear).params))
+    path = tmp_path / "zeros.safetensors"
+    dataset = linear.dataset
+    zeros = weights.Weights(
+        variables={"params": nothing, "batch_stats": {}},
+        config=linear.config,
+        class_names=dataset.class_names,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    weights.save(path, zeros)
+    config = copy.deepcopy(linear.config)
+    config.init.weights = str(path)
+    fine_tuning = dataclasses.replace(linear, config=config)
+    point = range_test.range_test(fine_tuning, low=0.01, high=0.01, steps=2)[0]
+    assert point.loss == pytest.approx(math.log(10), rel=1e-5)
 
 
 def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> None:

@@ -1,0 +1,24 @@
+"""Loads experiments as the command line does."""
+
+import warnings
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from inception_jax import config as configs
+from inception_jax.config import Config
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Returns the configuration that a command's arguments make, as the command line does."""
+    argv = ["command", *(each for each in arguments if each.startswith("--config"))]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    with warnings.catch_warnings():
+        # ml_collections loads the file with a method of importlib that is to go.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        values(argv)
+    config: Config = values.config
+    configs.validate(config)
+    return config
