@@ -9,13 +9,18 @@
 #   train    the flagship run, experiments/tiny.py, in $WORKDIR. It goes on where it stopped when it is
 #            called again, and stops by itself after $LIMIT seconds; metrics, result and plots go to
 #            $OUT/train
+#   export   the weights of $WORKDIR in bfloat16: $OUT/weights.safetensors
+#   ablate   the variants of benchmarks/ablations/tiny.toml in $ABLATION, or just those named in
+#            $VARIANTS; those that have finished there are not trained again, and it stops by itself
+#            after $LIMIT seconds: $OUT/ablation.{json,txt}
 #
 # --smoke: the same on the CPU with tiny sizes, in a few minutes, to try the script.
 #
 # Variables, with their defaults: OUT=runs/accelerator, PYTHON=python3, PYTHON_TORCH=$PYTHON,
 # STEMS="s16 s32", BATCHES="512 1024", CONTENDERS="ours torch torch-compile", ROUNDS=5,
 # WORKDIR=runs/tiny, LIMIT=0 (none), TRAIN_FLAGS="" (more flags of the training command, such as
-# --config.data.directory=DATA --config.data.source=tiny-imagenet-200.zip).
+# --config.data.directory=DATA --config.data.source=tiny-imagenet-200.zip), ABLATION=runs/ablation,
+# VARIANTS="" (all), SETTINGS="" (of all variants, such as data.directory=DATA).
 #
 # One stem and batch of `compare` takes some 3 minutes, most of it compiling.
 set -euo pipefail
@@ -31,8 +36,8 @@ for argument in "$@"; do
   case "$argument" in
     --help | -h) usage; exit 0 ;;
     --smoke) smoke=yes ;;
-    compare | profile | train) parts+=("$argument") ;;
-    *) echo "$argument: is neither compare, profile, train nor --smoke; see --help" >&2; exit 2 ;;
+    compare | profile | train | export | ablate) parts+=("$argument") ;;
+    *) echo "$argument: is neither compare, profile, train, export, ablate nor --smoke; see --help" >&2; exit 2 ;;
   esac
 done
 if [ "${#parts[@]}" -eq 0 ]; then
@@ -54,6 +59,8 @@ if [ -n "$smoke" ]; then
   compare=(--rounds 2 --seconds 0.2)
   WORKDIR=${WORKDIR:-runs/smoke}
   train=(--config experiments/digits.py)
+  plan=benchmarks/ablations/digits.toml
+  ABLATION=${ABLATION:-runs/smoke_ablation}
 else
   platform=gpu
   step=(--matmul-size 8192)
@@ -63,6 +70,8 @@ else
   compare=(--rounds "$ROUNDS" --seconds 2)
   WORKDIR=${WORKDIR:-runs/tiny}
   train=(--config experiments/tiny.py)
+  plan=benchmarks/ablations/tiny.toml
+  ABLATION=${ABLATION:-runs/ablation}
 fi
 mkdir -p "$OUT"
 
@@ -105,7 +114,22 @@ train() {
   fi
 }
 
+export_weights() {
+  "$PYTHON" -m inception_jax.tools.export_weights --workdir "$WORKDIR" --checkpoint=last \
+    --dtype=bfloat16 --output "$OUT/weights.safetensors"
+}
+
+# shellcheck disable=SC2086
+ablate() {
+  timeout --signal=INT "$LIMIT" "$PYTHON" -m benchmarks.ablation "$plan" --output "$ABLATION" \
+    --platform "$platform" --json "$OUT/ablation.json" \
+    ${VARIANTS:+--only $VARIANTS} ${SETTINGS:+--set $SETTINGS} | tee "$OUT/ablation.txt"
+}
+
 for part in "${parts[@]}"; do
   echo "=== $part"
-  "$part"
+  case "$part" in
+    export) export_weights ;;
+    *) "$part" ;;
+  esac
 done
