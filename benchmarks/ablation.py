@@ -146,11 +146,13 @@ def main() -> None:
     plan = read_plan(arguments.plan)
     if unknown := set(arguments.only) - set(plan.variants):
         raise measure.BenchmarkError(f"--only: there is no variant {', '.join(sorted(unknown))}")
-    results = {
-        variant: [train(plan, variant, seed, arguments) for seed in arguments.seeds]
-        for variant in plan.variants
-        if not arguments.only or variant in arguments.only
-    }
+    results: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for variant in arguments.only or plan.variants:
+            for seed in arguments.seeds:
+                results.setdefault(variant, []).append(train(plan, variant, seed, arguments))
+    except KeyboardInterrupt:
+        measure.say("interrupted; the same command goes on. What has finished:")
     measure.write_json(
         arguments.json,
         {
