@@ -230,6 +230,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    # Of these two formats PIL opens 16 bits of grey as integers of 32, too.
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels are integers of 32 bits, or with a sign: of unknown range")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -238,6 +241,11 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BROKEN:
         return 1
+
+
+def pieces(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yields `items` in pieces of `size`, of which the last may be smaller."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def threaded_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

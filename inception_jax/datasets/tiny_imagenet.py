@@ -117,7 +117,7 @@ class TinyImagenetSubset(builder.ImageBuilder):
     ) -> Generator[builder.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
-        pieces = (items[start : start + _PIECE] for start in range(0, len(items), _PIECE))
+        pieces = images.pieces(items, _PIECE)
         read = itertools.chain.from_iterable(images.threaded_map(self._read, pieces))
         for entry, data in zip(items, read, strict=True):
             yield (

@@ -106,6 +106,8 @@ def test_floating_point_and_enormous_images_are_refused() -> None:
     assert "floating-point" in images.problem(data)
     with pytest.raises(DataError, match=r"x: not a whole image .*floating-point"):
         images.decode(data, 8, "x")
+    integers = Image.fromarray(np.full((8, 8), 200, np.int32))
+    assert "integers of 32 bits" in images.problem(encoded(integers, "TIFF"))
     assert "200000000 pixels" in images.problem(encoded(Image.new("1", (20000, 10000)), "PNG"))
 
 
@@ -186,6 +188,12 @@ def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], ke
     read(whole, "whole.JPEG")
     with pytest.raises(DataError, match=r"^somewhere/n1_2\.JPEG: not a whole image .*again"):
         read(whole[:kept], "somewhere/n1_2.JPEG")
+
+
+def test_pieces_are_the_items_in_order() -> None:
+    assert list(images.pieces("abcde", 2)) == ["ab", "cd", "e"]
+    assert list(images.pieces(range(4), 2)) == [range(2), range(2, 4)]
+    assert not list(images.pieces([], 3))
 
 
 def test_threaded_map_keeps_the_order_and_takes_no_more_than_it_needs() -> None:
