@@ -83,6 +83,7 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
 
     VERSION = tfds.core.Version(registry.get("imagenet2012").version)
 
+    _files: list[int]
     _index: dict[str, list[Entry]]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -115,8 +116,10 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
             )
         self._paths = paths
         with contextlib.ExitStack() as stack:
-            self._files = [os.open(path, os.O_RDONLY) for path in paths]
             stack.callback(self.close)
+            self._files = []
+            for path in paths:
+                self._files.append(_descriptor(path))
             self._index = {"train": self._train(), "validation": self._validation()}
             stack.pop_all()
 
@@ -181,7 +184,7 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
 
     def examples(self, items: Sequence[Entry]) -> Generator[builder.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
-        pieces = (items[start : start + _PIECE] for start in range(0, len(items), _PIECE))
+        pieces = images.pieces(items, _PIECE)
         for entries, contents in images.threaded_map(self._read, pieces):
             for entry, data in zip(entries, contents, strict=True):
                 yield (
@@ -194,6 +197,16 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
         for entry, data in zip(entries, contents, strict=True):
             images.verify(data, f"{self._paths[entry.archive]}: {entry.file}")
         return entries, contents
+
+
+def _descriptor(path: pathlib.Path) -> int:
+    """Opens a file to be read at any place."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}). See to it that you may read this file."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """ImageNet from small archives of the official layout, and as TFDS's own builder writes it."""
 
+import errno
 import io
 import json
+import os
 import pathlib
 import shutil
 import tarfile
@@ -243,6 +245,29 @@ def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, g
     assert "tfds build imagenet2012 --file_format=array_record" in message
     write_source(folder, train_files(), validation_files())
     check(prepare(data, log=quiet))
+
+
+def test_an_archive_that_may_not_be_read_leaves_none_open(
+    source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    original = os.open
+
+    def refuse(path: Any, *arguments: Any, **settings: Any) -> int:
+        if pathlib.Path(path).name == imagenet.VALIDATION:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        descriptor = original(path, *arguments, **settings)
+        if pathlib.Path(path).name == imagenet.TRAIN:
+            opened.append(descriptor)
+        return descriptor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(DataError, match=r"val\.tar: cannot be opened \(Permission denied\)"):
+            prepare(settings(tmp_path, source), log=quiet)
+    assert len(opened) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def broken(tmp_path: pathlib.Path, case: str) -> pathlib.Path:
