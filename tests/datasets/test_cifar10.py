@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import pathlib
@@ -86,6 +87,22 @@ def test_the_pixels_are_those_of_the_batches(
             for channel in range(3):
                 plane = row[1024 * channel : 1024 * (channel + 1)]
                 np.testing.assert_array_equal(image[..., channel].ravel(), plane)
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_another_archive_of_the_same_counts_is_noted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, official: bool
+) -> None:
+    content = write(tmp_path / "x.tar.gz", files()).read_bytes()
+    monkeypatch.setattr(cifar10, "BYTES", len(content))
+    if official:
+        monkeypatch.setattr(cifar10, "MD5", hashlib.md5(content).hexdigest())
+    lines: list[str] = []
+    data = config.Data(
+        name="cifar10", source=str(tmp_path / "x.tar.gz"), directory=str(tmp_path), image_size=32
+    )
+    prepare(data, log=lines.append)
+    assert any("not the official archive" in line for line in lines) != official
 
 
 def test_keys_of_either_python_are_read() -> None:
