@@ -74,6 +74,8 @@ class Dataset:
         included), in units of pixel value / 255; the published ones where the registry has them.
       splits: all splits by name.
       train_split, eval_split: the names of the two that training and evaluation use.
+      train_cut: the training split with its images cut as those to evaluate on are; None where
+        neither are cut.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Dataset:
     splits: dict[str, Split]
     train_split: str
     eval_split: str
+    train_cut: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -95,6 +98,11 @@ class Dataset:
     def train(self) -> Split:
         """The split to train on."""
         return self.splits[self.train_split]
+
+    @property
+    def train_evaluated(self) -> Split:
+        """The examples to train on, as an evaluation sees them."""
+        return self.train if self.train_cut is None else self.train_cut
 
     @property
     def evaluation(self) -> Split:
@@ -168,13 +176,20 @@ def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info)
     # Only what is evaluated is cut: training has crops of its own.
     crop = dict.fromkeys(info["splits"], data.eval_crop) | {spec.train_split: 1.0}
     opened = {split: _open_split(data, cache, info, split, crop[split]) for split in info["splits"]}
-    eval_split = spec.eval_split
+    train, eval_split = opened[spec.train_split], spec.eval_split
+    train_cut: Split | None = None
+    if data.eval_crop != 1:
+        train_cut = _open_split(data, cache, info, spec.train_split, data.eval_crop)
     if data.holdout:
-        train, eval_split = opened[spec.train_split], HOLDOUT
+        eval_split = HOLDOUT
         held = splits.stratified(train.labels, data.holdout)
-        evaluated = _open_split(data, cache, info, spec.train_split, data.eval_crop)
-        opened[HOLDOUT] = splits.subset(evaluated, np.flatnonzero(held))
-        opened[spec.train_split] = splits.subset(train, np.flatnonzero(~held))
+        rest, held = np.flatnonzero(~held), np.flatnonzero(held)
+        opened[spec.train_split] = splits.subset(train, rest)
+        if train_cut is None:
+            opened[HOLDOUT] = splits.subset(train, held)
+        else:
+            opened[HOLDOUT] = splits.subset(train_cut, held)
+            train_cut = splits.subset(train_cut, rest)
     return Dataset(
         name=info["name"],
         version=info["version"],
@@ -185,6 +200,7 @@ def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info)
         splits=opened,
         train_split=spec.train_split,
         eval_split=eval_split,
+        train_cut=train_cut,
     )
 
 

@@ -67,7 +67,7 @@ class Run:
 
     def train_sample(self) -> Split | None:
         """Returns the training examples that evaluations cover besides; None if there are none."""
-        split = self.dataset.train
+        split = self.dataset.train_evaluated
         examples = min(self.config.evaluation.train_examples, len(split))
         return subset(split, np.arange(examples)) if examples else None
 

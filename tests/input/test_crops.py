@@ -1,5 +1,6 @@
 """Boxes of the original images: their distribution, and that the step alone decides them."""
 
+import dataclasses
 import io
 import math
 import pathlib
@@ -207,9 +208,33 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     expected = [images.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
     np.testing.assert_array_equal(found, expected)
     assert (found != whole.evaluation.read(np.arange(15))).any()
-    held = dataset(directory, eval_crop=0.5, holdout=6).evaluation
-    expected = [images.decode(files[name], SIZE, name, crop=0.5) for name in held.names]
-    np.testing.assert_array_equal(held.read(np.arange(6)), expected)
+    both = dataset(directory, eval_crop=0.5, holdout=6)
+    assert both.train_evaluated.names == both.train.names
+    for split, count in (
+        (both.evaluation, 6),
+        (both.train_evaluated, 27),
+        (cut.train_evaluated, 33),
+    ):
+        expected = [images.decode(files[name], SIZE, name, crop=0.5) for name in split.names]
+        np.testing.assert_array_equal(split.read(np.arange(count)), expected)
+    assert whole.train_evaluated is whole.train
+
+
+def test_what_evaluations_cover_of_training_is_cut_alike(tmp_path: pathlib.Path) -> None:
+    data = config.Data(
+        name="digits", directory=str(tmp_path), image_size=8, storage="records", eval_crop=0.5
+    )
+    this = run.build(
+        small.config(tmp_path, data=data, evaluation=config.Evaluation(train_examples=10)),
+        log=quiet,
+    )
+    sample = this.train_sample()
+    whole, indices = this.dataset.train, np.arange(10)
+    assert sample is not None and sample.names == whole.names[:10]
+    assert isinstance(whole, RecordSplit) and whole.crop == 1
+    cut = dataclasses.replace(whole, crop=0.5)
+    np.testing.assert_array_equal(sample.read(indices), cut.read(indices))
+    assert (sample.read(indices) != whole.read(indices)).any()
 
 
 def test_training_cuts_the_boxes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
