@@ -321,8 +321,7 @@ def _prepared_builder(
     spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log
 ) -> Any:
     """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
-    known = {"eval_share": data.eval_share, "unreadable": data.unreadable}
-    settings = {name: known[name] for name in spec.settings}
+    settings = {name: getattr(data, name) for name in spec.settings}
     new = functools.partial(
         spec.builder_class(), source=data.source, log=log, data_dir=directory, **settings
     )
