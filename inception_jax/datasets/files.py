@@ -49,7 +49,12 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Returns a digest that another content does not share."""
+        """Returns a digest by which other content is noticed, without reading the files.
+
+        It is of what the system or the archive says of them. So a folder's is another once its
+        files are copied without their times, and the same if one is replaced by another of its
+        name, size and time; and that of a folder is never that of its archive.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -35,7 +35,7 @@ _EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/
 # Unicode's categories of control characters, line breaks and paragraph breaks.
 _BREAKS = ("Cc", "Zl", "Zp")
 # How many things an error names.
-NAMED = 10
+_NAMED = 10
 
 
 class Entry(NamedTuple):
@@ -53,11 +53,14 @@ class Layout:
       splits: the files of each split that has a folder of its own.
       classes: the names of the training split's class folders, sorted; some may hold no file.
       divided: whether there is a folder to evaluate on, or a share has to be held out.
+      root: what the paths of the training files begin with before their class's folder: '' or
+        ending in '/'.
     """
 
     splits: dict[str, list[Entry]]
     classes: tuple[str, ...]
     divided: bool
+    root: str
 
 
 def hidden(file: str) -> bool:
@@ -106,22 +109,23 @@ def layout(source: Source) -> Layout:
     folders = _split_folders(tree, where)
     if not folders:
         training = _entries(start, tree, where)
-        return Layout({TRAIN: training}, _classes(tree, where), divided=False)
+        return Layout({TRAIN: training}, _classes(tree, where), divided=False, root=start)
     splits, classes = {}, _classes(_below(tree, folders[TRAIN]), f"{where}/{folders[TRAIN]}")
     for split, folder in folders.items():
         below, inside = _below(tree, folder), f"{start}{folder}/"
-        if split == TEST and set(below) == {""}:
-            splits[split] = [Entry(inside + file, "") for file in below[""]]
+        if split == TEST and not _has_folders(below):
+            splits[split] = [Entry(inside + file, "") for file in below.get("", ())]
         else:
             splits[split] = _entries(inside, below, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
             raise DataError(
-                f"{where}/{folders[split]}: {_list(foreign)}: no such class in "
+                f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
                 f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
                 "the folder away."
             )
-    return Layout(splits, classes, divided=VALIDATION in splits)
+    root = f"{start}{folders[TRAIN]}/"
+    return Layout(splits, classes, divided=VALIDATION in splits, root=root)
 
 
 def _by_folder(paths: Iterable[str]) -> _Tree:
@@ -137,8 +141,14 @@ def _below(tree: _Tree, folder: str) -> _Tree:
     return _by_folder(path for path in inner if path)
 
 
+def _has_folders(tree: _Tree) -> bool:
+    return bool(tree.keys() - {""})
+
+
 def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
     """Goes into a folder as long as it is the only one, as an archive's outermost is.
+
+    Of a training folder it goes into no other: what lies there are classes, if only one.
 
     Returns:
       The path of the folder that holds more, '' or ending in '/', and what is below it.
@@ -146,9 +156,11 @@ def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
     start, tree = "", _by_folder(paths)
     while not _loose_pictures(tree) and len(folders := [f for f in tree if f]) == 1:
         inner = _below(tree, folders[0])
-        if set(inner) <= {""}:
+        if not _has_folders(inner):
             break  # Pictures and no folder: this one is a class.
         start, tree = f"{start}{folders[0]}/", inner
+        if folders[0].lower() in _TRAIN_FOLDERS:
+            break
     return start, tree
 
 
@@ -166,25 +178,37 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     others = sorted(set(folders) - {folder for several in found.values() for folder in several})
     if not found[TRAIN]:
         if folders and not others:
-            raise DataError(f"{where}: has {_list(folders)}, but no train folder. {_EXPECTED}")
+            raise DataError(f"{where}: has {quoted(folders)}, but no train folder. {_EXPECTED}")
+        _check_classes(tree, others, found[VALIDATION] + found[TEST], where)
         return {}
-    if not (found[VALIDATION] or found[TEST]) and set(_below(tree, found[TRAIN][0])) == {""}:
+    if not (found[VALIDATION] or found[TEST]) and not _has_folders(_below(tree, found[TRAIN][0])):
         return {}  # A class of that name.
     for split, several in found.items():
         if len(several) > 1:
             raise DataError(
-                f"{where}: {_list(several)}: which of them is the {split} split? Keep one."
+                f"{where}: {quoted(several)}: which of them is the {split} split? Keep one."
             )
     if others:
         raise DataError(
-            f"{where}: {_list(others)} beside {found[TRAIN][0]!r}: is it a class or a split? Keep "
+            f"{where}: {quoted(others)} beside {found[TRAIN][0]!r}: is it a class or a split? Keep "
             "class folders inside the splits' folders, and move other folders away."
         )
     chosen = {split: several[0] for split, several in found.items() if several}
-    if VALIDATION not in chosen and TEST in chosen and set(_below(tree, chosen[TEST])) != {""}:
+    if VALIDATION not in chosen and TEST in chosen and _has_folders(_below(tree, chosen[TEST])):
         # What has classes and was not trained on is what an evaluation needs.
         chosen[VALIDATION] = chosen.pop(TEST)
     return chosen
+
+
+def _check_classes(tree: _Tree, others: Sequence[str], doubtful: Sequence[str], where: str) -> None:
+    """Raises DataError if a class that is called like a split has folders of the other classes."""
+    classes = set(map(class_name, others))
+    for folder in doubtful:
+        if classes & {class_name(inner) for inner in _below(tree, folder) if inner}:
+            raise DataError(
+                f"{where}: {folder!r} has folders of the same names as those beside it: is it a "
+                "split? Put the classes to train on into train/."
+            )
 
 
 def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
@@ -242,15 +266,20 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+def hold_out(
+    entries: Sequence[Entry], share: float, *, root: str = ""
+) -> tuple[list[Entry], list[Entry]]:
     """Divides images into those to train on and those to evaluate on.
 
-    Of each class the images with the smallest SHA-256 of their path are held out, `share` of them
-    rounded, but at least one, and never all: a class of one image keeps it for training.
+    Of each class the images with the smallest SHA-256 of their path below `root` are held out,
+    `share` of them rounded, but at least one, and never all: a class of one image keeps it for
+    training. So a folder and its archive, in which the folder itself may be the outermost one, are
+    divided alike, however a system writes letters with accents.
 
     Args:
       entries: images of known class.
       share: more than 0, less than 1.
+      root: what their paths begin with, as of `Layout`.
 
     Returns:
       (training, evaluation), each in the order of `entries`.
@@ -261,16 +290,23 @@ def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     held: set[Entry] = set()
     for members in by_class.values():
         count = min(max(round(share * len(members)), 1), len(members) - 1)
-        held.update(sorted(members, key=_rank)[:count])
+        held.update(sorted(members, key=lambda entry: _rank(entry, root))[:count])
     training = [entry for entry in entries if entry not in held]
     return training, [entry for entry in entries if entry in held]
 
 
-def _rank(entry: Entry) -> bytes:
-    return hashlib.sha256(os.fsencode(entry.file)).digest()
+def _rank(entry: Entry, root: str) -> tuple[bytes, str]:
+    path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
+    # Two files may differ in how an accent is written alone.
+    return hashlib.sha256(os.fsencode(path)).digest(), entry.file
 
 
-def _list(names: Sequence[str]) -> str:
-    """Returns up to ten quoted names, and how many more there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(map(repr, names[:NAMED])) + more
+def listed(texts: Sequence[str]) -> str:
+    """Returns up to ten texts, and how many more there are."""
+    more = f" and {len(texts) - _NAMED:,} more" if len(texts) > _NAMED else ""
+    return ", ".join(texts[:_NAMED]) + more
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Returns up to ten names in quotes, and how many more there are."""
+    return listed([repr(name) for name in names])

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -11,8 +11,10 @@ from inception_jax.datasets import builder, files, folders, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.errors import DataError
 
-# Images that one thread reads at a time.
-_PIECE = 16
+# Images that one thread checks at a time, one by one.
+_CHECKED = 16
+# Images that one thread reads at a time, and then holds: of a user's photos, some 10 MB each.
+_READ = 2
 # How many unreadable files the metadata name.
 _NAMED = 100
 
@@ -87,8 +89,13 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             self._settings["unreadable"] = self._unreadable
         if not layout.divided:
             self._settings["eval_share"] = self._eval_share
-            train, held = folders.hold_out(splits[folders.TRAIN], self._eval_share)
+            train, held = folders.hold_out(
+                splits[folders.TRAIN], self._eval_share, root=layout.root
+            )
             splits |= {folders.TRAIN: train, folders.VALIDATION: held}
+        if folders.TEST in splits and not splits[folders.TEST]:
+            self.log(f"{self._files.path}: the test folder has no picture; there is no such split")
+            del splits[folders.TEST]
         self._classes, self._splits, self._skipped = layout.classes, splits, problems
         self._check_counts()
 
@@ -96,7 +103,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         """Reads all files; returns what is wrong with those that are no whole image."""
         problems: dict[str, str] = {}
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
-            for found in images.threaded_map(self._check, _pieces(entries)):
+            for found in images.threaded_map(self._check, images.pieces(entries, _CHECKED)):
                 problems |= {file: problem for file, problem in found.items() if problem}
                 progress.update(len(found))
         return problems
@@ -108,7 +115,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         try:
             data = self._files.read(file)
         except DataError as error:
-            return str(error)
+            return _reason(error)
         return images.problem(data)
 
     def _refused(self, problems: dict[str, str], count: int) -> DataError:
@@ -119,20 +126,18 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     def _listed(self, problems: dict[str, str], count: int) -> str:
         named = [f"{folders.shown(file)} ({what})" for file, what in problems.items()]
-        more = f" and {len(named) - folders.NAMED:,} more" if len(named) > folders.NAMED else ""
         return (
             f"{self._files.path}: {len(problems):,} of {count:,} files are no whole image: "
-            f"{', '.join(named[: folders.NAMED])}{more}"
+            f"{folders.listed(named)}"
         )
 
     def _check_counts(self) -> None:
         counts = collections.Counter(entry.label for entry in self._splits[folders.TRAIN])
         if empty := [name for name in self._classes if not counts[name]]:
-            more = f" and {len(empty) - folders.NAMED:,} more" if len(empty) > folders.NAMED else ""
             raise DataError(
                 f"{self._files.path}: no training picture of {len(empty):,} of "
-                f"{len(self._classes):,} classes: {', '.join(map(repr, empty[: folders.NAMED]))}"
-                f"{more}. Add some, or remove the class folders."
+                f"{len(self._classes):,} classes: {folders.quoted(empty)}. Add some, or remove the "
+                "class folders."
             )
         if not self._splits[folders.VALIDATION]:
             raise DataError(
@@ -169,7 +174,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
     ) -> Generator[builder.KeyedExample, None, None]:
         """Yields the images, read in threads."""
         label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
-        contents = itertools.chain.from_iterable(images.threaded_map(self._read, _pieces(items)))
+        pieces = images.pieces(items, _READ)
+        contents = itertools.chain.from_iterable(images.threaded_map(self._read, pieces))
         for entry, data in zip(items, contents, strict=True):
             name = folders.shown(entry.file)
             yield name, {"image": data, "label": label[entry.label], "file_name": name}
@@ -178,5 +184,9 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         return [self._files.read(entry.file) for entry in entries]
 
 
-def _pieces(entries: Sequence[folders.Entry]) -> Iterator[Sequence[folders.Entry]]:
-    return (entries[start : start + _PIECE] for start in range(0, len(entries), _PIECE))
+def _reason(error: DataError) -> str:
+    """Returns why a file cannot be read, without its path and a remedy, which the list has."""
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+        return "a link that leads nowhere"
+    return getattr(cause, "strerror", None) or str(cause or error)

@@ -28,7 +28,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -49,13 +49,15 @@ HOLDOUT = "holdout"
 _CACHES = "inception_jax"
 # Images that one thread decodes at a time: some 10 ms of work.
 _PIECE = 64
+# Records that it reads at a time for that: a user's photos may have 10 MB each.
+_READ = 8
 # What TFDS keeps of an example besides its image, and what it takes in its index: bytes, a bound.
 _RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
 
 if TYPE_CHECKING:
     # It imports TFDS, which opening decoded images does without.
-    from inception_jax.datasets.records import Records
+    from inception_jax.datasets.records import Example, Records
 
 Log = Callable[[str], None]
 # What info.json holds.
@@ -233,6 +235,8 @@ def _check_source(
     if spec.fixed_content or not data.source:
         return
     path = pathlib.Path(data.source).expanduser().absolute()
+    # A folder's digest has the times of its files in place of their content.
+    copied = ", or copied without its times" if path.is_dir() else ""
     # Removing the original once it is prepared is no mistake.
     if not path.exists() and str(path) == prepared["path"]:
         return
@@ -241,8 +245,8 @@ def _check_source(
             return
     raise DataError(
         f"config.data.source = {data.source!r}: {where} was prepared from other content, "
-        f"{prepared['path']}{' as it was then' if str(path) == prepared['path'] else ''}. Give "
-        "another config.data.directory, or leave config.data.source empty to use what is "
+        f"{prepared['path']}{' as it was then' if str(path) == prepared['path'] else ''}{copied}. "
+        "Give another config.data.directory, or leave config.data.source empty to use what is "
         f"prepared, or remove {_all_of(spec, data)}, to prepare it anew."
     )
 
@@ -413,7 +417,7 @@ def _write_split(
 
     records, size = Records(builder.files(split)), data.image_size
     count = len(records)
-    pieces = (range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE))
+    pieces = images.pieces(range(count), _PIECE)
     work = functools.partial(_decode_piece, records, size)
     if not decode:
         work = functools.partial(_list_piece, records)
@@ -458,30 +462,40 @@ class _Piece:
     squares: np.ndarray
 
 
-def _decode_piece(records: "Records", size: int, indices: range) -> _Piece:
-    examples = records.read(indices)
-    pixels = np.stack([images.decode(e.image, size, e.file_name) for e in examples])
+def _decode_piece(records: "Records", size: int, indices: Sequence[int]) -> _Piece:
+    pixels = np.empty((len(indices), size, size, 3), np.uint8)
+    labels, names = [], []
+    for row, example in zip(pixels, _examples(records, indices), strict=True):
+        row[:] = images.decode(example.image, size, example.file_name)
+        labels.append(example.label)
+        names.append(example.file_name)
     channels = [pixels[..., channel] for channel in range(3)]
     return _Piece(
         pixels=pixels,
-        labels=np.array([example.label for example in examples], np.int32),
-        names=[example.file_name for example in examples],
+        labels=np.array(labels, np.int32),
+        names=names,
         total=np.array([c.sum(dtype=np.uint64) for c in channels]),
         # The square of a byte fits 16 bits, so integer sums are exact.
         squares=np.array([np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels]),
     )
 
 
-def _list_piece(records: "Records", indices: range) -> _Piece:
+def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
     """Reads examples without decoding their images."""
-    examples = records.read(indices)
+    facts = [(example.label, example.file_name) for example in _examples(records, indices)]
     return _Piece(
         pixels=np.empty((0,), np.uint8),
-        labels=np.array([example.label for example in examples], np.int32),
-        names=[example.file_name for example in examples],
+        labels=np.array([label for label, _ in facts], np.int32),
+        names=[name for _, name in facts],
         total=np.zeros(3, np.uint64),
         squares=np.zeros(3, np.uint64),
     )
+
+
+def _examples(records: "Records", indices: Sequence[int]) -> Iterator["Example"]:
+    """Yields the examples at `indices`, few of which are in memory at a time."""
+    for part in images.pieces(indices, _READ):
+        yield from records.read(part)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,22 @@ def test_outer_folders_are_entered(path: pathlib.Path) -> None:
     assert found(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
 
 
+def test_below_train_there_are_classes(path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match="train: has the class 'cat' alone"):
+        read(write(path, "train/cat/old/1", "train/cat/new/1"))
+    with pytest.raises(DataError, match="Training: has the class 'cat' alone"):
+        read(write(path.with_stem("more"), "pets/Training/cat/old/1", "pets/Training/cat/new/1"))
+
+
+@pytest.mark.parametrize(
+    "files", [["train/a/1", "train/b/1"], ["train/a/1", "train/b/1", "val/a/1"]]
+)
+def test_an_empty_test_folder_does_not_stand_for_val(path: pathlib.Path, files: list[str]) -> None:
+    layout = read(write(path, *files, "test/"))
+    assert found(layout)["test"] == []
+    assert layout.divided == (len(files) == 3)
+
+
 def test_what_systems_leave_behind_is_ignored(path: pathlib.Path) -> None:
     junk = [".DS_Store", "a/.DS_Store", "a/Thumbs.db", "b/desktop.ini", ".git/x/1.jpg"]
     layout = read(write(path, "a/1", "b/1", *junk, "__MACOSX/a/._1.jpg", ".empty/"))
@@ -72,6 +88,8 @@ def test_what_systems_leave_behind_is_ignored(path: pathlib.Path) -> None:
 
 def test_a_class_may_be_called_train(path: pathlib.Path) -> None:
     assert read(write(path, "train/1.jpg", "car/1.jpg")).classes == ("car", "train")
+    names = ["test/1.jpg", "val/old/1.jpg", "val/val/1.jpg", "car/1.jpg"]
+    assert read(write(path.with_stem("more"), *names)).classes == ("car", "test", "val")
 
 
 def test_odd_names_are_names(path: pathlib.Path) -> None:
@@ -108,6 +126,11 @@ WRONG = {
     ),
     "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' beside 'train'"),
     "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' beside 'train'"),
+    "val beside classes": (
+        ["cat/1", "dog/1", "val/cat/1", "val/dog/1"],
+        r"'val' has folders of the same names as those beside it: is it a split\? Put the classes "
+        "to train on into train/",
+    ),
     "no train": (["val/a/1", "test/a/1"], "has 'test', 'val', but no train folder"),
     "nothing": ([".DS_Store"], "holds no file"),
 }
@@ -179,3 +202,37 @@ def test_each_class_gives_its_share(share: float, held: dict[str, int]) -> None:
     assert set(folders.hold_out(entries[::-1], share)[1]) == set(evaluation)
     # A larger share holds out the same images and more.
     assert set(evaluation) <= set(folders.hold_out(entries, 0.99)[1])
+
+
+def held_out(path: pathlib.Path) -> set[str]:
+    """Returns which files are held out, by their class and name."""
+    layout = read(path)
+    _, held = folders.hold_out(layout.splits["train"], 0.2, root=layout.root)
+    return {"/".join(entry.file.split("/")[-2:]) for entry in held}
+
+
+@pytest.mark.parametrize("root", ["pets", "my/pets", "train", "pets/Training"])
+def test_what_is_held_out_does_not_depend_on_the_outer_folders(
+    tmp_path: pathlib.Path, root: str
+) -> None:
+    names = [f"{label}/{number}.jpg" for label in ("cat", "dog") for number in range(40)]
+    expected = held_out(write(tmp_path / "x", *names))
+    assert len(expected) == 16
+    assert held_out(write(tmp_path / "x.zip", *names, root=root)) == expected
+
+
+def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
+    tmp_path: pathlib.Path,
+) -> None:
+    names = [f"{label}/é{number}.jpg" for label in ("café", "dog") for number in range(40)]
+    composed, parted = (
+        held_out(write(tmp_path / form, *(unicodedata.normalize(form, name) for name in names)))
+        for form in ("NFC", "NFD")
+    )
+    assert composed == {unicodedata.normalize("NFC", name) for name in parted}
+
+
+def test_names_that_look_the_same_are_ranked_in_any_order() -> None:
+    names = [unicodedata.normalize(form, "a/é.jpg") for form in ("NFC", "NFD")]
+    entries = [folders.Entry(name, "a") for name in names]
+    assert folders.hold_out(entries, 0.5)[1] == folders.hold_out(entries[::-1], 0.5)[1]

@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
+from inception_jax.datasets import images, registry
+from inception_jax.datasets.files import FolderSource
+from inception_jax.datasets.records import Records
 from inception_jax.errors import DataError
 from inception_jax.input.dataset import Dataset, prepare
 from tests import archives
@@ -87,6 +92,19 @@ def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> 
     assert (len(dataset.train), dataset.evaluation.labels.tolist()) == (4, [1])
 
 
+@pytest.mark.parametrize("test", [{"test/": b""}, {"test/.gitkeep": b""}, {"test/a.jpg": b"note"}])
+@pytest.mark.parametrize("divided", [True, False])
+def test_an_empty_test_folder_is_no_split(
+    tmp_path: pathlib.Path, test: dict[str, bytes], divided: bool
+) -> None:
+    folders = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
+    path = write(tmp_path / "x", archives.class_folders(folders, SIZE) | test)
+    lines: list[str] = []
+    dataset = prepare(data(path, tmp_path, unreadable="skip"), log=lines.append)
+    assert set(dataset.splits) == {"train", "validation"}
+    assert any("the test folder has no picture" in line for line in lines)
+
+
 BAD = {"ant/note.txt": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
 
 
@@ -144,6 +162,56 @@ def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
         prepare(data(path, tmp_path), log=quiet)
 
 
+def test_a_dead_link_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
+    os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
+    with pytest.raises(DataError, match=r"image: a/link\.jpg \(a link that leads nowhere\)\. Mend"):
+        prepare(data(path, tmp_path), log=quiet)
+
+
+def test_a_damaged_member_is_named_once(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x.zip", archives.class_folders({"a": 2, "b": 2}, SIZE))
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"image: a/0\.jpg \([^()]*\)\. Mend") as error:
+        prepare(data(path, tmp_path), log=quiet)
+    assert str(error.value).count(str(path)) == 1
+
+
+def test_few_files_are_in_memory_at_a_time(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"a": 50, "b": 50}, 8))
+    builder = registry.get("image_folder").builder_class()(
+        source=str(path), log=quiet, data_dir=tmp_path, eval_share=0.2, unreadable="refuse"
+    )
+    builder.open()
+    reads: list[str] = []
+    read_file, read_records = FolderSource.read, Records.read
+
+    def read(self: FolderSource, file: str) -> bytes:
+        reads.append(file)
+        return read_file(self, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderSource, "read", read)
+        # One piece of work after another, of which threads hold up to 17.
+        patched.setattr(images, "threaded_map", map)
+        next(builder.examples(builder.splits()["train"]))
+    assert len(reads) <= 2
+    batches: list[int] = []
+
+    def read_few(self: Records, indices: Sequence[int]) -> Any:
+        batches.append(len(indices))
+        return read_records(self, indices)
+
+    monkeypatch.setattr(Records, "read", read_few)
+    for storage in ("decoded", "records"):
+        prepare(data(path, tmp_path, storage=storage), log=quiet)
+    assert sum(batches) == 200 and max(batches) <= 8
+
+
 def test_a_source_is_needed(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no download"):
         prepare(data("", tmp_path), log=quiet)
@@ -163,6 +231,14 @@ def test_changed_content_or_settings_are_noticed(
     with pytest.raises(DataError, match=r"prepared from other content, .* as it was then"):
         prepare(data(source, directory), log=quiet)
     assert len(prepare(data("", directory), log=quiet).train) == 14
+
+
+def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    prepare(data(path, tmp_path / "data"), log=quiet)
+    os.utime(path / "ant" / "0.jpg", (1, 1))
+    with pytest.raises(DataError, match=r"other content, .*, or copied without its times\. Give"):
+        prepare(data(path, tmp_path / "data"), log=quiet)
 
 
 def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) -> None:
