@@ -240,7 +240,11 @@ class Augment:
         resumable=True,
     )
     cutout: int = setting(
-        0, "side of the square that Cutout blanks, pixels; 0: no Cutout", low=0, resumable=True
+        0,
+        "side of the square that Cutout blanks, pixels of the image as train.image_sizes has it; "
+        "0: no Cutout",
+        low=0,
+        resumable=True,
     )
 
 
@@ -647,6 +651,13 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"config.train.image_size_epochs = {begins}: must have an entry for each of "
             f"train.image_sizes = {sizes} but the first"
+        )
+    length = config.train.length
+    if begins and length.epochs and begins[-1] >= length.epochs:
+        yield (
+            f"config.train.image_size_epochs = {begins}: its last begins no sooner than the run "
+            f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
+            "reached; begin it sooner, or drop it and its size"
         )
     model = config.model
     if sizes and model.aux_heads and model.name != "googlenet_torchvision":

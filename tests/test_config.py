@@ -184,6 +184,8 @@ def test_groups_are_dataclasses_all_the_way() -> None:
         ((), (3.0,), "an entry for each of train.image_sizes"),
         ((16, 32, 64), (3.0, 2.0), "must rise from each to the next"),
         ((4,), (), "must be at least 8"),
+        ((32, 64), (60.0,), r"image_size_epochs = \(60\.0,\): .*train\.length\.epochs = 60, "),
+        ((32, 48, 64), (3.0, 70.0), r"image_size_epochs = \(3\.0, 70\.0\).* never reached"),
     ],
 )
 def test_progressive_sizes_that_do_not_fit_are_refused(
