@@ -1,10 +1,10 @@
-"""GoogLeNet on a folder of one's own pictures.
+r"""GoogLeNet on a folder of one's own pictures.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with BatchNorm and a stem
   for small images, at 64 pixels. A small folder is learned by heart within some epochs, so much
   varies from one to the next: crops of 25 to 100% of the picture, flips, mixup, dropout, label
   smoothing; and the average over the last epochs is evaluated.
-Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine
+Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=PICTURES --config.data.directory=DATA
   PICTURES holds train/CLASS/ and val/CLASS/, or CLASS/ alone, of which a share is then held out
   (--config.data.eval_share=0.2); or it is a zip archive of that. DATA keeps what is prepared, and

@@ -2,8 +2,8 @@
 
 It is no recipe: run one of the others. All of them train on the whole training split (100,000
 images, in a new order each epoch, none dropped) and are evaluated on all 10,000 images of the
-official validation split after each epoch. Images are normalised by mean and standard deviation of
-the training split.
+official validation split each epoch, unless they say otherwise. Images are normalised by mean and
+standard deviation of the training split.
 
 Those that follow another project's recipe (tiny_adam, tiny_deeper, tiny_paper, tiny_steps) deviate
 from their sources in common:

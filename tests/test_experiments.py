@@ -28,6 +28,9 @@ SIZES = {
     "image_folder": (2_000, 5),
 }
 PEERS = ("tiny_adam", "tiny_deeper", "tiny_paper", "tiny_steps")
+# A setting in a docstring, quoted where a shell needs it; and those that stand in a row.
+FLAG = r"(?:'--config\.[^']+'|--config\.[\w.]+=[^\s;)]*[^\s;).,])"
+FLAGS = re.compile(rf"{FLAG}(?:\s+{FLAG})*")
 
 
 def experiment(name: str) -> Config:
@@ -83,9 +86,20 @@ def test_every_experiment_builds(name: str) -> None:
 def test_every_command_of_a_docstring_is_for_its_file_and_valid(name: str) -> None:
     found = commands(name)
     assert found or name == "tiny_base"
+    # A line of flags after one without a backslash would not be read, here or by a shell.
+    assert not re.search(r"-m inception_jax\.main (.*\\\n)*.*[^\\\n]\n +'?--", docstring(name))
     for arguments in found:
         assert arguments[0] == f"--config=experiments/{name}.py"
         load([f"--config={PATHS[name]}", *arguments[1:]])
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_setting_that_a_docstring_mentions_is_valid(name: str) -> None:
+    text = docstring(name).replace("\\\n", " ")
+    found = [shlex.split(row) for row in FLAGS.findall(text)]
+    assert sum(map(len, found)) == len(re.findall(r"--config\.[\w.]+=", text))
+    for settings in found:
+        load([f"--config={PATHS[name]}", *settings])
 
 
 @pytest.mark.parametrize("name", [*PEERS, "tiny", "tiny_cpu"])
