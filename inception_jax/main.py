@@ -22,7 +22,11 @@ in the command, the settings or the data, which the message says how to mend; 1:
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
 _WEIGHTS = flags.DEFINE_string("weights", None, "eval: file of weights, instead of --workdir")
-flags.mark_flags_as_mutual_exclusive(["workdir", "weights"], required=True)
+flags.register_multi_flags_validator(
+    ["workdir", "weights"],
+    lambda given: (given["workdir"] is None) != (given["weights"] is None),
+    "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE",
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
@@ -64,8 +68,7 @@ def main(positional: Sequence[str]) -> None:
         if _MODE.value == "eval":
             result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
         else:
-            evaluator = evaluate.Evaluator(this_run)
-            result = loop.train(this_run, folder, evaluator, changed=changed)
+            result = loop.train(this_run, folder, evaluate.Evaluator(this_run), changed=changed)
             if this_run.is_lead:
                 report.finish(folder.path, log=cli.say)
     if this_run.is_lead:

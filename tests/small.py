@@ -18,7 +18,7 @@ from inception_jax.config import (
     Schedule,
     Train,
 )
-from inception_jax.models.layers import ModelOutput
+from inception_jax.models.layers import Classifier, ModelOutput
 
 
 def config(directory: pathlib.Path, **changes: Any) -> Config:
@@ -42,4 +42,5 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        return ModelOutput(nn.Dense(10)(images.reshape(len(images), -1)))
+        classifier = Classifier(10, dropout=0.0, train=train, name="classifier")
+        return ModelOutput(classifier(images.reshape(len(images), -1)))

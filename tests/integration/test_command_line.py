@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     source = folder / "archive.zip"
     archives.write_tiny_imagenet(source, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 3)
     return [
-        "--config=experiments/tiny_cpu.py",
+        "--config=experiments/tiny_base.py",
         "--config.data.name=tiny_imagenet_subset",
         f"--config.data.source={source}",
         f"--config.data.directory={folder / 'prepared'}",

@@ -366,13 +366,12 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small.config(data_directory)
-    # 11 steps of 64 of 1,437 examples are 0.49 epochs; the sizes change after 5 and 9 steps.
-    config.train.image_sizes = (12, 10, 8)
-    config.train.image_size_epochs = (0.2, 0.4)
+    # 11 steps of 64 of 1,437 examples are 0.49 epochs; the size changes after 5 steps.
+    config.train.image_sizes, config.train.image_size_epochs = (12, 8), (0.2,)
     this = run.build(config, log=lambda _: None)
-    assert [this.train_image_size(step) for step in range(11)] == [12] * 5 + [10] * 4 + [8] * 2
-    assert this.train_image_sizes(0) == [12, 10, 8]
-    assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([10, 8], [])
+    assert [this.train_image_size(step) for step in range(11)] == [12] * 5 + [8] * 6
+    assert this.train_image_sizes(0) == [12, 8]
+    assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([8], [])
 
     whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
     loop.train(this, whole, evaluator_of(this), changed=[])
