@@ -51,6 +51,7 @@ def training(data: list[str]) -> list[str]:
         "--config.schedule.warmup.epochs=0",
         "--config.schedule.warmup.steps=3",
         "--config.evaluation.batch_size=10",
+        "--config.checkpoint.every.epochs=0",
         "--config.checkpoint.every.steps=3",
         "--config.log.every.steps=4",
     ]
