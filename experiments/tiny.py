@@ -7,7 +7,7 @@ Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with B
 Command: python -m inception_jax.main --config experiments/tiny.py --workdir runs/tiny
   Add --config.data.source=tiny-imagenet-200.zip where the archive is already at hand.
 Changes to tiny_base: augment, model, optimizer, schedule, train, evaluation, log.
-Expected: not measured yet; it needs an accelerator. experiments/tiny_cpu.py has measured figures.
+Expected: not measured yet; it needs an accelerator.
 Cost: 11,719 steps of 512, 60 epochs; 1.57 GMACs an image forward, 6.2 M parameters.
 """
 

@@ -1,4 +1,4 @@
-"""GoogLeNet on Tiny ImageNet in an hour on two CPU cores.
+"""GoogLeNet on Tiny ImageNet, meant for an hour on two CPU cores.
 
 Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps grids of 16, 8 and 4 at
   64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as in
@@ -6,7 +6,9 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps gri
   rises and falls linearly; so few epochs need no mixing and no dropout.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint.
-Expected: not measured yet.
+Expected: the whole is not measured yet. 41.92% top-1 on 5,000 training images held out after 2.7
+  epochs of nearly this recipe, 2 at 32 pixels and 0.7 at 48 (with SGD: 30.14%); BUILD_NOTES.md
+  has the settings under "Recipes".
 """
 
 from experiments import tiny_base
