@@ -22,6 +22,9 @@ from inception_jax.evaluation.evidence import Evidence, Line
 LEAST_EPOCHS = 2
 LEAST_EVALUATIONS = 2
 
+# Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
+LEAST_STEPS = 50
+
 # Losses are in units of guessing (ln K). A run above 0.9 of it has learned next to nothing.
 STUCK = 0.9
 
@@ -180,11 +183,12 @@ def _broken(e: Evidence) -> tuple[str, str] | None:
 
 
 def _too_short(e: Evidence) -> tuple[str, str] | None:
-    if e.epochs >= LEAST_EPOCHS and e.evaluations >= LEAST_EVALUATIONS:
+    enough = e.steps >= LEAST_STEPS and e.epochs >= LEAST_EPOCHS
+    if enough and e.evaluations >= LEAST_EVALUATIONS:
         return None
     return TOO_SHORT, (
-        f"{e.epochs:.2f} epochs and {e.evaluations} evaluations; it takes {LEAST_EPOCHS} and "
-        f"{LEAST_EVALUATIONS}"
+        f"{e.steps} steps, {e.epochs:.2f} epochs and {e.evaluations} evaluations; it takes "
+        f"{LEAST_STEPS}, {LEAST_EPOCHS} and {LEAST_EVALUATIONS}"
     )
 
 
@@ -195,11 +199,15 @@ def _stuck(e: Evidence) -> tuple[str, str] | None:
         f"it learned next to nothing: training loss {e.train_loss:.2f} and best validation loss "
         f"{e.validation_loss:.2f} of that of guessing (threshold {STUCK:g})"
     )
-    if e.gradient_norm < GRADIENT_SHRUNK or e.train_loss_spike > UNSTABLE:
+    if e.gradient_norm < GRADIENT_SHRUNK:
         return RATE_HIGH, (
             f"{state}, with the gradient's norm at {e.gradient_norm:.2f} of its first value (below "
-            f"{GRADIENT_SHRUNK:g}: weights grew or units died) and jumps of the loss up to "
-            f"{e.train_loss_spike:.2f}"
+            f"{GRADIENT_SHRUNK:g}: weights grew or units died)"
+        )
+    if e.train_loss_spike > UNSTABLE:
+        return RATE_HIGH, (
+            f"{state}, with jumps of the loss up to {e.train_loss_spike:.2f} of that of guessing "
+            f"(threshold {UNSTABLE:g})"
         )
     if e.train_loss_fall > CREEPS:
         return RATE_LOW, (

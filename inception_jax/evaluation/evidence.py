@@ -35,7 +35,7 @@ class Evidence:
     """Numbers of a run; NaN (null in JSON) where its lines do not hold what is needed.
 
     Attributes:
-      epochs: trained so far.
+      steps, epochs: trained so far.
       done: share of the planned steps.
       evaluations: how many.
       nonfinite_epoch: of the first line whose loss is not finite; NaN if none.
@@ -60,6 +60,7 @@ class Evidence:
         where the size of the training images changed meanwhile.
     """
 
+    steps: int
     epochs: float
     done: float
     evaluations: int
@@ -103,6 +104,7 @@ def gather(lines: Sequence[Line], config: Config, *, classes: int, train_example
     loss = _column(validation, "loss") / math.log(classes)
     loss = loss[np.isfinite(loss)]
     return Evidence(
+        steps=int(lines[-1]["step"]),
         epochs=float(lines[-1]["epoch"]),
         done=lines[-1]["step"] / timeline.steps(config.train.length),
         evaluations=len(validation),

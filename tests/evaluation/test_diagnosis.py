@@ -19,7 +19,7 @@ HERE = pathlib.Path(__file__).parent
 GUESSING = math.log(10)
 
 # 20 epochs of 10 steps, 10 classes.
-EPOCHS, STEPS, EXAMPLES = 20, 10, 1000
+EPOCHS, STEPS, EXAMPLES = 20, 30, 3000
 
 
 def plain(**changes: Any) -> Config:
@@ -161,6 +161,14 @@ def test_two_epochs_are_the_least(epochs: int, short: bool) -> None:
     assert (found.verdict == "too short to say") == short
     if short:
         assert settings(found) == {"train.length.epochs": 2}
+
+
+@pytest.mark.parametrize(("steps", "short"), [(49, True), (50, False)])
+def test_fifty_steps_are_the_least(steps: int, short: bool) -> None:
+    lines = curves()
+    for line in lines:
+        line["step"] = line["step"] * steps // (EPOCHS * STEPS)
+    assert (verdict(lines).verdict == "too short to say") == short
 
 
 @pytest.mark.parametrize(("planned", "expected"), [(21, "under-fitting"), (22, "too short to say")])
@@ -341,7 +349,7 @@ def test_evidence_is_what_arithmetic_gives() -> None:
             train=Train(batch_size=100, length=Duration(epochs=8), aux_weight=0.3),
         ),
         classes=10,
-        train_examples=EXAMPLES,
+        train_examples=1000,
     )
     assert found.done == 0.5
     # Two heads of weight 0.3: guessing costs 1.6 ln 10.
