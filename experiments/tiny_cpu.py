@@ -4,6 +4,8 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps gri
   64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as in
   the fast trainings of ImageNet (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The rate
   rises and falls linearly; so few epochs need no mixing and no dropout.
+  bfloat16 needs AMX and jax 0.12 (Python 3.12): with the 0.10.2 of Python 3.11 it is slow; there
+  try --config.model.dtype=float32.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint.
 Expected: the whole is not measured yet. 41.92% top-1 on 5,000 training images held out after 2.7

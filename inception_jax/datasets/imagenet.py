@@ -75,6 +75,7 @@ def official() -> Official:
     return Official(wnids, validation, TRAIN_IMAGES)
 
 
+# TFDS takes this argument where a subclass is defined, which its types do not say.
 class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
     """1,281,167 training and 50,000 validation images of 1,000 classes, of many sizes.
 

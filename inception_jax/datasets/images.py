@@ -39,7 +39,6 @@ _BROKEN = (
     IndexError,
     KeyError,
     TypeError,
-    NotImplementedError,
     RuntimeError,
     struct.error,
     zlib.error,

@@ -165,7 +165,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
             return {"train": train, "validation": validation, "test": test}
 
         def _generate_examples(self, *args: Any) -> Any:
-            raise NotImplementedError
+            raise NotImplementedError  # TFDS demands the method; _split_generators does without it.
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(

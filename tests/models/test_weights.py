@@ -78,6 +78,7 @@ def test_bfloat16_rounds_parameters_and_keeps_statistics(tmp_path: pathlib.Path)
     saved = example()
     weights.save(tmp_path / "weights", saved, dtype="bfloat16")
     with safe_open(tmp_path / "weights", framework="np") as file:
+        # The open file has keys(), but cannot be iterated over.
         types = {name: file.get_tensor(name).dtype.name for name in file.keys()}  # noqa: SIM118
     assert types == {
         name: "bfloat16" if name.startswith("params/") else "float32"
