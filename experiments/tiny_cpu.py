@@ -26,12 +26,12 @@ def get_config() -> Config:
     config.schedule = Schedule(name="linear", learning_rate=0.08, warmup=Duration(epochs=0.3))
     config.train = Train(
         batch_size=256,
-        length=Duration(epochs=7.2),
+        length=Duration(epochs=6.4),
         label_smoothing=0.1,
         image_sizes=(32, 48, 64),
-        image_size_epochs=(4.0, 6.4),
+        image_size_epochs=(3.8, 5.8),
     )
-    config.evaluation.every = Duration(epochs=3.6)
+    config.evaluation.every = Duration(epochs=6)  # The first is at the last size, too.
     config.evaluation.flip = True
     config.checkpoint.every = Duration(steps=200)
     return config
