@@ -107,7 +107,7 @@ def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any
     """
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
-        model = checkpoints.restore_model(step, states.abstract(run))
+        model = checkpoints.restore_model(step, states.abstract(run).model_item())
     return {
         "step": step,
         "epoch": run.timeline.epoch(step),

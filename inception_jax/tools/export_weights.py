@@ -24,7 +24,6 @@ _OUTPUT = flags.DEFINE_string(
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of the parameters")
-_DATA = flags.DEFINE_string("data_directory", None, "prepared data, where they have moved since")
 
 
 def main(positional: Sequence[str]) -> None:
@@ -32,17 +31,12 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax import runtime
     from inception_jax.models import weights
-    from inception_jax.training import pretrained, run, workdir
+    from inception_jax.training import pretrained, workdir
 
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    config = workdir.recorded_config(folder)
-    if _DATA.value is not None:
-        config.data.directory = _DATA.value
     # Copying needs no accelerator, and another command may be using it.
     runtime.initialize(platform="cpu", log=cli.say)
-    this_run = run.build(config, log=cli.say)
-    workdir.check_dataset(folder, this_run.dataset_identity())
-    exported = pretrained.export(this_run, folder, _CHECKPOINT.value)
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    exported = pretrained.from_checkpoint(folder, _CHECKPOINT.value)
     path = pathlib.Path(_OUTPUT.value)
     weights.save(path, exported, dtype=_DTYPE.value)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {exported}")

@@ -129,7 +129,7 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_model_item(state)),
+                    model=ocp.args.StandardSave(state.model_item()),
                     training=ocp.args.StandardSave(_training_item(state)),
                     progress=ocp.args.JsonSave(dict(progress)),
                 ),
@@ -152,15 +152,20 @@ class Checkpoints:
         """
         restored = self._restore(
             step,
-            model=ocp.args.StandardRestore(_model_item(like)),
+            model=ocp.args.StandardRestore(like.model_item()),
             training=ocp.args.StandardRestore(_training_item(like)),
             progress=ocp.args.JsonRestore(),
         )
         return like.replace(**restored.model, **restored.training), restored.progress
 
-    def restore_model(self, step: int, like: TrainState) -> dict[str, Any]:
-        """Returns params, batch_stats and average of a step, and no more."""
-        return self._restore(step, model=ocp.args.StandardRestore(_model_item(like))).model
+    def restore_model(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns params, batch_stats and average of a step, and no more.
+
+        Args:
+          step: of a checkpoint that is there.
+          like: shapes, types and shardings, as of `TrainState.model_item`.
+        """
+        return self._restore(step, model=ocp.args.StandardRestore(like)).model
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that a step was saved with; empty if there were none."""
@@ -174,14 +179,6 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self._directory / str(step)}: the checkpoint does not fit this model: {error}"
             ) from error
-
-
-def _model_item(state: TrainState) -> dict[str, Any]:
-    return {
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "average": state.average,
-    }
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:

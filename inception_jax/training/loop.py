@@ -72,7 +72,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         first = int(state.step)
         if run.is_lead:
             workdirs.record_start(
-                workdir, config, step=first, changed=changed, dataset=run.dataset_identity()
+                workdir, config, step=first, changed=changed, dataset=run.dataset_record()
             )
         with (
             RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,

@@ -1,6 +1,5 @@
 """Weights in files: exported from a checkpoint, and as the start of another run."""
 
-import copy
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,13 +8,15 @@ import jax
 import numpy as np
 
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, Timeline
 from inception_jax.errors import ConfigError
 from inception_jax.input.dataset import Dataset
+from inception_jax.models import registry
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.telemetry import summary
 from inception_jax.training import state as states
+from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
@@ -37,33 +38,40 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def export(run: Run, workdir: Workdir, which: str) -> Weights:
+def from_checkpoint(workdir: Workdir, which: str) -> Weights:
     """Returns the evaluation variables of a checkpoint, with what describes them.
 
+    The folder is enough: neither the data set nor the devices of the training are needed.
+
     Args:
-      run: with the model and data set of the workdir.
       workdir: of a run that has saved a checkpoint.
       which: "best", "last" or the number of a step.
 
     Raises:
-      CheckpointError: if there is no such checkpoint or it does not fit the model.
+      UserError: if `which` is none of them.
+      CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
     """
+    config, dataset = workdirs.recorded_run(workdir)
+    like = states.abstract_model_item(
+        registry.create(config.model, dataset["classes"]),
+        image_size=config.data.image_size,
+        has_average=bool(config.train.ema),
+    )
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
-        model = checkpoints.restore_model(step, states.abstract(run))
+        model = checkpoints.restore_model(step, like)
         metrics = checkpoints.metrics(step)
-    config = copy.deepcopy(run.config)
     # Where files lay on this machine is of no use on another.
     config.data.source = config.data.directory = config.init.weights = ""
     return Weights(
         variables=jax.device_get(states.eval_variables(**model)),
         config=config,
-        class_names=run.dataset.class_names,
-        mean=run.dataset.mean,
-        std=run.dataset.std,
+        class_names=tuple(dataset["class names"]),
+        mean=np.array(dataset["mean"], np.float32),
+        std=np.array(dataset["std"], np.float32),
         is_average=bool(model["average"]),
         step=step,
-        epoch=run.timeline.epoch(step),
+        epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
         metrics=metrics,
         revision=summary.revision(),
     )

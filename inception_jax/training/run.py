@@ -82,6 +82,15 @@ class Run:
             f"{dataset.eval_split} examples": len(dataset.evaluation),
         }
 
+    def dataset_record(self) -> dict[str, Any]:
+        """What config.json says of the data set: its identity, and what using the network takes."""
+        return self.dataset_identity() | {
+            "class names": list(self.dataset.class_names),
+            # Every float32 is a double too, so the text gives back the same bits.
+            "mean": self.dataset.mean.tolist(),
+            "std": self.dataset.std.tolist(),
+        }
+
 
 def build(config: Config, log: Callable[[str], None] = print) -> Run:
     """Builds a run, preparing its data first where that was not done before.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,14 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     metrics: TrainMetrics
 
+    def model_item(self) -> dict[str, Variables]:
+        """All that evaluation needs: a checkpoint's item "model"."""
+        return {
+            "params": self.params,
+            "batch_stats": self.batch_stats,
+            "average": self.average,
+        }
+
     def eval_variables(self) -> Variables:
         """The variables that evaluation uses: the averages where the run keeps them."""
         return eval_variables(self.params, self.batch_stats, self.average)
@@ -47,15 +56,18 @@ def eval_variables(params: Variables, batch_stats: Variables, average: Variables
     return average or {"params": params, "batch_stats": batch_stats}
 
 
-def _initial_state(run: Run) -> TrainState:
-    size = run.dataset.image_size
-    seed = run.config.seed
-    variables = run.model.init(
+def _initial_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Variables, Variables]:
+    """Returns parameters and BatchNorm statistics; the latter are empty without BatchNorm."""
+    variables = model.init(
         {"params": keys.derive(seed, "init"), "dropout": keys.derive(seed, "init dropout")},
-        jnp.zeros((1, size, size, 3)),
+        jnp.zeros((1, image_size, image_size, 3)),
         train=True,
     )
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def _initial_state(run: Run) -> TrainState:
+    params, batch_stats = _initial_variables(run.model, run.dataset.image_size, run.config.seed)
     has_average = bool(run.config.train.ema)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -114,6 +126,25 @@ def start_from(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainStat
 def abstract(run: Run) -> TrainState:
     """Returns shapes, types and shardings of the state, without computing it."""
     return plan(run)[0]
+
+
+def abstract_model_item(
+    model: nn.Module, *, image_size: int, has_average: bool
+) -> dict[str, Variables]:
+    """Returns shapes and types of `TrainState.model_item`, for the first device alone.
+
+    Args:
+      model: the network.
+      image_size: side of its images, pixels, on which the auxiliary heads' shapes depend.
+      has_average: whether the run keeps moving averages.
+    """
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params, batch_stats = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        jax.eval_shape(lambda: _initial_variables(model, image_size, seed=0)),
+    )
+    variables = {"params": params, "batch_stats": batch_stats}
+    return variables | {"average": variables if has_average else {}}
 
 
 def empty_metrics(run: Run) -> Callable[[], TrainMetrics]:

@@ -106,16 +106,22 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
         ) from error
 
 
-def recorded_config(workdir: Workdir) -> Config:
-    """Returns the settings of a folder's run.
+def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
+    """Returns the settings of a folder's run, and what it says of its data set.
 
     Raises:
-      CheckpointError: if there is no run, or its record cannot be read.
+      CheckpointError: if there is no run, its record cannot be read, or an older version wrote it.
     """
     record = recorded(workdir)
     if record is None:
         raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
-    return configs.from_dict(record["config"])
+    dataset = record["dataset"]
+    if "class names" not in dataset:
+        raise CheckpointError(
+            f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
+            "the training's command once more: it adds them, and ends at once where it is finished"
+        )
+    return configs.from_dict(record["config"]), dataset
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
