@@ -122,15 +122,23 @@ def _make_experiments_importable(argv: Sequence[str]) -> None:
     """Lets an experiment file import those beside it, by the name of their folder.
 
     `from experiments import tiny_base` works without this only where the command is run from the
-    folder above. That one is put last, so that nothing in it hides a module found elsewhere.
+    folder above.
     """
     for argument, following in itertools.pairwise([*argv[1:], ""]):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
             file = following if match[1] is None else match[1]
             # config_flags hands what follows a colon to get_config().
-            above = str(pathlib.Path(file.partition(":")[0]).resolve().parent.parent)
-            if above not in sys.path:
-                sys.path.append(above)
+            make_importable(pathlib.Path(file.partition(":")[0]))
+
+
+def make_importable(experiment: pathlib.Path) -> None:
+    """Lets an experiment import those beside it.
+
+    The folder above is put last, so that nothing in it hides a module found elsewhere.
+    """
+    above = str(experiment.resolve().parent.parent)
+    if above not in sys.path:
+        sys.path.append(above)
 
 
 def _check_path(path: str) -> None:

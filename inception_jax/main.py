@@ -21,10 +21,10 @@ in the command, the settings or the data, which the message says how to mend; 1:
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
-_WEIGHTS = flags.DEFINE_string("weights", None, "eval: file of weights, instead of --workdir")
+_WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of --workdir")
 flags.register_multi_flags_validator(
     ["workdir", "weights"],
-    lambda given: (given["workdir"] is None) != (given["weights"] is None),
+    lambda given: (given["workdir"] is None) == bool(given["weights"]),
     "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE",
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
@@ -40,10 +40,11 @@ cli.require("config")
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    # Imported here so that --help and mistakes in flags are answered at once.
+    # Imported here, so that --help and mistakes in flags are answered at once.
     from inception_jax import config as configs
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
+    from inception_jax.models import weights
     from inception_jax.training import loop, run, workdir
 
     configs.validate(_CONFIG.value)
@@ -61,8 +62,7 @@ def main(positional: Sequence[str]) -> None:
     )
     this_run = run.build(_CONFIG.value, log=cli.say)
     if folder is None:
-        assert _WEIGHTS.value is not None  # One of the two flags is given.
-        result = evaluate.evaluate_weights(this_run, pathlib.Path(_WEIGHTS.value))
+        result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":

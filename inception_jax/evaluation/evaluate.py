@@ -1,7 +1,6 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.input.splits import Split
-from inception_jax.models import ops, weights
+from inception_jax.models import ops
+from inception_jax.models.weights import Weights
 from inception_jax.telemetry.metrics import EvalMetrics
 from inception_jax.training import losses, pretrained
 from inception_jax.training import state as states
@@ -116,26 +116,23 @@ def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any
     }
 
 
-def evaluate_weights(run: Run, path: pathlib.Path) -> dict[str, Any]:
-    """Evaluates a file of weights on a run's evaluation split.
+def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
+    """Evaluates weights on a run's evaluation split.
 
-    Images are normalised by the file's mean and std, as the weights were trained.
+    Images are normalised by the weights' own mean and std, as they were trained.
 
     Args:
-      run: with the network of the file, and a data set of its classes.
-      path: of the file.
+      run: with the network of the weights, and a data set of its classes.
+      found: the weights.
 
     Returns:
       step, epoch, split, count, loss, top1 and top5; step and epoch are those of the training that
       gave the weights, None if unknown.
 
     Raises:
-      DataError: if the file cannot be used.
-      ConfigError: if it is of another network or other classes.
+      ConfigError: if they are of another network or other classes.
     """
-    path = path.expanduser()
-    found = weights.load(path)
-    variables = pretrained.for_evaluation(run, path, found)
+    variables = pretrained.for_evaluation(run, found)
     dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {

@@ -49,6 +49,7 @@ class Weights:
       metrics: of an evaluation of them, such as top1 in percent; empty: unknown.
       revision: commit of the source that wrote them; None: unknown.
       version: of the package that wrote them.
+      origin: where they were read from, for messages; it is not written.
     """
 
     variables: Variables
@@ -62,6 +63,7 @@ class Weights:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     revision: str | None = None
     version: str = inception_jax.__version__
+    origin: str = ""
 
     @property
     def image_size(self) -> int:
@@ -122,6 +124,7 @@ def load(path: pathlib.Path) -> Weights:
     Raises:
       DataError: if it is not there, damaged, of another format, a pickle, or was not written here.
     """
+    path = path.expanduser()
     arrays, metadata = read_arrays(path)
     if _KEY not in metadata:
         raise DataError(
@@ -130,12 +133,13 @@ def load(path: pathlib.Path) -> Weights:
             "python -m inception_jax.tools.import_weights"
         )
     try:
-        return _weights(arrays, json.loads(metadata[_KEY]))
+        found = _weights(arrays, json.loads(metadata[_KEY]))
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise DataError(
             f"{path}: its description cannot be read: {error}. It was written by another version "
             "of this package, or changed since: export it again, or use the version that wrote it"
         ) from error
+    return dataclasses.replace(found, origin=str(path))
 
 
 def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -74,6 +74,7 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
         epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
         metrics=metrics,
         revision=summary.revision(),
+        origin=f"{workdir.path}, step {step:,}",
     )
 
 
@@ -91,11 +92,10 @@ def start(run: Run, like: TrainState) -> Start:
       DataError: if the file cannot be used.
       ConfigError: if its weights are of another network.
     """
-    path = pathlib.Path(run.config.init.weights).expanduser()
-    found = files.load(path)
+    found = files.load(pathlib.Path(run.config.init.weights))
     expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
     values = files.flatten(found.variables)
-    notes = [f"starts from {path}: {found}"]
+    notes = [f"starts from {found.origin}: {found}"]
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
     if reason := _other_classes(found, run.dataset):
         notes.append(f"the last layers start anew: {reason}")
@@ -108,37 +108,36 @@ def start(run: Run, like: TrainState) -> Start:
             else f"the auxiliary head {head} of the file is left out"
         )
         values, expected = (_without(tree, head) for tree in (values, expected))
-    _check_fit(path, values, expected, found, run.config)
+    _check_fit(values, expected, found, run.config)
     if not _same_normalisation(found, run.dataset):
         notes.append("the first layer is adapted to this data set's mean and std")
         values |= _renormalised(values, found, run.dataset)
     return Start(values, notes)
 
 
-def for_evaluation(run: Run, path: pathlib.Path, found: Weights) -> Variables:
+def for_evaluation(run: Run, found: Weights) -> Variables:
     """Returns the variables that evaluating weights as a run's network takes.
 
     Args:
       run: with the network and the data set.
-      path: of the file, for messages.
-      found: its contents.
+      found: the weights.
 
     Raises:
       ConfigError: if they are of another network or other classes.
     """
     if reason := _other_classes(found, run.dataset):
         raise ConfigError(
-            f"{path}: its weights are of other classes: {reason}. Give the data set they were "
-            "trained on, or train on this one from them: --config.init.weights"
+            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
+            "were trained on, or train on this one from them: --config.init.weights"
         )
     like = states.abstract(run)
     expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
     # Evaluation needs no auxiliary heads.
     values = _without_heads(files.flatten(found.variables))
-    _check_fit(path, values, _without_heads(expected), found, run.config)
+    _check_fit(values, _without_heads(expected), found, run.config)
     if lines := _other_settings(found, run.config):
         raise ConfigError(
-            f"{path}: its weights are of another network:\n  "
+            f"{found.origin}: its weights are of another network:\n  "
             + "\n  ".join(lines)
             + "\nGive the settings of the file's network"
         )
@@ -181,7 +180,6 @@ def _same_normalisation(found: Weights, dataset: Dataset) -> bool:
 
 
 def _check_fit(
-    path: pathlib.Path,
     values: Mapping[str, Any],
     expected: Mapping[str, Any],
     found: Weights,
@@ -190,7 +188,6 @@ def _check_fit(
     """Checks that the variables of a file are those of a network.
 
     Args:
-      path: of the file.
       values, expected: variables of the file and of the network, by path.
       found: the whole file.
       config: of the network.
@@ -206,7 +203,8 @@ def _check_fit(
         lines.append(f"… and {len(differences) - _SHOWN} more")
     lines += _other_settings(found, config)
     raise ConfigError(
-        f"{path}: its weights are of another network; {len(differences)} variables differ:\n  "
+        f"{found.origin}: its weights are of another network; "
+        f"{len(differences)} variables differ:\n  "
         + "\n  ".join(lines)
         + "\nGive the settings of the file's network, or weights of this one"
     )

@@ -53,7 +53,7 @@ def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], lis
 
 def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
     expected = evaluate_checkpoint(source.run, source.workdir, "last")
-    assert evaluate_weights(source.run, source.path) == expected
+    assert evaluate_weights(source.run, weights.load(source.path)) == expected
     assert source.weights.is_average
     assert source.weights.step == 11
     assert {k: expected[k] for k in ("loss", "top1", "top5")}.items() <= (
@@ -62,10 +62,10 @@ def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
 
 
 def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.Path) -> None:
-    expected = evaluate_weights(source.run, source.path)
+    expected = evaluate_weights(source.run, weights.load(source.path))
     dataset = dataclasses.replace(source.run.dataset, mean=np.full(3, 0.9, np.float32))
     other = dataclasses.replace(source.run, dataset=dataset)
-    assert evaluate_weights(other, source.path) == expected
+    assert evaluate_weights(other, source.weights) == expected
 
 
 def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
@@ -144,7 +144,7 @@ def test_the_last_layer_starts_anew_for_other_classes(
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
     assert any("the last layers start anew" in note for note in notes)
     with pytest.raises(ConfigError, match="other classes"):
-        evaluate_weights(this, path)
+        evaluate_weights(this, weights.load(path))
 
 
 def test_another_normalisation_is_folded_into_the_first_layer(
@@ -182,7 +182,7 @@ def test_weights_of_another_network_are_refused_with_the_differences(
     assert message.count("other shape") == 10 and "more\n" in message
     assert "config.model.width: 0.125 in the file, 0.25 here" in message
     with pytest.raises(ConfigError, match="another network"):
-        evaluate_weights(this, source.path)
+        evaluate_weights(this, source.weights)
 
 
 def test_a_network_that_only_computes_otherwise_is_not_evaluated(
@@ -191,7 +191,7 @@ def test_a_network_that_only_computes_otherwise_is_not_evaluated(
     other = Model(name="mini_googlenet", width=0.125, dropout=0.1, norm_epsilon=0.1)
     this = build(fine_tuning(data_directory, source.path, model=other))
     with pytest.raises(ConfigError, match=r"norm_epsilon: 0\.001 in the file, 0\.1 here"):
-        evaluate_weights(this, source.path)
+        evaluate_weights(this, source.weights)
     assert any("norm_epsilon" in note for note in started(this)[2])
 
 

@@ -1,0 +1,88 @@
+"""The names for notebooks: a run's weights, evaluated and used, without the command line."""
+
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import inception_jax
+from inception_jax.errors import CheckpointError, ConfigError, UserError
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.training import loop, run
+from inception_jax.training.workdir import Workdir
+from tests import command, small
+
+DIGITS = command.ROOT / "experiments" / "digits.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[run.Run, Workdir]:
+    """A finished run of eleven steps."""
+    this = run.build(small.config(tmp_path_factory.mktemp("data")), log=lambda _: None)
+    folder = Workdir(tmp_path_factory.mktemp("run"))
+    loop.train(this, folder, Evaluator(this), changed=[])
+    return this, folder
+
+
+def test_weights_of_a_run_evaluate_as_its_checkpoint(trained: tuple[run.Run, Workdir]) -> None:
+    this, folder = trained
+    weights = inception_jax.load_weights(folder.path, "last")
+    expected = evaluate_checkpoint(this, folder, "last")
+    assert inception_jax.evaluate(weights, this.config) == expected
+
+
+def test_a_predictor_gives_the_logits_of_the_network(trained: tuple[run.Run, Workdir]) -> None:
+    weights = inception_jax.load_weights(trained[1].path)
+    predictor = inception_jax.Predictor(weights, batch_size=4)
+    dataset = inception_jax.load_dataset(trained[0].config)
+    pixels = dataset.evaluation.read(np.arange(6))
+
+    network, variables = inception_jax.load_model(weights)
+    images = (pixels / np.float32(255) - weights.mean) / weights.std
+    expected = np.asarray(network.apply(variables, images, train=False).logits)
+    np.testing.assert_allclose(predictor.logits(pixels), expected, atol=1e-5)
+
+    probabilities = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
+    for row, guesses in zip(probabilities, predictor.guesses(pixels, 3), strict=True):
+        assert [guess.label for guess in guesses] == list(np.argsort(-row)[:3])
+        assert guesses[0].name == dataset.class_names[guesses[0].label]
+        np.testing.assert_allclose([guess.probability for guess in guesses], np.sort(row)[:-4:-1])
+
+
+def test_an_experiment_is_loaded_with_changed_settings() -> None:
+    config = inception_jax.load_config(DIGITS, {"train.batch_size": 32, "seed": 3})
+    assert (config.name, config.train.batch_size, config.seed) == ("digits", 32, 3)
+    with pytest.raises(ConfigError, match="batch_size"):
+        inception_jax.load_config(DIGITS, {"train.batch_sice": 32})
+    with pytest.raises(ConfigError, match=r"train\.batch_size"):
+        inception_jax.load_config(DIGITS, {"train.batch_size": -1})
+
+
+def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        inception_jax.load_config(tmp_path / "none.py")
+    other = tmp_path / "other.py"
+    other.write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"get_config\(\)"):
+        inception_jax.load_config(other)
+    with pytest.raises(CheckpointError, match="no run here"):
+        inception_jax.load_weights(tmp_path)
+
+
+def test_every_name_is_there_and_documented() -> None:
+    for name in inception_jax.__all__:
+        assert inspect.getdoc(getattr(inception_jax, name))
+        assert name in dir(inception_jax)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        inception_jax.nothing  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = "import sys, inception_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=command.ROOT
+    )
+    assert found.stdout.split() == ["False", "False"]
