@@ -1,14 +1,21 @@
 """The few names that a notebook needs, also reached as `inception_jax.NAME`.
 
+All of them together::
+
+    import pathlib
     import inception_jax
 
     config = inception_jax.load_config("experiments/tiny.py", {"data.directory": "data"})
-    weights = inception_jax.load_weights("runs/tiny")
-    inception_jax.evaluate(weights, config)
+    dataset = inception_jax.load_dataset(config)
+    weights = inception_jax.load_weights("runs/tiny")  # Or a file of weights.
+    metrics = inception_jax.evaluate(weights, config)
 
     predictor = inception_jax.Predictor(weights)
-    pixels = predictor.read(open("cat.jpg", "rb").read(), "cat.jpg")
-    predictor.guesses(pixels[None])
+    pixels = predictor.read(pathlib.Path("cat.jpg").read_bytes(), "cat.jpg")
+    guesses = predictor.guesses(pixels[None])
+
+    network, variables = inception_jax.load_model(weights)
+    logits = network.apply(variables, predictor.prepared(pixels[None])).logits
 
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to mend it.
 """

@@ -2,13 +2,18 @@
 
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
+import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import inception_jax
+from inception_jax import api
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.training import loop, run
@@ -86,3 +91,26 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=command.ROOT
     )
     assert found.stdout.split() == ["False", "False"]
+
+
+def test_the_documented_example_runs_as_it_stands(
+    trained: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this, folder = trained
+    places = {"experiments": None, "runs": None, "runs/tiny": folder.path}
+    for name, target in (places | {"data": this.config.data.directory}).items():
+        (tmp_path / name).symlink_to(target) if target else (tmp_path / name).mkdir()
+    (tmp_path / "experiments" / "tiny.py").write_text(
+        "import pathlib\nfrom tests import small\n"
+        "def get_config():\n    return small.config(pathlib.Path())\n"
+    )
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+
+    text = (inspect.getdoc(api) or "").partition("::\n")[2]
+    code = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(code), names)
+    assert set(inception_jax.__all__) <= set(re.findall(r"inception_jax\.(\w+)", code))
+    assert names["metrics"]["count"] == 360
+    assert len(names["guesses"][0]) == 5
