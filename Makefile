@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format pins clean
+.PHONY: help setup demo test bench docs lint format pins clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
@@ -51,6 +51,12 @@ test: setup ## run the tests
 bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
+docs: setup ## build the reference pages from the docstrings, with Sphinx, in build/docs
+	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
+	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+	@echo "Reference: build/docs/index.html"
+
 lint: setup ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,5 +78,5 @@ pins: ## renew the pins of one Python: make pins PYTHON=python3.12
 	  $$pins && echo "Wrote $$pins"
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build docs/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv\* -prune -o -name __pycache__ -prune -exec rm -rf {} +
