@@ -1,4 +1,4 @@
-"""GoogLeNet on Tiny ImageNet, meant for an hour on two CPU cores.
+"""GoogLeNet on Tiny ImageNet in an hour on two CPU cores.
 
 Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps grids of 16, 8 and 4 at
   64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as in
@@ -8,9 +8,10 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps gri
   try --config.model.dtype=float32.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint.
-Expected: the whole is not measured yet. 41.92% top-1 on 5,000 training images held out after 2.7
-  epochs of nearly this recipe, 2 at 32 pixels and 0.7 at 48 (with SGD: 30.14%); BUILD_NOTES.md
-  has the settings under "Recipes".
+Expected: 55.03% top-1, 79.72% top-5 on the validation images, 55.81% and 80.64% averaged over each
+  image and its mirror image (n = 1, seed 0; results/tiny_cpu). Muon was chosen against SGD on
+  training images held out (41.92% against 30.14% after 2.7 epochs; BUILD_NOTES.md, "Recipes").
+Time: 52 minutes, 50 of them training, on two cores of an Intel Xeon with AMX, Python 3.12.
 """
 
 from experiments import tiny_base
