@@ -70,7 +70,8 @@ class Predictor:
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the network's logits, float32 [N, classes], of images uint8 [N, S, S, 3]."""
-        found = [self._padded(part) for part in images.pieces(pixels, self._batch_size)]
+        starts = range(0, len(pixels), self._batch_size)
+        found = [self._padded(pixels[start : start + self._batch_size]) for start in starts]
         return np.concatenate(found) if found else np.zeros((0, self.weights.num_classes), "f4")
 
     def guesses(self, pixels: np.ndarray, count: int = 5) -> list[list[Guess]]:
