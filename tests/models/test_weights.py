@@ -45,9 +45,10 @@ def example(**changes: object) -> Weights:
 
 
 def test_what_is_saved_is_loaded(tmp_path: pathlib.Path) -> None:
-    saved = example()
-    weights.save(tmp_path / "weights", saved)
-    loaded = weights.load(tmp_path / "weights")
+    path = tmp_path / "weights"
+    saved = dataclasses.replace(example(), origin=str(path))
+    weights.save(path, saved)
+    loaded = weights.load(path)
     for field in dataclasses.fields(Weights):
         one, other = getattr(saved, field.name), getattr(loaded, field.name)
         if field.name == "variables":

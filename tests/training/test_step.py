@@ -66,9 +66,8 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
         return -(targets * log_p).sum(1).mean(), (output.logits, updated["batch_stats"])
 
     with jax.numpy_rank_promotion("allow"):
-        (expected, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(
-            before.params
-        )
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (expected, (logits, batch_stats)), grads = gradient(before.params)
     after, found = make_train_step(this)(state.create(this), batch)
 
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
