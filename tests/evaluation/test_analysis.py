@@ -19,16 +19,12 @@ def test_calibration_is_the_definition() -> None:
     """Guo et al. 2017, equation 3, an example at a time."""
     random = np.random.default_rng(1)
     confidence = random.uniform(size=1000).astype(np.float32)
-    # Edges belong to the bin below.
-    confidence[:4] = [0.0, 0.2, 1.0, 0.4]
     right = random.uniform(size=1000) < 0.8 * confidence
     found = analysis.calibration(confidence, right, bins=10)
     error = 0.0
     for m in range(10):
         inside = [
-            n
-            for n, p in enumerate(confidence.astype(np.float64))
-            if m / 10 < p <= (m + 1) / 10 or (m == 0 and p == 0)
+            n for n, p in enumerate(confidence.astype(np.float64)) if m / 10 < p <= (m + 1) / 10
         ]
         assert found.count[m] == len(inside)
         accuracy = sum(bool(right[n]) for n in inside) / len(inside)
@@ -39,9 +35,13 @@ def test_calibration_is_the_definition() -> None:
     assert found.error == pytest.approx(error)
     assert found.excess == pytest.approx(confidence.astype(float).mean() - right.mean())
     shares, means = calibration_curve(right, confidence, n_bins=10)
-    # scikit-learn gives the edges to the bin above: 0.2 and 0.4 here.
-    np.testing.assert_allclose(found.accuracy, shares, atol=0.02)
-    np.testing.assert_allclose(found.confidence, means, atol=0.02)
+    np.testing.assert_allclose(found.accuracy, shares)
+    np.testing.assert_allclose(found.confidence, means, rtol=1e-6)
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    confidence = np.array([0.0, 0.25, 0.5, 0.75, 1.0], np.float32)
+    assert analysis.calibration(confidence, confidence > 0, bins=4).count.tolist() == [2, 1, 1, 1]
 
 
 def test_an_empty_bin_counts_nothing() -> None:
