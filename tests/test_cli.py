@@ -124,7 +124,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
             "--config.model.dtype=float32",
             "--noconfig.evaluation.flip",
             "--config.optimizer.name=muon",  # As it is.
-            "--config.expected.source=a, b",
+            "--config.name=a, b",
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -142,7 +142,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
             "train.image_sizes": [32, 48, 64],
             "model.dtype": "bfloat16",
             "evaluation.flip": True,
-            "expected.source": "",
+            "name": "tiny_cpu",
         },
     }
 
