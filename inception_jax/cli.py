@@ -58,7 +58,7 @@ def experiment() -> dict[str, Any]:
     own = {}
     for path, value in config_flags.get_override_values(flag).items():
         # config_flags makes a flag of each override, by default what the experiment says.
-        before = flags.FLAGS[f"config.{path}"].default
+        before: Any = flags.FLAGS[f"config.{path}"].default
         before = tuple(before) if isinstance(value, tuple) else before
         if before != value:
             own[path] = before

@@ -98,7 +98,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     found = lines(skill=skill, steps=steps)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    record = {
+    record: dict[str, Any] = {
         "config": configs.to_dict(settings or config()),
         "experiment": experiment,
         "dataset": {

@@ -30,7 +30,7 @@ def test_what_is_left_of_each_example_is_what_plain_numpy_finds(tmp_path: pathli
     this = run.build(small.config(tmp_path), log=lambda _: None)
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
-    assert evaluator.predictions is None
+    assert Evaluator(this).predictions is None
     metrics = evaluator(variables)
     found = evaluator.predictions
     assert found is not None

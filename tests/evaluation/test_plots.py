@@ -11,12 +11,12 @@ from PIL import Image
 from inception_jax.errors import UserError
 from inception_jax.evaluation.plots import plot_comparison, plot_run
 
-_TRAIN = [
+_TRAIN: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "train", "loss": 5 / s, "top1": s, "top5": 2.0 * s}
     | {"learning_rate": 0.1 / s}
     for s in range(1, 31)
 ]
-_VALIDATION = [
+_VALIDATION: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "validation", "loss": 6 / s, "top1": 0.9 * s, "top5": s}
     for s in (10, 20, 30)
 ]
