@@ -71,6 +71,7 @@ def write(path: pathlib.Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}. Name a file in a folder that is there and writable, "
             "with space left"

@@ -132,6 +132,7 @@ def write(folder: pathlib.Path, evaluated: Evaluated) -> None:
             )
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}. Make the folder writable, with space left"
         ) from error

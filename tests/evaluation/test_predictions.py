@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) 
         np.savez(path, result=np.array([object()], object))
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}: cannot be read"):
         predictions.read(tmp_path)
+
+
+def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib.Path) -> None:
+    found = predictions.read(run_folders.write(tmp_path))
+    assert found is not None
+    before = (tmp_path / predictions.FILE).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A limit on the size of a file fails a write as a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            predictions.write(tmp_path, found)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / predictions.FILE).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
