@@ -40,6 +40,7 @@ demo: setup ## train on the embedded digits, evaluate and plot: data, curves and
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
 	  --config.data.directory=runs/data --mode=eval
 	$(BIN)/python -m inception_jax.tools.plot $(DEMO)
+	@echo "Report:      $(DEMO)/report.html"
 	@echo "Result:      $(DEMO)/result.json"
 	@echo "Metrics:     $(DEMO)/metrics.jsonl"
 	@echo "Plots:       $(DEMO)/plots/"

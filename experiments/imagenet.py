@@ -29,6 +29,7 @@ from inception_jax.config import (
     Data,
     Duration,
     Evaluation,
+    Expected,
     Log,
     Model,
     Optimizer,
@@ -65,4 +66,7 @@ def get_config() -> Config:
         evaluation=Evaluation(batch_size=500, every=Duration(epochs=1)),
         checkpoint=Checkpoint(every=Duration(steps=2000)),
         log=Log(every=Duration(steps=100)),
+        expected=Expected(
+            top1=68.7, source="BVLC Caffe's, with another solver and without these boxes"
+        ),
     )

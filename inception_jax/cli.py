@@ -36,6 +36,35 @@ def require(*names: str) -> None:
     flags.mark_flags_as_required(names)
 
 
+def require_one(*names: str, message: str) -> None:
+    """Makes one of some flags obligatory, and refuses more than one of them.
+
+    Args:
+      message: for the user who gave none, or several.
+    """
+    flags.register_multi_flags_validator(
+        names, lambda given: sum(bool(given[name]) for name in names) == 1, message
+    )
+
+
+def experiment() -> dict[str, Any]:
+    """Returns which experiment the command line took, and its own values of what was overridden.
+
+    Returns:
+      Values for JSON: file, as it was given; and own, the experiment's value of each setting that
+      the command line gave another one, by its dotted path.
+    """
+    flag = flags.FLAGS["config"]
+    own = {}
+    for path, value in config_flags.get_override_values(flag).items():
+        # config_flags makes a flag of each override, by default what the experiment says.
+        before: Any = flags.FLAGS[f"config.{path}"].default
+        before = tuple(before) if isinstance(value, tuple) else before
+        if before != value:
+            own[path] = before
+    return {"file": config_flags.get_config_filename(flag), "own": own}
+
+
 def refuse_positional(positional: Sequence[str]) -> None:
     """Checks that nothing is left of the command line besides flags.
 

@@ -466,6 +466,19 @@ class Log:
 
 
 @dataclasses.dataclass
+class Expected:
+    top1: float = setting(
+        0.0,
+        "top-1 on the evaluation split that the experiment should reach, for its report, percent; "
+        "0: not known",
+        low=0,
+        high=100,
+        resumable=True,
+    )
+    source: str = setting("", "where that figure is from, in a line", resumable=True)
+
+
+@dataclasses.dataclass
 class Config:
     """All settings of a run."""
 
@@ -483,6 +496,7 @@ class Config:
     evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
     checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
     log: Log = setting(Log(), "what is reported")
+    expected: Expected = setting(Expected(), "what the result is compared with")
 
 
 def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
@@ -658,6 +672,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.train.image_size_epochs = {begins}: its last begins no sooner than the run "
             f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
             "reached; begin it sooner, or drop it and its size"
+        )
+    if config.expected.top1 and not config.expected.source:
+        yield (
+            f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
+            "config.expected.source where it is from, or set top1 to 0"
         )
     model = config.model
     if sizes and model.aux_heads and model.name != "googlenet_torchvision":

@@ -22,11 +22,8 @@ in the command, the settings or the data, which the message says how to mend; 1:
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
 _WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of --workdir")
-flags.register_multi_flags_validator(
-    ["workdir", "weights"],
-    lambda given: (given["workdir"] is None) == bool(given["weights"]),
-    "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE",
-)
+_ONE = "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE"
+cli.require_one("workdir", "weights", message=_ONE)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
@@ -60,7 +57,7 @@ def main(positional: Sequence[str]) -> None:
         process_index=_PROCESS_INDEX.value,
         log=cli.say,
     )
-    this_run = run.build(_CONFIG.value, log=cli.say)
+    this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
     else:
@@ -68,7 +65,9 @@ def main(positional: Sequence[str]) -> None:
         if _MODE.value == "eval":
             result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
         else:
-            result = loop.train(this_run, folder, evaluate.Evaluator(this_run), changed=changed)
+            evaluator = evaluate.Evaluator(this_run)
+            refresh = report.refresher(this_run, folder.path, evaluator)
+            result = loop.train(this_run, folder, evaluator, changed=changed, on_evaluation=refresh)
             if this_run.is_lead:
                 report.finish(folder.path, log=cli.say)
     if this_run.is_lead:

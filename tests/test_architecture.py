@@ -43,6 +43,7 @@ OWNERS = {
     "tensorflow_datasets": ("datasets/",),
     "sklearn": ("datasets/",),
     "matplotlib": ("evaluation/",),
+    "jinja2": ("evaluation/pages.py",),
     "safetensors": ("models/weights.py",),
     "torch": ("tools/import_weights.py",),
 }

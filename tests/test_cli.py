@@ -1,5 +1,6 @@
 """The command line as a process of its own: exit codes and messages."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -17,13 +18,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "module", ["main", "tools.prepare", "tools.plot", "tools.diagnose", "tools.find_lr"]
+    "module",
+    ["main", "tools.prepare", "tools.plot", "tools.diagnose", "tools.report", "tools.find_lr"],
 )
 def test_help_exits_with_0(module: str) -> None:
     done = run(f"inception_jax.{module}", "--help")
     assert done.returncode == 0
     assert f"python -m inception_jax.{module}" in done.stdout
-    if module not in ("tools.plot", "tools.diagnose"):
+    if module not in ("tools.plot", "tools.diagnose", "tools.report"):
         assert "--config.train.batch_size=128" in done.stdout
 
 
@@ -100,6 +102,49 @@ def test_an_experiment_can_import_its_neighbour_from_anywhere(
     # The neighbour was read: its value is what is refused.
     assert done.returncode == 2, done.stderr
     assert "config.seed = -7" in done.stderr
+
+
+def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\n"
+        "from inception_jax import cli\n"
+        "config = cli.define_config()\n"
+        "def main(_):\n"
+        "    print(json.dumps([cli.experiment(), config.value.train.batch_size]))\n"
+        "cli.run(main, '')\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            script,
+            "--config=experiments/tiny_cpu.py",
+            "--config.train.batch_size=64",
+            "--config.train.image_sizes=(16, 32, 64)",
+            "--config.model.dtype=float32",
+            "--noconfig.evaluation.flip",
+            "--config.optimizer.name=muon",  # As it is.
+            "--config.name=a, b",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    experiment, batch_size = json.loads(done.stdout)
+    assert batch_size == 64
+    assert experiment == {
+        "file": "experiments/tiny_cpu.py",
+        "own": {
+            "train.batch_size": 256,
+            "train.image_sizes": [32, 48, 64],
+            "model.dtype": "bfloat16",
+            "evaluation.flip": True,
+            "name": "tiny_cpu",
+        },
+    }
 
 
 def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:

@@ -45,6 +45,7 @@ def test_configurations_share_no_group() -> None:
         ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
         ("data.eval_crop", 0.875, "with config.data.storage = 'decoded' it must be 1"),
         ("data.eval_crop", 0.0, "more than 0"),
+        ("expected.top1", 50.0, "a figure needs its source"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:

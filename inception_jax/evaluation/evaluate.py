@@ -1,11 +1,15 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from inception_jax.evaluation import predictions
+from inception_jax.evaluation.predictions import Predictions
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.input.splits import Split
 from inception_jax.models import ops
@@ -18,16 +22,26 @@ from inception_jax.training.run import Run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
 
+# The fields of `Predictions` but the labels, of a batch.
+_Said = dict[str, jax.Array]
+
 
 class Evaluator:
     """Evaluates model variables on a run's evaluation split, or on other examples.
 
     The same object, and so the same compiled function, serves evaluation during training and of a
     checkpoint: their numbers are equal.
+
+    Attributes:
+      predictions: what the network said of each example of the run's evaluation split, at its last
+        evaluation; None before.
     """
+
+    predictions: Predictions | None
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.predictions = None
         replicated = sharding.replicated(run.mesh)
         # Nothing is donated: training goes on with the same variables.
         self._step = jax.jit(
@@ -52,19 +66,32 @@ class Evaluator:
         batches = pipeline.eval_batches(
             split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
         )
-        views = EvalMetrics.total(self._step(variables, batch) for batch in batches)
+        said: list[_Said] = []
+        views = EvalMetrics.total(self._steps(variables, batches, said))
         metrics: dict[str, float] = {}
         for prefix, sums in views.items():
             found = sums.compute()
             count = found.pop("count")
             assert count == len(split), (count, len(split))
             metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        if split is self._run.dataset.evaluation:
+            self.predictions = _gathered(said, split.labels)
         return metrics | {"count": len(split)}
+
+    def _steps(
+        self, variables: Variables, batches: Iterator[dict[str, jax.Array]], said: list[_Said]
+    ) -> Iterator[dict[str, EvalMetrics]]:
+        """Yields the sums of each batch, and adds what was said of its examples to `said`."""
+        for batch in batches:
+            metrics, of_batch = self._step(variables, batch)
+            # Some 40 bytes an example, which wait on the device until all are done.
+            said.append(of_batch)
+            yield metrics
 
     def _eval_step(
         self, variables: Variables, batch: dict[str, jax.Array]
-    ) -> dict[str, EvalMetrics]:
-        """Returns the sums of a batch by the prefix of their names."""
+    ) -> tuple[dict[str, EvalMetrics], _Said]:
+        """Returns the sums of a batch by the prefix of their names, and what was said of each."""
         dataset = self._run.dataset
         size = self._run.config.evaluation.image_size or dataset.image_size
         images = augment.normalise(augment.resize(batch["image"], size), dataset.mean, dataset.std)
@@ -73,11 +100,30 @@ class Evaluator:
         if self._run.config.evaluation.flip:
             mirrored = self._logits(variables, images[:, :, ::-1])
             metrics["flip_"] = _metrics((logits + mirrored) / 2, batch)
-        return metrics
+        return metrics, _said(logits, batch["label"])
 
     def _logits(self, variables: Variables, images: jax.Array) -> jax.Array:
         output: Any = self._run.model.apply(variables, images, train=False)
         return output.logits
+
+
+def _said(logits: jax.Array, labels: jax.Array) -> _Said:
+    """Returns the best guesses for each example of a batch, and how probable the right one was."""
+    probabilities = jax.nn.softmax(logits)
+    # Of equal logits the lower class number comes first, as in the metrics.
+    _, guesses = jax.lax.top_k(logits, min(predictions.BEST, logits.shape[-1]))
+    return {
+        "guesses": guesses,
+        "probabilities": jnp.take_along_axis(probabilities, guesses, axis=-1),
+        "own": jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
+    }
+
+
+def _gathered(said: list[_Said], labels: np.ndarray) -> Predictions:
+    """Returns what was said in all batches, without what filled the last one up."""
+    batches = jax.device_get(said)
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return Predictions(labels=labels, **{name: each[: len(labels)] for name, each in whole.items()})
 
 
 def _metrics(logits: jax.Array, batch: dict[str, jax.Array]) -> EvalMetrics:

@@ -6,7 +6,7 @@ They are drawn from the file, so that a run can be plotted while it goes on, or 
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inception_jax.errors import UserError
@@ -29,6 +29,9 @@ _COLOURS = {
     "holdout": "#CC79A7",
 }
 _OTHER_COLOUR = "#333333"
+# The same palette, for runs side by side; more of them repeat it in other styles.
+_RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+_RUN_STYLES = ("-", "--", "-.", ":")
 
 # Below this many points each gets a marker; above, they would hide the line.
 _MARKED_POINTS = 70
@@ -66,6 +69,68 @@ def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
             f"Cannot write plots to {folder}: {error}. Make the folder writable, with space left."
         ) from error
     return written
+
+
+def plot_comparison(runs: Mapping[str, Sequence[Line]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws loss.png, top1.png, top5.png and learning_rate.png with a curve of each run.
+
+    Loss and accuracy are those of the evaluations: the training loss is of the objective, which
+    may differ between runs.
+
+    Args:
+      runs: the lines of each run's metrics.jsonl, by its name.
+      folder: where to; made if it is missing.
+
+    Returns:
+      The files written; without one whose metric no run has.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
+    labels = {
+        "loss": "loss",
+        "top1": "top-1 accuracy, %",
+        "top5": "top-5 accuracy, %",
+        "learning_rate": "learning rate",
+    }
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for metric, label in labels.items():
+            figure = _comparison(runs, metric, label=label)
+            if figure is not None:
+                figure.savefig(folder / f"{metric}.png", dpi=150)
+                written.append(folder / f"{metric}.png")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write plots to {folder}: {error}. Name a folder that can be written, with "
+            "space left."
+        ) from error
+    return written
+
+
+def _comparison(runs: Mapping[str, Sequence[Line]], metric: str, *, label: str) -> "Figure | None":
+    """Returns one metric's curve of each run, or None if no run has any."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, lines) in enumerate(runs.items()):
+        training = metric == "learning_rate"
+        points = [
+            line
+            for line in lines
+            if metric in line and line["split"].startswith("train") == training
+        ]
+        if points:
+            style = _RUN_STYLES[number // len(_RUN_COLOURS) % len(_RUN_STYLES)]
+            colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
+            _curve(axes, points, metric, name=name, style=style, colour=colour)
+    if not axes.lines:
+        return None
+    _finish(axes, title=f"{label} of {len(runs)} runs", horizontal="epoch", label=label)
+    axes.set_xlim(left=0)
+    return figure
 
 
 def plot_range_test(
@@ -163,7 +228,8 @@ def _figure(
             points = [line for line in lines if line["split"] == split and metric in line]
             name = split if len(metrics) == 1 else f"{split} {metric.replace('top', 'top-')}"
             if points:
-                _curve(axes, points, metric, name=name, style=style)
+                colour = _COLOURS.get(split, _OTHER_COLOUR)
+                _curve(axes, points, metric, name=name, style=style, colour=colour)
     if not axes.lines:
         return None
     _finish(axes, title=title, horizontal="epoch", label=label)
@@ -171,7 +237,9 @@ def _figure(
     return figure
 
 
-def _curve(axes: "Axes", points: Sequence[Line], metric: str, *, name: str, style: str) -> None:
+def _curve(
+    axes: "Axes", points: Sequence[Line], metric: str, *, name: str, style: str, colour: str
+) -> None:
     """Draws one curve; a null, which was not finite, leaves a gap."""
     values = [float("nan") if line[metric] is None else line[metric] for line in points]
     dense = len(points) > _MARKED_POINTS
@@ -179,7 +247,7 @@ def _curve(axes: "Axes", points: Sequence[Line], metric: str, *, name: str, styl
         [line["epoch"] for line in points],
         values,
         style,
-        color=_COLOURS.get(points[0]["split"], _OTHER_COLOUR),
+        color=colour,
         linewidth=1 if dense else 1.8,
         marker="" if dense else "o",
         markersize=5,

@@ -1,23 +1,117 @@
-"""What is left in a folder for a reader: plots, and what they mean."""
+"""What is left in a folder for a reader: the report, plots, and what they mean.
+
+The training loop knows nothing of this: main hands it the evaluator, and `refresher` as what to
+call after each evaluation. The report is made of the folder's files alone, so a later call, on
+another machine and without the data set, gives the same page.
+"""
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import UserError
-from inception_jax.evaluation import plots
+from inception_jax.evaluation import pages, plots, prediction_plots, predictions, record
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
 from inception_jax.telemetry import summary
 from inception_jax.training import range_test, workdir
 from inception_jax.training.range_test import Point, Proposal
 
+if TYPE_CHECKING:
+    # They import what training takes, which a report is written without.
+    from inception_jax.evaluation.evaluate import Evaluator
+    from inception_jax.training.loop import OnEvaluation
+    from inception_jax.training.run import Run
+
+PAGE = "report.html"
+
+
+def refresher(run: "Run", folder: pathlib.Path, evaluator: "Evaluator") -> "OnEvaluation":
+    """Returns what the loop calls after each evaluation: it leaves predictions.npz and the report.
+
+    Args:
+      run: that is trained.
+      folder: of the run.
+      evaluator: that the loop evaluates with.
+    """
+
+    def refresh(result: dict[str, Any]) -> None:
+        assert evaluator.predictions is not None  # The loop has just evaluated.
+        found = predictions.gather(result, evaluator.predictions, run.dataset.evaluation)
+        predictions.write(folder, found)
+        write_page(folder)
+
+    return refresh
+
+
+def write_page(folder: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes the report of a run, from what its folder holds, and returns where it is.
+
+    Args:
+      folder: of the run.
+      output: the file to write; None: report.html in the folder.
+
+    Raises:
+      UserError: if the files of the run cannot be read, or the report cannot be written.
+    """
+    path = output or folder / PAGE
+    pages.write(path, pages.run_page(record.read(folder)))
+    return path
+
+
+def write_comparison(folders: Sequence[pathlib.Path], output: pathlib.Path) -> pathlib.Path:
+    """Writes a report that compares several runs, and returns where it is.
+
+    Args:
+      folders: of the runs.
+      output: the file to write; not the report of one of the runs.
+
+    Raises:
+      UserError: if the files of a run cannot be read, the report cannot be written, or it would
+        replace that of a run.
+    """
+    if output.resolve() in {(folder / PAGE).resolve() for folder in folders}:
+        raise UserError(
+            f"--output={output}: is the report of one of the runs that are compared; name another "
+            "file"
+        )
+    records = [record.read(folder) for folder in folders]
+    pages.write(output, pages.comparison_page(records, output))
+    return output
+
+
+def plot(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws all plots of a run as PNG files in its plots/, and returns them.
+
+    Args:
+      folder: of the run.
+
+    Raises:
+      UserError: if the files of the run cannot be read, or the plots cannot be written.
+    """
+    return [*plots.plot_run(folder), *prediction_plots.plot_run(record.read(folder))]
+
+
+def plot_comparison(folders: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
+    """Draws the curves of several runs together as PNG files, and returns them.
+
+    Args:
+      folders: of the runs.
+      output: the folder to write to.
+
+    Raises:
+      UserError: if the files of a run cannot be read, or the plots cannot be written.
+    """
+    records = [record.read(folder) for folder in folders]
+    lines = {name: each.lines for name, each in zip(record.names(records), records, strict=True)}
+    return plots.plot_comparison(lines, output)
+
 
 def finish(folder: pathlib.Path, log: Callable[[str], None]) -> None:
-    """Draws the curves of a run, and says and stores what they say.
+    """Draws the plots of a run, says and stores what its curves say, and writes its report.
 
     Args:
       folder: of the run.
@@ -26,9 +120,10 @@ def finish(folder: pathlib.Path, log: Callable[[str], None]) -> None:
     Raises:
       UserError: if the files of the run cannot be read, or none written beside them.
     """
-    plots.plot_run(folder)
+    plot(folder)
     for line in write_diagnosis(folder).lines():
         log(line)
+    log(f"report: {write_page(folder)}")
 
 
 def write_diagnosis(folder: pathlib.Path) -> Diagnosis:

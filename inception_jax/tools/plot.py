@@ -1,28 +1,42 @@
-"""Draws the curves of a run again."""
+"""Draws the plots of a run again, or the curves of several runs together."""
 
 import pathlib
 from collections.abc import Sequence
 
+from absl import flags
+
 from inception_jax import cli
 
 USAGE = """
-Draw the curves of one or more runs from their metrics.jsonl into DIR/plots/.
+Draw the curves of one or more runs into DIR/plots/; and, where an evaluation has left its
+predictions there, the accuracy by class, the confusion matrix, the calibration and the time spent.
 
   python -m inception_jax.tools.plot DIR [DIR …]
 
+With --output the curves of all of them are drawn together instead, into that folder:
+
+  python -m inception_jax.tools.plot DIR DIR [DIR …] --output=FOLDER
+
 It may be called while the run is going on.
 """
+
+_OUTPUT = flags.DEFINE_string("output", None, "folder for plots with a curve of each run")
 
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     from inception_jax.errors import UserError
-    from inception_jax.evaluation import plots
+    from inception_jax.evaluation import report
 
     if not positional:
         raise UserError("give at least one run's folder: python -m inception_jax.tools.plot DIR")
-    for folder in positional:
-        for path in plots.plot_run(pathlib.Path(folder)):
+    folders = [pathlib.Path(folder) for folder in positional]
+    if _OUTPUT.value is not None:
+        for path in report.plot_comparison(folders, pathlib.Path(_OUTPUT.value)):
+            print(path)
+        return
+    for folder in folders:
+        for path in report.plot(folder):
             print(path)
 
 

@@ -28,6 +28,7 @@ from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
+OnEvaluation = Callable[[dict[str, Any]], None]
 
 
 def _steps_ahead() -> int:
@@ -40,7 +41,14 @@ def _steps_ahead() -> int:
     return 0 if jax.default_backend() == "cpu" else 2
 
 
-def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str]) -> dict[str, Any]:
+def train(
+    run: Run,
+    workdir: Workdir,
+    evaluate: Evaluate,
+    *,
+    changed: list[str],
+    on_evaluation: OnEvaluation = lambda result: None,
+) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
     Args:
@@ -48,6 +56,8 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
       workdir: where its checkpoints and metrics are and go.
       evaluate: maps model variables and a split to loss, top1, top5 and count.
       changed: settings that differ from an earlier start, to be said and recorded.
+      on_evaluation: called by the lead process after each evaluation, once all that it found is
+        on disk, with what result.json would hold if the run ended there.
 
     Returns:
       The contents of result.json: the last evaluation, with the speed and time of the whole run.
@@ -72,7 +82,12 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
         first = int(state.step)
         if run.is_lead:
             workdirs.record_start(
-                workdir, config, step=first, changed=changed, dataset=run.dataset_record()
+                workdir,
+                config,
+                step=first,
+                changed=changed,
+                dataset=run.dataset_record(),
+                experiment=run.experiment,
             )
         with (
             RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,
@@ -84,7 +99,7 @@ def train(run: Run, workdir: Workdir, evaluate: Evaluate, *, changed: list[str])
             ) as progress,
             clock.phase("other"),
         ):
-            reporter = _Reporter(run, writer, progress, clock)
+            reporter = _Reporter(run, writer, progress, clock, on_evaluation)
             reporter.started(state, first, changed, notes)
             result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
     if run.is_lead:
@@ -127,6 +142,7 @@ def _train(
     if first >= run.total_steps:
         # Killed between its last checkpoint and its result, or shortened since.
         metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
+        reporter.show(first, metrics)
         return reporter.result(first, metrics)
     batches = pipeline.train_batches(
         run.dataset.train,
@@ -185,6 +201,8 @@ def _train(
                     progress={"seconds": clock.state()},
                     metrics=metrics if evaluate_now else None,
                 )
+        if evaluate_now:
+            reporter.show(step, metrics)
 
     return reporter.result(run.total_steps, metrics)
 
@@ -192,8 +210,16 @@ def _train(
 class _Reporter:
     """Says and writes what the loop does."""
 
-    def __init__(self, run: Run, writer: RunWriter, progress: Progress, clock: Clock) -> None:
+    def __init__(
+        self,
+        run: Run,
+        writer: RunWriter,
+        progress: Progress,
+        clock: Clock,
+        on_evaluation: OnEvaluation,
+    ) -> None:
         self.clock = clock
+        self._on_evaluation = on_evaluation
         self._run = run
         self._writer = writer
         self._progress = progress
@@ -287,6 +313,12 @@ class _Reporter:
     def flush(self) -> None:
         """Puts all that was written on disk."""
         self._writer.flush()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands on what the evaluation found, for a report that is read while the run goes on."""
+        if self._run.is_lead:
+            with self.clock.phase("report"):
+                self._on_evaluation(self.result(step, metrics))
 
     def result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Returns what result.json holds."""

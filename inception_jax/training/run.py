@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +34,7 @@ class Run:
       total_steps: length of training, optimizer steps.
       schedule: learning rate by finished steps.
       optimizer: the update rule.
+      experiment: where the configuration is from, for config.json; None: it is not known.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Run:
     total_steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    experiment: Mapping[str, Any] | None = None
 
     @property
     def is_lead(self) -> bool:
@@ -92,12 +94,18 @@ class Run:
         }
 
 
-def build(config: Config, log: Callable[[str], None] = print) -> Run:
+def build(
+    config: Config,
+    log: Callable[[str], None] = print,
+    *,
+    experiment: Mapping[str, Any] | None = None,
+) -> Run:
     """Builds a run, preparing its data first where that was not done before.
 
     Args:
       config: validated settings.
       log: receives lines about the preparation.
+      experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
     Raises:
       UserError: if the data cannot be prepared or a setting does not fit the data or the devices.
@@ -119,6 +127,7 @@ def build(config: Config, log: Callable[[str], None] = print) -> Run:
         total_steps=total_steps,
         schedule=schedule,
         optimizer=optimizers.make_optimizer(config.optimizer, schedule),
+        experiment=experiment,
     )
 
 

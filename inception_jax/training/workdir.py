@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from inception_jax import config as configs
@@ -178,7 +179,13 @@ def _other_run(workdir: Workdir, differing: list[str]) -> str:
 
 
 def record_start(
-    workdir: Workdir, config: Config, *, step: int, changed: list[str], dataset: dict[str, Any]
+    workdir: Workdir,
+    config: Config,
+    *,
+    step: int,
+    changed: list[str],
+    dataset: dict[str, Any],
+    experiment: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json at the start of a process.
 
@@ -188,6 +195,7 @@ def record_start(
       step: finished steps at this start.
       changed: what `check_owner` returned.
       dataset: what the examples are.
+      experiment: where the settings are from; None: not known.
     """
     record = (recorded(workdir) if has_checkpoint(workdir) else None) or {"changes": []}
     if changed:
@@ -195,6 +203,7 @@ def record_start(
         record["changes"].append({"step": step, "date": now, "settings": changed})
     record |= {
         "config": configs.to_dict(config),
+        "experiment": experiment,
         "dataset": dataset,
         "environment": summary.environment(),
     }

@@ -26,6 +26,38 @@ def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) ->
     assert this.train_sample() is None
 
 
+def test_what_is_left_of_each_example_is_what_plain_numpy_finds(tmp_path: pathlib.Path) -> None:
+    this = run.build(small.config(tmp_path), log=lambda _: None)
+    variables = state.create(this).eval_variables()
+    evaluator = Evaluator(this)
+    assert Evaluator(this).predictions is None
+    metrics = evaluator(variables)
+    found = evaluator.predictions
+    assert found is not None
+
+    split, dataset = this.dataset.evaluation, this.dataset
+    images = (split.read(np.arange(len(split))) / np.float32(255) - dataset.mean) / dataset.std
+    output = this.model.apply(jax.device_get(variables), images, train=False)
+    logits = np.asarray(output.logits, np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    rows = np.arange(len(split))
+    np.testing.assert_array_equal(found.labels, split.labels)
+    np.testing.assert_array_equal(found.guesses, np.argsort(-logits, axis=1)[:, :5])
+    best = np.take_along_axis(probabilities, found.guesses, axis=1)
+    np.testing.assert_allclose(found.probabilities, best, rtol=1e-4)
+    np.testing.assert_allclose(found.own, probabilities[rows, split.labels], rtol=1e-4)
+
+    # And it is what the metrics are made of.
+    assert metrics["top1"] == pytest.approx(100 * found.right.mean())
+    among = (found.guesses == found.labels[:, None]).any(axis=1)
+    assert metrics["top5"] == pytest.approx(100 * among.mean())
+    assert metrics["loss"] == pytest.approx(-np.log(found.own).mean(), rel=1e-4)
+
+    # Of other examples nothing is left.
+    evaluator(variables, this.dataset.train)
+    assert evaluator.predictions is found
+
+
 def check(
     found: dict[str, float], this: run.Run, variables: state.Variables, split: Split, count: int
 ) -> None:

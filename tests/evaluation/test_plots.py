@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from inception_jax.errors import UserError
-from inception_jax.evaluation.plots import plot_run
+from inception_jax.evaluation.plots import plot_comparison, plot_run
 
-_TRAIN = [
+_TRAIN: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "train", "loss": 5 / s, "top1": s, "top5": 2.0 * s}
     | {"learning_rate": 0.1 / s}
     for s in range(1, 31)
 ]
-_VALIDATION = [
+_VALIDATION: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "validation", "loss": 6 / s, "top1": 0.9 * s, "top5": s}
     for s in (10, 20, 30)
 ]
@@ -111,6 +111,25 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[st
         file.write('{"step": 31, "ep')
     plot_run(workdir)
     assert len(axes["loss.png"].lines[0].get_xdata()) == 30
+
+
+def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    longer = [line | {"epoch": 2 * line["epoch"]} for line in _TRAIN + _VALIDATION]
+    runs = {f"run {n}": longer if n == 8 else _TRAIN + _VALIDATION for n in range(9)}
+    paths = plot_comparison(runs, tmp_path / "new" / "plots")
+    assert [path.name for path in paths] == [
+        "loss.png",
+        "top1.png",
+        "top5.png",
+        "learning_rate.png",
+    ]
+    curves = axes["top1.png"].lines
+    assert [curve.get_label() for curve in curves][:2] == ["run 0, last 27", "run 1, last 27"]
+    np.testing.assert_allclose(curves[8].get_xdata(), [2, 4, 6])
+    np.testing.assert_allclose(curves[8].get_ydata(), [9, 18, 27])
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 9
+    assert len(axes["learning_rate.png"].lines[0].get_xdata()) == 30
+    assert len(plot_comparison({"one": _VALIDATION}, tmp_path)) == 3
 
 
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from inception_jax import config as configs
 from inception_jax.errors import UserError
 from inception_jax.evaluation import report
 from inception_jax.training.range_test import Point
-from tests import command
+from tests import command, run_folders
 
 HERE = pathlib.Path(__file__).parent
 
@@ -52,12 +52,24 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
 def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
     said: list[str] = []
     report.finish(folder, said.append)
+    assert said.pop() == f"report: {folder / 'report.html'}"
     assert command.check("tools.diagnose", str(folder)).splitlines() == said
     done = command.run("tools.diagnose", str(folder), str(folder / "none"))
     assert done.returncode == 2
     assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
+    names = [f"a rather long name of a class, {number}" for number in range(30)]
+    paths = report.plot(run_folders.write(tmp_path, names=names))
+    expected = ["loss", "accuracy", "learning_rate", "classes", "confusion", "calibration", "time"]
+    assert paths == [tmp_path / "plots" / f"{name}.png" for name in expected]
+    for path in paths:
+        with Image.open(path) as image:
+            assert min(image.size) >= 400
+            assert image.convert("L").getextrema() == (0, 255)
 
 
 def test_a_folder_without_its_configuration_is_the_users_error(folder: pathlib.Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +110,8 @@ def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
         with Image.open(finished / "plots" / f"{name}.png") as image:
             assert min(image.size) > 300
     assert list((finished / "tensorboard").rglob("*tfevents*"))
+    assert config["experiment"]["file"] == "experiments/tiny_base.py"
+    assert config["experiment"]["own"]["train.batch_size"] == 128
     splits = {line["split"] for line in lines(finished)}
     assert splits == {"train", "validation"}
 
@@ -139,6 +143,25 @@ def test_exported_weights_evaluate_as_the_checkpoint(
     done = command.run("main", *training, f"--weights={path}")
     assert done.returncode == 2
     assert "--config.init.weights" in done.stderr
+
+
+def test_the_report_is_made_of_the_folder_alone(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    result = json.loads((finished / "result.json").read_text())
+    assert f"{result['top1']:.2f}<small>%</small>" in page
+    right = round(result["top1"] * result["count"] / 100)
+    pictures = min(right, 12) + min(result["count"] - right, 24)
+    assert page.count('<img src="data:image/png;base64,') == pictures
+    # Its own values, of what this run overrode.
+    assert "<code>train.batch_size</code></th><td>128</td><td><strong>16</strong>" in page
+    for name in ("config.json", "metrics.jsonl", "result.json", "predictions.npz"):
+        shutil.copy(finished / name, tmp_path / name)
+    command.check("tools.report", str(tmp_path))
+    again = (tmp_path / "report.html").read_text(encoding="utf-8")
+    written = re.compile(r"Written [-\d: ]+ UTC")
+    assert written.sub("", again) == written.sub("", page)
 
 
 def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:

@@ -122,6 +122,33 @@ def test_the_run_is_recorded(reference: tuple[run.Run, workdir.Workdir]) -> None
     assert result["seconds"] >= sum(result["seconds_by_phase"].values()) * 0.99
 
 
+def test_each_evaluation_is_handed_on_once_it_is_on_disk(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, _ = reference
+    seen = []
+
+    def look(result: dict[str, Any]) -> None:
+        assert not (tmp_path / "result.json").exists()
+        last = [each for each in read_lines(tmp_path / "metrics.jsonl") if each["split"] == "test"][
+            -1
+        ]
+        same = ("step", "epoch", "split", "loss", "top1", "top5", "count")
+        assert {key: result[key] for key in same} == {key: last[key] for key in same}
+        assert result["seconds_by_phase"]["train"] > 0
+        seen.append(result["step"])
+
+    folder = workdir.Workdir(tmp_path)
+    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
+    assert seen == [5, 10, 11]
+    assert "report" in json.loads(folder.result.read_text())["seconds_by_phase"]
+
+    # Started once more it is finished: it evaluates again, and says so.
+    folder.result.unlink()
+    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
+    assert seen == [5, 10, 11, 11]
+
+
 def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory)
     config.train.length = Duration(epochs=4)

@@ -65,6 +65,15 @@ def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -
     assert record["environment"]["packages"]["jax"]
 
 
+def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
+    folder = Workdir(tmp_path)
+    experiment = {"file": "experiments/digits.py", "own": {"train.length.epochs": 12.0}}
+    workdirs.record_start(
+        folder, Config(), step=0, changed=[], dataset=DATASET, experiment=experiment
+    )
+    assert json.loads(folder.config.read_text())["experiment"] == experiment
+
+
 def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     config = Config()
