@@ -55,7 +55,7 @@ def test_a_predictor_gives_the_logits_of_the_network(trained: tuple[run.Run, Wor
         assert [guess.label for guess in guesses] == list(np.argsort(-row)[:3])
         assert guesses[0].name == dataset.class_names[guesses[0].label]
         found = [guess.probability for guess in guesses]
-        np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-4)
+        np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-5)
 
 
 def test_an_experiment_is_loaded_with_changed_settings() -> None:

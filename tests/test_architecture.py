@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "telemetry": BASE | {"datasets"},
     "training": BASE | {"datasets", "input", "models", "telemetry"},
     "evaluation": BASE | {"datasets", "input", "models", "telemetry", "training"},
+    "serving": BASE | {"datasets", "evaluation"},
 }
 COMMANDS = {"tools", "main", "api"}
 
@@ -46,6 +47,8 @@ OWNERS = {
     "jinja2": ("evaluation/pages.py",),
     "safetensors": ("models/weights.py",),
     "torch": ("tools/import_weights.py",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
 }
 UNWANTED = {"tensorflow", "keras", "torchvision", "tensorboard"}
 PARALLEL = {"sharding", "PartitionSpec", "NamedSharding", "Mesh", "axis_name", "psum", "pmean"}

@@ -69,6 +69,13 @@ def hidden(file: str) -> bool:
     return any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in parts)
 
 
+def named_as_picture(file: str) -> bool:
+    """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
+    # The first call imports all of PIL's formats (0.1 s).
+    formats = Image.registered_extensions()
+    return formats.get(os.path.splitext(file)[1].lower()) in Image.OPEN
+
+
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a folder of pictures, or a zip archive of one.
 
@@ -229,10 +236,7 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
 
 def _loose_pictures(tree: _Tree) -> list[str]:
     """Returns the files in no folder that are pictures by their name; others may lie there."""
-    # The first call imports all of PIL's formats (0.1 s).
-    formats = Image.registered_extensions()
-    loose = tree.get("", ())
-    return [f for f in loose if formats.get(os.path.splitext(f)[1].lower()) in Image.OPEN]
+    return [file for file in tree.get("", ()) if named_as_picture(file)]
 
 
 def _classes(tree: _Tree, where: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 # What PIL raises for data that are no image, or not a whole one. Most decoders turn what goes
 # wrong into one of the first four; those of rare formats let errors of unpacking through.
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -93,7 +93,7 @@ def problem(data: bytes) -> str:
             image.draft("RGB", (1, 1))
             image.load()
             _check_mode(image)
-    except _BROKEN as error:
+    except BROKEN as error:
         # PIL names the buffer that it was given, by its address.
         found = "no image format that is known" if isinstance(error, UnidentifiedImageError) else ""
         return found or str(error) or type(error).__name__
@@ -199,7 +199,7 @@ def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
     """Returns an image's pixels, uint8 [H, W, 3], from any format and colour mode."""
     try:
         return _decode_any(data)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _broken(name, len(data), error) from error
 
 
@@ -238,7 +238,7 @@ def _orientation(image: Image.Image) -> int:
     """Returns the EXIF tag of that name; 1, upright, if there is none or it cannot be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _BROKEN:
+    except BROKEN:
         return 1
 
 

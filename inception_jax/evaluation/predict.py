@@ -1,16 +1,22 @@
 """Classes of images that are in no data set, by a trained network."""
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inception_jax.datasets import images
+from inception_jax.datasets import images, pictures
+from inception_jax.errors import DataError, UserError, nearest
 from inception_jax.input import augment
 from inception_jax.models import ops, registry
 from inception_jax.models.weights import Weights
 from inception_jax.training.state import Variables
+
+# Files that one thread reads and decodes at a time.
+_PIECE = 4
 
 
 class Guess(NamedTuple):
@@ -27,15 +33,45 @@ class Guess(NamedTuple):
     probability: float
 
 
+class Picture(NamedTuple):
+    """A picture file, read.
+
+    Attributes:
+      name: its path, as text of one line.
+      pixels: uint8 [S, S, 3], as `Predictor.logits` takes them.
+      view: uint8 [V, V, 3], the same part of the picture for people to look at.
+    """
+
+    name: str
+    pixels: np.ndarray
+    view: np.ndarray
+
+
+class Classified(NamedTuple):
+    """A picture with what the network says.
+
+    Attributes:
+      picture: as it was read.
+      logits: float32 [classes].
+    """
+
+    picture: Picture
+    logits: np.ndarray
+
+
 class Predictor:
     """Classifies images with trained weights, prepared as an evaluation prepares them.
 
     Images are cut and resized by the settings `data.image_size`, `data.eval_crop` and
     `evaluation.image_size` of the weights' training, and normalised by its mean and standard
-    deviation, so an image of the data set gets the logits that the evaluation saw.
+    deviation, so an image of the data set gets the logits that the evaluation saw. It may be used
+    by several threads.
 
     Attributes:
       weights: what it was made of.
+      model: the network.
+      variables: of the network, on the device.
+      batch_size: images computed at a time.
 
     Args:
       weights: the network's.
@@ -45,11 +81,24 @@ class Predictor:
 
     def __init__(self, weights: Weights, *, batch_size: int = 64) -> None:
         self.weights = weights
-        self._batch_size = batch_size
-        self._model = registry.create(weights.config.model, weights.num_classes)
-        self._variables: Variables = jax.device_put(weights.variables)
-        options = ops.compiler_options(weights.config.model.dtype)
-        self._logits = jax.jit(self._compute_logits, compiler_options=options)
+        self.batch_size = batch_size
+        self.model = registry.create(weights.config.model, weights.num_classes)
+        self.variables: Variables = jax.device_put(weights.variables)
+        self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """How programs of the network are compiled."""
+        return ops.compiler_options(self.weights.config.model.dtype)
+
+    @property
+    def preparation(self) -> str:
+        """What happens to a picture before the network sees it, in words."""
+        config = self.weights.config
+        size, final = config.data.image_size, config.evaluation.image_size
+        part = "" if config.data.eval_crop == 1 else f"the middle {config.data.eval_crop:.1%} of "
+        words = f"{part}the centred square, resized to {size} × {size} px"
+        return f"{words}, then to {final} × {final} px" if final not in (0, size) else words
 
     def read(self, data: bytes, name: str) -> np.ndarray:
         """Returns an image file's pixels as `logits` takes them.
@@ -65,34 +114,67 @@ class Predictor:
         Raises:
           DataError: if it cannot be decoded.
         """
-        settings = self.weights.config.data
-        return images.decode(data, settings.image_size, name, settings.eval_crop)
+        return self.view(data, name, self.weights.image_size)
+
+    def view(self, data: bytes, name: str, size: int) -> np.ndarray:
+        """Returns the part of a picture that the network sees, uint8 [size, size, 3].
+
+        Args:
+          data, name: as of `read`.
+          size: height and width, pixels.
+
+        Raises:
+          DataError: if it cannot be decoded.
+        """
+        return images.decode(data, size, name, self.weights.config.data.eval_crop)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the network's logits, float32 [N, classes], of images uint8 [N, S, S, 3]."""
-        starts = range(0, len(pixels), self._batch_size)
-        found = [self._padded(pixels[start : start + self._batch_size]) for start in starts]
-        return np.concatenate(found) if found else np.zeros((0, self.weights.num_classes), "f4")
+        """Returns the network's logits, float32 [N, classes].
+
+        Args:
+          pixels: uint8 [N, S, S, 3], at least one image.
+        """
+        return self.in_batches(self._logits, pixels)
 
     def guesses(self, pixels: np.ndarray, count: int = 5) -> list[list[Guess]]:
         """Returns the most probable classes of each image, the first first.
 
         Args:
-          pixels: uint8 [N, S, S, 3].
+          pixels: uint8 [N, S, S, 3], at least one image.
           count: how many; fewer if there are fewer classes.
         """
         return [self.best(row, count) for row in self.logits(pixels)]
 
     def best(self, logits: np.ndarray, count: int = 5) -> list[Guess]:
         """Returns the most probable classes of one image, float32 [classes], the first first."""
-        probabilities = np.asarray(jax.nn.softmax(logits))
-        # Stable: of equal probabilities the lower label comes first.
-        order = np.argsort(-probabilities, kind="stable")[:count]
-        return [Guess(int(k), self.class_name(int(k)), float(probabilities[k])) for k in order]
+        # Stable: of equal logits the lower label comes first.
+        order = np.argsort(-logits, kind="stable")[:count]
+        return [self.guess(logits, int(label)) for label in order]
+
+    def guess(self, logits: np.ndarray, label: int) -> Guess:
+        """Returns a class as a guess, given the logits of one image, float32 [classes]."""
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
+        return Guess(label, self.class_name(label), float(exponentials[label] / exponentials.sum()))
 
     def class_name(self, label: int) -> str:
         """Returns the name of a class, its number where the weights bring no names."""
         return self.weights.class_names[label] if self.weights.class_names else str(label)
+
+    def label(self, name: str) -> int:
+        """Returns the number of the class of a name, or of that number.
+
+        Raises:
+          UserError: if there is none.
+        """
+        names = [self.class_name(label) for label in range(self.weights.num_classes)]
+        if name in names:
+            return names.index(name)
+        if name.isdecimal() and int(name) < len(names):
+            return int(name)
+        raise UserError(
+            f"class {name!r}: the network knows none of that name.{nearest(name, names)} Give one "
+            f"of its {len(names)} names, or a number from 0 to {len(names) - 1}"
+        )
 
     def prepared(self, pixels: jax.Array) -> jax.Array:
         """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3]."""
@@ -100,11 +182,77 @@ class Predictor:
         size = weights.config.evaluation.image_size or weights.image_size
         return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
 
-    def _padded(self, pixels: np.ndarray) -> np.ndarray:
-        missing = self._batch_size - len(pixels)
-        filled = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        return np.asarray(self._logits(self._variables, filled))[: len(pixels)]
+    def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """Returns what a program gives for many images, computed a batch at a time.
+
+        Args:
+          compute: maps the network's variables and arrays [batch_size, …] to an array [batch_size,
+            …], row by row.
+          arrays: [N, …], N at least 1.
+        """
+        parts = [
+            self._filled(compute, [array[start : start + self.batch_size] for array in arrays])
+            for start in range(0, len(arrays[0]), self.batch_size)
+        ]
+        return np.concatenate(parts)
+
+    def _filled(
+        self, compute: Callable[..., jax.Array], arrays: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        count = len(arrays[0])
+        missing = self.batch_size - count
+        filled = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        return np.asarray(compute(self.variables, *filled))[:count]
 
     def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
-        output: Any = self._model.apply(variables, self.prepared(pixels), train=False)
+        output: Any = self.model.apply(variables, self.prepared(pixels), train=False)
         return output.logits.astype(jnp.float32)
+
+
+def batch_size_for(count: int) -> int:
+    """Returns the batch size for a number of images: a power of two up to 64.
+
+    So a single picture is not computed 64 times, and there are few programs to compile.
+    """
+    return min(64, 1 << (count - 1).bit_length())
+
+
+def read_files(
+    predictor: Predictor, files: Sequence[str], *, view_size: int = 0
+) -> Iterator[Picture | DataError]:
+    """Yields the picture of each file, or why there is none, in order; read ahead in threads.
+
+    Args:
+      predictor: what the pictures are for.
+      files: paths, or `pictures.STDIN`.
+      view_size: height and width of the views, pixels; 0: they are the pixels themselves.
+    """
+
+    def read(file: str) -> Picture | DataError:
+        name = pictures.shown(file)
+        try:
+            data = pictures.read(file)
+            pixels = predictor.read(data, name)
+            view = predictor.view(data, name, view_size) if view_size else pixels
+        except DataError as error:
+            return error
+        return Picture(name, pixels, view)
+
+    def read_piece(piece: Sequence[str]) -> list[Picture | DataError]:
+        return [read(file) for file in piece]
+
+    pieces = images.pieces(files, _PIECE)
+    return itertools.chain.from_iterable(images.threaded_map(read_piece, pieces))
+
+
+def classify(
+    predictor: Predictor, read: Iterable[Picture | DataError]
+) -> Iterator[list[Classified | DataError]]:
+    """Yields what `read_files` gives, with the logits of the pictures, in batches."""
+    iterator = iter(read)
+    while batch := list(itertools.islice(iterator, predictor.batch_size)):
+        pixels = [each.pixels for each in batch if isinstance(each, Picture)]
+        logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
+        yield [
+            Classified(each, next(logits)) if isinstance(each, Picture) else each for each in batch
+        ]

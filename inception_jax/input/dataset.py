@@ -157,6 +157,28 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     return _open(spec, data, cache, info)
 
 
+def class_ids(data: config.Data) -> tuple[str, ...]:
+    """Returns what a prepared data set's authors call its classes, such as wnids; often nothing.
+
+    Args:
+      data: as of `prepare`, which comes first.
+
+    Returns:
+      An id for each label, in order; empty: there are none besides the names.
+
+    Raises:
+      DataError: if the records are gone, so that it cannot be told.
+    """
+    spec, directory = registry.get(data.name), data_directory(data.directory)
+    builder = _builder(spec, data, directory, log=print)
+    if not builder.is_prepared():
+        raise DataError(
+            f"{builder.data_dir}: is missing, and with it the ids of the classes. Put it back, or "
+            f"remove {_all_of(spec, data)}, to prepare the data set anew."
+        )
+    return tuple(builder.info.metadata.get("wnids", ()))
+
+
 def _read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
     try:
@@ -325,10 +347,7 @@ def _prepared_builder(
     spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log
 ) -> Any:
     """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
-    settings = {name: getattr(data, name) for name in spec.settings}
-    new = functools.partial(
-        spec.builder_class(), source=data.source, log=log, data_dir=directory, **settings
-    )
+    new = functools.partial(_builder, spec, data, directory, log=log)
     builder = new()
     if builder.is_prepared() and (missing := builder.missing_files()):
         with contextlib.closing(builder):
@@ -345,6 +364,11 @@ def _prepared_builder(
             _check_space(directory, records + count * _example_bytes(data))
             builder.prepare()
     return builder
+
+
+def _builder(spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log) -> Any:
+    settings = {name: getattr(data, name) for name in spec.settings}
+    return spec.builder_class()(source=data.source, log=log, data_dir=directory, **settings)
 
 
 def _example_bytes(data: config.Data) -> int:

@@ -38,6 +38,23 @@ class Start(NamedTuple):
     notes: list[str]
 
 
+def load(*, workdir: str | None, weights: str | None, checkpoint: str) -> Weights:
+    """Returns the weights that a command's flags name: a run's, or a file's.
+
+    Args:
+      workdir: folder of a run.
+      weights: of a file, which is read where there is no folder.
+      checkpoint: of the run: "best", "last" or the number of a step.
+
+    Raises:
+      UserError: if they cannot be had.
+    """
+    if workdir is not None:
+        return from_checkpoint(Workdir(pathlib.Path(workdir).expanduser()), checkpoint)
+    assert weights is not None
+    return files.load(pathlib.Path(weights))
+
+
 def from_checkpoint(workdir: Workdir, which: str) -> Weights:
     """Returns the evaluation variables of a checkpoint, with what describes them.
 
@@ -97,7 +114,7 @@ def start(run: Run, like: TrainState) -> Start:
     values = files.flatten(found.variables)
     notes = [f"starts from {found.origin}: {found}"]
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
-    if reason := _other_classes(found, run.dataset):
+    if reason := other_classes(found, run.dataset):
         notes.append(f"the last layers start anew: {reason}")
         values, expected = (_without_last_layers(tree) for tree in (values, expected))
     for head in _heads_that_do_not_fit(values, expected):
@@ -115,6 +132,16 @@ def start(run: Run, like: TrainState) -> Start:
     return Start(values, notes)
 
 
+def other_classes(found: Weights, dataset: Dataset) -> str:
+    """Returns how the classes of weights differ from a data set's, or ''."""
+    if found.num_classes != dataset.num_classes:
+        return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
+    for theirs, ours in zip(found.class_names, dataset.class_names, strict=False):
+        if theirs != ours:
+            return f"class {theirs!r} of the weights is {ours!r} in {dataset.name}"
+    return ""
+
+
 def for_evaluation(run: Run, found: Weights) -> Variables:
     """Returns the variables that evaluating weights as a run's network takes.
 
@@ -125,7 +152,7 @@ def for_evaluation(run: Run, found: Weights) -> Variables:
     Raises:
       ConfigError: if they are of another network or other classes.
     """
-    if reason := _other_classes(found, run.dataset):
+    if reason := other_classes(found, run.dataset):
         raise ConfigError(
             f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
             "were trained on, or train on this one from them: --config.init.weights"
@@ -142,16 +169,6 @@ def for_evaluation(run: Run, found: Weights) -> Variables:
             + "\nGive the settings of the file's network"
         )
     return files.unflatten(values)
-
-
-def _other_classes(found: Weights, dataset: Dataset) -> str:
-    """Returns how the classes of weights differ from a data set's, or ''."""
-    if found.num_classes != dataset.num_classes:
-        return f"the file has {found.num_classes} classes, {dataset.name} {dataset.num_classes}"
-    for theirs, ours in zip(found.class_names, dataset.class_names, strict=False):
-        if theirs != ours:
-            return f"class {theirs!r} of the file is {ours!r} in {dataset.name}"
-    return ""
 
 
 def _other_settings(found: Weights, config: Config) -> list[str]:

@@ -33,3 +33,27 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         shown.update(50)
     assert not lines
     assert "reading: 100%" in terminal.getvalue()
+
+
+def test_notes_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as shown:
+        shown.note("x.jpg is damaged")
+        shown.update(50)
+    written = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert "x.jpg is damaged" in written
+
+
+def test_it_may_show_notes_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    with progress.Progress("reading", 50, log=lines.append, shown=False) as shown:
+        now[0] += 60
+        shown.update(25)
+        shown.note("x.jpg is damaged")
+    assert lines == ["x.jpg is damaged"]
+    assert capsys.readouterr() == ("", "")

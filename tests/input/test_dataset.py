@@ -15,7 +15,7 @@ from sklearn import datasets as sklearn_datasets
 from inception_jax import config
 from inception_jax.datasets import archive, files, registry
 from inception_jax.errors import ConfigError, DataError
-from inception_jax.input.dataset import Dataset, data_directory, prepare
+from inception_jax.input.dataset import Dataset, class_ids, data_directory, prepare
 from inception_jax.input.splits import Split
 from tests import archives
 
@@ -430,3 +430,18 @@ def test_of_two_processes_one_prepares_and_the_other_waits(
             rest, _ = second.communicate()
     assert rest == f"{CLASSES * TRAIN}\n", "the second had nothing to prepare"
     check_subset(prepare(subset("", tmp_path)))
+
+
+def test_the_ids_of_classes_are_those_of_the_source(
+    source: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    data = subset(source, prepared)
+    assert class_ids(data) == tuple(archives.wnid(label) for label in range(CLASSES))
+    digits = config.Data(name="digits", directory=str(tmp_path), image_size=8)
+    prepare(digits, log=quiet)
+    assert class_ids(digits) == ()
+    # What is decoded can be trained on without the records, but does not have the ids.
+    shutil.rmtree(prepared / data.name)
+    prepare(data, log=quiet)
+    with pytest.raises(DataError, match="is missing, and with it the ids of the classes"):
+        class_ids(data)

@@ -1,0 +1,247 @@
+"""Says what is in pictures, by a trained network."""
+
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from absl import flags
+
+from inception_jax import cli, memory
+from inception_jax.errors import ConfigError, DataError, RunError, UserError
+
+if TYPE_CHECKING:
+    from inception_jax.config import Data
+    from inception_jax.datasets.pictures import Found
+    from inception_jax.datasets.progress import Progress
+    from inception_jax.evaluation.explain import HeatMaps
+    from inception_jax.evaluation.listing import Format
+    from inception_jax.evaluation.predict import Predictor
+    from inception_jax.input.splits import Split
+    from inception_jax.models.weights import Weights
+
+USAGE = """
+Say what is in pictures: the most probable classes, by a run's checkpoint or a file of weights.
+
+  python -m inception_jax.tools.predict --workdir DIR IMAGE|FOLDER|- [...]
+  python -m inception_jax.tools.predict --weights FILE.safetensors photos/ --csv --output found.csv
+  python -m inception_jax.tools.predict --workdir DIR cat.jpg --explain heatmaps/
+  python -m inception_jax.tools.predict --workdir DIR --split test --output predictions.txt
+
+Pictures may have any size, any format that Pillow knows, and a rotation in their EXIF data; '-' is
+one picture from the standard input. They are cut and resized as an evaluation does it; the command
+says how. Folders are walked, in an order in which 2.jpg comes before 10.jpg: what begins with a dot
+is passed over, and files that are not named as pictures are left out, and named.
+
+--split predicts the images of a prepared split instead, a line for each, in the order of the file
+names: the file's name and the class id where the data set has such ids ("test_0.JPEG n01443537",
+the leaderboard file of Tiny ImageNet's unlabelled test split), else rows of CSV, file and class.
+
+Results go to the standard output or to --output, all else to stderr. Exit code 2, before anything
+is read: a mistake in the command, such as a path that leads nowhere. Exit code 1, after all else is
+done: files that could not be read as pictures; each is named.
+"""
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run whose checkpoint to use")
+_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
+flags.register_multi_flags_validator(
+    ["workdir", "weights"],
+    lambda given: (given["workdir"] is None) != (given["weights"] is None),
+    "give either --workdir=DIR or --weights=FILE",
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_TOP = flags.DEFINE_integer("top", 5, "how many classes to give for each picture", 1)
+_JSON = flags.DEFINE_bool("json", False, "write a JSON object a line: file, guesses")
+_CSV = flags.DEFINE_bool("csv", False, "write CSV, a row for each class: file, rank, label …")
+_OUTPUT = flags.DEFINE_string("output", None, "file for the results; there whole or not at all")
+_EXPLAIN = flags.DEFINE_string(
+    "explain", None, "folder for a PNG of each picture beside its Grad-CAM heat map"
+)
+_EXPLAIN_CLASS = flags.DEFINE_string(
+    "explain_class", None, "with explain: the class the heat map is for; the best if not given"
+)
+_LAYER = flags.DEFINE_string(
+    "layer",
+    None,
+    "with explain: where to look, such as inception_4e for a finer grid; the last inception module "
+    "if not given",
+)
+_SPLIT = flags.DEFINE_string("split", None, "predict this split of the data set, such as test")
+# Of the data set's settings only this one may change: the others are those of the training.
+_DIRECTORY = flags.DEFINE_string(
+    "config.data.directory", None, "with split: where the data are prepared; else as in training"
+)
+_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+# Flags may stand behind pictures.
+flags.FLAGS.set_gnu_getopt(True)
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    _check_flags(positional)
+    from inception_jax.datasets import pictures
+
+    found = pictures.find(positional) if positional else None
+    from inception_jax import runtime
+    from inception_jax.training import pretrained
+
+    if _EXPLAIN.value is not None:
+        os.makedirs(_EXPLAIN.value, exist_ok=True)
+    runtime.initialize(platform=_PLATFORM.value, log=cli.say)
+    weights = pretrained.load(
+        workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
+    )
+    cli.say(f"network: {weights}")
+    if found is None:
+        _predict_split(weights)
+    else:
+        _predict_files(weights, found)
+
+
+def _check_flags(positional: Sequence[str]) -> None:
+    """Checks that the flags that are given have a meaning together."""
+    if bool(positional) == (_SPLIT.value is not None):
+        raise UserError("give pictures or folders of them, or --split=NAME. See --help")
+    if _JSON.value and _CSV.value:
+        raise UserError("--json and --csv: give one of them")
+    if _SPLIT.value is not None and (_JSON.value or _CSV.value or _EXPLAIN.value is not None):
+        raise UserError(
+            "--split: has a format of its own; give it without --json, --csv and --explain"
+        )
+    for flag, needed in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
+        if flag.value is not None and needed.value is None:
+            raise UserError(f"--{flag.name}={flag.value}: has a meaning with --{needed.name} only")
+
+
+def _predict_files(weights: "Weights", found: "Found") -> None:
+    """Writes the best classes of picture files, and says which could not be read."""
+    from inception_jax.datasets import folders
+    from inception_jax.evaluation import listing, predict
+
+    if found.left_out:
+        left_out = folders.listed([folders.shown(path) for path in found.left_out])
+        cli.say(f"left out, as not named as pictures: {left_out}")
+    predictor = predict.Predictor(weights, batch_size=predict.batch_size_for(len(found.files)))
+    cli.say(f"pictures: {predictor.preparation}, as in evaluation")
+    heat_maps = _heat_maps(predictor)
+    format = listing.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
+    read = predict.read_files(
+        predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0
+    )
+    failed = 0
+    with _results(format) as file, _progress(len(found.files), predictor) as progress:
+        for batch in predict.classify(predictor, read):
+            for each in batch:
+                if isinstance(each, DataError):
+                    progress.note(str(each))
+                    failed += 1
+                else:
+                    best = predictor.best(each.logits, _TOP.value)
+                    file.write(format.entry(each.picture.name, best))
+            if heat_maps:
+                heat_maps.draw([each for each in batch if not isinstance(each, DataError)])
+            file.flush()
+            progress.update(len(batch))
+    if heat_maps:
+        cli.say(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
+    if failed:
+        raise RunError(f"{failed:,} of {len(found.files):,} files could not be read; see above")
+
+
+def _heat_maps(predictor: "Predictor") -> "HeatMaps | None":
+    """Returns what draws the heat maps that the flags ask for, if they do."""
+    if _EXPLAIN.value is None:
+        return None
+    # Imports matplotlib.
+    from inception_jax.evaluation.explain import Explainer, HeatMaps
+
+    explainer = Explainer(predictor, _LAYER.value or "")
+    height, width = explainer.grid
+    cli.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
+    label = None if _EXPLAIN_CLASS.value is None else predictor.label(_EXPLAIN_CLASS.value)
+    return HeatMaps(pathlib.Path(_EXPLAIN.value), explainer, label)
+
+
+def _predict_split(weights: "Weights") -> None:
+    """Writes the best class of each image of a prepared split."""
+    import numpy as np
+
+    from inception_jax.datasets import images, pictures
+    from inception_jax.evaluation import listing, predict
+    from inception_jax.input.dataset import class_ids
+
+    data = _data_settings(weights)
+    split = _open_split(weights, data)
+    format = listing.best_only(class_ids(data))
+    predictor = predict.Predictor(weights)
+    order = sorted(range(len(split)), key=lambda n: pictures.natural_key(split.names[n]))
+    with _results(format) as file, _progress(len(order), predictor) as progress:
+        pieces = [np.array(piece) for piece in images.pieces(order, predictor.batch_size)]
+        for piece, pixels in zip(pieces, images.threaded_map(split.read, pieces), strict=True):
+            for n, guesses in zip(piece, predictor.guesses(pixels, 1), strict=True):
+                file.write(format.entry(split.names[n], guesses))
+            progress.update(len(piece))
+
+
+def _data_settings(weights: "Weights") -> "Data":
+    """Returns the settings of the data set that a network was trained on."""
+    from inception_jax.training import workdir
+
+    data = weights.config.data
+    if _WORKDIR.value is not None:
+        # With where the data lie, which weights do not keep.
+        folder = workdir.Workdir(pathlib.Path(_WORKDIR.value).expanduser())
+        data = workdir.recorded_run(folder)[0].data
+    if _DIRECTORY.value is not None:
+        data.directory = _DIRECTORY.value
+    return data
+
+
+def _open_split(weights: "Weights", data: "Data") -> "Split":
+    """Returns the split that --split names, as an evaluation sees it."""
+    from inception_jax.input.dataset import prepare
+    from inception_jax.training import pretrained
+
+    dataset = prepare(data, log=cli.say)
+    if reason := pretrained.other_classes(weights, dataset):
+        raise ConfigError(f"the data set {dataset.name} has other classes: {reason}")
+    if _SPLIT.value == dataset.train_split:
+        return dataset.train_evaluated
+    if _SPLIT.value not in dataset.splits:
+        raise UserError(
+            f"--split={_SPLIT.value}: {dataset.name} has none of that name; it has "
+            f"{', '.join(dataset.splits)}"
+        )
+    return dataset.splits[_SPLIT.value]
+
+
+@contextlib.contextmanager
+def _results(format: "Format") -> Iterator[TextIO]:
+    """Opens where the results go, and writes what comes before the first."""
+    from inception_jax.evaluation import listing
+
+    path = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
+    with listing.written(path) as file:
+        file.write(format.header)
+        yield file
+
+
+def _progress(total: int, predictor: "Predictor") -> "Progress":
+    """Returns what shows progress, if it takes a while and is not shown by the results."""
+    from inception_jax.datasets.progress import Progress
+
+    seen = _OUTPUT.value is None and sys.stdout.isatty()
+    shown = total > predictor.batch_size and not seen
+    return Progress("classifying", total, log=cli.say, shown=shown)
+
+
+if __name__ == "__main__":
+    memory.use_huge_pages()
+    try:
+        cli.run(main, USAGE)
+    except BrokenPipeError:
+        # Who read the results, such as head, has enough. Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,180 @@
+"""Prediction beside evaluation: the same images, the same logits."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.config import Data, Evaluation
+from inception_jax.datasets import pictures
+from inception_jax.datasets.records import Records
+from inception_jax.errors import CheckpointError, DataError, UserError
+from inception_jax.evaluation import explain, predict
+from inception_jax.evaluation.evaluate import evaluate_checkpoint
+from inception_jax.evaluation.predict import Picture, Predictor
+from inception_jax.training import pretrained, run, state, workdir
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.workdir import Workdir
+from tests import small
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finished:
+    run: run.Run
+    workdir: Workdir
+    data: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run on the digits with a checkpoint of drawn weights, evaluated at a size of its own."""
+    data = tmp_path_factory.mktemp("data")
+    config = small.config(data)
+    config.train.ema.steps = 0
+    config.evaluation.image_size = 12
+    this = run.build(config, log=lambda _: None)
+    folder = Workdir(tmp_path_factory.mktemp("run"))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract(this))
+    drawn = jax.device_put(small.weights().variables)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(empty.replace(**drawn), progress={}, metrics={"top1": 0.0})
+    workdir.record_start(folder, config, step=0, changed=[], dataset=this.dataset_record())
+    return Finished(this, folder, data)
+
+
+def test_it_sees_what_evaluation_sees(finished: Finished) -> None:
+    expected = evaluate_checkpoint(finished.run, finished.workdir, "best")
+    predictor = Predictor(pretrained.from_checkpoint(finished.workdir, "best"), batch_size=100)
+    split = finished.run.dataset.evaluation
+    logits = predictor.logits(split.read(np.arange(len(split)))).astype(np.float64)
+    assert logits.shape == (360, 10)
+    rank = (logits > logits[np.arange(360), split.labels][:, None]).sum(axis=1)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert 100 * (rank < 1).mean() == pytest.approx(expected["top1"])
+    assert 100 * (rank < 5).mean() == pytest.approx(expected["top5"])
+    assert -log_p[np.arange(360), split.labels].mean() == pytest.approx(expected["loss"], rel=1e-5)
+    guesses = predictor.guesses(split.read(np.arange(7)), 1)
+    assert [guess.label for (guess,) in guesses] == logits[:7].argmax(axis=1).tolist()
+
+
+def test_a_file_gives_the_pixels_of_the_data_set(finished: Finished) -> None:
+    predictor = Predictor(pretrained.from_checkpoint(finished.workdir, "best"))
+    split = finished.run.dataset.evaluation
+    records = Records(sorted(finished.data.glob("digits/1.0.0/*test.array_record*")))
+    for example, pixels in zip(records.read([0, 5]), split.read(np.array([0, 5])), strict=True):
+        np.testing.assert_array_equal(predictor.read(example.image, example.file_name), pixels)
+
+
+def test_a_run_of_an_older_version_says_how_to_mend_it(
+    finished: Finished, tmp_path: pathlib.Path
+) -> None:
+    record = json.loads(finished.workdir.config.read_text())
+    del record["dataset"]["class names"]
+    workdir.write_json(Workdir(tmp_path).config, record)
+    with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):
+        pretrained.load(workdir=str(tmp_path), weights=None, checkpoint="best")
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(small.weights(), batch_size=4)
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_an_images_logits_do_not_depend_on_its_batch(predictor: Predictor, count: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    alone = np.concatenate([predictor.logits(image[None]) for image in pixels[:count]])
+    assert np.abs(alone[0] - alone[-1]).max() > 0.01 or count == 1
+    np.testing.assert_allclose(predictor.logits(pixels[:count]), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:
+    logits = np.array([0, 3, 1, 3, -1000, 2, 0, 0, 0, 1000], np.float32)
+    assert [g.label for g in predictor.best(logits, 5)] == [9, 1, 3, 5, 2]
+    # Without the dominating one: exp(3) / (2 exp(3) + exp(2) + exp(1) + 4), by hand.
+    logits[9] = -1000
+    best = predictor.best(logits)
+    assert best[0].probability == pytest.approx(0.370047, abs=1e-6)
+    assert best[0].name == "kind 1"
+    assert sum(guess.probability for guess in predictor.best(logits, 99)) == pytest.approx(1)
+
+
+def test_a_class_is_found_by_name_or_number(predictor: Predictor) -> None:
+    assert predictor.label("kind 7") == predictor.label("7") == 7
+    with pytest.raises(UserError, match=r"'kind 70'.* Did you mean 'kind 7'\?.*from 0 to 9"):
+        predictor.label("kind 70")
+    nameless = Predictor(dataclasses.replace(predictor.weights, class_names=()))
+    assert nameless.class_name(3) == "3"
+
+
+def test_the_preparation_is_told() -> None:
+    data = Data(name="image_folder", storage="records", image_size=8, eval_crop=0.875)
+    changes = {"data": data, "evaluation": Evaluation(image_size=12)}
+    for extra, words in (
+        ({}, "the centred square, resized to 8 × 8 px"),
+        (
+            changes,
+            "the middle 87.5% of the centred square, resized to 8 × 8 px, then to 12 × 12 px",
+        ),
+    ):
+        assert Predictor(small.weights(**extra)).preparation == words
+
+
+def test_views_show_what_is_seen() -> None:
+    data = Data(name="image_folder", storage="records", image_size=8, eval_crop=0.5)
+    predictor = Predictor(small.weights(data=data))
+    # A quarter of the shorter side at each edge, and the longer side's ends, are not seen.
+    picture = np.full((64, 96, 3), 255, np.uint8)
+    picture[16:48, 32:64] = (200, 100, 50)
+    for size in (8, 32):
+        view = predictor.view(explain.png(picture), "x", size)
+        assert view.shape == (size, size, 3)
+        # The filter mixes what lies beside the part into its outermost pixels.
+        assert (view[2:-2, 2:-2] == (200, 100, 50)).all()
+
+
+def test_files_are_read_in_order_and_failures_keep_their_place(
+    predictor: Predictor, tmp_path: pathlib.Path
+) -> None:
+    files = [str(tmp_path / f"{n}.png") for n in range(30)]
+    for n, file in enumerate(files):
+        image = np.full((9, 11, 3), n, np.uint8)
+        pathlib.Path(file).write_bytes(b"" if n % 7 == 3 else explain.png(image))
+    files.insert(5, str(tmp_path / "gone.png"))
+    read = list(predict.read_files(predictor, files, view_size=16))
+    assert len(read) == len(files)
+    for file, found in zip(files, read, strict=True):
+        stem = pathlib.Path(file).stem
+        if stem == "gone" or int(stem) % 7 == 3:
+            assert isinstance(found, DataError) and pictures.shown(file) in str(found)
+        else:
+            assert not isinstance(found, DataError)
+            assert found.name == file
+            assert (found.pixels == int(stem)).all() and found.pixels.shape == (8, 8, 3)
+            assert (found.view == int(stem)).all() and found.view.shape == (16, 16, 3)
+
+
+def test_pictures_are_classified_among_failures(predictor: Predictor) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    read = [Picture(str(n), image, image) for n, image in enumerate(pixels)]
+    errors = [DataError(str(n)) for n in range(6)]
+    mixed = [*errors[:5], read[0], errors[5], *read[1:]]
+    batches = list(predict.classify(predictor, mixed))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 1]
+    flat = [each for batch in batches for each in batch]
+    expected = iter(predictor.logits(pixels))
+    for found, given in zip(flat, mixed, strict=True):
+        if isinstance(given, DataError):
+            assert found is given
+        else:
+            assert not isinstance(found, DataError) and found.picture is given
+            np.testing.assert_allclose(found.logits, next(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (64, 64), (10_000, 64)])
+def test_batches_fit_the_number_of_images(count: int, size: int) -> None:
+    assert predict.batch_size_for(count) == size

@@ -1,0 +1,162 @@
+"""The command predict, as a user calls it."""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax.config import Data
+from inception_jax.evaluation.explain import png
+from inception_jax.evaluation.predict import Predictor
+from inception_jax.input.dataset import prepare
+from inception_jax.models import weights
+from inception_jax.models.weights import Weights
+from tests import archives, command, small
+
+
+@pytest.fixture(scope="module")
+def network() -> Weights:
+    return small.weights()
+
+
+@pytest.fixture(scope="module")
+def path(network: Weights, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    found = tmp_path_factory.mktemp("weights") / "network.safetensors"
+    weights.save(found, network)
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Ten pictures of several sizes and formats, a text, and a picture that is damaged."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for n in range(10):
+        pixels = random.integers(0, 256, (20 + n, 30 - 2 * n, 3), np.uint8)
+        ending = ("png", "webp", "bmp")[n % 3]
+        Image.fromarray(pixels).save(folder / ("more" if n > 7 else "") / f"{n + 1}.{ending}")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "5.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    return folder
+
+
+def test_a_folder_gives_csv_and_names_what_it_could_not_read(
+    network: Weights, path: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    found = tmp_path / "found.csv"
+    done = command.run(
+        "tools.predict", str(photos), f"--weights={path}", "--csv", f"--output={found}", "--top=2"
+    )
+    assert done.returncode == 1, done.stderr
+    assert not done.stdout
+    assert "pictures: the centred square, resized to 8 × 8 px, as in evaluation" in done.stderr
+    assert f"left out, as not named as pictures: {photos}/notes.txt" in done.stderr
+    assert f"{photos}/5.jpg: not a whole image" in done.stderr
+    assert "1 of 11 files could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = list(csv.DictReader(io.StringIO(found.read_text())))
+    files = [str(file) for file in photos.rglob("[0-9]*") if file.name != "5.jpg"]
+    order = sorted(files, key=lambda file: int(pathlib.Path(file).stem))
+    assert [row["file"] for row in rows] == [file for file in order for _ in range(2)]
+    predictor = Predictor(network, batch_size=1)
+    for file, row in zip(order, rows[::2], strict=True):
+        pixels = predictor.read(pathlib.Path(file).read_bytes(), file)
+        ((best,),) = predictor.guesses(pixels[None], 1)
+        assert (row["rank"], row["label"], row["name"]) == ("1", str(best.label), best.name)
+        assert float(row["probability"]) == pytest.approx(best.probability, rel=1e-4)
+
+
+def test_the_standard_input_gives_a_table(
+    network: Weights, path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    image = png(np.full((8, 8, 3), 90, np.uint8))
+    process = subprocess.run(
+        [sys.executable, "-m", "inception_jax.tools.predict", "-", f"--weights={path}"],
+        cwd=command.ROOT,
+        input=image,
+        capture_output=True,
+        check=True,
+    )
+    lines = process.stdout.decode().splitlines()
+    predictor = Predictor(network, batch_size=1)
+    (guesses,) = predictor.guesses(np.full((1, 8, 8, 3), 90, np.uint8))
+    expected = [f"{guess.probability:9.2%}  {guess.name}" for guess in guesses]
+    assert lines == ["standard input", *expected]
+
+
+def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> None:
+    output = command.check(
+        "tools.predict",
+        f"--weights={path}",
+        "--json",
+        f"--explain={photos / 'maps'}",
+        "--explain_class=kind 3",
+        "--layer=inception_3d",
+        str(photos / "1.png"),
+        str(photos / "more"),
+    )
+    found = [json.loads(line) for line in output.splitlines()]
+    assert [pathlib.Path(each["file"]).name for each in found] == ["1.png", "9.bmp", "10.png"]
+    assert all(len(each["guesses"]) == 5 for each in found)
+    drawn = sorted(file.name for file in (photos / "maps").iterdir())
+    assert drawn == ["1.png", "10.png", "9.png"]
+
+
+def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.Path) -> None:
+    source = archives.write_tiny_imagenet(tmp_path / "tiny.zip", 10, 2, 1, 12, size=16)
+    data = Data(
+        name="tiny_imagenet_subset",
+        source=str(source),
+        directory=str(tmp_path / "data"),
+        image_size=16,
+    )
+    dataset = prepare(data, log=lambda _: None)
+    network = small.weights(data=Data(name="tiny_imagenet_subset", image_size=16))
+    network = dataclasses.replace(network, class_names=dataset.class_names)
+    path = tmp_path / "network.safetensors"
+    weights.save(path, network)
+    arguments = [
+        "tools.predict",
+        f"--weights={path}",
+        f"--config.data.directory={data.directory}",
+    ]
+    lines = command.check(*arguments, "--split=test").splitlines()
+    assert [line.split()[0] for line in lines] == [f"test_{n}.JPEG" for n in range(12)]
+    split = dataset.splits["test"]
+    predictor = Predictor(network)
+    for line in lines:
+        name, wnid = line.split()
+        (number,) = (n for n, full in enumerate(split.names) if full.endswith(f"/{name}"))
+        ((best,),) = predictor.guesses(split.read(np.array([number])), 1)
+        assert wnid == archives.wnid(best.label)
+    assert len({line.split()[1] for line in lines}) > 1
+    done = command.run(*arguments, "--split=tests")
+    assert done.returncode == 2
+    assert "it has train, validation, test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.jpg"], "'nowhere.jpg': no such file or folder"),
+        ([], "give pictures or folders of them, or --split=NAME"),
+        (["README.md", "--json", "--csv"], "--json and --csv: give one of them"),
+        (["README.md", "--layer=conv1"], "--layer=conv1: has a meaning with --explain only"),
+        (["README.md", "--workdir=x"], "give either --workdir=DIR or --weights=FILE"),
+        (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
+    ],
+)
+def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
+    # Nothing is read before it is found: there is no such file of weights.
+    done = command.run("tools.predict", *arguments, "--weights=none.safetensors")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
