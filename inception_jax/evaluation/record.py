@@ -6,6 +6,7 @@ older version; what is missing is None or empty, and left out of the report.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from inception_jax.evaluation.plots import Line
 from inception_jax.evaluation.predictions import Evaluated
 from inception_jax.training import workdir
 from inception_jax.training.workdir import Workdir
+
+# Losses of the same checkpoint on the same examples differ by less.
+_SAME_LOSS = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +140,7 @@ def _result(folder: pathlib.Path) -> dict[str, Any]:
         values = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) and "step" in values else {}
+    return values if isinstance(values, dict) and {"step", "loss"} <= set(values) else {}
 
 
 def _newest(lines: Sequence[Line], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,5 +151,11 @@ def _newest(lines: Sequence[Line], results: Sequence[dict[str, Any]]) -> dict[st
 
 def _is_of(lines: Sequence[Line], result: Mapping[str, Any]) -> bool:
     """Whether a result is of this run: an earlier one in the same folder may have left it."""
-    keys = ("step", "split", "loss")
-    return any(all(line.get(key) == result.get(key) for key in keys) for line in lines)
+    return any(
+        all(line.get(key) == result.get(key) for key in ("step", "split"))
+        # A finished run that is evaluated once more, on another machine, rounds otherwise.
+        and math.isclose(
+            line.get("loss") or math.nan, result.get("loss") or math.nan, rel_tol=_SAME_LOSS
+        )
+        for line in lines
+    )

@@ -192,6 +192,13 @@ def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
     assert found.result == {}
 
 
+def test_what_another_machine_evaluated_is_shown(tmp_path: pathlib.Path) -> None:
+    run_folders.write(tmp_path)
+    lines = [line | {"loss": line["loss"] * 1.0001} for line in run_folders.lines()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert record.read(tmp_path).evaluated is not None
+
+
 def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(
