@@ -20,6 +20,10 @@ autodoc_typehints = "description"
 autosummary_generate = True
 autosummary_imported_members = False
 napoleon_numpy_docstring = False
+# Attributes as a part of the class's text: as members they would be described twice.
+napoleon_use_ivar = True
+# `x` in a type may be an attribute of several classes.
+suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
 html_title = f"inception_jax {release}"

@@ -7,7 +7,7 @@ With "records" it holds no pixels, only what a first pass over all records found
 decoded from the TFDS records as they are needed: for data sets too large to be kept decoded. That
 pass decodes every image too, to measure mean and standard deviation, unless the registry has them.
 
-The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`:
+The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`::
 
     info.json              what follows, with the size of each file, and the training pixels' mean
                            and standard deviation, measured or published

@@ -1,12 +1,15 @@
 """The page and the API, as a Starlette application.
 
-GET /         the page, one file without anything from elsewhere.
-GET /model    JSON: network, classes, preparation, layer, limits.
-POST /predict the body is the picture file; ?top=N gives N classes, ?label=K the heat map of class K
-              in place of the best, ?heat_map=0 none. JSON: guesses (label, name, probability; the
-              best first) and, with a heat map, explained (the guess it is for), picture and
-              heat_map (PNGs as data URLs). On a mistake JSON with error, and the status 400 (no
-              picture, a wrong parameter), 413 (too large) or 415 (a form in place of the file).
+The routes::
+
+  GET /         the page, one file without anything from elsewhere.
+  GET /model    JSON: network, classes, preparation, layer, limits.
+  POST /predict the body is the picture file; ?top=N gives N classes, ?label=K the heat map of
+                class K in place of the best, ?heat_map=0 none. JSON: guesses (label, name,
+                probability; the best first) and, with a heat map, explained (the guess it is for),
+                picture and heat_map (PNGs as data URLs). On a mistake JSON with error, and the
+                status 400 (no picture, a wrong parameter), 413 (too large) or 415 (a form in place
+                of the file).
 """
 
 import pathlib

@@ -25,7 +25,7 @@ def make_schedule(
     """Returns the learning rate as a function of t, the number of updates already made.
 
     So the first update has rate(0) and the last rate(total_steps - 1). With W steps of warm-up, T =
-    total_steps and `peak` the setting learning_rate:
+    total_steps and `peak` the setting learning_rate::
 
       rate(t) = peak * t / W        for t < W
       rate(t) = peak * factor(t)    for t >= W, where factor(W) is exactly 1
