@@ -4,7 +4,8 @@ Source: the README "GoogLeNet Training on Tiny ImageNet" (Keras; its code was no
   Adam, 120 epochs, batches of 32, dropout 0.4, images of 64 px, normalised.
 Stated: validation loss 3.4950, top-1 41.80%, top-5 85.20% (implausible beside that top-1).
 Command: python -m inception_jax.main --config experiments/tiny_adam.py --workdir runs/tiny_adam
-Expected: not measured yet.
+Expected: the whole is not measured. 10.61% top-1, 30.70% top-5 on the validation images after the
+  first of its epochs, in bfloat16 (n = 1, seed 0; results/tiny_adam).
 Deviations: none known. What the text leaves open is chosen so: the rate 1e-3 throughout and epsilon
   1e-7 (Keras's defaults), the paper's stem, BatchNorm, no auxiliary heads, no random crops or
   flips, no weight decay. tiny_base.py names those that all such experiments share.
