@@ -46,11 +46,7 @@ done: files that could not be read as pictures; each is named.
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run whose checkpoint to use")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
-flags.register_multi_flags_validator(
-    ["workdir", "weights"],
-    lambda given: (given["workdir"] is None) != (given["weights"] is None),
-    "give either --workdir=DIR or --weights=FILE",
-)
+cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _TOP = flags.DEFINE_integer("top", 5, "how many classes to give for each picture", 1)
 _JSON = flags.DEFINE_bool("json", False, "write a JSON object a line: file, guesses")

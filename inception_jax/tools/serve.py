@@ -28,11 +28,7 @@ with the status 400, 413 or 415. GET /model tells the network, its classes and t
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run whose checkpoint to use")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
-flags.register_multi_flags_validator(
-    ["workdir", "weights"],
-    lambda given: (given["workdir"] is None) != (given["weights"] is None),
-    "give either --workdir=DIR or --weights=FILE",
-)
+cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _LAYER = flags.DEFINE_string(
     "layer",
