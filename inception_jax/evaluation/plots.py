@@ -6,7 +6,8 @@ They are drawn from the file, so that a run can be plotted while it goes on, or 
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inception_jax.errors import UserError
@@ -56,13 +57,30 @@ def plot_run(workdir: pathlib.Path) -> list[pathlib.Path]:
         "accuracy": _figure(lines, ["top1", "top5"], title=title, label="accuracy, %"),
         "learning_rate": _figure(lines, ["learning_rate"], title=title, label="learning rate"),
     }
-    folder = workdir / "plots"
+    return write_figures(workdir / "plots", figures.items())
+
+
+def write_figures(
+    folder: pathlib.Path, figures: "Iterable[tuple[str, Figure | None]]"
+) -> list[pathlib.Path]:
+    """Writes figures as PNG files, and returns those written.
+
+    Args:
+      folder: where to; made if it is missing.
+      figures: by name; None is left out.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
     written = []
     try:
-        folder.mkdir(exist_ok=True)
-        for name, figure in figures.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures:
             if figure is not None:
-                figure.savefig(folder / f"{name}.png", dpi=150)
+                with warnings.catch_warnings():
+                    # A letter of a class's name that the font lacks is drawn as a box.
+                    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+                    figure.savefig(folder / f"{name}.png", dpi=150)
                 written.append(folder / f"{name}.png")
     except OSError as error:
         raise UserError(
@@ -93,20 +111,8 @@ def plot_comparison(runs: Mapping[str, Sequence[Line]], folder: pathlib.Path) ->
         "top5": "top-5 accuracy, %",
         "learning_rate": "learning rate",
     }
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for metric, label in labels.items():
-            figure = _comparison(runs, metric, label=label)
-            if figure is not None:
-                figure.savefig(folder / f"{metric}.png", dpi=150)
-                written.append(folder / f"{metric}.png")
-    except OSError as error:
-        raise UserError(
-            f"Cannot write plots to {folder}: {error}. Name a folder that can be written, with "
-            "space left."
-        ) from error
-    return written
+    figures = ((name, _comparison(runs, name, label=label)) for name, label in labels.items())
+    return write_figures(folder, figures)
 
 
 def _comparison(runs: Mapping[str, Sequence[Line]], metric: str, *, label: str) -> "Figure | None":

@@ -1,12 +1,10 @@
 """The report's other plots as PNG files, for papers: classes, confusion, calibration, time."""
 
 import pathlib
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from inception_jax.errors import UserError
-from inception_jax.evaluation import sections
+from inception_jax.evaluation import plots, sections
 from inception_jax.evaluation.record import Record
 
 if TYPE_CHECKING:
@@ -28,21 +26,7 @@ def plot_run(record: Record) -> list[pathlib.Path]:
     Raises:
       UserError: if they cannot be written.
     """
-    folder = record.folder / "plots"
-    written = []
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, figure in _figures(record):
-            with warnings.catch_warnings():
-                # A letter of a class's name that the font lacks is drawn as a box.
-                warnings.filterwarnings("ignore", "Glyph .* missing from font")
-                figure.savefig(folder / f"{name}.png", dpi=150)
-            written.append(folder / f"{name}.png")
-    except OSError as error:
-        raise UserError(
-            f"Cannot write plots to {folder}: {error}. Make the folder writable, with space left."
-        ) from error
-    return written
+    return plots.write_figures(record.folder / "plots", _figures(record))
 
 
 def _figures(record: Record) -> "Iterator[tuple[str, Figure]]":
