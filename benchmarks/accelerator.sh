@@ -115,7 +115,7 @@ train() {
 }
 
 export_weights() {
-  "$PYTHON" -m inception_jax.tools.export_weights --workdir "$WORKDIR" --checkpoint=last \
+  "$PYTHON" -m inception_jax.tools.export --to=savedweights --workdir "$WORKDIR" --checkpoint=last \
     --dtype=bfloat16 --output "$OUT/weights.safetensors"
 }
 

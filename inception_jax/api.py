@@ -83,7 +83,7 @@ def load_weights(path: Path, checkpoint: str = "best") -> Weights:
     """Returns the weights of a run, or those in a file.
 
     Args:
-      path: of a run's folder, or of a file that `tools.export_weights` wrote.
+      path: of a run's folder, or of a file that `tools.export --to=savedweights` wrote.
       checkpoint: of a run: "best", "last" or the number of a step.
 
     Raises:

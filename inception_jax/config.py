@@ -373,7 +373,7 @@ class Schedule:
 class Init:
     weights: str = setting(
         "",
-        "file of weights that a new run starts from (tools.export_weights, tools.import_weights); "
+        "file of weights that a new run starts from (tools.export, tools.import_weights); "
         "a resumed run does not read it; empty: random values",
     )
 

@@ -49,6 +49,9 @@ OWNERS = {
     "torch": ("tools/import_weights.py",),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
+    "graphviz": ("evaluation/drawing.py",),
+    "onnx": ("evaluation/export.py", "evaluation/onnx_graph.py"),
+    "onnxruntime": ("evaluation/export.py",),
 }
 UNWANTED = {"tensorflow", "keras", "torchvision", "tensorboard"}
 PARALLEL = {"sharding", "PartitionSpec", "NamedSharding", "Mesh", "axis_name", "psum", "pmean"}

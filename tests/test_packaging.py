@@ -99,9 +99,11 @@ def test_what_is_declared_is_what_is_imported() -> None:
                 names.add(node.module.split(".")[0])
     distributions = importlib.metadata.packages_distributions()
     declared = {canonicalize_name(Requirement(text).name) for text in project()["dependencies"]}
-    used = {"array-record"}  # By TFDS, for this package.
+    used = {"array-record", "flatbuffers"}  # By TFDS and by jax.export, for this package.
     extras = project()["optional-dependencies"]
-    optional = {Requirement(text).name for name in ("reference", "serve") for text in extras[name]}
+    optional = {
+        Requirement(text).name for name in ("onnx", "reference", "serve") for text in extras[name]
+    }
     for name in names - set(sys.stdlib_module_names) - {"inception_jax"} - optional:
         found = {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
         assert found & declared, f"import {name}: its package {found or ''} is not declared"

@@ -27,6 +27,7 @@ class DatasetSpec:
       takes_source: whether `config.data.source` has a meaning.
       opener: the function that opens a source, a `files.Source`, as 'module:function'; needed where
         the content is not fixed.
+      classes: how many there are; 0: the source decides.
       settings: the fields of `config.Data` besides the source that the builder takes.
       mean, std: the published ones of the training pixels, in units of pixel value / 255; empty:
         they are measured when the data set is made ready, for which every image is decoded.
@@ -40,6 +41,7 @@ class DatasetSpec:
     fixed_content: bool = True
     takes_source: bool = True
     opener: str = ""
+    classes: int = 0
     settings: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -70,6 +72,7 @@ _SPECS = (
         train_split="train",
         eval_split="validation",
         builder="inception_jax.datasets.tiny_imagenet:TinyImagenet",
+        classes=200,
     ),
     DatasetSpec(
         name="tiny_imagenet_subset",
@@ -86,6 +89,7 @@ _SPECS = (
         train_split="train",
         eval_split="test",
         builder="inception_jax.datasets.cifar10:Cifar10",
+        classes=10,
     ),
     DatasetSpec(
         name="image_folder",
@@ -103,6 +107,7 @@ _SPECS = (
         train_split="train",
         eval_split="test",
         builder="inception_jax.datasets.digits:Digits",
+        classes=10,
         takes_source=False,
     ),
     DatasetSpec(
@@ -111,6 +116,7 @@ _SPECS = (
         train_split="train",
         eval_split="validation",
         builder="inception_jax.datasets.imagenet:Imagenet2012",
+        classes=1000,
         # As in torchvision's documentation of its pretrained models.
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),

@@ -5,12 +5,17 @@ convolutions, convolutions on small images, the gradient of a windowed maximum, 
 over the images that the derivative of BatchNorm takes. Each has an equivalent, of the same values
 and gradients to rounding, that is faster there (BUILD_NOTES.md, "Speed"). `_rewrite` decides, in
 this one place, when they are used; on every other backend the plain XLA operations run.
-`compiler_options` is what else the compiler has to be told.
+`compiler_options` is what else the compiler has to be told, and inside `plain` the plain operations
+run on the CPU too.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +29,26 @@ NO_PADDING: Paddings = ((0, 0), (0, 0))
 _LEAST_CHANNELS = 8
 
 
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Makes what is traced inside use the plain operations, on the CPU too.
+
+    For programs that other backends and libraries are to run, or that a reader is to understand. A
+    function that was traced before keeps what it was traced with, as JAX remembers programs.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def _rewrite() -> bool:
     """Whether the equivalents replace the plain operations."""
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _plain.get()
 
 
 def compiler_options(dtype: Any) -> dict[str, bool]:
@@ -191,14 +213,8 @@ def pool_padding(size: int, *, window: int, stride: int) -> tuple[int, int]:
 
 def plain_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -> jax.Array:
     """Pools with XLA's windowed reduction; where values tie, the first takes the whole gradient."""
-    return lax.reduce_window(
-        x,
-        -jnp.inf,
-        lax.max,
-        (1, window, window, 1),
-        (1, stride, stride, 1),
-        ((0, 0), *paddings, (0, 0)),
-    )
+    # By the name that converters to other formats look for.
+    return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride), padding=paddings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

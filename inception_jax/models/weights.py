@@ -166,7 +166,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             ) from error
         raise DataError(
             f"{path}: is no safetensors file, or only a part of one ({error}). Copy it anew, or "
-            "export it again with python -m inception_jax.tools.export_weights"
+            "export it again with python -m inception_jax.tools.export"
         ) from error
 
 

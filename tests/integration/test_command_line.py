@@ -136,7 +136,9 @@ def test_exported_weights_evaluate_as_the_checkpoint(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
-    said = command.check("tools.export_weights", f"--workdir={finished}", f"--output={path}")
+    said = command.check(
+        "tools.export", "--to=savedweights", f"--workdir={finished}", f"--output={path}"
+    )
     assert "mini_googlenet, 4 classes" in said and "moving average" in said
     result = json.loads(command.check("main", *training, f"--weights={path}", "--mode=eval"))
     assert result in [line for line in lines(finished) if line["split"] == "validation"]

@@ -206,3 +206,20 @@ def test_the_equivalents_replace_the_plain_operations_on_the_cpu_alone(backend: 
     assert ("conv_general_dilated" in program) is plain
     assert ("reduce_window_max" in program) is plain
     assert ("dot_general" in program) is not plain
+
+
+def test_plain_keeps_the_equivalents_out_of_a_program() -> None:
+    images = jnp.zeros((2, 8, 8, 3))
+    kernel = jnp.zeros((3, 3, 3, 4))
+
+    def program(x: jax.Array) -> jax.Array:
+        x = ops.conv(x, kernel, paddings=((1, 1), (1, 1)))
+        x, _, _ = ops.batch_norm_relu(x, jnp.ones(4), jnp.zeros(4), epsilon=1e-3)
+        return ops.max_pool(x, window=3, stride=2)
+
+    with ops.plain():
+        plain = str(jax.make_jaxpr(lambda x: program(x))(images))
+    assert "custom_vjp" not in plain
+    assert "conv_general_dilated" in plain and "reduce_window_max" in plain
+    # After it everything is as before.
+    assert str(jax.make_jaxpr(lambda x: program(x))(images)).count("custom_vjp_call") == 3

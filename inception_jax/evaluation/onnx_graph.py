@@ -1,0 +1,225 @@
+"""The forward pass of a network as an ONNX graph.
+
+A converter for the few operations that these networks are made of. jax2onnx 0.17.1, which knows
+many more, was tried: its orbax-export asks for an older Orbax than this package, its patched
+operations refuse the modules' branches and resizing under a free batch size, and its general
+max-pool has four axes, which ONNX Runtime does not compute.
+
+Images are kept with the channels first, as ONNX wants them, so that nothing is transposed between
+layers. The program is traced for one image; no operation of it mentions the size of the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.image
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
+
+# Old enough for most runtimes. Its files are of the format's version 8.
+_OPSET, _FORMAT = 17, 8
+_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+# Where the axes of an image [B, H, W, C] are in [B, C, H, W].
+_PLACES = (0, 2, 3, 1)
+
+# The name of a tensor that depends on the image, or the value of one that does not.
+Value = str | np.ndarray
+
+
+def convert(
+    network: Callable[[jax.Array], jax.Array],
+    *,
+    name: str,
+    size: int,
+    resized: int,
+    mean: np.ndarray,
+    std: np.ndarray,
+    names: tuple[str, str],
+) -> Any:
+    """Returns an ONNX model of a network with what comes before it.
+
+    Args:
+      network: gives float32 [1, classes] of normalised images, float32 [1, resized, resized, 3].
+      name: of the graph.
+      size: height and width of the input, pixels.
+      resized: what they are resized to, pixels, as `augment.resize` does.
+      mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std.
+      names: of input and output, uint8 [batch, size, size, 3] and float32 [batch, classes].
+
+    Returns:
+      An `onnx.ModelProto`, checked.
+
+    Raises:
+      ImportError: if the package onnx is not installed.
+      NotImplementedError: naming an operation of the network that is not known here.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = _Graph()
+    x = graph.add("Cast", names[0], to=TensorProto.FLOAT)
+    x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
+    if resized != size:
+        x = graph.add(
+            "MatMul", graph.add("MatMul", _resizing(size, resized), x), _resizing(size, resized).T
+        )
+    # (x / 255 - mean) / std.
+    x = graph.add("Mul", x, (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1))
+    x = graph.add("Sub", x, (mean / std).astype(np.float32).reshape(1, 3, 1, 1))
+    program = jax.make_jaxpr(network)(jax.ShapeDtypeStruct((1, resized, resized, 3), jnp.float32))
+    (logits,) = graph.walk(program.jaxpr, [x], program.consts)
+    graph.nodes.append(helper.make_node("Identity", [logits], [names[1]]))
+    shape = ["batch", program.out_avals[0].shape[1]]
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            name,
+            [helper.make_tensor_value_info(names[0], TensorProto.UINT8, ["batch", size, size, 3])],
+            [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, shape)],
+            [onnx.numpy_helper.from_array(value, key) for key, value in graph.constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_FORMAT,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+def _resizing(size: int, resized: int) -> np.ndarray:
+    """Returns the matrix float32 [resized, size] of resizing one axis as `augment.resize` does."""
+    identity = jnp.eye(size, dtype=jnp.float32)
+    return np.asarray(jax.image.resize(identity, (resized, size), "linear", antialias=True))
+
+
+class _Graph:
+    """A graph that is being written.
+
+    Attributes:
+      nodes: `onnx.NodeProto`s so far.
+      constants: arrays by name.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: dict[str, np.ndarray] = {}
+
+    def add(self, operation: str, *inputs: Value, **attributes: Any) -> str:
+        """Adds a node and returns the name of its result."""
+        from onnx import helper
+
+        result = f"{operation.lower()}_{len(self.nodes)}"
+        given = [self._name(value) for value in inputs]
+        self.nodes.append(helper.make_node(operation, given, [result], **attributes))
+        return result
+
+    def _name(self, value: Value) -> str:
+        if isinstance(value, str):
+            return value
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = np.ascontiguousarray(value)
+        return name
+
+    def walk(
+        self, program: Jaxpr, inputs: Sequence[Value], constants: Sequence[Any] = ()
+    ) -> list[Value]:
+        """Adds a program's operations and returns its results."""
+        values: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
+        values |= zip(program.constvars, map(np.asarray, constants), strict=True)
+
+        def value(atom: Any) -> Value:
+            return np.asarray(atom.val) if isinstance(atom, Literal) else values[atom]
+
+        for equation in program.eqns:
+            given = [value(atom) for atom in equation.invars]
+            if equation.primitive.name in _CALLS:
+                (inner,) = jaxprs_in_params(equation.params)
+                results = self.walk(inner, given, getattr(inner, "consts", ()))
+            else:
+                results = [self._operation(equation, given)]
+            values |= zip(equation.outvars, results, strict=True)
+        return [value(atom) for atom in program.outvars]
+
+    def _operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
+        """Adds an operation and returns its result."""
+        primitive, params = equation.primitive.name, equation.params
+        x = inputs[0]
+        if all(isinstance(given, np.ndarray) for given in inputs):
+            return _constant(equation, x)
+        if primitive in _BINARY:
+            return self._binary(primitive, inputs)
+        if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
+            return x  # Nothing else is computed in.
+        if primitive == "concatenate":
+            return self.add("Concat", *inputs, axis=_PLACES[params["dimension"]])
+        if primitive == "reduce_sum":
+            axes = np.array([_PLACES[axis] for axis in params["axes"]], np.int64)
+            return self.add("ReduceSum", x, axes, keepdims=0)
+        if primitive == "dot_general" and params["dimension_numbers"] == (((1,), (0,)), ((), ())):
+            return self.add("MatMul", *inputs)
+        if primitive == "conv_general_dilated":
+            kernel = np.asarray(inputs[1]).transpose(3, 2, 0, 1)
+            strides = list(params["window_strides"])
+            return self.add("Conv", x, kernel, strides=strides, pads=_pads(params["padding"]))
+        if primitive == "reduce_window_max":
+            return self.add(
+                "MaxPool",
+                x,
+                kernel_shape=list(params["window_dimensions"][1:3]),
+                strides=list(params["window_strides"][1:3]),
+                pads=_pads(params["padding"][1:3]),
+            )
+        if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
+            return self._channel_sum(x, equation)
+        raise NotImplementedError(f"{primitive} {params} is not known as an operation of ONNX")
+
+    def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
+        """Adds an operation on each number, constants put with their channels first."""
+        if primitive == "max" and isinstance(inputs[1], np.ndarray) and not inputs[1].any():
+            return self.add("Relu", inputs[0])
+        return self.add(_BINARY[primitive], *map(_turned, inputs))
+
+    def _channel_sum(self, x: Value, equation: Any) -> str:
+        """Adds sums over neighbouring channels: a 1x1 convolution by a matrix of ones and zeros."""
+        channels = equation.invars[0].aval.shape[3]
+        window = equation.params["window_dimensions"][3]
+        before = equation.params["padding"][3][0]
+        distance = np.arange(channels)[None, :] - np.arange(channels)[:, None] + before
+        band = ((distance >= 0) & (distance < window)).astype(np.float32)
+        return self.add("Conv", x, band[:, :, None, None])
+
+
+def _turned(value: Value) -> Value:
+    """Returns a constant that numbers are combined with as ONNX Runtime expects it."""
+    if isinstance(value, str):
+        return value
+    if value.ndim == 4:
+        return value.transpose(0, 3, 1, 2)
+    return value[0] if value.ndim == 2 else value  # A bias has one axis.
+
+
+def _constant(equation: Any, value: Value) -> np.ndarray:
+    """Returns the result of an operation that does not depend on the image.
+
+    Broadcasting gives axes of size 1, since all that reads the result broadcasts.
+    """
+    primitive, params, value = equation.primitive.name, equation.params, np.asarray(value)
+    if primitive == "broadcast_in_dim":
+        shape = [1] * len(params["shape"])
+        for axis, place in enumerate(params["broadcast_dimensions"]):
+            shape[place] = value.shape[axis]
+        return value.reshape(shape)
+    if primitive in ("reshape", "squeeze"):
+        return value.reshape(equation.outvars[0].aval.shape)
+    if primitive == "convert_element_type":
+        return value.astype(params["new_dtype"])
+    if primitive in ("copy", "copy_p"):
+        return value
+    raise NotImplementedError(f"{primitive} {params} of constants is not known here")
+
+
+def _pads(paddings: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns paddings as ONNX has them: all before, then all after."""
+    return [pad[0] for pad in paddings] + [pad[1] for pad in paddings]

@@ -1,0 +1,164 @@
+"""Writes a trained network as a file for other programs."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from inception_jax import cli
+
+if TYPE_CHECKING:
+    from inception_jax.input.dataset import Dataset
+    from inception_jax.models.weights import Weights
+
+USAGE = """
+Write a trained network as a file for other programs, or its weights for this one.
+
+  python -m inception_jax.tools.export --to=savedweights --workdir DIR --output FILE.safetensors
+  python -m inception_jax.tools.export --to=stablehlo --workdir DIR --output FILE.stablehlo
+  python -m inception_jax.tools.export --to=onnx --weights FILE.safetensors --output FILE.onnx
+  python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantise=int8
+
+Of a run it takes the weights that evaluation uses: the moving average where there is one.
+savedweights: one safetensors file with the network's settings, the classes and the normalisation,
+which --weights and --config.init.weights read. In bfloat16 it is half as large; BatchNorm
+statistics stay float32.
+stablehlo: by jax.export, for CPUs, CUDA GPUs and TPUs; FILE.json beside it says what goes in and
+comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take uint8 pixels [batch,
+S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
+--quantise=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
+accuracy of both forms on the evaluation split. The data are those of the run; with --weights give
+the experiment too (--config, with --config.data.directory if need be).
+"""
+
+_TO = flags.DEFINE_enum(
+    "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
+)
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
+flags.register_multi_flags_validator(
+    ["workdir", "weights"],
+    lambda given: (given["workdir"] is None) != (given["weights"] is None),
+    "give --workdir=DIR or --weights=FILE",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "file to write; one that is there is replaced", required=True
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
+)
+_QUANTISE = flags.DEFINE_enum("quantise", "none", ["none", "int8"], "onnx: what to compute in")
+_CALIBRATION = flags.DEFINE_integer(
+    "calibration", 512, "--quantise: training images that the ranges are taken from", 1
+)
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    cli.refuse_positional(positional)
+    from inception_jax import runtime
+    from inception_jax.errors import UserError
+    from inception_jax.models import weights
+
+    if _QUANTISE.value != "none" and _TO.value != "onnx":
+        raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
+    if _DTYPE.value != "float32" and _TO.value != "savedweights":
+        raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
+    # Converting needs no accelerator, and another command may be using it.
+    runtime.initialize(platform="cpu", log=cli.say)
+    trained, path = _trained(), pathlib.Path(_OUTPUT.value)
+    if _TO.value == "savedweights":
+        weights.save(path, trained, dtype=_DTYPE.value)
+    elif _TO.value == "stablehlo":
+        _write_stablehlo(path, trained)
+    elif _QUANTISE.value == "none":
+        _write_onnx(path, trained)
+    else:
+        _write_quantised(path, trained)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {trained}")
+
+
+def _trained() -> "Weights":
+    from inception_jax.models import weights
+    from inception_jax.training import pretrained, workdir
+
+    if _WEIGHTS.value is not None:
+        return weights.load(pathlib.Path(_WEIGHTS.value))
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    return pretrained.from_checkpoint(folder, _CHECKPOINT.value)
+
+
+def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
+    import json
+
+    from inception_jax.evaluation import export
+
+    data = export.stablehlo(weights)
+    _say_difference(export.largest_difference(weights, export.load_stablehlo(data)))
+    export.write(path, data)
+    about = json.dumps(export.describe(weights), indent=2)
+    export.write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
+
+
+def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
+    from inception_jax.evaluation import export
+
+    data = export.onnx_file(weights)
+    _say_difference(export.largest_difference(weights, export.load_onnx(data)))
+    export.write(path, data)
+
+
+def _write_quantised(path: pathlib.Path, weights: "Weights") -> None:
+    """Writes the network in 8 bits and prints what that costs."""
+    import numpy as np
+
+    from inception_jax.evaluation import export
+
+    dataset = _dataset()
+    export.check_data(dataset, weights)
+    plain = export.onnx_file(weights)
+    _say_difference(export.largest_difference(weights, export.load_onnx(plain)))
+    train = dataset.train_evaluated
+    count = min(_CALIBRATION.value, len(train))
+    # Examples lie in the order of a hash, so the first are as good as any.
+    small = export.quantised(plain, train.read(np.arange(count)))
+    export.write(path, small)
+    print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
+    print(
+        "| ONNX | MB | top-1 | top-5 | images | images/s |\n| --- | --: | --: | --: | --: | --: |"
+    )
+    for form, data in (("float32", plain), ("int8", small)):
+        found = export.accuracy(form, export.load_onnx(data), dataset.evaluation, size=len(data))
+        print(
+            f"| {found.form} | {found.megabytes:.1f} | {found.top1:.2f}% | {found.top5:.2f}% | "
+            f"{found.count:,} | {found.images_per_second:,.0f} |"
+        )
+
+
+def _dataset() -> "Dataset":
+    """Opens the data of --config or, without it, of the run."""
+    from inception_jax import config as configs
+    from inception_jax.errors import UserError
+    from inception_jax.input import dataset
+    from inception_jax.training import workdir
+
+    if _CONFIG.value is not None:
+        configs.validate(_CONFIG.value)
+        return dataset.prepare(_CONFIG.value.data, log=cli.say)
+    if _WORKDIR.value is None:
+        raise UserError(
+            "--quantise needs the data set; with --weights give its experiment too: --config=FILE"
+        )
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    return dataset.prepare(workdir.recorded_run(folder)[0].data, log=cli.say)
+
+
+def _say_difference(difference: float) -> None:
+    cli.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+
+
+if __name__ == "__main__":
+    cli.run(main, USAGE)

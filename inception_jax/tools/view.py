@@ -1,0 +1,138 @@
+"""Shows what a network is made of, and what a trained one sees."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from inception_jax import cli
+
+if TYPE_CHECKING:
+    from inception_jax.models.structure import Structure
+    from inception_jax.models.weights import Weights
+
+USAGE = """
+Show what a network is made of: a drawing (architecture.svg and .png, by Graphviz) and a table,
+block by block, of output size, parameters, multiply-adds and receptive field (architecture.md and
+.csv). At 224 px the paper's network is compared with table 1 of its paper.
+
+  python -m inception_jax.tools.view --config experiments/tiny.py
+  python -m inception_jax.tools.view --config experiments/image_folder.py --classes=5
+  python -m inception_jax.tools.view --workdir DIR
+  python -m inception_jax.tools.view --weights FILE.safetensors --image cat.jpg --layer=inception_4a
+
+Of trained weights it also draws the first layer's filters (filters.png) and, with --image, what a
+module finds in a picture (activations.png).
+"""
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, instead of --config")
+_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --config")
+flags.register_multi_flags_validator(
+    ["config", "workdir", "weights"],
+    lambda given: sum(value is not None for value in given.values()) == 1,
+    "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE",
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "folder for the files; default: DIR/view of --workdir, else runs/view"
+)
+_CLASSES = flags.DEFINE_integer(
+    "classes", None, "with --config: number of classes, where the data set does not say it", 1
+)
+_IMAGE = flags.DEFINE_string("image", None, "picture to draw the activations of")
+_LAYER = flags.DEFINE_string(
+    "layer", None, "module to draw the activations of; default: the first that holds layers"
+)
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    cli.refuse_positional(positional)
+    from inception_jax import config as configs
+    from inception_jax import runtime
+    from inception_jax.errors import UserError
+    from inception_jax.evaluation import architecture, drawing
+    from inception_jax.models import registry, structure
+    from inception_jax.training import workdir
+
+    if _IMAGE.value is not None and _CONFIG.value is not None:
+        raise UserError(
+            "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
+        )
+    # Tracing needs no accelerator, and another command may be using it.
+    runtime.initialize(platform="cpu", log=cli.say)
+    if _CONFIG.value is not None:
+        configs.validate(_CONFIG.value)
+        config, weights, classes = _CONFIG.value, None, _classes()
+    else:
+        weights = _trained()
+        config, classes = weights.config, weights.num_classes
+    found = structure.describe(registry.create(config.model, classes), config.data.image_size)
+    folder = _output()
+    workdir.check_writable(workdir.Workdir(folder), flag="output")
+    table = architecture.table(found)
+    print(table.markdown())
+    title = f"{config.model.name}, {config.data.image_size} px, {classes} classes"
+    written = table.write(folder)
+    written += drawing.write(drawing.draw(found, title), folder, log=cli.say)
+    if weights is not None:
+        written += _draw_weights(folder, weights, found)
+    for path in written:
+        print(path)
+
+
+def _classes() -> int:
+    """Returns how many classes the experiment has."""
+    from inception_jax.datasets import registry
+    from inception_jax.errors import UserError
+
+    name = _CONFIG.value.data.name
+    classes = _CLASSES.value or registry.get(name).classes
+    if not classes:
+        raise UserError(
+            f"the number of classes of {name} depends on its source: give it as --classes=N"
+        )
+    return classes
+
+
+def _trained() -> "Weights":
+    from inception_jax.models import weights
+    from inception_jax.training import pretrained, workdir
+
+    if _WEIGHTS.value is not None:
+        return weights.load(pathlib.Path(_WEIGHTS.value))
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    return pretrained.from_checkpoint(folder, _CHECKPOINT.value)
+
+
+def _output() -> pathlib.Path:
+    default = "runs/view" if _WORKDIR.value is None else f"{_WORKDIR.value}/view"
+    return pathlib.Path(_OUTPUT.value or default)
+
+
+def _draw_weights(
+    folder: pathlib.Path, weights: "Weights", structure: "Structure"
+) -> list[pathlib.Path]:
+    """Draws the first filters and, of an image, activations; returns the files."""
+    from inception_jax.evaluation import feature_maps, predict
+
+    written = [folder / "filters.png"]
+    first = next(layer.name for layer in structure.layers if layer.inputs[0].source is None)
+    kernel = feature_maps.filters(weights, first)
+    feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
+    if _IMAGE.value is None:
+        return written
+    written.append(folder / "activations.png")
+    modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
+    layer = _LAYER.value or next(modules)
+    predictor = predict.Predictor(weights)
+    pixels = predictor.read(pathlib.Path(_IMAGE.value).read_bytes(), _IMAGE.value)
+    maps = feature_maps.activations(predictor, pixels, layer)
+    feature_maps.draw_activations(written[1], pixels, maps, layer=layer, title=str(weights))
+    return written
+
+
+if __name__ == "__main__":
+    cli.run(main, USAGE)

@@ -1,0 +1,190 @@
+"""Exported networks against the network itself."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from inception_jax.config import Model
+from inception_jax.errors import ConfigError, RunError, UserError
+from inception_jax.evaluation import export
+from inception_jax.evaluation.predict import Predictor
+from inception_jax.input.splits import Split
+from inception_jax.models.weights import Weights
+from tests import random_weights
+
+SIZE = random_weights.SIZE
+
+
+def noise(count: int, size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def expected(weights: Weights, pixels: np.ndarray) -> np.ndarray:
+    return Predictor(weights, batch_size=len(pixels)).logits(pixels)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return random_weights.make()
+
+
+@pytest.fixture(scope="module")
+def onnx_data(weights: Weights) -> bytes:
+    pytest.importorskip("onnxruntime")
+    return export.onnx_file(weights)
+
+
+def test_the_program_gives_the_logits_of_the_network(weights: Weights) -> None:
+    pixels = noise(3)
+    found = jax.jit(export.program(weights))(pixels)
+    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert np.ptp(found) > 0.1
+
+
+def test_the_program_has_nothing_of_one_backend(weights: Weights) -> None:
+    program = str(jax.make_jaxpr(export.program(weights))(noise(1)))
+    assert "custom_vjp" not in program and "optimization_barrier" not in program
+    assert "rsqrt" not in program, "BatchNorm is folded into the kernels"
+
+
+def test_stablehlo_runs_on_any_batch_and_platform(weights: Weights) -> None:
+    data = export.stablehlo(weights)
+    exported = jax.export.deserialize(bytearray(data))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    call = export.load_stablehlo(data)
+    for count in (1, 5):
+        pixels = noise(count)
+        np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert export.largest_difference(weights, call) < 1e-3
+
+
+def test_another_size_of_evaluation_is_inside() -> None:
+    weights = random_weights.make(evaluated=12)
+    pixels = noise(2)
+    found = export.load_stablehlo(export.stablehlo(weights))(pixels)
+    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_trained_in_bfloat16_is_exported_in_float32(weights: Weights) -> None:
+    rough = random_weights.make(Model(name="mini_googlenet", width=0.1, dtype="bfloat16"))
+    pixels = noise(3)
+    found = np.asarray(jax.jit(export.program(rough))(pixels))
+    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert rough.config.model.dtype == "bfloat16", "the caller's settings stay"
+
+
+def test_a_network_that_is_not_the_same_is_refused(weights: Weights) -> None:
+    pixels = noise(3)
+    right = export.load_stablehlo(export.stablehlo(weights))
+    with pytest.raises(RunError, match=r"logits differ by up to 0\.1"):
+        export.largest_difference(weights, lambda pixels: right(pixels) + 0.1)
+    with pytest.raises(RunError, match="logits differ by up to nan"):
+        export.largest_difference(weights, lambda pixels: right(pixels) * np.nan)
+    assert pixels.shape
+
+
+def test_onnx_runtime_gives_the_logits_of_the_network(weights: Weights, onnx_data: bytes) -> None:
+    call = export.load_onnx(onnx_data)
+    for count in (1, 5):
+        pixels = noise(count)
+        np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_an_onnx_file_resizes_inside() -> None:
+    pytest.importorskip("onnxruntime")
+    weights = random_weights.make(evaluated=12)
+    pixels = noise(2)
+    found = export.load_onnx(export.onnx_file(weights))(pixels)
+    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(onnx_data)
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(about["inception_jax"]) == export.describe(weights)
+    (given,), (result,) = model.graph.input, model.graph.output
+    assert (given.name, result.name) == ("pixels", "logits")
+    dimensions = given.type.tensor_type.shape.dim
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert dimensions[0].dim_param and [d.dim_value for d in dimensions][1:] == [SIZE, SIZE, 3]
+    operations = {node.op_type for node in model.graph.node}
+    assert {"Conv", "MaxPool", "Concat"} <= operations
+    assert "BatchNormalization" not in operations
+
+
+def test_eight_bits_are_smaller_and_nearly_the_same(weights: Weights, onnx_data: bytes) -> None:
+    onnx = pytest.importorskip("onnx")
+    small = export.quantised(onnx_data, noise(64))
+    weights_of = {t.name: t.data_type for t in onnx.load_from_string(small).graph.initializer}
+    assert onnx.TensorProto.INT8 in weights_of.values()
+    pixels = noise(100)
+    before, after = expected(weights, pixels), export.load_onnx(small)(pixels)
+    assert not np.array_equal(before, after)
+    assert np.abs(after - before).mean() < 0.2 * before.std(0).mean()
+
+
+def test_what_is_not_installed_is_named(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"not installed \(onnx\): pip install .*\[onnx\]"):
+        export.onnx_file(weights)
+
+
+class Fixed(Split):
+    """A split whose images are their numbers."""
+
+    @property
+    def threads(self) -> int:
+        return 1
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        return indices.astype(np.uint8).reshape(-1, 1, 1, 1)
+
+
+def test_accuracy_counts_every_image_once() -> None:
+    """7 classes; image i is rated i, i + 1, …: right at first, or at fifth place, or not at all."""
+    labels = np.array([i % 7 if i % 2 else (i + 4) % 7 for i in range(150)] + [3], np.int32)
+    labels[0] = 5
+    split = Fixed(labels, pathlib.Path(), 1)
+
+    def classify(pixels: np.ndarray) -> np.ndarray:
+        places = (np.arange(7) - pixels.reshape(-1, 1) % 7) % 7
+        return -places.astype(np.float32)
+
+    found = export.accuracy("form", classify, split, size=2_500_000)
+    assert (found.form, found.megabytes, found.count) == ("form", 2.5, 151)
+    # 75 odd ones; image 150 is rated 3 first; of the 75 even ones image 0 is not among the five.
+    assert found.top1 == pytest.approx(100 * 76 / 151)
+    assert found.top5 == pytest.approx(100 * 150 / 151)
+
+
+def test_equal_logits_count_as_the_lower_label() -> None:
+    split = Fixed(np.array([0, 1, 4, 5], np.int32), pathlib.Path(), 1)
+    found = export.accuracy("", lambda pixels: np.zeros((len(pixels), 7)), split, size=0)
+    assert (found.top1, found.top5) == (25, 75)
+
+
+def test_a_description_can_be_written_as_json(weights: Weights) -> None:
+    about = json.loads(json.dumps(export.describe(weights)))
+    assert about["class_names"] == list("abcdefg")
+    assert about["input"]["shape"] == ["batch", SIZE, SIZE, 3]
+
+
+def test_a_file_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(UserError, match="/proc/no/file: cannot be written"):
+        export.write(pathlib.Path("/proc/no/file"), b"")
+
+
+def test_data_of_other_classes_are_refused(weights: Weights) -> None:
+    class Data:
+        name, image_size, num_classes, class_names = "other", SIZE, 7, tuple("abcdefh")
+
+    with pytest.raises(ConfigError, match="--config"):
+        export.check_data(Data(), weights)  # type: ignore[arg-type]
+    Data.class_names = weights.class_names
+    export.check_data(Data(), weights)  # type: ignore[arg-type]

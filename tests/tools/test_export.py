@@ -1,0 +1,95 @@
+"""The command export, and the lines of docs/export.md that use what it writes."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax.models import weights
+from tests import command, random_weights
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (command.ROOT / "docs/export.md").read_text(), re.S)
+HAS_ONNX = importlib.util.find_spec("onnxruntime") is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Holds the files that the documentation speaks of."""
+    folder = tmp_path_factory.mktemp("export")
+    trained = folder / "trained.safetensors"
+    weights.save(trained, random_weights.make())
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    for form, name in (
+        ("savedweights", "model.safetensors"),
+        ("stablehlo", "model.stablehlo"),
+        *([("onnx", "model.onnx")] if HAS_ONNX else []),
+    ):
+        printed = command.check(
+            "tools.export", f"--to={form}", f"--weights={trained}", f"--output={folder / name}"
+        )
+        assert f"{folder / name}: " in printed and "mini_googlenet, 7 classes" in printed
+    return folder
+
+
+def test_the_documentation_has_lines_for_each_form() -> None:
+    assert len(SNIPPETS) == 4
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["stablehlo", "onnx", "safetensors", "package"])
+def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) -> None:
+    if "onnxruntime" in snippet and not HAS_ONNX:
+        pytest.skip("needs the extra [onnx]")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(command.ROOT), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if "load_file" in snippet:
+        assert "params/conv1/conv/kernel (3, 3, 3, 10)" in done.stdout
+    else:
+        # The same five classes from each form.
+        (folder / "expected").touch()
+        expected = (folder / "expected").read_text() or done.stdout
+        (folder / "expected").write_text(expected)
+        assert done.stdout == expected
+        assert len(done.stdout.splitlines()) == 5
+
+
+def test_the_description_lies_beside_stablehlo(folder: pathlib.Path) -> None:
+    about = json.loads((folder / "model.stablehlo.json").read_text())
+    assert about["output"]["shape"] == ["batch", 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
+        (["--to=stablehlo", "--quantise=int8"], "--quantise=int8: is for --to=onnx"),
+        (["--to=onnx", "--quantise=int8"], "give its experiment too: --config=FILE"),
+        (["--to=tflite"], "--to"),
+    ],
+)
+def test_a_mistake_gets_exit_code_2(
+    arguments: list[str], words: str, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    done = command.run(
+        "tools.export",
+        *arguments,
+        f"--weights={folder / 'trained.safetensors'}",
+        f"--output={tmp_path / 'file'}",
+    )
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())

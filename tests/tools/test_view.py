@@ -1,0 +1,64 @@
+"""The command view, on a configuration and on a file of weights."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax.models import weights
+from tests import command, random_weights
+
+DIGITS = ["tools.view", "--config=experiments/digits.py"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("trained") / "weights.safetensors"
+    weights.save(path, random_weights.make())
+    return path
+
+
+def test_a_configuration_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
+    printed = command.check(*DIGITS, f"--output={tmp_path}").splitlines()
+    total = next(line for line in printed if line.startswith("| total"))
+    assert "1,651,114" in total
+    files = [pathlib.Path(line) for line in printed if line.startswith(str(tmp_path))]
+    assert {"architecture.md", "architecture.csv", "architecture.dot"} <= {f.name for f in files}
+    assert all(file.stat().st_size > 500 for file in files)
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files}
+
+
+def test_weights_show_filters_and_activations(
+    trained: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)).save(picture)
+    output = tmp_path / "view"
+    printed = command.check(
+        "tools.view", f"--weights={trained}", f"--output={output}", f"--image={picture}"
+    )
+    for name in ("filters.png", "activations.png"):
+        assert str(output / name) in printed.splitlines()
+        with Image.open(output / name) as image:
+            assert min(image.size) > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tools.view"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
+        ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
+        (
+            ["tools.view", "--config=experiments/image_folder.py"],
+            "number of classes of image_folder depends on its source: give it as --classes=N",
+        ),
+        ([*DIGITS, "--config.data.image_size=2"], "too small"),
+        ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
+    ],
+)
+def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
+    done = command.run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
