@@ -16,10 +16,11 @@ PACKAGE = ROOT / "inception_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part of the package may import from the others; `inception_jax` is its version.
-BASE = {"inception_jax", "errors", "config"}
+BASE = {"inception_jax", "atomic", "errors", "config"}
 MAY_IMPORT = {
     "inception_jax": {"api"},  # By its name only, when it is asked for.
     "errors": set(),
+    "atomic": {"errors"},
     "config": {"inception_jax", "errors"},
     "memory": set(),
     "cli": BASE,

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 import pathlib
 import tempfile
 import time
@@ -274,26 +273,6 @@ def check_data(dataset: Dataset, weights: Weights) -> None:
             f"px; the weights are of {weights.num_classes} classes and {weights.image_size} px, or "
             "of classes of other names. Give the experiment that they were trained by: --config"
         )
-
-
-def write(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}. Give a file in a folder that is there, "
-            "on a disk with room"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

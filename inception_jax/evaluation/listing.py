@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
-from inception_jax.errors import UserError
+from inception_jax import atomic
 from inception_jax.evaluation.predict import Guess
 
 
@@ -82,17 +82,5 @@ def written(path: pathlib.Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        file = temporary.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--output={path}: cannot be written: {error.strerror}. Give a file in a folder that "
-            "is there and that you may write to"
-        ) from error
-    try:
-        with file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file

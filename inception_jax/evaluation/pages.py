@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from inception_jax.errors import UserError
+from inception_jax import atomic
 from inception_jax.evaluation import sections
 from inception_jax.evaluation.record import Record
 
@@ -66,16 +66,8 @@ def write(path: pathlib.Path, page: str) -> None:
     Raises:
       UserError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic.replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error}. Name a file in a folder that is there and writable, "
-            "with space left"
-        ) from error
 
 
 def _link(record: Record, output: pathlib.Path) -> str:

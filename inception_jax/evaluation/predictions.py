@@ -7,7 +7,6 @@ shows. It is a plain NumPy archive, with no pickled objects.
 
 import dataclasses
 import json
-import os
 import pathlib
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from inception_jax import atomic
 from inception_jax.errors import UserError
 from inception_jax.input.splits import Split
 
@@ -118,24 +118,15 @@ def write(folder: pathlib.Path, evaluated: Evaluated) -> None:
     Raises:
       UserError: if it cannot be written.
     """
-    path = folder / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                result=np.array(json.dumps(evaluated.result)),
-                shown=evaluated.shown,
-                names=np.array(evaluated.names, np.str_),
-                pictures=evaluated.pictures,
-                **dataclasses.asdict(evaluated.predictions),
-            )
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error}. Make the folder writable, with space left"
-        ) from error
+    with atomic.replacing(folder / FILE) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            result=np.array(json.dumps(evaluated.result)),
+            shown=evaluated.shown,
+            names=np.array(evaluated.names, np.str_),
+            pictures=evaluated.pictures,
+            **dataclasses.asdict(evaluated.predictions),
+        )
 
 
 def read(folder: pathlib.Path) -> Evaluated | None:

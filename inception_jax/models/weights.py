@@ -8,7 +8,6 @@ give the same bytes.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import inception_jax
+from inception_jax import atomic
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, DataError, UserError
+from inception_jax.errors import ConfigError, DataError
 
 # Rises when files are written that older versions would read wrongly.
 FORMAT = 1
@@ -103,19 +103,11 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
         )
         for name, value in flatten(weights.variables).items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(arrays, temporary, metadata={_KEY: json.dumps(_description(weights))})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be written: {error}. Give a file in a folder that is there, on a disk "
-            "with room"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as temporary:
+        try:
+            save_file(arrays, temporary, metadata={_KEY: json.dumps(_description(weights))})
+        except SafetensorError as error:  # How it reports that the file cannot be written.
+            raise OSError(str(error)) from error
 
 
 def load(path: pathlib.Path) -> Weights:

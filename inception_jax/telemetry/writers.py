@@ -6,12 +6,12 @@ is removed (JSON lines) or hidden (TensorBoard), so that each curve has each ste
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from inception_jax import atomic
 from inception_jax.errors import UserError
 from inception_jax.telemetry import clu_writers
 from inception_jax.telemetry.clu_writers import metric_writers
@@ -131,10 +131,5 @@ def _drop_later_lines(path: pathlib.Path, resume_step: int) -> None:
     kept = []
     if resume_step and path.exists():
         kept = [line for line in read_lines(path) if line["step"] <= resume_step]
-    # Written beside and renamed, so that a kill leaves the old file or the new one.
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with atomic.replacing(path) as temporary, temporary.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

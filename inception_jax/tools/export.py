@@ -38,11 +38,7 @@ _TO = flags.DEFINE_enum(
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
-flags.register_multi_flags_validator(
-    ["workdir", "weights"],
-    lambda given: (given["workdir"] is None) != (given["weights"] is None),
-    "give --workdir=DIR or --weights=FILE",
-)
+cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "file to write; one that is there is replaced", required=True
 )
@@ -62,6 +58,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import runtime
     from inception_jax.errors import UserError
     from inception_jax.models import weights
+    from inception_jax.training import pretrained
 
     if _QUANTISE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
@@ -69,7 +66,10 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
     runtime.initialize(platform="cpu", log=cli.say)
-    trained, path = _trained(), pathlib.Path(_OUTPUT.value)
+    trained = pretrained.load(
+        workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
+    )
+    path = pathlib.Path(_OUTPUT.value)
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":
@@ -81,16 +81,6 @@ def main(positional: Sequence[str]) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {trained}")
 
 
-def _trained() -> "Weights":
-    from inception_jax.models import weights
-    from inception_jax.training import pretrained, workdir
-
-    if _WEIGHTS.value is not None:
-        return weights.load(pathlib.Path(_WEIGHTS.value))
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    return pretrained.from_checkpoint(folder, _CHECKPOINT.value)
-
-
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     import json
 
@@ -98,9 +88,9 @@ def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
 
     data = export.stablehlo(weights)
     _say_difference(export.largest_difference(weights, export.load_stablehlo(data)))
-    export.write(path, data)
+    _write(path, data)
     about = json.dumps(export.describe(weights), indent=2)
-    export.write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
+    _write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
 
 
 def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
@@ -108,7 +98,7 @@ def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
 
     data = export.onnx_file(weights)
     _say_difference(export.largest_difference(weights, export.load_onnx(data)))
-    export.write(path, data)
+    _write(path, data)
 
 
 def _write_quantised(path: pathlib.Path, weights: "Weights") -> None:
@@ -125,7 +115,7 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> None:
     count = min(_CALIBRATION.value, len(train))
     # Examples lie in the order of a hash, so the first are as good as any.
     small = export.quantised(plain, train.read(np.arange(count)))
-    export.write(path, small)
+    _write(path, small)
     print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
     print(
         "| ONNX | MB | top-1 | top-5 | images | images/s |\n| --- | --: | --: | --: | --: | --: |"
@@ -154,6 +144,13 @@ def _dataset() -> "Dataset":
         )
     folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     return dataset.prepare(workdir.recorded_run(folder)[0].data, log=cli.say)
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    from inception_jax import atomic
+
+    with atomic.replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _say_difference(difference: float) -> None:

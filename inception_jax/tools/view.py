@@ -29,11 +29,8 @@ module finds in a picture (activations.png).
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, instead of --config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --config")
-flags.register_multi_flags_validator(
-    ["config", "workdir", "weights"],
-    lambda given: sum(value is not None for value in given.values()) == 1,
-    "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE",
-)
+_ONE = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
+cli.require_one("config", "workdir", "weights", message=_ONE)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "folder for the files; default: DIR/view of --workdir, else runs/view"
@@ -55,7 +52,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.errors import UserError
     from inception_jax.evaluation import architecture, drawing
     from inception_jax.models import registry, structure
-    from inception_jax.training import workdir
+    from inception_jax.training import pretrained, workdir
 
     if _IMAGE.value is not None and _CONFIG.value is not None:
         raise UserError(
@@ -67,7 +64,9 @@ def main(positional: Sequence[str]) -> None:
         configs.validate(_CONFIG.value)
         config, weights, classes = _CONFIG.value, None, _classes()
     else:
-        weights = _trained()
+        weights = pretrained.load(
+            workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
+        )
         config, classes = weights.config, weights.num_classes
     found = structure.describe(registry.create(config.model, classes), config.data.image_size)
     folder = _output()
@@ -95,16 +94,6 @@ def _classes() -> int:
             f"the number of classes of {name} depends on its source: give it as --classes=N"
         )
     return classes
-
-
-def _trained() -> "Weights":
-    from inception_jax.models import weights
-    from inception_jax.training import pretrained, workdir
-
-    if _WEIGHTS.value is not None:
-        return weights.load(pathlib.Path(_WEIGHTS.value))
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    return pretrained.from_checkpoint(folder, _CHECKPOINT.value)
 
 
 def _output() -> pathlib.Path:

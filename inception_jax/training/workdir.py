@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from inception_jax import atomic
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
@@ -42,14 +43,14 @@ class Workdir:
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    with atomic.replacing(path) as temporary, temporary.open("w") as file:
         json.dump(values, file, indent=2)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def needed(workdir: Workdir | None) -> Workdir:

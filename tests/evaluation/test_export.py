@@ -175,11 +175,6 @@ def test_a_description_can_be_written_as_json(weights: Weights) -> None:
     assert about["input"]["shape"] == ["batch", SIZE, SIZE, 3]
 
 
-def test_a_file_that_cannot_be_written_is_named() -> None:
-    with pytest.raises(UserError, match="/proc/no/file: cannot be written"):
-        export.write(pathlib.Path("/proc/no/file"), b"")
-
-
 def test_data_of_other_classes_are_refused(weights: Weights) -> None:
     class Data:
         name, image_size, num_classes, class_names = "other", SIZE, 7, tuple("abcdefh")

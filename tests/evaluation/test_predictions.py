@@ -110,5 +110,5 @@ def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
     found = predictions.read(run_folders.write(tmp_path / "run"))
     assert found is not None
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         predictions.write(tmp_path / "none", found)

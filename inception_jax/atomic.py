@@ -1,0 +1,39 @@
+"""Files that are there whole or not at all, whenever the process ends."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from inception_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a name to write a file under, which takes the place of `path` at the end.
+
+    The contents are on the disk before they take the place. An error leaves what was there before,
+    and nothing besides.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, *map(str, (temporary, path))):
+            raise  # Of another file, which the block reads.
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}. Give a folder that is there "
+            "and that you may write to, on a disk with room"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
