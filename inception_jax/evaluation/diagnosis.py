@@ -275,7 +275,7 @@ def _fit(e: Evidence) -> tuple[str, str]:
     )
     if 100 - e.validation_top1 <= SMALL_ERROR:
         return WELL, f"validation error {100 - e.validation_top1:.1f}%, at most {SMALL_ERROR:g}%"
-    if e.late_gain > e.noise and e.error_share >= VARIANCE:
+    if _rising(e) and e.error_share >= VARIANCE:
         return UNDER, (
             f"validation top-1 was still rising, by {e.late_gain:.1f} points in the last fifth of "
             f"the time at a high rate (noise {e.noise:.1f}): the run was too short, or slow"
@@ -291,6 +291,16 @@ def _fit(e: Evidence) -> tuple[str, str]:
     if math.isnan(e.error_share):
         return UNCERTAIN, "top-1 is not known"
     return WELL, share
+
+
+def _rising(e: Evidence) -> bool:
+    """Whether validation was still rising before the rate fell."""
+    return e.late_gain > e.noise
+
+
+def _levelled_off(e: Evidence) -> bool:
+    """Whether it no longer was; where the gain is not known, neither holds."""
+    return e.late_gain <= e.noise
 
 
 def _learning_rate(verdict: str, e: Evidence) -> Answer:
@@ -325,8 +335,10 @@ def _regularisation(verdict: str, e: Evidence) -> Answer:
         return Answer(question, "too weak", gap)
     if verdict not in (UNDER, WELL):
         return Answer(question, "cannot say", "the verdict on the fit comes first")
-    if verdict == UNDER and e.late_gain > e.noise:
+    if verdict == UNDER and _rising(e):
         return Answer(question, "cannot say", "the run ended while it was improving")
+    if verdict == UNDER and not _levelled_off(e):
+        return Answer(question, "cannot say", "whether the run had levelled off is not known")
     if verdict == UNDER:
         answer = "cannot say" if e.train_is_bound else "perhaps too strong"
         return Answer(question, answer, gap)
@@ -344,7 +356,7 @@ def _dropout(verdict: str, e: Evidence, dropout: float) -> Answer:
     question, at = "dropout", f"model.dropout is {dropout:g}"
     if verdict == OVER and dropout < 0.5:
         return Answer(question, "could be more", f"{at}, and the network over-fits")
-    if verdict == UNDER and dropout > 0.2 and not e.late_gain > e.noise:
+    if verdict == UNDER and dropout > 0.2 and _levelled_off(e):
         return Answer(question, "perhaps too strong", f"{at}, and the network under-fits")
     if verdict in (OVER, WELL):
         return Answer(question, "no sign against it", f"{at}; a run without it would tell more")
@@ -357,7 +369,7 @@ def _capacity(verdict: str, e: Evidence) -> Answer:
         return Answer(question, "enough", f"training top-1 is {e.train_top1:.1f}%")
     if verdict == WELL:
         return Answer(question, "enough", "the error is small or evenly split")
-    if verdict == UNDER and not e.late_gain > e.noise and not e.train_is_bound:
+    if verdict == UNDER and _levelled_off(e) and not e.train_is_bound:
         return Answer(
             question,
             "perhaps too small",
@@ -424,17 +436,18 @@ def _more_regularisation(config: Config, e: Evidence) -> Iterator[_Change]:
 
 def _better_fit(config: Config, e: Evidence) -> Iterator[_Change]:
     longer = _longer(config)
-    rising = e.late_gain > e.noise
-    if rising:
+    if _rising(e):
         yield *longer, "validation was still rising when the rate fell"
+    elif not _levelled_off(e):
+        yield *longer, "whether validation was still rising is not known; the first to rule out"
     if e.second_half > STEADY:
         rate = _round(3 * config.schedule.learning_rate)
         yield "schedule.learning_rate", rate, "if tools.find_lr allows it"
     if config.model.dropout > 0.2:
         yield "model.dropout", _round(config.model.dropout / 2), "fits more closely"
-    if config.optimizer.weight_decay > 1e-4 and not rising:
+    if config.optimizer.weight_decay > 1e-4 and _levelled_off(e):
         yield "optimizer.weight_decay", _round(config.optimizer.weight_decay / 3), "fits closer"
-    if not rising:
+    if _levelled_off(e):
         yield "model.width", _round(1.5 * config.model.width), "2.25 times the operations"
         yield *longer, "more steps at a high rate"
 
@@ -450,7 +463,7 @@ def _measure(config: Config, e: Evidence) -> Iterator[_Change]:
 
 
 def _more_still(config: Config, e: Evidence) -> Iterator[_Change]:
-    if e.late_gain > e.noise:
+    if _rising(e):
         yield *_longer(config), "validation was still rising when the rate fell"
 
 

@@ -44,7 +44,8 @@ class Evidence:
       train_loss_spike: largest rise of the objective above its earlier minimum, the same unit.
       train_loss_excess: how far `train_loss` is above the least line, the same unit.
       second_half: share of the objective's fall that the second half of the training contributed,
-        where halves are of the sum of the learning rate over steps.
+        where halves are of the sum of the learning rate over steps; NaN where the size of the
+        training images changed meanwhile, with which the loss falls whatever the rate.
       gradient_norm: of the last line over that of the first.
       train_top1: percent, since the last but one evaluation.
       train_is_bound: whether that may be far below what the network reaches on plain images.
@@ -110,7 +111,7 @@ def gather(lines: Sequence[Line], config: Config, *, classes: int, train_example
         evaluations=len(validation),
         nonfinite_epoch=broken[0] if broken else math.nan,
         **objective,
-        second_half=_second_half(train),
+        second_half=_second_half(train, config.train.image_size_epochs),
         gradient_norm=_growth(_column(train, "gradient_norm")),
         train_top1=train_top1,
         train_is_bound=not sample and hides_training_accuracy(config),
@@ -159,10 +160,12 @@ def _objective(
     }, ended
 
 
-def _second_half(train: Sequence[Line]) -> float:
+def _second_half(train: Sequence[Line], size_changes: Sequence[float]) -> float:
     loss, rate, step = (_column(train, key) for key in ("loss", "learning_rate", "step"))
     usable = np.isfinite(loss) & np.isfinite(rate)
     if usable.sum() < 4 or loss[usable][0] <= loss[usable][-1]:
+        return math.nan
+    if any(change < train[-1]["epoch"] for change in size_changes):
         return math.nan
     loss, done = loss[usable], np.cumsum((rate * np.diff(step, prepend=0))[usable])
     middle = np.interp(done[-1] / 2, done, loss)

@@ -330,6 +330,22 @@ def test_a_rise_with_the_size_of_the_images_is_no_late_gain(change: float, judge
     assert (found.evidence.late_gain > found.evidence.noise) == judged
 
 
+def test_what_growing_images_hide_is_not_judged() -> None:
+    """Loss and top-1 change with the size of the images, whatever the rate and the capacity."""
+    config = plain()
+    config.train.image_sizes, config.train.image_size_epochs = (32, 64), (0.9 * EPOCHS,)
+    found = verdict(curves(train_top1=60.0, steady=True), config)
+    assert found.verdict == "under-fitting"
+    assert math.isnan(found.evidence.second_half)
+    assert answers(found) == {
+        "learning rate": "works",
+        "regularisation": "cannot say",
+        "dropout": "cannot say",
+        "capacity": "cannot say",
+    }
+    assert settings(found) == {"train.length.epochs": 40, "model.dropout": 0.15}
+
+
 def test_evidence_is_what_arithmetic_gives() -> None:
     rates = [0.1, 0.1, 0.1, 0.02]
     train = [
