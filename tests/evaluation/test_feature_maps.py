@@ -1,9 +1,7 @@
 """Filters and activations as pictures."""
 
 import pathlib
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +12,7 @@ from inception_jax.evaluation import feature_maps
 from inception_jax.evaluation.predict import Predictor
 from inception_jax.models import registry
 from inception_jax.models.weights import Weights
+from tests import random_weights
 
 SIZE = 8
 
@@ -22,12 +21,13 @@ SIZE = 8
 def weights() -> Weights:
     """A network whose first layer hands on red, green and blue, as far as they are positive."""
     model = Model(name="mini_googlenet", width=0.04)
-    images = np.zeros((1, SIZE, SIZE, 3), np.float32)
-    variables: Any = registry.create(model, 3).init(jax.random.key(0), images)
-    variables = jax.tree.map(np.array, variables)
-    kernel = variables["params"]["conv1"]["conv"]["kernel"]
+    variables = random_weights.variables(registry.create(model, 3), SIZE)
+    conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
+    kernel = conv1["conv"]["kernel"]
     kernel[:] = 0
     kernel[1, 1, :, :3] = np.eye(3)
+    conv1["norm"]["scale"][:] = running["var"][:] = 1
+    conv1["norm"]["bias"][:] = running["mean"][:] = 0
     return Weights(
         variables=variables,
         config=Config(data=Data(image_size=SIZE), model=model),

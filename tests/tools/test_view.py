@@ -53,7 +53,10 @@ def test_weights_show_filters_and_activations(
             ["tools.view", "--config=experiments/image_folder.py"],
             "number of classes of image_folder depends on its source: give it as --classes=N",
         ),
-        ([*DIGITS, "--config.data.image_size=2"], "too small"),
+        (
+            ["tools.view", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
+            "too small",
+        ),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],
 )
