@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,8 @@ _TOLERANCE = 1e-2
 Classify = Callable[[np.ndarray], np.ndarray]
 
 
-class Accuracy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
     """How a form of a network does on a split.
 
     Attributes:
@@ -314,4 +315,5 @@ def _folded(function: Any, args: Sequence[Any], kwargs: Any, context: Any) -> An
         parent=None,
     )
     weights = {"params": {"kernel": kernel, "bias": bias.astype(np.float32)}}
-    return nn.relu(conv.apply(weights, args[0]))
+    result: Any = conv.apply(weights, args[0])
+    return nn.relu(result)

@@ -71,6 +71,7 @@ def convert(
     x = graph.add("Sub", x, (mean / std).astype(np.float32).reshape(1, 3, 1, 1))
     program = jax.make_jaxpr(network)(jax.ShapeDtypeStruct((1, resized, resized, 3), jnp.float32))
     (logits,) = graph.walk(program.jaxpr, [x], program.consts)
+    assert isinstance(logits, str)  # They depend on the image.
     graph.nodes.append(helper.make_node("Identity", [logits], [names[1]]))
     shape = ["batch", program.out_avals[0].shape[1]]
     model = helper.make_model(

@@ -353,14 +353,14 @@ class _Reader:
         for value, atom in zip(inputs, equation.invars, strict=True):
             if value is None or value.source == index:
                 continue
-            edge = Edge(value.source, atom.aval.shape[1:])
+            edge = Edge(value.source, _array(atom).shape[1:])
             if edge not in layer.inputs:
                 layer.inputs.append(edge)
         _note(layer, equation)
         result = _view(equation, max(sources, key=lambda value: value.receptive_field or math.inf))
         if equation.primitive.name != "reshape":  # Which is of its readers' making.
             layer.receptive_field, layer.jump = result.receptive_field, result.jump
-            shape = equation.outvars[0].aval.shape
+            shape = _array(equation.outvars[0]).shape
             if len(shape) in (2, 4):  # Statistics of BatchNorm have one axis.
                 layer.shape = shape[1:]
         return result._replace(source=index)
@@ -418,12 +418,17 @@ class _Reader:
         )
 
 
+def _array(atom: Any) -> jax.core.ShapedArray:
+    """Returns shape and type of what an operation reads or makes."""
+    return atom.aval
+
+
 def _kind(equation: JaxprEqn) -> str:
     """Returns what an operation outside of any layer's module is; "": it belongs to its input."""
     primitive = equation.primitive.name
     if primitive == "reduce_window_sum" and equation.params["window_dimensions"][-1] > 1:
         return RESPONSE_NORM
-    if primitive == "reduce_sum" and equation.invars[0].aval.ndim == 4:
+    if primitive == "reduce_sum" and _array(equation.invars[0]).ndim == 4:
         return MEAN
     # A product without parameters: pooling to a given size.
     return AVERAGE_POOL if primitive == "dot_general" else _OPERATIONS.get(primitive, "")
@@ -435,15 +440,15 @@ def _note(layer: Layer, equation: JaxprEqn) -> None:
     if primitive == "max" and "ReLU" not in layer.extras:
         layer.extras.append("ReLU")
     if primitive == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _array(equation.invars[1]).shape
         layer.kind, layer.window = CONVOLUTION, kernel[0]
         layer.stride = equation.params["window_strides"][0]
-        layer.multiply_adds += equation.outvars[0].aval.size * math.prod(kernel[:3])
+        layer.multiply_adds += _array(equation.outvars[0]).size * math.prod(kernel[:3])
     elif primitive == "dot_general" and layer.kind != AVERAGE_POOL:
         (contracted, _), _ = equation.params["dimension_numbers"]
-        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        depth = math.prod(_array(equation.invars[0]).shape[axis] for axis in contracted)
         layer.kind = LINEAR
-        layer.multiply_adds += equation.outvars[0].aval.size * depth
+        layer.multiply_adds += _array(equation.outvars[0]).size * depth
     elif layer.kind in (MAX_POOL, AVERAGE_POOL) and primitive.startswith("reduce_window"):
         layer.window = equation.params["window_dimensions"][1]
         layer.stride = equation.params["window_strides"][1]
@@ -453,13 +458,13 @@ def _view(equation: JaxprEqn, value: _Value) -> _Value:
     """Returns what an operation's result sees of the image, from what its widest input sees."""
     if value.receptive_field is None or value.jump is None:
         return value
-    primitive, before = equation.primitive.name, equation.invars[0].aval
-    after = equation.outvars[0].aval
+    primitive, before = equation.primitive.name, _array(equation.invars[0])
+    after = _array(equation.outvars[0])
     if primitive == "dot_general" and before.ndim == after.ndim == 4:
         return value._replace(receptive_field=None, jump=None)  # Windows of several sizes.
     window, stride = 1, 1
     if primitive == "conv_general_dilated":
-        window, stride = equation.invars[1].aval.shape[0], equation.params["window_strides"][0]
+        window, stride = _array(equation.invars[1]).shape[0], equation.params["window_strides"][0]
     elif primitive in ("reduce_window_max", "reduce_window_sum"):
         window = equation.params["window_dimensions"][1]
         stride = equation.params["window_strides"][1]

@@ -35,7 +35,7 @@ the experiment too (--config, with --config.data.directory if need be).
 _TO = flags.DEFINE_enum(
     "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
 )
-_CONFIG = cli.define_config()
+cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
@@ -135,9 +135,10 @@ def _dataset() -> "Dataset":
     from inception_jax.input import dataset
     from inception_jax.training import workdir
 
-    if _CONFIG.value is not None:
-        configs.validate(_CONFIG.value)
-        return dataset.prepare(_CONFIG.value.data, log=cli.say)
+    given: configs.Config | None = flags.FLAGS.config
+    if given is not None:
+        configs.validate(given)
+        return dataset.prepare(given.data, log=cli.say)
     if _WORKDIR.value is None:
         raise UserError(
             "--quantise needs the data set; with --weights give its experiment too: --config=FILE"

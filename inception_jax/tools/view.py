@@ -9,6 +9,7 @@ from absl import flags
 from inception_jax import cli
 
 if TYPE_CHECKING:
+    from inception_jax.config import Config
     from inception_jax.models.structure import Structure
     from inception_jax.models.weights import Weights
 
@@ -26,7 +27,7 @@ Of trained weights it also draws the first layer's filters (filters.png) and, wi
 module finds in a picture (activations.png).
 """
 
-_CONFIG = cli.define_config()
+cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, instead of --config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --config")
 _ONE = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
@@ -54,15 +55,16 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.models import registry, structure
     from inception_jax.training import pretrained, workdir
 
-    if _IMAGE.value is not None and _CONFIG.value is not None:
+    given: Config | None = flags.FLAGS.config
+    if _IMAGE.value is not None and given is not None:
         raise UserError(
             "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
         )
     # Tracing needs no accelerator, and another command may be using it.
     runtime.initialize(platform="cpu", log=cli.say)
-    if _CONFIG.value is not None:
-        configs.validate(_CONFIG.value)
-        config, weights, classes = _CONFIG.value, None, _classes()
+    if given is not None:
+        configs.validate(given)
+        config, weights, classes = given, None, _classes(given.data.name)
     else:
         weights = pretrained.load(
             workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
@@ -82,12 +84,11 @@ def main(positional: Sequence[str]) -> None:
         print(path)
 
 
-def _classes() -> int:
-    """Returns how many classes the experiment has."""
+def _classes(name: str) -> int:
+    """Returns how many classes a data set has."""
     from inception_jax.datasets import registry
     from inception_jax.errors import UserError
 
-    name = _CONFIG.value.data.name
     classes = _CLASSES.value or registry.get(name).classes
     if not classes:
         raise UserError(

@@ -43,7 +43,7 @@ def test_the_paper_s_network_deviates_where_the_paper_contradicts_itself(
 def test_the_sums_leave_auxiliary_heads_out(paper: architecture.Table) -> None:
     parameters = column(paper, "parameters")
     assert parameters["total"] == 6_998_552
-    with_heads = 6_998_552 + parameters["aux_4a"] + parameters["aux_4d"]
+    with_heads = 6_998_552 + sum(int(parameters[head] or 0) for head in ("aux_4a", "aux_4d"))
     assert parameters["with auxiliary heads"] == with_heads
     assert column(paper, "type")["aux_4a"] == "auxiliary head (training only)"
     assert column(paper, "type")["conv1"] == "convolution 7×7/2, bias, ReLU"

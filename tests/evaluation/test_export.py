@@ -178,6 +178,6 @@ def test_data_of_other_classes_are_refused(weights: Weights) -> None:
         name, image_size, num_classes, class_names = "other", SIZE, 7, tuple("abcdefh")
 
     with pytest.raises(ConfigError, match="--config"):
-        export.check_data(Data(), weights)  # type: ignore[arg-type]
+        export.check_data(Data(), weights)
     Data.class_names = weights.class_names
-    export.check_data(Data(), weights)  # type: ignore[arg-type]
+    export.check_data(Data(), weights)
