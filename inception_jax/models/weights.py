@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import numpy as safetensors_numpy
 
 import inception_jax
 from inception_jax import atomic
@@ -103,11 +103,10 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
         )
         for name, value in flatten(weights.variables).items()
     }
+    data = safetensors_numpy.save(arrays, metadata={_KEY: json.dumps(_description(weights))})
     with atomic.replacing(path) as temporary:
-        try:
-            save_file(arrays, temporary, metadata={_KEY: json.dumps(_description(weights))})
-        except SafetensorError as error:  # How it reports that the file cannot be written.
-            raise OSError(str(error)) from error
+        # Its own save_file would let nobody else read the file.
+        temporary.write_bytes(data)
 
 
 def load(path: pathlib.Path) -> Weights:
