@@ -137,20 +137,3 @@ def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: path
 def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="none/weights: cannot be written"):
         weights.save(tmp_path / "none" / "weights", example())
-
-
-def test_a_failed_write_leaves_what_was_there(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights.save(tmp_path / "weights", example())
-    before = (tmp_path / "weights").read_bytes()
-
-    def fail(_: object, path: pathlib.Path, **__: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(weights, "save_file", fail)
-    with pytest.raises(UserError, match="No space left"):
-        weights.save(tmp_path / "weights", example(step=13))
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
-    assert (tmp_path / "weights").read_bytes() == before
