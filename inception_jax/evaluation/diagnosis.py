@@ -39,8 +39,11 @@ CREEPS = 0.02
 # than half of its first norm: the network is hardly moved.
 SLOW = 0.8
 
-# The training loss averages a whole report, over which noise is far below a fifth of guessing.
+# The training loss averages a whole report. Over thousands of images noise is far below a fifth of
+# guessing; over few it is not: the range of a hundred reports is five deviations, which are known
+# roughly only.
 UNSTABLE = 0.2
+DEVIATIONS = 8
 
 # Of the validation error, the share that the network makes on its training images, too. More than
 # 0.8: it does not fit what it has seen. Less than 0.5: more than half is due to new images.
@@ -204,10 +207,10 @@ def _stuck(e: Evidence) -> tuple[str, str] | None:
             f"{state}, with the gradient's norm at {e.gradient_norm:.2f} of its first value (below "
             f"{GRADIENT_SHRUNK:g}: weights grew or units died)"
         )
-    if e.train_loss_spike > UNSTABLE:
+    if e.train_loss_spike > _unstable_from(e):
         return RATE_HIGH, (
             f"{state}, with jumps of the loss up to {e.train_loss_spike:.2f} of that of guessing "
-            f"(threshold {UNSTABLE:g})"
+            f"(threshold {_unstable_from(e):.2g})"
         )
     if e.train_loss_fall > CREEPS:
         return RATE_LOW, (
@@ -222,12 +225,17 @@ def _learned_nothing(e: Evidence) -> bool:
     return e.train_loss > STUCK and e.validation_loss > STUCK
 
 
+def _unstable_from(e: Evidence) -> float:
+    """Returns the rise of the training loss, in units of guessing, that is more than noise."""
+    return max(UNSTABLE, DEVIATIONS * e.train_loss_noise)
+
+
 def _unstable(e: Evidence) -> tuple[str, str] | None:
-    if not e.train_loss_excess > UNSTABLE:
+    if not e.train_loss_excess > _unstable_from(e):
         return None
     return DIVERGING, (
         f"training loss ends {e.train_loss_excess:.2f} of guessing above its least (threshold "
-        f"{UNSTABLE:g})"
+        f"{_unstable_from(e):.2g})"
     )
 
 
@@ -311,12 +319,12 @@ def _learning_rate(verdict: str, e: Evidence) -> Answer:
         return Answer(question, "too low", seen)
     if verdict == TOO_SHORT or _learned_nothing(e):
         return Answer(question, "cannot say", "tools.find_lr measures which rates work")
-    if e.train_loss_spike > UNSTABLE:
+    if e.train_loss_spike > _unstable_from(e):
         return Answer(
             question,
             "at the upper edge",
             f"training loss once jumped by {e.train_loss_spike:.2f} of guessing (threshold "
-            f"{UNSTABLE:g}), and recovered",
+            f"{_unstable_from(e):.2g}), and recovered",
         )
     if verdict == UNDER and e.second_half > STEADY:
         return Answer(

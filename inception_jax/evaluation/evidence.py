@@ -41,6 +41,9 @@ class Evidence:
       nonfinite_epoch: of the first line whose loss is not finite; NaN if none.
       train_loss: objective since the last but one evaluation, in units of guessing.
       train_loss_fall: objective of the first line minus `train_loss`, in the same unit.
+      train_loss_noise: standard deviation of a line's objective around its course, the same unit:
+        from the median distance of a line from the middle of its neighbours; 0 with fewer than
+        three lines.
       train_loss_spike: largest rise of the objective above its earlier minimum, the same unit.
       train_loss_excess: how far `train_loss` is above the least line, the same unit.
       second_half: share of the objective's fall that the second half of the training contributed,
@@ -68,6 +71,7 @@ class Evidence:
     nonfinite_epoch: float
     train_loss: float
     train_loss_fall: float
+    train_loss_noise: float
     train_loss_spike: float
     train_loss_excess: float
     second_half: float
@@ -153,11 +157,20 @@ def _objective(
     return {
         "train_loss": last,
         "train_loss_fall": math.nan if nothing else float(finite[0]) - last,
+        "train_loss_noise": _scatter(finite),
         "train_loss_spike": math.nan
         if nothing
         else float(np.max(finite - np.minimum.accumulate(finite))),
         "train_loss_excess": math.nan if nothing else last - float(finite.min()),
     }, ended
+
+
+def _scatter(values: np.ndarray) -> float:
+    """Returns the standard deviation of values around a smooth course; jumps do not count."""
+    if len(values) < 3:
+        return 0.0
+    # 1.4826 median(|x|) is the deviation of a normal x; a second difference has √(1 + 4 + 1) of it.
+    return float(1.4826 / math.sqrt(6) * np.median(np.abs(np.diff(values, 2))))
 
 
 def _second_half(train: Sequence[Line], size_changes: Sequence[float]) -> float:

@@ -195,6 +195,20 @@ def test_a_jump_that_was_overcome_is_at_the_edge_of_the_rate() -> None:
     assert (low["learning rate"], high["learning rate"]) == ("works", "at the upper edge")
 
 
+def test_the_noise_of_reports_on_few_images_is_no_jump() -> None:
+    lines = curves()
+    losses = [line for line in lines if line["split"] == "train"]
+    for line, noise in zip(losses, np.random.default_rng(0).normal(size=len(losses)), strict=True):
+        line["loss"] += 0.15 * GUESSING * noise
+    found = verdict(lines)
+    # The median of 38 is rough.
+    assert found.evidence.train_loss_noise == pytest.approx(0.15, rel=0.5)
+    assert found.evidence.train_loss_spike > 0.4
+    assert answers(found)["learning rate"] == "works"
+    losses[20]["loss"] += 1.5 * GUESSING
+    assert answers(verdict(lines))["learning rate"] == "at the upper edge"
+
+
 @pytest.mark.parametrize(
     ("changes", "uncertain"),
     [
