@@ -7,7 +7,8 @@ Source: Szegedy et al. 2015, "Going Deeper with Convolutions", sections 5 and 6,
   numbers, rate 0.01, batches of 32, weight decay 2e-4.
 Stated: nothing for Tiny ImageNet; on ImageNet, top-5 error 10.07% (one model, one crop).
 Command: python -m inception_jax.main --config experiments/tiny_paper.py --workdir runs/tiny_paper
-Expected: not measured yet.
+Expected: the whole is not measured. 3.82% top-1, 13.98% top-5 on the validation images after all of
+  its schedule in one epoch, in bfloat16 (n = 1, seed 0; results/tiny_paper).
 Variant: BatchNorm in place of LRN, at the higher rate that it allows.
   python -m inception_jax.main --config experiments/tiny_paper.py --workdir runs/tiny_paper_bn \
     --config.model.norm=batch --config.schedule.learning_rate=0.1
