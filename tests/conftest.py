@@ -24,7 +24,40 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
 )
 
-from absl import flags  # noqa: E402  (after the environment that its importers read)
+import pytest  # noqa: E402  (after the environment that its importers read)
+from absl import flags  # noqa: E402
 
 # Grain's workers read absl flags, which only an absl command line parses (fixed after 0.2.18).
 flags.FLAGS.mark_as_parsed()
+
+# Those that take longest, the longest first: what is left for the end is short, so that no process
+# waits long for another. A file that is missing here costs time and nothing else.
+_LONGEST = (
+    "tests/integration/test_command_line.py",
+    "tests/training/test_loop.py",
+    "tests/integration/test_processes.py",
+    "tests/input/test_augment.py",
+    "tests/models/test_registry.py",
+    "tests/models/test_torch_reference.py",
+    "tests/training/test_step.py",
+    "tests/training/test_gradients.py",
+    "tests/training/test_optimizers.py",
+    "tests/tools/test_predict.py",
+    "tests/tools/test_find_lr.py",
+    "tests/test_cli.py",
+    "tests/test_compilation_cache.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return _LONGEST.index(file) if file in _LONGEST else len(_LONGEST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where the embedded digits are prepared, once for all tests of a process."""
+    return tmp_path_factory.mktemp("digits")

@@ -1,10 +1,13 @@
-"""A run small enough to train inside a test: a thin MiniGoogLeNet on the embedded digits."""
+"""Runs small enough to train inside a test: a thin MiniGoogLeNet, or less, on embedded digits."""
 
+import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from inception_jax.config import (
@@ -19,10 +22,15 @@ from inception_jax.config import (
     Schedule,
     Train,
 )
-from inception_jax.models import registry
+from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.models import ops, registry
 from inception_jax.models import weights as files
-from inception_jax.models.layers import Classifier, ModelOutput
+from inception_jax.models.layers import Classifier, ConvUnit, ModelOutput, adaptive_average_pool
 from inception_jax.models.weights import Weights
+from inception_jax.training import run, state
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.run import Run
+from inception_jax.training.workdir import Workdir, record_start
 
 
 def config(directory: pathlib.Path, **changes: Any) -> Config:
@@ -41,6 +49,31 @@ def config(directory: pathlib.Path, **changes: Any) -> Config:
     return Config(**(groups | changes))
 
 
+class Network(nn.Module):
+    """Each kind of layer that has a state or draws, and few of them: compiles in a few seconds.
+
+    It stands for MiniGoogLeNet where a test is about what is done with a network, whichever it is.
+    Images may be of any size from 4 px.
+    """
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        unit = functools.partial(ConvUnit, train=train)
+        x = unit(8, 3, name="conv1")(images)
+        x = ops.max_pool(x, window=3, stride=2)
+        x = unit(16, 3, name="conv2")(x)
+        x = adaptive_average_pool(x, 2).reshape(len(x), -1)
+        return ModelOutput(Classifier(10, self.dropout, train, name="classifier")(x))
+
+
+def build(settings: Config) -> Run:
+    """Returns the run of some settings, with `Network` in place of the network that they name."""
+    whole = run.build(settings, log=lambda _: None)
+    return dataclasses.replace(whole, model=Network(settings.model.dropout))
+
+
 class Linear(nn.Module):
     """A linear classifier of the digits, which compiles in a moment."""
 
@@ -48,6 +81,23 @@ class Linear(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         classifier = Classifier(10, dropout=0.0, train=train, name="classifier")
         return ModelOutput(classifier(images.reshape(len(images), -1)))
+
+
+def draw(model: nn.Module, image_size: int, *, seed: int = 0) -> dict[str, Any]:
+    """Returns variables of a network that were drawn instead of trained, as NumPy arrays."""
+    images = np.zeros((1, image_size, image_size, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    random = np.random.default_rng(seed)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        normal = random.normal(size=shape).astype(np.float32)
+        if name.endswith("kernel"):
+            return normal * np.float32(np.sqrt(2 / np.prod(shape[:-1])))
+        # BatchNorm's scales and variances are positive.
+        return 0.1 * normal + np.float32(name.endswith(("scale", "var")))
+
+    leaves = {name: drawn(name, leaf.shape) for name, leaf in files.flatten(shapes).items()}
+    return files.unflatten(leaves)
 
 
 def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **changes: Any) -> Weights:
@@ -58,23 +108,31 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
       seed: of the draw.
     """
     settings = config(directory, **changes)
-    size, classes = settings.data.image_size, 10
+    classes = 10
     model = registry.create(settings.model, classes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))
-    random = np.random.default_rng(seed)
-
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        normal = random.normal(size=shape).astype(np.float32)
-        if name.endswith("kernel"):
-            return normal * np.float32(np.sqrt(2 / np.prod(shape[:-1])))
-        # BatchNorm's scales and variances are positive.
-        return 0.1 * normal + np.float32(name.endswith(("scale", "var")))
-
-    drawn = {name: draw(name, leaf.shape) for name, leaf in files.flatten(shapes).items()}
     return Weights(
-        variables=files.unflatten(drawn),
+        variables=draw(model, settings.data.image_size, seed=seed),
         config=settings,
         class_names=tuple(f"kind {label}" for label in range(classes)),
         mean=np.array([0.4, 0.5, 0.6], np.float32),
         std=np.array([0.3, 0.25, 0.2], np.float32),
     )
+
+
+def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
+    """Returns a run and its folder, with a checkpoint of 11 steps that were never made.
+
+    Its weights were drawn, and evaluated: all is there that is needed to use them, without the time
+    that the training step takes to compile.
+    """
+    this, workdir = run.build(settings, log=lambda _: None), Workdir(folder)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract(this))
+    now, average = (
+        jax.device_put(draw(this.model, this.dataset.image_size, seed=seed)) for seed in (0, 1)
+    )
+    end = empty.replace(step=jnp.int32(11), **now, average=average if empty.average else {})
+    metrics = Evaluator(this)(end.eval_variables())
+    with Checkpoints(workdir.checkpoints) as checkpoints:
+        checkpoints.save(end, progress={"seconds": {}}, metrics=metrics)
+    record_start(workdir, settings, step=0, changed=[], dataset=this.dataset_record())
+    return this, workdir

@@ -15,8 +15,8 @@ from PIL import Image
 import inception_jax
 from inception_jax import api
 from inception_jax.errors import CheckpointError, ConfigError, UserError
-from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
-from inception_jax.training import loop, run
+from inception_jax.evaluation.evaluate import evaluate_checkpoint
+from inception_jax.training import run
 from inception_jax.training.workdir import Workdir
 from tests import command, small
 
@@ -24,25 +24,23 @@ DIGITS = command.ROOT / "experiments" / "digits.py"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[run.Run, Workdir]:
-    """A finished run of eleven steps."""
-    this = run.build(small.config(tmp_path_factory.mktemp("data")), log=lambda _: None)
-    folder = Workdir(tmp_path_factory.mktemp("run"))
-    loop.train(this, folder, Evaluator(this), changed=[])
-    return this, folder
+def finished(
+    data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[run.Run, Workdir]:
+    return small.finished(small.config(data_directory), tmp_path_factory.mktemp("run"))
 
 
-def test_weights_of_a_run_evaluate_as_its_checkpoint(trained: tuple[run.Run, Workdir]) -> None:
-    this, folder = trained
+def test_weights_of_a_run_evaluate_as_its_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
+    this, folder = finished
     weights = inception_jax.load_weights(folder.path, "last")
     expected = evaluate_checkpoint(this, folder, "last")
     assert inception_jax.evaluate(weights, this.config) == expected
 
 
-def test_a_predictor_gives_the_logits_of_the_network(trained: tuple[run.Run, Workdir]) -> None:
-    weights = inception_jax.load_weights(trained[1].path)
+def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:
+    weights = inception_jax.load_weights(finished[1].path)
     predictor = inception_jax.Predictor(weights, batch_size=4)
-    dataset = inception_jax.load_dataset(trained[0].config)
+    dataset = inception_jax.load_dataset(finished[0].config)
     pixels = dataset.evaluation.read(np.arange(6))
 
     network, variables = inception_jax.load_model(weights)
@@ -95,9 +93,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_the_documented_example_runs_as_it_stands(
-    trained: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    this, folder = trained
+    this, folder = finished
     places = {"experiments": None, "runs": None, "runs/tiny": folder.path}
     for name, target in (places | {"data": this.config.data.directory}).items():
         (tmp_path / name).symlink_to(target) if target else (tmp_path / name).mkdir()

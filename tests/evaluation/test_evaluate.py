@@ -11,8 +11,8 @@ from inception_jax.training import run, state
 from tests import small
 
 
-def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) -> None:
-    this = run.build(small.config(tmp_path), log=lambda _: None)
+def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Path) -> None:
+    this = small.build(small.config(data_directory))
     this.config.evaluation.train_examples = 150
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
@@ -26,8 +26,10 @@ def test_an_evaluation_is_what_counting_by_hand_gives(tmp_path: pathlib.Path) ->
     assert this.train_sample() is None
 
 
-def test_what_is_left_of_each_example_is_what_plain_numpy_finds(tmp_path: pathlib.Path) -> None:
-    this = run.build(small.config(tmp_path), log=lambda _: None)
+def test_what_is_left_of_each_example_is_what_plain_numpy_finds(
+    data_directory: pathlib.Path,
+) -> None:
+    this = small.build(small.config(data_directory))
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
     assert Evaluator(this).predictions is None
@@ -76,11 +78,11 @@ def check(
     assert found["top5"] == pytest.approx(100 * (rank < 5).mean())
 
 
-def test_flip_averaging_is_reported_apart(tmp_path: pathlib.Path) -> None:
-    plain = Evaluator(run.build(small.config(tmp_path), log=lambda _: None))
-    config = small.config(tmp_path)
+def test_flip_averaging_is_reported_apart(data_directory: pathlib.Path) -> None:
+    plain = Evaluator(small.build(small.config(data_directory)))
+    config = small.config(data_directory)
     config.evaluation.flip = True
-    this = run.build(config, log=lambda _: None)
+    this = small.build(config)
     variables = state.create(this).eval_variables()
     found = Evaluator(this)(variables)
     assert {name: found[name] for name in ("loss", "top1", "top5", "count")} == plain(variables)
@@ -99,10 +101,10 @@ def test_flip_averaging_is_reported_apart(tmp_path: pathlib.Path) -> None:
     assert found["flip_top1"] == pytest.approx(100 * (log_p.argmax(1) == split.labels).mean())
 
 
-def test_images_are_resized_for_evaluation(tmp_path: pathlib.Path) -> None:
-    config = small.config(tmp_path)
+def test_images_are_resized_for_evaluation(data_directory: pathlib.Path) -> None:
+    config = small.config(data_directory)
     config.evaluation.image_size = 12
-    this = run.build(config, log=lambda _: None)
+    this = small.build(config)
     variables = state.create(this).eval_variables()
     split, dataset = this.dataset.evaluation, this.dataset
     resized = augment.resize(split.read(np.arange(len(split))), 12)

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,40 +14,27 @@ from inception_jax.errors import CheckpointError, DataError, UserError
 from inception_jax.evaluation import explain, predict
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.evaluation.predict import Picture, Predictor
-from inception_jax.training import pretrained, run, state, workdir
-from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training import pretrained, run, workdir
 from inception_jax.training.workdir import Workdir
 from tests import small
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Finished:
-    run: run.Run
-    workdir: Workdir
-    data: pathlib.Path
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run on the digits with a checkpoint of drawn weights, evaluated at a size of its own."""
-    data = tmp_path_factory.mktemp("data")
-    config = small.config(data)
+def finished(
+    data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[run.Run, Workdir]:
+    """A run without average, evaluated at a size of its own."""
+    config = small.config(data_directory)
     config.train.ema.steps = 0
     config.evaluation.image_size = 12
-    this = run.build(config, log=lambda _: None)
-    folder = Workdir(tmp_path_factory.mktemp("run"))
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract(this))
-    drawn = jax.device_put(small.weights().variables)
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        checkpoints.save(empty.replace(**drawn), progress={}, metrics={"top1": 0.0})
-    workdir.record_start(folder, config, step=0, changed=[], dataset=this.dataset_record())
-    return Finished(this, folder, data)
+    return small.finished(config, tmp_path_factory.mktemp("run"))
 
 
-def test_it_sees_what_evaluation_sees(finished: Finished) -> None:
-    expected = evaluate_checkpoint(finished.run, finished.workdir, "best")
-    predictor = Predictor(pretrained.from_checkpoint(finished.workdir, "best"), batch_size=100)
-    split = finished.run.dataset.evaluation
+def test_it_sees_what_evaluation_sees(finished: tuple[run.Run, Workdir]) -> None:
+    this, folder = finished
+    expected = evaluate_checkpoint(this, folder, "best")
+    predictor = Predictor(pretrained.from_checkpoint(folder, "best"), batch_size=100)
+    split = this.dataset.evaluation
     logits = predictor.logits(split.read(np.arange(len(split)))).astype(np.float64)
     assert logits.shape == (360, 10)
     rank = (logits > logits[np.arange(360), split.labels][:, None]).sum(axis=1)
@@ -61,18 +46,21 @@ def test_it_sees_what_evaluation_sees(finished: Finished) -> None:
     assert [guess.label for (guess,) in guesses] == logits[:7].argmax(axis=1).tolist()
 
 
-def test_a_file_gives_the_pixels_of_the_data_set(finished: Finished) -> None:
-    predictor = Predictor(pretrained.from_checkpoint(finished.workdir, "best"))
-    split = finished.run.dataset.evaluation
-    records = Records(sorted(finished.data.glob("digits/1.0.0/*test.array_record*")))
+def test_a_file_gives_the_pixels_of_the_data_set(
+    finished: tuple[run.Run, Workdir], data_directory: pathlib.Path
+) -> None:
+    this, folder = finished
+    predictor = Predictor(pretrained.from_checkpoint(folder, "best"))
+    split = this.dataset.evaluation
+    records = Records(sorted(data_directory.glob("digits/1.0.0/*test.array_record*")))
     for example, pixels in zip(records.read([0, 5]), split.read(np.array([0, 5])), strict=True):
         np.testing.assert_array_equal(predictor.read(example.image, example.file_name), pixels)
 
 
 def test_a_run_of_an_older_version_says_how_to_mend_it(
-    finished: Finished, tmp_path: pathlib.Path
+    finished: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
-    record = json.loads(finished.workdir.config.read_text())
+    record = json.loads(finished[1].config.read_text())
     del record["dataset"]["class names"]
     workdir.write_json(Workdir(tmp_path).config, record)
     with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):

@@ -19,7 +19,7 @@ from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import crops, pipeline, sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import RecordSplit
-from inception_jax.training import loop, run, workdir
+from inception_jax.training import loop, workdir
 from tests import archives, small
 
 SIZE = 16
@@ -220,14 +220,16 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     assert whole.train_evaluated is whole.train
 
 
-def test_what_evaluations_cover_of_training_is_cut_alike(tmp_path: pathlib.Path) -> None:
+def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib.Path) -> None:
     data = config.Data(
-        name="digits", directory=str(tmp_path), image_size=8, storage="records", eval_crop=0.5
+        name="digits",
+        directory=str(data_directory),
+        image_size=8,
+        storage="records",
+        eval_crop=0.5,
     )
-    this = run.build(
-        small.config(tmp_path, data=data, evaluation=config.Evaluation(train_examples=10)),
-        log=quiet,
-    )
+    evaluation = config.Evaluation(train_examples=10)
+    this = small.build(small.config(data_directory, data=data, evaluation=evaluation))
     sample = this.train_sample()
     whole, indices = this.dataset.train, np.arange(10)
     assert sample is not None and sample.names == whole.names[:10]
@@ -237,18 +239,19 @@ def test_what_evaluations_cover_of_training_is_cut_alike(tmp_path: pathlib.Path)
     assert (sample.read(indices) != whole.read(indices)).any()
 
 
-def test_training_cuts_the_boxes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_cuts_the_boxes(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = config.Duration(steps=3)
-    this = run.build(
+    this = small.build(
         small.config(
-            tmp_path,
+            data_directory,
             data=config.Data(
-                name="digits", directory=str(tmp_path), image_size=8, storage="records"
+                name="digits", directory=str(data_directory), image_size=8, storage="records"
             ),
             augment=INCEPTION,
             train=config.Train(batch_size=64, length=steps),
-        ),
-        log=quiet,
+        )
     )
     drawn: list[np.ndarray] = []
 

@@ -33,7 +33,7 @@ def build(data_directory: pathlib.Path, devices: int) -> run.Run:
     mesh = jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
-    return dataclasses.replace(run.build(config, log=lambda _: None), mesh=mesh)
+    return dataclasses.replace(small.build(config), mesh=mesh)
 
 
 def make_train_step(this: run.Run) -> jax.stages.Wrapped:
