@@ -88,7 +88,10 @@ def test_trivialaugment_draws_one_operation_and_any_magnitude(drawn: list) -> No
 def test_randaugment_applies_one_operation_after_another() -> None:
     images = np.random.default_rng(2).integers(0, 256, (64, 8, 8, 3), np.uint8)
     key = jax.random.key(2)
-    once, twice = (policies.randaugment(key, images, ops, 9) for ops in (1, 2))
+    # Operation by operation, all of it would compile once for each.
+    randaugment = jax.jit(policies.randaugment, static_argnums=(2, 3))
+    apply = jax.jit(image_ops.apply)
+    once, twice = (randaugment(key, images, ops, 9) for ops in (1, 2))
     op_key, sign_key = jax.random.split(key)
     for ops, result in ((1, once), (2, twice)):
         operations = jax.random.randint(op_key, (ops, 64), 0, len(Op))
@@ -99,5 +102,5 @@ def test_randaugment_applies_one_operation_after_another() -> None:
             value = policies.randaugment_values(8, 8)[op, 9]
             flipped = np.array([Op(o) in SIGNED for o in op]) & negative[place]
             value = np.where(flipped, -value, value)
-            expected = np.asarray(image_ops.apply(expected, operations[place], value))
+            expected = np.asarray(apply(expected, operations[place], value))
         np.testing.assert_array_equal(result, expected)

@@ -49,11 +49,6 @@ def run_two(*arguments: str) -> list[subprocess.CompletedProcess]:
             process.kill()
 
 
-@pytest.fixture(scope="module")
-def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("data")
-
-
 def test_two_processes_train_as_one_and_one_goes_on(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -22,9 +22,11 @@ def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]
 
 
-def test_it_leaves_a_plot_its_points_and_a_rate(tmp_path: pathlib.Path) -> None:
+def test_it_leaves_a_plot_its_points_and_a_rate(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     output = tmp_path / "a" / "found"
-    printed = command.check(*arguments(tmp_path / "data", output), "--low=1e-3", "--high=1")
+    printed = command.check(*arguments(data_directory, output), "--low=1e-3", "--high=1")
     found = json.loads((output / "find_lr.json").read_text())
     rate = found["proposal"]["rate"]
     assert printed.splitlines() == [
