@@ -8,6 +8,8 @@ import os
 import pathlib
 import platform
 
+import pytest
+
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{platform.python_version()}"
 
 os.environ.update(
@@ -24,8 +26,7 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
 )
 
-import pytest  # noqa: E402  (after the environment that its importers read)
-from absl import flags  # noqa: E402
+from absl import flags  # noqa: E402  (after the environment that its importers read)
 
 # Grain's workers read absl flags, which only an absl command line parses (fixed after 0.2.18).
 flags.FLAGS.mark_as_parsed()
