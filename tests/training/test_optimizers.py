@@ -122,10 +122,11 @@ def test_schedule_of_one_step_is_that_of_many(
 ) -> None:
     schedule = schedule_of(name, warmup=Duration(steps=3), **changes)
     rate = optimizers.make_schedule(schedule, timeline=TIMELINE, total_steps=TOTAL)
+    of_many = rates(schedule)
     for count in (2, np.int32(2), jnp.int32(2), 50):
         result = rate(count)
         assert result.shape == () and result.dtype == jnp.float32
-        np.testing.assert_allclose(result, rates(schedule)[int(count)], rtol=1e-6)
+        np.testing.assert_allclose(result, of_many[int(count)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [TOTAL, TOTAL + 1])
