@@ -252,8 +252,10 @@ def test_a_checkpoint_evaluates_as_training_did(
     this, folder = reference
     result = evaluate_checkpoint(this, folder, which)
     evaluations = [line for line in lines_without_timing(folder) if line["split"] == "test"]
-    best = max(evaluations, key=lambda line: line["top1"])["step"]
-    assert result["step"] == {"best": best, "last": 11, "5": 5}[which]
+    most = max(line["top1"] for line in evaluations)
+    # Of several that are equally good, any is the best.
+    best = [line["step"] for line in evaluations if line["top1"] == most]
+    assert result["step"] in {"best": best, "last": [11], "5": [5]}[which]
     assert result == next(line for line in evaluations if line["step"] == result["step"])
 
 
