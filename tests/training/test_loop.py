@@ -157,9 +157,9 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
 
 def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory)
-    config.train.length = Duration(epochs=4)
+    config.train.length = Duration(epochs=12)
     config.log.every = Duration(epochs=1)
-    config.evaluation.every = config.checkpoint.every = Duration(epochs=4)
+    config.evaluation.every = config.checkpoint.every = Duration(epochs=12)
     this = small.build(config)
     result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
