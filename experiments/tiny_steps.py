@@ -9,7 +9,8 @@ Stated: top-1 29.83%, top-5 56.22% for this schedule with the first network (12.
   schedule. Both are on 6,000 training images held out; in the later run's log the best validation
   top-1 is 45.52% (epoch 59).
 Command: python -m inception_jax.main --config experiments/tiny_steps.py --workdir runs/tiny_steps
-Expected: not measured yet.
+Expected: the whole is not measured. 4.17% top-1, 15.56% top-5 on the validation images after all of
+  its schedule in half an epoch, in bfloat16 (n = 1, seed 0; results/tiny_steps).
 Later schedule: 1e-3 to epoch 25, 1e-4 to 45, 1e-5 to 55, 1e-6 to 65 (101,563 steps).
   python -m inception_jax.main --config experiments/tiny_steps.py --workdir runs/tiny_steps_later \
     '--config.schedule.boundaries=(25.0, 45.0, 55.0)' --config.train.length.epochs=65
