@@ -34,7 +34,6 @@ sys.modules.setdefault(_replacement.__name__, _replacement)
 # "as": exported, since it must not be imported before this module.
 from clu import metric_writers as metric_writers  # noqa: E402
 
-
 _EVENTS = "events.out.tfevents."
 
 
@@ -147,9 +146,7 @@ class TensorBoardWriter(_ScalarWriter):
       patient: keep what cannot be written for the next call; only `flush` raises what still fails.
     """
 
-    def __init__(
-        self, logdir: pathlib.Path, *, purge_step: int = 0, patient: bool = False
-    ) -> None:
+    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0, patient: bool = False) -> None:
         with _without_its_init("tensorboardX"):
             from tensorboardX.proto import event_pb2, summary_pb2
             from tensorboardX.record_writer import masked_crc32c

@@ -239,9 +239,9 @@ class Checkpoints:
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise WriteError(
-                f"{self._directory}: a checkpoint takes up to {needed / 1e6:,.1f} MB, and "
-                f"{free / 1e6:,.1f} MB are free. The ones before it are whole. Make room, and start "
-                "the command again"
+                f"{self._directory}: a checkpoint could not be written: it takes up to "
+                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. The ones before it "
+                "are whole. Make room, and start the command again"
             )
 
 
