@@ -29,6 +29,7 @@ from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
 _atomicity = ocp.path.atomicity
+_YEAR = 365 * 24 * 3600
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -263,6 +264,9 @@ def _options(keep_last: int, keep_best: int, read_only: bool) -> ocp.CheckpointM
         # Where damaged ones are left in their place, it is not to read their metrics.
         lightweight_initialize=read_only,
         temporary_path_class=_ManifestedPath,
+        # Orbax counts its limit of 20 minutes by the wall clock, which may be set while it writes.
+        # Several processes need a limit: they wait for each other.
+        async_options=ocp.AsyncOptions(timeout_secs=_YEAR) if jax.process_count() == 1 else None,
     )
 
 

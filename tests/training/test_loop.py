@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -383,19 +383,22 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
             now[0] = number
             yield batch
 
-    def failing(write: Any) -> Any:
-        def write_or_fail(*args: Any) -> None:
-            if now[0] in steps:
-                failed.append(now[0])
+    def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
+        def write_or_fail(target: Any) -> None:
+            if step_of(target) in steps:
+                failed.append(step_of(target))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(*args)
+            write(target)
 
         return write_or_fail
 
     patch.setattr(pipeline, "train_batches", batches)
-    patch.setattr(manifest, "write", failing(manifest.write))
+    # A checkpoint is written in the background, while later steps are going on.
+    saved = failing(manifest.write, lambda path: int(path.name.partition(".")[0]) - 1)
+    patch.setattr(manifest, "write", saved)
     appended = clu_writers._AppendedFile
-    patch.setattr(appended, "_write_pending", failing(appended._write_pending))
+    written = failing(appended._write_pending, lambda _: now[0])
+    patch.setattr(appended, "_write_pending", written)
     return failed
 
 
@@ -411,7 +414,7 @@ def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
         with pytest.raises(WriteError, match="No space left on device"):
             train_again(this, folder)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
-        assert saved.resolve("last") == 4
+        assert saved.resolve("last") == 5
     train_again(this, folder)
     assert_same(this, folder, expected)
 
@@ -492,6 +495,8 @@ def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for number, batch in enumerate(whole(*args, **kwargs)):
             if number == 4:
+                while not (folder.checkpoints / "4").exists():
+                    time.sleep(0.01)
                 folder.path.rename(elsewhere)
             yield batch
 
@@ -527,11 +532,22 @@ def test_a_clock_that_jumps_changes_no_line(
 ) -> None:
     this, expected = reference
     folder = workdir.Workdir(tmp_path)
-    now, jumps = time.time(), itertools.cycle([-1e6, 3e6, -2e6])
-    monkeypatch.setattr(time, "time", lambda: now + next(jumps))
-    monkeypatch.setattr(time, "time_ns", lambda: int((now + next(jumps)) * 1e9))
-    train_again(this, folder)
-    monkeypatch.undo()
+    clock, offset = time.time, [0.0]
+    whole = pipeline.train_batches
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args, **kwargs)):
+            if number in (4, 8):
+                # Orbax opens its folders within a limit of its own.
+                time.sleep(0.2)
+                offset[0] = 1e5 if number == 4 else -1e5
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", batches)
+        patch.setattr(time, "time", lambda: clock() + offset[0])
+        patch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
+        train_again(this, folder)
     assert_same(this, folder, expected)
     seconds = [line["seconds"] for line in read_lines(folder.path / "metrics.jsonl")]
     assert seconds == sorted(seconds) and 0 < seconds[-1] < 300
