@@ -310,6 +310,12 @@ def cut(path: pathlib.Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 9 // 10] ^= 1
+    path.write_bytes(content)
+
+
 def change_format(path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
 
@@ -322,6 +328,10 @@ def change_format(path: pathlib.Path) -> None:
         ("info.json", cut, "info.json is damaged"),
         ("info.json", pathlib.Path.unlink, "info.json is missing"),
         ("info.json", change_format, "its format is 0, not 1"),
+        ("info.json", flip, "info.json is damaged"),
+        ("train_labels.npy", flip, "train_labels.npy is damaged (its checksum is another)"),
+        ("validation_names.txt", flip, "validation_names.txt is damaged"),
+        ("train_digests.npy", flip, "train_digests.npy is damaged"),
     ],
 )
 def test_a_damaged_cache_is_made_again(
@@ -331,6 +341,35 @@ def test_a_damaged_cache_is_made_again(
     lines: list[str] = []
     check_subset(prepare(subset("", prepared), log=lines.append))
     assert [text for text in lines if line in text and "made again" in text]
+
+
+def test_a_changed_byte_of_an_image_is_found_when_it_is_read(prepared: pathlib.Path) -> None:
+    cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
+    path = cache / "train_images.npy"
+    whole = prepare(subset("", prepared), log=quiet).train
+    pixels, offset = pixels_of(whole), path.stat().st_size - len(whole) * 3 * SIZE**2
+    content = bytearray(path.read_bytes())
+    content[offset + 7 * 3 * SIZE**2 + 100] ^= 0x10
+    path.write_bytes(content)
+    train = prepare(subset("", prepared), log=quiet).train
+    others = np.delete(np.arange(len(train)), 7)
+    np.testing.assert_array_equal(train.read(others), pixels[others])
+    message = rf"train_images\.npy: image 7 \({whole.names[7]}\) is damaged: .*Remove {cache},"
+    with pytest.raises(DataError, match=message):
+        train.read(np.array([3, 7, 2]))
+
+
+def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: pathlib.Path) -> None:
+    cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
+    info = json.loads((cache / "info.json").read_text())
+    for path in cache.glob("*_digests.npy"):
+        del info["files"][path.name]
+        path.unlink()
+    del info["sha256"], info["sha256 of this"]
+    (cache / "info.json").write_text(json.dumps(info))
+    lines: list[str] = []
+    check_subset(prepare(subset("", prepared), log=lines.append))
+    assert not lines
 
 
 def test_missing_records_are_written_again(source: pathlib.Path, prepared: pathlib.Path) -> None:
