@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import archive, cifar10, folders, images, imagenet, pictures, registry
+from inception_jax.datasets import archive, cifar10, folders, imagenet, images, pictures, registry
 from inception_jax.datasets import files as sources
 from inception_jax.errors import DataError
 from inception_jax.input.dataset import prepare
