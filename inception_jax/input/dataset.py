@@ -25,6 +25,7 @@ opened: a damaged one is made again. Images are compared as they are read, recor
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -53,6 +54,8 @@ FORMAT = 1
 HOLDOUT = "holdout"
 _CACHES = "inception_jax"
 _IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
+# A full disk, a quota, a limit on files' sizes, a disk that turned read-only, one that is broken.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # Images that one thread decodes at a time: some 10 ms of work.
 _PIECE = 64
 # Records that it reads at a time for that: a user's photos may have 10 MB each.
@@ -158,7 +161,8 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
             if info is None:
                 if problem:
                     log(f"{cache}: {problem}; it is made again")
-                info = _build(spec, data, cache, log=log)
+                with _readable_errors(directory):
+                    info = _build(spec, data, cache, log=log)
     _check_source(spec, data, info["source"], where=cache)
     return _open(spec, data, cache, info)
 
@@ -332,6 +336,27 @@ def _check_writable(directory: pathlib.Path) -> None:
         raise DataError(
             f"config.data.directory: cannot write to {directory} ({error}). Give a directory of "
             "your own."
+        ) from error
+
+
+@contextlib.contextmanager
+def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
+    """Turns a disk that fills up or fails into a DataError.
+
+    TFDS and ArrayRecord report it in several types, so the text decides.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reasons = [text for text in map(os.strerror, _DISK_ERRORS) if text in str(error)]
+        if not reasons:
+            raise
+        raise DataError(
+            f"config.data.directory: {directory} cannot be written to: {reasons[0]}. Free some "
+            "space, or give another directory, and start again: what was not finished is no "
+            "hindrance."
         ) from error
 
 

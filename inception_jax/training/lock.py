@@ -24,14 +24,15 @@ def exclusive(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None
     that is said, and the run goes on without.
 
     Args:
-      folder: of the run; it exists.
+      folder: of the run; made if it is missing.
       log: takes one line of text.
 
     Raises:
       UserError: if another process holds it, naming that.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     # Opened for appending: who holds the lock is to be read by those who do not get it.
-    with (folder / NAME).open("a+", encoding="utf-8") as file:
+    with (folder / NAME).open("ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -46,9 +47,10 @@ def exclusive(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None
                 f"{folder}: this file system has no locks ({error.strerror}); see to it that no "
                 "other process trains in this folder"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        # A full disk need not take it.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -17,7 +17,7 @@ from inception_jax.datasets import archive, files, registry
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.input.dataset import Dataset, class_ids, data_directory, prepare
 from inception_jax.input.splits import Split
-from tests import archives
+from tests import archives, disks
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSES, TRAIN, VAL, TEST, SIZE = 3, 5, 2, 4, 16
@@ -407,6 +407,25 @@ def test_too_little_space_is_found_before_anything_is_written(
     with pytest.raises(DataError, match=r"needs 0\.\d+ GB in .*, which has 0\.00 GB free"):
         prepare(subset(source, tmp_path), log=quiet)
     assert not (tmp_path / "tiny_imagenet_subset").exists()
+
+
+@pytest.mark.parametrize("full_at", ["records", "cache"])
+def test_a_disk_that_fills_up_meanwhile_is_one_message(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    with disks.mounted(tmp_path / "disk", kilobytes=400) as disk:
+        if full_at == "cache":
+            prepare(subset(path, disk), log=quiet)
+            shutil.rmtree(disk / "inception_jax")
+        left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "other").write_bytes(bytes(left - 16_384))
+        with pytest.raises(DataError, match=rf"{disk} cannot be written to: No space left"):
+            prepare(subset(path, disk), log=quiet)
+        (disk / "other").unlink()
+        check_subset(prepare(subset(path, disk), log=quiet))
 
 
 # Several processes, and their end.
