@@ -227,9 +227,15 @@ class Checkpoints:
         try:
             with _readable_errors(self._directory):
                 yield
-        except WriteError:
+        except WriteError as error:
+            if not self._directory.is_dir():
+                raise WriteError(
+                    f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
+                    "writing to it. Nothing was written in its place. Put it back, and start the "
+                    "command again"
+                ) from error
             # Other processes are in the midst of the failed write: they cannot start anew with us.
-            if jax.process_count() == 1 and self._directory.is_dir():
+            if jax.process_count() == 1:
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 # It also removes what the failed write left, which a full disk needs.
@@ -319,11 +325,6 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not directory.is_dir():
-            raise WriteError(
-                f"{directory}: is gone: removed, renamed or unmounted while the run was writing to "
-                "it. Nothing was written in its place. Put it back, and start the command again"
-            ) from error
         reasons = [text for text in map(os.strerror, _STORAGE_ERRORS) if text in str(error)]
         if isinstance(error, OSError) or reasons:
             reason = reasons[0] if reasons else str(error)
