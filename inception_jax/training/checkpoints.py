@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -79,7 +80,17 @@ class Checkpoints:
             return ocp.CheckpointManager(self._directory.absolute(), options=self._options)
 
     def __enter__(self) -> Self:
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
         return self
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Leaves out the traceback of a thread of Orbax's that could not write.
+
+        Orbax raises the error again where it is waited for, and there it becomes one message.
+        """
+        if not (isinstance(failure.exc_value, OSError) or _storage_errors(failure.exc_value)):
+            self._excepthook(failure)
 
     def __exit__(
         self,
@@ -94,6 +105,8 @@ class Checkpoints:
         except Exception:
             if error is None:
                 raise
+        finally:
+            threading.excepthook = self._excepthook
 
     def latest_step(self) -> int | None:
         """Returns the newest step, or None if there is no checkpoint."""
@@ -314,18 +327,23 @@ def _training_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
 
 
-@contextlib.contextmanager
-def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what is safe and what to do.
+def _storage_errors(error: BaseException | None) -> list[str]:
+    """Returns which failures of storage an error tells of.
 
     Orbax and TensorStore report a full disk in several types, so the text decides.
     """
+    return [text for text in map(os.strerror, _STORAGE_ERRORS) if text in str(error)]
+
+
+@contextlib.contextmanager
+def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write into a message that says what is safe and what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reasons = [text for text in map(os.strerror, _STORAGE_ERRORS) if text in str(error)]
+        reasons = _storage_errors(error)
         if isinstance(error, OSError) or reasons:
             reason = reasons[0] if reasons else str(error)
             raise WriteError(

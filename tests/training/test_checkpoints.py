@@ -175,7 +175,8 @@ def test_a_flipped_bit_in_any_file_is_found(folder: pathlib.Path) -> None:
     for name in found:
         flip(folder / "6" / name)
         problem = storage.problem(folder / "6")
-        assert name in problem, name
+        # In the manifest itself it is another file's checksum that changes.
+        assert name in problem or (name == manifest.NAME and problem), name
         flip(folder / "6" / name)
     assert storage.problem(folder / "6") == ""
 
@@ -213,7 +214,7 @@ def test_checkpoints_without_a_manifest_are_read(folder: pathlib.Path) -> None:
     truncate(folder / "6")
     with (
         Checkpoints(folder) as checkpoints,
-        pytest.raises(CheckpointError, match=r"6: cannot be restored.*without checksums"),
+        pytest.raises(CheckpointError, match=r"(?s)6: cannot be restored.*without checksums"),
     ):
         checkpoints.restore(6, state(0))
 
@@ -265,6 +266,9 @@ def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
         # It is as if it had not been tried, and what came before counts again.
         assert checkpoints.latest_step() == 6
         check_restores(checkpoints, 6)
+        # Orbax removes what is left of it in the background.
+        while any("tmp" in path.name for path in folder.iterdir()):
+            time.sleep(0.01)
         assert files(folder) == before
         save(checkpoints, 8)
         checkpoints.wait()
