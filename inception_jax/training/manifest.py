@@ -22,6 +22,8 @@ def write(folder: pathlib.Path) -> None:
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path == folder / NAME:
+            continue
         files[path.relative_to(folder).as_posix()] = _facts(path)
     with (folder / NAME).open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, "files": files}, file, indent=1)

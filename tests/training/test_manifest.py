@@ -26,6 +26,8 @@ def test_a_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> 
         for name, content in CONTENT.items()
     }
     assert manifest.damage(folder) == []
+    manifest.write(folder)
+    assert manifest.damage(folder) == [], "it does not list itself"
 
 
 def flip(path: pathlib.Path) -> None:
