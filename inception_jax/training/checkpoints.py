@@ -30,7 +30,7 @@ from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
 _atomicity = ocp.path.atomicity
-_YEAR = 365 * 24 * 3600
+_YEAR, _MINUTES_20 = 365 * 24 * 3600, 1200
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -283,9 +283,14 @@ def _options(keep_last: int, keep_best: int, read_only: bool) -> ocp.CheckpointM
         # Where damaged ones are left in their place, it is not to read their metrics.
         lightweight_initialize=read_only,
         temporary_path_class=_ManifestedPath,
-        # Orbax counts its limit of 20 minutes by the wall clock, which may be set while it writes.
-        # Several processes need a limit: they wait for each other.
-        async_options=ocp.AsyncOptions(timeout_secs=_YEAR) if jax.process_count() == 1 else None,
+        async_options=ocp.AsyncOptions(
+            # Where a folder cannot be made in the background, the threads that are to write into
+            # it wait five minutes, and keep the process from ending.
+            create_directories_asynchronously=False,
+            # Orbax counts its limit by the wall clock, which may be set while it writes. Several
+            # processes need one: they wait for each other.
+            timeout_secs=_YEAR if jax.process_count() == 1 else _MINUTES_20,
+        ),
     )
 
 
