@@ -23,13 +23,13 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
 
 from inception_jax.errors import CheckpointError, UserError, WriteError
 from inception_jax.training import manifest, storage
 from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
-_atomicity = ocp.path.atomicity
 _YEAR, _MINUTES_20 = 365 * 24 * 3600, 1200
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -294,7 +294,7 @@ def _options(keep_last: int, keep_best: int, read_only: bool) -> ocp.CheckpointM
     )
 
 
-class _ManifestedPath(_atomicity.AtomicRenameTemporaryPath):
+class _ManifestedPath(atomicity.AtomicRenameTemporaryPath):
     """Where a checkpoint is written until it is whole and has a manifest.
 
     Orbax gives the finished folder a second temporary name; it gets its own once the manifest is in
@@ -306,14 +306,14 @@ class _ManifestedPath(_atomicity.AtomicRenameTemporaryPath):
     def from_final(cls, final_path: Any, **options: Any) -> Any:
         """Returns the place for a checkpoint, or for one of its items, which need no manifest."""
         if not final_path.name.isdecimal():
-            return _atomicity.AtomicRenameTemporaryPath.from_final(final_path, **options)
-        staged = final_path.with_name(final_path.name + _atomicity.TMP_DIR_SUFFIX)
+            return atomicity.AtomicRenameTemporaryPath.from_final(final_path, **options)
+        staged = final_path.with_name(final_path.name + atomicity.TMP_DIR_SUFFIX)
         return super().from_final(staged, **options)
 
     def get_final(self) -> Any:
         """Returns where the checkpoint is once it is whole."""
         staged = super().get_final()
-        return staged.with_name(staged.name.partition(_atomicity.TMP_DIR_SUFFIX)[0])
+        return staged.with_name(staged.name.partition(atomicity.TMP_DIR_SUFFIX)[0])
 
     async def finalize(self) -> None:
         """Writes the manifest and gives the folder its name; in the background, by one process."""

@@ -10,6 +10,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,8 +145,8 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
     path = archives.write_files(tmp_path / "x.zip", files)
     whole = sources.ZipSource.__init__
 
-    def claim(self: sources.ZipSource, *args: object, **kwargs: object) -> None:
-        whole(self, *args, **kwargs)  # type: ignore[arg-type]
+    def claim(self: sources.ZipSource, *args: Any, **kwargs: Any) -> None:
+        whole(self, *args, **kwargs)
         self.sizes |= {f"train/{wnid}/images/{name}": 10**13 for name in names}
 
     monkeypatch.setattr(sources.ZipSource, "__init__", claim)
@@ -284,7 +285,7 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
-    red = np.zeros((SIZE, SIZE, 3), np.uint8) + np.uint8([250, 10, 10])
+    red = np.full((SIZE, SIZE, 3), (250, 10, 10), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(red).save(buffer, format="PNG")
     for name in ("x.jpg", "x.txt", "x"):
