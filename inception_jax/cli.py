@@ -27,7 +27,10 @@ _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 def define_config() -> flags.FlagHolder[Config]:
     """Defines --config=FILE with its overrides --config.a.b=value."""
     return config_flags.DEFINE_config_file(
-        "config", None, "experiment file with a get_config() that returns a Config"
+        "config",
+        None,
+        "experiment file with a get_config() that returns a Config. It is a Python program, which "
+        "is run: give none that you would not run",
     )
 
 

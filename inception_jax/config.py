@@ -458,6 +458,14 @@ class Checkpoint:
     keep_best: int = setting(
         1, "how many of the best by validation top-1 are kept besides", low=0, resumable=True
     )
+    on_write_error: str = setting(
+        "stop",
+        "what a full disk does to the run, or another reason why a checkpoint, a line of metrics "
+        "or the report cannot be written: stop it, or continue: say so, and try again at the next "
+        "one. The last must succeed. On several processes a run always stops",
+        choices=("stop", "continue"),
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass

@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, or belongs to another model or data set."""
 
 
+class WriteError(UserError):
+    """A file of a run cannot be written: a full disk, a folder that is read-only or gone."""
+
+
 class RunError(Exception):
     """A run had to stop through no mistake of the user's: a non-finite loss. Exit code 1."""
 

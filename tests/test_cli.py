@@ -27,6 +27,7 @@ def test_help_exits_with_0(module: str) -> None:
     assert f"python -m inception_jax.{module}" in done.stdout
     if module not in ("tools.plot", "tools.diagnose", "tools.report"):
         assert "--config.train.batch_size=128" in done.stdout
+        assert "It is a Python program, which is run" in done.stdout
 
 
 def experiment(folder: pathlib.Path, body: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from inception_jax.config import Config
 from inception_jax.errors import RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
@@ -18,7 +19,7 @@ from inception_jax.telemetry.clock import Clock, Rate
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.writers import RunWriter
-from inception_jax.training import pretrained
+from inception_jax.training import lock, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -64,10 +65,11 @@ def train(
 
     Raises:
       RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
-      UserError: if the workdir cannot be written to.
+      UserError: if the workdir cannot be written to, or another process is training in it.
     """
     config = run.config
     with (
+        lock.exclusive(workdir.path, storage.say) if run.is_lead else contextlib.nullcontext(),
         Checkpoints(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
@@ -90,7 +92,12 @@ def train(
                 experiment=run.experiment,
             )
         with (
-            RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,
+            RunWriter(
+                workdir.path,
+                resume_step=first,
+                is_lead=run.is_lead,
+                patient=_goes_on(config),
+            ) as writer,
             Progress(
                 run.total_steps,
                 initial_step=first,
@@ -105,6 +112,14 @@ def train(
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether a run outlives a failure to write.
+
+    Several processes do not: the others are waiting for the one that failed.
+    """
+    return config.checkpoint.on_write_error == "continue" and jax.process_count() == 1
 
 
 def _start(
@@ -157,6 +172,7 @@ def _train(
     in_flight: collections.deque[jax.Array] = collections.deque()
     steps_ahead = _steps_ahead()
     train_sample = run.train_sample()
+    goes_on = _goes_on(config)
     with clock.phase("compile"):
         # The first batch is read while the step compiles.
         batches = itertools.chain([next(batches)], batches)
@@ -194,15 +210,19 @@ def _train(
             reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):
-                # Lines up to this step must be on disk before a checkpoint says they are.
-                reporter.flush()
-                checkpoints.save(
-                    state,
-                    progress={"seconds": clock.state()},
-                    metrics=metrics if evaluate_now else None,
-                )
+                with storage.tolerated(goes_on, reporter.note):
+                    checkpoints.wait()
+                with storage.tolerated(goes_on and not last, reporter.note):
+                    # Lines up to this step must be on disk before a checkpoint says they are.
+                    reporter.flush()
+                    checkpoints.save(
+                        state,
+                        progress={"seconds": clock.state()},
+                        metrics=metrics if evaluate_now else None,
+                    )
         if evaluate_now:
-            reporter.show(step, metrics)
+            with storage.tolerated(goes_on and not last, reporter.note):
+                reporter.show(step, metrics)
 
     return reporter.result(run.total_steps, metrics)
 
@@ -309,6 +329,10 @@ class _Reporter:
             f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "
             f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%, top-5 {metrics['top5']:.2f}%"
         )
+
+    def note(self, line: str) -> None:
+        """Says a line."""
+        self._progress.note(line)
 
     def flush(self) -> None:
         """Puts all that was written on disk."""
