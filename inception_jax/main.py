@@ -14,8 +14,8 @@ Train a network, or evaluate a checkpoint of it.
   python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--mode=eval]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
-Training goes on from the newest checkpoint in DIR, if any. Exit code 0: done; 2: a mistake, which
-the message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
+Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
+message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
 """
 
 _CONFIG = cli.define_config()
