@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
-from inception_jax.errors import CheckpointError, ConfigError, RunError, UserError
+from inception_jax.errors import CheckpointError, ConfigError, Preempted, RunError, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
@@ -198,6 +198,33 @@ def test_a_stopped_run_ends_the_same(
         with pytest.raises(Stopped):
             train_again(this, folder)
     train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+# The first step, one with nothing due, one with a checkpoint due, and one with an evaluation due.
+@pytest.mark.parametrize("step", [1, 7, 8, 5])
+def test_a_run_that_is_asked_to_stop_saves_the_step(
+    step: int, reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
+        loop.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        assert saved.latest_step() == step
+    assert not folder.result.exists()
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_the_last_step_is_not_asked_to_stop(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder, asked = workdir.Workdir(tmp_path), []
+    result = loop.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
+    assert asked == list(range(1, 11))
+    assert result["step"] == 11
     assert_same(this, folder, expected)
 
 
