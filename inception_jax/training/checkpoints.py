@@ -27,6 +27,19 @@ def _top1(metrics: Mapping[str, float]) -> float:
     return metrics["top1"]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves JAX's preemption service to the training loop.
+
+    The service notes the step that each process last asked about, and from those of all processes
+    chooses where they stop. Orbax's asks about the step it has just written, from a thread of its
+    own, when training is further: the step chosen could be one that has passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Says that there is none, without asking the service."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
@@ -58,7 +71,7 @@ class Checkpoints:
                 )
             )
         with _readable_errors(directory):
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 directory.absolute(),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_managers.AnyPreservationPolicy(kept),

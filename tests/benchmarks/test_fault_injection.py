@@ -9,7 +9,7 @@ import pytest
 from benchmarks import fault_injection, lives, measure
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path: pathlib.Path) -> None:
+def test_a_run_that_is_killed_ends_with_the_same_bits() -> None:
     arguments = fault_injection.parse(["--kills=5", "--steps=12"])
     results = fault_injection.run(arguments)["results"]
     assert results["kills"] == len(results["samples"]) == 5

@@ -38,12 +38,15 @@ def wait_for_step(step: int, workdir: pathlib.Path, *processes: subprocess.Popen
 
 
 def saved_step(messages: str) -> int:
-    """Returns the step that the last message of a stopped process names."""
-    last = messages.splitlines()[-1]
-    found = re.match(r"stopped as a signal asked, after step ([\d,]+) of", last)
-    assert found, messages
-    assert "the same command goes on from it" in last
-    return int(found[1].replace(",", ""))
+    """Returns the step that a stopped process says it has saved."""
+    found = re.findall(
+        r"^stopped as a signal asked, after step ([\d,]+) of [\d,]+, which is saved; "
+        r"the same command goes on from it$",
+        messages,
+        re.MULTILINE,
+    )
+    assert len(found) == 1, messages
+    return int(found[0].replace(",", ""))
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
 from inception_jax.errors import CheckpointError, ConfigError, Preempted, RunError, UserError
@@ -226,6 +227,18 @@ def test_the_last_step_is_not_asked_to_stop(
     assert asked == list(range(1, 11))
     assert result["step"] == 11
     assert_same(this, folder, expected)
+
+
+def test_saving_does_not_tell_the_preemption_service_an_old_step(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    assert asked == []
 
 
 def test_a_run_stopped_in_a_save_ends_the_same(
