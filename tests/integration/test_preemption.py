@@ -20,7 +20,7 @@ SETTINGS = [
     "--config.schedule.warmup.epochs=0",
     "--config.evaluation.batch_size=100",
     "--config.evaluation.every.epochs=0",
-    "--config.evaluation.every.steps=10",
+    "--config.evaluation.every.steps=15",
     "--config.checkpoint.every.epochs=0",
     "--config.checkpoint.every.steps=7",
     "--config.log.every.steps=1",
@@ -54,14 +54,14 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 ) -> None:
     settings = [
         *SETTINGS,
-        "--config.train.length.steps=80",
+        "--config.train.length.steps=60",
         "--config.train.ema.steps=5",
         f"--config.data.directory={tmp_path / 'data'}",
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command.check("main", *settings, f"--workdir={whole}")
 
-    for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 20)):
+    for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 17)):
         process = command.start("main", *settings, f"--workdir={parts}")
         wait_for_step(after, parts, process)
         process.send_signal(number)
@@ -75,7 +75,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 
     # Held still, so that the second signal is sure to come while it is busy with the first.
     process = command.start("main", *settings, f"--workdir={parts}")
-    wait_for_step(40, parts, process)
+    wait_for_step(35, parts, process)
     process.send_signal(signal.SIGTERM)
     assert process.stderr
     messages = iter(process.stderr.readline, "")
