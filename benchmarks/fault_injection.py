@@ -135,6 +135,7 @@ class Campaign:
         if met is None:
             return False
         self.kills.append(Kill(aim, met, round(seconds, 3), life.step, self.runs))
+        measure.say(f"kill {len(self.kills)}, aimed at {aim}, met {met} after {seconds:.1f} s")
         self._aim = next(self._aims)
         return True
 

@@ -151,8 +151,9 @@ class Life:
 
     def kill(self) -> str | None:
         """Kills the process, and returns the phase that this met; None if it had ended before."""
-        # What it started goes with it.
-        os.killpg(self._process.pid, signal.SIGKILL)
+        if self.running:
+            # What it started goes with it.
+            os.killpg(self._process.pid, signal.SIGKILL)
         return self.phase() if self._process.wait() == -signal.SIGKILL else None
 
     @property
