@@ -74,18 +74,18 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
         assert lives.metric_lines(parts)[-1]["step"] == step
 
     # Held still, so that the second signal is sure to come while it is busy with the first.
-    process = command.start("main", *settings, f"--workdir={parts}")
-    wait_for_step(35, parts, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr
-    messages = iter(process.stderr.readline, "")
-    assert any("SIGTERM: ends once this step is saved" in line for line in messages)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(1.1)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
-    assert "SIGTERM again: ended at once." in process.stderr.read()
-    assert process.wait() == 128 + signal.SIGTERM
+    with command.start("main", *settings, f"--workdir={parts}") as process:
+        wait_for_step(35, parts, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr
+        messages = iter(process.stderr.readline, "")
+        assert any("SIGTERM: ends once this step is saved" in line for line in messages)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.1)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert "SIGTERM again: ended at once." in process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
 
     command.check("main", *settings, f"--workdir={parts}")
     assert lives.outcome(parts).differences(lives.outcome(whole)) == []
