@@ -222,7 +222,8 @@ def test_the_last_step_is_not_asked_to_stop(
     reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
-    folder, asked = workdir.Workdir(tmp_path), []
+    folder = workdir.Workdir(tmp_path)
+    asked: list[int] = []
     result = loop.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
     assert asked == list(range(1, 11))
     assert result["step"] == 11
