@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, RunError, UserError
+from inception_jax.errors import EXIT_PREEMPTED, ConfigError, Preempted, RunError, UserError
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
@@ -104,6 +104,9 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except Preempted as end:
+        say(str(end))
+        sys.exit(EXIT_PREEMPTED)
     except OSError as error:
         # A failed read or write that no module could say more about: its text says enough.
         if error.filename is None:

@@ -1,6 +1,8 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
+import ctypes
 import os
+import signal
 from collections.abc import Callable
 
 import jax
@@ -19,7 +21,7 @@ def initialize(
     process_count: int = 0,
     process_index: int = -1,
     log: Callable[[str], None] = print,
-) -> None:
+) -> Callable[[], None] | None:
     """Chooses the devices and joins the other processes. Call before any other use of JAX.
 
     Args:
@@ -30,6 +32,10 @@ def initialize(
       process_count: how many processes there are, with `coordinator_address`.
       process_index: which of them this one is, with `coordinator_address`.
       log: takes a line where compiled programs cannot be kept.
+
+    Returns:
+      What tells JAX's preemption service, and so all processes, that this one must end; None where
+      there is no such service, as in a process of its own.
 
     Raises:
       UserError: if the platform is not there, or the processes cannot be joined.
@@ -47,6 +53,7 @@ def initialize(
             f"--coordinator_address={coordinator_address}: needs --process_count (found "
             f"{process_count}) and --process_index from 0 to it (found {process_index})"
         )
+    handler = _sigterm_handler()
     try:
         if coordinator_address:
             jax.distributed.initialize(coordinator_address, process_count, process_index)
@@ -57,7 +64,25 @@ def initialize(
             f"the processes could not be joined: {error}. Give --coordinator_address, "
             "--process_count and --process_index, or leave --distributed out for one process"
         ) from error
+    tell_all = _sigterm_handler()
     _check_platform(platform)
+    return None if tell_all == handler else lambda: _call(tell_all)
+
+
+def _sigterm_handler() -> int:
+    """Returns the address of the C function that SIGTERM calls.
+
+    JAX's preemption service learns of a preemption by SIGTERM alone. It puts a handler in C in the
+    place of Python's, so whoever takes the signal after that has to hand it on.
+    """
+    getsig = ctypes.pythonapi.PyOS_getsig
+    getsig.argtypes, getsig.restype = [ctypes.c_int], ctypes.c_void_p
+    # None stands for the address 0, which is the default handler.
+    return getsig(signal.SIGTERM) or 0
+
+
+def _call(handler: int) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)(signal.SIGTERM)
 
 
 def _check_platform(platform: str) -> None:

@@ -38,6 +38,19 @@ def _top1(metrics: Mapping[str, float]) -> float:
     return metrics["top1"]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves JAX's preemption service to the training loop.
+
+    The service notes the step that each process last asked about, and from those of all processes
+    chooses where they stop. Orbax's asks about the step it has just written, from a thread of its
+    own, when training is further: the step chosen could be one that has passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Says that there is none, without asking the service."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
@@ -75,9 +88,9 @@ class Checkpoints:
         self._options = _options(keep_last, keep_best, read_only)
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> _Manager:
         with _readable_errors(self._directory):
-            return ocp.CheckpointManager(self._directory.absolute(), options=self._options)
+            return _Manager(self._directory.absolute(), options=self._options)
 
     def __enter__(self) -> Self:
         self._excepthook = threading.excepthook

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from inception_jax.config import Config
-from inception_jax.errors import RunError
+from inception_jax.errors import Preempted, RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
 from inception_jax.telemetry import summary
@@ -49,6 +49,7 @@ def train(
     *,
     changed: list[str],
     on_evaluation: OnEvaluation = lambda result: None,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
@@ -59,6 +60,8 @@ def train(
       changed: settings that differ from an earlier start, to be said and recorded.
       on_evaluation: called by the lead process after each evaluation, once all that it found is
         on disk, with what result.json would hold if the run ended there.
+      stop: asked after each step, by its number, whether the run must be saved and end there. Where
+        there are several processes, it says the same in all.
 
     Returns:
       The contents of result.json: the last evaluation, with the speed and time of the whole run.
@@ -66,6 +69,7 @@ def train(
     Raises:
       RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
       UserError: if the workdir cannot be written to, or another process is training in it.
+      Preempted: if `stop` said so, once the checkpoint is on disk.
     """
     config = run.config
     with (
@@ -108,7 +112,12 @@ def train(
         ):
             reporter = _Reporter(run, writer, progress, clock, on_evaluation)
             reporter.started(state, first, changed, notes)
-            result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
+            result = _train(run, state, train_steps, evaluate, checkpoints, reporter, stop)
+    if result["step"] < run.total_steps:
+        raise Preempted(
+            f"stopped as a signal asked, after step {result['step']:,} of {run.total_steps:,}, "
+            "which is saved; the same command goes on from it"
+        )
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
@@ -150,6 +159,7 @@ def _train(
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
+    stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     config, clock, timeline = run.config, reporter.clock, run.timeline
     first = int(state.step)
@@ -192,8 +202,9 @@ def _train(
         reporter.stepped(step)
 
         last = step == run.total_steps
+        stop_now = not last and stop(step)
         evaluate_now = last or timeline.due(config.evaluation.every, step)
-        save_now = evaluate_now or timeline.due(config.checkpoint.every, step)
+        save_now = stop_now or evaluate_now or timeline.due(config.checkpoint.every, step)
         if last or timeline.due(config.log.every, step):
             reporter.report_later(step, state.metrics)
             state = state.replace(metrics=empty_metrics())
@@ -212,7 +223,7 @@ def _train(
             with clock.phase("save"):
                 with storage.tolerated(goes_on, reporter.note):
                     checkpoints.wait()
-                with storage.tolerated(goes_on and not last, reporter.note):
+                with storage.tolerated(goes_on and not (last or stop_now), reporter.note):
                     # Lines up to this step must be on disk before a checkpoint says they are.
                     reporter.flush()
                     checkpoints.save(
@@ -223,8 +234,10 @@ def _train(
         if evaluate_now:
             with storage.tolerated(goes_on and not last, reporter.note):
                 reporter.show(step, metrics)
+        if stop_now:
+            break
 
-    return reporter.result(run.total_steps, metrics)
+    return reporter.result(step, metrics)
 
 
 class _Reporter:

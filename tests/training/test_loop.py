@@ -20,9 +20,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
-from inception_jax.errors import CheckpointError, ConfigError, RunError, UserError, WriteError
+from inception_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    Preempted,
+    RunError,
+    UserError,
+    WriteError,
+)
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
@@ -210,6 +218,46 @@ def test_a_stopped_run_ends_the_same(
             train_again(this, folder)
     train_again(this, folder)
     assert_same(this, folder, expected)
+
+
+# The first step, one with nothing due, one with a checkpoint due, and one with an evaluation due.
+@pytest.mark.parametrize("step", [1, 7, 8, 5])
+def test_a_run_that_is_asked_to_stop_saves_the_step(
+    step: int, reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
+        loop.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        assert saved.latest_step() == step
+    assert not folder.result.exists()
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_the_last_step_is_not_asked_to_stop(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    asked: list[int] = []
+    result = loop.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
+    assert asked == list(range(1, 11))
+    assert result["step"] == 11
+    assert_same(this, folder, expected)
+
+
+def test_saving_does_not_tell_the_preemption_service_an_old_step(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    assert asked == []
 
 
 def test_a_run_stopped_in_a_save_ends_the_same(
