@@ -18,6 +18,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from inception_jax import config as configs
+from inception_jax import hosts
 from inception_jax.config import Config
 from inception_jax.errors import ConfigError, RunError, UserError
 
@@ -29,6 +30,31 @@ def define_config() -> flags.FlagHolder[Config]:
     return config_flags.DEFINE_config_file(
         "config", None, "experiment file with a get_config() that returns a Config"
     )
+
+
+def define_processes() -> Callable[[], dict[str, Any]]:
+    """Defines the flags that say on which devices, and with which other processes, to compute.
+
+    Returns:
+      A function that gives their values, as `runtime.initialize` takes them.
+    """
+    holders = (
+        flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is"),
+        flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod, SLURM or Open MPI"),
+        flags.DEFINE_string(
+            "cluster", "", "with distributed: how JAX finds them, such as mpi4py; empty: by itself"
+        ),
+        flags.DEFINE_string("coordinator_address", "", "host:port of process 0"),
+        flags.DEFINE_integer("process_count", 0, "with coordinator_address: how many processes"),
+        flags.DEFINE_integer("process_index", -1, "with coordinator_address: which one this is"),
+    )
+    return lambda: {holder.name: holder.value for holder in holders}
+
+
+def command() -> dict[str, Any]:
+    """Returns the flags of the command itself, without its settings, by their names with dashes."""
+    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    return {f"--{flag.name}": flag.value for flag in defined if flag.name != "config"}
 
 
 def require(*names: str) -> None:
@@ -108,11 +134,20 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
         _fail(f"{error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except Exception as error:
+        # A bug, or what another process's death looks like from here, which is then said instead.
+        hosts.await_verdict(error)
+        if hosts.several():
+            traceback.print_exc()
+            hosts.fail(traceback.format_exception_only(error)[-1].strip(), 1)
+        raise
+    hosts.done()
     sys.exit(0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     say(f"error: {message}")
+    hosts.fail(message, code)
     sys.exit(code)
 
 
@@ -192,7 +227,8 @@ def _check_type(config: Any) -> None:
 
 
 def _help(usage: str) -> str:
-    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    by_module = flags.FLAGS.flags_by_module_dict()
+    defined = [*by_module.get(sys.argv[0], []), *by_module.get(__name__, [])]
     lines = [usage.strip(), "", "Flags:"]
     for flag in sorted(defined, key=lambda flag: flag.name):
         if flag.name != "config":

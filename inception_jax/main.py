@@ -26,11 +26,7 @@ _ONE = "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE"
 cli.require_one("workdir", "weights", message=_ONE)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod or SLURM job")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "with coordinator_address: processes")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "with coordinator_address: this one")
+_PROCESSES = cli.define_processes()
 cli.require("config")
 
 
@@ -42,6 +38,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
     from inception_jax.models import weights
+    from inception_jax.telemetry import summary
     from inception_jax.training import loop, run, workdir
 
     configs.validate(_CONFIG.value)
@@ -50,13 +47,13 @@ def main(positional: Sequence[str]) -> None:
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
     runtime.initialize(
-        platform=_PLATFORM.value,
-        distributed=_DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        process_count=_PROCESS_COUNT.value,
-        process_index=_PROCESS_INDEX.value,
+        **_PROCESSES(),
+        silence=_CONFIG.value.watch.host_silence,
+        facts=lambda: summary.software() | configs.shared(_CONFIG.value) | cli.command(),
         log=cli.say,
     )
+    if _MODE.value == "train":
+        workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
