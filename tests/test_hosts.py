@@ -114,7 +114,7 @@ def test_a_failure_ends_the_others_after_their_grace() -> None:
 # Several hosts, each in a thread.
 
 
-class Ended(BaseException):
+class Ended(SystemExit):
     """Stands for the end of a process."""
 
 

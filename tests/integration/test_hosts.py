@@ -1,0 +1,151 @@
+"""Several real processes on this machine: their layouts, their disagreements, their deaths."""
+
+import collections
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from inception_jax.telemetry.writers import read_lines
+from tests import command
+from tests.integration.test_processes import free_port
+
+HOST = socket.gethostname()
+# Seconds of silence after which a process is taken for dead, as short as busy cores allow.
+SILENCE = 5
+# Far more than it may take from a death to the end of the others.
+BOUND = 90
+
+
+def start(
+    count: int, *arguments: str, devices: int = 1, module: str = "tests.worker", **each: Any
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run.
+
+    Args:
+      each: by name, what process `int(name[1:])` gets besides: a list of arguments, or a dict of
+        environment variables.
+    """
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for index in range(count):
+        own = each.get(f"p{index}", [])
+        environment = own if isinstance(own, dict) else {}
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    module,
+                    *arguments,
+                    f"--coordinator_address={address}",
+                    f"--process_count={count}",
+                    f"--process_index={index}",
+                    *([] if environment else own),
+                ],
+                cwd=command.ROOT,
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Returns the exit code of each process and what it said."""
+    try:
+        found = [process.communicate(timeout=command.TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, messages)
+        for process, (_, messages) in zip(processes, found, strict=True)
+    ]
+
+
+def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pathlib.Path) -> None:
+    settings = (f"--data={data}", f"--workdir={workdir}", f"--steps={steps}")
+    for code, messages in finish(start(count, *settings, devices=devices)):
+        assert code == 0, messages
+
+
+def test_other_layouts_give_the_curve_of_one_process(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    train(1, 4, 12, data_directory, one)
+    # Four processes begin, two go on from their checkpoint.
+    train(4, 1, 6, data_directory, several)
+    train(2, 2, 12, data_directory, several)
+
+    expected, found = (read_lines(folder / "metrics.jsonl") for folder in (one, several))
+    # Each line once, although several processes reported; the first part's end has its own.
+    at = collections.Counter((line["step"], line["split"]) for line in found)
+    assert set(at.values()) == {1}
+    assert at.keys() - {(line["step"], line["split"]) for line in expected} == {(6, "test")}
+    by_place = {(line["step"], line["split"]): line for line in found}
+    for line in expected:
+        other = by_place[line["step"], line["split"]]
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+        if line["split"] == "test":
+            assert other["count"] == 360
+            assert other["top1"] == pytest.approx(line["top1"], abs=0.3)  # One of 360 images.
+
+
+# A bug; a kill; one that goes on to live, but does nothing; a kill of the one that serves all.
+@pytest.mark.parametrize("fate", ["bug 1", "kill 2", "stop 1", "kill 0"])
+def test_the_others_stop_and_name_the_one_that_is_gone(fate: str) -> None:
+    what, gone = fate.split()[0], int(fate.split()[1])
+    bug = [f"--fail={gone}"] if what == "bug" else []
+    processes = start(3, f"--silence={SILENCE}", *bug)
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            while "adding" not in (line := process.stdout.readline()):
+                assert line, process.communicate()[1]
+        if what != "bug":
+            processes[gone].send_signal(signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+        others = [process for process in processes if process is not processes[gone]]
+        messages = [process.communicate(timeout=BOUND)[1] for process in others]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, said in zip(others, messages, strict=True):
+        assert process.returncode == 1, said
+        assert f"error: process {gone} (host {HOST}) " in said
+        assert ("KeyError: 'a bug'" in said) == (what == "bug")
+        # Nothing else was accused.
+        assert said.count("error: ") == 1
+    for process in processes:
+        process.communicate()
+
+
+def test_processes_that_were_started_differently_are_told_so(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    processes = start(
+        2,
+        "--config=experiments/digits.py",
+        f"--config.data.directory={data_directory}",
+        f"--workdir={tmp_path / 'run'}",
+        module="inception_jax.main",
+        p0={"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=false"},
+        p1=["--config.seed=3", "--config.data.workers=1", "--mode=eval"],
+    )
+    for code, said in finish(processes):
+        assert code == 2, said
+        assert f"config.seed: 0 on process 0 (host {HOST}); 3 on process 1 (host {HOST})" in said
+        assert '--mode: "train" on process 0' in said
+        assert "$XLA_FLAGS: " in said and "fast_math" in said
+        assert "config.data.workers" not in said
+        assert "config.data.directory" not in said
+    assert not (tmp_path / "run" / "config.json").exists()
