@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from inception_jax import cli, hosts, runtime
+from inception_jax import cli, runtime
 from inception_jax.config import Duration
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import sharding

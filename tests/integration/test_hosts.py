@@ -13,13 +13,23 @@ import pytest
 
 from inception_jax.telemetry.writers import read_lines
 from tests import command
-from tests.integration.test_processes import free_port
 
 HOST = socket.gethostname()
 # Seconds of silence after which a process is taken for dead, as short as busy cores allow.
 SILENCE = 5
 # Far more than it may take from a death to the end of the others.
 BOUND = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("data")
 
 
 def start(
