@@ -43,6 +43,7 @@ DTYPES = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized", "inception")
 POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
+NONFINITE = ("stop", "skip")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
 
@@ -417,6 +418,19 @@ class Train:
         Duration(),
         "time constant of the exponential moving average of parameters and BatchNorm statistics "
         "that evaluation uses; none: no average",
+        resumable=True,
+    )
+    nonfinite: str = setting(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run, which then goes on from "
+        "the checkpoint before, or leave that step's update out",
+        choices=NONFINITE,
+        resumable=True,
+    )
+    nonfinite_limit: int = setting(
+        5,
+        "with nonfinite=skip: steps in a row left out at which the run stops",
+        low=1,
         resumable=True,
     )
 

@@ -9,6 +9,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 
 from inception_jax.errors import RunError
 from inception_jax.input import crops, pipeline
@@ -18,7 +19,7 @@ from inception_jax.telemetry.clock import Clock, Rate
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.writers import RunWriter
-from inception_jax.training import pretrained
+from inception_jax.training import nonfinite, pretrained
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -169,24 +170,24 @@ def _train(
             # Done already, but where the next image size begins too soon.
             run_step = train_steps[run.train_image_size(step - 1)].result()
         with clock.phase("train"):
-            state, loss = run_step(state, batch)
-            in_flight.append(loss)
+            state, found = run_step(state, batch)
+            in_flight.append(found.loss)
             if len(in_flight) > steps_ahead:
                 in_flight.popleft().block_until_ready()
-        reporter.stepped(step)
+        reporter.stepped(step, found.finite)
 
         last = step == run.total_steps
         evaluate_now = last or timeline.due(config.evaluation.every, step)
         save_now = evaluate_now or timeline.due(config.checkpoint.every, step)
         if last or timeline.due(config.log.every, step):
             reporter.report_later(step, state.metrics)
-            state = state.replace(metrics=empty_metrics())
+            state = state.replace(metrics=empty_metrics(state.metrics))
         if save_now:
             with clock.phase("train"):
                 jax.block_until_ready(state)
             in_flight.clear()
             reporter.report_pending()
-            reporter.check_finite(state.metrics)
+            reporter.check_finite(step, state.metrics)
         if evaluate_now:
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
@@ -225,12 +226,16 @@ class _Reporter:
         self._progress = progress
         self._rate = Rate(clock)
         self._last_report = 0
+        self._modules: list[str] = []
+        # Of the steps since the last look; not all of them where reports are very rare.
+        self._finite: collections.deque[tuple[int, jax.Array]] = collections.deque(maxlen=1000)
         self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
 
     def started(self, state: TrainState, first: int, changed: list[str], notes: list[str]) -> None:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
         note(summary.parameter_table(state.params))
+        self._modules = sorted(state.params)
         devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
         if jax.process_count() > 1:
             devices += f" in {jax.process_count()} processes"
@@ -248,8 +253,14 @@ class _Reporter:
             note(f"changed since the run began: {line}")
         self._last_report = first
 
-    def stepped(self, step: int) -> None:
-        """Takes note of a dispatched step, and reports the step before it if that is due."""
+    def stepped(self, step: int, finite: jax.Array) -> None:
+        """Takes note of a dispatched step, and reports the step before it if that is due.
+
+        Args:
+          step: its number.
+          finite: bool [1 + M], as of `step.Found`; still being computed.
+        """
+        self._finite.append((step, finite))
         self._progress.step(step)
         if self._pending and self._pending[0] < step:
             self.report_pending()
@@ -268,7 +279,7 @@ class _Reporter:
         # Where the device is still at that step, the wait for it is part of training.
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
-        self.check_finite(metrics)
+        self.check_finite(step, metrics)
         values = metrics.compute()
         del values["first_nonfinite_step"]
         # The rate that the step applied: the schedule counts finished steps.
@@ -278,21 +289,41 @@ class _Reporter:
             {"loss": values["loss"], "top1": values["top1"], "learning_rate": rate}
         )
 
-    def check_finite(self, metrics: TrainMetrics) -> None:
-        """Stops the run at a loss or gradient that is not finite."""
-        step = metrics.first_nonfinite_step.compute()
-        if step >= 0:
-            rate = float(self._run.schedule(step - 1))
-            self._write(step, "train", {"loss": math.nan, "learning_rate": rate})
-            raise self._not_finite("the loss or the gradient", step)
+    def check_finite(self, step: int, metrics: TrainMetrics) -> None:
+        """Stops the run at a loss or gradient that is not finite, or at too many in a row.
 
-    def _not_finite(self, what: str, step: int) -> RunError:
+        Args:
+          step: the last that the metrics contain.
+          metrics: of all steps since the last call.
+        """
+        train = self._run.config.train
+        bad = {n: np.asarray(finite) for n, finite in self._finite if n <= step}
+        bad = {n: finite for n, finite in bad.items() if not finite.all()}
+        while self._finite and self._finite[0][0] <= step:
+            self._finite.popleft()
+        first = metrics.first_nonfinite_step.compute()
+        skip = train.nonfinite == "skip"
+        for n, finite in bad.items() if skip else ():
+            what = nonfinite.describe(finite, self._modules)
+            self._progress.note(f"step {n:,} was left out: {what} not finite")
+        if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
+            return
+        rate = float(self._run.schedule(first - 1))
+        self._write(first, "train", {"loss": math.nan, "learning_rate": rate})
+        what = "the loss or the gradient was"
+        if first in bad:
+            what = nonfinite.describe(bad[first], self._modules)
+        raise self._not_finite(what, first, train.nonfinite_limit if skip else 1)
+
+    def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
         rate = float(self._run.schedule(step - 1))
+        row = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
-            f"{what} was not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}. "
-            "The last checkpoint is from before that, and the same command goes on from it. Try a "
-            f"lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
-            "config.schedule.warmup, or config.optimizer.clip_norm=1"
+            f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
+            f"{row}. The last checkpoint is from before that, and the same command goes on from "
+            f"it. Try a lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
+            "config.schedule.warmup, config.optimizer.clip_norm=1, or config.train.nonfinite=skip, "
+            "which leaves single steps out"
         )
 
     def evaluated(
@@ -302,7 +333,7 @@ class _Reporter:
         split = self._run.dataset.eval_split
         self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
         if not math.isfinite(metrics["loss"]):
-            raise self._not_finite(f"the {split} loss", step)
+            raise self._not_finite(f"the {split} loss was", step)
         if sample is not None:
             self._write(step, "train_eval", sample)
         self._progress.note(
