@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from inception_jax.config import Augment, Checkpoint, Duration, Log, Optimizer, 
 from inception_jax.errors import RunError
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
-from inception_jax.telemetry.metrics import NEVER, FirstStep
+from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.writers import read_lines
 from inception_jax.training import checkpoints, loop, nonfinite, run, state, step, workdir
 from tests import small
@@ -89,6 +90,21 @@ def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
+whole_batches = pipeline.train_batches
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from itertools.islice(whole_batches(*args, **kwargs), step - 1 - kwargs["start"])
+        raise Stopped
+
+    monkeypatch.setattr(pipeline, "train_batches", batches)
+
+
 def last_state(this: run.Run, folder: pathlib.Path) -> state.TrainState:
     with checkpoints.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         return saved.restore(saved.resolve("last"), state.abstract(this))[0]
@@ -132,7 +148,10 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
 
 
 def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
-    build: Build, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+    build: Build,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Two in a row, across a checkpoint (6) and beside a report (4, 8); and one in a report's step.
     this = build(6, 7, 12)
@@ -144,13 +163,13 @@ def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert len(losses) == 3 and np.isfinite(losses).all()
 
-    shorter = dataclasses.replace(this, total_steps=6)
-    train(shorter, tmp_path / "parts")
-    again = train(this, tmp_path / "parts")
-    # The first part ended with a report and an evaluation of its own.
-    assert [line for line in again if line["step"] != 6] == [
-        line for line in lines if line["step"] not in (6, 8)
-    ] + [line for line in again if line["step"] == 8] or again
+    # Behind the first of two in a row, with its checkpoint, and behind both.
+    for number in (7, 8):
+        with monkeypatch.context() as patch:
+            stop_before_step(number, patch)
+            with pytest.raises(Stopped):
+                train(this, tmp_path / "parts")
+    assert train(this, tmp_path / "parts") == lines
     left, right = (last_state(this, tmp_path / name) for name in ("whole", "parts"))
     for (path, old), new in zip(
         jax.tree_util.tree_leaves_with_path(left.model_item()),
@@ -161,10 +180,13 @@ def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
 
 
 def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
-    build: Build, tmp_path: pathlib.Path
+    build: Build, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     this = build(5, 6, 7, 8, loss=True)
-    train(dataclasses.replace(this, total_steps=6), tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before_step(7, patch)
+        with pytest.raises(Stopped):
+            train(this, tmp_path)
     # Two of the row are behind the checkpoint; the third ends the run, and is not saved.
     with pytest.raises(RunError, match=r"not finite at step 5, .*the first of 3 in a row"):
         train(this, tmp_path)
@@ -175,30 +197,21 @@ def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
 
 def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
     """A report may come long after it."""
-    empty = state.TrainState(
-        step=jnp.int32(0), params={}, batch_stats={}, average={}, opt_state=(), metrics=Row(NEVER)
+    current = state.TrainState(
+        step=jnp.int32(0),
+        params={},
+        batch_stats={},
+        average={},
+        opt_state=(),
+        metrics=TrainMetrics.empty(),
     )
     good = {1, 4, 5, 10, 11}
     rows = []
     for number in range(1, 12):
-        after = empty.replace(step=jnp.int32(number))
-        empty = nonfinite.skipped(empty, after, jnp.bool_(number in good), LIMIT)
-        rows.append(int(empty.metrics.first_nonfinite_step.step))
+        after = current.replace(step=jnp.int32(number))
+        current = nonfinite.skipped(current, after, jnp.bool_(number in good), LIMIT)
+        rows.append(current.metrics.first_nonfinite_step.compute())
     assert rows == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
-
-
-@dataclasses.dataclass
-class Row:
-    """Stands for the metrics."""
-
-    first: int
-
-    @property
-    def first_nonfinite_step(self) -> FirstStep:
-        return FirstStep(jnp.int32(self.first))
-
-    def replace(self, first_nonfinite_step: FirstStep) -> "Row":
-        return Row(int(first_nonfinite_step.step))
 
 
 def test_the_stop_names_the_layers(build: Build, tmp_path: pathlib.Path) -> None:
