@@ -22,6 +22,7 @@ from inception_jax import hosts
 from inception_jax.config import Config
 from inception_jax.errors import ConfigError, RunError, UserError
 
+_AGAIN = "start the same command again (training goes on from its last checkpoint)"
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
@@ -131,18 +132,30 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
         # A failed read or write that no module could say more about: its text says enough.
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", 2)
+        _fail(f"{error.filename}: {error.strerror}. Mend that, and {_AGAIN}", 2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
         # A bug, or what another process's death looks like from here, which is then said instead.
         hosts.await_verdict(error)
-        if hosts.several():
-            traceback.print_exc()
-            hosts.fail(traceback.format_exception_only(error)[-1].strip(), 1)
-        raise
+        traceback.print_exc()
+        _fail(_unexpected(error), 1)
     hosts.done()
     sys.exit(0)
+
+
+def _unexpected(error: Exception) -> str:
+    """Returns what to do about an error that no module explains."""
+    what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return (
+            f"the memory does not suffice: {what}. Give a smaller config.train.batch_size, or "
+            "compute it in parts by config.train.accumulate (2, 4, ...)"
+        )
+    return (
+        f"{what}. That was not to be expected; the lines above say where. {_AGAIN.capitalize()}; "
+        "if it fails once more, it is a fault of the program: report these lines"
+    )
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -495,6 +495,16 @@ class Watch:
         low=3,
         resumable=True,
     )
+    stall_minutes: float = setting(
+        10.0,
+        "minutes without a step, save or anything else after which a run says what each of its "
+        "threads is doing; 0: never",
+        low=0,
+        resumable=True,
+    )
+    long_stall_minutes: float = setting(
+        60.0, "the same while it compiles or evaluates; 0: never", low=0, resumable=True
+    )
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 from inception_jax.errors import RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry import summary
-from inception_jax.telemetry.clock import Clock, Rate
+from inception_jax.telemetry import resources, summary
+from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
+from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter
 from inception_jax.training import nonfinite, pretrained
 from inception_jax.training import state as states
@@ -30,6 +32,11 @@ from inception_jax.training.workdir import Workdir
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
+
+
+def _say(line: str) -> None:
+    """Says something in any process, from any thread."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _steps_ahead() -> int:
@@ -98,9 +105,15 @@ def train(
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
             ) as progress,
+            Watchdog(
+                clock,
+                limit=60 * config.watch.stall_minutes,
+                long_limit=60 * config.watch.long_stall_minutes,
+                log=_say,
+            ),
             clock.phase("other"),
         ):
-            reporter = _Reporter(run, writer, progress, clock, on_evaluation)
+            reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
             reporter.started(state, first, changed, notes)
             result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
     if run.is_lead:
@@ -217,14 +230,17 @@ class _Reporter:
         writer: RunWriter,
         progress: Progress,
         clock: Clock,
+        workdir: Workdir,
         on_evaluation: OnEvaluation,
     ) -> None:
         self.clock = clock
+        self._workdir = workdir
         self._on_evaluation = on_evaluation
         self._run = run
         self._writer = writer
         self._progress = progress
         self._rate = Rate(clock)
+        self._input_wait = Share(clock, "input")
         self._last_report = 0
         self._modules: list[str] = []
         # Of the steps since the last look; not all of them where reports are very rare.
@@ -368,10 +384,18 @@ class _Reporter:
         }
 
     def _timing(self, rate: float) -> dict[str, float]:
-        return {
+        found = {
             "images_per_second": round(rate, 2),
             "seconds": round(self.clock.total(), 3),
+            "input_wait": round(self._input_wait.since_last(), 4),
         }
+        for name, value in (
+            ("resident_memory", resources.resident_memory()),
+            ("free_disk", resources.free_disk(self._workdir.path)),
+        ):
+            if value is not None:
+                found[name] = round(value, 3)
+        return found
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)

@@ -18,11 +18,10 @@ from inception_jax.errors import RunError
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.telemetry.metrics import TrainMetrics
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints, loop, nonfinite, run, state, step, workdir
 from tests import small
 
-TIMING = ("seconds", "images_per_second")
 LIMIT = 3
 
 
@@ -85,7 +84,7 @@ def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and returns the lines of metrics, without their times."""
     loop.train(this, workdir.Workdir(folder), evaluate, changed=[])
     return [
-        {name: value for name, value in line.items() if name not in TIMING}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(folder / "metrics.jsonl")
     ]
 
