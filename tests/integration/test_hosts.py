@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 
@@ -32,32 +33,55 @@ def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("data")
 
 
+def launched(launcher: str, count: int, index: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Returns the flags and the environment that a launcher gives process `index`."""
+    coordinator = f"--coordinator_address=127.0.0.1:{port}"
+    number = {"OMPI_COMM_WORLD_SIZE": str(count), "OMPI_COMM_WORLD_RANK": str(index)}
+    if launcher == "flags":
+        return [coordinator, f"--process_count={count}", f"--process_index={index}"], {}
+    if launcher == "Open MPI's numbers":
+        return [coordinator], number
+    environment = {"JAX_COORDINATOR_PORT": str(port)}
+    if launcher == "Open MPI 4":
+        environment |= number | {
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        }
+    elif launcher == "SLURM":
+        environment |= {
+            "SLURM_JOB_ID": "77",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+        }
+    return ["--distributed"], environment
+
+
 def start(
-    count: int, *arguments: str, devices: int = 1, module: str = "tests.worker", **each: Any
+    count: int,
+    *arguments: str,
+    devices: int = 1,
+    module: str = "tests.worker",
+    launcher: str = "flags",
+    each: Mapping[int, list[str] | dict[str, str]] = MappingProxyType({}),
 ) -> list[subprocess.Popen]:
     """Starts the processes of one run.
 
     Args:
-      each: by name, what process `int(name[1:])` gets besides: a list of arguments, or a dict of
-        environment variables.
+      each: what single processes get besides: flags, or environment variables.
     """
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
     processes = []
     for index in range(count):
-        own = each.get(f"p{index}", [])
-        environment = own if isinstance(own, dict) else {}
+        flags, environment = launched(launcher, count, index, port)
+        own = each.get(index, [])
+        flags, environment = (
+            (flags, environment | own) if isinstance(own, dict) else (flags + own, environment)
+        )
         processes.append(
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    module,
-                    *arguments,
-                    f"--coordinator_address={address}",
-                    f"--process_count={count}",
-                    f"--process_index={index}",
-                    *([] if environment else own),
-                ],
+                [sys.executable, "-m", module, *arguments, *flags],
                 cwd=command.ROOT,
                 env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment,
                 stdin=subprocess.DEVNULL,
@@ -112,11 +136,18 @@ def test_other_layouts_give_the_curve_of_one_process(
 
 
 # A bug; a kill; one that goes on to live, but does nothing; a kill of the one that serves all.
-@pytest.mark.parametrize("fate", ["bug 1", "kill 2", "stop 1", "kill 0"])
-def test_the_others_stop_and_name_the_one_that_is_gone(fate: str) -> None:
-    what, gone = fate.split()[0], int(fate.split()[1])
+@pytest.mark.parametrize(
+    ("what", "gone", "launcher"),
+    [
+        ("bug", 1, "flags"),
+        ("kill", 2, "SLURM"),
+        ("stop", 1, "Open MPI 4"),
+        ("kill", 0, "Open MPI's numbers"),
+    ],
+)
+def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:
     bug = [f"--fail={gone}"] if what == "bug" else []
-    processes = start(3, f"--silence={SILENCE}", *bug)
+    processes = start(3, f"--silence={SILENCE}", *bug, launcher=launcher)
     try:
         for process in processes:
             assert process.stdout is not None
@@ -148,8 +179,10 @@ def test_processes_that_were_started_differently_are_told_so(
         f"--config.data.directory={data_directory}",
         f"--workdir={tmp_path / 'run'}",
         module="inception_jax.main",
-        p0={"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=false"},
-        p1=["--config.seed=3", "--config.data.workers=1", "--mode=eval"],
+        each={
+            0: {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=false"},
+            1: ["--config.seed=3", "--config.data.workers=1", "--mode=eval"],
+        },
     )
     for code, said in finish(processes):
         assert code == 2, said
