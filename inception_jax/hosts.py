@@ -14,6 +14,7 @@ import atexit
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ GRACE = 10
 _ROOT = "inception_jax"
 _SIGNS = f"{_ROOT}/signs/"
 _WAIT = 30.0  # Seconds until a process that is waited for is named.
+# How the errors of XLA and its collectives begin, in several types; memory is each process's own.
+_STATUS = re.compile(r"(?!RESOURCE_EXHAUSTED)[A-Z]+(_[A-Z]+)*: ")
 
 
 class Store(Protocol):
@@ -146,7 +149,6 @@ class Hosts:
       count: of processes.
       host: the name of this machine.
       limit: seconds of silence after which another process is taken for dead.
-      foreign: errors that another process's death may be the cause of.
       log: takes a line for the user.
       exit_now: ends this process at once, with an exit code.
     """
@@ -159,12 +161,11 @@ class Hosts:
         count: int,
         host: str,
         limit: float,
-        foreign: type[Exception] = RuntimeError,
         log: Callable[[str], None] = print,
         exit_now: Callable[[int], Any] = os._exit,
     ) -> None:
         self.process, self.count = process, count
-        self._store, self._foreign, self._log, self._exit_now = store, foreign, log, exit_now
+        self._store, self._log, self._exit_now = store, log, exit_now
         self._limit = limit
         self._liveness = Liveness(count, max(1, round(limit / INTERVAL)))
         self._lock = threading.Lock()
@@ -206,7 +207,7 @@ class Hosts:
         )
         if loss.process:  # Process 0 has the store, and would not answer.
             self._publish()
-            self._await_ends(GRACE, but=loss.process)
+            self._await_ends(but=loss.process)
         self._exit(loss.code)
 
     def done(self) -> None:
@@ -223,7 +224,7 @@ class Hosts:
         """
         if self._end(Sign(code=code, reason=reason or "unknown")):
             self._publish()
-            self._await_ends(GRACE + 5)
+            self._await_ends()
         else:
             # `lost` is about to end this process, with the cause of this failure.
             time.sleep(GRACE * INTERVAL)
@@ -237,7 +238,7 @@ class Hosts:
         """
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, self._foreign):
+            if _STATUS.match(str(cause)):
                 time.sleep(self._limit + 5 * INTERVAL)
                 return
             cause = cause.__cause__ or cause.__context__
@@ -300,21 +301,21 @@ class Hosts:
             self._sign = dataclasses.replace(sign, beat=self._sign.beat)
             return True
 
-    def _await_ends(self, intervals: float, but: int | None = None) -> None:
-        """Waits for the other processes to say that they end, or for the store to be gone.
-
-        If this one is process 0, the others could read no more once it is gone.
+    def _await_ends(self, but: int | None = None) -> None:
+        """Waits, in process 0, for the others to say that they end; they could not once it is gone.
 
         Args:
-          intervals: how long at most.
           but: a process that will not say it.
         """
-        until = time.monotonic() + intervals * INTERVAL
+        if self.process != 0:
+            return
+        until = time.monotonic() + (GRACE + 5) * INTERVAL
         while time.monotonic() < until and (signs := self._signs()) is not None:
             ended = {process for process, sign in signs.items() if sign.code is not None}
             if ended | {self.process, but} >= set(range(self.count)):
-                return
+                break
             time.sleep(INTERVAL / 5)
+        time.sleep(INTERVAL)
 
     def _exit(self, code: int) -> None:
         # Not sys.exit: it would wait for minutes for processes that no longer answer.
@@ -326,18 +327,12 @@ class Hosts:
 _joined: Hosts | None = None
 
 
-def service_lost(reason: object) -> None:
-    """Ends this process as JAX's coordination service, which process 0 runs, is out of reach.
-
-    Args:
-      reason: what JAX says of it.
-    """
-    said = str(reason).partition("\n")[0]
-    if _joined:
-        _joined.lost(Loss(0, f"is gone, or cannot be reached any more ({said})", 1))
-    else:
-        print(f"error: the processes could not be joined: {said}", file=sys.stderr, flush=True)
-        os._exit(1)
+def service_lost() -> None:
+    """Ends this process, as process 0, which serves the store, is gone."""
+    if _joined and _joined.process:
+        _joined.lost(Loss(0, "is gone: it ended, was killed, or is cut off", 1))
+        # It ends already, in another thread.
+        time.sleep(GRACE * INTERVAL)
 
 
 def join(hosts: Hosts) -> None:

@@ -1,10 +1,10 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
-import contextlib
-import functools
+import ctypes
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,10 +88,9 @@ def _numbered(count: int, index: int) -> tuple[int, int]:
 def _join(silence: float, log: Callable[[str], None], *arguments: Any, **options: Any) -> None:
     """Joins the other processes, and watches them from then on."""
     try:
-        with _loss_explained():
-            jax.distributed.initialize(
-                *arguments, heartbeat_timeout_seconds=round(silence) + _LATER, **options
-            )
+        jax.distributed.initialize(
+            *arguments, heartbeat_timeout_seconds=round(silence) + _LATER, **options
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes could not be joined: {error}. Were all of them started? Under a TPU "
@@ -101,6 +100,7 @@ def _join(silence: float, log: Callable[[str], None], *arguments: Any, **options
         ) from error
     state = jax_distributed.global_state
     if state.num_processes > 1:
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
         hosts.join(
             hosts.Hosts(
                 _Store(state.client),
@@ -108,26 +108,25 @@ def _join(silence: float, log: Callable[[str], None], *arguments: Any, **options
                 count=state.num_processes,
                 host=socket.gethostname(),
                 limit=silence,
-                foreign=jax.errors.JaxRuntimeError,
                 log=log,
             )
         )
 
 
-@contextlib.contextmanager
-def _loss_explained() -> Iterator[None]:
-    """Lets a process that is joined inside the `with` block say why it ends without process 0.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    """Says which host is gone where JAX aborts the process because of that.
 
-    JAX would end it as soon as its coordination service is gone, with a text that names no host.
+    JAX does so as soon as its coordination service, in process 0, is out of reach, with a text that
+    names no host; the callback that it offers for it cannot be written in Python, and neither are
+    Python's own signal handlers called. Any other abort goes on as it would.
     """
-    jaxlib = jax_distributed._jax
-    plain = jaxlib.get_distributed_runtime_client
-    explained = functools.partial(plain, missed_heartbeat_callback=hosts.service_lost)
-    jaxlib.get_distributed_runtime_client = explained
+    address = jax_distributed.global_state.coordinator_address or ""
+    host, _separator, port = address.rpartition(":")
     try:
-        yield
-    finally:
-        jaxlib.get_distributed_runtime_client = plain
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        hosts.service_lost()
 
 
 class _Store:

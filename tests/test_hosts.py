@@ -201,11 +201,12 @@ def test_an_error_of_the_devices_waits_for_the_verdict(monkeypatch: pytest.Monke
     slept: list[float] = []
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
     machine = Machine(Memory(), 0, 2, limit=30)
-    machine.hosts.await_verdict(KeyError("a bug of its own"))
+    for own in (KeyError("a bug"), ValueError("No: bug"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")):
+        machine.hosts.await_verdict(own)
     assert not slept
-    machine.hosts.await_verdict(RuntimeError("connection closed by peer"))
+    machine.hosts.await_verdict(ValueError("UNKNOWN: Gloo all-reduce failed"))
     wrapped = ValueError("a save failed")
-    wrapped.__cause__ = RuntimeError("connection closed by peer")
+    wrapped.__cause__ = ValueError("UNKNOWN: Gloo all-reduce failed")
     machine.hosts.await_verdict(wrapped)
     assert len(slept) == 2 and min(slept) > 30
 

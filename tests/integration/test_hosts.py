@@ -160,14 +160,13 @@ def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, lau
     finally:
         for process in processes:
             process.kill()
+        processes[gone].communicate()
     for process, said in zip(others, messages, strict=True):
         assert process.returncode == 1, said
         assert f"error: process {gone} (host {HOST}) " in said
         assert ("KeyError: 'a bug'" in said) == (what == "bug")
         # Nothing else was accused.
         assert said.count("error: ") == 1
-    for process in processes:
-        process.communicate()
 
 
 def test_processes_that_were_started_differently_are_told_so(
