@@ -14,9 +14,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax import atomic
+from inception_jax import atomic, hosts
 from inception_jax import config as configs
-from inception_jax import hosts
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.telemetry import summary
