@@ -4,6 +4,7 @@ It takes the flags of the training command that say which process it is; the net
 moment and has BatchNorm, whose statistics are those of the batch of all processes.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
@@ -14,10 +15,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from inception_jax import cli, runtime
-from inception_jax.config import Duration
+from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import sharding
-from inception_jax.models import registry
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.training import loop, run, workdir
 from tests import small
@@ -33,8 +33,6 @@ _PROCESSES = cli.define_processes()
 class Small(nn.Module):
     """A network of the digits with BatchNorm."""
 
-    least_image_size = 8
-
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         x = nn.Dense(32)(images.reshape(len(images), -1))
@@ -42,17 +40,23 @@ class Small(nn.Module):
         return ModelOutput(Classifier(10, dropout=0.1, train=train, name="classifier")(x))
 
 
+def build(data: pathlib.Path, steps: int) -> run.Run:
+    """Returns a run of the small network, whose rate does not depend on the run's length."""
+    config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
+    config.train.length = Duration(steps=steps)
+    config.evaluation.every = config.checkpoint.every = Duration(steps=4)
+    config.log.every = Duration(steps=2)
+    return dataclasses.replace(run.build(config, log=cli.say), model=Small())
+
+
 def train() -> None:
     """Trains."""
-    registry.create = lambda settings, classes: Small()
-    config = small.config(pathlib.Path(_DATA.value))
-    config.train.length = Duration(steps=_STEPS.value)
-    config.checkpoint.every = Duration(steps=6)
     folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     workdir.check_writable(folder)
     workdir.check_shared(folder)
-    this = run.build(config, log=cli.say)
-    loop.train(this, folder, Evaluator(this), changed=workdir.check_owner(folder, config))
+    this = build(pathlib.Path(_DATA.value), _STEPS.value)
+    changed = workdir.check_owner(folder, this.config)
+    loop.train(this, folder, Evaluator(this), changed=changed)
 
 
 def add() -> None:

@@ -1,6 +1,6 @@
 """Several real processes on this machine: their layouts, their disagreements, their deaths."""
 
-import collections
+import dataclasses
 import os
 import pathlib
 import signal
@@ -10,10 +10,14 @@ import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import jax
 import pytest
 
+from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.telemetry.writers import read_lines
-from tests import command
+from inception_jax.training import loop
+from inception_jax.training import workdir as workdirs
+from tests import command, worker
 
 HOST = socket.gethostname()
 # Seconds of silence after which a process is taken for dead, as short as busy cores allow.
@@ -116,19 +120,19 @@ def test_other_layouts_give_the_curve_of_one_process(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
-    train(1, 4, 12, data_directory, one)
-    # Four processes begin, two go on from their checkpoint.
-    train(4, 1, 6, data_directory, several)
-    train(2, 2, 12, data_directory, several)
+    this = worker.build(data_directory, 8)
+    four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
+    this = dataclasses.replace(this, mesh=four)
+    loop.train(this, workdirs.Workdir(one), Evaluator(this), changed=[])
+    # Four processes of a device each begin, two of two go on from their checkpoint.
+    train(4, 1, 4, data_directory, several)
+    train(2, 2, 8, data_directory, several)
 
     expected, found = (read_lines(folder / "metrics.jsonl") for folder in (one, several))
-    # Each line once, although several processes reported; the first part's end has its own.
-    at = collections.Counter((line["step"], line["split"]) for line in found)
-    assert set(at.values()) == {1}
-    assert at.keys() - {(line["step"], line["split"]) for line in expected} == {(6, "test")}
-    by_place = {(line["step"], line["split"]): line for line in found}
-    for line in expected:
-        other = by_place[line["step"], line["split"]]
+    # Each line once, although several processes reported.
+    places = [[(line["step"], line["split"]) for line in lines] for lines in (expected, found)]
+    assert places[0] == places[1] and len(places[0]) == 6
+    for line, other in zip(expected, found, strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
         if line["split"] == "test":
             assert other["count"] == 360
