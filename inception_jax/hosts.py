@@ -239,7 +239,7 @@ class Hosts:
         cause: BaseException | None = error
         while cause is not None:
             if _STATUS.match(str(cause)):
-                # A failure that was said ends this process after its grace, silence after its limit.
+                # What was said ends this process after its grace, silence after its limit.
                 time.sleep(max(self._limit, GRACE * INTERVAL) + 5 * INTERVAL)
                 return
             cause = cause.__cause__ or cause.__context__
