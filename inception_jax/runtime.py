@@ -68,9 +68,9 @@ def initialize(
                 f"--coordinator_address={coordinator_address}: needs --process_count (found "
                 f"{process_count}) and --process_index from 0 to it (found {process_index})"
             )
-        _join(silence, log, coordinator_address, count, index)
+        _join(silence, log, address=coordinator_address, count=count, index=index)
     elif distributed:
-        _join(silence, log, cluster_detection_method=cluster or None)
+        _join(silence, log, cluster=cluster or None)
     # Before the devices are looked for, which other versions might do in another way.
     hosts.agree("start", facts)
     _check_platform(platform)
@@ -85,11 +85,23 @@ def _numbered(count: int, index: int) -> tuple[int, int]:
     return count, index
 
 
-def _join(silence: float, log: Callable[[str], None], *arguments: Any, **options: Any) -> None:
-    """Joins the other processes, and watches them from then on."""
+def _join(
+    silence: float,
+    log: Callable[[str], None],
+    *,
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    cluster: str | None = None,
+) -> None:
+    """Joins the other processes, and watches them from then on; JAX finds what is None."""
     try:
         jax.distributed.initialize(
-            *arguments, heartbeat_timeout_seconds=round(silence) + _LATER, **options
+            address,
+            count,
+            index,
+            cluster_detection_method=cluster,
+            heartbeat_timeout_seconds=round(silence) + _LATER,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -199,7 +200,7 @@ def test_work_done_harms_nobody() -> None:
 
 def test_an_error_of_the_devices_waits_for_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(hosts.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     machine = Machine(Memory(), 0, 2, limit=30)
     for own in (KeyError("a bug"), ValueError("No: bug"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")):
         machine.hosts.await_verdict(own)

@@ -20,7 +20,8 @@ class Time:
 
 
 def watched(limit: float = 60, long_limit: float = 600) -> tuple[Time, Clock, Watchdog, list[str]]:
-    time, said = Time(), []
+    time = Time()
+    said: list[str] = []
     clock = Clock(now=time)
     watchdog = Watchdog(
         clock,

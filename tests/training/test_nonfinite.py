@@ -19,7 +19,17 @@ from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.writers import MEASURED, read_lines
-from inception_jax.training import checkpoints, loop, nonfinite, run, state, step, workdir
+from inception_jax.training import (
+    checkpoints,
+    gradients,
+    keys,
+    loop,
+    nonfinite,
+    run,
+    state,
+    step,
+    workdir,
+)
 from tests import small
 
 LIMIT = 3
@@ -42,15 +52,17 @@ Build = Callable[..., run.Run]
 def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Builds a run of 12 steps, at some of which the gradient of `last` is broken."""
 
-    def build(*bad: int, optimizer: str = "sgd_nesterov", loss: bool = False, **train: Any):
-        plain = step.gradients.make_gradient
+    def build(
+        *bad: int, optimizer: str = "sgd_nesterov", loss: bool = False, **train: Any
+    ) -> run.Run:
+        plain = gradients.make_gradient
 
         def make_gradient(*args: Any, **kwargs: Any) -> Any:
             gradient = plain(*args, **kwargs)
 
             def broken(*inputs: Any) -> Any:
                 found, key = gradient(*inputs), jax.random.key_data(inputs[-1])
-                at = [step.keys.derive(0, "dropout", number - 1) for number in bad]
+                at = [keys.derive(0, "dropout", number - 1) for number in bad]
                 now = [jnp.all(key == jax.random.key_data(each)) for each in at]
                 here = functools.reduce(jnp.logical_or, now, jnp.bool_(False))
                 last = jax.tree.map(lambda g: jnp.where(here, jnp.inf, g), found.grads["last"])
@@ -69,7 +81,7 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
             checkpoint=Checkpoint(every=Duration(steps=3), keep_last=20),
             log=Log(every=Duration(steps=4)),
         )
-        monkeypatch.setattr(step.gradients, "make_gradient", make_gradient if bad else plain)
+        monkeypatch.setattr(gradients, "make_gradient", make_gradient if bad else plain)
         built = run.build(config, log=lambda _: None)
         return dataclasses.replace(built, model=TwoModules())
 
