@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
+from inception_jax.telemetry.writers import MEASURED
 from inception_jax.training import run as runs
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
@@ -36,7 +37,6 @@ PHASES = {
     "end": "after the last checkpoint: result.json, plots",
 }
 SAVE_EVERY, EVALUATE_EVERY = 4, 10
-TIMING = ("seconds", "images_per_second")
 
 _FLAGS = (
     "--config=experiments/digits.py",
@@ -257,7 +257,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
     if not metrics.read_bytes().endswith(b"\n"):
         raise measure.BenchmarkError(f"{metrics}: the last line is torn")
     lines = [
-        {name: value for name, value in line.items() if name not in TIMING}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in metric_lines(workdir)
     ]
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))

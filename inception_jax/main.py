@@ -24,11 +24,7 @@ _WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of
 cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod or SLURM job")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "with coordinator_address: processes")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "with coordinator_address: this one")
+_PROCESSES = cli.define_processes()
 cli.require("config")
 
 
@@ -40,6 +36,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
     from inception_jax.models import weights
+    from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
     configs.validate(_CONFIG.value)
@@ -48,14 +45,14 @@ def main(positional: Sequence[str]) -> None:
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
     tell_all = runtime.initialize(
-        platform=_PLATFORM.value,
-        distributed=_DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        process_count=_PROCESS_COUNT.value,
-        process_index=_PROCESS_INDEX.value,
+        **_PROCESSES(),
+        silence=_CONFIG.value.watch.host_silence,
+        facts=lambda: summary.software() | configs.shared(_CONFIG.value) | cli.command(),
         log=cli.say,
     )
     stop = preemption.Preemption(tell_all).requested
+    if _MODE.value == "train":
+        workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))

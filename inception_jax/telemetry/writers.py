@@ -16,6 +16,9 @@ from inception_jax.errors import UserError, WriteError
 from inception_jax.telemetry import clu_writers
 from inception_jax.telemetry.clu_writers import metric_writers
 
+# The values of a line that another run of the same settings does not repeat to the last bit.
+MEASURED = ("seconds", "images_per_second", "input_wait", "resident_memory", "free_disk")
+
 
 class RunWriter:
     """Writes the metrics of a run into its workdir; a context manager.

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import MEASURED, read_lines
 from tests import archives, command
 
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 4, 24, 6
@@ -68,9 +68,8 @@ def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> p
 
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
-    timing = {"seconds", "images_per_second"}
     return [
-        {name: value for name, value in line.items() if name not in timing}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(folder / "metrics.jsonl")
     ]
 

@@ -35,12 +35,10 @@ from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
 from inception_jax.telemetry import clu_writers
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import lock, loop, manifest, run, state, step, workdir
 from tests import small
-
-TIMING = ("seconds", "images_per_second")
 
 
 class Stopped(BaseException):
@@ -91,7 +89,7 @@ def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.n
 
 def lines_without_timing(folder: workdir.Workdir) -> list[dict[str, Any]]:
     lines = read_lines(folder.path / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same(this: run.Run, folder: workdir.Workdir, reference: workdir.Workdir) -> None:
