@@ -12,7 +12,7 @@ from inception_jax.evaluation import feature_maps
 from inception_jax.evaluation.predict import Predictor
 from inception_jax.models import registry
 from inception_jax.models.weights import Weights
-from tests import random_weights
+from tests import small
 
 SIZE = 8
 
@@ -21,7 +21,7 @@ SIZE = 8
 def weights() -> Weights:
     """A network whose first layer hands on red, green and blue, as far as they are positive."""
     model = Model(name="mini_googlenet", width=0.04)
-    variables = random_weights.variables(registry.create(model, 3), SIZE)
+    variables = small.draw(registry.create(model, 3), SIZE)
     conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
     kernel = conv1["conv"]["kernel"]
     kernel[:] = 0

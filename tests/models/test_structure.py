@@ -12,7 +12,7 @@ from flax import traverse_util
 from inception_jax.config import Model
 from inception_jax.errors import ConfigError
 from inception_jax.models import registry, structure
-from tests import random_weights
+from tests import small
 from tests.small import Linear
 
 NETWORKS = [
@@ -187,7 +187,7 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
     blocks = structure.describe(network, size).blocks()
     images = np.zeros((size, size, size, 3), np.float32)
     images[np.arange(size), :, np.arange(size)] = np.nan
-    variables = random_weights.variables(network, size)
+    variables = small.draw(network, size)
 
     def call(images: jax.Array) -> Any:
         _, captured = network.apply(
