@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.export
 import numpy as np
+import onnx
 import pytest
 
 from inception_jax.config import Model
@@ -35,7 +36,6 @@ def weights() -> Weights:
 
 @pytest.fixture(scope="module")
 def onnx_data(weights: Weights) -> bytes:
-    pytest.importorskip("onnxruntime")
     return export.onnx_file(weights)
 
 
@@ -94,7 +94,6 @@ def test_onnx_runtime_gives_the_logits_of_the_network(weights: Weights, onnx_dat
 
 
 def test_an_onnx_file_resizes_inside() -> None:
-    pytest.importorskip("onnxruntime")
     weights = random_weights.make(evaluated=12)
     pixels = noise(2)
     found = export.load_onnx(export.onnx_file(weights))(pixels)
@@ -102,7 +101,6 @@ def test_an_onnx_file_resizes_inside() -> None:
 
 
 def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> None:
-    onnx = pytest.importorskip("onnx")
     model = onnx.load_from_string(onnx_data)
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(about["inception_jax"]) == export.describe(weights)
@@ -117,7 +115,6 @@ def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> No
 
 
 def test_eight_bits_are_smaller_and_nearly_the_same(weights: Weights, onnx_data: bytes) -> None:
-    onnx = pytest.importorskip("onnx")
     small = export.quantised(onnx_data, noise(64))
     weights_of = {t.name: t.data_type for t in onnx.load_from_string(small).graph.initializer}
     assert onnx.TensorProto.INT8 in weights_of.values()

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 
 from inception_jax.evaluation import onnx_graph
 from inception_jax.models import ops
 from inception_jax.models.layers import local_response_norm
 
-onnxruntime = pytest.importorskip("onnxruntime")
 SIZE = 9
 
 

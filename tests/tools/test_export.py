@@ -1,6 +1,5 @@
 """The command export, and the lines of docs/export.md that use what it writes."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +16,6 @@ from inception_jax.models import weights
 from tests import command, random_weights
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (command.ROOT / "docs/export.md").read_text(), re.S)
-HAS_ONNX = importlib.util.find_spec("onnxruntime") is not None
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for form, name in (
         ("savedweights", "model.safetensors"),
         ("stablehlo", "model.stablehlo"),
-        *([("onnx", "model.onnx")] if HAS_ONNX else []),
+        ("onnx", "model.onnx"),
     ):
         printed = command.check(
             "tools.export", f"--to={form}", f"--weights={trained}", f"--output={folder / name}"
@@ -46,8 +44,6 @@ def test_the_documentation_has_lines_for_each_form() -> None:
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["stablehlo", "onnx", "safetensors", "package"])
 def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) -> None:
-    if "onnxruntime" in snippet and not HAS_ONNX:
-        pytest.skip("needs the extra [onnx]")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet],
         cwd=folder,
