@@ -36,7 +36,9 @@ flags.FLAGS.mark_as_parsed()
 _LONGEST = (
     "tests/integration/test_command_line.py",
     "tests/training/test_loop.py",
-    "tests/integration/test_processes.py",
+    "tests/integration/test_hosts.py",
+    "tests/integration/test_preemption.py",
+    "tests/benchmarks/test_fault_injection.py",
     "tests/input/test_augment.py",
     "tests/models/test_registry.py",
     "tests/models/test_torch_reference.py",

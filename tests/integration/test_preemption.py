@@ -54,32 +54,31 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 ) -> None:
     settings = [
         *SETTINGS,
-        "--config.train.length.steps=60",
+        "--config.train.length.steps=32",
         "--config.train.ema.steps=5",
         f"--config.data.directory={tmp_path / 'data'}",
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command.check("main", *settings, f"--workdir={whole}")
 
-    for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 17)):
-        process = command.start("main", *settings, f"--workdir={parts}")
-        wait_for_step(after, parts, process)
-        process.send_signal(number)
-        done = command.finish(process)
-        assert done.returncode == EXIT_PREEMPTED, done.stderr
-        assert f"{number.name}: ends once this step is saved" in done.stderr
-        assert done.stdout == ""
-        step = saved_step(done.stderr)
-        assert after <= step == max(lives.finished_steps(parts))
-        assert lives.metric_lines(parts)[-1]["step"] == step
+    process = command.start("main", *settings, f"--workdir={parts}")
+    wait_for_step(3, parts, process)
+    process.send_signal(signal.SIGTERM)
+    done = command.finish(process)
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
+    assert "SIGTERM: ends once this step is saved" in done.stderr
+    assert done.stdout == ""
+    step = saved_step(done.stderr)
+    assert 3 <= step == max(lives.finished_steps(parts))
+    assert lives.metric_lines(parts)[-1]["step"] == step
 
     # Held still, so that the second signal is sure to come while it is busy with the first.
     with command.start("main", *settings, f"--workdir={parts}") as process:
-        wait_for_step(35, parts, process)
-        process.send_signal(signal.SIGTERM)
+        wait_for_step(17, parts, process)
+        process.send_signal(signal.SIGINT)
         assert process.stderr
         messages = iter(process.stderr.readline, "")
-        assert any("SIGTERM: ends once this step is saved" in line for line in messages)
+        assert any("SIGINT: ends once this step is saved" in line for line in messages)
         process.send_signal(signal.SIGSTOP)
         time.sleep(1.1)
         process.send_signal(signal.SIGTERM)
@@ -113,6 +112,8 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     steps = [saved_step(each.stderr) for each in done]
     assert steps[0] == steps[1] == max(lives.finished_steps(tmp_path / "run"))
     assert lives.metric_lines(tmp_path / "run")[-1]["step"] == steps[0]
-    # The signal came to one of them.
+    # One of them alone speaks of the training. (The collectives' library prints lines of its own.)
+    assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
+    # The signal came to the other.
     said = ["SIGTERM: ends once this step is saved" in each.stderr for each in done]
     assert said == [False, True]
