@@ -54,7 +54,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 ) -> None:
     settings = [
         *SETTINGS,
-        "--config.train.length.steps=32",
+        # Long enough to be signalled within, with few saves, which take the most time.
+        "--config.train.length.steps=100",
+        "--config.evaluation.every.steps=50",
+        "--config.checkpoint.every.steps=40",
         "--config.train.ema.steps=5",
         f"--config.data.directory={tmp_path / 'data'}",
     ]
@@ -74,7 +77,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 
     # Held still, so that the second signal is sure to come while it is busy with the first.
     with command.start("main", *settings, f"--workdir={parts}") as process:
-        wait_for_step(17, parts, process)
+        wait_for_step(10, parts, process)
         process.send_signal(signal.SIGINT)
         assert process.stderr
         messages = iter(process.stderr.readline, "")
