@@ -5,8 +5,8 @@ over and over, until it is finished; then the next run begins, until there were 
 kill aims at a phase, in turn, and at a random moment in it; the phase that it met is read from what
 it left. Those that aim at the preparation of the data start with a directory that no preparation
 has finished yet. When a run is finished, its parameters, their averages, the optimizer's state and
-metrics.jsonl must be, to the bit, those of a run that nobody disturbed; `seconds` and
-`images_per_second` alone may differ. Ends with 1 where they are not.
+metrics.jsonl must be, to the bit, those of a run that nobody disturbed, but for what is measured in
+it (telemetry.writers.MEASURED). Ends with 1 where they are not.
 
 A kill of the process is not a loss of power: what was handed to the operating system is kept.
 
