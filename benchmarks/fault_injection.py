@@ -79,10 +79,14 @@ class Campaign:
         self._aims = self._endless_aims()
         self._prepared = top / "data"
         self._unprepared = top / "data-0"
-        place = self._place("undisturbed", self._prepared)
+        place = self.place("undisturbed")
         # By phase, how long it took when it was last passed, seconds.
         self._spans = lives.Life(place).wait()
         self.expected = lives.outcome(place.workdir)
+
+    def place(self, name: str) -> lives.Place:
+        """Returns where a run works whose data are prepared."""
+        return lives.Place(self._top / name, self._prepared, self._top / "cache", self._steps)
 
     def disturb(self, kills: int) -> None:
         """Kills a run up to so many times, lets it finish, and compares.
@@ -90,7 +94,7 @@ class Campaign:
         Raises:
           BenchmarkError: if a process fails by itself, or what is left is not the same.
         """
-        place = self._place(f"run-{self.runs}", self._prepared)
+        place = self.place(f"run-{self.runs}")
         for _ in range(kills):
             if not self._kill_once(place):
                 break
@@ -137,9 +141,6 @@ class Campaign:
         measure.say(f"kill {len(self.kills)}, aimed at {aim}, met {met} after {seconds:.1f} s")
         return True
 
-    def _place(self, name: str, data: pathlib.Path) -> lives.Place:
-        return lives.Place(self._top / name, data, self._top / "cache", self._steps)
-
     def _next_unprepared(self) -> pathlib.Path:
         """Returns a directory in which no preparation has finished; one may have begun."""
         if _is_prepared(self._unprepared):
@@ -171,30 +172,40 @@ def _entered(aim: str, entries: int) -> Callable[[str], bool]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Kills and compares, and returns what the JSON file holds."""
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="benchmark-faults-") as top:
         campaign = Campaign(pathlib.Path(top), steps=arguments.steps, seed=arguments.seed)
-        while len(campaign.kills) < arguments.kills:
-            campaign.disturb(arguments.kills - len(campaign.kills))
-            measure.say(f"{len(campaign.kills)} kills, {campaign.runs} runs finished and the same")
-        prepared = campaign.prepared()
-    kills, expected = campaign.kills, campaign.expected
-    aimed, met = Counter(each.aimed for each in kills), Counter(each.phase for each in kills)
+        found = kill(campaign, arguments.kills)
     return {
         "benchmark": "fault_injection",
         "environment": measure.environment(),
         "settings": {"steps": arguments.steps, "seed": arguments.seed},
-        "results": {
-            "kills": len(kills),
-            "phases": {phase: {"aimed": aimed[phase], "met": met[phase]} for phase in lives.PHASES},
-            "runs": campaign.runs,
-            "prepared": prepared,
-            "arrays": len(expected.arrays),
-            "bytes": sum(map(len, expected.arrays.values())),
-            "lines": len(expected.lines),
-            "seconds": round(time.perf_counter() - began, 1),
-            "samples": [dataclasses.asdict(each) for each in kills],
-        },
+        "results": found,
+    }
+
+
+def kill(campaign: Campaign, kills: int) -> dict[str, Any]:
+    """Kills processes until there were so many kills, and returns what was found.
+
+    Raises:
+      BenchmarkError: if a run or its data are not what they would have been.
+    """
+    began = time.perf_counter()
+    while len(campaign.kills) < kills:
+        campaign.disturb(kills - len(campaign.kills))
+        measure.say(f"{len(campaign.kills)} kills, {campaign.runs} runs finished and the same")
+    prepared, expected = campaign.prepared(), campaign.expected
+    aimed = Counter(each.aimed for each in campaign.kills)
+    met = Counter(each.phase for each in campaign.kills)
+    return {
+        "kills": len(campaign.kills),
+        "phases": {phase: {"aimed": aimed[phase], "met": met[phase]} for phase in lives.PHASES},
+        "runs": campaign.runs,
+        "prepared": prepared,
+        "arrays": len(expected.arrays),
+        "bytes": sum(map(len, expected.arrays.values())),
+        "lines": len(expected.lines),
+        "seconds": round(time.perf_counter() - began, 1),
+        "samples": [dataclasses.asdict(each) for each in campaign.kills],
     }
 
 

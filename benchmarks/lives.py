@@ -38,7 +38,8 @@ PHASES = {
 }
 SAVE_EVERY, EVALUATE_EVERY = 4, 10
 
-_FLAGS = (
+# Of a run of seconds, but for its length and its folders.
+FLAGS = (
     "--config=experiments/digits.py",
     "--config.data.image_size=8",
     "--config.model.width=0.125",
@@ -107,7 +108,7 @@ class Life:
                     sys.executable,
                     "-m",
                     "inception_jax.main",
-                    *_FLAGS,
+                    *FLAGS,
                     f"--config.train.length.steps={place.steps}",
                     f"--config.data.directory={place.data}",
                     f"--workdir={place.workdir}",
@@ -143,7 +144,7 @@ class Life:
                 spans[before] = now - since
                 before, since = phase, now
             if ended:
-                lines = self._stderr.read_text(errors="replace").splitlines()[-20:]
+                lines = self.messages.splitlines()[-20:]
                 raise LifeError("\n".join([f"the command ended with {ended}", *lines]))
             if ended == 0 or until(phase):
                 return spans
@@ -155,6 +156,16 @@ class Life:
             # What it started goes with it.
             os.killpg(self._process.pid, signal.SIGKILL)
         return self.phase() if self._process.wait() == -signal.SIGKILL else None
+
+    def stop(self, number: signal.Signals) -> int:
+        """Sends a signal, and returns the exit code with which the process ends then."""
+        self._process.send_signal(number)
+        return self._process.wait()
+
+    @property
+    def messages(self) -> str:
+        """What the process has printed on stderr."""
+        return self._stderr.read_text(errors="replace")
 
     @property
     def running(self) -> bool:

@@ -141,7 +141,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
             raise
         _fail(f"{error.filename}: {error.strerror}. Mend that, and {_AGAIN}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail(f"interrupted; {_AGAIN}", 130)
     except Exception as error:
         # A bug, or what another process's death looks like from here, which is then said instead.
         hosts.await_verdict(error)

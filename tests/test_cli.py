@@ -176,7 +176,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
         ("MemoryError()", 1, "smaller config.train.batch_size"),
         ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.accumulate"),
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Mend that, and"),
-        ("KeyboardInterrupt()", 130, "the same command goes on from the last checkpoint"),
+        ("KeyboardInterrupt()", 130, "start the same command again"),
     ],
 )
 def test_the_last_line_of_a_failed_run_says_what_to_do(

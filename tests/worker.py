@@ -1,15 +1,12 @@
 """A command for the tests of several processes: trains a small network, or just adds numbers.
 
-It takes the flags of the training command that say which process it is; the network compiles in a
-moment and has BatchNorm, whose statistics are those of the batch of all processes.
+It takes the flags of the training command that say which process it is.
 """
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -18,8 +15,8 @@ from inception_jax import cli, runtime
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import sharding
-from inception_jax.models.layers import Classifier, ModelOutput
-from inception_jax.training import loop, run, workdir
+from inception_jax.training import loop, workdir
+from inception_jax.training.run import Run
 from tests import small
 
 _DATA = flags.DEFINE_string("data", "", "where the digits are prepared; empty: just add numbers")
@@ -30,23 +27,13 @@ _FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after
 _PROCESSES = cli.define_processes()
 
 
-class Small(nn.Module):
-    """A network of the digits with BatchNorm."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        x = nn.Dense(32)(images.reshape(len(images), -1))
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        return ModelOutput(Classifier(10, dropout=0.1, train=train, name="classifier")(x))
-
-
-def build(data: pathlib.Path, steps: int) -> run.Run:
-    """Returns a run of the small network, whose rate does not depend on the run's length."""
+def build(data: pathlib.Path, steps: int) -> Run:
+    """Returns a run whose rate does not depend on its length."""
     config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
     config.train.length = Duration(steps=steps)
     config.evaluation.every = config.checkpoint.every = Duration(steps=4)
     config.log.every = Duration(steps=2)
-    return dataclasses.replace(run.build(config, log=cli.say), model=Small())
+    return small.build(config)
 
 
 def train() -> None:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -95,6 +96,8 @@ class Checkpoints:
     def __enter__(self) -> Self:
         self._excepthook = threading.excepthook
         threading.excepthook = self._thread_failed
+        # Left in place: what it leaves out is said when the garbage is collected, at any time.
+        logging.getLogger("asyncio").addFilter(_tells_more)
         return self
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
@@ -343,6 +346,16 @@ def _wait_for_all_processes(name: str) -> None:
 
 def _training_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
+
+
+def _tells_more(record: logging.LogRecord) -> bool:
+    """Whether asyncio reports more than that a task could not write.
+
+    Orbax writes each array in a task of its own, and waits for the first that fails: asyncio would
+    report all others, with pages of text.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not _storage_errors(error)
 
 
 def _storage_errors(error: BaseException | None) -> list[str]:
