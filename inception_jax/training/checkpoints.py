@@ -11,12 +11,15 @@ before it is restored; a damaged one is named, and the one before it used.
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -96,8 +99,6 @@ class Checkpoints:
     def __enter__(self) -> Self:
         self._excepthook = threading.excepthook
         threading.excepthook = self._thread_failed
-        # Left in place: what it leaves out is said when the garbage is collected, at any time.
-        logging.getLogger("asyncio").addFilter(_tells_more)
         return self
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
@@ -257,6 +258,7 @@ class Checkpoints:
             with _readable_errors(self._directory):
                 yield
         except WriteError as error:
+            _silence_leftovers()
             if not self._directory.is_dir():
                 raise WriteError(
                     f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
@@ -348,14 +350,25 @@ def _training_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
 
 
-def _tells_more(record: logging.LogRecord) -> bool:
-    """Whether asyncio reports more than that a task could not write.
+@functools.cache
+def _silence_leftovers() -> None:
+    """Keeps Python from reporting what Orbax leaves of a failed write, for the rest of the process.
 
-    Orbax writes each array in a task of its own, and waits for the first that fails: asyncio would
-    report all others, with pages of text.
+    Orbax writes each array in a task of its own, and waits for the first that fails. When the
+    garbage is collected, Python would report the errors of all others, and those that never ran,
+    in pages of text behind the one message that says it.
     """
-    error = record.exc_info[1] if record.exc_info else None
-    return not _storage_errors(error)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and _storage_errors(record.exc_info[1]))
+    )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_others(failure: sys.UnraisableHookArgs) -> None:
+        if "Event loop is closed" not in str(failure.exc_value):
+            report(failure)
+
+    sys.unraisablehook = report_others
 
 
 def _storage_errors(error: BaseException | None) -> list[str]:
