@@ -99,6 +99,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         self._excepthook = threading.excepthook
         threading.excepthook = self._thread_failed
+        _silence_leftovers()
         return self
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
@@ -258,7 +259,6 @@ class Checkpoints:
             with _readable_errors(self._directory):
                 yield
         except WriteError as error:
-            _silence_leftovers()
             if not self._directory.is_dir():
                 raise WriteError(
                     f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
@@ -364,7 +364,7 @@ def _silence_leftovers() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 
-    def report_others(failure: sys.UnraisableHookArgs) -> None:
+    def report_others(failure: "sys.UnraisableHookArgs") -> None:
         if "Event loop is closed" not in str(failure.exc_value):
             report(failure)
 
