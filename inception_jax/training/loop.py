@@ -4,7 +4,6 @@ import collections
 import contextlib
 import itertools
 import math
-import sys
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
@@ -33,11 +32,6 @@ from inception_jax.training.workdir import Workdir
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
-
-
-def _say(line: str) -> None:
-    """Says something in any process, from any thread."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _steps_ahead() -> int:
@@ -120,7 +114,7 @@ def train(
                 clock,
                 limit=60 * config.watch.stall_minutes,
                 long_limit=60 * config.watch.long_stall_minutes,
-                log=_say,
+                log=storage.say,
             ),
             clock.phase("other"),
         ):
