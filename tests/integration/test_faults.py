@@ -48,6 +48,8 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(campaign: fault_injection.
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_to_the_same_bits(
     campaign: fault_injection.Campaign,
 ) -> None:
+    # A shell has what it runs in the background ignore Ctrl-C, and that would be handed on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     place = campaign.place("stopped")
     before = 0
     for number in (signal.SIGTERM, signal.SIGINT):
