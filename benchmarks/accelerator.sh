@@ -95,7 +95,7 @@ profile() {
     --json "$OUT/profile.json" "${step[@]}" | tee "$OUT/profile.txt"
 }
 
-# Interrupted by the limit, the command ends with 130; its checkpoints are in the workdir.
+# At the limit timeout ends with 124, where it is stopped otherwise the command with 75; it has saved.
 # shellcheck disable=SC2086
 train() {
   local code=0 file
@@ -107,8 +107,8 @@ train() {
       cp -r "$WORKDIR/$file" "$OUT/train/"
     fi
   done
-  if [ "$code" -eq 124 ] || [ "$code" -eq 130 ]; then
-    echo "train: stopped after $LIMIT s; the same command goes on from the last checkpoint" >&2
+  if [ "$code" -eq 124 ] || [ "$code" -eq 75 ]; then
+    echo "train: stopped; the same command goes on" >&2
   elif [ "$code" -ne 0 ]; then
     return "$code"
   fi

@@ -14,7 +14,6 @@ import argparse
 import collections
 import pathlib
 import re
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -58,19 +57,11 @@ def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
 
     runtime.initialize(platform=arguments.platform)
     run = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
-    step, state = ours_step.compiled(run)
-    batch = ours_step.batch_of(run.dataset.train, run)
-    for _ in range(3):
-        state, loss = step(state, batch)
-    loss.block_until_ready()
+    step, repeated = ours_step.repeated_step(run)
     # jax.profiler makes a folder of the date in it, down to the second.
     before = set(arguments.trace.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(arguments.trace)):
-        start = time.perf_counter()
-        for _ in range(arguments.steps):
-            state, loss = step(state, batch)
-        loss.block_until_ready()
-        seconds = (time.perf_counter() - start) / arguments.steps
+        seconds = repeated.timed(arguments.steps)
     (file,) = set(arguments.trace.rglob("*.xplane.pb")) - before
     return seconds, step.as_text() or "", file
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from inception_jax.errors import UserError
+from inception_jax.errors import WriteError
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       path: of the file.
 
     Raises:
-      UserError: if it cannot be written.
+      WriteError: if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -30,7 +30,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except OSError as error:
         if error.filename not in (None, *map(str, (temporary, path))):
             raise  # Of another file, which the block reads.
-        raise UserError(
+        raise WriteError(
             f"{path}: cannot be written: {error.strerror or error}. Give a folder that is there "
             "and that you may write to, on a disk with room"
         ) from error

@@ -18,17 +18,47 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from inception_jax import config as configs
+from inception_jax import hosts
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, RunError, UserError
+from inception_jax.errors import EXIT_PREEMPTED, ConfigError, Preempted, RunError, UserError
 
+_AGAIN = "start the same command again (training goes on from its last checkpoint)"
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
 def define_config() -> flags.FlagHolder[Config]:
     """Defines --config=FILE with its overrides --config.a.b=value."""
     return config_flags.DEFINE_config_file(
-        "config", None, "experiment file with a get_config() that returns a Config"
+        "config",
+        None,
+        "experiment file with a get_config() that returns a Config. It is a Python program, which "
+        "is run: give none that you would not run",
     )
+
+
+def define_processes() -> Callable[[], dict[str, Any]]:
+    """Defines the flags that say on which devices, and with which other processes, to compute.
+
+    Returns:
+      A function that gives their values, as `runtime.initialize` takes them.
+    """
+    holders = (
+        flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is"),
+        flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod, SLURM or Open MPI"),
+        flags.DEFINE_string(
+            "cluster", "", "with distributed: how JAX finds them, such as mpi4py; empty: by itself"
+        ),
+        flags.DEFINE_string("coordinator_address", "", "host:port of process 0"),
+        flags.DEFINE_integer("process_count", 0, "with coordinator_address: how many processes"),
+        flags.DEFINE_integer("process_index", -1, "with coordinator_address: which one this is"),
+    )
+    return lambda: {holder.name: holder.value for holder in holders}
+
+
+def command() -> dict[str, Any]:
+    """Returns the flags of the command itself, without its settings, by their names with dashes."""
+    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    return {f"--{flag.name}": flag.value for flag in defined if flag.name != "config"}
 
 
 def require(*names: str) -> None:
@@ -101,18 +131,43 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except Preempted as end:
+        say(str(end))
+        hosts.done()
+        sys.exit(EXIT_PREEMPTED)
     except OSError as error:
         # A failed read or write that no module could say more about: its text says enough.
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", 2)
+        _fail(f"{error.filename}: {error.strerror}. Mend that, and {_AGAIN}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        _fail(f"interrupted; {_AGAIN}", 130)
+    except Exception as error:
+        # A bug, or what another process's death looks like from here, which is then said instead.
+        hosts.await_verdict(error)
+        traceback.print_exc()
+        _fail(_unexpected(error), 1)
+    hosts.done()
     sys.exit(0)
+
+
+def _unexpected(error: Exception) -> str:
+    """Returns what to do about an error that no module explains."""
+    what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return (
+            f"the memory does not suffice: {what}. Give a smaller config.train.batch_size, or "
+            "compute it in parts by config.train.accumulate (2, 4, ...)"
+        )
+    return (
+        f"{what}. That was not to be expected; the lines above say where. {_AGAIN.capitalize()}; "
+        "if it fails once more, it is a fault of the program: report these lines"
+    )
 
 
 def _fail(message: str, code: int) -> NoReturn:
     say(f"error: {message}")
+    hosts.fail(message, code)
     sys.exit(code)
 
 
@@ -192,7 +247,8 @@ def _check_type(config: Any) -> None:
 
 
 def _help(usage: str) -> str:
-    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    by_module = flags.FLAGS.flags_by_module_dict()
+    defined = [*by_module.get(sys.argv[0], []), *by_module.get(__name__, [])]
     lines = [usage.strip(), "", "Flags:"]
     for flag in sorted(defined, key=lambda flag: flag.name):
         if flag.name != "config":

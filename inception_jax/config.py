@@ -43,6 +43,7 @@ DTYPES = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized", "inception")
 POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
+NONFINITE = ("stop", "skip")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
 
@@ -56,6 +57,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     resumable: bool = False,
+    per_host: bool = False,
 ) -> Any:
     """Declares one field of the configuration.
 
@@ -67,6 +69,7 @@ def setting(
       above, below: bounds that are themselves excluded.
       resumable: whether a run may be resumed with another value. A field that decides the shape of
         the state, or which examples a step sees, may not.
+      per_host: whether the processes of a run on several hosts may have different values.
     """
     metadata = {
         "help": meaning,
@@ -76,6 +79,7 @@ def setting(
         "above": above,
         "below": below,
         "resumable": resumable,
+        "per_host": per_host,
     }
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         template = default
@@ -117,11 +121,13 @@ class Data:
         "the original files: an archive or a folder; empty: the official download, where there is "
         "one",
         resumable=True,
+        per_host=True,
     )
     directory: str = setting(
         "",
         "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
         resumable=True,
+        per_host=True,
     )
     eval_share: float = setting(
         0.2,
@@ -141,12 +147,14 @@ class Data:
         "each on disk), or decoded from the compressed records at each step",
         choices=STORAGES,
         resumable=True,
+        per_host=True,
     )
     workers: int = setting(
         0,
         "threads that decode records, a batch each; 0: one for each core",
         low=0,
         resumable=True,
+        per_host=True,
     )
     eval_crop: float = setting(
         1.0,
@@ -412,6 +420,19 @@ class Train:
         "that evaluation uses; none: no average",
         resumable=True,
     )
+    nonfinite: str = setting(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run, which then goes on from "
+        "the checkpoint before, or leave that step's update out",
+        choices=NONFINITE,
+        resumable=True,
+    )
+    nonfinite_limit: int = setting(
+        5,
+        "with nonfinite=skip: steps in a row left out at which the run stops",
+        low=1,
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass
@@ -458,11 +479,40 @@ class Checkpoint:
     keep_best: int = setting(
         1, "how many of the best by validation top-1 are kept besides", low=0, resumable=True
     )
+    on_write_error: str = setting(
+        "stop",
+        "what a full disk does to the run, or another reason why a checkpoint, a line of metrics "
+        "or the report cannot be written: stop it, or continue: say so, and try again at the next "
+        "one. The last must succeed. On several processes a run always stops",
+        choices=("stop", "continue"),
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass
 class Log:
     every: Duration = setting(Duration(steps=100), "time between training metrics", resumable=True)
+
+
+@dataclasses.dataclass
+class Watch:
+    host_silence: float = setting(
+        60.0,
+        "on several hosts: seconds without a sign of life after which another process is taken for "
+        "dead, and this one stops",
+        low=3,
+        resumable=True,
+    )
+    stall_minutes: float = setting(
+        10.0,
+        "minutes without a step, save or anything else after which a run says what each of its "
+        "threads is doing; 0: never",
+        low=0,
+        resumable=True,
+    )
+    long_stall_minutes: float = setting(
+        60.0, "the same while it compiles or evaluates; 0: never", low=0, resumable=True
+    )
 
 
 @dataclasses.dataclass
@@ -496,6 +546,7 @@ class Config:
     evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
     checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
     log: Log = setting(Log(), "what is reported")
+    watch: Watch = setting(Watch(), "when a run counts as stuck or broken")
     expected: Expected = setting(Expected(), "what the result is compared with")
 
 
@@ -551,6 +602,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """Returns what the processes of a run must have in common, by the settings' full names."""
+    return {
+        f"config.{path}": get(config, path)
+        for path, _, field in leaves()
+        if not field.metadata["per_host"]
+    }
 
 
 def unknown_field(path: str) -> str:

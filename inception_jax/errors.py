@@ -2,11 +2,17 @@
 
 Every message names the thing, the value found, what is allowed and the remedy (BUILD_NOTES.md,
 "Errors"). `cli.run` turns a `UserError` into one message on stderr and exit code 2, a `RunError`
-into one message and exit code 1, and leaves everything else, a bug, its traceback.
+into one message and exit code 1, and leaves everything else, a bug, its traceback. `Preempted` is
+no failure; its exit code tells a scheduler to start the command again.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
+
+# sysexits.h: "temporary failure; the user is invited to try again". Apart from 143 and 130, with
+# which a program ends that a signal met unprepared.
+EXIT_PREEMPTED = os.EX_TEMPFAIL
 
 
 class UserError(Exception):
@@ -25,8 +31,16 @@ class CheckpointError(UserError):
     """A checkpoint is missing, or belongs to another model or data set."""
 
 
+class WriteError(UserError):
+    """A file of a run cannot be written: a full disk, a folder that is read-only or gone."""
+
+
 class RunError(Exception):
     """A run had to stop through no mistake of the user's: a non-finite loss. Exit code 1."""
+
+
+class Preempted(Exception):
+    """Training was told to end, and has been saved. Exit code `EXIT_PREEMPTED`, 75."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -11,26 +11,20 @@ from inception_jax import cli, memory
 USAGE = """
 Train a network, or evaluate a checkpoint of it.
 
-  python -m inception_jax.main --config experiments/tiny.py --workdir DIR
-  python -m inception_jax.main --config experiments/tiny.py --workdir DIR --mode=eval
+  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--mode=eval]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
-Training goes on from the newest checkpoint in DIR if there is one. Exit code 0: done; 2: a mistake
-in the command, the settings or the data, which the message says how to mend; 1: a failed run.
+Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
+message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
 """
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
 _WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of --workdir")
-_ONE = "give --workdir=DIR or, to evaluate a file of weights, --weights=FILE"
-cli.require_one("workdir", "weights", message=_ONE)
+cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod or SLURM job")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "with coordinator_address: processes")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", -1, "with coordinator_address: this one")
+_PROCESSES = cli.define_processes()
 cli.require("config")
 
 
@@ -42,21 +36,23 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
     from inception_jax.models import weights
-    from inception_jax.training import loop, run, workdir
+    from inception_jax.telemetry import summary
+    from inception_jax.training import loop, preemption, run, workdir
 
     configs.validate(_CONFIG.value)
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
-    runtime.initialize(
-        platform=_PLATFORM.value,
-        distributed=_DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        process_count=_PROCESS_COUNT.value,
-        process_index=_PROCESS_INDEX.value,
+    tell_all = runtime.initialize(
+        **_PROCESSES(),
+        silence=_CONFIG.value.watch.host_silence,
+        facts=lambda: summary.software() | configs.shared(_CONFIG.value) | cli.command(),
         log=cli.say,
     )
+    stop = preemption.Preemption(tell_all).requested
+    if _MODE.value == "train":
+        workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
@@ -67,7 +63,9 @@ def main(positional: Sequence[str]) -> None:
         else:
             evaluator = evaluate.Evaluator(this_run)
             refresh = report.refresher(this_run, folder.path, evaluator)
-            result = loop.train(this_run, folder, evaluator, changed=changed, on_evaluation=refresh)
+            result = loop.train(
+                this_run, folder, evaluator, changed=changed, on_evaluation=refresh, stop=stop
+            )
             if this_run.is_lead:
                 report.finish(folder.path, log=cli.say)
     if this_run.is_lead:

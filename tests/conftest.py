@@ -16,8 +16,10 @@ os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_NUM_CPU_DEVICES="8",
     # Simulated devices wait for each other, by default too short a time for a busy machine.
+    # And most of the time goes into compiling: LLVM leaves out what only speeds up programs.
     XLA_FLAGS="--xla_cpu_collective_call_terminate_timeout_seconds=300 "
-    "--xla_cpu_collective_timeout_seconds=300",
+    "--xla_cpu_collective_timeout_seconds=300 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     # A step compiled by one test, or by a former run of the tests, is not compiled again.
@@ -36,7 +38,8 @@ flags.FLAGS.mark_as_parsed()
 _LONGEST = (
     "tests/integration/test_command_line.py",
     "tests/training/test_loop.py",
-    "tests/integration/test_processes.py",
+    "tests/integration/test_hosts.py",
+    "tests/integration/test_faults.py",
     "tests/input/test_augment.py",
     "tests/models/test_registry.py",
     "tests/models/test_torch_reference.py",

@@ -27,6 +27,7 @@ def test_help_exits_with_0(module: str) -> None:
     assert f"python -m inception_jax.{module}" in done.stdout
     if module not in ("tools.plot", "tools.diagnose", "tools.report"):
         assert "--config.train.batch_size=128" in done.stdout
+        assert "It is a Python program, which is run" in done.stdout
 
 
 def experiment(folder: pathlib.Path, body: str) -> str:
@@ -166,3 +167,33 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
     done = run("inception_jax.main", "--config", "experiments/digits.py", "--workdir", str(path))
     assert done.returncode == 2, done.stderr
     assert f"--workdir={path}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'. That was not to be expected"),
+        ("MemoryError()", 1, "smaller config.train.batch_size"),
+        ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.accumulate"),
+        ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Mend that, and"),
+        ("KeyboardInterrupt()", 130, "start the same command again"),
+    ],
+)
+def test_the_last_line_of_a_failed_run_says_what_to_do(
+    failure: str, code: int, words: str, tmp_path: pathlib.Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from inception_jax import cli\ndef main(_):\n    raise {failure}\ncli.run(main, '')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and words in last
+    assert ("Traceback" in done.stderr) == (code == 1)

@@ -203,3 +203,12 @@ def test_progressive_sizes_and_heads_that_depend_on_the_size_are_refused() -> No
     config.train.image_sizes, config.model.aux_heads = (32,), True
     with pytest.raises(ConfigError, match="auxiliary heads"):
         configs.validate(config)
+
+
+def test_hosts_share_all_settings_but_where_their_data_are() -> None:
+    one, other = Config(), Config()
+    other.data.directory, other.data.source, other.data.workers = "/disk", "a.zip", 8
+    assert configs.shared(one) == configs.shared(other)
+    other.train.batch_size = 64
+    assert configs.shared(one) != configs.shared(other)
+    assert configs.shared(other)["config.train.batch_size"] == 64

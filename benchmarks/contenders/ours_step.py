@@ -134,19 +134,19 @@ def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
     return make_train_step(run, run.train_image_size(0)).lower(like, batch).compile(), create()
 
 
-def train_mode(run: Run) -> serve.Repeated:
-    """Returns what times the training step, compiled and warm."""
+def repeated_step(run: Run) -> tuple[jax.stages.Compiled, serve.Repeated]:
+    """Returns the compiled training step, and what times it, warm."""
     step, state = compiled(run)
     batch = batch_of(run.dataset.train, run)
 
     def train() -> None:
         nonlocal state
-        state, loss = step(state, batch)
+        state, found = step(state, batch)
         # As the training loop does, which says why.
         if jax.default_backend() == "cpu":
-            loss.block_until_ready()
+            found.loss.block_until_ready()
 
-    return serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
+    return step, serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
 
 
 def eval_mode(run: Run) -> serve.Repeated:
@@ -182,7 +182,7 @@ def make(settings: dict[str, Any]) -> serve.Contender:
     runtime.initialize(platform=settings["platform"])
     run = make_run(settings)
     makers = {
-        "train": lambda: train_mode(run),
+        "train": lambda: repeated_step(run)[1],
         "eval": lambda: eval_mode(run),
         "matmul": lambda: matmul_mode(settings["matmul_size"], settings["dtype"]),
     }

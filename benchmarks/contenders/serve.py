@@ -97,17 +97,18 @@ class Repeated:
     def warm_up(self, times: int = 3) -> "Repeated":
         """Runs the operation, so that it is compiled, and estimates its time."""
         for _ in range(times):
-            self._estimate = self._timed(1)
+            self._estimate = self.timed(1)
         return self
 
     def __call__(self, seconds: float) -> Numbers:
         """Repeats the operation for about `seconds`, at least twice, after once untimed."""
-        self._timed(1)
+        self.timed(1)
         count = max(2, math.ceil(seconds / self._estimate))
-        self._estimate = self._timed(count)
+        self._estimate = self.timed(count)
         return {"seconds": self._estimate, "count": count}
 
-    def _timed(self, count: int) -> float:
+    def timed(self, count: int) -> float:
+        """Repeats the operation `count` times, and returns the seconds of one."""
         start = time.perf_counter()
         for _ in range(count):
             self._operation()

@@ -4,6 +4,7 @@ import abc
 import hashlib
 import os
 import pathlib
+import stat
 import threading
 import zipfile
 import zlib
@@ -11,6 +12,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from inception_jax.errors import DataError
+
+# The most that is read of one file: no picture and no list has as much, and a small archive could
+# otherwise unpack to more than the memory holds.
+MOST_BYTES = 256 << 20
 
 
 class Source(abc.ABC):
@@ -59,6 +64,13 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Releases what is open."""
+
+    def _check_size(self, file: str) -> None:
+        if self.sizes[file] > MOST_BYTES:
+            raise DataError(
+                f"{self.path}: {file} has {self.sizes[file]:,} bytes; at most {MOST_BYTES:,} are "
+                "read of one file. Remove it, or make it smaller."
+            )
 
     def _missing(self, file: str) -> DataError:
         return DataError(
@@ -109,11 +121,13 @@ class ZipSource(Source):
         """Returns a member's content."""
         if file not in self._members:
             raise self._missing(file)
+        self._check_size(file)
         try:
             # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
             # file stands, so that several threads get each other's bytes.
-            with self._lock:
-                return self._zip.read(self._members[file])
+            with self._lock, self._zip.open(self._members[file]) as member:
+                # No more than the archive says it is: a read to the end would unpack what follows.
+                return member.read(self.sizes[file])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(
                 f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
@@ -166,12 +180,17 @@ class FolderSource(Source):
 
     def read(self, file: str) -> bytes:
         """Returns a file's content."""
+        path = self._root / file
         try:
-            return (self._root / file).read_bytes()
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise DataError(f"{path}: is a device or a pipe, no file. Remove it.")
+            if file in self.sizes:
+                self._check_size(file)
+            return path.read_bytes()
         except FileNotFoundError as error:
             raise self._missing(file) from error
         except OSError as error:
-            raise DataError(f"{self._root / file}: cannot be read ({error}).") from error
+            raise DataError(f"{path}: cannot be read ({error}).") from error
 
     def fingerprint(self) -> str:
         """Returns a digest of names, sizes and times of change, so it reads no file."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from inception_jax.datasets import builder, images, registry
+from inception_jax.datasets.files import MOST_BYTES
 from inception_jax.errors import DataError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -194,6 +195,12 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
                 )
 
     def _read(self, entries: Sequence[Entry]) -> tuple[Sequence[Entry], list[bytes]]:
+        for entry in entries:
+            if entry.size > MOST_BYTES:
+                raise DataError(
+                    f"{self._paths[entry.archive]}: {entry.file} has {entry.size:,} bytes; at most "
+                    f"{MOST_BYTES:,} are read of one file. Get the archive again."
+                )
         contents = [os.pread(self._files[e.archive], e.size, e.offset) for e in entries]
         for entry, data in zip(entries, contents, strict=True):
             images.verify(data, f"{self._paths[entry.archive]}: {entry.file}")

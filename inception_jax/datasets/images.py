@@ -44,6 +44,8 @@ BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# What PIL would hand to another program that runs it: PostScript.
+_PROGRAMS = ("EPS",)
 # As simplejpeg names them.
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
 # What EXIF data begin with in a JPEG. They can say how the camera was held.
@@ -90,6 +92,7 @@ def problem(data: bytes) -> str:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_format(image)
             image.draft("RGB", (1, 1))
             image.load()
             _check_mode(image)
@@ -175,8 +178,10 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # Of the ways from four channels to three, it does not take PIL's.
-    return (height, width) if colours in _JPEG_COLOURS else None
+    # Enormous ones are PIL's to refuse. Of the ways from four channels to three, simplejpeg does
+    # not take PIL's.
+    enormous = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (height, width) if colours in _JPEG_COLOURS and not enormous else None
 
 
 def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.ndarray:
@@ -206,6 +211,7 @@ def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
 def _decode_any(data: bytes) -> np.ndarray:
     """Returns the pixels of an image that PIL can read, uint8 [H, W, 3]."""
     with Image.open(io.BytesIO(data)) as image:
+        _check_format(image)
         image.load()
         _check_mode(image)
         # Asked for after the loading: PIL itself turns TIFFs, and then says so.
@@ -224,6 +230,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # PIL warns of the direct way.
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _check_format(image: Image.Image) -> None:
+    if image.format in _PROGRAMS:
+        raise ValueError(f"{image.format} is a program that draws a picture, and none is run")
 
 
 def _check_mode(image: Image.Image) -> None:

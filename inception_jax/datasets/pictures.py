@@ -1,5 +1,6 @@
 """The picture files that a user names: files, folders and the standard input, in a stable order."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from inception_jax.datasets import folders
-from inception_jax.datasets.files import FolderSource
+from inception_jax.datasets.files import MOST_BYTES, FolderSource
 from inception_jax.errors import DataError
 
 # The argument that stands for the standard input.
@@ -52,8 +53,9 @@ def find(arguments: Sequence[str]) -> Found:
     for path in arguments:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):
-                named_so = folders.named_as_picture(file)
-                (found.files if named_so else found.left_out).append(os.path.join(path, file))
+                inner = os.path.join(path, file)
+                taken = folders.named_as_picture(file) and not _is_special(inner)
+                (found.files if taken else found.left_out).append(inner)
         else:
             found.files.append(path)
     if not found.files:
@@ -69,6 +71,11 @@ def _below(folder: str) -> list[str]:
     """Returns the paths of the files below a folder, relative to it, in natural order."""
     path = pathlib.Path(folder)
     return sorted(FolderSource(path, path, hidden=folders.hidden).sizes, key=natural_key)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path is that of a device or a pipe, which may have no end; not a dead link's."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def natural_key(path: str) -> list[tuple[list[tuple[int, int, str]], str]]:
@@ -89,12 +96,19 @@ def read(path: str) -> bytes:
     """Returns the content of a file, or of the standard input.
 
     Raises:
-      DataError: if it cannot be read.
+      DataError: if it cannot be read, or is far larger than any picture.
     """
     try:
-        return sys.stdin.buffer.read() if path == STDIN else pathlib.Path(path).read_bytes()
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer
+            if path != STDIN:
+                file = stack.enter_context(pathlib.Path(path).open("rb"))
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise DataError(f"{shown(path)}: has more than {MOST_BYTES:,} bytes, the most that is read")
+    return data
 
 
 def shown(path: str) -> str:

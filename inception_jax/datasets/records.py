@@ -40,7 +40,7 @@ class Records:
         try:
             self._source = ArrayRecordDataSource([str(file) for file in files])
         except _BROKEN as error:
-            raise self._damaged(f"cannot be opened ({error})") from error
+            raise _damaged(self._unreadable(), f"cannot be opened ({error})") from error
 
     def __len__(self) -> int:
         return len(self._source)
@@ -63,14 +63,33 @@ class Records:
         try:
             _parse(self._source[index])
         except _BROKEN as error:
-            raise self._damaged(f"record {index} cannot be read ({error})") from error
+            file, place = self._place(index)
+            raise _damaged(file, f"record {place} cannot be read ({error})") from error
 
-    def _damaged(self, what: str) -> DataError:
-        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
-        return DataError(
-            f"{self._files[0]}{more}: {what}. The data set is damaged: remove the folder "
-            f"{self._files[0].parent}, and the next start prepares it again from its source."
-        )
+    def _place(self, index: int) -> tuple[pathlib.Path, int]:
+        """Returns the file that holds an example, and which of its records it is."""
+        for file in self._files:
+            count = len(ArrayRecordDataSource([str(file)]))
+            if index < count:
+                return file, index
+            index -= count
+        raise AssertionError("an index that was read is in one of the files")
+
+    def _unreadable(self) -> pathlib.Path:
+        """Returns the first file that cannot be opened by itself."""
+        for file in self._files[:-1]:
+            try:
+                ArrayRecordDataSource([str(file)])
+            except _BROKEN:
+                return file
+        return self._files[-1]
+
+
+def _damaged(file: pathlib.Path, what: str) -> DataError:
+    return DataError(
+        f"{file}: {what}. The data set is damaged: remove the folder {file.parent}, and the next "
+        "start prepares it again from its source."
+    )
 
 
 def _parse(record: bytes) -> Example:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from inception_jax import atomic
+from inception_jax.datasets import folders
 from inception_jax.evaluation.predict import Guess
 
 
@@ -27,7 +28,8 @@ class Format(NamedTuple):
 
 
 def _table(name: str, guesses: Sequence[Guess]) -> str:
-    lines = [f"{guess.probability:9.2%}  {guess.name}" for guess in guesses]
+    # What a class is called must not command the terminal.
+    lines = [f"{guess.probability:9.2%}  {folders.shown(guess.name)}" for guess in guesses]
     return "\n".join([name, *lines, ""])
 
 

@@ -64,7 +64,7 @@ def write(path: pathlib.Path, page: str) -> None:
     """Writes a page, whole or not at all: a browser may be reading it.
 
     Raises:
-      UserError: if it cannot be written.
+      WriteError: if it cannot be written.
     """
     with atomic.replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

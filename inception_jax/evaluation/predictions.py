@@ -116,7 +116,7 @@ def write(folder: pathlib.Path, evaluated: Evaluated) -> None:
     """Writes an evaluation's file, whole or not at all.
 
     Raises:
-      UserError: if it cannot be written.
+      WriteError: if it cannot be written.
     """
     with atomic.replacing(folder / FILE) as temporary, temporary.open("wb") as file:
         np.savez_compressed(

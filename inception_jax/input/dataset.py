@@ -12,16 +12,22 @@ The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-
     info.json              what follows, with the size of each file, and the training pixels' mean
                            and standard deviation, measured or published
     <split>_images.npy     uint8 [N, size, size, 3]; not with "records"
+    <split>_digests.npy    uint64 [N], checksums of the images; not with "records"
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
 
 Examples lie in the order of the TFDS records, a fixed hash of their file names: shuffled, and the
 same wherever the data set is prepared. A folder appears under its name only when it is whole.
+
+info.json has checksums of itself and of the small files, which are compared when the folder is
+opened: a damaged one is made again. Images are compared as they are read, records by their reader.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -39,7 +45,7 @@ from inception_jax.datasets import images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
 from inception_jax.errors import ConfigError, DataError
-from inception_jax.input import splits
+from inception_jax.input import digests, splits
 from inception_jax.input.splits import DecodedSplit, RecordSplit, Split
 
 # Rises when the files' layout or the way of decoding changes; older caches are then made again.
@@ -47,6 +53,9 @@ FORMAT = 1
 # The split that config.data.holdout cuts from the training split.
 HOLDOUT = "holdout"
 _CACHES = "inception_jax"
+_IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
+# A full disk, a quota, a limit on files' sizes, a disk that turned read-only, one that is broken.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # Images that one thread decodes at a time: some 10 ms of work.
 _PIECE = 64
 # Records that it reads at a time for that: a user's photos may have 10 MB each.
@@ -152,7 +161,8 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
             if info is None:
                 if problem:
                     log(f"{cache}: {problem}; it is made again")
-                info = _build(spec, data, cache, log=log)
+                with _readable_errors(directory):
+                    info = _build(spec, data, cache, log=log)
     _check_source(spec, data, info["source"], where=cache)
     return _open(spec, data, cache, info)
 
@@ -187,13 +197,32 @@ def _read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
         return None, "info.json is missing" if cache.exists() else ""
     except ValueError as error:
         return None, f"info.json is damaged ({error})"
+    if not isinstance(info, dict):
+        return None, "info.json is damaged"
     if info.get("format") != FORMAT:
         return None, f"its format is {info.get('format')}, not {FORMAT}"
+    # Caches of older versions have no checksums.
+    if info.get("sha256 of this", "") not in ("", _digest(info)):
+        return None, "info.json is damaged (its checksum is another)"
     for file, size in info["files"].items():
         found = (cache / file).stat().st_size if (cache / file).exists() else 0
         if found != size:
             return None, f"{file} has {found:,} bytes instead of {size:,}"
+    for file, digest in info.get("sha256", {}).items():
+        if _file_digest(cache / file) != digest:
+            return None, f"{file} is damaged (its checksum is another)"
     return info, ""
+
+
+def _digest(info: Info) -> str:
+    """Returns the SHA-256 of a cache's description, but for this itself."""
+    rest = {key: value for key, value in info.items() if key != "sha256 of this"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info) -> Dataset:
@@ -234,7 +263,10 @@ def _open_split(
     labels = np.load(cache / f"{split}_labels.npy")
     names_path = cache / f"{split}_names.txt"
     if data.storage == "decoded":
-        return DecodedSplit(labels, names_path, data.image_size, cache / f"{split}_images.npy")
+        # Caches of older versions have none.
+        known = np.load(cache / file) if (file := f"{split}{_DIGESTS}") in info["files"] else None
+        images_path = cache / f"{split}{_IMAGES}"
+        return DecodedSplit(labels, names_path, data.image_size, images_path, known)
     # Imports TFDS (0.3 s).
     from inception_jax.datasets.records import Records
 
@@ -304,6 +336,27 @@ def _check_writable(directory: pathlib.Path) -> None:
         raise DataError(
             f"config.data.directory: cannot write to {directory} ({error}). Give a directory of "
             "your own."
+        ) from error
+
+
+@contextlib.contextmanager
+def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
+    """Turns a disk that fills up or fails into a DataError.
+
+    TFDS and ArrayRecord report it in several types, so the text decides.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reasons = [text for text in map(os.strerror, _DISK_ERRORS) if text in str(error)]
+        if not reasons:
+            raise
+        raise DataError(
+            f"config.data.directory: {directory} cannot be written to: {reasons[0]}. Free some "
+            "space, or give another directory, and start again: what was not finished is no "
+            "hindrance."
         ) from error
 
 
@@ -407,6 +460,11 @@ def _write_cache(
         "std": list(std),
         "splits": {split: facts.num_examples for split, facts in builder.info.splits.items()},
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "sha256": {
+            file.name: _file_digest(file)
+            for file in sorted(folder.iterdir())
+            if not file.name.endswith(_IMAGES)
+        },
         "source": _source_of(builder),
     }
     if data.storage == "records":
@@ -416,6 +474,7 @@ def _write_cache(
         }
         for file in itertools.chain.from_iterable(info["records"].values()):
             info["files"][file] = (folder / file).stat().st_size
+    info["sha256 of this"] = _digest(info)
     with _synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
     return info
@@ -445,19 +504,20 @@ def _write_split(
     work = functools.partial(_decode_piece, records, size)
     if not decode:
         work = functools.partial(_list_piece, records)
-    labels = []
+    labels, checksums = [], []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
     label = f"{builder.name}: {'decoding' if decode else 'listing'} {split}"
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
             # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
-            file = stack.enter_context(_synced(folder / f"{split}_images.npy"))
+            file = stack.enter_context(_synced(folder / f"{split}{_IMAGES}"))
             _write_header(file, (count, size, size, 3))
         progress = stack.enter_context(Progress(label, count, log=log))
         for piece in images.threaded_map(work, pieces):
             if data.storage == "decoded":
                 file.write(piece.pixels)
+                checksums.append(digests.of_images(piece.pixels))
             labels.append(piece.labels)
             names.write("".join(f"{name}\n" for name in piece.names).encode())
             total += piece.total
@@ -465,6 +525,9 @@ def _write_split(
             progress.update(len(piece.labels))
     with _synced(folder / f"{split}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
+    if checksums:
+        with _synced(folder / f"{split}{_DIGESTS}") as file:
+            np.save(file, np.concatenate(checksums))
     pixels = count * size * size
     mean = total / pixels
     return mean / 255, np.sqrt(squares / pixels - mean**2) / 255

@@ -6,6 +6,8 @@ shardings. Under Auto the compiler inserts the sums between devices, so BatchNor
 loss and the gradients are those of the global batch.
 """
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -14,8 +16,18 @@ from inception_jax.errors import ConfigError
 
 
 def make_mesh() -> Mesh:
-    """Returns the mesh of all devices of all processes, with the one axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """Returns the mesh of all devices of all processes, with the one axis `data`.
+
+    Not jax.make_mesh: on some TPU slices it orders the devices as a ring through all hosts, and a
+    process's rows of a batch would not be neighbours. Sums over all devices do not depend on it.
+    """
+    devices = np.array(in_process_order(jax.devices()))
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def in_process_order(devices: Iterable[jax.Device]) -> list[jax.Device]:
+    """Returns devices with those of a process beside each other, in the order of the processes."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -17,6 +17,7 @@ import numpy as np
 
 from inception_jax.datasets import images
 from inception_jax.errors import ConfigError, DataError
+from inception_jax.input import digests
 
 if TYPE_CHECKING:
     # It imports TFDS, which decoded images do without.
@@ -90,9 +91,11 @@ class DecodedSplit(Split):
 
     Attributes:
       images_path: uint8 [N, H, W, 3] as a .npy file.
+      image_digests: uint64 [N], of `digests.of_images`; None: an older version wrote the file.
     """
 
     images_path: pathlib.Path
+    image_digests: np.ndarray | None = None
 
     @property
     def threads(self) -> int:
@@ -121,7 +124,20 @@ class DecodedSplit(Split):
             raise DataError(
                 f"{self.images_path}: is shorter than it was. Start again: it is then made again."
             )
+        if self.image_digests is not None:
+            self._check(pixels, indices)
         return pixels
+
+    def _check(self, pixels: np.ndarray, indices: np.ndarray) -> None:
+        """Raises DataError if images, read from `indices`, are not those that were written."""
+        assert self.image_digests is not None
+        changed = indices[digests.of_images(pixels) != self.image_digests[indices]]
+        if len(changed):
+            raise DataError(
+                f"{self.images_path}: image {changed[0]} ({self.names[changed[0]]}) is damaged: it "
+                f"is not what was written. Remove {self.images_path.parent}, and the next start "
+                "makes it again from the records"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

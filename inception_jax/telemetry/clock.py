@@ -56,6 +56,14 @@ class Clock:
         self._settle()
         return dict(self._seconds)
 
+    def standing(self) -> tuple[str, float]:
+        """Returns the innermost open phase, '' if none is, and seconds since the clock's last use.
+
+        The only method for other threads than the run's own.
+        """
+        since, names = self._since, self._open[-1:]
+        return (names[0], self._now() - since) if names else ("", 0.0)
+
     def _settle(self) -> None:
         """Credits the time since the last change to the innermost open phase."""
         now = self._now()
@@ -93,3 +101,26 @@ class Rate:
 
     def _elapsed(self) -> float:
         return sum(self._clock.seconds(phase) for phase in self._phases)
+
+
+class Share:
+    """The share of time that one phase of a clock took, from one report to the next.
+
+    Args:
+      clock: what measures the time.
+      phase: whose share it is.
+    """
+
+    def __init__(self, clock: Clock, phase: str) -> None:
+        self._clock = clock
+        self._phase = phase
+        self._last = self._elapsed()
+
+    def since_last(self) -> float:
+        """Returns the share since the last call, from 0 to 1; NaN when no time passed."""
+        (phase, total), self._last = self._last, self._elapsed()
+        phase, total = self._last[0] - phase, self._last[1] - total
+        return phase / total if total > 0 else float("nan")
+
+    def _elapsed(self) -> tuple[float, float]:
+        return self._clock.seconds(self._phase), self._clock.total()

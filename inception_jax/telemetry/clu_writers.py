@@ -34,6 +34,8 @@ sys.modules.setdefault(_replacement.__name__, _replacement)
 # "as": exported, since it must not be imported before this module.
 from clu import metric_writers as metric_writers  # noqa: E402
 
+_EVENTS = "events.out.tfevents."
+
 
 @contextlib.contextmanager
 def _without_its_init(package: str) -> Iterator[None]:
@@ -58,10 +60,18 @@ class _AppendedFile:
     """A file that grows by whole records, each handed to the operating system at once.
 
     What was appended outlives a kill of the process; after `sync`, a crash of the machine too.
+
+    Args:
+      path: the file; made if it is missing.
+      patient: whether `append` keeps what cannot be written, for the next call; only `sync` then
+        raises what still fails.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, *, patient: bool = False) -> None:
         self._path = path
+        self._patient = patient
+        # What is still to be written; it may begin inside a record of which a part is in the file.
+        self._pending = b""
         # Unbuffered, so that a write that fails (disk full) fails here and not in a later close.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
 
@@ -71,14 +81,27 @@ class _AppendedFile:
         Raises:
           OSError: if it cannot be written whole, or the file has been removed.
         """
+        self._pending += record
+        try:
+            self._write_pending()
+        except OSError:
+            if not self._patient:
+                raise
+
+    def _write_pending(self) -> None:
         # Writing to a removed file succeeds, and everything written is lost.
         if not self._path.exists():
             raise FileNotFoundError("the file was removed while the run was writing to it")
-        while record:
-            record = record[self._file.write(record) :]
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def sync(self) -> None:
-        """Returns when everything appended is on the disk."""
+        """Returns when everything appended is on the disk.
+
+        Raises:
+          OSError: if it cannot be written whole, or the file has been removed.
+        """
+        self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -120,9 +143,10 @@ class TensorBoardWriter(_ScalarWriter):
     Args:
       logdir: folder of the event files; made if it is missing. Each writer adds a file.
       purge_step: TensorBoard hides what earlier files in the folder say of this and later steps.
+      patient: keep what cannot be written for the next call; only `flush` raises what still fails.
     """
 
-    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0) -> None:
+    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0, patient: bool = False) -> None:
         with _without_its_init("tensorboardX"):
             from tensorboardX.proto import event_pb2, summary_pb2
             from tensorboardX.record_writer import masked_crc32c
@@ -132,7 +156,8 @@ class TensorBoardWriter(_ScalarWriter):
         logdir.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files in the order of their names. Nanoseconds, as a run may be
         # resumed within the second that tensorboardX's own names would repeat.
-        self._file = _AppendedFile(logdir / f"events.out.tfevents.{time.time_ns()}")
+        now = _later_than_all(logdir, time.time_ns())
+        self._file = _AppendedFile(logdir / f"{_EVENTS}{now}", patient=patient)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(file_version="brain.Event:2")
         self._write(step=purge_step, session_log=start)
@@ -151,6 +176,17 @@ class TensorBoardWriter(_ScalarWriter):
         self._file.append(length + checksums[0] + data + checksums[1])
 
 
+def _later_than_all(logdir: pathlib.Path, now: int) -> int:
+    """Returns a time in ns, `now` unless a clock that was set back makes it no later than others.
+
+    Args:
+      logdir: folder of event files, whose names end in their time.
+      now: nanoseconds.
+    """
+    ends = (path.name.removeprefix(_EVENTS) for path in logdir.glob(f"{_EVENTS}*"))
+    return max([now, *(int(end) + 1 for end in ends if end.isdecimal())])
+
+
 class JsonLinesWriter(_ScalarWriter):
     """Appends to a file one JSON object for each call and split.
 
@@ -160,10 +196,11 @@ class JsonLinesWriter(_ScalarWriter):
 
     Args:
       path: the file; its folder exists.
+      patient: keep what cannot be written for the next call; only `flush` raises what still fails.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._file = _AppendedFile(path)
+    def __init__(self, path: pathlib.Path, *, patient: bool = False) -> None:
+        self._file = _AppendedFile(path, patient=patient)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes named values of one step."""

@@ -4,6 +4,7 @@ A result can be told from another, and had again, only with the versions and dev
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -29,6 +30,18 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "safetensors",
+)
+
+# Environment variables that change what is computed, by the beginnings of their names, and those
+# among them that each process has for itself.
+_COMPILERS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_PER_PROCESS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_COORDINATOR",
+    "JAX_LOCAL_DEVICE_IDS",
+    "JAX_PARTITION_INDEX",
+    "JAX_PROCESS",
+    "XLA_PYTHON_CLIENT",
 )
 
 
@@ -62,6 +75,39 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
     }
+
+
+def software() -> dict[str, Any]:
+    """Returns what decides which program the devices run, to compare the processes of a run.
+
+    Returns:
+      Values for JSON, by what they are: the versions of python and of each package; the source's
+      commit; a SHA-256 over its files, which also tells changed files apart; and the environment
+      variables that JAX and its compilers read, but for those that tell the processes apart.
+    """
+    versions = {f"{name}'s version": _version(name) for name in _PACKAGES}
+    variables = {
+        f"${name}": value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_COMPILERS) and not name.startswith(_PER_PROCESS)
+    }
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "source revision": revision(),
+        "source files": source_digest(pathlib.Path(__file__).parents[1]),
+        **variables,
+    }
+
+
+def source_digest(package: pathlib.Path) -> str:
+    """Returns the start of a SHA-256 over the names and contents of a package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def revision() -> str | None:

@@ -12,9 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from inception_jax import atomic
-from inception_jax.errors import UserError
+from inception_jax.errors import UserError, WriteError
 from inception_jax.telemetry import clu_writers
 from inception_jax.telemetry.clu_writers import metric_writers
+
+# The values of a line that another run of the same settings does not repeat to the last bit.
+MEASURED = ("seconds", "images_per_second", "input_wait", "resident_memory", "free_disk")
 
 
 class RunWriter:
@@ -28,12 +31,21 @@ class RunWriter:
       resume_step: the step the run continues from. Earlier metrics of later steps are dropped; 0
         drops them all.
       is_lead: whether this process writes; in all others every method does nothing.
+      patient: keep what cannot be written in memory and try again at the next write, where only
+        `flush` and `close` raise what still fails.
 
     Raises:
-      UserError: from each method, if the files cannot be written.
+      WriteError: from each method, if the files cannot be written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, resume_step: int, is_lead: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        resume_step: int,
+        is_lead: bool = True,
+        patient: bool = False,
+    ) -> None:
         self._workdir = workdir
         self._writer = metric_writers.MultiWriter([])
         if not is_lead:
@@ -44,9 +56,11 @@ class RunWriter:
             _drop_later_lines(lines, resume_step)
             self._writer = metric_writers.MultiWriter(
                 [
-                    clu_writers.JsonLinesWriter(lines),
+                    clu_writers.JsonLinesWriter(lines, patient=patient),
                     clu_writers.TensorBoardWriter(
-                        workdir / "tensorboard", purge_step=resume_step + 1 if resume_step else 0
+                        workdir / "tensorboard",
+                        purge_step=resume_step + 1 if resume_step else 0,
+                        patient=patient,
                     ),
                 ]
             )
@@ -95,7 +109,7 @@ class RunWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(
+            raise WriteError(
                 f"Cannot write metrics to {self._workdir}: {error}. The folder must be writable, "
                 "with space left, as long as the run lasts. Mend that, and start the same command "
                 "again: it continues from the last checkpoint."

@@ -9,16 +9,19 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 
-from inception_jax.errors import RunError
+from inception_jax.config import Config
+from inception_jax.errors import Preempted, RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry import summary
-from inception_jax.telemetry.clock import Clock, Rate
+from inception_jax.telemetry import resources, summary
+from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
+from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter
-from inception_jax.training import pretrained
+from inception_jax.training import lock, nonfinite, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -48,6 +51,7 @@ def train(
     *,
     changed: list[str],
     on_evaluation: OnEvaluation = lambda result: None,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, Any]:
     """Trains a run to its end, going on from the newest checkpoint if there is one.
 
@@ -58,16 +62,20 @@ def train(
       changed: settings that differ from an earlier start, to be said and recorded.
       on_evaluation: called by the lead process after each evaluation, once all that it found is
         on disk, with what result.json would hold if the run ended there.
+      stop: asked after each step, by its number, whether the run must be saved and end there. Where
+        there are several processes, it says the same in all.
 
     Returns:
       The contents of result.json: the last evaluation, with the speed and time of the whole run.
 
     Raises:
       RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
-      UserError: if the workdir cannot be written to.
+      UserError: if the workdir cannot be written to, or another process is training in it.
+      Preempted: if `stop` said so, once the checkpoint is on disk.
     """
     config = run.config
     with (
+        lock.exclusive(workdir.path, storage.say) if run.is_lead else contextlib.nullcontext(),
         Checkpoints(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
@@ -90,21 +98,45 @@ def train(
                 experiment=run.experiment,
             )
         with (
-            RunWriter(workdir.path, resume_step=first, is_lead=run.is_lead) as writer,
+            RunWriter(
+                workdir.path,
+                resume_step=first,
+                is_lead=run.is_lead,
+                patient=_goes_on(config),
+            ) as writer,
             Progress(
                 run.total_steps,
                 initial_step=first,
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
             ) as progress,
+            Watchdog(
+                clock,
+                limit=60 * config.watch.stall_minutes,
+                long_limit=60 * config.watch.long_stall_minutes,
+                log=storage.say,
+            ),
             clock.phase("other"),
         ):
-            reporter = _Reporter(run, writer, progress, clock, on_evaluation)
+            reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
             reporter.started(state, first, changed, notes)
-            result = _train(run, state, train_steps, evaluate, checkpoints, reporter)
+            result = _train(run, state, train_steps, evaluate, checkpoints, reporter, stop)
+    if result["step"] < run.total_steps:
+        raise Preempted(
+            f"stopped as a signal asked, after step {result['step']:,} of {run.total_steps:,}, "
+            "which is saved; the same command goes on from it"
+        )
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether a run outlives a failure to write.
+
+    Several processes do not: the others are waiting for the one that failed.
+    """
+    return config.checkpoint.on_write_error == "continue" and jax.process_count() == 1
 
 
 def _start(
@@ -135,6 +167,7 @@ def _train(
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
+    stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     config, clock, timeline = run.config, reporter.clock, run.timeline
     first = int(state.step)
@@ -157,6 +190,7 @@ def _train(
     in_flight: collections.deque[jax.Array] = collections.deque()
     steps_ahead = _steps_ahead()
     train_sample = run.train_sample()
+    goes_on = _goes_on(config)
     with clock.phase("compile"):
         # The first batch is read while the step compiles.
         batches = itertools.chain([next(batches)], batches)
@@ -169,24 +203,25 @@ def _train(
             # Done already, but where the next image size begins too soon.
             run_step = train_steps[run.train_image_size(step - 1)].result()
         with clock.phase("train"):
-            state, loss = run_step(state, batch)
-            in_flight.append(loss)
+            state, found = run_step(state, batch)
+            in_flight.append(found.loss)
             if len(in_flight) > steps_ahead:
                 in_flight.popleft().block_until_ready()
-        reporter.stepped(step)
+        reporter.stepped(step, found.finite)
 
         last = step == run.total_steps
+        stop_now = not last and stop(step)
         evaluate_now = last or timeline.due(config.evaluation.every, step)
-        save_now = evaluate_now or timeline.due(config.checkpoint.every, step)
+        save_now = stop_now or evaluate_now or timeline.due(config.checkpoint.every, step)
         if last or timeline.due(config.log.every, step):
             reporter.report_later(step, state.metrics)
-            state = state.replace(metrics=empty_metrics())
+            state = state.replace(metrics=empty_metrics(state.metrics))
         if save_now:
             with clock.phase("train"):
                 jax.block_until_ready(state)
             in_flight.clear()
             reporter.report_pending()
-            reporter.check_finite(state.metrics)
+            reporter.check_finite(step, state.metrics)
         if evaluate_now:
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
@@ -194,17 +229,23 @@ def _train(
             reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):
-                # Lines up to this step must be on disk before a checkpoint says they are.
-                reporter.flush()
-                checkpoints.save(
-                    state,
-                    progress={"seconds": clock.state()},
-                    metrics=metrics if evaluate_now else None,
-                )
+                with storage.tolerated(goes_on, reporter.note):
+                    checkpoints.wait()
+                with storage.tolerated(goes_on and not (last or stop_now), reporter.note):
+                    # Lines up to this step must be on disk before a checkpoint says they are.
+                    reporter.flush()
+                    checkpoints.save(
+                        state,
+                        progress={"seconds": clock.state()},
+                        metrics=metrics if evaluate_now else None,
+                    )
         if evaluate_now:
-            reporter.show(step, metrics)
+            with storage.tolerated(goes_on and not last, reporter.note):
+                reporter.show(step, metrics)
+        if stop_now:
+            break
 
-    return reporter.result(run.total_steps, metrics)
+    return reporter.result(step, metrics)
 
 
 class _Reporter:
@@ -216,21 +257,28 @@ class _Reporter:
         writer: RunWriter,
         progress: Progress,
         clock: Clock,
+        workdir: Workdir,
         on_evaluation: OnEvaluation,
     ) -> None:
         self.clock = clock
+        self._workdir = workdir
         self._on_evaluation = on_evaluation
         self._run = run
         self._writer = writer
         self._progress = progress
         self._rate = Rate(clock)
+        self._input_wait = Share(clock, "input")
         self._last_report = 0
+        self._modules: list[str] = []
+        # Of the steps since the last look; not all of them where reports are very rare.
+        self._finite: collections.deque[tuple[int, jax.Array]] = collections.deque(maxlen=1000)
         self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
 
     def started(self, state: TrainState, first: int, changed: list[str], notes: list[str]) -> None:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
         note(summary.parameter_table(state.params))
+        self._modules = sorted(state.params)
         devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
         if jax.process_count() > 1:
             devices += f" in {jax.process_count()} processes"
@@ -248,8 +296,14 @@ class _Reporter:
             note(f"changed since the run began: {line}")
         self._last_report = first
 
-    def stepped(self, step: int) -> None:
-        """Takes note of a dispatched step, and reports the step before it if that is due."""
+    def stepped(self, step: int, finite: jax.Array) -> None:
+        """Takes note of a dispatched step, and reports the step before it if that is due.
+
+        Args:
+          step: its number.
+          finite: bool [1 + M], as of `step.Found`; still being computed.
+        """
+        self._finite.append((step, finite))
         self._progress.step(step)
         if self._pending and self._pending[0] < step:
             self.report_pending()
@@ -268,7 +322,7 @@ class _Reporter:
         # Where the device is still at that step, the wait for it is part of training.
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
-        self.check_finite(metrics)
+        self.check_finite(step, metrics)
         values = metrics.compute()
         del values["first_nonfinite_step"]
         # The rate that the step applied: the schedule counts finished steps.
@@ -278,21 +332,41 @@ class _Reporter:
             {"loss": values["loss"], "top1": values["top1"], "learning_rate": rate}
         )
 
-    def check_finite(self, metrics: TrainMetrics) -> None:
-        """Stops the run at a loss or gradient that is not finite."""
-        step = metrics.first_nonfinite_step.compute()
-        if step >= 0:
-            rate = float(self._run.schedule(step - 1))
-            self._write(step, "train", {"loss": math.nan, "learning_rate": rate})
-            raise self._not_finite("the loss or the gradient", step)
+    def check_finite(self, step: int, metrics: TrainMetrics) -> None:
+        """Stops the run at a loss or gradient that is not finite, or at too many in a row.
 
-    def _not_finite(self, what: str, step: int) -> RunError:
+        Args:
+          step: the last that the metrics contain.
+          metrics: of all steps since the last call.
+        """
+        train = self._run.config.train
+        bad = {n: np.asarray(finite) for n, finite in self._finite if n <= step}
+        bad = {n: finite for n, finite in bad.items() if not finite.all()}
+        while self._finite and self._finite[0][0] <= step:
+            self._finite.popleft()
+        first = metrics.first_nonfinite_step.compute()
+        skip = train.nonfinite == "skip"
+        for n, finite in bad.items() if skip else ():
+            what = nonfinite.describe(finite, self._modules)
+            self._progress.note(f"step {n:,} was left out: {what} not finite")
+        if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
+            return
+        rate = float(self._run.schedule(first - 1))
+        self._write(first, "train", {"loss": math.nan, "learning_rate": rate})
+        what = "the loss or the gradient was"
+        if first in bad:
+            what = nonfinite.describe(bad[first], self._modules)
+        raise self._not_finite(what, first, train.nonfinite_limit if skip else 1)
+
+    def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
         rate = float(self._run.schedule(step - 1))
+        row = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
-            f"{what} was not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}. "
-            "The last checkpoint is from before that, and the same command goes on from it. Try a "
-            f"lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
-            "config.schedule.warmup, or config.optimizer.clip_norm=1"
+            f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
+            f"{row}. The last checkpoint is from before that, and the same command goes on from "
+            f"it. Try a lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
+            "config.schedule.warmup, config.optimizer.clip_norm=1, or config.train.nonfinite=skip, "
+            "which leaves single steps out"
         )
 
     def evaluated(
@@ -302,13 +376,17 @@ class _Reporter:
         split = self._run.dataset.eval_split
         self._write(step, split, {**metrics, "seconds": round(self.clock.total(), 3)})
         if not math.isfinite(metrics["loss"]):
-            raise self._not_finite(f"the {split} loss", step)
+            raise self._not_finite(f"the {split} loss was", step)
         if sample is not None:
             self._write(step, "train_eval", sample)
         self._progress.note(
             f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "
             f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%, top-5 {metrics['top5']:.2f}%"
         )
+
+    def note(self, line: str) -> None:
+        """Says a line."""
+        self._progress.note(line)
 
     def flush(self) -> None:
         """Puts all that was written on disk."""
@@ -337,10 +415,18 @@ class _Reporter:
         }
 
     def _timing(self, rate: float) -> dict[str, float]:
-        return {
+        found = {
             "images_per_second": round(rate, 2),
             "seconds": round(self.clock.total(), 3),
+            "input_wait": round(self._input_wait.since_last(), 4),
         }
+        for name, value in (
+            ("resident_memory", resources.resident_memory()),
+            ("free_disk", resources.free_disk(self._workdir.path)),
+        ):
+            if value is not None:
+                found[name] = round(value, 3)
+        return found
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)

@@ -121,8 +121,8 @@ def range_test(
     smooth = _Smoothing(max(2.0, SMOOTHING * steps))
     points: list[Point] = []
     for step, batch in enumerate(batches, start=1):
-        state, loss = train_step(state, batch)
-        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(loss))))
+        state, found = train_step(state, batch)
+        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(found.loss))))
         stepped(points[-1])
         if has_diverged(points):
             break

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.errors import ConfigError
 from inception_jax.input import sharding
@@ -108,11 +110,13 @@ def build(
       experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
     Raises:
-      UserError: if the data cannot be prepared or a setting does not fit the data or the devices.
+      UserError: if the data cannot be prepared, a setting does not fit the data or the devices, or
+        the processes of the run have other data.
     """
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     dataset = prepare(config.data, log=log)
+    hosts.agree("data set", lambda: content(dataset))
     model = registry.create(config.model, dataset.num_classes)
     _check_image_sizes(config, model.least_image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
@@ -129,6 +133,32 @@ def build(
         optimizer=optimizers.make_optimizer(config.optimizer, schedule),
         experiment=experiment,
     )
+
+
+def content(dataset: Dataset) -> dict[str, Any]:
+    """Returns what tells a data set from others, for JSON: its facts, and digests of its content.
+
+    Of the pixels it has the training split's mean and standard deviation, which are measured over
+    all of them, and a few images of each split.
+    """
+    facts: dict[str, Any] = {
+        "data set": f"{dataset.name} {dataset.version}, {dataset.image_size} px",
+        "class names": _digest("\n".join(dataset.class_names).encode()),
+        "mean and standard deviation": [*dataset.mean.tolist(), *dataset.std.tolist()],
+    }
+    for name, split in dataset.splits.items():
+        some = np.unique(np.linspace(0, len(split) - 1, 8, dtype=np.int64))
+        facts |= {
+            f"{name} examples": len(split),
+            f"{name} labels": _digest(split.labels.tobytes()),
+            f"{name} file names": _digest(split.names_path.read_bytes()),
+            f"some {name} images": _digest(split.read(some).tobytes()),
+        }
+    return facts
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _check_image_sizes(config: Config, least: int) -> None:

@@ -147,6 +147,15 @@ def abstract_model_item(
     return variables | {"average": variables if has_average else {}}
 
 
-def empty_metrics(run: Run) -> Callable[[], TrainMetrics]:
-    """Returns a function that makes empty metrics on all devices, to follow reported ones."""
-    return jax.jit(TrainMetrics.empty, out_shardings=sharding.replicated(run.mesh))
+def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
+    """Returns a function that makes empty metrics on all devices, to follow reported ones.
+
+    They still know of steps that were not finite, where those are left out (`nonfinite`).
+    """
+
+    def following(reported: TrainMetrics) -> TrainMetrics:
+        # A copy: the next step gives up its own, and the reported ones are still to be read.
+        row = jax.tree.map(jnp.copy, reported.first_nonfinite_step)
+        return TrainMetrics.empty().replace(first_nonfinite_step=row)
+
+    return jax.jit(following, out_shardings=sharding.replicated(run.mesh))

@@ -1,7 +1,7 @@
 """One training step: augment → forward → loss → gradient → update → averages → metrics."""
 
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,25 @@ from jax.typing import ArrayLike
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.models import ops
 from inception_jax.telemetry.metrics import TrainMetrics
-from inception_jax.training import ema, gradients, keys, losses
+from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 CompiledStep = futures.Future[jax.stages.Compiled]
+
+
+class Found(NamedTuple):
+    """What a step says of itself, besides the state after it.
+
+    Attributes:
+      loss: float32 scalar, the mean over the batch.
+      finite: bool [1 + M], whether the loss of each example is finite, and the gradient of each of
+        the M top-level modules, in the order of their names.
+    """
+
+    loss: jax.Array
+    finite: jax.Array
 
 
 def compile_train_steps(
@@ -59,7 +72,7 @@ def compile_train_steps(
 def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     """Returns the jitted training step of a run for images resized to `image_size` pixels.
 
-    The step maps (state, batch) to (state after it, mean loss: float32 scalar). A batch holds
+    The step maps (state, batch) to (state after it, `Found`). A batch holds
     image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated:
     the one passed in can no longer be used.
     """
@@ -72,7 +85,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
         run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
     )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Found]:
         images, targets = augment.augment(
             keys.derive(seed, "augment", state.step),
             batch["image"],
@@ -111,7 +124,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
                 gradient_norm=optax.tree.norm(grads),
             )
         )
-        state = TrainState(
+        after = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
@@ -119,7 +132,10 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             opt_state=opt_state,
             metrics=metrics,
         )
-        return state, loss.mean()
+        finite = nonfinite.parts(loss, grads)
+        if config.train.nonfinite == "skip":
+            after = nonfinite.skipped(state, after, finite.all(), config.train.nonfinite_limit)
+        return after, Found(loss.mean(), finite)
 
     replicated = sharding.replicated(run.mesh)
     return jax.jit(

@@ -10,10 +10,11 @@ import datetime
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax import atomic
+from inception_jax import atomic, hosts
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
@@ -87,6 +88,25 @@ def check_writable(workdir: Workdir, *, flag: str = "workdir") -> None:
             f"--{flag}={workdir.path}: cannot be written to: {error.strerror}. "
             "Give a folder on a disk with room that you may write to"
         ) from error
+
+
+def check_shared(workdir: Workdir) -> None:
+    """Checks that all processes of a run see the same folder; nothing to do for one alone.
+
+    Raises:
+      UserError: in all of them, naming those that do not.
+    """
+    if not hosts.several():
+        return
+    own = workdir.path / f".probe.{secrets.token_hex(8)}"
+    own.touch()
+    try:
+        # A name that no process has asked for before, as network file systems remember answers.
+        written = workdir.path / hosts.gather("folder", own.name)[0]
+        what = f"--workdir={workdir.path} holds what process 0 wrote there"
+        hosts.agree("shared folder", lambda: {what: written.exists()})
+    finally:
+        own.unlink()
 
 
 def recorded(workdir: Workdir) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """How figures are made of measurements."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -14,6 +15,8 @@ import pytest
 from benchmarks import (
     command,
     end_to_end,
+    fault_injection,
+    finite_flags,
     input_pipeline,
     measure,
     profile_step,
@@ -24,10 +27,12 @@ from benchmarks import (
     workers,
 )
 from benchmarks.contenders import network, ours_step
+from inception_jax import config
 from inception_jax.config import Model
 from inception_jax.errors import ConfigError
 from inception_jax.models import registry
 from inception_jax.models.layers import Conv
+from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -80,6 +85,20 @@ def test_the_bare_step_runs_the_network_that_is_counted() -> None:
     assert run.dataset.train.image_shape == (32, 32, 3)
     assert len(run.dataset.train) == 8
     assert run.dataset.num_classes == 200
+
+
+def test_the_bare_steps_run_again_and_again(data_directory: pathlib.Path) -> None:
+    settings = small.config(data_directory)
+    settings.train.batch_size = 8
+    made = ours_step.make_run(
+        {"config": config.to_dict(settings), "image_size": 8, "batch_size": 8, "classes": 10}
+    )
+    made = dataclasses.replace(made, model=small.Network(0.0))
+    step, train = ours_step.repeated_step(made)
+    assert "fusion" in (step.as_text() or "")
+    for mode in (train, ours_step.eval_mode(made)):
+        measured = mode(0.0)
+        assert measured["count"] == 2 and measured["seconds"] > 0
 
 
 def rounds(*seconds: float) -> list[dict[str, float]]:
@@ -297,8 +316,17 @@ def test_stored_results_say_how_they_were_made(path: pathlib.Path) -> None:
 
 
 def test_every_benchmark_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
-    modules = (end_to_end, input_pipeline, profile_step, regression, scaling, startup, step_time)
-    for module in modules:
+    for module in (
+        end_to_end,
+        fault_injection,
+        finite_flags,
+        input_pipeline,
+        profile_step,
+        regression,
+        scaling,
+        startup,
+        step_time,
+    ):
         with pytest.raises(SystemExit) as caught:
             module.parse(["--help"])
         assert caught.value.code == 0

@@ -17,6 +17,20 @@ def test_a_table_is_for_people() -> None:
     assert text == 'a/b.jpg\n   75.00%  cat, "tabby"\n   20.00%  Hündin\n'
 
 
+def test_a_class_name_does_not_command_the_terminal() -> None:
+    name = "\x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
+    text = listing.FORMATS["table"].entry("a.jpg", [Guess(0, name, 0.5)])
+    assert "\x1b" not in text and "\x07" not in text
+    assert text.splitlines()[1] == r"   50.00%  \x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
+    # Programs get it as it is.
+    assert (
+        json.loads(listing.FORMATS["json"].entry("a", [Guess(0, name, 0.5)]))["guesses"][0]["name"]
+        == name
+    )
+    rows = list(csv.reader(io.StringIO(listing.FORMATS["csv"].entry("a", [Guess(0, name, 0.5)]))))
+    assert rows == [["a", "1", "0", name, "0.5"]]
+
+
 def test_json_is_an_object_a_line() -> None:
     text = listing.FORMATS["json"].entry("a/b.jpg", GUESSES)
     assert text.count("\n") == 1 and text.endswith("\n")

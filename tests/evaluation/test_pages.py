@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import inception_jax
 from inception_jax.config import Duration, Expected, Train
 from inception_jax.errors import UserError
 from inception_jax.evaluation import pages, record, report, sections
 from tests import command, run_folders
 
+PACKAGE = pathlib.Path(inception_jax.__file__).parent
 HOSTILE = "<script>window.hacked = 1</script>"
 BROKEN_OUT = '"><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
 
@@ -123,6 +125,14 @@ def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
     assert page.data["runs"][0]["name"] == HOSTILE
     # matplotlib takes them, too.
     assert len(report.plot(folder)) == 7
+
+
+def test_no_script_makes_markup_of_text() -> None:
+    scripts = [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html")]
+    assert {"report.js", "page.html"} <= {path.name for path in scripts}
+    unsafe = re.compile(r"innerHTML|outerHTML|AdjacentHTML|eval\(|document\.write|new Function")
+    for path in scripts:
+        assert not unsafe.findall(path.read_text(encoding="utf-8")), path
 
 
 def test_the_policy_allows_the_pages_own_script_alone(tmp_path: pathlib.Path) -> None:

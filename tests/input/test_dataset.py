@@ -17,7 +17,7 @@ from inception_jax.datasets import archive, files, registry
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.input.dataset import Dataset, class_ids, data_directory, prepare
 from inception_jax.input.splits import Split
-from tests import archives
+from tests import archives, disks
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSES, TRAIN, VAL, TEST, SIZE = 3, 5, 2, 4, 16
@@ -310,6 +310,12 @@ def cut(path: pathlib.Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 9 // 10] ^= 1
+    path.write_bytes(content)
+
+
 def change_format(path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
 
@@ -322,6 +328,10 @@ def change_format(path: pathlib.Path) -> None:
         ("info.json", cut, "info.json is damaged"),
         ("info.json", pathlib.Path.unlink, "info.json is missing"),
         ("info.json", change_format, "its format is 0, not 1"),
+        ("info.json", flip, "info.json is damaged"),
+        ("train_labels.npy", flip, "train_labels.npy is damaged (its checksum is another)"),
+        ("validation_names.txt", flip, "validation_names.txt is damaged"),
+        ("train_digests.npy", flip, "train_digests.npy is damaged"),
     ],
 )
 def test_a_damaged_cache_is_made_again(
@@ -331,6 +341,35 @@ def test_a_damaged_cache_is_made_again(
     lines: list[str] = []
     check_subset(prepare(subset("", prepared), log=lines.append))
     assert [text for text in lines if line in text and "made again" in text]
+
+
+def test_a_changed_byte_of_an_image_is_found_when_it_is_read(prepared: pathlib.Path) -> None:
+    cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
+    path = cache / "train_images.npy"
+    whole = prepare(subset("", prepared), log=quiet).train
+    pixels, offset = pixels_of(whole), path.stat().st_size - len(whole) * 3 * SIZE**2
+    content = bytearray(path.read_bytes())
+    content[offset + 7 * 3 * SIZE**2 + 100] ^= 0x10
+    path.write_bytes(content)
+    train = prepare(subset("", prepared), log=quiet).train
+    others = np.delete(np.arange(len(train)), 7)
+    np.testing.assert_array_equal(train.read(others), pixels[others])
+    message = rf"train_images\.npy: image 7 \({whole.names[7]}\) is damaged: .*Remove {cache},"
+    with pytest.raises(DataError, match=message):
+        train.read(np.array([3, 7, 2]))
+
+
+def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: pathlib.Path) -> None:
+    cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
+    info = json.loads((cache / "info.json").read_text())
+    for path in cache.glob("*_digests.npy"):
+        del info["files"][path.name]
+        path.unlink()
+    del info["sha256"], info["sha256 of this"]
+    (cache / "info.json").write_text(json.dumps(info))
+    lines: list[str] = []
+    check_subset(prepare(subset("", prepared), log=lines.append))
+    assert not lines
 
 
 def test_missing_records_are_written_again(source: pathlib.Path, prepared: pathlib.Path) -> None:
@@ -368,6 +407,25 @@ def test_too_little_space_is_found_before_anything_is_written(
     with pytest.raises(DataError, match=r"needs 0\.\d+ GB in .*, which has 0\.00 GB free"):
         prepare(subset(source, tmp_path), log=quiet)
     assert not (tmp_path / "tiny_imagenet_subset").exists()
+
+
+@pytest.mark.parametrize("full_at", ["records", "cache"])
+def test_a_disk_that_fills_up_meanwhile_is_one_message(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    with disks.mounted(tmp_path / "disk", kilobytes=4000) as disk:
+        if full_at == "cache":
+            prepare(subset(path, disk), log=quiet)
+            shutil.rmtree(disk / "inception_jax")
+        left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "other").write_bytes(bytes(left - 16_384))
+        with pytest.raises(DataError, match=rf"{disk} cannot be written to: No space left"):
+            prepare(subset(path, disk), log=quiet)
+        (disk / "other").unlink()
+        check_subset(prepare(subset(path, disk), log=quiet))
 
 
 # Several processes, and their end.

@@ -100,3 +100,10 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
     sharding.check_batch_size(48, 8, 3)
     with pytest.raises(ConfigError, match=r"40: 8 devices.*3 micro-batches.*are 24 and 48"):
         sharding.check_batch_size(40, 8, 3)
+
+
+def test_the_devices_of_a_process_are_neighbours_in_the_mesh() -> None:
+    # As on a TPU slice, whose hosts' devices lie in squares, numbered across them.
+    devices = [types.SimpleNamespace(id=i, process_index=i // 2 % 2) for i in range(8)]
+    ordered = sharding.in_process_order(reversed(devices))
+    assert [device.id for device in ordered] == [0, 1, 4, 5, 2, 3, 6, 7]

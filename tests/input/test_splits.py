@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from inception_jax import config
+from inception_jax.datasets.records import Records
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.input import pipeline, sharding
 from inception_jax.input.dataset import Dataset, prepare
@@ -92,6 +93,46 @@ def test_a_damaged_record_is_named(tmp_path: pathlib.Path) -> None:
     file.write_bytes(data)
     with pytest.raises(DataError, match=rf"{file.name}.*: record \d+ cannot be read"):
         train_batches(dataset)
+
+
+def test_a_changed_byte_anywhere_in_the_records_is_found_or_changes_nothing(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    prepare(settings(directory, storage="records"), log=quiet)
+    (original,) = (directory / "tiny_imagenet_subset" / "1.0.0").glob("*train*")
+    whole = original.read_bytes()
+    expected = Records([original]).read(range(33))
+    path = tmp_path / original.name
+    found = 0
+    for place in range(0, len(whole), 131):
+        content = bytearray(whole)
+        content[place] ^= 0x20
+        path.write_bytes(content)
+        try:
+            assert Records([path]).read(range(33)) == expected, place
+        except DataError as error:
+            assert str(path) in str(error)
+            found += 1
+    # Most of such a small file is empty.
+    assert found > 100
+
+
+def test_the_damaged_file_of_several_is_named(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    prepare(settings(directory, storage="records"), log=quiet)
+    (original,) = (directory / "tiny_imagenet_subset" / "1.0.0").glob("*train*")
+    paths = [tmp_path / f"part_{number}" for number in range(3)]
+    for path in paths:
+        path.write_bytes(original.read_bytes())
+    content = bytearray(original.read_bytes())
+    content[content.index(b"\xff\xd8\xff\xe0") + 200] ^= 0xFF
+    paths[1].write_bytes(content)
+    with pytest.raises(DataError, match=r"part_1: record \d+ cannot be read"):
+        Records(paths).read(range(99))
+    paths[1].write_bytes(content[:100])
+    with pytest.raises(DataError, match=r"part_1: cannot be opened"):
+        Records(paths)
 
 
 def test_a_cut_file_of_images_is_named(tmp_path: pathlib.Path) -> None:

@@ -5,19 +5,14 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import warnings
 from typing import Any
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import MEASURED, read_lines
 from tests import archives, command
 
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 4, 24, 6
@@ -68,25 +63,10 @@ def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> p
 
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
-    timing = {"seconds", "images_per_second"}
     return [
-        {name: value for name, value in line.items() if name not in timing}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(folder / "metrics.jsonl")
     ]
-
-
-def last_checkpoint(folder: pathlib.Path) -> dict[str, bytes]:
-    """Every array of the last checkpoint as bytes, by name."""
-    step = max(int(path.name) for path in (folder / "checkpoints").iterdir())
-    arrays: dict[str, bytes] = {}
-    for item in ("model", "training"):
-        with warnings.catch_warnings():
-            # It says that the arrays go to the devices that saved them, which is right here.
-            warnings.simplefilter("ignore", UserWarning)
-            tree = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / item)
-        flat = ocp.utils.to_flat_dict(tree, sep="/")
-        arrays |= {f"{item}/{name}": np.asarray(leaf).tobytes() for name, leaf in flat.items()}
-    return arrays
 
 
 def test_the_archive_is_prepared(data: list[str]) -> None:
@@ -173,47 +153,6 @@ def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:
     assert (finished / "plots" / "loss.png").stat().st_size > 1000
 
 
-def kill_at_step(step: int, *arguments: str, workdir: pathlib.Path) -> None:
-    """Starts training and kills it with SIGKILL once a metric of `step` or later is written."""
-    process = command.start("main", *arguments, f"--workdir={workdir}")
-    metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and any(line["step"] >= step for line in read_lines(metrics))):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_a_killed_run_ends_with_the_same_bits(
-    training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    # At 12 it evaluates and saves, too.
-    for step in (12, 20):
-        kill_at_step(step, *training, workdir=tmp_path)
-    command.check("main", *training, f"--workdir={tmp_path}")
-    assert lines(tmp_path) == lines(finished)
-    expected, found = last_checkpoint(finished), last_checkpoint(tmp_path)
-    assert len(found) > 200
-    assert found == expected
-
-
-def test_a_run_goes_on_with_another_number_of_devices(
-    training: list[str], tmp_path: pathlib.Path
-) -> None:
-    # Another number of devices rounds otherwise; at a high rate that grows from step to step.
-    slow = [*training, "--config.schedule.learning_rate=0.001"]
-    kill_at_step(12, *slow, workdir=tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "other")
-    command.check("main", *slow, f"--workdir={tmp_path / 'one'}")
-    command.check("main", *slow, f"--workdir={tmp_path / 'other'}", devices=8)
-    for one, other in zip(lines(tmp_path / "one"), lines(tmp_path / "other"), strict=True):
-        assert (one["step"], one["split"]) == (other["step"], other["split"])
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
-
-
 def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
     before = (finished / "config.json").read_text()
     done = command.run(
@@ -285,7 +224,7 @@ def test_a_full_disk_stops_the_run_with_one_message(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    # (The libraries' threads may print a traceback of their own besides.)
+    assert "Traceback" not in done.stderr
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1
     assert str(workdir) in messages[0] and "File too large" in messages[0]

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from inception_jax.telemetry.clock import Clock, Rate
+from inception_jax.telemetry.clock import Clock, Rate, Share
 
 
 class _Time:
@@ -98,3 +98,32 @@ def test_the_rate_leaves_out_pauses_and_earlier_intervals() -> None:
         time.sleep(2)
     assert rate.since_last(400) == 200
     assert math.isnan(rate.since_last(0))
+
+
+def test_the_share_of_a_phase_is_of_the_time_since_the_last_report() -> None:
+    time = _Time()
+    clock = Clock({"input": 50.0}, now=time)
+    share = Share(clock, "input")
+    with clock.phase("train"):
+        time.sleep(3)
+        with clock.phase("input"):
+            time.sleep(1)
+    assert share.since_last() == 0.25
+    with clock.phase("train"):
+        time.sleep(2)
+    assert share.since_last() == 0
+    assert math.isnan(share.since_last())
+
+
+def test_what_stands_still_is_the_innermost_phase() -> None:
+    time = _Time()
+    clock = Clock(now=time)
+    assert clock.standing() == ("", 0)
+    with clock.phase("other"):
+        time.sleep(2)
+        assert clock.standing() == ("other", 2)
+        with clock.phase("train"):
+            assert clock.standing() == ("train", 0)
+            time.sleep(3)
+            assert clock.standing() == ("train", 3)
+    assert clock.standing()[0] == ""

@@ -59,3 +59,26 @@ def test_the_revision_is_that_of_the_checkout(
     assert summary.environment()["revision"] == commit
     module.write_text("changed")
     assert summary.environment()["revision"] == f"{commit}+changes"
+
+
+def test_the_software_is_told_apart(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--one")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    found = summary.software()
+    assert found["$XLA_FLAGS"] == "--one"
+    assert "$JAX_PROCESS_ID" not in found
+    assert found["python"] and found["jax's version"] and found["source files"]
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    assert {what for what, value in summary.software().items() if found[what] != value} == {
+        "$XLA_FLAGS"
+    }
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.py").write_text("x = 1\n")
+    digests = {summary.source_digest(tmp_path)}
+    (tmp_path / "inner" / "a.py").write_text("x = 2\n")
+    digests.add(summary.source_digest(tmp_path))
+    (tmp_path / "inner" / "a.py").rename(tmp_path / "a.py")
+    digests.add(summary.source_digest(tmp_path))
+    assert len(digests) == 3

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inception_jax.errors import UserError
-from inception_jax.telemetry.writers import RunWriter
+from inception_jax.errors import UserError, WriteError
+from inception_jax.telemetry.writers import RunWriter, read_lines
+from tests import disks
 
 _KILLED = """
 import os, pathlib, signal, sys
@@ -145,10 +146,47 @@ except UserError as error:
 
 def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
-    with RunWriter(workdir, resume_step=0) as writer:
+    # At the end, too: a line is missing.
+    with (
+        pytest.raises(UserError, match="removed"),
+        RunWriter(workdir, resume_step=0) as writer,
+    ):
         shutil.rmtree(workdir)
         with pytest.raises(UserError, match="removed"):
+            writer.flush()
+        with pytest.raises(UserError, match="removed"):
             writer.write(1, epoch=0.0, split="train", values={"loss": 1.0})
+
+
+def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib.Path) -> None:
+    def write(steps: range) -> None:
+        for step in steps:
+            writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
+
+    with disks.mounted(tmp_path / "disk", kilobytes=64) as disk:
+        with RunWriter(disk / "run", resume_step=0, patient=True) as writer:
+            write(range(1, 11))
+            writer.flush()
+            # What is left is a part of a page of each file: lines are torn.
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
+            write(range(11, 201))
+            with pytest.raises(WriteError, match=r"Cannot write metrics .*No space left"):
+                writer.flush()
+            assert 10 < len(read_lines(disk / "run" / "metrics.jsonl")) < 200
+            (disk / "other").unlink()
+            write(range(201, 211))
+        assert [line["step"] for line in _lines(disk / "run")] == list(range(1, 211))
+
+
+def test_event_files_keep_their_order_when_the_clock_is_set_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    for now in (5_000, 4_000, 4_000, 6_000):
+        monkeypatch.setattr(time, "time_ns", lambda now=now: now)
+        RunWriter(tmp_path, resume_step=0).close()
+        names += {path.name for path in (tmp_path / "tensorboard").iterdir()} - {*names}
+    assert [int(name.rpartition(".")[2]) for name in names] == [5_000, 5_001, 5_002, 6_000]
 
 
 def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:

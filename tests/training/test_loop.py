@@ -5,29 +5,40 @@ run it with one of the package's own.
 """
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
-from inception_jax.errors import CheckpointError, ConfigError, RunError, UserError
+from inception_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    Preempted,
+    RunError,
+    UserError,
+    WriteError,
+)
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry import clu_writers
+from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
-from inception_jax.training import loop, run, state, step, workdir
+from inception_jax.training import lock, loop, manifest, run, state, step, workdir
 from tests import small
-
-TIMING = ("seconds", "images_per_second")
 
 
 class Stopped(BaseException):
@@ -78,7 +89,7 @@ def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.n
 
 def lines_without_timing(folder: workdir.Workdir) -> list[dict[str, Any]]:
     lines = read_lines(folder.path / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same(this: run.Run, folder: workdir.Workdir, reference: workdir.Workdir) -> None:
@@ -205,6 +216,46 @@ def test_a_stopped_run_ends_the_same(
             train_again(this, folder)
     train_again(this, folder)
     assert_same(this, folder, expected)
+
+
+# The first step, one with nothing due, one with a checkpoint due, and one with an evaluation due.
+@pytest.mark.parametrize("step", [1, 7, 8, 5])
+def test_a_run_that_is_asked_to_stop_saves_the_step(
+    step: int, reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
+        loop.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        assert saved.latest_step() == step
+    assert not folder.result.exists()
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_the_last_step_is_not_asked_to_stop(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    asked: list[int] = []
+    result = loop.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
+    assert asked == list(range(1, 11))
+    assert result["step"] == 11
+    assert_same(this, folder, expected)
+
+
+def test_saving_does_not_tell_the_preemption_service_an_old_step(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    assert asked == []
 
 
 def test_a_run_stopped_in_a_save_ends_the_same(
@@ -367,6 +418,206 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
         assert saved.latest_step() == 4
         restored, _ = saved.restore(4, state.abstract(this))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+# Storage that fails while a run is going on.
+
+
+def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
+    """Makes writes fail while the training steps after so many finished ones are going on.
+
+    Returns:
+      A list that fills with the steps at which writing failed.
+    """
+    now, failed = [0], list[int]()
+    whole = pipeline.train_batches
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args, **kwargs), kwargs["start"]):
+            now[0] = number
+            yield batch
+
+    def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
+        def write_or_fail(target: Any) -> None:
+            if step_of(target) in steps:
+                failed.append(step_of(target))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(target)
+
+        return write_or_fail
+
+    patch.setattr(pipeline, "train_batches", batches)
+    # A checkpoint is written in the background, while later steps are going on.
+    saved = failing(manifest.write, lambda path: int(path.name.partition(".")[0]) - 1)
+    patch.setattr(manifest, "write", saved)
+    appended = clu_writers._AppendedFile
+    written = failing(appended._write_pending, lambda _: now[0])
+    patch.setattr(appended, "_write_pending", written)
+    return failed
+
+
+def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        assert not fill_disk(patch, steps=range(5, 8))
+        with pytest.raises(WriteError, match="No space left on device"):
+            train_again(this, folder)
+    with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
+        assert saved.resolve("last") == 5
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_a_run_outlives_a_full_disk_where_it_is_told_to(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
+    with monkeypatch.context() as patch:
+        failed = fill_disk(patch, steps=range(3, 8))
+        loop.train(this, folder, evaluator_of(this), changed=[])
+    assert {3, 5, 7} <= set(failed)
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "Training goes on" in said
+    there = sorted(int(path.name) for path in folder.checkpoints.iterdir())
+    assert there == [2, 10, 11]
+    assert_same(this, folder, expected)
+
+
+def test_the_last_checkpoint_must_be_written(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
+    with monkeypatch.context() as patch:
+        fill_disk(patch, steps=range(10, 11))
+        with pytest.raises(WriteError, match="No space left on device"):
+            train_again(this, folder)
+    assert not folder.result.exists()
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    steps = []
+
+    def show(result: dict[str, Any]) -> None:
+        steps.append(result["step"])
+        if result["step"] < 11:
+            raise WriteError("no space for a report")
+
+    with pytest.raises(WriteError, match="no space for a report"):
+        loop.train(
+            this,
+            workdir.Workdir(tmp_path / "stop"),
+            evaluator_of(this),
+            changed=[],
+            on_evaluation=show,
+        )
+    monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
+    folder = workdir.Workdir(tmp_path / "continue")
+    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=show)
+    assert steps == [5, 5, 10, 11]
+
+
+def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder, elsewhere = workdir.Workdir(tmp_path / "run"), tmp_path / "elsewhere"
+    whole = pipeline.train_batches
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args, **kwargs)):
+            if number == 4:
+                while not (folder.checkpoints / "4").exists():
+                    time.sleep(0.01)
+                folder.path.rename(elsewhere)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", batches)
+        with pytest.raises(WriteError, match=r"run: .*removed"):
+            train_again(this, folder)
+    assert not folder.path.exists()
+    elsewhere.rename(folder.path)
+    train_again(this, folder)
+    assert_same(this, folder, expected)
+
+
+def test_a_damaged_checkpoint_costs_steps_and_no_bits(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(shutil.copytree(expected.path, tmp_path / "run"))
+    largest = max((folder.checkpoints / "11").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert evaluate_checkpoint(this, folder, "last")["step"] == 10
+    train_again(this, folder)
+    assert (folder.checkpoints / "11.damaged").is_dir()
+    assert_same(this, folder, expected)
+
+
+def test_a_clock_that_jumps_changes_no_line(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, expected = reference
+    folder = workdir.Workdir(tmp_path)
+    clock, offset = time.time, [0.0]
+    whole = pipeline.train_batches
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args, **kwargs)):
+            if number in (4, 8):
+                # Orbax opens its folders within a limit of its own.
+                time.sleep(0.2)
+                offset[0] = 1e5 if number == 4 else -1e5
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", batches)
+        patch.setattr(time, "time", lambda: clock() + offset[0])
+        patch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
+        train_again(this, folder)
+    assert_same(this, folder, expected)
+    seconds = [line["seconds"] for line in read_lines(folder.path / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and 0 < seconds[-1] < 300
+
+
+def test_a_second_trainer_is_refused(
+    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+) -> None:
+    this, expected = reference
+    before = (expected.path / "metrics.jsonl").read_bytes()
+    with (
+        lock.exclusive(expected.path, print),
+        pytest.raises(UserError, match="another process is training in this folder"),
+    ):
+        train_again(this, expected)
+    assert (expected.path / "metrics.jsonl").read_bytes() == before
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(

@@ -38,8 +38,8 @@ def losses_of_training(this: run.Run, steps: int) -> list[float]:
         this.dataset.train, batch_size=64, seed=0, start=0, stop=steps, mesh=this.mesh
     )
     for batch in batches:
-        current, loss = train_step(current, batch)
-        losses.append(float(loss))
+        current, found = train_step(current, batch)
+        losses.append(float(found.loss))
     return losses
 
 

@@ -70,7 +70,8 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
         (expected, (logits, batch_stats)), grads = gradient(before.params)
     after, found = make_train_step(this)(state.create(this), batch)
 
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert found.finite.shape == (1 + len(grads),) and found.finite.all()
     assert int(after.step) == 1
     close = {"rtol": 1e-3, "atol": 1e-5}
     for old, new, grad in zip(
@@ -118,8 +119,8 @@ def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
         current, train_step = state.create(this), make_train_step(this)
         run_losses = []
         for batch in batches(this, 4):
-            current, loss = train_step(current, batch)
-            run_losses.append(float(loss))
+            current, found = train_step(current, batch)
+            run_losses.append(float(found.loss))
         losses.append(run_losses)
         assert len(jax.tree.leaves(current.params)[0].sharding.device_set) == devices
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
@@ -160,8 +161,8 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
         before = state.abstract(this)
-        after, loss = jax.eval_shape(make_train_step(this), before, batch)
-    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+        after, found = jax.eval_shape(make_train_step(this), before, batch)
+    assert (found.loss.shape, found.loss.dtype) == ((), jnp.float32)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
     assert bool(before.batch_stats) == (norm == "batch")

@@ -1,0 +1,84 @@
+"""Says where a run stands still: a thread that looks at the run's clock, and dumps all stacks."""
+
+import faulthandler
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from inception_jax.telemetry.clock import Clock
+
+# Phases in which nothing changes for long although all is well.
+LONG_PHASES = ("compile", "evaluate")
+_LOOKS = 20  # How often it looks in the time that counts as a stall.
+
+
+def dump_stacks() -> None:
+    """Writes the Python stacks of all threads to stderr."""
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+class Watchdog:
+    """Watches a run's clock; a context manager.
+
+    A run that is well changes the phase of its clock several times a step. Where the clock stands
+    still for too long, that is said, once, with the stacks of all threads; the run is left alone.
+
+    Args:
+      clock: of the run.
+      limit: seconds without a change that count as a stall; 0: watch nothing.
+      long_limit: the same while compiling and evaluating.
+      log: takes a line for the user.
+      dump: writes the stacks of all threads.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        limit: float,
+        long_limit: float,
+        log: Callable[[str], None],
+        dump: Callable[[], None] = dump_stacks,
+    ) -> None:
+        self._clock, self._log, self._dump = clock, log, dump
+        self._limit, self._long_limit = limit, long_limit
+        self._said = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._limit:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Says that the run stands still, if it does and that was not said yet."""
+        phase, seconds = self._clock.standing()
+        limit = self._long_limit if phase in LONG_PHASES else self._limit
+        if not limit or seconds <= limit:
+            self._said = False
+        elif not self._said:
+            self._said = True
+            self._log(
+                f"nothing has happened for {seconds / 60:.1f} minutes, in the phase {phase!r} of "
+                "the run. What each thread is doing, latest call first, follows; it goes on "
+                "waiting. Look at the disks, the other hosts and the devices; "
+                "config.watch.stall_minutes says when this is said"
+            )
+            self._dump()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._limit / _LOOKS):
+            self.look()

@@ -1,0 +1,58 @@
+"""One trainer a folder: a lock that ends with its process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Iterator
+
+from inception_jax.errors import UserError
+
+NAME = "run.lock"
+# What file systems answer that have no locks, such as NFS without its lock service.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def exclusive(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds a folder for this process, so that no other trains in it.
+
+    The lock is the system's (flock), on a file that stays: a killed process leaves a file that
+    nobody holds. Locks reach across hosts on NFS from version 4 on; where a file system has none,
+    that is said, and the run goes on without.
+
+    Args:
+      folder: of the run; made if it is missing.
+      log: takes one line of text.
+
+    Raises:
+      UserError: if another process holds it, naming that.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Opened for appending: who holds the lock is to be read by those who do not get it.
+    with (folder / NAME).open("ab", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={folder}: another process is training in this folder "
+                f"({_holder(folder)}). Wait for its end, end it, or give another --workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            log(
+                f"{folder}: this file system has no locks ({error.strerror}); see to it that no "
+                "other process trains in this folder"
+            )
+        # A full disk need not take it.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+def _holder(folder: pathlib.Path) -> str:
+    return (folder / NAME).read_text(encoding="utf-8").strip() or "which has just begun"

@@ -1,0 +1,110 @@
+"""What becomes of training when the process is told to end.
+
+SIGTERM comes from a scheduler that needs the machine, SIGINT from a person who presses Ctrl-C. Both
+mean the same here. Until the first step is done there is nothing to save, and the process ends at
+once: what is on disk is whole at any moment, as a kill must find it so, too. From then on the step
+in hand ends, and so does an evaluation that is due at it; a checkpoint is written, and the loop
+ends the run. A second signal ends the process at once.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from inception_jax.errors import EXIT_PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds. coreutils' timeout, for one, signals a process and then its group, and so the process
+# twice: that is one wish.
+SAME_WISH = 1.0
+
+
+class Preemption:
+    """Listens for signals from its making on; to be made once, in the main thread.
+
+    The signals are looked at in a thread of their own. Python runs handlers in the main thread
+    only, which may be inside XLA for minutes, or for ever where another host is gone.
+
+    Args:
+      tell_all: tells JAX's preemption service, as `runtime.initialize` returns it; None: there is
+        none. Where there are several processes, one that is signalled must not stop alone: with
+        the service they agree on a step, without it nothing is saved.
+    """
+
+    def __init__(self, tell_all: Callable[[], None] | None = None) -> None:
+        self._tell_all = tell_all
+        self._can_save = tell_all is not None or jax.process_count() == 1
+        self._stepped = False
+        self._first: signal.Signals | None = None
+        self._first_time = 0.0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Python's part of the handler that runs at once, in any thread, writes the number here.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        _take_signals()
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def requested(self, step: int) -> bool:
+        """Returns whether training must end with this step, at which all processes say the same.
+
+        Args:
+          step: finished steps of the whole run; to be asked after each of them.
+        """
+        if not self._stepped:
+            # A device's driver may have put a handler of its own in the place of ours.
+            _take_signals()
+            self._stepped = True
+        if self._tell_all is None:
+            return self._can_save and self._first is not None
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _watch(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._receive(signal.Signals(number))
+
+    def _receive(self, received: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            if not (self._stepped and self._can_save):
+                _end(f"{received.name}: ended at once. {_GOES_ON}", EXIT_PREEMPTED)
+            self._first, self._first_time = received, now
+            _say(f"{received.name}: ends once this step is saved; a second signal ends it at once")
+            if self._tell_all:
+                self._tell_all()
+        elif now - self._first_time >= SAME_WISH:
+            _end(f"{received.name} again: ended at once. {_GOES_ON}", 128 + received)
+
+
+_GOES_ON = "What is saved is whole; the same command goes on from the last checkpoint"
+
+
+def _take_signals() -> None:
+    for number in SIGNALS:
+        # A shell has what it runs in the background ignore Ctrl-C, and nohup and others may.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+
+
+def _handle(number: int, frame: object) -> None:
+    """Does nothing: Python only wakes the thread for signals that have a handler."""
+
+
+def _say(line: str) -> None:
+    """Writes a line past sys.stderr, on which the main thread may hold a lock."""
+    # Not behind the progress bar.
+    start = "\n" if os.isatty(2) else ""
+    os.write(2, f"{start}{line}\n".encode())
+
+
+def _end(line: str, code: int) -> NoReturn:
+    """Ends the process from any thread, without waiting for anything."""
+    _say(line)
+    os._exit(code)

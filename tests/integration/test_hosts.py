@@ -1,0 +1,197 @@
+"""Several real processes on this machine: their layouts, their disagreements, their deaths."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import pytest
+
+from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.telemetry.writers import read_lines
+from inception_jax.training import loop
+from inception_jax.training import workdir as workdirs
+from tests import command, worker
+
+HOST = socket.gethostname()
+# Seconds of silence after which a process is taken for dead, as short as busy cores allow.
+SILENCE = 5
+# Far more than it may take from a death to the end of the others.
+BOUND = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def launched(launcher: str, count: int, index: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Returns the flags and the environment that a launcher gives process `index`."""
+    coordinator = f"--coordinator_address=127.0.0.1:{port}"
+    number = {"OMPI_COMM_WORLD_SIZE": str(count), "OMPI_COMM_WORLD_RANK": str(index)}
+    if launcher == "flags":
+        return [coordinator, f"--process_count={count}", f"--process_index={index}"], {}
+    if launcher == "Open MPI's numbers":
+        return [coordinator], number
+    environment = {"JAX_COORDINATOR_PORT": str(port)}
+    if launcher == "Open MPI 4":
+        environment |= number | {
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        }
+    elif launcher == "SLURM":
+        environment |= {
+            "SLURM_JOB_ID": "77",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+        }
+    return ["--distributed"], environment
+
+
+def start(
+    count: int,
+    *arguments: str,
+    devices: int = 1,
+    module: str = "tests.worker",
+    launcher: str = "flags",
+    each: Mapping[int, list[str] | dict[str, str]] = MappingProxyType({}),
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run.
+
+    Args:
+      each: what single processes get besides: flags, or environment variables.
+    """
+    port = free_port()
+    processes = []
+    for index in range(count):
+        flags, environment = launched(launcher, count, index, port)
+        own = each.get(index, [])
+        flags, environment = (
+            (flags, environment | own) if isinstance(own, dict) else (flags + own, environment)
+        )
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *arguments, *flags],
+                cwd=command.ROOT,
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Returns the exit code of each process and what it said."""
+    try:
+        found = [process.communicate(timeout=command.TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, messages)
+        for process, (_, messages) in zip(processes, found, strict=True)
+    ]
+
+
+def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pathlib.Path) -> None:
+    settings = (f"--data={data}", f"--workdir={workdir}", f"--steps={steps}")
+    for code, messages in finish(start(count, *settings, devices=devices)):
+        assert code == 0, messages
+
+
+def test_other_layouts_give_the_curve_of_one_process(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    this = worker.build(data_directory, 8)
+    four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
+    this = dataclasses.replace(this, mesh=four)
+    loop.train(this, workdirs.Workdir(one), Evaluator(this), changed=[])
+    # Four processes of a device each begin, two of two go on from their checkpoint.
+    train(4, 1, 4, data_directory, several)
+    train(2, 2, 8, data_directory, several)
+
+    expected, found = (read_lines(folder / "metrics.jsonl") for folder in (one, several))
+    # Each line once, although several processes reported.
+    places = [[(line["step"], line["split"]) for line in lines] for lines in (expected, found)]
+    assert places[0] == places[1] and len(places[0]) == 6
+    for line, other in zip(expected, found, strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+        if line["split"] == "test":
+            assert other["count"] == 360
+            assert other["top1"] == pytest.approx(line["top1"], abs=0.3)  # One of 360 images.
+
+
+# A bug; a kill; one that goes on to live, but does nothing; a kill of the one that serves all.
+@pytest.mark.parametrize(
+    ("what", "gone", "launcher"),
+    [
+        ("bug", 1, "flags"),
+        ("kill", 2, "SLURM"),
+        ("stop", 1, "Open MPI 4"),
+        ("kill", 0, "Open MPI's numbers"),
+    ],
+)
+def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:
+    bug = [f"--fail={gone}"] if what == "bug" else []
+    processes = start(3, f"--silence={SILENCE}", *bug, launcher=launcher)
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            while "adding" not in (line := process.stdout.readline()):
+                assert line, process.communicate()[1]
+        if what != "bug":
+            processes[gone].send_signal(signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+        others = [process for process in processes if process is not processes[gone]]
+        messages = [process.communicate(timeout=BOUND)[1] for process in others]
+    finally:
+        for process in processes:
+            process.kill()
+        processes[gone].communicate()
+    for process, said in zip(others, messages, strict=True):
+        assert process.returncode == 1, said
+        assert f"error: process {gone} (host {HOST}) " in said
+        assert ("KeyError: 'a bug'" in said) == (what == "bug")
+        # Nothing else was accused.
+        assert said.count("error: ") == 1
+
+
+def test_processes_that_were_started_differently_are_told_so(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    processes = start(
+        2,
+        "--config=experiments/digits.py",
+        f"--config.data.directory={data_directory}",
+        f"--workdir={tmp_path / 'run'}",
+        module="inception_jax.main",
+        each={
+            0: {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=false"},
+            1: ["--config.seed=3", "--config.data.workers=1", "--mode=eval"],
+        },
+    )
+    for code, said in finish(processes):
+        assert code == 2, said
+        assert f"config.seed: 0 on process 0 (host {HOST}); 3 on process 1 (host {HOST})" in said
+        assert '--mode: "train" on process 0' in said
+        assert "$XLA_FLAGS: " in said and "fast_math" in said
+        assert "config.data.workers" not in said
+        assert "config.data.directory" not in said
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,95 @@
+"""A run that stands still says so, once, with the stacks of its threads."""
+
+import subprocess
+import sys
+
+import pytest
+
+from inception_jax.telemetry.clock import Clock
+from inception_jax.telemetry.watchdog import Watchdog
+
+
+class Time:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(limit: float = 60, long_limit: float = 600) -> tuple[Time, Clock, Watchdog, list[str]]:
+    time = Time()
+    said: list[str] = []
+    clock = Clock(now=time)
+    watchdog = Watchdog(
+        clock,
+        limit=limit,
+        long_limit=long_limit,
+        log=said.append,
+        dump=lambda: said.append("stacks"),
+    )
+    return time, clock, watchdog, said
+
+
+def test_a_stall_is_said_once_and_the_next_one_again() -> None:
+    time, clock, watchdog, said = watched()
+    with clock.phase("other"):
+        for _ in range(3):
+            with clock.phase("train"):
+                for _ in range(30):
+                    time.now += 5
+                    watchdog.look()
+            watchdog.look()
+    assert len(said) == 6 and said[1::2] == ["stacks"] * 3
+    assert "for 1.1 minutes, in the phase 'train'" in said[0]
+
+
+def test_steps_within_the_limit_are_no_stall() -> None:
+    time, clock, watchdog, said = watched()
+    with clock.phase("other"):
+        for _ in range(100):
+            for phase in ("input", "train"):
+                with clock.phase(phase):
+                    time.now += 59
+                    watchdog.look()
+    assert not said
+
+
+@pytest.mark.parametrize("phase", ["compile", "evaluate"])
+def test_long_phases_have_a_limit_of_their_own(phase: str) -> None:
+    time, clock, watchdog, said = watched()
+    with clock.phase("other"), clock.phase(phase):
+        time.now += 599
+        watchdog.look()
+        assert not said
+        time.now += 2
+        watchdog.look()
+    assert f"phase '{phase}'" in said[0]
+
+
+def test_a_run_that_ended_is_no_stall() -> None:
+    time, clock, watchdog, said = watched()
+    with clock.phase("other"):
+        time.now += 5
+    time.now += 1e6
+    watchdog.look()
+    assert not said
+
+
+def test_the_thread_shows_where_a_run_hangs() -> None:
+    code = (
+        "import sys, time\n"
+        "from inception_jax.telemetry import clock, watchdog\n"
+        "def hanging():\n"
+        "    while not said: time.sleep(0.01)\n"
+        "    time.sleep(0.2)\n"
+        "said, here = [], clock.Clock()\n"
+        "with watchdog.Watchdog(here, limit=0.05, long_limit=1, log=said.append):\n"
+        "    with here.phase('train'): hanging()\n"
+        "print(len(said), said[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 nothing has happened")
+    assert "in hanging" in done.stderr and "Thread" in done.stderr

@@ -1,0 +1,392 @@
+"""Checkpoints on disks that lie, fill up and vanish; the state is a small one of a few arrays."""
+
+import errno
+import gc
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.errors import CheckpointError, WriteError
+from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.training import manifest, storage
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.state import TrainState
+from tests import disks
+
+# Orbax leaves coroutines behind that never ran, which show whenever the garbage is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+STEPS = {2: 50.0, 4: 90.0, 6: 80.0}
+
+
+def state(step: int) -> TrainState:
+    values = jnp.asarray(np.random.default_rng(step).normal(size=2000), jnp.float32)
+    return TrainState(
+        step=jnp.int32(step),
+        params={"kernel": values},
+        batch_stats={"mean": values[:3]},
+        average={"params": {"kernel": values + 1}},
+        opt_state={"trace": -values},
+        metrics=TrainMetrics.empty(),
+    )
+
+
+def save(checkpoints: Checkpoints, step: int, *, top1: float | None = 1.0) -> None:
+    metrics = None if top1 is None else {"top1": top1}
+    checkpoints.save(state(step), progress={"seconds": {"train": step}}, metrics=metrics)
+
+
+def check_restores(checkpoints: Checkpoints, step: int) -> None:
+    restored, progress = checkpoints.restore(step, state(0))
+    jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+    assert progress == {"seconds": {"train": step}}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "checkpoints"
+    with Checkpoints(folder, keep_last=9) as checkpoints:
+        for step, top1 in STEPS.items():
+            save(checkpoints, step, top1=top1)
+    return folder
+
+
+@pytest.fixture
+def folder(template: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """Checkpoints of the steps 2, 4 (the best) and 6, to be damaged."""
+    return pathlib.Path(shutil.copytree(template, tmp_path / "checkpoints"))
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content)
+
+
+def truncate(folder: pathlib.Path) -> None:
+    path = largest(folder)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty_file(folder: pathlib.Path) -> None:
+    os.truncate(largest(folder), 0)
+
+
+def remove_file(folder: pathlib.Path) -> None:
+    largest(folder).unlink()
+
+
+def flip_bit(folder: pathlib.Path) -> None:
+    flip(largest(folder))
+
+
+def empty_folder(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def remove_item(folder: pathlib.Path) -> None:
+    (folder / manifest.NAME).unlink()
+    shutil.rmtree(folder / "training")
+
+
+def break_metrics(folder: pathlib.Path) -> None:
+    (folder / "metrics" / "metrics").write_text('{"top1": ')
+
+
+DAMAGES = {
+    truncate: "bytes instead of",
+    empty_file: "has 0 bytes instead of",
+    remove_file: "is missing",
+    flip_bit: r"has changed \(its SHA-256 is another\)",
+    empty_folder: "model is missing, training is missing, progress is missing",
+    remove_item: "training is missing",
+    break_metrics: "metrics/metrics has 9 bytes instead of",
+}
+by_name = pytest.mark.parametrize(
+    ("damage", "words"), DAMAGES.items(), ids=lambda case: getattr(case, "__name__", "")
+)
+
+
+@by_name
+def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
+    folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
+) -> None:
+    damage(folder / "6")
+    before = files(folder / "6")
+    lines: list[str] = []
+    with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
+        (line,) = lines
+        assert line.startswith(f"{folder / '6'}: this checkpoint is damaged: ")
+        assert re.search(words, line), line
+        assert "6.damaged" in line and "of step 4" in line
+        assert checkpoints.latest_step() == 4
+        check_restores(checkpoints, 4)
+        save(checkpoints, 6)
+        checkpoints.wait()
+        check_restores(checkpoints, 6)
+    assert files(folder / "6.damaged") == before
+    assert storage.problem(folder / "6") == ""
+    # A second time, too.
+    damage(folder / "6")
+    with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert files(folder / "6.damaged") == before
+    assert (folder / "6.damaged-2").is_dir()
+
+
+@by_name
+def test_reading_takes_the_one_before_and_changes_nothing(
+    folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
+) -> None:
+    damage(folder / "4")
+    damage(folder / "6")
+    before = files(folder)
+    lines: list[str] = []
+    with Checkpoints(folder, read_only=True, log=lines.append) as checkpoints:
+        assert checkpoints.resolve("last") == 2
+        assert [line.split(":")[0] for line in lines] == [str(folder / "6"), str(folder / "4")]
+        assert checkpoints.resolve("best") == 2
+        assert checkpoints.resolve("2") == 2
+        with pytest.raises(CheckpointError, match=r"no whole checkpoint '6'; .* 2, 4, 6"):
+            checkpoints.resolve("6")
+        check_restores(checkpoints, 2)
+    assert files(folder) == before
+
+
+def test_a_flipped_bit_in_any_file_is_found(folder: pathlib.Path) -> None:
+    found = sorted(name for name, content in files(folder / "6").items() if content)
+    assert len(found) > 15
+    for name in found:
+        flip(folder / "6" / name)
+        problem = storage.problem(folder / "6")
+        # In the manifest itself it is another file's checksum that changes.
+        assert name in problem or (name == manifest.NAME and problem), name
+        flip(folder / "6" / name)
+    assert storage.problem(folder / "6") == ""
+
+
+def test_nothing_is_changed_where_no_checkpoint_is_whole(folder: pathlib.Path) -> None:
+    for step in STEPS:
+        flip_bit(folder / str(step))
+    before = files(folder)
+    with pytest.raises(CheckpointError, match=r"none .* is whole; nothing was changed(.|\n)*6: "):
+        Checkpoints(folder)
+    with (
+        Checkpoints(folder, read_only=True, log=lambda _: None) as checkpoints,
+        pytest.raises(CheckpointError, match="no whole checkpoint 'best'"),
+    ):
+        checkpoints.resolve("best")
+    assert files(folder) == before
+
+
+def test_a_damaged_one_does_not_drive_out_a_whole_one(folder: pathlib.Path) -> None:
+    for step in (4, 6):
+        flip_bit(folder / str(step))
+    with Checkpoints(folder, keep_last=2, keep_best=0, log=lambda _: None) as checkpoints:
+        save(checkpoints, 3)
+        save(checkpoints, 5)
+    assert storage.steps(folder) == [3, 5]
+    assert {path.name for path in folder.iterdir()} == {"3", "5", "4.damaged", "6.damaged"}
+
+
+def test_checkpoints_without_a_manifest_are_read(folder: pathlib.Path) -> None:
+    for step in STEPS:
+        (folder / str(step) / manifest.NAME).unlink()
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest_step() == 6
+        check_restores(checkpoints, 6)
+    truncate(folder / "6")
+    # TensorStore leaves a coroutine behind, of which Python warns when it is collected.
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match=r"(?s)6: cannot be restored.*without checksums"),
+    ):
+        checkpoints.restore(6, state(0))
+    gc.collect()
+
+
+def test_a_checkpoint_bears_its_name_only_with_its_manifest(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = manifest.write
+    seen: list[set[str]] = []
+
+    def write(folder: pathlib.Path) -> None:
+        seen.append({path.name for path in tmp_path.iterdir()})
+        whole(folder)
+
+    monkeypatch.setattr(manifest, "write", write)
+    with Checkpoints(tmp_path, keep_last=9) as checkpoints:
+        save(checkpoints, 1)
+        save(checkpoints, 2)
+        checkpoints.wait()
+    assert [{name for name in names if name.isdecimal()} for names in seen] == [set(), {"1"}]
+    listed = json.loads((tmp_path / "2" / manifest.NAME).read_text())["files"]
+    assert set(listed) == set(files(tmp_path / "2")) - {manifest.NAME}
+
+
+# Disks that are full, and worse.
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the next checkpoint fail when all of it but the manifest is written."""
+    whole, failures = manifest.write, iter([True])
+
+    def write(folder: pathlib.Path) -> None:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(folder)
+
+    monkeypatch.setattr(manifest, "write", write)
+
+
+def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(folder)
+    with Checkpoints(folder, keep_last=1) as checkpoints:
+        fail_once(monkeypatch)
+        save(checkpoints, 8)
+        with pytest.raises(WriteError, match=r"could not be written: No space left on device"):
+            checkpoints.wait()
+        # It is as if it had not been tried, and what came before counts again.
+        assert checkpoints.latest_step() == 6
+        check_restores(checkpoints, 6)
+        # Orbax removes what is left of it in the background.
+        while any("tmp" in path.name for path in folder.iterdir()):
+            time.sleep(0.01)
+        assert files(folder) == before
+        save(checkpoints, 8)
+        checkpoints.wait()
+        check_restores(checkpoints, 8)
+    # The newest and the best.
+    assert storage.steps(folder) == [4, 8]
+
+
+def test_a_failure_of_the_last_write_shows_at_the_end(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch)
+    with pytest.raises(WriteError, match="No space left"), Checkpoints(folder) as checkpoints:
+        save(checkpoints, 8)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest_step() == 6
+
+
+def test_too_little_space_is_found_before_anything_is_written(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(folder)
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(WriteError, match=r"takes up to 0\.0 MB, and 0\.0 MB are free"):
+            save(checkpoints, 8)
+        assert files(folder) == before
+
+
+def test_a_disk_that_is_full_and_then_is_not(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with disks.mounted(tmp_path / "disk", kilobytes=1200) as disk:
+        folder = disk / "checkpoints"
+        with Checkpoints(folder, keep_last=9) as checkpoints:
+            save(checkpoints, 2)
+            checkpoints.wait()
+            before = files(folder)
+            # There is room for the numbers, as the check beforehand finds, but not for all.
+            free = shutil.disk_usage(disk).free
+            (disk / "other").write_bytes(bytes(free - 50_000))
+            save(checkpoints, 4)
+            with pytest.raises(WriteError, match="No space left on device"):
+                checkpoints.wait()
+            assert storage.problem(folder / "2") == ""
+            check_restores(checkpoints, 2)
+            (disk / "other").unlink()
+            save(checkpoints, 4)
+            checkpoints.wait()
+            check_restores(checkpoints, 4)
+        assert {n: c for n, c in files(folder).items() if n.startswith("2/")} == before
+    # Each array's own failure is said by none of asyncio's tasks, which it would be now.
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_a_disk_that_turns_read_only(tmp_path: pathlib.Path) -> None:
+    with disks.mounted(tmp_path / "disk", kilobytes=4000) as disk:
+        folder = disk / "checkpoints"
+        with Checkpoints(folder) as checkpoints:
+            save(checkpoints, 2)
+            checkpoints.wait()
+            threads = threading.active_count()
+            disks.make_read_only(disk)
+            with pytest.raises(WriteError, match="Read-only file system"):
+                save(checkpoints, 4)
+            # No thread is left that would keep the process from ending.
+            deadline = time.monotonic() + 30
+            while threading.active_count() > threads and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert threading.active_count() <= threads
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            check_restores(checkpoints, checkpoints.resolve("last"))
+        disks.make_writable(disk)
+        with Checkpoints(folder) as checkpoints:
+            save(checkpoints, 4)
+    assert not (tmp_path / "disk" / "checkpoints").exists()
+
+
+def test_a_folder_that_vanishes_is_not_made_anew(folder: pathlib.Path) -> None:
+    elsewhere = folder.with_name("elsewhere")
+    with Checkpoints(folder) as checkpoints:
+        folder.rename(elsewhere)
+        for _ in range(2):
+            with pytest.raises(WriteError, match=r"checkpoints: is gone: removed, renamed or unm"):
+                save(checkpoints, 8)
+        assert not folder.exists()
+        elsewhere.rename(folder)
+        save(checkpoints, 8)
+    with Checkpoints(folder) as checkpoints:
+        check_restores(checkpoints, 8)
+
+
+def test_a_clock_that_is_set_back_loses_nothing(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 1e6)
+    monkeypatch.setattr(time, "time_ns", lambda: int((now - 1e6) * 1e9))
+    with Checkpoints(folder, keep_last=2, keep_best=0) as checkpoints:
+        save(checkpoints, 8)
+    assert storage.steps(folder) == [6, 8]
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.resolve("last") == 8
+
+
+def test_the_metrics_of_a_step_are_those_it_was_saved_with(folder: pathlib.Path) -> None:
+    with Checkpoints(folder, keep_last=9) as checkpoints:
+        save(checkpoints, 8, top1=None)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        found: dict[int, Any] = {step: checkpoints.metrics(step) for step in (2, 4, 6, 8)}
+        assert found == {step: {"top1": top1} for step, top1 in STEPS.items()} | {8: {}}
+        assert checkpoints.resolve("best") == 4

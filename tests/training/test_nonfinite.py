@@ -1,0 +1,242 @@
+"""What is done about losses and gradients that are not finite."""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inception_jax.config import Augment, Checkpoint, Duration, Log, Optimizer, Schedule, Train
+from inception_jax.errors import RunError
+from inception_jax.input import pipeline
+from inception_jax.models.layers import Classifier, ModelOutput
+from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.training import (
+    checkpoints,
+    gradients,
+    keys,
+    loop,
+    nonfinite,
+    run,
+    state,
+    step,
+    workdir,
+)
+from tests import small
+
+LIMIT = 3
+
+
+class TwoModules(nn.Module):
+    """A network with two top-level modules, one of them with BatchNorm's statistics."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="first")
+        classifier = Classifier(10, dropout=0.0, train=train, name="last")
+        return ModelOutput(classifier(norm(images.reshape(len(images), -1))))
+
+
+Build = Callable[..., run.Run]
+
+
+@pytest.fixture
+def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Builds a run of 12 steps, at some of which the gradient of `last` is broken."""
+
+    def build(
+        *bad: int, optimizer: str = "sgd_nesterov", loss: bool = False, **train: Any
+    ) -> run.Run:
+        plain = gradients.make_gradient
+
+        def make_gradient(*args: Any, **kwargs: Any) -> Any:
+            gradient = plain(*args, **kwargs)
+
+            def broken(*inputs: Any) -> Any:
+                found, key = gradient(*inputs), jax.random.key_data(inputs[-1])
+                at = [keys.derive(0, "dropout", number - 1) for number in bad]
+                now = [jnp.all(key == jax.random.key_data(each)) for each in at]
+                here = functools.reduce(jnp.logical_or, now, jnp.bool_(False))
+                last = jax.tree.map(lambda g: jnp.where(here, jnp.inf, g), found.grads["last"])
+                value = jnp.where(here & loss, jnp.nan, found.loss)
+                return found._replace(grads=found.grads | {"last": last}, loss=value)
+
+            return broken
+
+        options = {"nonfinite": "skip", "nonfinite_limit": LIMIT, "ema": Duration(steps=5)}
+        config = small.config(
+            data_directory,
+            augment=Augment(crop="none", flip=False),
+            optimizer=Optimizer(name=optimizer, weight_decay=1e-3),
+            schedule=Schedule(name="cosine", learning_rate=0.05),
+            train=Train(batch_size=64, length=Duration(steps=12), **(options | train)),
+            checkpoint=Checkpoint(every=Duration(steps=3), keep_last=20),
+            log=Log(every=Duration(steps=4)),
+        )
+        monkeypatch.setattr(gradients, "make_gradient", make_gradient if bad else plain)
+        built = run.build(config, log=lambda _: None)
+        return dataclasses.replace(built, model=TwoModules())
+
+    return build
+
+
+def evaluate(*_: Any) -> dict[str, float]:
+    return {"loss": 1.0, "top1": 10.0, "top5": 50.0, "count": 360}
+
+
+def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Trains and returns the lines of metrics, without their times."""
+    loop.train(this, workdir.Workdir(folder), evaluate, changed=[])
+    return [
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+whole_batches = pipeline.train_batches
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from itertools.islice(whole_batches(*args, **kwargs), step - 1 - kwargs["start"])
+        raise Stopped
+
+    monkeypatch.setattr(pipeline, "train_batches", batches)
+
+
+def last_state(this: run.Run, folder: pathlib.Path) -> state.TrainState:
+    with checkpoints.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        return saved.restore(saved.resolve("last"), state.abstract(this))[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "muon"])
+def test_a_step_that_is_left_out_changes_nothing_but_the_count(
+    optimizer: str, build: Build
+) -> None:
+    this = build(3, optimizer=optimizer)
+    current, train_step = state.create(this), step.make_train_step(this, 8)
+    batches = pipeline.train_batches(
+        this.dataset.train, batch_size=64, seed=0, start=0, stop=4, mesh=this.mesh
+    )
+    for number, batch in enumerate(batches, start=1):
+        before = jax.device_get(current)
+        # optax.scale_by_adam relies on promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            current, found = train_step(current, batch)
+        after = jax.device_get(current)
+        assert after.step == number
+        assert found.finite.tolist() == [True, True, number != 3]
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+        )
+        same = {jax.tree_util.keystr(path) for (path, old), new in pairs if (old == new).all()}
+        changed = {
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(before)
+        } - same
+        if number != 3:
+            assert any("params" in path for path in changed)
+            continue
+        # The schedule goes on: the rate is a function of the step.
+        assert {path for path in changed if "opt_state" not in path} == {
+            ".step", ".metrics.first_nonfinite_step.step"
+        }  # fmt: skip
+        counts = {path for path in changed if "opt_state" in path}
+        assert counts and all(path.endswith(".count") for path in counts)
+    rates = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(after.opt_state)
+             if jax.tree_util.keystr(path).endswith(".count")]  # fmt: skip
+    # Adam's own count is of its updates, the schedule's of the steps.
+    assert 4 in rates and (3 in rates) == (optimizer != "sgd_nesterov")
+
+
+def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
+    build: Build,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two in a row, across a checkpoint (6) and beside a report (4, 8); and one in a report's step.
+    this = build(6, 7, 12)
+    lines = train(this, tmp_path / "whole")
+    said = capsys.readouterr().err
+    for number in (6, 7, 12):
+        assert f"step {number} was left out: the gradient of last was not finite" in said
+    assert said.count("was left out") == 3
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+    # Behind the first of two in a row, with its checkpoint, and behind both.
+    for number in (7, 8):
+        with monkeypatch.context() as patch:
+            stop_before_step(number, patch)
+            with pytest.raises(Stopped):
+                train(this, tmp_path / "parts")
+    assert train(this, tmp_path / "parts") == lines
+    left, right = (last_state(this, tmp_path / name) for name in ("whole", "parts"))
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(left.model_item()),
+        jax.tree.leaves(right.model_item()),
+        strict=True,
+    ):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), path
+
+
+def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
+    build: Build, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = build(5, 6, 7, 8, loss=True)
+    with monkeypatch.context() as patch:
+        stop_before_step(7, patch)
+        with pytest.raises(Stopped):
+            train(this, tmp_path)
+    # Two of the row are behind the checkpoint; the third ends the run, and is not saved.
+    with pytest.raises(RunError, match=r"not finite at step 5, .*the first of 3 in a row"):
+        train(this, tmp_path)
+    with checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.latest_step() == 6
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+
+
+def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
+    """A report may come long after it."""
+    current = state.TrainState(
+        step=jnp.int32(0),
+        params={},
+        batch_stats={},
+        average={},
+        opt_state=(),
+        metrics=TrainMetrics.empty(),
+    )
+    good = {1, 4, 5, 10, 11}
+    rows = []
+    for number in range(1, 12):
+        after = current.replace(step=jnp.int32(number))
+        current = nonfinite.skipped(current, after, jnp.bool_(number in good), LIMIT)
+        rows.append(current.metrics.first_nonfinite_step.compute())
+    assert rows == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
+
+
+def test_the_stop_names_the_layers(build: Build, tmp_path: pathlib.Path) -> None:
+    this = build(2, nonfinite="stop")
+    with pytest.raises(RunError, match=r"the gradient of last was not finite at step 2,"):
+        train(this, tmp_path)
+    assert not (tmp_path / "checkpoints" / "3").exists()
+
+
+def test_what_was_not_finite_is_said_in_words() -> None:
+    say = functools.partial(nonfinite.describe, modules=["a", "b", "c"])
+    assert say(np.array([True] * 4)) == ""
+    assert say(np.array([False, True, True, True])) == "the loss was"
+    assert say(np.array([True, False, True, False])) == "the gradient of a, c was"
+    assert say(np.array([False] * 4)) == "the loss and the gradient of all modules were"

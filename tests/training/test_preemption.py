@@ -1,0 +1,141 @@
+"""Signals, in small processes of their own that listen for them as training does."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from inception_jax.errors import EXIT_PREEMPTED
+from inception_jax.training import preemption
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+WAITS = "print('ready', flush=True); time.sleep(600)"
+# What XLA does where another host is gone: the main thread never comes back to Python.
+STUCK = """
+mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+stop(1)
+print('ready', flush=True)
+for _ in range(2):
+    libc.pthread_mutex_lock(mutex)
+"""
+TRAINS = """
+for step in range(1, 100_000):
+    if stop(step):
+        break
+    print('ready', flush=True)
+    time.sleep(0.01)
+time.sleep(0.5)
+print(f'saved step {step}')
+"""
+
+
+class Process:
+    """Runs a script that has `stop`, what training asks after each step."""
+
+    def __init__(self, script: str, before: str = "") -> None:
+        lines = [
+            "import ctypes, signal, time",
+            before,
+            "from inception_jax.training.preemption import Preemption",
+            "stop = Preemption().requested",
+            script,
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.send = self._process.send_signal
+        assert self._process.stdout and self._process.stderr
+        self._output, self._messages = self._process.stdout, self._process.stderr
+        assert self._output.readline() == "ready\n", self._messages.read()
+
+    def message(self) -> str:
+        """Returns the next line on stderr."""
+        return self._messages.readline()
+
+    def end(self) -> tuple[int, str, str]:
+        """Returns exit code, output and messages."""
+        output, messages = self._output.read(), self._messages.read()
+        return self._process.wait(), output, messages
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+        self._messages.close()
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.close()
+
+
+# A parent that ignores Ctrl-C, as shells have what runs in the background do, hands that on.
+LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_step_it_ends_at_once(
+    number: signal.Signals, processes: list[Process]
+) -> None:
+    processes.append(process := Process(WAITS, LISTEN))
+    process.send(number)
+    code, _, messages = process.end()
+    assert code == EXIT_PREEMPTED == 75
+    assert messages.startswith(f"{number.name}: ended at once.")
+    assert "the same command goes on" in messages
+    assert messages.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_wherever_it_hangs(
+    number: signal.Signals, processes: list[Process]
+) -> None:
+    processes.append(process := Process(STUCK, LISTEN))
+    process.send(signal.SIGTERM)
+    assert process.message().startswith("SIGTERM: ends once this step is saved")
+    time.sleep(preemption.SAME_WISH)
+    process.send(number)
+    code, _, messages = process.end()
+    assert code == 128 + number
+    assert messages.startswith(f"{number.name} again: ended at once.")
+
+
+def test_training_ends_with_a_step(processes: list[Process]) -> None:
+    processes.append(process := Process(TRAINS, LISTEN))
+    process.send(signal.SIGINT)
+    code, output, messages = process.end()
+    assert code == 0 and "saved step" in output
+    assert messages.startswith("SIGINT: ends once this step is saved; a second signal")
+
+
+def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> None:
+    """As coreutils' timeout does, to the process and then to its group."""
+    processes.append(process := Process(TRAINS))
+    process.send(signal.SIGTERM)
+    process.message()
+    process.send(signal.SIGTERM)
+    code, output, messages = process.end()
+    assert code == 0 and "saved step" in output
+    assert not messages
+
+
+def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
+    before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    processes.append(process := Process(WAITS, before))
+    process.send(signal.SIGINT)
+    process.send(signal.SIGTERM)
+    code, _, messages = process.end()
+    assert code == EXIT_PREEMPTED
+    assert messages.startswith("SIGTERM")

@@ -1,0 +1,73 @@
+"""A command for the tests of several processes: trains a small network, or just adds numbers.
+
+It takes the flags of the training command that say which process it is.
+"""
+
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from inception_jax import cli, runtime
+from inception_jax.config import Duration, Schedule
+from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.input import sharding
+from inception_jax.training import loop, workdir
+from inception_jax.training.run import Run
+from tests import small
+
+_DATA = flags.DEFINE_string("data", "", "where the digits are prepared; empty: just add numbers")
+_WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run")
+_STEPS = flags.DEFINE_integer("steps", 0, "length of the run")
+_SILENCE = flags.DEFINE_float("silence", 60, "seconds after which a process is taken for dead")
+_FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after a while")
+_PROCESSES = cli.define_processes()
+
+
+def build(data: pathlib.Path, steps: int) -> Run:
+    """Returns a run whose rate does not depend on its length."""
+    config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
+    config.train.length = Duration(steps=steps)
+    config.evaluation.every = config.checkpoint.every = Duration(steps=4)
+    config.log.every = Duration(steps=2)
+    return small.build(config)
+
+
+def train() -> None:
+    """Trains."""
+    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    workdir.check_writable(folder)
+    workdir.check_shared(folder)
+    this = build(pathlib.Path(_DATA.value), _STEPS.value)
+    changed = workdir.check_owner(folder, this.config)
+    loop.train(this, folder, Evaluator(this), changed=changed)
+
+
+def add() -> None:
+    """Adds numbers over all devices, again and again."""
+    mesh = sharding.make_mesh()
+    total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(mesh))
+    ones = jax.jit(lambda: jnp.ones((mesh.size,)), out_shardings=sharding.batch_sharding(mesh))()
+    for count in range(1_000_000):
+        assert total(ones) == mesh.size
+        if count == 20:
+            print("adding", flush=True)
+        if count == 50 and jax.process_index() == _FAIL.value:
+            raise KeyError("a bug")
+        time.sleep(0.01)
+
+
+def main(positional: Sequence[str]) -> None:
+    """Runs the command."""
+    runtime.initialize(**_PROCESSES(), silence=_SILENCE.value, log=cli.say)
+    if _DATA.value:
+        train()
+    else:
+        add()
+
+
+if __name__ == "__main__":
+    cli.run(main, "")
