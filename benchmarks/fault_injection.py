@@ -12,7 +12,7 @@ A kill of the process is not a loss of power: what was handed to the operating s
 
   python -m benchmarks.fault_injection --json benchmarks/results/fault_injection.json
 
-On two CPU cores: some 5 s a kill, 9 minutes for the 100 of the default.
+On two CPU cores: some 8 s a kill, 13 minutes for the 100 of the default.
 """
 
 import argparse
