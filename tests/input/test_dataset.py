@@ -320,6 +320,10 @@ def change_format(path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
 
 
+def change_mean(path: pathlib.Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.5, 0.5, 0.5]}))
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "line"),
     [
@@ -329,6 +333,7 @@ def change_format(path: pathlib.Path) -> None:
         ("info.json", pathlib.Path.unlink, "info.json is missing"),
         ("info.json", change_format, "its format is 0, not 1"),
         ("info.json", flip, "info.json is damaged"),
+        ("info.json", change_mean, "info.json is damaged (its checksum is another)"),
         ("train_labels.npy", flip, "train_labels.npy is damaged (its checksum is another)"),
         ("validation_names.txt", flip, "validation_names.txt is damaged"),
         ("train_digests.npy", flip, "train_digests.npy is damaged"),

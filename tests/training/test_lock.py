@@ -28,13 +28,15 @@ def quiet(line: str) -> None:
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        message = rf"{tmp_path}: another process is training .*\(process {process.pid} on "
-        for _ in range(2):
-            with pytest.raises(UserError, match=message), lock.exclusive(tmp_path, quiet):
-                pass
-        os.kill(process.pid, signal.SIGKILL)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            message = rf"{tmp_path}: another process is training .*\(process {process.pid} on "
+            for _ in range(2):
+                with pytest.raises(UserError, match=message), lock.exclusive(tmp_path, quiet):
+                    pass
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
     # The file it left is nobody's.
     assert (tmp_path / lock.NAME).exists()
     for _ in range(2):
