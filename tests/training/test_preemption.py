@@ -1,9 +1,11 @@
 """Signals, in small processes of their own that listen for them as training does."""
 
+import contextlib
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -58,13 +60,24 @@ class Process:
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
-        """Returns the next line on stderr."""
-        return self._messages.readline()
+        """Returns the next line on stderr; an empty one if none comes in a minute."""
+        with self._killed_after(60):
+            return self._messages.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Returns exit code, output and messages."""
-        output, messages = self._output.read(), self._messages.read()
-        return self._process.wait(), output, messages
+        """Returns exit code, output and messages; kills what has not ended in a minute."""
+        with self._killed_after(60):
+            output, messages = self._output.read(), self._messages.read()
+            return self._process.wait(), output, messages
+
+    @contextlib.contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         self._process.kill()
