@@ -26,8 +26,12 @@ class CommandError(measure.BenchmarkError):
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:
-    """Returns settings given as PATH=VALUE as flags of the training command."""
-    return [f"--config.{argument}" for argument in arguments]
+    """Returns settings given as PATH=VALUE as flags of the training command.
+
+    Of those with the same path only the last: ml_collections joins tuples whose flag is repeated.
+    """
+    last = {argument.partition("=")[0]: argument for argument in arguments}
+    return [f"--config.{argument}" for argument in last.values()]
 
 
 @contextlib.contextmanager

@@ -88,6 +88,15 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) ->
         ablation.read_plan(path)
 
 
+def test_a_variant_replaces_a_shared_tuple() -> None:
+    shared = ["train.image_sizes=(32,48)", "train.image_size_epochs=(0.75,)"]
+    variant = ["train.image_sizes=(48,)", "train.image_size_epochs=()"]
+    flags = command.overrides([*shared, *variant])
+    config = load([f"--config={measure.ROOT / 'experiments' / 'tiny_cpu.py'}", *flags])
+    assert config.train.image_sizes == (48,)
+    assert config.train.image_size_epochs == ()
+
+
 def test_each_variant_of_the_project_is_valid() -> None:
     plans = sorted((measure.ROOT / "benchmarks" / "ablations").glob("*.toml"))
     assert plans
