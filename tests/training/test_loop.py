@@ -510,6 +510,34 @@ def test_the_last_checkpoint_must_be_written(
     assert_same(this, folder, expected)
 
 
+@pytest.mark.parametrize("stop_at", [7, 11])
+def test_a_run_that_ends_without_its_checkpoint_says_so(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+) -> None:
+    """Stopped by a signal or done: that it outlives failures in between does not help it then."""
+    this, _ = reference
+    monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
+    save = checkpointing.Checkpoints.save
+
+    def fail(self: checkpointing.Checkpoints, state: Any, **more: Any) -> None:
+        if int(state.step) == stop_at:
+            raise WriteError("no space for the checkpoint")
+        save(self, state, **more)
+
+    monkeypatch.setattr(checkpointing.Checkpoints, "save", fail)
+    with pytest.raises(WriteError, match="no space for the checkpoint"):
+        loop.train(
+            this,
+            workdir.Workdir(tmp_path),
+            evaluator_of(this),
+            changed=[],
+            stop=lambda step: step == stop_at,
+        )
+
+
 def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
     reference: tuple[run.Run, workdir.Workdir],
     tmp_path: pathlib.Path,
