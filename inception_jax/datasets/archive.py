@@ -17,13 +17,16 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from inception_jax.datasets.files import FolderSource, Source, ZipSource
+from inception_jax.datasets import folders
+from inception_jax.datasets.files import Contents, FolderSource, Source, ZipSource
 from inception_jax.errors import DataError
 
 FOLDER = "tiny-imagenet-200"
+# What is read of a source, and counts for its digest.
+_PARTS = ("wnids.txt", "words.txt", "train/", "val/", "test/")
 NO_BOX = (-1, -1, -1, -1)
 Box = tuple[int, int, int, int]
 
@@ -87,6 +90,28 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             f"{FOLDER}.zip or the extracted folder, or leave it empty for the official download."
         )
     return ZipSource(path, root=functools.partial(_root, path))
+
+
+def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
+    """Returns what tells the files of a source from others; it reads none.
+
+    Args:
+      path: as of `open_source`.
+      settings: without meaning here.
+
+    Raises:
+      DataError: as `open_source` does.
+    """
+    with open_source(path) as source:
+        # Revision 56edb8b and before counted what lies beside the layout, too.
+        return Contents((fingerprint(source), source.fingerprint()))
+
+
+def fingerprint(source: Source) -> str:
+    """Returns the digest of the files that are part of the layout."""
+    return source.fingerprint(
+        file for file in source.sizes if file.startswith(_PARTS) and not folders.hidden(file)
+    )
 
 
 def _lines(source: Source, file: str) -> list[list[str]]:

@@ -8,14 +8,28 @@ import stat
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from inception_jax.errors import DataError
 
 # The most that is read of one file: no picture and no list has as much, and a small archive could
 # otherwise unpack to more than the memory holds.
 MOST_BYTES = 256 << 20
+
+
+class Contents(NamedTuple):
+    """What tells the content of a source from others.
+
+    Attributes:
+      digests: of `Source.fingerprint`; the first is recorded of what is prepared from it, the
+        others are what older versions recorded.
+      class_names: in the order of the labels; None: the digests are enough.
+    """
+
+    digests: Sequence[str]
+    class_names: Sequence[str] | None = None
 
 
 class Source(abc.ABC):
@@ -26,12 +40,15 @@ class Source(abc.ABC):
       sizes: bytes of each file.
       folders: the folders that are listed by themselves, ending in '/'; those that hold nothing
         are among them.
+      hidden: the files, and the folders ending in '/', that were left out by their names; what
+        lies in such a folder is not listed.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         self.sizes: dict[str, int] = {}
         self.folders: list[str] = []
+        self.hidden: list[str] = []
 
     def __enter__(self) -> "Source":
         return self
@@ -52,14 +69,22 @@ class Source(abc.ABC):
           DataError: if it is missing or damaged.
         """
 
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
+    def fingerprint(self, files: Iterable[str] | None = None) -> str:
         """Returns a digest by which other content is noticed, without reading the files.
 
         It is of what the system or the archive says of them. So a folder's is another once its
         files are copied without their times, and the same if one is replaced by another of its
         name, size and time; and that of a folder is never that of its archive.
+
+        Args:
+          files: those that count; None: all.
         """
+        facts = sorted(map(self._facts, self.sizes if files is None else files))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @abc.abstractmethod
+    def _facts(self, file: str) -> tuple[str, int, int]:
+        """Returns a file's path and size, and what tells its content from others of that size."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -111,8 +136,11 @@ class ZipSource(Source):
         members = {
             info.filename.removeprefix(start): info
             for info in self._zip.infolist()
-            if info.filename.startswith(start) and not hidden(info.filename)
+            if info.filename.startswith(start)
         }
+        self.hidden = [file for file in members if hidden(file)]
+        for file in self.hidden:
+            del members[file]
         self.folders = [file for file, info in members.items() if info.is_dir()]
         self._members = {file: info for file, info in members.items() if not info.is_dir()}
         self.sizes = {file: info.file_size for file, info in self._members.items()}
@@ -133,10 +161,9 @@ class ZipSource(Source):
                 f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
             ) from error
 
-    def fingerprint(self) -> str:
-        """Returns a digest of names, sizes and the archive's own checksums, so it reads no file."""
-        facts = sorted((f, info.file_size, info.CRC) for f, info in self._members.items())
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    def _facts(self, file: str) -> tuple[str, int, int]:
+        """Returns a member's path and size, and the archive's own checksum of it."""
+        return file, self._members[file].file_size, self._members[file].CRC
 
     def close(self) -> None:
         """Closes the archive."""
@@ -168,6 +195,8 @@ class FolderSource(Source):
         for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
             below = os.path.relpath(folder, root).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
+            self.hidden += [f"{start}{name}/" for name in inner if hidden(start + name)]
+            self.hidden += [start + name for name in names if hidden(start + name)]
             inner[:] = [
                 name
                 for name in inner
@@ -176,7 +205,7 @@ class FolderSource(Source):
             self.folders += [f"{start}{name}/" for name in inner]
             for file in (start + name for name in names):
                 if not hidden(file):
-                    self.sizes[file], self._times[file] = _facts(root / file)
+                    self.sizes[file], self._times[file] = _size_and_time(root / file)
 
     def read(self, file: str) -> bytes:
         """Returns a file's content."""
@@ -192,16 +221,17 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error}).") from error
 
-    def fingerprint(self) -> str:
-        """Returns a digest of names, sizes and times of change, so it reads no file."""
-        facts = sorted((file, size, self._times[file]) for file, size in self.sizes.items())
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    def _facts(self, file: str) -> tuple[str, int, int]:
+        """Returns a file's path, size and time of change."""
+        return file, self.sizes[file], self._times[file]
 
     def close(self) -> None:
         """Does nothing: files are open only while they are read."""
 
 
 def _refuse(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):
+        return  # Removed meanwhile, as a run that trains below the folder removes old checkpoints.
     raise DataError(f"{error.filename}: cannot be read ({error}).") from error
 
 
@@ -213,7 +243,7 @@ def _leads_back(folder: str) -> bool:
     return os.path.commonpath([inside, target]) == target
 
 
-def _facts(path: pathlib.Path) -> tuple[int, int]:
+def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
     """Returns a file's size in bytes and its time of change in ns; 0 and 0 for a dead link."""
     try:
         status = path.stat()
