@@ -213,8 +213,8 @@ def layout(source: Source, reading: str = "auto") -> Layout:
     if not found:
         if reading != "classes":
             _check_classes(tree, where)
-        classes = _classes(tree, where, left_out)
         training = _entries(start, tree, where)
+        classes = _classes(tree, where, left_out)
         return Layout({TRAIN: training}, classes, False, start, left_out=left_out)
     below = {split: _enter_split(folder, tree) for split, folder in found.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
@@ -241,7 +241,12 @@ def _own(source: Source) -> set[str]:
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
         folder, _, name = path.removesuffix("/").rpartition("/")
-        inside.setdefault(f"{folder}/" if folder else "", set()).add(name)
+        # An archive need not list the folders that hold something.
+        while name not in (names := inside.setdefault(f"{folder}/" if folder else "", set())):
+            names.add(name)
+            folder, _, name = folder.rpartition("/")
+            if not name:
+                break
     own: set[str] = set()
     for folder, names in sorted(inside.items()):
         # What the user gave as the source holds pictures, whatever else it holds.
