@@ -266,7 +266,8 @@ def _is_own(folder: str, names: Collection[str]) -> bool:
         atomic.MARKER in names
         or {"dataset_info.json", "features.json"} <= set(names)
         or ("info.json" in names and any(name.endswith("_labels.npy") for name in names))
-        or (folder.lower().endswith("cvs/") and {"Entries", "Repository"} <= set(names))
+        or (folder.endswith("downloads/") and "extracted" in names)
+        or (folder.endswith("CVS/") and {"Entries", "Repository"} <= set(names))
         or bool(_UNFINISHED.fullmatch(folder.split("/")[-2]))
     )
 

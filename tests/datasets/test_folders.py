@@ -197,6 +197,7 @@ OWN = [
     *("data/inception_jax/x-8px/info.json", "data/inception_jax/x-8px/train_labels.npy"),
     *("data/inception_jax/x-8px/train_images.npy", "image_folder/incomplete.AB12_1.0.0/x-00000"),
     *("image_folder/1.0.0/dataset_info.json", "image_folder/1.0.0/features.json"),
+    "downloads/extracted/",
     "image_folder/1.0.0/image_folder-train.array_record-00000-of-00001",
 ]
 
