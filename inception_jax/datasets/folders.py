@@ -106,7 +106,8 @@ class Layout:
       root: what the paths of the training files begin with before their class's folder: '' or
         ending in '/'.
       folders: the folder of each split; empty: there are no splits.
-      left_out: the files, and the folders ending in '/', that are none of the data set's.
+      own: the files, and the folders ending in '/', that this program wrote.
+      left_out: these and all others that are none of the data set's.
     """
 
     splits: dict[str, list[Entry]]
@@ -114,6 +115,7 @@ class Layout:
     divided: bool
     root: str
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
+    own: Collection[str] = ()
     left_out: Sequence[str] = ()
 
     @property
@@ -177,8 +179,7 @@ def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Conte
     with open_source(path) as source:
         found = layout(source, settings["layout"])
         # Revision 56edb8b and before counted what lies beside the pictures, too.
-        own = _own(source)
-        others = [file for file in source.sizes if not _is_in(file, own)]
+        others = _without(source.sizes, found.own)
         digests = (source.fingerprint(found.files), source.fingerprint(others))
         return Contents(digests, found.classes)
 
@@ -200,13 +201,11 @@ def layout(source: Source, reading: str = "auto") -> Layout:
         evaluate on has a class that is not trained; or if it can be read in two ways.
     """
     own = _own(source)
-    paths = [path for path in (*source.sizes, *source.folders) if not _is_in(path, own)]
-    documents = {path for path in paths if os.path.splitext(path)[1].lower() in _DOCUMENTS}
+    paths = _without([*source.sizes, *source.folders], own)
+    documents = {path for path in paths if path[path.rfind(".") :].lower() in _DOCUMENTS}
     kept = [path for path in paths if path not in documents]
     kept = _without_emptied(kept, [*own, *documents])
-    left_out = sorted(
-        [*(path for path in source.hidden if not _is_in(path, own)), *own, *documents]
-    )
+    left_out = sorted([*_without(source.hidden, own), *own, *documents])
     start, tree = _enter(kept)
     where = f"{source.path}/{start}".removesuffix("/")
     found = {} if reading == "classes" else _split_folders(tree, where)
@@ -215,7 +214,7 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             _check_classes(tree, where)
         training = _entries(start, tree, where)
         classes = _classes(tree, where, left_out)
-        return Layout({TRAIN: training}, classes, False, start, left_out=left_out)
+        return Layout({TRAIN: training}, classes, False, start, own=own, left_out=left_out)
     below = {split: _enter_split(folder, tree) for split, folder in found.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
     classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
@@ -233,7 +232,7 @@ def layout(source: Source, reading: str = "auto") -> Layout:
                 "the folder away."
             )
     root = f"{start}{folders[TRAIN]}/"
-    return Layout(splits, classes, VALIDATION in splits, root, folders, left_out)
+    return Layout(splits, classes, VALIDATION in splits, root, folders, own, left_out)
 
 
 def _own(source: Source) -> set[str]:
@@ -242,40 +241,38 @@ def _own(source: Source) -> set[str]:
     for path in (*source.sizes, *source.folders, *source.hidden):
         folder, _, name = path.removesuffix("/").rpartition("/")
         # An archive need not list the folders that hold something.
-        while name not in (names := inside.setdefault(f"{folder}/" if folder else "", set())):
+        while name and name not in (names := inside.setdefault(folder, set())):
             names.add(name)
             folder, _, name = folder.rpartition("/")
-            if not name:
-                break
     own: set[str] = set()
     for folder, names in sorted(inside.items()):
         # What the user gave as the source holds pictures, whatever else it holds.
-        if folder and not _is_in(folder, own) and _is_own(folder, names):
-            own.add(folder)
+        if folder and _without([f"{folder}/"], own) and _is_own(folder, names):
+            own.add(f"{folder}/")
         elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
-            own |= {
-                f"{folder}{name}{'/' if f'{folder}{name}/' in inside else ''}"
-                for name in names.intersection(_OF_A_RUN)
-            }
+            start = f"{folder}/" if folder else ""
+            found = [start + name for name in names.intersection(_OF_A_RUN)]
+            own |= {f"{path}/" if path in inside else path for path in found}
     return own
 
 
 def _is_own(folder: str, names: Collection[str]) -> bool:
     """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+    name = folder.rpartition("/")[2]
     return (
         atomic.MARKER in names
         or {"dataset_info.json", "features.json"} <= set(names)
-        or ("info.json" in names and any(name.endswith("_labels.npy") for name in names))
-        or (folder.endswith("downloads/") and "extracted" in names)
-        or (folder.endswith("CVS/") and {"Entries", "Repository"} <= set(names))
-        or bool(_UNFINISHED.fullmatch(folder.split("/")[-2]))
+        or ("info.json" in names and any(file.endswith("_labels.npy") for file in names))
+        or (name == "downloads" and "extracted" in names)
+        or (name == "CVS" and {"Entries", "Repository"} <= set(names))
+        or bool(_UNFINISHED.fullmatch(name))
     )
 
 
-def _is_in(path: str, own: Collection[str]) -> bool:
-    """Whether a path is among some files and folders, or below one of the folders."""
-    ends = (place + 1 for place, letter in enumerate(path) if letter == "/")
-    return path in own or any(path[:end] in own for end in ends)
+def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
+    """Returns paths without some files and folders, and without what lies in these folders."""
+    folders = tuple(path for path in own if path.endswith("/"))
+    return [path for path in paths if path not in own and not path.startswith(folders)]
 
 
 def _without_emptied(paths: Sequence[str], left_out: Iterable[str]) -> list[str]:
@@ -535,9 +532,10 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
             f"{shown(pictures[0])}. {_EXPECTED}"
         )
     return [
-        Entry(start + file, class_name(folder))
+        Entry(start + file, label)
         for folder in tree
         if folder
+        for label in [class_name(folder)]
         for file in tree[folder]
         if not file.endswith("/")
     ]
