@@ -74,14 +74,14 @@ _DOCUMENTS = {
     *(".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf"),
     *(".log", ".out", ".err", ".lock", ".pid", ".db", ".sqlite", ".md5", ".sha1", ".sha256"),
     *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".js", ".css"),
-    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite"),
+    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite", ".wandb"),
     # What programs for photos keep beside them.
     *(".xmp", ".aae", ".url", ".lnk", ".webloc"),
 }
 # What a run's folder holds besides documents (training/workdir.py has the names).
 _OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
 # A data set that TFDS has not finished, and a cache that this program has not.
-_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px(-records)?\.partial")
+_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
 # Unicode's categories of control characters, line breaks and paragraph breaks.
 _BREAKS = ("Cc", "Zl", "Zp")
 # How many things an error names.
@@ -260,7 +260,7 @@ def _is_own(folder: str, names: Collection[str]) -> bool:
     """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
     name = folder.rpartition("/")[2]
     return (
-        atomic.MARKER in names
+        bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
         or {"dataset_info.json", "features.json"} <= set(names)
         or ("info.json" in names and any(file.endswith("_labels.npy") for file in names))
         or (name == "downloads" and "extracted" in names)

@@ -83,8 +83,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if layout.left_out:
             named = [folders.shown(path) for path in layout.left_out]
             self.log(
-                f"{self._files.path}: left out {len(named):,} files and folders of systems, "
-                f"editors or this program, notes and the like: {folders.listed(named)}"
+                f"{self._files.path}: ignored {len(named):,} paths, left by systems, editors or this "
+                f"program, or notes and the like: {folders.listed(named)}"
             )
 
     def _divide(self, layout: folders.Layout) -> None:

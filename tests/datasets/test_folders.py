@@ -192,7 +192,7 @@ OWN = [
         "runs/x/plots/l.png",
     ),
     *("runs/x/report.html", "runs/x/predictions.npz", "runs/x/tensorboard/events.out.tfevents.1"),
-    *("heatmaps/.inception_jax", "heatmaps/cat.png"),
+    *("heatmaps/.inception_jax", "heatmaps/cat.png", "venv/pyvenv.cfg", "venv/share/logo.png"),
     *("data/inception_jax/image_folder-1.0.0.lock", "data/inception_jax/x-8px.partial/x.npy"),
     *("data/inception_jax/x-8px/info.json", "data/inception_jax/x-8px/train_labels.npy"),
     *("data/inception_jax/x-8px/train_images.npy", "image_folder/incomplete.AB12_1.0.0/x-00000"),

@@ -303,8 +303,8 @@ def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path / "data"), log=lines.append)
     assert len(dataset.train) + len(dataset.evaluation) == 18
-    (line,) = [line for line in lines if "left out" in line]
-    assert "left out 3 files and folders" in line
+    (line,) = [line for line in lines if ": ignored " in line]
+    assert "ignored 3 paths" in line
     assert line.endswith(r"Icon\r, ant/@eaDir/, été/notes.txt")
 
 
