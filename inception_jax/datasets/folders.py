@@ -108,6 +108,7 @@ class Layout:
       folders: the folder of each split; empty: there are no splits.
       own: the files, and the folders ending in '/', that this program wrote.
       left_out: these and all others that are none of the data set's.
+      without_pictures: the folders beside those of classes that hold notes and the like alone.
     """
 
     splits: dict[str, list[Entry]]
@@ -117,6 +118,7 @@ class Layout:
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
     own: Collection[str] = ()
     left_out: Sequence[str] = ()
+    without_pictures: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
@@ -204,7 +206,11 @@ def layout(source: Source, reading: str = "auto") -> Layout:
     paths = _without([*source.sizes, *source.folders], own)
     documents = {path for path in paths if path[path.rfind(".") :].lower() in _DOCUMENTS}
     kept = [path for path in paths if path not in documents]
-    kept = _without_emptied(kept, [*own, *documents])
+    # A folder that holds nothing at all stays: it is a class whose pictures are missing.
+    emptied = _folders_above([*own, *documents]) - _folders_above(
+        path for path in kept if not path.endswith("/")
+    )
+    kept = [path for path in kept if path not in emptied]
     left_out = sorted([*_without(source.hidden, own), *own, *documents])
     start, tree = _enter(kept)
     where = f"{source.path}/{start}".removesuffix("/")
@@ -214,7 +220,15 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             _check_classes(tree, where)
         training = _entries(start, tree, where)
         classes = _classes(tree, where, left_out)
-        return Layout({TRAIN: training}, classes, False, start, own=own, left_out=left_out)
+        return Layout(
+            {TRAIN: training},
+            classes,
+            False,
+            start,
+            own=own,
+            left_out=left_out,
+            without_pictures=_inside(start, emptied & _folders_above(documents)),
+        )
     below = {split: _enter_split(folder, tree) for split, folder in found.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
     classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
@@ -232,7 +246,16 @@ def layout(source: Source, reading: str = "auto") -> Layout:
                 "the folder away."
             )
     root = f"{start}{folders[TRAIN]}/"
-    return Layout(splits, classes, VALIDATION in splits, root, folders, own, left_out)
+    return Layout(
+        splits,
+        classes,
+        VALIDATION in splits,
+        root,
+        folders,
+        own,
+        left_out,
+        without_pictures=_inside(root, emptied & _folders_above(documents)),
+    )
 
 
 def _own(source: Source) -> set[str]:
@@ -275,16 +298,6 @@ def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
     return [path for path in paths if path not in own and not path.startswith(folders)]
 
 
-def _without_emptied(paths: Sequence[str], left_out: Iterable[str]) -> list[str]:
-    """Returns paths without the folders that hold nothing but what was left out: no classes.
-
-    A folder that holds nothing at all stays: it is a class whose pictures are missing.
-    """
-    full = _folders_above(path for path in paths if not path.endswith("/"))
-    emptied = _folders_above(left_out) - full
-    return [path for path in paths if path not in emptied]
-
-
 def _folders_above(paths: Iterable[str]) -> set[str]:
     """Returns the folders that lie above some paths, each ending in '/'."""
     folders: set[str] = set()
@@ -294,6 +307,12 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
             folders.add(f"{folder}/")
             folder = folder.rpartition("/")[0]
     return folders
+
+
+def _inside(start: str, folders: Iterable[str]) -> list[str]:
+    """Returns the names of those folders that lie directly in the one whose path is `start`."""
+    names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
+    return sorted(name for name in names if "/" not in name)
 
 
 def _by_folder(paths: Iterable[str]) -> _Tree:

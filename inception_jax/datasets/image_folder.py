@@ -83,8 +83,13 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if layout.left_out:
             named = [folders.shown(path) for path in layout.left_out]
             self.log(
-                f"{self._files.path}: ignored {len(named):,} paths, left by systems, editors or this "
-                f"program, or notes and the like: {folders.listed(named)}"
+                f"{self._files.path}: ignored {len(named):,} paths, left by systems, editors or "
+                f"this program, or notes and the like: {folders.listed(named)}"
+            )
+        if layout.without_pictures:
+            self.log(
+                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: without pictures, "
+                "so not among the classes"
             )
 
     def _divide(self, layout: folders.Layout) -> None:

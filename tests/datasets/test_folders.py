@@ -209,6 +209,8 @@ def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, star
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
     for name in (*NOTES, *OWN):
         assert any(name.startswith(path) for path in layout.left_out), name
+    # What might have been meant as a class.
+    assert layout.without_pictures == ([] if start else ["notes"])
 
 
 def test_a_run_beside_the_classes_takes_no_picture_away(path: pathlib.Path) -> None:

@@ -298,14 +298,15 @@ def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Pat
 def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders(COUNTS, SIZE)
     thumbnail = files["ant/0.jpg"]
-    litter = {"ant/@eaDir/0.jpg/THUMB.jpg": thumbnail, "Icon\r": b"", "été/notes.txt": b"x"}
+    litter = {"ant/@eaDir/0.jpg/THUMB.jpg": thumbnail, "Icon\r": b"", "wasp/urls.txt": b"x"}
     path = write(tmp_path / "x", files | litter)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path / "data"), log=lines.append)
     assert len(dataset.train) + len(dataset.evaluation) == 18
     (line,) = [line for line in lines if ": ignored " in line]
     assert "ignored 3 paths" in line
-    assert line.endswith(r"Icon\r, ant/@eaDir/, été/notes.txt")
+    assert line.endswith(r"Icon\r, ant/@eaDir/, wasp/urls.txt")
+    assert any("'wasp': without pictures, so not among the classes" in line for line in lines)
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
