@@ -35,11 +35,14 @@ from inception_jax.datasets.files import Contents, FolderSource, Source, ZipSour
 from inception_jax.errors import DataError
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
+_EVALUATION = "evaluation"
 # The words by which a folder's name tells its split.
 _WORDS = {
     TRAIN: ("train", "training"),
-    VALIDATION: ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
+    # The one of the two that has no folder of its own.
+    _EVALUATION: ("eval", "evaluation", "holdout"),
     UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
 }
 # What stands beside them and says nothing: training_set, TestImages, valdata.
@@ -361,7 +364,7 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
     path, name, below = folder, folder, _below(tree, folder)
     while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
         inner = _below(below, folders[0])
-        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name)
+        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name) != ""
         deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
         if not deeper or not (same or folders[0].lower() in _CONTAINERS):
             break
@@ -415,6 +418,9 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     for folder, kind in kinds.items():
         if kind:
             several.setdefault(kind, []).append(folder)
+    if _EVALUATION in several:
+        split = next((split for split in (VALIDATION, TEST) if split not in several), VALIDATION)
+        several[split] = [*several.get(split, ()), *several.pop(_EVALUATION)]
     for split, folders in several.items():
         if len(folders) > 1:
             raise DataError(

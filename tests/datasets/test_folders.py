@@ -81,6 +81,10 @@ NESTED = {
         ["train/a/1", "train/b/1", "val/a/1", "test/a/1", "single_prediction/1.jpg"],
         {"train": "train", "validation": "val", "test": "test", "unlabeled": "single_prediction"},
     ),
+    "evaluation beside validation": (
+        ["training/a/1", "training/b/1", "evaluation/a/1", "validation/b/1"],
+        {"train": "training", "validation": "validation", "test": "evaluation"},
+    ),
     "images": (
         ["train/images/a/1", "train/images/b/1", "val/images/a/1", "val/images/b/1"],
         {"train": "train/images", "validation": "val/images"},
