@@ -102,9 +102,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             for split, members in layout.splits.items()
         }
         # What the content depends on besides the files: only this is compared with later settings.
-        self._settings: dict[str, Any] = {}
-        if self._reading != "auto":
-            self._settings["layout"] = self._reading
+        self._settings: dict[str, Any] = {"layout": self._reading}
         if problems:
             self.log(f"{self._listed(problems, len(entries))}; left out")
             self._settings["unreadable"] = self._unreadable

@@ -356,9 +356,8 @@ def _change(
 ) -> _Change | None:
     """Returns how source and settings differ from what was prepared; None if they do not."""
     settings = {name: getattr(data, name) for name in spec.settings}
-    # It decides on every source, and older versions had one way alone.
-    layout = {"layout": "auto"} if "layout" in settings else {}
-    for name, value in (layout | dict(prepared.settings)).items():
+    # Settings that older versions did not have decide on what the source holds, below.
+    for name, value in prepared.settings.items():
         if settings[name] != value:
             return _Change(
                 f"config.data.{name} = {settings[name]!r}: {where} was prepared with {value!r}",

@@ -352,6 +352,8 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
         DataError, match=r"by an older version, which took .*\(without 'seg_test', 'seg_train'"
     ):
         prepare(data(path, directory), log=quiet)
+    prepare(data(path, directory, layout="classes"), log=lines.append)
+    assert not lines
 
 
 def record_source(directory: pathlib.Path, **changes: Any) -> None:
