@@ -289,6 +289,7 @@ def _is_own(folder: str, names: Collection[str]) -> bool:
         bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
         or {"dataset_info.json", "features.json"} <= set(names)
         or ("info.json" in names and any(file.endswith("_labels.npy") for file in names))
+        or (name == "inception_jax" and any(file.endswith(".lock") for file in names))
         or (name == "downloads" and "extracted" in names)
         or (name == "CVS" and {"Entries", "Repository"} <= set(names))
         or bool(_UNFINISHED.fullmatch(name))
