@@ -57,17 +57,19 @@ _LEFT_BEHIND = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
     *("system volume information", "$recycle.bin", "found.000"),
-    # macOS, and its shares.
-    *("__macosx", "icon\r", "network trash folder", "temporary items"),
-    # Linux, NAS systems and their shares.
-    *("lost+found", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot", "~snapshot"),
-    *("@recycle", "@recently-snapshot"),
-    # Viewers and programming tools.
-    *("picasa.ini", "zbthumbnail.info", "descript.ion", "__pycache__"),
+    # macOS, its shares, and the same name as other systems show it.
+    *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
+    "thevolumesettingsfolder",
+    # Linux, Android, NAS systems and their shares.
+    *("lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),
+    *("~snapshot", "@recycle", "@recently-snapshot"),
+    # Viewers, version control and programming tools.
+    *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
 }
-# Copies and locks of editors, and downloads and copies that are not finished.
+# Copies and locks of editors, what a share keeps beside a file, and downloads that are not finished.
 _TEMPORARY = re.compile(
-    r"~\$.+|#.+#|.+(~|\.(bak|swp|tmp|temp|part|partial|crdownload|download|!ut))",
+    r"~\$.+|#.+#|.+~|.+@syno\w+|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2"
+    r"|crdownload|opdownload|download|!ut|lrdata)",
     re.IGNORECASE,
 )
 # Notes, logs, lists and the like: no format of pictures has such names.
@@ -79,7 +81,7 @@ _DOCUMENTS = {
     *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".js", ".css"),
     *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite", ".wandb"),
     # What programs for photos keep beside them.
-    *(".xmp", ".aae", ".url", ".lnk", ".webloc"),
+    *(".xmp", ".aae", ".thm", ".url", ".lnk", ".webloc"),
 }
 # What a run's folder holds besides documents (training/workdir.py has the names).
 _OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
