@@ -66,7 +66,7 @@ _LEFT_BEHIND = {
     # Viewers, version control and programming tools.
     *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
 }
-# Copies and locks of editors, what a share keeps beside a file, and downloads that are not finished.
+# Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
 _TEMPORARY = re.compile(
     r"~\$.+|#.+#|.+~|.+@syno\w+|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2"
     r"|crdownload|opdownload|download|!ut|lrdata)",
