@@ -1,4 +1,4 @@
-"""The layout of a user's own pictures: a folder for each class, in a folder or in a zip archive.
+"""The layout of a user's own pictures: a folder for each class, in a folder or in an archive.
 
     ROOT/train/CLASS/**    training images; the folder may be called training, too
     ROOT/val/CLASS/**      images to evaluate on: val, validation, valid, test or testing
@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from inception_jax.datasets.files import FolderSource, Source, ZipSource
+from inception_jax.datasets import member_names, sources
+from inception_jax.datasets.files import Source
 from inception_jax.errors import DataError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -76,26 +77,33 @@ def named_as_picture(file: str) -> bool:
     return formats.get(os.path.splitext(file)[1].lower()) in Image.OPEN
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a folder of pictures, or a zip archive of one.
+def open_source(
+    path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
+) -> Source:
+    """Opens a folder of pictures, or a zip or tar archive of one.
+
+    Args:
+      path: what was given.
+      encoding: of an archive's names where it does not say it; '': not known.
+      scratch: as in `sources.open_path`.
 
     Raises:
-      DataError: if it does not exist, is something else, or holds nothing.
+      DataError: if it does not exist, is something else, or holds nothing; or if the names of an
+        archive's folders can be read in several ways.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
-            "holds one folder of pictures for each class, or a zip archive of it."
+            "holds one folder of pictures for each class, or a zip or tar archive of it."
         )
-    source: Source
-    if path.is_dir():
-        source = FolderSource(path, path, hidden=hidden)
-    else:
-        source = ZipSource(path, hidden=hidden)
-    if not source.sizes:
+    source = sources.open_path(path, hidden=hidden, encoding=encoding, scratch=scratch)
+    problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
+    if source.names_depend_on_encoding:
+        problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
+    if problem:
         source.close()
-        raise DataError(f"{path}: holds no file. {_EXPECTED}")
+        raise problem
     return source
 
 

@@ -50,13 +50,17 @@ class DatasetSpec:
         """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
         return _imported(self.builder)
 
-    def open_source(self, path: str | os.PathLike[str]) -> files.Source:
+    def open_source(self, path: str | os.PathLike[str], *, encoding: str = "") -> files.Source:
         """Opens a source, without TFDS; only where the content is not fixed.
+
+        Args:
+          path: an archive or a folder.
+          encoding: as `config.data.archive_encoding`.
 
         Raises:
           DataError: if there is none at `path`, or it is something else.
         """
-        return _imported(self.opener)(path)
+        return _imported(self.opener)(path, encoding=encoding)
 
 
 def _imported(place: str) -> Any:
@@ -99,7 +103,7 @@ _SPECS = (
         builder="inception_jax.datasets.image_folder:ImageFolder",
         fixed_content=False,
         opener="inception_jax.datasets.folders:open_source",
-        settings=("eval_share", "unreadable"),
+        settings=("eval_share", "unreadable", "archive_encoding"),
     ),
     DatasetSpec(
         name="digits",

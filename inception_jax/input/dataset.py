@@ -294,7 +294,7 @@ def _check_source(
     # Removing the original once it is prepared is no mistake.
     if not path.exists() and str(path) == prepared["path"]:
         return
-    with spec.open_source(path) as files:
+    with spec.open_source(path, encoding=data.archive_encoding) as files:
         if files.fingerprint() == prepared["digest"]:
             return
     raise DataError(
