@@ -325,8 +325,8 @@ def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits
         if of_split != count or set(numbered) != set(range(count)):
             raise DataError(
                 f"{source.path}: not the whole of CIFAR-10, for its {split} folder has "
-                f"{of_split:,} pictures (expected {count:,}, of the numbers 0 to {count - 1:,}). Get the "
-                "archive again, or set config.data.name=image_folder to use what is there."
+                f"{of_split:,} pictures (expected {count:,}, of the numbers 0 to {count - 1:,}). "
+                "Get the archive again, or set config.data.name=image_folder to use what is there."
             )
         files = [numbered[number] for number in range(count)]
         names = [pictures[file][3].lower() for file in files]

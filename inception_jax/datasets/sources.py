@@ -96,11 +96,9 @@ def _is_zip(path: pathlib.Path) -> bool:
 
 
 def archives_inside(files: Iterable[str]) -> str:
-    """Returns a sentence that names archives among some files, which may be what was meant; or ''."""
+    """Returns a sentence that names the archives among some files, or ''."""
     found = sorted((file for file in files if file.lower().endswith(_ARCHIVES)), key=len)
     if not found:
         return ""
     named = ", ".join(found[:_NAMED]) + (", …" if len(found) > _NAMED else "")
-    return (
-        f" It holds archives, which are not looked into: {named}. Give one of them, or unpack it."
-    )
+    return f" It holds archives, which are not looked into: {named}. Give one, or unpack them."

@@ -136,7 +136,7 @@ class TarSource(Source):
         if free < self._whole_size:
             raise DataError(
                 f"{self.path}: unpacks to {self._whole_size / 1e9:.2f} GB in {folder}, which has "
-                f"{free / 1e9:.2f} GB free. Free some space, or set config.data.directory elsewhere."
+                f"{free / 1e9:.2f} GB free. Free some space, or give another config.data.directory."
             )
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))

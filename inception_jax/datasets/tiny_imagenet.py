@@ -34,8 +34,8 @@ class TinyImagenetSubset(builder.ImageBuilder):
     """Any number of classes and images in Tiny ImageNet's layout, at least one of each.
 
     Features: image, label (−1 in the test split, whose classes are not published), wnid (the class
-    id, '' there), file_name (its path in the official layout), and box: x0, y0, x1, y1 in pixels as in
-    the annotation files (−1 four times where there is none).
+    id, '' there), file_name (its path in the official layout), and box: x0, y0, x1, y1 in pixels as
+    in the annotation files (−1 four times where there is none).
     """
 
     VERSION = tfds.core.Version(registry.get("tiny_imagenet_subset").version)
