@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process ends."""
+"""Files that are there whole or not at all, whenever the process ends; folders that are marked."""
 
 import contextlib
 import os
@@ -6,6 +6,19 @@ import pathlib
 from collections.abc import Iterator
 
 from inception_jax.errors import WriteError
+
+# In a folder: what lies there was written by this program, and is no part of a data set.
+MARKER = ".inception_jax"
+
+
+def make_output_folder(folder: pathlib.Path) -> None:
+    """Makes a folder for files that are written, and marks it, so that no data set takes them in.
+
+    A folder that holds something already gets no mark: it may be one of images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        (folder / MARKER).write_text("Written by inception_jax: no part of a data set.\n")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ DATASETS = (
     "imagenet2012",
 )
 UNREADABLE = ("refuse", "skip")
+LAYOUTS = ("auto", "classes")
+ON_CHANGE = ("refuse", "prepare")
 STORAGES = ("decoded", "records")
 MODELS = (
     "googlenet",
@@ -144,6 +146,19 @@ class Data:
         "",
         "encoding of the names in image_folder's archive (gbk, shift_jis, cp866, …) where the "
         "archive does not declare it; empty: UTF-8, or stop if they are not",
+    )
+    layout: str = setting(
+        "auto",
+        "what the outermost folders of image_folder are: splits where they are named and built so "
+        "(train/, val/), or classes whatever their names",
+        choices=LAYOUTS,
+    )
+    on_change: str = setting(
+        "refuse",
+        "what to do where the source, or a setting that decides on what is taken from it, is not "
+        "what was prepared: stop, or prepare it again in place of what is there",
+        choices=ON_CHANGE,
+        resumable=True,
     )
     image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
     storage: str = setting(

@@ -23,15 +23,17 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from inception_jax.datasets import folders, sources
-from inception_jax.datasets.files import Source
+from inception_jax.datasets.files import Contents, Source
 from inception_jax.errors import DataError
 
 FOLDER = "tiny-imagenet-200"
 _WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
+# What is read of a source, and counts for its digest.
+_PARTS = (_WNIDS, _WORDS, "train/", "val/", "test/")
 # What a root is known by where there is no wnids.txt: a class's training folder.
 _CLASS_FOLDER = re.compile(r"(?:(.*)/)?train/n\d{8}/")
 _CLASS_ID = re.compile(r"n\d{8}")
@@ -95,14 +97,11 @@ def _root(source: Source) -> str:
     return min(roots, key=lambda root: (root.count("/"), root))
 
 
-def open_source(
-    path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
-) -> Source:
+def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = None) -> Source:
     """Opens an archive or a folder that holds Tiny ImageNet, or a part of it, at any depth.
 
     Args:
       path: what was given.
-      encoding: of an archive's names, which decides nothing here: ids are ASCII.
       scratch: as in `sources.open_path`.
 
     Raises:
@@ -114,13 +113,33 @@ def open_source(
             f"config.data.source = {str(path)!r}: there is no such file or folder. Give the "
             f"{FOLDER}.zip or the extracted folder, or leave it empty for the official download."
         )
-    source = sources.open_path(path, hidden=folders.hidden, encoding=encoding, scratch=scratch)
+    source = sources.open_path(path, hidden=folders.hidden, scratch=scratch)
     try:
         source.enter(_root(source))
     except DataError:
         source.close()
         raise
     return source
+
+
+def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
+    """Returns what tells the files of a source from others; it reads none.
+
+    Args:
+      path: as of `open_source`.
+      settings: without meaning here.
+
+    Raises:
+      DataError: as `open_source` does.
+    """
+    with open_source(path) as source:
+        # Revision 56edb8b and before counted what lies beside the layout, too.
+        return Contents((fingerprint(source), source.fingerprint()))
+
+
+def fingerprint(source: Source) -> str:
+    """Returns the digest of the files that are part of the layout."""
+    return source.fingerprint(file for file in source.sizes if file.startswith(_PARTS))
 
 
 def _lines(source: Source, file: str) -> list[list[str]]:

@@ -5,14 +5,28 @@ import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from inception_jax.errors import DataError
 
 # The most that is read of one file: no picture and no list has as much, and a small archive could
 # otherwise unpack to more than the memory holds.
 MOST_BYTES = 256 << 20
+
+
+class Contents(NamedTuple):
+    """What tells the content of a source from others.
+
+    Attributes:
+      digests: of `Source.fingerprint`; the first is recorded of what is prepared from it, the
+        others are what older versions recorded.
+      class_names: in the order of the labels; None: the digests are enough.
+    """
+
+    digests: Sequence[str]
+    class_names: Sequence[str] | None = None
 
 
 class Source(abc.ABC):
@@ -23,6 +37,8 @@ class Source(abc.ABC):
       sizes: bytes of each file.
       folders: the folders that are listed by themselves, ending in '/'; those that hold nothing
         are among them.
+      hidden: the files, and the folders ending in '/', that were left out by their names; what
+        lies in such a folder is not listed.
       names_depend_on_encoding: whether there are names whose encoding an archive does not declare.
     """
 
@@ -30,6 +46,7 @@ class Source(abc.ABC):
         self.path = path
         self.sizes: dict[str, int] = {}
         self.folders: list[str] = []
+        self.hidden: list[str] = []
         self.names_depend_on_encoding = False
         # What `path` has above the paths of files, '' or ending in '/'.
         self._root = ""
@@ -53,8 +70,10 @@ class Source(abc.ABC):
             for file, size in self.sizes.items()
             if file.startswith(root)
         }
-        inside = (folder for folder in self.folders if folder.startswith(root) and folder != root)
-        self.folders = [folder.removeprefix(root) for folder in inside]
+        self.folders, self.hidden = (
+            [path.removeprefix(root) for path in paths if path.startswith(root) and path != root]
+            for paths in (self.folders, self.hidden)
+        )
 
     def read(self, file: str) -> bytes:
         """Returns a file's content; safe in threads.
@@ -73,14 +92,18 @@ class Source(abc.ABC):
             )
         return self._read(self._root + file)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, files: Iterable[str] | None = None) -> str:
         """Returns a digest by which other content is noticed, without reading the files.
 
         It is of what the system or the archive says of them. So a folder's is another once its
         files are copied without their times, and the same if one is replaced by another of its
         name, size and time; and that of a folder is never that of its archive.
+
+        Args:
+          files: those that count; None: all.
         """
-        facts = sorted((file, *self._facts(self._root + file)) for file in self.sizes)
+        counted = self.sizes if files is None else files
+        facts = sorted((file, *self._facts(self._root + file)) for file in counted)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @abc.abstractmethod
@@ -115,6 +138,8 @@ class FolderSource(Source):
         for folder, inner, names in os.walk(path, onerror=_refuse, followlinks=True):
             below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
+            self.hidden += [f"{start}{name}/" for name in inner if hidden(start + name)]
+            self.hidden += [start + name for name in names if hidden(start + name)]
             inner[:] = [
                 name
                 for name in inner
@@ -143,6 +168,8 @@ class FolderSource(Source):
 
 
 def _refuse(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):
+        return  # Removed meanwhile, as a run that trains below the folder removes old checkpoints.
     raise DataError(f"{error.filename}: cannot be read ({error}).") from error
 
 

@@ -1,38 +1,88 @@
 """The layout of a user's own pictures: a folder for each class, in a folder or in an archive.
 
-    ROOT/train/CLASS/**    training images; the folder may be called training, too
-    ROOT/val/CLASS/**      images to evaluate on: val, validation, valid, test or testing
+    ROOT/train/CLASS/**    training images
+    ROOT/val/CLASS/**      images to evaluate on
     ROOT/test/**           a second such folder becomes the split 'test', which may have no classes
+    ROOT/pred/**           images without classes, for predictions
 
 or, if nothing is split yet, one folder of which a share of each class is held out:
 
     ROOT/CLASS/**
 
-Folders inside a class are searched. Files that systems leave behind (`.DS_Store`, `Thumbs.db`,
-whatever begins with a dot) are no files of the source. Everything else below a class is taken for
-an image, whatever its name; whether it is one, image_folder.py finds out.
+Names of splits are known by their words: seg_train, training_set, TestImages and val2017 are splits
+where their folders are the same classes. Folders that could be read in two ways are refused, with
+both readings; `config.data.layout` and the path of the source say which one is meant.
+
+Folders inside a class are searched. What systems, shares and editors leave behind, what this
+program writes, notes and logs are no files of the data set; all else below a class is taken for an
+image, whatever its name; whether it is one, image_folder.py finds out.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from inception_jax import atomic
 from inception_jax.datasets import member_names, sources
-from inception_jax.datasets.files import Source
+from inception_jax.datasets.files import Contents, Source
 from inception_jax.errors import DataError
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-_TRAIN_FOLDERS = ("train", "training")
-_VALIDATION_FOLDERS = ("val", "validation", "valid")
-_TEST_FOLDERS = ("test", "testing")
-_LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
+# The words by which a folder's name tells its split.
+_WORDS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    TEST: ("test", "testing"),
+    UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
+}
+# What stands beside them and says nothing: training_set, TestImages, valdata.
+_FILLERS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "split")
+# Folders that are often the only one inside a split's, and hold its classes.
+_CONTAINERS = (*_FILLERS, "photos", "jpg", "jpeg", "png", "unknown")
 _EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/ with such folders."
+_AS_CLASSES = "config.data.layout=classes"
+
+# What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
+_LEFT_BEHIND = {
+    # Windows.
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
+    *("system volume information", "$recycle.bin", "found.000"),
+    # macOS, and its shares.
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),
+    # Linux, NAS systems and their shares.
+    *("lost+found", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot", "~snapshot"),
+    *("@recycle", "@recently-snapshot"),
+    # Viewers and programming tools.
+    *("picasa.ini", "zbthumbnail.info", "descript.ion", "__pycache__"),
+}
+# Copies and locks of editors, and downloads and copies that are not finished.
+_TEMPORARY = re.compile(
+    r"~\$.+|#.+#|.+(~|\.(bak|swp|tmp|temp|part|partial|crdownload|download|!ut))",
+    re.IGNORECASE,
+)
+# Notes, logs, lists and the like: no format of pictures has such names.
+_DOCUMENTS = {
+    *(".txt", ".text", ".md", ".rst", ".tex", ".rtf", ".pdf", ".doc", ".docx", ".odt"),
+    *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp"),
+    *(".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf"),
+    *(".log", ".out", ".err", ".lock", ".pid", ".db", ".sqlite", ".md5", ".sha1", ".sha256"),
+    *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".js", ".css"),
+    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite"),
+    # What programs for photos keep beside them.
+    *(".xmp", ".aae", ".url", ".lnk", ".webloc"),
+}
+# What a run's folder holds besides documents (training/workdir.py has the names).
+_OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
+# A data set that TFDS has not finished, and a cache that this program has not.
+_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px(-records)?\.partial")
 # Unicode's categories of control characters, line breaks and paragraph breaks.
 _BREAKS = ("Cc", "Zl", "Zp")
 # How many things an error names.
@@ -56,18 +106,29 @@ class Layout:
       divided: whether there is a folder to evaluate on, or a share has to be held out.
       root: what the paths of the training files begin with before their class's folder: '' or
         ending in '/'.
+      folders: the folder of each split; empty: there are no splits.
+      left_out: the files, and the folders ending in '/', that are none of the data set's.
     """
 
     splits: dict[str, list[Entry]]
     classes: tuple[str, ...]
     divided: bool
     root: str
+    folders: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Sequence[str] = ()
+
+    @property
+    def files(self) -> list[str]:
+        """The files of all splits."""
+        return [entry.file for entries in self.splits.values() for entry in entries]
 
 
 def hidden(file: str) -> bool:
     """Whether a path is that of a file which systems, not users, put beside pictures."""
-    parts = file.split("/")
-    return any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in parts)
+    return any(
+        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_TEMPORARY.fullmatch(part))
+        for part in file.split("/")
+    )
 
 
 def named_as_picture(file: str) -> bool:
@@ -80,7 +141,7 @@ def named_as_picture(file: str) -> bool:
 def open_source(
     path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
 ) -> Source:
-    """Opens a folder of pictures, or a zip or tar archive of one.
+    """Opens a folder of pictures, or an archive of one; the path may lead on into an archive.
 
     Args:
       path: what was given.
@@ -92,12 +153,17 @@ def open_source(
         archive's folders can be read in several ways.
     """
     path = pathlib.Path(path).expanduser()
-    if not path.exists():
+    archive = next((above for above in path.parents if above.is_file()), path)
+    if not archive.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
             "holds one folder of pictures for each class, or a zip or tar archive of it."
         )
-    source = sources.open_path(path, hidden=hidden, encoding=encoding, scratch=scratch)
+    source = sources.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
+    if archive != path:
+        source.enter(f"{path.relative_to(archive).as_posix()}/")
+        # What messages call it.
+        source.path = path
     problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
     if source.names_depend_on_encoding:
         problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
@@ -107,31 +173,67 @@ def open_source(
     return source
 
 
+def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
+    """Returns what tells the pictures of a source from others; it reads no file.
+
+    Args:
+      path: as of `open_source`.
+      settings: of config.data, layout and archive_encoding among them.
+
+    Raises:
+      DataError: as `open_source` and `layout` do.
+    """
+    with open_source(path, encoding=settings["archive_encoding"]) as source:
+        found = layout(source, settings["layout"])
+        # Revision 56edb8b and before counted what lies beside the pictures, too.
+        own = _own(source)
+        others = [file for file in source.sizes if not _is_in(file, own)]
+        digests = (source.fingerprint(found.files), source.fingerprint(others))
+        return Contents(digests, found.classes)
+
+
 # The paths of files, and of folders with a '/' at their end, by the first folder of each path; ''
 # has the files that lie in none.
 _Tree = dict[str, list[str]]
 
 
-def layout(source: Source) -> Layout:
+def layout(source: Source, reading: str = "auto") -> Layout:
     """Finds classes and splits by the names of the folders; it reads no file.
 
+    Args:
+      source: the files.
+      reading: as config.data.layout.
+
     Raises:
-      DataError: if there are no classes, only one, or pictures that belong to none; or if the
-        folder to evaluate on has a class that is not trained.
+      DataError: if there are no classes, only one, or pictures that belong to none; if a folder to
+        evaluate on has a class that is not trained; or if it can be read in two ways.
     """
-    start, tree = _enter([*source.sizes, *source.folders])
+    own = _own(source)
+    paths = [path for path in (*source.sizes, *source.folders) if not _is_in(path, own)]
+    documents = {path for path in paths if os.path.splitext(path)[1].lower() in _DOCUMENTS}
+    kept = [path for path in paths if path not in documents]
+    kept = _without_emptied(kept, [*own, *documents])
+    left_out = sorted(
+        [*(path for path in source.hidden if not _is_in(path, own)), *own, *documents]
+    )
+    start, tree = _enter(kept)
     where = f"{source.path}/{start}".removesuffix("/")
-    folders = _split_folders(tree, where)
-    if not folders:
+    found = {} if reading == "classes" else _split_folders(tree, where)
+    if not found:
+        if reading != "classes":
+            _check_classes(tree, where)
+        classes = _classes(tree, where, left_out)
         training = _entries(start, tree, where)
-        return Layout({TRAIN: training}, _classes(tree, where), divided=False, root=start)
-    splits, classes = {}, _classes(_below(tree, folders[TRAIN]), f"{where}/{folders[TRAIN]}")
-    for split, folder in folders.items():
-        below, inside = _below(tree, folder), f"{start}{folder}/"
-        if split == TEST and not _has_folders(below):
-            splits[split] = [Entry(inside + file, "") for file in below.get("", ())]
+        return Layout({TRAIN: training}, classes, False, start, left_out=left_out)
+    below = {split: _enter_split(folder, tree) for split, folder in found.items()}
+    folders = {split: inner for split, (inner, _) in below.items()}
+    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
+    splits = {}
+    for split, (folder, inside) in below.items():
+        if split in (TEST, UNLABELED) and not _has_folders(inside):
+            splits[split] = [Entry(f"{start}{folder}/{file}", "") for file in inside.get("", ())]
         else:
-            splits[split] = _entries(inside, below, f"{where}/{folder}")
+            splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
             raise DataError(
@@ -140,7 +242,64 @@ def layout(source: Source) -> Layout:
                 "the folder away."
             )
     root = f"{start}{folders[TRAIN]}/"
-    return Layout(splits, classes, divided=VALIDATION in splits, root=root)
+    return Layout(splits, classes, VALIDATION in splits, root, folders, left_out)
+
+
+def _own(source: Source) -> set[str]:
+    """Returns the files, and folders ending in '/', that this program wrote, by what is in them."""
+    inside: dict[str, set[str]] = {}
+    for path in (*source.sizes, *source.folders, *source.hidden):
+        folder, _, name = path.removesuffix("/").rpartition("/")
+        inside.setdefault(f"{folder}/" if folder else "", set()).add(name)
+    own: set[str] = set()
+    for folder, names in sorted(inside.items()):
+        # What the user gave as the source holds pictures, whatever else it holds.
+        if folder and not _is_in(folder, own) and _is_own(folder, names):
+            own.add(folder)
+        elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
+            own |= {
+                f"{folder}{name}{'/' if f'{folder}{name}/' in inside else ''}"
+                for name in names.intersection(_OF_A_RUN)
+            }
+    return own
+
+
+def _is_own(folder: str, names: Collection[str]) -> bool:
+    """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+    return (
+        atomic.MARKER in names
+        or {"dataset_info.json", "features.json"} <= set(names)
+        or ("info.json" in names and any(name.endswith("_labels.npy") for name in names))
+        or (folder.lower().endswith("cvs/") and {"Entries", "Repository"} <= set(names))
+        or bool(_UNFINISHED.fullmatch(folder.split("/")[-2]))
+    )
+
+
+def _is_in(path: str, own: Collection[str]) -> bool:
+    """Whether a path is among some files and folders, or below one of the folders."""
+    ends = (place + 1 for place, letter in enumerate(path) if letter == "/")
+    return path in own or any(path[:end] in own for end in ends)
+
+
+def _without_emptied(paths: Sequence[str], left_out: Iterable[str]) -> list[str]:
+    """Returns paths without the folders that hold nothing but what was left out: no classes.
+
+    A folder that holds nothing at all stays: it is a class whose pictures are missing.
+    """
+    full = _folders_above(path for path in paths if not path.endswith("/"))
+    emptied = _folders_above(left_out) - full
+    return [path for path in paths if path not in emptied]
+
+
+def _folders_above(paths: Iterable[str]) -> set[str]:
+    """Returns the folders that lie above some paths, each ending in '/'."""
+    folders: set[str] = set()
+    for path in paths:
+        folder = path.removesuffix("/").rpartition("/")[0]
+        while folder and f"{folder}/" not in folders:
+            folders.add(f"{folder}/")
+            folder = folder.rpartition("/")[0]
+    return folders
 
 
 def _by_folder(paths: Iterable[str]) -> _Tree:
@@ -173,57 +332,202 @@ def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
         inner = _below(tree, folders[0])
         if not _has_folders(inner):
             break  # Pictures and no folder: this one is a class.
+        if _kind(folders[0]) == TRAIN and not _stem(folders[0]):
+            folder, inner = _enter_split(folders[0], tree)
+            return f"{start}{folder}/", inner
         start, tree = f"{start}{folders[0]}/", inner
-        if folders[0].lower() in _TRAIN_FOLDERS:
-            break
     return start, tree
+
+
+def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
+    """Goes into a split's folder, and from there into one of its name or of none: train/train/.
+
+    Returns:
+      The path of the folder that holds the classes, and what is below it.
+    """
+    path, name, below = folder, folder, _below(tree, folder)
+    while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
+        inner = _below(below, folders[0])
+        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name)
+        deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
+        if not deeper or not (same or folders[0].lower() in _CONTAINERS):
+            break
+        path, below = f"{path}/{folders[0]}", inner
+    return path, below
+
+
+def _parts_of(folder: str) -> list[str]:
+    """Returns the words of a folder's name, in lower case: seg, train of Seg_Train2."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_name(folder))
+    return re.findall(r"[^\W\d_]+", name.lower())
+
+
+def _kind_of_word(word: str) -> str:
+    for kind, known in _WORDS.items():
+        if any(word in (first, *(first + end for end in _FILLERS)) for first in known):
+            return kind
+    return ""
+
+
+def _kind(folder: str) -> str:
+    """Returns which split a folder's name is that of; '' if of none, or of several."""
+    kinds = {kind for word in _parts_of(folder) if (kind := _kind_of_word(word))}
+    if UNLABELED in kinds:
+        return UNLABELED
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _stem(folder: str) -> str:
+    """Returns what a folder's name says besides its split: cats of cats_train, '' of train_set."""
+    words = _parts_of(folder)
+    return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 
 
 def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     """Returns the folder of each split by the split's name; none if the folders are classes."""
-    folders = [folder for folder in tree if folder]
-    found = {
-        split: [folder for folder in folders if folder.lower() in names]
-        for split, names in (
-            (TRAIN, _TRAIN_FOLDERS),
-            (VALIDATION, _VALIDATION_FOLDERS),
-            (TEST, _TEST_FOLDERS),
-        )
-    }
-    others = sorted(set(folders) - {folder for several in found.values() for folder in several})
-    if not found[TRAIN]:
-        if folders and not others:
-            raise DataError(f"{where}: has {quoted(folders)}, but no train folder. {_EXPECTED}")
-        _check_classes(tree, others, found[VALIDATION] + found[TEST], where)
-        return {}
-    if not (found[VALIDATION] or found[TEST]) and not _has_folders(_below(tree, found[TRAIN][0])):
-        return {}  # A class of that name.
-    for split, several in found.items():
-        if len(several) > 1:
+    kinds = {folder: _kind(folder) for folder in tree if folder}
+    others = sorted(folder for folder, kind in kinds.items() if not kind)
+    if TRAIN not in kinds.values():
+        if kinds and not others:
             raise DataError(
-                f"{where}: {quoted(several)}: which of them is the {split} split? Keep one."
+                f"{where}: has {quoted(list(kinds))}, but no train folder. {_EXPECTED} If they are "
+                f"classes, set {_AS_CLASSES}."
+            )
+        _check_foreign(tree, where)
+        return {}
+    _check_pairs(kinds, where)
+    if not _are_splits(tree, kinds, others):
+        return {}
+    several: dict[str, list[str]] = {}
+    for folder, kind in kinds.items():
+        if kind:
+            several.setdefault(kind, []).append(folder)
+    for split, folders in several.items():
+        if len(folders) > 1:
+            raise DataError(
+                f"{where}: {quoted(folders)}: which of them is the {split} split? Keep one, and "
+                f"move the others away; if they are classes, set {_AS_CLASSES}."
             )
     if others:
-        raise DataError(
-            f"{where}: {quoted(others)} beside {found[TRAIN][0]!r}: is it a class or a split? Keep "
-            "class folders inside the splits' folders, and move other folders away."
+        raise _beside_splits(tree, others, several[TRAIN][0], where)
+    chosen = {split: folders[0] for split, folders in several.items()}
+    if VALIDATION not in chosen and TEST in chosen:
+        _, inside = _enter_split(chosen[TEST], tree)
+        if _has_folders(inside):
+            # What has classes and was not trained on is what an evaluation needs.
+            chosen[VALIDATION] = chosen.pop(TEST)
+    if UNLABELED in chosen and TEST not in chosen:
+        chosen[TEST] = chosen.pop(UNLABELED)
+    return {split: chosen[split] for split in _WORDS if split in chosen}
+
+
+def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bool:
+    """Whether folders, of which one at least is called like a training split, are splits."""
+    training = [folder for folder, kind in kinds.items() if kind == TRAIN]
+    plain = [folder for folder, kind in kinds.items() if kind and not _stem(folder)]
+    if any(folder in plain for folder in training):
+        # A class may have that name, too.
+        return len(plain) > 1 or any(
+            _has_folders(_below(tree, folder)) for folder in training if folder in plain
         )
-    chosen = {split: several[0] for split, several in found.items() if several}
-    if VALIDATION not in chosen and TEST in chosen and _has_folders(_below(tree, chosen[TEST])):
-        # What has classes and was not trained on is what an evaluation needs.
-        chosen[VALIDATION] = chosen.pop(TEST)
-    return chosen
+    if not others and len(set(kinds.values())) > 1:
+        return True
+    classes = {name for folder in training for name in _names_inside(folder, tree)}
+    return any(
+        classes & _names_inside(folder, tree)
+        for folder, kind in kinds.items()
+        if kind not in ("", TRAIN)
+    )
 
 
-def _check_classes(tree: _Tree, others: Sequence[str], doubtful: Sequence[str], where: str) -> None:
+def _names_inside(folder: str, tree: _Tree) -> set[str]:
+    """Returns the names of the folders inside a folder, as of classes."""
+    _, inside = _enter_split(folder, tree)
+    return {class_name(inner) for inner in inside if inner}
+
+
+def _beside_splits(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
+    message = f"{where}: {quoted(others)} beside {train!r}: is it a class or a split?"
+    for folder in others:
+        if any(_kind(inner) == TRAIN for inner in _below(tree, folder) if inner):
+            return DataError(
+                f"{message} {folder!r} has splits of its own, as a copy of the whole would. Give "
+                f"config.data.source={where}/{folder} to use those, or move the folder away."
+            )
+    return DataError(
+        f"{message} Keep class folders inside the splits' folders, and move other folders away; "
+        f"if all of them are classes, set {_AS_CLASSES}."
+    )
+
+
+def _check_pairs(kinds: dict[str, str], where: str) -> None:
+    """Raises DataError if each class has a folder for each split: cats_train, cats_test, …."""
+    by_stem: dict[str, set[str]] = {}
+    for folder, kind in kinds.items():
+        if kind and _stem(folder):
+            by_stem.setdefault(_stem(folder), set()).add(kind)
+    pairs = [stem for stem, found in by_stem.items() if TRAIN in found and len(found) > 1]
+    if len(pairs) > 1:
+        raise DataError(
+            f"{where}: {quoted(sorted(kinds))}: are they classes, or the splits of the classes "
+            f"{quoted(pairs)}? If they are classes, set {_AS_CLASSES}; if splits, move them to "
+            f"train/{pairs[0]}, val/{pairs[0]} and so on."
+        )
+
+
+def _check_foreign(tree: _Tree, where: str) -> None:
     """Raises DataError if a class that is called like a split has folders of the other classes."""
-    classes = set(map(class_name, others))
-    for folder in doubtful:
-        if classes & {class_name(inner) for inner in _below(tree, folder) if inner}:
+    folders = {folder: class_name(folder) for folder in tree if folder}
+    for folder, name in folders.items():
+        if _kind(folder) and (set(folders.values()) - {name}) & _names_inside(folder, tree):
             raise DataError(
                 f"{where}: {folder!r} has folders of the same names as those beside it: is it a "
-                "split? Put the classes to train on into train/."
+                "split? Put the classes to train on into train/. If it is a class, set "
+                f"{_AS_CLASSES}."
             )
+
+
+def _check_classes(tree: _Tree, where: str) -> None:
+    """Raises DataError if folders of classes hold each other's classes, or all hold the same."""
+    names = {folder: class_name(folder) for folder in tree if folder}
+    for folder, name in names.items():
+        others = set(names.values()) - {name}
+        inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
+        found = {part for path in inner for part in map(class_name, path.split("/")[1:])}
+        if repeated := sorted(others & found):
+            place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
+            raise DataError(
+                f"{where}: {folder!r} repeats the folders beside it: it holds {quoted(repeated)}, "
+                "too. Is it a copy of them? Move it away, or give config.data.source="
+                f"{where}/{place.rpartition('/')[0]} to use it alone; if it is a class of its own, "
+                f"set {_AS_CLASSES}."
+            )
+    inside = {folder: _names_inside(folder, tree) for folder in names}
+    deep = [folder for folder in names if len(inside[folder]) > 1]
+    for one, two in itertools.combinations(deep, 2):
+        if len(shared := sorted(inside[one] & inside[two])) > 1:
+            raise _either(sorted(names), one, two, shared, where)
+
+
+def _either(
+    folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
+) -> DataError:
+    """Returns the error for folders that may be classes, or versions of the same classes."""
+    if any(_kind(name) == TRAIN for name in shared):
+        other = (
+            f"or classes that are split inside, into {quoted(shared)}. For those, put the splits "
+            f"outermost, as in {shared[0]}/{one}."
+        )
+    else:
+        other = (
+            f"or several versions of one data set, whose classes are {quoted(shared)}. For that, "
+            f"give one of them as the source, such as config.data.source={where}/{one}."
+        )
+    return DataError(
+        f"{where}: {one!r} and {two!r} have folders of the same names. Either {quoted(folders)} "
+        f"are the classes, and the folders inside do not matter; for that, set {_AS_CLASSES}. "
+        f"{other[0].upper()}{other[1:]}"
+    )
 
 
 def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
@@ -247,10 +551,11 @@ def _loose_pictures(tree: _Tree) -> list[str]:
     return [file for file in tree.get("", ()) if named_as_picture(file)]
 
 
-def _classes(tree: _Tree, where: str) -> tuple[str, ...]:
+def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...]:
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
-        raise DataError(f"{where}: has no class folders. {_EXPECTED}")
+        without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
+        raise DataError(f"{where}: has no class folders. {_EXPECTED}{without}")
     if len(classes) == 1:
         raise DataError(
             f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "

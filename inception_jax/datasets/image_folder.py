@@ -31,6 +31,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
       eval_share: share of each class to evaluate on where the source has no folder for it.
       unreadable: 'refuse' or 'skip' files that are no whole image.
       archive_encoding: of an archive's names where it does not say it; '': not known.
+      layout: 'auto', or 'classes' where no folder is a split.
       kwargs: as of `builder.ImageBuilder`.
     """
 
@@ -39,9 +40,15 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
     _files: files.Source
 
     def __init__(
-        self, *, eval_share: float, unreadable: str, archive_encoding: str = "", **kwargs: Any
+        self,
+        *,
+        eval_share: float,
+        unreadable: str,
+        layout: str,
+        archive_encoding: str,
+        **kwargs: Any,
     ) -> None:
-        self._eval_share, self._unreadable = eval_share, unreadable
+        self._eval_share, self._unreadable, self._reading = eval_share, unreadable, layout
         self._encoding = archive_encoding
         super().__init__(**kwargs)
 
@@ -75,10 +82,23 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
         )
         try:
-            self._divide(folders.layout(self._files))
+            layout = folders.layout(self._files, self._reading)
+            self._log_layout(layout)
+            self._divide(layout)
         except BaseException:
             self._files.close()
             raise
+
+    def _log_layout(self, layout: folders.Layout) -> None:
+        if layout.folders:
+            named = [f"{split} = {folder!r}" for split, folder in layout.folders.items()]
+            self.log(f"{self._files.path}: splits: {', '.join(named)}")
+        if layout.left_out:
+            named = [folders.shown(path) for path in layout.left_out]
+            self.log(
+                f"{self._files.path}: left out {len(named):,} files and folders of systems, "
+                f"editors or this program, notes and the like: {folders.listed(named)}"
+            )
 
     def _divide(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
@@ -93,6 +113,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         self._settings: dict[str, Any] = {}
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
+        if self._reading != "auto":
+            self._settings["layout"] = self._reading
         if problems:
             self.log(f"{self._listed(problems, len(entries))}; left out")
             self._settings["unreadable"] = self._unreadable
@@ -102,10 +124,15 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
                 splits[folders.TRAIN], self._eval_share, root=layout.root
             )
             splits |= {folders.TRAIN: train, folders.VALIDATION: held}
-        if folders.TEST in splits and not splits[folders.TEST]:
-            self.log(f"{self._files.path}: the test folder has no picture; there is no such split")
-            del splits[folders.TEST]
+        for split in (folders.TEST, folders.UNLABELED):
+            if split in splits and not splits[split]:
+                self.log(
+                    f"{self._files.path}: the {split} folder has no picture; there is no such split"
+                )
+                del splits[split]
         self._classes, self._splits, self._skipped = layout.classes, splits, problems
+        self._digest = self._files.fingerprint(layout.files)
+        self._bytes = sum(self._files.sizes[entry.file] for entry in entries)
         self._check_counts()
 
     def _problems(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
@@ -167,7 +194,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         """Returns the class names; the source, the settings that counted, and what was left out."""
         metadata = {
             "source": str(self._files.path.absolute()),
-            "source_digest": self._files.fingerprint(),
+            "source_digest": self._digest,
             "settings": self._settings,
             "unreadable_count": len(self._skipped),
             "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
@@ -175,8 +202,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         return self._classes, metadata
 
     def source_bytes(self) -> int:
-        """Returns the size of all files, bytes."""
-        return sum(self._files.sizes.values())
+        """Returns the size of all images, bytes."""
+        return self._bytes
 
     def examples(
         self, items: Sequence[folders.Entry]

@@ -7,6 +7,7 @@ by its path here and imported by `DatasetSpec.builder_class` when something is t
 import dataclasses
 import importlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from inception_jax.datasets import files
@@ -25,8 +26,8 @@ class DatasetSpec:
       fixed_content: whether every source holds the same examples, so that data prepared from one
         serve for another.
       takes_source: whether `config.data.source` has a meaning.
-      opener: the function that opens a source, a `files.Source`, as 'module:function'; needed where
-        the content is not fixed.
+      contents_function: the function that returns the `files.Contents` of a source, given its path
+        and the settings, as 'module:function'; needed where the content is not fixed.
       classes: how many there are; 0: the source decides.
       settings: the fields of `config.Data` besides the source that the builder takes.
       mean, std: the published ones of the training pixels, in units of pixel value / 255; empty:
@@ -40,7 +41,7 @@ class DatasetSpec:
     builder: str
     fixed_content: bool = True
     takes_source: bool = True
-    opener: str = ""
+    contents_function: str = ""
     classes: int = 0
     settings: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
@@ -50,17 +51,17 @@ class DatasetSpec:
         """Imports and returns the builder's class, a subclass of `builder.ImageBuilder`."""
         return _imported(self.builder)
 
-    def open_source(self, path: str | os.PathLike[str], *, encoding: str = "") -> files.Source:
-        """Opens a source, without TFDS; only where the content is not fixed.
+    def contents(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> files.Contents:
+        """Returns what a source holds now, without TFDS; only where the content is not fixed.
 
         Args:
-          path: an archive or a folder.
-          encoding: as `config.data.archive_encoding`.
+          path: of the source.
+          settings: the values of `settings`, by name.
 
         Raises:
           DataError: if there is none at `path`, or it is something else.
         """
-        return _imported(self.opener)(path, encoding=encoding)
+        return _imported(self.contents_function)(path, settings)
 
 
 def _imported(place: str) -> Any:
@@ -85,7 +86,7 @@ _SPECS = (
         eval_split="validation",
         builder="inception_jax.datasets.tiny_imagenet:TinyImagenetSubset",
         fixed_content=False,
-        opener="inception_jax.datasets.archive:open_source",
+        contents_function="inception_jax.datasets.archive:contents",
     ),
     DatasetSpec(
         name="cifar10",
@@ -102,8 +103,8 @@ _SPECS = (
         eval_split="validation",
         builder="inception_jax.datasets.image_folder:ImageFolder",
         fixed_content=False,
-        opener="inception_jax.datasets.folders:open_source",
-        settings=("eval_share", "unreadable", "archive_encoding"),
+        contents_function="inception_jax.datasets.folders:contents",
+        settings=("eval_share", "unreadable", "layout", "archive_encoding"),
     ),
     DatasetSpec(
         name="digits",

@@ -59,7 +59,8 @@ class TarSource(Source):
         scratch: pathlib.Path | None = None,
     ) -> None:
         super().__init__(path)
-        self._scratch = scratch
+        # What `path` is called by may lead on into the archive.
+        self._archive, self._scratch = path, scratch
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         # Of the archive when it is decompressed, bytes.
@@ -78,7 +79,10 @@ class TarSource(Source):
         # Of several members of one name the last counts, as it does for tar itself.
         self._members: dict[str, tarfile.TarInfo] = {}
         for name, raw, member in zip(names, raws, members, strict=True):
-            if not name or hidden(name):
+            if not name:
+                continue
+            if hidden(name):
+                self.hidden.append(f"{name.rstrip('/')}/" if member.isdir() else name)
                 continue
             self.names_depend_on_encoding |= member_names.is_undeclared(raw)
             if member.isdir():
@@ -129,7 +133,7 @@ class TarSource(Source):
     def _uncompressed(self) -> IO[bytes]:
         """Opens the archive itself, or a temporary file of what it decompresses to."""
         if not self._decompress:
-            return self.path.open("rb")
+            return self._archive.open("rb")
         folder = self._scratch or pathlib.Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -140,7 +144,7 @@ class TarSource(Source):
             )
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-            with self._decompress(self.path, "rb") as source:
+            with self._decompress(self._archive, "rb") as source:
                 shutil.copyfileobj(source, target, _PIECE)
             target.flush()
             stack.pop_all()

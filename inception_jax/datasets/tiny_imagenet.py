@@ -102,7 +102,7 @@ class TinyImagenetSubset(builder.ImageBuilder):
         metadata = {
             "wnids": list(self._index.wnids),
             "source": str(self._files.path.absolute()),
-            "source_digest": self._files.fingerprint(),
+            "source_digest": archive.fingerprint(self._files),
         }
         return self._index.class_names, metadata
 

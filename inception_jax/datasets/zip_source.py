@@ -84,7 +84,10 @@ class ZipSource(Source):
         names = member_names.decode(raws, encoding, self.path)
         self._members: dict[str, zipfile.ZipInfo] = {}
         for name, raw, info in zip(names, raws, infos, strict=True):
-            if not name or hidden(name):
+            if not name:
+                continue
+            if hidden(name):
+                self.hidden.append(name)
                 continue
             self.names_depend_on_encoding |= member_names.is_undeclared(raw)
             if name.endswith("/"):

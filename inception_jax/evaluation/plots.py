@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from inception_jax import atomic
 from inception_jax.errors import UserError
 from inception_jax.telemetry.writers import read_lines
 
@@ -74,7 +75,7 @@ def write_figures(
     """
     written = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_output_folder(folder)
         for name, figure in figures:
             if figure is not None:
                 with warnings.catch_warnings():

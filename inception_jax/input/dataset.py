@@ -12,7 +12,7 @@ The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-
     info.json              what follows, with the size of each file, and the training pixels' mean
                            and standard deviation, measured or published
     <split>_images.npy     uint8 [N, size, size, 3]; not with "records"
-    <split>_digests.npy    uint64 [N], checksums of the images; not with "records"
+    <split>_digests.npy    uint64 [N], checksums of the images, or of files that are not decoded
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
 
@@ -34,18 +34,19 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets import images, registry
+from inception_jax.datasets import folders, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
 from inception_jax.errors import ConfigError, DataError
-from inception_jax.input import digests, splits
+from inception_jax.input import digests, duplicates, splits
+from inception_jax.input.duplicates import Duplicates
 from inception_jax.input.splits import DecodedSplit, RecordSplit, Split
 
 # Rises when the files' layout or the way of decoding changes; older caches are then made again.
@@ -120,6 +121,11 @@ class Dataset:
         """The split to evaluate on."""
         return self.splits[self.eval_split]
 
+    @functools.cached_property
+    def trained_on(self) -> Duplicates | None:
+        """The images to evaluate on that are training images, too; None: not known."""
+        return duplicates.between(self.evaluation, self.train)
+
 
 def data_directory(directory: str) -> pathlib.Path:
     """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''."""
@@ -154,17 +160,40 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     if data.storage == "records":
         cache = cache.with_name(f"{cache.name}-records")
     info, _ = _read_info(cache)
-    if info is None:
+    is_new = False
+    again = data.on_change == "prepare"
+    if info is None or (again and _change(spec, data, _prepared(info), where=cache)):
         with _locked(directory / _CACHES / f"{spec.name}-{spec.version}.lock", log=log):
             # Another process may have prepared it while this one waited.
             info, problem = _read_info(cache)
+            if info is None and problem:
+                log(f"{cache}: {problem}; it is made again")
+            if info is not None and again and _change(spec, data, _prepared(info), where=cache):
+                info = None
             if info is None:
-                if problem:
-                    log(f"{cache}: {problem}; it is made again")
                 with _readable_errors(directory):
-                    info = _build(spec, data, cache, log=log)
-    _check_source(spec, data, info["source"], where=cache)
-    return _open(spec, data, cache, info)
+                    info, is_new = _build(spec, data, cache, log=log), True
+    _check_source(spec, data, _prepared(info), where=cache)
+    dataset = _open(spec, data, cache, info)
+    if is_new:
+        _log_duplicates(dataset, log)
+    return dataset
+
+
+def _log_duplicates(dataset: Dataset, log: Log) -> None:
+    """Says which images occur in two splits, or in one with different labels."""
+    train = dataset.train
+    for name, split in dataset.splits.items():
+        if split is not train and (found := duplicates.between(split, train)) and found.count:
+            log(
+                f"{dataset.name}: {found.count:,} of {len(split):,} images of the {name} split are "
+                f"also among those to train on, so that its accuracy says too much: {found}"
+            )
+    if (found := duplicates.of_different_labels(train)) and found.count:
+        log(
+            f"{dataset.name}: {found.count:,} of {len(train):,} images to train on are there with "
+            f"different labels: {found}"
+        )
 
 
 def class_ids(data: config.Data) -> tuple[str, ...]:
@@ -262,9 +291,10 @@ def _open_split(
 ) -> Split:
     labels = np.load(cache / f"{split}_labels.npy")
     names_path = cache / f"{split}_names.txt"
+    # Caches of older versions have none.
+    digests_path = cache / file if (file := f"{split}{_DIGESTS}") in info["files"] else None
     if data.storage == "decoded":
-        # Caches of older versions have none.
-        known = np.load(cache / file) if (file := f"{split}{_DIGESTS}") in info["files"] else None
+        known = None if digests_path is None else np.load(digests_path)
         images_path = cache / f"{split}{_IMAGES}"
         return DecodedSplit(labels, names_path, data.image_size, images_path, known)
     # Imports TFDS (0.3 s).
@@ -272,37 +302,110 @@ def _open_split(
 
     files = [pathlib.Path(os.path.normpath(cache / file)) for file in info["records"][split]]
     workers = data.workers or len(os.sched_getaffinity(0))
-    return RecordSplit(labels, names_path, data.image_size, Records(files), workers, crop)
+    records = Records(files)
+    return RecordSplit(
+        labels, names_path, data.image_size, records, workers, crop, digests_path=digests_path
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What was prepared: from which source, with which digest and settings, of which classes."""
+
+    path: str
+    digest: str
+    settings: Mapping[str, Any]
+    class_names: Sequence[str]
+
+
+def _prepared(info: Info) -> _Prepared:
+    source = info["source"]
+    return _Prepared(source["path"], source["digest"], source["settings"], info["class_names"])
+
+
+def _prepared_by(builder: Any) -> _Prepared:
+    metadata = builder.info.metadata
+    return _Prepared(
+        path=metadata.get("source", ""),
+        digest=metadata.get("source_digest", ""),
+        settings=metadata.get("settings", {}),
+        class_names=builder.info.features["label"].names,
+    )
+
+
+class _Change(NamedTuple):
+    """How source and settings differ from what was prepared, and what can be done about it."""
+
+    what: str
+    remedy: str
 
 
 def _check_source(
-    spec: DatasetSpec, data: config.Data, prepared: dict[str, Any], *, where: pathlib.Path
+    spec: DatasetSpec, data: config.Data, prepared: _Prepared, *, where: pathlib.Path
 ) -> None:
     """Raises DataError if source and settings are not what was prepared, where that can differ."""
-    for name, value in prepared.get("settings", {}).items():
-        if getattr(data, name) != value:
-            raise DataError(
-                f"config.data.{name} = {getattr(data, name)!r}: {where} was prepared with "
-                f"{value!r}. Give that, or another config.data.directory, or remove "
-                f"{_all_of(spec, data)}."
+    if change := _change(spec, data, prepared, where=where):
+        raise DataError(
+            f"{change.what}. {change.remedy}, or give another config.data.directory, or set "
+            "config.data.on_change=prepare to prepare it again."
+        )
+
+
+def _change(
+    spec: DatasetSpec, data: config.Data, prepared: _Prepared, *, where: pathlib.Path
+) -> _Change | None:
+    """Returns how source and settings differ from what was prepared; None if they do not."""
+    settings = {name: getattr(data, name) for name in spec.settings}
+    # It decides on every source, and older versions had one way alone.
+    layout = {"layout": "auto"} if "layout" in settings else {}
+    for name, value in (layout | dict(prepared.settings)).items():
+        if settings[name] != value:
+            return _Change(
+                f"config.data.{name} = {settings[name]!r}: {where} was prepared with {value!r}",
+                "Give that",
             )
     if spec.fixed_content or not data.source:
-        return
+        return None
     path = pathlib.Path(data.source).expanduser().absolute()
-    # A folder's digest has the times of its files in place of their content.
-    copied = ", or copied without its times" if path.is_dir() else ""
-    # Removing the original once it is prepared is no mistake.
-    if not path.exists() and str(path) == prepared["path"]:
-        return
-    with spec.open_source(path, encoding=data.archive_encoding) as files:
-        if files.fingerprint() == prepared["digest"]:
-            return
-    raise DataError(
-        f"config.data.source = {data.source!r}: {where} was prepared from other content, "
-        f"{prepared['path']}{' as it was then' if str(path) == prepared['path'] else ''}{copied}. "
-        "Give another config.data.directory, or leave config.data.source empty to use what is "
-        f"prepared, or remove {_all_of(spec, data)}, to prepare it anew."
+    # Removing the original once it is prepared is no mistake. A path may lead into an archive.
+    is_there = path.exists() or any(above.is_file() for above in path.parents)
+    if not is_there and str(path) == prepared.path:
+        return None
+    found = spec.contents(path, settings)
+    if prepared.digest not in found.digests:
+        then = " as it was then" if str(path) == prepared.path else ""
+        # A folder's digest has the times of its files in place of their content.
+        copied = ", or copied without its times" if path.is_dir() else ""
+        what = f"from other content, {prepared.path}{then}{copied}"
+    elif found.class_names is None or tuple(found.class_names) == tuple(prepared.class_names):
+        return None
+    else:
+        changes = class_changes(prepared.class_names, found.class_names)
+        what = f"by an older version, which took other folders for the classes ({changes})"
+    return _Change(
+        f"config.data.source = {data.source!r}: {where} was prepared {what}",
+        "Leave config.data.source empty to use what is prepared",
     )
+
+
+def class_changes(before: Sequence[str], after: Sequence[str]) -> str:
+    """Returns how the names of classes, or their order, differ; '' if they do not.
+
+    Args:
+      before, after: the names in the order of the labels.
+    """
+    if tuple(before) == tuple(after):
+        return ""
+    counts = f"{len(before):,} classes → {len(after):,}, " if len(before) != len(after) else ""
+    if sorted(before) == sorted(after):
+        what = "the same names in another order"
+    else:
+        gone, new = (sorted(set(a) - set(b)) for a, b in ((before, after), (after, before)))
+        parts = [(gone, "without"), (new, "with")]
+        what = ", ".join(f"{word} {folders.quoted(names)}" for names, word in parts if names)
+    pairs = itertools.zip_longest(before, after)
+    label, (old, now) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"{counts}{what}; the first that differs is class {label}: {old!r} → {now!r}"
 
 
 def _all_of(spec: DatasetSpec, data: config.Data) -> str:
@@ -381,7 +484,7 @@ def _build(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, *, log: Lo
     for leftover in (partial, *(directory / spec.name).glob(f"incomplete.*_{spec.version}")):
         shutil.rmtree(leftover, ignore_errors=True)
     builder = _prepared_builder(spec, data, directory, log=log)
-    _check_source(spec, data, _source_of(builder), where=pathlib.Path(builder.data_dir))
+    _check_source(spec, data, _prepared_by(builder), where=pathlib.Path(builder.data_dir))
     count = sum(split.num_examples for split in builder.info.splits.values())
     _check_space(directory, count * _example_bytes(data))
     partial.mkdir(parents=True)
@@ -409,6 +512,18 @@ def _prepared_builder(
         log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
         shutil.rmtree(builder.data_dir)
         builder = new()
+    if builder.is_prepared() and data.on_change == "prepare":
+        place = pathlib.Path(builder.data_dir)
+        if change := _change(spec, data, _prepared_by(builder), where=place):
+            with contextlib.closing(builder):
+                # Nor is what is there, where the source cannot be prepared.
+                builder.open()
+            log(f"{change.what}; it is prepared again")
+            # The records last: as long as they are there, an interrupted start begins here anew.
+            for old in (directory / _CACHES).glob(f"{spec.name}-{spec.version}-*px*"):
+                shutil.rmtree(old)
+            shutil.rmtree(place)
+            builder = new()
     if not builder.is_prepared():
         with contextlib.closing(builder):
             builder.open()
@@ -430,15 +545,6 @@ def _example_bytes(data: config.Data) -> int:
     return pixels + np.dtype(np.int32).itemsize + _NAME_BYTES
 
 
-def _source_of(builder: Any) -> dict[str, Any]:
-    metadata = builder.info.metadata
-    return {
-        "path": metadata.get("source", ""),
-        "digest": metadata.get("source_digest", ""),
-        "settings": metadata.get("settings", {}),
-    }
-
-
 def _write_cache(
     builder: Any, spec: DatasetSpec, data: config.Data, folder: pathlib.Path, *, log: Log
 ) -> Info:
@@ -449,6 +555,7 @@ def _write_cache(
         for split in builder.info.splits
     }
     measured = statistics[spec.train_split]
+    source = _prepared_by(builder)
     mean, std = (spec.mean, spec.std) if spec.mean else (each.tolist() for each in measured)
     info = {
         "format": FORMAT,
@@ -465,7 +572,7 @@ def _write_cache(
             for file in sorted(folder.iterdir())
             if not file.name.endswith(_IMAGES)
         },
-        "source": _source_of(builder),
+        "source": {"path": source.path, "digest": source.digest, "settings": source.settings},
     }
     if data.storage == "records":
         info["records"] = {
@@ -517,7 +624,7 @@ def _write_split(
         for piece in images.threaded_map(work, pieces):
             if data.storage == "decoded":
                 file.write(piece.pixels)
-                checksums.append(digests.of_images(piece.pixels))
+            checksums.append(piece.digests)
             labels.append(piece.labels)
             names.write("".join(f"{name}\n" for name in piece.names).encode())
             total += piece.total
@@ -525,9 +632,8 @@ def _write_split(
             progress.update(len(piece.labels))
     with _synced(folder / f"{split}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
-    if checksums:
-        with _synced(folder / f"{split}{_DIGESTS}") as file:
-            np.save(file, np.concatenate(checksums))
+    with _synced(folder / f"{split}{_DIGESTS}") as file:
+        np.save(file, np.concatenate(checksums))
     pixels = count * size * size
     mean = total / pixels
     return mean / 255, np.sqrt(squares / pixels - mean**2) / 255
@@ -540,9 +646,10 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Some examples: labels, int32; `total` and `squares`, uint64 [3], summed over their pixels."""
+    """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3]."""
 
     pixels: np.ndarray
+    digests: np.ndarray
     labels: np.ndarray
     names: list[str]
     total: np.ndarray
@@ -559,6 +666,7 @@ def _decode_piece(records: "Records", size: int, indices: Sequence[int]) -> _Pie
     channels = [pixels[..., channel] for channel in range(3)]
     return _Piece(
         pixels=pixels,
+        digests=digests.of_images(pixels),
         labels=np.array(labels, np.int32),
         names=names,
         total=np.array([c.sum(dtype=np.uint64) for c in channels]),
@@ -569,11 +677,15 @@ def _decode_piece(records: "Records", size: int, indices: Sequence[int]) -> _Pie
 
 def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
     """Reads examples without decoding their images."""
-    facts = [(example.label, example.file_name) for example in _examples(records, indices)]
+    facts = [
+        (example.label, example.file_name, digests.of_file(example.image))
+        for example in _examples(records, indices)
+    ]
     return _Piece(
         pixels=np.empty((0,), np.uint8),
-        labels=np.array([label for label, _ in facts], np.int32),
-        names=[name for _, name in facts],
+        digests=np.array([digest for _, _, digest in facts], np.uint64),
+        labels=np.array([label for label, _, _ in facts], np.int32),
+        names=[name for _, name, _ in facts],
         total=np.zeros(3, np.uint64),
         squares=np.zeros(3, np.uint64),
     )

@@ -18,3 +18,8 @@ def of_images(images: np.ndarray) -> np.ndarray:
     """Returns the checksums of images, uint8 [N, …], as uint64 [N]."""
     rows = np.ascontiguousarray(images).reshape(len(images), -1)
     return np.fromiter(map(_digest, rows), np.uint64, len(rows))
+
+
+def of_file(content: bytes) -> int:
+    """Returns the checksum of an encoded image."""
+    return _digest(content)

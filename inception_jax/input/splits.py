@@ -53,6 +53,11 @@ class Split(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def digests(self) -> np.ndarray | None:
+        """By which equal images are found, uint64 [N]; None: an older version prepared them."""
+
+    @property
+    @abc.abstractmethod
     def threads(self) -> int:
         """How many batches are worth reading at a time, each in a thread."""
 
@@ -96,6 +101,11 @@ class DecodedSplit(Split):
 
     images_path: pathlib.Path
     image_digests: np.ndarray | None = None
+
+    @property
+    def digests(self) -> np.ndarray | None:
+        """Those of the pixels."""
+        return self.image_digests
 
     @property
     def threads(self) -> int:
@@ -148,11 +158,18 @@ class RecordSplit(Split):
       records: the split's records.
       decoders: how many batches to decode at a time, each in a thread.
       crop: side of the centred square that `read` cuts, over the image's shorter side.
+      digests_path: of a .npy file, uint64 [N]; None: an older version wrote none.
     """
 
     records: "Records"
     decoders: int
     crop: float = 1.0
+    digests_path: pathlib.Path | None = None
+
+    @property
+    def digests(self) -> np.ndarray | None:
+        """Those of the pixels at the size of the model's; of the files, if none were decoded."""
+        return None if self.digests_path is None else np.load(self.digests_path)
 
     @property
     def threads(self) -> int:
@@ -191,6 +208,11 @@ class SubsetSplit(Split):
     def names(self) -> tuple[str, ...]:
         """The original file name of each example."""
         return tuple(self.whole.names[index] for index in self.indices)
+
+    @property
+    def digests(self) -> np.ndarray | None:
+        """Those of the other split."""
+        return None if (whole := self.whole.digests) is None else whole[self.indices]
 
     @property
     def threads(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
-from inception_jax import cli, memory
+from inception_jax import atomic, cli, memory
 from inception_jax.errors import ConfigError, DataError, RunError, UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import pretrained
 
     if _EXPLAIN.value is not None:
-        os.makedirs(_EXPLAIN.value, exist_ok=True)
+        atomic.make_output_folder(pathlib.Path(_EXPLAIN.value))
     runtime.initialize(platform=_PLATFORM.value, log=cli.say)
     weights = pretrained.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value

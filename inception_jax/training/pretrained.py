@@ -10,7 +10,7 @@ import numpy as np
 from inception_jax import config as configs
 from inception_jax.config import Config, Timeline
 from inception_jax.errors import ConfigError
-from inception_jax.input.dataset import Dataset
+from inception_jax.input.dataset import Dataset, class_changes
 from inception_jax.models import registry
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
@@ -134,12 +134,10 @@ def start(run: Run, like: TrainState) -> Start:
 
 def other_classes(found: Weights, dataset: Dataset) -> str:
     """Returns how the classes of weights differ from a data set's, or ''."""
-    if found.num_classes != dataset.num_classes:
+    if not found.class_names and found.num_classes != dataset.num_classes:
         return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
-    for theirs, ours in zip(found.class_names, dataset.class_names, strict=False):
-        if theirs != ours:
-            return f"class {theirs!r} of the weights is {ours!r} in {dataset.name}"
-    return ""
+    # Weights of other programs may not say what their classes are called.
+    return class_changes(found.class_names or dataset.class_names, dataset.class_names)
 
 
 def for_evaluation(run: Run, found: Weights) -> Variables:

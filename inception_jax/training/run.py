@@ -84,16 +84,22 @@ class Run:
             "classes": dataset.num_classes,
             "training examples": len(dataset.train),
             f"{dataset.eval_split} examples": len(dataset.evaluation),
+            "class names": list(dataset.class_names),
         }
 
     def dataset_record(self) -> dict[str, Any]:
-        """What config.json says of the data set: its identity, and what using the network takes."""
-        return self.dataset_identity() | {
-            "class names": list(self.dataset.class_names),
-            # Every float32 is a double too, so the text gives back the same bits.
-            "mean": self.dataset.mean.tolist(),
-            "std": self.dataset.std.tolist(),
-        }
+        """What config.json says of the data set: its identity, and what else a reader needs."""
+        found = self.dataset.trained_on
+        trained_on = {} if found is None else {"evaluated and trained on": found._asdict()}
+        return (
+            self.dataset_identity()
+            | trained_on
+            | {
+                # Every float32 is a double too, so the text gives back the same bits.
+                "mean": self.dataset.mean.tolist(),
+                "std": self.dataset.std.tolist(),
+            }
+        )
 
 
 def build(

@@ -18,7 +18,11 @@ from inception_jax import atomic, hosts
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
+from inception_jax.input.dataset import class_changes
 from inception_jax.telemetry import summary
+
+# What the record of a data set calls them.
+_NAMES = "class names"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ def check_writable(workdir: Workdir, *, flag: str = "workdir") -> None:
     """
     probe = workdir.path / f".probe.{os.getpid()}"
     try:
-        workdir.path.mkdir(parents=True, exist_ok=True)
+        atomic.make_output_folder(workdir.path)
         probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
@@ -138,7 +142,7 @@ def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
     if record is None:
         raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
     dataset = record["dataset"]
-    if "class names" not in dataset:
+    if _NAMES not in dataset:
         raise CheckpointError(
             f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
             "the training's command once more: it adds them, and ends at once where it is finished"
@@ -176,18 +180,23 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
 def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     """Checks that a folder's run was trained on these examples.
 
-    Two sources may have the same name and other contents.
+    Two sources may have the same name and other contents: other counts, or classes of other names
+    or in another order, whose labels the network would mix up.
 
     Raises:
       CheckpointError: naming what differs.
     """
     record = recorded(workdir) if has_checkpoint(workdir) else None
     before = record["dataset"] if record else dataset
-    if differing := [
+    differing = [
         f"data set's {key}: {before.get(key)!r} → {value!r}"
         for key, value in dataset.items()
-        if before.get(key) != value
-    ]:
+        if key != _NAMES and before.get(key) != value
+    ]
+    # Older versions did not record them.
+    if _NAMES in before and (changes := class_changes(before[_NAMES], dataset[_NAMES])):
+        differing.append(f"data set's {_NAMES}: {changes}")
+    if differing:
         raise CheckpointError(_other_run(workdir, differing))
 
 

@@ -253,8 +253,8 @@ class WholeListing(files.Source):
     def read(self, file: str) -> bytes:
         return self.texts[file].encode()
 
-    def fingerprint(self) -> str:
-        return ""
+    def _facts(self, file: str) -> tuple[str, int, int]:
+        return file, self.sizes[file], 0
 
     def close(self) -> None:
         pass
