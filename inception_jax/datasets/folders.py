@@ -236,6 +236,12 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
+            if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
+                raise DataError(
+                    f"{where}: has the official layout of Tiny ImageNet, whose validation images "
+                    "lie in no class folders. Set config.data.name=tiny_imagenet, or, for a part "
+                    "of it, tiny_imagenet_subset."
+                )
             raise DataError(
                 f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
                 f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
@@ -555,7 +561,8 @@ def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
         without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
-        raise DataError(f"{where}: has no class folders. {_EXPECTED}{without}")
+        inside = sources.archives_inside(tree.get("", ()))
+        raise DataError(f"{where}: has no class folders. {_EXPECTED}{inside}{without}")
     if len(classes) == 1:
         raise DataError(
             f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "

@@ -184,7 +184,13 @@ def test_few_files_are_in_memory_at_a_time(
 ) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 50, "b": 50}, 8))
     builder = registry.get("image_folder").builder_class()(
-        source=str(path), log=quiet, data_dir=tmp_path, eval_share=0.2, unreadable="refuse"
+        source=str(path),
+        log=quiet,
+        data_dir=tmp_path,
+        eval_share=0.2,
+        unreadable="refuse",
+        layout="auto",
+        archive_encoding="",
     )
     builder.open()
     reads: list[str] = []
