@@ -340,6 +340,11 @@ def index(source: Source) -> Index:
       DataError: if a file is missing, or one is there that should not be.
     """
     remarks: list[str] = []
+    if left_out := source.hidden:
+        remarks.append(
+            f"left out {len(left_out):,} files and folders of systems or editors: "
+            f"{folders.listed([folders.shown(path) for path in left_out])}"
+        )
     training = _train(source, remarks)
     listed = _listed_wnids(source, remarks)
     if foreign := sorted(set(training) - (listed or set(training))):
@@ -350,7 +355,7 @@ def index(source: Source) -> Index:
     if not training:
         raise DataError(
             f"{source.path}: train/ has no JPEG images. Get the archive again, or copy the folder "
-            "whole."
+            "whole; for images of other formats set config.data.name=image_folder."
         )
     validation, others = _validation(source, training, remarks)
     if not validation:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 
 from inception_jax.datasets.files import FolderSource, Source
-from inception_jax.datasets.tar_source import DECOMPRESSORS, TarSource
+from inception_jax.datasets.tar_source import TarSource, decompressor
 from inception_jax.datasets.zip_source import ZipSource
 from inception_jax.errors import DataError
 
@@ -73,7 +73,7 @@ def _is_zip(path: pathlib.Path) -> bool:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     if begin.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return True
-    if begin.startswith(tuple(DECOMPRESSORS)) or begin[257:262] == b"ustar":
+    if decompressor(path) or begin[257:262] == b"ustar":
         return False
     for magic, what, remedy in _OTHERS:
         if begin.startswith(magic):

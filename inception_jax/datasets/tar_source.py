@@ -19,7 +19,7 @@ from inception_jax.datasets.files import Source
 from inception_jax.errors import DataError
 
 # By what a compressed file begins with.
-DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
+_DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
@@ -66,7 +66,7 @@ class TarSource(Source):
         # Of the archive when it is decompressed, bytes.
         self._whole_size = 0
         try:
-            self._decompress = _decompressor(path)
+            self._decompress = decompressor(path)
             with self._decompress(path, "rb") if self._decompress else path.open("rb") as file:
                 members = list(self._headers(file))
         except _BROKEN as error:
@@ -161,11 +161,11 @@ class TarSource(Source):
             self._file = None
 
 
-def _decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
+def decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
     """Returns what opens a compressed file, decompressed; None if it is not compressed."""
     with path.open("rb") as file:
         begin = file.read(8)
-    found = (opener for magic, opener in DECOMPRESSORS.items() if begin.startswith(magic))
+    found = (opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic))
     return next(found, None)
 
 
