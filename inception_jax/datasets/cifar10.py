@@ -49,7 +49,7 @@ _FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": [
 _META = "batches.meta"
 # The names in the order of the labels.
 _NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_PICTURE = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?(\d+)_(\w+)\.png", re.IGNORECASE)
+_PICTURE = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
 # Pictures for the data set 'image_folder': a folder for each class, or loose as Kaggle has them.
 _CLASSED = re.compile(
     rf"(?:.*/)?(train|test)/({'|'.join(_NAMES)})/[^/]+\.(png|jpe?g)", re.IGNORECASE
@@ -282,17 +282,17 @@ def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, byt
     Raises:
       DataError: if one is missing, too large or damaged.
     """
+    for file in source.sizes.keys() & set(wanted):
+        if source.sizes[file] > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB."
+            )
     if missing := [file for file in sorted(wanted) if file not in source.sizes]:
         raise DataError(
             f"{source.path}: not the whole of CIFAR-10's {what}, for it has no "
             f"{', '.join(missing)}. Give the cifar-10-python.tar.gz, or the folder {FOLDER} that "
             "was extracted from it."
         )
-    for file in wanted:
-        if source.sizes[file] > _MOST_BYTES:
-            raise DataError(
-                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB."
-            )
     return {file: source.read(file) for file in wanted}
 
 

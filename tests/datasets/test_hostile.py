@@ -191,11 +191,11 @@ def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathl
     path = tmp_path / "x.tar.gz"
     size = cifar10._MOST_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
-        member = tarfile.TarInfo("batches.meta")
+        member = tarfile.TarInfo("data_batch_1")
         member.size = size
         file.addfile(member, io.BytesIO(bytes(size)))
     builder = registry.get("cifar10").builder_class()(source=str(path), data_dir=tmp_path / "data")
-    with pytest.raises(DataError, match=r"batches\.meta has [\d,]+ bytes; CIFAR-10's has 31 MB"):
+    with pytest.raises(DataError, match=r"data_batch_1 has [\d,]+ bytes; CIFAR-10's has 31 MB"):
         builder.open()
 
 
