@@ -257,7 +257,7 @@ def _other_form(source: Source) -> str:
 
 def _read_pickled(source: Source) -> tuple[list[str], Splits]:
     wanted = [_META, *itertools.chain.from_iterable(_FILES.values())]
-    contents = _contents(source, wanted, FOLDER)
+    contents = _contents(source, wanted, "Python version")
     names = _class_names(contents.pop(_META), f"{source.path}: {_META}")
     return names, {
         split: _joined([_batch(contents.pop(file), f"{source.path}: {file}") for file in files])
