@@ -1,5 +1,7 @@
 """A data set's source in a zip archive."""
 
+import bz2
+import copy
 import lzma
 import pathlib
 import struct
@@ -10,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 from inception_jax.datasets import member_names
-from inception_jax.datasets.files import Source
+from inception_jax.datasets.files import MOST_BYTES, Source
 from inception_jax.errors import DataError
 
 # What zipfile reads.
@@ -19,7 +21,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile
 _OTHER_METHODS = {
     1: "Shrink",
     6: "Implode",
-    9: "Deflate64 (as Windows Explorer does with much data)",
+    9: "Deflate64 (which Windows Explorer uses for large archives)",
     20: "Zstandard",
     93: "Zstandard",
     95: "XZ",
@@ -32,8 +34,8 @@ _WINDOWS = (0, 10, 11, 14)  # FAT, NTFS (two numbers) and VFAT.
 _UNICODE_PATH = 0x7075
 # The record at the end, before a comment of at most 64 KiB.
 _END, _END_SIZE = b"PK\x05\x06", 22
-# A read of these hands all that some compressed bytes unpack to at once, so it gets few of them.
-_UNBOUNDED, _FEW = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA), 4096
+# zipfile hands over all that some bytes of LZMA unpack to at once, so it gets few of them.
+_FEW = 4096
 
 
 class ZipSource(Source):
@@ -108,9 +110,11 @@ class ZipSource(Source):
         try:
             # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
             # file stands, so that several threads get each other's bytes.
+            if info.compress_type == zipfile.ZIP_BZIP2:
+                return self._read_bzip2(info)
             with self._lock, self._zip.open(info) as member:
                 # No more than the archive says it is: a read to the end would unpack what follows.
-                if info.compress_type not in _UNBOUNDED:
+                if info.compress_type != zipfile.ZIP_LZMA:
                     return member.read(info.file_size)
                 return b"".join(iter(lambda: member.read(_FEW), b""))
         except (
@@ -126,6 +130,24 @@ class ZipSource(Source):
             raise DataError(
                 f"{self.path}: {path} is damaged ({error}). Download or copy the archive again."
             ) from error
+
+    def _read_bzip2(self, info: zipfile.ZipInfo) -> bytes:
+        """Returns a member's content; unlike zipfile it unpacks no more than the member's size.
+
+        Some bytes of bzip2 can unpack to a million times as many.
+        """
+        packed = copy.copy(info)
+        packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
+        del packed.CRC  # It is not that of the packed bytes.
+        with self._lock, self._zip.open(packed) as member:
+            data = member.read(min(info.compress_size, MOST_BYTES))
+        decompressor = bz2.BZ2Decompressor()
+        content = decompressor.decompress(data, info.file_size)
+        while len(content) < info.file_size and not decompressor.needs_input:
+            content += decompressor.decompress(b"", info.file_size - len(content))
+        if zlib.crc32(content) != info.CRC:
+            raise zipfile.BadZipFile("bad CRC-32")
+        return content
 
     def _facts(self, path: str) -> tuple[int, ...]:
         """Returns a member's size and the archive's own checksum of it."""
@@ -164,9 +186,9 @@ def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> 
             name = _OTHER_METHODS.get(method, f"the method of number {method}")
             problems[f"compressed with {name}"] += 1
     if problems:
-        found = " and ".join(f"{number:,} are {what}" for what, number in problems.items())
+        found = " and ".join(f"{count:,} are {what}" for what, count in problems.items())
         raise DataError(
-            f"{path}: of {len(members):,} files {found}, which cannot be read here. {_UNPACK}."
+            f"{path}: of its {len(members):,} files {found}, which is not supported. {_UNPACK}."
         )
 
 

@@ -251,7 +251,7 @@ def test_what_is_missing_and_decides_something_is_told(
     index = read(archives.write_files(tmp_path / "x.zip", changed))
     assert index.class_names == index.wnids
     assert set(index.splits) == {"train", "validation"}
-    for what in ("words.txt is missing", "wnids.txt is missing", "val_annotations.txt is missing"):
+    for what in ("words.txt is missing", "wnids.txt is missing", "val/val_annotations.txt is"):
         assert any(remark.startswith(what) for remark in index.remarks)
     assert any(remark.startswith("test/ has no images") for remark in index.remarks)
 

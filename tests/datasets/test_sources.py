@@ -384,11 +384,15 @@ def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], 
 @pytest.mark.parametrize(
     ("flags", "method", "message"),
     [
-        (0, 9, r"of 4 files 4 are compressed with Deflate64 \(.*Unpack it, with 7-Zip .*folder"),
+        (
+            0,
+            9,
+            r"of its 4 files 4 are compressed with Deflate64 \(.*Unpack it, with 7-Zip .*folder",
+        ),
         (0, 93, "4 are compressed with Zstandard"),
         (0, 98, "4 are compressed with PPMd"),
         (0, 42, "4 are compressed with the method of number 42"),
-        (1, 0, "of 4 files 4 are encrypted with a password, .*Unpack it"),
+        (1, 0, "of its 4 files 4 are encrypted with a password, .*Unpack it"),
         (1, 99, "4 are encrypted with a password"),
     ],
 )
