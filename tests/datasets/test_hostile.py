@@ -157,7 +157,8 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
 
     def claim(self: ZipSource, *args: Any, **kwargs: Any) -> None:
         whole(self, *args, **kwargs)
-        self.sizes |= {f"train/{wnid}/images/{name}": 10**13 for name in names}
+        root = f"tiny-imagenet-200/train/{wnid}/images"
+        self.sizes |= {f"{root}/{name}": 10**13 for name in names}
 
     monkeypatch.setattr(ZipSource, "__init__", claim)
     data = config.Data(
