@@ -142,6 +142,11 @@ class Data:
         "what image_folder does about files that are no whole image: stop, or leave them out",
         choices=UNREADABLE,
     )
+    archive_encoding: str = setting(
+        "",
+        "encoding of the names in image_folder's archive (gbk, shift_jis, cp866, …) where the "
+        "archive does not declare it; empty: UTF-8, or stop if they are not",
+    )
     layout: str = setting(
         "auto",
         "what the outermost folders of image_folder are: splits where they are named and built so "
@@ -722,6 +727,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
+    if config.data.archive_encoding and not _keeps_ascii(config.data.archive_encoding):
+        yield (
+            f"config.data.archive_encoding = {config.data.archive_encoding!r}: must be an encoding "
+            "of file names that Python knows, such as gbk, big5, shift_jis, cp866, cp1251 or cp850"
+        )
     if config.data.storage != "records":
         # What is kept decoded is the whole centred square, at the size that the model sees.
         if config.augment.crop == "inception":
@@ -769,6 +779,15 @@ def _contradictions(config: Config) -> Iterator[str]:
                 )
     if model.aux_heads and model.name not in ("googlenet", "googlenet_torchvision"):
         yield f"config.model.aux_heads = True: {model.name!r} has no such heads; set it to False"
+
+
+def _keeps_ascii(encoding: str) -> bool:
+    """Whether there is such an encoding of text, in which ASCII characters are themselves."""
+    text = "train/a.jpg"
+    try:
+        return text.encode("ascii").decode(encoding) == text
+    except (LookupError, ValueError):
+        return False
 
 
 def validate(config: Config) -> None:

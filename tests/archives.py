@@ -2,7 +2,9 @@
 
 import io
 import pathlib
+import tarfile
 import zipfile
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -78,7 +80,7 @@ def tiny_imagenet_files(
 def write_files(
     path: pathlib.Path, files: dict[str, bytes], root: str = "tiny-imagenet-200"
 ) -> pathlib.Path:
-    """Writes files below `root`: into a zip archive if `path` ends so, else into a folder.
+    """Writes files below `root`: into an archive if `path` ends so, else into a folder.
 
     A name that ends in '/' is that of a folder.
     """
@@ -87,11 +89,56 @@ def write_files(
             for name, data in files.items():
                 archive.writestr(f"{root}/{name}" if root else name, data)
         return path
+    if ".tar" in path.suffixes or path.suffix == ".tgz":
+        return write_tar(path, {f"{root}/{n}" if root else n: data for n, data in files.items()})
     for name, data in files.items():
         file = path / root / name
         (file if name.endswith("/") else file.parent).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             file.write_bytes(data)
+    return path
+
+
+def write_tar(path: pathlib.Path, files: dict[str, bytes], **settings: Any) -> pathlib.Path:
+    """Writes files into a tar archive, compressed as its name says; `settings` are tarfile's."""
+    packed = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
+    with tarfile.open(path, f"w:{packed}", **settings) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+class _RawName(zipfile.ZipInfo):
+    """A member whose name is written as the bytes that it is."""
+
+    raw = b""
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.raw, self.flag_bits
+
+
+def write_raw_zip(
+    path: pathlib.Path, files: dict[bytes, bytes], *, system: int = 0, extra: Any = None
+) -> pathlib.Path:
+    """Writes a zip archive with names as old programs write them: bytes of any encoding.
+
+    Args:
+      path: of the archive.
+      files: their contents by the bytes of their names.
+      system: what it was written on; 0: DOS and Windows, 3: Unix.
+      extra: returns a member's extra field, given the bytes of its name.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            info = _RawName(name.decode("cp437"))
+            info.raw, info.create_system = name, system
+            if extra:
+                info.extra = extra(name)
+            archive.writestr(info, data)
     return path
 
 

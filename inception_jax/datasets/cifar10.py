@@ -1,31 +1,40 @@
-"""CIFAR-10 as a TFDS dataset: 10 classes of 32 × 32 pixels, from the official Python version.
+"""CIFAR-10 as a TFDS dataset: 10 classes of 32 × 32 pixels.
+
+The official Python version has these files, each a pickled dictionary:
 
     cifar-10-batches-py/data_batch_1 … data_batch_5    10,000 training images each
     cifar-10-batches-py/test_batch                     10,000 test images
     cifar-10-batches-py/batches.meta                   the names of the classes
 
-Each file is a pickled dictionary. Since a pickle can run any code when it is loaded, these are
-loaded by an unpickler that knows NumPy arrays of plain numbers, and nothing else.
+Since a pickle can run any code when it is loaded, these are loaded by an unpickler that knows NumPy
+arrays of plain numbers, and nothing else. Two other forms hold the same pixels in an order that can
+be told, and so the same examples:
+
+    data_batch_1.bin … test_batch.bin                  the binary version: label, pixels; label, …
+    train/CLASS/NUMBER_CLASS.png, test/…               as fast.ai has it; CLASS/ may be missing
+
+Each form may lie in any folder of a folder, a zip or a tar archive.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", University of Toronto,
 2009.
 """
 
+import functools
 import hashlib
 import io
 import itertools
 import pathlib
 import pickle
-import tarfile
-import zlib
-from collections.abc import Generator, Iterator, Sequence
+import re
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from inception_jax.datasets import builder, download, images, registry
+from inception_jax.datasets import builder, download, folders, images, registry, sources
+from inception_jax.datasets.files import Source
 from inception_jax.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -38,6 +47,13 @@ CLASSES = 10
 PER_FILE = 10_000
 _FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _META = "batches.meta"
+# The names in the order of the labels.
+_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+_PICTURE = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
+# Pictures for the data set 'image_folder': a folder for each class, or loose as Kaggle has them.
+_CLASSED = re.compile(
+    rf"(?:.*/)?(train|test)/({'|'.join(_NAMES)})/[^/]+\.(png|jpe?g)", re.IGNORECASE
+)
 # A batch file is 31 MB; nothing that claims to be much more is read.
 _MOST_BYTES = 100_000_000
 # Images that one thread encodes at a time: some 5 ms of work.
@@ -48,6 +64,10 @@ _CITATION = """@techreport{krizhevsky2009learning,
   institution = {University of Toronto},
   year = {2009},
 }"""
+
+
+# The pixels, uint8 [N, 3072] (all red, all green, all blue), and the labels of each split.
+Splits = dict[str, tuple[np.ndarray, list[int]]]
 
 
 class Example(NamedTuple):
@@ -73,7 +93,7 @@ class Cifar10(builder.ImageBuilder):
 
     _path: pathlib.Path
     _names: list[str]
-    _splits: dict[str, tuple[np.ndarray, list[int]]]
+    _splits: Splits
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -95,14 +115,12 @@ class Cifar10(builder.ImageBuilder):
     def open(self) -> None:
         """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
         self._path = self._locate()
-        contents = _read(self._path)
-        self._names = _class_names(contents.pop(_META), f"{self._path}: {_META}")
-        self._splits = {}
-        for split, files in _FILES.items():
-            parts = [_batch(contents.pop(file), f"{self._path}: {file}") for file in files]
-            labels = list(itertools.chain.from_iterable(labels for _, labels in parts))
-            self._check_counts(split, labels, len(files) * PER_FILE // CLASSES)
-            self._splits[split] = np.concatenate([pixels for pixels, _ in parts]), labels
+        with sources.open_path(
+            self._path, hidden=folders.hidden, scratch=pathlib.Path(self.data_dir_root)
+        ) as source:
+            self._names, self._splits = _read(source)
+        for split, (_, labels) in self._splits.items():
+            self._check_counts(split, labels, len(_FILES[split]) * PER_FILE // CLASSES)
         if self._path.is_file() and not _is_official(self._path):
             self.log(
                 f"{self._path}: not the official archive (MD5 {MD5}), though its files and counts "
@@ -176,46 +194,170 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read(path: pathlib.Path) -> dict[str, bytes]:
-    """Returns the content of each of the files, from a folder or an archive.
+def _read(source: Source) -> tuple[list[str], Splits]:
+    """Returns the names of the classes and the images of each split, from any of the three forms.
 
     Raises:
-      DataError: if one is missing, or the archive is damaged.
+      DataError: if a file is missing or damaged, or it is another form or another data set.
     """
-    wanted = {_META, *itertools.chain.from_iterable(_FILES.values())}
-    try:
-        contents = dict(_folder_files(path, wanted) if path.is_dir() else _tar_files(path, wanted))
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read to its end ({error}). It may be cut short, or be something "
-            "else than cifar-10-python.tar.gz: download or copy it again."
-        ) from error
-    if missing := sorted(wanted - set(contents)):
-        raise DataError(
-            f"{path}: not CIFAR-10's Python version, for it has no {', '.join(missing)}. Give the "
-            f"cifar-10-python.tar.gz, or the folder {FOLDER} that was extracted from it."
+    batches = list(itertools.chain.from_iterable(_FILES.values()))
+    if _has(source, batches):
+        return _read_pickled(source)
+    if _has(source, [f"{batch}.bin" for batch in batches]):
+        return _read_binary(source)
+    pictures = {file: match for file in source.sizes if (match := _PICTURE.fullmatch(file))}
+    if pictures:
+        return _NAMES, _read_pictures(source, pictures)
+    raise DataError(f"{source.path}: {_other_form(source)}")
+
+
+def _has(source: Source, names: Sequence[str]) -> bool:
+    """Enters the folder that holds most of some files, and returns whether there is one."""
+    found = [file for file in source.sizes if file.split("/")[-1] in names]
+    roots = [file.removesuffix(file.split("/")[-1]) for file in found]
+    if roots:
+        source.enter(max(sorted(set(roots), key=len), key=roots.count))
+    return bool(roots)
+
+
+def _other_form(source: Source) -> str:
+    """Returns what a source is that is none of the three forms, and what to do."""
+    files = list(source.sizes)
+    names = {file.split("/")[-1] for file in files}
+    official = (
+        "Get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, or leave "
+        "config.data.source empty to have it downloaded."
+    )
+    if "data_batch_1.mat" in names:
+        return f"CIFAR-10's MATLAB version, which is not read. {official}"
+    if {"fine_label_names.txt", "train.bin"} <= names or any("cifar-100" in f for f in files):
+        return f"CIFAR-100, which is another data set. {official}"
+    if "trainLabels.csv" in names:
+        return (
+            "the form of Kaggle's competition, whose test images have no labels, and are mixed "
+            f"with 290,000 others: there is nothing to evaluate on. {official}"
         )
-    return contents
+    classed = [match for match in map(_CLASSED.fullmatch, files) if match]
+    if classed:
+        why = (
+            "their names do not give the images' official numbers, which decide their order"
+            if classed[0][3].lower() == "png"
+            else "they are JPEGs, which are not the original pixels"
+        )
+        return (
+            f"holds pictures in class folders, and {why}. Set config.data.name=image_folder to use "
+            f"them as they are. {official}"
+        )
+    found = folders.listed(sorted({file.split("/")[0] for file in files}))
+    return (
+        f"not CIFAR-10, for it has no data_batch_1 (found: {found or 'nothing'})."
+        f"{sources.archives_inside(files)} {official}"
+    )
 
 
-def _folder_files(path: pathlib.Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    inner = path / FOLDER
-    root = inner if inner.is_dir() else path
-    for name in sorted(wanted):
-        if (root / name).is_file():
-            yield name, (root / name).read_bytes()
+def _read_pickled(source: Source) -> tuple[list[str], Splits]:
+    wanted = [_META, *itertools.chain.from_iterable(_FILES.values())]
+    contents = _contents(source, wanted, "Python version")
+    names = _class_names(contents.pop(_META), f"{source.path}: {_META}")
+    return names, {
+        split: _joined([_batch(contents.pop(file), f"{source.path}: {file}") for file in files])
+        for split, files in _FILES.items()
+    }
 
 
-def _tar_files(path: pathlib.Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:*") as archive:
-        for member in archive:
-            name = pathlib.PurePosixPath(member.name).name
-            file = archive.extractfile(member) if name in wanted and member.isfile() else None
-            if file is None:
-                continue
-            if member.size > _MOST_BYTES:
-                raise DataError(f"{path}: {name} has {member.size:,} bytes; CIFAR-10's has 31 MB.")
-            yield name, file.read()
+def _read_binary(source: Source) -> tuple[list[str], Splits]:
+    wanted = {split: [f"{file}.bin" for file in files] for split, files in _FILES.items()}
+    contents = _contents(
+        source, [*itertools.chain.from_iterable(wanted.values())], "binary version"
+    )
+    return _NAMES, {
+        split: _joined([_records(contents.pop(file), f"{source.path}: {file}") for file in files])
+        for split, files in wanted.items()
+    }
+
+
+def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, bytes]:
+    """Returns the content of each of some files.
+
+    Raises:
+      DataError: if one is missing, too large or damaged.
+    """
+    for file in source.sizes.keys() & set(wanted):
+        if source.sizes[file] > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB."
+            )
+    if missing := [file for file in sorted(wanted) if file not in source.sizes]:
+        raise DataError(
+            f"{source.path}: not the whole of CIFAR-10's {what}, for it has no "
+            f"{', '.join(missing)}. Give the cifar-10-python.tar.gz, or the folder {FOLDER} that "
+            "was extracted from it."
+        )
+    return {file: source.read(file) for file in wanted}
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarray, list[int]]:
+    labels = list(itertools.chain.from_iterable(labels for _, labels in parts))
+    return np.concatenate([pixels for pixels, _ in parts]), labels
+
+
+def _records(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """Returns the pixels and labels of a file of the binary version."""
+    size = 1 + 3 * 32 * 32
+    if len(data) != PER_FILE * size:
+        raise DataError(
+            f"{where}: has {len(data):,} bytes; {PER_FILE:,} images of CIFAR-10 have "
+            f"{PER_FILE * size:,}. Get the archive again."
+        )
+    records = np.frombuffer(data, np.uint8).reshape(PER_FILE, size)
+    if records[:, 0].max() >= CLASSES:
+        raise DataError(f"{where}: has labels above {CLASSES - 1}. Get the archive again.")
+    return records[:, 1:], records[:, 0].tolist()
+
+
+def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits:
+    """Returns the images of the form that has each as a PNG, in the order of their numbers."""
+    splits: Splits = {}
+    for split, batches in _FILES.items():
+        numbered = {int(m[2]): file for file, m in pictures.items() if m[1].lower() == split}
+        count = len(batches) * PER_FILE
+        of_split = sum(m[1].lower() == split for m in pictures.values())
+        if of_split != count or set(numbered) != set(range(count)):
+            raise DataError(
+                f"{source.path}: not the whole of CIFAR-10, for its {split} folder has "
+                f"{of_split:,} pictures (expected {count:,}, of the numbers 0 to {count - 1:,}). "
+                "Get the archive again, or set config.data.name=image_folder to use what is there."
+            )
+        files = [numbered[number] for number in range(count)]
+        names = [pictures[file][3].lower() for file in files]
+        if foreign := sorted(set(names) - set(_NAMES)):
+            raise DataError(
+                f"{source.path}: {folders.quoted(foreign)}: no class of CIFAR-10. Get the archive "
+                "again, or set config.data.name=image_folder to use what is there."
+            )
+        pixels = np.empty((count, 3 * 32 * 32), np.uint8)
+        work = functools.partial(_decode_pictures, source)
+        pieces = images.threaded_map(work, images.pieces(files, _PIECE))
+        for row, image in zip(pixels, itertools.chain.from_iterable(pieces), strict=True):
+            row[:] = image.transpose(2, 0, 1).ravel()
+        splits[split] = pixels, [_NAMES.index(name) for name in names]
+    return splits
+
+
+def _decode_pictures(source: Source, files: Sequence[str]) -> list[np.ndarray]:
+    return [_decoded(source.read(file), f"{source.path}: {file}") for file in files]
+
+
+def _decoded(data: bytes, where: str) -> np.ndarray:
+    """Returns a PNG's pixels, uint8 [32, 32, 3]."""
+    images.verify(data, where)
+    with Image.open(io.BytesIO(data)) as image:
+        if image.size != (32, 32) or image.mode != "RGB":
+            raise DataError(
+                f"{where}: has {image.width} x {image.height} pixels of the mode {image.mode}; "
+                "CIFAR-10's have 32 x 32 of RGB. Get the archive again."
+            )
+        return np.asarray(image)
 
 
 def _frombytes(text: str, encoding: str) -> bytes:

@@ -1,13 +1,10 @@
-"""The files of a data set's source by their path, in a zip archive or in a folder alike."""
+"""The files of a data set's source by their path, in an archive or in a folder alike."""
 
 import abc
 import hashlib
 import os
 import pathlib
 import stat
-import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple
@@ -42,6 +39,7 @@ class Source(abc.ABC):
         are among them.
       hidden: the files, and the folders ending in '/', that were left out by their names; what
         lies in such a folder is not listed.
+      names_depend_on_encoding: whether there are names whose encoding an archive does not declare.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -49,6 +47,9 @@ class Source(abc.ABC):
         self.sizes: dict[str, int] = {}
         self.folders: list[str] = []
         self.hidden: list[str] = []
+        self.names_depend_on_encoding = False
+        # What `path` has above the paths of files, '' or ending in '/'.
+        self._root = ""
 
     def __enter__(self) -> "Source":
         return self
@@ -61,13 +62,35 @@ class Source(abc.ABC):
     ) -> None:
         self.close()
 
-    @abc.abstractmethod
+    def enter(self, root: str) -> None:
+        """Makes a folder below, '' or a path ending in '/', the root; files elsewhere are left."""
+        self._root += root
+        self.sizes = {
+            file.removeprefix(root): size
+            for file, size in self.sizes.items()
+            if file.startswith(root)
+        }
+        self.folders, self.hidden = (
+            [path.removeprefix(root) for path in paths if path.startswith(root) and path != root]
+            for paths in (self.folders, self.hidden)
+        )
+
     def read(self, file: str) -> bytes:
         """Returns a file's content; safe in threads.
 
         Raises:
-          DataError: if it is missing or damaged.
+          DataError: if it is missing, damaged or larger than any picture.
         """
+        if file not in self.sizes:
+            raise DataError(
+                f"{self.path}: {file} is missing. Get the archive again, or copy the folder whole."
+            )
+        if self.sizes[file] > MOST_BYTES:
+            raise DataError(
+                f"{self.path}: {file} has {self.sizes[file]:,} bytes; at most {MOST_BYTES:,} are "
+                "read of one file. Remove it, or make it smaller."
+            )
+        return self._read(self._root + file)
 
     def fingerprint(self, files: Iterable[str] | None = None) -> str:
         """Returns a digest by which other content is noticed, without reading the files.
@@ -79,103 +102,28 @@ class Source(abc.ABC):
         Args:
           files: those that count; None: all.
         """
-        facts = sorted(map(self._facts, self.sizes if files is None else files))
+        counted = self.sizes if files is None else files
+        facts = sorted((file, *self._facts(self._root + file)) for file in counted)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @abc.abstractmethod
-    def _facts(self, file: str) -> tuple[str, int, int]:
-        """Returns a file's path and size, and what tells its content from others of that size."""
+    def _read(self, path: str) -> bytes:
+        """Returns the content of a file, by its path in the archive or folder that was given."""
+
+    @abc.abstractmethod
+    def _facts(self, path: str) -> tuple[int, ...]:
+        """Returns what changes with a file's content and is known without reading it."""
 
     @abc.abstractmethod
     def close(self) -> None:
         """Releases what is open."""
-
-    def _check_size(self, file: str) -> None:
-        if self.sizes[file] > MOST_BYTES:
-            raise DataError(
-                f"{self.path}: {file} has {self.sizes[file]:,} bytes; at most {MOST_BYTES:,} are "
-                "read of one file. Remove it, or make it smaller."
-            )
-
-    def _missing(self, file: str) -> DataError:
-        return DataError(
-            f"{self.path}: {file} is missing. Get the archive again, or copy the folder whole."
-        )
-
-
-class ZipSource(Source):
-    """A zip archive, read in place.
-
-    Args:
-      path: the archive.
-      root: from the names of all members, the start that the files' paths leave out ('' or ending
-        in '/'); members elsewhere are no files of the source.
-      hidden: whether a file, by its path, is none of the source's.
-
-    Raises:
-      DataError: if it is not a whole zip archive.
-    """
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        *,
-        root: Callable[[Sequence[str]], str] = lambda names: "",
-        hidden: Callable[[str], bool] = lambda file: False,
-    ) -> None:
-        super().__init__(path)
-        self._lock = threading.Lock()
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(
-                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). It may "
-                "be cut short: download or copy it again."
-            ) from error
-        start = root([info.filename for info in self._zip.infolist()])
-        members = {
-            info.filename.removeprefix(start): info
-            for info in self._zip.infolist()
-            if info.filename.startswith(start)
-        }
-        self.hidden = [file for file in members if hidden(file)]
-        for file in self.hidden:
-            del members[file]
-        self.folders = [file for file, info in members.items() if info.is_dir()]
-        self._members = {file: info for file, info in members.items() if not info.is_dir()}
-        self.sizes = {file: info.file_size for file, info in self._members.items()}
-
-    def read(self, file: str) -> bytes:
-        """Returns a member's content."""
-        if file not in self._members:
-            raise self._missing(file)
-        self._check_size(file)
-        try:
-            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
-            # file stands, so that several threads get each other's bytes.
-            with self._lock, self._zip.open(self._members[file]) as member:
-                # No more than the archive says it is: a read to the end would unpack what follows.
-                return member.read(self.sizes[file])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-            raise DataError(
-                f"{self.path}: {file} is damaged ({error}). Download or copy the archive again."
-            ) from error
-
-    def _facts(self, file: str) -> tuple[str, int, int]:
-        """Returns a member's path and size, and the archive's own checksum of it."""
-        return file, self._members[file].file_size, self._members[file].CRC
-
-    def close(self) -> None:
-        """Closes the archive."""
-        self._zip.close()
 
 
 class FolderSource(Source):
     """All files below a folder; links to folders are followed.
 
     Args:
-      path: the folder that was given.
-      root: the folder below it that paths start from.
+      path: the folder.
       hidden: whether a file or folder, by its path, is none of the source's.
 
     Raises:
@@ -183,17 +131,12 @@ class FolderSource(Source):
     """
 
     def __init__(
-        self,
-        path: pathlib.Path,
-        root: pathlib.Path,
-        *,
-        hidden: Callable[[str], bool] = lambda file: False,
+        self, path: pathlib.Path, *, hidden: Callable[[str], bool] = lambda file: False
     ) -> None:
         super().__init__(path)
-        self._root = root
         self._times: dict[str, int] = {}
-        for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
-            below = os.path.relpath(folder, root).replace(os.sep, "/")
+        for folder, inner, names in os.walk(path, onerror=_refuse, followlinks=True):
+            below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
             self.hidden += [f"{start}{name}/" for name in inner if hidden(start + name)]
             self.hidden += [start + name for name in names if hidden(start + name)]
@@ -205,25 +148,20 @@ class FolderSource(Source):
             self.folders += [f"{start}{name}/" for name in inner]
             for file in (start + name for name in names):
                 if not hidden(file):
-                    self.sizes[file], self._times[file] = _size_and_time(root / file)
+                    self.sizes[file], self._times[file] = _size_and_time(path / file)
 
-    def read(self, file: str) -> bytes:
-        """Returns a file's content."""
-        path = self._root / file
+    def _read(self, path: str) -> bytes:
+        file = self.path / path
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise DataError(f"{path}: is a device or a pipe, no file. Remove it.")
-            if file in self.sizes:
-                self._check_size(file)
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise self._missing(file) from error
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise DataError(f"{file}: is a device or a pipe, no file. Remove it.")
+            return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error}).") from error
+            raise DataError(f"{file}: cannot be read ({error}).") from error
 
-    def _facts(self, file: str) -> tuple[str, int, int]:
-        """Returns a file's path, size and time of change."""
-        return file, self.sizes[file], self._times[file]
+    def _facts(self, path: str) -> tuple[int, ...]:
+        """Returns a file's size and time of change."""
+        return self.sizes[path.removeprefix(self._root)], self._times[path]
 
     def close(self) -> None:
         """Does nothing: files are open only while they are read."""

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from inception_jax import atomic
-from inception_jax.datasets.files import Contents, FolderSource, Source, ZipSource
+from inception_jax.datasets import member_names, sources
+from inception_jax.datasets.files import Contents, Source
 from inception_jax.errors import DataError
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
@@ -146,30 +147,38 @@ def named_as_picture(file: str) -> bool:
     return formats.get(os.path.splitext(file)[1].lower()) in Image.OPEN
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(
+    path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
+) -> Source:
     """Opens a folder of pictures, or an archive of one; the path may lead on into an archive.
 
+    Args:
+      path: what was given.
+      encoding: of an archive's names where it does not say it; '': not known.
+      scratch: as in `sources.open_path`.
+
     Raises:
-      DataError: if it does not exist, is something else, or holds nothing.
+      DataError: if it does not exist, is something else, or holds nothing; or if the names of an
+        archive's folders can be read in several ways.
     """
     path = pathlib.Path(path).expanduser()
     archive = next((above for above in path.parents if above.is_file()), path)
     if not archive.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
-            "holds one folder of pictures for each class, or an archive of it."
+            "holds one folder of pictures for each class, or a zip or tar archive of it."
         )
-    source: Source
-    if archive.is_dir():
-        source = FolderSource(path, path, hidden=hidden)
-    else:
-        inner = "" if archive == path else f"{path.relative_to(archive).as_posix()}/"
-        source = ZipSource(archive, root=lambda names: inner, hidden=hidden)
+    source = sources.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
+    if archive != path:
+        source.enter(f"{path.relative_to(archive).as_posix()}/")
         # What messages call it.
         source.path = path
-    if not source.sizes:
+    problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
+    if source.names_depend_on_encoding:
+        problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
+    if problem:
         source.close()
-        raise DataError(f"{path}: holds no file. {_EXPECTED}")
+        raise problem
     return source
 
 
@@ -178,12 +187,12 @@ def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Conte
 
     Args:
       path: as of `open_source`.
-      settings: of config.data, layout among them.
+      settings: of config.data, layout and archive_encoding among them.
 
     Raises:
       DataError: as `open_source` and `layout` do.
     """
-    with open_source(path) as source:
+    with open_source(path, encoding=settings["archive_encoding"]) as source:
         found = layout(source, settings["layout"])
         # Revision 56edb8b and before counted what lies beside the pictures, too.
         others = _without(source.sizes, found.own)
@@ -245,6 +254,12 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
+            if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
+                raise DataError(
+                    f"{where}: has the official layout of Tiny ImageNet, whose validation images "
+                    "lie in no class folders. Set config.data.name=tiny_imagenet, or, for a part "
+                    "of it, tiny_imagenet_subset."
+                )
             raise DataError(
                 f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
                 f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
@@ -578,7 +593,8 @@ def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
         without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
-        raise DataError(f"{where}: has no class folders. {_EXPECTED}{without}")
+        inside = sources.archives_inside(tree.get("", ()))
+        raise DataError(f"{where}: has no class folders. {_EXPECTED}{inside}{without}")
     if len(classes) == 1:
         raise DataError(
             f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import pathlib
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
     Args:
       eval_share: share of each class to evaluate on where the source has no folder for it.
       unreadable: 'refuse' or 'skip' files that are no whole image.
+      archive_encoding: of an archive's names where it does not say it; '': not known.
       layout: 'auto', or 'classes' where no folder is a split.
       kwargs: as of `builder.ImageBuilder`.
     """
@@ -37,8 +39,17 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     _files: files.Source
 
-    def __init__(self, *, eval_share: float, unreadable: str, layout: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        eval_share: float,
+        unreadable: str,
+        layout: str,
+        archive_encoding: str,
+        **kwargs: Any,
+    ) -> None:
         self._eval_share, self._unreadable, self._reading = eval_share, unreadable, layout
+        self._encoding = archive_encoding
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -65,9 +76,11 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if not self.source:
             raise DataError(
                 "config.data.source = '': image_folder has no download. Give the folder that holds "
-                "one folder of pictures for each class, or a zip archive of it."
+                "one folder of pictures for each class, or a zip or tar archive of it."
             )
-        self._files = folders.open_source(self.source)
+        self._files = folders.open_source(
+            self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
+        )
         try:
             layout = folders.layout(self._files, self._reading)
             self._log_layout(layout)
@@ -103,6 +116,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         }
         # What the content depends on besides the files: only this is compared with later settings.
         self._settings: dict[str, Any] = {"layout": self._reading}
+        if self._files.names_depend_on_encoding:
+            self._settings["archive_encoding"] = self._encoding
         if problems:
             self.log(f"{self._listed(problems, len(entries))}; left out")
             self._settings["unreadable"] = self._unreadable

@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 from inception_jax.datasets import builder, images, registry
 from inception_jax.datasets.files import MOST_BYTES
+from inception_jax.datasets.tar_source import decompressor
 from inception_jax.errors import DataError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -114,7 +115,9 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
                 f"config.data.source = {self.source!r}: {paths[0].parent} has no "
                 f"{' and no '.join(missing)}. Get them from https://image-net.org (they need a "
                 "registration) and give their folder; or give a config.data.directory in which "
-                "'tfds build imagenet2012 --file_format=array_record' has prepared them."
+                "'tfds build imagenet2012 --file_format=array_record' has prepared them. Images "
+                "that are extracted to a folder for each class are used with "
+                "config.data.name=image_folder."
             )
         self._paths = paths
         with contextlib.ExitStack() as stack:
@@ -127,8 +130,11 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
 
     def _locate(self) -> pathlib.Path:
         """Returns the folder of the archives; without a source, where TFDS looks for them."""
-        default = pathlib.Path(self.data_dir_root, "downloads", "manual")
-        return pathlib.Path(self.source).expanduser() if self.source else default
+        if not self.source:
+            return pathlib.Path(self.data_dir_root, "downloads", "manual")
+        path = pathlib.Path(self.source).expanduser()
+        # One of the two archives may be given for both.
+        return path.parent if path.is_file() else path
 
     def _train(self) -> list[Entry]:
         """Lists the training images and checks their number and classes."""
@@ -220,6 +226,11 @@ def _descriptor(path: pathlib.Path) -> int:
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
     """Opens an uncompressed tar archive, whose damage is a DataError."""
+    if opener := decompressor(path):
+        raise DataError(
+            f"{path}: is compressed ({opener.__module__}), so its images cannot be read in place. "
+            "Decompress it under the same name."
+        )
     try:
         with tarfile.open(path, "r:") as archive:
             yield archive

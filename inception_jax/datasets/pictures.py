@@ -70,7 +70,7 @@ def find(arguments: Sequence[str]) -> Found:
 def _below(folder: str) -> list[str]:
     """Returns the paths of the files below a folder, relative to it, in natural order."""
     path = pathlib.Path(folder)
-    return sorted(FolderSource(path, path, hidden=folders.hidden).sizes, key=natural_key)
+    return sorted(FolderSource(path, hidden=folders.hidden).sizes, key=natural_key)
 
 
 def _is_special(path: str) -> bool:

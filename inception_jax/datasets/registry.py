@@ -104,7 +104,7 @@ _SPECS = (
         builder="inception_jax.datasets.image_folder:ImageFolder",
         fixed_content=False,
         contents_function="inception_jax.datasets.folders:contents",
-        settings=("eval_share", "unreadable", "layout"),
+        settings=("eval_share", "unreadable", "layout", "archive_encoding"),
     ),
     DatasetSpec(
         name="digits",

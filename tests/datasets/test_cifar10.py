@@ -3,17 +3,18 @@ import io
 import os
 import pathlib
 import pickle
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from inception_jax import config
 from inception_jax.datasets import cifar10
 from inception_jax.errors import DataError
 from inception_jax.input.dataset import Dataset, prepare
+from tests import archives
 
 NAMES = [f"thing {number}" for number in range(10)]
 
@@ -45,19 +46,8 @@ def files(protocol: int = 2, **changes: Any) -> dict[str, bytes]:
 
 
 def write(path: pathlib.Path, contents: dict[str, bytes]) -> pathlib.Path:
-    """Writes files into a .tar.gz, or into a folder."""
-    if path.name.endswith(".tar.gz"):
-        with tarfile.open(path, "w:gz") as archive:
-            for name, data in contents.items():
-                info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-        return path
-    folder = path / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name, data in contents.items():
-        (folder / name).write_bytes(data)
-    return path
+    """Writes files into an archive, or into a folder."""
+    return archives.write_files(path, contents, "cifar-10-batches-py")
 
 
 def opened(source: pathlib.Path, directory: pathlib.Path) -> Dataset:
@@ -184,10 +174,157 @@ def test_other_content_is_refused(tmp_path: pathlib.Path, case: str) -> None:
 def test_a_cut_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
     whole = write(tmp_path / "x.tar.gz", files()).read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[:kept])
-    with pytest.raises(DataError, match=r"x\.tar\.gz: cannot be read to its end"):
+    with pytest.raises(
+        DataError, match=r"x\.tar\.gz: (not a whole|neither a zip nor a) tar archive"
+    ):
         opened(tmp_path / "x.tar.gz", tmp_path / "data")
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*official download"):
         opened(tmp_path / "nowhere", tmp_path)
+
+
+# Other forms.
+
+
+def pixels_of(*numbers: int) -> tuple[np.ndarray, list[int]]:
+    """Returns what some batches hold."""
+    parts = [batch(number) for number in numbers]
+    labels = [label for part in parts for label in part[b"labels"]]
+    return np.concatenate([part[b"data"] for part in parts]), labels
+
+
+def as_pictures(name: Callable[[str, int, str], str], kind: str = "PNG") -> dict[str, bytes]:
+    """Returns a file for each image; `name` has its path by split, number and class."""
+    result = {}
+    for split, numbers in (("train", range(1, 6)), ("test", [6])):
+        for number, (row, label) in enumerate(zip(*pixels_of(*numbers), strict=True)):
+            buffer = io.BytesIO()
+            Image.fromarray(row.reshape(3, 32, 32).transpose(1, 2, 0)).save(buffer, kind)
+            result[name(split, number, cifar10._NAMES[label])] = buffer.getvalue()
+    return result
+
+
+def as_binary() -> dict[str, bytes]:
+    result = {}
+    for number, name in enumerate(
+        [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
+    ):
+        pixels, labels = pixels_of(number + 1)
+        records = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
+        result[f"cifar-10-batches-bin/{name}"] = records.tobytes()
+    return result
+
+
+FORMS = {
+    "zip": ("x.zip", lambda: {f"cifar-10-batches-py/{n}": d for n, d in named().items()}),
+    "deep": ("x.zip", lambda: {f"archive/a/{n}": d for n, d in named().items()}),
+    "plain tar": ("x.tar", lambda: {f"./{n}": d for n, d in named().items()}),
+    "deep folder": ("folder", lambda: {f"cifar-10-python/c/{n}": d for n, d in named().items()}),
+    "archive beside it": ("folder", lambda: named() | {"cifar-10-python.tar.gz": b"x"}),
+    "binary": ("x.tar.gz", as_binary),
+    "fast.ai": (
+        "cifar10.tgz",
+        lambda: (
+            as_pictures(lambda split, n, c: f"cifar10/{split}/{c}/{n}_{c}.png")
+            | {"cifar10/labels.txt": b"x"}
+        ),
+    ),
+    "one folder": ("cifar", lambda: as_pictures(lambda split, n, c: f"{split}/{n}_{c}.png")),
+}
+
+
+def named() -> dict[str, bytes]:
+    return files(**{"batches.meta": {b"label_names": cifar10._NAMES}})
+
+
+def prepared(source: pathlib.Path, directory: pathlib.Path) -> dict[str, bytes]:
+    """Returns the files of what is prepared, by name, without the description."""
+    opened(source, directory)
+    (cache,) = (directory / "inception_jax").glob("cifar10-*px")
+    return {f.name: f.read_bytes() for f in cache.iterdir() if f.name != "info.json"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_make_the_same_data(tmp_path: pathlib.Path, form: str) -> None:
+    name, make = FORMS[form]
+    official = prepared(write(tmp_path / "official.tar.gz", named()), tmp_path / "one")
+    source = archives.write_files(tmp_path / name, make(), "")
+    assert prepared(source, tmp_path / "two") == official
+
+
+NO_FORMS = {
+    "matlab": ({"cifar-10-batches-mat/data_batch_1.mat": b""}, "CIFAR-10's MATLAB version"),
+    "100": ({"cifar-100-python/train": b"", "cifar-100-python/meta": b""}, "CIFAR-100, which is"),
+    "100 binary": ({"c/train.bin": b"", "c/fine_label_names.txt": b""}, "CIFAR-100, which is"),
+    "competition": (
+        {"trainLabels.csv": b"", "train/1.png": b"", "test/1.png": b""},
+        "Kaggle's competition, whose test images have no labels",
+    ),
+    "competition, packed": ({"trainLabels.csv": b"", "train.7z": b""}, "Kaggle's competition"),
+    "JPEGs": (
+        {"train/airplane/0001.jpg": b"", "test/cat/0001.jpg": b""},
+        "they are JPEGs, which are not the original pixels. Set config.data.name=image_folder",
+    ),
+    "PNGs": (
+        {"c/train/cat/0001.png": b""},
+        "do not give the images' official numbers.*image_folder",
+    ),
+    "packed": ({"cifar-10-python.tar.gz": b""}, r"holds archives, .*: cifar-10-python\.tar\.gz"),
+    "others": ({"a/1.jpg": b"", "b/1.jpg": b""}, r"no data_batch_1 \(found: a, b\)"),
+}
+
+
+@pytest.mark.parametrize("name", ["x.zip", "folder"])
+@pytest.mark.parametrize("case", NO_FORMS)
+def test_what_is_another_form_is_named(tmp_path: pathlib.Path, case: str, name: str) -> None:
+    contents, message = NO_FORMS[case]
+    path = archives.write_files(tmp_path / name, contents, "")
+    with pytest.raises(DataError, match=message) as error:
+        opened(path, tmp_path / "data")
+    assert str(path) in str(error.value) and "cifar-10-python.tar.gz" in str(error.value)
+
+
+def without_one(contents: dict[str, bytes]) -> dict[str, bytes]:
+    return dict(list(contents.items())[1:])
+
+
+WRONG_FORMS = {
+    "missing": (lambda: without_one(numbered()), "its train folder has 99 pictures .expected 100"),
+    "numbers": (
+        lambda: as_pictures(lambda split, n, c: f"{split}/{n + 1}_{c}.png"),
+        "of the numbers 0 to 99",
+    ),
+    "class": (
+        lambda: as_pictures(lambda split, n, c: f"{split}/{n}_{c[:4]}.png"),
+        r"'airp', .*: no class of CIFAR-10.*image_folder",
+    ),
+    "labels": (lambda: as_pictures(lambda split, n, c: f"{split}/{n}_cat.png"), "0, 0, 0, 100, 0"),
+    "broken": (lambda: numbered() | {"train/0_x.png": b"x"}, "folder has 101 pictures"),
+    "binary": (lambda: without_one(as_binary()), r"version, for it has no data_batch_1\.bin"),
+    "cut": (lambda: {n: d[:-1] for n, d in as_binary().items()}, r"has 61,459 bytes; 20 images"),
+    "label": (lambda: {n: b"\x0a" + d[1:] for n, d in as_binary().items()}, "labels above 9"),
+}
+
+
+def numbered() -> dict[str, bytes]:
+    return as_pictures(lambda split, n, c: f"{split}/{n}_{c}.png")
+
+
+@pytest.mark.parametrize("case", WRONG_FORMS)
+def test_other_forms_must_be_whole(tmp_path: pathlib.Path, case: str) -> None:
+    make, message = WRONG_FORMS[case]
+    path = archives.write_files(tmp_path / "x.zip", make(), "")
+    with pytest.raises(DataError, match=message):
+        opened(path, tmp_path / "data")
+
+
+def test_a_picture_of_another_size_or_kind_is_refused(tmp_path: pathlib.Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (32, 32)).save(buffer, "PNG")
+    contents = numbered()
+    contents[next(iter(contents))] = buffer.getvalue()
+    archives.write_files(tmp_path / "x.zip", contents, "")
+    with pytest.raises(DataError, match=r"0_\w+\.png: has 32 x 32 pixels of the mode L; CIFAR"):
+        opened(tmp_path / "x.zip", tmp_path / "data")

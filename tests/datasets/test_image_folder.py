@@ -193,6 +193,7 @@ def test_few_files_are_in_memory_at_a_time(
         eval_share=0.2,
         unreadable="refuse",
         layout="auto",
+        archive_encoding="",
     )
     builder.open()
     reads: list[str] = []

@@ -1,6 +1,7 @@
 """ImageNet from small archives of the official layout, and as TFDS's own builder writes it."""
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -245,6 +246,19 @@ def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, g
     assert "tfds build imagenet2012 --file_format=array_record" in message
     write_source(folder, train_files(), validation_files())
     check(prepare(data, log=quiet))
+
+
+def test_one_of_the_archives_stands_for_both(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    check(prepare(settings(tmp_path, source / imagenet.TRAIN), log=quiet))
+
+
+def test_a_compressed_archive_is_said_to_be_one(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    path = source / imagenet.VALIDATION
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=r"img_val\.tar: is compressed \(gzip\), so .* in place"):
+        prepare(settings(tmp_path, source), log=quiet)
 
 
 def test_an_archive_that_may_not_be_read_leaves_none_open(
