@@ -36,11 +36,14 @@ from inception_jax.datasets.files import Contents, Source
 from inception_jax.errors import DataError
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
+_EVALUATION = "evaluation"
 # The words by which a folder's name tells its split.
 _WORDS = {
     TRAIN: ("train", "training"),
-    VALIDATION: ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
+    # The one of the two that has no folder of its own.
+    _EVALUATION: ("eval", "evaluation", "holdout"),
     UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
 }
 # What stands beside them and says nothing: training_set, TestImages, valdata.
@@ -55,17 +58,19 @@ _LEFT_BEHIND = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
     *("system volume information", "$recycle.bin", "found.000"),
-    # macOS, and its shares.
-    *("__macosx", "icon\r", "network trash folder", "temporary items"),
-    # Linux, NAS systems and their shares.
-    *("lost+found", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot", "~snapshot"),
-    *("@recycle", "@recently-snapshot"),
-    # Viewers and programming tools.
-    *("picasa.ini", "zbthumbnail.info", "descript.ion", "__pycache__"),
+    # macOS, its shares, and the same name as other systems show it.
+    *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
+    "thevolumesettingsfolder",
+    # Linux, Android, NAS systems and their shares.
+    *("lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),
+    *("~snapshot", "@recycle", "@recently-snapshot"),
+    # Viewers, version control and programming tools.
+    *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
 }
-# Copies and locks of editors, and downloads and copies that are not finished.
+# Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
 _TEMPORARY = re.compile(
-    r"~\$.+|#.+#|.+(~|\.(bak|swp|tmp|temp|part|partial|crdownload|download|!ut))",
+    r"~\$.+|#.+#|.+~|.+@syno\w+|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2"
+    r"|crdownload|opdownload|download|!ut|lrdata)",
     re.IGNORECASE,
 )
 # Notes, logs, lists and the like: no format of pictures has such names.
@@ -75,14 +80,14 @@ _DOCUMENTS = {
     *(".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf"),
     *(".log", ".out", ".err", ".lock", ".pid", ".db", ".sqlite", ".md5", ".sha1", ".sha256"),
     *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".js", ".css"),
-    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite"),
+    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite", ".wandb"),
     # What programs for photos keep beside them.
-    *(".xmp", ".aae", ".url", ".lnk", ".webloc"),
+    *(".xmp", ".aae", ".thm", ".url", ".lnk", ".webloc"),
 }
 # What a run's folder holds besides documents (training/workdir.py has the names).
 _OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
 # A data set that TFDS has not finished, and a cache that this program has not.
-_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px(-records)?\.partial")
+_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
 # Unicode's categories of control characters, line breaks and paragraph breaks.
 _BREAKS = ("Cc", "Zl", "Zp")
 # How many things an error names.
@@ -107,7 +112,9 @@ class Layout:
       root: what the paths of the training files begin with before their class's folder: '' or
         ending in '/'.
       folders: the folder of each split; empty: there are no splits.
-      left_out: the files, and the folders ending in '/', that are none of the data set's.
+      own: the files, and the folders ending in '/', that this program wrote.
+      left_out: these and all others that are none of the data set's.
+      without_pictures: the folders beside those of classes that hold notes and the like alone.
     """
 
     splits: dict[str, list[Entry]]
@@ -115,7 +122,9 @@ class Layout:
     divided: bool
     root: str
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
+    own: Collection[str] = ()
     left_out: Sequence[str] = ()
+    without_pictures: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
@@ -186,8 +195,7 @@ def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Conte
     with open_source(path, encoding=settings["archive_encoding"]) as source:
         found = layout(source, settings["layout"])
         # Revision 56edb8b and before counted what lies beside the pictures, too.
-        own = _own(source)
-        others = [file for file in source.sizes if not _is_in(file, own)]
+        others = _without(source.sizes, found.own)
         digests = (source.fingerprint(found.files), source.fingerprint(others))
         return Contents(digests, found.classes)
 
@@ -209,22 +217,32 @@ def layout(source: Source, reading: str = "auto") -> Layout:
         evaluate on has a class that is not trained; or if it can be read in two ways.
     """
     own = _own(source)
-    paths = [path for path in (*source.sizes, *source.folders) if not _is_in(path, own)]
-    documents = {path for path in paths if os.path.splitext(path)[1].lower() in _DOCUMENTS}
+    paths = _without([*source.sizes, *source.folders], own)
+    documents = {path for path in paths if path[path.rfind(".") :].lower() in _DOCUMENTS}
     kept = [path for path in paths if path not in documents]
-    kept = _without_emptied(kept, [*own, *documents])
-    left_out = sorted(
-        [*(path for path in source.hidden if not _is_in(path, own)), *own, *documents]
+    # A folder that holds nothing at all stays: it is a class whose pictures are missing.
+    emptied = _folders_above([*own, *documents]) - _folders_above(
+        path for path in kept if not path.endswith("/")
     )
+    kept = [path for path in kept if path not in emptied]
+    left_out = sorted([*_without(source.hidden, own), *own, *documents])
     start, tree = _enter(kept)
     where = f"{source.path}/{start}".removesuffix("/")
     found = {} if reading == "classes" else _split_folders(tree, where)
     if not found:
         if reading != "classes":
             _check_classes(tree, where)
-        classes = _classes(tree, where, left_out)
         training = _entries(start, tree, where)
-        return Layout({TRAIN: training}, classes, False, start, left_out=left_out)
+        classes = _classes(tree, where, left_out)
+        return Layout(
+            {TRAIN: training},
+            classes,
+            False,
+            start,
+            own=own,
+            left_out=left_out,
+            without_pictures=_inside(start, emptied & _folders_above(documents)),
+        )
     below = {split: _enter_split(folder, tree) for split, folder in found.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
     classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
@@ -248,7 +266,16 @@ def layout(source: Source, reading: str = "auto") -> Layout:
                 "the folder away."
             )
     root = f"{start}{folders[TRAIN]}/"
-    return Layout(splits, classes, VALIDATION in splits, root, folders, left_out)
+    return Layout(
+        splits,
+        classes,
+        VALIDATION in splits,
+        root,
+        folders,
+        own,
+        left_out,
+        without_pictures=_inside(root, emptied & _folders_above(documents)),
+    )
 
 
 def _own(source: Source) -> set[str]:
@@ -256,45 +283,40 @@ def _own(source: Source) -> set[str]:
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
         folder, _, name = path.removesuffix("/").rpartition("/")
-        inside.setdefault(f"{folder}/" if folder else "", set()).add(name)
+        # An archive need not list the folders that hold something.
+        while name and name not in (names := inside.setdefault(folder, set())):
+            names.add(name)
+            folder, _, name = folder.rpartition("/")
     own: set[str] = set()
     for folder, names in sorted(inside.items()):
         # What the user gave as the source holds pictures, whatever else it holds.
-        if folder and not _is_in(folder, own) and _is_own(folder, names):
-            own.add(folder)
+        if folder and _without([f"{folder}/"], own) and _is_own(folder, names):
+            own.add(f"{folder}/")
         elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
-            own |= {
-                f"{folder}{name}{'/' if f'{folder}{name}/' in inside else ''}"
-                for name in names.intersection(_OF_A_RUN)
-            }
+            start = f"{folder}/" if folder else ""
+            found = [start + name for name in names.intersection(_OF_A_RUN)]
+            own |= {f"{path}/" if path in inside else path for path in found}
     return own
 
 
 def _is_own(folder: str, names: Collection[str]) -> bool:
     """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+    name = folder.rpartition("/")[2]
     return (
-        atomic.MARKER in names
+        bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
         or {"dataset_info.json", "features.json"} <= set(names)
-        or ("info.json" in names and any(name.endswith("_labels.npy") for name in names))
-        or (folder.lower().endswith("cvs/") and {"Entries", "Repository"} <= set(names))
-        or bool(_UNFINISHED.fullmatch(folder.split("/")[-2]))
+        or ("info.json" in names and any(file.endswith("_labels.npy") for file in names))
+        or (name == "inception_jax" and any(file.endswith(".lock") for file in names))
+        or (name == "downloads" and "extracted" in names)
+        or (name == "CVS" and {"Entries", "Repository"} <= set(names))
+        or bool(_UNFINISHED.fullmatch(name))
     )
 
 
-def _is_in(path: str, own: Collection[str]) -> bool:
-    """Whether a path is among some files and folders, or below one of the folders."""
-    ends = (place + 1 for place, letter in enumerate(path) if letter == "/")
-    return path in own or any(path[:end] in own for end in ends)
-
-
-def _without_emptied(paths: Sequence[str], left_out: Iterable[str]) -> list[str]:
-    """Returns paths without the folders that hold nothing but what was left out: no classes.
-
-    A folder that holds nothing at all stays: it is a class whose pictures are missing.
-    """
-    full = _folders_above(path for path in paths if not path.endswith("/"))
-    emptied = _folders_above(left_out) - full
-    return [path for path in paths if path not in emptied]
+def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
+    """Returns paths without some files and folders, and without what lies in these folders."""
+    folders = tuple(path for path in own if path.endswith("/"))
+    return [path for path in paths if path not in own and not path.startswith(folders)]
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
@@ -306,6 +328,12 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
             folders.add(f"{folder}/")
             folder = folder.rpartition("/")[0]
     return folders
+
+
+def _inside(start: str, folders: Iterable[str]) -> list[str]:
+    """Returns the names of those folders that lie directly in the one whose path is `start`."""
+    names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
+    return sorted(name for name in names if "/" not in name)
 
 
 def _by_folder(paths: Iterable[str]) -> _Tree:
@@ -354,7 +382,7 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
     path, name, below = folder, folder, _below(tree, folder)
     while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
         inner = _below(below, folders[0])
-        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name)
+        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name) != ""
         deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
         if not deeper or not (same or folders[0].lower() in _CONTAINERS):
             break
@@ -408,6 +436,9 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     for folder, kind in kinds.items():
         if kind:
             several.setdefault(kind, []).append(folder)
+    if _EVALUATION in several:
+        split = next((split for split in (VALIDATION, TEST) if split not in several), VALIDATION)
+        several[split] = [*several.get(split, ()), *several.pop(_EVALUATION)]
     for split, folders in several.items():
         if len(folders) > 1:
             raise DataError(
@@ -544,9 +575,10 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
             f"{shown(pictures[0])}. {_EXPECTED}"
         )
     return [
-        Entry(start + file, class_name(folder))
+        Entry(start + file, label)
         for folder in tree
         if folder
+        for label in [class_name(folder)]
         for file in tree[folder]
         if not file.endswith("/")
     ]

@@ -96,8 +96,13 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if layout.left_out:
             named = [folders.shown(path) for path in layout.left_out]
             self.log(
-                f"{self._files.path}: left out {len(named):,} files and folders of systems, "
-                f"editors or this program, notes and the like: {folders.listed(named)}"
+                f"{self._files.path}: ignored {len(named):,} paths, left by systems, editors or "
+                f"this program, or notes and the like: {folders.listed(named)}"
+            )
+        if layout.without_pictures:
+            self.log(
+                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: without pictures, "
+                "so not among the classes"
             )
 
     def _divide(self, layout: folders.Layout) -> None:
@@ -110,11 +115,9 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             for split, members in layout.splits.items()
         }
         # What the content depends on besides the files: only this is compared with later settings.
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {"layout": self._reading}
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
-        if self._reading != "auto":
-            self._settings["layout"] = self._reading
         if problems:
             self.log(f"{self._listed(problems, len(entries))}; left out")
             self._settings["unreadable"] = self._unreadable

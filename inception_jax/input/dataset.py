@@ -356,9 +356,8 @@ def _change(
 ) -> _Change | None:
     """Returns how source and settings differ from what was prepared; None if they do not."""
     settings = {name: getattr(data, name) for name in spec.settings}
-    # It decides on every source, and older versions had one way alone.
-    layout = {"layout": "auto"} if "layout" in settings else {}
-    for name, value in (layout | dict(prepared.settings)).items():
+    # Settings that older versions did not have decide on what the source holds, below.
+    for name, value in prepared.settings.items():
         if settings[name] != value:
             return _Change(
                 f"config.data.{name} = {settings[name]!r}: {where} was prepared with {value!r}",
@@ -512,25 +511,33 @@ def _prepared_builder(
         log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
         shutil.rmtree(builder.data_dir)
         builder = new()
-    if builder.is_prepared() and data.on_change == "prepare":
-        place = pathlib.Path(builder.data_dir)
-        if change := _change(spec, data, _prepared_by(builder), where=place):
-            with contextlib.closing(builder):
-                # Nor is what is there, where the source cannot be prepared.
-                builder.open()
-            log(f"{change.what}; it is prepared again")
-            # The records last: as long as they are there, an interrupted start begins here anew.
-            for old in (directory / _CACHES).glob(f"{spec.name}-{spec.version}-*px*"):
-                shutil.rmtree(old)
-            shutil.rmtree(place)
-            builder = new()
+    place, aside = pathlib.Path(builder.data_dir), None
+    if (
+        builder.is_prepared()
+        and data.on_change == "prepare"
+        and (change := _change(spec, data, _prepared_by(builder), where=place))
+    ):
+        log(f"{change.what}; it is prepared again")
+        # As TFDS calls a folder that it has not finished: the next start removes it.
+        aside = place.with_name(f"incomplete.old_{spec.version}")
+        os.replace(place, aside)
+        builder = new()
     if not builder.is_prepared():
-        with contextlib.closing(builder):
-            builder.open()
-            count = sum(map(len, builder.splits().values()))
-            records = builder.source_bytes() + count * _RECORD_OVERHEAD
-            _check_space(directory, records + count * _example_bytes(data))
-            builder.prepare()
+        try:
+            with contextlib.closing(builder):
+                builder.open()
+                count = sum(map(len, builder.splits().values()))
+                records = builder.source_bytes() + count * _RECORD_OVERHEAD
+                _check_space(directory, records + count * _example_bytes(data))
+                builder.prepare()
+        except BaseException:
+            if aside:
+                os.replace(aside, place)
+            raise
+    if aside:
+        for old in (directory / _CACHES).glob(f"{spec.name}-{spec.version}-*px*"):
+            shutil.rmtree(old)
+        shutil.rmtree(aside)
     return builder
 
 

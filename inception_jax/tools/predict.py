@@ -192,6 +192,8 @@ def _data_settings(weights: "Weights") -> "Data":
         data = workdir.recorded_run(folder)[0].data
     if _DIRECTORY.value is not None:
         data.directory = _DIRECTORY.value
+    # Whoever trained may have prepared the data again; to predict is no reason to.
+    data.on_change = "refuse"
     return data
 
 

@@ -11,11 +11,14 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import images, registry
+from inception_jax.datasets import folders, images, registry
 from inception_jax.datasets.files import FolderSource
 from inception_jax.datasets.records import Records
 from inception_jax.errors import DataError
+from inception_jax.evaluation import plots
 from inception_jax.input.dataset import Dataset, prepare
+from inception_jax.training import workdir as workdirs
+from inception_jax.training.workdir import Workdir
 from tests import archives
 
 SIZE = 16
@@ -97,15 +100,15 @@ def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> 
 def test_an_empty_test_folder_is_no_split(
     tmp_path: pathlib.Path, test: dict[str, bytes], divided: bool
 ) -> None:
-    folders = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
-    path = write(tmp_path / "x", archives.class_folders(folders, SIZE) | test)
+    counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
+    path = write(tmp_path / "x", archives.class_folders(counts, SIZE) | test)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, unreadable="skip"), log=lines.append)
     assert set(dataset.splits) == {"train", "validation"}
     assert any("the test folder has no picture" in line for line in lines)
 
 
-BAD = {"ant/note.txt": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
+BAD = {"ant/note": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
 
 
 def test_unreadable_files_are_named_and_counted(
@@ -243,7 +246,7 @@ def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path)
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
-    with pytest.raises(DataError, match=r"other content, .*, or copied without its times\. Give"):
+    with pytest.raises(DataError, match=r"other content, .*, or copied without its times\. Leave"):
         prepare(data(path, tmp_path / "data"), log=quiet)
 
 
@@ -252,3 +255,153 @@ def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) ->
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
     prepare(data(path, tmp_path, eval_share=0.5), log=quiet)
+
+
+def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    directory, lines = tmp_path / "data", []
+    for size in (SIZE, 8):
+        prepare(data(source, directory, image_size=size), log=quiet)
+    write(source, archives.class_folders(COUNTS | {"ant": 15}, SIZE))
+    with pytest.raises(DataError, match=r"or set config\.data\.on_change=prepare to prepare it"):
+        prepare(data(source, directory), log=quiet)
+    again = data(source, directory, on_change="prepare")
+    assert len(prepare(again, log=lines.append).train) == 18
+    assert any("other content" in line and "it is prepared again" in line for line in lines)
+    # It is done once, for all sizes, and the setting may stay or go.
+    lines.clear()
+    for settings in (again, data(source, directory), data("", directory)):
+        assert len(prepare(settings, log=lines.append).train) == 18
+    assert not lines
+    assert len(prepare(data(source, directory, image_size=8), log=quiet).train) == 18
+
+
+def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    before = prepare(data(path, tmp_path / "data"), log=quiet)
+    os.utime(path / "ant" / "0.jpg", (1, 1))
+    after = prepare(data(path, tmp_path / "data", on_change="prepare"), log=quiet)
+    assert after.train.names == before.train.names
+    half = data(path, tmp_path / "data", on_change="prepare", eval_share=0.5)
+    assert len(prepare(half, log=quiet).evaluation) == 9
+
+
+def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    prepare(data(path, tmp_path / "data"), log=quiet)
+    (path / "ant" / "new.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 19 files"):
+        prepare(data(path, tmp_path / "data", on_change="prepare"), log=quiet)
+    assert len(prepare(data("", tmp_path / "data"), log=quiet).train) == 14
+
+
+def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders(COUNTS, SIZE)
+    thumbnail = files["ant/0.jpg"]
+    litter = {"ant/@eaDir/0.jpg/THUMB.jpg": thumbnail, "Icon\r": b"", "wasp/urls.txt": b"x"}
+    path = write(tmp_path / "x", files | litter)
+    lines: list[str] = []
+    dataset = prepare(data(path, tmp_path / "data"), log=lines.append)
+    assert len(dataset.train) + len(dataset.evaluation) == 18
+    (line,) = [line for line in lines if ": ignored " in line]
+    assert "ignored 3 paths" in line
+    assert line.endswith(r"Icon\r, ant/@eaDir/, wasp/urls.txt")
+    assert any("'wasp': without pictures, so not among the classes" in line for line in lines)
+
+
+@pytest.mark.parametrize("start", ["", "train/"])
+def test_data_and_run_may_lie_below_the_source(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    val = {"val/ant": 2} if start else {}
+    counts = {f"{start}{name}": count for name, count in COUNTS.items()} | val
+    path = write(tmp_path / "x", archives.class_folders(counts, SIZE))
+    monkeypatch.chdir(path)
+    inside = data(".", pathlib.Path("."))
+    first = prepare(inside, log=quiet)
+    assert first.num_classes == 3
+    # A run makes its folder first; its files, logs and notes come and grow.
+    workdirs.check_writable(Workdir(path / "runs" / "x"))
+    for step in range(2):
+        lines: list[str] = []
+        assert prepare(inside, log=lines.append).train.names == first.train.names
+        assert not lines
+        (path / "train.log").write_text(f"step {step}")
+        (path / "notes").mkdir(exist_ok=True)
+        (path / "notes" / "ideas.md").write_text(f"idea {step}")
+        plots.write_figures(path / "runs" / "x" / "plots", [])
+        prepare(data(".", pathlib.Path("data"), image_size=8), log=quiet)
+
+
+def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders(COUNTS, SIZE) | {"README.md": b"pictures"}
+    path = write(tmp_path / "x", files)
+    prepare(data(path, tmp_path), log=quiet)
+    with folders.open_source(path) as source:
+        all_files = source.fingerprint()
+    record_source(tmp_path, digest=all_files)
+    lines: list[str] = []
+    prepare(data(path, tmp_path), log=lines.append)
+    assert not lines
+    # Unless it took the splits for classes, as revision 56edb8b took these.
+    splits = archives.class_folders({f"seg_{s}/{c}": 3 for s in ("train", "test") for c in "ab"})
+    path, directory = write(tmp_path / "y", splits), tmp_path / "splits"
+    prepare(data(path, directory, layout="classes"), log=quiet)
+    record_source(directory, settings={"eval_share": 0.2})
+    with pytest.raises(
+        DataError, match=r"by an older version, which took .*\(without 'seg_test', 'seg_train'"
+    ):
+        prepare(data(path, directory), log=quiet)
+    prepare(data(path, directory, layout="classes"), log=lines.append)
+    assert not lines
+
+
+def record_source(directory: pathlib.Path, **changes: Any) -> None:
+    """Changes what the decoded images say of their source, as if another version wrote them."""
+    (file,) = directory.glob("inception_jax/*/info.json")
+    info = json.loads(file.read_text())
+    del info["sha256 of this"]
+    info["source"] |= changes
+    file.write_text(json.dumps(info))
+
+
+def test_how_folders_are_read_is_part_of_what_is_prepared(tmp_path: pathlib.Path) -> None:
+    counts = {f"{version}/{name}": 3 for version in ("color", "grey") for name in "ab"}
+    path = write(tmp_path / "x.zip", archives.class_folders(counts, SIZE))
+    dataset = prepare(data(path, tmp_path, layout="classes"), log=quiet)
+    assert dataset.class_names == ("color", "grey")
+    with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Give"):
+        prepare(data("", tmp_path), log=quiet)
+    one = data(path / "color", tmp_path, on_change="prepare")
+    assert prepare(one, log=quiet).class_names == ("a", "b")
+    # That an archive is there does not mean that the folder in it is the same.
+    with pytest.raises(DataError, match="other content"):
+        prepare(data(path / "grey", tmp_path), log=quiet)
+    path.unlink()
+    prepare(one, log=quiet)
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: str) -> None:
+    files = archives.class_folders({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2}, SIZE)
+    files |= {"val/a/copy.jpg": files["train/a/1.jpg"], "train/b/wrong.jpg": files["train/a/2.jpg"]}
+    path = write(tmp_path / "x", files)
+    lines: list[str] = []
+    dataset = prepare(data(path, tmp_path, storage=storage), log=lines.append)
+    assert dataset.trained_on == (1, [("val/a/copy.jpg", "train/a/1.jpg")])
+    assert any(
+        "1 of 5 images of the validation split are also among those to train on" in line
+        and line.endswith("val/a/copy.jpg = train/a/1.jpg")
+        for line in lines
+    )
+    (line,) = [line for line in lines if "different labels" in line]
+    assert "2 of 9 images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
+
+
+def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    lines: list[str] = []
+    dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
+    assert dataset.trained_on == (0, [])
+    assert not [line for line in lines if "also among" in line or "different labels" in line]

@@ -193,6 +193,18 @@ def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
     assert "Nothing has been evaluated yet." in page_of(tmp_path).words
 
 
+def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.Path) -> None:
+    folder = run_folders.write(tmp_path)
+    record = json.loads((folder / "config.json").read_text())
+    for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
+        record["dataset"]["evaluated and trained on"] = {"count": count, "pairs": pairs}
+        (folder / "config.json").write_text(json.dumps(record))
+        assert ("Evaluated on training images" in page_of(folder).words()) == bool(count)
+    words = page_of(folder).words()
+    assert "2 of the images of the evaluation split" in words
+    assert "val/<b>.jpg = train/1.jpg and more" in words
+
+
 def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     other = run_folders.lines(skill=0.5)

@@ -1,5 +1,6 @@
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -8,13 +9,15 @@ from inception_jax.errors import CheckpointError, UserError
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.workdir import Workdir
 
-DATASET = {"name": "digits", "classes": 10, "class names": list("0123456789")}
+DATASET: dict[str, Any] = {"name": "digits", "classes": 10, "class names": list("0123456789")}
 
 
-def started(path: pathlib.Path, config: Config, *, steps: int = 5) -> Workdir:
+def started(
+    path: pathlib.Path, config: Config, *, steps: int = 5, dataset: dict[str, Any] = DATASET
+) -> Workdir:
     """A folder in which a run has saved a checkpoint."""
     folder = Workdir(path)
-    workdirs.record_start(folder, config, step=0, changed=[], dataset=DATASET)
+    workdirs.record_start(folder, config, step=0, changed=[], dataset=dataset)
     (folder.checkpoints / str(steps)).mkdir(parents=True)
     return folder
 
@@ -47,6 +50,36 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
     workdirs.check_dataset(folder, DATASET)
     with pytest.raises(CheckpointError, match=r"classes: 10 → 12"):
         workdirs.check_dataset(folder, DATASET | {"classes": 12})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["pear", "plum", "zapple"],
+            r"names: without 'apple', with 'zapple'; the first that differs is class 0: "
+            r"'apple' → 'pear'",
+        ),
+        # The same places, but other words for them.
+        (
+            ["apple", "pears", "plum"],
+            r"without 'pear', with 'pears'; the first that differs is class 1: 'pear' → 'pears'",
+        ),
+        (["pear", "apple", "plum"], r"the same names in another order; the first .* class 0"),
+        (["apple", "fig", "pear", "plum"], r"3 classes → 4, with 'fig'; .* class 1"),
+    ],
+)
+def test_other_classes_are_refused(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
+    before = {"name": "image_folder", "class names": ["apple", "pear", "plum"]}
+    folder = started(tmp_path, Config(), dataset=before)
+    workdirs.check_dataset(folder, before)
+    with pytest.raises(CheckpointError, match=message):
+        workdirs.check_dataset(folder, before | {"class names": names})
+
+
+def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
+    folder = started(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
+    workdirs.check_dataset(folder, DATASET)
 
 
 def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -> None:
