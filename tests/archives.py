@@ -102,7 +102,8 @@ def write_files(
 def write_tar(path: pathlib.Path, files: dict[str, bytes], **settings: Any) -> pathlib.Path:
     """Writes files into a tar archive, compressed as its name says; `settings` are tarfile's."""
     packed = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
-    with tarfile.open(path, f"w:{packed}", **settings) as archive:
+    mode: Any = f"w:{packed}"
+    with tarfile.open(path, mode, **settings) as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)

@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import pathlib
@@ -169,14 +170,23 @@ def decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
     return next(found, None)
 
 
-class _Bounded:
+class _Bounded(io.RawIOBase):
     """A file of which no large piece is read at once."""
 
     def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
         self._file = file
-        self.seek, self.tell = file.seek, file.tell
 
-    def read(self, size: int = -1) -> bytes:
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Returns the place in the file."""
+        return self._file.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Returns bytes of the file; refuses to read more than a header may have."""
         if not 0 <= size <= _MOST_HEADER:
             raise tarfile.ReadError(f"a member's header has {size:,} bytes")
         return self._file.read(size)

@@ -202,7 +202,10 @@ FORMS = {
     "no ids": lambda files: without(files, "wnids.txt"),
     "endings": lambda files: sorted_files(files, lambda file: file.replace(".JPEG", ".jpg")),
     "in folders": lambda files: {f"archive/tiny/{file}": data for file, data in files.items()},
-    "with a copy": lambda files: files | {f"tiny-imagenet-200/{f}": d for f, d in files.items()},
+    # Of which the validation images were removed.
+    "with a copy": lambda files: (
+        files | {f"tiny-imagenet-200/{f}": d for f, d in files.items() if not f.startswith("val/")}
+    ),
     "from a Mac": lambda files: (
         files
         | {f"__MACOSX/{file}": b"x" for file in files}
