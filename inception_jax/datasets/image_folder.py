@@ -2,12 +2,13 @@
 
 import collections
 import itertools
+import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from inception_jax.datasets import builder, files, folders, images, registry
+from inception_jax.datasets import builder, file_types, files, folders, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.errors import DataError
 
@@ -28,7 +29,8 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     Args:
       eval_share: share of each class to evaluate on where the source has no folder for it.
-      unreadable: 'refuse' or 'skip' files that are no whole image.
+      unreadable: 'refuse' or 'skip' corrupt files and files that are not images. Sidecar files,
+        such as annotations and notes, are left out in either case.
       kwargs: as of `builder.ImageBuilder`.
     """
 
@@ -75,17 +77,21 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     def _divide(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
-        problems = self._problems(entries)
+        unusable, self._bit_depth = self._inspect(entries)
+        sidecars = [file for file in unusable if file_types.is_sidecar(file)]
+        problems = {file: what for file, what in unusable.items() if file not in sidecars}
+        if sidecars:
+            self.log(f"{self._files.path}: {_summary(sidecars)} beside the images; ignored")
         if problems and self._unreadable == "refuse":
             raise self._refused(problems, len(entries))
         splits = {
-            split: [entry for entry in members if entry.file not in problems]
+            split: [entry for entry in members if entry.file not in unusable]
             for split, members in layout.splits.items()
         }
         # What the content depends on besides the files: only this is compared with later settings.
         self._settings: dict[str, Any] = {}
         if problems:
-            self.log(f"{self._listed(problems, len(entries))}; left out")
+            self.log(f"{self._listed(problems, len(entries))}\nThey are left out")
             self._settings["unreadable"] = self._unreadable
         if not layout.divided:
             self._settings["eval_share"] = self._eval_share
@@ -99,36 +105,59 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         self._classes, self._splits, self._skipped = layout.classes, splits, problems
         self._check_counts()
 
-    def _problems(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
-        """Reads all files; returns what is wrong with those that are no whole image."""
-        problems: dict[str, str] = {}
+    def _inspect(self, entries: Sequence[folders.Entry]) -> tuple[dict[str, images.Problem], int]:
+        """Decodes all files once.
+
+        Returns:
+          What is wrong with those that cannot be decoded, and the bit depth of the others, as of
+          `images.Inspection`.
+        """
+        problems: dict[str, images.Problem] = {}
+        bit_depth = 0
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
-            for found in images.threaded_map(self._check, images.pieces(entries, _CHECKED)):
-                problems |= {file: problem for file, problem in found.items() if problem}
+            for found in images.threaded_map(self._inspect_some, images.pieces(entries, _CHECKED)):
+                for file, (problem, bits) in found.items():
+                    if problem is not None:
+                        problems[file] = problem
+                    bit_depth = max(bit_depth, bits)
                 progress.update(len(found))
-        return problems
+        if bit_depth:
+            self.log(
+                f"{self._files.path}: the values of files with 16 bits a channel use {bit_depth} "
+                "bits, of which the upper 8 are kept (config.data.bit_depth sets another number)"
+            )
+        return problems, bit_depth
 
-    def _check(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
-        return {entry.file: self._problem(entry.file) for entry in entries}
+    def _inspect_some(self, entries: Sequence[folders.Entry]) -> dict[str, images.Inspection]:
+        return {entry.file: self._inspect_file(entry.file) for entry in entries}
 
-    def _problem(self, file: str) -> str:
+    def _inspect_file(self, file: str) -> images.Inspection:
         try:
             data = self._files.read(file)
         except DataError as error:
-            return _reason(error)
-        return images.problem(data)
+            return images.Inspection(images.Problem(_reason(error), "replace or remove it"))
+        return images.inspect(data, file)
 
-    def _refused(self, problems: dict[str, str], count: int) -> DataError:
+    def _refused(self, problems: dict[str, images.Problem], count: int) -> DataError:
         return DataError(
-            f"{self._listed(problems, count)}. Mend or remove them, or set "
-            "config.data.unreadable=skip to leave them out."
+            f"{self._listed(problems, count)}\nFix or remove them, or set "
+            "config.data.unreadable=skip to leave them out"
         )
 
-    def _listed(self, problems: dict[str, str], count: int) -> str:
-        named = [f"{folders.shown(file)} ({what})" for file, what in problems.items()]
+    def _listed(self, problems: dict[str, images.Problem], count: int) -> str:
+        """Returns which files have problems, a line for each kind, the most frequent first."""
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for file, problem in problems.items():
+            detail = f" ({problem.detail})" if problem.detail else ""
+            named = kinds.setdefault((problem.kind, problem.advice), [])
+            named.append(f"{folders.shown(file)}{detail}")
+        lines = [
+            f"\n  {kind} ({len(named):,}): {folders.listed(named)}. {advice}"
+            for (kind, advice), named in sorted(kinds.items(), key=lambda each: -len(each[1]))
+        ]
         return (
-            f"{self._files.path}: {len(problems):,} of {count:,} files are no whole image: "
-            f"{folders.listed(named)}"
+            f"{self._files.path}: {len(problems):,} of {count:,} files are corrupt or not images:"
+            + "".join(lines)
         )
 
     def _check_counts(self) -> None:
@@ -160,6 +189,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             "source": str(self._files.path.absolute()),
             "source_digest": self._files.fingerprint(),
             "settings": self._settings,
+            "bit_depth": self._bit_depth,
             "unreadable_count": len(self._skipped),
             "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
         }
@@ -182,6 +212,14 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     def _read(self, entries: Sequence[folders.Entry]) -> list[bytes]:
         return [self._files.read(entry.file) for entry in entries]
+
+
+def _summary(sidecars: Sequence[str]) -> str:
+    """Returns how many sidecar files there are, by their ending, and the first of them."""
+    endings = collections.Counter(os.path.splitext(file)[1].lower() for file in sidecars)
+    counts = [f"{count:,} {ending or 'without ending'}" for ending, count in endings.most_common()]
+    files = f"{len(sidecars):,} sidecar file{'s' if len(sidecars) > 1 else ''}"
+    return f"{files} ({folders.listed(counts)}), such as {folders.shown(sidecars[0])},"
 
 
 def _reason(error: DataError) -> str:

@@ -84,6 +84,7 @@ class Run:
             "classes": dataset.num_classes,
             "training examples": len(dataset.train),
             f"{dataset.eval_split} examples": len(dataset.evaluation),
+            "bit depth": dataset.bit_depth,
         }
 
     def dataset_record(self) -> dict[str, Any]:

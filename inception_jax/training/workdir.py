@@ -183,6 +183,7 @@ def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     """
     record = recorded(workdir) if has_checkpoint(workdir) else None
     before = record["dataset"] if record else dataset
+    before = {"bit depth": configs.unrecorded_bit_depth(dataset["name"])} | before
     if differing := [
         f"data set's {key}: {before.get(key)!r} → {value!r}"
         for key, value in dataset.items()
