@@ -24,7 +24,23 @@ class FileType(NamedTuple):
 
 
 _AGAIN = "download or copy it again"
-_RAW = FileType("camera raw file", "develop it to JPEG or TIFF, with darktable-cli or dcraw -T")
+_EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel, without a sign"
+# What PIL would open, and not give what is meant. Of a raw file it is the thumbnail, a TIFF.
+CAMERA_RAW = FileType(
+    "camera raw file", "develop it to JPEG or TIFF, with darktable-cli or dcraw -T"
+)
+PROGRAM = FileType(
+    "PostScript file (EPS is a program that draws a picture, and none is run)",
+    "render it to PNG, with ImageMagick or Ghostscript",
+)
+FLOATS = FileType("image of floating-point numbers, whose range is unknown", _EIGHT_OR_SIXTEEN)
+INTEGERS = FileType(
+    "image of integers of 32 bits, or with a sign, whose range is unknown", _EIGHT_OR_SIXTEEN
+)
+PLANES = FileType(
+    "TIFF whose channels of 16 bits lie one after another, which PIL misreads",
+    "save it with interleaved channels",
+)
 _HEIC = FileType("HEIC photo", "convert it to JPEG, with ImageMagick, heif-convert or sips")
 _AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG, with avifdec")
 _JPEG_XL = FileType("JPEG XL image", "convert it to PNG, with djxl")
@@ -64,14 +80,14 @@ _STARTS: tuple[tuple[bytes, FileType], ...] = (
     (b"\xff\x0a", _JPEG_XL),
     (b"\0\0\0\x0cJXL \r\n\x87\n", _JPEG_XL),
     (b"II\xbc", _JPEG_XR),
-    (b"II*\0\x10\0\0\0CR", _RAW),
-    (b"FUJIFILMCCD-RAW", _RAW),
-    (b"IIRO", _RAW),
-    (b"IIRS", _RAW),
-    (b"MMOR", _RAW),
-    (b"IIU\0", _RAW),
-    (b"FOVb", _RAW),
-    (b"\0MRM", _RAW),
+    (b"II*\0\x10\0\0\0CR", CAMERA_RAW),
+    (b"FUJIFILMCCD-RAW", CAMERA_RAW),
+    (b"IIRO", CAMERA_RAW),
+    (b"IIRS", CAMERA_RAW),
+    (b"MMOR", CAMERA_RAW),
+    (b"IIU\0", CAMERA_RAW),
+    (b"FOVb", CAMERA_RAW),
+    (b"\0MRM", CAMERA_RAW),
     (b"\x1aE\xdf\xa3", _VIDEO),
     (b"FLV\x01", _VIDEO),
     (b"\0\0\1\xba", _VIDEO),
@@ -114,7 +130,7 @@ _BRANDS = {
     **dict.fromkeys(
         (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1"), _HEIC
     ),
-    b"crx ": _RAW,
+    b"crx ": CAMERA_RAW,
     b"M4A ": _SOUND,
 }
 # What the first bytes of formats that PIL reads are, for files that are too damaged for it to see.
@@ -134,7 +150,7 @@ _VIDEO_ENDINGS = ".mp4 .m4v .mov .avi .mkv .webm .wmv .flv .mpg .mpeg .mts .m2ts
 _ARRAY_ENDINGS = ".npy .npz .mat .h5 .hdf5 .nii .pkl .pt"
 # Where the content says nothing, the ending may.
 _ENDINGS = {
-    **dict.fromkeys(_RAW_ENDINGS.split(), _RAW),
+    **dict.fromkeys(_RAW_ENDINGS.split(), CAMERA_RAW),
     **dict.fromkeys((".heic", ".heif", ".hif"), _HEIC),
     **dict.fromkeys(_VIDEO_ENDINGS.split(), _VIDEO),
     **dict.fromkeys((".dcm", ".dicom"), _DICOM),
@@ -167,12 +183,7 @@ def is_sidecar(file: str) -> bool:
 
 def is_raw_name(file: str) -> bool:
     """Whether a path ends as a camera's raw files do."""
-    return _ENDINGS.get(os.path.splitext(file)[1].lower()) is _RAW
-
-
-def camera_raw() -> FileType:
-    """Returns the kind of raw files, which PIL takes for the TIFF of their thumbnail."""
-    return _RAW
+    return _ENDINGS.get(os.path.splitext(file)[1].lower()) is CAMERA_RAW
 
 
 def identify(data: bytes, file: str = "") -> FileType | None:

@@ -475,25 +475,22 @@ def _to_rgb(loaded: _Loaded, bit_depth: int) -> Image.Image:
 
 def _check_format(image: Image.Image, name: str) -> None:
     if image.format in _PROGRAMS:
-        raise ValueError(f"{image.format} is a program that draws a picture, and none is run")
+        raise _NotRead(file_types.PROGRAM)
     if image.format != "TIFF":
         return
     tags = image.tag_v2  # type: ignore[attr-defined]
     if _DNG_VERSION in tags or tags.get(_SUBFILE, 0) & 1 or file_types.is_raw_name(name):
-        raise _NotRead(file_types.camera_raw())
+        raise _NotRead(file_types.CAMERA_RAW)
     if tags.get(_PLANES, 1) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.tile[0][0] == "raw":  # type: ignore[attr-defined]
-        raise ValueError(
-            "its channels of 16 bits lie one after another, which PIL misreads; save it with "
-            "interleaved channels, or compressed"
-        )
+        raise _NotRead(file_types.PLANES)
 
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+        raise _NotRead(file_types.FLOATS)
     # Of these two formats PIL opens 16 bits of grey as integers of 32, too.
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("its pixels are integers of 32 bits, or with a sign: of unknown range")
+        raise _NotRead(file_types.INTEGERS)
 
 
 def _orientation(image: Image.Image) -> int:

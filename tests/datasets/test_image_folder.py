@@ -132,6 +132,146 @@ def test_unreadable_files_are_named_and_counted(
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
+def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathlib.Path) -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)
+    files = archives.class_folders({"a": 2, "b": 2}, SIZE)
+    files |= {"a/x.jpg": heic, "b/y.HEIC": heic, "b/z.jpg": b"<!DOCTYPE html><html>404</html>"}
+    with pytest.raises(DataError) as error:
+        prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
+    first, heics, page, last = str(error.value).splitlines()
+    assert first.endswith("3 of 7 files are corrupt or not images:")
+    assert heics.startswith("  HEIC photo (2): a/x.jpg, b/y.HEIC. Convert it to JPEG")
+    assert page.startswith("  web page in the place of a picture (1): b/z.jpg. Download")
+    assert last.endswith("config.data.unreadable=skip to leave them out")
+
+
+def test_sidecar_files_are_ignored_and_logged_once(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = source.with_stem("sidecars")
+    files = archives.class_folders(COUNTS, SIZE)
+    # A picture is taken by its content, whatever its name.
+    files["ant/photo.txt"] = files.pop("ant/0.jpg")
+    sidecars = {
+        "ant/1.txt": b"0 .5 .5 1 1",
+        "ant/2.txt": b"",
+        "été/1.xml": b"<a/>",
+        "été/README": b"x",
+    }
+    write(source, files | sidecars)
+    lines: list[str] = []
+    dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
+    names = {*dataset.train.names, *dataset.evaluation.names}
+    assert names == set(files)
+    (line,) = [line for line in lines if "sidecar" in line]
+    assert "4 sidecar files (2 .txt, 1 .xml, 1 without ending), such as ant/1.txt," in line
+    # They are no unreadable images, so that setting does not matter.
+    prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
+
+
+def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
+    """Returns files of 16 bits a channel in two classes, with values up to `most`."""
+    files = {}
+    for name in ("a", "b"):
+        for number in range(count):
+            values = np.full((SIZE, SIZE), most // (number + 1), np.uint16)
+            values[: SIZE // 2] = 0
+            buffer = io.BytesIO()
+            Image.fromarray(values).save(buffer, format="PNG")
+            files[f"{name}/{number}.png"] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, storage: str) -> None:
+    source = write(tmp_path / "x", sixteen_bits(4095))
+    lines: list[str] = []
+    dataset = prepare(data(source, tmp_path / "data", storage=storage), log=lines.append)
+    assert dataset.bit_depth == 12
+    assert any("use 12 bits" in line for line in lines)
+    for split in dataset.splits.values():
+        for image, name in zip(split.read(np.arange(len(split))), split.names, strict=True):
+            # Dark pictures stay dark beside bright ones.
+            number = int(pathlib.Path(name).stem)
+            assert image.max() == (4095 // (number + 1)) >> 4
+    again = prepare(data("", tmp_path / "data", storage=storage), log=quiet)
+    assert again.bit_depth == 12
+    # Beside it, as the setting says.
+    other = prepare(data("", tmp_path / "data", storage=storage, bit_depth=16), log=quiet)
+    assert other.bit_depth == 16
+    brightest = [split.read(np.arange(len(split))).max() for split in other.splits.values()]
+    assert max(brightest) == 15
+    assert prepare(data("", tmp_path / "data", storage=storage), log=quiet).bit_depth == 12
+
+
+def rewrite_info(cache: pathlib.Path, **changes: Any) -> None:
+    """Makes a cache one of an older version, and changes what it says of itself."""
+    info = json.loads((cache / "info.json").read_text()) | changes
+    del info["bit_depth"], info["sha256 of this"]
+    (cache / "info.json").write_text(json.dumps(info))
+
+
+def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", sixteen_bits(4095))
+    prepare(data(source, tmp_path / "data"), log=quiet)
+    rewrite_info(tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
+    lines: list[str] = []
+    assert prepare(data("", tmp_path / "data"), log=lines.append).bit_depth == 16
+    (line,) = lines
+    assert "prepared by an older version" in line and "such as" in line
+    photos = write(tmp_path / "y", archives.class_folders(COUNTS, SIZE))
+    prepare(data(photos, tmp_path / "photos"), log=quiet)
+    rewrite_info(tmp_path / "photos" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
+    prepare(data("", tmp_path / "photos"), log=lines.append)
+    assert len(lines) == 1, "JPEGs mean what they meant"
+
+
+def green(count: int) -> dict[str, bytes]:
+    """Returns pictures in two classes of which only one channel is not 0."""
+    files = {}
+    for name in ("a", "b"):
+        for number in range(count):
+            array = np.zeros((SIZE, SIZE, 3), np.uint8)
+            array[number:, :, 1] = 40 * (number + 1)
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, format="PNG")
+            files[f"{name}/{number}.png"] = buffer.getvalue()
+    return files
+
+
+def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", green(4))
+    lines: list[str] = []
+    for _ in range(2):
+        dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
+        np.testing.assert_array_equal(dataset.std[[0, 2]], 1)
+        assert 0 < dataset.std[1] < 1
+    assert sum("the same red (0) and blue (0); the standard" in line for line in lines) == 2
+    # As older versions have it.
+    cache = tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px"
+    rewrite_info(cache, std=[0.0, 0.1, 0.0])
+    np.testing.assert_allclose(prepare(data("", tmp_path / "data"), log=quiet).std, [1, 0.1, 1])
+    black = json.loads((cache / "info.json").read_text()) | {"std": [0.0, 0.0, 0.0]}
+    (cache / "info.json").write_text(json.dumps(black))
+    with pytest.raises(DataError, match=r"show a single color.* remove .*to prepare them again"):
+        prepare(data("", tmp_path / "data"), log=quiet)
+
+
+def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
+    tmp_path: pathlib.Path,
+) -> None:
+    black = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE)).save(black, format="PNG")
+    files = {f"{name}/{n}.png": black.getvalue() for name in ("a", "b") for n in range(3)}
+    with pytest.raises(DataError, match=r"all training images together show a single color"):
+        prepare(data(write(tmp_path / "x", files), tmp_path / "data"), log=quiet)
+    assert not list((tmp_path / "data" / "inception_jax").glob("*px*"))
+    lines: list[str] = []
+    files |= {f"a/more{n}.png": content for n, content in enumerate(green(4).values())}
+    prepare(data(write(tmp_path / "y", files), tmp_path / "y-data"), log=lines.append)
+    assert any("train images are a single color" in line and "b/" in line for line in lines)
+
+
 def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {f"a/bad{n:02d}": b"" for n in range(13)}
