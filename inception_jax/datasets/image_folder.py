@@ -3,7 +3,7 @@
 import collections
 import itertools
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Sequence, Set
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -78,10 +78,12 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
     def _divide(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
         unusable, self._bit_depth = self._inspect(entries)
-        sidecars = [file for file in unusable if file_types.is_sidecar(file)]
+        sidecars = {file for file in unusable if file_types.is_sidecar(file)}
         problems = {file: what for file, what in unusable.items() if file not in sidecars}
+        classes = layout.classes
         if sidecars:
-            self.log(f"{self._files.path}: {_summary(sidecars)} beside the images; ignored")
+            self.log(f"{self._files.path}: {_summary(sorted(sidecars))} beside the images; ignored")
+            classes = self._without_sidecar_folders(layout, sidecars)
         if problems and self._unreadable == "refuse":
             raise self._refused(problems, len(entries))
         splits = {
@@ -102,8 +104,27 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if folders.TEST in splits and not splits[folders.TEST]:
             self.log(f"{self._files.path}: the test folder has no picture; there is no such split")
             del splits[folders.TEST]
-        self._classes, self._splits, self._skipped = layout.classes, splits, problems
+        self._classes, self._splits, self._skipped = classes, splits, problems
         self._check_counts()
+
+    def _without_sidecar_folders(
+        self, layout: folders.Layout, sidecars: Set[str]
+    ) -> tuple[str, ...]:
+        """Returns the classes without folders that hold sidecar files alone, as of annotations."""
+        entries = list(itertools.chain.from_iterable(layout.splits.values()))
+        filled = {entry.label for entry in entries if entry.file not in sidecars}
+        dropped = {entry.label for entry in entries if entry.file in sidecars} - {*filled, ""}
+        classes = tuple(name for name in layout.classes if name not in dropped)
+        if dropped:
+            found = folders.quoted(sorted(dropped))
+            if len(classes) < 2:
+                raise DataError(
+                    f"{self._files.path}: {found}: holds no image, which leaves no two classes to "
+                    f"tell apart ({folders.quoted(classes)}). Give the folder that holds one "
+                    "folder of images for each class"
+                )
+            self.log(f"{self._files.path}: {found}: holds sidecar files alone; not a class")
+        return classes
 
     def _inspect(self, entries: Sequence[folders.Entry]) -> tuple[dict[str, images.Problem], int]:
         """Decodes all files once.

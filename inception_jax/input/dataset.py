@@ -325,8 +325,8 @@ def _check_colors(
     if not any(std):
         raise DataError(
             f"{where}: all training images together show a single color, such as black: there is "
-            "nothing to learn. Replace the files, or, if there is more in them and an older "
-            "version prepared them, leave them as they are; then remove "
+            "nothing to learn. Replace the images, unless an older version prepared them, which "
+            "took 16-bit files of small values for black; then remove "
             f"{_all_of(spec, data)}, to prepare them again"
         )
 

@@ -169,6 +169,17 @@ def test_sidecar_files_are_ignored_and_logged_once(
     prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
 
 
+def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders({"a": 2, "b": 2}, SIZE) | {"annotations/0.xml": b"<a/>"}
+    lines: list[str] = []
+    dataset = prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
+    assert dataset.class_names == ("a", "b")
+    assert any("'annotations': holds sidecar files alone; not a class" in line for line in lines)
+    files = archives.class_folders({"images": 4}, SIZE) | {"labels/0.txt": b"0"}
+    with pytest.raises(DataError, match=r"'labels': holds no image, .*\('images'\)\. Give the"):
+        prepare(data(write(tmp_path / "y", files), tmp_path / "y-d"), log=quiet)
+
+
 def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
     """Returns files of 16 bits a channel in two classes, with values up to `most`."""
     files = {}
