@@ -18,11 +18,19 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageFile,
+    ImageOps,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from inception_jax.config import BIT_DEPTHS
 from inception_jax.datasets import file_types
@@ -327,8 +335,9 @@ def _repairing(read: Callable[[bytes], Result], data: bytes) -> Result:
     """Returns what `read` makes of data, or of what `_repaired` makes of them if it fails."""
     try:
         return read(data)
-    except BROKEN:
-        repaired = _repaired(data)
+    except BROKEN as error:
+        is_bomb = isinstance(error, Image.DecompressionBombError)
+        repaired = None if is_bomb else _repaired(data)
         if repaired is None:
             raise
         return read(repaired)
@@ -407,12 +416,11 @@ def _load(data: bytes, name: str, *, draft: bool = False) -> _Loaded:
         return _Loaded(image, wide, alpha, _orientation(image))
 
 
-def _raw_mode(image: Image.Image) -> str:
+def _raw_mode(image: ImageFile.ImageFile) -> str:
     """Returns how an image that is not yet loaded lies in its file, in PIL's words; '': unknown."""
-    tiles = getattr(image, "tile", ())
-    parts = tiles[0][3] if tiles else ""
-    found = parts[0] if isinstance(parts, tuple) and parts else parts
-    return found if isinstance(found, str) else ""
+    args: Any = image.tile[0].args if getattr(image, "tile", None) else ""
+    mode = args[0] if isinstance(args, tuple) and args else args
+    return mode if isinstance(mode, str) else ""
 
 
 def _wide_values(
@@ -420,7 +428,7 @@ def _wide_values(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Returns the values and opacities of a file with 16 bits a channel; None: it has fewer."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).clip(0, 65535).astype(np.uint16)[..., None]
+        values: np.ndarray = np.asarray(image).clip(0, 65535).astype(np.uint16)[..., None]
     elif raw_mode == "LA;16B":
         # Read as if it had four channels of 8 bits, of which two are the lower halves.
         parts = _reread(data, "RGBA").astype(np.uint16)
@@ -443,12 +451,13 @@ def _wide_values(
 def _reread(data: bytes, raw_mode: str) -> np.ndarray:
     """Returns the values of an image, read as if it lay in its file in another way."""
     with Image.open(io.BytesIO(data)) as image:
-        tiles = []
-        for kind, box, offset, parts in image.tile:  # type: ignore[attr-defined]
-            parts = raw_mode if isinstance(parts, str) else (raw_mode, *parts[1:])
-            tiles.append(type(image.tile[0])(kind, box, offset, parts))  # type: ignore[attr-defined]
-        image.tile = tiles  # type: ignore[attr-defined]
+        image.tile = [tile._replace(args=_with_mode(tile.args, raw_mode)) for tile in image.tile]
         return np.asarray(image)
+
+
+def _with_mode(args: Any, raw_mode: str) -> Any:
+    """Returns the arguments of one of PIL's decoders, of which the first is the way to read."""
+    return (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
 
 
 def _upper_bits(values: np.ndarray, bit_depth: int) -> np.ndarray:
@@ -473,15 +482,16 @@ def _to_rgb(loaded: _Loaded, bit_depth: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _check_format(image: Image.Image, name: str) -> None:
+def _check_format(image: ImageFile.ImageFile, name: str) -> None:
     if image.format in _PROGRAMS:
         raise _NotRead(file_types.PROGRAM)
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
-    tags = image.tag_v2  # type: ignore[attr-defined]
+    tags = image.tag_v2
     if _DNG_VERSION in tags or tags.get(_SUBFILE, 0) & 1 or file_types.is_raw_name(name):
         raise _NotRead(file_types.CAMERA_RAW)
-    if tags.get(_PLANES, 1) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.tile[0][0] == "raw":  # type: ignore[attr-defined]
+    is_wide = max(tags.get(_BITS, (8,))) > 8
+    if is_wide and tags.get(_PLANES, 1) == 2 and image.tile[0].codec_name == "raw":
         raise _NotRead(file_types.PLANES)
 
 
