@@ -221,9 +221,9 @@ def decode(
     """Decodes an image to RGB pixels of a given size.
 
     A picture that its EXIF data say was taken with the camera turned is set upright. Of an animated
-    image the first frame counts; what is transparent lies on white. The
-    centred square that is `crop` times as large as its shorter side becomes `size` × `size` pixels,
-    resized with PIL's antialiased bicubic filter where it is of another size.
+    image the first frame counts; what is transparent lies on white. The centred square that is
+    `crop` times as large as its shorter side becomes `size` × `size` pixels, resized with PIL's
+    antialiased bicubic filter where it is of another size.
 
     Args:
       data: the image file's content, in any format and colour mode that PIL knows.
