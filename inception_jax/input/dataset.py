@@ -314,7 +314,7 @@ def _notes(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info
             f"{cache}: prepared by an older version, which dropped transparency and used the upper "
             f"8 of 16 bits even where those are empty. {len(others):,} training images may be "
             f"concerned, such as {others[0]}. If they are, remove {_all_of(spec, data)}, to "
-            "prepare them again"
+            "prepare them again; for 16-bit files alone, setting config.data.bit_depth is enough"
         )
 
 
@@ -517,7 +517,6 @@ def _write_cache(
         "class_names": builder.info.features["label"].names,
         "mean": list(mean),
         "std": list(std),
-        "bit_depth": depth,
         "splits": {split: facts.num_examples for split, facts in builder.info.splits.items()},
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         "sha256": {
@@ -527,6 +526,9 @@ def _write_cache(
         },
         "source": _source_of(builder),
     }
+    # Records of older versions do not say it, and what is made from them does not either.
+    if data.bit_depth or "bit_depth" in builder.info.metadata or spec.fixed_content:
+        info["bit_depth"] = depth
     if data.storage == "records":
         info["records"] = {
             split: [os.path.relpath(file, folder) for file in builder.files(split)]

@@ -230,6 +230,19 @@ def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -
     assert prepare(data("", tmp_path / "data"), log=lines.append).bit_depth == 16
     (line,) = lines
     assert "prepared by an older version" in line and "such as" in line
+    # Nor do its records say how many bits count, from which other sizes are made.
+    stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
+    metadata = json.loads(stored.read_text())
+    del metadata["bit_depth"]
+    stored.write_text(json.dumps(metadata))
+    for _ in range(2):
+        smaller: list[str] = []
+        assert (
+            prepare(data("", tmp_path / "data", image_size=8), log=smaller.append).bit_depth == 16
+        )
+        assert any("prepared by an older version" in line for line in smaller)
+    deep = prepare(data("", tmp_path / "data", image_size=8, bit_depth=12), log=smaller.append)
+    assert deep.bit_depth == 12 and deep.train.read(np.arange(6)).max() > 100
     photos = write(tmp_path / "y", archives.class_folders(COUNTS, SIZE))
     prepare(data(photos, tmp_path / "photos"), log=quiet)
     rewrite_info(tmp_path / "photos" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
