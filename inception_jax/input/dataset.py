@@ -526,8 +526,8 @@ def _write_cache(
         },
         "source": _source_of(builder),
     }
-    # Records of older versions do not say it, and what is made from them does not either.
-    if data.bit_depth or "bit_depth" in builder.info.metadata or spec.fixed_content:
+    # Where the records do not say it, as those of older versions, nor does what is made from them.
+    if data.bit_depth or "bit_depth" in builder.info.metadata:
         info["bit_depth"] = depth
     if data.storage == "records":
         info["records"] = {
