@@ -31,6 +31,8 @@ UNREADABLE = ("refuse", "skip")
 LAYOUTS = ("auto", "classes")
 ON_CHANGE = ("refuse", "prepare")
 STORAGES = ("decoded", "records")
+# What cameras and scanners put into files of 16 bits a channel.
+BIT_DEPTHS = (8, 10, 12, 14, 16)
 MODELS = (
     "googlenet",
     "googlenet_torchvision",
@@ -53,7 +55,7 @@ def setting(
     default: Any,
     meaning: str,
     *,
-    choices: Sequence[str] = (),
+    choices: Sequence[Any] = (),
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -66,7 +68,7 @@ def setting(
     Args:
       default: its value when nothing else is said; a dataclass instance is copied for each use.
       meaning: what it is, with its unit.
-      choices: the allowed values of a string field; empty: any.
+      choices: the allowed values; empty: any.
       low, high: the smallest and largest allowed value, themselves included.
       above, below: bounds that are themselves excluded.
       resumable: whether a run may be resumed with another value. A field that decides the shape of
@@ -158,6 +160,14 @@ class Data:
         "what to do where the source, or a setting that decides on what is taken from it, is not "
         "what was prepared: stop, or prepare it again in place of what is there",
         choices=ON_CHANGE,
+        resumable=True,
+    )
+    bit_depth: int = setting(
+        0,
+        "bits that the values of image files with 16 bits a channel use, of which the upper 8 "
+        "become the pixels; 0: what the largest value of image_folder's files needs",
+        choices=(0, *BIT_DEPTHS),
+        # Whether the pixels are those of before is compared with the data set.
         resumable=True,
     )
     image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
@@ -613,6 +623,14 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def unrecorded_bit_depth(data_name: str) -> int:
+    """Returns the bit depth of what older versions prepared or trained, which recorded none.
+
+    They took all 16 bits for used. Only image_folder can have such files; for others 0 stands.
+    """
+    return 16 if data_name == "image_folder" else 0
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested dictionaries as one, keyed by dotted path."""
     flat: dict[str, Any] = {}
@@ -663,9 +681,8 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     if not _matches(value, hint):
         return f"must be of type {_type_name(hint)}"
     if metadata["choices"] and value not in metadata["choices"]:
-        return (
-            f"must be one of {', '.join(metadata['choices'])}.{nearest(value, metadata['choices'])}"
-        )
+        choices = [str(choice) for choice in metadata["choices"]]
+        return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -832,7 +849,7 @@ def describe(config: Config) -> str:
     lines = []
     for path, _, field in leaves():
         choices = field.metadata["choices"]
-        allowed = f" [{', '.join(choices)}]" if choices else ""
+        allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
         lines.append(
             f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}"
         )

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from inception_jax import atomic
-from inception_jax.datasets import member_names, sources
+from inception_jax.datasets import file_types, member_names, sources
 from inception_jax.datasets.files import Contents, Source
 from inception_jax.errors import DataError
 
@@ -73,17 +73,6 @@ _TEMPORARY = re.compile(
     r"|crdownload|opdownload|download|!ut|lrdata)",
     re.IGNORECASE,
 )
-# Notes, logs, lists and the like: no format of pictures has such names.
-_DOCUMENTS = {
-    *(".txt", ".text", ".md", ".rst", ".tex", ".rtf", ".pdf", ".doc", ".docx", ".odt"),
-    *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp"),
-    *(".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf"),
-    *(".log", ".out", ".err", ".lock", ".pid", ".db", ".sqlite", ".md5", ".sha1", ".sha256"),
-    *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".js", ".css"),
-    *(".safetensors", ".msgpack", ".onnx", ".pt", ".pth", ".tflite", ".wandb"),
-    # What programs for photos keep beside them.
-    *(".xmp", ".aae", ".thm", ".url", ".lnk", ".webloc"),
-}
 # What a run's folder holds besides documents (training/workdir.py has the names).
 _OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
 # A data set that TFDS has not finished, and a cache that this program has not.
@@ -218,7 +207,7 @@ def layout(source: Source, reading: str = "auto") -> Layout:
     """
     own = _own(source)
     paths = _without([*source.sizes, *source.folders], own)
-    documents = {path for path in paths if path[path.rfind(".") :].lower() in _DOCUMENTS}
+    documents = {path for path in paths if file_types.is_sidecar(path)}
     kept = [path for path in paths if path not in documents]
     # A folder that holds nothing at all stays: it is a class whose pictures are missing.
     emptied = _folders_above([*own, *documents]) - _folders_above(

@@ -29,7 +29,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     Args:
       eval_share: share of each class to evaluate on where the source has no folder for it.
-      unreadable: 'refuse' or 'skip' files that are no whole image.
+      unreadable: 'refuse' or 'skip' corrupt files and files that are not images.
       archive_encoding: of an archive's names where it does not say it; '': not known.
       layout: 'auto', or 'classes' where no folder is a split.
       kwargs: as of `builder.ImageBuilder`.
@@ -107,7 +107,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
 
     def _divide(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
-        problems = self._problems(entries)
+        problems, self._bit_depth = self._inspect(entries)
         if problems and self._unreadable == "refuse":
             raise self._refused(problems, len(entries))
         splits = {
@@ -119,7 +119,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
         if problems:
-            self.log(f"{self._listed(problems, len(entries))}; left out")
+            self.log(f"{self._listed(problems, len(entries))}\nThey are left out")
             self._settings["unreadable"] = self._unreadable
         if not layout.divided:
             self._settings["eval_share"] = self._eval_share
@@ -138,36 +138,59 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
         self._bytes = sum(self._files.sizes[entry.file] for entry in entries)
         self._check_counts()
 
-    def _problems(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
-        """Reads all files; returns what is wrong with those that are no whole image."""
-        problems: dict[str, str] = {}
+    def _inspect(self, entries: Sequence[folders.Entry]) -> tuple[dict[str, images.Problem], int]:
+        """Decodes all files once.
+
+        Returns:
+          What is wrong with those that cannot be decoded, and the bit depth of the others, as of
+          `images.Inspection`.
+        """
+        problems: dict[str, images.Problem] = {}
+        bit_depth = 0
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
-            for found in images.threaded_map(self._check, images.pieces(entries, _CHECKED)):
-                problems |= {file: problem for file, problem in found.items() if problem}
+            for found in images.threaded_map(self._inspect_some, images.pieces(entries, _CHECKED)):
+                for file, (problem, bits) in found.items():
+                    if problem is not None:
+                        problems[file] = problem
+                    bit_depth = max(bit_depth, bits)
                 progress.update(len(found))
-        return problems
+        if bit_depth:
+            self.log(
+                f"{self._files.path}: the values of files with 16 bits a channel use {bit_depth} "
+                "bits, of which the upper 8 are kept (config.data.bit_depth sets another number)"
+            )
+        return problems, bit_depth
 
-    def _check(self, entries: Sequence[folders.Entry]) -> dict[str, str]:
-        return {entry.file: self._problem(entry.file) for entry in entries}
+    def _inspect_some(self, entries: Sequence[folders.Entry]) -> dict[str, images.Inspection]:
+        return {entry.file: self._inspect_file(entry.file) for entry in entries}
 
-    def _problem(self, file: str) -> str:
+    def _inspect_file(self, file: str) -> images.Inspection:
         try:
             data = self._files.read(file)
         except DataError as error:
-            return _reason(error)
-        return images.problem(data)
+            return images.Inspection(images.Problem(_reason(error), "replace or remove it"))
+        return images.inspect(data, file)
 
-    def _refused(self, problems: dict[str, str], count: int) -> DataError:
+    def _refused(self, problems: dict[str, images.Problem], count: int) -> DataError:
         return DataError(
-            f"{self._listed(problems, count)}. Mend or remove them, or set "
-            "config.data.unreadable=skip to leave them out."
+            f"{self._listed(problems, count)}\nFix or remove them, or set "
+            "config.data.unreadable=skip to leave them out"
         )
 
-    def _listed(self, problems: dict[str, str], count: int) -> str:
-        named = [f"{folders.shown(file)} ({what})" for file, what in problems.items()]
+    def _listed(self, problems: dict[str, images.Problem], count: int) -> str:
+        """Returns which files have problems, a line for each kind, the most frequent first."""
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for file, problem in problems.items():
+            detail = f" ({problem.detail})" if problem.detail else ""
+            named = kinds.setdefault((problem.kind, problem.advice), [])
+            named.append(f"{folders.shown(file)}{detail}")
+        lines = [
+            f"\n  {kind} ({len(named):,}): {folders.listed(named)}. {advice}"
+            for (kind, advice), named in sorted(kinds.items(), key=lambda each: -len(each[1]))
+        ]
         return (
-            f"{self._files.path}: {len(problems):,} of {count:,} files are no whole image: "
-            f"{folders.listed(named)}"
+            f"{self._files.path}: {len(problems):,} of {count:,} files are corrupt or not images:"
+            + "".join(lines)
         )
 
     def _check_counts(self) -> None:
@@ -199,6 +222,7 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             "source": str(self._files.path.absolute()),
             "source_digest": self._digest,
             "settings": self._settings,
+            "bit_depth": self._bit_depth,
             "unreadable_count": len(self._skipped),
             "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
         }

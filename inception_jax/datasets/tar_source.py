@@ -13,7 +13,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from inception_jax.datasets import member_names
 from inception_jax.datasets.files import Source
@@ -101,8 +101,9 @@ class TarSource(Source):
 
     def _headers(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         """Yields the members; reads to the end, so that a file that is cut short is found."""
+        bounded = cast(IO[bytes], _Bounded(file))
         with tarfile.open(
-            fileobj=_Bounded(file), mode="r:", encoding="utf-8", errors="surrogateescape"
+            fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as archive:
             for member in archive:
                 # Python 3.12.1 would go back and read the same members for ever.

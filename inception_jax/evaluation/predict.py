@@ -126,7 +126,8 @@ class Predictor:
         Raises:
           DataError: if it cannot be decoded.
         """
-        return images.decode(data, size, name, self.weights.config.data.eval_crop)
+        crop, bit_depth = self.weights.config.data.eval_crop, self.weights.bit_depth
+        return images.decode(data, size, name, crop, bit_depth=bit_depth)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the network's logits, float32 [N, classes].

@@ -7,10 +7,12 @@ With "records" it holds no pixels, only what a first pass over all records found
 decoded from the TFDS records as they are needed: for data sets too large to be kept decoded. That
 pass decodes every image too, to measure mean and standard deviation, unless the registry has them.
 
-The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`::
+The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`; where
+`config.data.bit_depth` is set, its name ends in `-<bit depth>bit`::
 
     info.json              what follows, with the size of each file, and the training pixels' mean
-                           and standard deviation, measured or published
+                           and standard deviation, measured or published, and the bit depth of
+                           image files with 16 bits a channel
     <split>_images.npy     uint8 [N, size, size, 3]; not with "records"
     <split>_digests.npy    uint64 [N], checksums of the images, or of files that are not decoded
     <split>_labels.npy     int32 [N], −1 where the class is unknown
@@ -84,10 +86,13 @@ class Dataset:
       class_names: in the order of the labels.
       mean, std: float32 [3], of each channel over all pixels of the training split (a hold-out
         included), in units of pixel value / 255; the published ones where the registry has them.
+        Of a channel that never changes the deviation is 1, not 0.
       splits: all splits by name.
       train_split, eval_split: the names of the two that training and evaluation use.
       train_cut: the training split with its images cut as those to evaluate on are; None where
         neither are cut.
+      bit_depth: how many bits the values of image files with 16 bits a channel use; 0: there are no
+        such files.
     """
 
     name: str
@@ -100,6 +105,7 @@ class Dataset:
     train_split: str
     eval_split: str
     train_cut: Split | None = None
+    bit_depth: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -159,6 +165,8 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     cache = directory / _CACHES / f"{spec.name}-{spec.version}-{data.image_size}px"
     if data.storage == "records":
         cache = cache.with_name(f"{cache.name}-records")
+    if data.bit_depth:
+        cache = cache.with_name(f"{cache.name}-{data.bit_depth}bit")
     info, _ = _read_info(cache)
     is_new = False
     again = data.on_change == "prepare"
@@ -174,6 +182,8 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
                 with _readable_errors(directory):
                     info, is_new = _build(spec, data, cache, log=log), True
     _check_source(spec, data, _prepared(info), where=cache)
+    for line in _notes(spec, data, cache, info):
+        log(line)
     dataset = _open(spec, data, cache, info)
     if is_new:
         _log_duplicates(dataset, log)
@@ -184,14 +194,14 @@ def _log_duplicates(dataset: Dataset, log: Log) -> None:
     """Says which images occur in two splits, or in one with different labels."""
     train = dataset.train
     for name, split in dataset.splits.items():
-        if split is not train and (found := duplicates.between(split, train)) and found.count:
+        if split is not train and (found := duplicates.between(split, train)) and found.total:
             log(
-                f"{dataset.name}: {found.count:,} of {len(split):,} images of the {name} split are "
+                f"{dataset.name}: {found.total:,} of {len(split):,} images of the {name} split are "
                 f"also among those to train on, so that its accuracy says too much: {found}"
             )
-    if (found := duplicates.of_different_labels(train)) and found.count:
+    if (found := duplicates.of_different_labels(train)) and found.total:
         log(
-            f"{dataset.name}: {found.count:,} of {len(train):,} images to train on are there with "
+            f"{dataset.name}: {found.total:,} of {len(train):,} images to train on are there with "
             f"different labels: {found}"
         )
 
@@ -278,11 +288,13 @@ def _open(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info)
         image_size=info["image_size"],
         class_names=tuple(info["class_names"]),
         mean=np.array(info["mean"], np.float32),
-        std=np.array(info["std"], np.float32),
+        # What never changes is 0 once its mean is subtracted, whatever it is divided by.
+        std=np.array([each if each > 0 else 1 for each in info["std"]], np.float32),
         splits=opened,
         train_split=spec.train_split,
         eval_split=eval_split,
         train_cut=train_cut,
+        bit_depth=_bit_depth(spec.name, info),
     )
 
 
@@ -304,8 +316,58 @@ def _open_split(
     workers = data.workers or len(os.sched_getaffinity(0))
     records = Records(files)
     return RecordSplit(
-        labels, names_path, data.image_size, records, workers, crop, digests_path=digests_path
+        labels,
+        names_path,
+        data.image_size,
+        records,
+        workers,
+        crop,
+        bit_depth=_bit_depth(data.name, info),
+        digests_path=digests_path,
     )
+
+
+def _bit_depth(name: str, facts: Mapping[str, Any]) -> int:
+    """Returns the bit depth that a cache's or a TFDS dataset's description has, or implies."""
+    return facts.get("bit_depth", config.unrecorded_bit_depth(name))
+
+
+def _notes(spec: DatasetSpec, data: config.Data, cache: pathlib.Path, info: Info) -> Iterator[str]:
+    """Yields what to know of a data set that is opened.
+
+    Raises:
+      DataError: if its training images are nothing but one color.
+    """
+    _check_colors(spec, data, info["std"], where=cache)
+    channels = zip(("red", "green", "blue"), info["mean"], info["std"], strict=True)
+    if constant := [f"{color} ({mean:.3g})" for color, mean, std in channels if not std > 0]:
+        yield (
+            f"{cache}: every training pixel has the same {' and '.join(constant)}; the standard "
+            "deviation of 0 is taken as 1"
+        )
+    if "bit_depth" in info or not config.unrecorded_bit_depth(spec.name):
+        return
+    names = (cache / f"{spec.train_split}_names.txt").read_text(encoding="utf-8").splitlines()
+    if others := [name for name in names if not name.lower().endswith((".jpg", ".jpeg"))]:
+        yield (
+            f"{cache}: prepared by an older version, which dropped transparency and used the upper "
+            f"8 of 16 bits even where those are empty. {len(others):,} training images may be "
+            f"concerned, such as {others[0]}. If they are, remove {_all_of(spec, data)}, to "
+            "prepare them again; for 16-bit files alone, setting config.data.bit_depth is enough"
+        )
+
+
+def _check_colors(
+    spec: DatasetSpec, data: config.Data, std: Sequence[float], *, where: pathlib.Path
+) -> None:
+    """Raises DataError if there is nothing to see in the training images."""
+    if not any(std):
+        raise DataError(
+            f"{where}: all training images together show a single color, such as black: there is "
+            "nothing to learn. Replace the images, unless an older version prepared them, which "
+            "took 16-bit files of small values for black; then remove "
+            f"{_all_of(spec, data)}, to prepare them again"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -557,12 +619,15 @@ def _write_cache(
 ) -> Info:
     """Writes all splits and, last, info.json, to `folder`; returns what is in info.json."""
     decode = data.storage == "decoded" or not spec.mean
+    depth = data.bit_depth or _bit_depth(spec.name, builder.info.metadata)
     statistics = {
-        split: _write_split(builder, split, data, folder, decode=decode, log=log)
+        split: _write_split(builder, split, data, folder, depth if decode else None, log=log)
         for split in builder.info.splits
     }
     measured = statistics[spec.train_split]
     source = _prepared_by(builder)
+    if decode:
+        _check_colors(spec, data, measured[1].tolist(), where=pathlib.Path(builder.data_dir))
     mean, std = (spec.mean, spec.std) if spec.mean else (each.tolist() for each in measured)
     info = {
         "format": FORMAT,
@@ -581,6 +646,9 @@ def _write_cache(
         },
         "source": {"path": source.path, "digest": source.digest, "settings": source.settings},
     }
+    # Where the records do not say it, as those of older versions, nor does what is made from them.
+    if data.bit_depth or "bit_depth" in builder.info.metadata:
+        info["bit_depth"] = depth
     if data.storage == "records":
         info["records"] = {
             split: [os.path.relpath(file, folder) for file in builder.files(split)]
@@ -595,7 +663,13 @@ def _write_cache(
 
 
 def _write_split(
-    builder: Any, split: str, data: config.Data, folder: pathlib.Path, *, decode: bool, log: Log
+    builder: Any,
+    split: str,
+    data: config.Data,
+    folder: pathlib.Path,
+    bit_depth: int | None,
+    *,
+    log: Log,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads one split and writes what is kept of it.
 
@@ -604,7 +678,7 @@ def _write_split(
       split: its name.
       data: the settings.
       folder: where to write to.
-      decode: whether to decode the images, to keep them or to measure them.
+      bit_depth: to decode the images with, to keep them or to measure them; None: they are not.
       log: takes one line of text.
 
     Returns:
@@ -615,12 +689,12 @@ def _write_split(
     records, size = Records(builder.files(split)), data.image_size
     count = len(records)
     pieces = images.pieces(range(count), _PIECE)
-    work = functools.partial(_decode_piece, records, size)
-    if not decode:
-        work = functools.partial(_list_piece, records)
-    labels, checksums = [], []
+    work = functools.partial(_list_piece, records)
+    if bit_depth is not None:
+        work = functools.partial(_decode_piece, records, size, bit_depth)
+    labels, checksums, plain = [], [], []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
-    label = f"{builder.name}: {'decoding' if decode else 'listing'} {split}"
+    label = f"{builder.name}: {'listing' if bit_depth is None else 'decoding'} {split}"
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
@@ -636,14 +710,21 @@ def _write_split(
             names.write("".join(f"{name}\n" for name in piece.names).encode())
             total += piece.total
             squares += piece.squares
+            plain += piece.plain
             progress.update(len(piece.labels))
     with _synced(folder / f"{split}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
     with _synced(folder / f"{split}{_DIGESTS}") as file:
         np.save(file, np.concatenate(checksums))
+    if plain:
+        log(
+            f"{builder.name}: {len(plain):,} of {count:,} {split} images are a single color, such "
+            f"as black, all over: {folders.listed(plain)}"
+        )
     pixels = count * size * size
     mean = total / pixels
-    return mean / 255, np.sqrt(squares / pixels - mean**2) / 255
+    # Rounding may take the variance of what hardly changes below 0.
+    return mean / 255, np.sqrt((squares / pixels - mean**2).clip(0)) / 255
 
 
 def _write_header(file: Any, shape: tuple[int, ...]) -> None:
@@ -653,7 +734,10 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3]."""
+    """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3].
+
+    `plain` has the names of those that are a single color all over.
+    """
 
     pixels: np.ndarray
     digests: np.ndarray
@@ -661,13 +745,16 @@ class _Piece:
     names: list[str]
     total: np.ndarray
     squares: np.ndarray
+    plain: list[str] = dataclasses.field(default_factory=list)
 
 
-def _decode_piece(records: "Records", size: int, indices: Sequence[int]) -> _Piece:
+def _decode_piece(records: "Records", size: int, bit_depth: int, indices: Sequence[int]) -> _Piece:
     pixels = np.empty((len(indices), size, size, 3), np.uint8)
-    labels, names = [], []
+    labels, names, plain = [], [], []
     for row, example in zip(pixels, _examples(records, indices), strict=True):
-        row[:] = images.decode(example.image, size, example.file_name)
+        row[:] = images.decode(example.image, size, example.file_name, bit_depth=bit_depth)
+        if (row == row[0, 0]).all():
+            plain.append(example.file_name)
         labels.append(example.label)
         names.append(example.file_name)
     channels = [pixels[..., channel] for channel in range(3)]
@@ -676,6 +763,7 @@ def _decode_piece(records: "Records", size: int, indices: Sequence[int]) -> _Pie
         digests=digests.of_images(pixels),
         labels=np.array(labels, np.int32),
         names=names,
+        plain=plain,
         total=np.array([c.sum(dtype=np.uint64) for c in channels]),
         # The square of a byte fits 16 bits, so integer sums are exact.
         squares=np.array([np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels]),

@@ -17,15 +17,15 @@ class Duplicates(NamedTuple):
     """Images that occur more than once.
 
     Attributes:
-      count: how many there are.
+      total: how many there are.
       pairs: the file names of up to ten of them, each with that of an equal image.
     """
 
-    count: int
+    total: int
     pairs: list[tuple[str, str]]
 
     def __str__(self) -> str:
-        more = f" and {self.count - len(self.pairs):,} more" if self.count > len(self.pairs) else ""
+        more = f" and {self.total - len(self.pairs):,} more" if self.total > len(self.pairs) else ""
         return ", ".join(f"{one} = {two}" for one, two in self.pairs) + more
 
 

@@ -158,12 +158,14 @@ class RecordSplit(Split):
       records: the split's records.
       decoders: how many batches to decode at a time, each in a thread.
       crop: side of the centred square that `read` cuts, over the image's shorter side.
+      bit_depth: as of `images.decode`.
       digests_path: of a .npy file, uint64 [N]; None: an older version wrote none.
     """
 
     records: "Records"
     decoders: int
     crop: float = 1.0
+    bit_depth: int = 0
     digests_path: pathlib.Path | None = None
 
     @property
@@ -179,16 +181,22 @@ class RecordSplit(Split):
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
+        size, depth = self.image_size, self.bit_depth
         for row, example in zip(pixels, self.records.read(indices.tolist()), strict=True):
-            row[:] = images.decode(example.image, self.image_size, example.file_name, self.crop)
+            row[:] = images.decode(
+                example.image, size, example.file_name, self.crop, bit_depth=depth
+            )
         return pixels
 
     def read_boxes(self, indices: np.ndarray, boxes: Sequence[images.ChooseBox]) -> np.ndarray:
         """Returns a box of each image at `indices`."""
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
         examples = self.records.read(indices.tolist())
+        size, depth = self.image_size, self.bit_depth
         for row, example, choose in zip(pixels, examples, boxes, strict=True):
-            row[:] = images.decode_box(example.image, self.image_size, example.file_name, choose)
+            row[:] = images.decode_box(
+                example.image, size, example.file_name, choose, bit_depth=depth
+            )
         return pixels
 
 

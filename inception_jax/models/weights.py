@@ -43,7 +43,9 @@ class Weights:
         network without BatchNorm.
       config: the settings they were trained with.
       class_names: in the order of the logits; empty: unknown.
-      mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std of their images.
+      mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std of their images. A
+        deviation of 0, of a channel that never changes, becomes 1.
+      bit_depth: of the images of their training, as `input.dataset.Dataset` has it.
       is_average: whether they are a moving average.
       step, epoch: length of their training; None: unknown.
       metrics: of an evaluation of them, such as top1 in percent; empty: unknown.
@@ -64,6 +66,10 @@ class Weights:
     revision: str | None = None
     version: str = inception_jax.__version__
     origin: str = ""
+    bit_depth: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "std", np.where(self.std > 0, self.std, np.float32(1)))
 
     @property
     def image_size(self) -> int:
@@ -182,6 +188,7 @@ def _description(weights: Weights) -> dict[str, Any]:
         # Every float32 is a double too, so the text gives back the same bits.
         "mean": weights.mean.tolist(),
         "std": weights.std.tolist(),
+        "bit_depth": weights.bit_depth,
         "is_average": weights.is_average,
         "step": weights.step,
         "epoch": weights.epoch,
@@ -192,12 +199,14 @@ def _description(weights: Weights) -> dict[str, Any]:
 def _weights(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> Weights:
     if description["format"] != FORMAT:
         raise ValueError(f"its format is {description['format']}; this version reads {FORMAT}")
+    config = configs.from_dict(description["config"])
     weights = Weights(
         variables=unflatten({name: np.array(a, np.float32) for name, a in arrays.items()}),
-        config=configs.from_dict(description["config"]),
+        config=config,
         class_names=tuple(description["class_names"]),
         mean=np.array(description["mean"], np.float32),
         std=np.array(description["std"], np.float32),
+        bit_depth=description.get("bit_depth", configs.unrecorded_bit_depth(config.data.name)),
         **{
             name: description[name]
             for name in ("is_average", "step", "epoch", "metrics", "revision", "version")

@@ -1,7 +1,6 @@
 """What the page and the API answer, without the web around it."""
 
 import base64
-import io
 import threading
 from typing import Any, NamedTuple
 
@@ -90,8 +89,8 @@ class Classifier:
             self._check_size(data)
             try:
                 pixels = self._predictor.read(data, "the picture")[None]
-            except DataError as error:
-                raise _unreadable(data) from error
+            except images.ImageError as error:
+                raise _unreadable(error.problem) from error
             logits = self._predictor.logits(pixels)
             best = self._predictor.best(logits[0], top)
             answer: dict[str, Any] = {"guesses": [guess._asdict() for guess in best]}
@@ -107,12 +106,11 @@ class Classifier:
         if len(data) > limits.bytes:
             raise too_many_bytes(limits)
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
+            width, height = images.dimensions(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_many_pixels("more than 90 megapixels", limits) from error
-        except images.BROKEN as error:
-            raise _unreadable(data) from error
+        except images.BROKEN:
+            return  # Nor can it be decoded; that says why.
         if width * height > limits.pixels:
             raise _too_many_pixels(f"{width:,} × {height:,} pixels", limits)
 
@@ -138,10 +136,9 @@ def _too_many_pixels(found: str, limits: Limits) -> TooLargeError:
     )
 
 
-def _unreadable(data: bytes) -> DataError:
-    reason = images.problem(data) if data else "it is empty"
+def _unreadable(problem: images.Problem) -> DataError:
     return DataError(
-        f"This is no picture that can be read: {reason or 'it is damaged'}. JPEG, PNG, WebP, GIF, "
+        f"This is no picture that can be read: {problem}. {problem.advice}. JPEG, PNG, WebP, GIF, "
         "BMP, TIFF and AVIF can be"
     )
 

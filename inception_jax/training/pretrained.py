@@ -86,6 +86,7 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
         class_names=tuple(dataset["class names"]),
         mean=np.array(dataset["mean"], np.float32),
         std=np.array(dataset["std"], np.float32),
+        bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
         is_average=bool(model["average"]),
         step=step,
         epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),

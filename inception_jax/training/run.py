@@ -85,6 +85,7 @@ class Run:
             "training examples": len(dataset.train),
             f"{dataset.eval_split} examples": len(dataset.evaluation),
             "class names": list(dataset.class_names),
+            "bit depth": dataset.bit_depth,
         }
 
     def dataset_record(self) -> dict[str, Any]:

@@ -188,6 +188,9 @@ def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     """
     record = recorded(workdir) if has_checkpoint(workdir) else None
     before = record["dataset"] if record else dataset
+    # Where there is no file of 16 bits a channel, it does not matter what was taken for theirs.
+    implied = dataset.get("bit depth") and configs.unrecorded_bit_depth(dataset["name"])
+    before = {"bit depth": implied} | before
     differing = [
         f"data set's {key}: {before.get(key)!r} → {value!r}"
         for key, value in dataset.items()

@@ -117,10 +117,10 @@ def test_unreadable_files_are_named_and_counted(
     source = source.with_stem("bad")
     write(source, archives.class_folders(COUNTS, SIZE) | BAD)
     with pytest.raises(
-        DataError, match=r"3 of 21 files are no whole image: .*unreadable=skip"
+        DataError, match=r"(?s)3 of 21 files are corrupt or not images:.*unreadable=skip"
     ) as e:
         prepare(data(source, tmp_path / "data"), log=quiet)
-    assert all(f"{name} (" in str(e.value) for name in BAD)
+    assert all(f" {name}" in str(e.value) for name in BAD)
     assert not (tmp_path / "data" / "image_folder").exists()
     lines: list[str] = []
     dataset = prepare(data(source, tmp_path / "data", unreadable="skip"), log=lines.append)
@@ -135,10 +135,174 @@ def test_unreadable_files_are_named_and_counted(
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
+def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathlib.Path) -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)
+    files = archives.class_folders({"a": 2, "b": 2}, SIZE)
+    files |= {"a/x.jpg": heic, "b/y.HEIC": heic, "b/z.jpg": b"<!DOCTYPE html><html>404</html>"}
+    with pytest.raises(DataError) as error:
+        prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
+    first, heics, page, last = str(error.value).splitlines()
+    assert first.endswith("3 of 7 files are corrupt or not images:")
+    assert heics.startswith("  HEIC photo (2): a/x.jpg, b/y.HEIC. Convert it to JPEG")
+    assert page.startswith("  web page in the place of a picture (1): b/z.jpg. Download")
+    assert last.endswith("config.data.unreadable=skip to leave them out")
+
+
+def test_sidecar_files_are_ignored_and_logged_once(
+    source: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = source.with_stem("sidecars")
+    files = archives.class_folders(COUNTS, SIZE)
+    sidecars = {
+        "ant/1.txt": b"0 .5 .5 1 1",
+        "ant/2.txt": b"",
+        "été/1.xml": b"<a/>",
+        "été/README": b"x",
+    }
+    write(source, files | sidecars)
+    lines: list[str] = []
+    dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
+    names = {*dataset.train.names, *dataset.evaluation.names}
+    assert names == set(files)
+    (line,) = [line for line in lines if "ignored" in line]
+    assert "ignored 4 paths" in line and "ant/1.txt" in line and "README" in line
+    # They are no unreadable images, so that setting does not matter.
+    prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
+
+
+def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> None:
+    files = archives.class_folders({"a": 2, "b": 2}, SIZE) | {"annotations/0.xml": b"<a/>"}
+    lines: list[str] = []
+    dataset = prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
+    assert dataset.class_names == ("a", "b")
+    assert any(
+        "'annotations': without pictures, so not among the classes" in line for line in lines
+    )
+    files = archives.class_folders({"images": 4}, SIZE) | {"labels/0.txt": b"0"}
+    with pytest.raises(DataError, match=r"'labels': holds no image, .*\('images'\)\. Give the"):
+        prepare(data(write(tmp_path / "y", files), tmp_path / "y-d"), log=quiet)
+
+
+def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
+    """Returns files of 16 bits a channel in two classes, with values up to `most`."""
+    files = {}
+    for name in ("a", "b"):
+        for number in range(count):
+            values = np.full((SIZE, SIZE), most // (number + 1), np.uint16)
+            values[: SIZE // 2] = 0
+            buffer = io.BytesIO()
+            Image.fromarray(values).save(buffer, format="PNG")
+            files[f"{name}/{number}.png"] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, storage: str) -> None:
+    source = write(tmp_path / "x", sixteen_bits(4095))
+    lines: list[str] = []
+    dataset = prepare(data(source, tmp_path / "data", storage=storage), log=lines.append)
+    assert dataset.bit_depth == 12
+    assert any("use 12 bits" in line for line in lines)
+    for split in dataset.splits.values():
+        for image, name in zip(split.read(np.arange(len(split))), split.names, strict=True):
+            # Dark pictures stay dark beside bright ones.
+            number = int(pathlib.Path(name).stem)
+            assert image.max() == (4095 // (number + 1)) >> 4
+    again = prepare(data("", tmp_path / "data", storage=storage), log=quiet)
+    assert again.bit_depth == 12
+    # Beside it, as the setting says.
+    other = prepare(data("", tmp_path / "data", storage=storage, bit_depth=16), log=quiet)
+    assert other.bit_depth == 16
+    brightest = [split.read(np.arange(len(split))).max() for split in other.splits.values()]
+    assert max(brightest) == 15
+    assert prepare(data("", tmp_path / "data", storage=storage), log=quiet).bit_depth == 12
+
+
+def rewrite_info(cache: pathlib.Path, **changes: Any) -> None:
+    """Makes a cache one of an older version, and changes what it says of itself."""
+    info = json.loads((cache / "info.json").read_text()) | changes
+    del info["bit_depth"], info["sha256 of this"]
+    (cache / "info.json").write_text(json.dumps(info))
+
+
+def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", sixteen_bits(4095))
+    prepare(data(source, tmp_path / "data"), log=quiet)
+    rewrite_info(tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
+    lines: list[str] = []
+    assert prepare(data("", tmp_path / "data"), log=lines.append).bit_depth == 16
+    (line,) = lines
+    assert "prepared by an older version" in line and "such as" in line
+    # Nor do its records say how many bits count, from which other sizes are made.
+    stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
+    metadata = json.loads(stored.read_text())
+    del metadata["bit_depth"]
+    stored.write_text(json.dumps(metadata))
+    for _ in range(2):
+        smaller: list[str] = []
+        assert (
+            prepare(data("", tmp_path / "data", image_size=8), log=smaller.append).bit_depth == 16
+        )
+        assert any("prepared by an older version" in line for line in smaller)
+    deep = prepare(data("", tmp_path / "data", image_size=8, bit_depth=12), log=smaller.append)
+    assert deep.bit_depth == 12 and deep.train.read(np.arange(6)).max() > 100
+    photos = write(tmp_path / "y", archives.class_folders(COUNTS, SIZE))
+    prepare(data(photos, tmp_path / "photos"), log=quiet)
+    rewrite_info(tmp_path / "photos" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
+    prepare(data("", tmp_path / "photos"), log=lines.append)
+    assert len(lines) == 1, "JPEGs mean what they meant"
+
+
+def green(count: int) -> dict[str, bytes]:
+    """Returns pictures in two classes of which only one channel is not 0."""
+    files = {}
+    for name in ("a", "b"):
+        for number in range(count):
+            array = np.zeros((SIZE, SIZE, 3), np.uint8)
+            array[number:, :, 1] = 40 * (number + 1)
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, format="PNG")
+            files[f"{name}/{number}.png"] = buffer.getvalue()
+    return files
+
+
+def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", green(4))
+    lines: list[str] = []
+    for _ in range(2):
+        dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
+        np.testing.assert_array_equal(dataset.std[[0, 2]], 1)
+        assert 0 < dataset.std[1] < 1
+    assert sum("the same red (0) and blue (0); the standard" in line for line in lines) == 2
+    # As older versions have it.
+    cache = tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px"
+    rewrite_info(cache, std=[0.0, 0.1, 0.0])
+    np.testing.assert_allclose(prepare(data("", tmp_path / "data"), log=quiet).std, [1, 0.1, 1])
+    black = json.loads((cache / "info.json").read_text()) | {"std": [0.0, 0.0, 0.0]}
+    (cache / "info.json").write_text(json.dumps(black))
+    with pytest.raises(DataError, match=r"show a single color.* remove .*to prepare them again"):
+        prepare(data("", tmp_path / "data"), log=quiet)
+
+
+def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
+    tmp_path: pathlib.Path,
+) -> None:
+    black = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE)).save(black, format="PNG")
+    files = {f"{name}/{n}.png": black.getvalue() for name in ("a", "b") for n in range(3)}
+    with pytest.raises(DataError, match=r"all training images together show a single color"):
+        prepare(data(write(tmp_path / "x", files), tmp_path / "data"), log=quiet)
+    assert not list((tmp_path / "data" / "inception_jax").glob("*px*"))
+    lines: list[str] = []
+    files |= {f"a/more{n}.png": content for n, content in enumerate(green(4).values())}
+    prepare(data(write(tmp_path / "y", files), tmp_path / "y-data"), log=lines.append)
+    assert any("train images are a single color" in line and "b/" in line for line in lines)
+
+
 def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {f"a/bad{n:02d}": b"" for n in range(13)}
-    with pytest.raises(DataError, match=r"13 of 17 .*bad09 .* and 3 more\. Mend") as error:
+    with pytest.raises(DataError, match=r"(?s)13 of 17 .*bad09 and 3 more\. Download") as error:
         prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert "bad10" not in str(error.value)
 
@@ -168,7 +332,7 @@ def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
 def test_a_dead_link_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
-    with pytest.raises(DataError, match=r"image: a/link\.jpg \(a link that leads nowhere\)\. Mend"):
+    with pytest.raises(DataError, match=r"a link that leads nowhere \(1\): a/link\.jpg\. "):
         prepare(data(path, tmp_path), log=quiet)
 
 
@@ -177,7 +341,7 @@ def test_a_damaged_member_is_named_once(tmp_path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[200] ^= 255
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"image: a/0\.jpg \([^()]*\)\. Mend") as error:
+    with pytest.raises(DataError, match=r"\(1\): a/0\.jpg\. Replace") as error:
         prepare(data(path, tmp_path), log=quiet)
     assert str(error.value).count(str(path)) == 1
 

@@ -1,12 +1,14 @@
 import io
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from inception_jax.datasets import images
 from inception_jax.errors import DataError
@@ -17,6 +19,10 @@ def png(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def problem(data: bytes) -> str:
+    return str(images.inspect(data).problem)
 
 
 def test_decode_returns_the_pixels_of_a_lossless_image() -> None:
@@ -92,27 +98,210 @@ def test_decode_keeps_the_upper_8_of_16_bits() -> None:
 def test_decode_takes_other_colour_modes_and_the_first_frame() -> None:
     red = Image.new("RGB", (16, 16), (250, 10, 10))
     blue = Image.new("RGB", (16, 16), (10, 10, 250))
-    palette = encoded(red.quantize(4), "PNG", transparency=b"\x80")
+    palette = encoded(red.quantize(4), "PNG", transparency=b"\xff")
     animated = encoded(red, "GIF", save_all=True, append_images=[blue])
     transparent = encoded(red.convert("RGBA"), "PNG")
     cmyk = encoded(red.convert("CMYK"), "JPEG", quality=100)
     for data in (palette, animated, transparent, cmyk):
-        assert images.problem(data) == ""
+        assert images.inspect(data).problem is None
         np.testing.assert_allclose(images.decode(data, 16, "x"), np.asarray(red), atol=4)
+
+
+def png_of(values: np.ndarray, color_type: int, *chunks: bytes, bits: int = 16) -> bytes:
+    """Returns rows of big-endian values, uint16 [H, W, C] or packed bytes [H, B], as a PNG."""
+    height, width = values.shape[0], values.shape[1] * (8 // bits if bits < 8 else 1)
+    content = values.astype(">u2") if bits == 16 else values
+    rows = b"".join(b"\0" + row.tobytes() for row in content)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *((c[:4], c[4:]) for c in chunks), (b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts) + chunk(b"IEND", b"")
+
+
+def tiff_of(
+    values: np.ndarray, order: str, *, packed: bool = False, tags: dict[int, int] | None = None
+) -> bytes:
+    """Returns values, uint16 [H, W, 3 or 4], as a TIFF of byte order '<' or '>'."""
+    height, width, channels = values.shape
+    pixels = values.astype(f"{order}u2").tobytes()
+    pixels = zlib.compress(pixels) if packed else pixels
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    entries = {256: width, 257: height, 259: 8 if packed else 1, 262: 2, 277: channels}
+    entries |= {278: height, 279: len(pixels)} | (tags or {}) | ({338: 2} if channels == 4 else {})
+    count = len(entries) + 2
+    place = 8 + 2 + 12 * count + 4
+    directory = {tag: (4, 1, value) for tag, value in entries.items()}
+    directory |= {258: (3, channels, place), 273: (4, 1, place + len(bits))}
+    body = b"".join(
+        struct.pack(f"{order}HHII", tag, *entry) for tag, entry in sorted(directory.items())
+    )
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, count)
+    return start + body + bytes(4) + bits + pixels
+
+
+def tall(channels: int, most: int) -> np.ndarray:
+    """Returns values from 0 to `most`, uint16 [16, 16, channels]."""
+    values = np.random.default_rng(0).integers(0, most + 1, (16, 16, channels)).astype(np.uint16)
+    values[0, 0] = most
+    return values
+
+
+WIDE = {
+    "grey.png": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
+    "grey.tif": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
+    "rgb.png": lambda v: png_of(v, 2),
+    "le.tif": lambda v: tiff_of(v, "<"),
+    "be.tif": lambda v: tiff_of(v, ">"),
+    "le-packed.tif": lambda v: tiff_of(v, "<", packed=True),
+    "be-packed.tif": lambda v: tiff_of(v, ">", packed=True),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_the_upper_8_of_the_bits_in_use_are_kept(name: str, bits: int) -> None:
+    values = tall(3, 2**bits - 1)
+    data = WIDE[name](values)
+    values = values[..., :1] if name.startswith("grey") else values
+    expected = np.broadcast_to((values >> (bits - 8)).astype(np.uint8), (16, 16, 3))
+    np.testing.assert_array_equal(images.decode(data, 16, name), expected)
+    np.testing.assert_array_equal(images.decode(data, 16, name, bit_depth=bits), expected)
+    box = images.decode_box(data, 16, name, lambda *_: (0, 0, 16, 16), bit_depth=bits)
+    np.testing.assert_array_equal(box, expected)
+    assert images.inspect(data, name) == (None, bits)
+
+
+def test_a_bit_depth_that_is_given_decides() -> None:
+    data = WIDE["rgb.png"](tall(3, 4095))
+    expected = (tall(3, 4095) >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(images.decode(data, 16, "x", bit_depth=16), expected)
+    # Larger values are white, not what their lower bits are.
+    clipped = (tall(3, 4095) >> 2).clip(0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(images.decode(data, 16, "x", bit_depth=10), clipped)
+    assert images.inspect(png(np.zeros((8, 8, 3), np.uint8))).bit_depth == 0
+
+
+@pytest.mark.parametrize("opaque", [4095, 65535])
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "TIFF"])
+def test_opacity_of_16_bits_has_a_scale_of_its_own(kind: str, opaque: int) -> None:
+    channels = 2 if kind == "LA" else 4
+    values = tall(channels, 4095)
+    values[..., -1] = opaque
+    values[8:, :, -1] = 0
+    data = tiff_of(values, "<") if kind == "TIFF" else png_of(values, 4 if kind == "LA" else 6)
+    expected = np.broadcast_to(values[..., : channels - 1] >> 4, (16, 16, 3)).copy()
+    expected[8:] = 255
+    np.testing.assert_array_equal(images.decode(data, 16, "x", bit_depth=12), expected)
+
+
+def half_transparent(mode: str) -> Image.Image:
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((200, 200, 200, 255), (0, 0, 16, 8))
+    return image.convert(mode)
+
+
+TRANSPARENT = {
+    "RGBA.png": lambda: encoded(half_transparent("RGBA"), "PNG"),
+    "LA.png": lambda: encoded(half_transparent("LA"), "PNG"),
+    "webp": lambda: encoded(half_transparent("RGBA"), "WEBP", lossless=True),
+    "gif": lambda: encoded(half_transparent("RGBA"), "GIF"),
+    "palette": lambda: encoded(half_transparent("RGBA").quantize(4), "PNG"),
+    "RGBA.tif": lambda: encoded(half_transparent("RGBA"), "TIFF"),
+    "grey key": lambda: encoded(half_transparent("L"), "PNG", transparency=0),
+    "RGB key": lambda: encoded(half_transparent("RGB"), "PNG", transparency=(0, 0, 0)),
+    "key of 16 bits": lambda: png_of(
+        np.asarray(half_transparent("RGB")).astype(np.uint16) * 257, 2, b"tRNS" + bytes(6)
+    ),
+    "grey key of 16 bits": lambda: png_of(
+        np.asarray(half_transparent("L"))[..., None].astype(np.uint16) * 257, 0, b"tRNS" + bytes(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_images_lie_on_white(name: str) -> None:
+    decoded = images.decode(TRANSPARENT[name](), 16, name)
+    np.testing.assert_allclose(decoded[:8], 200, atol=2)
+    np.testing.assert_array_equal(decoded[8:], 255)
+
+
+@pytest.mark.parametrize(("bits", "ink", "clear"), [(1, 1, 0), (2, 3, 1), (4, 15, 7)])
+def test_a_transparent_shade_of_few_bits_is_white(bits: int, ink: int, clear: int) -> None:
+    shades = np.full((8, 8), ink)
+    shades[4:] = clear
+    each = 8 // bits
+    packed = sum(shades[:, n::each] << (8 - bits * (n + 1)) for n in range(each)).astype(np.uint8)
+    data = png_of(packed, 0, b"tRNS" + struct.pack(">H", clear), bits=bits)
+    np.testing.assert_array_equal(images.decode(data, 8, "x"), 255)
+
+
+def test_opaque_images_with_an_alpha_channel_stay_as_they_are() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    image = Image.fromarray(array)
+    image.putalpha(255)
+    np.testing.assert_array_equal(images.decode(encoded(image, "PNG"), 16, "x"), array)
+
+
+def test_a_png_with_long_texts_or_a_large_profile_is_whole() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "x" * 2_000_000, zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "y" * 1_500_000, zip=True)
+    profile = np.random.default_rng(0).integers(0, 4, 1_600_000, np.uint8).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for settings in ({"pnginfo": info}, {"icc_profile": profile}, {"pnginfo": info, "exif": exif}):
+        data = encoded(Image.fromarray(array), "PNG", **settings)
+        expected = array[::-1, ::-1] if "exif" in settings else array
+        assert images.inspect(data).problem is None
+        assert images.dimensions(data) == (16, 16)
+        np.testing.assert_array_equal(images.decode(data, 16, "x"), expected)
+        with pytest.raises(DataError, match="damaged image"):
+            images.verify(data[:-60], "x")
+
+
+def test_a_jpeg_may_lack_its_end_marker_and_nothing_else() -> None:
+    whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
+    expected = images.decode(whole, 32, "x")
+    for cut in (1, 2):
+        images.verify(whole[:-cut], "x")
+        np.testing.assert_array_equal(images.decode(whole[:-cut], 32, "x"), expected)
+    for cut in (3, 4, 8):
+        with pytest.raises(DataError, match="damaged image"):
+            images.verify(whole[:-cut], "x")
+
+
+@pytest.mark.parametrize(
+    ("tags", "name"), [({254: 1}, "x.tif"), ({50706: 0x0401}, "x.jpg"), ({}, "x.NEF")]
+)
+def test_the_thumbnail_of_a_raw_file_is_not_taken_for_it(tags: dict[int, int], name: str) -> None:
+    data = tiff_of(tall(3, 65535), "<", tags=tags)
+    with pytest.raises(DataError, match=r"camera raw file\)\. Develop it to JPEG or TIFF"):
+        images.decode(data, 16, name)
+    assert images.inspect(tiff_of(tall(3, 65535), "<"), "x.tif").problem is None
+
+
+def test_channels_of_16_bits_that_lie_apart_are_refused() -> None:
+    assert "one after another" in problem(tiff_of(tall(3, 65535), "<", tags={284: 2}))
 
 
 def test_floating_point_and_enormous_images_are_refused() -> None:
     data = encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
-    assert "floating-point" in images.problem(data)
+    assert "floating-point" in problem(data)
     with pytest.raises(DataError, match=r"x: not a whole image .*floating-point"):
         images.decode(data, 8, "x")
     integers = Image.fromarray(np.full((8, 8), 200, np.int32))
-    assert "integers of 32 bits" in images.problem(encoded(integers, "TIFF"))
-    assert "200000000 pixels" in images.problem(encoded(Image.new("1", (20000, 10000)), "PNG"))
+    assert "integers of 32 bits" in problem(encoded(integers, "TIFF"))
+    assert "200000000 pixels" in problem(encoded(Image.new("1", (20000, 10000)), "PNG"))
 
 
 def test_what_is_no_image_is_said_in_one_line() -> None:
-    assert images.problem(b"a note") == "no image format that is known"
+    assert problem(b"\x01a note") == "file of no image format that is known"
 
 
 def smooth(height: int, width: int) -> np.ndarray:

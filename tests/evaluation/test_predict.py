@@ -1,11 +1,13 @@
 """Prediction beside evaluation: the same images, the same logits."""
 
 import dataclasses
+import io
 import json
 import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from inception_jax.config import Data, Evaluation
 from inception_jax.datasets import pictures
@@ -55,6 +57,18 @@ def test_a_file_gives_the_pixels_of_the_data_set(
     records = Records(sorted(data_directory.glob("digits/1.0.0/*test.array_record*")))
     for example, pixels in zip(records.read([0, 5]), split.read(np.array([0, 5])), strict=True):
         np.testing.assert_array_equal(predictor.read(example.image, example.file_name), pixels)
+
+
+def test_files_of_16_bits_are_read_with_the_bit_depth_of_the_training(
+    finished: tuple[run.Run, Workdir],
+) -> None:
+    weights = pretrained.from_checkpoint(finished[1], "best")
+    assert weights.bit_depth == 0, "digits have no such files"
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(buffer, format="PNG")
+    for depth, value in ((0, 250), (10, 250), (12, 62), (16, 3)):
+        predictor = Predictor(dataclasses.replace(weights, bit_depth=depth))
+        assert (predictor.read(buffer.getvalue(), "x") == value).all()
 
 
 def test_a_run_of_an_older_version_says_how_to_mend_it(

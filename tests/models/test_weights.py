@@ -1,6 +1,7 @@
 """The file of weights: what is written is what is read, and everything else is refused."""
 
 import dataclasses
+import json
 import pathlib
 import pickle
 import zipfile
@@ -11,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from inception_jax.config import Config, Model
+from inception_jax.config import Config, Data, Model
 from inception_jax.errors import DataError, UserError
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
@@ -137,3 +138,32 @@ def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: path
 def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="none/weights: cannot be written"):
         weights.save(tmp_path / "none" / "weights", example())
+
+
+def test_a_deviation_of_0_is_taken_as_1(tmp_path: pathlib.Path) -> None:
+    """Older versions wrote it for a channel that never changes."""
+    std = np.array([0, 0.5, 0], np.float32)
+    found = example(std=std)
+    np.testing.assert_array_equal(found.std, np.array([1, 0.5, 1], np.float32))
+    path = tmp_path / "weights"
+    weights.save(path, found)
+    arrays, metadata = weights.read_arrays(path)
+    description = json.loads(metadata["inception_jax"]) | {"std": std.tolist()}
+    save_file(arrays, path, {"inception_jax": json.dumps(description)})
+    loaded = weights.load(path).std
+    np.testing.assert_array_equal(loaded, found.std)
+    assert loaded.dtype == np.float32
+
+
+@pytest.mark.parametrize(("data", "depth"), [("image_folder", 16), ("tiny_imagenet", 0)])
+def test_files_of_older_versions_have_the_bit_depth_of_their_images(
+    tmp_path: pathlib.Path, data: str, depth: int
+) -> None:
+    path = tmp_path / "weights"
+    weights.save(path, example(config=Config(data=Data(name=data)), bit_depth=12))
+    assert weights.load(path).bit_depth == 12
+    arrays, metadata = weights.read_arrays(path)
+    description = json.loads(metadata["inception_jax"])
+    del description["bit_depth"], description["config"]["data"]["bit_depth"]
+    save_file(arrays, path, {"inception_jax": json.dumps(description)})
+    assert weights.load(path).bit_depth == depth

@@ -107,8 +107,8 @@ def chunk(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "status", "words"),
     [
-        (b"", 400, "This is no picture that can be read: it is empty"),
-        (b"a text", 400, "This is no picture that can be read: no image format that is known"),
+        (b"", 400, "This is no picture that can be read: empty file. Download"),
+        (b"a text", 400, "This is no picture that can be read: text. Remove it"),
         (explain.png(picture())[:80], 400, "This is no picture that can be read: "),
         (bytes(50_001), 413, "The file is larger than 0.05 MB"),
         (explain.png(np.zeros((201, 200, 3), np.uint8)), 413, "The picture has 200 × 201 pixels"),

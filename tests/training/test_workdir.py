@@ -82,6 +82,21 @@ def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
     workdirs.check_dataset(folder, DATASET)
 
 
+def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
+    """They took all of 16 bits for used, and recorded nothing of it."""
+    folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
+    workdirs.write_json(folder.config, workdirs.recorded(folder) | {"dataset": pictures})
+    for depth in (0, 16):
+        workdirs.check_dataset(folder, pictures | {"bit depth": depth})
+    with pytest.raises(CheckpointError, match="data set's bit depth: 16 → 12"):
+        workdirs.check_dataset(folder, pictures | {"bit depth": 12})
+    workdirs.write_json(
+        folder.config, workdirs.recorded(folder) | {"dataset": pictures | {"bit depth": 12}}
+    )
+    with pytest.raises(CheckpointError, match="data set's bit depth: 12 → 0"):
+        workdirs.check_dataset(folder, pictures | {"bit depth": 0})
+
+
 def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     for step, rate in ((5, 0.2), (9, 0.3)):

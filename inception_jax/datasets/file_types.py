@@ -1,0 +1,354 @@
+"""What a file is that is not an image, from its first bytes, and what to do about it.
+
+Folders of pictures hold photos of formats that PIL does not read, files that a server or a version
+control system put in the place of a picture, and the small files that programs keep beside
+pictures. Only what PIL cannot read is looked at here.
+"""
+
+import json
+import os
+import re
+from typing import NamedTuple
+
+
+class FileType(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      name: of the kind, in the singular: "HEIC photo".
+      remedy: what to do about such files, without a period.
+    """
+
+    name: str
+    remedy: str
+
+
+_AGAIN = "download or copy it again"
+_EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel, without a sign"
+# What PIL would open, and not give what is meant. Of a raw file it is the thumbnail, a TIFF.
+CAMERA_RAW = FileType(
+    "camera raw file", "develop it to JPEG or TIFF, with darktable-cli or dcraw -T"
+)
+PROGRAM = FileType(
+    "PostScript file (EPS is a program that draws a picture, and none is run)",
+    "render it to PNG, with ImageMagick or Ghostscript",
+)
+FLOATS = FileType("image of floating-point numbers, whose range is unknown", _EIGHT_OR_SIXTEEN)
+INTEGERS = FileType(
+    "image of integers of 32 bits, or with a sign, whose range is unknown", _EIGHT_OR_SIXTEEN
+)
+PLANES = FileType(
+    "TIFF whose channels of 16 bits lie one after another, which PIL misreads",
+    "save it with interleaved channels",
+)
+_HEIC = FileType("HEIC photo", "convert it to JPEG, with ImageMagick, heif-convert or sips")
+_AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG, with avifdec")
+_JPEG_XL = FileType("JPEG XL image", "convert it to PNG, with djxl")
+_JPEG_XR = FileType("JPEG XR image", "convert it to PNG, with JxrDecApp")
+_PHOTOSHOP = FileType("Photoshop file", "export it as PNG")
+_GIMP = FileType("GIMP file", "export it as PNG")
+_VIDEO = FileType("video", "extract its frames, with ffmpeg -i FILE frame%05d.png")
+_SOUND = FileType("sound file", "remove it")
+_PDF = FileType("PDF document", "render it to PNG, with pdftoppm -png")
+_SVG = FileType("SVG drawing", "render it to PNG, with rsvg-convert or Inkscape")
+_METAFILE = FileType("Windows metafile", "render it to PNG, with Inkscape")
+_DICOM = FileType("DICOM file", "convert it to 16-bit PNG, with dcm2pnm or pydicom")
+_NIFTI = FileType("NIfTI or other gzip file", "unpack it, and save its slices as PNG")
+_ARRAY = FileType("file of arrays", "save each picture as PNG, with PIL.Image.fromarray")
+_ARCHIVE = FileType("archive", "unpack it, and remove it")
+_OFFICE = FileType("office document or Windows thumbnail cache", "remove it")
+_LFS = FileType(
+    "Git LFS pointer, not the picture itself", "run git lfs pull where the files are from"
+)
+_ANNEX = FileType(
+    "git-annex pointer, not the picture itself", "run git annex get where the files are from"
+)
+_ENCRYPTED = FileType(
+    "file that git-crypt encrypted", "run git-crypt unlock where the files are from"
+)
+_PAGE = FileType("web page in the place of a picture", "download the picture itself")
+_ANSWER = FileType("server's answer in the place of a picture (XML or JSON)", _AGAIN)
+_TEXT = FileType("text", "remove it")
+_EMPTY = FileType("empty file", _AGAIN)
+_ZEROS = FileType("file of zeros, as a copy that failed leaves", _AGAIN)
+
+# The first bytes of kinds.
+_STARTS: tuple[tuple[bytes, FileType], ...] = (
+    (b"%PDF", _PDF),
+    (b"8BPS", _PHOTOSHOP),
+    (b"gimp xcf", _GIMP),
+    (b"\xff\x0a", _JPEG_XL),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", _JPEG_XL),
+    (b"II\xbc", _JPEG_XR),
+    (b"II*\0\x10\0\0\0CR", CAMERA_RAW),
+    (b"FUJIFILMCCD-RAW", CAMERA_RAW),
+    (b"IIRO", CAMERA_RAW),
+    (b"IIRS", CAMERA_RAW),
+    (b"MMOR", CAMERA_RAW),
+    (b"IIU\0", CAMERA_RAW),
+    (b"FOVb", CAMERA_RAW),
+    (b"\0MRM", CAMERA_RAW),
+    (b"\x1aE\xdf\xa3", _VIDEO),
+    (b"FLV\x01", _VIDEO),
+    (b"\0\0\1\xba", _VIDEO),
+    (b"\0\0\1\xb3", _VIDEO),
+    (b"0&\xb2u\x8ef\xcf\x11", _VIDEO),
+    (b"ID3", _SOUND),
+    (b"fLaC", _SOUND),
+    (b"OggS", _SOUND),
+    (b"\xd7\xcd\xc6\x9a", _METAFILE),
+    (b"\x93NUMPY", _ARRAY),
+    (b"\x89HDF\r\n\x1a\n", _ARRAY),
+    (b"MATLAB 5.0", _ARRAY),
+    (b"\x80\x02", _ARRAY),
+    (b"\x80\x04\x95", _ARRAY),
+    (b"\x1f\x8b", _NIFTI),
+    (b"PK\3\4", _ARCHIVE),
+    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
+    (b"Rar!", _ARCHIVE),
+    (b"\xfd7zXZ\0", _ARCHIVE),
+    (b"BZh", _ARCHIVE),
+    (b"\xd0\xcf\x11\xe0", _OFFICE),
+    (b"version https://git-lfs.github.com/spec/", _LFS),
+    (b"\0GITCRYPT\0", _ENCRYPTED),
+)
+# Bytes elsewhere: where, what, kind.
+_INSIDE: tuple[tuple[int, bytes, FileType], ...] = (
+    (128, b"DICM", _DICOM),
+    (257, b"ustar", _ARCHIVE),
+    (344, b"n+1\0", _ARRAY),
+    (40, b" EMF", _METAFILE),
+    (4, b"moov", _VIDEO),
+    (4, b"mdat", _VIDEO),
+    (4, b"wide", _VIDEO),
+    (8, b"AVI ", _VIDEO),
+    (8, b"WAVE", _SOUND),
+)
+# Major brands of ISO media files, whose first box is 'ftyp'; any other is a video's.
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), _AVIF),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1"), _HEIC
+    ),
+    b"crx ": CAMERA_RAW,
+    b"M4A ": _SOUND,
+}
+# What the first bytes of formats that PIL reads are, for files that are too damaged for it to see.
+_IMAGES: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8", "JPEG"),
+    (b"\x89PNG", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"RIFF", "WebP"),
+)
+_RAW_ENDINGS = """
+.dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .iiq .erf .mrw .kdc
+.dcr .raw .rwl
+"""
+_VIDEO_ENDINGS = ".mp4 .m4v .mov .avi .mkv .webm .wmv .flv .mpg .mpeg .mts .m2ts .3gp"
+_ARRAY_ENDINGS = ".npy .npz .mat .h5 .hdf5 .nii .pkl .pt"
+# Where the content says nothing, the ending may.
+_ENDINGS = {
+    **dict.fromkeys(_RAW_ENDINGS.split(), CAMERA_RAW),
+    **dict.fromkeys((".heic", ".heif", ".hif"), _HEIC),
+    **dict.fromkeys(_VIDEO_ENDINGS.split(), _VIDEO),
+    **dict.fromkeys((".dcm", ".dicom"), _DICOM),
+    **dict.fromkeys(_ARRAY_ENDINGS.split(), _ARRAY),
+}
+# The endings and names of files that people and programs keep beside pictures: notes, logs, lists,
+# annotations, scripts, trained networks, settings of raw developers, links, checksums. Saved pages
+# and arrays are not among them: where they stand for pictures, a class would be lost.
+_SIDECAR_ENDINGS = frozenset(
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".rst",
+        ".tex",
+        ".rtf",
+        ".bib",
+        ".pdf",
+        ".doc",
+        ".docx",
+        ".odt",
+        ".xls",
+        ".xlsx",
+        ".ods",
+        ".ppt",
+        ".pptx",
+        ".odp",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".ndjson",
+        ".geojson",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".cfg",
+        ".conf",
+        ".names",
+        ".lst",
+        ".list",
+        ".idx",
+        ".log",
+        ".out",
+        ".err",
+        ".lock",
+        ".pid",
+        ".db",
+        ".sqlite",
+        ".wandb",
+        ".py",
+        ".pyc",
+        ".ipynb",
+        ".sh",
+        ".bat",
+        ".ps1",
+        ".js",
+        ".css",
+        ".map",
+        ".safetensors",
+        ".msgpack",
+        ".onnx",
+        ".stablehlo",
+        ".pt",
+        ".pth",
+        ".tflite",
+        ".xmp",
+        ".pp3",
+        ".dop",
+        ".cos",
+        ".aae",
+        ".thm",
+        ".url",
+        ".webloc",
+        ".lnk",
+        ".desktop",
+        ".md5",
+        ".sha1",
+        ".sha256",
+        ".sha512",
+        ".sfv",
+        ".crc",
+        ".par2",
+        ".dvc",
+        ".torrent",
+        ".bak",
+        ".license",
+        ".readme",
+    ]
+)
+_SIDECAR_NAMES = frozenset(
+    [
+        "readme",
+        "license",
+        "licence",
+        "copying",
+        "notice",
+        "authors",
+        "contributors",
+        "credits",
+        "attribution",
+        "citation",
+        "changelog",
+        "version",
+        "makefile",
+        "manifest",
+        "md5sums",
+        "sha1sums",
+        "sha256sums",
+        "checksums",
+        "thumbs",
+    ]
+)
+# How much of a file is looked at for text.
+_HEAD = 4096
+
+
+def is_sidecar(file: str) -> bool:
+    """Whether a path is named as a file that lies beside pictures: an annotation, a note."""
+    stem, ending = os.path.splitext(os.path.basename(file).lower())
+    return ending in _SIDECAR_ENDINGS or (not ending and stem in _SIDECAR_NAMES)
+
+
+def is_raw_name(file: str) -> bool:
+    """Whether a path ends as a camera's raw files do."""
+    return _ENDINGS.get(os.path.splitext(file)[1].lower()) is CAMERA_RAW
+
+
+def identify(data: bytes, file: str = "") -> FileType | None:
+    """Returns what a file is that is no image, or one of a format that PIL does not read.
+
+    Args:
+      data: its content.
+      file: its path, whose ending decides where the content says nothing.
+
+    Returns:
+      None if neither says anything, or if it begins as an image does that PIL reads.
+    """
+    if not data:
+        return _EMPTY
+    for start, kind in _STARTS:
+        if data.startswith(start):
+            return kind
+    if data[4:8] == b"ftyp":
+        return _iso_media(data)
+    for place, content, kind in _INSIDE:
+        if data.startswith(content, place):
+            return kind
+    by_name = _ENDINGS.get(os.path.splitext(file)[1].lower())
+    if damaged_format(data):
+        return by_name
+    if not data.strip(b"\0"):
+        return by_name or _ZEROS
+    return _text(data) or by_name
+
+
+def damaged_format(data: bytes) -> str:
+    """Returns the name of the format that a file begins as, of those that PIL reads, or ''."""
+    return next((name for start, name in _IMAGES if data.startswith(start)), "")
+
+
+def _iso_media(data: bytes) -> FileType:
+    # The size of the box: its end is that of the list of brands that the file is compatible with.
+    size = int.from_bytes(data[:4])
+    brands = [data[place : place + 4] for place in (8, *range(16, min(size, 256), 4))]
+    kinds = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
+    # 'mif1' alone is any still image's: a later brand says which.
+    return _AVIF if _AVIF in kinds else kinds[0] if kinds else _VIDEO
+
+
+def _text(data: bytes) -> FileType | None:
+    """Returns what kind of text a file is, or None if it is none."""
+    head = data[:_HEAD]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = head.decode("utf-16", "replace")
+    elif any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head):
+        return None
+    else:
+        text = head.decode("utf-8", "replace")
+    text = text.removeprefix("\ufeff").lstrip().lower()
+    if re.match(r"/annex/objects/|(\.\./)*\.git/annex/", text):
+        return _ANNEX
+    if re.match(r"(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!doctype svg[^>]*>\s*)*<svg", text, re.DOTALL):
+        return _SVG
+    if re.search(r"<!doctype html|<html|<head|<body", text):
+        return _PAGE
+    if text.startswith("<") or _is_json(text, whole=len(data) <= _HEAD):
+        return _ANSWER
+    return _TEXT
+
+
+def _is_json(text: str, *, whole: bool) -> bool:
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return not whole
+    return True
