@@ -424,7 +424,8 @@ def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) ->
 def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    directory, lines = tmp_path / "data", []
+    directory = tmp_path / "data"
+    lines: list[str] = []
     for size in (SIZE, 8):
         prepare(data(source, directory, image_size=size), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 15}, SIZE))

@@ -31,7 +31,7 @@ def test_images_of_two_splits_are_found(tmp_path: pathlib.Path) -> None:
 def test_ten_are_named(tmp_path: pathlib.Path) -> None:
     both = split(tmp_path, list(range(12)), [0] * 12)
     found = duplicates.between(both, both)
-    assert found is not None and found.count == 12 and len(found.pairs) == 10
+    assert found is not None and found.total == 12 and len(found.pairs) == 10
     assert str(found).endswith("0-9 = 0-9 and 2 more")
 
 
