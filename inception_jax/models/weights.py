@@ -72,11 +72,13 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """How many logits the network gives."""
-        return self.variables["params"]["classifier"]["dense"]["bias"].shape[0]
+        """How many logits the network gives; 0: the weights are without a classifier."""
+        classifier = self.variables["params"].get("classifier")
+        return classifier["dense"]["bias"].shape[0] if classifier else 0
 
     def __str__(self) -> str:
-        words = [self.config.model.name, f"{self.num_classes} classes"]
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
+        words = [self.config.model.name, classes]
         if self.step is not None and self.epoch is not None:
             words.append(f"step {self.step:,}, epoch {self.epoch:.2f}")
         if "top1" in self.metrics:
@@ -140,8 +142,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
       DataError: if it is not there, damaged or no such file.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
+        is_pickle = looks_like_pickle(path)
         with safe_open(path, framework="np") as tensors:
             return tensors.get_tensors(), tensors.metadata() or {}
     except OSError as error:
@@ -149,7 +150,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             f"{path}: cannot be read: {error.strerror or error}. Give a file of weights"
         ) from error
     except SafetensorError as error:
-        if start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES:
+        if is_pickle:
             raise DataError(
                 f"{path}: is no safetensors file but, it seems, a pickle, which may run any "
                 "program when it is read. Weights of torchvision's GoogLeNet become such a file by "
@@ -159,6 +160,17 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             f"{path}: is no safetensors file, or only a part of one ({error}). Copy it anew, or "
             "export it again with python -m inception_jax.tools.export"
         ) from error
+
+
+def looks_like_pickle(path: pathlib.Path) -> bool:
+    """Returns whether a file is, by its first bytes or its name, what torch.save writes.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES
 
 
 def flatten(variables: Variables) -> dict[str, Any]:

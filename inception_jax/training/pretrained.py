@@ -134,6 +134,8 @@ def start(run: Run, like: TrainState) -> Start:
 
 def other_classes(found: Weights, dataset: Dataset) -> str:
     """Returns how the classes of weights differ from a data set's, or ''."""
+    if not found.num_classes:
+        return "the weights have no classifier"
     if found.num_classes != dataset.num_classes:
         return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
     for theirs, ours in zip(found.class_names, dataset.class_names, strict=False):
