@@ -22,7 +22,7 @@ import inception_jax
 from inception_jax import atomic
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, DataError
+from inception_jax.errors import ConfigError, DataError, UserError
 
 # Rises when files are written that older versions would read wrongly.
 FORMAT = 1
@@ -47,6 +47,8 @@ class Weights:
       is_average: whether they are a moving average.
       step, epoch: length of their training; None: unknown.
       metrics: of an evaluation of them, such as top1 in percent; empty: unknown.
+      checkpoint: which of their run they were: "best", "last" or "best and last"; "": neither, or
+        unknown.
       revision: commit of the source that wrote them; None: unknown.
       version: of the package that wrote them.
       origin: where they were read from, for messages; it is not written.
@@ -61,6 +63,7 @@ class Weights:
     step: int | None = None
     epoch: float | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    checkpoint: str = ""
     revision: str | None = None
     version: str = inception_jax.__version__
     origin: str = ""
@@ -80,10 +83,24 @@ class Weights:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
         words = [self.config.model.name, classes]
         if self.step is not None and self.epoch is not None:
-            words.append(f"step {self.step:,}, epoch {self.epoch:.2f}")
+            role = f" ({self.checkpoint} checkpoint)" if self.checkpoint else ""
+            words.append(f"step {self.step:,}, epoch {self.epoch:.2f}{role}")
         if "top1" in self.metrics:
             words.append(f"top-1 {self.metrics['top1']:.2f}%")
         return ", ".join([*words, "moving average"] if self.is_average else words)
+
+
+def check_weights(weights: Weights) -> None:
+    """Checks that a caller gave weights.
+
+    Raises:
+      UserError: if it is something else, such as the path of a file.
+    """
+    if not isinstance(weights, Weights):
+        raise UserError(
+            f"weights: must be Weights, got {type(weights).__name__}; load a run's folder or a "
+            "file with inception_jax.load_weights(PATH)"
+        )
 
 
 def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> None:
@@ -198,6 +215,7 @@ def _description(weights: Weights) -> dict[str, Any]:
         "step": weights.step,
         "epoch": weights.epoch,
         "metrics": dict(weights.metrics),
+        "checkpoint": weights.checkpoint,
     }
 
 
@@ -210,6 +228,8 @@ def _weights(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -
         class_names=tuple(description["class_names"]),
         mean=np.array(description["mean"], np.float32),
         std=np.array(description["std"], np.float32),
+        # Files of version 0.1.0 do not say it.
+        checkpoint=description.get("checkpoint", ""),
         **{
             name: description[name]
             for name in ("is_average", "step", "epoch", "metrics", "revision", "version")

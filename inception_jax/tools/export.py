@@ -28,8 +28,9 @@ stablehlo: by jax.export, for CPUs, CUDA GPUs and TPUs; FILE.json beside it says
 comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take uint8 pixels [batch,
 S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
 --quantise=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
-accuracy of both forms on the evaluation split. The data are those of the run; with --weights give
-the experiment too (--config, with --config.data.directory if need be).
+accuracy of both forms on the evaluation split; the file's description has that of int8. The data
+are those of the run; with --weights give the experiment too (--config, with --config.data.directory
+if need be). Where 8 bits cost too much accuracy: more --calibration images, or --float_ends.
 """
 
 _TO = flags.DEFINE_enum(
@@ -50,6 +51,11 @@ _QUANTISE = flags.DEFINE_enum("quantise", "none", ["none", "int8"], "onnx: what 
 _CALIBRATION = flags.DEFINE_integer(
     "calibration", 512, "--quantise: training images that the ranges are taken from", 1
 )
+_FLOAT_ENDS = flags.DEFINE_bool(
+    "float_ends", False, "--quantise: leave the first convolution and the classifier in float32"
+)
+# Percent of accuracy that 8 bits may cost without a warning.
+_MOST_LOST = 1.0
 
 
 def main(positional: Sequence[str]) -> None:
@@ -70,6 +76,7 @@ def main(positional: Sequence[str]) -> None:
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
     path = pathlib.Path(_OUTPUT.value)
+    form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":
@@ -77,8 +84,8 @@ def main(positional: Sequence[str]) -> None:
     elif _QUANTISE.value == "none":
         _write_onnx(path, trained)
     else:
-        _write_quantised(path, trained)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {trained}")
+        trained, form = _write_quantised(path, trained), f"{_TO.value}, int8"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {form}; {trained}")
 
 
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
@@ -101,8 +108,10 @@ def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
     _write(path, data)
 
 
-def _write_quantised(path: pathlib.Path, weights: "Weights") -> None:
-    """Writes the network in 8 bits and prints what that costs."""
+def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
+    """Writes the network in 8 bits, prints what that costs, and returns it with its own metrics."""
+    import dataclasses
+
     import numpy as np
 
     from inception_jax.evaluation import export
@@ -114,18 +123,41 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> None:
     train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
     # Examples lie in the order of a hash, so the first are as good as any.
-    small = export.quantised(plain, train.read(np.arange(count)))
-    _write(path, small)
-    print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
-    print(
-        "| ONNX | MB | top-1 | top-5 | images | images/s |\n| --- | --: | --: | --: | --: | --: |"
+    small = export.quantised(plain, train.read(np.arange(count)), float_ends=_FLOAT_ENDS.value)
+    before, after = (
+        export.accuracy(form, export.load_onnx(data), dataset.evaluation, size=len(data))
+        for form, data in (("float32", plain), ("int8", small))
     )
-    for form, data in (("float32", plain), ("int8", small)):
-        found = export.accuracy(form, export.load_onnx(data), dataset.evaluation, size=len(data))
+    found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
+    quantised = dataclasses.replace(weights, metrics=found | {"count": after.count})
+    _write(path, export.described(small, quantised, precision="int8"))
+    print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
+    top5 = after.top5 is not None
+    print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
+    print(f"| --- | --: | --: |{' --: |' if top5 else ''} --: | --: |")
+    for each in (before, after):
         print(
-            f"| {found.form} | {found.megabytes:.1f} | {found.top1:.2f}% | {found.top5:.2f}% | "
-            f"{found.count:,} | {found.images_per_second:,.0f} |"
+            f"| {each.form} | {each.megabytes:.1f} | {each.top1:.2f}% |"
+            f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
+            f"{each.images_per_second:,.0f} |"
         )
+    if before.top1 - after.top1 > _MOST_LOST:
+        cli.say(_loss(before.top1, after.top1, calibrated=count, available=len(train)))
+    return quantised
+
+
+def _loss(before: float, after: float, *, calibrated: int, available: int) -> str:
+    """Returns the warning that 8 bits cost too much, with what is left to try."""
+    remedies = []
+    if calibrated < available:
+        remedies.append(f"--calibration={min(4 * calibrated, available)} (now {calibrated})")
+    if not _FLOAT_ENDS.value:
+        remedies.append("--float_ends")
+    remedies.append("--quantise=none, which keeps float32")
+    return (
+        f"warning: int8 costs {before - after:.2f} points of top-1 accuracy ({after:.2f}%, float32 "
+        f"{before:.2f}%). Try {' or '.join(remedies)}"
+    )
 
 
 def _dataset() -> "Dataset":
