@@ -39,6 +39,8 @@ INPUT, OUTPUT, ABOUT = "pixels", "logits", "inception_jax"
 _BATCH = 64
 # Logits of trained networks are some tens; float32 in another order changes them by some 1e-5.
 _TOLERANCE = 1e-2
+# Points of accuracy that 8 bits may cost without a warning.
+_MOST_LOST = 1.0
 
 Classify = Callable[[np.ndarray], np.ndarray]
 
@@ -311,6 +313,22 @@ def accuracy(form: str, classify: Classify, split: Split, *, size: int) -> Accur
     top1, top5 = (100 * right / len(split)).tolist()
     top5 = top5 if has_top5(logits.shape[1]) else None
     return Accuracy(form, size / 1e6, top1, top5, len(split), len(split) / seconds)
+
+
+def quantisation_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
+    """Returns a warning if 8 bits cost more than a point of top-1 accuracy, else ''.
+
+    Args:
+      before, after: accuracy in float32 and in 8 bits.
+      remedies: what is left to try.
+    """
+    lost = before.top1 - after.top1
+    if lost <= _MOST_LOST:
+        return ""
+    return (
+        f"warning: int8 costs {lost:.2f} points of top-1 accuracy ({after.top1:.2f}%, float32 "
+        f"{before.top1:.2f}%). Try {' or '.join(remedies)}"
+    )
 
 
 def check_data(dataset: Dataset, weights: Weights) -> None:

@@ -54,8 +54,6 @@ _CALIBRATION = flags.DEFINE_integer(
 _FLOAT_ENDS = flags.DEFINE_bool(
     "float_ends", False, "--quantise: leave the first convolution and the classifier in float32"
 )
-# Percent of accuracy that 8 bits may cost without a warning.
-_MOST_LOST = 1.0
 
 
 def main(positional: Sequence[str]) -> None:
@@ -64,7 +62,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import runtime
     from inception_jax.errors import UserError
     from inception_jax.models import weights
-    from inception_jax.training import pretrained
+    from inception_jax.training import pretrained, workdir
 
     if _QUANTISE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
@@ -76,6 +74,7 @@ def main(positional: Sequence[str]) -> None:
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
     path = pathlib.Path(_OUTPUT.value)
+    workdir.check_writable(workdir.Workdir(path.parent), flag="output")
     form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
@@ -141,23 +140,14 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
             f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
             f"{each.images_per_second:,.0f} |"
         )
-    if before.top1 - after.top1 > _MOST_LOST:
-        cli.say(_loss(before.top1, after.top1, calibrated=count, available=len(train)))
-    return quantised
-
-
-def _loss(before: float, after: float, *, calibrated: int, available: int) -> str:
-    """Returns the warning that 8 bits cost too much, with what is left to try."""
-    remedies = []
-    if calibrated < available:
-        remedies.append(f"--calibration={min(4 * calibrated, available)} (now {calibrated})")
+    remedies = ["--quantise=none, which keeps float32"]
     if not _FLOAT_ENDS.value:
-        remedies.append("--float_ends")
-    remedies.append("--quantise=none, which keeps float32")
-    return (
-        f"warning: int8 costs {before - after:.2f} points of top-1 accuracy ({after:.2f}%, float32 "
-        f"{before:.2f}%). Try {' or '.join(remedies)}"
-    )
+        remedies.insert(0, "--float_ends")
+    if count < len(train):
+        remedies.insert(0, f"--calibration={min(4 * count, len(train))} (now {count})")
+    if warning := export.quantisation_warning(before, after, remedies):
+        cli.say(warning)
+    return quantised
 
 
 def _dataset() -> "Dataset":

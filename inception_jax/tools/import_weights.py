@@ -60,6 +60,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.config import Config, Data
     from inception_jax.models import torchvision_weights, weights
     from inception_jax.telemetry import summary
+    from inception_jax.training import workdir
 
     runtime.initialize(platform="cpu", log=cli.say)
     source, target = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
@@ -84,6 +85,7 @@ def main(positional: Sequence[str]) -> None:
     if _CLASS_NAMES.value is not None:
         names = read_names(pathlib.Path(_CLASS_NAMES.value), imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
+    workdir.check_writable(workdir.Workdir(target.parent), flag="output")
     weights.save(target, imported)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
 
