@@ -170,7 +170,12 @@ def from_torchvision(
     own = _pop_modules(rest, prefix, {_module(name) for name in trunk})
     if rest:
         notes.append(f"skipped: {_truncated(sorted(rest), most=5)}")
-    return Imported(model, convert(own | fc | heads, unflatten(leaves)), notes)
+    try:
+        variables = convert(own | fc | heads, unflatten(leaves))
+    except DataError as error:
+        # What is missing may be there under another name.
+        raise DataError("\n".join([str(error), *notes])) from error
+    return Imported(model, variables, notes)
 
 
 def _leaves(model: config.Model, classes: int) -> dict[str, Any]:
@@ -219,8 +224,8 @@ def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | Non
         where = f" below {prefix!r}" if prefix else ""
         raise DataError(
             f"this is not torchvision's GoogLeNet: {max(found.values(), default=0)} of its "
-            f"{len(trunk)} entries are there{where}. The file holds {len(names):,} entries: "
-            + _truncated(names, most=5)
+            f"{len(trunk)} entries are there{where}. The file holds {len(names):,} arrays"
+            + (f": {_truncated(names, most=5)}" if names else "")
         )
     if len(likely) > 1:
         shown = ", ".join(each.removesuffix(".") or "''" for each in likely)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -159,13 +160,19 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
         # weights, as a Namespace, which holds nothing but values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        object_name = re.search(r"GLOBAL (\S+)", str(error))
+        if object_name:
+            raise DataError(
+                f"{path}: holds a {object_name[1]} besides the weights; objects are not loaded, as "
+                "loading one may run any program. Save the weights alone where the file is from, "
+                "with torch.save(model.state_dict(), FILE), or, if you trust it, with "
+                'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+            ) from error
         raise DataError(
-            f"{path}: cannot be read as a state dict: {str(error).splitlines()[0]} Save it anew "
-            "with torch.save(model.state_dict(), FILE); of a checkpoint that you trust, with "
-            'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+            f"{path}: cannot be read as a state dict, or is only a part of a file: "
+            f"{str(error).splitlines()[0]}. Copy it again, or save it again with "
+            "torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds {type(state).__name__}, where a state dict was expected")

@@ -248,9 +248,9 @@ def test_what_others_left_in_the_file_is_skipped_and_told(state: State) -> None:
         ),
         (
             lambda s: {f"layer1.{n}.conv1.weight": np.zeros((9, 9)) for n in range(60)},
-            r"not torchvision's GoogLeNet: 0 of its \d+ entries .*60 entries: layer1\.0\.conv1",
+            r"not torchvision's GoogLeNet: 0 of its \d+ entries .*60 arrays: layer1\.0\.conv1",
         ),
-        (lambda s: {}, "holds 0 entries"),
+        (lambda s: {}, "holds 0 arrays"),
     ],
     ids=["missing", "shape", "more", "type", "nan", "overflow", "resnet", "empty"],
 )
@@ -259,6 +259,12 @@ def test_another_network_is_refused_with_what_differs(
 ) -> None:
     with pytest.raises(DataError, match=f"(?s){words}"):
         from_torchvision(change(state))
+
+
+def test_what_is_missing_may_be_there_under_another_name(state: State) -> None:
+    other = renamed(state, lambda name: name.replace("conv2.conv.weight", "second.weight"))
+    with pytest.raises(DataError, match=r"(?s)missing: conv2\.conv\.weight.*skipped: second\.w"):
+        from_torchvision(other)
 
 
 def test_the_command_tells_what_it_skipped(state: State, tmp_path: pathlib.Path) -> None:
