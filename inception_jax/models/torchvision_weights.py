@@ -5,7 +5,7 @@ conv3; PyTorch's kernels have their output channels first.
 """
 
 import collections
-import itertools
+import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -135,22 +135,15 @@ def from_torchvision(
       DataError: if the entries are not those of torchvision's GoogLeNet, several networks are
         among them, or the layer named as classifier cannot be one.
     """
-    # 0.2 is what torchvision's constructor gives its main dropout.
-    model = config.Model(
-        name="googlenet_torchvision",
-        aux_heads=True,
-        norm_epsilon=1e-3,
-        dropout=0.2,
-        aux_dropout=0.7,
-    )
+    model = _settings()
     rest = {_unwrapped(name): value for name, value in _parameters(state).items()}
-    names = [torch_name(path) for path in _leaves(model, 1)]
+    names = [torch_name(path) for path in _leaves(1)]
     trunk = {name for name in names if _module(name) not in ("fc", *_HEADS)}
     prefix = _find_prefix(rest, trunk, prefix)
     notes = [f"network: {prefix}*"] if prefix else []
     fc, note = _pop_classifier(rest, prefix, classifier)
     notes += [note] if note else []
-    leaves = _leaves(model, len(fc["fc.bias"]) if fc else 1)
+    leaves = _leaves(len(fc["fc.bias"]) if fc else 1)
     if not fc:
         leaves = {path: leaf for path, leaf in leaves.items() if _module(torch_name(path)) != "fc"}
 
@@ -178,9 +171,21 @@ def from_torchvision(
     return Imported(model, variables, notes)
 
 
-def _leaves(model: config.Model, classes: int) -> dict[str, Any]:
-    """Returns the shapes of a network's variables by path."""
-    module = registry.create(model, classes)
+def _settings() -> config.Model:
+    """Returns the settings of torchvision's network with all its parts."""
+    return config.Model(
+        name="googlenet_torchvision",
+        aux_heads=True,
+        norm_epsilon=1e-3,
+        dropout=0.2,  # What torchvision's constructor gives its main dropout.
+        aux_dropout=0.7,
+    )
+
+
+@functools.cache
+def _leaves(classes: int) -> Mapping[str, Any]:
+    """Returns the shapes of the network's variables by path."""
+    module = registry.create(_settings(), classes)
     images = jnp.zeros((1, 224, 224, 3))
     return flatten(jax.eval_shape(module.init, jax.random.key(0), images))
 
@@ -318,12 +323,13 @@ def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dic
     """
     names = {torch_name(path): leaf for path, leaf in leaves.items()}
     lines: dict[str, int] = {}
-    missing = [name for name in names if name not in state]
-    for _, group in itertools.groupby(missing, _module):
-        first, *more = group
-        lines[
-            f"missing: {first}" + (f" and {len(more)} more of {_module(first)}" if more else "")
-        ] = 1 + len(more)
+    missing = collections.defaultdict(list)
+    for name in names:
+        if name not in state:
+            missing[_module(name)].append(name)
+    for module, (first, *more) in missing.items():
+        others = f" and {len(more)} more of {module}" if more else ""
+        lines[f"missing: {first}{others}"] = 1 + len(more)
     lines |= {f"not of this network: {name}": 1 for name in sorted(set(state) - set(names))}
     for name, leaf in names.items():
         if name not in state:

@@ -180,14 +180,17 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
 
 
 def looks_like_pickle(path: pathlib.Path) -> bool:
-    """Returns whether a file is, by its first bytes or its name, what torch.save writes.
+    """Returns whether a file is what torch.save writes: by its first bytes, else by its name.
 
     Raises:
       OSError: if it cannot be read.
     """
     with path.open("rb") as file:
-        start = file.read(4)
-    return start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES
+        start = file.read(9)
+    if start.startswith(_PICKLE_STARTS):
+        return True
+    # safetensors begins with the length of its description, in JSON.
+    return start[8:] != b"{" and path.suffix.lower() in _PICKLE_SUFFIXES
 
 
 def flatten(variables: Variables) -> dict[str, Any]:
