@@ -91,14 +91,19 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
       CheckpointError: if there is no run or no such checkpoint in the folder.
       DataError: if the file cannot be used.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(
-            f"path: must be the path of a run's folder or of a file, got {type(path).__name__}"
-        )
+    _check_path(path)
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
         return pretrained.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)
+
+
+def _check_path(path: object) -> None:
+    """Checks that a caller gave a path, not what could be loaded from one."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(
+            f"path: must be the path of a run's folder or of a file, got {type(path).__name__}"
+        )
 
 
 def load_model(weights: Weights) -> tuple[Network, Variables]:
@@ -121,7 +126,7 @@ def load_dataset(config: Config) -> Dataset:
     return prepare(config.data)
 
 
-def _check_config(config: Config) -> None:
+def _check_config(config: object) -> None:
     """Checks that a caller gave settings, not the path of an experiment."""
     if not isinstance(config, Config):
         raise UserError(

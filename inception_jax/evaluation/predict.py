@@ -128,11 +128,7 @@ class Predictor:
           DataError: if it cannot be decoded.
           UserError: if it is not the content of a file.
         """
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise UserError(
-                f"{name}: the content of an image file is needed, as bytes, got "
-                f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
-            )
+        _check_content(data, name)
         return images.decode(data, size, name, self.weights.config.data.eval_crop)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -258,6 +254,15 @@ class Predictor:
     def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
         output: Any = self.model.apply(variables, self.prepared(pixels), train=False)
         return output.logits.astype(jnp.float32)
+
+
+def _check_content(data: object, name: str) -> None:
+    """Checks that a caller gave what is in a file, not the file's path."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UserError(
+            f"{name}: the content of an image file is needed, as bytes, got "
+            f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
+        )
 
 
 # What to do with numbers that are no uint8.

@@ -90,7 +90,7 @@ class Weights:
         return ", ".join([*words, "moving average"] if self.is_average else words)
 
 
-def check_weights(weights: Weights) -> None:
+def check_weights(weights: object) -> None:
     """Checks that a caller gave weights.
 
     Raises:

@@ -66,6 +66,8 @@ def main(positional: Sequence[str]) -> None:
 
     if _QUANTISE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
+    if _FLOAT_ENDS.value and _QUANTISE.value == "none":
+        raise UserError("--float_ends: is for --quantise=int8")
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.

@@ -84,7 +84,7 @@ def test_eight_bits_have_their_own_accuracy(
     )
     assert done.returncode == 0, done.stderr
     before, after = (
-        float(re.search(rf"\| {form} .*? \| +([\d.]+)% \|", done.stdout)[1])
+        float(re.findall(rf"\| {form} .*? \| +([\d.]+)% \|", done.stdout)[0])
         for form in ("float32", "int8")
     )
     closing = done.stdout.splitlines()[-1]
@@ -102,6 +102,7 @@ def test_eight_bits_have_their_own_accuracy(
     [
         (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
         (["--to=stablehlo", "--quantise=int8"], "--quantise=int8: is for --to=onnx"),
+        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantise=int8"),
         (["--to=onnx", "--quantise=int8"], "give its experiment too: --config=FILE"),
         (["--to=tflite"], "--to"),
     ],
