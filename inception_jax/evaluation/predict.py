@@ -209,13 +209,15 @@ class Predictor:
           numbers: the remedy if they are of another type.
         """
         size = self.weights.image_size
-        remedy = "" if pixels.dtype == np.uint8 else numbers
+        remedies = []
         if pixels.shape[1:] != (size, size, 3):
-            remedy = _shape_remedy(pixels.shape, size)
-        if remedy:
+            remedies.append(_shape_remedy(pixels.shape, size))
+        if pixels.dtype != np.uint8:
+            remedies.append(numbers)
+        if remedies:
             raise UserError(
                 f"pixels: must be uint8 [N, {size}, {size}, 3], RGB, got {pixels.dtype} "
-                f"{list(pixels.shape)}. {remedy}"
+                f"{list(pixels.shape)}. {'. '.join(remedies)}"
             )
 
     def prepared(self, pixels: jax.Array) -> jax.Array:
@@ -289,7 +291,7 @@ def _shape_remedy(shape: Sequence[int], size: int) -> str:
     read = "or let read() of the predictor prepare the files"
     if len(shape) == 3 and shape[-1] == 3:
         return f"For a single image give pixels[None], {size} × {size} px"
-    if len(shape) in (3, 4) and shape[-3] in (1, 3) and shape[-1] not in (1, 3, 4):
+    if (len(shape), shape[-3:-2]) in ((3, (3,)), (4, (3,)), (4, (1,))) and shape[-1] > 4:
         return "The channels come last: give numpy.moveaxis(pixels, -3, -1)"
     if len(shape) == 4 and shape[-1] == 4:
         return f"Without the alpha channel: give pixels[..., :3], {read}"

@@ -323,7 +323,7 @@ def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dic
     """
     names = {torch_name(path): leaf for path, leaf in leaves.items()}
     lines: dict[str, int] = {}
-    missing = collections.defaultdict(list)
+    missing: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         if name not in state:
             missing[_module(name)].append(name)

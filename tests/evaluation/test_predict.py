@@ -96,6 +96,7 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
         (GOOD > 9, r"got bool .*integers from 0 to 255"),
         (GOOD[0], r"got uint8 \[8, 8, 3\]\. For a single image give pixels\[None\]"),
         (GOOD.transpose(0, 3, 1, 2), r"\[2, 3, 8, 8\]\. .*numpy\.moveaxis\(pixels, -3, -1\)"),
+        (GOOD.transpose(0, 3, 1, 2) / 255, r"moveaxis.*\. Its values are from 0 to 1: give"),
         (GOOD[0].transpose(2, 0, 1), r"numpy\.moveaxis\(pixels, -3, -1\)"),
         (GOOD[..., 0], r"numpy\.stack\(\[pixels\] \* 3, axis=-1\)"),
         (GOOD[..., :1], r"numpy\.repeat\(pixels, 3, axis=-1\)"),

@@ -28,7 +28,8 @@ def state() -> State:
     model = Model(name="googlenet_torchvision", aux_heads=True)
     module = registry.create(model, 10)
     variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    found, start = {}, 0
+    found: State = {}
+    start = 0
     for path, leaf in weights.flatten(variables).items():
         axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(leaf.shape)]
         shape = [leaf.shape[axis] for axis in axes]
