@@ -199,7 +199,7 @@ def test_the_classifier_can_be_named(state: State) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_every_floating_type_becomes_float32(state: State, dtype: type) -> None:
-    typed = {name: value.astype(dtype) for name, value in state.items()}
+    typed: State = {name: value.astype(dtype) for name, value in state.items()}
     expected = {name: value.astype(np.float32) for name, value in typed.items()}
     assert_same(from_torchvision(typed), from_torchvision(expected))
 
