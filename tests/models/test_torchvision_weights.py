@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -197,7 +196,7 @@ def test_the_classifier_can_be_named(state: State) -> None:
         from_torchvision(head, classifier="head.2")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 def test_every_floating_type_becomes_float32(state: State, dtype: type) -> None:
     typed: State = {name: value.astype(dtype) for name, value in state.items()}
     expected = {name: value.astype(np.float32) for name, value in typed.items()}
