@@ -273,7 +273,8 @@ def outcome(workdir: pathlib.Path) -> Outcome:
     ]
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     same = ("name", "step", "epoch", "split", "loss", "top1", "top5", "count")
-    return Outcome(lines, _arrays(workdir), {name: result[name] for name in same})
+    # Of few classes there is no top5.
+    return Outcome(lines, _arrays(workdir), {n: result[n] for n in same if n in result})
 
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:

@@ -36,7 +36,7 @@ from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.models import registry
 from inception_jax.models import weights as weight_files
 from inception_jax.models.registry import Network
-from inception_jax.models.weights import Weights
+from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training import pretrained, run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
@@ -79,7 +79,7 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     return config
 
 
-def load_weights(path: Path, checkpoint: str = "best") -> Weights:
+def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     """Returns the weights of a run, or those in a file.
 
     Args:
@@ -87,13 +87,23 @@ def load_weights(path: Path, checkpoint: str = "best") -> Weights:
       checkpoint: of a run: "best", "last" or the number of a step.
 
     Raises:
+      UserError: if it is no path.
       CheckpointError: if there is no run or no such checkpoint in the folder.
       DataError: if the file cannot be used.
     """
+    _check_path(path)
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
-        return pretrained.from_checkpoint(Workdir(place), checkpoint)
+        return pretrained.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)
+
+
+def _check_path(path: object) -> None:
+    """Checks that a caller gave a path, not what could be loaded from one."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(
+            f"path: must be the path of a run's folder or of a file, got {type(path).__name__}"
+        )
 
 
 def load_model(weights: Weights) -> tuple[Network, Variables]:
@@ -102,6 +112,7 @@ def load_model(weights: Weights) -> tuple[Network, Variables]:
     Call it as `network.apply(variables, images, train=False).logits`, with float32 images
     [B, H, W, 3] that are normalised: (pixel / 255 - weights.mean) / weights.std.
     """
+    check_weights(weights)
     return registry.create(weights.config.model, weights.num_classes), weights.variables
 
 
@@ -111,7 +122,17 @@ def load_dataset(config: Config) -> Dataset:
     Raises:
       DataError: if the source is damaged or missing, or the disk full.
     """
+    _check_config(config)
     return prepare(config.data)
+
+
+def _check_config(config: object) -> None:
+    """Checks that a caller gave settings, not the path of an experiment."""
+    if not isinstance(config, Config):
+        raise UserError(
+            f"config: must be a Config, got {type(config).__name__}; load an experiment with "
+            "inception_jax.load_config(PATH)"
+        )
 
 
 def evaluate(weights: Weights, config: Config) -> dict[str, Any]:
@@ -122,11 +143,14 @@ def evaluate(weights: Weights, config: Config) -> dict[str, Any]:
       config: says the data set and its split, the batch size, and whether to average mirror images.
 
     Returns:
-      step and epoch (None: unknown), split, count, loss (mean cross-entropy), top1 and top5
+      checkpoint ("best", "last", "best and last", or "": neither or unknown), step and epoch (None:
+      unknown), split, count, loss (mean cross-entropy), top1 and, of more than five classes, top5
       (percent).
 
     Raises:
       ConfigError: if the weights are of another network or other classes.
       DataError: if the data set cannot be prepared.
     """
+    check_weights(weights)
+    _check_config(config)
     return evaluate_weights(run.build(config), weights)

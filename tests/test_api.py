@@ -76,6 +76,21 @@ def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
         inception_jax.load_weights(tmp_path)
 
 
+def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir]) -> None:
+    this, folder = finished
+    weights = inception_jax.load_weights(str(folder.path), 11)
+    assert (weights.step, weights.checkpoint) == (11, "best and last")
+    for call, words in (
+        (lambda: inception_jax.load_weights(this.config), "path: must be the path .* got Config"),
+        (lambda: inception_jax.load_model(folder.path), "weights: must be Weights, got PosixPath"),
+        (lambda: inception_jax.load_dataset(str(DIGITS)), "config: must be a Config, got str"),
+        (lambda: inception_jax.evaluate(this.config, weights), "weights: must be Weights, got Con"),
+        (lambda: inception_jax.evaluate(weights, DIGITS), "config: must be a Config, got PosixPa"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
 def test_every_name_is_there_and_documented() -> None:
     for name in inception_jax.__all__:
         assert inspect.getdoc(getattr(inception_jax, name))

@@ -15,6 +15,7 @@ from inception_jax.input.splits import Split
 from inception_jax.models import ops
 from inception_jax.models.weights import Weights
 from inception_jax.telemetry.metrics import EvalMetrics
+from inception_jax.telemetry.writers import informative
 from inception_jax.training import losses, pretrained
 from inception_jax.training import state as states
 from inception_jax.training.checkpoints import Checkpoints
@@ -54,6 +55,8 @@ class Evaluator:
     def __call__(self, variables: Variables, split: Split | None = None) -> dict[str, float]:
         """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
 
+        Without top5 where there are no more than five classes.
+
         With `config.evaluation.flip` also flip_loss, flip_top1 and flip_top5, of logits averaged
         over each image and its mirror image.
 
@@ -76,6 +79,7 @@ class Evaluator:
             metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         if split is self._run.dataset.evaluation:
             self.predictions = _gathered(said, split.labels)
+        metrics = informative(metrics, self._run.dataset.num_classes)
         return metrics | {"count": len(split)}
 
     def _steps(
@@ -146,15 +150,17 @@ def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any
       which: "best", "last" or the number of a step.
 
     Returns:
-      step, epoch, split, count, loss, top1 and top5.
+      checkpoint ("best", "last", both or neither), step, epoch, split, count, loss, top1 and top5.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it does not fit the model.
     """
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
+        roles = checkpoints.roles(step)
         model = checkpoints.restore_model(step, states.abstract(run).model_item())
     return {
+        "checkpoint": roles,
         "step": step,
         "epoch": run.timeline.epoch(step),
         "split": run.dataset.eval_split,
@@ -172,8 +178,9 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
       found: the weights.
 
     Returns:
-      step, epoch, split, count, loss, top1 and top5; step and epoch are those of the training that
-      gave the weights, None if unknown.
+      checkpoint, step, epoch, split, count, loss, top1 and top5; step and epoch are those of the
+      training that gave the weights, None if unknown, and checkpoint says whether that was the
+      best or last of its run, as in `Weights`.
 
     Raises:
       ConfigError: if they are of another network or other classes.
@@ -182,6 +189,7 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
     dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {
+        "checkpoint": found.checkpoint,
         "step": found.step,
         "epoch": found.epoch,
         "split": dataset.eval_split,

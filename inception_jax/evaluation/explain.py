@@ -142,7 +142,11 @@ class Explainer:
 
         Returns:
           float32 [N, h, w], 0 or more.
+
+        Raises:
+          UserError: if the pixels are of another type or shape.
         """
+        pixels = self.predictor.checked(pixels)
         return self.predictor.in_batches(self._maps, pixels, labels.astype(np.int32))
 
     def _compute_maps(

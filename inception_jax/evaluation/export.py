@@ -31,6 +31,7 @@ from inception_jax.input.splits import Split
 from inception_jax.models import ops, registry
 from inception_jax.models.layers import ConvUnit
 from inception_jax.models.weights import Weights
+from inception_jax.telemetry.writers import has_top5
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Names of the arrays in an ONNX file, and of its entry in the metadata.
@@ -38,6 +39,8 @@ INPUT, OUTPUT, ABOUT = "pixels", "logits", "inception_jax"
 _BATCH = 64
 # Logits of trained networks are some tens; float32 in another order changes them by some 1e-5.
 _TOLERANCE = 1e-2
+# Points of accuracy that 8 bits may cost without a warning.
+_MOST_LOST = 1.0
 
 Classify = Callable[[np.ndarray], np.ndarray]
 
@@ -49,7 +52,7 @@ class Accuracy:
     Attributes:
       form: what was measured.
       megabytes: size of its file.
-      top1, top5: percent.
+      top1, top5: percent; top5 is None for so few classes that it says nothing.
       count: images of the split.
       images_per_second: of one pass over them, reading included.
     """
@@ -57,7 +60,7 @@ class Accuracy:
     form: str
     megabytes: float
     top1: float
-    top5: float
+    top5: float | None
     count: int
     images_per_second: float
 
@@ -94,11 +97,17 @@ def _in_float32(weights: Weights) -> Weights:
     return dataclasses.replace(weights, config=config)
 
 
-def describe(weights: Weights) -> dict[str, Any]:
-    """Returns what a user of an exported file has to know, for JSON."""
+def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
+    """Returns what a user of an exported file has to know, for JSON.
+
+    Args:
+      weights: of the network, with the metrics of the file.
+      precision: what the file computes in, "float32" or "int8".
+    """
     size = weights.image_size
     return {
         "model": str(weights),
+        "precision": precision,
         "input": {
             "name": INPUT,
             "dtype": "uint8",
@@ -114,6 +123,12 @@ def describe(weights: Weights) -> dict[str, Any]:
             "meaning": "logits; their softmax gives probabilities",
         },
         "class_names": list(weights.class_names),
+        "checkpoint": {
+            "name": weights.checkpoint,
+            "step": weights.step,
+            "epoch": weights.epoch,
+            "is_average": weights.is_average,
+        },
         "metrics": dict(weights.metrics),
         "version": weights.version,
         "revision": weights.revision,
@@ -169,20 +184,24 @@ def load_onnx(data: bytes) -> Classify:
     return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
 
 
-def quantised(data: bytes, calibration: np.ndarray) -> bytes:
+def quantised(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) -> bytes:
     """Returns an ONNX file whose convolutions and products compute in 8 bits.
 
     Static: the ranges of activations are those that they have on the calibration images. Weights
-    are int8 with a scale for each output channel, activations uint8.
+    are int8 with a scale for each output channel, activations uint8. Its metadata are still those
+    of the float32 file: see `described`.
 
     Args:
       data: an ONNX file by `onnx_file`.
       calibration: uint8 [N, S, S, 3], as many as possible from the training.
+      float_ends: whether the first convolution and the classifier stay in float32, whose rounding
+        costs the most accuracy and which are a small part of the computation.
 
     Raises:
       UserError: if the packages for it are not installed.
     """
     with _needs_onnx():
+        import onnx
         from onnxruntime import quantization
         from onnxruntime.quantization import shape_inference
 
@@ -209,8 +228,45 @@ def quantised(data: bytes, calibration: np.ndarray) -> bytes:
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=_name_ends(prepared) if float_ends else [],
         )
-        return result.read_bytes()
+        model = onnx.load(result)
+    # The quantizer names every domain it knows, in versions that older runtimes refuse.
+    used = {node.domain for node in model.graph.node}
+    imports = [each for each in model.opset_import if each.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _name_ends(path: pathlib.Path) -> list[str]:
+    """Names the first convolution and the last product of an ONNX file, and returns the names."""
+    import onnx
+
+    model = onnx.load(path)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    ends = [*convolutions[:1], *products[-1:]]
+    for number, node in enumerate(ends):
+        node.name = f"float_{number}"
+    onnx.save(model, path)
+    return [node.name for node in ends]
+
+
+def described(data: bytes, weights: Weights, *, precision: str) -> bytes:
+    """Returns an ONNX file with a description of its own in the metadata.
+
+    Args:
+      data: the file.
+      weights, precision: as of `describe`.
+    """
+    import onnx
+
+    model = onnx.load_from_string(data)
+    props = {ABOUT: json.dumps(describe(weights, precision=precision))}
+    onnx.helper.set_model_props(model, props)
+    return model.SerializeToString()
 
 
 def largest_difference(weights: Weights, classify: Classify) -> float:
@@ -255,7 +311,24 @@ def accuracy(form: str, classify: Classify, split: Split, *, size: int) -> Accur
         right += (rank < 1).sum(), (rank < 5).sum()
     seconds = time.perf_counter() - start
     top1, top5 = (100 * right / len(split)).tolist()
+    top5 = top5 if has_top5(logits.shape[1]) else None
     return Accuracy(form, size / 1e6, top1, top5, len(split), len(split) / seconds)
+
+
+def quantisation_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
+    """Returns a warning if 8 bits cost more than a point of top-1 accuracy, else ''.
+
+    Args:
+      before, after: accuracy in float32 and in 8 bits.
+      remedies: what is left to try.
+    """
+    lost = before.top1 - after.top1
+    if lost <= _MOST_LOST:
+        return ""
+    return (
+        f"warning: int8 costs {lost:.2f} points of top-1 accuracy ({after.top1:.2f}%, float32 "
+        f"{before.top1:.2f}%). Try {' or '.join(remedies)}"
+    )
 
 
 def check_data(dataset: Dataset, weights: Weights) -> None:

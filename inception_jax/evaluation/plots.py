@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from inception_jax import atomic
 from inception_jax.errors import UserError
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import informative, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,6 +184,8 @@ def plot_range_test(
 def read_metrics(path: pathlib.Path) -> list[Line]:
     """Returns the lines of a metrics.jsonl, at least one.
 
+    Without top-5 where config.json beside it has no more than five classes: older runs wrote it.
+
     Raises:
       UserError: if there are none, or the file cannot be read.
     """
@@ -197,20 +199,36 @@ def read_metrics(path: pathlib.Path) -> list[Line]:
         raise UserError(
             f"{path} has no metrics yet. Wait for the run's first report (config.log.every)."
         )
-    return lines
+    classes = _recorded(path.parent, "dataset", "classes")
+    return lines if classes is None else [informative(line, classes) for line in lines]
 
 
 def _title(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
-    """Returns the experiment's name, and its last accuracy outside training if there is one."""
+    """Returns the experiment's name, with its last and its best accuracy outside training."""
+    name = _recorded(workdir, "config", "name") or workdir.resolve().name
+    found = [line for line in lines if not line["split"].startswith("train")]
+    found = [line for line in found if line.get("top1") is not None]
+    if not found:
+        return name
+    last, best = found[-1], max(found, key=lambda line: line["top1"])
+    title = f"{name}: {last['split']} top-1 {last['top1']:.2f}% at epoch {last['epoch']:.4g} (last)"
+    if best["top1"] > last["top1"]:
+        title += f", {best['top1']:.2f}% at epoch {best['epoch']:.4g} (best)"
+    return title
+
+
+def _recorded(workdir: pathlib.Path, *keys: str) -> Any:
+    """Returns an entry of a run's config.json, None where it cannot be had.
+
+    That is no reason to refuse a plot: metrics.jsonl may have been copied alone.
+    """
     try:
-        name = json.loads((workdir / "config.json").read_text())["config"]["name"]
+        found = json.loads((workdir / "config.json").read_text())
+        for key in keys:
+            found = found[key]
     except (OSError, ValueError, KeyError, TypeError):
-        # The title is no reason to refuse a plot: metrics.jsonl may have been copied alone.
-        name = workdir.resolve().name
-    for line in reversed(lines):
-        if not line["split"].startswith("train") and line.get("top1") is not None:
-            return f"{name}: {line['split']} top-1 {line['top1']:.2f}% at epoch {line['epoch']:.4g}"
-    return name
+        return None
+    return found
 
 
 def _figure(

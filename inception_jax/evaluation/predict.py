@@ -12,7 +12,7 @@ from inception_jax.datasets import images, pictures
 from inception_jax.errors import DataError, UserError, nearest
 from inception_jax.input import augment
 from inception_jax.models import ops, registry
-from inception_jax.models.weights import Weights
+from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training.state import Variables
 
 # Files that one thread reads and decodes at a time.
@@ -80,6 +80,7 @@ class Predictor:
     """
 
     def __init__(self, weights: Weights, *, batch_size: int = 64) -> None:
+        check_weights(weights)
         self.weights = weights
         self.batch_size = batch_size
         self.model = registry.create(weights.config.model, weights.num_classes)
@@ -125,7 +126,9 @@ class Predictor:
 
         Raises:
           DataError: if it cannot be decoded.
+          UserError: if it is not the content of a file.
         """
+        _check_content(data, name)
         crop, bit_depth = self.weights.config.data.eval_crop, self.weights.bit_depth
         return images.decode(data, size, name, crop, bit_depth=bit_depth)
 
@@ -133,16 +136,23 @@ class Predictor:
         """Returns the network's logits, float32 [N, classes].
 
         Args:
-          pixels: uint8 [N, S, S, 3], at least one image.
+          pixels: uint8 [N, S, S, 3], RGB, at least one image, S the size of the images of the
+            training. Other types and shapes are refused, for what they hold would be a guess.
+
+        Raises:
+          UserError: if they are not that.
         """
-        return self.in_batches(self._logits, pixels)
+        return self.in_batches(self._logits, self.checked(pixels))
 
     def guesses(self, pixels: np.ndarray, count: int = 5) -> list[list[Guess]]:
         """Returns the most probable classes of each image, the first first.
 
         Args:
-          pixels: uint8 [N, S, S, 3], at least one image.
+          pixels: uint8 [N, S, S, 3], as `logits` takes them.
           count: how many; fewer if there are fewer classes.
+
+        Raises:
+          UserError: if the pixels are not that.
         """
         return [self.best(row, count) for row in self.logits(pixels)]
 
@@ -177,8 +187,47 @@ class Predictor:
             f"of its {len(names)} names, or a number from 0 to {len(names) - 1}"
         )
 
+    def checked(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns images as they are, if they are what `logits` takes.
+
+        Raises:
+          UserError: if they are of another type or shape, or none, with what to give instead.
+        """
+        try:
+            pixels = np.asarray(pixels)
+        except ValueError as error:
+            raise UserError(f"pixels: give one array of all images: {error}") from error
+        self._check(pixels, _numbers_remedy(pixels))
+        if not len(pixels):
+            raise UserError("pixels: holds no image; give at least one")
+        return pixels
+
+    def _check(self, pixels: Any, numbers: str) -> None:
+        """Checks type and shape of images, which may be traced.
+
+        Args:
+          pixels: an array.
+          numbers: the remedy if they are of another type.
+        """
+        size = self.weights.image_size
+        remedies = []
+        if pixels.shape[1:] != (size, size, 3):
+            remedies.append(_shape_remedy(pixels.shape, size))
+        if pixels.dtype != np.uint8:
+            remedies.append(numbers)
+        if remedies:
+            raise UserError(
+                f"pixels: must be uint8 [N, {size}, {size}, 3], RGB, got {pixels.dtype} "
+                f"{list(pixels.shape)}. {'. '.join(remedies)}"
+            )
+
     def prepared(self, pixels: jax.Array) -> jax.Array:
-        """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3]."""
+        """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3].
+
+        Raises:
+          UserError: if they are of another type or shape.
+        """
+        self._check(pixels, _ASTYPE)
         weights = self.weights
         size = weights.config.evaluation.image_size or weights.image_size
         return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
@@ -208,6 +257,52 @@ class Predictor:
     def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
         output: Any = self.model.apply(variables, self.prepared(pixels), train=False)
         return output.logits.astype(jnp.float32)
+
+
+def _check_content(data: object, name: str) -> None:
+    """Checks that a caller gave what is in a file, not the file's path."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UserError(
+            f"{name}: the content of an image file is needed, as bytes, got "
+            f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
+        )
+
+
+# What to do with numbers that are no uint8.
+_ASTYPE = "Give integers from 0 to 255: pixels.astype(numpy.uint8)"
+
+
+def _numbers_remedy(pixels: np.ndarray) -> str:
+    """Returns what to do with an array that is not of uint8."""
+    if pixels.dtype == bool or pixels.dtype.kind not in "iuf" or not pixels.size:
+        return "Give an array of integers from 0 to 255"
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
+        return "Its values are from 0 to 1: give (pixels * 255).round().astype(numpy.uint8)"
+    if low >= 0 and high <= 255:
+        return f"Its values are from {low:g} to {high:g}: give pixels.round().astype(numpy.uint8)"
+    return (
+        f"Its values are from {low:g} to {high:g}; give the images before they were normalized: "
+        "that is done here"
+    )
+
+
+def _shape_remedy(shape: Sequence[int], size: int) -> str:
+    """Returns what to do with an array of another shape than [N, size, size, 3]."""
+    read = "or let read() of the predictor prepare the files"
+    if len(shape) == 3 and shape[-1] == 3:
+        return f"For a single image give pixels[None], {size} × {size} px"
+    if (len(shape), shape[-3:-2]) in ((3, (3,)), (4, (3,)), (4, (1,))) and shape[-1] > 4:
+        return "The channels come last: give numpy.moveaxis(pixels, -3, -1)"
+    if len(shape) == 4 and shape[-1] == 4:
+        return f"Without the alpha channel: give pixels[..., :3], {read}"
+    if len(shape) == 4 and shape[-1] == 1:
+        return f"For gray images give numpy.repeat(pixels, 3, axis=-1), {read}"
+    if len(shape) in (2, 3):
+        return f"For gray images give numpy.stack([pixels] * 3, axis=-1), {read}"
+    if len(shape) == 4 and shape[-1] == 3:
+        return f"Resize the images to {size} × {size} px, {read}"
+    return "Give one array of all images"
 
 
 def batch_size_for(count: int) -> int:

@@ -30,13 +30,18 @@ def plot_run(record: Record) -> list[pathlib.Path]:
 
 
 def _figures(record: Record) -> "Iterator[tuple[str, Figure]]":
+    title = record.name
+    if record.evaluated is not None:
+        step = record.evaluated.result["step"]
+        role = record.role(step)
+        title += f", step {step:,} ({role})" if role else f", step {step:,}"
     if classes := sections.classes(record):
-        yield "classes", _classes(classes, record.name)
+        yield "classes", _classes(classes, title)
     confusion = sections.confusion(record)
     if confusion and confusion["pairs"]:
-        yield "confusion", _confusion(confusion, record.name)
+        yield "confusion", _confusion(confusion, title)
     if calibration := sections.calibration(record):
-        yield "calibration", _calibration(calibration, record.name)
+        yield "calibration", _calibration(calibration, title)
     if time := sections.time(record):
         yield "time", _time(time, record.name)
 

@@ -65,6 +65,16 @@ class Record:
         """The lines of the evaluations, in order."""
         return [line for line in self.lines if not line["split"].startswith("train")]
 
+    def role(self, step: int) -> str:
+        """Returns which evaluation a step's is: "best", "last", "best and last", or "": neither."""
+        found = [line for line in self.evaluations if line.get("top1") is not None]
+        if not found:
+            return ""
+        # Of equally good ones the last, as for the checkpoints.
+        best = max(found, key=lambda line: (line["top1"], line["step"]))
+        roles = {"best": best["step"], "last": found[-1]["step"]}
+        return " and ".join(name for name, each in roles.items() if each == step)
+
     def class_name(self, label: int) -> str:
         """Returns the name of a class; its number where the names were not recorded."""
         names = self.dataset.get("class names", ())

@@ -55,6 +55,7 @@ def result(record: Record) -> Values | None:
     top1 = last["top1"] / 100
     return {
         "last": last,
+        "role": record.role(last["step"]),
         "best": best if best["top1"] > last["top1"] else None,
         "flip": last.get("flip_top1"),
         # Two standard errors of a share of independent examples.
@@ -90,6 +91,25 @@ def curves(records: Sequence[Record]) -> Values:
             {"name": name, "splits": _splits(record.lines)}
             for name, record in zip(labels, records, strict=True)
         ]
+    }
+
+
+def metrics(records: Sequence[Record]) -> list[str]:
+    """Returns which of METRICS some runs have."""
+    return [name for name in METRICS if any(name in line for r in records for line in r.lines)]
+
+
+def evaluated(record: Record) -> Values | None:
+    """Returns which evaluation classes, pictures and calibration are of."""
+    if record.evaluated is None:
+        return None
+    found = record.evaluated.result
+    return {
+        "split": found["split"],
+        "step": found["step"],
+        "epoch": found.get("epoch"),
+        "role": record.role(found["step"]),
+        "guesses": record.evaluated.predictions.guesses.shape[1],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from inception_jax import config
+from inception_jax.errors import ConfigError
 from inception_jax.models.googlenet import GoogLeNet
 from inception_jax.models.mini_googlenet import MiniGoogLeNet
 
@@ -99,5 +100,13 @@ def create(model: config.Model, num_classes: int) -> Network:
     Args:
       model: the validated settings of the network.
       num_classes: number of logits.
+
+    Raises:
+      ConfigError: if there are no classes.
     """
+    if num_classes < 1:
+        raise ConfigError(
+            f"model.name = {model.name!r}: a network needs at least one class, got {num_classes}. "
+            "Weights without a classifier can only start a training: config.init.weights"
+        )
     return REGISTRY[model.name](model, num_classes)

@@ -4,9 +4,11 @@ torchvision names the inception branches by number and the layers before the fir
 conv3; PyTorch's kernels have their output channels first.
 """
 
+import collections
+import functools
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,12 @@ _LEAVES = {
     "bias": "bias",
 }
 
+_HEADS = ("aux1", "aux2")
+# What goes into the classifier.
+_FEATURES = 1024
+# Parts of names that torch.compile, FSDP and activation checkpointing put in.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
 
 def torch_name(path: str) -> str:
     """Returns torchvision's name of a variable of `GoogLeNet`.
@@ -67,6 +75,20 @@ def torch_name(path: str) -> str:
     return f"{_MODULES[module]}.{_LEAVES[rest]}"
 
 
+class Imported(NamedTuple):
+    """What a state dict of torchvision's GoogLeNet became.
+
+    Attributes:
+      model: settings of its network.
+      variables: of that network; without a classifier where the state dict has none that fits.
+      notes: lines for the user: where the parts were taken from, and what was skipped.
+    """
+
+    model: config.Model
+    variables: Variables
+    notes: list[str]
+
+
 def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
     """Returns the variables of a `GoogLeNet` from a PyTorch module with torchvision's names.
 
@@ -75,51 +97,261 @@ def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
       like: nested variables with shapes, as the network's init gives them.
 
     Raises:
-      DataError: naming entries that are missing, left over or of another shape.
+      DataError: naming entries that are missing, left over, of another shape or type, or not
+        finite.
     """
     leaves = flatten(like)
-    names = {path: torch_name(path) for path in leaves}
-    # How many batches BatchNorm has seen decides nothing.
-    left = set(state) - set(names.values())
-    left = {name for name in left if not name.endswith("num_batches_tracked")}
-    converted = {
-        path: _from_torch(state[name], path, channels=_flattened_channels(path, leaves))
-        for path, name in names.items()
-        if name in state
-    }
-    problems = [f"missing: {name}" for name in names.values() if name not in state]
-    problems += [f"not of this network: {name}" for name in sorted(left)]
-    problems += [
-        f"{names[path]}: {value.shape} here, {leaves[path].shape} in the network"
-        for path, value in converted.items()
-        if value.shape != leaves[path].shape
-    ]
+    problems = _problems(_parameters(state), leaves)
     if problems:
-        raise DataError("\n  ".join(_first(problems)))
-    return unflatten(converted)
+        count = sum(problems.values())
+        raise DataError(
+            f"{count} entries do not fit torchvision's GoogLeNet:\n  "
+            + _truncated(list(problems), most=10, separator="\n  ")
+        )
+    return unflatten(
+        {
+            path: _from_torch(state[torch_name(path)], path, _flattened_channels(path, leaves))
+            for path in leaves
+        }
+    )
 
 
-def from_torchvision(state: Mapping[str, np.ndarray]) -> tuple[config.Model, Variables]:
+def from_torchvision(
+    state: Mapping[str, np.ndarray], *, prefix: str | None = None, classifier: str | None = None
+) -> Imported:
     """Returns settings and variables of `googlenet_torchvision` from torchvision's state dict.
 
-    Whether there are auxiliary heads, and how many classes, is read from the entries.
+    The names may have any prefix, such as "module." or "model._orig_mod.", and entries of other
+    modules may be beside them. The classifier is fc, or the only layer inside fc; its size is the
+    number of classes. Auxiliary heads are taken if both are there, of the same classes.
+
+    Args:
+      state: arrays by name.
+      prefix: of the network's entries; None: found, if there is only one.
+      classifier: the linear layer that gives the logits, by its full name, such as "head.1"; None:
+        as described above.
 
     Raises:
-      DataError: if the entries are not those of torchvision's GoogLeNet.
+      DataError: if the entries are not those of torchvision's GoogLeNet, several networks are
+        among them, or the layer named as classifier cannot be one.
     """
-    if "fc.bias" not in state:
-        raise DataError("missing: fc.bias, so this is not torchvision's GoogLeNet")
-    # 0.2 is what torchvision's constructor gives its main dropout.
-    model = config.Model(
+    model = _settings()
+    rest = {_unwrapped(name): value for name, value in _parameters(state).items()}
+    names = [torch_name(path) for path in _leaves(1)]
+    trunk = {name for name in names if _module(name) not in ("fc", *_HEADS)}
+    prefix = _find_prefix(rest, trunk, prefix)
+    notes = [f"network: {prefix}*"] if prefix else []
+    fc, note = _pop_classifier(rest, prefix, classifier)
+    notes += [note] if note else []
+    leaves = _leaves(len(fc["fc.bias"]) if fc else 1)
+    if not fc:
+        leaves = {path: leaf for path, leaf in leaves.items() if _module(torch_name(path)) != "fc"}
+
+    heads = _pop_modules(rest, prefix, _HEADS)
+    head_leaves = {p: leaf for p, leaf in leaves.items() if _module(torch_name(p)) in _HEADS}
+    unfit = list(_problems(heads, head_leaves)) if fc else ["there is no classifier"]
+    if unfit:
+        model.aux_heads = False
+        leaves = {path: leaf for path, leaf in leaves.items() if path not in head_leaves}
+        if heads:
+            modules = " and ".join(sorted({f"{prefix}{_module(name)}" for name in heads}))
+            notes.append(
+                f"skipped: {modules}, auxiliary heads, which only training uses: "
+                + _truncated(unfit, most=2, separator="; ")
+            )
+        heads = {}
+    own = _pop_modules(rest, prefix, {_module(name) for name in trunk})
+    if rest:
+        notes.append(f"skipped: {_truncated(sorted(rest), most=5)}")
+    try:
+        variables = convert(own | fc | heads, unflatten(leaves))
+    except DataError as error:
+        # What is missing may be there under another name.
+        raise DataError("\n".join([str(error), *notes])) from error
+    return Imported(model, variables, notes)
+
+
+def _settings() -> config.Model:
+    """Returns the settings of torchvision's network with all its parts."""
+    return config.Model(
         name="googlenet_torchvision",
-        aux_heads=any(name.startswith("aux") for name in state),
+        aux_heads=True,
         norm_epsilon=1e-3,
-        dropout=0.2,
+        dropout=0.2,  # What torchvision's constructor gives its main dropout.
         aux_dropout=0.7,
     )
-    module = registry.create(model, state["fc.bias"].shape[0])
-    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    return model, convert(state, like)
+
+
+@functools.cache
+def _leaves(classes: int) -> Mapping[str, Any]:
+    """Returns the shapes of the network's variables by path."""
+    module = registry.create(_settings(), classes)
+    images = jnp.zeros((1, 224, 224, 3))
+    return flatten(jax.eval_shape(module.init, jax.random.key(0), images))
+
+
+def _parameters(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a state dict without how many batches BatchNorm has seen, which decides nothing."""
+    return {name: a for name, a in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def _unwrapped(name: str) -> str:
+    """Returns a name without what PyTorch's compiler and wrappers put anywhere into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _module(name: str) -> str:
+    """Returns the outermost module of an entry: "conv1" of "conv1.bn.weight"."""
+    return name.partition(".")[0]
+
+
+def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | None) -> str:
+    """Returns what precedes the names of a network among others.
+
+    Args:
+      names: of all entries.
+      trunk: the network's own names.
+      prefix: what the user says it is, if anything.
+
+    Raises:
+      DataError: if there is no such network, or there are several.
+    """
+    names = list(names)
+    found = collections.Counter(
+        name.removesuffix(own) for name in names for own in _endings(name) if own in trunk
+    )
+    # A file that holds fewer is of another network, some of whose layers have the same names.
+    likely = [each for each, count in found.items() if 4 * count >= len(trunk)]
+    if prefix is not None:
+        given = _unwrapped(prefix.removesuffix("."))
+        likely = [each for each in likely if each.removesuffix(".") == given]
+    if not likely:
+        where = f" below {prefix!r}" if prefix else ""
+        raise DataError(
+            f"this is not torchvision's GoogLeNet: {max(found.values(), default=0)} of its "
+            f"{len(trunk)} entries are there{where}. The file holds {len(names):,} arrays"
+            + (f": {_truncated(names, most=5)}" if names else "")
+        )
+    if len(likely) > 1:
+        shown = ", ".join(each.removesuffix(".") or "''" for each in likely)
+        raise DataError(
+            f"holds {len(likely)} networks, named {shown}, such as weights and their average; say "
+            "which with --prefix"
+        )
+    return likely[0]
+
+
+def _endings(name: str) -> Iterator[str]:
+    """Yields a name and what is left of it without its first parts: a.b.c, b.c, c."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _pop_modules(
+    rest: dict[str, np.ndarray], prefix: str, modules: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Removes the entries of some modules from a state dict, and returns them without the prefix.
+
+    What tools such as profilers count is left: it is one number, and no entry of theirs is.
+    """
+    names = [
+        name
+        for name in rest
+        if name.startswith(prefix)
+        and _module(name.removeprefix(prefix)) in modules
+        and np.size(rest[name]) > 1
+    ]
+    return {name.removeprefix(prefix): rest.pop(name) for name in names}
+
+
+def _pop_classifier(
+    rest: dict[str, np.ndarray], prefix: str, layer: str | None
+) -> tuple[dict[str, np.ndarray], str]:
+    """Removes the classifier from a state dict, and returns it.
+
+    Args:
+      rest: the state dict.
+      prefix: of the network.
+      layer: full name of the linear layer; None: fc, or the only layer inside fc.
+
+    Returns:
+      fc.weight [classes, 1024] and fc.bias [classes], or nothing where there is no classifier that
+      fits; and what to tell of it.
+
+    Raises:
+      DataError: if `layer` is given and is no classifier.
+    """
+    name = f"{prefix}fc" if layer is None else _unwrapped(layer)
+    entries = [each for each in rest if each.startswith(f"{name}.") and np.size(rest[each]) > 1]
+    weights = [each for each in entries if each.endswith(".weight")]
+    reason = ""
+    if not entries:
+        reason = f"{name} is not there"
+    elif len(weights) != 1 or set(entries) - {weights[0], _bias(weights[0])}:
+        reason = f"{name} is not one linear layer: {_truncated(sorted(entries), most=4)}"
+    elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _FEATURES:
+        reason = f"{weights[0]} has shape {rest[weights[0]].shape}, not (classes, {_FEATURES})"
+    elif len(rest[weights[0]]) < 2:
+        reason = f"{weights[0]} gives one number, where each class needs a logit"
+    if reason and layer is not None:
+        raise DataError(f"--classifier={layer}: {reason}")
+    if reason:
+        return {}, f"no classifier: {reason}"
+    weight = rest.pop(weights[0])
+    bias = rest.pop(_bias(weights[0]), np.zeros(len(weight), np.float32))
+    taken = weights[0].removesuffix(".weight")
+    return {
+        "fc.weight": weight,
+        "fc.bias": bias,
+    }, "" if taken == f"{prefix}fc" else f"classifier: {taken}"
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Returns what keeps a state dict from being that of a network.
+
+    Args:
+      state: arrays by torchvision's names.
+      leaves: shapes of the network's variables by path.
+
+    Returns:
+      By a line for the user, how many entries it is about.
+    """
+    names = {torch_name(path): leaf for path, leaf in leaves.items()}
+    lines: dict[str, int] = {}
+    missing: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        if name not in state:
+            missing[_module(name)].append(name)
+    for module, (first, *more) in missing.items():
+        others = f" and {len(more)} more of {module}" if more else ""
+        lines[f"missing: {first}{others}"] = 1 + len(more)
+    lines |= {f"not of this network: {name}": 1 for name in sorted(set(state) - set(names))}
+    for name, leaf in names.items():
+        if name not in state:
+            continue
+        value, expected = state[name], _torch_shape(leaf.shape)
+        if value.shape != expected:
+            lines[f"{name}: {value.shape} here, {expected} in the network"] = 1
+        elif not jnp.issubdtype(value.dtype, jnp.floating):
+            lines[f"{name}: of type {value.dtype}, where floating-point numbers are needed"] = 1
+        elif not np.isfinite(_float32(value)).all():
+            lines[f"{name}: holds numbers that are not finite"] = 1
+    return lines
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that PyTorch gives an array of this one."""
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite.
+        return np.asarray(value, np.float32)
 
 
 def _flattened_channels(path: str, leaves: Mapping[str, Any]) -> int | None:
@@ -129,7 +361,7 @@ def _flattened_channels(path: str, leaves: Mapping[str, Any]) -> int | None:
 
 
 def _from_torch(value: np.ndarray, path: str, channels: int | None) -> np.ndarray:
-    value = np.asarray(value, np.float32)
+    value = _float32(value)
     if path.endswith("kernel") and value.ndim == 4:
         value = value.transpose(2, 3, 1, 0)
     elif path.endswith("kernel") and value.ndim == 2:
@@ -141,8 +373,7 @@ def _from_torch(value: np.ndarray, path: str, channels: int | None) -> np.ndarra
     return np.ascontiguousarray(value)
 
 
-def _first(problems: list[str], count: int = 10) -> Iterator[str]:
-    yield f"{len(problems)} entries do not fit torchvision's GoogLeNet:"
-    yield from problems[:count]
-    if len(problems) > count:
-        yield f"… and {len(problems) - count} more"
+def _truncated(words: Sequence[str], *, most: int, separator: str = ", ") -> str:
+    """Returns words as one text; beyond so many only how many more there are."""
+    left = len(words) - most
+    return separator.join([*words[:most], *([f"… and {left} more"] if left > 0 else [])])

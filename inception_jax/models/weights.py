@@ -22,7 +22,7 @@ import inception_jax
 from inception_jax import atomic
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, DataError
+from inception_jax.errors import ConfigError, DataError, UserError
 
 # Rises when files are written that older versions would read wrongly.
 FORMAT = 1
@@ -49,6 +49,8 @@ class Weights:
       is_average: whether they are a moving average.
       step, epoch: length of their training; None: unknown.
       metrics: of an evaluation of them, such as top1 in percent; empty: unknown.
+      checkpoint: which of their run they were: "best", "last" or "best and last"; "": neither, or
+        unknown.
       revision: commit of the source that wrote them; None: unknown.
       version: of the package that wrote them.
       origin: where they were read from, for messages; it is not written.
@@ -63,6 +65,7 @@ class Weights:
     step: int | None = None
     epoch: float | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    checkpoint: str = ""
     revision: str | None = None
     version: str = inception_jax.__version__
     origin: str = ""
@@ -78,16 +81,32 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """How many logits the network gives."""
-        return self.variables["params"]["classifier"]["dense"]["bias"].shape[0]
+        """How many logits the network gives; 0: the weights are without a classifier."""
+        classifier = self.variables["params"].get("classifier")
+        return classifier["dense"]["bias"].shape[0] if classifier else 0
 
     def __str__(self) -> str:
-        words = [self.config.model.name, f"{self.num_classes} classes"]
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
+        words = [self.config.model.name, classes]
         if self.step is not None and self.epoch is not None:
-            words.append(f"step {self.step:,}, epoch {self.epoch:.2f}")
+            role = f" ({self.checkpoint} checkpoint)" if self.checkpoint else ""
+            words.append(f"step {self.step:,}, epoch {self.epoch:.2f}{role}")
         if "top1" in self.metrics:
             words.append(f"top-1 {self.metrics['top1']:.2f}%")
         return ", ".join([*words, "moving average"] if self.is_average else words)
+
+
+def check_weights(weights: object) -> None:
+    """Checks that a caller gave weights.
+
+    Raises:
+      UserError: if it is something else, such as the path of a file.
+    """
+    if not isinstance(weights, Weights):
+        raise UserError(
+            f"weights: must be Weights, got {type(weights).__name__}; load a run's folder or a "
+            "file with inception_jax.load_weights(PATH)"
+        )
 
 
 def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> None:
@@ -146,8 +165,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
       DataError: if it is not there, damaged or no such file.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
+        is_pickle = looks_like_pickle(path)
         with safe_open(path, framework="np") as tensors:
             return tensors.get_tensors(), tensors.metadata() or {}
     except OSError as error:
@@ -155,7 +173,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             f"{path}: cannot be read: {error.strerror or error}. Give a file of weights"
         ) from error
     except SafetensorError as error:
-        if start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES:
+        if is_pickle:
             raise DataError(
                 f"{path}: is no safetensors file but, it seems, a pickle, which may run any "
                 "program when it is read. Weights of torchvision's GoogLeNet become such a file by "
@@ -165,6 +183,20 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             f"{path}: is no safetensors file, or only a part of one ({error}). Copy it anew, or "
             "export it again with python -m inception_jax.tools.export"
         ) from error
+
+
+def looks_like_pickle(path: pathlib.Path) -> bool:
+    """Returns whether a file is what torch.save writes: by its first bytes, else by its name.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(_PICKLE_STARTS):
+        return True
+    # safetensors begins with the length of its description, in JSON.
+    return start[8:] != b"{" and path.suffix.lower() in _PICKLE_SUFFIXES
 
 
 def flatten(variables: Variables) -> dict[str, Any]:
@@ -193,6 +225,7 @@ def _description(weights: Weights) -> dict[str, Any]:
         "step": weights.step,
         "epoch": weights.epoch,
         "metrics": dict(weights.metrics),
+        "checkpoint": weights.checkpoint,
     }
 
 
@@ -207,6 +240,8 @@ def _weights(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -
         mean=np.array(description["mean"], np.float32),
         std=np.array(description["std"], np.float32),
         bit_depth=description.get("bit_depth", configs.unrecorded_bit_depth(config.data.name)),
+        # Files of version 0.1.0 do not say it.
+        checkpoint=description.get("checkpoint", ""),
         **{
             name: description[name]
             for name in ("is_average", "step", "epoch", "metrics", "revision", "version")

@@ -116,6 +116,20 @@ class RunWriter:
             ) from error
 
 
+def has_top5(classes: int) -> bool:
+    """Returns whether top-5 accuracy says anything: of five classes and fewer it is always 100%."""
+    return classes > 5
+
+
+def informative(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
+    """Returns metrics without those that are always 100% of so many classes."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if has_top5(classes) or not name.endswith("top5")
+    }
+
+
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the objects of a metrics.jsonl, in order.
 

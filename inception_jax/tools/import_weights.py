@@ -1,9 +1,11 @@
 """Converts torchvision's GoogLeNet to a file of weights."""
 
+import argparse
 import dataclasses
 import pathlib
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,20 @@ from inception_jax import cli
 from inception_jax.errors import DataError, UserError
 
 USAGE = """
-Convert the state dict of torchvision's GoogLeNet, with or without auxiliary heads, to a file of
-weights of the model googlenet_torchvision.
+Convert the state dict of torchvision's GoogLeNet, fine-tuned or not, to a file of weights of the
+model googlenet_torchvision.
 
   python -m inception_jax.tools.import_weights --input googlenet.pth --output FILE.safetensors
 
 The input is PyTorch's .pth, which needs PyTorch, or a .safetensors of the same entries, which does
-not. torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 to 1, and the file
-says so: mean and std 0.5. With --notransform_input they are those of ImageNet.
+not. It may be a whole checkpoint with the state dict inside, and the names may have any prefix
+(module., model., _orig_mod.); of several networks in it, --prefix says which. The number of classes
+is that of the classifier. Auxiliary heads that do not fit it are skipped, as training alone uses
+them. A file without a classifier can only start a training (--config.init.weights).
+What was skipped is logged.
+
+torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 to 1, and the file says
+so: mean and std 0.5. With --notransform_input they are those of ImageNet.
 """
 
 _INPUT = flags.DEFINE_string("input", None, "state dict: .pth or .safetensors", required=True)
@@ -29,6 +37,12 @@ _OUTPUT = flags.DEFINE_string(
 )
 _CLASS_NAMES = flags.DEFINE_string(
     "class_names", None, "text file of the classes' names in the order of the logits, a line each"
+)
+_PREFIX = flags.DEFINE_string(
+    "prefix", None, "of the network's entries, such as model_ema; found if there is one network"
+)
+_CLASSIFIER = flags.DEFINE_string(
+    "classifier", None, "linear layer that gives the logits, such as head.1; default: fc"
 )
 _TRANSFORM_INPUT = flags.DEFINE_bool(
     "transform_input", True, "as torchvision's argument; its pretrained weights have it"
@@ -47,14 +61,19 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.config import Config, Data
     from inception_jax.models import torchvision_weights, weights
     from inception_jax.telemetry import summary
+    from inception_jax.training import workdir
 
     runtime.initialize(platform="cpu", log=cli.say)
     source, target = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
     state = read_state_dict(source)
     try:
-        model, variables = torchvision_weights.from_torchvision(state)
+        model, variables, notes = torchvision_weights.from_torchvision(
+            state, prefix=_PREFIX.value, classifier=_CLASSIFIER.value
+        )
     except DataError as error:
         raise DataError(f"--input={source}: {error}") from error
+    for note in notes:
+        cli.say(f"{source}: {note}")
     mean, std = _TRANSFORMED if _TRANSFORM_INPUT.value else _IMAGENET
     imported = weights.Weights(
         variables=variables,
@@ -67,6 +86,7 @@ def main(positional: Sequence[str]) -> None:
     if _CLASS_NAMES.value is not None:
         names = read_names(pathlib.Path(_CLASS_NAMES.value), imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
+    workdir.check_writable(workdir.Workdir(target.parent), flag="output")
     weights.save(target, imported)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
 
@@ -81,6 +101,8 @@ def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
         names = tuple(path.read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError as error:
         raise DataError(f"--class_names={path}: is no text in UTF-8: {error}") from error
+    if not count:
+        raise DataError(f"--class_names={path}: the weights have no classifier, so no classes")
     if len(names) != count:
         raise DataError(
             f"--class_names={path}: has {len(names)} lines; the weights have {count} classes, and "
@@ -93,29 +115,36 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """Returns the arrays of a state dict by name.
 
     Args:
-      path: of a safetensors file, or of a file by torch.save, of the state dict or of a dictionary
-        that holds it as "state_dict" or, as torchvision's training does, "model".
+      path: of a safetensors file, or of a file by torch.save: of the state dict, or of dictionaries
+        that hold it, whose keys then precede the names ("model.conv1.conv.weight").
 
     Raises:
       DataError: if it cannot be read as that.
     """
     from inception_jax.models import weights
 
-    if path.suffix.lower() == ".safetensors":
+    try:
+        is_pickle = weights.looks_like_pickle(path)
+    except OSError as error:
+        raise DataError(f"--input={path}: cannot be read: {error.strerror}") from error
+    if not is_pickle:
         return weights.read_arrays(path)[0]
-    state = _load_with_torch(path)
-    for key in ("state_dict", "model"):
-        state = state.get(key, state)
-    if others := [name for name, value in state.items() if not hasattr(value, "detach")]:
-        raise DataError(
-            f"{path}: {', '.join(map(str, others[:3]))} are no tensors. Save it anew with "
-            "torch.save(model.state_dict(), FILE)"
-        )
-    # float32 first: NumPy knows no bfloat16 of PyTorch's.
-    return {
-        name.removeprefix("module."): tensor.detach().float().numpy()
-        for name, tensor in state.items()
-    }
+    return {name: _array(tensor) for name, tensor in _tensors(_load_with_torch(path))}
+
+
+def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the tensors of nested dictionaries by their keys, joined with dots."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _tensors(value, f"{prefix}{key}.")
+        elif hasattr(value, "detach"):
+            yield f"{prefix}{key}", value
+
+
+def _array(tensor: Any) -> np.ndarray:
+    # NumPy knows no bfloat16 of PyTorch's.
+    found = tensor.detach()
+    return (found.float() if found.is_floating_point() else found).numpy()
 
 
 def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -127,14 +156,23 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
             "convert the file to .safetensors where PyTorch is, with safetensors.torch.save_file"
         ) from error
     try:
-        # weights_only: nothing in the file is run.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # weights_only: nothing in the file is run. Training scripts put their arguments beside the
+        # weights, as a Namespace, which holds nothing but values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        object_name = re.search(r"GLOBAL (\S+)", str(error))
+        if object_name:
+            raise DataError(
+                f"{path}: holds a {object_name[1]} besides the weights; objects are not loaded, as "
+                "loading one may run any program. Save the weights alone where the file is from, "
+                "with torch.save(model.state_dict(), FILE), or, if you trust it, with "
+                'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+            ) from error
         raise DataError(
-            f"{path}: cannot be read as a state dict: {str(error).splitlines()[0]}. Save it anew "
-            "with torch.save(model.state_dict(), FILE)"
+            f"{path}: cannot be read as a state dict, or is only a part of a file: "
+            f"{str(error).splitlines()[0]}. Copy it again, or save it again with "
+            "torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds {type(state).__name__}, where a state dict was expected")

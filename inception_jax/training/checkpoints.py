@@ -138,12 +138,8 @@ class Checkpoints:
           CheckpointError: if there is no such checkpoint, or the one of that number is damaged.
         """
         steps = storage.steps(self._directory)
-        if which == "last":
-            candidates = steps[::-1]
-        elif which == "best":
-            top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
-            # Of equally good ones the last.
-            candidates = sorted(top1, key=lambda step: (top1[step], step), reverse=True)
+        if which in ("best", "last"):
+            candidates = self._ranked(which)
         elif which.isdecimal():
             candidates = [int(which)] if int(which) in steps else []
         else:
@@ -158,6 +154,19 @@ class Checkpoints:
             f"{self._directory}: there is no {whole}checkpoint {which!r}; the steps there are: "
             f"{there}"
         )
+
+    def roles(self, step: int) -> str:
+        """Returns which of "best" and "last" a step is: "best", "last", "best and last" or ""."""
+        return " and ".join(each for each in ("best", "last") if self._ranked(each)[:1] == [step])
+
+    def _ranked(self, which: str) -> list[int]:
+        """Returns all steps, the last first, or those that were evaluated, the best first."""
+        steps = storage.steps(self._directory)
+        if which == "last":
+            return steps[::-1]
+        top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
+        # Of equally good ones the last.
+        return sorted(top1, key=lambda step: (top1[step], step), reverse=True)
 
     def wait(self) -> None:
         """Waits for the write under way.

@@ -20,7 +20,7 @@ from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
-from inception_jax.telemetry.writers import RunWriter
+from inception_jax.telemetry.writers import RunWriter, informative
 from inception_jax.training import lock, nonfinite, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
@@ -58,7 +58,8 @@ def train(
     Args:
       run: what to train.
       workdir: where its checkpoints and metrics are and go.
-      evaluate: maps model variables and a split to loss, top1, top5 and count.
+      evaluate: maps model variables and a split to loss, top1, count and, of more than five
+        classes, top5.
       changed: settings that differ from an earlier start, to be said and recorded.
       on_evaluation: called by the lead process after each evaluation, once all that it found is
         on disk, with what result.json would hold if the run ended there.
@@ -323,7 +324,7 @@ class _Reporter:
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
         self.check_finite(step, metrics)
-        values = metrics.compute()
+        values = informative(metrics.compute(), self._run.dataset.num_classes)
         del values["first_nonfinite_step"]
         # The rate that the step applied: the schedule counts finished steps.
         rate = float(self._run.schedule(step - 1))
@@ -381,7 +382,8 @@ class _Reporter:
             self._write(step, "train_eval", sample)
         self._progress.note(
             f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {split} loss "
-            f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%, top-5 {metrics['top5']:.2f}%"
+            f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%"
+            + (f", top-5 {metrics['top5']:.2f}%" if "top5" in metrics else "")
         )
 
     def note(self, line: str) -> None:
@@ -404,6 +406,7 @@ class _Reporter:
         busy = clock.seconds("train") + clock.seconds("input")
         return {
             "name": run.config.name,
+            "checkpoint": "last",
             "step": step,
             "epoch": run.timeline.epoch(step),
             "split": run.dataset.eval_split,

@@ -15,6 +15,7 @@ from inception_jax.models import registry
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.telemetry import summary
+from inception_jax.telemetry.writers import informative
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -78,6 +79,7 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
         step = checkpoints.resolve(which)
         model = checkpoints.restore_model(step, like)
         metrics = checkpoints.metrics(step)
+        roles = checkpoints.roles(step)
     # Where files lay on this machine is of no use on another.
     config.data.source = config.data.directory = config.init.weights = ""
     return Weights(
@@ -90,7 +92,8 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
         is_average=bool(model["average"]),
         step=step,
         epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
-        metrics=metrics,
+        metrics=informative(metrics, dataset["classes"]),
+        checkpoint=roles,
         revision=summary.revision(),
         origin=f"{workdir.path}, step {step:,}",
     )
@@ -135,6 +138,8 @@ def start(run: Run, like: TrainState) -> Start:
 
 def other_classes(found: Weights, dataset: Dataset) -> str:
     """Returns how the classes of weights differ from a data set's, or ''."""
+    if not found.num_classes:
+        return "the weights have no classifier"
     if not found.class_names and found.num_classes != dataset.num_classes:
         return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
     # Weights of other programs may not say what their classes are called.

@@ -1,5 +1,6 @@
 """Exported networks against the network itself."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -114,14 +115,59 @@ def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> No
     assert "BatchNormalization" not in operations
 
 
-def test_eight_bits_are_smaller_and_nearly_the_same(weights: Weights, onnx_data: bytes) -> None:
-    small = export.quantised(onnx_data, noise(64))
+def test_eight_bits_are_smaller_and_nearly_the_same(weights: Weights, int8_data: bytes) -> None:
+    small = int8_data
     weights_of = {t.name: t.data_type for t in onnx.load_from_string(small).graph.initializer}
     assert onnx.TensorProto.INT8 in weights_of.values()
     pixels = noise(100)
     before, after = expected(weights, pixels), export.load_onnx(small)(pixels)
     assert not np.array_equal(before, after)
     assert np.abs(after - before).mean() < 0.2 * before.std(0).mean()
+
+
+@pytest.fixture(scope="module")
+def int8_data(onnx_data: bytes) -> bytes:
+    return export.quantised(onnx_data, noise(64))
+
+
+def test_files_are_for_old_runtimes_too(onnx_data: bytes, int8_data: bytes) -> None:
+    """ONNX Runtime 1.16 takes IR version 9, opset 19 of ONNX, and 3 of ai.onnx.ml at most."""
+    for data in (onnx_data, int8_data):
+        model = onnx.load_from_string(data)
+        assert model.ir_version <= 9
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", 17)]
+        assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_eight_bits_are_described_by_their_own_figures(weights: Weights, int8_data: bytes) -> None:
+    measured = dataclasses.replace(weights, metrics={"top1": 41.5}, step=7, epoch=1.5)
+    data = export.described(int8_data, measured, precision="int8")
+    (entry,) = onnx.load_from_string(data).metadata_props
+    about = json.loads(entry.value)
+    assert (about["precision"], about["metrics"]) == ("int8", {"top1": 41.5})
+    assert "top-1 41.50%" in about["model"] and about["checkpoint"]["step"] == 7
+    pixels = noise(5)
+    np.testing.assert_array_equal(
+        export.load_onnx(data)(pixels), export.load_onnx(int8_data)(pixels)
+    )
+
+
+def test_both_ends_can_stay_in_float(weights: Weights, onnx_data: bytes, int8_data: bytes) -> None:
+    mixed = export.quantised(onnx_data, noise(64), float_ends=True)
+    pixels = noise(100)
+    exact = expected(weights, pixels)
+
+    def is_quantised(data: bytes) -> list[bool]:
+        graph = onnx.load_from_string(data).graph
+        scaled = {out for n in graph.node if n.op_type == "DequantizeLinear" for out in n.output}
+        products = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+        return [node.input[1] in scaled for node in products]
+
+    assert all(is_quantised(int8_data))
+    first, *middle, last = is_quantised(mixed)
+    assert all(middle) and not first and not last
+    errors = [np.abs(export.load_onnx(d)(pixels) - exact).mean() for d in (mixed, int8_data)]
+    assert errors[0] < errors[1]
 
 
 def test_what_is_not_installed_is_named(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +208,25 @@ def test_equal_logits_count_as_the_lower_label() -> None:
     split = Fixed(np.array([0, 1, 4, 5], np.int32), pathlib.Path(), 1)
     found = export.accuracy("", lambda pixels: np.zeros((len(pixels), 7)), split, size=0)
     assert (found.top1, found.top5) == (25, 75)
+
+
+@pytest.mark.parametrize(("top1", "warned"), [(55.0, True), (59.0, False), (61.0, False)])
+def test_a_loss_of_more_than_a_point_is_warned_of(top1: float, warned: bool) -> None:
+    before, after = (
+        export.Accuracy(form, 1.0, top1=percent, top5=None, count=9, images_per_second=1.0)
+        for form, percent in (("float32", 60.0), ("int8", top1))
+    )
+    found = export.quantisation_warning(before, after, ["--float_ends", "--calibration=2048"])
+    assert bool(found) == warned
+    if warned:
+        assert "costs 5.00 points of top-1 accuracy (55.00%, float32 60.00%)" in found
+        assert found.endswith("Try --float_ends or --calibration=2048")
+
+
+def test_top_5_of_five_classes_is_left_out() -> None:
+    split = Fixed(np.array([0, 1, 4], np.int32), pathlib.Path(), 1)
+    found = export.accuracy("", lambda pixels: np.zeros((len(pixels), 5)), split, size=0)
+    assert found.top5 is None
 
 
 def test_a_description_can_be_written_as_json(weights: Weights) -> None:

@@ -73,6 +73,42 @@ def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
     assert "3 min 20 s" in page.words  # 200 seconds in all.
 
 
+def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path) -> None:
+    folder = run_folders.write(tmp_path)
+    page = page_of(folder)
+    assert "Best and last evaluation, step 400" in page.words
+    assert "are of the evaluation at step 400 (best and last), test" in page.words
+    # The evaluation at step 360 is better than the last one.
+    lines = run_folders.lines()
+    for line in lines:
+        if line["split"] == "test" and line["step"] == 360:
+            line["top1"] = 99.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    assert "Last evaluation, step 400" in page.words
+    assert "The best evaluation was 99.00% at step 360" in page.words
+    assert "(last), test" in page.words
+
+
+def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) -> None:
+    """Of runs of older versions too, whose files have it."""
+    few = run_folders.write(tmp_path / "few", names=tuple("abcde"))
+    many = run_folders.write(tmp_path / "many", names=tuple("abcdef"))
+    for folder, shown in ((few, False), (many, True)):
+        page = report.write_page(folder).read_text(encoding="utf-8")
+        curves = Page(page).data["runs"][0]["splits"]
+        assert all(("top5" in curve) == shown for curve in curves.values())
+        assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
+    for folders, shown in (([few, few], False), ([few, many], True)):
+        output = tmp_path / "comparison.html"
+        report.write_comparison(folders, output)
+        page = output.read_text(encoding="utf-8")
+        assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
+        heads, *rows = re.findall("<tr>(.*?)</tr>", page.partition("run-table")[2], re.DOTALL)
+        rows = [row for row in rows if "swatch" in row]
+        assert {row.count("<td") + row.count("<th") for row in rows} == {heads.count("<th")}
+
+
 def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     addresses = [

@@ -66,7 +66,9 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[
     assert curves.keys() == expected.keys()
     for key, (steps, values) in expected.items():
         np.testing.assert_allclose(curves[key], np.stack([steps / 10, values], 1))
-    assert axes["loss.png"].get_title() == "digits_small: validation top-1 27.00% at epoch 3"
+    assert axes["loss.png"].get_title() == (
+        "digits_small: validation top-1 27.00% at epoch 3 (last)"
+    )
 
 
 def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
@@ -97,7 +99,28 @@ def test_a_value_that_was_not_finite_leaves_a_gap(
     values = axes["loss.png"].lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(values)).tolist() == [3]
     # The title takes the last evaluation that has a number.
-    assert axes["loss.png"].get_title().endswith("validation top-1 18.00% at epoch 2")
+    assert axes["loss.png"].get_title().endswith("validation top-1 18.00% at epoch 2 (last)")
+
+
+def test_the_title_says_which_evaluation_was_the_best(
+    tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    lines = [line | {"top1": 30 - line["step"]} for line in _VALIDATION]
+    plot_run(_workdir(tmp_path, lines, name="x"))
+    assert axes["accuracy.png"].get_title() == (
+        "x: validation top-1 0.00% at epoch 3 (last), 20.00% at epoch 1 (best)"
+    )
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top_5_of_older_runs_is_left_out_for_few_classes(
+    classes: int, shown: bool, tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    folder = _workdir(tmp_path, _TRAIN + _VALIDATION)
+    (folder / "config.json").write_text(json.dumps({"dataset": {"classes": classes}}))
+    plot_run(folder)
+    labels = [curve.get_label() for curve in axes["accuracy.png"].lines]
+    assert any("top-5" in label for label in labels) == shown
 
 
 def test_only_values_that_are_not_finite_still_plot(tmp_path: pathlib.Path) -> None:

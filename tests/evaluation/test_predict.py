@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import pathlib
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,6 +94,56 @@ def test_an_images_logits_do_not_depend_on_its_batch(predictor: Predictor, count
     alone = np.concatenate([predictor.logits(image[None]) for image in pixels[:count]])
     assert np.abs(alone[0] - alone[-1]).max() > 0.01 or count == 1
     np.testing.assert_allclose(predictor.logits(pixels[:count]), alone, rtol=1e-5, atol=1e-5)
+
+
+GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (GOOD.astype(np.int32), r"got int32 .* pixels\.round\(\)\.astype\(numpy\.uint8\)"),
+        (GOOD.astype(np.float32), r"got float32 .*from 0 to 255.* pixels\.round\(\)"),
+        (GOOD / 255, r"got float64 .*from 0 to 1: give \(pixels \* 255\)\.round\(\)"),
+        (GOOD / 64 - 2, r"before they were normalized"),
+        (GOOD.astype(np.int64) - 128, r"before they were normalized"),
+        (GOOD > 9, r"got bool .*integers from 0 to 255"),
+        (GOOD[0], r"got uint8 \[8, 8, 3\]\. For a single image give pixels\[None\]"),
+        (GOOD.transpose(0, 3, 1, 2), r"\[2, 3, 8, 8\]\. .*numpy\.moveaxis\(pixels, -3, -1\)"),
+        (GOOD.transpose(0, 3, 1, 2) / 255, r"moveaxis.*\. Its values are from 0 to 1: give"),
+        (GOOD[0].transpose(2, 0, 1), r"numpy\.moveaxis\(pixels, -3, -1\)"),
+        (GOOD[..., 0], r"numpy\.stack\(\[pixels\] \* 3, axis=-1\)"),
+        (GOOD[..., :1], r"numpy\.repeat\(pixels, 3, axis=-1\)"),
+        (GOOD[..., [0, 1, 2, 0]], r"alpha channel: give pixels\[\.\.\., :3\]"),
+        (GOOD[:, :7], r"got uint8 \[2, 7, 8, 3\]\. Resize the images to 8 × 8 px, or let read\(\)"),
+        (GOOD[:0], "holds no image"),
+        ("cat.jpg", "Give one array of all images"),
+        ([GOOD[0], GOOD[0, :7]], "give one array of all images"),
+    ],
+)
+def test_other_arrays_are_answered(predictor: Predictor, pixels: Any, words: str) -> None:
+    for use in (predictor.logits, predictor.guesses):
+        with pytest.raises(UserError, match=f"pixels: .*{words}"):
+            use(pixels)
+
+
+@pytest.mark.parametrize("pixels", [GOOD.astype(np.float32), GOOD[0], GOOD[:, :7]])
+def test_what_is_prepared_must_be_pixels(predictor: Predictor, pixels: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"must be uint8 \[N, 8, 8, 3\]"):
+        predictor.prepared(pixels)
+
+
+def test_images_may_be_a_list_or_on_the_device(predictor: Predictor) -> None:
+    expected = predictor.logits(GOOD)
+    for pixels in (list(GOOD), jnp.asarray(GOOD)):
+        np.testing.assert_array_equal(predictor.logits(pixels), expected)
+
+
+def test_other_things_than_weights_and_files_are_answered(predictor: Predictor) -> None:
+    with pytest.raises(UserError, match=r"got PosixPath; load .* inception_jax\.load_weights"):
+        Predictor(pathlib.Path("runs/x"))
+    with pytest.raises(UserError, match=r"cat\.jpg: the content .* got str: .*read_bytes\(\)"):
+        predictor.read("cat.jpg", "cat.jpg")
 
 
 def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:

@@ -4,6 +4,7 @@ The PyTorch modules are written here, with the names of torchvision's GoogLeNet 
 it (ceil-mode pools, padding of half the kernel, adaptive average pools) and of the paper's.
 """
 
+import argparse
 import pathlib
 import pickle
 from collections.abc import Iterator
@@ -228,9 +229,30 @@ def test_a_state_dict_of_another_network_is_refused(tmp_path: pathlib.Path) -> N
         "tools.import_weights", f"--input={tmp_path / 'other.pth'}", f"--output={tmp_path / 'out'}"
     )
     assert done.returncode == 2
-    for words in ("3 entries", "missing: conv2.conv.weight", "layer1.weight", "conv3.bn.weight: ("):
+    for words in ("2 entries", "missing: conv2.conv.weight", "layer1.weight", "conv3.bn.weight: ("):
         assert words in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_training_scripts_are_read(tmp_path: pathlib.Path) -> None:
+    reference = Reference(False, 4)
+    random_weights(reference)
+    state = reference.state_dict()
+    expected = weights.flatten(torchvision_weights.from_torchvision(arrays(reference))[1])
+    progress = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3, 3)}}}}
+    checkpoint = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in state.items()},
+        "args": argparse.Namespace(lr=0.1),
+    }
+    source, target = tmp_path / "last.ckpt", tmp_path / "weights.safetensors"
+    torch.save(progress | checkpoint, source)
+    command.check("tools.import_weights", f"--input={source}", f"--output={target}")
+    for name, leaf in weights.flatten(weights.load(target).variables).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+    torch.save({"state_dict": state, "config": Touch(tmp_path)}, source)
+    done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")
+    assert done.returncode == 2 and "besides the weights" in done.stderr
 
 
 def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None:

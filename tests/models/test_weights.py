@@ -16,6 +16,7 @@ from inception_jax.config import Config, Data, Model
 from inception_jax.errors import DataError, UserError
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
+from tests import command
 
 
 def example(**changes: object) -> Weights:
@@ -40,6 +41,7 @@ def example(**changes: object) -> Weights:
         step=12,
         epoch=1.5,
         metrics={"top1": 99.5, "loss": 0.1},
+        checkpoint="best",
         revision="abc",
     )
     return dataclasses.replace(found, **changes)
@@ -167,3 +169,16 @@ def test_files_of_older_versions_have_the_bit_depth_of_their_images(
     del description["bit_depth"], description["config"]["data"]["bit_depth"]
     save_file(arrays, path, {"inception_jax": json.dumps(description)})
     assert weights.load(path).bit_depth == depth
+
+
+def test_a_file_of_an_older_version_is_read() -> None:
+    """It does not say which checkpoint it was."""
+    found = weights.load(
+        command.ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors"
+    )
+    assert (found.checkpoint, found.step, found.num_classes) == ("", 6250, 200)
+    assert str(found) == "googlenet, 200 classes, step 6,250, epoch 16.00, top-1 61.22%"
+
+
+def test_weights_say_which_checkpoint_they_were() -> None:
+    assert "step 12, epoch 1.50 (best checkpoint), top-1 99.50%" in str(example())

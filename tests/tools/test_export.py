@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from inception_jax.evaluation.predict import Predictor
 from inception_jax.models import weights
-from tests import command, random_weights
+from tests import command, random_weights, small
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (command.ROOT / "docs/export.md").read_text(), re.S)
 
@@ -67,11 +68,41 @@ def test_the_description_lies_beside_stablehlo(folder: pathlib.Path) -> None:
     assert about["output"]["shape"] == ["batch", 7]
 
 
+def test_eight_bits_have_their_own_accuracy(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    run = tmp_path / "run"
+    small.finished(small.config(data_directory), run)
+    output = tmp_path / "new" / "folder" / "small.onnx"
+    done = command.run(
+        "tools.export",
+        "--to=onnx",
+        "--quantise=int8",
+        "--calibration=4",
+        f"--workdir={run}",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        float(re.findall(rf"\| {form} .*? \| +([\d.]+)% \|", done.stdout)[0])
+        for form in ("float32", "int8")
+    )
+    closing = done.stdout.splitlines()[-1]
+    assert "onnx, int8; mini_googlenet" in closing and f"top-1 {after:.2f}%" in closing
+    assert "step 11" in closing and "best and last checkpoint" in closing
+    (entry,) = onnx.load(output).metadata_props
+    about = json.loads(entry.value)
+    assert about["precision"] == "int8"
+    assert about["metrics"]["top1"] == pytest.approx(after, abs=0.01)
+    assert ("warning: int8 costs" in done.stderr) == (before - after > 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
         (["--to=stablehlo", "--quantise=int8"], "--quantise=int8: is for --to=onnx"),
+        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantise=int8"),
         (["--to=onnx", "--quantise=int8"], "give its experiment too: --config=FILE"),
         (["--to=tflite"], "--to"),
     ],
