@@ -11,9 +11,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.evaluation import plots, predictions
+from inception_jax.evaluation import advice, plots, predictions
+from inception_jax.evaluation.advice import Earlier
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
 from inception_jax.evaluation.plots import Line
 from inception_jax.evaluation.predictions import Evaluated
@@ -78,15 +81,23 @@ class Record:
         found = self.evaluated.predictions
         return int(max(found.labels.max(), found.guesses.max())) + 1
 
-    def diagnosis(self) -> Diagnosis | None:
-        """Returns what the curves say; None without the settings, which that takes."""
+    def diagnosis(self, earlier: Sequence[Earlier] | None = None) -> Diagnosis | None:
+        """Returns what the evaluations say; None without the settings, which that takes.
+
+        Args:
+          earlier: advice that was given before; None: what the folder's own diagnosis.json has.
+        """
         if self.config is None:
             return None
+        labels = () if self.evaluated is None else self.evaluated.predictions.labels
         return diagnose(
             self.lines,
             self.config,
             classes=self.dataset["classes"],
             train_examples=self.dataset["training examples"],
+            label_counts=np.bincount(labels).tolist() if len(labels) else (),
+            own_settings=(self.experiment or {}).get("own"),
+            earlier=advice.stored_earlier(self.folder) if earlier is None else earlier,
         )
 
 
