@@ -1,11 +1,11 @@
-"""Checks the diagnosis on runs whose fault is known, and what its advice does when followed.
+r"""Checks the diagnosis on runs whose fault is known, and what its advice does when followed.
 
 Each case trains a small network in seconds with one thing wrong with it: a learning rate that is
 far off, too few steps, a network too thin, shuffled labels, … The diagnosis is written down, its
 advice is followed once in a new workdir, and both ends are compared. A case fails if the verdict is
 none of those that are true of it, or if the advice made the evaluation worse.
 
-  python -m benchmarks.diagnosis_cases --output runs/diagnosis \\
+  python -m benchmarks.diagnosis_cases --output runs/diagnosis \
       --json benchmarks/results/diagnosis_cases.json
 
 A case that is finished in --output is not trained again.
@@ -14,18 +14,23 @@ A case that is finished in --output is not trained again.
 import argparse
 import copy
 import dataclasses
-import json
+import importlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import measure
+from inception_jax import config as configs
+from inception_jax.config import Config
 
-# Where both evaluations are of one run each, a smaller loss of top-1 than this is noise, points.
-NOISE_ERRORS = 2.0
+if TYPE_CHECKING:
+    from inception_jax.evaluation.diagnosis import Diagnosis
+
+# A validation loss that is higher by this share is worse, where accuracy is not better.
+WORSE_LOSS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Case:
       experiment: the module of experiments/ that it starts from, and what all its cases change.
       data: makes its pictures below a folder; None: the embedded digits.
       stop: the step after which it is interrupted; 0: it runs to its end.
+      frozen: whether it is evaluated with the statistics that BatchNorm began with.
     """
 
     fault: str
@@ -47,6 +53,7 @@ class Case:
     experiment: str = "digits"
     data: Callable[[pathlib.Path], None] | None = None
     stop: int = 0
+    frozen: bool = False
 
 
 # The digits at their own size, for which a thin network takes seconds.
@@ -132,7 +139,8 @@ CASES = {
         },
     ),
     "thin": Case("the width", [], {"model.width": 0.015}),
-    "statistics": Case("BatchNorm's momentum", [], {"model.norm_momentum": 0.999}),
+    "statistics": Case("BatchNorm's statistics", [], {}, frozen=True),
+    "momentum": Case("BatchNorm's momentum", [], {"model.norm_momentum": 0.9999}),
     "mixing": Case(
         "mixing",
         [],
@@ -170,3 +178,222 @@ CASES = {
         _pictures(counts=(20, 20), size=32, noise=0.5),
     ),
 }
+
+
+def settings(case: Case) -> tuple[Config, dict[str, Any]]:
+    """Returns a case's configuration, and the experiment's own values of what the case changes."""
+    config = importlib.import_module(f"experiments.{case.experiment}").get_config()
+    for path, value in SHARED[case.experiment].items():
+        put(config, path, value)
+    own = {path: configs.get(config, path) for path in case.settings}
+    for path, value in case.settings.items():
+        put(config, path, value)
+    return config, own
+
+
+def put(config: Config, path: str, value: Any) -> None:
+    """Gives a setting another value; the other units of a duration become 0."""
+    group, _, name = path.rpartition(".")
+    parent = configs.get(config, group)
+    if isinstance(parent, configs.Duration):
+        parent.epochs, parent.steps, parent.examples = 0.0, 0, 0
+    setattr(parent, name, value)
+
+
+def train(
+    config: Config,
+    folder: pathlib.Path,
+    *,
+    own: Mapping[str, Any],
+    stop: int = 0,
+    frozen: bool = False,
+) -> "Diagnosis":
+    """Trains a run to its end, or to the step `stop`, where it has not got there; diagnoses it."""
+    import jax
+    import jax.numpy as jnp
+
+    from inception_jax.errors import Preempted, RunError
+    from inception_jax.evaluation import report
+    from inception_jax.evaluation.evaluate import Evaluator
+    from inception_jax.training import loop, run
+    from inception_jax.training.workdir import Workdir
+
+    done = folder / f"trained-{stop}"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        this = run.build(config, log=measure.say, experiment={"file": config.name, "own": own})
+        evaluator = Evaluator(this)
+
+        def evaluate(variables: Any, split: Any) -> dict[str, float]:
+            if frozen:
+                start = {"mean": jnp.zeros_like, "var": jnp.ones_like}
+                stats = jax.tree_util.tree_map_with_path(
+                    lambda path, leaf: start[path[-1].key](leaf), variables["batch_stats"]
+                )
+                variables = {**variables, "batch_stats": stats}
+            return evaluator(variables, split)
+
+        try:
+            loop.train(
+                this,
+                Workdir(folder),
+                evaluate,
+                changed=[],
+                on_evaluation=report.refresher(this, folder, evaluator),
+                stop=lambda step: step == stop,
+            )
+        except (Preempted, RunError) as error:
+            measure.say(str(error))
+        # Each run's step is a program of its own.
+        jax.clear_caches()
+        done.touch()
+    return report.write_diagnosis(folder)
+
+
+def found_rate(config: Config) -> float | None:
+    """Returns the rate that a range test proposes, with the command's own defaults."""
+    from inception_jax.training import range_test, run
+
+    this = run.build(config, log=measure.say)
+    asked = {"steps": 200, "high": 10.0}
+    points = range_test.range_test(this, low=1e-5, **asked)
+    proposal, chance = range_test.propose(points), range_test.chance_loss(this)
+    if proposal is None or range_test.doubts(points, proposal, chance=chance, **asked):
+        return None
+    return proposal.rate
+
+
+def follow(config: Config, diagnosis: "Diagnosis") -> dict[str, Any]:
+    """Returns the settings that follow a diagnosis; empty if there is nothing to change."""
+    if diagnosis.advice:
+        return {diagnosis.advice.setting: diagnosis.advice.value}
+    if any("tools.find_lr" in note for note in diagnosis.notes) and (rate := found_rate(config)):
+        return {"schedule.learning_rate": rate}
+    return {}
+
+
+def outcome(diagnosis: "Diagnosis") -> dict[str, Any]:
+    """Returns what a JSON file holds of a diagnosis."""
+    e = diagnosis.evidence
+    numbers = {"loss": e.loss, "top1": e.top1, "train_top1": e.train_top1, "noise": e.noise}
+    return {
+        "verdict": diagnosis.verdict,
+        "reason": diagnosis.reason,
+        "notes": list(diagnosis.notes),
+        "advice": diagnosis.advice and dataclasses.asdict(diagnosis.advice),
+        **{name: round(value, 4) for name, value in numbers.items() if math.isfinite(value)},
+    }
+
+
+def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
+    """Trains a case, diagnoses it, and follows the advice once."""
+    folder = output / name.replace(" ", "_")
+    config, own = settings(case)
+    config.data.directory = str(output / "data")
+    if case.data:
+        pictures_folder = folder / "pictures"
+        if not pictures_folder.exists():
+            case.data(pictures_folder)
+        config.data.source, config.data.directory = str(pictures_folder), str(folder / "data")
+    configs.validate(config)
+    runs, frozen = folder / "runs", case.frozen
+    diagnosis = train(config, runs / "first", own=own, stop=case.stop, frozen=frozen)
+    first = outcome(diagnosis)
+    result = {"fault": case.fault, "settings": dict(case.settings), "first": first}
+    if case.stop:
+        result["followed"] = {"the same command": ""}
+        after = outcome(train(config, runs / "first", own=own))
+    elif changes := follow(config, diagnosis):
+        result["followed"] = changes
+        changed = copy.deepcopy(config)
+        for path, value in changes.items():
+            put(changed, path, value)
+        own |= {path: configs.get(config, path) for path in changes if path not in own}
+        after = outcome(train(changed, runs / "followed", own=own, frozen=frozen))
+    else:
+        after = None
+    result |= {
+        "after": after,
+        "true verdict": first["verdict"] in case.verdicts,
+        "worse": after is not None and is_worse(first, after),
+    }
+    return result
+
+
+def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is worse than the one before: less accurate, or with a higher loss."""
+    if "loss" not in first or "loss" not in after:
+        return "loss" in first
+    noise = first["noise"]
+    if abs(after["top1"] - first["top1"]) > noise:
+        return after["top1"] < first["top1"]
+    return after["loss"] > (1 + WORSE_LOSS) * first["loss"]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the settings of the command line."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", default=list(CASES), metavar="CASE", choices=CASES)
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tries the cases, and returns what the JSON file holds."""
+    from inception_jax import runtime
+
+    runtime.initialize()
+    results = {}
+    for name in arguments.only:
+        results[name] = try_case(name, CASES[name], arguments.output)
+        measure.say(report({"results": {name: results[name]}}))
+    return {
+        "benchmark": "diagnosis_cases",
+        "environment": measure.environment(),
+        "results": results,
+    }
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Returns the table."""
+    rows = []
+    for name, each in results["results"].items():
+        first, after = each["first"], each["after"]
+        changes = " ".join(f"{path}={value}" for path, value in each.get("followed", {}).items())
+        rows.append(
+            [
+                name,
+                each["fault"],
+                first["verdict"] + ("" if each["true verdict"] else " (WRONG)"),
+                changes or "–",
+                _figures(first),
+                _figures(after) + (" (WORSE)" if each["worse"] else ""),
+            ]
+        )
+    head = ["run", "what is wrong", "verdict", "followed", "top-1 and loss", "afterwards"]
+    return measure.table(head, rows)
+
+
+def _figures(each: Mapping[str, Any] | None) -> str:
+    if each is None or "loss" not in each:
+        return "–"
+    return f"{each['top1']:.1f}%, {each['loss']:.3f}"
+
+
+def main() -> None:
+    """Runs the command."""
+    arguments = parse()
+    results = run(arguments)
+    print(report(results))
+    measure.write_json(arguments.json, results)
+    wrong = [
+        name
+        for name, each in results["results"].items()
+        if each["worse"] or not each["true verdict"]
+    ]
+    if wrong:
+        raise measure.BenchmarkError(f"misjudged, or made worse: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    measure.run(main)

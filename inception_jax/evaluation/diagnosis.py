@@ -32,6 +32,9 @@ CUT_SHORT = 1.25
 # are augmented: the statistics or weights that evaluation uses are not those of training.
 PARTED = 10.0
 
+# BatchNorm's statistics have settled after that many times their time constant, 1 / (1 - momentum).
+SETTLED = 20
+
 # A loss above this share of the chance loss has learned next to nothing.
 NOTHING = 0.95
 
@@ -186,6 +189,7 @@ def _unfinished(e: Evidence, config: Config) -> _Finding | None:
         TOO_SHORT,
         f"{e.steps:,} of {e.planned_steps:,} steps are done, and accuracy may rise until the last: "
         "the same command resumes the run",
+        notes=(f"so far, {_apart_numbers(e)}",) if _is_apart(e) else (),
     )
 
 
@@ -199,14 +203,12 @@ def _few_steps(e: Evidence, config: Config) -> _Finding | None:
 
 
 def _apart(e: Evidence, config: Config) -> _Finding | None:
-    if not e.running_top1 - e.train_top1 > max(PARTED, e.train_noise):
+    if not _is_apart(e):
         return None
     return _Finding(
         APART,
-        f"training reported {e.running_top1:.1f}% top-1 lately, and training images evaluated like "
-        f"validation images get {e.train_top1:.1f}% (a difference of more than "
-        f"{max(PARTED, e.train_noise):.1f} points): the averages that evaluation uses, BatchNorm's "
-        "statistics or those of the weights, are not what training arrived at",
+        f"{_apart_numbers(e)}: the averages that evaluation uses, BatchNorm's statistics or those "
+        "of the weights, are not what training arrived at",
         tuple(_closer_averages(e, config)),
         (f"validation top-1, {e.top1:.1f}%, says nothing about the fit until that is fixed",),
     )
@@ -247,9 +249,12 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
             f"{numbers}: training images were learned by heart, and of others it knows no more "
             "than chance: the labels may not belong to the images",
         )
-    return _Finding(OVERFITTING, numbers, tuple(_more_regularization(config)), (
-        "more training images help most",
-    ))
+    return _Finding(
+        OVERFITTING,
+        numbers,
+        tuple(_more_regularization(config)),
+        ("more training images help most",),
+    )
 
 
 def _cut_short(e: Evidence, config: Config) -> _Finding | None:
@@ -270,9 +275,11 @@ def _fit(e: Evidence, config: Config) -> _Finding:
     if math.isnan(train_error):
         return _Finding(
             UNKNOWN,
-            f"validation top-1 is {e.top1:.1f}% (training reported {e.running_top1:.1f}% on its "
-            "augmented images). Whether the network fits its training images is not known",
-            (("evaluation.train_examples", SAMPLE, "evaluates training images plainly, too"),),
+            f"validation top-1 is {e.top1:.1f}%, and training lately reported "
+            f"{e.running_top1:.1f}% on images as augmentation made them. Without training images "
+            "that are evaluated like validation images, overfitting, underfitting and wrong "
+            "statistics cannot be told apart",
+            (("evaluation.train_examples", SAMPLE, "evaluates so many training images, too"),),
         )
     share = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
@@ -297,13 +304,26 @@ _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
     _diverged,
     _one_class,
     _unfinished,
-    _few_steps,
     _apart,
+    _few_steps,
     _nothing_learned,
     _overfitting,
     _cut_short,
     _fit,
 )
+
+
+def _is_apart(e: Evidence) -> bool:
+    """Whether training images come out worse in an evaluation than in training."""
+    return e.running_top1 - e.train_top1 > max(PARTED, e.train_noise)
+
+
+def _apart_numbers(e: Evidence) -> str:
+    return (
+        f"training lately reported {e.running_top1:.1f}% top-1, but training images evaluated like "
+        f"validation images get {e.train_top1:.1f}% (threshold {max(PARTED, e.train_noise):.1f} "
+        "points)"
+    )
 
 
 def _at_chance(e: Evidence) -> bool:
@@ -335,11 +355,11 @@ def _closer_averages(e: Evidence, config: Config) -> Iterator[_Change]:
     momentum = config.model.norm_momentum
     if momentum > 0.9:
         yield "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
-    if config.augment.mixup:
-        yield "augment.mixup", 0.0, "BatchNorm's statistics are of whole images then"
-    if config.augment.cutmix:
-        yield "augment.cutmix", 0.0, "BatchNorm's statistics are of whole images then"
-    yield _longer(e, config)
+    for setting in ("augment.mixup", "augment.cutmix"):
+        if configs.get(config, setting):
+            yield setting, 0.0, "BatchNorm's statistics are of whole images then"
+    if e.steps < SETTLED / (1 - momentum):
+        yield _longer(e, config)
 
 
 def _more_regularization(config: Config) -> Iterator[_Change]:

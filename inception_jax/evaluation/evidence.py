@@ -4,8 +4,8 @@ All are of evaluations, in which images are neither mixed nor augmented, labels 
 features dropped: of the validation images, and of training images seen the same way (split
 train_eval, `config.evaluation.train_examples`). The loss that training reports is of its objective,
 which says little about a fit: with mixed and smoothed labels it stays high however good the network
-is. Of training itself only its accuracy is used, as a lower bound: the same images evaluated plainly
-must come out at least about as well.
+is. Of training itself only its accuracy is used, as a lower bound: the same images evaluated
+plainly must come out at least about as well.
 """
 
 import dataclasses
@@ -141,7 +141,8 @@ def _recipe_steps(
     if not any(path in own_settings for path in paths.values()):
         return math.nan
     values = {unit: own_settings.get(p, configs.get(config, p)) for unit, p in paths.items()}
-    return timeline.steps(Duration(**values))
+    duration = Duration(**values)
+    return timeline.steps(duration) if duration else math.nan
 
 
 def _at(step: float, lines: Sequence[Line], values: np.ndarray) -> float:

@@ -20,10 +20,10 @@ Find a learning rate: train shortly while the rate rises, and see where the loss
 
 Training is the experiment's own, from its first step, except for the schedule, and for labels that
 are neither mixed nor smoothed. DIR gets find_lr.png and find_lr.json, with every step. The peak
-rate proposed is a third of the rate at which the smoothed loss is least, or the first at which 90% of
-its fall is done, if that is less. It holds for the batch
-size, optimizer and model it was found with. Where the curve does not allow a proposal, none is
-made, and the message says why and what to change (exit code 2).
+rate proposed is a third of the rate at which the smoothed loss is least, or the first rate at which
+the loss has made 90% of its fall, if that is less. It holds for the batch size, optimizer and model
+it was found with. Where the curve does not allow a proposal, none is made, and the message says why
+and what to change (exit code 2).
 """
 
 _CONFIG = cli.define_config()
@@ -32,7 +32,9 @@ _OUTPUT = flags.DEFINE_string(
 )
 _LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
 _HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
-_STEPS = flags.DEFINE_integer("steps", 200, "how many steps; at least 30 for each factor of ten", 10)
+_STEPS = flags.DEFINE_integer(
+    "steps", 200, "how many steps; at least 30 for each factor of ten", 10
+)
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
 cli.require("config")
 
@@ -45,7 +47,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.errors import UserError
     from inception_jax.evaluation import report
     from inception_jax.training import run, workdir
-    from inception_jax.training.range_test import doubts, propose, range_test
+    from inception_jax.training.range_test import chance_loss, doubts, propose, range_test
 
     configs.validate(_CONFIG.value)
     if _LOW.value >= _HIGH.value:
@@ -65,7 +67,15 @@ def main(positional: Sequence[str]) -> None:
         stepped=_say,
     )
     proposal = propose(points)
-    problems = doubts(points, proposal, steps=_STEPS.value, high=_HIGH.value) if proposal else []
+    problems = []
+    if proposal:
+        problems = doubts(
+            points,
+            proposal,
+            steps=_STEPS.value,
+            high=_HIGH.value,
+            chance=chance_loss(this_run),
+        )
     files = report.write_range_test(output, points, proposal, problems, config=this_run.config)
     for path in files:
         print(path)

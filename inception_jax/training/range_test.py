@@ -37,6 +37,9 @@ BELOW_LEAST = 3.0
 # is least. The rate proposed is therefore none above the first that has this share of the fall.
 MOST_OF_FALL = 0.9
 
+# A loss that never fell below this share of what guessing costs has learned next to nothing.
+CHANCE = 0.95
+
 # A loss that fell below this share of its start has learned its images by heart; whatever the rate
 # is after that, it stays there.
 BY_HEART = 0.05
@@ -164,7 +167,15 @@ def has_diverged(points: Sequence[Point]) -> bool:
     return not math.isfinite(last) or last > DIVERGED * least
 
 
-def doubts(points: Sequence[Point], proposal: Proposal, *, steps: int, high: float) -> list[str]:
+def chance_loss(run: Run) -> float:
+    """Returns the objective of guessing uniformly among a run's classes, nats."""
+    heads = 2 if run.config.model.aux_heads else 0
+    return math.log(run.dataset.num_classes) * (1 + heads * run.config.train.aux_weight)
+
+
+def doubts(
+    points: Sequence[Point], proposal: Proposal, *, steps: int, high: float, chance: float
+) -> list[str]:
     """Returns why a proposal cannot be relied on, each with a remedy; empty if it can.
 
     Args:
@@ -172,6 +183,7 @@ def doubts(points: Sequence[Point], proposal: Proposal, *, steps: int, high: flo
       proposal: what `propose` made of them.
       steps: how many the test was planned to have.
       high: the last rate it was planned to have.
+      chance: loss of guessing, as `chance_loss` gives it.
     """
     found = []
     low = points[0].rate
@@ -198,6 +210,12 @@ def doubts(points: Sequence[Point], proposal: Proposal, *, steps: int, high: flo
         found.append(
             f"the loss did not rise again up to the rate {finite[-1].rate:.3g}, so the edge is "
             "somewhere beyond. Give a larger --high"
+        )
+    if least.smoothed_loss > CHANCE * chance:
+        found.append(
+            f"the loss fell to {least.smoothed_loss:.3g} only, and guessing costs {chance:.3g}: "
+            "nothing was learned at any rate. Give more --steps, or check that the labels belong "
+            "to the images"
         )
     early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
     if start - early.smoothed_loss > EARLY_FALL * fall:

@@ -18,7 +18,7 @@ def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
         "--config.model.width=0.125",
         "--config.model.dropout=0",
         f"--output={output}",
-        "--steps=15",
+        "--steps=90",
     ]
 
 
@@ -42,6 +42,23 @@ def test_it_leaves_a_plot_its_points_and_a_rate(
     assert found["config"]["model"]["width"] == 0.125
     with Image.open(output / "find_lr.png") as image:
         assert min(image.size) > 300
+
+
+def test_without_a_trustworthy_curve_no_rate_is_printed(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Too few steps, in a range that ends long before the edge."""
+    settings = [*arguments(data_directory, tmp_path), "--low=1e-3", "--high=0.05", "--steps=40"]
+    done = command.run(*settings)
+    assert done.returncode == 2, done.stderr
+    assert "learning_rate=" not in done.stdout
+    assert "but no rate is proposed:" in done.stderr
+    assert "--steps=51" in done.stderr
+    assert "Give a larger --high" in done.stderr
+    found = json.loads((tmp_path / "find_lr.json").read_text())
+    assert found["proposal"] is None
+    assert len(found["doubts"]) == 2
+    assert len(found["points"]) == 40
 
 
 @pytest.mark.parametrize(
