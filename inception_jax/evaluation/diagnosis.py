@@ -35,8 +35,10 @@ PARTED = 10.0
 # BatchNorm's statistics have settled after that many times their time constant, 1 / (1 - momentum).
 SETTLED = 20
 
-# A loss above this share of the chance loss has learned next to nothing.
-NOTHING = 0.95
+# Next to nothing was learned: a loss above this share of the chance loss, and no more than this
+# share of the accuracy that there is to gain.
+HARDLY = 0.8
+LITTLE = 0.25
 
 # The loss of a network that has just begun and knows nothing is about the chance loss; one of half
 # as much again is sure of wrong answers.
@@ -62,7 +64,7 @@ SAMPLE = 1000
 DIVERGED = "diverged"
 TOO_SHORT = "too short to judge"
 APART = "evaluation differs from training"
-NOTHING_LEARNED = "learned nothing"
+HARDLY_LEARNED = "hardly learned"
 OVERFITTING = "overfitting"
 UNDERFITTING = "underfitting"
 GOOD = "good fit"
@@ -214,24 +216,24 @@ def _apart(e: Evidence, config: Config) -> _Finding | None:
     )
 
 
-def _nothing_learned(e: Evidence, config: Config) -> _Finding | None:
-    if not (_at_chance(e) and not e.train_loss <= NOTHING * e.chance_loss):
+def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
+    if not _near_chance(e) or e.train_loss <= HARDLY * e.chance_loss:
         return None
     state = (
-        f"the least validation loss is {e.best_loss:.3f}, that of chance {e.chance_loss:.3f}, and "
-        f"validation top-1 {e.top1:.1f}%, that of chance {e.chance_top1:.1f}%"
+        f"the least validation loss is {e.best_loss:.3f} (of chance {e.chance_loss:.3f}), and "
+        f"validation top-1 {e.top1:.1f}% (of chance {e.chance_top1:.1f}%)"
     )
     if e.worst_loss > UNSTABLE * e.chance_loss:
         return _Finding(
-            NOTHING_LEARNED,
-            f"{state}; the loss went up to {e.worst_loss:.3f}, so the rate is too high",
+            HARDLY_LEARNED,
+            f"{state}; the loss went up to {e.worst_loss:.3f}, as it does where the rate is too "
+            "high",
             (_lower_rate(config),),
         )
     return _Finding(
-        NOTHING_LEARNED,
-        f"{state}; the labels may not belong to the images, or the rate be far too low",
-        (),
-        ("tools.find_lr measures which rates work, if any does",),
+        HARDLY_LEARNED,
+        f"{state}; the rate may be far too low, or the labels not belong to the images",
+        notes=("tools.find_lr measures which rates work, if any does",),
     )
 
 
@@ -243,11 +245,11 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
         f"top-1 is {e.train_top1:.1f}% on training images and {e.top1:.1f}% on validation images, "
         f"a gap of {e.gap:.1f} points (noise {e.noise:.1f})"
     )
-    if _at_chance(e):
+    if _near_chance(e):
         return _Finding(
             OVERFITTING,
-            f"{numbers}: training images were learned by heart, and of others it knows no more "
-            "than chance: the labels may not belong to the images",
+            f"{numbers}: training images were learned by heart, and of others it knows little "
+            "more than chance: the labels may not belong to the images",
         )
     return _Finding(
         OVERFITTING,
@@ -306,7 +308,7 @@ _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
     _unfinished,
     _apart,
     _few_steps,
-    _nothing_learned,
+    _hardly_learned,
     _overfitting,
     _cut_short,
     _fit,
@@ -326,9 +328,10 @@ def _apart_numbers(e: Evidence) -> str:
     )
 
 
-def _at_chance(e: Evidence) -> bool:
-    """Whether validation shows no more than how frequent the classes are."""
-    return e.best_loss > NOTHING * e.chance_loss and e.top1 <= e.chance_top1 + e.noise
+def _near_chance(e: Evidence) -> bool:
+    """Whether validation shows little more than how frequent the classes are."""
+    little = e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
+    return e.best_loss > HARDLY * e.chance_loss and e.top1 <= little
 
 
 def _lower_rate(config: Config) -> _Change:

@@ -77,7 +77,7 @@ def test_no_rate_is_guessed_where_nothing_was_learned(
 ) -> None:
     config = settings(data_directory, schedule=Schedule(name="constant", learning_rate=1e-9))
     diagnosis = train(config, tmp_path)
-    assert diagnosis.verdict == "learned nothing", diagnosis.lines()
+    assert diagnosis.verdict == "hardly learned", diagnosis.lines()
     assert diagnosis.advice is None
     assert "tools.find_lr" in "\n".join(diagnosis.lines())
 
