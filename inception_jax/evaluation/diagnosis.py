@@ -8,18 +8,19 @@ chapters 20 to 25.
 
 Curves show that something is wrong better than what. So there is advice on one setting at most,
 where a trial is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py follows it on
-runs whose fault is known); what cannot be judged is said instead of guessed.
+runs whose fault is known); what cannot be judged is said instead of guessed. No advice ever goes
+against what was advised before, in whichever workdir: each setting is moved in one direction only,
+or from both sides toward the same usual value, and no further.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.evaluation import evidence as evidences
-from inception_jax.evaluation.advice import Advice, Earlier, objection
 from inception_jax.evaluation.evidence import Evidence, Line
 
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
@@ -72,15 +73,31 @@ UNKNOWN = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
+class Advice:
+    """A setting to change, alone, in a new workdir: a finished run has no steps left to resume.
+
+    Attributes:
+      setting: dotted path in the configuration.
+      before: its value in the run.
+      value: to give it.
+      reason: what that would do.
+    """
+
+    setting: str
+    before: Any
+    value: Any
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """What a run's evaluations say.
 
     Attributes:
       verdict: one of the constants of this module.
       reason: with the numbers and the threshold.
-      advice: a setting to try next, in a new workdir; None: there is nothing to advise.
-      notes: what cannot be judged and why, and what else there is to know.
-      earlier: the advice that was given before, for this run or the ones beside it.
+      advice: what to try next; None: there is nothing to advise.
+      notes: what else there is to know.
       evidence: the numbers.
     """
 
@@ -88,16 +105,16 @@ class Diagnosis:
     reason: str
     advice: Advice | None
     notes: tuple[str, ...]
-    earlier: tuple[Earlier, ...]
     evidence: Evidence
 
     def lines(self) -> list[str]:
         """Returns it for a reader, a line each."""
-        return [
-            f"diagnosis: {self.verdict}: {self.reason}",
-            *(f"  note: {note}" for note in self.notes),
-            *([f"  try, in a new workdir: {self.advice}"] if self.advice else []),
-        ]
+        lines = [f"diagnosis: {self.verdict}: {self.reason}"]
+        lines += [f"  note: {note}" for note in self.notes]
+        if a := self.advice:
+            change = f"--config.{a.setting}={a.value} (now {a.before})"
+            lines.append(f"  try, in a new workdir: {change}: {a.reason}")
+        return lines
 
 
 # A setting, its new value, and the reason.
@@ -106,11 +123,11 @@ _Change = tuple[str, Any, str]
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """What a rule found: the verdict, its reason, and changes to try, the safest first."""
+    """What a rule found; the change is None if there is nothing to advise."""
 
     verdict: str
     reason: str
-    changes: tuple[_Change, ...] = ()
+    change: _Change | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -122,7 +139,6 @@ def diagnose(
     train_examples: int,
     label_counts: Sequence[int] = (),
     own_settings: Mapping[str, Any] | None = None,
-    earlier: Sequence[Earlier] = (),
 ) -> Diagnosis:
     """Returns what a run's evaluations say.
 
@@ -133,7 +149,6 @@ def diagnose(
       train_examples: size of the training split.
       label_counts: how many validation examples each class has; empty: not known.
       own_settings: the experiment file's values of settings that the command line changed.
-      earlier: advice that was given before, for this run or the ones beside it.
     """
     e = evidences.gather(
         lines,
@@ -144,28 +159,11 @@ def diagnose(
         own_settings=own_settings,
     )
     found = next(found for rule in _RULES if (found := rule(e, config)))
-    advice, objections = _choose(found.changes, config, earlier, e)
-    return Diagnosis(
-        verdict=found.verdict,
-        reason=found.reason,
-        advice=advice,
-        notes=(*found.notes, *objections),
-        earlier=tuple(earlier),
-        evidence=e,
-    )
-
-
-def _choose(
-    changes: Sequence[_Change], config: Config, earlier: Sequence[Earlier], e: Evidence
-) -> tuple[Advice | None, list[str]]:
-    """Returns the first change that earlier advice does not forbid, and why others must not be."""
-    objections = []
-    for setting, value, reason in changes:
+    advice = None
+    if found.change:
+        setting, value, reason = found.change
         advice = Advice(setting, configs.get(config, setting), value, reason)
-        if not (why := objection(advice, earlier, loss=e.loss)):
-            return advice, objections
-        objections.append(f"{setting}={value} is not advised: {why}")
-    return None, objections
+    return Diagnosis(found.verdict, found.reason, advice, found.notes, e)
 
 
 def _diverged(e: Evidence, config: Config) -> _Finding | None:
@@ -174,7 +172,7 @@ def _diverged(e: Evidence, config: Config) -> _Finding | None:
     return _Finding(
         DIVERGED,
         f"loss or gradient was not finite at step {e.nonfinite_step:,.0f}",
-        (_lower_rate(config),),
+        _lower_rate(config),
     )
 
 
@@ -200,7 +198,7 @@ def _few_steps(e: Evidence, config: Config) -> _Finding | None:
         return None
     what = f"{e.steps:,} steps in all" if e.evaluations else "no evaluation"
     return _Finding(
-        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", (_longer(e, config),)
+        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(e, config)
     )
 
 
@@ -211,7 +209,7 @@ def _apart(e: Evidence, config: Config) -> _Finding | None:
         APART,
         f"{_apart_numbers(e)}: the averages that evaluation uses, BatchNorm's statistics or those "
         "of the weights, are not what training arrived at",
-        tuple(_closer_averages(e, config)),
+        _closer_averages(e, config),
         (f"validation top-1, {e.top1:.1f}%, says nothing about the fit until that is fixed",),
     )
 
@@ -228,7 +226,7 @@ def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
             HARDLY_LEARNED,
             f"{state}; the loss went up to {e.worst_loss:.3f}, as it does where the rate is too "
             "high",
-            (_lower_rate(config),),
+            _lower_rate(config),
         )
     return _Finding(
         HARDLY_LEARNED,
@@ -254,7 +252,7 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
     return _Finding(
         OVERFITTING,
         numbers,
-        tuple(_more_regularization(config)),
+        _more_regularization(config),
         ("more training images help most",),
     )
 
@@ -266,7 +264,7 @@ def _cut_short(e: Evidence, config: Config) -> _Finding | None:
         TOO_SHORT,
         f"{e.steps:,} steps, where the experiment's own recipe has {e.recipe_steps:,.0f}; "
         f"validation top-1 reached {e.top1:.1f}%",
-        (_longer(e, config),),
+        _longer(e, config),
     )
 
 
@@ -281,7 +279,7 @@ def _fit(e: Evidence, config: Config) -> _Finding:
             f"{e.running_top1:.1f}% on images as augmentation made them. Without training images "
             "that are evaluated like validation images, overfitting, underfitting and wrong "
             "statistics cannot be told apart",
-            (("evaluation.train_examples", SAMPLE, "evaluates so many training images, too"),),
+            ("evaluation.train_examples", SAMPLE, "evaluates so many training images, too"),
         )
     share = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
@@ -293,12 +291,12 @@ def _fit(e: Evidence, config: Config) -> _Finding:
             UNDERFITTING,
             f"{share}; the validation loss was still falling, from {e.loss_half:.3f} at half of "
             f"the steps to {e.loss:.3f}",
-            (_longer(e, config),),
+            _longer(e, config),
         )
     return _Finding(
         UNDERFITTING,
         f"{share}; the validation loss hardly fell in the second half of the steps",
-        tuple(_closer_fit(config)),
+        _closer_fit(config),
     )
 
 
@@ -350,40 +348,38 @@ def _longer(e: Evidence, config: Config) -> _Change:
     return f"train.length.{unit}", _round(value, 4) if unit == "epochs" else round(value), reason
 
 
-def _closer_averages(e: Evidence, config: Config) -> Iterator[_Change]:
-    """Yields what brings the averages of evaluation closer to the last steps."""
-    if config.train.ema:
-        ((unit, _),) = config.train.ema.given().items()
-        yield f"train.ema.{unit}", 0, "evaluates the weights themselves, not their average"
+def _closer_averages(e: Evidence, config: Config) -> _Change | None:
+    """Returns what brings the averages that evaluation uses closer to the last steps."""
     momentum = config.model.norm_momentum
     if momentum > 0.9:
-        yield "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
-    for setting in ("augment.mixup", "augment.cutmix"):
-        if configs.get(config, setting):
-            yield setting, 0.0, "BatchNorm's statistics are of whole images then"
+        return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
     if e.steps < SETTLED / (1 - momentum):
-        yield _longer(e, config)
+        return _longer(e, config)
+    if config.train.ema:
+        ((unit, _),) = config.train.ema.given().items()
+        return f"train.ema.{unit}", 0, "evaluates the weights themselves, not their average"
+    return None
 
 
-def _more_regularization(config: Config) -> Iterator[_Change]:
-    augment, dropout = config.augment, config.model.dropout
-    if not (augment.cutmix or augment.mixup):
-        yield "augment.mixup", 0.2, "mixes images, so that none can be learned by heart"
-    if dropout < 0.5:
-        yield "model.dropout", _round(min(0.5, dropout + 0.2)), "acts on the last layer alone"
+def _more_regularization(config: Config) -> _Change | None:
+    if not (config.augment.cutmix or config.augment.mixup):
+        return "augment.mixup", 0.2, "mixes images, so that none can be learned by heart"
+    if config.model.dropout < 0.5:
+        return "model.dropout", 0.5, "drops features before the last layer"
     if not config.train.label_smoothing:
-        yield "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+        return "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+    return None
 
 
-def _closer_fit(config: Config) -> Iterator[_Change]:
-    """Yields what lets a network fit its training images more closely: unusual settings first."""
+def _closer_fit(config: Config) -> _Change:
+    """Returns what lets a network fit its training images more closely: unusual settings first."""
     if config.model.dropout > 0.5:
-        yield "model.dropout", 0.4, "more than half is rarely better"
+        return "model.dropout", 0.5, "more than half is rarely better"
     if config.train.label_smoothing > 0.2:
-        yield "train.label_smoothing", 0.1, "the usual value"
+        return "train.label_smoothing", 0.1, "the usual value"
     if config.augment.mixup > 0.4:
-        yield "augment.mixup", 0.2, "the usual value"
-    yield "model.width", _round(1.5 * config.model.width), "2.25 times the operations"
+        return "augment.mixup", 0.2, "the usual value"
+    return "model.width", _round(1.5 * config.model.width), "2.25 times the operations"
 
 
 def _round(value: float, digits: int = 2) -> float:

@@ -15,8 +15,7 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.evaluation import advice, plots, predictions
-from inception_jax.evaluation.advice import Earlier
+from inception_jax.evaluation import plots, predictions
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
 from inception_jax.evaluation.plots import Line
 from inception_jax.evaluation.predictions import Evaluated
@@ -81,12 +80,8 @@ class Record:
         found = self.evaluated.predictions
         return int(max(found.labels.max(), found.guesses.max())) + 1
 
-    def diagnosis(self, earlier: Sequence[Earlier] | None = None) -> Diagnosis | None:
-        """Returns what the evaluations say; None without the settings, which that takes.
-
-        Args:
-          earlier: advice that was given before; None: what the folder's own diagnosis.json has.
-        """
+    def diagnosis(self) -> Diagnosis | None:
+        """Returns what the evaluations say; None without the settings, which that takes."""
         if self.config is None:
             return None
         labels = () if self.evaluated is None else self.evaluated.predictions.labels
@@ -97,7 +92,6 @@ class Record:
             train_examples=self.dataset["training examples"],
             label_counts=np.bincount(labels).tolist() if len(labels) else (),
             own_settings=(self.experiment or {}).get("own"),
-            earlier=advice.stored_earlier(self.folder) if earlier is None else earlier,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import UserError
-from inception_jax.evaluation import advice, pages, plots, prediction_plots, predictions, record
+from inception_jax.evaluation import pages, plots, prediction_plots, predictions, record
 from inception_jax.evaluation.diagnosis import Diagnosis
 from inception_jax.telemetry import summary
 from inception_jax.training import range_test, workdir
@@ -130,22 +130,20 @@ def write_diagnosis(folder: pathlib.Path) -> Diagnosis:
     """Returns what a run's evaluations say, and writes it to diagnosis.json.
 
     Args:
-      folder: of the run; what was advised for the runs beside it counts, too.
+      folder: of the run.
 
     Raises:
       UserError: if one of these cannot be read, or diagnosis.json cannot be written.
     """
-    this = record.read(folder)
-    if this.config is None:
+    found = record.read(folder).diagnosis()
+    if found is None:
         raise UserError(
             f"{folder} has no config.json, which says what was trained and how. Give the --workdir "
             "of a run"
         )
-    found = this.diagnosis(advice.read_earlier(folder, this.config, this.dataset))
-    assert found is not None  # The settings are known.
     values = dataclasses.asdict(found)
     values["evidence"] = _jsonable(values["evidence"])
-    path = folder / advice.NAME
+    path = folder / "diagnosis.json"
     try:
         workdir.write_json(path, values)
     except OSError as error:

@@ -11,9 +11,8 @@ underfit, is evaluation what training says? With the setting to try next, if the
 
   python -m inception_jax.tools.diagnose DIR [DIR …]
 
-It reads metrics.jsonl and config.json, and the diagnoses of the runs beside DIR, so as not to
-advise against what they advised. It writes diagnosis.json, and may be called while a run is going
-on. The rules and their thresholds are in inception_jax/evaluation/diagnosis.py.
+It reads metrics.jsonl and config.json, writes diagnosis.json, and may be called while a run is
+going on. The rules and their thresholds are in inception_jax/evaluation/diagnosis.py.
 """
 
 

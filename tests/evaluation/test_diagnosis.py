@@ -1,19 +1,17 @@
 """The rules on both sides of each threshold, what earlier advice forbids, and on measured runs."""
 
-import json
+import itertools
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Augment, Config, Duration, Model, Train
-from inception_jax.evaluation import advice, report
-from inception_jax.evaluation.advice import Advice, Earlier
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
 from inception_jax.evaluation.evidence import gather
-from tests import run_folders
 
 HERE = pathlib.Path(__file__).parent
 CHANCE = math.log(10)
@@ -217,146 +215,58 @@ def test_underfitting_asks_for_steps_as_long_as_they_help(half: float, expected:
     assert diagnosis.advice.setting.endswith(expected)
 
 
-@pytest.mark.parametrize(
-    "curve",
-    [
-        {},
-        {"train_top1": None},
-        {"train_top1": 99.0},
-        {"train_top1": 61.0},
-        {"train_top1": 61.0, "half": 0.8},
-        {"running": 99.0},
-        NOTHING | {"worst": 9.0},
-    ],
-)
-@pytest.mark.parametrize("unit", ["epochs", "steps", "examples"])
-@pytest.mark.parametrize("heavy", [False, True])
-def test_all_advice_is_one_setting_with_another_valid_value(
-    curve: dict[str, Any], unit: str, heavy: bool
-) -> None:
-    length = {"epochs": EPOCHS, "steps": STEPS, "examples": STEPS * 100}[unit]
-    config = plain(train=Train(batch_size=100, length=Duration(**{unit: length})))
-    if heavy:
-        config.model.dropout, config.train.label_smoothing, config.augment.mixup = 0.9, 0.5, 2.0
-        config.train.ema, config.model.norm_momentum = Duration(**{unit: length // 10}), 0.99
-    known: list[Earlier] = []
-    # Each piece of advice is tried, and helps nothing; then there is another one, or none.
-    for _ in range(20):
-        diagnosis = found(curve | {"running": curve.get("running", 10.0)}, config, earlier=known)
-        if diagnosis.advice is None:
-            break
-        tried = diagnosis.advice
-        assert configs.get(config, tried.setting) == tried.before != tried.value
-        changed = configs.from_dict(configs.to_dict(config))
-        group, _, name = tried.setting.rpartition(".")
-        setattr(configs.get(changed, group), name, tried.value)
-        configs.validate(changed)
-        known.append(Earlier("try", tried.setting, tried.value, tried.before, None, None))
-    else:
-        pytest.fail(f"advice without end: {known}")
-    assert f"{diagnosis.verdict}: " in diagnosis.lines()[0]
+# One of each finding.
+CURVES: list[dict[str, Any]] = [
+    {},
+    {"train_top1": None},
+    {"train_top1": 99.0},
+    {"train_top1": 61.0},
+    {"train_top1": 61.0, "half": 0.8},
+    {"running": 99.0},
+    {"running": 99.0, "steps": 100},
+    {"steps": 40},
+    NOTHING,
+    NOTHING | {"worst": 9.0},
+]
 
 
-RATE = "schedule.learning_rate"
+def settings(steps: int) -> Iterator[Config]:
+    """Yields settings with values on both sides of all that is ever advised."""
+    lengths = (Duration(epochs=steps / 30), Duration(steps=steps), Duration(examples=100 * steps))
+    for length, mixup, dropout, smoothing, momentum, factor in itertools.product(
+        lengths, (0.0, 0.2, 2.0), (0.0, 0.5, 0.9), (0.0, 0.1, 0.5), (0.5, 0.9, 0.99), (1, 9)
+    ):
+        ema = Duration(steps=factor - 1)
+        train = Train(batch_size=100, length=length, label_smoothing=smoothing, ema=ema)
+        model = Model(dropout=dropout, norm_momentum=momentum, width=float(factor))
+        config = plain(train=train, model=model, augment=Augment(mixup=mixup))
+        config.schedule.learning_rate = 0.1 * factor
+        yield config
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "forbidden"),
-    [
-        # Raised as advised; back again, or back a part of the way.
-        ((0.025, 0.25), (0.25, 0.025), True),
-        ((0.025, 0.25), (0.25, 0.1), True),
-        # Raised far more than advised; back to no less than that.
-        ((0.025, 0.25), (5.0, 0.5), False),
-        ((0.025, 0.25), (0.25, 0.75), False),
-        # Lowered as advised.
-        ((1.0, 0.1), (0.1, 0.3), True),
-        ((1.0, 0.1), (0.1, 0.01), False),
-        ((1.0, 0.1), (0.001, 0.01), False),
-        # Not followed, and said once more.
-        ((0.025, 0.25), (0.025, 0.25), False),
-    ],
-)
-def test_no_advice_against_earlier_advice(
-    before: tuple[float, float], now: tuple[float, float], forbidden: bool
-) -> None:
-    earlier = Earlier("runs/a", RATE, *before, loss=None, top1=None)
-    said = advice.objection(Advice(RATE, *now, reason=""), [earlier], loss=1.0)
-    assert bool(said) == forbidden
-    assert not advice.objection(Advice("model.dropout", *now, reason=""), [earlier], loss=1.0)
-
-
-@pytest.mark.parametrize(("loss", "forbidden"), [(1.01, False), (1.03, True)])
-def test_advice_that_made_things_worse_is_not_repeated(loss: float, forbidden: bool) -> None:
-    earlier = Earlier("runs/a", "model.width", 1.0, 1.5, loss=1.0, top1=50.0)
-    said = advice.objection(Advice("model.width", 1.5, 2.25, ""), [earlier], loss=loss)
-    assert ("runs/a has the better value" in said) == forbidden
-
-
-def test_a_diagnosis_says_what_it_does_not_advise_and_why() -> None:
-    earlier = Earlier("first", RATE, 0.01, 0.1, loss=2.2, top1=12.0)
-    diagnosis = found(NOTHING | {"worst": 9.0}, earlier=[earlier])
-    assert diagnosis.verdict == "hardly learned"
-    assert diagnosis.advice is None
-    assert any("an earlier diagnosis advised" in note for note in diagnosis.notes)
-
-
-def write(folder: pathlib.Path, config: Config, **curve: Any) -> Diagnosis:
-    """Leaves a finished run in a folder, and diagnoses it."""
-    run_folders.write(folder, settings=config)
-    record = json.loads((folder / "config.json").read_text())
-    record["dataset"]["training examples"] = EXAMPLES
-    (folder / "config.json").write_text(json.dumps(record))
-    lines = "".join(json.dumps(line) + "\n" for line in curves(**curve))
-    (folder / "metrics.jsonl").write_text(lines)
-    return report.write_diagnosis(folder)
-
-
-UNDER = {"train_top1": 61.0}
-
-
-def test_advice_is_remembered_in_the_workdir_and_in_those_beside_it(tmp_path: pathlib.Path) -> None:
-    first = write(tmp_path / "first", plain(), **UNDER)
-    assert advised(first) == ("model.width", 1.5)
-    wide = plain(model=Model(dropout=0.3, width=1.5))
-    # Followed in a new workdir, and worse.
-    second = write(tmp_path / "second", wide, **UNDER, loss=0.6, half=0.61)
-    assert second.advice is None
-    assert any("first has the better value" in note for note in second.notes)
-    # Alone on another machine, its folder still knows.
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "second").rename(tmp_path / "elsewhere" / "second")
-    assert report.write_diagnosis(tmp_path / "elsewhere" / "second") == second
-    # And the same twice says the same.
-    assert report.write_diagnosis(tmp_path / "first").lines() == first.lines()
-
-
-def test_runs_that_are_no_try_at_the_same_thing_are_not_heeded(tmp_path: pathlib.Path) -> None:
-    write(tmp_path / "first", plain(), **UNDER)
-    other = plain(
-        model=Model(name="googlenet_torchvision", width=1.5, dropout=0.1, norm_momentum=0.99)
-    )
-    assert advised(write(tmp_path / "other", other, **UNDER, loss=0.6, half=0.61)) is not None
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "diagnosis.json").write_text("{")
-    (broken / "config.json").write_text("[]")
-    assert advised(write(tmp_path / "first", plain(), **UNDER)) == ("model.width", 1.5)
-
-
-@pytest.mark.parametrize("suggestions", [[{"setting": "model.width", "value": 1.5}], [], [3]])
-def test_a_diagnosis_of_an_older_version_is_read(
-    tmp_path: pathlib.Path, suggestions: list[Any]
-) -> None:
-    write(tmp_path / "first", plain(), **UNDER)
-    older = {"verdict": "under-fitting", "rule": "", "answers": [], "suggestions": suggestions}
-    older["evidence"] = {"validation_top1": 60.0, "validation_loss": 0.5}
-    (tmp_path / "first" / "diagnosis.json").write_text(json.dumps(older))
-    config = plain(model=Model(dropout=0.3, width=1.5))
-    wide = write(tmp_path / "second", config, train_top1=99.0)
-    assert wide.verdict == "overfitting"
-    expected = [("first", "model.width", 1.0, 1.5)] if suggestions and suggestions != [3] else []
-    assert [(e.run, e.setting, e.before, e.value) for e in wide.earlier] == expected
+def test_all_advice_is_valid_and_none_goes_against_any_other() -> None:
+    """Whatever was advised before, and for whichever run: nothing leads back over it."""
+    advised: dict[tuple[str, float, float], Config] = {}
+    for curve in CURVES:
+        for config in settings(curve.get("steps", STEPS)):
+            if advice := found(curve, config).advice:
+                advised[advice.setting, advice.before, advice.value] = config
+    raised: dict[str, float] = {}
+    lowered: dict[str, float] = {}
+    for (setting, before, value), config in advised.items():
+        group, _, name = setting.rpartition(".")
+        setattr(configs.get(config, group), name, value)
+        configs.validate(config)
+        if value > before:
+            raised[setting] = max(value, raised.get(setting, -math.inf))
+        else:
+            assert value < before
+            lowered[setting] = min(value, lowered.get(setting, math.inf))
+    assert {"schedule.learning_rate", "model.norm_momentum", "train.ema.steps"} <= set(lowered)
+    assert {"train.length.epochs", "augment.mixup", "model.width"} <= set(raised)
+    assert set(raised) & set(lowered)
+    for setting in set(raised) & set(lowered):
+        assert raised[setting] <= lowered[setting], setting
 
 
 def test_evidence_is_what_arithmetic_gives() -> None:

@@ -39,7 +39,6 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
     assert stored["verdict"] == "not measured"
     assert stored["advice"]["setting"] == "evaluation.train_examples"
     assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
-    assert stored["earlier"] == []
     # Never happened: null, as JSON has no NaN.
     assert stored["evidence"]["nonfinite_step"] is None
     assert stored["evidence"]["top1"] == 30.56
