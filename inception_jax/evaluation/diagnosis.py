@@ -1,10 +1,9 @@
 """What a run's evaluations say: did it learn, was it long enough, does it fit?
 
-`diagnose` is a pure function of the lines of metrics.jsonl, the configuration and earlier advice.
-It applies the rules below in their order, and the first that holds gives the verdict; each has its
-threshold and reason beside it. The split of the error into what is left on training images (bias)
-and what comes on top on new ones (variance) is that of Ng 2018, "Machine Learning Yearning",
-chapters 20 to 25.
+`diagnose` is a pure function of the lines of metrics.jsonl and the configuration. It applies the
+rules below in their order, and the first that holds gives the verdict; each has its threshold and
+reason beside it. The split of the error into what is left on training images (bias) and what comes
+on top on new ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
 
 Curves show that something is wrong better than what. So there is advice on one setting at most,
 where a trial is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py follows it on
@@ -26,8 +25,8 @@ from inception_jax.evaluation.evidence import Evidence, Line
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
 LEAST_STEPS = 50
 
-# A file's recipe that would be longer by this factor was cut short.
-CUT_SHORT = 1.25
+# A run was cut short where the experiment's own recipe is longer by this factor.
+CUT_SHORT = 2.0
 
 # Training images come out worse in an evaluation by this many points than in training, where they
 # are augmented: the statistics or weights that evaluation uses are not those of training.
@@ -214,23 +213,34 @@ def _apart(e: Evidence, config: Config) -> _Finding | None:
     )
 
 
-def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
-    if not _near_chance(e) or e.train_loss <= HARDLY * e.chance_loss:
+def _unstable(e: Evidence, config: Config) -> _Finding | None:
+    if not (_learned_little(e) and e.worst_loss > UNSTABLE * e.chance_loss):
         return None
-    state = (
-        f"the least validation loss is {e.best_loss:.3f} (of chance {e.chance_loss:.3f}), and "
-        f"validation top-1 {e.top1:.1f}% (of chance {e.chance_top1:.1f}%)"
-    )
-    if e.worst_loss > UNSTABLE * e.chance_loss:
-        return _Finding(
-            HARDLY_LEARNED,
-            f"{state}; the loss went up to {e.worst_loss:.3f}, as it does where the rate is too "
-            "high",
-            _lower_rate(config),
-        )
     return _Finding(
         HARDLY_LEARNED,
-        f"{state}; the rate may be far too low, or the labels not belong to the images",
+        f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} of "
+        "chance), as it does where the rate is too high",
+        _lower_rate(config),
+    )
+
+
+def _cut_short(e: Evidence, config: Config) -> _Finding | None:
+    if not e.recipe_steps >= CUT_SHORT * e.steps:
+        return None
+    return _Finding(
+        TOO_SHORT,
+        f"{e.steps:,} steps, of {e.recipe_steps:,.0f} that the experiment's own recipe has; "
+        f"validation top-1 reached {e.top1:.1f}%",
+        _longer(e, config),
+    )
+
+
+def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
+    if not _learned_little(e):
+        return None
+    return _Finding(
+        HARDLY_LEARNED,
+        f"{_best_numbers(e)}; the rate may be far too low, or the labels not belong to the images",
         notes=("tools.find_lr measures which rates work, if any does",),
     )
 
@@ -254,17 +264,6 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
         numbers,
         _more_regularization(config),
         ("more training images help most",),
-    )
-
-
-def _cut_short(e: Evidence, config: Config) -> _Finding | None:
-    if not e.recipe_steps >= CUT_SHORT * e.steps:
-        return None
-    return _Finding(
-        TOO_SHORT,
-        f"{e.steps:,} steps, where the experiment's own recipe has {e.recipe_steps:,.0f}; "
-        f"validation top-1 reached {e.top1:.1f}%",
-        _longer(e, config),
     )
 
 
@@ -306,9 +305,10 @@ _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
     _unfinished,
     _apart,
     _few_steps,
+    _unstable,
+    _cut_short,
     _hardly_learned,
     _overfitting,
-    _cut_short,
     _fit,
 )
 
@@ -330,6 +330,18 @@ def _near_chance(e: Evidence) -> bool:
     """Whether validation shows little more than how frequent the classes are."""
     little = e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
     return e.best_loss > HARDLY * e.chance_loss and e.top1 <= little
+
+
+def _learned_little(e: Evidence) -> bool:
+    """Whether neither validation nor training images show that anything was learned."""
+    return _near_chance(e) and not e.train_loss <= HARDLY * e.chance_loss
+
+
+def _best_numbers(e: Evidence) -> str:
+    return (
+        f"the least validation loss is {e.best_loss:.3f} (chance: {e.chance_loss:.3f}), and "
+        f"validation top-1 {e.top1:.1f}% (chance: {e.chance_top1:.1f}%)"
+    )
 
 
 def _lower_rate(config: Config) -> _Change:

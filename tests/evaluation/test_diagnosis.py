@@ -1,4 +1,4 @@
-"""The rules on both sides of each threshold, what earlier advice forbids, and on measured runs."""
+"""The rules on both sides of each threshold, what they advise, and runs that were measured."""
 
 import itertools
 import math
@@ -152,7 +152,7 @@ def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
     [
         ({"train.length.epochs": 60.0}, ("train.length.epochs", 60)),
         ({"train.length.steps": 1200, "train.length.epochs": 0.0}, ("train.length.epochs", 40)),
-        ({"train.length.epochs": 24.0}, None),
+        ({"train.length.epochs": 39.0}, None),
         ({"train.length.epochs": 10.0}, None),
         ({"schedule.learning_rate": 0.5}, None),
     ],
