@@ -225,11 +225,11 @@ def _unstable(e: Evidence, config: Config) -> _Finding | None:
 
 
 def _cut_short(e: Evidence, config: Config) -> _Finding | None:
-    if not e.recipe_steps >= CUT_SHORT * e.steps:
+    if not e.recipe_epochs >= CUT_SHORT * e.epochs:
         return None
     return _Finding(
         TOO_SHORT,
-        f"{e.steps:,} steps, of {e.recipe_steps:,.0f} that the experiment's own recipe has; "
+        f"{e.epochs:.4g} epochs, of {e.recipe_epochs:g} that the experiment's own recipe has; "
         f"validation top-1 reached {e.top1:.1f}%",
         _longer(e, config),
     )
@@ -352,12 +352,14 @@ def _lower_rate(config: Config) -> _Change:
 def _longer(e: Evidence, config: Config) -> _Change:
     """Returns twice the length, or that of the experiment's own recipe."""
     ((unit, value),) = config.train.length.given().items()
-    if e.recipe_steps > e.steps:
-        value = value * e.recipe_steps / e.steps
-        reason = "the length of the experiment's own recipe"
-    else:
-        value, reason = 2 * value, "twice as long"
-    return f"train.length.{unit}", _round(value, 4) if unit == "epochs" else round(value), reason
+    factor, reason = 2.0, "twice as long"
+    if e.recipe_epochs > e.epochs:
+        factor, reason = e.recipe_epochs / e.epochs, "the length of the experiment's own recipe"
+        if unit == "epochs":
+            # What was trained is rounded up to whole steps.
+            return "train.length.epochs", e.recipe_epochs, reason
+    longer = value * factor
+    return f"train.length.{unit}", longer if unit == "epochs" else round(longer), reason
 
 
 def _closer_averages(e: Evidence, config: Config) -> _Change | None:

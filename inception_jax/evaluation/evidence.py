@@ -26,9 +26,9 @@ class Evidence:
     """Numbers of a run; NaN (null in JSON) where its files do not hold what is needed.
 
     Attributes:
-      steps: trained so far.
+      steps, epochs: trained so far.
       planned_steps: what the settings plan.
-      recipe_steps: what the experiment's file plans, where the command line changed that.
+      recipe_epochs: what the experiment's file plans, where the command line changed that.
       nonfinite_step: of the first line whose loss is not finite.
       evaluations: how many with a finite loss.
       chance_loss: of a network that knows only how frequent each class is, nats; from the
@@ -45,8 +45,9 @@ class Evidence:
     """
 
     steps: int
+    epochs: float
     planned_steps: int
-    recipe_steps: float
+    recipe_epochs: float
     nonfinite_step: float
     evaluations: int
     chance_loss: float
@@ -106,8 +107,9 @@ def gather(
     chance_loss, chance_top1 = _chance(classes, label_counts)
     return Evidence(
         steps=steps,
+        epochs=float(lines[-1]["epoch"]),
         planned_steps=timeline.steps(config.train.length),
-        recipe_steps=_recipe_steps(timeline, config, own_settings or {}),
+        recipe_epochs=_recipe_epochs(timeline, config, own_settings or {}),
         nonfinite_step=broken[0] if broken else math.nan,
         evaluations=len(validation),
         chance_loss=chance_loss,
@@ -133,16 +135,16 @@ def _chance(classes: int, label_counts: Sequence[int]) -> tuple[float, float]:
     return float(-(share * np.log(share)).sum()) + 0.0, float(100 * share.max())
 
 
-def _recipe_steps(
+def _recipe_epochs(
     timeline: configs.Timeline, config: Config, own_settings: Mapping[str, Any]
 ) -> float:
-    """Returns the steps that the experiment's file plans; NaN where the run has that length."""
+    """Returns the epochs that the experiment's file plans; NaN where the run has that length."""
     paths = {unit: f"train.length.{unit}" for unit in ("epochs", "steps", "examples")}
     if not any(path in own_settings for path in paths.values()):
         return math.nan
     values = {unit: own_settings.get(p, configs.get(config, p)) for unit, p in paths.items()}
-    duration = Duration(**values)
-    return timeline.steps(duration) if duration else math.nan
+    length = Duration(**values)
+    return length.epochs or timeline.epoch(timeline.steps(length)) or math.nan
 
 
 def _at(step: float, lines: Sequence[Line], values: np.ndarray) -> float:

@@ -80,17 +80,23 @@ class Record:
         found = self.evaluated.predictions
         return int(max(found.labels.max(), found.guesses.max())) + 1
 
+    @property
+    def label_counts(self) -> list[int]:
+        """How many evaluated examples each class has; empty where that is not known."""
+        if self.evaluated is None:
+            return []
+        return np.bincount(self.evaluated.predictions.labels).tolist()
+
     def diagnosis(self) -> Diagnosis | None:
         """Returns what the evaluations say; None without the settings, which that takes."""
         if self.config is None:
             return None
-        labels = () if self.evaluated is None else self.evaluated.predictions.labels
         return diagnose(
             self.lines,
             self.config,
             classes=self.dataset["classes"],
             train_examples=self.dataset["training examples"],
-            label_counts=np.bincount(labels).tolist() if len(labels) else (),
+            label_counts=self.label_counts,
             own_settings=(self.experiment or {}).get("own"),
         )
 

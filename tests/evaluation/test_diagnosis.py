@@ -288,7 +288,7 @@ def test_evidence_is_what_arithmetic_gives() -> None:
         label_counts=[1, 3],
         own_settings={"train.length.epochs": 12.0},
     )
-    assert (found.steps, found.planned_steps, found.recipe_steps) == (40, 80, 120)
+    assert (found.steps, found.planned_steps, found.recipe_epochs) == (40, 80, 12)
     assert found.chance_loss == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
     assert found.chance_top1 == 75
     assert (found.loss, found.best_loss, found.worst_loss) == (1.5, 1.0, 2.0)
