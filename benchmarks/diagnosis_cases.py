@@ -335,7 +335,8 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         for path, value in changes.items():
             put(changed, path, value)
         own |= {path: configs.get(config, path) for path in changes if path not in own}
-        after = outcome(train(changed, runs / "followed", own=own, frozen=frozen))
+        name = " ".join(f"{path}={value}" for path, value in changes.items())
+        after = outcome(train(changed, runs / name, own=own, frozen=frozen))
     else:
         after = None
     result |= {
