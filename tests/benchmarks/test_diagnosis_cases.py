@@ -56,9 +56,7 @@ def test_advice_that_was_followed_made_nothing_worse(name: str) -> None:
         (52.1, 2.0, False),
     ],
 )
-def test_worse_is_less_accurate_or_else_a_higher_loss(
-    top1: float, loss: float, worse: bool
-) -> None:
+def test_worse_is_less_accurate_or_has_a_higher_loss(top1: float, loss: float, worse: bool) -> None:
     before = {"top1": 50.0, "loss": 1.0, "noise": 2.0}
     assert diagnosis_cases.is_worse(before, {"top1": top1, "loss": loss, "noise": 2.0}) == worse
 
