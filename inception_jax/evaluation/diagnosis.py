@@ -40,9 +40,9 @@ SETTLED = 20
 HARDLY = 0.8
 LITTLE = 0.25
 
-# The loss of a network that has just begun and knows nothing is about the chance loss; one of half
-# as much again is sure of wrong answers.
-UNSTABLE = 1.5
+# The loss of a network that knows nothing is about the chance loss. Twice that comes of statistics
+# that have not settled; a rate that is too high gave fourteen times and more.
+UNSTABLE = 5.0
 
 # Of the validation error, the share that the network makes on its training images, too. More than
 # 0.8: it does not fit what it has seen. Less than 0.5: more than half is due to new images.
@@ -67,7 +67,7 @@ APART = "evaluation differs from training"
 HARDLY_LEARNED = "hardly learned"
 OVERFITTING = "overfitting"
 UNDERFITTING = "underfitting"
-GOOD = "good fit"
+NO_FAULT = "no fault found"
 UNKNOWN = "not measured"
 
 
@@ -218,8 +218,8 @@ def _unstable(e: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} of "
-        "chance), as it does where the rate is too high",
+        f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} times "
+        "chance), as it does where the learning rate is too high",
         _lower_rate(config),
     )
 
@@ -240,8 +240,9 @@ def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(e)}; the rate may be far too low, or the labels not belong to the images",
-        notes=("tools.find_lr measures which rates work, if any does",),
+        f"{_best_numbers(e)}; the learning rate may be far too low, or the labels may not match "
+        "the images",
+        notes=("tools.find_lr measures which learning rates work, if any",),
     )
 
 
@@ -257,7 +258,7 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
         return _Finding(
             OVERFITTING,
             f"{numbers}: training images were learned by heart, and of others it knows little "
-            "more than chance: the labels may not belong to the images",
+            "more than chance: the labels may not match the images",
         )
     return _Finding(
         OVERFITTING,
@@ -270,33 +271,34 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
 def _fit(e: Evidence, config: Config) -> _Finding:
     error, train_error = 100 - e.top1, 100 - e.train_top1
     if error <= SMALL_ERROR:
-        return _Finding(GOOD, f"validation error {error:.1f}%, at most {SMALL_ERROR:g}%")
+        return _Finding(
+            NO_FAULT, f"the validation error is {error:.1f}% (at most {SMALL_ERROR:g}%)"
+        )
     if math.isnan(train_error):
         return _Finding(
             UNKNOWN,
             f"validation top-1 is {e.top1:.1f}%, and training lately reported "
-            f"{e.running_top1:.1f}% on images as augmentation made them. Without training images "
-            "that are evaluated like validation images, overfitting, underfitting and wrong "
-            "statistics cannot be told apart",
-            ("evaluation.train_examples", SAMPLE, "evaluates so many training images, too"),
+            f"{e.running_top1:.1f}% on augmented images. Unless training images are evaluated the "
+            "way validation images are, overfitting, underfitting and wrong statistics cannot be "
+            "told apart",
+            ("evaluation.train_examples", SAMPLE, "evaluates this many training images, too"),
         )
     share = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
     )
     if train_error < BIAS * error:
-        return _Finding(GOOD, f"{share}, neither all nor less than half of it on both")
-    if e.loss_half - e.loss > IMPROVING * e.chance_loss:
+        return _Finding(NO_FAULT, f"{share}: it is due to both about equally")
+    if e.loss_half - e.loss <= IMPROVING * e.chance_loss:
         return _Finding(
             UNDERFITTING,
-            f"{share}; the validation loss was still falling, from {e.loss_half:.3f} at half of "
-            f"the steps to {e.loss:.3f}",
-            _longer(e, config),
+            f"{share}; the validation loss hardly fell in the second half of the steps, from "
+            f"{e.loss_half:.3f} to {e.loss:.3f}",
+            _closer_fit(config),
         )
-    return _Finding(
-        UNDERFITTING,
-        f"{share}; the validation loss hardly fell in the second half of the steps",
-        _closer_fit(config),
-    )
+    falling = f"was still falling, from {e.loss_half:.3f} at half of the steps to {e.loss:.3f}"
+    if math.isnan(e.loss_half):
+        falling = "may still have been falling: there is one evaluation only"
+    return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(e, config))
 
 
 _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
@@ -328,13 +330,20 @@ def _apart_numbers(e: Evidence) -> str:
 
 def _near_chance(e: Evidence) -> bool:
     """Whether validation shows little more than how frequent the classes are."""
-    little = e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
-    return e.best_loss > HARDLY * e.chance_loss and e.top1 <= little
+    return e.best_loss > HARDLY * e.chance_loss and e.top1 <= _little_top1(e)
+
+
+def _little_top1(e: Evidence) -> float:
+    """Returns the most top-1, percent, that counts as next to nothing learned."""
+    return e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
 
 
 def _learned_little(e: Evidence) -> bool:
     """Whether neither validation nor training images show that anything was learned."""
-    return _near_chance(e) and not e.train_loss <= HARDLY * e.chance_loss
+    if math.isnan(e.train_loss):
+        # What training reports is a lower bound.
+        return _near_chance(e) and e.running_top1 <= _little_top1(e)
+    return _near_chance(e) and e.train_loss > HARDLY * e.chance_loss
 
 
 def _best_numbers(e: Evidence) -> str:
@@ -346,7 +355,11 @@ def _best_numbers(e: Evidence) -> str:
 
 def _lower_rate(config: Config) -> _Change:
     rate = config.schedule.learning_rate
-    return "schedule.learning_rate", _round(rate / 10), "a tenth; tools.find_lr measures it"
+    return (
+        "schedule.learning_rate",
+        _round(rate / 10),
+        "a tenth of it; tools.find_lr measures which work",
+    )
 
 
 def _longer(e: Evidence, config: Config) -> _Change:

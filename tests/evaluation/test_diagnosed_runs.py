@@ -66,7 +66,7 @@ def test_mixing_and_smoothing_are_not_taken_for_a_fault(
     assert half.verdict == "too short to judge"
     assert half.advice is None
     whole = train(config, tmp_path)
-    assert whole.verdict in ("good fit", "underfitting"), whole.lines()
+    assert whole.verdict in ("no fault found", "underfitting"), whole.lines()
     assert whole.evidence.top1 > 85
     if whole.advice:
         assert whole.advice.setting == "train.length.steps"

@@ -88,20 +88,20 @@ def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
     [
         # The training error over the validation error of 40: 0.8 and 0.5 of it are 32 and 20.
         ({"train_top1": 67.9}, "underfitting"),
-        ({"train_top1": 68.1}, "good fit"),
-        ({"train_top1": 79.9}, "good fit"),
+        ({"train_top1": 68.1}, "no fault found"),
+        ({"train_top1": 79.9}, "no fault found"),
         ({"train_top1": 80.1}, "overfitting"),
         # A gap of five points; the validation error is 9, half of it less than the gap.
-        ({"top1": 91.0, "train_top1": 95.9}, "good fit"),
+        ({"top1": 91.0, "train_top1": 95.9}, "no fault found"),
         ({"top1": 91.0, "train_top1": 96.1}, "overfitting"),
         # With 400 images, the noise at 91% is 2.9 points, with 100 it is 5.9.
         ({"top1": 91.0, "train_top1": 96.5, "count": 400}, "overfitting"),
-        ({"top1": 91.0, "train_top1": 96.5, "count": 100}, "good fit"),
+        ({"top1": 91.0, "train_top1": 96.5, "count": 100}, "no fault found"),
         # An error of five percent is not worth a verdict.
         ({"top1": 94.9, "train_top1": 94.0}, "underfitting"),
-        ({"top1": 95.1, "train_top1": 94.0}, "good fit"),
+        ({"top1": 95.1, "train_top1": 94.0}, "no fault found"),
         # Training images come out worse in an evaluation than in training.
-        ({"running": 79.9}, "good fit"),
+        ({"running": 79.9}, "no fault found"),
         ({"running": 80.1}, "evaluation differs from training"),
         ({"running": 98.0, "train_top1": 50.0, "top1": 50.0}, "evaluation differs from training"),
         ({"running": 98.0, "train_top1": 50.0, "steps": 30}, "evaluation differs from training"),
@@ -113,7 +113,7 @@ def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
         (NOTHING | {"train_loss": 0.1, "train_top1": 99.0}, "overfitting"),
         # Too few steps for anything.
         ({"steps": 49}, "too short to judge"),
-        ({"steps": 50}, "good fit"),
+        ({"steps": 50}, "no fault found"),
     ],
 )
 def test_each_rule_holds_on_one_side_of_its_threshold(curve: dict[str, Any], expected: str) -> None:
@@ -192,16 +192,18 @@ def test_images_of_one_class_alone_show_nothing() -> None:
 
 
 def test_what_was_not_measured_is_said_and_not_guessed() -> None:
-    for curve in ({}, {"running": 99.0}, {"running": 30.0}):
+    by_heart = NOTHING | {"running": 99.0, "worst": 9.0}
+    for curve in ({}, {"running": 99.0}, {"running": 30.0}, by_heart):
         diagnosis = found(curve | {"train_top1": None})
         assert diagnosis.verdict == "not measured"
         assert "cannot be told apart" in diagnosis.reason
         assert advised(diagnosis) == ("evaluation.train_examples", 1000)
-    assert found({"train_top1": None, "top1": 95.1, "running": 99.0}).verdict == "good fit"
+    assert found(NOTHING | {"train_top1": None}).verdict == "hardly learned"
+    assert found({"train_top1": None, "top1": 95.1, "running": 99.0}).verdict == "no fault found"
 
 
 def test_a_loss_far_above_chance_shows_a_rate_that_is_too_high() -> None:
-    low, high = (found(NOTHING | {"worst": worst}) for worst in (1.49, 1.51))
+    low, high = (found(NOTHING | {"worst": worst}) for worst in (4.9, 5.1))
     assert low.verdict == high.verdict == "hardly learned"
     assert (advised(low), advised(high)) == (None, ("schedule.learning_rate", 0.01))
     assert any("tools.find_lr" in note for note in low.notes)
@@ -213,6 +215,15 @@ def test_underfitting_asks_for_steps_as_long_as_they_help(half: float, expected:
     assert diagnosis.verdict == "underfitting"
     assert diagnosis.advice is not None
     assert diagnosis.advice.setting.endswith(expected)
+
+
+def test_with_one_evaluation_more_steps_come_first() -> None:
+    lines = curves(train_top1=61.0)
+    last = [line for line in lines if line["step"] == STEPS]
+    diagnosis = diagnose(last, plain(), classes=10, train_examples=EXAMPLES)
+    assert diagnosis.verdict == "underfitting"
+    assert "there is one evaluation only" in diagnosis.reason
+    assert advised(diagnosis) == ("train.length.epochs", 2 * EPOCHS)
 
 
 # One of each finding.
