@@ -12,6 +12,7 @@ from inception_jax import config as configs
 from inception_jax.config import Augment, Config, Duration, Model, Train
 from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
 from inception_jax.evaluation.evidence import gather
+from inception_jax.telemetry.writers import read_lines
 
 HERE = pathlib.Path(__file__).parent
 CHANCE = math.log(10)
@@ -309,3 +310,25 @@ def test_evidence_is_what_arithmetic_gives() -> None:
     # Between the evaluations at 20 steps and later; the last two reports.
     assert found.loss_half == 1.0
     assert found.running_top1 == 40.0
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "verdict", "expected"),
+    [
+        ("rate_too_high", 5.0, "hardly learned", ("schedule.learning_rate", 0.5)),
+        ("rate_too_low", 5e-5, "hardly learned", None),
+        # All of 500 images right in training, and 35% of the others.
+        ("over_fitting", 0.05, "not measured", ("evaluation.train_examples", 1000)),
+        ("three_epochs", 0.1, "not measured", ("evaluation.train_examples", 1000)),
+    ],
+)
+def test_runs_of_older_versions_are_judged_by_what_they_measured(
+    name: str, rate: float, verdict: str, expected: tuple[str, Any] | None
+) -> None:
+    """On the digits at 5 and 5e-5, where 0.05 is right; on 500 of them; and on Tiny ImageNet."""
+    lines = read_lines(HERE / "curves" / f"{name}.jsonl")
+    config = plain(train=Train(batch_size=32, length=Duration(steps=lines[-1]["step"])))
+    config.schedule.learning_rate = rate
+    classes = 200 if name == "three_epochs" else 10
+    diagnosis = diagnose(lines, config, classes=classes, train_examples=EXAMPLES)
+    assert (diagnosis.verdict, advised(diagnosis)) == (verdict, expected), diagnosis.lines()
