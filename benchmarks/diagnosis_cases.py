@@ -148,7 +148,7 @@ CASES = {
     "momentum": Case("BatchNorm's momentum", [APART], {"model.norm_momentum": 0.9999}),
     "mixing": Case(
         "mixing, smoothing, dropout",
-        [UNDER],
+        [UNDER, HARDLY],
         {"augment.mixup": 5.0, "train.label_smoothing": 0.6, "model.dropout": 0.9},
     ),
     "decay": Case("weight decay", [UNDER, HARDLY], {"optimizer.weight_decay": 0.1}),

@@ -238,6 +238,13 @@ def _cut_short(e: Evidence, config: Config) -> _Finding | None:
 def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
     if not _learned_little(e):
         return None
+    if change := _less_regularization(config):
+        setting = change[0]
+        return _Finding(
+            HARDLY_LEARNED,
+            f"{_best_numbers(e)}; {setting}={configs.get(config, setting):g} may be too strong",
+            change,
+        )
     return _Finding(
         HARDLY_LEARNED,
         f"{_best_numbers(e)}; the learning rate may be far too low, or the labels may not match "
@@ -398,15 +405,24 @@ def _more_regularization(config: Config) -> _Change | None:
     return None
 
 
-def _closer_fit(config: Config) -> _Change:
-    """Returns what lets a network fit its training images more closely: unusual settings first."""
+def _less_regularization(config: Config) -> _Change | None:
+    """Returns the usual value of a setting that is far stronger than usual, if there is one."""
     if config.model.dropout > 0.5:
         return "model.dropout", 0.5, "more than half is rarely better"
     if config.train.label_smoothing > 0.2:
         return "train.label_smoothing", 0.1, "the usual value"
     if config.augment.mixup > 0.4:
         return "augment.mixup", 0.2, "the usual value"
-    return "model.width", _round(1.5 * config.model.width), "2.25 times the operations"
+    # Decoupled decay, of adamw and muon, is usually larger.
+    if config.optimizer.weight_decay > 5e-3 and config.optimizer.name.startswith("sgd"):
+        return "optimizer.weight_decay", 5e-4, "the usual value"
+    return None
+
+
+def _closer_fit(config: Config) -> _Change:
+    """Returns what lets a network fit its training images more closely."""
+    width = _round(1.5 * config.model.width)
+    return _less_regularization(config) or ("model.width", width, "2.25 times the operations")
 
 
 def _round(value: float, digits: int = 2) -> float:

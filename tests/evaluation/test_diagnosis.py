@@ -218,6 +218,18 @@ def test_underfitting_asks_for_steps_as_long_as_they_help(half: float, expected:
     assert diagnosis.advice.setting.endswith(expected)
 
 
+def test_where_hardly_anything_was_learned_the_strongest_setting_comes_first() -> None:
+    config = plain(model=Model(dropout=0.9))
+    config.optimizer.weight_decay = 0.1
+    diagnosis = found(NOTHING, config)
+    assert "model.dropout=0.9 may be too strong" in diagnosis.reason
+    assert advised(diagnosis) == ("model.dropout", 0.5)
+    config.model.dropout = 0.5
+    assert advised(found(NOTHING, config)) == ("optimizer.weight_decay", 5e-4)
+    config.optimizer.name = "adamw"
+    assert advised(found(NOTHING, config)) is None
+
+
 def test_with_one_evaluation_more_steps_come_first() -> None:
     lines = curves(train_top1=61.0)
     last = [line for line in lines if line["step"] == STEPS]
