@@ -145,13 +145,13 @@ CASES = {
     ),
     "thin": Case("width", [UNDER, HARDLY], {"model.width": 0.015}),
     "statistics": Case("statistics of the start", [APART], {}, frozen=True),
-    "momentum": Case("BatchNorm's momentum", [APART], {"model.norm_momentum": 0.9999}),
+    "momentum": Case("BatchNorm's momentum", [APART], {"model.norm_momentum": 0.999}),
     "mixing": Case(
         "mixing, smoothing, dropout",
         [UNDER, HARDLY],
         {"augment.mixup": 5.0, "train.label_smoothing": 0.6, "model.dropout": 0.9},
     ),
-    "decay": Case("weight decay", [UNDER, HARDLY], {"optimizer.weight_decay": 0.1}),
+    "decay": Case("weight decay", [UNDER, HARDLY], {"optimizer.weight_decay": 1.0}),
     "not measured": Case(
         "rate",
         ["not measured"],
