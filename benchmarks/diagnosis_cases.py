@@ -167,7 +167,7 @@ CASES = {
     "imbalanced": Case(
         "rate; 90% of one class",
         [HARDLY],
-        {"train.length.epochs": 10.0, "schedule.learning_rate": 1e-4, "train.ema.epochs": 0.0},
+        {"train.length.epochs": 10.0, "schedule.learning_rate": 1e-4},
         "image_folder",
         _pictures(counts=(540, 30, 30), size=32, noise=2.0),
     ),
@@ -178,11 +178,10 @@ CASES = {
         "image_folder",
         NEWCOMER,
     ),
-    "newcomer, whole": Case("nothing", [FINE, OVER], RECIPE, "image_folder", NEWCOMER),
     "forty": Case(
-        "30 steps",
+        "15 steps",
         [SHORT, APART],
-        {"evaluation.train_examples": 32, "train.length.epochs": 30.0, "train.batch_size": 32},
+        {"evaluation.train_examples": 32, "train.length.epochs": 30.0},
         "image_folder",
         _pictures(counts=(20, 20), size=32, noise=0.5),
     ),
