@@ -293,6 +293,16 @@ def outcome(diagnosis: "Diagnosis") -> dict[str, Any]:
     }
 
 
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings that differ from the defaults, but for where the data lie."""
+    return {
+        path: configs.get(config, path)
+        for path, _, _ in configs.leaves()
+        if configs.get(config, path) != configs.get(Config(), path)
+        and path not in ("data.source", "data.directory")
+    }
+
+
 def recorded(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what a run's diagnosis was made of, from which it can be made once more."""
     from inception_jax.evaluation import record
@@ -300,7 +310,10 @@ def recorded(folder: pathlib.Path) -> dict[str, Any]:
     run = record.read(folder)
     keys = ("step", "epoch", "split", "loss", "top1", "count")
     lines = [{key: line[key] for key in keys if key in line} for line in run.lines]
+    assert run.config is not None
     return {
+        "config": changed_settings(run.config),
+        "own_settings": (run.experiment or {}).get("own", {}),
         "classes": run.dataset["classes"],
         "train_examples": run.dataset["training examples"],
         "label_counts": run.label_counts,
