@@ -28,9 +28,7 @@ def test_every_case_was_measured_and_can_be_again() -> None:
 def test_a_measured_run_gets_a_true_verdict_and_the_advice_that_was_followed(name: str) -> None:
     case, stored = CASES[name], RESULTS[name]
     recorded = dict(stored["recorded"])
-    config = configs.Config()
-    for path, value in recorded.pop("config").items():
-        diagnosis_cases.put(config, path, value)
+    config = configs.from_dict(recorded.pop("config"))
     lines = [json.loads(line) for line in recorded.pop("lines")]
     found = diagnose(lines, config, **recorded)
     assert found.verdict in case.verdicts, found.lines()
