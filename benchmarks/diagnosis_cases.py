@@ -263,10 +263,12 @@ def found_rate(config: Config) -> float | None:
     from inception_jax.training import range_test, run
 
     this = run.build(config, log=measure.say)
-    asked = {"steps": 200, "high": 10.0}
-    points = range_test.range_test(this, low=1e-5, **asked)
+    steps, high = 200, 10.0
+    points = range_test.range_test(this, low=1e-5, high=high, steps=steps)
     proposal, chance = range_test.propose(points), range_test.chance_loss(this)
-    if proposal is None or range_test.doubts(points, proposal, chance=chance, **asked):
+    if proposal is None or range_test.doubts(
+        points, proposal, steps=steps, high=high, chance=chance
+    ):
         return None
     return proposal.rate
 
@@ -336,8 +338,13 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
     runs, frozen = folder / "runs", case.frozen
     diagnosis = train(config, runs / "first", own=own, stop=case.stop, frozen=frozen)
     first = outcome(diagnosis)
-    result = {"fault": case.fault, "settings": dict(case.settings), "first": first}
-    result["recorded"] = recorded(runs / "first")
+    result: dict[str, Any] = {
+        "fault": case.fault,
+        "settings": dict(case.settings),
+        "first": first,
+        "recorded": recorded(runs / "first"),
+    }
+    after: dict[str, Any] | None = None
     if case.stop:
         result["followed"] = {"the same command": ""}
         after = outcome(train(config, runs / "first", own=own))
@@ -349,8 +356,6 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         own |= {path: configs.get(config, path) for path in changes if path not in own}
         name = " ".join(f"{path}={value}" for path, value in changes.items())
         after = outcome(train(changed, runs / name, own=own, frozen=frozen))
-    else:
-        after = None
     result |= {
         "after": after,
         "true verdict": first["verdict"] in case.verdicts,

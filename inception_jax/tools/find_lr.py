@@ -67,7 +67,7 @@ def main(positional: Sequence[str]) -> None:
         stepped=_say,
     )
     proposal = propose(points)
-    problems = []
+    problems: list[str] = []
     if proposal:
         problems = doubts(
             points,
