@@ -18,6 +18,7 @@ import importlib
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -346,8 +347,10 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
     }
     after: dict[str, Any] | None = None
     if case.stop:
-        result["followed"] = {"the same command": ""}
-        after = outcome(train(config, runs / "first", own=own))
+        result["followed"] = {"resumed": "the same command"}
+        if not (runs / "resumed").exists():
+            shutil.copytree(runs / "first", runs / "resumed")
+        after = outcome(train(config, runs / "resumed", own=own))
     elif changes := follow(config, diagnosis):
         result["followed"] = changes
         changed = copy.deepcopy(config)
