@@ -257,13 +257,18 @@ CURVES: list[dict[str, Any]] = [
 def settings(steps: int) -> Iterator[Config]:
     """Yields settings with values on both sides of all that is ever advised."""
     lengths = (Duration(epochs=steps / 30), Duration(steps=steps), Duration(examples=100 * steps))
-    for length, mixup, dropout, smoothing, momentum, factor in itertools.product(
-        lengths, (0.0, 0.2, 2.0), (0.0, 0.5, 0.9), (0.0, 0.1, 0.5), (0.5, 0.9, 0.99), (1, 9)
-    ):
+    values = itertools.product(
+        (0.0, 0.2, 2.0), (0.0, 0.5, 0.9), (0.0, 0.1, 0.5), (0.5, 0.9, 0.99), (1, 9)
+    )
+    for length, each in zip(itertools.cycle(lengths), values, strict=False):
+        mixup, dropout, smoothing, momentum, factor = each
         ema = Duration(steps=factor - 1)
-        train = Train(batch_size=100, length=length, label_smoothing=smoothing, ema=ema)
-        model = Model(dropout=dropout, norm_momentum=momentum, width=float(factor))
-        config = plain(train=train, model=model, augment=Augment(mixup=mixup))
+        config = plain(
+            augment=Augment(mixup=mixup),
+            model=Model(dropout=dropout, norm_momentum=momentum, width=float(factor)),
+            train=Train(batch_size=100, length=length, label_smoothing=smoothing, ema=ema),
+        )
+        config.optimizer.weight_decay = 0.01 * (factor - 1)
         config.schedule.learning_rate = 0.1 * factor
         yield config
 
