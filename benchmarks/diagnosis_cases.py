@@ -165,13 +165,6 @@ CASES = {
         "image_folder",
         _pictures(counts=(200, 200, 200), size=32, noise=1.0, shuffled=True),
     ),
-    "imbalanced": Case(
-        "rate; 90% of one class",
-        [HARDLY],
-        {"train.length.epochs": 10.0, "schedule.learning_rate": 1e-4},
-        "image_folder",
-        _pictures(counts=(540, 30, 30), size=32, noise=2.0),
-    ),
     "newcomer": Case(
         "10 of 60 epochs",
         [SHORT],

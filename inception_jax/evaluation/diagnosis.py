@@ -40,7 +40,7 @@ SETTLED = 20
 HARDLY = 0.8
 LITTLE = 0.25
 
-# The loss of a network that knows nothing is about the chance loss. Twice that comes of statistics
+# The loss of a network that knows nothing is about that of guessing. Twice that comes of statistics
 # that have not settled; a rate that is too high gave fourteen times and more.
 UNSTABLE = 5.0
 
@@ -214,12 +214,12 @@ def _apart(e: Evidence, config: Config) -> _Finding | None:
 
 
 def _unstable(e: Evidence, config: Config) -> _Finding | None:
-    if not (_learned_little(e) and e.worst_loss > UNSTABLE * e.chance_loss):
+    if not (_learned_little(e) and e.worst_loss > UNSTABLE * e.guessing_loss):
         return None
     return _Finding(
         HARDLY_LEARNED,
         f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} times "
-        "chance), as it does where the learning rate is too high",
+        "that of guessing), as it does where the learning rate is too high",
         _lower_rate(config),
     )
 

@@ -31,8 +31,9 @@ class Evidence:
       recipe_epochs: what the experiment's file plans, where the command line changed that.
       nonfinite_step: of the first line whose loss is not finite.
       evaluations: how many with a finite loss.
+      guessing_loss: of a network that knows nothing and takes each class to be as likely: ln K, nats.
       chance_loss: of a network that knows only how frequent each class is, nats; from the
-        validation labels, or where these are not known, of equally frequent classes: ln K.
+        validation labels, or `guessing_loss` where these are not known.
       chance_top1: of that network, percent.
       loss, best_loss, worst_loss: the last, least and greatest validation loss, nats.
       top1: the last validation accuracy, percent.
@@ -50,6 +51,7 @@ class Evidence:
     recipe_epochs: float
     nonfinite_step: float
     evaluations: int
+    guessing_loss: float
     chance_loss: float
     chance_top1: float
     loss: float
@@ -112,6 +114,7 @@ def gather(
         recipe_epochs=_recipe_epochs(timeline, config, own_settings or {}),
         nonfinite_step=broken[0] if broken else math.nan,
         evaluations=len(validation),
+        guessing_loss=math.log(classes),
         chance_loss=chance_loss,
         chance_top1=chance_top1,
         loss=_last(loss),
