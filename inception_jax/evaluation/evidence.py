@@ -31,7 +31,7 @@ class Evidence:
       recipe_epochs: what the experiment's file plans, where the command line changed that.
       nonfinite_step: of the first line whose loss is not finite.
       evaluations: how many with a finite loss.
-      guessing_loss: of a network that knows nothing and takes each class to be as likely: ln K, nats.
+      guessing_loss: of a network that knows nothing and says the same of each class: ln K, nats.
       chance_loss: of a network that knows only how frequent each class is, nats; from the
         validation labels, or `guessing_loss` where these are not known.
       chance_top1: of that network, percent.
