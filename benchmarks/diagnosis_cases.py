@@ -252,26 +252,32 @@ def train(
     return report.write_diagnosis(folder)
 
 
-def found_rate(config: Config) -> float | None:
-    """Returns the rate that a range test proposes, with the command's own defaults."""
+def found_rate(config: Config, folder: pathlib.Path) -> float | None:
+    """Returns the rate that a range test proposes, with the command's own defaults, if it does."""
+    from inception_jax.evaluation import report
     from inception_jax.training import range_test, run
 
-    this = run.build(config, log=measure.say)
-    steps, high = 200, 10.0
-    points = range_test.range_test(this, low=1e-5, high=high, steps=steps)
-    proposal, chance = range_test.propose(points), range_test.chance_loss(this)
-    if proposal is None or range_test.doubts(
-        points, proposal, steps=steps, high=high, chance=chance
-    ):
-        return None
-    return proposal.rate
+    stored = folder / "find_lr.json"
+    if not stored.exists():
+        this = run.build(config, log=measure.say)
+        steps, high = 200, 10.0
+        points = range_test.range_test(this, low=1e-5, high=high, steps=steps)
+        proposal, doubts = range_test.propose(points), []
+        if proposal:
+            chance = range_test.chance_loss(this)
+            doubts = range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
+        report.write_range_test(folder, points, proposal, doubts, config=config)
+    proposed = json.loads(stored.read_text())["proposal"]
+    return proposed and proposed["rate"]
 
 
-def follow(config: Config, diagnosis: "Diagnosis") -> dict[str, Any]:
+def follow(config: Config, diagnosis: "Diagnosis", folder: pathlib.Path) -> dict[str, Any]:
     """Returns the settings that follow a diagnosis; empty if there is nothing to change."""
     if diagnosis.advice:
         return {diagnosis.advice.setting: diagnosis.advice.value}
-    if any("tools.find_lr" in note for note in diagnosis.notes) and (rate := found_rate(config)):
+    if any("tools.find_lr" in note for note in diagnosis.notes) and (
+        rate := found_rate(config, folder)
+    ):
         return {"schedule.learning_rate": rate}
     return {}
 
@@ -344,7 +350,7 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         if not (runs / "resumed").exists():
             shutil.copytree(runs / "first", runs / "resumed")
         after = outcome(train(config, runs / "resumed", own=own))
-    elif changes := follow(config, diagnosis):
+    elif changes := follow(config, diagnosis, runs / "first"):
         result["followed"] = changes
         changed = copy.deepcopy(config)
         for path, value in changes.items():
