@@ -175,7 +175,12 @@ CASES = {
     "forty": Case(
         "15 steps",
         [SHORT, APART],
-        {"evaluation.train_examples": 32, "train.length.epochs": 30.0},
+        {
+            "train.length.epochs": 30.0,
+            "evaluation.every.epochs": 6.0,
+            "evaluation.batch_size": 32,
+            "evaluation.train_examples": 32,
+        },
         "image_folder",
         _pictures(counts=(20, 20), size=32, noise=0.5),
     ),
