@@ -83,8 +83,7 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(
             f"the loss did not fall between the rates {points[0].rate:.3g} and "
             f"{points[-1].rate:.3g}, so none can be proposed. Give a smaller --low, a larger "
-            "--high or more --steps; if that does not help, check that the labels belong to the "
-            "images"
+            "--high or more --steps; if that does not help, check that the labels match the images"
         )
     if problems:
         raise UserError(

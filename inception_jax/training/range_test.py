@@ -187,9 +187,9 @@ def doubts(
     """
     found = []
     low = points[0].rate
-    decades = math.log10(high / low)
-    if steps < STEPS_PER_DECADE * decades:
-        needed = math.ceil(STEPS_PER_DECADE * decades)
+    # Rounded, as rates are float32.
+    needed = math.ceil(round(STEPS_PER_DECADE * math.log10(high / low), 3))
+    if steps < needed:
         found.append(
             f"{steps} steps for rates from {low:g} to {high:g} are too few: a rate shows its "
             f"effect some steps later, so the edge is found too high. Give --steps={needed}"
@@ -199,14 +199,13 @@ def doubts(
     least = min(finite, key=lambda p: p.smoothed_loss)
     fall = start - least.smoothed_loss
     after = max(p.smoothed_loss for p in finite if p.step >= least.step)
-    if proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall:
-        pass
-    elif least.smoothed_loss < BY_HEART * start:
+    rose = proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall
+    if not rose and least.smoothed_loss < BY_HEART * start:
         found.append(
             "the few images were learned by heart before a rate was too high, so the edge does not "
             "show. Keep the experiment's rate, or try with more images"
         )
-    else:
+    elif not rose:
         found.append(
             f"the loss did not rise again up to the rate {finite[-1].rate:.3g}, so the edge is "
             "somewhere beyond. Give a larger --high"
@@ -214,8 +213,8 @@ def doubts(
     if least.smoothed_loss > CHANCE * chance:
         found.append(
             f"the loss fell to {least.smoothed_loss:.3g} only, and guessing costs {chance:.3g}: "
-            "nothing was learned at any rate. Give more --steps, or check that the labels belong "
-            "to the images"
+            "nothing was learned at any rate. Give more --steps, or check that the labels match "
+            "the images"
         )
     early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
     if start - early.smoothed_loss > EARLY_FALL * fall:
