@@ -1,15 +1,20 @@
-"""What a run's curves say: is the rate right, is it regularised well, is the network large enough?
+"""What a run's evaluations say: did it learn, was it long enough, does it fit?
 
 `diagnose` is a pure function of the lines of metrics.jsonl and the configuration. It applies the
 rules below in their order, and the first that holds gives the verdict; each has its threshold and
 reason beside it. The split of the error into what is left on training images (bias) and what comes
 on top on new ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
-Curves show that something is wrong better than what: a suggestion is the next trial, no certainty.
+
+Curves show that something is wrong better than what. So there is advice on one setting at most,
+where a trial is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py follows it on
+runs whose fault is known); what cannot be judged is said instead of guessed. No advice ever goes
+against what was advised before, in whichever workdir: each setting is moved in one direction only,
+or from both sides toward the same usual value, and no further.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inception_jax import config as configs
@@ -17,33 +22,27 @@ from inception_jax.config import Config
 from inception_jax.evaluation import evidence as evidences
 from inception_jax.evaluation.evidence import Evidence, Line
 
-# In the first epoch every image is new, so nothing can be over-fitted yet, and one evaluation is a
-# point, no curve.
-LEAST_EPOCHS = 2
-LEAST_EVALUATIONS = 2
-
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
 LEAST_STEPS = 50
 
-# Losses are in units of guessing (ln K). A run above 0.9 of it has learned next to nothing.
-STUCK = 0.9
+# A run was cut short where the experiment's own recipe is longer by this factor.
+CUT_SHORT = 2.0
 
-# A network that does not learn: if the gradient has less than half of its first norm although the
-# loss has not fallen, the weights grew (behind BatchNorm a gradient is inversely proportional to
-# the norm of its weights: van Laarhoven 2017, arXiv:1706.05350) or units died. A rate that is too
-# low leaves the gradient as it was, and lets the loss creep down by more than its noise.
-GRADIENT_SHRUNK = 0.5
-CREEPS = 0.02
+# Training images come out worse in an evaluation by this many points than in training, where they
+# are augmented: the statistics or weights that evaluation uses are not those of training.
+PARTED = 10.0
 
-# A loss that falls, but is still above 0.8 of guessing after all epochs, with the gradient at more
-# than half of its first norm: the network is hardly moved.
-SLOW = 0.8
+# BatchNorm's statistics have settled after that many times their time constant, 1 / (1 - momentum).
+SETTLED = 20
 
-# The training loss averages a whole report. Over thousands of images noise is far below a fifth of
-# guessing; over few it is not: the range of a hundred reports is five deviations, which are known
-# roughly only.
-UNSTABLE = 0.2
-DEVIATIONS = 8
+# Next to nothing was learned: a loss above this share of the chance loss, and no more than this
+# share of the accuracy that there is to gain.
+HARDLY = 0.8
+LITTLE = 0.25
+
+# The loss of a network that knows nothing is about that of guessing. Twice that comes of statistics
+# that have not settled; a rate that is too high gave fourteen times and more.
+UNSTABLE = 5.0
 
 # Of the validation error, the share that the network makes on its training images, too. More than
 # 0.8: it does not fit what it has seen. Less than 0.5: more than half is due to new images.
@@ -56,439 +55,376 @@ LEAST_GAP = 5.0
 # With less error than that, percent, neither side of it is worth a verdict.
 SMALL_ERROR = 5.0
 
-# With that much on its training images, percent, a network is large enough for them.
-FITS = 90.0
+# A validation loss that fell by this share of the chance loss in the second half was improving.
+IMPROVING = 0.02
 
-# Validation loss above its least, in units of guessing: more than the noise of some hundred images.
-# With top-1 lower, too, the network has been getting worse; alone it shows growing confidence (Guo
-# et al. 2017, arXiv:1706.04599), no harm to top-1.
-LOSS_RISE = 0.05
+# How many training images to evaluate where that was not done.
+SAMPLE = 1000
 
-# A run whose schedule is done to this share counts as finished.
-FINISHED = 0.95
-
-# A loss that falls by this share in the second half (of the summed rate) falls as fast as before:
-# more steps or a higher rate would go on with it.
-STEADY = 0.4
-
-TOO_SHORT = "too short to say"
-DIVERGING = "diverging"
-RATE_HIGH = "rate too high"
-RATE_LOW = "rate too low"
-OVER = "over-fitting"
-UNDER = "under-fitting"
-WELL = "well fitted"
-UNCERTAIN = "uncertain"
+DIVERGED = "diverged"
+TOO_SHORT = "too short to judge"
+APART = "evaluation differs from training"
+HARDLY_LEARNED = "hardly learned"
+OVERFITTING = "overfitting"
+UNDERFITTING = "underfitting"
+NO_FAULT = "no fault found"
+UNKNOWN = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer to one of the four questions of who trains a network.
-
-    Attributes:
-      question: "learning rate", "regularisation", "dropout" or "capacity".
-      answer: a few words; "cannot say" is one of the answers.
-      reason: with the numbers.
-    """
-
-    question: str
-    answer: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Suggestion:
-    """A setting to try next, alone.
+class Advice:
+    """A setting to change, alone, in a new workdir: a finished run has no steps left to resume.
 
     Attributes:
       setting: dotted path in the configuration.
+      before: its value in the run.
       value: to give it.
-      reason: what it would do.
-      new_run: whether it needs a new workdir, as the run cannot be resumed with it.
+      reason: what that would do.
     """
 
     setting: str
+    before: Any
     value: Any
     reason: str
-    new_run: bool
-
-    def __str__(self) -> str:
-        note = "; needs a new workdir" if self.new_run else ""
-        return f"--config.{self.setting}={self.value} ({self.reason}{note})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What a run's curves say.
+    """What a run's evaluations say.
 
     Attributes:
       verdict: one of the constants of this module.
-      rule: why, with the numbers and the threshold.
-      answers: to the four questions.
-      suggestions: what to try next, the most promising first.
+      reason: with the numbers and the threshold.
+      advice: what to try next; None: there is nothing to advise.
+      notes: what else there is to know.
       evidence: the numbers.
     """
 
     verdict: str
-    rule: str
-    answers: tuple[Answer, ...]
-    suggestions: tuple[Suggestion, ...]
+    reason: str
+    advice: Advice | None
+    notes: tuple[str, ...]
     evidence: Evidence
 
     def lines(self) -> list[str]:
         """Returns it for a reader, a line each."""
-        return [
-            f"diagnosis: {self.verdict}: {self.rule}",
-            *(f"  {a.question}: {a.answer}: {a.reason}" for a in self.answers),
-            *(f"  try {n}: {s}" for n, s in enumerate(self.suggestions, start=1)),
-        ]
+        lines = [f"diagnosis: {self.verdict}: {self.reason}"]
+        lines += [f"  note: {note}" for note in self.notes]
+        if a := self.advice:
+            change = f"--config.{a.setting}={a.value} (now {a.before})"
+            lines.append(f"  try, in a new workdir: {change}: {a.reason}")
+        return lines
+
+
+# A setting, its new value, and the reason.
+_Change = tuple[str, Any, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finding:
+    """What a rule found; the change is None if there is nothing to advise."""
+
+    verdict: str
+    reason: str
+    change: _Change | None = None
+    notes: tuple[str, ...] = ()
 
 
 def diagnose(
-    lines: Sequence[Line], config: Config, *, classes: int, train_examples: int
+    lines: Sequence[Line],
+    config: Config,
+    *,
+    classes: int,
+    train_examples: int,
+    label_counts: Sequence[int] = (),
+    own_settings: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
-    """Returns what a run's curves say.
+    """Returns what a run's evaluations say.
 
     Args:
       lines: of its metrics.jsonl, at least one.
       config: its settings.
       classes: how many the data set has.
       train_examples: size of the training split.
+      label_counts: how many validation examples each class has; empty: not known.
+      own_settings: the experiment file's values of settings that the command line changed.
     """
-    found = evidences.gather(lines, config, classes=classes, train_examples=train_examples)
-    verdict, rule = _verdict(found)
-    return Diagnosis(
-        verdict=verdict,
-        rule=rule,
-        answers=(
-            _learning_rate(verdict, found),
-            _regularisation(verdict, found),
-            _dropout(verdict, found, config.model.dropout),
-            _capacity(verdict, found),
-        ),
-        suggestions=tuple(_suggestions(verdict, found, config)),
-        evidence=found,
+    e = evidences.gather(
+        lines,
+        config,
+        classes=classes,
+        train_examples=train_examples,
+        label_counts=label_counts,
+        own_settings=own_settings,
+    )
+    found = next(found for rule in _RULES if (found := rule(e, config)))
+    advice = None
+    if found.change:
+        setting, value, reason = found.change
+        advice = Advice(setting, configs.get(config, setting), value, reason)
+    return Diagnosis(found.verdict, found.reason, advice, found.notes, e)
+
+
+def _diverged(e: Evidence, config: Config) -> _Finding | None:
+    if math.isnan(e.nonfinite_step):
+        return None
+    return _Finding(
+        DIVERGED,
+        f"loss or gradient was not finite at step {e.nonfinite_step:,.0f}",
+        _lower_rate(config),
     )
 
 
-def _verdict(e: Evidence) -> tuple[str, str]:
-    """Returns the verdict and its rule: the first that holds."""
-    for rule in (_broken, _too_short, _stuck, _unstable, _slow, _over_fitting, _unfinished):
-        if found := rule(e):
-            return found
-    return _fit(e)
-
-
-def _broken(e: Evidence) -> tuple[str, str] | None:
-    if math.isnan(e.nonfinite_epoch):
+def _one_class(e: Evidence, config: Config) -> _Finding | None:
+    if e.chance_loss > 0:
         return None
-    return DIVERGING, f"loss or gradient was not finite at epoch {e.nonfinite_epoch:.2f}"
+    return _Finding(UNKNOWN, "all validation images are of one class, so any network is right")
 
 
-def _too_short(e: Evidence) -> tuple[str, str] | None:
-    enough = e.steps >= LEAST_STEPS and e.epochs >= LEAST_EPOCHS
-    if enough and e.evaluations >= LEAST_EVALUATIONS:
+def _unfinished(e: Evidence, config: Config) -> _Finding | None:
+    if e.steps >= e.planned_steps:
         return None
-    return TOO_SHORT, (
-        f"{e.steps} steps, {e.epochs:.2f} epochs and {e.evaluations} evaluations; it takes "
-        f"{LEAST_STEPS}, {LEAST_EPOCHS} and {LEAST_EVALUATIONS}"
+    return _Finding(
+        TOO_SHORT,
+        f"{e.steps:,} of {e.planned_steps:,} steps are done, and accuracy may rise until the last: "
+        "the same command resumes the run",
+        notes=(f"so far, {_apart_numbers(e)}",) if _is_apart(e) else (),
     )
 
 
-def _stuck(e: Evidence) -> tuple[str, str] | None:
-    if not _learned_nothing(e):
+def _few_steps(e: Evidence, config: Config) -> _Finding | None:
+    if e.steps >= LEAST_STEPS and e.evaluations:
         return None
-    state = (
-        f"it learned next to nothing: training loss {e.train_loss:.2f} and best validation loss "
-        f"{e.validation_loss:.2f} of that of guessing (threshold {STUCK:g})"
-    )
-    if e.gradient_norm < GRADIENT_SHRUNK:
-        return RATE_HIGH, (
-            f"{state}, with the gradient's norm at {e.gradient_norm:.2f} of its first value (below "
-            f"{GRADIENT_SHRUNK:g}: weights grew or units died)"
-        )
-    if e.train_loss_spike > _unstable_from(e):
-        return RATE_HIGH, (
-            f"{state}, with jumps of the loss up to {e.train_loss_spike:.2f} of that of guessing "
-            f"(threshold {_unstable_from(e):.2g})"
-        )
-    if e.train_loss_fall > CREEPS:
-        return RATE_LOW, (
-            f"{state}, while the loss creeps down (by {e.train_loss_fall:.3f}, more than "
-            f"{CREEPS:g}) and the gradient's norm stays at {e.gradient_norm:.2f} of its first value"
-        )
-    return UNCERTAIN, f"{state}, and no sign of it being moved; labels, rate or start may be wrong"
-
-
-def _learned_nothing(e: Evidence) -> bool:
-    # Mixed and smoothed targets keep the training loss up, BatchNorm's statistics the other.
-    return e.train_loss > STUCK and e.validation_loss > STUCK
-
-
-def _unstable_from(e: Evidence) -> float:
-    """Returns the rise of the training loss, in units of guessing, that is more than noise."""
-    return max(UNSTABLE, DEVIATIONS * e.train_loss_noise)
-
-
-def _unstable(e: Evidence) -> tuple[str, str] | None:
-    if not e.train_loss_excess > _unstable_from(e):
-        return None
-    return DIVERGING, (
-        f"training loss ends {e.train_loss_excess:.2f} of guessing above its least (threshold "
-        f"{_unstable_from(e):.2g})"
+    what = f"{e.steps:,} steps in all" if e.evaluations else "no evaluation"
+    return _Finding(
+        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(e, config)
     )
 
 
-def _slow(e: Evidence) -> tuple[str, str] | None:
-    hardly_moved = e.train_loss > SLOW and e.gradient_norm > GRADIENT_SHRUNK
-    if not (hardly_moved and e.second_half > STEADY):
+def _apart(e: Evidence, config: Config) -> _Finding | None:
+    if not _is_apart(e):
         return None
-    return RATE_LOW, (
-        f"training loss is still {e.train_loss:.2f} of guessing (threshold {SLOW:g}) and falls "
-        f"steadily ({100 * e.second_half:.0f}% of its fall in the second half), with the "
-        f"gradient's norm at {e.gradient_norm:.2f} of its first value"
+    return _Finding(
+        APART,
+        f"{_apart_numbers(e)}: the averages that evaluation uses, BatchNorm's statistics or those "
+        "of the weights, are not what training arrived at",
+        _closer_averages(e, config),
+        (f"validation top-1, {e.top1:.1f}%, says nothing about the fit until that is fixed",),
     )
 
 
-def _over_fitting(e: Evidence) -> tuple[str, str] | None:
-    if e.validation_drop > e.noise and e.validation_loss_rise > LOSS_RISE and e.gap > e.noise:
-        return OVER, (
-            f"validation top-1 fell by {e.validation_drop:.1f} points from its best (noise "
-            f"{e.noise:.1f}), and its loss rose by {e.validation_loss_rise:.2f} of guessing "
-            f"(threshold {LOSS_RISE:g})"
+def _unstable(e: Evidence, config: Config) -> _Finding | None:
+    if not (_learned_little(e) and e.worst_loss > UNSTABLE * e.guessing_loss):
+        return None
+    return _Finding(
+        HARDLY_LEARNED,
+        f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} times "
+        "that of guessing), as it does where the learning rate is too high",
+        _lower_rate(config),
+    )
+
+
+def _cut_short(e: Evidence, config: Config) -> _Finding | None:
+    if not e.recipe_epochs >= CUT_SHORT * e.epochs:
+        return None
+    return _Finding(
+        TOO_SHORT,
+        f"{e.epochs:.4g} epochs, of {e.recipe_epochs:g} that the experiment's own recipe has; "
+        f"validation top-1 reached {e.top1:.1f}%",
+        _longer(e, config),
+    )
+
+
+def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
+    if not _learned_little(e):
+        return None
+    if change := _less_regularization(config):
+        setting = change[0]
+        return _Finding(
+            HARDLY_LEARNED,
+            f"{_best_numbers(e)}; {setting}={configs.get(config, setting):g} may be too strong",
+            change,
         )
-    if e.error_share < VARIANCE and e.gap > max(LEAST_GAP, e.noise):
-        bound = "at least " if e.train_is_bound else ""
-        return OVER, (
-            f"training top-1 {e.train_top1:.1f}% is {bound}{e.gap:.1f} points above validation "
-            f"(threshold {max(LEAST_GAP, e.noise):.1f}), and the training error less than half of "
-            f"the validation error ({e.error_share:.2f})"
+    return _Finding(
+        HARDLY_LEARNED,
+        f"{_best_numbers(e)}; the learning rate may be far too low, or the labels may not match "
+        "the images",
+        notes=("tools.find_lr measures which learning rates work, if any",),
+    )
+
+
+def _overfitting(e: Evidence, config: Config) -> _Finding | None:
+    small = 100 - e.top1 <= SMALL_ERROR or not e.gap > max(LEAST_GAP, e.noise)
+    if small or 100 - e.train_top1 >= VARIANCE * (100 - e.top1):
+        return None
+    numbers = (
+        f"top-1 is {e.train_top1:.1f}% on training images and {e.top1:.1f}% on validation images, "
+        f"a gap of {e.gap:.1f} points (noise {e.noise:.1f})"
+    )
+    if _near_chance(e):
+        return _Finding(
+            OVERFITTING,
+            f"{numbers}: training images were learned by heart, and of others it knows little "
+            "more than chance: the labels may not match the images",
         )
+    return _Finding(
+        OVERFITTING,
+        numbers,
+        _more_regularization(config),
+        ("more training images help most",),
+    )
+
+
+def _fit(e: Evidence, config: Config) -> _Finding:
+    error, train_error = 100 - e.top1, 100 - e.train_top1
+    if error <= SMALL_ERROR:
+        return _Finding(
+            NO_FAULT, f"the validation error is {error:.1f}% (at most {SMALL_ERROR:g}%)"
+        )
+    if math.isnan(train_error):
+        return _Finding(
+            UNKNOWN,
+            f"validation top-1 is {e.top1:.1f}%, and training lately reported "
+            f"{e.running_top1:.1f}% on augmented images. Unless training images are evaluated the "
+            "way validation images are, overfitting, underfitting and wrong statistics cannot be "
+            "told apart",
+            ("evaluation.train_examples", SAMPLE, "evaluates this many training images, too"),
+        )
+    share = (
+        f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
+    )
+    if train_error < BIAS * error:
+        return _Finding(NO_FAULT, f"{share}: it is due to both about equally")
+    if e.loss_half - e.loss <= IMPROVING * e.chance_loss:
+        return _Finding(
+            UNDERFITTING,
+            f"{share}; the validation loss hardly fell in the second half of the steps, from "
+            f"{e.loss_half:.3f} to {e.loss:.3f}",
+            _closer_fit(config),
+        )
+    falling = f"was still falling, from {e.loss_half:.3f} at half of the steps to {e.loss:.3f}"
+    if math.isnan(e.loss_half):
+        falling = "may still have been falling: there is one evaluation only"
+    return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(e, config))
+
+
+_RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
+    _diverged,
+    _one_class,
+    _unfinished,
+    _apart,
+    _few_steps,
+    _unstable,
+    _cut_short,
+    _hardly_learned,
+    _overfitting,
+    _fit,
+)
+
+
+def _is_apart(e: Evidence) -> bool:
+    """Whether training images come out worse in an evaluation than in training."""
+    return e.running_top1 - e.train_top1 > max(PARTED, e.train_noise)
+
+
+def _apart_numbers(e: Evidence) -> str:
+    return (
+        f"training lately reported {e.running_top1:.1f}% top-1, but training images evaluated like "
+        f"validation images get {e.train_top1:.1f}% (threshold {max(PARTED, e.train_noise):.1f} "
+        "points)"
+    )
+
+
+def _near_chance(e: Evidence) -> bool:
+    """Whether validation shows little more than how frequent the classes are."""
+    return e.best_loss > HARDLY * e.chance_loss and e.top1 <= _little_top1(e)
+
+
+def _little_top1(e: Evidence) -> float:
+    """Returns the most top-1, percent, that counts as next to nothing learned."""
+    return e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
+
+
+def _learned_little(e: Evidence) -> bool:
+    """Whether neither validation nor training images show that anything was learned."""
+    if math.isnan(e.train_loss):
+        # What training reports is a lower bound.
+        return _near_chance(e) and e.running_top1 <= _little_top1(e)
+    return _near_chance(e) and e.train_loss > HARDLY * e.chance_loss
+
+
+def _best_numbers(e: Evidence) -> str:
+    return (
+        f"the least validation loss is {e.best_loss:.3f} (chance: {e.chance_loss:.3f}), and "
+        f"validation top-1 {e.top1:.1f}% (chance: {e.chance_top1:.1f}%)"
+    )
+
+
+def _lower_rate(config: Config) -> _Change:
+    rate = config.schedule.learning_rate
+    return (
+        "schedule.learning_rate",
+        _round(rate / 10),
+        "a tenth of it; tools.find_lr measures which work",
+    )
+
+
+def _longer(e: Evidence, config: Config) -> _Change:
+    """Returns twice the length, or that of the experiment's own recipe."""
+    ((unit, value),) = config.train.length.given().items()
+    factor, reason = 2.0, "twice as long"
+    if e.recipe_epochs > e.epochs:
+        factor, reason = e.recipe_epochs / e.epochs, "the length of the experiment's own recipe"
+        if unit == "epochs":
+            # What was trained is rounded up to whole steps.
+            return "train.length.epochs", e.recipe_epochs, reason
+    longer = value * factor
+    return f"train.length.{unit}", longer if unit == "epochs" else round(longer), reason
+
+
+def _closer_averages(e: Evidence, config: Config) -> _Change | None:
+    """Returns what brings the averages that evaluation uses closer to the last steps."""
+    momentum = config.model.norm_momentum
+    if momentum > 0.9:
+        return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
+    if e.steps < SETTLED / (1 - momentum):
+        return _longer(e, config)
+    if config.train.ema:
+        ((unit, _),) = config.train.ema.given().items()
+        return f"train.ema.{unit}", 0, "evaluates the weights themselves, not their average"
     return None
 
 
-def _unfinished(e: Evidence) -> tuple[str, str] | None:
-    if e.done >= FINISHED or not e.late_gain > e.noise:
-        return None
-    return TOO_SHORT, (
-        f"{100 * e.done:.0f}% of the planned steps are done, and validation top-1 is still rising "
-        f"(by {e.late_gain:.1f} points lately, noise {e.noise:.1f})"
-    )
-
-
-def _fit(e: Evidence) -> tuple[str, str]:
-    share = (
-        f"the training error is {e.error_share:.2f} of the validation error "
-        f"(under-fitting from {BIAS:g}, over-fitting below {VARIANCE:g})"
-    )
-    if 100 - e.validation_top1 <= SMALL_ERROR:
-        return WELL, f"validation error {100 - e.validation_top1:.1f}%, at most {SMALL_ERROR:g}%"
-    if _rising(e) and e.error_share >= VARIANCE:
-        return UNDER, (
-            f"validation top-1 was still rising, by {e.late_gain:.1f} points in the last fifth of "
-            f"the time at a high rate (noise {e.noise:.1f}): the run was too short, or slow"
-        )
-    if e.train_is_bound and e.error_share >= VARIANCE:
-        return UNCERTAIN, (
-            "training images are mixed or otherwise so changed that training top-1 "
-            f"({e.train_top1:.1f}%, validation {e.validation_top1:.1f}%) is only a lower bound; "
-            "config.evaluation.train_examples measures it"
-        )
-    if e.error_share >= BIAS:
-        return UNDER, share
-    if math.isnan(e.error_share):
-        return UNCERTAIN, "top-1 is not known"
-    return WELL, share
-
-
-def _rising(e: Evidence) -> bool:
-    """Whether validation was still rising before the rate fell."""
-    return e.late_gain > e.noise
-
-
-def _levelled_off(e: Evidence) -> bool:
-    """Whether it no longer was; where the gain is not known, neither holds."""
-    return e.late_gain <= e.noise
-
-
-def _learning_rate(verdict: str, e: Evidence) -> Answer:
-    question, seen = "learning rate", "that is the verdict; tools.find_lr measures which rates work"
-    if verdict in (DIVERGING, RATE_HIGH):
-        return Answer(question, "too high", seen)
-    if verdict == RATE_LOW:
-        return Answer(question, "too low", seen)
-    if verdict == TOO_SHORT or _learned_nothing(e):
-        return Answer(question, "cannot say", "tools.find_lr measures which rates work")
-    if e.train_loss_spike > _unstable_from(e):
-        return Answer(
-            question,
-            "at the upper edge",
-            f"training loss once jumped by {e.train_loss_spike:.2f} of guessing (threshold "
-            f"{_unstable_from(e):.2g}), and recovered",
-        )
-    if verdict == UNDER and e.second_half > STEADY:
-        return Answer(
-            question,
-            "perhaps too low",
-            f"{100 * e.second_half:.0f}% of the loss's fall is in the second half (threshold "
-            f"{100 * STEADY:.0f}%), so it fell as fast as at first: higher, or longer",
-        )
-    return Answer(question, "works", "training loss fell without jumps; find_lr tells if more does")
-
-
-def _regularisation(verdict: str, e: Evidence) -> Answer:
-    question = "regularisation"
-    gap = f"gap {e.gap:.1f} points, training error {e.error_share:.2f} of the validation error"
-    if verdict == OVER:
-        return Answer(question, "too weak", gap)
-    if verdict not in (UNDER, WELL):
-        return Answer(question, "cannot say", "the verdict on the fit comes first")
-    if verdict == UNDER and _rising(e):
-        return Answer(question, "cannot say", "the run ended while it was improving")
-    if verdict == UNDER and not _levelled_off(e):
-        return Answer(question, "cannot say", "whether the run had levelled off is not known")
-    if verdict == UNDER:
-        answer = "cannot say" if e.train_is_bound else "perhaps too strong"
-        return Answer(question, answer, gap)
-    if e.validation_loss_rise > LOSS_RISE:
-        return Answer(
-            question,
-            "right for top-1",
-            f"validation loss rose by {e.validation_loss_rise:.2f} of guessing at no lower top-1: "
-            "over-confident; label smoothing mends that",
-        )
-    return Answer(question, "right", gap)
-
-
-def _dropout(verdict: str, e: Evidence, dropout: float) -> Answer:
-    question, at = "dropout", f"model.dropout is {dropout:g}"
-    if verdict == OVER and dropout < 0.5:
-        return Answer(question, "could be more", f"{at}, and the network over-fits")
-    if verdict == UNDER and dropout > 0.2 and _levelled_off(e):
-        return Answer(question, "perhaps too strong", f"{at}, and the network under-fits")
-    if verdict in (OVER, WELL):
-        return Answer(question, "no sign against it", f"{at}; a run without it would tell more")
-    return Answer(question, "cannot say", f"{at}; its part shows only in a run without it")
-
-
-def _capacity(verdict: str, e: Evidence) -> Answer:
-    question = "capacity"
-    if verdict == OVER or e.train_top1 >= FITS:
-        return Answer(question, "enough", f"training top-1 is {e.train_top1:.1f}%")
-    if verdict == WELL:
-        return Answer(question, "enough", "the error is small or evenly split")
-    if verdict == UNDER and _levelled_off(e) and not e.train_is_bound:
-        return Answer(
-            question,
-            "perhaps too small",
-            f"training top-1 stays at {e.train_top1:.1f}%, and validation had levelled off",
-        )
-    return Answer(question, "cannot say", "the network was not trained to its limit")
-
-
-def _suggestions(verdict: str, e: Evidence, config: Config) -> Iterator[Suggestion]:
-    """Yields what to try next, the most promising first."""
-    changes = {
-        DIVERGING: _lower_rate,
-        RATE_HIGH: _lower_rate,
-        RATE_LOW: _higher_rate,
-        OVER: _more_regularisation,
-        UNDER: _better_fit,
-        UNCERTAIN: _measure,
-        WELL: _more_still,
-        TOO_SHORT: _go_on,
-    }
-    resumable = {path: field.metadata["resumable"] for path, _, field in configs.leaves()}
-    for setting, value, reason in changes[verdict](config, e):
-        yield Suggestion(setting, value, reason, new_run=not resumable[setting])
-
-
-_Change = tuple[str, Any, str]
-
-# The weight decay to begin with and the most to suggest; those of SGD are the default. A decoupled
-# one acts times the rate. Adam rescales an L2 term with the gradient; there it is no remedy
-# (Loshchilov & Hutter 2019).
-_DECAYS = {"adam": (1.0, 0.0), "adamw": (0.01, 0.1), "muon": (0.02, 0.2)}
-
-
-def _lower_rate(config: Config, e: Evidence) -> Iterator[_Change]:
-    rate = config.schedule.learning_rate
-    yield "schedule.learning_rate", _round(rate / 10), "a tenth; tools.find_lr measures it"
-    if not config.optimizer.clip_norm:
-        yield "optimizer.clip_norm", 1.0, "bounds single large gradients"
-    if not config.schedule.warmup:
-        yield "schedule.warmup.epochs", 1.0, "the first steps are the least stable"
-
-
-def _higher_rate(config: Config, e: Evidence) -> Iterator[_Change]:
-    rate = config.schedule.learning_rate
-    yield "schedule.learning_rate", _round(rate * 10), "ten times; tools.find_lr measures it"
-
-
-def _more_regularisation(config: Config, e: Evidence) -> Iterator[_Change]:
-    """The order is that of the gains known on Tiny ImageNet, each alone."""
-    decay, augment, dropout = config.optimizer.weight_decay, config.augment, config.model.dropout
-    if augment.crop == "none":
-        yield "augment.crop", "pad", "new images from old; flip too, where a mirror image is valid"
-    if not (augment.cutmix or augment.mixup):
-        yield "augment.cutmix", 1.0, "mixed images; train longer with them"
-    first, most = _DECAYS.get(config.optimizer.name, (5e-4, 5e-3))
-    more = _round(3 * decay) if decay else first
-    if more <= most:
-        yield "optimizer.weight_decay", more, "smaller weights"
-    if dropout < 0.5:
-        yield "model.dropout", _round(min(0.5, dropout + 0.2)), "acts on the last layer alone"
+def _more_regularization(config: Config) -> _Change | None:
+    if not (config.augment.cutmix or config.augment.mixup):
+        return "augment.mixup", 0.2, "mixes images, so that none can be learned by heart"
+    if config.model.dropout < 0.5:
+        return "model.dropout", 0.5, "drops features before the last layer"
     if not config.train.label_smoothing:
-        yield "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+        return "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+    return None
 
 
-def _better_fit(config: Config, e: Evidence) -> Iterator[_Change]:
-    longer = _longer(config)
-    if _rising(e):
-        yield *longer, "validation was still rising when the rate fell"
-    elif not _levelled_off(e):
-        yield *longer, "whether validation was still rising is not known; the first to rule out"
-    if e.second_half > STEADY:
-        rate = _round(3 * config.schedule.learning_rate)
-        yield "schedule.learning_rate", rate, "if tools.find_lr allows it"
-    if config.model.dropout > 0.2:
-        yield "model.dropout", _round(config.model.dropout / 2), "fits more closely"
-    if config.optimizer.weight_decay > 1e-4 and _levelled_off(e):
-        yield "optimizer.weight_decay", _round(config.optimizer.weight_decay / 3), "fits closer"
-    if _levelled_off(e):
-        yield "model.width", _round(1.5 * config.model.width), "2.25 times the operations"
-        yield *longer, "more steps at a high rate"
-
-
-def _measure(config: Config, e: Evidence) -> Iterator[_Change]:
-    if _learned_nothing(e):
-        yield from _lower_rate(config, e)
-        return
-    if e.train_is_bound:
-        yield "evaluation.train_examples", 10_000, "measures top-1 on plain training images"
+def _less_regularization(config: Config) -> _Change | None:
+    """Returns the usual value of a setting that is far stronger than usual, if there is one."""
     if config.model.dropout > 0.5:
-        yield "model.dropout", _round(config.model.dropout / 2), "more than half is rarely better"
+        return "model.dropout", 0.5, "more than half is rarely better"
+    if config.train.label_smoothing > 0.2:
+        return "train.label_smoothing", 0.1, "the usual value"
+    if config.augment.mixup > 0.4:
+        return "augment.mixup", 0.2, "the usual value"
+    # Decoupled decay, of adamw and muon, is usually larger.
+    if config.optimizer.weight_decay > 5e-3 and config.optimizer.name.startswith("sgd"):
+        return "optimizer.weight_decay", 5e-4, "the usual value"
+    return None
 
 
-def _more_still(config: Config, e: Evidence) -> Iterator[_Change]:
-    if _rising(e):
-        yield *_longer(config), "validation was still rising when the rate fell"
+def _closer_fit(config: Config) -> _Change:
+    """Returns what lets a network fit its training images more closely."""
+    width = _round(1.5 * config.model.width)
+    return _less_regularization(config) or ("model.width", width, "2.25 times the operations")
 
 
-def _go_on(config: Config, e: Evidence) -> Iterator[_Change]:
-    if e.epochs >= LEAST_EPOCHS and e.evaluations < LEAST_EVALUATIONS:
-        ((unit, value),) = config.train.length.given().items()
-        quarter = value / 4 if unit == "epochs" else max(1, value // 4)
-        yield f"evaluation.every.{unit}", quarter, "a curve that can be judged"
-    elif e.done >= FINISHED:
-        yield *_longer(config), "a curve that can be judged"
-
-
-def _longer(config: Config) -> tuple[str, float | int]:
-    ((unit, value),) = config.train.length.given().items()
-    return f"train.length.{unit}", 2 * value
-
-
-def _round(value: float) -> float:
+def _round(value: float, digits: int = 2) -> float:
     """Returns a value with two digits, as one would type it."""
-    return float(f"{value:.2g}")
+    return float(f"{value:.{digits}g}")

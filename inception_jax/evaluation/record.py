@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.evaluation import plots, predictions
@@ -88,8 +90,15 @@ class Record:
         found = self.evaluated.predictions
         return int(max(found.labels.max(), found.guesses.max())) + 1
 
+    @property
+    def label_counts(self) -> list[int]:
+        """How many evaluated examples each class has; empty where that is not known."""
+        if self.evaluated is None:
+            return []
+        return np.bincount(self.evaluated.predictions.labels).tolist()
+
     def diagnosis(self) -> Diagnosis | None:
-        """Returns what the curves say; None without the settings, which that takes."""
+        """Returns what the evaluations say; None without the settings, which that takes."""
         if self.config is None:
             return None
         return diagnose(
@@ -97,6 +106,8 @@ class Record:
             self.config,
             classes=self.dataset["classes"],
             train_examples=self.dataset["training examples"],
+            label_counts=self.label_counts,
+            own_settings=(self.experiment or {}).get("own"),
         )
 
 

@@ -15,7 +15,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import UserError
 from inception_jax.evaluation import pages, plots, prediction_plots, predictions, record
-from inception_jax.evaluation.diagnosis import Diagnosis, diagnose
+from inception_jax.evaluation.diagnosis import Diagnosis
 from inception_jax.telemetry import summary
 from inception_jax.training import range_test, workdir
 from inception_jax.training.range_test import Point, Proposal
@@ -111,7 +111,7 @@ def plot_comparison(folders: Sequence[pathlib.Path], output: pathlib.Path) -> li
 
 
 def finish(folder: pathlib.Path, log: Callable[[str], None]) -> None:
-    """Draws the plots of a run, says and stores what its curves say, and writes its report.
+    """Draws the plots of a run, says and stores its diagnosis, and writes its report.
 
     Args:
       folder: of the run.
@@ -127,27 +127,20 @@ def finish(folder: pathlib.Path, log: Callable[[str], None]) -> None:
 
 
 def write_diagnosis(folder: pathlib.Path) -> Diagnosis:
-    """Returns what a run's curves say, and writes it to diagnosis.json.
+    """Returns what a run's evaluations say, and writes it to diagnosis.json.
 
     Args:
-      folder: of the run; metrics.jsonl and config.json are read.
+      folder: of the run.
 
     Raises:
       UserError: if one of these cannot be read, or diagnosis.json cannot be written.
     """
-    lines = plots.read_metrics(folder / "metrics.jsonl")
-    record = workdir.recorded(workdir.Workdir(folder))
-    if record is None:
+    found = record.read(folder).diagnosis()
+    if found is None:
         raise UserError(
             f"{folder} has no config.json, which says what was trained and how. Give the --workdir "
             "of a run"
         )
-    found = diagnose(
-        lines,
-        configs.from_dict(record["config"]),
-        classes=record["dataset"]["classes"],
-        train_examples=record["dataset"]["training examples"],
-    )
     values = dataclasses.asdict(found)
     values["evidence"] = _jsonable(values["evidence"])
     path = folder / "diagnosis.json"
@@ -161,7 +154,12 @@ def write_diagnosis(folder: pathlib.Path) -> Diagnosis:
 
 
 def write_range_test(
-    folder: pathlib.Path, points: Sequence[Point], proposal: Proposal | None, *, config: Config
+    folder: pathlib.Path,
+    points: Sequence[Point],
+    proposal: Proposal | None,
+    doubts: Sequence[str] = (),
+    *,
+    config: Config,
 ) -> list[pathlib.Path]:
     """Writes find_lr.json and find_lr.png.
 
@@ -169,6 +167,7 @@ def write_range_test(
       folder: where to; it exists.
       points: the steps of the range test.
       proposal: what they propose, if anything.
+      doubts: why that cannot be relied on.
       config: of the run that was tested.
 
     Returns:
@@ -178,17 +177,20 @@ def write_range_test(
       UserError: if they cannot be written.
     """
     json_path, png_path = folder / "find_lr.json", folder / "find_lr.png"
-    found = f"proposed rate {proposal.rate:g}" if proposal else "no rate to propose"
+    proposed = None if doubts else proposal
+    found = f"proposed rate {proposed.rate:g}" if proposed else "no rate to propose"
     values = {
-        "proposal": proposal and dataclasses.asdict(proposal),
-        "rule": f"the rate with the least smoothed loss, divided by {range_test.BELOW_LEAST:g}",
+        "proposal": proposed and dataclasses.asdict(proposed),
+        "doubts": list(doubts),
+        "rule": f"the rate with the least smoothed loss, divided by {range_test.BELOW_LEAST:g}, "
+        f"or the first with {range_test.MOST_OF_FALL:.0%} of its fall, if that is less",
         "points": [_jsonable(dataclasses.asdict(point)) for point in points],
         "config": configs.to_dict(config),
         "environment": summary.environment(),
     }
     try:
         workdir.write_json(json_path, values)
-        plots.plot_range_test(png_path, points, proposal, title=f"{config.name}: {found}")
+        plots.plot_range_test(png_path, points, proposed, title=f"{config.name}: {found}")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error}. Make the folder writable, with space left"

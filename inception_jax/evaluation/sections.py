@@ -370,16 +370,9 @@ def machine(record: Record) -> list[tuple[str, Any]]:
 
 
 def diagnosis(record: Record) -> Values | None:
-    """Returns what the curves say."""
+    """Returns what the evaluations say."""
     found = record.diagnosis()
-    if found is None:
-        return None
-    return {
-        "verdict": found.verdict,
-        "rule": found.rule,
-        "answers": [dataclasses.asdict(answer) for answer in found.answers],
-        "suggestions": [dataclasses.asdict(suggestion) for suggestion in found.suggestions],
-    }
+    return None if found is None else dataclasses.asdict(found)
 
 
 def differing(records: Sequence[Record]) -> list[str]:

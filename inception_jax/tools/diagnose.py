@@ -1,4 +1,4 @@
-"""Says what the curves of a run mean."""
+"""Says what the evaluations of a run mean."""
 
 import pathlib
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from inception_jax import cli
 
 USAGE = """
-Say what the curves of one or more runs mean: is the learning rate right, is regularisation too
-strong, is dropout, is the network large enough? With what to try next.
+Judge one or more runs by their evaluations: did it learn, was it long enough, does it overfit or
+underfit, is evaluation what training says? With the setting to try next, if there is one.
 
   python -m inception_jax.tools.diagnose DIR [DIR …]
 

@@ -18,9 +18,12 @@ Find a learning rate: train shortly while the rate rises, and see where the loss
   python -m inception_jax.tools.find_lr --config experiments/tiny.py --output DIR \\
       --low=1e-4 --high=3 --steps=400 --config.train.batch_size=512
 
-Training is the experiment's own, from its first step, except for the schedule. DIR gets find_lr.png
-and find_lr.json, with every step. The peak rate proposed is a third of the rate at which the
-smoothed loss is least. It holds for the batch size, optimizer and model it was found with.
+Training is the experiment's own, from its first step, except for the schedule, and for labels that
+are neither mixed nor smoothed. DIR gets find_lr.png and find_lr.json, with every step. The peak
+rate proposed is a third of the rate at which the smoothed loss is least, or the first rate at which
+the loss has made 90% of its fall, if that is less. It holds for the batch size, optimizer and model
+it was found with. Where the curve does not allow a proposal, none is made, and the message says why
+and what to change (exit code 2).
 """
 
 _CONFIG = cli.define_config()
@@ -29,7 +32,9 @@ _OUTPUT = flags.DEFINE_string(
 )
 _LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
 _HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
-_STEPS = flags.DEFINE_integer("steps", 200, "how many steps; 30 for each factor of ten", 10)
+_STEPS = flags.DEFINE_integer(
+    "steps", 200, "how many steps; at least 30 for each factor of ten", 10
+)
 _PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
 cli.require("config")
 
@@ -42,7 +47,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.errors import UserError
     from inception_jax.evaluation import report
     from inception_jax.training import run, workdir
-    from inception_jax.training.range_test import propose, range_test
+    from inception_jax.training.range_test import chance_loss, doubts, propose, range_test
 
     configs.validate(_CONFIG.value)
     if _LOW.value >= _HIGH.value:
@@ -62,13 +67,28 @@ def main(positional: Sequence[str]) -> None:
         stepped=_say,
     )
     proposal = propose(points)
-    for path in report.write_range_test(output, points, proposal, config=this_run.config):
+    problems: list[str] = []
+    if proposal:
+        problems = doubts(
+            points,
+            proposal,
+            steps=_STEPS.value,
+            high=_HIGH.value,
+            chance=chance_loss(this_run),
+        )
+    files = report.write_range_test(output, points, proposal, problems, config=this_run.config)
+    for path in files:
         print(path)
     if proposal is None:
         raise UserError(
             f"the loss did not fall between the rates {points[0].rate:.3g} and "
             f"{points[-1].rate:.3g}, so none can be proposed. Give a smaller --low, a larger "
-            "--high or more --steps"
+            "--high or more --steps; if that does not help, check that the labels match the images"
+        )
+    if problems:
+        raise UserError(
+            f"the loss was least at the rate {proposal.least:.2g}, but no rate is proposed:\n  "
+            + "\n  ".join(problems)
         )
     print(f"--config.schedule.learning_rate={proposal.rate:g}")
 

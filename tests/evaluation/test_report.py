@@ -10,7 +10,7 @@ from PIL import Image
 from inception_jax import config as configs
 from inception_jax.errors import UserError
 from inception_jax.evaluation import report
-from inception_jax.training.range_test import Point
+from inception_jax.training.range_test import Point, Proposal
 from tests import command, run_folders
 
 HERE = pathlib.Path(__file__).parent
@@ -32,21 +32,16 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> None:
     said: list[str] = []
     report.finish(folder, said.append)
-    assert said[0].startswith("diagnosis: under-fitting: validation top-1 was still rising")
+    assert said[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
+    assert said[1].startswith("  try, in a new workdir: --config.evaluation.train_examples=1000")
     assert (folder / "plots" / "loss.png").exists()
     stored = json.loads((folder / "diagnosis.json").read_text())
-    assert stored["verdict"] == "under-fitting"
-    assert [answer["question"] for answer in stored["answers"]] == [
-        "learning rate",
-        "regularisation",
-        "dropout",
-        "capacity",
-    ]
-    assert stored["suggestions"][0]["setting"] == "train.length.epochs"
-    assert stored["suggestions"][0]["value"] == 6
+    assert stored["verdict"] == "not measured"
+    assert stored["advice"]["setting"] == "evaluation.train_examples"
+    assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
     # Never happened: null, as JSON has no NaN.
-    assert stored["evidence"]["nonfinite_epoch"] is None
-    assert stored["evidence"]["validation_top1"] == 30.56
+    assert stored["evidence"]["nonfinite_step"] is None
+    assert stored["evidence"]["top1"] == 30.56
 
 
 def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
@@ -85,7 +80,19 @@ def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) 
     ]
     paths = report.write_range_test(tmp_path, points, None, config=configs.Config())
     stored = json.loads(paths[0].read_text())
-    assert stored["proposal"] is None
+    assert (stored["proposal"], stored["doubts"]) == (None, [])
     assert [point["loss"] for point in stored["points"]] == [2.0, None]
     with Image.open(paths[1]) as image:
         assert min(image.size) > 300
+
+
+def test_a_proposal_that_is_doubted_is_not_written_as_one(tmp_path: pathlib.Path) -> None:
+    points = [
+        Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
+        Point(step=2, rate=1.0, loss=1.0, smoothed_rate=0.3, smoothed_loss=1.0),
+    ]
+    proposal = Proposal(rate=0.1, least=0.3, diverged=False)
+    config = configs.Config()
+    paths = report.write_range_test(tmp_path, points, proposal, ["too few"], config=config)
+    stored = json.loads(paths[0].read_text())
+    assert (stored["proposal"], stored["doubts"]) == (None, ["too few"])

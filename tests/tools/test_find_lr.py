@@ -18,7 +18,7 @@ def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
         "--config.model.width=0.125",
         "--config.model.dropout=0",
         f"--output={output}",
-        "--steps=15",
+        "--steps=140",
     ]
 
 
@@ -26,7 +26,7 @@ def test_it_leaves_a_plot_its_points_and_a_rate(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     output = tmp_path / "a" / "found"
-    printed = command.check(*arguments(data_directory, output), "--low=1e-3", "--high=1")
+    printed = command.check(*arguments(data_directory, output), "--low=1e-3", "--high=30")
     found = json.loads((output / "find_lr.json").read_text())
     rate = found["proposal"]["rate"]
     assert printed.splitlines() == [
@@ -37,11 +37,28 @@ def test_it_leaves_a_plot_its_points_and_a_rate(
     assert 1e-3 < rate < 1
     points = found["points"]
     assert points[0]["rate"] == pytest.approx(1e-3)
-    assert points[-1]["rate"] <= 1.001
+    assert points[-1]["rate"] <= 30.001
     assert min(point["loss"] for point in points) < points[0]["loss"]
     assert found["config"]["model"]["width"] == 0.125
     with Image.open(output / "find_lr.png") as image:
         assert min(image.size) > 300
+
+
+def test_without_a_trustworthy_curve_no_rate_is_printed(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Too few steps, in a range that ends long before the edge."""
+    settings = [*arguments(data_directory, tmp_path), "--low=1e-3", "--high=0.05", "--steps=40"]
+    done = command.run(*settings)
+    assert done.returncode == 2, done.stderr
+    assert "learning_rate=" not in done.stdout
+    assert "but no rate is proposed:" in done.stderr
+    assert "--steps=51" in done.stderr
+    assert "Give a larger --high" in done.stderr
+    found = json.loads((tmp_path / "find_lr.json").read_text())
+    assert found["proposal"] is None
+    assert len(found["doubts"]) >= 2
+    assert len(found["points"]) == 40
 
 
 @pytest.mark.parametrize(

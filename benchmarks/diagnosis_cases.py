@@ -1,0 +1,450 @@
+r"""Checks the diagnosis on runs whose fault is known, and what its advice does when followed.
+
+Each case trains a small network in seconds with one thing wrong with it: a learning rate that is
+far off, too few steps, a network too thin, shuffled labels, … The diagnosis is written down, its
+advice is followed once in a new workdir, and both ends are compared. A case fails if the verdict is
+none of those that are true of it, or if the advice made the evaluation worse.
+
+  python -m benchmarks.diagnosis_cases --output runs/diagnosis \
+      --json benchmarks/results/diagnosis_cases.json
+
+A case that is finished in --output is not trained again.
+"""
+
+import argparse
+import copy
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import measure
+from inception_jax import config as configs
+from inception_jax.config import Config
+
+if TYPE_CHECKING:
+    from inception_jax.evaluation.diagnosis import Diagnosis
+
+# A validation loss that is higher by this share is worse, where accuracy is not better.
+WORSE_LOSS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run with a known fault.
+
+    Attributes:
+      fault: what is wrong with it.
+      verdicts: those that are true of it.
+      settings: what it changes, by dotted path.
+      experiment: the module of experiments/ that it starts from, and what all its cases change.
+      data: makes its pictures below a folder; None: the embedded digits.
+      stop: the step after which it is interrupted; 0: it runs to its end.
+      frozen: whether it is evaluated with the statistics that BatchNorm began with.
+    """
+
+    fault: str
+    verdicts: Sequence[str]
+    settings: Mapping[str, Any]
+    experiment: str = "digits"
+    data: Callable[[pathlib.Path], None] | None = None
+    stop: int = 0
+    frozen: bool = False
+
+
+# The digits at their own size, for which a thin network takes seconds.
+SHARED: dict[str, dict[str, Any]] = {
+    "digits": {
+        "data.image_size": 8,
+        "model.width": 0.125,
+        "model.dropout": 0.2,
+        "train.batch_size": 64,
+        "evaluation.train_examples": 360,
+        "evaluation.every.epochs": 2.0,
+        "checkpoint.every.epochs": 100.0,
+        "log.every.steps": 20,
+    },
+    "image_folder": {
+        "data.image_size": 32,
+        "model.width": 0.125,
+        "model.name": "mini_googlenet",
+        "model.stem": "paper",
+        "evaluation.train_examples": 480,
+        "checkpoint.every.epochs": 100.0,
+    },
+}
+RATE = 0.05
+
+
+def pictures(
+    folder: pathlib.Path, *, counts: Sequence[int], size: int, noise: float, shuffled: bool = False
+) -> None:
+    """Writes pictures of stripes that lean by class, below noise: CLASS/NUMBER.png.
+
+    Args:
+      folder: to write to.
+      counts: how many of each class.
+      size: their side, pixels.
+      noise: deviation of a pixel over the height of the stripes.
+      shuffled: whether the labels have nothing to do with the pictures.
+    """
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    down, across = np.mgrid[:size, :size]
+    labels = np.repeat(np.arange(len(counts)), counts)
+    shown = random.permutation(labels) if shuffled else labels
+    for number, (label, kind) in enumerate(zip(labels, shown, strict=True)):
+        # Within a quarter turn, as half of the pictures are mirrored in training.
+        angle = math.pi / 2 * (kind / (len(counts) - 1) + random.normal(scale=0.05))
+        wave = across * math.cos(angle) + down * math.sin(angle)
+        stripes = np.sin(0.9 * wave + random.uniform(0, 2 * math.pi))
+        pixels = stripes[..., None] + noise * random.normal(size=(size, size, 3))
+        path = folder / f"class_{label}" / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(np.clip(128 + 40 * pixels, 0, 255))).save(path)
+
+
+def _pictures(**settings: Any) -> Callable[[pathlib.Path], None]:
+    return lambda folder: pictures(folder, **settings)
+
+
+NEWCOMER = _pictures(counts=(200, 200, 200), size=32, noise=2.0)
+RECIPE = {"train.batch_size": 32, "schedule.learning_rate": 0.025}
+
+FINE, HARDLY, SHORT = "no fault found", "hardly learned", "too short to judge"
+OVER, UNDER, APART = "overfitting", "underfitting", "evaluation differs from training"
+
+CASES = {
+    "rate x 0.01": Case("rate", [HARDLY], {"schedule.learning_rate": RATE / 100}),
+    "rate x 0.1": Case("rate", [UNDER], {"schedule.learning_rate": RATE / 10}),
+    "rate x 1": Case("nothing", [FINE], {}),
+    # With BatchNorm that works, too.
+    "rate x 10": Case("rate", [FINE], {"schedule.learning_rate": RATE * 10}),
+    "rate x 100": Case("rate", [HARDLY], {"schedule.learning_rate": RATE * 100}),
+    "no rate": Case("rate", [HARDLY], {"schedule.learning_rate": 1e-12}),
+    "2 of 12 epochs": Case("length", [SHORT], {"train.length.epochs": 2.0}),
+    "3 of 12 epochs": Case("length", [SHORT], {"train.length.epochs": 3.0}),
+    "interrupted": Case("length", [SHORT], {}, stop=100),
+    "few images": Case(
+        "100 images",
+        [OVER],
+        {
+            "data.holdout": 1340,
+            "augment.crop": "none",
+            "model.dropout": 0.0,
+            "optimizer.weight_decay": 0.0,
+            "train.length.epochs": 100.0,
+            "evaluation.every.epochs": 20.0,
+        },
+    ),
+    "thin": Case("width", [UNDER, HARDLY], {"model.width": 0.015}),
+    "statistics": Case("statistics of the start", [APART], {}, frozen=True),
+    "momentum": Case("BatchNorm's momentum", [APART], {"model.norm_momentum": 0.999}),
+    "mixing": Case(
+        "mixing, smoothing, dropout",
+        [UNDER, HARDLY],
+        {"augment.mixup": 5.0, "train.label_smoothing": 0.6, "model.dropout": 0.9},
+    ),
+    "decay": Case("weight decay", [UNDER, HARDLY], {"optimizer.weight_decay": 1.0}),
+    "not measured": Case(
+        "rate",
+        ["not measured"],
+        {"schedule.learning_rate": RATE / 10, "evaluation.train_examples": 0},
+    ),
+    "shuffled": Case(
+        "labels",
+        [OVER, HARDLY],
+        {},
+        "image_folder",
+        _pictures(counts=(200, 200, 200), size=32, noise=1.0, shuffled=True),
+    ),
+    "newcomer": Case(
+        "10 of 60 epochs",
+        [SHORT],
+        RECIPE | {"train.length.epochs": 10.0},
+        "image_folder",
+        NEWCOMER,
+    ),
+    "forty": Case(
+        "15 steps",
+        [SHORT, APART],
+        {
+            "train.length.epochs": 30.0,
+            "evaluation.every.epochs": 6.0,
+            "evaluation.batch_size": 32,
+            "evaluation.train_examples": 32,
+        },
+        "image_folder",
+        _pictures(counts=(20, 20), size=32, noise=0.5),
+    ),
+}
+
+
+def settings(case: Case) -> tuple[Config, dict[str, Any]]:
+    """Returns a case's configuration, and the experiment's own values of what the case changes."""
+    config = importlib.import_module(f"experiments.{case.experiment}").get_config()
+    for path, value in SHARED[case.experiment].items():
+        put(config, path, value)
+    own = {path: configs.get(config, path) for path in case.settings}
+    for path, value in case.settings.items():
+        put(config, path, value)
+    return config, own
+
+
+def put(config: Config, path: str, value: Any) -> None:
+    """Gives a setting another value; the other units of a duration become 0."""
+    group, _, name = path.rpartition(".")
+    parent = configs.get(config, group)
+    if isinstance(parent, configs.Duration):
+        parent.epochs, parent.steps, parent.examples = 0.0, 0, 0
+    setattr(parent, name, value)
+
+
+def train(
+    config: Config,
+    folder: pathlib.Path,
+    *,
+    own: Mapping[str, Any],
+    stop: int = 0,
+    frozen: bool = False,
+) -> "Diagnosis":
+    """Trains a run to its end, or to the step `stop`, where it has not got there; diagnoses it."""
+    import jax
+    import jax.numpy as jnp
+
+    from inception_jax.errors import Preempted, RunError
+    from inception_jax.evaluation import report
+    from inception_jax.evaluation.evaluate import Evaluator
+    from inception_jax.training import loop, run
+    from inception_jax.training.workdir import Workdir
+
+    done = folder / f"trained-{stop}"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        this = run.build(config, log=measure.say, experiment={"file": config.name, "own": own})
+        evaluator = Evaluator(this)
+
+        def evaluate(variables: Any, split: Any) -> dict[str, float]:
+            if frozen:
+                start = {"mean": jnp.zeros_like, "var": jnp.ones_like}
+                stats = jax.tree_util.tree_map_with_path(
+                    lambda path, leaf: start[path[-1].key](leaf), variables["batch_stats"]
+                )
+                variables = {**variables, "batch_stats": stats}
+            return evaluator(variables, split)
+
+        try:
+            loop.train(
+                this,
+                Workdir(folder),
+                evaluate,
+                changed=[],
+                on_evaluation=report.refresher(this, folder, evaluator),
+                stop=lambda step: step == stop,
+            )
+        except (Preempted, RunError) as error:
+            measure.say(str(error))
+        # Each run's step is a program of its own.
+        jax.clear_caches()
+        done.touch()
+    return report.write_diagnosis(folder)
+
+
+def found_rate(config: Config, folder: pathlib.Path) -> float | None:
+    """Returns the rate that a range test proposes, with the command's own defaults, if it does."""
+    from inception_jax.evaluation import report
+    from inception_jax.training import range_test, run
+
+    stored = folder / "find_lr.json"
+    if not stored.exists():
+        this = run.build(config, log=measure.say)
+        steps, high = 200, 10.0
+        points = range_test.range_test(this, low=1e-5, high=high, steps=steps)
+        proposal, doubts = range_test.propose(points), []
+        if proposal:
+            chance = range_test.chance_loss(this)
+            doubts = range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
+        report.write_range_test(folder, points, proposal, doubts, config=config)
+    proposed = json.loads(stored.read_text())["proposal"]
+    return proposed and proposed["rate"]
+
+
+def follow(config: Config, diagnosis: "Diagnosis", folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the settings that follow a diagnosis; empty if there is nothing to change."""
+    if diagnosis.advice:
+        return {diagnosis.advice.setting: diagnosis.advice.value}
+    if any("tools.find_lr" in note for note in diagnosis.notes) and (
+        rate := found_rate(config, folder)
+    ):
+        return {"schedule.learning_rate": rate}
+    return {}
+
+
+def outcome(diagnosis: "Diagnosis") -> dict[str, Any]:
+    """Returns what a JSON file holds of a diagnosis."""
+    e = diagnosis.evidence
+    numbers = {"loss": e.loss, "top1": e.top1, "train_top1": e.train_top1, "noise": e.noise}
+    return {
+        "verdict": diagnosis.verdict,
+        "reason": diagnosis.reason,
+        "notes": list(diagnosis.notes),
+        "advice": diagnosis.advice and dataclasses.asdict(diagnosis.advice),
+        **{name: round(value, 4) for name, value in numbers.items() if math.isfinite(value)},
+    }
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings that differ from the defaults, but for where the data lie."""
+    return {
+        path: configs.get(config, path)
+        for path, _, _ in configs.leaves()
+        if configs.get(config, path) != configs.get(Config(), path)
+        and path not in ("data.source", "data.directory")
+    }
+
+
+def recorded(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what a run's diagnosis was made of, from which it can be made once more."""
+    from inception_jax.evaluation import record
+
+    run = record.read(folder)
+    keys = ("step", "epoch", "split", "loss", "top1", "count")
+    lines = [{key: line[key] for key in keys if key in line} for line in run.lines]
+    assert run.config is not None
+    return {
+        "config": changed_settings(run.config),
+        "own_settings": (run.experiment or {}).get("own", {}),
+        "classes": run.dataset["classes"],
+        "train_examples": run.dataset["training examples"],
+        "label_counts": run.label_counts,
+        # A line each, as in metrics.jsonl.
+        "lines": [json.dumps(line) for line in lines],
+    }
+
+
+def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
+    """Trains a case, diagnoses it, and follows the advice once."""
+    folder = output / name.replace(" ", "_")
+    config, own = settings(case)
+    config.data.directory = str(output / "data")
+    if case.data:
+        pictures_folder = folder / "pictures"
+        if not pictures_folder.exists():
+            case.data(pictures_folder)
+        config.data.source, config.data.directory = str(pictures_folder), str(folder / "data")
+    configs.validate(config)
+    runs, frozen = folder / "runs", case.frozen
+    diagnosis = train(config, runs / "first", own=own, stop=case.stop, frozen=frozen)
+    first = outcome(diagnosis)
+    result: dict[str, Any] = {
+        "fault": case.fault,
+        "settings": dict(case.settings),
+        "first": first,
+        "recorded": recorded(runs / "first"),
+    }
+    after: dict[str, Any] | None = None
+    if case.stop:
+        result["followed"] = {"resumed": "the same command"}
+        if not (runs / "resumed").exists():
+            shutil.copytree(runs / "first", runs / "resumed")
+        after = outcome(train(config, runs / "resumed", own=own))
+    elif changes := follow(config, diagnosis, runs / "first"):
+        result["followed"] = changes
+        changed = copy.deepcopy(config)
+        for path, value in changes.items():
+            put(changed, path, value)
+        own |= {path: configs.get(config, path) for path in changes if path not in own}
+        name = " ".join(f"{path}={value}" for path, value in changes.items())
+        after = outcome(train(changed, runs / name, own=own, frozen=frozen))
+    result |= {
+        "after": after,
+        "true verdict": first["verdict"] in case.verdicts,
+        "worse": after is not None and is_worse(first, after),
+    }
+    return result
+
+
+def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is worse than the one before: less accurate, or with a higher loss."""
+    if "loss" not in first or "loss" not in after:
+        return "loss" in first
+    noise = first["noise"]
+    if abs(after["top1"] - first["top1"]) > noise:
+        return after["top1"] < first["top1"]
+    return after["loss"] > (1 + WORSE_LOSS) * first["loss"]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the settings of the command line."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", default=list(CASES), metavar="CASE", choices=CASES)
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tries the cases, and returns what the JSON file holds."""
+    from inception_jax import runtime
+
+    runtime.initialize()
+    results = {}
+    for name in arguments.only:
+        results[name] = try_case(name, CASES[name], arguments.output)
+        measure.say(report({"results": {name: results[name]}}))
+    return {
+        "benchmark": "diagnosis_cases",
+        "environment": measure.environment(),
+        "results": results,
+    }
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Returns the table."""
+    rows = []
+    for name, each in results["results"].items():
+        first, after = each["first"], each["after"]
+        changes = " ".join(f"{path}={value}" for path, value in each.get("followed", {}).items())
+        rows.append(
+            [
+                name,
+                each["fault"],
+                first["verdict"] + ("" if each["true verdict"] else " (WRONG)"),
+                changes or "–",
+                _figures(first),
+                _figures(after) + (" (WORSE)" if each["worse"] else ""),
+            ]
+        )
+    head = ["run", "what is wrong", "verdict", "followed", "top-1 and loss", "afterwards"]
+    return measure.table(head, rows)
+
+
+def _figures(each: Mapping[str, Any] | None) -> str:
+    if each is None or "loss" not in each:
+        return "–"
+    return f"{each['top1']:.1f}%, {each['loss']:.3f}"
+
+
+def main() -> None:
+    """Runs the command."""
+    arguments = parse()
+    results = run(arguments)
+    print(report(results))
+    measure.write_json(arguments.json, results)
+    wrong = [
+        name
+        for name, each in results["results"].items()
+        if each["worse"] or not each["true verdict"]
+    ]
+    if wrong:
+        raise measure.BenchmarkError(f"misjudged, or made worse: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    measure.run(main)
