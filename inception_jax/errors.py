@@ -43,7 +43,28 @@ class Preempted(Exception):
     """Training was told to end, and has been saved. Exit code `EXIT_PREEMPTED`, 75."""
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near."""
+_PHASE = "phase: "
+
+
+def note_phase(error: BaseException, phase: str) -> None:
+    """Notes in an error what was going on when it was raised; the first note stays."""
+    if not phase_of(error):
+        error.add_note(f"{_PHASE}{phase}")
+
+
+def phase_of(error: BaseException) -> str:
+    """Returns what `note_phase` noted, or ''."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_PHASE)]
+    return notes[0].removeprefix(_PHASE) if notes else ""
+
+
+def nearest(name: str, allowed: Iterable[str], prefix: str = "") -> str:
+    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near.
+
+    Args:
+      name: what was given.
+      allowed: what may be given.
+      prefix: what to put before the name proposed.
+    """
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    return f" Did you mean {prefix + matches[0]!r}?" if matches else ""

@@ -11,11 +11,15 @@ from inception_jax import cli, memory
 USAGE = """
 Train a network, or evaluate a checkpoint of it.
 
-  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--mode=eval]
+  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--config.a.b=value ...]
+  python -m inception_jax.main --workdir DIR [--mode=eval] [--config.a.b=value ...]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
-Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
-message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
+--config starts a run, or resumes it from the newest checkpoint in DIR; without it DIR/config.json
+says the settings. --config.a.b=value comes first, then what the run was started with where --config
+is missing or the same, then --config. Changes that a resume may make are logged and recorded, others
+refused. Exit code 0: done; 2: usage error, the message says how to fix it; 1: failed; 75: saved on a
+signal, run it again.
 """
 
 _CONFIG = cli.define_config()
@@ -39,8 +43,11 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
-    configs.validate(_CONFIG.value)
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    experiment = workdir.recall(
+        folder, _CONFIG.value, cli.experiment(), cli.overrides(), log=cli.say
+    )
+    configs.validate(_CONFIG.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
@@ -53,7 +60,7 @@ def main(positional: Sequence[str]) -> None:
     stop = preemption.Preemption(tell_all).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
+    this_run = run.build(_CONFIG.value, log=cli.say, experiment=experiment)
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
     else:
@@ -74,4 +81,4 @@ def main(positional: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     memory.use_huge_pages()
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, settings_of="workdir")
