@@ -56,9 +56,7 @@ _ANY = (
 )
 
 
-def explain(
-    error: BaseException, doing: Sequence[str], settings: Mapping[str, Any]
-) -> str | None:
+def explain(error: BaseException, doing: Sequence[str], settings: Mapping[str, Any]) -> str | None:
     """Returns what an error means and what to do about it; None if it is none of those known here.
 
     Args:

@@ -733,7 +733,9 @@ def check_path(path: str) -> None:
 
 def unknown_field(path: str) -> str:
     """Returns the message for a setting that does not exist, with the one that may be meant."""
-    return f"config.{path}: there is no such setting.{did_you_mean(path)} See --help for all of them"
+    return (
+        f"config.{path}: there is no such setting.{did_you_mean(path)} See --help for all of them"
+    )
 
 
 def did_you_mean(path: str, prefix: str = "") -> str:

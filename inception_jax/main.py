@@ -15,11 +15,10 @@ Train a network, or evaluate a checkpoint of it.
   python -m inception_jax.main --workdir DIR [--mode=eval] [--config.a.b=value ...]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
---config starts a run, or resumes it from the newest checkpoint in DIR; without it DIR/config.json
-says the settings. --config.a.b=value comes first, then what the run was started with where --config
-is missing or the same, then --config. Changes that a resume may make are logged and recorded, others
-refused. Exit code 0: done; 2: usage error, the message says how to fix it; 1: failed; 75: saved on a
-signal, run it again.
+Training resumes from the newest checkpoint in DIR. A setting is what --config.a.b says; else, where
+--config is missing, what DIR/config.json says, and where it is the run's own, what was overridden
+before; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says how
+to fix it; 75: saved on a signal, run it again.
 """
 
 _CONFIG = cli.define_config()
@@ -44,9 +43,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import loop, preemption, run, workdir
 
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    experiment = workdir.recall(
-        folder, _CONFIG.value, cli.experiment(), cli.overrides(), log=cli.say
-    )
+    given = cli.overrides()
+    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), given, log=cli.say)
     configs.validate(_CONFIG.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":

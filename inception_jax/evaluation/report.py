@@ -188,7 +188,8 @@ def write_range_test(
     }
     try:
         workdir.write_json(json_path, values)
-        plots.plot_range_test(png_path, points, proposal, title=f"{config.name}: {found}")
+        title = f"{plots.short(config.name, 40)}: {found}"
+        plots.plot_range_test(png_path, points, proposal, title=title)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error}. Make the folder writable, with space left"
