@@ -41,7 +41,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _UNEXPECTED_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 # absl's words for a setting's value that it cannot convert, and a number with its unit.
-_ABSL_PREFIX = re.compile(r"flags? [^:]*=None: |flag (?=--)")
+_ABSL_PREFIX = re.compile(r"flags? .*?: (?=give )|flag (?=--)", re.DOTALL)
 _WRONG_SETTING = re.compile(r"flag --config\.([^=]+)=(.*?): .*", re.DOTALL)
 _WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
 # The command line as config_flags is to see it. It looks for --config there when the flag is
@@ -323,7 +323,7 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     except flags.IllegalFlagValueError as error:
         raise UserError(f"{_wrong_value(str(error)).rstrip('.')}. See --help") from error
     except flags.Error as error:
-        raise UserError(f"{str(error).strip().rstrip('.')}. See --help") from error
+        raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 
 
 def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:

@@ -15,10 +15,9 @@ Train a network, or evaluate a checkpoint of it.
   python -m inception_jax.main --workdir DIR [--mode=eval] [--config.a.b=value ...]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
-Training resumes from the newest checkpoint in DIR. A setting is what --config.a.b says; else, where
---config is missing, what DIR/config.json says, and where it is the run's own, what was overridden
-before; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says how
-to fix it; 75: saved on a signal, run it again.
+A setting is what --config.a.b says; else, with the run's own --config or without any, what the run
+in DIR has; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says
+how to fix it; 75: saved on a signal, run it again to resume from the newest checkpoint.
 """
 
 _CONFIG = cli.define_config()
@@ -43,8 +42,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import loop, preemption, run, workdir
 
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    given = cli.overrides()
-    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), given, log=cli.say)
+    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
     configs.validate(_CONFIG.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
@@ -64,7 +62,7 @@ def main(positional: Sequence[str]) -> None:
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":
-            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
+            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value, cli.say)
         else:
             evaluator = evaluate.Evaluator(this_run)
             refresh = report.refresher(this_run, folder.path, evaluator)

@@ -173,7 +173,6 @@ def recall(
     config: Config,
     experiment: Mapping[str, Any],
     given: Collection[str],
-    *,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Changes settings to what earlier starts of the run overrode and this one leaves out.
