@@ -6,6 +6,7 @@ KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
 import difflib
+import functools
 import gc
 import importlib.machinery
 import itertools
@@ -62,7 +63,7 @@ def define_config(help_more: str = "") -> flags.FlagHolder[Config]:
         "experiment file with a get_config() that returns a Config, or the config.json of a run. "
         "An experiment is a Python program, which is run: give none that you would not run"
         + help_more,
-        parse_fn=load_experiment,
+        parse_fn=functools.partial(load_experiment, prefix="--config="),
         sys_argv=_config_argv,
     )
     # It has a value only where --config is given.
@@ -70,12 +71,13 @@ def define_config(help_more: str = "") -> flags.FlagHolder[Config]:
     return holder
 
 
-def load_experiment(place: str) -> Config:
+def load_experiment(place: str, prefix: str = "") -> Config:
     """Returns the settings of an experiment, or those that a run's config.json holds.
 
     Args:
       place: path of the file. What follows its last colon, where no file has the whole name, is
         handed to an experiment's get_config().
+      prefix: what messages put before the path.
 
     Raises:
       UserError: if there is no such file, or it gives no settings.
@@ -85,7 +87,7 @@ def load_experiment(place: str) -> Config:
         name, _, argument = place.rpartition(":")
         path, arguments = pathlib.Path(name).expanduser(), [argument]
     if not path.exists() or path.is_dir():
-        raise UserError(f"--config={place}: {_no_experiment(path)}")
+        raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
     if path.suffix == ".json":
         return configs.from_dict(configs.read_record(path)["config"])
     make_importable(path)
@@ -96,16 +98,18 @@ def load_experiment(place: str) -> Config:
     sys.modules[name] = module
     try:
         loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{prefix}{place}: has no get_config() that returns a Config")
         config = module.get_config(*arguments)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"--config={place}: {error}") from error
+        raise UserError(f"{prefix}{place}: {error}") from error
     except Exception as error:
-        raise UserError(f"--config={place}: {_experiment_failure(error)}") from error
+        raise UserError(f"{prefix}{place}: {_experiment_failure(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
-            f"--config={place}: get_config() returned {type(config).__name__}; it must return "
+            f"{prefix}{place}: get_config() returned {type(config).__name__}; it must return "
             "inception_jax.config.Config"
         )
     return config
