@@ -21,9 +21,10 @@ _OWN_MEMORY = re.compile(
 )
 # cuDNN and cuBLAS fail to start where another process has left them no memory.
 _IN_USE = re.compile(
-    r"already in use by process|libtpu_lockfile|libtpu multi-process lockfile|"
+    r"already in use by|libtpu_lockfile|libtpu multi-process lockfile|"
     r"Device or resource busy|CUDA_ERROR_DEVICE_UNAVAILABLE|"
     r"STATUS_NOT_INITIALIZED|CUDNN_STATUS_INTERNAL_ERROR|DNN library initialization failed|"
+    r"DNN library is not found|best cudnn convolution algorithm|"
     r"(create|initialize) (cudnn|cublas|cusolver|cusparse)",
     re.IGNORECASE,
 )
@@ -85,7 +86,8 @@ def in_use(text: str) -> str | None:
         f"the device cannot be used, it seems because another process is using it: "
         f"{_shortened(text)}. End that process (nvidia-smi lists those on GPUs; on a TPU VM: sudo "
         "lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile; where none is left, remove "
-        "/tmp/libtpu_lockfile), choose another device, or give --platform=cpu"
+        "/tmp/libtpu_lockfile), or give --platform=cpu. JAX reserves three quarters of a GPU's memory: "
+        "with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each, two processes can share one"
     )
 
 

@@ -140,7 +140,7 @@ def _experiment_failure(error: Exception) -> str:
     if isinstance(error, TypeError) and (found := _UNEXPECTED_KEYWORD.search(str(error))):
         hint = configs.did_you_mean(found[1])
     what = traceback.format_exception_only(error)[-1 - len(getattr(error, "__notes__", []))]
-    return f"the experiment file failed: {what.strip()} ({file}, line {line}).{hint}"
+    return f"the experiment file failed: {what.strip()} ({file}, line {line}){hint and f'.{hint}'}"
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:

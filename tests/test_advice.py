@@ -78,6 +78,7 @@ def test_every_wording_of_the_drivers_is_known(text: str) -> None:
         '"$ sudo rm /tmp/libtpu_lockfile".',
         "FAILED_PRECONDITION: DNN library initialization failed. Look at the errors above",
         "Could not create cudnn handle: CUDNN_STATUS_NOT_INITIALIZED",
+        "libtpu.so already in use by another process probably owned by another user. Run lsof",
         "UNKNOWN: TPU initialization failed: open(/dev/accel0): Device or resource busy",
     ],
 )
