@@ -69,12 +69,12 @@ def explain(error: BaseException, doing: Sequence[str], settings: Mapping[str, A
     for each in _chain(error):
         what = first_line(each)
         text = f"{type(each).__name__}: {each}"
-        if message := in_use(text):
-            return message
         if isinstance(each, MemoryError) or _NO_MEMORY.search(text):
             known = [name for name in doing if name in _WHAT_TO_DO]
             words, todo = _WHAT_TO_DO[known[0]] if known else ("", _ANY)
             return _no_memory(each, what, words, todo, settings)
+        if message := in_use(text):
+            return message
     return None
 
 
@@ -86,8 +86,8 @@ def in_use(text: str) -> str | None:
         f"the device cannot be used, it seems because another process is using it: "
         f"{_shortened(text)}. End that process (nvidia-smi lists those on GPUs; on a TPU VM: sudo "
         "lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile; where none is left, remove "
-        "/tmp/libtpu_lockfile), or give --platform=cpu. JAX reserves three quarters of a GPU's memory: "
-        "with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each, two processes can share one"
+        "/tmp/libtpu_lockfile), or give --platform=cpu. JAX reserves three quarters of a GPU's "
+        "memory: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each, two processes can share one"
     )
 
 
