@@ -76,7 +76,7 @@ _OTHER_NAMES = {
     "init.weights": "pretrained pretrained_weights initial_checkpoint finetune",
     "log.every.steps": "log_every log_interval log_every_n_steps print_freq logging_steps",
     "model.dropout": "drop drop_rate dropout_rate",
-    "model.dtype": "amp precision mixed_precision fp16 bf16 half dtype compute_dtype",
+    "model.dtype": "amp precision mixed_precision fp16 bf16 half compute_dtype",
     "model.name": "arch architecture backbone network net",
     "model.norm_epsilon": "bn_eps bn_epsilon",
     "model.norm_momentum": "bn_momentum",

@@ -98,7 +98,7 @@ def recall(
 def overridden(path: pathlib.Path) -> Workdir:
     """The folder of a run that overrode two settings of an experiment."""
     config = Config()
-    config.model.width, config.train.image_sizes = 0.5, (16, 32)
+    config.model.width, config.train.image_sizes = 0.5, (16,)
     experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
     folder = started(path, config)
     workdirs.record_start(
@@ -111,7 +111,7 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
     folder = overridden(tmp_path)
     config = Config()
     experiment, said = recall(folder, config, "a.py", {"schedule.learning_rate": 0.2})
-    assert (config.model.width, config.train.image_sizes) == (0.5, (16, 32))
+    assert (config.model.width, config.train.image_sizes) == (0.5, (16,))
     assert config.schedule.learning_rate == 0.2
     assert experiment["own"] == {
         "schedule.learning_rate": 0.1,
@@ -120,7 +120,7 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
     }
     assert said == [
         "not given, so as the run was started: config.model.width = 0.5, "
-        "config.train.image_sizes = (16, 32)"
+        "config.train.image_sizes = (16,)"
     ]
     assert len(workdirs.check_owner(folder, config)) == 1
 
