@@ -6,9 +6,10 @@ into one message and exit code 1, and leaves everything else, a bug, its traceba
 no failure; its exit code tells a scheduler to start the command again.
 """
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # sysexits.h: "temporary failure; the user is invited to try again". Apart from 143 and 130, with
 # which a program ends that a signal met unprepared.
@@ -50,6 +51,16 @@ def note_phase(error: BaseException, phase: str) -> None:
     """Notes in an error what was going on when it was raised; the first note stays."""
     if not phase_of(error):
         error.add_note(f"{_PHASE}{phase}")
+
+
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Notes the phase in an error that leaves the `with` block."""
+    try:
+        yield
+    except Exception as error:
+        note_phase(error, phase)
+        raise
 
 
 def phase_of(error: BaseException) -> str:

@@ -21,6 +21,7 @@ SETTINGS = {"train.batch_size": 4096, "train.accumulate": 1, "evaluation.batch_s
         ("predict", "Give fewer pictures at a time"),
         ("export", "a smaller --calibration"),
         ("serve", "a smaller --max_megapixels"),
+        ("prepare", "while preparing data: "),
         ("find_lr", "config.train.batch_size"),
         ("other", "In training, give a smaller config.train.batch_size (now 4096)"),
         ("other", "in evaluation, give a smaller config.evaluation.batch_size"),

@@ -41,10 +41,8 @@ class Clock:
         self._settle()
         self._open.append(name)
         try:
-            yield
-        except Exception as error:
-            errors.note_phase(error, name)
-            raise
+            with errors.during(name):
+                yield
         finally:
             self._settle()
             self._open.pop()

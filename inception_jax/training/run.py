@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
-from inception_jax.errors import ConfigError
+from inception_jax.errors import ConfigError, during
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
@@ -125,7 +125,8 @@ def build(
         log(f"warning: {slow}")
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
-    dataset = prepare(config.data, log=log)
+    with during("prepare"):
+        dataset = prepare(config.data, log=log)
     hosts.agree("data set", lambda: content(dataset))
     model = registry.create(config.model, dataset.num_classes)
     _check_image_sizes(config, model.least_image_size)
