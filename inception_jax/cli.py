@@ -51,18 +51,13 @@ _config_argv = ["", "--config="]
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
-def define_config(help_more: str = "") -> flags.FlagHolder[Config]:
-    """Defines --config=FILE with its overrides --config.a.b=value.
-
-    Args:
-      help_more: what --help says of it besides.
-    """
+def define_config() -> flags.FlagHolder[Config]:
+    """Defines --config=FILE with its overrides --config.a.b=value."""
     holder = config_flags.DEFINE_config_dataclass(
         "config",
         Config(),
         "experiment file with a get_config() that returns a Config, or the config.json of a run. "
-        "An experiment is a Python program, which is run: give none that you would not run"
-        + help_more,
+        "An experiment is a Python program, which is run: give none that you would not run",
         parse_fn=functools.partial(load_experiment, prefix="--config="),
         sys_argv=_config_argv,
     )
@@ -132,15 +127,14 @@ def _no_experiment(path: pathlib.Path) -> str:
 
 def _experiment_failure(error: Exception) -> str:
     """Returns what went wrong in an experiment file, which is the user's own code, and where."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    file, line = where.filename, where.lineno
-    if isinstance(error, SyntaxError) and error.filename:
-        file, line = error.filename, error.lineno
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    # A get_config() that takes other arguments fails here, and a syntax error says itself where.
+    inside = last.filename != __file__ and not isinstance(error, SyntaxError)
+    where = f" ({last.filename}, line {last.lineno})" if inside else ""
     hint = ""
     if isinstance(error, TypeError) and (found := _UNEXPECTED_KEYWORD.search(str(error))):
         hint = configs.did_you_mean(found[1])
-    what = traceback.format_exception_only(error)[-1 - len(getattr(error, "__notes__", []))]
-    return f"the experiment file failed: {what.strip()} ({file}, line {line}){hint and f'.{hint}'}"
+    return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:

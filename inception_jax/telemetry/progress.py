@@ -12,6 +12,11 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 
 
+def say(line: str) -> None:
+    """Prints a line on stderr, above a bar if there is one; from any thread."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class Progress:
     """Shows the progress of a training run.
 

@@ -17,6 +17,7 @@ from inception_jax.errors import Preempted, RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
 from inception_jax.telemetry import compilations, resources, summary
+from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
@@ -179,7 +180,7 @@ def _start(
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
     start = pretrained.start(run, like) if first is None and run.config.init.weights else None
-    log = storage.say if run.is_lead else lambda line: None
+    log = progress_lines.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(run, like, background, first=first or 0, log=log)
     if start:
         return states.start_from(create(), start.values), Clock(), train_steps, start.notes
