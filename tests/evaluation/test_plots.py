@@ -134,7 +134,7 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
 
 
 ODD = [
-    "$100 bill", r"$\frac{", "100%", "%s %(a)d", "it's \"so\"", "_private", "a\nb", "a\tb", "猫 😀",
+    "$100 bill", r"$\frac{$", "100%", "%s %(a)d", "it's \"so\"", "_private", "a\nb", "a\tb", "猫 😀",
     "x" * 300, "{0}", "a<b>&c", "back\\slash", "caf\udce9", "^_^", "#"
 ]  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -
         for name, text in zip(ODD, shown, strict=True):
             assert text.endswith(", last 27") and len(text) < 60
             assert text.startswith(name[:1])
-        assert shown[1] == r"$\frac{, last 27"
+        assert shown[1] == r"$\frac{$, last 27"
         for name in ODD:
             (tmp_path / "one").mkdir(exist_ok=True)
             plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))

@@ -53,7 +53,7 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
 
 def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathlib.Path) -> None:
     names = (*ODD[:9], "</script><b>")
-    settings = run_folders.config(name=r"$\frac{1} %s </script>")
+    settings = run_folders.config(name=r"$\frac{$ %s </script>")
     folder = run_folders.write(tmp_path / "$a_{%s}'\"", names=names, settings=settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
