@@ -62,7 +62,7 @@ def define_config() -> flags.FlagHolder[Config]:
         sys_argv=_config_argv,
     )
     # It has a value only where --config is given.
-    flags.set_default(holder, None)
+    flags.FLAGS.set_default("config", None)
     return holder
 
 
@@ -77,7 +77,8 @@ def load_experiment(place: str, prefix: str = "") -> Config:
     Raises:
       UserError: if there is no such file, or it gives no settings.
     """
-    path, arguments = pathlib.Path(place).expanduser(), []
+    path = pathlib.Path(place).expanduser()
+    arguments: list[str] = []
     if not path.exists() and ":" in place:
         name, _, argument = place.rpartition(":")
         path, arguments = pathlib.Path(name).expanduser(), [argument]
@@ -288,7 +289,8 @@ def _fail_unexpectedly(error: Exception) -> NoReturn:
 def _unexpected(error: Exception) -> str:
     """Returns what to do about an error that no module explains."""
     given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
-    config, settings = given.get("config"), {}
+    config = given.get("config")
+    settings: dict[str, Any] = {}
     if config is not None:
         settings = {path: configs.get(config, path) for path, _, _ in configs.leaves()}
     command = "evaluate" if given.get("mode") == "eval" else pathlib.Path(sys.argv[0]).stem
@@ -355,7 +357,9 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
 
 def _take(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
     """Returns the command line without a flag, and the values that it gave the flag."""
-    rest, values, arguments = [], [], iter(argv)
+    rest: list[str] = []
+    values: list[str] = []
+    arguments = iter(argv)
     for argument in arguments:
         if argument == "--":
             rest += [argument, *arguments]

@@ -60,7 +60,7 @@ def expected(kind: str) -> float | None:
     """Returns how long it took to compile such a program last; None where it is not known."""
     with contextlib.suppress(OSError, ValueError):
         found = _remembered().get(kind)
-        return found if isinstance(found, float) else None
+        return found if isinstance(found, int | float) else None
     return None
 
 

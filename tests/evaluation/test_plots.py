@@ -11,6 +11,7 @@ from PIL import Image
 
 from inception_jax.errors import UserError
 from inception_jax.evaluation.plots import plot_comparison, plot_run
+from tests import run_folders
 
 _TRAIN: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "train", "loss": 5 / s, "top1": s, "top5": 2.0 * s}
@@ -133,24 +134,18 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     assert len(plot_comparison({"one": _VALIDATION}, tmp_path)) == 3
 
 
-ODD = [
-    "$100 bill", r"$\frac{$", "100%", "%s %(a)d", "it's \"so\"", "_private", "a\nb", "a\tb", "猫 😀",
-    "x" * 300, "{0}", "a<b>&c", "back\\slash", "caf\udce9", "^_^", "#"
-]  # fmt: skip
-
-
 def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        runs = dict.fromkeys(ODD, _TRAIN + _VALIDATION)
+        runs = dict.fromkeys(run_folders.ODD_NAMES, _TRAIN + _VALIDATION)
         plot_comparison(runs, tmp_path / "all")
         shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]
-        assert len(shown) == len(ODD)
-        for name, text in zip(ODD, shown, strict=True):
+        assert len(shown) == len(run_folders.ODD_NAMES)
+        for name, text in zip(run_folders.ODD_NAMES, shown, strict=True):
             assert text.endswith(", last 27") and len(text) < 60
             assert text.startswith(name[:1])
         assert shown[1] == r"$\frac{$, last 27"
-        for name in ODD:
+        for name in run_folders.ODD_NAMES:
             (tmp_path / "one").mkdir(exist_ok=True)
             plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
             assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3")

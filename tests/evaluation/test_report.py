@@ -13,7 +13,6 @@ from inception_jax.errors import UserError
 from inception_jax.evaluation import report
 from inception_jax.training.range_test import Point
 from tests import command, run_folders
-from tests.evaluation.test_plots import ODD
 
 HERE = pathlib.Path(__file__).parent
 
@@ -52,7 +51,7 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
 
 
 def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathlib.Path) -> None:
-    names = (*ODD[:9], "</script><b>")
+    names = (*run_folders.ODD_NAMES[:9], "</script><b>")
     settings = run_folders.config(name=r"$\frac{$ %s </script>")
     folder = run_folders.write(tmp_path / "$a_{%s}'\"", names=names, settings=settings)
     with warnings.catch_warnings():

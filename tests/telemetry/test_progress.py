@@ -57,7 +57,8 @@ def test_what_compiling_takes_counts_in_neither(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bar_starts_anew_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, unpaused = 0.0, []
+    compiled = 0.0
+    unpaused: list[int] = []
     with Progress(
         9, initial_step=0, batch_size=1, stream=_Terminal(), pauses=lambda: compiled
     ) as progress:
