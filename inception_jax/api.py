@@ -20,7 +20,6 @@ All of them together::
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to mend it.
 """
 
-import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from typing import Any
 from inception_jax import cli
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError, UserError
+from inception_jax.errors import UserError
 from inception_jax.evaluation.evaluate import evaluate_weights
 from inception_jax.evaluation.predict import Predictor
 from inception_jax.input.dataset import Dataset, prepare
@@ -50,31 +49,18 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     """Returns the settings of an experiment, checked as a whole.
 
     Args:
-      path: of the experiment, a Python file with a get_config(). It is run.
+      path: of the experiment, a Python file with a get_config(), which is run; or of the
+        config.json of a run.
       overrides: settings to change, by path: {"train.batch_size": 256}.
 
     Raises:
       UserError: if there is no such file, or it is no experiment.
       ConfigError: if a setting is unknown or wrong, or contradicts another.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file; give an experiment, such as tiny.py")
-    cli.make_importable(file)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file}: is no Python file; give an experiment, such as tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
-    if not isinstance(config, Config):
-        raise UserError(f"{file}: has no get_config() that returns a Config")
-    known = {path for path, _, _ in configs.leaves()}
+    config = cli.load_experiment(os.fspath(path))
     for name, value in (overrides or {}).items():
-        if name not in known:
-            raise ConfigError(configs.unknown_field(name))
-        parent, _, field = name.rpartition(".")
-        setattr(configs.get(config, parent) if parent else config, field, value)
+        configs.check_path(name)
+        configs.put(config, name, value)
     configs.validate(config)
     return config
 

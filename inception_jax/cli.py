@@ -5,35 +5,137 @@ absl itself exits with 1 for --help and for a wrong flag, and an unknown setting
 KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
+import difflib
+import functools
 import gc
+import importlib.machinery
 import itertools
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from inception_jax import advice, hosts
 from inception_jax import config as configs
-from inception_jax import hosts
 from inception_jax.config import Config
-from inception_jax.errors import EXIT_PREEMPTED, ConfigError, Preempted, RunError, UserError
+from inception_jax.errors import (
+    EXIT_PREEMPTED,
+    ConfigError,
+    Preempted,
+    RunError,
+    UserError,
+    nearest,
+    phase_of,
+)
 
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
+# As a shell reports a program that SIGPIPE ended.
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_UNEXPECTED_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
+# absl's words for a setting's value that it cannot convert, and a number with its unit.
+_ABSL_PREFIX = re.compile(r"flags? .*?: (?=give )|flag (?=--)", re.DOTALL)
+_WRONG_SETTING = re.compile(r"flag --config\.([^=]+)=(.*?): .*", re.DOTALL)
+_WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
+# The command line as config_flags is to see it. It looks for --config there when the flag is
+# defined, too, which comes before any command line is parsed.
+_config_argv = ["", "--config="]
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
 def define_config() -> flags.FlagHolder[Config]:
     """Defines --config=FILE with its overrides --config.a.b=value."""
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_dataclass(
         "config",
-        None,
-        "experiment file with a get_config() that returns a Config. It is a Python program, which "
-        "is run: give none that you would not run",
+        Config(),
+        "experiment file with a get_config() that returns a Config, or the config.json of a run. "
+        "An experiment is a Python program, which is run: give none that you would not run",
+        parse_fn=functools.partial(load_experiment, prefix="--config="),
+        sys_argv=_config_argv,
     )
+    # It has a value only where --config is given.
+    flags.FLAGS.set_default("config", None)
+    return holder
+
+
+def load_experiment(place: str, prefix: str = "") -> Config:
+    """Returns the settings of an experiment, or those that a run's config.json holds.
+
+    Args:
+      place: path of the file. What follows its last colon, where no file has the whole name, is
+        handed to an experiment's get_config().
+      prefix: what messages put before the path.
+
+    Raises:
+      UserError: if there is no such file, or it gives no settings.
+    """
+    path = pathlib.Path(place).expanduser()
+    arguments: list[str] = []
+    if not path.exists() and ":" in place:
+        name, _, argument = place.rpartition(":")
+        path, arguments = pathlib.Path(name).expanduser(), [argument]
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
+    if path.suffix == ".json":
+        return configs.from_dict(configs.read_record(path)["config"])
+    make_importable(path)
+    name = f"_experiment_{path.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{prefix}{place}: has no get_config() that returns a Config")
+        config = module.get_config(*arguments)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{prefix}{place}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{prefix}{place}: {_experiment_failure(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{prefix}{place}: get_config() returned {type(config).__name__}; it must return "
+            "inception_jax.config.Config"
+        )
+    return config
+
+
+def _no_experiment(path: pathlib.Path) -> str:
+    """Returns why a path is no file to take settings from, and what may be meant."""
+    if (path / "config.json").exists():
+        return f"is the folder of a run: give it as --workdir, or --config={path}/config.json"
+    folder = path if path.is_dir() else path.parent
+    found = sorted({*folder.glob("*.py"), *pathlib.Path("experiments").glob("*.py")})
+    names = {each.stem: str(each) for each in found}
+    if path.is_dir():
+        some = f", such as {found[0]}" if found else ""
+        return f"is a folder; give an experiment file{some}"
+    meant = difflib.get_close_matches(path.stem, list(names), n=1)
+    hint = f" Did you mean {names[meant[0]]!r}?" if meant else ""
+    return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
+
+
+def _experiment_failure(error: Exception) -> str:
+    """Returns what went wrong in an experiment file, which is the user's own code, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    # A get_config() that takes other arguments fails here, and a syntax error says itself where.
+    inside = last.filename != __file__ and not isinstance(error, SyntaxError)
+    where = f" ({last.filename}, line {last.lineno})" if inside else ""
+    hint = ""
+    if isinstance(error, TypeError) and (found := _UNEXPECTED_KEYWORD.search(str(error))):
+        hint = configs.did_you_mean(found[1])
+    return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:
@@ -63,7 +165,8 @@ def command() -> dict[str, Any]:
 
 def require(*names: str) -> None:
     """Makes flags obligatory."""
-    flags.mark_flags_as_required(names)
+    for name in names:
+        flags.register_validator(name, bool, f"give --{name}=…")
 
 
 def require_one(*names: str, message: str) -> None:
@@ -77,22 +180,35 @@ def require_one(*names: str, message: str) -> None:
     )
 
 
+def overrides() -> dict[str, Any]:
+    """Returns the settings that the command line gives, by path, with their value before."""
+    return {
+        # config_flags makes a flag of each override, by default what the experiment says.
+        path: flags.FLAGS[f"config.{path}"].default
+        for path in config_flags.get_override_values(flags.FLAGS["config"])
+    }
+
+
 def experiment() -> dict[str, Any]:
     """Returns which experiment the command line took, and its own values of what was overridden.
+
+    Where it took a run's config.json, that run's experiment.
 
     Returns:
       Values for JSON: file, as it was given; and own, the experiment's value of each setting that
       the command line gave another one, by its dotted path.
     """
-    flag = flags.FLAGS["config"]
-    own = {}
-    for path, value in config_flags.get_override_values(flag).items():
-        # config_flags makes a flag of each override, by default what the experiment says.
-        before: Any = flags.FLAGS[f"config.{path}"].default
-        before = tuple(before) if isinstance(value, tuple) else before
-        if before != value:
-            own[path] = before
-    return {"file": config_flags.get_config_filename(flag), "own": own}
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    own: dict[str, Any] = {}
+    if file.endswith(".json"):
+        record = configs.read_record(pathlib.Path(file).expanduser())
+        before = record.get("experiment") or {"file": file, "own": {}}
+        file, own = before["file"], dict(before["own"])
+    for path, value in overrides().items():
+        own.setdefault(path, value)
+    own = {path: configs.plain(value) for path, value in own.items()}
+    now = {path: configs.plain(configs.get(flags.FLAGS.config, path)) for path in own}
+    return {"file": file, "own": {path: own[path] for path in own if own[path] != now[path]}}
 
 
 def refuse_positional(positional: Sequence[str]) -> None:
@@ -110,23 +226,27 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
+def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
     """Parses the command line, calls `main` with what is left of it, and exits.
 
     Args:
       main: gets the positional arguments.
       usage: what the command is for and how it is called, for --help.
+      settings_of: the flag that names a run's folder, whose settings are taken where --config is
+        not given; '' for none.
     """
     # Imports and tracing make millions of objects that stay. Looking for garbage among them as
     # often as Python does by default takes a sixth of a start.
     gc.set_threshold(100_000)
     # The libraries log much that is of no use to a user, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
-    if _HELP & set(sys.argv[1:]):
-        print(_help(usage))
-        sys.exit(0)
     try:
-        main(_parse(sys.argv))
+        if _HELP & set(sys.argv[1:]):
+            print(_help(usage))
+        else:
+            main(_parse(sys.argv, settings_of))
+        # What a pipe has not taken shows here, and not while Python shuts down.
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error), 2)
     except RunError as error:
@@ -135,33 +255,50 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
         say(str(end))
         hosts.done()
         sys.exit(EXIT_PREEMPTED)
+    except BrokenPipeError:
+        _end_with_reader()
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {_AGAIN}", 130)
     except OSError as error:
         # A failed read or write that no module could say more about: its text says enough.
         if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}. Mend that, and {_AGAIN}", 2)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {_AGAIN}", 130)
+            _fail_unexpectedly(error)
+        _fail(f"{error.filename}: {error.strerror}. Fix this, and {_AGAIN}", 2)
     except Exception as error:
-        # A bug, or what another process's death looks like from here, which is then said instead.
-        hosts.await_verdict(error)
-        traceback.print_exc()
-        _fail(_unexpected(error), 1)
+        _fail_unexpectedly(error)
     hosts.done()
     sys.exit(0)
 
 
+def _end_with_reader() -> NoReturn:
+    """Ends where who reads the output, such as head, has enough: in silence, as SIGPIPE would."""
+    # Python flushes its streams once more when it ends, and would complain.
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    hosts.fail("who read its output has gone", EXIT_BROKEN_PIPE)
+    sys.exit(EXIT_BROKEN_PIPE)
+
+
+def _fail_unexpectedly(error: Exception) -> NoReturn:
+    """Ends with a bug, or what another process's death looks like here, which is then said."""
+    hosts.await_verdict(error)
+    traceback.print_exception(error)
+    _fail(_unexpected(error), 1)
+
+
 def _unexpected(error: Exception) -> str:
     """Returns what to do about an error that no module explains."""
-    what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-        return (
-            f"the memory does not suffice: {what}. Give a smaller config.train.batch_size, or "
-            "compute it in parts by config.train.accumulate (2, 4, ...)"
-        )
+    given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
+    config = given.get("config")
+    settings: dict[str, Any] = {}
+    if config is not None:
+        settings = {path: configs.get(config, path) for path, _, _ in configs.leaves()}
+    command = "evaluate" if given.get("mode") == "eval" else pathlib.Path(sys.argv[0]).stem
+    if message := advice.explain(error, (phase_of(error), command), settings):
+        return message
     return (
-        f"{what}. That was not to be expected; the lines above say where. {_AGAIN.capitalize()}; "
-        "if it fails once more, it is a fault of the program: report these lines"
+        f"{advice.first_line(error)}. Unexpected error; see the traceback above. "
+        f"{_AGAIN.capitalize()}; if it fails again, it is a bug in the program: report these lines"
     )
 
 
@@ -171,48 +308,117 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     """Parses flags and returns the positional arguments; every mistake is a UserError."""
+    argv = _with_config(argv, settings_of)
+    _check_values_given(argv)
     for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            _check_path(match[1])
-    _make_experiments_importable(argv)
+        if match := _OVERRIDE.match(argument):
+            configs.check_path(match[1])
+    _config_argv[:] = argv
     try:
-        positional = flags.FLAGS(argv)[1:]
-        # A file that is not there shows only when the configuration is looked at.
-        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            _check_type(flags.FLAGS.config)
-        return positional
+        return flags.FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname)) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(f"{_wrong_value(str(error)).rstrip('.')}. See --help") from error
     except flags.Error as error:
-        message = str(error).strip()
-        # config_flags puts a whole traceback into this message; its last line says what is wrong.
-        if "Error whilst parsing config file" in message:
-            message = f"--config: the experiment file failed: {message.splitlines()[-1]}"
-        raise UserError(f"{message.rstrip('.')}. See --help") from error
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
-    except Exception as error:
-        # The experiment file is the user's own code, and may fail in any way.
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"--config: the experiment file failed: {type(error).__name__}: {error} "
-            f"({where.filename}, line {where.lineno})"
-        ) from error
+        raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 
 
-def _make_experiments_importable(argv: Sequence[str]) -> None:
-    """Lets an experiment file import those beside it, by the name of their folder.
+def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
+    """Returns the command line with --config as its first flag, where config_flags wants it.
 
-    `from experiments import tiny_base` works without this only where the command is run from the
-    folder above.
+    Where it is not given, and the command takes the settings of a run's folder instead, it is that
+    folder's config.json.
+
+    Args:
+      argv: the command line.
+      settings_of: the flag that names the folder; '' for none.
     """
-    for argument, following in itertools.pairwise([*argv[1:], ""]):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            file = following if match[1] is None else match[1]
-            # config_flags hands what follows a colon to get_config().
-            make_importable(pathlib.Path(file.partition(":")[0]))
+    rest, files = _take(argv, "config")
+    if len(files) > 1:
+        raise UserError(f"--config: is given {len(files)} times ({', '.join(files)}); give it once")
+    overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
+    if not files and settings_of and (folders := _take(argv, settings_of)[1]):
+        record = pathlib.Path(folders[-1]).expanduser() / "config.json"
+        if not record.exists():
+            raise UserError(
+                f"--{settings_of}={folders[-1]}: there is no run here (no config.json). Start one "
+                "with --config=FILE, an experiment such as experiments/tiny.py"
+            )
+        files = [str(record)]
+    if not files and overridden and "config" in flags.FLAGS:
+        raise UserError(
+            f"{overridden[0]}: changes a setting of an experiment; give that too, as --config=FILE"
+        )
+    return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:]]
+
+
+def _take(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Returns the command line without a flag, and the values that it gave the flag."""
+    rest: list[str] = []
+    values: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL):
+            value = next(arguments, None) if match[1] is None else match[1]
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name}: needs a value: --{name}=…")
+            values.append(value)
+        else:
+            rest.append(argument)
+    return rest, values
+
+
+def _check_values_given(argv: Sequence[str]) -> None:
+    """Checks that no flag takes the next flag for its value, as absl would have it."""
+    settings = {f"config.{path}": kind is bool for path, kind, _ in configs.leaves()}
+    for argument, following in itertools.pairwise([*argv[1:], "--"]):
+        if argument == "--":
+            return
+        name = argument.lstrip("-")
+        if not argument.startswith("-") or "=" in argument or not following.startswith("--"):
+            continue
+        if name in settings:
+            takes_value = not settings[name]
+        else:
+            takes_value = name in flags.FLAGS and not flags.FLAGS[name].boolean
+        if takes_value:
+            raise UserError(f"{argument}: needs a value: {argument}=…")
+
+
+def _unknown_flag(name: str) -> str:
+    """Returns the message for a flag that does not exist, with what may be meant."""
+    own = [flag for flag in flags.FLAGS if not flag.startswith("config.")]
+    hint = ""
+    # What is no more than misspelled is a flag, what others call a setting is a setting.
+    if not difflib.get_close_matches(name, own, n=1, cutoff=0.8) and "config" in flags.FLAGS:
+        hint = configs.did_you_mean(name, "--config.")
+    hint = hint or nearest(name, own, "--")
+    return f"--{name}: there is no such flag.{hint} See --help"
+
+
+def _wrong_value(message: str) -> str:
+    """Returns what absl says of a value that has the wrong type, in the words of `configs`."""
+    if not (found := _WRONG_SETTING.fullmatch(message)):
+        return _ABSL_PREFIX.sub("", message)
+    path, value = found.groups()
+    kinds = {known: kind for known, kind, _ in configs.leaves()}
+    said = f"config.{path} = {value!r}: must be of type {configs.type_name(kinds[path])}"
+    if not (number := _WITH_UNIT.fullmatch(value)):
+        return said
+    # "60 epochs", for one of the settings that a duration has: one for each unit.
+    duration, _, unit = path.rpartition(".")
+    word = number[2].rstrip("s") + "s"
+    if word != unit and f"{duration}.{word}" in kinds:
+        return (
+            f"{said}; the unit is a part of the name: --config.{duration}.{word}={number[1]} "
+            f"--config.{path}=0"
+        )
+    return f"{said}, without a unit: --config.{path}={number[1]}"
 
 
 def make_importable(experiment: pathlib.Path) -> None:
@@ -223,27 +429,6 @@ def make_importable(experiment: pathlib.Path) -> None:
     above = str(experiment.resolve().parent.parent)
     if above not in sys.path:
         sys.path.append(above)
-
-
-def _check_path(path: str) -> None:
-    """Checks that a setting named on the command line is one."""
-    paths = {known for known, _, _ in configs.leaves()}
-    if path in paths:
-        return
-    if inner := [known for known in paths if known.startswith(f"{path}.")]:
-        raise ConfigError(f"config.{path}: is a group of settings; give one of {', '.join(inner)}")
-    raise ConfigError(configs.unknown_field(path))
-
-
-def _check_type(config: Any) -> None:
-    """Checks that an experiment file returned a Config; a missing file's error is raised too."""
-    # config_flags puts off the error of a missing file until a field is looked at.
-    getattr(config, "name", None)
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"--config: get_config() returned {type(config).__name__}; it must return "
-            "inception_jax.config.Config"
-        )
 
 
 def _help(usage: str) -> str:

@@ -11,7 +11,9 @@ the tests, which require that every field is read somewhere in the package.
 
 import copy
 import dataclasses
+import json
 import math
+import pathlib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -49,6 +51,81 @@ POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 NONFINITE = ("stop", "skip")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
+
+# What Keras, timm, torchvision and Lightning call our settings, where no setting has that name.
+_OTHER_NAMES = {
+    "augment.color_jitter": "jitter",
+    "augment.cutmix": "cutmix_alpha",
+    "augment.cutout": "reprob random_erase random_erasing erasing",
+    "augment.flip": "hflip horizontal_flip random_flip",
+    "augment.mix_probability": "mixup_prob mix_prob",
+    "augment.mix_until.epochs": "mixup_off_epoch",
+    "augment.mixup": "mixup_alpha",
+    "augment.policy": "aa auto_augment autoaugment randaugment",
+    "augment.policy_magnitude": "ra_magnitude",
+    "checkpoint.every.epochs": "save_every save_freq save_interval checkpoint_freq",
+    "checkpoint.keep_best": "save_top_k save_best",
+    "checkpoint.keep_last": "max_to_keep checkpoint_hist save_total_limit",
+    "data.directory": "cache_dir",
+    "data.eval_crop": "crop_pct",
+    "data.eval_share": "validation_split val_split val_ratio val_fraction test_size",
+    "data.image_size": "img_size imgsz input_size resolution size crop_size train_crop_size",
+    "data.name": "dataset",
+    "data.source": "data_dir data_path data_root dataset_dir dataset_path root train_dir path",
+    "data.workers": "num_workers n_workers dataloader_num_workers",
+    "evaluation.batch_size": "eval_batch_size val_batch_size validation_batch_size test_batch_size",
+    "evaluation.every.epochs": "eval_every eval_freq val_interval validation_freq "
+    "check_val_every_n_epoch",
+    "evaluation.flip": "tta flip_tta test_time_augmentation",
+    "init.weights": "pretrained pretrained_weights initial_checkpoint finetune",
+    "log.every.steps": "log_every log_interval log_every_n_steps print_freq logging_steps",
+    "model.dropout": "drop drop_rate dropout_rate",
+    "model.dtype": "amp precision mixed_precision fp16 bf16 half compute_dtype",
+    "model.name": "arch architecture backbone network net",
+    "model.norm_epsilon": "bn_eps bn_epsilon",
+    "model.norm_momentum": "bn_momentum",
+    "optimizer.beta1": "betas",
+    "optimizer.clip_norm": "clip_grad clip_gradients clipnorm gradient_clip_val max_grad_norm "
+    "grad_clip",
+    "optimizer.epsilon": "eps opt_eps",
+    "optimizer.name": "opt optim",
+    "optimizer.weight_decay": "wd decay_rate_l2 l2 weight_decay_rate",
+    "schedule.boundaries": "milestones decay_milestones lr_steps",
+    "schedule.decay": "gamma lr_gamma decay_rate",
+    "schedule.decay_every.epochs": "decay_epochs lr_step_size step_size",
+    "schedule.end_factor": "min_lr eta_min final_lr",
+    "schedule.learning_rate": "lr base_lr max_lr peak_lr init_lr learningrate",
+    "schedule.name": "sched scheduler lr_scheduler lr_schedule",
+    "schedule.warmup.epochs": "warmup_epochs lr_warmup_epochs",
+    "schedule.warmup.steps": "warmup_steps num_warmup_steps warmup_iters",
+    "train.accumulate": "grad_accum_steps accum_iter accumulate_grad_batches "
+    "gradient_accumulation_steps accumulation_steps",
+    "train.aux_weight": "aux_loss_weight",
+    "train.batch_size": "bs batch per_device_train_batch_size global_batch_size",
+    "train.ema.epochs": "model_ema use_ema",
+    "train.ema.steps": "model_ema_decay ema_decay ema_momentum",
+    "train.label_smoothing": "smoothing",
+    "train.length.epochs": "epochs num_epochs n_epochs max_epochs num_train_epochs",
+    "train.length.steps": "steps max_steps num_steps total_steps num_train_steps iterations "
+    "max_iter",
+    "name": "experiment exp_name run_name",
+    "seed": "random_seed random_state rng_seed",
+}
+_SETTING_OF = {name: path for path, names in _OTHER_NAMES.items() for name in names.split()}
+# What they have and this package does in another way.
+_ANSWERS = {
+    "A run resumes by itself: give the same --workdir": "resume resume_from_checkpoint ckpt_path "
+    "auto_resume",
+    "There is no early stopping; the best checkpoint is kept (checkpoint.keep_best)": "patience "
+    "early_stopping early_stop patience_epochs",
+    "The data set says how many classes there are": "num_classes nb_classes n_classes classes",
+    "Training examples are always shuffled, by config.seed": "shuffle",
+    "The folder of a run is --workdir=DIR": "output output_dir out_dir logdir log_dir save_dir "
+    "model_dir default_root_dir checkpoint_dir ckpt_dir",
+    "Devices are chosen by --platform=cpu, gpu or tpu": "device devices gpu gpus accelerator cuda "
+    "ngpu num_gpus",
+}
+_ANSWER_TO = {name: answer for answer, names in _ANSWERS.items() for name in names.split()}
 
 
 def setting(
@@ -598,6 +675,18 @@ def get(config: Any, path: str) -> Any:
     return config
 
 
+def put(config: Config, path: str, value: Any) -> None:
+    """Changes the setting at a dotted path; a list, which JSON makes of a tuple, becomes one."""
+    parent, _, name = path.rpartition(".")
+    value = tuple(value) if isinstance(value, list) else value
+    setattr(get(config, parent) if parent else config, name, value)
+
+
+def plain(value: Any) -> Any:
+    """Returns a setting's value as JSON gives it back: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries that JSON can hold."""
     return dataclasses.asdict(config)
@@ -609,16 +698,10 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: if a field is unknown, or a value fails `validate`.
     """
-    known = {path: hint for path, hint, _ in leaves()}
     config = Config()
     for path, value in flatten(values).items():
-        if path not in known:
-            raise ConfigError(unknown_field(path))
-        parent, _, name = path.rpartition(".")
-        is_tuple = typing.get_origin(known[path]) is tuple
-        setattr(
-            get(config, parent) if parent else config, name, tuple(value) if is_tuple else value
-        )
+        check_path(path)
+        put(config, path, value)
     validate(config)
     return config
 
@@ -629,6 +712,26 @@ def unrecorded_bit_depth(data_name: str) -> int:
     They took all 16 bits for used. Only image_folder can have such files; for others 0 stands.
     """
     return 16 if data_name == "image_folder" else 0
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a run's config.json holds; its "config" is one that `from_dict` takes.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ConfigError: if it cannot be read as the record of a run.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        from_dict(record["config"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as the record of a run: {error}. Was it written by another "
+            "version? Restore it from a backup, or use a new --workdir"
+        ) from error
+    return record
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -651,12 +754,46 @@ def shared(config: Config) -> dict[str, Any]:
     }
 
 
+def check_path(path: str) -> None:
+    """Checks that a dotted path is a setting's.
+
+    Raises:
+      ConfigError: with what may be meant, if it is not.
+    """
+    paths = {known for known, _, _ in leaves()}
+    if path in paths:
+        return
+    if inner := [known for known in paths if known.startswith(f"{path}.")]:
+        some = ", ".join(sorted(inner))
+        raise ConfigError(f"config.{path}: is a group of settings; give one of {some}")
+    raise ConfigError(unknown_field(path))
+
+
 def unknown_field(path: str) -> str:
-    """Returns the message for a setting that does not exist, with the nearest one that does."""
+    """Returns the message for a setting that does not exist, with the one that may be meant."""
+    return (
+        f"config.{path}: there is no such setting.{did_you_mean(path)} See --help for all of them"
+    )
+
+
+def did_you_mean(path: str, prefix: str = "") -> str:
+    """Returns ' Did you mean X?' for a setting's name or path that does not exist, or ''.
+
+    It knows what other trainers call the settings.
+
+    Args:
+      path: what was given, with or without a group.
+      prefix: what to put before the setting's path.
+    """
+    path = path.lower().replace("-", "_")
+    group, _, name = path.rpartition(".")
     known = [known_path for known_path, _, _ in leaves()]
-    same_end = [p for p in known if p.rpartition(".")[2] == path.rpartition(".")[2]]
-    hint = f" Did you mean {same_end[0]!r}?" if same_end else nearest(path, known)
-    return f"config.{path}: there is no such setting.{hint} See --help for all of them."
+    same_name = [p for p in known if p.rpartition(".")[2] == name]
+    same_group = [p for p in same_name if group and p.startswith(f"{group.partition('.')[0]}.")]
+    if not same_group and name in _ANSWER_TO:
+        return f" {_ANSWER_TO[name]}."
+    meant = [*same_group, *filter(None, [_SETTING_OF.get(name)]), *same_name]
+    return f" Did you mean {prefix + meant[0]!r}?" if meant else nearest(path, known, prefix)
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -672,14 +809,15 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """Returns the name of a setting's type, for messages."""
     return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     """Returns what is wrong with one value, or ''."""
     if not _matches(value, hint):
-        return f"must be of type {_type_name(hint)}"
+        return f"must be of type {type_name(hint)}"
     if metadata["choices"] and value not in metadata["choices"]:
         choices = [str(choice) for choice in metadata["choices"]]
         return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
@@ -813,7 +951,7 @@ def validate(config: Config) -> None:
     Raises:
       ConfigError: naming every setting that is wrong, its value, what is allowed.
     """
-    problems = []
+    problems = [unknown_field(path) for path in _strangers(config)]
     for path, hint, field in leaves():
         value = get(config, path)
         if problem := _problem(value, hint, field.metadata):
@@ -822,6 +960,16 @@ def validate(config: Config) -> None:
     problems = problems or list(_contradictions(config))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _strangers(group: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the paths of what a program assigned to a group that is no setting of it."""
+    fields = {field.name for field in dataclasses.fields(group)}
+    for name, value in vars(group).items():
+        if name not in fields:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(value):
+            yield from _strangers(value, f"{prefix}{name}.")
 
 
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:

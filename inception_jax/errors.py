@@ -6,9 +6,10 @@ into one message and exit code 1, and leaves everything else, a bug, its traceba
 no failure; its exit code tells a scheduler to start the command again.
 """
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # sysexits.h: "temporary failure; the user is invited to try again". Apart from 143 and 130, with
 # which a program ends that a signal met unprepared.
@@ -43,7 +44,38 @@ class Preempted(Exception):
     """Training was told to end, and has been saved. Exit code `EXIT_PREEMPTED`, 75."""
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near."""
+_PHASE = "phase: "
+
+
+def note_phase(error: BaseException, phase: str) -> None:
+    """Notes in an error what was going on when it was raised; the first note stays."""
+    if not phase_of(error):
+        error.add_note(f"{_PHASE}{phase}")
+
+
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Notes the phase in an error that leaves the `with` block."""
+    try:
+        yield
+    except Exception as error:
+        note_phase(error, phase)
+        raise
+
+
+def phase_of(error: BaseException) -> str:
+    """Returns what `note_phase` noted, or ''."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_PHASE)]
+    return notes[0].removeprefix(_PHASE) if notes else ""
+
+
+def nearest(name: str, allowed: Iterable[str], prefix: str = "") -> str:
+    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near.
+
+    Args:
+      name: what was given.
+      allowed: what may be given.
+      prefix: what to put before the name proposed.
+    """
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    return f" Did you mean {prefix + matches[0]!r}?" if matches else ""

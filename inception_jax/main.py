@@ -11,11 +11,13 @@ from inception_jax import cli, memory
 USAGE = """
 Train a network, or evaluate a checkpoint of it.
 
-  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--mode=eval]
+  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--config.a.b=value ...]
+  python -m inception_jax.main --workdir DIR [--mode=eval] [--config.a.b=value ...]
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
-Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
-message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
+A setting is what --config.a.b says; else, with the run's own --config or without any, what the run
+in DIR has; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says
+how to fix it; 75: saved on a signal, run it again to resume from the newest checkpoint.
 """
 
 _CONFIG = cli.define_config()
@@ -39,8 +41,9 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
-    configs.validate(_CONFIG.value)
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
+    configs.validate(_CONFIG.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
@@ -53,13 +56,13 @@ def main(positional: Sequence[str]) -> None:
     stop = preemption.Preemption(tell_all).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
+    this_run = run.build(_CONFIG.value, log=cli.say, experiment=experiment)
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":
-            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value)
+            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value, cli.say)
         else:
             evaluator = evaluate.Evaluator(this_run)
             refresh = report.refresher(this_run, folder.path, evaluator)
@@ -74,4 +77,4 @@ def main(positional: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     memory.use_huge_pages()
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, settings_of="workdir")

@@ -12,7 +12,7 @@ import jax
 # No public interface has the key-value store of the processes.
 from jax._src import distributed as jax_distributed
 
-from inception_jax import compilation_cache, hosts
+from inception_jax import advice, compilation_cache, hosts
 from inception_jax.errors import UserError, nearest
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -200,11 +200,24 @@ def _check_platform(platform: str) -> None:
         found, reason = jax.default_backend(), ""
     # With JAX_PLATFORMS=cuda and no NVIDIA device, JAX fails by an assertion.
     except (RuntimeError, AssertionError) as error:
+        if message := advice.in_use(str(error)):
+            raise UserError(message) from error
         found, reason = "none", f" ({str(error).splitlines()[0]})" if str(error) else ""
         platform = platform or os.environ.get("JAX_PLATFORMS", "")
+    if found not in ("none", platform) and platform and (message := _in_use(platform)):
+        raise UserError(message)
     if found == "none" or platform not in ("", found):
         raise UserError(
             f"no device of the platform {platform!r} can be used; found: {found}{reason}. Check "
             "its driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), "
             "or use --platform=cpu"
         )
+
+
+def _in_use(platform: str) -> str | None:
+    """Returns what to do where JAX passed a platform over because others use its devices."""
+    try:
+        jax.devices(platform)
+    except (RuntimeError, AssertionError) as error:
+        return advice.in_use(str(error))
+    return None

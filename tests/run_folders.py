@@ -15,6 +15,26 @@ from inception_jax.evaluation.predictions import Evaluated, Predictions
 STEPS, BATCH, EXAMPLES, EVALUATED = 400, 36, 1440, 600
 ENVIRONMENT = {"date": "2026-11-21T10:00:00+00:00", "device": "cpu", "packages": {"jax": "0.12"}}
 
+# Of classes and runs: what plots, pages and tables might take for something else.
+ODD_NAMES = [
+    "$100 bill",
+    r"$\frac{$",
+    "100%",
+    "%s %(a)d",
+    'it\'s "so"',
+    "_private",
+    "a\nb",
+    "a\tb",
+    "猫 😀",
+    "x" * 300,
+    "{0}",
+    "a<b>&c",
+    "back\\slash",
+    "caf\udce9",
+    "^_^",
+    "#",
+]
+
 
 def config(**groups: Any) -> Config:
     """Returns the settings of a run of STEPS steps, ten epochs."""

@@ -45,7 +45,20 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--config.train.batch_size=0"], "config.train.batch_size = 0: must be at least 1"),
         (["--config.model.name=goglenet"], "Did you mean 'googlenet'"),
         (["--noconfig.augment.flop"], "augment.flip"),
-        (["--workdri=x"], "workdri"),
+        (["--workdri=x"], "--workdri: there is no such flag. Did you mean '--workdir'"),
+        (["--lr=0.1"], "Did you mean '--config.schedule.learning_rate'"),
+        (["--batch-size", "8"], "Did you mean '--config.train.batch_size'"),
+        (["--resume"], "A run resumes by itself: give the same --workdir"),
+        (["--config.train.lr=0.1"], "Did you mean 'schedule.learning_rate'"),
+        (["--config.train.length.epochs=60 epochs"], "without a unit: --config.train.length.epo"),
+        (
+            ["--config.train.length.epochs=9 steps"],
+            "--config.train.length.steps=9 --config.train.l",
+        ),
+        (["--config.data.image_size=64px"], "of type int, without a unit: --config.data.image_siz"),
+        (["--config=experiments/tiny.py"], "--config: is given 2 times (experiments/digits.py, e"),
+        (["--config.train.batch_size", "--mode=eval"], "--config.train.batch_size: needs a value"),
+        (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
         (["--mode=evaluate"], "train"),
         (["stray"], "'stray'"),
         (["--platform=gpu"], "no device of the platform 'gpu'"),
@@ -68,7 +81,8 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return Config(batch=3)", "batch"),
+        ("return Config(batch=3)", "Did you mean 'train.batch_size'"),
+        ("config = Config(); config.train.lr = 3; return config", "config.train.lr: there is no"),
         ("return 3", "must return inception_jax.config.Config"),
         ("return nothing", "line 3"),
     ],
@@ -148,6 +162,78 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("none.py", "none.py: there is no such file"),
+        ("tiny", "Did you mean 'experiments/tiny.py'"),
+        ("digits.yp", "Did you mean 'experiments/digits.py'"),
+        ("experiments", "is a folder; give an experiment file, such as experiments/"),
+        ("README.md", "the experiment file failed: SyntaxError"),
+        ("", "--config: needs a value"),
+    ],
+)
+def test_what_is_no_experiment_file_is_named(
+    config: str, words: str, tmp_path: pathlib.Path
+) -> None:
+    done = run("inception_jax.main", f"--config={config}", "--workdir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> None:
+    for flags, words in (
+        ([f"--workdir={tmp_path}"], "there is no run here (no config.json). Start one with --con"),
+        ([f"--workdir={tmp_path}", "--config.seed=3"], "there is no run here"),
+        (["--config.seed=3", "--weights=x"], "--config.seed=3: changes a setting of an experiment"),
+        (["--weights=x"], "give --config="),
+    ):
+        done = run("inception_jax.main", *flags)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_experiment_file_may_be_called_anything(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "a:b c"
+    folder.mkdir()
+    path = experiment(folder, "return Config(seed=-7)")
+    done = run("inception_jax.main", "--config", path, "--workdir", str(tmp_path / "run"))
+    assert "config.seed = -7" in done.stderr
+
+
+def test_what_follows_a_colon_is_for_get_config(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        "from inception_jax.config import Config\n"
+        "def get_config(seed):\n    return Config(seed=int(seed))\n"
+    )
+    done = run("inception_jax.main", f"--config={path}:-7", "--workdir", str(tmp_path / "run"))
+    assert "config.seed = -7" in done.stderr
+
+
+@pytest.mark.parametrize("streams", ["1", "2>&1"])
+def test_a_reader_that_has_enough_ends_it_quietly(streams: str) -> None:
+    merged = " 2>&1" if streams == "2>&1" else ""
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"{sys.executable} -m inception_jax.main --help{merged} | head -n 1; "
+            "echo ${PIPESTATUS[0]}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    # As a shell reports SIGPIPE, or 0 where all was written before head ended.
+    assert len(lines) == 2 and lines[1] in ("141", "0"), done.stdout
+    assert done.stderr == ""
+
+
 def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
     done = run("inception_jax.main", "--config", "none.py", "--workdir", str(tmp_path))
     assert done.returncode == 2
@@ -172,10 +258,12 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
 @pytest.mark.parametrize(
     ("failure", "code", "words"),
     [
-        ("KeyError('a bug')", 1, "KeyError: 'a bug'. That was not to be expected"),
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'. Unexpected error"),
         ("MemoryError()", 1, "smaller config.train.batch_size"),
         ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.accumulate"),
-        ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Mend that, and"),
+        ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
+        ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),
+        ("RuntimeError('first\\nsecond')", 1, "error: RuntimeError: first. Unexpected error"),
         ("KeyboardInterrupt()", 130, "start the same command again"),
     ],
 )

@@ -106,10 +106,77 @@ def test_schedules_need_their_settings(schedule: Schedule, words: str) -> None:
         ("train.batchsize", "train.batch_size"),
         ("learning_rate", "schedule.learning_rate"),
         ("optimizer.learning_rate", "schedule.learning_rate"),
+        # The names of timm, torchvision, Keras and Lightning.
+        ("lr", "schedule.learning_rate"),
+        ("train.lr", "schedule.learning_rate"),
+        ("optimizer.lr", "schedule.learning_rate"),
+        ("epochs", "train.length.epochs"),
+        ("train.epochs", "train.length.epochs"),
+        ("max_epochs", "train.length.epochs"),
+        ("steps", "train.length.steps"),
+        ("batch_size", "train.batch_size"),
+        ("batch-size", "train.batch_size"),
+        ("bs", "train.batch_size"),
+        ("weight_decay", "optimizer.weight_decay"),
+        ("train.wd", "optimizer.weight_decay"),
+        ("opt", "optimizer.name"),
+        ("sched", "schedule.name"),
+        ("warmup_epochs", "schedule.warmup.epochs"),
+        ("mixup", "augment.mixup"),
+        ("smoothing", "train.label_smoothing"),
+        ("model_ema_decay", "train.ema.steps"),
+        ("grad_accum_steps", "train.accumulate"),
+        ("drop_rate", "model.dropout"),
+        ("crop_pct", "data.eval_crop"),
+        ("workers", "data.workers"),
+        ("num_workers", "data.workers"),
+        ("data_dir", "data.source"),
+        ("img_size", "data.image_size"),
+        ("amp", "model.dtype"),
+        ("pretrained", "init.weights"),
+        ("val_batch_size", "evaluation.batch_size"),
+        ("evaluation.epochs", "evaluation.every.epochs"),
+        ("LR", "schedule.learning_rate"),
     ],
 )
 def test_an_unknown_field_gets_the_nearest(path: str, hint: str) -> None:
     assert f"Did you mean {hint!r}" in configs.unknown_field(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("resume", "give the same --workdir"),
+        ("train.patience", "There is no early stopping"),
+        ("output_dir", "--workdir=DIR"),
+        ("device", "--platform=cpu, gpu or tpu"),
+        ("num_classes", "The data set says"),
+    ],
+)
+def test_what_needs_no_setting_is_said(path: str, words: str) -> None:
+    assert words in configs.unknown_field(path)
+
+
+def test_names_of_other_trainers_stand_for_settings_there_are() -> None:
+    paths = {path for path, _, _ in configs.leaves()}
+    assert set(configs._SETTING_OF.values()) <= paths
+    ends = {path.rpartition(".")[2] for path in paths} - {"epochs", "steps"}
+    assert not ends & (configs._SETTING_OF.keys() | configs._ANSWER_TO.keys())
+
+
+def test_what_a_program_assigns_beside_the_settings_is_refused() -> None:
+    config = Config()
+    config.train.lr = 0.1  # type: ignore[attr-defined]
+    config.train.length.epoch = 3  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError) as error:
+        configs.validate(config)
+    assert "config.train.lr: there is no such setting" in str(error.value)
+    assert "Did you mean 'train.length.epochs'" in str(error.value)
+
+
+def test_a_group_is_no_setting() -> None:
+    with pytest.raises(ConfigError, match=r"give one of train\.length\.epochs, train\.length\.ex"):
+        configs.check_path("train.length")
 
 
 def test_an_unknown_field_of_a_record_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -141,13 +141,16 @@ def _metrics(logits: jax.Array, batch: dict[str, jax.Array]) -> EvalMetrics:
     )
 
 
-def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any]:
+def evaluate_checkpoint(
+    run: Run, workdir: Workdir, which: str, log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Evaluates a checkpoint of a workdir.
 
     Args:
       run: with the model and data set of the workdir.
       workdir: of a run that has saved a checkpoint.
       which: "best", "last" or the number of a step.
+      log: takes a line before the evaluation, which compiles its program first.
 
     Returns:
       checkpoint ("best", "last", both or neither), step, epoch, split, count, loss, top1 and top5.
@@ -159,6 +162,10 @@ def evaluate_checkpoint(run: Run, workdir: Workdir, which: str) -> dict[str, Any
         step = checkpoints.resolve(which)
         roles = checkpoints.roles(step)
         model = checkpoints.restore_model(step, states.abstract(run).model_item())
+    log(
+        f"evaluating step {step:,} on {len(run.dataset.evaluation):,} {run.dataset.eval_split} "
+        f"images, {run.config.evaluation.batch_size} at a time; compiling first"
+    )
     return {
         "checkpoint": roles,
         "step": step,

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from inception_jax.errors import ConfigError, nearest
+from inception_jax.evaluation import plots
 from inception_jax.evaluation.predict import Classified, Predictor
 from inception_jax.training.state import Variables
 
@@ -207,14 +208,13 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.55), layout="constrained")
-    # A class may be called "$5 bill", which is no formula.
-    figure.suptitle(title, fontsize=15, parse_math=False)
+    figure.suptitle(title, fontsize=15)
     both = zip(figure.subplots(1, 2), (view, overlay(view, heat)), captions, strict=True)
     for axes, image, caption in both:
         axes.imshow(image)
-        axes.set_title(caption, fontsize=11, parse_math=False)
+        axes.set_title(caption, fontsize=11)
         axes.set_axis_off()
-    figure.savefig(path, format="png", dpi=120)
+    plots.save(figure, path, dpi=120)
 
 
 class HeatMaps:
@@ -265,8 +265,8 @@ class HeatMaps:
                 self._folder / self._unused_name(picture.name),
                 picture.view,
                 heat,
-                title=f"{_shortened(guess.name, 60)}: {guess.probability:.1%}",
-                captions=(_shortened(os.path.basename(picture.name), 40), about),
+                title=f"{plots.short(guess.name, 60)}: {guess.probability:.1%}",
+                captions=(plots.short(os.path.basename(picture.name), 40), about),
             )
 
     def _unused_name(self, picture: str) -> str:
@@ -275,10 +275,6 @@ class HeatMaps:
         name = next(name for name in names if name not in self._names)
         self._names.add(name)
         return name
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from inception_jax.errors import UserError, nearest
+from inception_jax.evaluation import plots
 from inception_jax.evaluation.predict import Predictor
 from inception_jax.models import ops, registry
 from inception_jax.models import weights as files
@@ -156,7 +157,7 @@ def _save(path: pathlib.Path, pictures: list[tuple[np.ndarray, str]], title: str
         axes.set_title(words, fontsize=11)
         axes.axis("off")
     try:
-        figure.savefig(path, dpi=150)
+        plots.save(figure, path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error}. Give a folder on a disk with room"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inception_jax import atomic
+from inception_jax.datasets import folders
 from inception_jax.errors import UserError
 from inception_jax.telemetry.writers import informative, read_lines
 
@@ -34,6 +35,9 @@ _OTHER_COLOUR = "#333333"
 # The same palette, for runs side by side; more of them repeat it in other styles.
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 _RUN_STYLES = ("-", "--", "-.", ":")
+
+# A longer name would leave no room for what it names.
+_NAME_LENGTH = 40
 
 # Below this many points each gets a marker; above, they would hide the line.
 _MARKED_POINTS = 70
@@ -78,16 +82,41 @@ def write_figures(
         atomic.make_output_folder(folder)
         for name, figure in figures:
             if figure is not None:
-                with warnings.catch_warnings():
-                    # A letter of a class's name that the font lacks is drawn as a box.
-                    warnings.filterwarnings("ignore", "Glyph .* missing from font")
-                    figure.savefig(folder / f"{name}.png", dpi=150)
+                save(figure, folder / f"{name}.png")
                 written.append(folder / f"{name}.png")
     except OSError as error:
         raise UserError(
             f"Cannot write plots to {folder}: {error}. Make the folder writable, with space left."
         ) from error
     return written
+
+
+def save(figure: "Figure", path: pathlib.Path, *, dpi: int = 150) -> None:
+    """Writes a figure as a PNG file, with all names in it as they are.
+
+    A class, a run or a file may be called $x$, which is no formula here. Only the ticks of an axis
+    keep theirs, such as powers of ten.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+
+    in_axes = {text for axis in figure.findobj(Axis) for text in axis.findobj(Text)}
+    for text in figure.findobj(Text):
+        if text not in in_axes:
+            text.set_parse_math(False)
+    with warnings.catch_warnings():
+        # A letter of a class's name that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, format="png", dpi=dpi)
+
+
+def short(name: str, length: int) -> str:
+    """Returns a name as text of one line of at most so many characters, for a plot."""
+    name = folders.shown(name)
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Line]], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -178,7 +207,7 @@ def plot_range_test(
     if finite:
         axes.set_ylim(0, 1.5 * max(p.smoothed_loss for p in finite[: len(finite) // 2 + 1]))
     _finish(axes, title=title, horizontal="learning rate", label="loss")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def read_metrics(path: pathlib.Path) -> list[Line]:
@@ -205,7 +234,7 @@ def read_metrics(path: pathlib.Path) -> list[Line]:
 
 def _title(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
     """Returns the experiment's name, with its last and its best accuracy outside training."""
-    name = _recorded(workdir, "config", "name") or workdir.resolve().name
+    name = short(_recorded(workdir, "config", "name") or workdir.resolve().name, _NAME_LENGTH)
     found = [line for line in lines if not line["split"].startswith("train")]
     found = [line for line in found if line.get("top1") is not None]
     if not found:
@@ -277,7 +306,7 @@ def _curve(
         marker="" if dense else "o",
         markersize=5,
         markerfacecolor="white" if style == "--" else None,
-        label=f"{name}, last {values[-1]:.4g}",
+        label=f"{short(name, _NAME_LENGTH)}, last {values[-1]:.4g}",
     )
 
 
@@ -290,4 +319,8 @@ def _finish(axes: "Axes", *, title: str, horizontal: str, label: str) -> None:
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, handlelength=3)
+    handles, labels = axes.lines, [str(line.get_label()) for line in axes.lines]
+    legend = axes.legend(handles, [" "] * len(handles), fontsize=11, handlelength=3)
+    # Set afterwards, as matplotlib leaves out a label that begins with an underscore.
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # As in plots.py.
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#666666"
 # A longer name would leave no room for what it names.
-_NAME_LENGTH = 26
+_NAME_LENGTH, _RUN_NAME_LENGTH = 26, 40
 
 
 def plot_run(record: Record) -> list[pathlib.Path]:
@@ -30,7 +30,8 @@ def plot_run(record: Record) -> list[pathlib.Path]:
 
 
 def _figures(record: Record) -> "Iterator[tuple[str, Figure]]":
-    title = record.name
+    name = plots.short(record.name, _RUN_NAME_LENGTH)
+    title = name
     if record.evaluated is not None:
         step = record.evaluated.result["step"]
         role = record.role(step)
@@ -43,7 +44,7 @@ def _figures(record: Record) -> "Iterator[tuple[str, Figure]]":
     if calibration := sections.calibration(record):
         yield "calibration", _calibration(calibration, title)
     if time := sections.time(record):
-        yield "time", _time(time, record.name)
+        yield "time", _time(time, name)
 
 
 def _classes(classes: dict[str, Any], title: str) -> "Figure":
@@ -53,7 +54,7 @@ def _classes(classes: dict[str, Any], title: str) -> "Figure":
     # The worst are listed from the worst on; the plot has all from the best on.
     rows = rows[:count] + rows[count:][::-1]
     figure, axes = _canvas(height=1.6 + 0.32 * len(rows))
-    names = [_short(row["name"]) for row in rows]
+    names = [plots.short(row["name"], _NAME_LENGTH) for row in rows]
     places = range(len(rows), 0, -1)
     bars = axes.barh(places, [row["accuracy"] for row in rows], color=_BLUE, height=0.7)
     axes.bar_label(bars, [f"{row['accuracy']:.1f}" for row in rows], padding=4, fontsize=11)
@@ -69,7 +70,7 @@ def _classes(classes: dict[str, Any], title: str) -> "Figure":
 
 def _confusion(confusion: dict[str, Any], title: str) -> "Figure":
     """Returns the confusion matrix, coloured by the share of the true class."""
-    names = [_short(name) for name in confusion["names"]]
+    names = [plots.short(name, _NAME_LENGTH) for name in confusion["names"]]
     side = 3.0 + 0.5 * len(names)
     figure, axes = _canvas(width=side + 1, height=side)
     shares = [[cell["share"] for cell in row["cells"]] for row in confusion["rows"]]
@@ -143,17 +144,13 @@ def _canvas(*, width: float = 8, height: float) -> "tuple[Figure, Axes]":
 
 def _finish(axes: "Axes", title: str, horizontal: str, vertical: str) -> None:
     """Adds what a reader needs, in the sizes of plots.py."""
-    # A class or an experiment may be called $x$, which is no formula here.
-    axes.set_title(title, fontsize=13, parse_math=False)
+    axes.set_title(title, fontsize=13)
     axes.set_xlabel(horizontal, fontsize=12)
     axes.set_ylabel(vertical, fontsize=12)
     axes.tick_params(labelsize=11)
+    # Some name classes, which are no formulas.
     for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
         label.set_parse_math(False)
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

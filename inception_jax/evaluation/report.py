@@ -190,7 +190,8 @@ def write_range_test(
     }
     try:
         workdir.write_json(json_path, values)
-        plots.plot_range_test(png_path, points, proposed, title=f"{config.name}: {found}")
+        title = f"{plots.short(config.name, 40)}: {found}"
+        plots.plot_range_test(png_path, points, proposed, title=title)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error}. Make the folder writable, with space left"

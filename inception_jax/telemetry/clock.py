@@ -8,6 +8,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from inception_jax import errors
+
 
 class Clock:
     """Adds up seconds by phase ("compile", "train", "evaluate", "save", "input", "other", …).
@@ -32,11 +34,15 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time inside the `with` block, less that of phases within it, under `name`."""
+        """Counts the time inside the `with` block, less that of phases within it, under `name`.
+
+        An error that leaves the block carries the name of the innermost phase.
+        """
         self._settle()
         self._open.append(name)
         try:
-            yield
+            with errors.during(name):
+                yield
         finally:
             self._settle()
             self._open.pop()

@@ -6,10 +6,15 @@ report of the training metrics becomes one line with a time stamp.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, above a bar if there is one; from any thread."""
+    tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
@@ -21,6 +26,8 @@ class Progress:
       batch_size: examples a step, over all devices.
       stream: where to write; a bar if it is a terminal.
       enabled: whether to write anything; only one process should.
+      pauses: returns seconds, rising, that speed and time left are not to count, such as those of
+        compiling.
     """
 
     def __init__(
@@ -31,6 +38,7 @@ class Progress:
         batch_size: int,
         stream: TextIO | None = None,
         enabled: bool = True,
+        pauses: Callable[[], float] = lambda: 0.0,
     ) -> None:
         # Looked up at each call, not when the module is imported: a test or a notebook replaces it.
         self._stream = sys.stderr if stream is None else stream
@@ -38,7 +46,9 @@ class Progress:
         self._total = total_steps
         self._batch_size = batch_size
         self._step = self._first_step = initial_step
-        self._started = time.monotonic()
+        self._pauses = pauses
+        self._started, self._paused = time.monotonic(), pauses()
+        self._paused_at_start = self._paused
         # tqdm counts images, so that its rate is images a second whatever the batch size.
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
@@ -59,6 +69,9 @@ class Progress:
           step: steps done so far, this one included.
         """
         if self._bar is not None:
+            if (paused := self._pauses()) > self._paused:
+                self._paused = paused
+                self._bar.unpause()
             self._bar.update((step - self._step) * self._batch_size)
         self._step = step
 
@@ -96,9 +109,10 @@ class Progress:
         self.close()
 
     def _position(self) -> str:
-        """Returns step, share, speed and time left, over the time since the start."""
+        """Returns step, share, speed and time left, over the time since the start but pauses."""
         text = f"step {self._step}/{self._total} ({100 * self._step / self._total:.1f}%)"
-        done, elapsed = self._step - self._first_step, time.monotonic() - self._started
+        paused = self._pauses() - self._paused_at_start
+        done, elapsed = self._step - self._first_step, time.monotonic() - self._started - paused
         if done and elapsed > 0:
             left = round((self._total - self._step) * elapsed / done)
             text += f", {done * self._batch_size / elapsed:.0f} images/s, {_duration(left)} left"

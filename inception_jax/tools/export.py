@@ -29,8 +29,8 @@ comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take 
 S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
 --quantise=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
 accuracy of both forms on the evaluation split; the file's description has that of int8. The data
-are those of the run; with --weights give the experiment too (--config, with --config.data.directory
-if need be). Where 8 bits cost too much accuracy: --float_ends, or more --calibration images.
+are those of the run, but for what --config.data.directory says; with --weights give the experiment
+too (--config). Where 8 bits cost too much accuracy: --float_ends, or more --calibration images.
 """
 
 _TO = flags.DEFINE_enum(
@@ -153,22 +153,18 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
 
 
 def _dataset() -> "Dataset":
-    """Opens the data of --config or, without it, of the run."""
+    """Opens the data of --config, for which cli takes the run's own where it is not given."""
     from inception_jax import config as configs
     from inception_jax.errors import UserError
     from inception_jax.input import dataset
-    from inception_jax.training import workdir
 
     given: configs.Config | None = flags.FLAGS.config
-    if given is not None:
-        configs.validate(given)
-        return dataset.prepare(given.data, log=cli.say)
-    if _WORKDIR.value is None:
+    if given is None:
         raise UserError(
             "--quantise needs the data set; with --weights give its experiment too: --config=FILE"
         )
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    return dataset.prepare(workdir.recorded_run(folder)[0].data, log=cli.say)
+    configs.validate(given)
+    return dataset.prepare(given.data, log=cli.say)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
@@ -183,4 +179,4 @@ def _say_difference(difference: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, settings_of="workdir")

@@ -1,7 +1,6 @@
 """Says what is in pictures, by a trained network."""
 
 import contextlib
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,9 +236,4 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
 if __name__ == "__main__":
     memory.use_huge_pages()
-    try:
-        cli.run(main, USAGE)
-    except BrokenPipeError:
-        # Who read the results, such as head, has enough. Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    cli.run(main, USAGE)

@@ -11,17 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import Preempted, RunError
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry import resources, summary
+from inception_jax.telemetry import compilations, resources, summary
+from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter, informative
-from inception_jax.training import lock, nonfinite, pretrained, storage
+from inception_jax.training import lock, nonfinite, optimizers, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -89,6 +91,8 @@ def train(
         cleanup.callback(background.shutdown, cancel_futures=True)
         state, clock, train_steps, notes = _start(run, checkpoints, background)
         first = int(state.step)
+        if first and run.is_lead and (old := workdirs.recorded(workdir)):
+            notes += _rate_rise(run, configs.from_dict(old["config"]), first)
         if run.is_lead:
             workdirs.record_start(
                 workdir,
@@ -110,6 +114,8 @@ def train(
                 initial_step=first,
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
+                # Of the training step, and in this thread of the first evaluation.
+                pauses=lambda: clock.seconds("compile") + compilations.seconds(),
             ) as progress,
             Watchdog(
                 clock,
@@ -132,6 +138,29 @@ def train(
     return result
 
 
+def _rate_rise(run: Run, old: Config, first: int) -> list[str]:
+    """Returns a warning where a changed schedule raises the rate of a run that is resumed.
+
+    Args:
+      run: as it is now.
+      old: its settings before.
+      first: finished steps.
+    """
+    schedule = optimizers.make_schedule(
+        old.schedule, timeline=run.timeline, total_steps=run.timeline.steps(old.train.length)
+    )
+    # Where the old schedule would have gone on to is no change, such as in its warm-up.
+    before = max(float(schedule(first - 1)), float(schedule(first)))
+    now = float(run.schedule(first))
+    if now <= 1.01 * before:
+        return []
+    return [
+        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,}, as "
+        "the schedule or the length was changed. Accuracy may fall before it rises; for a lower "
+        "rate give --config.schedule.learning_rate too"
+    ]
+
+
 def _goes_on(config: Config) -> bool:
     """Whether a run outlives a failure to write.
 
@@ -152,7 +181,8 @@ def _start(
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
     start = pretrained.start(run, like) if first is None and run.config.init.weights else None
-    train_steps = compile_train_steps(run, like, background, first=first or 0)
+    log = progress_lines.say if run.is_lead else lambda line: None
+    train_steps = compile_train_steps(run, like, background, first=first or 0, log=log)
     if start:
         return states.start_from(create(), start.values), Clock(), train_steps, start.notes
     if first is None:
@@ -278,7 +308,8 @@ class _Reporter:
     def started(self, state: TrainState, first: int, changed: list[str], notes: list[str]) -> None:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
-        note(summary.parameter_table(state.params))
+        if not first:
+            note(summary.parameter_table(state.params))
         self._modules = sorted(state.params)
         devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
         if jax.process_count() > 1:

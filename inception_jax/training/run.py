@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
-from inception_jax.errors import ConfigError
+from inception_jax.errors import ConfigError, during
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
 from inception_jax.models import registry
+from inception_jax.telemetry import summary
 from inception_jax.training import optimizers
 
 
@@ -75,6 +76,13 @@ class Run:
         examples = min(self.config.evaluation.train_examples, len(split))
         return subset(split, np.arange(examples)) if examples else None
 
+    def compile_kind(self) -> str:
+        """Returns what decides how long this run's programs take to compile, in words."""
+        model, train = self.config.model, self.config.train
+        layers = (model.name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
+        device = f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
+        return ", ".join((*layers, self.config.optimizer.name, f"batch {train.batch_size}", device))
+
     def dataset_identity(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to see the same examples and classes."""
         dataset = self.dataset
@@ -113,16 +121,19 @@ def build(
 
     Args:
       config: validated settings.
-      log: receives lines about the preparation.
+      log: receives lines about the preparation, and a warning where the dtype is slow here.
       experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
     Raises:
       UserError: if the data cannot be prepared, a setting does not fit the data or the devices, or
         the processes of the run have other data.
     """
+    if slow := summary.slow_dtype(config.model.dtype):
+        log(f"warning: {slow}")
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
-    dataset = prepare(config.data, log=log)
+    with during("prepare"):
+        dataset = prepare(config.data, log=log)
     hosts.agree("data set", lambda: content(dataset))
     model = registry.create(config.model, dataset.num_classes)
     _check_image_sizes(config, model.least_image_size)

@@ -1,5 +1,6 @@
 """One training step: augment → forward → loss → gradient → update → averages → metrics."""
 
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.typing import ArrayLike
 
 from inception_jax.input import augment, pipeline, sharding
 from inception_jax.models import ops
+from inception_jax.telemetry import compilations
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.run import Run
@@ -33,7 +35,12 @@ class Found(NamedTuple):
 
 
 def compile_train_steps(
-    run: Run, like: TrainState, background: futures.Executor, *, first: int
+    run: Run,
+    like: TrainState,
+    background: futures.Executor,
+    *,
+    first: int,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[int, CompiledStep]:
     """Returns the training step for each image size that a run still needs.
 
@@ -45,6 +52,7 @@ def compile_train_steps(
       like: shapes, types and shardings of the state.
       background: where they are compiled, in the order in which they are handed in.
       first: how many steps are finished already.
+      log: takes a line before and after each compilation, from the thread that compiles.
 
     Returns:
       By image size in pixels, what is to be called as `make_train_step` describes; empty if no step
@@ -57,13 +65,21 @@ def compile_train_steps(
     def lower(image_size: int) -> jax.stages.Lowered:
         return make_train_step(run, image_size).lower(like, batch)
 
+    def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        what = f"training step for {image_size} px"
+        kind = f"{what}, {run.compile_kind()}"
+        known = compilations.expected(kind)
+        about = "" if known is None else f" (the first time about {known:.0f} s, as last measured)"
+        log(f"{what}: compiling{about}, or loading it from the compilation cache")
+        return compilations.compile_and_say(lowered, what, kind, log)
+
     def trace_and_compile(image_size: int) -> jax.stages.Compiled:
-        return lower(image_size).compile()
+        return compile_lowered(image_size, lower(image_size))
 
     steps: dict[int, CompiledStep] = {}
     for size in run.train_image_sizes(first):
         if not steps:
-            steps[size] = background.submit(lower(size).compile)
+            steps[size] = background.submit(compile_lowered, size, lower(size))
         elif size not in steps:
             steps[size] = background.submit(trace_and_compile, size)
     return steps

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from inception_jax import atomic, hosts
@@ -120,16 +120,11 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
       CheckpointError: if the file cannot be read as that.
     """
     try:
-        values = json.loads(workdir.config.read_text())
-        configs.from_dict(values["config"])
-        return values
+        return configs.read_record(workdir.config)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{workdir.config}: cannot be read as the record of a run: {error}. "
-            "Was it written by another version? Give another --workdir"
-        ) from error
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
@@ -177,6 +172,60 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
     return allowed
 
 
+def recall(
+    workdir: Workdir | None,
+    config: Config,
+    experiment: Mapping[str, Any],
+    given: Collection[str],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Changes settings to what earlier starts of the run overrode and this one leaves out.
+
+    So the command that resumes or evaluates a run need not repeat them. Only where both took the
+    same experiment: the same file, or one of the same settings.
+
+    Args:
+      workdir: of the run; None: there is none.
+      config: of this start; changed in place.
+      experiment: where it is from, as `cli.experiment` says it.
+      given: paths of the settings that this start overrides itself.
+      log: takes a line that names what is changed.
+
+    Returns:
+      Where the settings are from now, as `experiment`.
+
+    Raises:
+      CheckpointError: if the run's record cannot be read.
+    """
+    record = recorded(workdir) if workdir and has_checkpoint(workdir) else None
+    before = record["experiment"] if record and record.get("experiment") else None
+    own = dict(experiment["own"])
+    recalled: list[str] = []
+    if record and before:
+        old = configs.from_dict(record["config"])
+        same_file = _resolved(before["file"]) == _resolved(experiment["file"])
+        if same_file or _as_written(old, before) == _as_written(config, experiment):
+            for path in before["own"]:
+                value, here = configs.get(old, path), configs.get(config, path)
+                if path not in given and value != here:
+                    configs.put(config, path, value)
+                    own[path] = configs.plain(here)
+                    recalled.append(f"config.{path} = {value!r}")
+    if recalled:
+        log(f"not given, so as the run was started: {', '.join(recalled)}")
+    return {**experiment, "own": own}
+
+
+def _resolved(file: str) -> pathlib.Path:
+    return pathlib.Path(file).expanduser().resolve()
+
+
+def _as_written(config: Config, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all settings as the experiment itself has them, by path."""
+    values = {path: configs.plain(configs.get(config, path)) for path, _, _ in configs.leaves()}
+    return values | dict(experiment["own"])
+
+
 def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     """Checks that a folder's run was trained on these examples.
 
@@ -207,7 +256,7 @@ def _other_run(workdir: Workdir, differing: list[str]) -> str:
     lines = "\n  ".join(differing)
     return (
         f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n"
-        "Give the settings it was started with, or another --workdir"
+        "Give --workdir alone to use the run's own settings, or another --workdir"
     )
 
 

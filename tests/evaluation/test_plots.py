@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from inception_jax.errors import UserError
 from inception_jax.evaluation.plots import plot_comparison, plot_run
+from tests import run_folders
 
 _TRAIN: list[dict[str, Any]] = [
     {"step": s, "epoch": s / 10, "split": "train", "loss": 5 / s, "top1": s, "top5": 2.0 * s}
@@ -153,6 +155,23 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 9
     assert len(axes["learning_rate.png"].lines[0].get_xdata()) == 30
     assert len(plot_comparison({"one": _VALIDATION}, tmp_path)) == 3
+
+
+def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs = dict.fromkeys(run_folders.ODD_NAMES, _TRAIN + _VALIDATION)
+        plot_comparison(runs, tmp_path / "all")
+        shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]
+        assert len(shown) == len(run_folders.ODD_NAMES)
+        for name, text in zip(run_folders.ODD_NAMES, shown, strict=True):
+            assert text.endswith(", last 27") and len(text) < 60
+            assert text.startswith(name[:1])
+        assert shown[1] == r"$\frac{$, last 27"
+        for name in run_folders.ODD_NAMES:
+            (tmp_path / "one").mkdir(exist_ok=True)
+            plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
+            assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3")
 
 
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import warnings
 
 import pytest
 from PIL import Image
@@ -42,6 +43,22 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
     # Never happened: null, as JSON has no NaN.
     assert stored["evidence"]["nonfinite_step"] is None
     assert stored["evidence"]["top1"] == 30.56
+
+
+def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathlib.Path) -> None:
+    names = (*run_folders.ODD_NAMES[:9], "</script><b>")
+    settings = run_folders.config(name=r"$\frac{$ %s </script>")
+    folder = run_folders.write(tmp_path / "$a_{%s}'\"", names=names, settings=settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = report.plot(folder)
+        page = report.write_page(folder)
+        report.write_comparison([folder, folder], tmp_path / "both.html")
+    assert {path.stem for path in written} >= {"classes", "confusion", "calibration", "time"}
+    text = page.read_text(encoding="utf-8")
+    assert "</script><b>" not in text and "%s &lt;/script&gt;" in text
+    point = Point(step=1, rate=0.1, loss=1.0, smoothed_rate=0.1, smoothed_loss=1.0)
+    report.write_range_test(tmp_path, [point, point], None, config=settings)
 
 
 def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:

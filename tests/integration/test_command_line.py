@@ -120,6 +120,39 @@ def test_evaluation_gives_the_numbers_of_training(
     assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
 
 
+def test_the_folder_is_enough_to_evaluate_and_to_resume(
+    data: list[str], training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    expected = json.loads(command.check("main", *training, f"--workdir={finished}", "--mode=eval"))
+    folder = tmp_path / "moved"
+    shutil.copytree(finished, folder)
+    moved = pathlib.Path(data[3].partition("=")[2])
+    (tmp_path / "data").symlink_to(moved)
+    alone = command.run("main", f"--workdir={folder}", "--mode=eval")
+    assert json.loads(alone.stdout) == expected, alone.stderr
+    # The experiment alone stands for what was overridden, too, and the data may lie elsewhere.
+    again = command.run(
+        "main", data[0], f"--workdir={folder}", "--mode=eval",
+        f"--config.data.directory={tmp_path / 'data'}",
+    )  # fmt: skip
+    assert json.loads(again.stdout) == expected, again.stderr
+    assert "not given, so as the run was started: " in again.stderr
+    assert "config.model.width = 0.125" in again.stderr
+    record = json.loads((folder / "config.json").read_text())
+    longer = command.run("main", f"--workdir={folder}", f"--config.train.length.steps={STEPS + 4}")
+    assert longer.returncode == 0, longer.stderr
+    assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
+    assert f"config.train.length.steps: {STEPS} → {STEPS + 4}" in longer.stderr
+    assert "warning: the learning rate rises from " in longer.stderr
+    assert "Total: " not in longer.stderr
+    resumed = json.loads((folder / "config.json").read_text())
+    assert resumed["experiment"] == record["experiment"]
+    refused = command.run("main", f"--workdir={folder}", "--config.model.width=0.2")
+    assert refused.returncode == 2
+    differing = [line for line in refused.stderr.splitlines() if line.startswith("  ")]
+    assert differing == ["  config.model.width: 0.125 → 0.2"]
+
+
 def test_exported_weights_evaluate_as_the_checkpoint(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -42,6 +42,35 @@ def test_speed_and_time_left_are_of_this_process(monkeypatch: pytest.MonkeyPatch
     assert second.endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left")
 
 
+def test_what_compiling_takes_counts_in_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, compiled = 50.0, 7.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = Progress(
+        1000, initial_step=900, batch_size=10, stream=stream, pauses=lambda: compiled
+    )
+    now += 80
+    compiled += 60
+    progress.step(902)
+    progress.status({})
+    assert stream.getvalue().endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left\n")
+
+
+def test_a_bar_starts_anew_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = 0.0
+    unpaused: list[int] = []
+    with Progress(
+        9, initial_step=0, batch_size=1, stream=_Terminal(), pauses=lambda: compiled
+    ) as progress:
+        assert progress._bar is not None
+        monkeypatch.setattr(progress._bar, "unpause", lambda: unpaused.append(1))
+        progress.step(1)
+        compiled = 3.0
+        progress.step(2)
+        progress.step(3)
+    assert unpaused == [1]
+
+
 def test_a_terminal_gets_a_bar_with_notes_above_it() -> None:
     stream = _Terminal()
     with Progress(4, initial_step=1, batch_size=500, stream=stream) as progress:

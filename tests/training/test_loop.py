@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ from inception_jax.errors import (
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry import clu_writers
+from inception_jax.telemetry import clu_writers, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import lock, loop, manifest, run, state, step, workdir
@@ -50,9 +51,9 @@ def compile_once() -> Iterator[None]:
     """Compiles the step of each run once, however often the run is started."""
     compiled: dict[run.Run, Any] = {}
 
-    def compile_or_reuse(this: run.Run, *arguments: Any, first: int) -> Any:
+    def compile_or_reuse(this: run.Run, *arguments: Any, first: int, **log: Any) -> Any:
         if this not in compiled:
-            compiled[this] = step.compile_train_steps(this, *arguments, first=0)
+            compiled[this] = step.compile_train_steps(this, *arguments, first=0, **log)
         return compiled[this]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -372,7 +373,57 @@ def test_another_rate_and_length_go_on_and_are_recorded(
     assert record["changes"][0]["step"] == 4
     expected = "config.schedule.learning_rate: 0.05 → 0.01"
     assert expected in record["changes"][0]["settings"]
-    assert expected in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert expected in said
+    # A lower rate is no reason to warn. And the parameters are listed where the run begins only.
+    assert "warning" not in said
+    assert said.count("Total: ") == 1
+
+
+def test_a_finished_schedule_that_is_stretched_is_warned_of(
+    reference: tuple[run.Run, workdir.Workdir],
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    shutil.copytree(reference[1].path, tmp_path / "run")
+    config = small.config(data_directory)
+    config.train.length = Duration(steps=20)
+    this = small.build(config)
+    capsys.readouterr()
+    train_again(this, workdir.Workdir(tmp_path / "run"))
+    before, now = (f"{float(each.schedule(n)):.2g}" for each, n in ((reference[0], 10), (this, 11)))
+    assert float(now) > 2 * float(before)
+    said = capsys.readouterr().err
+    assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in said
+
+
+def test_compiling_is_said_with_what_it_takes(
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilations, "_file", lambda: tmp_path / "seconds.json")
+    config = small.config(data_directory)
+    this = dataclasses.replace(small.build(config), model=small.Linear())
+    like, _ = state.plan(this)
+    said: list[str] = []
+    with futures.ThreadPoolExecutor(1) as background:
+        for _ in range(2):
+            steps = step.compile_train_steps(this, like, background, first=0, log=said.append)
+            steps[8].result()
+    assert said[0].startswith("training step for 8 px: compiling, or loading it from the")
+    assert re.fullmatch(
+        r"training step for 8 px: (compiled|loaded from the compilation cache) in \d+\.\d s",
+        said[1],
+    )
+    # The program was kept, or is not worth it.
+    (tmp_path / "seconds.json").write_text(
+        json.dumps({f"training step for 8 px, {this.compile_kind()}": 33.3})
+    )
+    with futures.ThreadPoolExecutor(1) as background:
+        step.compile_train_steps(this, like, background, first=0, log=said.append)
+    assert "compiling (the first time about 33 s, as last measured), or" in "\n".join(said[4:])
 
 
 def test_a_run_that_is_made_shorter_than_it_is_just_reports(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from inception_jax import config as configs
 from inception_jax.config import Config, Duration
 from inception_jax.errors import CheckpointError, UserError
 from inception_jax.training import workdir as workdirs
@@ -127,6 +128,77 @@ def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     config = Config()
     config.train.length = Duration(epochs=60)
     assert workdirs.check_owner(folder, config) == []
+
+
+def recall(
+    folder: Workdir, config: Config, file: str, given: dict[str, object]
+) -> tuple[dict[str, object], list[str]]:
+    """What a start with some overrides is given back, and what is said of it."""
+    own = {}
+    for path, value in given.items():
+        own[path] = configs.get(config, path)
+        configs.put(config, path, value)
+    experiment = {"file": file, "own": own}
+    said: list[str] = []
+    return workdirs.recall(folder, config, experiment, given.keys(), said.append), said
+
+
+def overridden(path: pathlib.Path) -> Workdir:
+    """The folder of a run that overrode two settings of an experiment."""
+    config = Config()
+    config.model.width, config.train.image_sizes = 0.5, (16,)
+    experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
+    folder = started(path, config)
+    workdirs.record_start(
+        folder, config, step=0, changed=[], dataset=DATASET, experiment=experiment
+    )
+    return folder
+
+
+def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> None:
+    folder = overridden(tmp_path)
+    config = Config()
+    experiment, said = recall(folder, config, "a.py", {"schedule.learning_rate": 0.2})
+    assert (config.model.width, config.train.image_sizes) == (0.5, (16,))
+    assert config.schedule.learning_rate == 0.2
+    assert experiment["own"] == {
+        "schedule.learning_rate": 0.1,
+        "model.width": 1.0,
+        "train.image_sizes": [],
+    }
+    assert said == [
+        "not given, so as the run was started: config.model.width = 0.5, "
+        "config.train.image_sizes = (16,)"
+    ]
+    assert len(workdirs.check_owner(folder, config)) == 1
+
+
+def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pathlib.Path) -> None:
+    folder = overridden(tmp_path)
+    config = Config()
+    recall(folder, config, "a.py", {"model.width": 1.0})
+    assert config.model.width == 1.0
+    with pytest.raises(CheckpointError, match=r"config\.model\.width: 0\.5 → 1\.0"):
+        workdirs.check_owner(folder, config)
+
+
+def test_another_experiment_is_compared_as_it_is(tmp_path: pathlib.Path) -> None:
+    folder = overridden(tmp_path)
+    other = Config(seed=3)
+    assert recall(folder, other, "b.py", {})[1] == []
+    assert other.model.width == 1.0
+    # Of another name, but with the same settings, it is the same.
+    copied = Config()
+    recall(folder, copied, "b.py", {})
+    assert copied.model.width == 0.5
+
+
+def test_a_folder_without_a_checkpoint_gives_nothing_back(tmp_path: pathlib.Path) -> None:
+    folder = overridden(tmp_path)
+    (folder.checkpoints / "5").rmdir()
+    config = Config()
+    assert recall(folder, config, "a.py", {})[1] == []
+    assert config == Config()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {"no": 1}}'])
