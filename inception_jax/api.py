@@ -22,11 +22,10 @@ A user's mistake raises a `UserError` of `inception_jax.errors`, which says how 
 
 import importlib.util
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax import cli
+from inception_jax import cli, paths
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import ConfigError, UserError
@@ -57,7 +56,7 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
       UserError: if there is no such file, or it is no experiment.
       ConfigError: if a setting is unknown or wrong, or contradicts another.
     """
-    file = pathlib.Path(path)
+    file = paths.local(path, str(path))
     if not file.is_file():
         raise UserError(f"{file}: there is no such file; give an experiment, such as tiny.py")
     cli.make_importable(file)
@@ -90,7 +89,7 @@ def load_weights(path: Path, checkpoint: str = "best") -> Weights:
       CheckpointError: if there is no run or no such checkpoint in the folder.
       DataError: if the file cannot be used.
     """
-    place = pathlib.Path(path).expanduser()
+    place = paths.local(path, str(path))
     if place.is_dir():
         return pretrained.from_checkpoint(Workdir(place), checkpoint)
     return weight_files.load(place)

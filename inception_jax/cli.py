@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from inception_jax import config as configs
-from inception_jax import hosts
+from inception_jax import hosts, paths
 from inception_jax.config import Config
 from inception_jax.errors import EXIT_PREEMPTED, ConfigError, Preempted, RunError, UserError
 
@@ -34,6 +34,29 @@ def define_config() -> flags.FlagHolder[Config]:
         "experiment file with a get_config() that returns a Config. It is a Python program, which "
         "is run: give none that you would not run",
     )
+
+
+class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
+    """Reads the path of a local file or folder; an empty one stands for none.
+
+    Args:
+      name: of the flag, for messages.
+    """
+
+    syntactic_help = "a local path"
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def parse(self, argument: str) -> pathlib.Path | None:
+        return paths.local(argument, f"--{self._name}={argument}") if argument else None
+
+
+def define_path(
+    name: str, meaning: str, *, required: bool = False
+) -> flags.FlagHolder[pathlib.Path | None]:
+    """Defines a flag that names a local file or folder; its value is None if it is not given."""
+    return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:
@@ -58,7 +81,11 @@ def define_processes() -> Callable[[], dict[str, Any]]:
 def command() -> dict[str, Any]:
     """Returns the flags of the command itself, without its settings, by their names with dashes."""
     defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
-    return {f"--{flag.name}": flag.value for flag in defined if flag.name != "config"}
+    return {
+        f"--{flag.name}": str(flag.value) if isinstance(flag.value, pathlib.Path) else flag.value
+        for flag in defined
+        if flag.name != "config"
+    }
 
 
 def require(*names: str) -> None:
@@ -103,6 +130,15 @@ def refuse_positional(positional: Sequence[str]) -> None:
     """
     if positional:
         raise UserError(f"{' '.join(positional)!r}: not a flag; flags begin with --. See --help")
+
+
+def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
+    """Returns the local files or folders that positional arguments name.
+
+    Raises:
+      UserError: if one of them is a URL, or has no meaning for this user.
+    """
+    return [paths.local(argument, argument) for argument in positional]
 
 
 def say(line: str) -> None:

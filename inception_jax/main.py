@@ -1,7 +1,6 @@
 """Trains or evaluates: flags, then one call into the package."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -15,12 +14,13 @@ Train a network, or evaluate a checkpoint of it.
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
 Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
-message says how to mend; 1: a failed run; 75: stopped by SIGTERM or SIGINT, to be started again.
+message says how to mend; 1: a failed run; 75: stopped by a signal (SIGTERM, SIGINT, SIGHUP,
+SIGUSR1, SIGUSR2 or SIGXCPU) and saved, to be started again.
 """
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
-_WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of the run: checkpoints, metrics, plots")
+_WEIGHTS = cli.define_path("weights", "eval: file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
@@ -35,12 +35,15 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import config as configs
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
+    from inception_jax.input.dataset import data_directory
     from inception_jax.models import weights
     from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
     configs.validate(_CONFIG.value)
-    folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    # Before anything is written.
+    data_directory(_CONFIG.value.data.directory)
+    folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
@@ -55,7 +58,8 @@ def main(positional: Sequence[str]) -> None:
         workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
-        result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
+        assert _WEIGHTS.value is not None  # One of the two is given.
+        result = evaluate.evaluate_weights(this_run, weights.load(_WEIGHTS.value))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":

@@ -74,7 +74,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Raises:
       DataError: if it does not exist, is not a whole zip archive, or is something else.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     if path.is_dir():
         inner = path / FOLDER
         root = path if (path / "wnids.txt").exists() or not inner.is_dir() else inner

@@ -82,7 +82,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Raises:
       DataError: if it does not exist, is something else, or holds nothing.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     if not path.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "

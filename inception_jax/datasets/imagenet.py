@@ -128,7 +128,7 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
     def _locate(self) -> pathlib.Path:
         """Returns the folder of the archives; without a source, where TFDS looks for them."""
         default = pathlib.Path(self.data_dir_root, "downloads", "manual")
-        return pathlib.Path(self.source).expanduser() if self.source else default
+        return pathlib.Path(self.source) if self.source else default
 
     def _train(self) -> list[Entry]:
         """Lists the training images and checks their number and classes."""

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 
-from inception_jax import config
+from inception_jax import config, paths
 from inception_jax.datasets import images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
@@ -122,9 +122,24 @@ class Dataset:
 
 
 def data_directory(directory: str) -> pathlib.Path:
-    """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''."""
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return pathlib.Path(directory or default).expanduser()
+    """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''.
+
+    Raises:
+      UserError: if it is no local path, or there is no home for the default to be in.
+    """
+    what = f"config.data.directory = {directory!r}"
+    if directory:
+        return paths.local(directory, what)
+    if default := os.environ.get("TFDS_DATA_DIR"):
+        return paths.local(default, f"{what}, and TFDS_DATA_DIR={default}")
+    return paths.local("~/tensorflow_datasets", f"{what} is ~/tensorflow_datasets")
+
+
+def _source(data: config.Data) -> pathlib.Path | None:
+    """Returns where the original files are, or None where they are downloaded."""
+    if not data.source:
+        return None
+    return paths.local(data.source, f"config.data.source = {data.source!r}")
 
 
 def prepare(data: config.Data, *, log: Log = print) -> Dataset:
@@ -286,9 +301,10 @@ def _check_source(
                 f"{value!r}. Give that, or another config.data.directory, or remove "
                 f"{_all_of(spec, data)}."
             )
-    if spec.fixed_content or not data.source:
+    path = _source(data)
+    if spec.fixed_content or path is None:
         return
-    path = pathlib.Path(data.source).expanduser().absolute()
+    path = path.absolute()
     # A folder's digest has the times of its files in place of their content.
     copied = ", or copied without its times" if path.is_dir() else ""
     # Removing the original once it is prepared is no mistake.
@@ -421,7 +437,9 @@ def _prepared_builder(
 
 def _builder(spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log) -> Any:
     settings = {name: getattr(data, name) for name in spec.settings}
-    return spec.builder_class()(source=data.source, log=log, data_dir=directory, **settings)
+    # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
+    directory, source = directory.absolute(), str(_source(data) or "")
+    return spec.builder_class()(source=source, log=log, data_dir=directory, **settings)
 
 
 def _example_bytes(data: config.Data) -> int:

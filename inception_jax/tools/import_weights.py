@@ -23,12 +23,10 @@ not. torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 t
 says so: mean and std 0.5. With --notransform_input they are those of ImageNet.
 """
 
-_INPUT = flags.DEFINE_string("input", None, "state dict: .pth or .safetensors", required=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "file to write; one that is there is replaced", required=True
-)
-_CLASS_NAMES = flags.DEFINE_string(
-    "class_names", None, "text file of the classes' names in the order of the logits, a line each"
+_INPUT = cli.define_path("input", "state dict: .pth or .safetensors", required=True)
+_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
+_CLASS_NAMES = cli.define_path(
+    "class_names", "text file of the classes' names in the order of the logits, a line each"
 )
 _TRANSFORM_INPUT = flags.DEFINE_bool(
     "transform_input", True, "as torchvision's argument; its pretrained weights have it"
@@ -49,7 +47,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.telemetry import summary
 
     runtime.initialize(platform="cpu", log=cli.say)
-    source, target = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
+    source, target = _INPUT.value, _OUTPUT.value
+    assert source is not None and target is not None  # They are required.
     state = read_state_dict(source)
     try:
         model, variables = torchvision_weights.from_torchvision(state)
@@ -65,7 +64,7 @@ def main(positional: Sequence[str]) -> None:
         revision=summary.revision(),
     )
     if _CLASS_NAMES.value is not None:
-        names = read_names(pathlib.Path(_CLASS_NAMES.value), imported.num_classes)
+        names = read_names(_CLASS_NAMES.value, imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
     weights.save(target, imported)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from inception_jax.errors import CheckpointError, WriteError
 from inception_jax.training import manifest
 
-ITEMS = ("model", "training", "progress")
+ARRAYS = ("model", "training")
+ITEMS = (*ARRAYS, "progress")
 _SHOWN = 3
 
 Log = Callable[[str], None]
