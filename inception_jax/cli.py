@@ -6,11 +6,16 @@ KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
 import gc
+import importlib
+import importlib.util
 import itertools
+import logging as python_logging
+import os
 import pathlib
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +23,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from inception_jax import config as configs
-from inception_jax import hosts, paths
+from inception_jax import console, hosts, paths
 from inception_jax.config import Config
 from inception_jax.errors import EXIT_PREEMPTED, ConfigError, Preempted, RunError, UserError
 
@@ -57,6 +62,12 @@ def define_path(
 ) -> flags.FlagHolder[pathlib.Path | None]:
     """Defines a flag that names a local file or folder; its value is None if it is not given."""
     return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
+
+
+def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
+    """Returns the path of a flag that other checks make sure is given."""
+    assert flag.value is not None, f"--{flag.name} is required here"
+    return flag.value
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:
@@ -156,8 +167,14 @@ def run(main: Callable[[Sequence[str]], None], usage: str) -> NoReturn:
     # Imports and tracing make millions of objects that stay. Looking for garbage among them as
     # often as Python does by default takes a sixth of a start.
     gc.set_threshold(100_000)
+    console.prepare()
     # The libraries log much that is of no use to a user, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
+    # Such as that it found no folder for its cache.
+    python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
+    # A notebook names its own backend to the commands it starts, which need none: without it there,
+    # matplotlib could not even be imported.
+    os.environ["MPLBACKEND"] = "agg"
     if _HELP & set(sys.argv[1:]):
         print(_help(usage))
         sys.exit(0)
@@ -251,14 +268,60 @@ def _make_experiments_importable(argv: Sequence[str]) -> None:
             make_importable(pathlib.Path(file.partition(":")[0]))
 
 
-def make_importable(experiment: pathlib.Path) -> None:
-    """Lets an experiment import those beside it.
+# The name by which this project's experiments import each other.
+_EXPERIMENTS = "experiments"
 
-    The folder above is put last, so that nothing in it hides a module found elsewhere.
+
+class _Beside(types.ModuleType):
+    """A package of the modules in some folders, the first of which comes first."""
+
+    def __init__(self, name: str, folders: Sequence[str]) -> None:
+        super().__init__(name)
+        self.__path__ = list(folders)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{self.__name__}.{name}":
+                raise
+            raise ImportError(
+                f"{self.__name__} has no {name}: put a copy of {name}.py into {self.__path__[0]}"
+            ) from error
+
+
+def make_importable(experiment: pathlib.Path) -> None:
+    """Lets an experiment import those beside it, by the name of their folder.
+
+    The folder above is put last, so that nothing in it hides a module found elsewhere. Only a
+    package of the folder's name in the current folder, from which Python would take it, comes
+    second, and one named `experiments` anywhere: those of this project import each other by that
+    name, whatever folder they were copied to.
     """
-    above = str(experiment.resolve().parent.parent)
-    if above not in sys.path:
-        sys.path.append(above)
+    folder = experiment.resolve().parent
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))
+    for name in {folder.name, _EXPERIMENTS}:
+        before = sys.modules.get(name)
+        if isinstance(before, _Beside):
+            before.__path__ = list(dict.fromkeys([str(folder), *before.__path__]))
+        elif before is None:
+            others = _folders_of(name)
+            here = any(pathlib.Path(other).parent == pathlib.Path.cwd() for other in others)
+            if others[:1] != [str(folder)] and (name == _EXPERIMENTS or here):
+                sys.modules[name] = _Beside(name, dict.fromkeys([str(folder), *others]))
+
+
+def _folders_of(name: str) -> list[str]:
+    """Returns the folders that Python looks for a package's modules in; none: there is none."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    places = (found and found.submodule_search_locations) or []
+    return [str(pathlib.Path(place).resolve()) for place in places]
 
 
 def _check_path(path: str) -> None:

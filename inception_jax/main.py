@@ -14,8 +14,8 @@ Train a network, or evaluate a checkpoint of it.
   python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
 
 Training goes on from the newest checkpoint in DIR. Exit code 0: done; 2: a mistake, which the
-message says how to mend; 1: a failed run; 75: stopped by a signal (SIGTERM, SIGINT, SIGHUP,
-SIGUSR1, SIGUSR2 or SIGXCPU) and saved, to be started again.
+message says how to mend; 1: a failed run; 75: stopped by a signal that tells it to end (SIGTERM,
+SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU), to be started again.
 """
 
 _CONFIG = cli.define_config()
@@ -41,9 +41,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import loop, preemption, run, workdir
 
     configs.validate(_CONFIG.value)
-    # Before anything is written.
     data_directory(_CONFIG.value.data.directory)
-    folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
+    folder = _WORKDIR.value and workdir.Workdir(_WORKDIR.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
@@ -58,8 +57,7 @@ def main(positional: Sequence[str]) -> None:
         workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
     if folder is None:
-        assert _WEIGHTS.value is not None  # One of the two is given.
-        result = evaluate.evaluate_weights(this_run, weights.load(_WEIGHTS.value))
+        result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS)))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":

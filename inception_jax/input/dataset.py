@@ -26,6 +26,7 @@ opened: a damaged one is made again. Images are compared as they are read, recor
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -33,6 +34,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -331,21 +333,50 @@ def _all_of(spec: DatasetSpec, data: config.Data) -> str:
 def _locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends."""
     _check_writable(path.parent)
-    lock = filelock.FileLock(path)
+    lock = _lock(path, log=log)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log(f"waiting for the other process that prepares this data set ({path})")
+        log(f"waiting for the other process that prepares this data set ({lock.lock_file})")
         lock.acquire()
+    except PermissionError as error:
+        raise DataError(
+            f"config.data.directory: {path} belongs to another user, who lets nobody else write "
+            "to it. Remove it while nobody prepares the data set, or give a directory of your own."
+        ) from error
     try:
         yield
     finally:
         lock.release()
 
 
+def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
+    """Returns the system's lock on a file or, where the file system has none, the file as a lock.
+
+    Such are NFS without its lock service and Lustre without the option flock.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held = path.with_name(f"{path.name}.held")
+            log(
+                f"{path.parent}: this file system has no locks ({error.strerror}); the file "
+                f"{held.name} stands for one. If a process on another host is killed while it "
+                "prepares the data set, the file stays: remove it then"
+            )
+            return filelock.SoftFileLock(held)
+    # Whoever may make files beside it may hold it, whatever this user's umask is.
+    return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
+
+
 def _check_writable(directory: pathlib.Path) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            # A group that shares the folder above shares this one, whatever the umask is.
+            with contextlib.suppress(PermissionError):
+                directory.chmod(stat.S_IMODE(directory.parent.stat().st_mode))
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:

@@ -67,8 +67,7 @@ def main(positional: Sequence[str]) -> None:
     trained = pretrained.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
-    path = _OUTPUT.value
-    assert path is not None  # It is required.
+    path = cli.given(_OUTPUT)
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":

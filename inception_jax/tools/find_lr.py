@@ -47,8 +47,7 @@ def main(positional: Sequence[str]) -> None:
             f"--low={_LOW.value:g} and --high={_HIGH.value:g}: the first rate must be less than "
             "the last; leave them out for 1e-05 and 10"
         )
-    output = _OUTPUT.value
-    assert output is not None  # It is required.
+    output = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(output), flag="output")
     runtime.initialize(platform=_PLATFORM.value, log=cli.say)
     this_run = run.build(_CONFIG.value, log=cli.say)

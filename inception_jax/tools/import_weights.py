@@ -47,8 +47,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.telemetry import summary
 
     runtime.initialize(platform="cpu", log=cli.say)
-    source, target = _INPUT.value, _OUTPUT.value
-    assert source is not None and target is not None  # They are required.
+    source, target = cli.given(_INPUT), cli.given(_OUTPUT)
     state = read_state_dict(source)
     try:
         model, variables = torchvision_weights.from_torchvision(state)
