@@ -23,9 +23,8 @@ _FIXED = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
-    "jax_numpy_dtype_promotion": "standard",
-    "jax_numpy_rank_promotion": "allow",
     "jax_disable_jit": False,
+    "jax_transfer_guard": "allow",
 }
 # JAX's own watch over the processes acts later than ours, which can say more.
 _LATER = 40
@@ -97,7 +96,8 @@ def initialize(
 def _fix_settings(log: Callable[[str], None]) -> None:
     """Sets what the environment, such as JAX_ENABLE_X64, may have set to something else."""
     for name, value in _FIXED.items():
-        if (found := getattr(jax.config, name)) != value:
+        # None stands for JAX's own default, which is the same.
+        if (found := getattr(jax.config, name)) not in (None, value):
             log(f"{name.upper()}={found}: is not supported and left aside; {value} is used")
             jax.config.update(name, value)
 

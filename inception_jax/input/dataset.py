@@ -127,14 +127,22 @@ def data_directory(directory: str) -> pathlib.Path:
     """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''.
 
     Raises:
-      UserError: if it is no local path, or there is no home for the default to be in.
+      UserError: if it is no local path or cannot be used, or the default has no home to be in.
     """
     what = f"config.data.directory = {directory!r}"
-    if directory:
-        return paths.local(directory, what)
-    if default := os.environ.get("TFDS_DATA_DIR"):
-        return paths.local(default, f"{what}, and TFDS_DATA_DIR={default}")
-    return paths.local("~/tensorflow_datasets", f"{what} is ~/tensorflow_datasets")
+    if not directory:
+        default = os.environ.get("TFDS_DATA_DIR", "")
+        directory = default or "~/tensorflow_datasets"
+        what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
+    found = paths.local(directory, what)
+    try:
+        str(found.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what}: has bytes in its path that are no UTF-8, which the library that writes the "
+            "records cannot take. Rename the folder, or give another."
+        ) from error
+    return found
 
 
 def _source(data: config.Data) -> pathlib.Path | None:
