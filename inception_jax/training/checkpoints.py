@@ -89,6 +89,7 @@ class Checkpoints:
         if not read_only:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
+                _merge_unmerged(directory)
                 storage.set_aside_damaged(directory, log)
             _wait_for_all_processes("damaged checkpoints set aside")
             with _readable_errors(directory):
@@ -348,6 +349,21 @@ class _ManifestedPath(atomicity.AtomicRenameTemporaryPath):
         staged.rename(self.get_final())
 
 
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns what reads and merges arrays in this process alone; the others are elsewhere."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+
+
+def _merge_unmerged(directory: pathlib.Path) -> None:
+    """Finishes checkpoints that older versions left in a folder with brackets in its path."""
+    for step in storage.steps(directory) if directory.is_dir() else []:
+        for item in storage.unmerged(directory / str(step)):
+            plain = paths.Plain(item)
+            with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
+                handler.finalize(plain.path)
+
+
 def _check_restorable(folder: pathlib.Path) -> None:
     """Reads a finished checkpoint as a restore would, array by array.
 
@@ -357,22 +373,18 @@ def _check_restorable(folder: pathlib.Path) -> None:
     Raises:
       WriteError: if an array cannot be read.
     """
-    # By this process alone: the others are not in this place.
-    alone = ocp.options.MultiprocessingOptions(primary_host=None)
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     try:
-        for item in storage.ARRAYS:
-            arrays = handler.metadata(folder / item).tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
-            handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        with contextlib.closing(_handler()) as handler:
+            for item in storage.ARRAYS:
+                arrays = handler.metadata(folder / item).tree
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
+                handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except Exception as error:
         raise WriteError(
             f"{folder}: a checkpoint was written, but cannot be read back: "
             f"{str(error).partition('[')[0].strip()}. The ones before it are whole. Give another "
             "--workdir, on another file system if this happens again"
         ) from error
-    finally:
-        handler.close()
 
 
 def _wait_for_all_processes(name: str) -> None:

@@ -429,3 +429,27 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(
         assert checkpoints.resolve("last") == 6
         check_restores(checkpoints, 6)
     assert storage.steps(tmp_path / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("name", ["run", "run[1]"])
+def test_what_older_versions_left_unmerged_is_merged(
+    name: str, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As they did where the path had brackets; a checkpoint was hashed and never read."""
+    damaged = folder.rename(tmp_path / name)
+    for step in STEPS:
+        for item in storage.ARRAYS:
+            (damaged / str(step) / item / "manifest.ocdbt").unlink()
+            shutil.rmtree(damaged / str(step) / item / "d")
+        (damaged / str(step) / manifest.NAME).unlink()
+        manifest.write(damaged / str(step))
+    lines: list[str] = []
+    with (
+        Checkpoints(damaged, read_only=True, log=lines.append) as checkpoints,
+        pytest.raises(CheckpointError, match="no whole checkpoint"),
+    ):
+        checkpoints.resolve("last")
+    assert "not merged" in lines[0] and "started again" in lines[0]
+    with Checkpoints(damaged, log=lines.append) as checkpoints:
+        check_restores(checkpoints, checkpoints.resolve("last"))
+    assert len(lines) == 3
