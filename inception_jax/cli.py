@@ -311,7 +311,7 @@ def make_importable(experiment: pathlib.Path) -> None:
             others = _folders_of(name)
             here = any(pathlib.Path(other).parent == pathlib.Path.cwd() for other in others)
             if others[:1] != [str(folder)] and (name == _EXPERIMENTS or here):
-                sys.modules[name] = _Beside(name, dict.fromkeys([str(folder), *others]))
+                sys.modules[name] = _Beside(name, [str(folder), *others])
 
 
 def _folders_of(name: str) -> list[str]:

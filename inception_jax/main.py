@@ -42,7 +42,7 @@ def main(positional: Sequence[str]) -> None:
 
     configs.validate(_CONFIG.value)
     data_directory(_CONFIG.value.data.directory)
-    folder = _WORKDIR.value and workdir.Workdir(_WORKDIR.value)
+    folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))

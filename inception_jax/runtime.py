@@ -98,7 +98,7 @@ def _fix_settings(log: Callable[[str], None]) -> None:
     for name, value in _FIXED.items():
         # None stands for JAX's own default, which is the same.
         if (found := getattr(jax.config, name)) not in (None, value):
-            log(f"{name.upper()}={found}: is not supported and left aside; {value} is used")
+            log(f"{name.upper()}={found}: is ignored; this program always runs with {value}")
             jax.config.update(name, value)
 
 

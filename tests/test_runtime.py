@@ -52,10 +52,10 @@ def usual() -> list:
         ("JAX_TRANSFER_GUARD", "disallow"),
     ],
 )
-def test_what_would_change_a_run_is_left_aside_and_said(name: str, value: str, usual: list) -> None:
+def test_what_would_change_a_run_is_ignored_and_said(name: str, value: str, usual: list) -> None:
     lines, *found = drawn(**{name: value})
     assert usual[0] == [] and found == usual[1:]
-    assert len(lines) == 1 and lines[0].startswith(f"{name}=") and "left aside" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith(f"{name}=") and "is ignored" in lines[0]
 
 
 @pytest.mark.parametrize("name", ["JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_CHECK_TRACER_LEAKS"])
