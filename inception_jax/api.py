@@ -21,11 +21,10 @@ A user's mistake raises a `UserError` of `inception_jax.errors`, which says how 
 """
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax import cli
+from inception_jax import cli, paths
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import UserError
@@ -78,7 +77,7 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
       DataError: if the file cannot be used.
     """
     _check_path(path)
-    place = pathlib.Path(path).expanduser()
+    place = paths.local(path, str(path))
     if place.is_dir():
         return pretrained.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)

@@ -34,7 +34,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       WriteError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # A name may be as long as the file system allows: 255 bytes, of which a letter takes up to 4.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
     try:
         yield temporary
         with temporary.open("rb") as file:

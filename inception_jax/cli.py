@@ -8,8 +8,11 @@ KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 import difflib
 import functools
 import gc
+import importlib
 import importlib.machinery
+import importlib.util
 import itertools
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -23,7 +26,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from inception_jax import advice, hosts
+from inception_jax import advice, console, hosts, paths
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import (
@@ -77,11 +80,11 @@ def load_experiment(place: str, prefix: str = "") -> Config:
     Raises:
       UserError: if there is no such file, or it gives no settings.
     """
-    path = pathlib.Path(place).expanduser()
+    path = paths.local(place, f"{prefix}{place}")
     arguments: list[str] = []
     if not path.exists() and ":" in place:
         name, _, argument = place.rpartition(":")
-        path, arguments = pathlib.Path(name).expanduser(), [argument]
+        path, arguments = paths.local(name, f"{prefix}{name}"), [argument]
     if not path.exists() or path.is_dir():
         raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
     if path.suffix == ".json":
@@ -138,6 +141,35 @@ def _experiment_failure(error: Exception) -> str:
     return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"
 
 
+class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
+    """Reads the path of a local file or folder; an empty one stands for none.
+
+    Args:
+      name: of the flag, for messages.
+    """
+
+    syntactic_help = "a local path"
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def parse(self, argument: str) -> pathlib.Path | None:
+        return paths.local(argument, f"--{self._name}={argument}") if argument else None
+
+
+def define_path(
+    name: str, meaning: str, *, required: bool = False
+) -> flags.FlagHolder[pathlib.Path | None]:
+    """Defines a flag that names a local file or folder; its value is None if it is not given."""
+    return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
+
+
+def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
+    """Returns the path of a flag that other checks make sure is given."""
+    assert flag.value is not None, f"--{flag.name} is required here"
+    return flag.value
+
+
 def define_processes() -> Callable[[], dict[str, Any]]:
     """Defines the flags that say on which devices, and with which other processes, to compute.
 
@@ -160,7 +192,11 @@ def define_processes() -> Callable[[], dict[str, Any]]:
 def command() -> dict[str, Any]:
     """Returns the flags of the command itself, without its settings, by their names with dashes."""
     defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
-    return {f"--{flag.name}": flag.value for flag in defined if flag.name != "config"}
+    return {
+        f"--{flag.name}": str(flag.value) if isinstance(flag.value, pathlib.Path) else flag.value
+        for flag in defined
+        if flag.name != "config"
+    }
 
 
 def require(*names: str) -> None:
@@ -201,7 +237,7 @@ def experiment() -> dict[str, Any]:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
     if file.endswith(".json"):
-        record = configs.read_record(pathlib.Path(file).expanduser())
+        record = configs.read_record(paths.local(file, f"--config={file}"))
         before = record.get("experiment") or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
@@ -221,6 +257,15 @@ def refuse_positional(positional: Sequence[str]) -> None:
         raise UserError(f"{' '.join(positional)!r}: not a flag; flags begin with --. See --help")
 
 
+def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
+    """Returns the local files or folders that positional arguments name.
+
+    Raises:
+      UserError: if one of them is a URL, or has no meaning for this user.
+    """
+    return [paths.local(argument, argument) for argument in positional]
+
+
 def say(line: str) -> None:
     """Prints a line for the user on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
@@ -238,8 +283,14 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     # Imports and tracing make millions of objects that stay. Looking for garbage among them as
     # often as Python does by default takes a sixth of a start.
     gc.set_threshold(100_000)
+    console.prepare()
     # The libraries log much that is of no use to a user, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
+    # Such as that it found no folder for its cache.
+    python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
+    # A notebook names its own backend to the commands it starts, which need none: without it there,
+    # matplotlib could not even be imported.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
@@ -341,7 +392,8 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         raise UserError(f"--config: is given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
-        record = pathlib.Path(folders[-1]).expanduser() / "config.json"
+        folder = paths.local(folders[-1], f"--{settings_of}={folders[-1]}")
+        record = folder / "config.json"
         if not record.exists():
             raise UserError(
                 f"--{settings_of}={folders[-1]}: there is no run here (no config.json). Start one "
@@ -421,14 +473,60 @@ def _wrong_value(message: str) -> str:
     return f"{said}, without a unit: --config.{path}={number[1]}"
 
 
-def make_importable(experiment: pathlib.Path) -> None:
-    """Lets an experiment import those beside it.
+# The name by which this project's experiments import each other.
+_EXPERIMENTS = "experiments"
 
-    The folder above is put last, so that nothing in it hides a module found elsewhere.
+
+class _Beside(types.ModuleType):
+    """A package of the modules in some folders, the first of which comes first."""
+
+    def __init__(self, name: str, folders: Sequence[str]) -> None:
+        super().__init__(name)
+        self.__path__ = list(folders)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{self.__name__}.{name}":
+                raise
+            raise ImportError(
+                f"{self.__name__} has no {name}: put a copy of {name}.py into {self.__path__[0]}"
+            ) from error
+
+
+def make_importable(experiment: pathlib.Path) -> None:
+    """Lets an experiment import those beside it, by the name of their folder.
+
+    The folder above is put last, so that nothing in it hides a module found elsewhere. Only a
+    package of the folder's name in the current folder, from which Python would take it, comes
+    second, and one named `experiments` anywhere: those of this project import each other by that
+    name, whatever folder they were copied to.
     """
-    above = str(experiment.resolve().parent.parent)
-    if above not in sys.path:
-        sys.path.append(above)
+    folder = experiment.resolve().parent
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))
+    for name in {folder.name, _EXPERIMENTS}:
+        before = sys.modules.get(name)
+        if isinstance(before, _Beside):
+            before.__path__ = list(dict.fromkeys([str(folder), *before.__path__]))
+        elif before is None:
+            others = _folders_of(name)
+            here = any(pathlib.Path(other).parent == pathlib.Path.cwd() for other in others)
+            if others[:1] != [str(folder)] and (name == _EXPERIMENTS or here):
+                sys.modules[name] = _Beside(name, [str(folder), *others])
+
+
+def _folders_of(name: str) -> list[str]:
+    """Returns the folders that Python looks for a package's modules in; none: there is none."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    places = (found and found.submodule_search_locations) or []
+    return [str(pathlib.Path(place).resolve()) for place in places]
 
 
 def _help(usage: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from inception_jax import paths
 from inception_jax.errors import ConfigError, nearest
 
 DATASETS = (
@@ -139,6 +140,7 @@ def setting(
     below: float | None = None,
     resumable: bool = False,
     per_host: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declares one field of the configuration.
 
@@ -151,6 +153,7 @@ def setting(
       resumable: whether a run may be resumed with another value. A field that decides the shape of
         the state, or which examples a step sees, may not.
       per_host: whether the processes of a run on several hosts may have different values.
+      path: whether it is a local path; empty: none.
     """
     metadata = {
         "help": meaning,
@@ -161,6 +164,7 @@ def setting(
         "below": below,
         "resumable": resumable,
         "per_host": per_host,
+        "path": path,
     }
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         template = default
@@ -203,12 +207,14 @@ class Data:
         "one",
         resumable=True,
         per_host=True,
+        path=True,
     )
     directory: str = setting(
         "",
         "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
         resumable=True,
         per_host=True,
+        path=True,
     )
     eval_share: float = setting(
         0.2,
@@ -490,6 +496,7 @@ class Init:
         "",
         "file of weights that a new run starts from (tools.export, tools.import_weights); "
         "a resumed run does not read it; empty: random values",
+        path=True,
     )
 
 
@@ -821,6 +828,8 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     if metadata["choices"] and value not in metadata["choices"]:
         choices = [str(choice) for choice in metadata["choices"]]
         return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
+    if metadata["path"] and (problem := paths.problem(value)):
+        return problem
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):

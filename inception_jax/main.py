@@ -1,7 +1,6 @@
 """Trains or evaluates: flags, then one call into the package."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -17,12 +16,13 @@ Train a network, or evaluate a checkpoint of it.
 
 A setting is what --config.a.b says; else, with the run's own --config or without any, what the run
 in DIR has; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says
-how to fix it; 75: saved on a signal, run it again to resume from the newest checkpoint.
+how to fix it; 75: saved on a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU), run it
+again to resume from the newest checkpoint.
 """
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plots")
-_WEIGHTS = flags.DEFINE_string("weights", "", "eval: file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of the run: checkpoints, metrics, plots")
+_WEIGHTS = cli.define_path("weights", "eval: file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
@@ -37,13 +37,15 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import config as configs
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
+    from inception_jax.input.dataset import data_directory
     from inception_jax.models import weights
     from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
-    folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
     experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
     configs.validate(_CONFIG.value)
+    data_directory(_CONFIG.value.data.directory)
     changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
@@ -58,7 +60,7 @@ def main(positional: Sequence[str]) -> None:
         workdir.check_shared(workdir.needed(folder))
     this_run = run.build(_CONFIG.value, log=cli.say, experiment=experiment)
     if folder is None:
-        result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
+        result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS)))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":

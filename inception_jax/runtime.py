@@ -18,6 +18,14 @@ from inception_jax.errors import UserError, nearest
 PLATFORMS = ("cpu", "gpu", "tpu")
 # How a launcher numbers its processes: variables that hold their count, and the number of each.
 _NUMBERED = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+# What random bits, and so a resumed run, depend on, and what the programs are written for.
+_FIXED = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_disable_jit": False,
+    "jax_transfer_guard": "allow",
+}
 # JAX's own watch over the processes acts later than ours, which can say more.
 _LATER = 40
 
@@ -62,6 +70,7 @@ def initialize(
             f"--platform={platform}: must be one of {', '.join(PLATFORMS)}."
             f"{nearest(platform, PLATFORMS)}"
         )
+    _fix_settings(log)
     if platform == "cpu":
         jax.config.update("jax_platforms", platform)
     compilation_cache.use(log)
@@ -82,6 +91,15 @@ def initialize(
     _check_platform(platform)
     hosts.agree("devices", _devices)
     return None if tell_all == handler else lambda: _call(tell_all)
+
+
+def _fix_settings(log: Callable[[str], None]) -> None:
+    """Sets what the environment, such as JAX_ENABLE_X64, may have set to something else."""
+    for name, value in _FIXED.items():
+        # None stands for JAX's own default, which is the same.
+        if (found := getattr(jax.config, name)) not in (None, value):
+            log(f"{name.upper()}={found}: is ignored; this program always runs with {value}")
+            jax.config.update(name, value)
 
 
 def _numbered(count: int, index: int) -> tuple[int, int]:

@@ -16,15 +16,17 @@ PACKAGE = ROOT / "inception_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part of the package may import from the others; `inception_jax` is its version.
-BASE = {"inception_jax", "atomic", "errors", "config"}
+BASE = {"inception_jax", "atomic", "errors", "config", "paths"}
 MAY_IMPORT = {
     "inception_jax": {"api"},  # By its name only, when it is asked for.
     "errors": set(),
     "atomic": {"errors"},
-    "config": {"inception_jax", "errors"},
+    "paths": {"errors"},
+    "config": {"inception_jax", "errors", "paths"},
     "memory": set(),
     "advice": set(),
-    "cli": BASE | {"advice", "hosts"},
+    "console": set(),
+    "cli": BASE | {"advice", "console", "hosts"},
     "hosts": BASE,
     "compilation_cache": BASE,
     "runtime": BASE | {"advice", "compilation_cache", "hosts"},

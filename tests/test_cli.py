@@ -285,3 +285,118 @@ def test_the_last_line_of_a_failed_run_says_what_to_do(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and words in last
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+# What stands at the other end of a command, and around it.
+
+
+def run_in(
+    folder: pathlib.Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a command in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", f"inception_jax.{arguments[0]}", *arguments[1:]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("package", ["regular", "namespace"])
+def test_a_package_of_the_same_name_hides_no_experiment(
+    package: str, tmp_path: pathlib.Path
+) -> None:
+    theirs = tmp_path / "experiments"
+    theirs.mkdir()
+    (theirs / "tiny_base.py").write_text("raise RuntimeError('theirs')")
+    if package == "regular":
+        (theirs / "__init__.py").write_text("raise RuntimeError('theirs')")
+    flag = f"--config={ROOT}/experiments/tiny_cpu.py"
+    done = run_in(tmp_path, "main", flag, "--config.seed=-7", "--workdir=run")
+    assert done.returncode == 2 and "config.seed = -7" in done.stderr
+
+
+def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> None:
+    for name in ("tiny_cpu.py", "tiny_base.py"):
+        (tmp_path / name).write_bytes((ROOT / "experiments" / name).read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    arguments = ["main", "--config=../tiny_cpu.py", "--config.seed=-7", "--workdir=run"]
+    # Without the project beside the package, as where it is installed.
+    install = tmp_path / "site"
+    install.mkdir()
+    (install / "inception_jax").symlink_to(ROOT / "inception_jax")
+    place = tmp_path / "elsewhere"
+    done = run_in(place, *arguments, PYTHONPATH=str(install))
+    assert done.returncode == 2 and "config.seed = -7" in done.stderr, done.stderr
+    (tmp_path / "tiny_base.py").unlink()
+    done = run_in(place, *arguments, PYTHONPATH=str(install))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"put a copy of tiny_base.py into {tmp_path}" in done.stderr
+
+
+LISTS = r"""
+from inception_jax import cli
+def main(_):
+    cli.say("gr\xfcn")
+    print("gr\xfcn", flush=True)
+    import matplotlib.figure
+    matplotlib.figure.Figure().savefig("plot.png")
+    cli.say("drawn")
+cli.run(main, "")
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"HOME": "/proc/none", "MPLCONFIGDIR": "/proc/none", "XDG_CACHE_HOME": "/proc/none"},
+        {"TMPDIR": "/proc/none"},
+    ],
+)
+def test_output_and_plots_need_nothing_of_the_environment(
+    environment: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LISTS],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace(b"\\xfc", "ü".encode()) == "grün\n".encode()
+    assert done.stderr.count(b"\n") == 2
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("closed", "output"),
+    [
+        (">&-", ""),
+        (">&- 2>&- <&-", ""),
+        ("2>&-", "grün\n"),
+        ("2>/dev/full", "grün\n"),
+        ("2> >(true)", "grün\n"),
+    ],
+)
+def test_a_stream_that_is_closed_ends_no_command(
+    closed: str, output: str, tmp_path: pathlib.Path
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{LISTS}' {closed}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == output
+    # Nothing of it went into the file that was opened next.
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

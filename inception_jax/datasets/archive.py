@@ -107,7 +107,7 @@ def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = 
     Raises:
       DataError: if it does not exist, is damaged, or is something else.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     if not path.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: there is no such file or folder. Give the "

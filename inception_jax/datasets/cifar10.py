@@ -131,7 +131,7 @@ class Cifar10(builder.ImageBuilder):
         if not self.source:
             target = pathlib.Path(self.data_dir_root, "downloads", "cifar-10-python.tar.gz")
             return download.fetch(URL, target, size=BYTES, md5=MD5, log=self.log)
-        path = pathlib.Path(self.source).expanduser()
+        path = pathlib.Path(self.source)
         if not path.exists():
             raise DataError(
                 f"config.data.source = {self.source!r}: there is no such file or folder. Give the "

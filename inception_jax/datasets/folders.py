@@ -150,7 +150,7 @@ def open_source(
       DataError: if it does not exist, is something else, or holds nothing; or if the names of an
         archive's folders can be read in several ways.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     archive = next((above for above in path.parents if above.is_file()), path)
     if not archive.exists():
         raise DataError(

@@ -132,7 +132,7 @@ class Imagenet2012(builder.ImageBuilder, skip_registration=True):  # type: ignor
         """Returns the folder of the archives; without a source, where TFDS looks for them."""
         if not self.source:
             return pathlib.Path(self.data_dir_root, "downloads", "manual")
-        path = pathlib.Path(self.source).expanduser()
+        path = pathlib.Path(self.source)
         # One of the two archives may be given for both.
         return path.parent if path.is_file() else path
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from inception_jax import paths
 from inception_jax.datasets import folders
 from inception_jax.datasets.files import MOST_BYTES, FolderSource
 from inception_jax.errors import DataError
@@ -42,6 +43,7 @@ def find(arguments: Sequence[str]) -> Found:
     Raises:
       DataError: if a path leads nowhere, a folder cannot be read, or there is no file at all.
     """
+    arguments = [path if path == STDIN else str(paths.local(path, path)) for path in arguments]
     if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
         raise DataError(
             f"{folders.quoted([folders.shown(path) for path in missing])}: no such file or folder. "

@@ -28,6 +28,7 @@ opened: a damaged one is made again. Images are compared as they are read, recor
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -35,6 +36,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,7 +44,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 import numpy as np
 
-from inception_jax import config
+from inception_jax import config, paths
 from inception_jax.datasets import folders, images, registry
 from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.registry import DatasetSpec
@@ -134,9 +136,32 @@ class Dataset:
 
 
 def data_directory(directory: str) -> pathlib.Path:
-    """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''."""
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return pathlib.Path(directory or default).expanduser()
+    """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''.
+
+    Raises:
+      UserError: if it is no local path or cannot be used, or the default has no home to be in.
+    """
+    what = f"config.data.directory = {directory!r}"
+    if not directory:
+        default = os.environ.get("TFDS_DATA_DIR", "")
+        directory = default or "~/tensorflow_datasets"
+        what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
+    found = paths.local(directory, what)
+    try:
+        str(found.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what}: has bytes in its path that are no UTF-8, which the library that writes the "
+            "records cannot take. Rename the folder, or give another."
+        ) from error
+    return found
+
+
+def _source(data: config.Data) -> pathlib.Path | None:
+    """Returns where the original files are, or None where they are downloaded."""
+    if not data.source:
+        return None
+    return paths.local(data.source, f"config.data.source = {data.source!r}")
 
 
 def prepare(data: config.Data, *, log: Log = print) -> Dataset:
@@ -425,9 +450,10 @@ def _change(
                 f"config.data.{name} = {settings[name]!r}: {where} was prepared with {value!r}",
                 "Give that",
             )
-    if spec.fixed_content or not data.source:
+    path = _source(data)
+    if spec.fixed_content or path is None:
         return None
-    path = pathlib.Path(data.source).expanduser().absolute()
+    path = path.absolute()
     # Removing the original once it is prepared is no mistake. A path may lead into an archive.
     is_there = path.exists() or any(above.is_file() for above in path.parents)
     if not is_there and str(path) == prepared.path:
@@ -479,21 +505,50 @@ def _all_of(spec: DatasetSpec, data: config.Data) -> str:
 def _locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends."""
     _check_writable(path.parent)
-    lock = filelock.FileLock(path)
+    lock = _lock(path, log=log)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log(f"waiting for the other process that prepares this data set ({path})")
+        log(f"waiting for the other process that prepares this data set ({lock.lock_file})")
         lock.acquire()
+    except PermissionError as error:
+        raise DataError(
+            f"config.data.directory: {path} belongs to another user, who lets nobody else write "
+            "to it. Remove it while nobody prepares the data set, or give a directory of your own."
+        ) from error
     try:
         yield
     finally:
         lock.release()
 
 
+def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
+    """Returns the system's lock on a file or, where the file system has none, the file as a lock.
+
+    Such are NFS without its lock service and Lustre without the option flock.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held = path.with_name(f"{path.name}.held")
+            log(
+                f"{path.parent}: this file system has no locks ({error.strerror}); the file "
+                f"{held.name} stands for one. If a process on another host is killed while it "
+                "prepares the data set, the file stays: remove it then"
+            )
+            return filelock.SoftFileLock(held)
+    # Whoever may make files beside it may hold it, whatever this user's umask is.
+    return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
+
+
 def _check_writable(directory: pathlib.Path) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            # A group that shares the folder above shares this one, whatever the umask is.
+            with contextlib.suppress(PermissionError):
+                directory.chmod(stat.S_IMODE(directory.parent.stat().st_mode))
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
@@ -605,7 +660,9 @@ def _prepared_builder(
 
 def _builder(spec: DatasetSpec, data: config.Data, directory: pathlib.Path, *, log: Log) -> Any:
     settings = {name: getattr(data, name) for name in spec.settings}
-    return spec.builder_class()(source=data.source, log=log, data_dir=directory, **settings)
+    # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
+    directory, source = directory.absolute(), str(_source(data) or "")
+    return spec.builder_class()(source=source, log=log, data_dir=directory, **settings)
 
 
 def _example_bytes(data: config.Data) -> int:

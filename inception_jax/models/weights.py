@@ -140,7 +140,6 @@ def load(path: pathlib.Path) -> Weights:
     Raises:
       DataError: if it is not there, damaged, of another format, a pickle, or was not written here.
     """
-    path = path.expanduser()
     arrays, metadata = read_arrays(path)
     if _KEY not in metadata:
         raise DataError(

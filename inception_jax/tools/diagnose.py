@@ -1,6 +1,5 @@
 """Says what the evaluations of a run mean."""
 
-import pathlib
 from collections.abc import Sequence
 
 from inception_jax import cli
@@ -25,10 +24,11 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(
             "give at least one run's folder: python -m inception_jax.tools.diagnose DIR"
         )
-    for folder in positional:
-        if len(positional) > 1:
+    folders = cli.local_paths(positional)
+    for folder in folders:
+        if len(folders) > 1:
             print(folder)
-        for line in report.write_diagnosis(pathlib.Path(folder)).lines():
+        for line in report.write_diagnosis(folder).lines():
             print(line)
 
 

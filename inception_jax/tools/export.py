@@ -37,12 +37,10 @@ _TO = flags.DEFINE_enum(
     "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
 )
 cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of the run")
+_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "file to write; one that is there is replaced", required=True
-)
+_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
@@ -75,7 +73,7 @@ def main(positional: Sequence[str]) -> None:
     trained = pretrained.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
-    path = pathlib.Path(_OUTPUT.value)
+    path = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(path.parent), flag="output")
     form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":

@@ -1,6 +1,5 @@
 """Finds a learning rate by a range test."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,9 +26,7 @@ and what to change (exit code 2).
 """
 
 _CONFIG = cli.define_config()
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "folder for find_lr.json and find_lr.png", required=True
-)
+_OUTPUT = cli.define_path("output", "folder for find_lr.json and find_lr.png", required=True)
 _LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
 _HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
 _STEPS = flags.DEFINE_integer(
@@ -55,7 +52,7 @@ def main(positional: Sequence[str]) -> None:
             f"--low={_LOW.value:g} and --high={_HIGH.value:g}: the first rate must be less than "
             "the last; leave them out for 1e-05 and 10"
         )
-    output = pathlib.Path(_OUTPUT.value)
+    output = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(output), flag="output")
     runtime.initialize(platform=_PLATFORM.value, log=cli.say)
     this_run = run.build(_CONFIG.value, log=cli.say)

@@ -31,12 +31,10 @@ torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 to 1, 
 so: mean and std 0.5. With --notransform_input they are those of ImageNet.
 """
 
-_INPUT = flags.DEFINE_string("input", None, "state dict: .pth or .safetensors", required=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "file to write; one that is there is replaced", required=True
-)
-_CLASS_NAMES = flags.DEFINE_string(
-    "class_names", None, "text file of the classes' names in the order of the logits, a line each"
+_INPUT = cli.define_path("input", "state dict: .pth or .safetensors", required=True)
+_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
+_CLASS_NAMES = cli.define_path(
+    "class_names", "text file of the classes' names in the order of the logits, a line each"
 )
 _PREFIX = flags.DEFINE_string(
     "prefix", None, "of the network's entries, such as model_ema; found if there is one network"
@@ -64,7 +62,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import workdir
 
     runtime.initialize(platform="cpu", log=cli.say)
-    source, target = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
+    source, target = cli.given(_INPUT), cli.given(_OUTPUT)
     state = read_state_dict(source)
     try:
         model, variables, notes = torchvision_weights.from_torchvision(
@@ -84,7 +82,7 @@ def main(positional: Sequence[str]) -> None:
         revision=summary.revision(),
     )
     if _CLASS_NAMES.value is not None:
-        names = read_names(pathlib.Path(_CLASS_NAMES.value), imported.num_classes)
+        names = read_names(_CLASS_NAMES.value, imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
     workdir.check_writable(workdir.Workdir(target.parent), flag="output")
     weights.save(target, imported)

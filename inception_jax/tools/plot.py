@@ -1,9 +1,6 @@
 """Draws the plots of a run again, or the curves of several runs together."""
 
-import pathlib
 from collections.abc import Sequence
-
-from absl import flags
 
 from inception_jax import cli
 
@@ -20,7 +17,7 @@ With --output the curves of all of them are drawn together instead, into that fo
 It may be called while the run is going on.
 """
 
-_OUTPUT = flags.DEFINE_string("output", None, "folder for plots with a curve of each run")
+_OUTPUT = cli.define_path("output", "folder for plots with a curve of each run")
 
 
 def main(positional: Sequence[str]) -> None:
@@ -30,9 +27,9 @@ def main(positional: Sequence[str]) -> None:
 
     if not positional:
         raise UserError("give at least one run's folder: python -m inception_jax.tools.plot DIR")
-    folders = [pathlib.Path(folder) for folder in positional]
+    folders = cli.local_paths(positional)
     if _OUTPUT.value is not None:
-        for path in report.plot_comparison(folders, pathlib.Path(_OUTPUT.value)):
+        for path in report.plot_comparison(folders, _OUTPUT.value):
             print(path)
         return
     for folder in folders:

@@ -1,7 +1,6 @@
 """Says what is in pictures, by a trained network."""
 
 import contextlib
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -43,16 +42,16 @@ is read: a mistake in the command, such as a path that leads nowhere. Exit code 
 done: files that could not be read as pictures; each is named.
 """
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run whose checkpoint to use")
-_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of a run whose checkpoint to use")
+_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _TOP = flags.DEFINE_integer("top", 5, "how many classes to give for each picture", 1)
 _JSON = flags.DEFINE_bool("json", False, "write a JSON object a line: file, guesses")
 _CSV = flags.DEFINE_bool("csv", False, "write CSV, a row for each class: file, rank, label …")
-_OUTPUT = flags.DEFINE_string("output", None, "file for the results; there whole or not at all")
-_EXPLAIN = flags.DEFINE_string(
-    "explain", None, "folder for a PNG of each picture beside its Grad-CAM heat map"
+_OUTPUT = cli.define_path("output", "file for the results; there whole or not at all")
+_EXPLAIN = cli.define_path(
+    "explain", "folder for a PNG of each picture beside its Grad-CAM heat map"
 )
 _EXPLAIN_CLASS = flags.DEFINE_string(
     "explain_class", None, "with explain: the class the heat map is for; the best if not given"
@@ -83,7 +82,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import pretrained
 
     if _EXPLAIN.value is not None:
-        atomic.make_output_folder(pathlib.Path(_EXPLAIN.value))
+        atomic.make_output_folder(_EXPLAIN.value)
     runtime.initialize(platform=_PLATFORM.value, log=cli.say)
     weights = pretrained.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
@@ -156,7 +155,7 @@ def _heat_maps(predictor: "Predictor") -> "HeatMaps | None":
     height, width = explainer.grid
     cli.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
     label = None if _EXPLAIN_CLASS.value is None else predictor.label(_EXPLAIN_CLASS.value)
-    return HeatMaps(pathlib.Path(_EXPLAIN.value), explainer, label)
+    return HeatMaps(_EXPLAIN.value, explainer, label)
 
 
 def _predict_split(weights: "Weights") -> None:
@@ -187,7 +186,7 @@ def _data_settings(weights: "Weights") -> "Data":
     data = weights.config.data
     if _WORKDIR.value is not None:
         # With where the data lie, which weights do not keep.
-        folder = workdir.Workdir(pathlib.Path(_WORKDIR.value).expanduser())
+        folder = workdir.Workdir(_WORKDIR.value)
         data = workdir.recorded_run(folder)[0].data
     if _DIRECTORY.value is not None:
         data.directory = _DIRECTORY.value
@@ -219,8 +218,7 @@ def _results(format: "Format") -> Iterator[TextIO]:
     """Opens where the results go, and writes what comes before the first."""
     from inception_jax.evaluation import listing
 
-    path = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
-    with listing.written(path) as file:
+    with listing.written(_OUTPUT.value) as file:
         file.write(format.header)
         yield file
 

@@ -3,8 +3,6 @@
 import pathlib
 from collections.abc import Sequence
 
-from absl import flags
-
 from inception_jax import cli
 
 USAGE = """
@@ -20,9 +18,8 @@ Only the folders are read: neither data set nor checkpoint is needed. It may be 
 is going on; training refreshes DIR/report.html itself, at each evaluation.
 """
 
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = cli.define_path(
     "output",
-    None,
     "the file to write; default: DIR/report.html, of several runs report.html in this folder",
 )
 
@@ -34,8 +31,7 @@ def main(positional: Sequence[str]) -> None:
 
     if not positional:
         raise UserError("give at least one run's folder: python -m inception_jax.tools.report DIR")
-    folders = [pathlib.Path(folder) for folder in positional]
-    output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
+    folders, output = cli.local_paths(positional), _OUTPUT.value
     if len(folders) == 1:
         print(report.write_page(folders[0], output))
     else:

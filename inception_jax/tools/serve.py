@@ -26,8 +26,8 @@ with the status 400, 413 or 415. GET /model tells the network, its classes and t
 --host=0.0.0.0 lets the whole network in, without any password: do so only where you trust it.
 """
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run whose checkpoint to use")
-_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of a run whose checkpoint to use")
+_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
 cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _LAYER = flags.DEFINE_string(

@@ -28,18 +28,18 @@ module finds in a picture (activations.png).
 """
 
 cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, instead of --config")
-_WEIGHTS = flags.DEFINE_string("weights", None, "file of weights, instead of --config")
+_WORKDIR = cli.define_path("workdir", "folder of a run, instead of --config")
+_WEIGHTS = cli.define_path("weights", "file of weights, instead of --config")
 _ONE = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
 cli.require_one("config", "workdir", "weights", message=_ONE)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "folder for the files; default: DIR/view of --workdir, else runs/view"
+_OUTPUT = cli.define_path(
+    "output", "folder for the files; default: DIR/view of --workdir, else runs/view"
 )
 _CLASSES = flags.DEFINE_integer(
     "classes", None, "with --config: number of classes, where the data set does not say it", 1
 )
-_IMAGE = flags.DEFINE_string("image", None, "picture to draw the activations of")
+_IMAGE = cli.define_path("image", "picture to draw the activations of")
 _LAYER = flags.DEFINE_string(
     "layer", None, "module to draw the activations of; default: the first that holds layers"
 )
@@ -98,8 +98,8 @@ def _classes(name: str) -> int:
 
 
 def _output() -> pathlib.Path:
-    default = "runs/view" if _WORKDIR.value is None else f"{_WORKDIR.value}/view"
-    return pathlib.Path(_OUTPUT.value or default)
+    default = pathlib.Path("runs" if _WORKDIR.value is None else _WORKDIR.value, "view")
+    return _OUTPUT.value or default
 
 
 def _draw_weights(
@@ -118,7 +118,7 @@ def _draw_weights(
     modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
     layer = _LAYER.value or next(modules)
     predictor = predict.Predictor(weights)
-    pixels = predictor.read(pathlib.Path(_IMAGE.value).read_bytes(), _IMAGE.value)
+    pixels = predictor.read(_IMAGE.value.read_bytes(), str(_IMAGE.value))
     maps = feature_maps.activations(predictor, pixels, layer)
     feature_maps.draw_activations(written[1], pixels, maps, layer=layer, title=str(weights))
     return written

@@ -25,10 +25,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
+from inception_jax import paths
 from inception_jax.errors import CheckpointError, UserError, WriteError
 from inception_jax.training import manifest, storage
 from inception_jax.training.state import TrainState
@@ -87,14 +89,18 @@ class Checkpoints:
         if not read_only:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
+                _merge_unmerged(directory)
                 storage.set_aside_damaged(directory, log)
             _wait_for_all_processes("damaged checkpoints set aside")
+            with _readable_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
         self._options = _options(keep_last, keep_best, read_only)
         self._manager = self._open()
 
     def _open(self) -> _Manager:
         with _readable_errors(self._directory):
-            return _Manager(self._directory.absolute(), options=self._options)
+            self._plain = paths.Plain(self._directory)
+            return _Manager(self._plain.path, options=self._options)
 
     def __enter__(self) -> Self:
         self._excepthook = threading.excepthook
@@ -125,6 +131,7 @@ class Checkpoints:
                 raise
         finally:
             threading.excepthook = self._excepthook
+            self._plain.close()
 
     def latest_step(self) -> int | None:
         """Returns the newest step, or None if there is no checkpoint."""
@@ -322,7 +329,7 @@ def _options(keep_last: int, keep_best: int, read_only: bool) -> ocp.CheckpointM
 
 
 class _ManifestedPath(atomicity.AtomicRenameTemporaryPath):
-    """Where a checkpoint is written until it is whole and has a manifest.
+    """Where a checkpoint is written until it is whole, was read back and has a manifest.
 
     Orbax gives the finished folder a second temporary name; it gets its own once the manifest is in
     it. So there is no moment at which a checkpoint bears its name and has none. Both temporary
@@ -343,11 +350,50 @@ class _ManifestedPath(atomicity.AtomicRenameTemporaryPath):
         return staged.with_name(staged.name.partition(atomicity.TMP_DIR_SUFFIX)[0])
 
     async def finalize(self) -> None:
-        """Writes the manifest and gives the folder its name; in the background, by one process."""
+        """Reads all back, writes the manifest and names the folder; in one process's background."""
         await super().finalize()
         staged = pathlib.Path(super().get_final())
+        await asyncio.to_thread(_check_restorable, staged)
         await asyncio.to_thread(manifest.write, staged)
         staged.rename(self.get_final())
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns what reads and merges arrays in this process alone; the others are elsewhere."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+
+
+def _merge_unmerged(directory: pathlib.Path) -> None:
+    """Finishes checkpoints that older versions left in a folder with brackets in its path."""
+    for step in storage.steps(directory) if directory.is_dir() else []:
+        for item in storage.unmerged(directory / str(step)):
+            plain = paths.Plain(item)
+            with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
+                handler.finalize(plain.path)
+
+
+def _check_restorable(folder: pathlib.Path) -> None:
+    """Reads a finished checkpoint as a restore would, array by array.
+
+    Checksums say that the files are those that were written, not that anything can be made of them:
+    where Orbax finds no files of its processes to merge, it leaves that out in silence.
+
+    Raises:
+      WriteError: if an array cannot be read.
+    """
+    try:
+        with contextlib.closing(_handler()) as handler:
+            for item in storage.ARRAYS:
+                arrays = handler.metadata(folder / item).tree
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
+                handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except Exception as error:
+        raise WriteError(
+            f"{folder}: a checkpoint was written, but cannot be read back: "
+            f"{str(error).partition('[')[0].strip()}. The ones before it are whole. Give another "
+            "--workdir, on another file system if this happens again"
+        ) from error
 
 
 def _wait_for_all_processes(name: str) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from inception_jax.errors import UserError
 
 NAME = "run.lock"
-# What file systems answer that have no locks, such as NFS without its lock service.
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# What file systems answer where another process holds it; those that have no locks, such as NFS
+# without its lock service, answer all kinds of things.
+_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextlib.contextmanager
@@ -35,14 +36,12 @@ def exclusive(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None
     with (folder / NAME).open("ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--workdir={folder}: another process is training in this folder "
-                f"({_holder(folder)}). Wait for its end, end it, or give another --workdir"
-            ) from error
         except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
+            if error.errno in _HELD:
+                raise UserError(
+                    f"--workdir={folder}: another process is training in this folder "
+                    f"({_holder(folder)}). Wait for its end, end it, or give another --workdir"
+                ) from error
             log(
                 f"{folder}: this file system has no locks ({error.strerror}); see to it that no "
                 "other process trains in this folder"

@@ -1,12 +1,15 @@
 """What becomes of training when the process is told to end.
 
-SIGTERM comes from a scheduler that needs the machine, SIGINT from a person who presses Ctrl-C. Both
-mean the same here. Until the first step is done there is nothing to save, and the process ends at
-once: what is on disk is whole at any moment, as a kill must find it so, too. From then on the step
-in hand ends, and so does an evaluation that is due at it; a checkpoint is written, and the loop
-ends the run. A second signal ends the process at once.
+SIGTERM comes from a scheduler that needs the machine, as do SIGUSR1 and SIGUSR2, by which SLURM
+announces it (--signal=USR1@120), and SIGXCPU, at a limit of CPU time. SIGINT is a person who
+presses Ctrl-C, SIGHUP a terminal or connection that closes. All mean the same here. Until the first
+step is done there is nothing to save, and the process ends at once: what is on disk is whole at any
+moment, as a kill must find it so, too. From then on the step in hand ends, and so does an
+evaluation that is due at it; a checkpoint is written, and the loop ends the run. A second signal
+ends the process at once. One that is ignored at the start, as nohup has SIGHUP ignored, stays so.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -19,7 +22,14 @@ from jax.experimental import multihost_utils
 
 from inception_jax.errors import EXIT_PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 # Seconds. coreutils' timeout, for one, signals a process and then its group, and so the process
 # twice: that is one wish.
 SAME_WISH = 1.0
@@ -99,9 +109,11 @@ def _handle(number: int, frame: object) -> None:
 
 def _say(line: str) -> None:
     """Writes a line past sys.stderr, on which the main thread may hold a lock."""
-    # Not behind the progress bar.
-    start = "\n" if os.isatty(2) else ""
-    os.write(2, f"{start}{line}\n".encode())
+    # The terminal may be gone: that may be what the signal is about.
+    with contextlib.suppress(OSError):
+        # Not behind the progress bar.
+        start = "\n" if os.isatty(2) else ""
+        os.write(2, f"{start}{line}\n".encode())
 
 
 def _end(line: str, code: int) -> NoReturn:

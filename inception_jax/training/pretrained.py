@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from inception_jax import config as configs
+from inception_jax import paths
 from inception_jax.config import Config, Timeline
 from inception_jax.errors import ConfigError
 from inception_jax.input.dataset import Dataset, class_changes
@@ -39,7 +40,7 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def load(*, workdir: str | None, weights: str | None, checkpoint: str) -> Weights:
+def load(*, workdir: pathlib.Path | None, weights: pathlib.Path | None, checkpoint: str) -> Weights:
     """Returns the weights that a command's flags name: a run's, or a file's.
 
     Args:
@@ -51,9 +52,9 @@ def load(*, workdir: str | None, weights: str | None, checkpoint: str) -> Weight
       UserError: if they cannot be had.
     """
     if workdir is not None:
-        return from_checkpoint(Workdir(pathlib.Path(workdir).expanduser()), checkpoint)
+        return from_checkpoint(Workdir(workdir), checkpoint)
     assert weights is not None
-    return files.load(pathlib.Path(weights))
+    return files.load(weights)
 
 
 def from_checkpoint(workdir: Workdir, which: str) -> Weights:
@@ -113,7 +114,7 @@ def start(run: Run, like: TrainState) -> Start:
       DataError: if the file cannot be used.
       ConfigError: if its weights are of another network.
     """
-    found = files.load(pathlib.Path(run.config.init.weights))
+    found = files.load(paths.local(run.config.init.weights, "config.init.weights"))
     expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
     values = files.flatten(found.variables)
     notes = [f"starts from {found.origin}: {found}"]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from inception_jax.errors import CheckpointError, WriteError
 from inception_jax.training import manifest
 
-ITEMS = ("model", "training", "progress")
+ARRAYS = ("model", "training")
+ITEMS = (*ARRAYS, "progress")
 _SHOWN = 3
 
 Log = Callable[[str], None]
@@ -33,11 +34,26 @@ def steps(directory: pathlib.Path) -> list[int]:
 def problem(folder: pathlib.Path) -> str:
     """Returns what is damaged of a checkpoint, or '' if nothing is known to be."""
     found = manifest.damage(folder)
+    if found == [] and unmerged(folder):
+        found = [
+            "its arrays were not merged, as older versions left it in a folder with brackets in "
+            "its path; the training's command, started again, does it"
+        ]
     if found is None:
         parts = (folder / item for item in ITEMS)
         found = [f"{part.name} is missing" for part in parts if not _holds_files(part)]
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     return ", ".join(found[:_SHOWN] + more)
+
+
+def unmerged(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the items of a checkpoint whose arrays are there, but not in one database."""
+    items = (folder / item for item in ARRAYS)
+    return [
+        item
+        for item in items
+        if any(item.glob("ocdbt.process_*")) and not (item / "manifest.ocdbt").exists()
+    ]
 
 
 def set_aside_damaged(directory: pathlib.Path, log: Log) -> None:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from inception_jax import atomic, hosts
+from inception_jax import atomic, hosts, paths
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
@@ -217,7 +217,7 @@ def recall(
 
 
 def _resolved(file: str) -> pathlib.Path:
-    return pathlib.Path(file).expanduser().resolve()
+    return paths.local(file, file).resolve()
 
 
 def _as_written(config: Config, experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -8,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from sklearn import datasets as sklearn_datasets
@@ -513,3 +516,79 @@ def test_the_ids_of_classes_are_those_of_the_source(
     prepare(data, log=quiet)
     with pytest.raises(DataError, match="is missing, and with it the ids of the classes"):
         class_ids(data)
+
+
+# Locks.
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_the_systems_locks_a_file_stands_for_one(
+    answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS without its lock service, and on Lustre without the option flock."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    lock = tmp_path / "inception_jax" / "digits-1.0.0.lock.held"
+    seen: list[tuple[str, bool]] = []
+    data = config.Data(name="digits", directory=str(tmp_path), image_size=4)
+    prepare(data, log=lambda line: seen.append((line, lock.exists())))
+    assert (
+        os.strerror(answer) in seen[0][0] and "no locks" in seen[0][0] and lock.name in seen[0][0]
+    )
+    # Another process would have waited.
+    assert all(is_held for line, is_held in seen[1:]) and len(seen) > 3
+    assert not lock.exists()
+
+
+def test_a_file_that_stands_for_a_lock_is_waited_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    lock = tmp_path / "inception_jax" / "digits-1.0.0.lock.held"
+    lock.parent.mkdir()
+    # Of a process on another host, which may be at work or gone.
+    lock.write_text("4711\nanother-host\n")
+    seen: list[str] = []
+
+    def log(line: str) -> None:
+        seen.append(line)
+        if "waiting" in line:
+            assert str(lock) in line
+            lock.unlink()
+
+    prepare(config.Data(name="digits", directory=str(tmp_path), image_size=4), log=log)
+    assert [line for line in seen if "waiting" in line] == seen[1:2]
+
+
+@pytest.mark.parametrize("shared", [0o2775, 0o777, 0o755])
+def test_who_shares_the_folder_shares_its_lock(
+    shared: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = tmp_path / "data"
+    top.mkdir()
+    top.chmod(shared)
+    before = os.umask(0o022)
+    try:
+        prepare(config.Data(name="digits", directory=str(top), image_size=4), log=quiet)
+    finally:
+        os.umask(before)
+    made = top / "inception_jax"
+    assert made.stat().st_mode & 0o7777 == shared
+    assert (made / "digits-1.0.0.lock").stat().st_mode & 0o777 == shared & 0o666
+
+
+def test_a_lock_that_is_another_users_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(DataError, match=r"digits-1.0.0.lock belongs to another user"):
+        prepare(config.Data(name="digits", directory=str(tmp_path), image_size=4), log=quiet)

@@ -119,7 +119,8 @@ def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pat
 def test_other_layouts_give_the_curve_of_one_process(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    one, several = tmp_path / "one", tmp_path / "several"
+    # Each process opens a folder of such a name under a name of its own.
+    one, several = tmp_path / "one", tmp_path / "lr=[0.1,0.2]"
     this = worker.build(data_directory, 8)
     four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     this = dataclasses.replace(this, mesh=four)

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from inception_jax.errors import CheckpointError, WriteError
 from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import manifest, storage
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.state import TrainState
-from tests import disks
+from tests import disks, names
 
 # Orbax leaves coroutines behind that never ran, which show whenever the garbage is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -390,3 +391,65 @@ def test_the_metrics_of_a_step_are_those_it_was_saved_with(folder: pathlib.Path)
         found: dict[int, Any] = {step: checkpoints.metrics(step) for step in (2, 4, 6, 8)}
         assert found == {step: {"top1": top1} for step, top1 in STEPS.items()} | {8: {}}
         assert checkpoints.resolve("best") == 4
+
+
+@pytest.mark.parametrize("name", names.ODD, ids=ascii)
+def test_a_folder_of_any_name_keeps_checkpoints(name: str, tmp_path: pathlib.Path) -> None:
+    # Of the same pattern: another run's, which must not be mixed in.
+    for neighbour in ("run1", "axb", "qx"):
+        with Checkpoints(tmp_path / neighbour / "checkpoints") as checkpoints:
+            save(checkpoints, 4)
+    before = {folder.name for folder in tmp_path.iterdir()}
+    folder = tmp_path / name / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints, 4)
+    with Checkpoints(folder) as checkpoints:
+        check_restores(checkpoints, 4)
+        save(checkpoints, 6)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        check_restores(checkpoints, checkpoints.resolve("last"))
+    # Nor was anything written elsewhere.
+    assert {folder.name for folder in tmp_path.iterdir()} - before == {name}
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Orbax finds none of the files that it is to merge, of which it says nothing."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        save(checkpoints, 2)
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path("/")), "glob", lambda *_: iter(()))
+            with pytest.raises(WriteError, match=r"cannot be read back: .* before it are whole"):
+                save(checkpoints, 4)
+                checkpoints.wait()
+        save(checkpoints, 6)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.resolve("last") == 6
+        check_restores(checkpoints, 6)
+    assert storage.steps(tmp_path / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("name", ["run", "run[1]"])
+def test_what_older_versions_left_unmerged_is_merged(
+    name: str, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As they did where the path had brackets; a checkpoint was hashed and never read."""
+    damaged = folder.rename(tmp_path / name)
+    for step in STEPS:
+        for item in storage.ARRAYS:
+            (damaged / str(step) / item / "manifest.ocdbt").unlink()
+            shutil.rmtree(damaged / str(step) / item / "d")
+        (damaged / str(step) / manifest.NAME).unlink()
+        manifest.write(damaged / str(step))
+    lines: list[str] = []
+    with (
+        Checkpoints(damaged, read_only=True, log=lines.append) as checkpoints,
+        pytest.raises(CheckpointError, match="no whole checkpoint"),
+    ):
+        checkpoints.resolve("last")
+    assert "not merged" in lines[0] and "started again" in lines[0]
+    with Checkpoints(damaged, log=lines.append) as checkpoints:
+        check_restores(checkpoints, checkpoints.resolve("last"))
+    assert len(lines) == 3

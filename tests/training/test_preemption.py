@@ -1,6 +1,7 @@
 """Signals, in small processes of their own that listen for them as training does."""
 
 import contextlib
+import io
 import pathlib
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import IO
 
 import pytest
 
@@ -56,7 +58,8 @@ class Process:
         )
         self.send = self._process.send_signal
         assert self._process.stdout and self._process.stderr
-        self._output, self._messages = self._process.stdout, self._process.stderr
+        self._output: IO[str] = self._process.stdout
+        self._messages: IO[str] = self._process.stderr
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
@@ -79,6 +82,11 @@ class Process:
         finally:
             timer.cancel()
 
+    def hang_up(self) -> None:
+        """Closes the other end of its messages: a write of it fails from now on."""
+        self._messages.close()
+        self._messages = io.StringIO()
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -98,7 +106,7 @@ def processes() -> Iterator[list[Process]]:
 LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_before_the_first_step_it_ends_at_once(
     number: signal.Signals, processes: list[Process]
 ) -> None:
@@ -125,12 +133,23 @@ def test_a_second_signal_ends_it_wherever_it_hangs(
     assert messages.startswith(f"{number.name} again: ended at once.")
 
 
-def test_training_ends_with_a_step(processes: list[Process]) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+)
+def test_training_ends_with_a_step(number: signal.Signals, processes: list[Process]) -> None:
     processes.append(process := Process(TRAINS, LISTEN))
-    process.send(signal.SIGINT)
+    process.send(number)
     code, output, messages = process.end()
     assert code == 0 and "saved step" in output
-    assert messages.startswith("SIGINT: ends once this step is saved; a second signal")
+    assert messages.startswith(f"{number.name}: ends once this step is saved; a second signal")
+
+
+def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> None:
+    processes.append(process := Process(TRAINS))
+    process.hang_up()
+    process.send(signal.SIGHUP)
+    code, output, _ = process.end()
+    assert code == 0 and "saved step" in output
 
 
 def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> None:
@@ -145,9 +164,11 @@ def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> Non
 
 
 def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
-    before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    # nohup has a closed terminal ignored, a shell has Ctrl-C ignored by what is in the background.
+    before = "for n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)"
     processes.append(process := Process(WAITS, before))
     process.send(signal.SIGINT)
+    process.send(signal.SIGHUP)
     process.send(signal.SIGTERM)
     code, _, messages = process.end()
     assert code == EXIT_PREEMPTED

@@ -1,0 +1,63 @@
+"""What the environment may say of JAX, in processes of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+DRAWS = """
+import hashlib, json
+from inception_jax import runtime
+lines = []
+runtime.initialize(platform="cpu", log=lines.append)
+import jax, jax.numpy as jnp, numpy as np
+from inception_jax.input import augment
+images = jnp.asarray(np.arange(2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3))
+found = jax.jit(lambda key: augment.pad_crop(key, images, 2))(jax.random.key(3))
+digest = hashlib.sha256(np.asarray(found).tobytes()).hexdigest()
+print(json.dumps([lines, str(found.dtype), digest]))
+"""
+
+
+def drawn(**environment: str) -> list:
+    done = subprocess.run(
+        [sys.executable, "-c", DRAWS],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def usual() -> list:
+    return drawn()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_ENABLE_X64", "1"),
+        ("JAX_DISABLE_JIT", "1"),
+        ("JAX_DEFAULT_PRNG_IMPL", "rbg"),
+        ("JAX_THREEFRY_PARTITIONABLE", "0"),
+        ("JAX_TRANSFER_GUARD", "disallow"),
+    ],
+)
+def test_what_would_change_a_run_is_ignored_and_said(name: str, value: str, usual: list) -> None:
+    lines, *found = drawn(**{name: value})
+    assert usual[0] == [] and found == usual[1:]
+    assert len(lines) == 1 and lines[0].startswith(f"{name}=") and "is ignored" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_CHECK_TRACER_LEAKS"])
+def test_what_helps_to_find_faults_is_left_on(name: str, usual: list) -> None:
+    assert drawn(**{name: "1"}) == usual
