@@ -72,9 +72,9 @@ def _listen() -> None:
         if event == _HIT:
             _hits[threading.get_ident()] += 1
 
-    def on_duration(event: str, duration: float, **_: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            _seconds[threading.get_ident()] += duration
+            _seconds[threading.get_ident()] += duration_secs
 
     jax.monitoring.register_event_listener(on_event)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
