@@ -214,7 +214,7 @@ def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, star
     for name in (*NOTES, *OWN):
         assert any(name.startswith(path) for path in layout.left_out), name
     # What might have been meant as a class.
-    assert layout.without_pictures == ([] if start else ["notes"])
+    assert layout.without_pictures == ([] if start else ["notes", "runs"])
 
 
 def test_a_run_beside_the_classes_takes_no_picture_away(path: pathlib.Path) -> None:
