@@ -52,14 +52,14 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
 def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
     """They took all of 16 bits for used, and recorded nothing of it."""
     folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
-    workdirs.write_json(folder.config, workdirs.recorded(folder) | {"dataset": pictures})
+    record = workdirs.recorded(folder)
+    assert record is not None
+    workdirs.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
         workdirs.check_dataset(folder, pictures | {"bit depth": depth})
     with pytest.raises(CheckpointError, match="data set's bit depth: 16 → 12"):
         workdirs.check_dataset(folder, pictures | {"bit depth": 12})
-    workdirs.write_json(
-        folder.config, workdirs.recorded(folder) | {"dataset": pictures | {"bit depth": 12}}
-    )
+    workdirs.write_json(folder.config, record | {"dataset": pictures | {"bit depth": 12}})
     with pytest.raises(CheckpointError, match="data set's bit depth: 12 → 0"):
         workdirs.check_dataset(folder, pictures | {"bit depth": 0})
 
