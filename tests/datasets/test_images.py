@@ -235,7 +235,8 @@ def test_a_transparent_shade_of_few_bits_is_white(bits: int, ink: int, clear: in
     shades = np.full((8, 8), ink)
     shades[4:] = clear
     each = 8 // bits
-    packed = sum(shades[:, n::each] << (8 - bits * (n + 1)) for n in range(each)).astype(np.uint8)
+    parts = [shades[:, n::each] << (8 - bits * (n + 1)) for n in range(each)]
+    packed = np.sum(parts, axis=0).astype(np.uint8)
     data = png_of(packed, 0, b"tRNS" + struct.pack(">H", clear), bits=bits)
     np.testing.assert_array_equal(images.decode(data, 8, "x"), 255)
 
@@ -255,7 +256,12 @@ def test_a_png_with_long_texts_or_a_large_profile_is_whole() -> None:
     profile = np.random.default_rng(0).integers(0, 4, 1_600_000, np.uint8).tobytes()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
-    for settings in ({"pnginfo": info}, {"icc_profile": profile}, {"pnginfo": info, "exif": exif}):
+    cases: list[dict[str, Any]] = [
+        {"pnginfo": info},
+        {"icc_profile": profile},
+        {"pnginfo": info, "exif": exif},
+    ]
+    for settings in cases:
         data = encoded(Image.fromarray(array), "PNG", **settings)
         expected = array[::-1, ::-1] if "exif" in settings else array
         assert images.inspect(data).problem is None
