@@ -19,6 +19,7 @@ Cost: 0.49 GMACs an image forward, 6 M parameters.
 
 from inception_jax.config import (
     Augment,
+    Checkpoint,
     Config,
     Data,
     Duration,
@@ -36,16 +37,18 @@ def get_config() -> Config:
     return Config(
         name="image_folder",
         data=Data(name="image_folder", image_size=64),
-        augment=Augment(crop="resized", area_min=0.25, flip=True, mixup=0.2),
+        augment=Augment(crop="resized", area_min=0.25, flip=True),
         model=Model(name="googlenet", stem="s16", dropout=0.4),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule(name="cosine", learning_rate=0.05, warmup=Duration(epochs=3)),
+        schedule=Schedule(name="cosine", learning_rate=0.0),
         train=Train(
-            batch_size=64,
-            length=Duration(epochs=60),
+            auto_size=True,
+            batch_size=0,
+            length=Duration(),
             label_smoothing=0.1,
             ema=Duration(epochs=2),
         ),
-        evaluation=Evaluation(batch_size=250),
-        log=Log(every=Duration(epochs=0.5)),
+        evaluation=Evaluation(batch_size=250, every=Duration(), train_examples=100),
+        checkpoint=Checkpoint(every=Duration()),
+        log=Log(every=Duration()),
     )

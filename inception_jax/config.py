@@ -46,6 +46,17 @@ OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 NONFINITE = ("stop", "skip")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
+# What train.auto_size fills in, where it is left at 0 or none; in the order of its doing so.
+AUTO_SIZED = (
+    "train.batch_size",
+    "schedule.learning_rate",
+    "train.length",
+    "schedule.warmup",
+    "evaluation.every",
+    "checkpoint.every",
+    "log.every",
+)
+
 
 def setting(
     default: Any,
@@ -388,6 +399,12 @@ class Init:
 
 @dataclasses.dataclass
 class Train:
+    auto_size: bool = setting(
+        False,
+        "take what is left at 0 or none of the batch size, learning rate, length, warm-up, and "
+        "times between evaluations, checkpoints and reports from the number of training images",
+        resumable=True,
+    )
     batch_size: int = setting(128, "examples a step, over all devices", low=1)
     accumulate: int = setting(
         1,
@@ -438,7 +455,10 @@ class Train:
 @dataclasses.dataclass
 class Evaluation:
     batch_size: int = setting(
-        500, "examples an evaluation step, over all devices", low=1, resumable=True
+        500,
+        "most examples an evaluation step, over all devices; fewer where the split has fewer",
+        low=1,
+        resumable=True,
     )
     every: Duration = setting(
         Duration(epochs=1),
@@ -568,6 +588,21 @@ def get(config: Any, path: str) -> Any:
     return config
 
 
+def is_open(config: Config, path: str) -> bool:
+    """Whether a setting is left for `train.auto_size` to choose."""
+    return config.train.auto_size is True and path in AUTO_SIZED and not get(config, path)
+
+
+def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a configuration with what it leaves open taken from values by dotted path."""
+    filled = copy.deepcopy(config)
+    for path, value in values.items():
+        if is_open(config, path):
+            group, _, name = path.rpartition(".")
+            setattr(get(filled, group), name, copy.copy(value))
+    return filled
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries that JSON can hold."""
     return dataclasses.asdict(config)
@@ -684,7 +719,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         ("checkpoint.every", config.checkpoint.every),
         ("log.every", config.log.every),
     ):
-        if not duration:
+        if not duration and not is_open(config, path):
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule
     if schedule.name == "steps" and not schedule.boundaries:
@@ -733,6 +768,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
             "reached; begin it sooner, or drop it and its size"
         )
+    if is_open(config, "schedule.learning_rate") and not config.optimizer.name.startswith("sgd"):
+        yield (
+            "config.schedule.learning_rate = 0: config.train.auto_size knows a rate for sgd and "
+            f"sgd_nesterov only, not for {config.optimizer.name!r}; give one"
+        )
     if config.expected.top1 and not config.expected.source:
         yield (
             f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
@@ -765,6 +805,8 @@ def validate(config: Config) -> None:
     problems = []
     for path, hint, field in leaves():
         value = get(config, path)
+        if is_open(config, path):
+            continue
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")
     # Fields of a wrong type would make the comparisons between fields fail in odd ways.

@@ -41,19 +41,20 @@ def main(positional: Sequence[str]) -> None:
 
     configs.validate(_CONFIG.value)
     folder = None if _WORKDIR.value is None else workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
+    config = workdir.with_recorded(folder, _CONFIG.value) if folder else _CONFIG.value
+    changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
     tell_all = runtime.initialize(
         **_PROCESSES(),
-        silence=_CONFIG.value.watch.host_silence,
-        facts=lambda: summary.software() | configs.shared(_CONFIG.value) | cli.command(),
+        silence=config.watch.host_silence,
+        facts=lambda: summary.software() | configs.shared(config) | cli.command(),
         log=cli.say,
     )
     stop = preemption.Preemption(tell_all).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(_CONFIG.value, log=cli.say, experiment=cli.experiment())
+    this_run = run.build(config, log=cli.say, experiment=cli.experiment())
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(pathlib.Path(_WEIGHTS.value)))
     else:

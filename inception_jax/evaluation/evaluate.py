@@ -42,6 +42,10 @@ class Evaluator:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.predictions = None
+        # One size for all splits, so that there is one program to compile.
+        self._batch_size = pipeline.eval_batch_size(
+            len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
+        )
         replicated = sharding.replicated(run.mesh)
         # Nothing is donated: training goes on with the same variables.
         self._step = jax.jit(
@@ -63,9 +67,7 @@ class Evaluator:
         """
         if split is None:
             split = self._run.dataset.evaluation
-        batches = pipeline.eval_batches(
-            split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
-        )
+        batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
         said: list[_Said] = []
         views = EvalMetrics.total(self._steps(variables, batches, said))
         metrics: dict[str, float] = {}

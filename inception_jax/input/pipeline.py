@@ -112,6 +112,18 @@ def abstract_train_batch(
     }
 
 
+def eval_batch_size(examples: int, *, limit: int) -> int:
+    """Returns the smallest batch that takes no more batches than the limit does.
+
+    Eight pictures are not filled up to a batch of 250, and 300 become two batches of 150.
+
+    Args:
+      examples: size of the split, at least 1.
+      limit: the largest batch.
+    """
+    return -(-examples // -(-examples // limit))
+
+
 def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     """Yields every example of a split once, in order.
 

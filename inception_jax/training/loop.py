@@ -30,6 +30,10 @@ from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
+# The report is written after each evaluation unless those before took more than a second and this
+# share of the run's time, and always at the end. With 40 pictures it takes longer than evaluating.
+REPORT_SHARE = 0.05
+
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
 
@@ -60,8 +64,9 @@ def train(
       workdir: where its checkpoints and metrics are and go.
       evaluate: maps model variables and a split to loss, top1, top5 and count.
       changed: settings that differ from an earlier start, to be said and recorded.
-      on_evaluation: called by the lead process after each evaluation, once all that it found is
-        on disk, with what result.json would hold if the run ended there.
+      on_evaluation: called by the lead process after the last evaluation, and after those before it
+        that leave it within `REPORT_SHARE` of the time; once all that it found is on disk, with
+        what result.json would hold if the run ended there.
       stop: asked after each step, by its number, whether the run must be saved and end there. Where
         there are several processes, it says the same in all.
 
@@ -393,8 +398,13 @@ class _Reporter:
         self._writer.flush()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands on what the evaluation found, for a report that is read while the run goes on."""
-        if self._run.is_lead:
+        """Hands on what the evaluation found, for a report that is read while the run goes on.
+
+        Not every evaluation's, where reports would take more than their share of the time.
+        """
+        last = step >= self._run.total_steps
+        too_often = self.clock.seconds("report") > 1 + REPORT_SHARE * self.clock.total()
+        if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, metrics))
 

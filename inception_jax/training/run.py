@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from inception_jax import config as configs
 from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.errors import ConfigError
@@ -20,7 +21,7 @@ from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
 from inception_jax.models import registry
-from inception_jax.training import optimizers
+from inception_jax.training import auto_size, optimizers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ def build(
     """Builds a run, preparing its data first where that was not done before.
 
     Args:
-      config: validated settings.
+      config: validated settings; the run has them with what they leave open filled in.
       log: receives lines about the preparation.
       experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
@@ -117,6 +118,7 @@ def build(
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     dataset = prepare(config.data, log=log)
     hosts.agree("data set", lambda: content(dataset))
+    config = _sized(config, dataset, mesh.size, log)
     model = registry.create(config.model, dataset.num_classes)
     _check_image_sizes(config, model.least_image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
@@ -133,6 +135,23 @@ def build(
         optimizer=optimizers.make_optimizer(config.optimizer, schedule),
         experiment=experiment,
     )
+
+
+def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]) -> Config:
+    """Returns the settings with what they left open, and logs it."""
+    sized = auto_size.resolve(
+        config,
+        train_examples=len(dataset.train),
+        eval_examples=len(dataset.evaluation),
+        devices=devices,
+    )
+    if chosen := auto_size.describe(config, sized):
+        log(
+            f"{config.name}: from its {len(dataset.train):,} training images follow {chosen}; "
+            "--config.NAME=VALUE gives others"
+        )
+        configs.validate(sized)
+    return sized
 
 
 def content(dataset: Dataset) -> dict[str, Any]:

@@ -173,6 +173,19 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
     return allowed
 
 
+def with_recorded(workdir: Workdir, config: Config) -> Config:
+    """Returns the settings, with what they leave open as it was when the folder's run began.
+
+    Raises:
+      CheckpointError: if config.json cannot be read.
+    """
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    if record is None:
+        return config
+    before = configs.from_dict(record["config"])
+    return configs.fill_open(config, {p: configs.get(before, p) for p in configs.AUTO_SIZED})
+
+
 def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     """Checks that a folder's run was trained on these examples.
 

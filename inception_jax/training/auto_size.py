@@ -1,0 +1,86 @@
+"""Settings that follow from the number of training images, for an experiment that leaves them open.
+
+What suits 40 pictures takes thousands too long to learn, or to evaluate; the other way round, forty
+would have been seen before the first statistics have settled. An experiment with `train.auto_size`
+leaves such settings at 0 or none, and `resolve` fills them in once, before the timeline is made.
+They are recorded as if they had been given.
+"""
+
+import math
+
+from inception_jax import config as configs
+from inception_jax.config import Config, Duration, Timeline
+
+# Epochs for up to `FEW` images; for more, as the root of their number falls, but no less than
+# `LEAST_EPOCHS`. Trained weights need a third.
+EPOCHS, FEW, LEAST_EPOCHS = 60, 1000, 15
+PRETRAINED = 1 / 3
+
+# However few the images are, a network takes that many updates to move.
+LEAST_STEPS = 200
+
+# An epoch of some six updates or more, with batches that BatchNorm can do with.
+STEPS_AN_EPOCH = 6
+LEAST_BATCH, LARGEST_BATCH = 8, 64
+
+# Of SGD with a momentum of 0.9, for an image of the batch: 0.05 for 64.
+RATE_AN_IMAGE = 0.05 / 64
+
+WARMUP = 0.05  # Of the run.
+
+# Evaluating an image takes a third of the work of training on it, and a twentieth of the run is
+# spent so; with a checkpoint and a report after each evaluation, that is some 20 updates' time.
+EVALUATION = 0.05
+STEPS_AN_EVALUATION = 20
+LEAST_EVALUATIONS, MOST_EVALUATIONS = 5, 20
+REPORTS_AN_EVALUATION = 4
+
+
+def resolve(config: Config, *, train_examples: int, eval_examples: int, devices: int) -> Config:
+    """Returns a configuration in which nothing is left open; the same one if nothing was.
+
+    Args:
+      config: validated settings.
+      train_examples, eval_examples: sizes of the two splits.
+      devices: that share a batch; it is made a multiple of them.
+    """
+    if not any(configs.is_open(config, path) for path in configs.AUTO_SIZED):
+        return config
+    resolved = config
+
+    def fill(path: str, value: int | float | Duration) -> None:
+        nonlocal resolved
+        resolved = configs.fill_open(resolved, {path: value})
+
+    share = devices * config.train.accumulate
+    wished = max(LEAST_BATCH, min(LARGEST_BATCH, train_examples // STEPS_AN_EPOCH))
+    fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
+    batch_size = resolved.train.batch_size
+    fill("schedule.learning_rate", RATE_AN_IMAGE * batch_size)
+    fill("train.length", Duration(epochs=_epochs(config, train_examples, batch_size)))
+    timeline = Timeline(batch_size, train_examples)
+    total_steps = timeline.steps(resolved.train.length)
+    fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
+    sample = min(config.evaluation.train_examples, train_examples)
+    affordable = EVALUATION * 3 * total_steps * batch_size / (eval_examples + sample)
+    evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
+    every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))
+    fill("evaluation.every", Duration(steps=every))
+    fill("checkpoint.every", Duration(steps=every))
+    fill("log.every", Duration(steps=max(1, every // REPORTS_AN_EVALUATION)))
+    return resolved
+
+
+def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
+    epochs = max(EPOCHS * min(1.0, math.sqrt(FEW / train_examples)), LEAST_EPOCHS)
+    epochs = max(epochs, LEAST_STEPS * batch_size / train_examples)
+    return math.ceil(epochs * (PRETRAINED if config.init.weights else 1))
+
+
+def describe(before: Config, after: Config) -> str:
+    """Returns what `resolve` chose, for the user; '' if nothing was left open."""
+    chosen = {p: configs.get(after, p) for p in configs.AUTO_SIZED if configs.is_open(before, p)}
+    return ", ".join(
+        f"{path}={value if isinstance(value, Duration) else f'{value:g}'}"
+        for path, value in chosen.items()
+    )
