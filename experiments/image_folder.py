@@ -1,15 +1,20 @@
 r"""GoogLeNet on a folder of one's own pictures.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with BatchNorm and a stem
-  for small images, at 64 pixels. A small folder is learned by heart within some epochs, so much
-  varies from one to the next: crops of 25 to 100% of the picture, flips, mixup, dropout, label
-  smoothing; and the average over the last epochs is evaluated.
+  for small images, at 64 pixels. Batch size, rate, length, warm-up and how often it is evaluated
+  follow from the number of training images (train.auto_size), bfloat16 or float32 from the
+  hardware; a line says which, config.json keeps them, and a flag gives another. A small folder is
+  learned by heart within some epochs, so much varies from one to the next: crops of 25 to 100% of
+  the picture, flips, dropout, label smoothing; and the average over the last epochs is evaluated,
+  with BatchNorm's statistics estimated anew. Nothing is mixed: few pictures leave too few steps to
+  make up for the other statistics of mixed ones.
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=PICTURES --config.data.directory=DATA
   PICTURES holds train/CLASS/ and val/CLASS/, or CLASS/ alone, of which a share is then held out
   (--config.data.eval_share=0.2); or it is a zip archive of that. DATA keeps what is prepared, and
   is one folder for each PICTURES. --config.data.unreadable=skip leaves out files that are no image.
-  Small pictures or few of them: --config.train.batch_size=32 --config.schedule.learning_rate=0.025.
+  --config.init.weights=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
+  trained weights, in a third of the epochs. Longer: --config.train.length.epochs=200.
   Larger pictures: --config.data.image_size=128 --config.model.stem=paper costs about the same.
 Expected: depends on the pictures. 245 of ants and bees (hymenoptera_data.zip, PyTorch's tutorials)
   gave 74.51% top-1 on 153 others from scratch, with a batch of 32, and 81.05% in a third of the
@@ -38,7 +43,7 @@ def get_config() -> Config:
         name="image_folder",
         data=Data(name="image_folder", image_size=64),
         augment=Augment(crop="resized", area_min=0.25, flip=True),
-        model=Model(name="googlenet", stem="s16", dropout=0.4),
+        model=Model(name="googlenet", stem="s16", dropout=0.4, dtype="auto"),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
         schedule=Schedule(name="cosine", learning_rate=0.0),
         train=Train(
@@ -48,7 +53,9 @@ def get_config() -> Config:
             label_smoothing=0.1,
             ema=Duration(epochs=2),
         ),
-        evaluation=Evaluation(batch_size=250, every=Duration(), train_examples=100),
+        evaluation=Evaluation(
+            batch_size=250, every=Duration(), train_examples=100, norm_examples=128
+        ),
         checkpoint=Checkpoint(every=Duration()),
         log=Log(every=Duration()),
     )

@@ -39,7 +39,7 @@ MODELS = (
 STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "auto")
 CROPS = ("none", "pad", "resized", "inception")
 POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
@@ -56,6 +56,8 @@ AUTO_SIZED = (
     "checkpoint.every",
     "log.every",
 )
+# These, and what the hardware decides.
+AUTO = (*AUTO_SIZED, "model.dtype")
 
 
 def setting(
@@ -302,7 +304,8 @@ class Model:
     )
     dtype: str = setting(
         "float32",
-        "type that layers compute in; parameters and statistics are float32",
+        "type that layers compute in; parameters and statistics are float32. auto: bfloat16 where "
+        "the hardware multiplies it, else float32",
         choices=DTYPES,
         resumable=True,
     )
@@ -484,6 +487,13 @@ class Evaluation:
         low=0,
         resumable=True,
     )
+    norm_examples: int = setting(
+        0,
+        "training examples that BatchNorm's statistics are estimated from anew before each "
+        "evaluation, and saved so, for runs of few steps; 0: the running statistics",
+        low=0,
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass
@@ -589,8 +599,11 @@ def get(config: Any, path: str) -> Any:
 
 
 def is_open(config: Config, path: str) -> bool:
-    """Whether a setting is left for `train.auto_size` to choose."""
-    return config.train.auto_size is True and path in AUTO_SIZED and not get(config, path)
+    """Whether a setting is left to be chosen, by the size of the data or the hardware."""
+    value = get(config, path)
+    if path in AUTO_SIZED:
+        return config.train.auto_size is True and not value
+    return value == "auto"
 
 
 def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
@@ -805,7 +818,7 @@ def validate(config: Config) -> None:
     problems = []
     for path, hint, field in leaves():
         value = get(config, path)
-        if is_open(config, path):
+        if path in AUTO_SIZED and is_open(config, path):
             continue
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")

@@ -1,7 +1,7 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,12 +48,24 @@ class Evaluator:
         )
         replicated = sharding.replicated(run.mesh)
         # Nothing is donated: training goes on with the same variables.
-        self._step = jax.jit(
+        self._jitted = jax.jit(
             self._eval_step,
             in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
             compiler_options=ops.compiler_options(run.config.model.dtype),
         )
+        self._step: Callable[..., Any] = self._jitted
+
+    def compile(self, variables: Variables) -> None:
+        """Compiles ahead what the first evaluation would.
+
+        Args:
+          variables: shapes and types of what will be evaluated.
+        """
+        batch = pipeline.abstract_eval_batch(
+            self._run.dataset.evaluation, batch_size=self._batch_size, mesh=self._run.mesh
+        )
+        self._step = self._jitted.lower(variables, batch).compile()
 
     def __call__(self, variables: Variables, split: Split | None = None) -> dict[str, float]:
         """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.

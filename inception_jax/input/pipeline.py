@@ -124,6 +124,17 @@ def eval_batch_size(examples: int, *, limit: int) -> int:
     return -(-examples // -(-examples // limit))
 
 
+def abstract_eval_batch(
+    split: Split, *, batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a batch of `eval_batches` looks like, to compile a step without one."""
+    batch_size += -batch_size % mesh.size
+    batch = abstract_train_batch(split, batch_size=batch_size, mesh=mesh)
+    return batch | {
+        "mask": jax.ShapeDtypeStruct((batch_size,), bool, sharding=batch["label"].sharding)
+    }
+
+
 def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     """Yields every example of a split once, in order.
 

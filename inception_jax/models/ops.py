@@ -12,6 +12,8 @@ run on the CPU too.
 import contextlib
 import contextvars
 import functools
+import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +51,30 @@ def plain() -> Iterator[None]:
 def _rewrite() -> bool:
     """Whether the equivalents replace the plain operations."""
     return jax.default_backend() == "cpu" and not _plain.get()
+
+
+@functools.cache
+def auto_dtype() -> str:
+    """Returns the type to compute in: "bfloat16" where the hardware multiplies it, or "float32".
+
+    TPUs do, NVIDIA's GPUs from compute capability 8.0, and processors with AMX, which only jaxlib
+    0.12 makes use of. Elsewhere bfloat16 is slower than float32.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        fast = jax.__version_info__ >= (0, 12) and "amx_bf16" in _cpu_flags()
+    else:
+        capability = getattr(device, "compute_capability", "")
+        fast = not re.fullmatch(r"[0-7]\.\d", capability)
+    return "bfloat16" if fast else "float32"
+
+
+def _cpu_flags() -> list[str]:
+    """Returns what the processor can do, in Linux's words; elsewhere nothing is known."""
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text(errors="replace").split()
+    except OSError:
+        return []
 
 
 def compiler_options(dtype: Any) -> dict[str, bool]:

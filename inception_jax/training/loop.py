@@ -21,7 +21,7 @@ from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter
-from inception_jax.training import lock, nonfinite, pretrained, storage
+from inception_jax.training import lock, nonfinite, norm, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -30,9 +30,9 @@ from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
-# The report is written after each evaluation unless those before took more than a second and this
-# share of the run's time, and always at the end. With 40 pictures it takes longer than evaluating.
-REPORT_SHARE = 0.05
+# The report is written after each evaluation, unless those before took more than half a second and
+# this share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
+REPORT_SHARE = 0.03
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
@@ -62,7 +62,8 @@ def train(
     Args:
       run: what to train.
       workdir: where its checkpoints and metrics are and go.
-      evaluate: maps model variables and a split to loss, top1, top5 and count.
+      evaluate: maps model variables and a split to loss, top1, top5 and count. If it has a method
+        `compile`, that is called ahead in the background, with shapes and types of the variables.
       changed: settings that differ from an earlier start, to be said and recorded.
       on_evaluation: called by the lead process after the last evaluation, and after those before it
         that leave it within `REPORT_SHARE` of the time; once all that it found is on disk, with
@@ -125,7 +126,8 @@ def train(
         ):
             reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
             reporter.started(state, first, changed, notes)
-            result = _train(run, state, train_steps, evaluate, checkpoints, reporter, stop)
+            ready = _ready_for_evaluation(run, state, train_steps, evaluate, cleanup)
+            result = _train(run, state, train_steps, ready, evaluate, checkpoints, reporter, stop)
     if result["step"] < run.total_steps:
         raise Preempted(
             f"stopped as a signal asked, after step {result['step']:,} of {run.total_steps:,}, "
@@ -165,10 +167,44 @@ def _start(
     return state, Clock(initial=progress["seconds"]), train_steps, []
 
 
+def _ready_for_evaluation(
+    run: Run,
+    state: TrainState,
+    train_steps: Mapping[int, CompiledStep],
+    evaluate: Evaluate,
+    cleanup: contextlib.ExitStack,
+) -> Callable[[TrainState, Clock], TrainState]:
+    """Returns what an evaluation waits for: its programs, and BatchNorm's statistics.
+
+    The programs compile in the background, while training goes on with the first of its steps.
+    """
+    estimate_norm = norm.NormEstimator(run)
+    # Shapes only: the training step gives up the arrays.
+    variables = jax.eval_shape(state.eval_variables)
+
+    def compile_all() -> None:
+        futures.wait([*train_steps.values()][:1])
+        estimate_norm.compile(variables)
+        getattr(evaluate, "compile", lambda variables: None)(variables)
+
+    background = futures.ThreadPoolExecutor(1)
+    cleanup.callback(background.shutdown, cancel_futures=True)
+    compiled = background.submit(compile_all)
+
+    def ready(state: TrainState, clock: Clock) -> TrainState:
+        with clock.phase("compile"):
+            compiled.result()
+        with clock.phase("evaluate"):
+            return estimate_norm(state)
+
+    return ready
+
+
 def _train(
     run: Run,
     state: TrainState,
     train_steps: Mapping[int, CompiledStep],
+    ready: Callable[[TrainState, Clock], TrainState],
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
@@ -228,6 +264,7 @@ def _train(
             reporter.report_pending()
             reporter.check_finite(step, state.metrics)
         if evaluate_now:
+            state = ready(state, clock)
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
                 sample = evaluate(state.eval_variables(), train_sample) if train_sample else None
@@ -403,7 +440,7 @@ class _Reporter:
         Not every evaluation's, where reports would take more than their share of the time.
         """
         last = step >= self._run.total_steps
-        too_often = self.clock.seconds("report") > 1 + REPORT_SHARE * self.clock.total()
+        too_often = self.clock.seconds("report") > 0.5 + REPORT_SHARE * self.clock.total()
         if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, metrics))

@@ -20,8 +20,8 @@ from inception_jax.errors import ConfigError
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
-from inception_jax.models import registry
-from inception_jax.training import auto_size, optimizers
+from inception_jax.models import ops, registry
+from inception_jax.training import auto_settings, optimizers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,18 +139,20 @@ def build(
 
 def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]) -> Config:
     """Returns the settings with what they left open, and logs it."""
-    sized = auto_size.resolve(
+    sized = auto_settings.resolve(
         config,
         train_examples=len(dataset.train),
         eval_examples=len(dataset.evaluation),
         devices=devices,
+        dtype=ops.auto_dtype(),
     )
-    if chosen := auto_size.describe(config, sized):
+    if chosen := auto_settings.describe(config, sized):
         log(
-            f"{config.name}: from its {len(dataset.train):,} training images follow {chosen}; "
-            "--config.NAME=VALUE gives others"
+            f"{config.name}: chosen for {len(dataset.train):,} training images: {chosen}; "
+            "override any with --config.NAME=VALUE"
         )
         configs.validate(sized)
+        hosts.agree("settings", lambda: configs.shared(sized))
     return sized
 
 

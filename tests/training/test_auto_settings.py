@@ -3,12 +3,14 @@
 import dataclasses
 import pathlib
 
+import jax
 import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Checkpoint, Config, Duration, Evaluation, Log, Schedule, Train
 from inception_jax.errors import ConfigError
-from inception_jax.training import auto_size, run, state, workdir
+from inception_jax.models import ops, registry
+from inception_jax.training import auto_settings, run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small
 
@@ -25,8 +27,12 @@ def open_settings() -> Config:
 
 def resolve(config: Config, train: int, evaluation: int = 0, devices: int = 1) -> Config:
     configs.validate(config)
-    resolved = auto_size.resolve(
-        config, train_examples=train, eval_examples=evaluation or train // 4 + 1, devices=devices
+    resolved = auto_settings.resolve(
+        config,
+        train_examples=train,
+        eval_examples=evaluation or train // 4 + 1,
+        devices=devices,
+        dtype="bfloat16",
     )
     configs.validate(resolved)
     return resolved
@@ -34,7 +40,7 @@ def resolve(config: Config, train: int, evaluation: int = 0, devices: int = 1) -
 
 @pytest.mark.parametrize(
     ("images", "batch", "epochs"),
-    [(2, 8, 800), (32, 8, 60), (160, 16, 60), (245, 32, 60), (1_000, 64, 60), (4_000, 64, 30)],
+    [(2, 8, 480), (32, 8, 30), (160, 16, 60), (245, 32, 60), (1_000, 64, 60), (4_000, 64, 30)],
 )
 def test_few_images_take_small_batches_and_many_epochs(
     images: int, batch: int, epochs: int
@@ -51,10 +57,10 @@ def test_every_size_gives_a_run_that_moves_and_is_looked_at(images: int, evaluat
     found = resolve(open_settings(), images, evaluation)
     timeline = configs.Timeline(found.train.batch_size, images)
     total = timeline.steps(found.train.length)
-    assert total >= auto_size.LEAST_STEPS
+    assert total >= auto_settings.LEAST_STEPS
     assert timeline.steps(found.schedule.warmup) == pytest.approx(total / 20, abs=1)
     evaluations = sum(timeline.due(found.evaluation.every, step) for step in range(1, total + 1))
-    assert auto_size.LEAST_EVALUATIONS - 1 <= evaluations <= auto_size.MOST_EVALUATIONS
+    assert auto_settings.LEAST_EVALUATIONS - 1 <= evaluations <= auto_settings.MOST_EVALUATIONS
     assert found.checkpoint.every == found.evaluation.every
     assert 1 <= found.log.every.steps <= found.evaluation.every.steps
 
@@ -74,7 +80,7 @@ def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
     assert found.schedule.learning_rate == pytest.approx(0.05 * 16 / 64)
     assert found.schedule.warmup == Duration(steps=2)
     assert found.evaluation.every == Duration(steps=8)
-    assert auto_size.describe(config, found) == (
+    assert auto_settings.describe(config, found) == (
         "schedule.learning_rate=0.0125, schedule.warmup=2 steps, evaluation.every=8 steps, "
         "checkpoint.every=8 steps, log.every=2 steps"
     )
@@ -82,9 +88,10 @@ def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
 
 def test_an_experiment_that_does_not_ask_is_left_alone() -> None:
     for config in (Config(), resolve(open_settings(), 100)):
-        found = auto_size.resolve(config, train_examples=10, eval_examples=2, devices=1)
-        assert found is config
-        assert not auto_size.describe(config, found)
+        found = resolve(config, 10)
+        assert found == config
+        assert not auto_settings.describe(config, found)
+    assert resolve(config := Config(), 10) is config
 
 
 def test_the_batch_is_one_that_the_devices_can_share() -> None:
@@ -108,6 +115,31 @@ def test_nothing_may_be_left_open_without_asking(path: str, value: object, words
     setattr(configs.get(config, group), name, value)
     with pytest.raises(ConfigError, match=words):
         configs.validate(config)
+
+
+def test_the_type_to_compute_in_follows_the_hardware_where_that_is_left_open() -> None:
+    config = Config()
+    config.model.dtype = "auto"
+    assert resolve(config, 100).model.dtype == "bfloat16"
+    assert registry.create(config.model, 2).dtype == ops.auto_dtype()
+    config.model.dtype = "float32"
+    assert resolve(config, 100).model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "version", "dtype"),
+    [
+        ("sse2 amx_bf16 amx_tile", (0, 12, 0), "bfloat16"),
+        ("sse2 amx_bf16 amx_tile", (0, 10, 2), "float32"),
+        ("sse2 avx2", (0, 12, 0), "float32"),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    flags: str, version: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_cpu_flags", flags.split)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert ops.auto_dtype.__wrapped__() == dtype
 
 
 def test_a_rate_is_known_for_sgd_alone() -> None:
@@ -135,7 +167,10 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
     first = dataclasses.replace(run.build(settings, log=lines.append), model=small.Linear())
     assert first.config.train.batch_size == 64
     assert first.total_steps == first.timeline.steps(first.config.train.length) > 0
-    assert sum("1,437 training images follow train.batch_size=64, " in line for line in lines) == 1
+    assert (
+        sum("chosen for 1,437 training images: train.batch_size=64, " in line for line in lines)
+        == 1
+    )
 
     folder = workdir.Workdir(tmp_path)
     # A folder without a checkpoint belongs to nobody.

@@ -1,4 +1,4 @@
-"""Settings that follow from the number of training images, for an experiment that leaves them open.
+"""Settings that an experiment leaves open, chosen by the size of the data and by the hardware.
 
 What suits 40 pictures takes thousands too long to learn, or to evaluate; the other way round, forty
 would have been seen before the first statistics have settled. An experiment with `train.auto_size`
@@ -11,13 +11,14 @@ import math
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline
 
-# Epochs for up to `FEW` images; for more, as the root of their number falls, but no less than
-# `LEAST_EPOCHS`. Trained weights need a third.
-EPOCHS, FEW, LEAST_EPOCHS = 60, 1000, 15
+# Epochs for `FEW` to `MANY` images. Outside, fewer by the root of how far they are off: more images
+# take fewer epochs to learn from, and of fewer images there is less to learn, so that a first try
+# takes a minute. Weights that were trained need a third.
+EPOCHS, FEW, MANY, LEAST_EPOCHS = 60, 128, 1000, 15
 PRETRAINED = 1 / 3
 
 # However few the images are, a network takes that many updates to move.
-LEAST_STEPS = 200
+LEAST_STEPS = 120
 
 # An epoch of some six updates or more, with batches that BatchNorm can do with.
 STEPS_AN_EPOCH = 6
@@ -36,22 +37,26 @@ LEAST_EVALUATIONS, MOST_EVALUATIONS = 5, 20
 REPORTS_AN_EVALUATION = 4
 
 
-def resolve(config: Config, *, train_examples: int, eval_examples: int, devices: int) -> Config:
+def resolve(
+    config: Config, *, train_examples: int, eval_examples: int, devices: int, dtype: str
+) -> Config:
     """Returns a configuration in which nothing is left open; the same one if nothing was.
 
     Args:
       config: validated settings.
       train_examples, eval_examples: sizes of the two splits.
       devices: that share a batch; it is made a multiple of them.
+      dtype: that the hardware multiplies well.
     """
-    if not any(configs.is_open(config, path) for path in configs.AUTO_SIZED):
+    if not config.train.auto_size and config.model.dtype != "auto":
         return config
     resolved = config
 
-    def fill(path: str, value: int | float | Duration) -> None:
+    def fill(path: str, value: int | float | str | Duration) -> None:
         nonlocal resolved
         resolved = configs.fill_open(resolved, {path: value})
 
+    fill("model.dtype", dtype)
     share = devices * config.train.accumulate
     wished = max(LEAST_BATCH, min(LARGEST_BATCH, train_examples // STEPS_AN_EPOCH))
     fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
@@ -61,8 +66,12 @@ def resolve(config: Config, *, train_examples: int, eval_examples: int, devices:
     timeline = Timeline(batch_size, train_examples)
     total_steps = timeline.steps(resolved.train.length)
     fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
-    sample = min(config.evaluation.train_examples, train_examples)
-    affordable = EVALUATION * 3 * total_steps * batch_size / (eval_examples + sample)
+    settings = config.evaluation
+    images = eval_examples + sum(
+        min(examples, train_examples)
+        for examples in (settings.train_examples, settings.norm_examples)
+    )
+    affordable = EVALUATION * 3 * total_steps * batch_size / images
     evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
     every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))
     fill("evaluation.every", Duration(steps=every))
@@ -72,15 +81,17 @@ def resolve(config: Config, *, train_examples: int, eval_examples: int, devices:
 
 
 def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
-    epochs = max(EPOCHS * min(1.0, math.sqrt(FEW / train_examples)), LEAST_EPOCHS)
+    factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
+    epochs = max(EPOCHS * factor, LEAST_EPOCHS)
     epochs = max(epochs, LEAST_STEPS * batch_size / train_examples)
     return math.ceil(epochs * (PRETRAINED if config.init.weights else 1))
 
 
 def describe(before: Config, after: Config) -> str:
     """Returns what `resolve` chose, for the user; '' if nothing was left open."""
-    chosen = {p: configs.get(after, p) for p in configs.AUTO_SIZED if configs.is_open(before, p)}
     return ", ".join(
-        f"{path}={value if isinstance(value, Duration) else f'{value:g}'}"
-        for path, value in chosen.items()
+        f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}"
+        for path in configs.AUTO
+        if configs.is_open(before, path)
+        for value in [configs.get(after, path)]
     )
