@@ -126,7 +126,7 @@ def train(
         ):
             reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
             reporter.started(state, first, changed, notes)
-            ready = _ready_for_evaluation(run, state, train_steps, evaluate, cleanup)
+            ready = _ready_for_evaluation(run, state, evaluate, cleanup)
             result = _train(run, state, train_steps, ready, evaluate, checkpoints, reporter, stop)
     if result["step"] < run.total_steps:
         raise Preempted(
@@ -170,28 +170,29 @@ def _start(
 def _ready_for_evaluation(
     run: Run,
     state: TrainState,
-    train_steps: Mapping[int, CompiledStep],
     evaluate: Evaluate,
     cleanup: contextlib.ExitStack,
 ) -> Callable[[TrainState, Clock], TrainState]:
     """Returns what an evaluation waits for: its programs, and BatchNorm's statistics.
 
-    The programs compile in the background, while training goes on with the first of its steps.
+    The programs are traced and compiled in the background, beside the training step: tracing is
+    free while that compiles, and would slow down training later.
     """
     estimate_norm = norm.NormEstimator(run)
     # Shapes only: the training step gives up the arrays.
     variables = jax.eval_shape(state.eval_variables)
 
     def compile_all() -> None:
-        futures.wait([*train_steps.values()][:1])
         estimate_norm.compile(variables)
         getattr(evaluate, "compile", lambda variables: None)(variables)
 
     background = futures.ThreadPoolExecutor(1)
     cleanup.callback(background.shutdown, cancel_futures=True)
-    compiled = background.submit(compile_all)
+    # A finished run is evaluated at once, and waits for nothing.
+    compiled = background.submit(compile_all) if int(state.step) < run.total_steps else None
 
     def ready(state: TrainState, clock: Clock) -> TrainState:
+        assert compiled is not None
         with clock.phase("compile"):
             compiled.result()
         with clock.phase("evaluate"):

@@ -91,7 +91,8 @@ def test_an_experiment_that_does_not_ask_is_left_alone() -> None:
         found = resolve(config, 10)
         assert found == config
         assert not auto_settings.describe(config, found)
-    assert resolve(config := Config(), 10) is config
+    config = Config()
+    assert resolve(config, 10) is config
 
 
 def test_the_batch_is_one_that_the_devices_can_share() -> None:

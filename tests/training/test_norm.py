@@ -102,5 +102,5 @@ def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_o
         jax.tree.map(
             np.testing.assert_array_equal, getattr(without, name), getattr(estimated, name)
         )
-    statistics = (each.eval_variables()["batch_stats"]["conv1"]["norm"] for each in ends)
-    assert not np.allclose(*(each["mean"] for each in statistics), rtol=1e-2)
+    one, other = (each.eval_variables()["batch_stats"]["conv1"]["norm"]["mean"] for each in ends)
+    assert not np.allclose(one, other, rtol=1e-2)
