@@ -20,7 +20,7 @@ PRETRAINED = 1 / 3
 # However few the images are, a network takes that many updates to move.
 LEAST_STEPS = 120
 
-# An epoch of some six updates or more, with batches that BatchNorm can do with.
+# Batches are a power of two that makes some six updates an epoch, and that BatchNorm can do with.
 STEPS_AN_EPOCH = 6
 LEAST_BATCH, LARGEST_BATCH = 8, 64
 
@@ -88,10 +88,14 @@ def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
 
 
 def describe(before: Config, after: Config) -> str:
-    """Returns what `resolve` chose, for the user; '' if nothing was left open."""
+    """Returns what `resolve` chose, as flags name it; '' if nothing was left open."""
+    chosen: dict[str, int | float | str] = {}
+    for path in configs.AUTO:
+        if configs.is_open(before, path):
+            value = configs.get(after, path)
+            units = value.given() if isinstance(value, Duration) else {"": value}
+            chosen |= {f"{path}.{unit}".rstrip("."): number for unit, number in units.items()}
     return ", ".join(
-        f"{path}={value:g}" if isinstance(value, float) else f"{path}={value}"
-        for path in configs.AUTO
-        if configs.is_open(before, path)
-        for value in [configs.get(after, path)]
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in chosen.items()
     )

@@ -81,8 +81,8 @@ def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
     assert found.schedule.warmup == Duration(steps=2)
     assert found.evaluation.every == Duration(steps=8)
     assert auto_settings.describe(config, found) == (
-        "schedule.learning_rate=0.0125, schedule.warmup=2 steps, evaluation.every=8 steps, "
-        "checkpoint.every=8 steps, log.every=2 steps"
+        "schedule.learning_rate=0.0125, schedule.warmup.steps=2, evaluation.every.steps=8, "
+        "checkpoint.every.steps=8, log.every.steps=2"
     )
 
 
