@@ -46,19 +46,6 @@ OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 NONFINITE = ("stop", "skip")
 SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
-# What train.auto_size fills in, where it is left at 0 or none; in the order of its doing so.
-AUTO_SIZED = (
-    "train.batch_size",
-    "schedule.learning_rate",
-    "train.length",
-    "schedule.warmup",
-    "evaluation.every",
-    "checkpoint.every",
-    "log.every",
-)
-# These, and what the hardware decides.
-AUTO = (*AUTO_SIZED, "model.dtype")
-
 
 def setting(
     default: Any,
@@ -124,6 +111,21 @@ class Duration:
 
     def __str__(self) -> str:
         return ", ".join(f"{value:g} {unit}" for unit, value in self.given().items()) or "none"
+
+
+# Settings that may be left open, and the value that says so: of `model.dtype`, which the hardware
+# decides, and of those that train.auto_size takes from the size of the data.
+OPEN: dict[str, Any] = {
+    "model.dtype": "auto",
+    "train.batch_size": 0,
+    "schedule.learning_rate": 0,
+    "train.length": Duration(),
+    "schedule.warmup": Duration(),
+    "augment.mixup": -1,
+    "evaluation.every": Duration(),
+    "checkpoint.every": Duration(),
+    "log.every": Duration(),
+}
 
 
 @dataclasses.dataclass
@@ -404,8 +406,9 @@ class Init:
 class Train:
     auto_size: bool = setting(
         False,
-        "take what is left at 0 or none of the batch size, learning rate, length, warm-up, and "
-        "times between evaluations, checkpoints and reports from the number of training images",
+        "take from the number of training images what is left at 0 or none of the batch size, "
+        "learning rate, length, warm-up, and times between evaluations, checkpoints and reports, "
+        "and mixup if it is -1",
         resumable=True,
     )
     batch_size: int = setting(128, "examples a step, over all devices", low=1)
@@ -599,11 +602,9 @@ def get(config: Any, path: str) -> Any:
 
 
 def is_open(config: Config, path: str) -> bool:
-    """Whether a setting is left to be chosen, by the size of the data or the hardware."""
-    value = get(config, path)
-    if path in AUTO_SIZED:
-        return config.train.auto_size is True and not value
-    return value == "auto"
+    """Whether a setting is left to be chosen by the size of the data, or by the hardware."""
+    asked = config.train.auto_size is True or path == "model.dtype"
+    return asked and path in OPEN and get(config, path) == OPEN[path]
 
 
 def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
@@ -818,7 +819,7 @@ def validate(config: Config) -> None:
     problems = []
     for path, hint, field in leaves():
         value = get(config, path)
-        if path in AUTO_SIZED and is_open(config, path):
+        if is_open(config, path):
             continue
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")

@@ -2,8 +2,8 @@
 
 What suits 40 pictures takes thousands too long to learn, or to evaluate; the other way round, forty
 would have been seen before the first statistics have settled. An experiment with `train.auto_size`
-leaves such settings at 0 or none, and `resolve` fills them in once, before the timeline is made.
-They are recorded as if they had been given.
+leaves such settings open (`config.OPEN`), and `resolve` fills them in once, before the timeline is
+made. They are recorded as if they had been given.
 """
 
 import math
@@ -28,6 +28,9 @@ LEAST_BATCH, LARGEST_BATCH = 8, 64
 RATE_AN_IMAGE = 0.05 / 64
 
 WARMUP = 0.05  # Of the run.
+
+# Mixing takes many images, `FEW` at least, and many steps.
+MIXUP, MIXED_FROM_STEPS = 0.2, 400
 
 # Evaluating an image takes a third of the work of training on it, and a twentieth of the run is
 # spent so; with a checkpoint and a report after each evaluation, that is some 20 updates' time.
@@ -66,6 +69,8 @@ def resolve(
     timeline = Timeline(batch_size, train_examples)
     total_steps = timeline.steps(resolved.train.length)
     fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
+    mixed = train_examples >= FEW and total_steps >= MIXED_FROM_STEPS
+    fill("augment.mixup", MIXUP if mixed else 0.0)
     settings = config.evaluation
     images = eval_examples + sum(
         min(examples, train_examples)
@@ -90,7 +95,7 @@ def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
 def describe(before: Config, after: Config) -> str:
     """Returns what `resolve` chose, as flags name it; '' if nothing was left open."""
     chosen: dict[str, int | float | str] = {}
-    for path in configs.AUTO:
+    for path in configs.OPEN:
         if configs.is_open(before, path):
             value = configs.get(after, path)
             units = value.given() if isinstance(value, Duration) else {"": value}

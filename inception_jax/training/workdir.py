@@ -183,7 +183,7 @@ def with_recorded(workdir: Workdir, config: Config) -> Config:
     if record is None:
         return config
     before = configs.from_dict(record["config"])
-    return configs.fill_open(config, {p: configs.get(before, p) for p in configs.AUTO})
+    return configs.fill_open(config, {p: configs.get(before, p) for p in configs.OPEN})
 
 
 def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:

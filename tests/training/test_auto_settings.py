@@ -7,7 +7,16 @@ import jax
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Checkpoint, Config, Duration, Evaluation, Log, Schedule, Train
+from inception_jax.config import (
+    Augment,
+    Checkpoint,
+    Config,
+    Duration,
+    Evaluation,
+    Log,
+    Schedule,
+    Train,
+)
 from inception_jax.errors import ConfigError
 from inception_jax.models import ops, registry
 from inception_jax.training import auto_settings, run, state, workdir
@@ -17,6 +26,7 @@ from tests import small
 
 def open_settings() -> Config:
     return Config(
+        augment=Augment(mixup=-1.0),
         schedule=Schedule(learning_rate=0.0),
         train=Train(auto_size=True, batch_size=0, length=Duration()),
         evaluation=Evaluation(every=Duration(), train_examples=100),
@@ -65,6 +75,25 @@ def test_every_size_gives_a_run_that_moves_and_is_looked_at(images: int, evaluat
     assert 1 <= found.log.every.steps <= found.evaluation.every.steps
 
 
+def test_images_are_mixed_where_there_are_steps_enough() -> None:
+    assert [resolve(open_settings(), n).augment.mixup for n in (32, 80, 245)] == [0.0, 0.0, 0.2]
+    config = open_settings()
+    config.augment.mixup = 0.0
+    assert resolve(config, 10_000).augment.mixup == 0.0
+    config = open_settings()
+    config.init.weights = "weights.safetensors"
+    assert resolve(config, 245).augment.mixup == 0.0
+
+
+def test_own_pictures_are_trained_on_as_the_readme_had_it() -> None:
+    """245 ants and bees: batch 32, rate 0.025, 60 epochs with 3 of warm-up, mixup 0.2."""
+    found = resolve(open_settings(), 245, 153)
+    timeline = configs.Timeline(32, 245)
+    assert timeline.steps(found.schedule.warmup) == timeline.steps(Duration(epochs=3)) == 23
+    assert (found.train.batch_size, found.schedule.learning_rate) == (32, 0.025)
+    assert (found.train.length, found.augment.mixup) == (Duration(epochs=60), 0.2)
+
+
 def test_trained_weights_need_a_third_of_the_epochs() -> None:
     config = open_settings()
     config.init.weights = "weights.safetensors"
@@ -81,8 +110,8 @@ def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
     assert found.schedule.warmup == Duration(steps=2)
     assert found.evaluation.every == Duration(steps=8)
     assert auto_settings.describe(config, found) == (
-        "schedule.learning_rate=0.0125, schedule.warmup.steps=2, evaluation.every.steps=8, "
-        "checkpoint.every.steps=8, log.every.steps=2"
+        "schedule.learning_rate=0.0125, schedule.warmup.steps=2, augment.mixup=0, "
+        "evaluation.every.steps=8, checkpoint.every.steps=8, log.every.steps=2"
     )
 
 
@@ -108,6 +137,7 @@ def test_the_batch_is_one_that_the_devices_can_share() -> None:
         ("train.batch_size", 0, "config.train.batch_size = 0: must be at least 1"),
         ("schedule.learning_rate", 0.0, "config.schedule.learning_rate = 0.0: must be more than 0"),
         ("train.length", Duration(), "config.train.length = none: give a unit"),
+        ("augment.mixup", -1, "config.augment.mixup = -1: must be at least 0"),
     ],
 )
 def test_nothing_may_be_left_open_without_asking(path: str, value: object, words: str) -> None:
