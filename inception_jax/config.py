@@ -46,7 +46,7 @@ MODELS = (
 STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "auto")
 CROPS = ("none", "pad", "resized", "inception")
 POLICIES = ("none", "randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
@@ -196,6 +196,21 @@ class Duration:
 
     def __str__(self) -> str:
         return ", ".join(f"{value:g} {unit}" for unit, value in self.given().items()) or "none"
+
+
+# Settings that may be left open, and the value that says so: of `model.dtype`, which the hardware
+# decides, and of those that train.auto_size takes from the size of the data.
+OPEN: dict[str, Any] = {
+    "model.dtype": "auto",
+    "train.batch_size": 0,
+    "schedule.learning_rate": 0,
+    "train.length": Duration(),
+    "schedule.warmup": Duration(),
+    "augment.mixup": -1,
+    "evaluation.every": Duration(),
+    "checkpoint.every": Duration(),
+    "log.every": Duration(),
+}
 
 
 @dataclasses.dataclass
@@ -404,7 +419,8 @@ class Model:
     )
     dtype: str = setting(
         "float32",
-        "type that layers compute in; parameters and statistics are float32",
+        "type that layers compute in; parameters and statistics are float32. auto: bfloat16 where "
+        "the hardware multiplies it, else float32",
         choices=DTYPES,
         resumable=True,
     )
@@ -502,6 +518,13 @@ class Init:
 
 @dataclasses.dataclass
 class Train:
+    auto_size: bool = setting(
+        False,
+        "take from the number of training images what is left at 0 or none of the batch size, "
+        "learning rate, length, warm-up, and times between evaluations, checkpoints and reports, "
+        "and mixup if it is -1",
+        resumable=True,
+    )
     batch_size: int = setting(128, "examples a step, over all devices", low=1)
     accumulate: int = setting(
         1,
@@ -552,7 +575,10 @@ class Train:
 @dataclasses.dataclass
 class Evaluation:
     batch_size: int = setting(
-        500, "examples an evaluation step, over all devices", low=1, resumable=True
+        500,
+        "most examples an evaluation step, over all devices; fewer where the split has fewer",
+        low=1,
+        resumable=True,
     )
     every: Duration = setting(
         Duration(epochs=1),
@@ -575,6 +601,13 @@ class Evaluation:
         0,
         "training examples (the first of the data set) that each evaluation covers besides, "
         "without augmentation and dropout, as split train_eval; 0: none",
+        low=0,
+        resumable=True,
+    )
+    norm_examples: int = setting(
+        0,
+        "training examples that BatchNorm's statistics are estimated from anew before each "
+        "evaluation, and saved so, for runs of few steps; 0: the running statistics",
         low=0,
         resumable=True,
     )
@@ -692,6 +725,22 @@ def put(config: Config, path: str, value: Any) -> None:
 def plain(value: Any) -> Any:
     """Returns a setting's value as JSON gives it back: a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def is_open(config: Config, path: str) -> bool:
+    """Whether a setting is left to be chosen by the size of the data, or by the hardware."""
+    asked = config.train.auto_size is True or path == "model.dtype"
+    return asked and path in OPEN and get(config, path) == OPEN[path]
+
+
+def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a configuration with what it leaves open taken from values by dotted path."""
+    filled = copy.deepcopy(config)
+    for path, value in values.items():
+        if is_open(config, path):
+            group, _, name = path.rpartition(".")
+            setattr(get(filled, group), name, copy.copy(value))
+    return filled
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -868,7 +917,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         ("checkpoint.every", config.checkpoint.every),
         ("log.every", config.log.every),
     ):
-        if not duration:
+        if not duration and not is_open(config, path):
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule
     if schedule.name == "steps" and not schedule.boundaries:
@@ -922,6 +971,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
             "reached; begin it sooner, or drop it and its size"
         )
+    if is_open(config, "schedule.learning_rate") and not config.optimizer.name.startswith("sgd"):
+        yield (
+            "config.schedule.learning_rate = 0: config.train.auto_size knows a rate for sgd and "
+            f"sgd_nesterov only, not for {config.optimizer.name!r}; give one"
+        )
     if config.expected.top1 and not config.expected.source:
         yield (
             f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
@@ -963,6 +1017,8 @@ def validate(config: Config) -> None:
     problems = [unknown_field(path) for path in _strangers(config)]
     for path, hint, field in leaves():
         value = get(config, path)
+        if is_open(config, path):
+            continue
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")
     # Fields of a wrong type would make the comparisons between fields fail in odd ways.

@@ -46,19 +46,20 @@ def main(positional: Sequence[str]) -> None:
     experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
     configs.validate(_CONFIG.value)
     data_directory(_CONFIG.value.data.directory)
-    changed = workdir.check_owner(folder, _CONFIG.value) if folder else []
+    config = workdir.with_recorded(folder, _CONFIG.value) if folder else _CONFIG.value
+    changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
     tell_all = runtime.initialize(
         **_PROCESSES(),
-        silence=_CONFIG.value.watch.host_silence,
-        facts=lambda: summary.software() | configs.shared(_CONFIG.value) | cli.command(),
+        silence=config.watch.host_silence,
+        facts=lambda: summary.software() | configs.shared(config) | cli.command(),
         log=cli.say,
     )
     stop = preemption.Preemption(tell_all).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(_CONFIG.value, log=cli.say, experiment=experiment)
+    this_run = run.build(config, log=cli.say, experiment=experiment)
     if folder is None:
         result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS)))
     else:

@@ -57,6 +57,7 @@ class Network(nn.Module):
     """
 
     dropout: float = 0.0
+    classes: int = 10
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -65,7 +66,7 @@ class Network(nn.Module):
         x = ops.max_pool(x, window=3, stride=2)
         x = unit(16, 3, name="conv2")(x)
         x = adaptive_average_pool(x, 2).reshape(len(x), -1)
-        return ModelOutput(Classifier(10, self.dropout, train, name="classifier")(x))
+        return ModelOutput(Classifier(self.classes, self.dropout, train, name="classifier")(x))
 
 
 def build(settings: Config) -> Run:

@@ -14,7 +14,7 @@ import pytest
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration
 from inception_jax.models import registry
-from inception_jax.training import optimizers
+from inception_jax.training import auto_settings, optimizers
 from tests.experiments import load
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,7 +34,11 @@ FLAGS = re.compile(rf"{FLAG}(?:\s+{FLAG})*")
 
 
 def experiment(name: str) -> Config:
-    return load([f"--config={PATHS[name]}"])
+    config = load([f"--config={PATHS[name]}"])
+    examples = SIZES[config.data.name][0]
+    return auto_settings.resolve(
+        config, train_examples=examples, eval_examples=examples // 4, devices=1, dtype="float32"
+    )
 
 
 def docstring(name: str) -> str:

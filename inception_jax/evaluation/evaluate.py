@@ -43,14 +43,30 @@ class Evaluator:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.predictions = None
+        # One size for all splits, so that there is one program to compile.
+        self._batch_size = pipeline.eval_batch_size(
+            len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
+        )
         replicated = sharding.replicated(run.mesh)
         # Nothing is donated: training goes on with the same variables.
-        self._step = jax.jit(
+        self._jitted = jax.jit(
             self._eval_step,
             in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
             compiler_options=ops.compiler_options(run.config.model.dtype),
         )
+        self._step: Callable[..., Any] = self._jitted
+
+    def compile(self, variables: Variables) -> None:
+        """Compiles ahead what the first evaluation would.
+
+        Args:
+          variables: shapes and types of what will be evaluated.
+        """
+        batch = pipeline.abstract_eval_batch(
+            self._run.dataset.evaluation, batch_size=self._batch_size, mesh=self._run.mesh
+        )
+        self._step = self._jitted.lower(variables, batch).compile()
 
     def __call__(self, variables: Variables, split: Split | None = None) -> dict[str, float]:
         """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
@@ -66,9 +82,7 @@ class Evaluator:
         """
         if split is None:
             split = self._run.dataset.evaluation
-        batches = pipeline.eval_batches(
-            split, batch_size=self._run.config.evaluation.batch_size, mesh=self._run.mesh
-        )
+        batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
         said: list[_Said] = []
         views = EvalMetrics.total(self._steps(variables, batches, said))
         metrics: dict[str, float] = {}

@@ -112,6 +112,29 @@ def abstract_train_batch(
     }
 
 
+def eval_batch_size(examples: int, *, limit: int) -> int:
+    """Returns the smallest batch that takes no more batches than the limit does.
+
+    Eight pictures are not filled up to a batch of 250, and 300 become two batches of 150.
+
+    Args:
+      examples: size of the split, at least 1.
+      limit: the largest batch.
+    """
+    return -(-examples // -(-examples // limit))
+
+
+def abstract_eval_batch(
+    split: Split, *, batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a batch of `eval_batches` looks like, to compile a step without one."""
+    batch_size += -batch_size % mesh.size
+    batch = abstract_train_batch(split, batch_size=batch_size, mesh=mesh)
+    return batch | {
+        "mask": jax.ShapeDtypeStruct((batch_size,), bool, sharding=batch["label"].sharding)
+    }
+
+
 def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     """Yields every example of a split once, in order.
 

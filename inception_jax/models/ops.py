@@ -12,6 +12,8 @@ run on the CPU too.
 import contextlib
 import contextvars
 import functools
+import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +51,37 @@ def plain() -> Iterator[None]:
 def _rewrite() -> bool:
     """Whether the equivalents replace the plain operations."""
     return jax.default_backend() == "cpu" and not _plain.get()
+
+
+@functools.cache
+def slow_bfloat16() -> str:
+    """Returns why computing in bfloat16 is slower than in float32 on this hardware, or ''.
+
+    TPUs multiply it, NVIDIA's GPUs from compute capability 8.0, and x86 processors with AMX or
+    AVX-512's bfloat16, of which only jaxlib 0.12 makes use. XLA has others convert each number.
+    """
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        old = re.fullmatch(r"[0-7]\.\d", getattr(device, "compute_capability", ""))
+        return f"{device.device_kind} cannot multiply it" if old else ""
+    if not {"amx_bf16", "avx512_bf16"} & set(_cpu_flags()):
+        return "this CPU is not known to multiply it (no amx_bf16 or avx512_bf16)"
+    if jax.__version_info__ < (0, 12):
+        return f"jax {jax.__version__} does not use this CPU's instructions for it (0.12 does)"
+    return ""
+
+
+def auto_dtype() -> str:
+    """Returns the type to compute in: "bfloat16" where the hardware multiplies it, or "float32"."""
+    return "float32" if slow_bfloat16() else "bfloat16"
+
+
+def _cpu_flags() -> list[str]:
+    """Returns what the processor can do, in Linux's words; elsewhere nothing is known."""
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text(errors="replace").split()
+    except OSError:
+        return []
 
 
 def compiler_options(dtype: Any) -> dict[str, bool]:

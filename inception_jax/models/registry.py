@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from inception_jax import config
 from inception_jax.errors import ConfigError
+from inception_jax.models import ops
 from inception_jax.models.googlenet import GoogLeNet
 from inception_jax.models.mini_googlenet import MiniGoogLeNet
 
@@ -21,7 +22,7 @@ def _shared(model: config.Model, num_classes: int) -> dict[str, Any]:
         "norm_momentum": model.norm_momentum,
         "norm_epsilon": model.norm_epsilon,
         "dropout": model.dropout,
-        "dtype": jnp.dtype(model.dtype),
+        "dtype": jnp.dtype(ops.auto_dtype() if model.dtype == "auto" else model.dtype),
     }
 
 

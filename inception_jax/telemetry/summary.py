@@ -9,18 +9,12 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from clu import parameter_overview
-
-_CPUINFO = pathlib.Path("/proc/cpuinfo")
-_BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
-# The first jaxlib known to let oneDNN use them (models/ops.py); 0.10.2 does not.
-_ONEDNN_SINCE = (0, 12)
 
 _PACKAGES = (
     "jax",
@@ -83,30 +77,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def slow_dtype(dtype: str) -> str:
-    """Returns why computing in a type is slower than in float32 on this CPU, or ''.
-
-    Only processors with AMX or AVX-512's bfloat16 multiply it; XLA has others convert each number.
-    """
-    if dtype != "bfloat16" or jax.default_backend() != "cpu" or platform.machine() != "x86_64":
-        return ""
-    flags = _cpu_line("flags").split()
-    remedy = "give --config.model.dtype=float32"
-    if flags and not _BFLOAT16_FLAGS & set(flags):
-        return (
-            f"config.model.dtype = 'bfloat16': this CPU ({_cpu_name()}) cannot multiply it (no "
-            f"amx_bf16 or avx512_bf16), so it is slower than float32; {remedy}"
-        )
-    version = _version("jaxlib") or ""
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _ONEDNN_SINCE:
-        return (
-            f"config.model.dtype = 'bfloat16': jaxlib {version} does not use the CPU's "
-            f"instructions for it, so it is slower than float32; {remedy}, or use Python 3.12 with "
-            "its later jax"
-        )
-    return ""
-
-
 def software() -> dict[str, Any]:
     """Returns what decides which program the devices run, to compare the processes of a run.
 
@@ -154,17 +124,12 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     """Returns the processor's model, which Linux knows and Python's platform module does not."""
-    return _cpu_line("model name") or platform.machine()
-
-
-def _cpu_line(name: str) -> str:
-    """Returns what Linux says of the first processor under a name, '' where it says nothing."""
     try:
-        lines = _CPUINFO.read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
-    return found[0] if found else ""
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git_revision(folder: pathlib.Path) -> str | None:

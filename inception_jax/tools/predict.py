@@ -169,7 +169,7 @@ def _predict_split(weights: "Weights") -> None:
     data = _data_settings(weights)
     split = _open_split(weights, data)
     format = listing.best_only(class_ids(data))
-    predictor = predict.Predictor(weights)
+    predictor = predict.Predictor(weights, batch_size=predict.batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: pictures.natural_key(split.names[n]))
     with _results(format) as file, _progress(len(order), predictor) as progress:
         pieces = [np.array(piece) for piece in images.pieces(order, predictor.batch_size)]

@@ -23,7 +23,7 @@ from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter, informative
-from inception_jax.training import lock, nonfinite, optimizers, pretrained, storage
+from inception_jax.training import lock, nonfinite, norm, optimizers, pretrained, storage
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -31,6 +31,10 @@ from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
+
+# The report is written after each evaluation, unless those before took more than half a second and
+# this share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
+REPORT_SHARE = 0.03
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
@@ -61,10 +65,12 @@ def train(
       run: what to train.
       workdir: where its checkpoints and metrics are and go.
       evaluate: maps model variables and a split to loss, top1, count and, of more than five
-        classes, top5.
+        classes, top5. If it has a method `compile`, that is called ahead in the background, with
+        shapes and types of the variables.
       changed: settings that differ from an earlier start, to be said and recorded.
-      on_evaluation: called by the lead process after each evaluation, once all that it found is
-        on disk, with what result.json would hold if the run ended there.
+      on_evaluation: called by the lead process after the last evaluation, and after those before it
+        that leave it within `REPORT_SHARE` of the time; once all that it found is on disk, with
+        what result.json would hold if the run ended there.
       stop: asked after each step, by its number, whether the run must be saved and end there. Where
         there are several processes, it says the same in all.
 
@@ -127,7 +133,8 @@ def train(
         ):
             reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
             reporter.started(state, first, changed, notes)
-            result = _train(run, state, train_steps, evaluate, checkpoints, reporter, stop)
+            ready = _ready_for_evaluation(run, state, evaluate, cleanup)
+            result = _train(run, state, train_steps, ready, evaluate, checkpoints, reporter, stop)
     if result["step"] < run.total_steps:
         raise Preempted(
             f"stopped as a signal asked, after step {result['step']:,} of {run.total_steps:,}, "
@@ -191,10 +198,45 @@ def _start(
     return state, Clock(initial=progress["seconds"]), train_steps, []
 
 
+def _ready_for_evaluation(
+    run: Run,
+    state: TrainState,
+    evaluate: Evaluate,
+    cleanup: contextlib.ExitStack,
+) -> Callable[[TrainState, Clock], TrainState]:
+    """Returns what an evaluation waits for: its programs, and BatchNorm's statistics.
+
+    The programs are traced and compiled in the background, beside the training step: tracing is
+    free while that compiles, and would slow down training later.
+    """
+    estimate_norm = norm.NormEstimator(run)
+    # Shapes only: the training step gives up the arrays.
+    variables = jax.eval_shape(state.eval_variables)
+
+    def compile_all() -> None:
+        estimate_norm.compile(variables)
+        getattr(evaluate, "compile", lambda variables: None)(variables)
+
+    background = futures.ThreadPoolExecutor(1)
+    cleanup.callback(background.shutdown, cancel_futures=True)
+    # A finished run is evaluated at once, and waits for nothing.
+    compiled = background.submit(compile_all) if int(state.step) < run.total_steps else None
+
+    def ready(state: TrainState, clock: Clock) -> TrainState:
+        assert compiled is not None
+        with clock.phase("compile"):
+            compiled.result()
+        with clock.phase("evaluate"):
+            return estimate_norm(state)
+
+    return ready
+
+
 def _train(
     run: Run,
     state: TrainState,
     train_steps: Mapping[int, CompiledStep],
+    ready: Callable[[TrainState, Clock], TrainState],
     evaluate: Evaluate,
     checkpoints: Checkpoints,
     reporter: "_Reporter",
@@ -254,6 +296,7 @@ def _train(
             reporter.report_pending()
             reporter.check_finite(step, state.metrics)
         if evaluate_now:
+            state = ready(state, clock)
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
                 sample = evaluate(state.eval_variables(), train_sample) if train_sample else None
@@ -426,8 +469,13 @@ class _Reporter:
         self._writer.flush()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands on what the evaluation found, for a report that is read while the run goes on."""
-        if self._run.is_lead:
+        """Hands on what the evaluation found, for a report that is read while the run goes on.
+
+        Not every evaluation's, where reports would take more than their share of the time.
+        """
+        last = step >= self._run.total_steps
+        too_often = self.clock.seconds("report") > 0.5 + REPORT_SHARE * self.clock.total()
+        if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, metrics))
 

@@ -13,15 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from inception_jax import config as configs
 from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.errors import ConfigError, during
 from inception_jax.input import sharding
 from inception_jax.input.dataset import Dataset, prepare
 from inception_jax.input.splits import Split, subset
-from inception_jax.models import registry
-from inception_jax.telemetry import summary
-from inception_jax.training import optimizers
+from inception_jax.models import ops, registry
+from inception_jax.training import auto_settings, optimizers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def build(
     """Builds a run, preparing its data first where that was not done before.
 
     Args:
-      config: validated settings.
+      config: validated settings; the run has them with what they leave open filled in.
       log: receives lines about the preparation, and a warning where the dtype is slow here.
       experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
@@ -128,13 +128,17 @@ def build(
       UserError: if the data cannot be prepared, a setting does not fit the data or the devices, or
         the processes of the run have other data.
     """
-    if slow := summary.slow_dtype(config.model.dtype):
-        log(f"warning: {slow}")
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     with during("prepare"):
         dataset = prepare(config.data, log=log)
     hosts.agree("data set", lambda: content(dataset))
+    config = _sized(config, dataset, mesh.size, log)
+    if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
+        log(
+            f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
+            "--config.model.dtype=float32"
+        )
     model = registry.create(config.model, dataset.num_classes)
     _check_image_sizes(config, model.least_image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
@@ -151,6 +155,25 @@ def build(
         optimizer=optimizers.make_optimizer(config.optimizer, schedule),
         experiment=experiment,
     )
+
+
+def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]) -> Config:
+    """Returns the settings with what they left open, and logs it."""
+    sized = auto_settings.resolve(
+        config,
+        train_examples=len(dataset.train),
+        eval_examples=len(dataset.evaluation),
+        devices=devices,
+        dtype=ops.auto_dtype(),
+    )
+    if chosen := auto_settings.describe(config, sized):
+        log(
+            f"{config.name}: chosen for {len(dataset.train):,} training images: {chosen}; "
+            "override any with --config.NAME=VALUE"
+        )
+        configs.validate(sized)
+        hosts.agree("settings", lambda: configs.shared(sized))
+    return sized
 
 
 def content(dataset: Dataset) -> dict[str, Any]:

@@ -50,6 +50,12 @@ class TrainState(flax.struct.PyTreeNode):
         """The variables that evaluation uses: the averages where the run keeps them."""
         return eval_variables(self.params, self.batch_stats, self.average)
 
+    def with_norm(self, batch_stats: Variables) -> "TrainState":
+        """Returns the state with other BatchNorm statistics in the variables for evaluation."""
+        if self.average:
+            return self.replace(average=self.average | {"batch_stats": batch_stats})
+        return self.replace(batch_stats=batch_stats)
+
 
 def eval_variables(params: Variables, batch_stats: Variables, average: Variables) -> Variables:
     """Returns the variables that evaluation uses: the averages where there are any."""

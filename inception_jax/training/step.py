@@ -96,6 +96,8 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     seed = config.seed
     time_constant = run.timeline.steps(config.train.ema)
     mixed_steps = run.timeline.steps(config.augment.mix_until)
+    # Each micro-batch updates the running statistics once.
+    momentum = config.model.norm_momentum**config.train.accumulate
 
     gradient = gradients.make_gradient(
         run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
@@ -122,6 +124,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             targets,
             keys.derive(seed, "dropout", state.step),
         )
+        batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, momentum)
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}

@@ -204,7 +204,9 @@ def recall(
     if record and before:
         old = configs.from_dict(record["config"])
         same_file = _resolved(before["file"]) == _resolved(experiment["file"])
-        if same_file or _as_written(old, before) == _as_written(config, experiment):
+        chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
+        written = [_as_written(old, before, chosen), _as_written(config, experiment, chosen)]
+        if same_file or written[0] == written[1]:
             for path in before["own"]:
                 value, here = configs.get(old, path), configs.get(config, path)
                 if path not in given and value != here:
@@ -220,10 +222,31 @@ def _resolved(file: str) -> pathlib.Path:
     return paths.local(file, file).resolve()
 
 
-def _as_written(config: Config, experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all settings as the experiment itself has them, by path."""
+def _as_written(
+    config: Config, experiment: Mapping[str, Any], chosen: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns all settings as the experiment itself has them, by path, but for those left open."""
     values = {path: configs.plain(configs.get(config, path)) for path, _, _ in configs.leaves()}
-    return values | dict(experiment["own"])
+    values |= dict(experiment["own"])
+    # train.length is a group, of which the leaves are train.length.epochs and others.
+    return {
+        path: value
+        for path, value in values.items()
+        if not f"{path}.".startswith(tuple(f"{open}." for open in chosen))
+    }
+
+
+def with_recorded(workdir: Workdir, config: Config) -> Config:
+    """Returns the settings, with what they leave open as it was when the folder's run began.
+
+    Raises:
+      CheckpointError: if config.json cannot be read.
+    """
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    if record is None:
+        return config
+    before = configs.from_dict(record["config"])
+    return configs.fill_open(config, {p: configs.get(before, p) for p in configs.OPEN})
 
 
 def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,7 +8,7 @@ import optax
 import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
-from inception_jax.input import augment
+from inception_jax.input import augment, pipeline
 from inception_jax.input.splits import Split
 from inception_jax.training import run, state
 from tests import small
@@ -25,6 +27,40 @@ def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Pa
     assert len(this.train_sample()) == len(this.dataset.train)
     this.config.evaluation.train_examples = 0
     assert this.train_sample() is None
+
+
+@pytest.mark.parametrize(
+    ("examples", "limit", "batch"),
+    [(8, 250, 8), (1, 250, 1), (250, 250, 250), (251, 250, 126), (500, 250, 250), (10, 1, 1)],
+)
+def test_an_evaluation_batch_is_no_larger_than_it_needs(
+    examples: int, limit: int, batch: int
+) -> None:
+    assert pipeline.eval_batch_size(examples, limit=limit) == batch
+
+
+def test_small_splits_are_not_filled_up_to_the_largest_batch(
+    data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = small.build(small.config(data_directory))
+    variables = state.create(this).eval_variables()
+    expected = Evaluator(this)(variables)
+    whole, sizes = pipeline.eval_batches, set()
+
+    def batches(*args: Any, **kwargs: Any) -> Iterator[dict[str, jax.Array]]:
+        for batch in whole(*args, **kwargs):
+            sizes.add(len(batch["label"]))
+            yield batch
+
+    monkeypatch.setattr(pipeline, "eval_batches", batches)
+    this.config.evaluation.batch_size = 1000
+    this.config.evaluation.train_examples = 100
+    evaluator = Evaluator(this)
+    found = evaluator(variables)
+    # Both splits by one program.
+    evaluator(variables, this.train_sample())
+    assert sizes == {360}
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_is_left_of_each_example_is_what_plain_numpy_finds(

@@ -82,30 +82,3 @@ def test_the_software_is_told_apart(
     (tmp_path / "inner" / "a.py").rename(tmp_path / "a.py")
     digests.add(summary.source_digest(tmp_path))
     assert len(digests) == 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "jaxlib", "words"),
-    [
-        ("fpu avx2 avx512f", "0.12.0", "this CPU (Some Model) cannot multiply it (no amx_bf16 or"),
-        ("fpu avx2 amx_bf16", "0.10.2", "jaxlib 0.10.2 does not use the CPU's instructions"),
-        ("fpu avx2 avx512_bf16", "0.12.0.1", ""),
-        ("", "0.12.0", ""),
-    ],
-)
-def test_bfloat16_that_the_cpu_does_not_multiply_is_said(
-    flags: str,
-    jaxlib: str,
-    words: str,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"model name\t: Some Model\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
-    monkeypatch.setattr(summary, "_CPUINFO", cpuinfo)
-    monkeypatch.setattr(summary, "_version", lambda package: jaxlib)
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    said = summary.slow_dtype("bfloat16")
-    assert words in said and bool(words) == bool(said)
-    assert ("--config.model.dtype=float32" in said) == bool(words)
-    assert summary.slow_dtype("float32") == ""

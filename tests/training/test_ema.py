@@ -47,3 +47,28 @@ def test_the_average_of_a_constant_is_the_constant() -> None:
 def test_a_time_constant_of_one_step_keeps_the_last_value() -> None:
     result = ema.update({"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, ema.decay(5, 1))
     np.testing.assert_array_equal(result["a"], [0, 0])
+
+
+def test_running_statistics_forget_their_start_within_a_few_steps() -> None:
+    rng = np.random.default_rng(0)
+    batches = rng.normal(size=(100, 3)).astype(np.float32)
+    running, expected = jnp.ones(3), np.ones(3)
+
+    @jax.jit
+    def step(running: jax.Array, batch: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        after = 0.9 * running + (1 - 0.9) * batch
+        return ema.correct_start(running, after, count, 0.9), after
+
+    for count, batch in enumerate(batches):
+        running, after = step(running, batch, jnp.int32(count))
+        keep = min(0.9, (1 + count) / (10 + count))
+        expected = keep * expected + (1 - keep) * batch
+        np.testing.assert_allclose(running, expected, rtol=1e-4, atol=1e-5)
+        # A run of many steps is what it was, to the bit.
+        assert np.array_equal(running, after) == (count >= 80)
+
+
+def test_the_start_is_not_corrected_where_the_momentum_forgets_sooner() -> None:
+    before, after = {"mean": jnp.zeros(2)}, {"mean": jnp.ones(2)}
+    result = ema.correct_start(before, after, jnp.int32(0), 0.05)
+    np.testing.assert_array_equal(result["mean"], after["mean"])

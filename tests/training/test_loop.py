@@ -35,7 +35,7 @@ from inception_jax.errors import (
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.input.splits import Split
-from inception_jax.telemetry import clu_writers, compilations
+from inception_jax.telemetry import clock, clu_writers, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import lock, loop, manifest, run, state, step, workdir
@@ -165,6 +165,30 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
     folder.result.unlink()
     loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11, 11]
+
+
+def test_reports_that_take_long_are_written_less_often_and_at_the_end(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, _ = reference
+    seconds = itertools.count()
+    reports, cost = [], 0
+
+    def show(result: dict[str, Any]) -> None:
+        nonlocal cost
+        reports.append(result["step"])
+        cost += 1000
+
+    monkeypatch.setattr(
+        loop, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
+    )
+    monkeypatch.setattr(this.config.evaluation, "every", Duration(steps=2))
+    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
+    assert reports == [2, 11]
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["split"] == "test"] == [2, 4, 6, 8, 10, 11]
 
 
 def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,106 @@
+"""Settings that an experiment leaves open, chosen by the size of the data and by the hardware.
+
+What suits 40 pictures takes thousands too long to learn, or to evaluate; the other way round, forty
+would have been seen before the first statistics have settled. An experiment with `train.auto_size`
+leaves such settings open (`config.OPEN`), and `resolve` fills them in once, before the timeline is
+made. They are recorded as if they had been given.
+"""
+
+import math
+
+from inception_jax import config as configs
+from inception_jax.config import Config, Duration, Timeline
+
+# Epochs for `FEW` to `MANY` images. Outside, fewer by the root of how far they are off: more images
+# take fewer epochs to learn from, and of fewer images there is less to learn, so that a first try
+# takes a minute. Weights that were trained need a third.
+EPOCHS, FEW, MANY, LEAST_EPOCHS = 60, 128, 1000, 15
+PRETRAINED = 1 / 3
+
+# However few the images are, a network takes that many updates to move.
+LEAST_STEPS = 120
+
+# Batches are a power of two that makes some six updates an epoch, and that BatchNorm can do with.
+STEPS_AN_EPOCH = 6
+LEAST_BATCH, LARGEST_BATCH = 8, 64
+
+# Of SGD with a momentum of 0.9, for an image of the batch: 0.05 for 64.
+RATE_AN_IMAGE = 0.05 / 64
+
+WARMUP = 0.05  # Of the run.
+
+# Mixing takes many images, `FEW` at least, and many steps.
+MIXUP, MIXED_FROM_STEPS = 0.2, 400
+
+# Evaluating an image takes a third of the work of training on it, and a twentieth of the run is
+# spent so; with a checkpoint and a report after each evaluation, that is some 20 updates' time.
+EVALUATION = 0.05
+STEPS_AN_EVALUATION = 20
+LEAST_EVALUATIONS, MOST_EVALUATIONS = 5, 20
+REPORTS_AN_EVALUATION = 4
+
+
+def resolve(
+    config: Config, *, train_examples: int, eval_examples: int, devices: int, dtype: str
+) -> Config:
+    """Returns a configuration in which nothing is left open; the same one if nothing was.
+
+    Args:
+      config: validated settings.
+      train_examples, eval_examples: sizes of the two splits.
+      devices: that share a batch; it is made a multiple of them.
+      dtype: that the hardware multiplies well.
+    """
+    if not config.train.auto_size and config.model.dtype != "auto":
+        return config
+    resolved = config
+
+    def fill(path: str, value: int | float | str | Duration) -> None:
+        nonlocal resolved
+        resolved = configs.fill_open(resolved, {path: value})
+
+    fill("model.dtype", dtype)
+    share = devices * config.train.accumulate
+    wished = max(LEAST_BATCH, min(LARGEST_BATCH, train_examples // STEPS_AN_EPOCH))
+    fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
+    batch_size = resolved.train.batch_size
+    fill("schedule.learning_rate", RATE_AN_IMAGE * batch_size)
+    fill("train.length", Duration(epochs=_epochs(config, train_examples, batch_size)))
+    timeline = Timeline(batch_size, train_examples)
+    total_steps = timeline.steps(resolved.train.length)
+    fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
+    mixed = train_examples >= FEW and total_steps >= MIXED_FROM_STEPS
+    fill("augment.mixup", MIXUP if mixed else 0.0)
+    settings = config.evaluation
+    images = eval_examples + sum(
+        min(examples, train_examples)
+        for examples in (settings.train_examples, settings.norm_examples)
+    )
+    affordable = EVALUATION * 3 * total_steps * batch_size / images
+    evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
+    every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))
+    fill("evaluation.every", Duration(steps=every))
+    fill("checkpoint.every", Duration(steps=every))
+    fill("log.every", Duration(steps=max(1, every // REPORTS_AN_EVALUATION)))
+    return resolved
+
+
+def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
+    factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
+    epochs = max(EPOCHS * factor, LEAST_EPOCHS)
+    epochs = max(epochs, LEAST_STEPS * batch_size / train_examples)
+    return math.ceil(epochs * (PRETRAINED if config.init.weights else 1))
+
+
+def describe(before: Config, after: Config) -> str:
+    """Returns what `resolve` chose, as flags name it; '' if nothing was left open."""
+    chosen: dict[str, int | float | str] = {}
+    for path in configs.OPEN:
+        if configs.is_open(before, path):
+            value = configs.get(after, path)
+            units = value.given() if isinstance(value, Duration) else {"": value}
+            chosen |= {f"{path}.{unit}".rstrip("."): number for unit, number in units.items()}
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in chosen.items()
+    )

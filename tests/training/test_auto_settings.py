@@ -1,0 +1,230 @@
+"""Settings from the number of training images: what is left open, and only that."""
+
+import dataclasses
+import pathlib
+
+import jax
+import pytest
+
+from inception_jax import config as configs
+from inception_jax.config import (
+    Augment,
+    Checkpoint,
+    Config,
+    Duration,
+    Evaluation,
+    Log,
+    Schedule,
+    Train,
+)
+from inception_jax.errors import ConfigError
+from inception_jax.models import ops, registry
+from inception_jax.training import auto_settings, run, state, workdir
+from inception_jax.training.checkpoints import Checkpoints
+from tests import small
+
+
+def open_settings() -> Config:
+    return Config(
+        augment=Augment(mixup=-1.0),
+        schedule=Schedule(learning_rate=0.0),
+        train=Train(auto_size=True, batch_size=0, length=Duration()),
+        evaluation=Evaluation(every=Duration(), train_examples=100),
+        checkpoint=Checkpoint(every=Duration()),
+        log=Log(every=Duration()),
+    )
+
+
+def resolve(config: Config, train: int, evaluation: int = 0, devices: int = 1) -> Config:
+    configs.validate(config)
+    resolved = auto_settings.resolve(
+        config,
+        train_examples=train,
+        eval_examples=evaluation or train // 4 + 1,
+        devices=devices,
+        dtype="bfloat16",
+    )
+    configs.validate(resolved)
+    return resolved
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs"),
+    [(2, 8, 480), (32, 8, 30), (160, 16, 60), (245, 32, 60), (1_000, 64, 60), (4_000, 64, 30)],
+)
+def test_few_images_take_small_batches_and_many_epochs(
+    images: int, batch: int, epochs: int
+) -> None:
+    found = resolve(open_settings(), images)
+    assert found.train.batch_size == batch
+    assert found.train.length == Duration(epochs=epochs)
+    assert found.schedule.learning_rate == pytest.approx(0.05 * batch / 64)
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 32, 100, 3_000, 1_000_000])
+@pytest.mark.parametrize("evaluation", [1, 50, 10_000])
+def test_every_size_gives_a_run_that_moves_and_is_looked_at(images: int, evaluation: int) -> None:
+    found = resolve(open_settings(), images, evaluation)
+    timeline = configs.Timeline(found.train.batch_size, images)
+    total = timeline.steps(found.train.length)
+    assert total >= auto_settings.LEAST_STEPS
+    assert timeline.steps(found.schedule.warmup) == pytest.approx(total / 20, abs=1)
+    evaluations = sum(timeline.due(found.evaluation.every, step) for step in range(1, total + 1))
+    assert auto_settings.LEAST_EVALUATIONS - 1 <= evaluations <= auto_settings.MOST_EVALUATIONS
+    assert found.checkpoint.every == found.evaluation.every
+    assert 1 <= found.log.every.steps <= found.evaluation.every.steps
+
+
+def test_images_are_mixed_where_there_are_steps_enough() -> None:
+    assert [resolve(open_settings(), n).augment.mixup for n in (32, 80, 245)] == [0.0, 0.0, 0.2]
+    config = open_settings()
+    config.augment.mixup = 0.0
+    assert resolve(config, 10_000).augment.mixup == 0.0
+    config = open_settings()
+    config.init.weights = "weights.safetensors"
+    assert resolve(config, 245).augment.mixup == 0.0
+
+
+def test_own_pictures_are_trained_on_as_the_readme_had_it() -> None:
+    """245 ants and bees: batch 32, rate 0.025, 60 epochs with 3 of warm-up, mixup 0.2."""
+    found = resolve(open_settings(), 245, 153)
+    timeline = configs.Timeline(32, 245)
+    assert timeline.steps(found.schedule.warmup) == timeline.steps(Duration(epochs=3)) == 23
+    assert (found.train.batch_size, found.schedule.learning_rate) == (32, 0.025)
+    assert (found.train.length, found.augment.mixup) == (Duration(epochs=60), 0.2)
+
+
+def test_trained_weights_need_a_third_of_the_epochs() -> None:
+    config = open_settings()
+    config.init.weights = "weights.safetensors"
+    assert resolve(config, 245).train.length == Duration(epochs=20)
+
+
+def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
+    config = open_settings()
+    config.train.batch_size = 16
+    config.train.length = Duration(steps=40)
+    found = resolve(config, 245)
+    assert (found.train.batch_size, found.train.length) == (16, Duration(steps=40))
+    assert found.schedule.learning_rate == pytest.approx(0.05 * 16 / 64)
+    assert found.schedule.warmup == Duration(steps=2)
+    assert found.evaluation.every == Duration(steps=8)
+    assert auto_settings.describe(config, found) == (
+        "schedule.learning_rate=0.0125, schedule.warmup.steps=2, augment.mixup=0, "
+        "evaluation.every.steps=8, checkpoint.every.steps=8, log.every.steps=2"
+    )
+
+
+def test_an_experiment_that_does_not_ask_is_left_alone() -> None:
+    for config in (Config(), resolve(open_settings(), 100)):
+        found = resolve(config, 10)
+        assert found == config
+        assert not auto_settings.describe(config, found)
+    config = Config()
+    assert resolve(config, 10) is config
+
+
+def test_the_batch_is_one_that_the_devices_can_share() -> None:
+    config = open_settings()
+    config.train.accumulate = 2
+    assert resolve(config, 32, devices=6).train.batch_size == 12
+    assert resolve(config, 10_000, devices=8).train.batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("train.batch_size", 0, "config.train.batch_size = 0: must be at least 1"),
+        ("schedule.learning_rate", 0.0, "config.schedule.learning_rate = 0.0: must be more than 0"),
+        ("train.length", Duration(), "config.train.length = none: give a unit"),
+        ("augment.mixup", -1, "config.augment.mixup = -1: must be at least 0"),
+    ],
+)
+def test_nothing_may_be_left_open_without_asking(path: str, value: object, words: str) -> None:
+    config = Config()
+    group, _, name = path.rpartition(".")
+    setattr(configs.get(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        configs.validate(config)
+
+
+def test_the_type_to_compute_in_follows_the_hardware_where_that_is_left_open() -> None:
+    config = Config()
+    config.model.dtype = "auto"
+    assert resolve(config, 100).model.dtype == "bfloat16"
+    assert registry.create(config.model, 2).dtype == ops.auto_dtype()
+    config.model.dtype = "float32"
+    assert resolve(config, 100).model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "version", "reason"),
+    [
+        ("sse2 amx_bf16 amx_tile", (0, 12, 0), ""),
+        ("sse2 avx512_bf16", (0, 12, 0), ""),
+        ("sse2 amx_bf16 amx_tile", (0, 10, 2), "does not use this CPU's instructions for it"),
+        ("sse2 avx2 avx512f", (0, 12, 0), "no amx_bf16 or avx512_bf16"),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    flags: str, version: tuple[int, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_cpu_flags", flags.split)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    ops.slow_bfloat16.cache_clear()
+    try:
+        found = ops.slow_bfloat16()
+        assert reason in found and bool(reason) == bool(found)
+        assert ops.auto_dtype() == ("float32" if reason else "bfloat16")
+    finally:
+        ops.slow_bfloat16.cache_clear()
+
+
+def test_a_rate_is_known_for_sgd_alone() -> None:
+    config = open_settings()
+    config.optimizer.name = "adamw"
+    with pytest.raises(ConfigError, match="sgd and sgd_nesterov only, not for 'adamw'; give one"):
+        configs.validate(config)
+    config.schedule.learning_rate = 0.001
+    configs.validate(config)
+
+
+def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    given = open_settings()
+    settings = small.config(
+        data_directory,
+        schedule=given.schedule,
+        train=given.train,
+        evaluation=given.evaluation,
+        checkpoint=given.checkpoint,
+        log=given.log,
+    )
+    lines: list[str] = []
+    first = dataclasses.replace(run.build(settings, log=lines.append), model=small.Linear())
+    assert first.config.train.batch_size == 64
+    assert first.total_steps == first.timeline.steps(first.config.train.length) > 0
+    assert (
+        sum("chosen for 1,437 training images: train.batch_size=64, " in line for line in lines)
+        == 1
+    )
+
+    folder = workdir.Workdir(tmp_path)
+    # A folder without a checkpoint belongs to nobody.
+    assert workdir.with_recorded(folder, settings) == settings
+    started = state.create(first)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(started, progress={"seconds": {}}, metrics=None)
+    chosen = first.config
+    chosen.schedule.learning_rate = 0.025  # As if it had been given, or chosen by other rules.
+    workdir.record_start(folder, chosen, step=0, changed=[], dataset=first.dataset_record())
+
+    again = workdir.with_recorded(folder, settings)
+    assert again.schedule.learning_rate == 0.025
+    assert workdir.check_owner(folder, again) == []
+    assert run.build(again, log=lines.append).config == chosen
+    # What is given now counts.
+    settings.schedule.learning_rate = 0.1
+    again = workdir.with_recorded(folder, settings)
+    assert workdir.check_owner(folder, again) == ["config.schedule.learning_rate: 0.025 → 0.1"]

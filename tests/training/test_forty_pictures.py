@@ -1,0 +1,66 @@
+"""A newcomer's first try: image_folder.py as it stands, on forty pictures of two colors."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax.config import Config
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.telemetry.writers import read_lines
+from inception_jax.training import loop, run, workdir
+from tests import small
+from tests.experiments import load
+
+EXPERIMENT = pathlib.Path(__file__).parents[2] / "experiments" / "image_folder.py"
+
+
+def settings(folder: pathlib.Path, red: int, blue: int) -> Config:
+    """The experiment with no settings but where the pictures are, at a size that is fast."""
+    random = np.random.default_rng(0)
+    for name, channel, images in (("red", 0, red), ("blue", 2, blue)):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for number in range(images):
+            pixels = random.integers(0, 90, (16, 16, 3)).astype(np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{number}.png")
+    return load(
+        [
+            f"--config={EXPERIMENT}",
+            f"--config.data.source={folder / 'pictures'}",
+            f"--config.data.directory={folder / 'data'}",
+            "--config.data.image_size=16",
+            "--config.model.dtype=float32",  # The same on every machine, and cached.
+        ]
+    )
+
+
+# The last has fewer training images than a batch, and two to evaluate on.
+@pytest.mark.parametrize(("red", "blue"), [(20, 20), (5, 35), (3, 3)])
+def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Path) -> None:
+    given = settings(tmp_path, red, blue)
+    whole = run.build(given, log=lambda _: None)
+    this = dataclasses.replace(whole, model=small.Network(given.model.dropout, classes=2))
+    folder = workdir.Workdir(tmp_path / "run")
+    result = loop.train(this, folder, Evaluator(this), changed=[])
+    assert (result["step"], result["top1"]) == (120, 100)
+
+    lines = read_lines(folder.path / "metrics.jsonl")
+    validation = [line["top1"] for line in lines if line["split"] == "validation"]
+    assert 5 <= len(validation) <= 6
+    assert set(validation[len(validation) // 2 :]) == {100}
+    # Training pictures, too, are evaluated as others are: the diagnosis compares.
+    sample = [line for line in lines if line["split"] == "train_eval"]
+    assert [line["count"] for line in sample] == [len(this.dataset.train)] * len(validation)
+    assert sample[-1]["top1"] == 100
+    assert evaluate_checkpoint(this, folder, "last")["loss"] == pytest.approx(result["loss"])
+
+    # What was chosen is recorded; without flags it is the same run again.
+    recorded = json.loads(folder.config.read_text())["config"]
+    assert recorded["train"]["batch_size"] == 8
+    again = workdir.with_recorded(folder, given)
+    assert workdir.check_owner(folder, again) == []
+    assert again == this.config

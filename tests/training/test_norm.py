@@ -1,0 +1,106 @@
+"""BatchNorm's statistics before an evaluation: what they are, where they go, what they leave."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from inception_jax.config import Duration, Evaluation, Train
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.input import pipeline
+from inception_jax.telemetry.writers import read_lines
+from inception_jax.training import checkpoints, loop, norm, run, state, workdir
+from tests import small
+
+
+def settings(data_directory: pathlib.Path, *, examples: int, ema: int = 5) -> Any:
+    return small.config(
+        data_directory,
+        train=Train(batch_size=64, length=Duration(steps=6), ema=Duration(steps=ema)),
+        evaluation=Evaluation(every=Duration(steps=3), norm_examples=examples),
+    )
+
+
+@pytest.mark.parametrize("ema", [0, 5])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_they_are_the_mean_over_batches_of_the_training_images(
+    ema: int, compiled: bool, data_directory: pathlib.Path
+) -> None:
+    this = small.build(settings(data_directory, examples=100, ema=ema))
+    before = state.create(this)
+    params = small.draw(this.model, this.dataset.image_size)["params"]
+    before = before.replace(average=before.average | {"params": params}) if ema else before
+    estimate = norm.NormEstimator(this)
+    if compiled:
+        estimate.compile(jax.eval_shape(before.eval_variables))
+    after = estimate(before)
+
+    variables = jax.device_get(before.eval_variables())
+    found = []
+    for step in range(2):
+        indices = pipeline.train_indices(step, batch_size=64, examples=1437, seed=0)
+        images = this.dataset.train.read(indices) / np.float32(255)
+        _, updated = this.model.apply(
+            variables,
+            (images - this.dataset.mean) / this.dataset.std,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        # The network moves its statistics by a tenth towards those of the batch.
+        found.append(
+            jax.tree.map(
+                lambda new, old: (new - 0.9 * old) / 0.1,
+                updated["batch_stats"],
+                variables["batch_stats"],
+            )
+        )
+    expected = jax.tree.map(lambda *each: sum(each) / 2, *found)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4),
+        after.eval_variables()["batch_stats"],
+        expected,
+    )
+    # Nothing else changes.
+    assert after.params is before.params
+    if ema:
+        assert after.average["params"] is before.average["params"]
+        assert after.batch_stats is before.batch_stats
+
+
+def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
+    data_directory: pathlib.Path,
+) -> None:
+    for examples, model in ((0, small.Network()), (100, small.Linear())):
+        this = run.build(settings(data_directory, examples=examples), log=lambda _: None)
+        this = dataclasses.replace(this, model=model)
+        now, estimate = state.create(this), norm.NormEstimator(this)
+        estimate.compile(jax.eval_shape(now.eval_variables))
+        assert estimate(now) is now
+
+
+def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_on_as_without(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    ends = []
+    for examples in (0, 100):
+        this = small.build(settings(data_directory, examples=examples))
+        folder = workdir.Workdir(tmp_path / str(examples))
+        loop.train(this, folder, Evaluator(this), changed=[])
+        lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
+        assert [each["step"] for each in lines] == [3, 6]
+        for line in lines:
+            found = evaluate_checkpoint(this, folder, str(line["step"]))
+            assert found["loss"] == pytest.approx(line["loss"], rel=1e-6)
+        with checkpoints.Checkpoints(folder.checkpoints, read_only=True) as saved:
+            ends.append(saved.restore(6, state.abstract(this))[0])
+    without, estimated = ends
+    for name in ("params", "opt_state"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(without, name), getattr(estimated, name)
+        )
+    one, other = (each.eval_variables()["batch_stats"]["conv1"]["norm"]["mean"] for each in ends)
+    assert not np.allclose(one, other, rtol=1e-2)
