@@ -17,6 +17,7 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration
+from inception_jax.training import auto_settings
 
 Line = Mapping[str, Any]
 
@@ -147,6 +148,8 @@ def _recipe_epochs(
         return math.nan
     values = {unit: own_settings.get(p, configs.get(config, p)) for unit, p in paths.items()}
     length = Duration(**values)
+    if config.train.auto_size and not length:
+        return auto_settings.epochs(config, timeline.train_examples, timeline.batch_size)
     return length.epochs or timeline.epoch(timeline.steps(length)) or math.nan
 
 

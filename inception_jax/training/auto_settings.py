@@ -65,7 +65,7 @@ def resolve(
     fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
     batch_size = resolved.train.batch_size
     fill("schedule.learning_rate", RATE_AN_IMAGE * batch_size)
-    fill("train.length", Duration(epochs=_epochs(config, train_examples, batch_size)))
+    fill("train.length", Duration(epochs=epochs(config, train_examples, batch_size)))
     timeline = Timeline(batch_size, train_examples)
     total_steps = timeline.steps(resolved.train.length)
     fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
@@ -85,11 +85,12 @@ def resolve(
     return resolved
 
 
-def _epochs(config: Config, train_examples: int, batch_size: int) -> int:
+def epochs(config: Config, train_examples: int, batch_size: int) -> int:
+    """Returns the length that is chosen where `train.length` is left open."""
     factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
-    epochs = max(EPOCHS * factor, LEAST_EPOCHS)
-    epochs = max(epochs, LEAST_STEPS * batch_size / train_examples)
-    return math.ceil(epochs * (PRETRAINED if config.init.weights else 1))
+    least = LEAST_STEPS * batch_size / train_examples
+    chosen = max(EPOCHS * factor, LEAST_EPOCHS, least)
+    return math.ceil(chosen * (PRETRAINED if config.init.weights else 1))
 
 
 def describe(before: Config, after: Config) -> str:
