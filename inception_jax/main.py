@@ -16,8 +16,7 @@ Train a network, or evaluate a checkpoint of it.
 
 A setting is what --config.a.b says; else, with the run's own --config or without any, what the run
 in DIR has; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says
-how to fix it; 75: saved on a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU), run it
-again to resume from the newest checkpoint.
+how to fix it; 75: saved on TERM, INT, HUP, USR1, USR2 or XCPU, run it again to resume.
 """
 
 _CONFIG = cli.define_config()
@@ -37,15 +36,13 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax import config as configs
     from inception_jax import runtime
     from inception_jax.evaluation import evaluate, report
-    from inception_jax.input.dataset import data_directory
     from inception_jax.models import weights
     from inception_jax.telemetry import summary
     from inception_jax.training import loop, preemption, run, workdir
 
     folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
     experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
-    configs.validate(_CONFIG.value)
-    data_directory(_CONFIG.value.data.directory)
+    run.check_settings(_CONFIG.value)
     config = workdir.with_recorded(folder, _CONFIG.value) if folder else _CONFIG.value
     changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":

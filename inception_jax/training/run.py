@@ -18,7 +18,7 @@ from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.errors import ConfigError, during
 from inception_jax.input import sharding
-from inception_jax.input.dataset import Dataset, prepare
+from inception_jax.input.dataset import Dataset, data_directory, prepare
 from inception_jax.input.splits import Split, subset
 from inception_jax.models import ops, registry
 from inception_jax.training import auto_settings, optimizers
@@ -109,6 +109,17 @@ class Run:
                 "std": self.dataset.std.tolist(),
             }
         )
+
+
+def check_settings(config: Config) -> None:
+    """Checks all that can be checked before anything is written or computed.
+
+    Raises:
+      ConfigError: naming every setting that is wrong.
+      UserError: if prepared data cannot be kept where the settings say.
+    """
+    configs.validate(config)
+    data_directory(config.data.directory)
 
 
 def build(
