@@ -80,7 +80,7 @@ def test_a_run_of_an_older_version_says_how_to_mend_it(
     del record["dataset"]["class names"]
     workdir.write_json(Workdir(tmp_path).config, record)
     with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):
-        pretrained.load(workdir=str(tmp_path), weights=None, checkpoint="best")
+        pretrained.load(workdir=tmp_path, weights=None, checkpoint="best")
 
 
 @pytest.fixture(scope="module")
