@@ -3,7 +3,7 @@
 An image of the evaluation split that is trained on, too, says nothing about new images.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from inception_jax.input.splits import Split
 _NAMED = 10
 
 
-class Duplicates(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Duplicates:
     """Images that occur more than once.
 
     Attributes:

@@ -90,7 +90,9 @@ class Run:
     def dataset_record(self) -> dict[str, Any]:
         """What config.json says of the data set: its identity, and what else a reader needs."""
         found = self.dataset.trained_on
-        trained_on = {} if found is None else {"evaluated and trained on": found._asdict()}
+        trained_on = (
+            {} if found is None else {"evaluated and trained on": dataclasses.asdict(found)}
+        )
         return (
             self.dataset_identity()
             | trained_on

@@ -17,6 +17,7 @@ from inception_jax.datasets.records import Records
 from inception_jax.errors import DataError
 from inception_jax.evaluation import plots
 from inception_jax.input.dataset import Dataset, prepare
+from inception_jax.input.duplicates import Duplicates
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.workdir import Workdir
 from tests import archives
@@ -260,7 +261,8 @@ def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) ->
 def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    directory, lines = tmp_path / "data", []
+    directory = tmp_path / "data"
+    lines: list[str] = []
     for size in (SIZE, 8):
         prepare(data(source, directory, image_size=size), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 15}, SIZE))
@@ -389,7 +391,7 @@ def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: s
     path = write(tmp_path / "x", files)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, storage=storage), log=lines.append)
-    assert dataset.trained_on == (1, [("val/a/copy.jpg", "train/a/1.jpg")])
+    assert dataset.trained_on == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
     assert any(
         "1 of 5 images of the validation split are also among those to train on" in line
         and line.endswith("val/a/copy.jpg = train/a/1.jpg")
@@ -403,5 +405,5 @@ def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) 
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
-    assert dataset.trained_on == (0, [])
+    assert dataset.trained_on == Duplicates(0, [])
     assert not [line for line in lines if "also among" in line or "different labels" in line]

@@ -199,8 +199,8 @@ def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.P
     for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
         record["dataset"]["evaluated and trained on"] = {"count": count, "pairs": pairs}
         (folder / "config.json").write_text(json.dumps(record))
-        assert ("Evaluated on training images" in page_of(folder).words()) == bool(count)
-    words = page_of(folder).words()
+        assert ("Evaluated on training images" in page_of(folder).words) == bool(count)
+    words = page_of(folder).words
     assert "2 of the images of the evaluation split" in words
     assert "val/<b>.jpg = train/1.jpg and more" in words
 

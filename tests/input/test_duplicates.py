@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from inception_jax.input import duplicates
+from inception_jax.input.duplicates import Duplicates
 from inception_jax.input.splits import DecodedSplit, subset
 
 
@@ -21,11 +22,12 @@ def test_images_of_two_splits_are_found(tmp_path: pathlib.Path) -> None:
     train = split(tmp_path, [7, 0, LARGE, 7], [0, 0, 1, 1])
     val = split(tmp_path, [LARGE, 5, 7, 3, 7], [0] * 5)
     found = duplicates.between(val, train)
-    assert found == (3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
+    assert found == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
     assert str(found) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
     # Of a part, what is in the part.
-    assert duplicates.between(val, subset(train, np.array([1, 2]))) == (1, [("1-0", "0-2")])
-    assert duplicates.between(split(tmp_path, [1, 8], [0, 0]), train) == (0, [])
+    part = subset(train, np.array([1, 2]))
+    assert duplicates.between(val, part) == Duplicates(1, [("1-0", "0-2")])
+    assert duplicates.between(split(tmp_path, [1, 8], [0, 0]), train) == Duplicates(0, [])
 
 
 def test_ten_are_named(tmp_path: pathlib.Path) -> None:
@@ -38,16 +40,16 @@ def test_ten_are_named(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("digests", "labels", "expected"),
     [
-        ([4, 9, 4, 9, 4], [0, 1, 0, 1, 0], (0, [])),
-        ([4, 9, 4, 9, 4], [0, 1, 0, 2, 1], (5, [("0-0", "0-4"), ("0-1", "0-3")])),
-        ([0, LARGE, 0], [1, 1, 0], (2, [("0-0", "0-2")])),
+        ([4, 9, 4, 9, 4], [0, 1, 0, 1, 0], Duplicates(0, [])),
+        ([4, 9, 4, 9, 4], [0, 1, 0, 2, 1], Duplicates(5, [("0-0", "0-4"), ("0-1", "0-3")])),
+        ([0, LARGE, 0], [1, 1, 0], Duplicates(2, [("0-0", "0-2")])),
     ],
 )
 def test_equal_images_of_different_labels_are_found(
     tmp_path: pathlib.Path,
     digests: list[int],
     labels: list[int],
-    expected: tuple[int, list[tuple[str, str]]],
+    expected: Duplicates,
 ) -> None:
     assert duplicates.of_different_labels(split(tmp_path, digests, labels)) == expected
 
