@@ -163,7 +163,7 @@ def test_sidecar_files_are_ignored_and_logged_once(
     dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
     names = {*dataset.train.names, *dataset.evaluation.names}
     assert names == set(files)
-    (line,) = [line for line in lines if "sidecar" in line]
+    (line,) = [line for line in lines if "sidecar file" in line]
     assert "4 sidecar files (2 .txt, 1 .xml, 1 without ending), such as ant/1.txt," in line
     # They are no unreadable images, so that setting does not matter.
     prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
