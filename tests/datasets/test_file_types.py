@@ -53,6 +53,7 @@ def test_files_that_are_no_images_are_named_with_the_remedy(
     assert name in str(error.value) and problem.advice in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("start", [b"\xff\xd8\xff\xe0", b"\x89PNG", b"GIF89a", b"MM\0*"])
 def test_what_begins_as_an_image_is_a_damaged_one(start: bytes) -> None:
     problem = images.inspect(start + b" and no more", "a.jpg").problem

@@ -165,8 +165,8 @@ def test_sidecar_files_are_ignored_and_logged_once(
     dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
     names = {*dataset.train.names, *dataset.evaluation.names}
     assert names == set(files)
-    (line,) = [line for line in lines if "ignored" in line]
-    assert "ignored 4 paths" in line and "ant/1.txt" in line and "README" in line
+    (line,) = [line for line in lines if "ignored 4 paths" in line]
+    assert "ant/1.txt" in line and "README" in line
     # They are no unreadable images, so that setting does not matter.
     prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
 
