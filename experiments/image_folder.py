@@ -1,17 +1,18 @@
 r"""GoogLeNet on a folder of one's own pictures.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with BatchNorm and a stem
-  for small images, at 64 pixels. Batch size, rate, length, warm-up and how often it is evaluated
-  follow from the number of training images (train.auto_size), bfloat16 or float32 from the
-  hardware; a line says which, config.json keeps them, and a flag gives another. A small folder is
-  learned by heart within some epochs, so much varies from one to the next: crops of 25 to 100% of
-  the picture, flips, dropout, label smoothing, and mixup where images and steps are many; and the
-  average over the last epochs is evaluated, with BatchNorm's statistics estimated anew.
+  for small images, at 64 pixels. Batch size, learning rate, length, warm-up and the intervals of
+  evaluations follow from the number of training images (train.auto_size), bfloat16 or float32 from
+  the hardware; the log says what was chosen, config.json records it, and a flag overrides it. A
+  small folder is memorized within a few epochs, hence crops of 25 to 100% of the picture, flips,
+  dropout, label smoothing, and mixup where images and steps are many. The average over the last
+  epochs is evaluated, with BatchNorm's statistics re-estimated from training images.
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=PICTURES --config.data.directory=DATA
   PICTURES holds train/CLASS/ and val/CLASS/, or CLASS/ alone, of which a share is then held out
-  (--config.data.eval_share=0.2); or it is a zip archive of that. DATA keeps what is prepared, and
-  is one folder for each PICTURES. --config.data.unreadable=skip leaves out files that are no image.
+  (--config.data.eval_share=0.2); or it is a zip or tar archive of that. DATA keeps what is
+  prepared; use one for each PICTURES. --config.data.unreadable=skip leaves out corrupt and
+  non-image files.
   --config.init.weights=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
   trained weights, in a third of the epochs. Longer: --config.train.length.epochs=200.
   Larger pictures: --config.data.image_size=128 --config.model.stem=paper costs about the same.
