@@ -68,16 +68,16 @@ def expected(kind: str) -> float | None:
 def _listen() -> None:
     """Starts to count, once."""
 
-    def event(name: str, **_: Any) -> None:
-        if name == _HIT:
+    def on_event(event: str, **_: Any) -> None:
+        if event == _HIT:
             _hits[threading.get_ident()] += 1
 
-    def duration(name: str, found: float, **_: Any) -> None:
-        if name == _COMPILED:
-            _seconds[threading.get_ident()] += found
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED:
+            _seconds[threading.get_ident()] += duration_secs
 
-    jax.monitoring.register_event_listener(event)
-    jax.monitoring.register_event_duration_secs_listener(duration)
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
 
 
 def _file() -> pathlib.Path | None:
