@@ -2,7 +2,7 @@
 
 Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3. Running
 statistics average over steps between which the weights moved, in a run of some hundred steps too
-far: 32 pictures of two colours, which training had at 100%, were told apart at 50 to 100% with
+far: 32 pictures of two colors, which training had at 100%, were told apart at 50 to 100% with
 running statistics, corrected for their start or not, and at 100% with these.
 """
 
