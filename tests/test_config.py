@@ -4,6 +4,7 @@ import json
 import pytest
 
 from inception_jax import config as configs
+from inception_jax import other_names
 from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train
 from inception_jax.errors import ConfigError
 
@@ -159,9 +160,9 @@ def test_what_needs_no_setting_is_said(path: str, words: str) -> None:
 
 def test_names_of_other_trainers_stand_for_settings_there_are() -> None:
     paths = {path for path, _, _ in configs.leaves()}
-    assert set(configs._SETTING_OF.values()) <= paths
+    assert set(other_names.SETTING_OF.values()) <= paths
     ends = {path.rpartition(".")[2] for path in paths} - {"epochs", "steps"}
-    assert not ends & (configs._SETTING_OF.keys() | configs._ANSWER_TO.keys())
+    assert not ends & (other_names.SETTING_OF.keys() | other_names.ANSWER_TO.keys())
 
 
 def test_what_a_program_assigns_beside_the_settings_is_refused() -> None:
