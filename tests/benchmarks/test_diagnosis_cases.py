@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import diagnosis_cases
+from benchmarks import diagnosis_cases, measure
 from benchmarks.diagnosis_cases import CASES
 from inception_jax import config as configs
 from inception_jax.evaluation.diagnosis import diagnose
 
-STORED = diagnosis_cases.measure.ROOT / "benchmarks" / "results" / "diagnosis_cases.json"
+STORED = measure.ROOT / "benchmarks" / "results" / "diagnosis_cases.json"
 RESULTS: dict[str, Any] = json.loads(STORED.read_text())["results"]
 
 

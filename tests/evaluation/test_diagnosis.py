@@ -61,7 +61,7 @@ def curves(
     lines: list[dict[str, Any]] = []
     for n, value in enumerate((worst, (worst + half) / 2, half, loss, loss), start=1):
         # The middle of five is at half of the steps.
-        step = {"step": round(steps * n / 5 if n > 3 else steps * n / 6)}
+        step: dict[str, Any] = {"step": round(steps * n / 5 if n > 3 else steps * n / 6)}
         step["epoch"] = step["step"] * 100 / EXAMPLES
         shown = top1 if n > 2 else top1 / 2
         lines += [
@@ -81,7 +81,8 @@ def found(curve: dict[str, Any], config: Config | None = None, **known: Any) -> 
 
 
 def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
-    return diagnosis.advice and (diagnosis.advice.setting, diagnosis.advice.value)
+    advice = diagnosis.advice
+    return (advice.setting, advice.value) if advice else None
 
 
 @pytest.mark.parametrize(
