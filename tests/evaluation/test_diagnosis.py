@@ -82,7 +82,7 @@ def found(curve: dict[str, Any], config: Config | None = None, **known: Any) -> 
 
 def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
     advice = diagnosis.advice
-    return None if advice is None else (advice.setting, advice.value)
+    return (advice.setting, advice.value) if advice else None
 
 
 @pytest.mark.parametrize(
