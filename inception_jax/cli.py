@@ -59,8 +59,8 @@ def define_config() -> flags.FlagHolder[Config]:
     holder = config_flags.DEFINE_config_dataclass(
         "config",
         Config(),
-        "experiment file with a get_config() that returns a Config, or the config.json of a run. "
-        "An experiment is a Python program, which is run: give none that you would not run",
+        "experiment file with a get_config() that returns a Config. It is a Python program, which "
+        "is run: give none that you would not run. Or the config.json of a run",
         parse_fn=functools.partial(load_experiment, prefix="--config="),
         sys_argv=_config_argv,
     )
