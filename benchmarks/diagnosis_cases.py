@@ -152,12 +152,6 @@ CASES = {
         [UNDER, HARDLY],
         {"augment.mixup": 5.0, "train.label_smoothing": 0.6, "model.dropout": 0.9},
     ),
-    "decay": Case("weight decay", [UNDER, HARDLY], {"optimizer.weight_decay": 1.0}),
-    "not measured": Case(
-        "rate",
-        ["not measured"],
-        {"schedule.learning_rate": RATE / 10, "evaluation.train_examples": 0},
-    ),
     "shuffled": Case(
         "labels",
         [OVER, HARDLY],
@@ -171,18 +165,6 @@ CASES = {
         RECIPE | {"train.length.epochs": 10.0},
         "image_folder",
         NEWCOMER,
-    ),
-    "forty": Case(
-        "15 steps",
-        [SHORT, APART],
-        {
-            "train.length.epochs": 30.0,
-            "evaluation.every.epochs": 6.0,
-            "evaluation.batch_size": 32,
-            "evaluation.train_examples": 32,
-        },
-        "image_folder",
-        _pictures(counts=(20, 20), size=32, noise=0.5),
     ),
 }
 
