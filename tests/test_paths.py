@@ -102,7 +102,7 @@ def test_the_default_directory_may_be_no_url(monkeypatch: pytest.MonkeyPatch) ->
         ["main", "--config=experiments/digits.py", "--mode=eval", "--weights=gs://b/w.safetensors"],
         ["tools.prepare", "--config=experiments/digits.py", "--config.data.directory=gs://b/data"],
         ["tools.find_lr", "--config=experiments/digits.py", "--output=gs://b/lr"],
-        ["tools.export", "--to=onnx", "--workdir=x", "--output=gs://b/x.onnx"],
+        ["tools.export", "--to=onnx", "--weights=x", "--output=gs://b/x.onnx"],
         ["tools.import_weights", "--input=gs://b/x.pth", "--output=x"],
         ["tools.predict", "--workdir=gs://b/run", "cat.jpg"],
         ["tools.predict", "--workdir=x", "gs://b/cat.jpg"],

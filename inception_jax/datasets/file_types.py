@@ -161,7 +161,7 @@ _ENDINGS = {
 # and arrays are not among them: where they stand for pictures, a class would be lost.
 _SIDECAR_ENDINGS = frozenset(
     {
-        *(".txt", ".text", ".md", ".rst", ".tex", ".rtf", ".bib", ".pdf", ".doc", ".docx", ".odt"),
+        *(".txt", ".text", ".md", ".rst", ".tex", ".rtf", ".bib", ".doc", ".docx", ".odt"),
         *(".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp", ".csv", ".tsv", ".json", ".jsonl"),
         *(
             ".ndjson",

@@ -29,7 +29,7 @@ from inception_jax.datasets import file_types, images
         (bytes(128) + b"DICM" + bytes(300), "a.jpg", "DICOM", "dcm2pnm"),
         (b"\x93NUMPY\1\0", "a.npy", "arrays", "PNG"),
         (b"\x89HDF\r\n\x1a\n" + bytes(300), "a.h5", "arrays", "PNG"),
-        (gzip.compress(b"x"), "a.nii.gz", "gzip", "unpack"),
+        (gzip.compress(b"x", mtime=0), "a.nii.gz", "gzip", "unpack"),
         (b"PK\3\4" + bytes(300), "a.jpg", "archive", "unpack"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.jpg", "LFS", "lfs pull"),
         (b"/annex/objects/SHA256E-s1--0.jpg\n", "a.jpg", "git-annex", "git annex get"),

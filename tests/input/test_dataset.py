@@ -212,7 +212,7 @@ def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, sp
 
 @pytest.mark.parametrize(
     ("train", "val", "message"),
-    [(0, 1, "n00001000 has no training image"), (1, 0, "lists no image")],
+    [(0, 1, "train/ has no JPEG images"), (1, 0, "val/ has no images of the classes in train/")],
 )
 def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
     tmp_path: pathlib.Path, train: int, val: int, message: str
