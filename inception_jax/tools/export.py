@@ -74,7 +74,7 @@ def main(positional: Sequence[str]) -> None:
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
     path = cli.given(_OUTPUT)
-    workdir.check_writable(workdir.Workdir(path.parent), flag="output")
+    workdir.check_writable(workdir.Workdir(path.parent), flag="output", own=False)
     form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)

@@ -32,9 +32,9 @@ from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
 
-# The report is written after each evaluation, unless those before took more than half a second and
-# this share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
-REPORT_SHARE = 0.03
+# The report is written after each evaluation, unless those before took more than 0.1 s plus this
+# share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
+REPORT_SHARE = 0.02
 
 Evaluate = Callable[[states.Variables, Split], dict[str, float]]
 OnEvaluation = Callable[[dict[str, Any]], None]
@@ -474,7 +474,7 @@ class _Reporter:
         Not every evaluation's, where reports would take more than their share of the time.
         """
         last = step >= self._run.total_steps
-        too_often = self.clock.seconds("report") > 0.5 + REPORT_SHARE * self.clock.total()
+        too_often = self.clock.seconds("report") > 0.1 + REPORT_SHARE * self.clock.total()
         if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, metrics))

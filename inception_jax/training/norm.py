@@ -7,8 +7,10 @@ running statistics, corrected for their start or not, and at 100% with these.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from inception_jax.input import augment, pipeline, sharding
@@ -29,11 +31,12 @@ class NormEstimator:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
+        examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
+        self._batches = -(-examples // run.config.train.batch_size)
         replicated = sharding.replicated(run.mesh)
         self._jitted = jax.jit(
-            self._statistics,
-            in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
+            self._add_statistics,
+            in_shardings=(replicated, replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
             compiler_options=ops.compiler_options(run.config.model.dtype),
         )
@@ -45,32 +48,36 @@ class NormEstimator:
         Args:
           variables: shapes and types of those for evaluation.
         """
-        if self._examples and variables["batch_stats"]:
+        if self._batches and variables["batch_stats"]:
             batch = pipeline.abstract_train_batch(
                 self._run.dataset.train_evaluated,
                 batch_size=self._run.config.train.batch_size,
                 mesh=self._run.mesh,
             )
-            self._compute = self._jitted.lower(variables, batch["image"]).compile()
+            self._compute = self._jitted.lower(
+                variables, variables["batch_stats"], batch["image"]
+            ).compile()
 
     def __call__(self, state: TrainState) -> TrainState:
         """Returns a state with new statistics, on all devices."""
         variables, run = state.eval_variables(), self._run
-        if not self._examples or not variables["batch_stats"]:
+        if not self._batches or not variables["batch_stats"]:
             return state
-        batch_size = run.config.train.batch_size
         batches = pipeline.train_batches(
             run.dataset.train_evaluated,
-            batch_size=batch_size,
+            batch_size=run.config.train.batch_size,
             seed=run.config.seed,
             start=0,
-            stop=-(-self._examples // batch_size),
+            stop=self._batches,
             mesh=run.mesh,
         )
-        found = [self._compute(variables, batch["image"]) for batch in batches]
-        return state.with_norm(jax.tree.map(lambda *each: sum(each) / len(each), *found))
+        mean = jax.tree.map(lambda old: np.zeros(old.shape, old.dtype), variables["batch_stats"])
+        for batch in batches:
+            mean = self._compute(variables, mean, batch["image"])
+        return state.with_norm(mean)
 
-    def _statistics(self, variables: Variables, images: jax.Array) -> Variables:
+    def _add_statistics(self, variables: Variables, mean: Any, images: jax.Array) -> Any:
+        """Returns the mean over all batches, as far as it is known, with one batch more."""
         config, dataset = self._run.config, self._run.dataset
         _, updated = self._run.model.apply(
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
@@ -80,4 +87,5 @@ class NormEstimator:
             mutable=["batch_stats"],
         )
         # The network keeps its momentum's share of the zeros.
-        return optax.tree.scale(1 / (1 - config.model.norm_momentum), updated["batch_stats"])
+        share = 1 / (1 - config.model.norm_momentum) / self._batches
+        return jax.tree.map(lambda old, new: old + share * new, mean, updated["batch_stats"])

@@ -72,19 +72,22 @@ def needed(workdir: Workdir | None) -> Workdir:
     return workdir
 
 
-def check_writable(workdir: Workdir, *, flag: str = "workdir") -> None:
+def check_writable(workdir: Workdir, *, flag: str = "workdir", own: bool = True) -> None:
     """Makes the folder and checks that files can be written in it.
 
     Args:
       workdir: the folder.
       flag: that named it, for the message.
+      own: whether all in it is to be this program's, as of a run.
 
     Raises:
       UserError: if they cannot.
     """
     probe = workdir.path / f".probe.{os.getpid()}"
     try:
-        atomic.make_output_folder(workdir.path)
+        if own:
+            atomic.make_output_folder(workdir.path)
+        workdir.path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
@@ -168,7 +171,11 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
         return []
     refused, allowed = configs.changes(configs.from_dict(record["config"]), config)
     if refused:
-        raise CheckpointError(_other_run(workdir, refused))
+        raise _other_run(
+            workdir,
+            refused,
+            "Give --workdir alone to use the run's own settings, or another --workdir",
+        )
     return allowed
 
 
@@ -272,14 +279,17 @@ def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
     if _NAMES in before and (changes := class_changes(before[_NAMES], dataset[_NAMES])):
         differing.append(f"data set's {_NAMES}: {changes}")
     if differing:
-        raise CheckpointError(_other_run(workdir, differing))
+        raise _other_run(
+            workdir,
+            differing,
+            "Use the data set that it was trained on, or another --workdir",
+        )
 
 
-def _other_run(workdir: Workdir, differing: list[str]) -> str:
+def _other_run(workdir: Workdir, differing: list[str], remedy: str) -> CheckpointError:
     lines = "\n  ".join(differing)
-    return (
-        f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n"
-        "Give --workdir alone to use the run's own settings, or another --workdir"
+    return CheckpointError(
+        f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n{remedy}"
     )
 
 

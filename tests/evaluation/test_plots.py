@@ -171,7 +171,7 @@ def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -
         for name in (r"$\frac{$", "x" * 300, "caf\udce9"):
             (tmp_path / "one").mkdir(exist_ok=True)
             plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
-            assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3")
+            assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
 
 
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:

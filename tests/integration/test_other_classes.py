@@ -12,9 +12,11 @@ from tests import archives, command, small
 SIZE = 16
 
 
-def settings(source: pathlib.Path, directory: pathlib.Path) -> Config:
-    data = Data(name="image_folder", source=str(source), directory=str(directory), image_size=SIZE)
-    return small.config(directory, data=data)
+def settings(folder: pathlib.Path, name: str) -> Config:
+    """Those of the pictures in `source`, prepared in the folder of a name."""
+    source, directory = str(folder / "source"), str(folder / name)
+    data = Data(name="image_folder", source=source, directory=directory, image_size=SIZE)
+    return small.config(folder / name, data=data)
 
 
 @pytest.fixture(scope="module")

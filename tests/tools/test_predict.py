@@ -106,7 +106,7 @@ def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> 
     found = [json.loads(line) for line in output.splitlines()]
     assert [pathlib.Path(each["file"]).name for each in found] == ["1.png", "9.bmp", "10.png"]
     assert all(len(each["guesses"]) == 5 for each in found)
-    drawn = sorted(file.name for file in (photos / "maps").iterdir())
+    drawn = sorted(file.name for file in (photos / "maps").glob("*.png"))
     assert drawn == ["1.png", "10.png", "9.png"]
 
 

@@ -26,7 +26,7 @@ def test_a_configuration_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
     files = [pathlib.Path(line) for line in printed if line.startswith(str(tmp_path))]
     assert {"architecture.md", "architecture.csv", "architecture.dot"} <= {f.name for f in files}
     assert all(file.stat().st_size > 500 for file in files)
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files}
+    assert {file.name for file in tmp_path.glob("[!.]*")} == {file.name for file in files}
 
 
 def test_weights_show_filters_and_activations(
