@@ -646,12 +646,12 @@ def _rank(entry: Entry, root: str) -> tuple[bytes, str]:
     return hashlib.sha256(os.fsencode(path)).digest(), entry.file
 
 
-def listed(texts: Sequence[str]) -> str:
-    """Returns up to ten texts, and how many more there are."""
-    more = f" and {len(texts) - _NAMED:,} more" if len(texts) > _NAMED else ""
-    return ", ".join(texts[:_NAMED]) + more
+def listed(texts: Sequence[str], limit: int = _NAMED) -> str:
+    """Returns up to `limit` texts, and how many more there are."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
-def quoted(names: Sequence[str]) -> str:
-    """Returns up to ten names in quotes, and how many more there are."""
-    return listed([repr(name) for name in names])
+def quoted(names: Sequence[str], limit: int = _NAMED) -> str:
+    """Returns up to `limit` names in quotes, and how many more there are."""
+    return listed([repr(name) for name in names], limit)

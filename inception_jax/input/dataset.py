@@ -489,7 +489,7 @@ def class_changes(before: Sequence[str], after: Sequence[str]) -> str:
     else:
         gone, new = (sorted(set(a) - set(b)) for a, b in ((before, after), (after, before)))
         parts = [(gone, "without"), (new, "with")]
-        what = ", ".join(f"{word} {folders.quoted(names)}" for names, word in parts if names)
+        what = ", ".join(f"{word} {folders.quoted(names, 3)}" for names, word in parts if names)
     pairs = itertools.zip_longest(before, after)
     label, (old, now) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
     return f"{counts}{what}; the first that differs is class {label}: {old!r} → {now!r}"

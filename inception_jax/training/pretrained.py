@@ -103,7 +103,7 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
 def start(run: Run, like: TrainState) -> Start:
     """Returns what a new run takes from the file that config.init.weights names.
 
-    The last layers start anew where the classes differ. Auxiliary heads are taken where both sides
+    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where both sides
     have them and they fit, for their shapes depend on the size of the images.
 
     Args:
@@ -120,7 +120,7 @@ def start(run: Run, like: TrainState) -> Start:
     notes = [f"starts from {found.origin}: {found}"]
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
     if reason := other_classes(found, run.dataset):
-        notes.append(f"the last layers start anew: {reason}")
+        notes.append(f"the classifier is re-initialized: {reason}")
         values, expected = (_without_last_layers(tree) for tree in (values, expected))
     for head in _heads_that_do_not_fit(values, expected):
         here = any(_module(name) == head for name in expected)

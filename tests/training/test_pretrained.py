@@ -142,7 +142,7 @@ def test_the_last_layer_starts_anew_for_other_classes(
     for name, leaf in found.items():
         expected = fresh if "/classifier/" in name else leaves
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
-    assert any("the last layers start anew" in note for note in notes)
+    assert any("the classifier is re-initialized" in note for note in notes)
     with pytest.raises(ConfigError, match="other classes"):
         evaluate_weights(this, weights.load(path))
 
