@@ -103,8 +103,8 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
 def start(run: Run, like: TrainState) -> Start:
     """Returns what a new run takes from the file that config.init.weights names.
 
-    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where both sides
-    have them and they fit, for their shapes depend on the size of the images.
+    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
+    both sides have them and they fit, for their shapes depend on the size of the images.
 
     Args:
       run: with config.init.weights.
