@@ -401,6 +401,8 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
             )
         files = [str(record)]
     if not files and overridden and "config" in flags.FLAGS:
+        if not settings_of and (_take(argv, "workdir")[1] or _take(argv, "weights")[1]):
+            raise UserError(f"{overridden[0]}: trained weights have their settings; leave it out")
         raise UserError(
             f"{overridden[0]}: changes a setting of an experiment; give that too, as --config=FILE"
         )

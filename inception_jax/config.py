@@ -899,7 +899,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     if is_open(config, "schedule.learning_rate") and not config.optimizer.name.startswith("sgd"):
         yield (
             "config.schedule.learning_rate = 0: config.train.auto_size knows a rate for sgd and "
-            f"sgd_nesterov only, not for {config.optimizer.name!r}; give one"
+            f"sgd_nesterov only, not for {config.optimizer.name!r}; give one, such as "
+            "tools.find_lr proposes"
         )
     if config.expected.top1 and not config.expected.source:
         yield (

@@ -176,9 +176,11 @@ def evaluate_checkpoint(
         step = checkpoints.resolve(which)
         roles = checkpoints.roles(step)
         model = checkpoints.restore_model(step, states.abstract(run).model_item())
+    count = len(run.dataset.evaluation)
+    batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
     log(
-        f"evaluating step {step:,} on {len(run.dataset.evaluation):,} {run.dataset.eval_split} "
-        f"images, {run.config.evaluation.batch_size} at a time; compiling first"
+        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images, {batch_size:,} at "
+        "a time; compiling first"
     )
     return {
         "checkpoint": roles,

@@ -104,7 +104,7 @@ def gather(
     broken = [line["step"] for line in lines if "loss" in line and line["loss"] is None]
     loss, top1 = _column(validation, "loss"), _column(validation, "top1")
     # Training accuracy since the evaluation before the last: the newest that is not of few images.
-    begin = validation[-2]["step"] if len(validation) > 1 else 0
+    begin = validation[-2]["step"] if len(validation) > 1 else lines[-1]["step"] / 2
     lately = [line for line in train if line["step"] > begin]
     steps = int(lines[-1]["step"])
     chance_loss, chance_top1 = _chance(classes, label_counts)

@@ -179,8 +179,8 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
                 "python -m inception_jax.tools.import_weights"
             ) from error
         raise DataError(
-            f"{path}: is no safetensors file, or only a part of one ({error}). Copy it anew, or "
-            "export it again with python -m inception_jax.tools.export"
+            f"{path}: is no safetensors file, or only a part of one ({error}). Copy or download it "
+            "again, or export it again with python -m inception_jax.tools.export"
         ) from error
 
 

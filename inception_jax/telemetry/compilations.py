@@ -13,7 +13,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -81,7 +81,8 @@ def _listen() -> None:
 
 
 def _file() -> pathlib.Path | None:
-    folder = jax.config.jax_compilation_cache_dir
+    # Not every version of JAX declares the types of its settings.
+    folder = cast(Any, jax.config).jax_compilation_cache_dir
     return pathlib.Path(folder) / _FILE if folder else None
 
 

@@ -46,6 +46,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import run, workdir
     from inception_jax.training.range_test import chance_loss, doubts, propose, range_test
 
+    if configs.is_open(_CONFIG.value, "schedule.learning_rate"):
+        _CONFIG.value.schedule.learning_rate = _LOW.value  # The test has rates of its own.
     configs.validate(_CONFIG.value)
     if _LOW.value >= _HIGH.value:
         raise UserError(

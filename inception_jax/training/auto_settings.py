@@ -19,6 +19,7 @@ PRETRAINED = 1 / 3
 
 # However few the images are, a network takes that many updates to move.
 LEAST_STEPS = 120
+LEAST_STEPS_PRETRAINED = 60  # The diagnosis judges no run of fewer than 50.
 
 # Batches are a power of two that makes some six updates an epoch, and that BatchNorm can do with.
 STEPS_AN_EPOCH = 6
@@ -88,9 +89,10 @@ def resolve(
 def epochs(config: Config, train_examples: int, batch_size: int) -> int:
     """Returns the length that is chosen where `train.length` is left open."""
     factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
-    least = LEAST_STEPS * batch_size / train_examples
-    chosen = max(EPOCHS * factor, LEAST_EPOCHS, least)
-    return math.ceil(chosen * (PRETRAINED if config.init.weights else 1))
+    chosen, least = max(EPOCHS * factor, LEAST_EPOCHS), LEAST_STEPS
+    if config.init.weights:
+        chosen, least = chosen * PRETRAINED, LEAST_STEPS_PRETRAINED
+    return math.ceil(max(chosen, least * batch_size / train_examples))
 
 
 def describe(before: Config, after: Config) -> str:

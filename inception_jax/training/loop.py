@@ -13,7 +13,7 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import Preempted, RunError
+from inception_jax.errors import Preempted, RunError, during
 from inception_jax.input import crops, pipeline
 from inception_jax.input.splits import Split
 from inception_jax.telemetry import compilations, resources, summary
@@ -214,8 +214,10 @@ def _ready_for_evaluation(
     variables = jax.eval_shape(state.eval_variables)
 
     def compile_all() -> None:
-        estimate_norm.compile(variables)
-        getattr(evaluate, "compile", lambda variables: None)(variables)
+        with during("train"):  # Its batches are those of training.
+            estimate_norm.compile(variables)
+        with during("evaluate"):
+            getattr(evaluate, "compile", lambda variables: None)(variables)
 
     background = futures.ThreadPoolExecutor(1)
     cleanup.callback(background.shutdown, cancel_futures=True)
@@ -226,7 +228,7 @@ def _ready_for_evaluation(
         assert compiled is not None
         with clock.phase("compile"):
             compiled.result()
-        with clock.phase("evaluate"):
+        with clock.phase("evaluate"), during("train"):
             return estimate_norm(state)
 
     return ready
@@ -295,8 +297,9 @@ def _train(
             in_flight.clear()
             reporter.report_pending()
             reporter.check_finite(step, state.metrics)
-        if evaluate_now:
+        if evaluate_now or (save_now and config.evaluation.norm_examples):
             state = ready(state, clock)
+        if evaluate_now:
             with clock.phase("evaluate"):
                 metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
                 sample = evaluate(state.eval_variables(), train_sample) if train_sample else None

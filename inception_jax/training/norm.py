@@ -79,9 +79,10 @@ class NormEstimator:
     def _add_statistics(self, variables: Variables, mean: Any, images: jax.Array) -> Any:
         """Returns the mean over all batches, as far as it is known, with one batch more."""
         config, dataset = self._run.config, self._run.dataset
+        size = config.evaluation.image_size or dataset.image_size
         _, updated = self._run.model.apply(
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
-            augment.normalise(images, dataset.mean, dataset.std),
+            augment.normalise(augment.resize(images, size), dataset.mean, dataset.std),
             train=True,
             rngs={"dropout": keys.derive(config.seed, "norm")},
             mutable=["batch_stats"],

@@ -16,7 +16,7 @@ from typing import Any
 
 from inception_jax import atomic, hosts, paths
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, Duration
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.input.dataset import class_changes
 from inception_jax.telemetry import summary
@@ -207,6 +207,12 @@ def recall(
     record = recorded(workdir) if workdir and has_checkpoint(workdir) else None
     before = record["experiment"] if record and record.get("experiment") else None
     own = dict(experiment["own"])
+    lengths = _given_lengths(config, given) if record else ()
+    for path, _, _ in configs.leaves():
+        # The unit that is given takes the place of the one that the run had.
+        if path.startswith(lengths) and path not in given and (here := configs.get(config, path)):
+            configs.put(config, path, type(here)(0))
+            own.setdefault(path, here)
     recalled: list[str] = []
     if record and before:
         old = configs.from_dict(record["config"])
@@ -216,13 +222,19 @@ def recall(
         if same_file or written[0] == written[1]:
             for path in before["own"]:
                 value, here = configs.get(old, path), configs.get(config, path)
-                if path not in given and value != here:
+                if path not in given and not path.startswith(lengths) and value != here:
                     configs.put(config, path, value)
                     own[path] = configs.plain(here)
                     recalled.append(f"config.{path} = {value!r}")
     if recalled:
         log(f"not given, so as the run was started: {', '.join(recalled)}")
     return {**experiment, "own": own}
+
+
+def _given_lengths(config: Config, given: Collection[str]) -> tuple[str, ...]:
+    """Returns what the paths begin with of the durations for which a unit is given."""
+    groups = {path.rpartition(".")[0] for path in given if configs.get(config, path)} - {""}
+    return tuple(f"{path}." for path in groups if isinstance(configs.get(config, path), Duration))
 
 
 def _resolved(file: str) -> pathlib.Path:
@@ -316,8 +328,11 @@ def record_start(
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record["changes"].append({"step": step, "date": now, "settings": changed})
+    values = configs.to_dict(config)
+    # To prepare changed data again is asked for once: no later start may do so unasked.
+    values["data"]["on_change"] = configs.Data().on_change
     record |= {
-        "config": configs.to_dict(config),
+        "config": values,
         "experiment": experiment,
         "dataset": dataset,
         "environment": summary.environment(),

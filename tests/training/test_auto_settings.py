@@ -18,6 +18,7 @@ from inception_jax.config import (
     Train,
 )
 from inception_jax.errors import ConfigError
+from inception_jax.evaluation import diagnosis
 from inception_jax.models import ops, registry
 from inception_jax.training import auto_settings, run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
@@ -98,6 +99,10 @@ def test_trained_weights_need_a_third_of_the_epochs() -> None:
     config = open_settings()
     config.init.weights = "weights.safetensors"
     assert resolve(config, 245).train.length == Duration(epochs=20)
+    for images in (8, 20, 32):
+        found = resolve(config, images)
+        timeline = configs.Timeline(found.train.batch_size, images)
+        assert timeline.steps(found.train.length) >= diagnosis.LEAST_STEPS
 
 
 def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:

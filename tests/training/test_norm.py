@@ -71,6 +71,19 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
         assert after.batch_stats is before.batch_stats
 
 
+def test_they_are_of_images_of_the_size_that_is_evaluated(data_directory: pathlib.Path) -> None:
+    found = []
+    for size in (0, 16, 0):
+        config = settings(data_directory, examples=64)
+        config.evaluation.image_size = size
+        this = small.build(config)
+        estimate = norm.NormEstimator(this)
+        found.append(estimate(state.create(this)).eval_variables()["batch_stats"])
+    first, larger, again = (each["conv1"]["norm"]["var"] for each in found)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, larger, rtol=1e-3)
+
+
 def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
     data_directory: pathlib.Path,
 ) -> None:

@@ -123,6 +123,14 @@ def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     assert json.loads(folder.config.read_text())["experiment"] == experiment
 
 
+def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) -> None:
+    folder, config = started(tmp_path, Config()), Config()
+    config.data.on_change = "prepare"
+    workdirs.record_start(folder, config, step=0, changed=[], dataset=DATASET)
+    assert json.loads(folder.config.read_text())["config"]["data"]["on_change"] == "refuse"
+    assert config.data.on_change == "prepare"
+
+
 def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     config = Config()
@@ -153,6 +161,23 @@ def overridden(path: pathlib.Path) -> Workdir:
         folder, config, step=0, changed=[], dataset=DATASET, experiment=experiment
     )
     return folder
+
+
+def test_another_unit_of_a_duration_takes_the_place_of_the_one_the_run_had(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = Config()
+    config.train.length = Duration(epochs=20)
+    folder = started(tmp_path, config)
+    experiment: dict[str, object] = {"file": "a.py", "own": {"train.length.epochs": 60.0}}
+    workdirs.record_start(
+        folder, config, step=0, changed=[], dataset=DATASET, experiment=experiment
+    )
+    now = Config()
+    found, said = recall(folder, now, "a.py", {"train.length.steps": 300})
+    assert now.train.length == Duration(steps=300) and not said
+    assert found["own"] == {"train.length.steps": 0, "train.length.epochs": 60.0}
+    configs.validate(now)
 
 
 def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> None:
