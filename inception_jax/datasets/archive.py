@@ -145,7 +145,7 @@ def fingerprint(source: Source) -> str:
 def _lines(source: Source, file: str) -> list[list[str]]:
     """Returns a text file's lines, split at tabs, without empty ones."""
     try:
-        text = source.read(file).decode("utf-8")
+        text = source.read(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{source.path}: {file} is not a text file ({error}).") from error
     return [line.split("\t") for line in text.splitlines() if line.strip()]
@@ -307,7 +307,7 @@ def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
                 f"{source.path}: {_ANNOTATIONS} gives {line[0]} the class {wnid!r}, which is no "
                 "class id such as n01443537. Get the archive again, or mend that file."
             )
-        box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}")
+        box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
         listed[_official("val", line[0])] = wnid, box
     return listed
 

@@ -189,7 +189,17 @@ _SIDECAR_ENDINGS = frozenset(
             ".wandb",
         ),
         *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".ps1", ".js", ".css", ".map"),
-        *(".safetensors", ".msgpack", ".onnx", ".stablehlo", ".pt", ".pth", ".tflite"),
+        *(
+            ".safetensors",
+            ".msgpack",
+            ".onnx",
+            ".stablehlo",
+            ".pt",
+            ".pth",
+            ".tflite",
+            ".ckpt",
+            ".keras",
+        ),
         *(".xmp", ".pp3", ".dop", ".cos", ".aae", ".thm", ".url", ".webloc", ".lnk", ".desktop"),
         *(".md5", ".sha1", ".sha256", ".sha512", ".sfv", ".crc", ".par2", ".dvc", ".torrent"),
         *(".bak", ".license", ".readme"),
@@ -209,6 +219,7 @@ _SIDECAR_NAMES = frozenset(
         ),
         *("attribution", "citation", "changelog", "version", "makefile", "manifest", "md5sums"),
         *("sha1sums", "sha256sums", "checksums", "thumbs"),
+        *("notes", "todo", "log", "pax_global_header"),
     }
 )
 # How much of a file is looked at for text.
@@ -217,7 +228,11 @@ _HEAD = 4096
 
 def is_sidecar(file: str) -> bool:
     """Whether a path is named as a file that lies beside pictures: an annotation, a note."""
-    stem, ending = os.path.splitext(os.path.basename(file).lower())
+    name = os.path.basename(file).lower()
+    stem, ending = os.path.splitext(name)
+    # What this program writes beside runs, and TensorBoard's logs.
+    if name == "report.html" or ".tfevents." in name:
+        return True
     return ending in _SIDECAR_ENDINGS or (not ending and stem in _SIDECAR_NAMES)
 
 

@@ -138,12 +138,13 @@ class FolderSource(Source):
         for folder, inner, names in os.walk(path, onerror=_refuse, followlinks=True):
             below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
-            self.hidden += [f"{start}{name}/" for name in inner if hidden(start + name)]
+            self.hidden += [f"{start}{name}/" for name in inner if hidden(f"{start}{name}/")]
             self.hidden += [start + name for name in names if hidden(start + name)]
             inner[:] = [
                 name
                 for name in inner
-                if not hidden(start + name) and not _leads_back(os.path.join(folder, name))
+                if not hidden(f"{start}{name}/")
+                and not _leads_back(path, os.path.join(folder, name))
             ]
             self.folders += [f"{start}{name}/" for name in inner]
             for file in (start + name for name in names):
@@ -154,7 +155,8 @@ class FolderSource(Source):
         file = self.path / path
         try:
             if not stat.S_ISREG(file.stat().st_mode):
-                raise DataError(f"{file}: is a device or a pipe, no file. Remove it.")
+                problem = "a device or a pipe, no file"
+                raise DataError(f"{file}: is {problem}. Remove it.") from OSError(problem)
             return file.read_bytes()
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error}).") from error
@@ -173,12 +175,16 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be read ({error}).") from error
 
 
-def _leads_back(folder: str) -> bool:
-    """Whether a folder is a link to one that it lies in, which would be walked for ever."""
+def _leads_back(root: pathlib.Path, folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in, or was reached through.
+
+    Such a one would be walked for ever.
+    """
     if not os.path.islink(folder):
         return False
-    inside, target = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
-    return os.path.commonpath([inside, target]) == target
+    target, above = os.path.realpath(folder), pathlib.Path(folder).parent
+    walked = [above, *(each for each in above.parents if each.is_relative_to(root))]
+    return any(pathlib.Path(os.path.realpath(each)).is_relative_to(target) for each in walked)
 
 
 def _size_and_time(path: pathlib.Path) -> tuple[int, int]:

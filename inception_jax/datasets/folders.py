@@ -39,7 +39,7 @@ TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
 _EVALUATION = "evaluation"
 # The words by which a folder's name tells its split.
 _WORDS = {
-    TRAIN: ("train", "training"),
+    TRAIN: ("train", "training", "trainval"),
     VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
     # The one of the two that has no folder of its own.
@@ -57,7 +57,7 @@ _AS_CLASSES = "config.data.layout=classes"
 _LEFT_BEHIND = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
-    *("system volume information", "$recycle.bin", "found.000"),
+    *("system volume information", "$recycle.bin", "recycler", "recycled"),
     # macOS, its shares, and the same name as other systems show it.
     *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
     "thevolumesettingsfolder",
@@ -69,8 +69,15 @@ _LEFT_BEHIND = {
 }
 # Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
 _TEMPORARY = re.compile(
-    r"~\$.+|#.+#|.+~|.+@syno\w+|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2"
-    r"|crdownload|opdownload|download|!ut|lrdata)",
+    r"~\$.+|#.+#|.+~|.+@syno\w+|.+[:_]zone\.identifier|.+:(encryptable|afp_\w+|com\.[\w.]+)"
+    r"|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2|crdownload|opdownload|download|!ut)",
+    re.IGNORECASE,
+)
+# Folders of file system checks, old tar programs, and Lightroom's previews.
+_LEFT_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
+# How systems name copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of cats".
+_COPY = re.compile(
+    r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
 # What a run's folder holds besides documents (training/workdir.py has the names).
@@ -122,10 +129,15 @@ class Layout:
 
 
 def hidden(file: str) -> bool:
-    """Whether a path is that of a file which systems, not users, put beside pictures."""
-    return any(
-        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_TEMPORARY.fullmatch(part))
-        for part in file.split("/")
+    """Whether a path is that of a file which systems, not users, put beside pictures.
+
+    Args:
+      file: its path; that of a folder ends in '/'.
+    """
+    parts = file.split("/")
+    return bool(_TEMPORARY.fullmatch(parts[-1])) or any(
+        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_LEFT_FOLDERS.fullmatch(part))
+        for part in parts
     )
 
 
@@ -133,7 +145,8 @@ def named_as_picture(file: str) -> bool:
     """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
     # The first call imports all of PIL's formats (0.1 s).
     formats = Image.registered_extensions()
-    return formats.get(os.path.splitext(file)[1].lower()) in Image.OPEN
+    found = formats.get(os.path.splitext(file)[1].lower())
+    return found in Image.OPEN and found not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def open_source(
@@ -216,6 +229,8 @@ def layout(source: Source, reading: str = "auto") -> Layout:
     kept = [path for path in kept if path not in emptied]
     left_out = sorted([*_without(source.hidden, own), *own, *documents])
     start, tree = _enter(kept)
+    # Beside the folders of classes or splits: no pictures by their names, or an error follows.
+    left_out = sorted([*left_out, *(start + file for file in tree.get("", ()))])
     where = f"{source.path}/{start}".removesuffix("/")
     found = {} if reading == "classes" else _split_folders(tree, where)
     if not found:
@@ -243,6 +258,12 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
+            cased = {name.casefold(): name for name in classes}
+            if other := cased.get(foreign[0].casefold()):
+                raise DataError(
+                    f"{where}/{folders[split]}: {foreign[0]!r} is {other!r} in {folders[TRAIN]}/. "
+                    "Give a class's folders one name, in upper and lower case, too."
+                )
             if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
                 raise DataError(
                     f"{where}: has the official layout of Tiny ImageNet, whose validation images "
@@ -516,11 +537,17 @@ def _check_foreign(tree: _Tree, where: str) -> None:
 def _check_classes(tree: _Tree, where: str) -> None:
     """Raises DataError if folders of classes hold each other's classes, or all hold the same."""
     names = {folder: class_name(folder) for folder in tree if folder}
+    known = set(names.values())
+    for name in known:
+        if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
+            raise DataError(
+                f"{where}: {name!r} is named as a copy of {of!r}, beside it. Move it away; if it "
+                f"is a class of its own, set {_AS_CLASSES}."
+            )
     for folder, name in names.items():
-        others = set(names.values()) - {name}
         inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
         found = {part for path in inner for part in map(class_name, path.split("/")[1:])}
-        if repeated := sorted(others & found):
+        if repeated := sorted((known & found) - {name}):
             place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
             raise DataError(
                 f"{where}: {folder!r} repeats the folders beside it: it holds {quoted(repeated)}, "

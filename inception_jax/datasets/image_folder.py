@@ -95,9 +95,10 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
             self.log(f"{self._files.path}: splits: {', '.join(named)}")
         if layout.left_out:
             named = [folders.shown(path) for path in layout.left_out]
+            paths = f"{len(named):,} path{'s' * (len(named) > 1)}"
             self.log(
-                f"{self._files.path}: ignored {len(named):,} paths, left by systems, editors or "
-                f"this program, or notes and the like: {folders.listed(named)}"
+                f"{self._files.path}: ignored {paths}, left by systems, editors or this program, "
+                f"or notes and the like: {folders.listed(named)}"
             )
         if layout.without_pictures:
             self.log(
@@ -146,18 +147,32 @@ class ImageFolder(builder.ImageBuilder, skip_registration=True):  # type: ignore
           `images.Inspection`.
         """
         problems: dict[str, images.Problem] = {}
-        bit_depth = 0
+        depths: dict[str, int] = {}
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
             for found in images.threaded_map(self._inspect_some, images.pieces(entries, _CHECKED)):
                 for file, (problem, bits) in found.items():
                     if problem is not None:
                         problems[file] = problem
-                    bit_depth = max(bit_depth, bits)
+                    if bits:
+                        depths[file] = bits
                 progress.update(len(found))
+        bit_depth = max(depths.values(), default=0)
         if bit_depth:
             self.log(
                 f"{self._files.path}: the values of files with 16 bits a channel use {bit_depth} "
                 "bits, of which the upper 8 are kept (config.data.bit_depth sets another number)"
+            )
+        # Of these no pixel is brighter than 15 of 255.
+        if dark := [file for file, bits in depths.items() if bits <= bit_depth - 4]:
+            most = max(depths[file] for file in dark)
+            brightest = next(file for file, bits in depths.items() if bits == bit_depth)
+            self.log(
+                f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits a "
+                f"channel use {most} bits or fewer, and are almost black beside the others: "
+                f"{folders.listed([folders.shown(file) for file in dark])}. If the others, such as "
+                f"{folders.shown(brightest)}, merely have hot pixels, set "
+                f"config.data.bit_depth={most}; if they are from another camera, scale all to 8 "
+                "bits first"
             )
         return problems, bit_depth
 

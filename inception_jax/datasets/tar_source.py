@@ -119,6 +119,11 @@ class TarSource(Source):
         self._whole_size = end + _BLOCK
         while piece := file.read(_PIECE):
             self._whole_size += len(piece)
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(
+                    "more follows its end, as of several archives in one file: join them with "
+                    "tar --concatenate, or unpack it with tar --ignore-zeros"
+                )
 
     def _read(self, path: str) -> bytes:
         member = self._members[path]

@@ -4,6 +4,7 @@ import bz2
 import copy
 import lzma
 import pathlib
+import stat
 import struct
 import threading
 import zipfile
@@ -107,6 +108,9 @@ class ZipSource(Source):
 
     def _read(self, path: str) -> bytes:
         info = self._members[path]
+        if _is_link(info):
+            problem = "a link, which is not followed: make the archive with zip without -y"
+            raise DataError(f"{self.path}: {path} is {problem}.") from zipfile.BadZipFile(problem)
         try:
             # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
             # file stands, so that several threads get each other's bytes.
@@ -173,6 +177,10 @@ def _raw_name(info: zipfile.ZipInfo) -> member_names.RawName:
             return member_names.RawName(extra[9 : 4 + length], True, from_windows)
         extra = extra[4 + length :]
     return member_names.RawName(data, False, from_windows)
+
+
+def _is_link(info: zipfile.ZipInfo) -> bool:
+    return info.create_system == 3 and stat.S_ISLNK(info.external_attr >> 16)
 
 
 def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> None:

@@ -468,7 +468,10 @@ def _change(
         return None
     else:
         changes = class_changes(prepared.class_names, found.class_names)
-        what = f"by an older version, which took other folders for the classes ({changes})"
+        what = (
+            "with other class folders: one was added or removed that holds no picture, or an older "
+            f"version took others for the classes ({changes})"
+        )
     return _Change(
         f"config.data.source = {data.source!r}: {where} was prepared {what}",
         "Leave config.data.source empty to use what is prepared",

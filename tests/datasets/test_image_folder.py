@@ -516,7 +516,7 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
     prepare(data(path, directory, layout="classes"), log=quiet)
     record_source(directory, settings={"eval_share": 0.2})
     with pytest.raises(
-        DataError, match=r"by an older version, which took .*\(without 'seg_test', 'seg_train'"
+        DataError, match=r"an older version took others .*\(.*without 'seg_test', 'seg_train'"
     ):
         prepare(data(path, directory), log=quiet)
     prepare(data(path, directory, layout="classes"), log=lines.append)
@@ -571,3 +571,43 @@ def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) 
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
     assert dataset.trained_on == Duplicates(0, [])
     assert not [line for line in lines if "also among" in line or "different labels" in line]
+
+
+def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Path) -> None:
+    files = {}
+    for name, highest in (("a/0", 4095), ("a/1", 4095), ("b/0", 65535), ("b/1", 4095)):
+        values = np.linspace(0, highest, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
+        content = io.BytesIO()
+        Image.fromarray(values).save(content, "PNG")
+        files[f"{name}.png"] = content.getvalue()
+    lines: list[str] = []
+    prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
+    (line,) = [line for line in lines if "almost black" in line]
+    assert "3 of the 4 files" in line and "such as b/0.png" in line
+    assert "config.data.bit_depth=12" in line
+
+
+def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"a": 3, "b": 3}, SIZE))
+    (path / "a" / "l").symlink_to(path / "b")
+    (path / "b" / "l").symlink_to(path / "a")
+    dataset = prepare(data(path, tmp_path / "d"), log=quiet)
+    assert len(dataset.train) + len(dataset.evaluation) == 12
+
+
+@pytest.mark.parametrize("copy", ["cat - Copy", "cat copy 2", "cat (1)", "Copy of cat"])
+def test_a_copy_beside_its_class_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"cat": 2, "dog": 2, copy: 2}, SIZE))
+    with pytest.raises(DataError, match=r"is named as a copy of 'cat', beside it\. Move it away"):
+        prepare(data(path, tmp_path / "d"), log=quiet)
+    dataset = prepare(data(path, tmp_path / "d", layout="classes"), log=quiet)
+    assert set(dataset.class_names) == {"cat", "dog", copy}
+
+
+def test_names_of_temporary_files_are_no_reason_to_leave_out_a_class(
+    tmp_path: pathlib.Path,
+) -> None:
+    files = archives.class_folders({"C~": 2, "bird.tmp": 2}, SIZE)
+    litter = {"C~/0.jpg:Zone.Identifier": b"x", "C~/1.jpg~": b"x", "FOUND.001/a.jpg": b"x"}
+    dataset = prepare(data(write(tmp_path / "x", files | litter), tmp_path / "d"), log=quiet)
+    assert dataset.class_names == ("C~", "bird.tmp")
