@@ -531,7 +531,7 @@ class Evaluation:
     )
     norm_examples: int = setting(
         0,
-        "training examples that BatchNorm's statistics are estimated from anew before each "
+        "training examples that BatchNorm's statistics are re-estimated from before each "
         "evaluation, and saved so, for runs of few steps; 0: the running statistics",
         low=0,
         resumable=True,

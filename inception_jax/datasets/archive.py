@@ -176,7 +176,7 @@ def _compare(
     if extra := sorted(present - listed):
         raise DataError(
             f"{source.path}: {where} does not list {len(extra):,} of the images that are there, "
-            f"such as {extra[0]}. Get the archive again, or mend that file{remedy}."
+            f"such as {extra[0]}. Get the archive again, or fix that file{remedy}."
         )
 
 
@@ -305,7 +305,7 @@ def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
         if not _CLASS_ID.fullmatch(wnid):
             raise DataError(
                 f"{source.path}: {_ANNOTATIONS} gives {line[0]} the class {wnid!r}, which is no "
-                "class id such as n01443537. Get the archive again, or mend that file."
+                "class id such as n01443537. Get the archive again, or fix that file."
             )
         box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
         listed[_official("val", line[0])] = wnid, box

@@ -53,7 +53,7 @@ _PDF = FileType("PDF document", "render it to PNG, with pdftoppm -png")
 _SVG = FileType("SVG drawing", "render it to PNG, with rsvg-convert or Inkscape")
 _METAFILE = FileType("Windows metafile", "render it to PNG, with Inkscape")
 _DICOM = FileType("DICOM file", "convert it to 16-bit PNG, with dcm2pnm or pydicom")
-_NIFTI = FileType("NIfTI or other gzip file", "unpack it, and save its slices as PNG")
+_GZIP = FileType("gzip file", "unpack it with gunzip; save the slices of a NIfTI file as PNG")
 _ARRAY = FileType("file of arrays", "save each picture as PNG, with PIL.Image.fromarray")
 _ARCHIVE = FileType("archive", "unpack it, and remove it")
 _OFFICE = FileType("office document or Windows thumbnail cache", "remove it")
@@ -102,7 +102,7 @@ _STARTS: tuple[tuple[bytes, FileType], ...] = (
     (b"MATLAB 5.0", _ARRAY),
     (b"\x80\x02", _ARRAY),
     (b"\x80\x04\x95", _ARRAY),
-    (b"\x1f\x8b", _NIFTI),
+    (b"\x1f\x8b", _GZIP),
     (b"PK\3\4", _ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
     (b"Rar!", _ARCHIVE),

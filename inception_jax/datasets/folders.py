@@ -80,7 +80,7 @@ _COPY = re.compile(
     r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
-# What a run's folder holds besides documents (training/workdir.py has the names).
+# What a run's folder holds other than documents (training/workdir.py has the names).
 _OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
 # A data set that TFDS has not finished, and a cache that this program has not.
 _UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
@@ -422,7 +422,7 @@ def _kind(folder: str) -> str:
 
 
 def _stem(folder: str) -> str:
-    """Returns what a folder's name says besides its split: cats of cats_train, '' of train_set."""
+    """Returns what a folder's name says other than its split: cats of cats_train, '' of train_set."""
     words = _parts_of(folder)
     return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 

@@ -162,7 +162,7 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
         object_name = re.search(r"GLOBAL (\S+)", str(error))
         if object_name:
             raise DataError(
-                f"{path}: holds a {object_name[1]} besides the weights; objects are not loaded, as "
+                f"{path}: holds a {object_name[1]} beside the weights; objects are not loaded, as "
                 "loading one may run any program. Save the weights alone where the file is from, "
                 "with torch.save(model.state_dict(), FILE), or, if you trust it, with "
                 'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics, estimated anew before an evaluation.
+"""Re-estimates BatchNorm's statistics before an evaluation.
 
 Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3. Running
 statistics average over steps between which the weights moved, in a run of some hundred steps too

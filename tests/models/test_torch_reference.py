@@ -252,7 +252,7 @@ def test_checkpoints_of_training_scripts_are_read(tmp_path: pathlib.Path) -> Non
 
     torch.save({"state_dict": state, "config": Touch(tmp_path)}, source)
     done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")
-    assert done.returncode == 2 and "besides the weights" in done.stderr
+    assert done.returncode == 2 and "beside the weights" in done.stderr
 
 
 def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None:
