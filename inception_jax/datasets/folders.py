@@ -422,7 +422,7 @@ def _kind(folder: str) -> str:
 
 
 def _stem(folder: str) -> str:
-    """Returns what a folder's name says other than its split: cats of cats_train, '' of train_set."""
+    """Returns what a folder's name says but for its split: cats of cats_train, '' of train_set."""
     words = _parts_of(folder)
     return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 
