@@ -120,7 +120,9 @@ class ImageError(DataError):
     """A file cannot be decoded as an image."""
 
     def __init__(self, name: str, size: int, problem: Problem) -> None:
-        super().__init__(f"{name}: not a whole image ({size:,} bytes; {problem}). {problem.advice}")
+        super().__init__(
+            f"{name}: not a readable image ({size:,} bytes; {problem}). {problem.advice}"
+        )
         self.problem = problem
 
 

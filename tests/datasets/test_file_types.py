@@ -48,7 +48,7 @@ def test_files_that_are_no_images_are_named_with_the_remedy(
     problem = images.inspect(data, file).problem
     assert problem is not None
     assert name in problem.kind and remedy in problem.remedy and not problem.detail
-    with pytest.raises(images.ImageError, match="not a whole image") as error:
+    with pytest.raises(images.ImageError, match="not a readable image") as error:
         images.decode(data, 16, file)
     assert name in str(error.value) and problem.advice in str(error.value)
 

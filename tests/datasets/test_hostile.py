@@ -277,7 +277,7 @@ def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
         lambda: images.decode_box(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
         lambda: images.verify(data, "x.jpg"),
     ):
-        with pytest.raises(DataError, match=r"x\.jpg: not a whole image .*2500000000 pixels"):
+        with pytest.raises(DataError, match=r"x\.jpg: not a readable image .*2500000000 pixels"):
             decode()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -310,7 +310,7 @@ def broken(tmp_path: pathlib.Path, case: str) -> pathlib.Path:
         ("image", r"img_train\.tar: not the official archive, for it has 8 images \(expected 9\)"),
         ("class", r"1 missing classes \(such as n00001007\) and 1 unknown .* n00000001\)"),
         ("validation", r"img_val\.tar: .* it has 3 images \(expected 4\)"),
-        ("cut image", r"img_train\.tar: n00001007_0\.JPEG: not a whole image"),
+        ("cut image", r"img_train\.tar: n00001007_0\.JPEG: not a readable image"),
         ("cut archive", r"img_train\.tar: not (a whole tar|the official) archive"),
         ("no archive", r"img_val\.tar: not a whole tar archive \(2,000 bytes"),
     ],

@@ -367,7 +367,7 @@ def test_the_setting_is_recorded_where_it_decides(tmp_path: pathlib.Path) -> Non
         prepare(other, log=lambda line: None)
 
 
-# What zip archives can be besides.
+# What else zip archives can be.
 
 
 def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], None]) -> None:

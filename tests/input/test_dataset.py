@@ -205,7 +205,7 @@ def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, sp
     name = max(file for file in files if file.startswith(f"{split}/") and file.endswith("JPEG"))
     files[name] = files[name][:-30]
     archives.write_files(tmp_path / "x.zip", files)
-    with pytest.raises(DataError, match=rf"x\.zip: {name}: not a whole image"):
+    with pytest.raises(DataError, match=rf"x\.zip: {name}: not a readable image"):
         prepare(subset(tmp_path / "x.zip", tmp_path / "data"), log=quiet)
     assert files_below(tmp_path / "data") == {"inception_jax/tiny_imagenet_subset-1.0.0.lock"}
 

@@ -59,7 +59,7 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
     assert not done.stdout
     assert "pictures: the centred square, resized to 8 × 8 px, as in evaluation" in done.stderr
     assert f"left out, as not named as pictures: {photos}/notes.txt" in done.stderr
-    assert f"{photos}/5.jpg: not a whole image" in done.stderr
+    assert f"{photos}/5.jpg: not a readable image" in done.stderr
     assert "1 of 11 files could not be read" in done.stderr
     assert "Traceback" not in done.stderr
     rows = list(csv.DictReader(io.StringIO(found.read_text())))
