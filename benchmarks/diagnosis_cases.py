@@ -29,7 +29,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 
 if TYPE_CHECKING:
-    from inception_jax.evaluation.diagnosis import Diagnosis
+    from inception_jax.reporting.diagnosis import Diagnosis
 
 # A validation loss that is higher by this share is worse, where accuracy is not better.
 WORSE_LOSS = 0.05
@@ -202,8 +202,8 @@ def train(
     import jax.numpy as jnp
 
     from inception_jax.errors import Preempted, RunError
-    from inception_jax.evaluation import report
     from inception_jax.evaluation.evaluate import Evaluator
+    from inception_jax.reporting import report
     from inception_jax.training import loop, run
     from inception_jax.training.workdir import Workdir
 
@@ -241,18 +241,18 @@ def train(
 
 def found_rate(config: Config, folder: pathlib.Path) -> float | None:
     """Returns the rate that a range test proposes, with the command's own defaults, if it does."""
-    from inception_jax.evaluation import report
-    from inception_jax.training import range_test, run
+    from inception_jax.reporting import report
+    from inception_jax.training import lr_range_test, run
 
     stored = folder / "find_lr.json"
     if not stored.exists():
         this = run.build(config, log=measure.say)
         steps, high = 200, 10.0
-        points = range_test.range_test(this, low=1e-5, high=high, steps=steps)
-        proposal, doubts = range_test.propose(points), []
+        points = lr_range_test.range_test(this, low=1e-5, high=high, steps=steps)
+        proposal, doubts = lr_range_test.propose(points), []
         if proposal:
-            chance = range_test.chance_loss(this)
-            doubts = range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
+            chance = lr_range_test.chance_loss(this)
+            doubts = lr_range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
         report.write_range_test(folder, points, proposal, doubts, config=config)
     proposed = json.loads(stored.read_text())["proposal"]
     return proposed and proposed["rate"]
@@ -294,9 +294,9 @@ def changed_settings(config: Config) -> dict[str, Any]:
 
 def recorded(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what a run's diagnosis was made of, from which it can be made once more."""
-    from inception_jax.evaluation import record
+    from inception_jax.reporting import run_record
 
-    run = record.read(folder)
+    run = run_record.read(folder)
     keys = ("step", "epoch", "split", "loss", "top1", "count")
     lines = [{key: line[key] for key in keys if key in line} for line in run.lines]
     assert run.config is not None
@@ -373,9 +373,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tries the cases, and returns what the JSON file holds."""
-    from inception_jax import runtime
+    from inception_jax.runtime import devices
 
-    runtime.initialize()
+    devices.initialize()
     results = {}
     for name in arguments.only:
         results[name] = try_case(name, CASES[name], arguments.output)

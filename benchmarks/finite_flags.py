@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from benchmarks.contenders import ours_step
-    from inception_jax import runtime
+    from inception_jax.runtime import devices
     from inception_jax.training import nonfinite
 
-    runtime.initialize(platform=arguments.platform)
+    devices.initialize(platform=arguments.platform)
     made = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
     steps = {"with": ours_step.repeated_step(made)[1]}
     with mock.patch.object(nonfinite, "parts", lambda loss, grads: jnp.ones(2, bool)):

@@ -53,9 +53,9 @@ def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
     import jax
 
     from benchmarks.contenders import ours_step
-    from inception_jax import runtime
+    from inception_jax.runtime import devices
 
-    runtime.initialize(platform=arguments.platform)
+    devices.initialize(platform=arguments.platform)
     run = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
     step, repeated = ours_step.repeated_step(run)
     # jax.profiler makes a folder of the date in it, down to the second.

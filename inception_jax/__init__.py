@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         load_weights,
     )
 
-__version__ = "0.1.0"
+from inception_jax.version import __version__ as __version__
 
 __all__ = [
     "Predictor",

@@ -24,18 +24,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax import cli, paths
+from inception_jax import cli
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import UserError
 from inception_jax.evaluation.evaluate import evaluate_weights
-from inception_jax.evaluation.predict import Predictor
-from inception_jax.input.dataset import Dataset, prepare
+from inception_jax.inference.predictor import Predictor
 from inception_jax.models import registry
 from inception_jax.models import weights as weight_files
 from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
-from inception_jax.training import pretrained, run
+from inception_jax.storage import paths
+from inception_jax.training import initialization, run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
 
@@ -79,7 +80,7 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     _check_path(path)
     place = paths.local(path, str(path))
     if place.is_dir():
-        return pretrained.from_checkpoint(Workdir(place), str(checkpoint))
+        return initialization.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)
 
 

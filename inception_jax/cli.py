@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from inception_jax import advice, console, hosts, paths
+from inception_jax import advice, console
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import (
@@ -38,6 +38,8 @@ from inception_jax.errors import (
     nearest,
     phase_of,
 )
+from inception_jax.runtime import hosts
+from inception_jax.storage import paths
 
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
 # As a shell reports a program that SIGPIPE ended.

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from inception_jax import cli, memory
+from inception_jax import cli
+from inception_jax.runtime import huge_pages
 
 USAGE = """
 Train a network, or evaluate a checkpoint of it.
@@ -30,15 +31,14 @@ cli.require("config")
 
 
 def main(positional: Sequence[str]) -> None:
-    """Runs the command."""
+    """Runs the command; imports late, so that --help and mistakes in flags are answered at once."""
     cli.refuse_positional(positional)
-    # Imported here, so that --help and mistakes in flags are answered at once.
     from inception_jax import config as configs
-    from inception_jax import runtime
-    from inception_jax.evaluation import evaluate, report
+    from inception_jax.evaluation import evaluate
     from inception_jax.models import weights
-    from inception_jax.telemetry import summary
-    from inception_jax.training import loop, preemption, run, workdir
+    from inception_jax.reporting import report
+    from inception_jax.runtime import devices, environment, preemption
+    from inception_jax.training import loop, run, workdir
 
     folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
     experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
@@ -47,10 +47,10 @@ def main(positional: Sequence[str]) -> None:
     changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
-    tell_all = runtime.initialize(
+    tell_all = devices.initialize(
         **_PROCESSES(),
         silence=config.watch.host_silence,
-        facts=lambda: summary.software() | configs.shared(config) | cli.command(),
+        facts=lambda: environment.software() | configs.shared(config) | cli.command(),
         log=cli.say,
     )
     stop = preemption.Preemption(tell_all).requested
@@ -76,5 +76,5 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    huge_pages.use_huge_pages()
     cli.run(main, USAGE, settings_of="workdir")

@@ -40,7 +40,7 @@ _LONGEST = (
     "tests/training/test_loop.py",
     "tests/integration/test_hosts.py",
     "tests/integration/test_faults.py",
-    "tests/evaluation/test_diagnosed_runs.py",
+    "tests/reporting/test_diagnosed_runs.py",
     "tests/training/test_forty_pictures.py",
     "tests/training/test_norm.py",
     "tests/input/test_augment.py",
@@ -52,7 +52,7 @@ _LONGEST = (
     "tests/tools/test_predict.py",
     "tests/tools/test_find_lr.py",
     "tests/test_cli.py",
-    "tests/test_compilation_cache.py",
+    "tests/runtime/test_compilation_cache.py",
 )
 
 

@@ -4,8 +4,7 @@ import json
 import pytest
 
 from inception_jax import config as configs
-from inception_jax import other_names
-from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train
+from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train, other_names
 from inception_jax.errors import ConfigError
 
 

@@ -113,8 +113,8 @@ def test_what_is_declared_is_what_is_imported() -> None:
 
 def test_the_templates_of_the_report_are_installed() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    patterns = tomllib.loads(text)["tool"]["setuptools"]["package-data"]["inception_jax.evaluation"]
-    folder = ROOT / "inception_jax" / "evaluation"
+    patterns = tomllib.loads(text)["tool"]["setuptools"]["package-data"]["inception_jax.reporting"]
+    folder = ROOT / "inception_jax" / "reporting"
     installed = {path for pattern in patterns for path in folder.glob(pattern)}
     assert installed == {path for path in (folder / "templates").rglob("*") if path.is_file()}
     assert len(installed) >= 5

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from inception_jax import cli, runtime
+from inception_jax import cli
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
-from inception_jax.input import sharding
+from inception_jax.runtime import devices, sharding
 from inception_jax.training import loop, workdir
 from inception_jax.training.run import Run
 from tests import small
@@ -62,7 +62,7 @@ def add() -> None:
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
-    runtime.initialize(**_PROCESSES(), silence=_SILENCE.value, log=cli.say)
+    devices.initialize(**_PROCESSES(), silence=_SILENCE.value, log=cli.say)
     if _DATA.value:
         train()
     else:

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from benchmarks.contenders import reading, serve
-from inception_jax import config, runtime
-from inception_jax.input import dataset, pipeline, sharding
-from inception_jax.input.splits import Split
+from inception_jax import config
+from inception_jax.datasets import dataset
+from inception_jax.datasets.splits import Split
+from inception_jax.input import pipeline
+from inception_jax.runtime import devices, sharding
 
 # Longer than any benchmark: readers are given a last step.
 _ENDLESS = 10**9
@@ -19,7 +21,7 @@ _ENDLESS = 10**9
 
 def make(settings: dict[str, Any]) -> serve.Contender:
     """Makes the contender. settings["storage"] is what it reads from."""
-    runtime.initialize(platform=settings["platform"])
+    devices.initialize(platform=settings["platform"])
     data = config.Data(
         name=settings["dataset"],
         directory=settings["data_directory"],

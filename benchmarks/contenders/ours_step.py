@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contenders import network, serve
-from inception_jax import config, runtime
+from inception_jax import config
 from inception_jax.config import Config, Timeline
+from inception_jax.datasets.dataset import Dataset
+from inception_jax.datasets.splits import Split
 from inception_jax.evaluation.evaluate import Evaluator
-from inception_jax.input import pipeline, sharding
-from inception_jax.input.dataset import Dataset
-from inception_jax.input.splits import Split
+from inception_jax.input import pipeline
 from inception_jax.models import registry
+from inception_jax.runtime import devices, sharding
 from inception_jax.training import optimizers
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
@@ -179,7 +180,7 @@ def matmul_mode(size: int, dtype: str) -> serve.Repeated:
 
 def make(settings: dict[str, Any]) -> serve.Contender:
     """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
-    runtime.initialize(platform=settings["platform"])
+    devices.initialize(platform=settings["platform"])
     run = make_run(settings)
     makers = {
         "train": lambda: repeated_step(run)[1],

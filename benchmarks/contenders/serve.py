@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from inception_jax import memory
+from inception_jax.runtime import huge_pages
 
 Numbers = dict[str, Any]
 
@@ -118,7 +118,7 @@ class Repeated:
 
 if __name__ == "__main__":
     # As our command does; the peers gain from it as well.
-    memory.use_huge_pages()
+    huge_pages.use_huge_pages()
     # As the contenders know this module, not as __main__.
     from benchmarks.contenders import serve as this
 

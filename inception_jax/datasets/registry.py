@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from inception_jax.datasets import files
+from inception_jax.datasets.sources import files
 from inception_jax.errors import ConfigError, nearest
 
 
@@ -76,7 +76,7 @@ _SPECS = (
         version="1.0.0",
         train_split="train",
         eval_split="validation",
-        builder="inception_jax.datasets.tiny_imagenet:TinyImagenet",
+        builder="inception_jax.datasets.builders.tiny_imagenet:TinyImagenet",
         classes=200,
     ),
     DatasetSpec(
@@ -84,16 +84,16 @@ _SPECS = (
         version="1.0.0",
         train_split="train",
         eval_split="validation",
-        builder="inception_jax.datasets.tiny_imagenet:TinyImagenetSubset",
+        builder="inception_jax.datasets.builders.tiny_imagenet:TinyImagenetSubset",
         fixed_content=False,
-        contents_function="inception_jax.datasets.archive:contents",
+        contents_function="inception_jax.datasets.builders.archive:contents",
     ),
     DatasetSpec(
         name="cifar10",
         version="1.0.0",
         train_split="train",
         eval_split="test",
-        builder="inception_jax.datasets.cifar10:Cifar10",
+        builder="inception_jax.datasets.builders.cifar10:Cifar10",
         classes=10,
     ),
     DatasetSpec(
@@ -101,9 +101,9 @@ _SPECS = (
         version="1.0.0",
         train_split="train",
         eval_split="validation",
-        builder="inception_jax.datasets.image_folder:ImageFolder",
+        builder="inception_jax.datasets.builders.image_folder:ImageFolder",
         fixed_content=False,
-        contents_function="inception_jax.datasets.folders:contents",
+        contents_function="inception_jax.datasets.builders.folders:contents",
         settings=("eval_share", "unreadable", "layout", "archive_encoding"),
     ),
     DatasetSpec(
@@ -111,7 +111,7 @@ _SPECS = (
         version="1.0.0",
         train_split="train",
         eval_split="test",
-        builder="inception_jax.datasets.digits:Digits",
+        builder="inception_jax.datasets.builders.digits:Digits",
         classes=10,
         takes_source=False,
     ),
@@ -120,7 +120,7 @@ _SPECS = (
         version="5.1.0",
         train_split="train",
         eval_split="validation",
-        builder="inception_jax.datasets.imagenet:Imagenet2012",
+        builder="inception_jax.datasets.builders.imagenet:Imagenet2012",
         classes=1000,
         # As in torchvision's documentation of its pretrained models.
         mean=(0.485, 0.456, 0.406),

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inception_jax.datasets.splits import Split
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions
-from inception_jax.input import augment, pipeline, sharding
-from inception_jax.input.splits import Split
+from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
 from inception_jax.models.weights import Weights
-from inception_jax.telemetry.metrics import EvalMetrics
+from inception_jax.runtime import sharding
 from inception_jax.telemetry.writers import informative
-from inception_jax.training import losses, pretrained
+from inception_jax.training import initialization, losses
 from inception_jax.training import state as states
 from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.metrics import EvalMetrics
 from inception_jax.training.run import Run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
@@ -208,7 +209,7 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
     Raises:
       ConfigError: if they are of another network or other classes.
     """
-    variables = pretrained.for_evaluation(run, found)
+    variables = initialization.for_evaluation(run, found)
     dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {

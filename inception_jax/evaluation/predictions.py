@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from inception_jax import atomic
+from inception_jax.datasets.splits import Split
 from inception_jax.errors import UserError
-from inception_jax.input.splits import Split
+from inception_jax.storage import atomic
 
 FILE = "predictions.npz"
 # How many of the most probable classes are kept of each example.

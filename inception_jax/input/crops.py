@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets.images import Box, ChooseBox
+from inception_jax.datasets.decode import Box, ChooseBox
 from inception_jax.input.pipeline import BoxAt
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from inception_jax.datasets.images import ChooseBox
-from inception_jax.input import sharding
-from inception_jax.input.splits import Split
+from inception_jax.datasets.decode import ChooseBox
+from inception_jax.datasets.splits import Split
+from inception_jax.runtime import sharding
 
 # Gives, for a position in the endless sequence of training examples, the box to cut there.
 BoxAt = Callable[[int], ChooseBox]

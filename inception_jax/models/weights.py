@@ -18,11 +18,11 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-import inception_jax
-from inception_jax import atomic
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import ConfigError, DataError, UserError
+from inception_jax.storage import atomic
+from inception_jax.version import __version__
 
 # Rises when files are written that older versions would read wrongly.
 FORMAT = 1
@@ -67,7 +67,7 @@ class Weights:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     checkpoint: str = ""
     revision: str | None = None
-    version: str = inception_jax.__version__
+    version: str = __version__
     origin: str = ""
     bit_depth: int = 0
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from inception_jax import atomic
 from inception_jax.errors import UserError, WriteError
+from inception_jax.storage import atomic
 from inception_jax.telemetry import clu_writers
 from inception_jax.telemetry.clu_writers import metric_writers
 

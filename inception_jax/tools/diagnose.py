@@ -11,14 +11,14 @@ underfit, is evaluation what training says? With the setting to try next, if the
   python -m inception_jax.tools.diagnose DIR [DIR …]
 
 It reads metrics.jsonl and config.json, writes diagnosis.json, and may be called while a run is
-going on. The rules and their thresholds are in inception_jax/evaluation/diagnosis.py.
+going on. The rules and their thresholds are in inception_jax/reporting/diagnosis.py.
 """
 
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     from inception_jax.errors import UserError
-    from inception_jax.evaluation import report
+    from inception_jax.reporting import report
 
     if not positional:
         raise UserError(

@@ -9,7 +9,7 @@ from absl import flags
 from inception_jax import cli
 
 if TYPE_CHECKING:
-    from inception_jax.input.dataset import Dataset
+    from inception_jax.datasets.dataset import Dataset
     from inception_jax.models.weights import Weights
 
 USAGE = """
@@ -57,10 +57,10 @@ _FLOAT_ENDS = flags.DEFINE_bool(
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    from inception_jax import runtime
     from inception_jax.errors import UserError
     from inception_jax.models import weights
-    from inception_jax.training import pretrained, workdir
+    from inception_jax.runtime import devices
+    from inception_jax.training import initialization, workdir
 
     if _QUANTISE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
@@ -69,8 +69,8 @@ def main(positional: Sequence[str]) -> None:
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
-    runtime.initialize(platform="cpu", log=cli.say)
-    trained = pretrained.load(
+    devices.initialize(platform="cpu", log=cli.say)
+    trained = initialization.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
     path = cli.given(_OUTPUT)
@@ -90,20 +90,20 @@ def main(positional: Sequence[str]) -> None:
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     import json
 
-    from inception_jax.evaluation import export
+    from inception_jax.export import formats
 
-    data = export.stablehlo(weights)
-    _say_difference(export.largest_difference(weights, export.load_stablehlo(data)))
+    data = formats.stablehlo(weights)
+    _say_difference(formats.largest_difference(weights, formats.load_stablehlo(data)))
     _write(path, data)
-    about = json.dumps(export.describe(weights), indent=2)
+    about = json.dumps(formats.describe(weights), indent=2)
     _write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
 
 
 def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
-    from inception_jax.evaluation import export
+    from inception_jax.export import formats
 
-    data = export.onnx_file(weights)
-    _say_difference(export.largest_difference(weights, export.load_onnx(data)))
+    data = formats.onnx_file(weights)
+    _say_difference(formats.largest_difference(weights, formats.load_onnx(data)))
     _write(path, data)
 
 
@@ -113,23 +113,23 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
 
     import numpy as np
 
-    from inception_jax.evaluation import export
+    from inception_jax.export import formats
 
     dataset = _dataset()
-    export.check_data(dataset, weights)
-    plain = export.onnx_file(weights)
-    _say_difference(export.largest_difference(weights, export.load_onnx(plain)))
+    formats.check_data(dataset, weights)
+    plain = formats.onnx_file(weights)
+    _say_difference(formats.largest_difference(weights, formats.load_onnx(plain)))
     train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
     # Examples lie in the order of a hash, so the first are as good as any.
-    small = export.quantised(plain, train.read(np.arange(count)), float_ends=_FLOAT_ENDS.value)
+    small = formats.quantised(plain, train.read(np.arange(count)), float_ends=_FLOAT_ENDS.value)
     before, after = (
-        export.accuracy(form, export.load_onnx(data), dataset.evaluation, size=len(data))
+        formats.accuracy(form, formats.load_onnx(data), dataset.evaluation, size=len(data))
         for form, data in (("float32", plain), ("int8", small))
     )
     found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
     quantised = dataclasses.replace(weights, metrics=found | {"count": after.count})
-    _write(path, export.described(small, quantised, precision="int8"))
+    _write(path, formats.described(small, quantised, precision="int8"))
     print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
@@ -145,7 +145,7 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantise=none)")
-    if warning := export.quantisation_warning(before, after, remedies):
+    if warning := formats.quantisation_warning(before, after, remedies):
         cli.say(warning)
     return quantised
 
@@ -153,8 +153,8 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
 def _dataset() -> "Dataset":
     """Opens the data of --config, for which cli takes the run's own where it is not given."""
     from inception_jax import config as configs
+    from inception_jax.datasets import dataset
     from inception_jax.errors import UserError
-    from inception_jax.input import dataset
 
     given: configs.Config | None = flags.FLAGS.config
     if given is None:
@@ -166,7 +166,7 @@ def _dataset() -> "Dataset":
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    from inception_jax import atomic
+    from inception_jax.storage import atomic
 
     with atomic.replacing(path) as temporary:
         temporary.write_bytes(data)

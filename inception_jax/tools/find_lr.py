@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from inception_jax import cli, memory
+from inception_jax import cli
+from inception_jax.runtime import huge_pages
 
 if TYPE_CHECKING:
-    from inception_jax.training.range_test import Point
+    from inception_jax.training.lr_range_test import Point
 
 USAGE = """
 Find a learning rate: train shortly while the rate rises, and see where the loss falls and diverges.
@@ -40,11 +41,11 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     from inception_jax import config as configs
-    from inception_jax import runtime
     from inception_jax.errors import UserError
-    from inception_jax.evaluation import report
+    from inception_jax.reporting import report
+    from inception_jax.runtime import devices
     from inception_jax.training import run, workdir
-    from inception_jax.training.range_test import chance_loss, doubts, propose, range_test
+    from inception_jax.training.lr_range_test import chance_loss, doubts, propose, range_test
 
     if configs.is_open(_CONFIG.value, "schedule.learning_rate"):
         _CONFIG.value.schedule.learning_rate = _LOW.value  # The test has rates of its own.
@@ -56,7 +57,7 @@ def main(positional: Sequence[str]) -> None:
         )
     output = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(output), flag="output")
-    runtime.initialize(platform=_PLATFORM.value, log=cli.say)
+    devices.initialize(platform=_PLATFORM.value, log=cli.say)
     this_run = run.build(_CONFIG.value, log=cli.say)
     points = range_test(
         this_run,
@@ -102,5 +103,5 @@ def _say(point: "Point") -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

@@ -55,13 +55,12 @@ _TRANSFORMED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    from inception_jax import runtime
     from inception_jax.config import Config, Data
     from inception_jax.models import torchvision_weights, weights
-    from inception_jax.telemetry import summary
+    from inception_jax.runtime import devices, environment
     from inception_jax.training import workdir
 
-    runtime.initialize(platform="cpu", log=cli.say)
+    devices.initialize(platform="cpu", log=cli.say)
     source, target = cli.given(_INPUT), cli.given(_OUTPUT)
     state = read_state_dict(source)
     try:
@@ -79,7 +78,7 @@ def main(positional: Sequence[str]) -> None:
         class_names=(),
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),
-        revision=summary.revision(),
+        revision=environment.revision(),
     )
     if _CLASS_NAMES.value is not None:
         names = read_names(_CLASS_NAMES.value, imported.num_classes)

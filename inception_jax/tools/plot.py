@@ -23,7 +23,7 @@ _OUTPUT = cli.define_path("output", "folder for plots with a curve of each run")
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     from inception_jax.errors import UserError
-    from inception_jax.evaluation import report
+    from inception_jax.reporting import report
 
     if not positional:
         raise UserError("give at least one run's folder: python -m inception_jax.tools.plot DIR")

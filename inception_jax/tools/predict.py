@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
-from inception_jax import atomic, cli, memory
+from inception_jax import cli
 from inception_jax.errors import ConfigError, DataError, RunError, UserError
+from inception_jax.runtime import huge_pages
+from inception_jax.storage import atomic
 
 if TYPE_CHECKING:
     from inception_jax.config import Data
-    from inception_jax.datasets.pictures import Found
     from inception_jax.datasets.progress import Progress
-    from inception_jax.evaluation.explain import HeatMaps
-    from inception_jax.evaluation.listing import Format
-    from inception_jax.evaluation.predict import Predictor
-    from inception_jax.input.splits import Split
+    from inception_jax.datasets.splits import Split
+    from inception_jax.inference.gradcam import HeatMaps
+    from inception_jax.inference.image_files import Found
+    from inception_jax.inference.output_formats import Format
+    from inception_jax.inference.predictor import Predictor
     from inception_jax.models.weights import Weights
 
 USAGE = """
@@ -75,16 +77,16 @@ flags.FLAGS.set_gnu_getopt(True)
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     _check_flags(positional)
-    from inception_jax.datasets import pictures
+    from inception_jax.inference import image_files
 
-    found = pictures.find(positional) if positional else None
-    from inception_jax import runtime
-    from inception_jax.training import pretrained
+    found = image_files.find(positional) if positional else None
+    from inception_jax.runtime import devices
+    from inception_jax.training import initialization
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
-    runtime.initialize(platform=_PLATFORM.value, log=cli.say)
-    weights = pretrained.load(
+    devices.initialize(platform=_PLATFORM.value, log=cli.say)
+    weights = initialization.load(
         workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
     )
     cli.say(f"network: {weights}")
@@ -111,22 +113,21 @@ def _check_flags(positional: Sequence[str]) -> None:
 
 def _predict_files(weights: "Weights", found: "Found") -> None:
     """Writes the best classes of picture files, and says which could not be read."""
-    from inception_jax.datasets import folders
-    from inception_jax.evaluation import listing, predict
+    from inception_jax.datasets.builders import folders
+    from inception_jax.inference import output_formats
+    from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
     if found.left_out:
         left_out = folders.listed([folders.shown(path) for path in found.left_out])
         cli.say(f"left out, as not named as pictures: {left_out}")
-    predictor = predict.Predictor(weights, batch_size=predict.batch_size_for(len(found.files)))
+    predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
     cli.say(f"pictures: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
-    format = listing.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
-    read = predict.read_files(
-        predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0
-    )
+    format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
+    read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
     failed = 0
     with _results(format) as file, _progress(len(found.files), predictor) as progress:
-        for batch in predict.classify(predictor, read):
+        for batch in classify(predictor, read):
             for each in batch:
                 if isinstance(each, DataError):
                     progress.note(str(each))
@@ -149,7 +150,7 @@ def _heat_maps(predictor: "Predictor") -> "HeatMaps | None":
     if _EXPLAIN.value is None:
         return None
     # Imports matplotlib.
-    from inception_jax.evaluation.explain import Explainer, HeatMaps
+    from inception_jax.inference.gradcam import Explainer, HeatMaps
 
     explainer = Explainer(predictor, _LAYER.value or "")
     height, width = explainer.grid
@@ -162,18 +163,19 @@ def _predict_split(weights: "Weights") -> None:
     """Writes the best class of each image of a prepared split."""
     import numpy as np
 
-    from inception_jax.datasets import images, pictures
-    from inception_jax.evaluation import listing, predict
-    from inception_jax.input.dataset import class_ids
+    from inception_jax.datasets import decode
+    from inception_jax.datasets.dataset import class_ids
+    from inception_jax.inference import image_files, output_formats
+    from inception_jax.inference.predictor import Predictor, batch_size_for
 
     data = _data_settings(weights)
     split = _open_split(weights, data)
-    format = listing.best_only(class_ids(data))
-    predictor = predict.Predictor(weights, batch_size=predict.batch_size_for(len(split)))
-    order = sorted(range(len(split)), key=lambda n: pictures.natural_key(split.names[n]))
+    format = output_formats.best_only(class_ids(data))
+    predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
+    order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
     with _results(format) as file, _progress(len(order), predictor) as progress:
-        pieces = [np.array(piece) for piece in images.pieces(order, predictor.batch_size)]
-        for piece, pixels in zip(pieces, images.threaded_map(split.read, pieces), strict=True):
+        pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
+        for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
             for n, guesses in zip(piece, predictor.guesses(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], guesses))
             progress.update(len(piece))
@@ -197,11 +199,11 @@ def _data_settings(weights: "Weights") -> "Data":
 
 def _open_split(weights: "Weights", data: "Data") -> "Split":
     """Returns the split that --split names, as an evaluation sees it."""
-    from inception_jax.input.dataset import prepare
-    from inception_jax.training import pretrained
+    from inception_jax.datasets.dataset import prepare
+    from inception_jax.training import initialization
 
     dataset = prepare(data, log=cli.say)
-    if reason := pretrained.other_classes(weights, dataset):
+    if reason := initialization.other_classes(weights, dataset):
         raise ConfigError(f"the data set {dataset.name} has other classes: {reason}")
     if _SPLIT.value == dataset.train_split:
         return dataset.train_evaluated
@@ -216,9 +218,9 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
 @contextlib.contextmanager
 def _results(format: "Format") -> Iterator[TextIO]:
     """Opens where the results go, and writes what comes before the first."""
-    from inception_jax.evaluation import listing
+    from inception_jax.inference import output_formats
 
-    with listing.written(_OUTPUT.value) as file:
+    with output_formats.written(_OUTPUT.value) as file:
         file.write(format.header)
         yield file
 
@@ -233,5 +235,5 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

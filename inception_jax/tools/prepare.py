@@ -23,7 +23,7 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     from inception_jax import config as configs
-    from inception_jax.input.dataset import prepare
+    from inception_jax.datasets.dataset import prepare
 
     configs.validate(_CONFIG.value)
     dataset = prepare(_CONFIG.value.data, log=cli.say)

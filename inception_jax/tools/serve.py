@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from inception_jax import cli, memory
+from inception_jax import cli
 from inception_jax.errors import UserError
+from inception_jax.runtime import huge_pages
 
 USAGE = """
 Serve a local web page: drop, paste, choose or photograph a picture, and see the most probable
@@ -46,20 +47,20 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     try:
-        from inception_jax.serving import app, server
+        from inception_jax.inference.server import app, server
     except ModuleNotFoundError as error:
         raise UserError(
             f"the page needs {error.name}, which is not installed: pip install -e '.[serve]'"
         ) from error
-    from inception_jax import runtime
-    from inception_jax.evaluation.explain import Explainer
-    from inception_jax.evaluation.predict import Predictor
-    from inception_jax.serving.classify import Classifier, Limits
-    from inception_jax.training import pretrained
+    from inception_jax.inference.gradcam import Explainer
+    from inception_jax.inference.predictor import Predictor
+    from inception_jax.inference.server.classify import Classifier, Limits
+    from inception_jax.runtime import devices
+    from inception_jax.training import initialization
 
     with server.bind(_HOST.value, _PORT.value) as bound:
-        runtime.initialize(platform=_PLATFORM.value, log=cli.say)
-        weights = pretrained.load(
+        devices.initialize(platform=_PLATFORM.value, log=cli.say)
+        weights = initialization.load(
             workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
         )
         cli.say(f"network: {weights}; compiling")
@@ -77,5 +78,5 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

@@ -10,7 +10,7 @@ from inception_jax import cli
 
 if TYPE_CHECKING:
     from inception_jax.config import Config
-    from inception_jax.models.structure import Structure
+    from inception_jax.inspection.structure import Structure
     from inception_jax.models.weights import Weights
 
 USAGE = """
@@ -49,11 +49,12 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     from inception_jax import config as configs
-    from inception_jax import runtime
     from inception_jax.errors import UserError
-    from inception_jax.evaluation import architecture, drawing
-    from inception_jax.models import registry, structure
-    from inception_jax.training import pretrained, workdir
+    from inception_jax.inspection import drawing, structure
+    from inception_jax.inspection.table import make_table
+    from inception_jax.models import registry
+    from inception_jax.runtime import devices
+    from inception_jax.training import initialization, workdir
 
     given: Config | None = flags.FLAGS.config
     if _IMAGE.value is not None and given is not None:
@@ -61,19 +62,19 @@ def main(positional: Sequence[str]) -> None:
             "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
         )
     # Tracing needs no accelerator, and another command may be using it.
-    runtime.initialize(platform="cpu", log=cli.say)
+    devices.initialize(platform="cpu", log=cli.say)
     if given is not None:
         configs.validate(given)
         config, weights, classes = given, None, _classes(given.data.name)
     else:
-        weights = pretrained.load(
+        weights = initialization.load(
             workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
         )
         config, classes = weights.config, weights.num_classes
     found = structure.describe(registry.create(config.model, classes), config.data.image_size)
     folder = _output()
     workdir.check_writable(workdir.Workdir(folder), flag="output")
-    table = architecture.table(found)
+    table = make_table(found)
     print(table.markdown())
     title = f"{config.model.name}, {config.data.image_size} px, {classes} classes"
     written = table.write(folder)
@@ -106,7 +107,8 @@ def _draw_weights(
     folder: pathlib.Path, weights: "Weights", structure: "Structure"
 ) -> list[pathlib.Path]:
     """Draws the first filters and, of an image, activations; returns the files."""
-    from inception_jax.evaluation import feature_maps, predict
+    from inception_jax.inference.predictor import Predictor
+    from inception_jax.inspection import feature_maps
 
     written = [folder / "filters.png"]
     first = next(layer.name for layer in structure.layers if layer.inputs[0].source is None)
@@ -117,7 +119,7 @@ def _draw_weights(
     written.append(folder / "activations.png")
     modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
     layer = _LAYER.value or next(modules)
-    predictor = predict.Predictor(weights)
+    predictor = Predictor(weights)
     pixels = predictor.read(_IMAGE.value.read_bytes(), str(_IMAGE.value))
     maps = feature_maps.activations(predictor, pixels, layer)
     feature_maps.draw_activations(written[1], pixels, maps, layer=layer, title=str(weights))

@@ -30,9 +30,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
-from inception_jax import paths
 from inception_jax.errors import CheckpointError, UserError, WriteError
-from inception_jax.training import manifest, storage
+from inception_jax.storage import integrity, manifest, paths
 from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
@@ -78,7 +77,7 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
-        log: storage.Log = storage.say,
+        log: integrity.Log = integrity.say,
     ) -> None:
         self._directory = directory
         self._log = log
@@ -90,7 +89,7 @@ class Checkpoints:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
                 _merge_unmerged(directory)
-                storage.set_aside_damaged(directory, log)
+                integrity.set_aside_damaged(directory, log)
             _wait_for_all_processes("damaged checkpoints set aside")
             with _readable_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -144,7 +143,7 @@ class Checkpoints:
           UserError: if it is none of them.
           CheckpointError: if there is no such checkpoint, or the one of that number is damaged.
         """
-        steps = storage.steps(self._directory)
+        steps = integrity.steps(self._directory)
         if which in ("best", "last"):
             candidates = self._ranked(which)
         elif which.isdecimal():
@@ -152,7 +151,7 @@ class Checkpoints:
         else:
             raise UserError(f"--checkpoint={which}: must be best, last or the number of a step")
         for step in candidates:
-            if not (problem := storage.problem(self._directory / str(step))):
+            if not (problem := integrity.problem(self._directory / str(step))):
                 return step
             self._log(f"{self._directory / str(step)}: this checkpoint is damaged: {problem}")
         there = ", ".join(map(str, steps)) or "none"
@@ -168,7 +167,7 @@ class Checkpoints:
 
     def _ranked(self, which: str) -> list[int]:
         """Returns all steps, the last first, or those that were evaluated, the best first."""
-        steps = storage.steps(self._directory)
+        steps = integrity.steps(self._directory)
         if which == "last":
             return steps[::-1]
         top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
@@ -366,8 +365,8 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _merge_unmerged(directory: pathlib.Path) -> None:
     """Finishes checkpoints that older versions left in a folder with brackets in its path."""
-    for step in storage.steps(directory) if directory.is_dir() else []:
-        for item in storage.unmerged(directory / str(step)):
+    for step in integrity.steps(directory) if directory.is_dir() else []:
+        for item in integrity.unmerged(directory / str(step)):
             plain = paths.Plain(item)
             with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
                 handler.finalize(plain.path)
@@ -384,7 +383,7 @@ def _check_restorable(folder: pathlib.Path) -> None:
     """
     try:
         with contextlib.closing(_handler()) as handler:
-            for item in storage.ARRAYS:
+            for item in integrity.ARRAYS:
                 arrays = handler.metadata(folder / item).tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
                 handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax import config
-from inception_jax.input import sharding
+from inception_jax.runtime import sharding
 from inception_jax.training import losses
 from inception_jax.training.state import Variables
 

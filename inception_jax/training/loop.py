@@ -13,20 +13,22 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted, RunError, during
 from inception_jax.input import crops, pipeline
-from inception_jax.input.splits import Split
-from inception_jax.telemetry import compilations, resources, summary
+from inception_jax.runtime import environment
+from inception_jax.storage import integrity, lock
+from inception_jax.telemetry import compilations, resources
 from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock, Rate, Share
-from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter, informative
-from inception_jax.training import lock, nonfinite, norm, optimizers, pretrained, storage
+from inception_jax.training import initialization, nonfinite, norm, optimizers
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
@@ -84,7 +86,7 @@ def train(
     """
     config = run.config
     with (
-        lock.exclusive(workdir.path, storage.say) if run.is_lead else contextlib.nullcontext(),
+        lock.exclusive(workdir.path, integrity.say) if run.is_lead else contextlib.nullcontext(),
         Checkpoints(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
@@ -127,7 +129,7 @@ def train(
                 clock,
                 limit=60 * config.watch.stall_minutes,
                 long_limit=60 * config.watch.long_stall_minutes,
-                log=storage.say,
+                log=integrity.say,
             ),
             clock.phase("other"),
         ):
@@ -187,7 +189,7 @@ def _start(
     like, create = states.plan(run)
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
-    start = pretrained.start(run, like) if first is None and run.config.init.weights else None
+    start = initialization.start(run, like) if first is None and run.config.init.weights else None
     log = progress_lines.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(run, like, background, first=first or 0, log=log)
     if start:
@@ -306,9 +308,9 @@ def _train(
             reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):
-                with storage.tolerated(goes_on, reporter.note):
+                with integrity.tolerated(goes_on, reporter.note):
                     checkpoints.wait()
-                with storage.tolerated(goes_on and not (last or stop_now), reporter.note):
+                with integrity.tolerated(goes_on and not (last or stop_now), reporter.note):
                     # Lines up to this step must be on disk before a checkpoint says they are.
                     reporter.flush()
                     checkpoints.save(
@@ -317,7 +319,7 @@ def _train(
                         metrics=metrics if evaluate_now else None,
                     )
         if evaluate_now:
-            with storage.tolerated(goes_on and not last, reporter.note):
+            with integrity.tolerated(goes_on and not last, reporter.note):
                 reporter.show(step, metrics)
         if stop_now:
             break
@@ -355,7 +357,7 @@ class _Reporter:
         """Says what is trained, on what, from where."""
         run, note = self._run, self._progress.note
         if not first:
-            note(summary.parameter_table(state.params))
+            note(environment.parameter_table(state.params))
         self._modules = sorted(state.params)
         devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
         if jax.process_count() > 1:
@@ -496,7 +498,7 @@ class _Reporter:
             "images_per_second": round(step * run.config.train.batch_size / busy, 2),
             "seconds": round(clock.total(), 3),
             "seconds_by_phase": {k: round(v, 3) for k, v in clock.state().items()},
-            "environment": summary.environment(),
+            "environment": environment.environment(),
         }
 
     def _timing(self, rate: float) -> dict[str, float]:

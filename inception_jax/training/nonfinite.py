@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from inception_jax.telemetry.metrics import NEVER, FirstStep
+from inception_jax.training.metrics import NEVER, FirstStep
 from inception_jax.training.state import TrainState
 
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import optax
 
-from inception_jax.input import augment, pipeline, sharding
+from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
+from inception_jax.runtime import sharding
 from inception_jax.training import keys
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables

@@ -14,13 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax import config as configs
-from inception_jax import hosts
 from inception_jax.config import Config, Duration, Timeline
+from inception_jax.datasets.dataset import Dataset, data_directory, prepare
+from inception_jax.datasets.splits import Split, subset
 from inception_jax.errors import ConfigError, during
-from inception_jax.input import sharding
-from inception_jax.input.dataset import Dataset, data_directory, prepare
-from inception_jax.input.splits import Split, subset
 from inception_jax.models import ops, registry
+from inception_jax.runtime import hosts, sharding
 from inception_jax.training import auto_settings, optimizers
 
 

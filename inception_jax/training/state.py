@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inception_jax.input import sharding
 from inception_jax.models import weights
-from inception_jax.telemetry.metrics import TrainMetrics
+from inception_jax.runtime import sharding
 from inception_jax.training import keys
+from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 
 Variables = dict[str, Any]

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from inception_jax.input import augment, pipeline, sharding
+from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
+from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
-from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
+from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 

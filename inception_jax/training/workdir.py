@@ -14,12 +14,12 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from inception_jax import atomic, hosts, paths
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration
+from inception_jax.datasets.dataset import class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
-from inception_jax.input.dataset import class_changes
-from inception_jax.telemetry import summary
+from inception_jax.runtime import environment, hosts
+from inception_jax.storage import atomic, paths
 
 # What the record of a data set calls them.
 _NAMES = "class names"
@@ -335,6 +335,6 @@ def record_start(
         "config": values,
         "experiment": experiment,
         "dataset": dataset,
-        "environment": summary.environment(),
+        "environment": environment.environment(),
     }
     write_json(workdir.config, record)

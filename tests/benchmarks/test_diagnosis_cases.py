@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks import diagnosis_cases, measure
 from benchmarks.diagnosis_cases import CASES
 from inception_jax import config as configs
-from inception_jax.evaluation.diagnosis import diagnose
+from inception_jax.reporting.diagnosis import diagnose
 
 STORED = measure.ROOT / "benchmarks" / "results" / "diagnosis_cases.json"
 RESULTS: dict[str, Any] = json.loads(STORED.read_text())["results"]

@@ -17,20 +17,14 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import (
-    archive,
-    cifar10,
-    folders,
-    imagenet,
-    images,
-    pictures,
-    registry,
-)
-from inception_jax.datasets import files as limits
-from inception_jax.datasets.files import FolderSource
-from inception_jax.datasets.zip_source import ZipSource
+from inception_jax.datasets import decode, registry
+from inception_jax.datasets.builders import archive, cifar10, folders, imagenet
+from inception_jax.datasets.dataset import prepare
+from inception_jax.datasets.sources import files as limits
+from inception_jax.datasets.sources.files import FolderSource
+from inception_jax.datasets.sources.zip_source import ZipSource
 from inception_jax.errors import DataError
-from inception_jax.input.dataset import prepare
+from inception_jax.inference import image_files
 from tests import archives
 
 SIZE = 16
@@ -219,7 +213,7 @@ def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -
         for name in ("a/pipe.jpg", "a/zero.jpg"):
             with pytest.raises(DataError, match="is a device or a pipe, no file"):
                 source.read(name)
-    found = pictures.find([str(path)])
+    found = image_files.find([str(path)])
     assert [os.path.basename(file) for file in found.files] == ["0.jpg", "1.jpg"]
     assert [os.path.basename(file) for file in found.left_out] == ["pipe.jpg", "zero.jpg"]
 
@@ -235,9 +229,9 @@ def test_a_file_far_larger_than_a_picture_is_not_read(
         pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; at most"),
     ):
         source.read("a/large.jpg")
-    monkeypatch.setattr(pictures, "MOST_BYTES", 1000)
+    monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
     with pytest.raises(DataError, match=r"large\.jpg: has more than 1,000 bytes"):
-        pictures.read(str(tmp_path / "a" / "large.jpg"))
+        image_files.read(str(tmp_path / "a" / "large.jpg"))
 
 
 # Pictures.
@@ -270,15 +264,15 @@ def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
     data = make(50_000)
     with Image.open(io.BytesIO(make(9_000))) as image:
         assert image.size == (9_000, 9_000), "what is changed is the size"
-    assert "2500000000 pixels" in str(images.inspect(data).problem)
+    assert "2500000000 pixels" in str(decode.inspect(data).problem)
     tracemalloc.start()
-    for decode in (
-        lambda: images.decode(data, SIZE, "x.jpg"),
-        lambda: images.decode_box(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
-        lambda: images.verify(data, "x.jpg"),
+    for read in (
+        lambda: decode.decode(data, SIZE, "x.jpg"),
+        lambda: decode.decode_box(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
+        lambda: decode.verify(data, "x.jpg"),
     ):
         with pytest.raises(DataError, match=r"x\.jpg: not a readable image .*2500000000 pixels"):
-            decode()
+            read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50 << 20
@@ -291,9 +285,9 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "EPS", "PIL would take it"
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
-    assert "EPS is a program" in str(images.inspect(data).problem)
+    assert "EPS is a program" in str(decode.inspect(data).problem)
     with pytest.raises(DataError, match="EPS is a program"):
-        images.decode(data, SIZE, "x.jpg")
+        decode.decode(data, SIZE, "x.jpg")
 
 
 def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
@@ -301,9 +295,9 @@ def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(red).save(buffer, format="PNG")
     for name in ("x.jpg", "x.txt", "x"):
-        np.testing.assert_array_equal(images.decode(buffer.getvalue(), SIZE, name), red)
+        np.testing.assert_array_equal(decode.decode(buffer.getvalue(), SIZE, name), red)
     # Nor does a picture's ending make a picture.
-    assert str(images.inspect(b"#!/bin/sh\nexit", "x.jpg").problem) == "text"
+    assert str(decode.inspect(b"#!/bin/sh\nexit", "x.jpg").problem) == "text"
 
 
 def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from inception_jax import config
 from inception_jax.datasets import registry
-from inception_jax.datasets.builder import ImageBuilder
+from inception_jax.datasets.builders.base import ImageBuilder
 from inception_jax.errors import ConfigError
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from inception_jax.datasets.splits import Split
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import augment, pipeline
-from inception_jax.input.splits import Split
 from inception_jax.training import run, state
 from tests import small
 

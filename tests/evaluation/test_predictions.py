@@ -8,10 +8,10 @@ import resource
 import numpy as np
 import pytest
 
+from inception_jax.datasets.splits import DecodedSplit
 from inception_jax.errors import UserError
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions
-from inception_jax.input.splits import DecodedSplit
 from tests import run_folders
 
 

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import images
+from inception_jax.datasets import decode
+from inception_jax.datasets.dataset import Dataset, prepare
+from inception_jax.datasets.splits import RecordSplit
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator
-from inception_jax.input import crops, pipeline, sharding
-from inception_jax.input.dataset import Dataset, prepare
-from inception_jax.input.splits import RecordSplit
+from inception_jax.input import crops, pipeline
+from inception_jax.runtime import sharding
 from inception_jax.training import loop, workdir
 from tests import archives, small
 
@@ -205,7 +206,7 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     np.testing.assert_array_equal(whole.train.read(indices), cut.train.read(indices))
     (batch,) = pipeline.eval_batches(cut.evaluation, batch_size=16, mesh=mesh)
     found = np.asarray(batch["image"])[:15]
-    expected = [images.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
+    expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
     np.testing.assert_array_equal(found, expected)
     assert (found != whole.evaluation.read(np.arange(15))).any()
     both = dataset(directory, eval_crop=0.5, holdout=6)
@@ -215,7 +216,7 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
         (both.train_evaluated, 27),
         (cut.train_evaluated, 33),
     ):
-        expected = [images.decode(files[name], SIZE, name, crop=0.5) for name in split.names]
+        expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in split.names]
         np.testing.assert_array_equal(split.read(np.arange(count)), expected)
     assert whole.train_evaluated is whole.train
 

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from inception_jax.errors import ConfigError
-from inception_jax.input import pipeline, sharding
+from inception_jax.input import pipeline
+from inception_jax.runtime import sharding
 
 
 def make_split(examples: int) -> types.SimpleNamespace:

@@ -6,7 +6,7 @@ import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Data
-from inception_jax.input.dataset import prepare
+from inception_jax.datasets.dataset import prepare
 from tests import archives, command, small
 
 SIZE = 16

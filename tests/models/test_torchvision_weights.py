@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from inception_jax.config import Config, Model
 from inception_jax.errors import ConfigError, DataError
-from inception_jax.evaluation.predict import Predictor
+from inception_jax.inference.predictor import Predictor
 from inception_jax.models import registry, torchvision_weights, weights
 from inception_jax.models.torchvision_weights import Imported, from_torchvision
 from inception_jax.models.weights import Weights

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from inception_jax.evaluation.predict import Predictor
+from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights
 from tests import command, random_weights, small
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from inception_jax.config import Data
-from inception_jax.evaluation.explain import png
-from inception_jax.evaluation.predict import Predictor
-from inception_jax.input.dataset import prepare
+from inception_jax.datasets.dataset import prepare
+from inception_jax.inference.gradcam import png
+from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
 from tests import archives, command, small

@@ -18,8 +18,8 @@ from inception_jax.config import (
     Train,
 )
 from inception_jax.errors import ConfigError
-from inception_jax.evaluation import diagnosis
 from inception_jax.models import ops, registry
+from inception_jax.reporting import diagnosis
 from inception_jax.training import auto_settings, run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small

@@ -19,9 +19,9 @@ import pytest
 from etils import epath
 
 from inception_jax.errors import CheckpointError, WriteError
-from inception_jax.telemetry.metrics import TrainMetrics
-from inception_jax.training import manifest, storage
+from inception_jax.storage import integrity, manifest
 from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.state import TrainState
 from tests import disks, names
 
@@ -147,7 +147,7 @@ def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
         checkpoints.wait()
         check_restores(checkpoints, 6)
     assert files(folder / "6.damaged") == before
-    assert storage.problem(folder / "6") == ""
+    assert integrity.problem(folder / "6") == ""
     # A second time, too.
     damage(folder / "6")
     with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
@@ -180,11 +180,11 @@ def test_a_flipped_bit_in_any_file_is_found(folder: pathlib.Path) -> None:
     assert len(found) > 15
     for name in found:
         flip(folder / "6" / name)
-        problem = storage.problem(folder / "6")
+        problem = integrity.problem(folder / "6")
         # In the manifest itself it is another file's checksum that changes.
         assert name in problem or (name == manifest.NAME and problem), name
         flip(folder / "6" / name)
-    assert storage.problem(folder / "6") == ""
+    assert integrity.problem(folder / "6") == ""
 
 
 def test_nothing_is_changed_where_no_checkpoint_is_whole(folder: pathlib.Path) -> None:
@@ -207,7 +207,7 @@ def test_a_damaged_one_does_not_drive_out_a_whole_one(folder: pathlib.Path) -> N
     with Checkpoints(folder, keep_last=2, keep_best=0, log=lambda _: None) as checkpoints:
         save(checkpoints, 3)
         save(checkpoints, 5)
-    assert storage.steps(folder) == [3, 5]
+    assert integrity.steps(folder) == [3, 5]
     assert {path.name for path in folder.iterdir()} == {"3", "5", "4.damaged", "6.damaged"}
 
 
@@ -282,7 +282,7 @@ def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
         checkpoints.wait()
         check_restores(checkpoints, 8)
     # The newest and the best.
-    assert storage.steps(folder) == [4, 8]
+    assert integrity.steps(folder) == [4, 8]
 
 
 def test_a_failure_of_the_last_write_shows_at_the_end(
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full_and_then_is_not(
             save(checkpoints, 4)
             with pytest.raises(WriteError, match="No space left on device"):
                 checkpoints.wait()
-            assert storage.problem(folder / "2") == ""
+            assert integrity.problem(folder / "2") == ""
             check_restores(checkpoints, 2)
             (disk / "other").unlink()
             save(checkpoints, 4)
@@ -379,7 +379,7 @@ def test_a_clock_that_is_set_back_loses_nothing(
     monkeypatch.setattr(time, "time_ns", lambda: int((now - 1e6) * 1e9))
     with Checkpoints(folder, keep_last=2, keep_best=0) as checkpoints:
         save(checkpoints, 8)
-    assert storage.steps(folder) == [6, 8]
+    assert integrity.steps(folder) == [6, 8]
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 8
 
@@ -428,7 +428,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 6
         check_restores(checkpoints, 6)
-    assert storage.steps(tmp_path / "checkpoints") == [6]
+    assert integrity.steps(tmp_path / "checkpoints") == [6]
 
 
 @pytest.mark.parametrize("name", ["run", "run[1]"])
@@ -438,7 +438,7 @@ def test_what_older_versions_left_unmerged_is_merged(
     """As they did where the path had brackets; a checkpoint was hashed and never read."""
     damaged = folder.rename(tmp_path / name)
     for step in STEPS:
-        for item in storage.ARRAYS:
+        for item in integrity.ARRAYS:
             (damaged / str(step) / item / "manifest.ocdbt").unlink()
             shutil.rmtree(damaged / str(step) / item / "d")
         (damaged / str(step) / manifest.NAME).unlink()

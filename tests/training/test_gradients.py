@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from inception_jax.config import Train
-from inception_jax.input import sharding
 from inception_jax.models.layers import ModelOutput
+from inception_jax.runtime import sharding
 from inception_jax.training import gradients
 
 BATCH, CLASSES = 32, 5

@@ -24,6 +24,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
+from inception_jax.datasets.splits import Split
 from inception_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -34,11 +35,11 @@ from inception_jax.errors import (
 )
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
-from inception_jax.input.splits import Split
+from inception_jax.storage import lock, manifest
 from inception_jax.telemetry import clock, clu_writers, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
-from inception_jax.training import lock, loop, manifest, run, state, step, workdir
+from inception_jax.training import loop, run, state, step, workdir
 from tests import small
 
 

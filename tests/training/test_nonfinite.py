@@ -17,7 +17,6 @@ from inception_jax.config import Augment, Checkpoint, Duration, Log, Optimizer, 
 from inception_jax.errors import RunError
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
-from inception_jax.telemetry.metrics import TrainMetrics
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import (
     checkpoints,
@@ -30,6 +29,7 @@ from inception_jax.training import (
     step,
     workdir,
 )
+from inception_jax.training.metrics import TrainMetrics
 from tests import small
 
 LIMIT = 3

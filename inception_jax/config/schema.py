@@ -1,0 +1,614 @@
+"""Every setting of a run with its unit, range and default.
+
+An experiment file returns a `Config`; the command line overrides single fields
+(`--config.train.batch_size=256`); `validation.validate` checks the whole before anything is
+downloaded or compiled.
+
+Each field is declared with `setting`, whose metadata is read in four places: `validate` (type,
+range, choices), `describe` (the --help text), `changes` (what may differ when a run is resumed) and
+the tests, which require that every field is read somewhere in the package.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+DATASETS = (
+    "tiny_imagenet",
+    "tiny_imagenet_subset",
+    "cifar10",
+    "image_folder",
+    "digits",
+    "imagenet2012",
+)
+UNREADABLE = ("refuse", "skip")
+LAYOUTS = ("auto", "classes")
+ON_CHANGE = ("refuse", "prepare")
+STORAGES = ("decoded", "records")
+# What cameras and scanners put into files of 16 bits a channel.
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+MODELS = (
+    "googlenet",
+    "googlenet_torchvision",
+    "deeper_googlenet",
+    "eight_module_googlenet",
+    "mini_googlenet",
+)
+STEMS = ("paper", "s16", "s32")
+FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
+NORMS = ("batch", "lrn", "none")
+DTYPES = ("float32", "bfloat16", "auto")
+CROPS = ("none", "pad", "resized", "inception")
+POLICIES = ("none", "randaugment", "trivialaugment")
+OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
+NONFINITE = ("stop", "skip")
+SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    resumable: bool = False,
+    per_host: bool = False,
+    path: bool = False,
+) -> Any:
+    """Declares one field of the configuration.
+
+    Args:
+      default: its value when nothing else is said; a dataclass instance is copied for each use.
+      meaning: what it is, with its unit.
+      choices: the allowed values; empty: any.
+      low, high: the smallest and largest allowed value, themselves included.
+      above, below: bounds that are themselves excluded.
+      resumable: whether a run may be resumed with another value. A field that decides the shape of
+        the state, or which examples a step sees, may not.
+      per_host: whether the processes of a run on several hosts may have different values.
+      path: whether it is a local path; empty: none.
+    """
+    metadata = {
+        "help": meaning,
+        "choices": tuple(choices),
+        "low": low,
+        "high": high,
+        "above": above,
+        "below": below,
+        "resumable": resumable,
+        "per_host": per_host,
+        "path": path,
+    }
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        template = default
+        # Deep: a group within the group would be shared otherwise.
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(template), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Duration:
+    """A length of training in one of three units; at most one of them is more than zero.
+
+    With all at zero the duration is absent, which each user of a duration gives a meaning ("off").
+    """
+
+    epochs: float = setting(
+        0.0, "passes over the training split; 0: not the unit", low=0, resumable=True
+    )
+    steps: int = setting(0, "optimizer steps; 0: not the unit", low=0, resumable=True)
+    examples: int = setting(0, "training examples seen; 0: not the unit", low=0, resumable=True)
+
+    def given(self) -> dict[str, float | int]:
+        """Returns the units that are set, with their values."""
+        return {unit: value for unit, value in dataclasses.asdict(self).items() if value}
+
+    def __bool__(self) -> bool:
+        """Whether a unit is set."""
+        return bool(self.given())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value:g} {unit}" for unit, value in self.given().items()) or "none"
+
+
+# Settings that may be left open, and the value that says so: of `model.dtype`, which the hardware
+# decides, and of those that train.auto_size takes from the size of the data.
+OPEN: dict[str, Any] = {
+    "model.dtype": "auto",
+    "train.batch_size": 0,
+    "schedule.learning_rate": 0,
+    "train.length": Duration(),
+    "schedule.warmup": Duration(),
+    "augment.mixup": -1,
+    "evaluation.every": Duration(),
+    "checkpoint.every": Duration(),
+    "log.every": Duration(),
+}
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = setting("tiny_imagenet", "the data set", choices=DATASETS)
+    source: str = setting(
+        "",
+        "the original files: an archive or a folder; empty: the official download, where there is "
+        "one",
+        resumable=True,
+        per_host=True,
+        path=True,
+    )
+    directory: str = setting(
+        "",
+        "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
+        resumable=True,
+        per_host=True,
+        path=True,
+    )
+    eval_share: float = setting(
+        0.2,
+        "share of each class that image_folder evaluates on, where the folder has no val/ or test/",
+        above=0,
+        below=1,
+    )
+    unreadable: str = setting(
+        "refuse",
+        "what image_folder does about files that are no whole image: stop, or leave them out",
+        choices=UNREADABLE,
+    )
+    archive_encoding: str = setting(
+        "",
+        "encoding of the names in image_folder's archive (gbk, shift_jis, cp866, …) where the "
+        "archive does not declare it; empty: UTF-8, or stop if they are not",
+    )
+    layout: str = setting(
+        "auto",
+        "what the outermost folders of image_folder are: splits where they are named and built so "
+        "(train/, val/), or classes whatever their names",
+        choices=LAYOUTS,
+    )
+    on_change: str = setting(
+        "refuse",
+        "what to do where the source, or a setting that decides on what is taken from it, is not "
+        "what was prepared: stop, or prepare it again in place of what is there",
+        choices=ON_CHANGE,
+        resumable=True,
+    )
+    bit_depth: int = setting(
+        0,
+        "bits that the values of image files with 16 bits a channel use, of which the upper 8 "
+        "become the pixels; 0: what the largest value of image_folder's files needs",
+        choices=(0, *BIT_DEPTHS),
+        # Whether the pixels are those of before is compared with the data set.
+        resumable=True,
+    )
+    image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
+    storage: str = setting(
+        "decoded",
+        "where a step's images come from: all decoded once into a file (3 x image_size^2 bytes "
+        "each on disk), or decoded from the compressed records at each step",
+        choices=STORAGES,
+        resumable=True,
+        per_host=True,
+    )
+    workers: int = setting(
+        0,
+        "threads that decode records, a batch each; 0: one for each core",
+        low=0,
+        resumable=True,
+        per_host=True,
+    )
+    eval_crop: float = setting(
+        1.0,
+        "side of the centred square that evaluation cuts from an image, over the image's shorter "
+        "side; other than 1 with storage 'records' only",
+        above=0,
+        high=1,
+        resumable=True,
+    )
+    holdout: int = setting(
+        0,
+        "training examples, the same number of each class, that are kept from training and "
+        "evaluated on in place of the evaluation split: to tune on; 0: none",
+        low=0,
+    )
+
+
+@dataclasses.dataclass
+class Augment:
+    crop: str = setting(
+        "pad",
+        "random crop of training images: 'pad' shifts them, 'resized' resizes a box of what was "
+        "cut to data.image_size before, 'inception' resizes a box of the original image (storage "
+        "'records' only)",
+        choices=CROPS,
+        resumable=True,
+    )
+    pad: int = setting(
+        4, "zeros added on each side before a 'pad' crop, pixels", low=0, resumable=True
+    )
+    area_min: float = setting(
+        0.08,
+        "smallest share of the image's area in a 'resized' or 'inception' crop",
+        above=0,
+        high=1,
+        resumable=True,
+    )
+    aspect_max: float = setting(
+        4 / 3,
+        "largest width/height, and height/width, of a 'resized' or 'inception' crop",
+        low=1,
+        resumable=True,
+    )
+    flip: bool = setting(True, "mirror half of the training images left to right", resumable=True)
+    policy: str = setting(
+        "none",
+        "operations drawn at random for each image, after crop and flip",
+        choices=POLICIES,
+        resumable=True,
+    )
+    policy_ops: int = setting(
+        2, "operations an image, of randaugment (trivialaugment: one)", low=1, resumable=True
+    )
+    policy_magnitude: int = setting(
+        9,
+        "strength of randaugment's operations, in 30ths of the strongest (trivialaugment: random)",
+        low=0,
+        high=30,
+        resumable=True,
+    )
+    color_jitter: float = setting(
+        0.0,
+        "brightness, contrast and saturation of each image are multiplied by factors uniform "
+        "between 1 - this and 1 + this; 0: they are not; Howard's 2013 are 0.5",
+        low=0,
+        high=1,
+        resumable=True,
+    )
+    hue_jitter: float = setting(
+        0.0,
+        "the hue of each image turns by up to this share of the colour circle, either way; 0: not",
+        low=0,
+        high=0.5,
+        resumable=True,
+    )
+    mixup: float = setting(
+        0.0, "alpha of mixup's Beta(alpha, alpha) distribution; 0: no mixup", low=0, resumable=True
+    )
+    cutmix: float = setting(
+        0.0,
+        "alpha of CutMix's Beta(alpha, alpha) distribution; 0: no CutMix",
+        low=0,
+        resumable=True,
+    )
+    mix_probability: float = setting(
+        1.0, "share of batches that mixup or CutMix change", low=0, high=1, resumable=True
+    )
+    mix_until: Duration = setting(
+        Duration(),
+        "time from the start after which nothing is mixed; none: mix to the end",
+        resumable=True,
+    )
+    cutout: int = setting(
+        0,
+        "side of the square that Cutout blanks, pixels of the image as train.image_sizes has it; "
+        "0: no Cutout",
+        low=0,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Model:
+    name: str = setting("googlenet", "the network", choices=MODELS)
+    stem: str = setting(
+        "paper",
+        "first layers of googlenet: the paper's (total stride 8), or for small images s16 "
+        "(stride 4) and s32 (stride 2)",
+        choices=STEMS,
+    )
+    width: float = setting(1.0, "factor on the number of channels of every layer", above=0)
+    five_by_five: str = setting(
+        "5x5", "what the inception modules' 5x5 branch is made of", choices=FIVE_BY_FIVE
+    )
+    norm: str = setting(
+        "batch",
+        "BatchNorm after each convolution, the paper's two local response normalisations, or none",
+        choices=NORMS,
+    )
+    norm_momentum: float = setting(
+        0.9,
+        "share of BatchNorm's running statistics kept at each step",
+        low=0,
+        below=1,
+        resumable=True,
+    )
+    norm_epsilon: float = setting(1e-3, "added to BatchNorm's variance", above=0, resumable=True)
+    aux_heads: bool = setting(False, "auxiliary classifiers on modules 4a and 4d, in training only")
+    dropout: float = setting(
+        0.4, "share of features dropped before the last layer", low=0, below=1, resumable=True
+    )
+    aux_dropout: float = setting(
+        0.7, "share of features dropped in the auxiliary heads", low=0, below=1, resumable=True
+    )
+    dtype: str = setting(
+        "float32",
+        "type that layers compute in; parameters and statistics are float32. auto: bfloat16 where "
+        "the hardware multiplies it, else float32",
+        choices=DTYPES,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Optimizer:
+    name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
+    momentum: float = setting(0.9, "momentum of SGD and Muon", low=0, below=1, resumable=True)
+    beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
+    beta2: float = setting(
+        0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True
+    )
+    epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
+    weight_decay: float = setting(
+        0.0,
+        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW, Muon)",
+        low=0,
+        resumable=True,
+    )
+    adam_rate_factor: float = setting(
+        0.05,
+        "learning rate of the Adam that muon leaves the first convolution, the classifiers, biases "
+        "and norms to, over schedule.learning_rate",
+        above=0,
+        resumable=True,
+    )
+    decay_all: bool = setting(
+        False, "decay biases and norm scales too, not kernels only", resumable=True
+    )
+    clip_norm: float = setting(
+        0.0, "largest global norm of the gradient; 0: no clipping", low=0, resumable=True
+    )
+    sam_rho: float = setting(
+        0.0,
+        "radius of sharpness-aware minimisation, in the norm of all parameters together, for twice "
+        "the work; 0: off",
+        low=0,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Schedule:
+    name: str = setting(
+        "cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES, resumable=True
+    )
+    learning_rate: float = setting(
+        0.1, "the peak rate, at the end of the warm-up", above=0, resumable=True
+    )
+    warmup: Duration = setting(
+        Duration(), "linear rise from 0 to the peak; none: start at the peak", resumable=True
+    )
+    end_factor: float = setting(
+        0.0,
+        "last rate over peak rate, for cosine, linear and polynomial",
+        low=0,
+        high=1,
+        resumable=True,
+    )
+    power: float = setting(1.0, "exponent of the polynomial schedule", above=0, resumable=True)
+    decay: float = setting(
+        0.1,
+        "factor at each boundary (steps) or over each decay_every (exponential)",
+        above=0,
+        high=1,
+        resumable=True,
+    )
+    decay_every: Duration = setting(
+        Duration(), "time in which exponential multiplies the rate by `decay`", resumable=True
+    )
+    staircase: bool = setting(
+        False, "let exponential fall at whole multiples of decay_every only", resumable=True
+    )
+    boundaries: tuple[float, ...] = setting(
+        (),
+        "where `steps` multiplies the rate by `decay`, in boundaries_unit from the start",
+        low=0,
+        resumable=True,
+    )
+    boundaries_unit: str = setting(
+        "epochs", "what `boundaries` counts", choices=("epochs", "steps"), resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Init:
+    weights: str = setting(
+        "",
+        "file of weights that a new run starts from (tools.export, tools.import_weights); "
+        "a resumed run does not read it; empty: random values",
+        path=True,
+    )
+
+
+@dataclasses.dataclass
+class Train:
+    auto_size: bool = setting(
+        False,
+        "take from the number of training images what is left at 0 or none of the batch size, "
+        "learning rate, length, warm-up, and times between evaluations, checkpoints and reports, "
+        "and mixup if it is -1",
+        resumable=True,
+    )
+    batch_size: int = setting(128, "examples a step, over all devices", low=1)
+    accumulate: int = setting(
+        1,
+        "micro-batches that a step's batch is computed in, one after another, to save memory; "
+        "BatchNorm sees each by itself",
+        low=1,
+        resumable=True,
+    )
+    length: Duration = setting(Duration(epochs=60), "length of the run", resumable=True)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread evenly over all classes", low=0, below=1, resumable=True
+    )
+    image_sizes: tuple[int, ...] = setting(
+        (),
+        "progressive resizing: sides that training images are resized to one after another, "
+        "pixels; empty: data.image_size throughout",
+        low=8,
+        resumable=True,
+    )
+    image_size_epochs: tuple[float, ...] = setting(
+        (),
+        "where each of image_sizes after the first begins, epochs from the start",
+        above=0,
+        resumable=True,
+    )
+    aux_weight: float = setting(0.3, "weight of each auxiliary head's loss", low=0, resumable=True)
+    ema: Duration = setting(
+        Duration(),
+        "time constant of the exponential moving average of parameters and BatchNorm statistics "
+        "that evaluation uses; none: no average",
+        resumable=True,
+    )
+    nonfinite: str = setting(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run, which then goes on from "
+        "the checkpoint before, or leave that step's update out",
+        choices=NONFINITE,
+        resumable=True,
+    )
+    nonfinite_limit: int = setting(
+        5,
+        "with nonfinite=skip: steps in a row left out at which the run stops",
+        low=1,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Evaluation:
+    batch_size: int = setting(
+        500,
+        "most examples an evaluation step, over all devices; fewer where the split has fewer",
+        low=1,
+        resumable=True,
+    )
+    every: Duration = setting(
+        Duration(epochs=1),
+        "time between evaluations; there is always one at the end",
+        resumable=True,
+    )
+    image_size: int = setting(
+        0,
+        "side that images are resized to for evaluation, pixels; 0: data.image_size",
+        low=0,
+        resumable=True,
+    )
+    flip: bool = setting(
+        False,
+        "evaluate also with the logits averaged over each image and its mirror image; reported "
+        "apart, as flip_loss, flip_top1 and flip_top5",
+        resumable=True,
+    )
+    train_examples: int = setting(
+        0,
+        "training examples (the first of the data set) that each evaluation covers besides, "
+        "without augmentation and dropout, as split train_eval; 0: none",
+        low=0,
+        resumable=True,
+    )
+    norm_examples: int = setting(
+        0,
+        "training examples that BatchNorm's statistics are re-estimated from before each "
+        "evaluation, and saved so, for runs of few steps; 0: the running statistics",
+        low=0,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    every: Duration = setting(
+        Duration(epochs=1),
+        "time between checkpoints; there is always one at the end",
+        resumable=True,
+    )
+    keep_last: int = setting(
+        2, "how many of the newest checkpoints are kept", low=1, resumable=True
+    )
+    keep_best: int = setting(
+        1, "how many of the best by validation top-1 are kept besides", low=0, resumable=True
+    )
+    on_write_error: str = setting(
+        "stop",
+        "what a full disk does to the run, or another reason why a checkpoint, a line of metrics "
+        "or the report cannot be written: stop it, or continue: say so, and try again at the next "
+        "one. The last must succeed. On several processes a run always stops",
+        choices=("stop", "continue"),
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class Log:
+    every: Duration = setting(Duration(steps=100), "time between training metrics", resumable=True)
+
+
+@dataclasses.dataclass
+class Watch:
+    host_silence: float = setting(
+        60.0,
+        "on several hosts: seconds without a sign of life after which another process is taken for "
+        "dead, and this one stops",
+        low=3,
+        resumable=True,
+    )
+    stall_minutes: float = setting(
+        10.0,
+        "minutes without a step, save or anything else after which a run says what each of its "
+        "threads is doing; 0: never",
+        low=0,
+        resumable=True,
+    )
+    long_stall_minutes: float = setting(
+        60.0, "the same while it compiles or evaluates; 0: never", low=0, resumable=True
+    )
+
+
+@dataclasses.dataclass
+class Expected:
+    top1: float = setting(
+        0.0,
+        "top-1 on the evaluation split that the experiment should reach, for its report, percent; "
+        "0: not known",
+        low=0,
+        high=100,
+        resumable=True,
+    )
+    source: str = setting("", "where that figure is from, in a line", resumable=True)
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run."""
+
+    name: str = setting(
+        "unnamed", "what the experiment is called in logs and plots", resumable=True
+    )
+    seed: int = setting(0, "seed of initialisation, shuffling and augmentation", low=0)
+    data: Data = setting(Data(), "what the examples are")
+    augment: Augment = setting(Augment(), "how training images are varied")
+    model: Model = setting(Model(), "what is trained")
+    init: Init = setting(Init(), "what training starts from")
+    optimizer: Optimizer = setting(Optimizer(), "how parameters are updated")
+    schedule: Schedule = setting(Schedule(), "the learning rate over time")
+    train: Train = setting(Train(), "how training runs")
+    evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
+    checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
+    log: Log = setting(Log(), "what is reported")
+    watch: Watch = setting(Watch(), "when a run counts as stuck or broken")
+    expected: Expected = setting(Expected(), "what the result is compared with")

@@ -1,0 +1,99 @@
+"""Configurations as dictionaries and JSON, and how two of them differ."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from inception_jax.config.fields import check_path, get, leaves, put
+from inception_jax.config.schema import Config
+from inception_jax.config.validation import validate
+from inception_jax.errors import ConfigError
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as nested dictionaries that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the configuration that `to_dict` (and a pass through JSON) gave `values`.
+
+    Raises:
+      ConfigError: if a field is unknown, or a value fails `validate`.
+    """
+    config = Config()
+    for path, value in flatten(values).items():
+        check_path(path)
+        put(config, path, value)
+    validate(config)
+    return config
+
+
+def unrecorded_bit_depth(data_name: str) -> int:
+    """Returns the bit depth of what older versions prepared or trained, which recorded none.
+
+    They took all 16 bits for used. Only image_folder can have such files; for others 0 stands.
+    """
+    return 16 if data_name == "image_folder" else 0
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a run's config.json holds; its "config" is one that `from_dict` takes.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ConfigError: if it cannot be read as the record of a run.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        from_dict(record["config"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as the record of a run: {error}. Was it written by another "
+            "version? Restore it from a backup, or use a new --workdir"
+        ) from error
+    return record
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one, keyed by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """Returns what the processes of a run must have in common, by the settings' full names."""
+    return {
+        f"config.{path}": get(config, path)
+        for path, _, field in leaves()
+        if not field.metadata["per_host"]
+    }
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Returns what differs between the configuration of a workdir and a new one.
+
+    Returns:
+      (refused, allowed): 'path: old → new' of the fields that a resumed run may not change, and of
+      those that it may.
+    """
+    refused: list[str] = []
+    allowed: list[str] = []
+    for path, _, field in leaves():
+        before, after = get(old, path), get(new, path)
+        if before != after:
+            resumable = field.metadata["resumable"]
+            (allowed if resumable else refused).append(f"config.{path}: {before!r} → {after!r}")
+    # The average is part of the state: it can neither be added to a run nor taken away.
+    if bool(old.train.ema) != bool(new.train.ema):
+        refused.append(f"config.train.ema: {old.train.ema} → {new.train.ema}")
+    return refused, allowed

@@ -1,0 +1,1 @@
+"""TFDS builders: files or arrays in, a standard ArrayRecord data set out."""

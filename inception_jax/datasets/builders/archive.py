@@ -1,0 +1,393 @@
+"""The files of Tiny ImageNet, in a folder or an archive: as it is published, and as it goes around.
+
+    wnids.txt                          one class id (WordNet id) a line
+    words.txt                          class id, tab, names separated by commas
+    train/<wnid>/images/<file>.JPEG    training images
+    train/<wnid>/<wnid>_boxes.txt      file, x0, y0, x1, y1 of each, separated by tabs
+    val/images/<file>.JPEG             validation images
+    val/val_annotations.txt            file, wnid, x0, y0, x1, y1 of each
+    test/images/<file>.JPEG            test images, whose classes are not published
+
+What the usual scripts make of that is taken, too. The validation images may lie in folders of their
+classes (val/<wnid>/images/ or val/<wnid>/), with or without val_annotations.txt; `images` may be
+missing everywhere; of the text files only val_annotations.txt is needed, and only where it alone
+has the classes; and all may lie in any folder of the source. An image is called by its path in the
+official layout whatever its place, so that the data prepared from all of these are the same.
+
+`index` reads the text files and checks that what they list is there, all of it, and nothing else:
+a download that was cut short or a folder that was half copied is found before any work is done.
+"""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from inception_jax.datasets.builders import folders
+from inception_jax.datasets.sources import opening
+from inception_jax.datasets.sources.files import Contents, Source
+from inception_jax.errors import DataError
+
+FOLDER = "tiny-imagenet-200"
+_WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
+# What is read of a source, and counts for its digest.
+_PARTS = (_WNIDS, _WORDS, "train/", "val/", "test/")
+# What a root is known by where there is no wnids.txt: a class's training folder.
+_CLASS_FOLDER = re.compile(r"(?:(.*)/)?train/n\d{8}/")
+_CLASS_ID = re.compile(r"n\d{8}")
+NO_BOX = (-1, -1, -1, -1)
+Box = tuple[int, int, int, int]
+
+
+class Entry(NamedTuple):
+    """One image.
+
+    Attributes:
+      file: its path in the official layout.
+      wnid: its class id, '' if unknown.
+      box: the object's, or NO_BOX.
+      path: its path in the source.
+    """
+
+    file: str
+    wnid: str
+    box: Box
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What a source holds.
+
+    Attributes:
+      wnids: the class ids, sorted; a label is an index into them.
+      class_names: a readable, unique name for each.
+      splits: the images of 'train', 'validation' and, if there are any, 'test'.
+      remarks: what is not as in the official archive and decides something, a line each.
+    """
+
+    wnids: tuple[str, ...]
+    class_names: tuple[str, ...]
+    splits: dict[str, list[Entry]]
+    remarks: tuple[str, ...] = ()
+
+
+def _root(source: Source) -> str:
+    """Returns the folder in a source that holds wnids.txt or train/: '' or ending in '/'.
+
+    Of several, as in an archive that holds a copy of itself, it is the outermost one.
+    """
+    roots = {
+        file.removesuffix(_WNIDS) for file in source.sizes if f"/{file}".endswith(f"/{_WNIDS}")
+    }
+    if not roots:
+        matches = map(_CLASS_FOLDER.match, source.sizes)
+        roots = {f"{match[1]}/" if match[1] else "" for match in matches if match}
+    if not roots:
+        names = sorted({file.split("/")[0] for file in source.sizes})
+        raise DataError(
+            f"{source.path}: not Tiny ImageNet, for it has no {_WNIDS}, and no train/ with folders "
+            f"of class ids, such as n01443537 (found: {folders.listed(names) or 'nothing'})."
+            f"{opening.archives_inside(source.sizes)} Give the {FOLDER}.zip, or the folder "
+            f"{FOLDER} that was extracted from it. For other pictures set config.data.name="
+            "image_folder."
+        )
+    return min(roots, key=lambda root: (root.count("/"), root))
+
+
+def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = None) -> Source:
+    """Opens an archive or a folder that holds Tiny ImageNet, or a part of it, at any depth.
+
+    Args:
+      path: what was given.
+      scratch: as in `sources.open_path`.
+
+    Raises:
+      DataError: if it does not exist, is damaged, or is something else.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise DataError(
+            f"config.data.source = {str(path)!r}: there is no such file or folder. Give the "
+            f"{FOLDER}.zip or the extracted folder, or leave it empty for the official download."
+        )
+    source = opening.open_path(path, hidden=folders.hidden, scratch=scratch)
+    try:
+        source.enter(_root(source))
+    except DataError:
+        source.close()
+        raise
+    return source
+
+
+def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
+    """Returns what tells the files of a source from others; it reads none.
+
+    Args:
+      path: as of `open_source`.
+      settings: without meaning here.
+
+    Raises:
+      DataError: as `open_source` does.
+    """
+    with open_source(path) as source:
+        # Revision 56edb8b and before counted what lies beside the layout, too.
+        return Contents((fingerprint(source), source.fingerprint()))
+
+
+def fingerprint(source: Source) -> str:
+    """Returns the digest of the files that are part of the layout."""
+    return source.fingerprint(file for file in source.sizes if file.startswith(_PARTS))
+
+
+def _lines(source: Source, file: str) -> list[list[str]]:
+    """Returns a text file's lines, split at tabs, without empty ones."""
+    try:
+        text = source.read(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.path}: {file} is not a text file ({error}).") from error
+    return [line.split("\t") for line in text.splitlines() if line.strip()]
+
+
+def _box(fields: list[str], where: str) -> Box:
+    try:
+        x0, y0, x1, y1 = map(int, fields)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: four whole numbers x0, y0, x1, y1 belong at the line's end, but it has "
+            f"{fields}."
+        ) from error
+    return x0, y0, x1, y1
+
+
+def _compare(
+    source: Source, where: str, *, listed: set[str], present: set[str], optional: bool = False
+) -> None:
+    """Raises DataError if the images that a text file lists are not those that are there."""
+    remedy = f", or remove {where} to use what is there" if optional else ""
+    if missing := sorted(listed - present):
+        raise DataError(
+            f"{source.path}: {len(missing):,} of the {len(listed):,} images that {where} lists are "
+            f"missing, such as {missing[0]}. Get the archive again, or copy the folder whole"
+            f"{remedy}."
+        )
+    if extra := sorted(present - listed):
+        raise DataError(
+            f"{source.path}: {where} does not list {len(extra):,} of the images that are there, "
+            f"such as {extra[0]}. Get the archive again, or fix that file{remedy}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """An image in the source: its path there, and the class folder that it lies in ('': none)."""
+
+    path: str
+    wnid: str
+
+
+def _official(folder: str, name: str) -> str:
+    """Returns an image's path in the official layout, where all names end in .JPEG."""
+    return f"{folder}/images/{os.path.splitext(name)[0]}.JPEG"
+
+
+def _images(source: Source, split: str) -> dict[str, _Image]:
+    """Returns a split's images by their official paths.
+
+    Raises:
+      DataError: if an image lies where none is expected, or two would have the same path.
+    """
+    found: list[tuple[str, _Image]] = []
+    for file in sorted(source.sizes):
+        if not file.startswith(f"{split}/") or not file.lower().endswith((".jpeg", ".jpg")):
+            continue
+        *inner, name = file.split("/")[1:]
+        below = inner[:-1] if inner[-1:] == ["images"] else inner
+        if len(below) > 1 or (split == "train" and not below) or (split == "test" and below):
+            where = "images/" if split == "test" else "<class id>/images/"
+            raise DataError(
+                f"{source.path}: {file} lies where no image is expected: {split}/ has {where}. "
+                "Move it away, or get the archive again."
+            )
+        found.append((name, _Image(file, below[0] if below else "")))
+    # Others' images may have equal names in several classes. Then the class belongs to the name.
+    classed = {(name, image.wnid) for name, image in found if image.wnid}
+    by_class = split == "train" or len({name for name, _ in classed}) < len(classed)
+    images: dict[str, _Image] = {}
+    for name, image in found:
+        folder = f"{split}/{image.wnid}" if by_class and image.wnid else split
+        official = _official(folder, name)
+        other = images.get(official)
+        if other and source.sizes[other.path] != source.sizes[image.path]:
+            raise DataError(
+                f"{source.path}: {other.path} and {image.path} are different images of one name. "
+                "Remove the one that does not belong there."
+            )
+        # Sorted by copying: the image lies in its class's folder, and in val/images/ still.
+        if not other or image.wnid:
+            images[official] = image
+    return images
+
+
+def _train(source: Source, remarks: list[str]) -> dict[str, list[Entry]]:
+    """Returns the training images of each class that has some."""
+    by_class: dict[str, dict[str, str]] = {}
+    for official, image in _images(source, "train").items():
+        by_class.setdefault(image.wnid, {})[official] = image.path
+    unboxed = 0
+    entries = {}
+    for wnid, paths in sorted(by_class.items()):
+        where = f"train/{wnid}/{wnid}_boxes.txt"
+        boxes = dict.fromkeys(paths, NO_BOX)
+        if where in source.sizes:
+            boxes = {
+                _official(f"train/{wnid}", line[0]): _box(line[1:], f"{source.path}: {where}")
+                for line in _lines(source, where)
+            }
+            _compare(source, where, listed=set(boxes), present=set(paths), optional=True)
+        else:
+            unboxed += 1
+        entries[wnid] = [Entry(file, wnid, boxes[file], paths[file]) for file in sorted(paths)]
+    if unboxed:
+        remarks.append(f"{unboxed:,} classes have no file of boxes; no setting needs one")
+    return entries
+
+
+def _validation(
+    source: Source, trained: Iterable[str], remarks: list[str]
+) -> tuple[list[Entry], set[str]]:
+    """Returns the validation images of the trained classes, and what other classes there are."""
+    trained = set(trained)
+    images = _images(source, "val")
+    listed = _annotations(source)
+    loose = [image for image in images.values() if not image.wnid]
+    if loose and _ANNOTATIONS not in source.sizes:
+        raise DataError(
+            f"{source.path}: {_ANNOTATIONS} is missing, and nothing else says of which classes the "
+            f"{len(loose):,} images in val/ are that lie in no class's folder. Get the archive "
+            "again, or copy the folder whole."
+        )
+    for file, image in images.items():
+        if image.wnid and not (image.wnid in trained or _CLASS_ID.fullmatch(image.wnid)):
+            raise DataError(
+                f"{source.path}: {image.path} lies in a folder that is called like no class. Move "
+                "it away, or get the archive again."
+            )
+        if image.wnid and file in listed and listed[file][0] != image.wnid:
+            raise DataError(
+                f"{source.path}: {image.path} lies in the folder of another class than "
+                f"{_ANNOTATIONS} gives it, {listed[file][0]}. Get the archive again, or remove "
+                "that file if the folders are right."
+            )
+    if _ANNOTATIONS in source.sizes:
+        # Images of classes that are not trained may be gone, too.
+        wanted = {file for file, (wnid, _) in listed.items() if wnid in trained or file in images}
+        _compare(source, _ANNOTATIONS, listed=wanted, present=set(images))
+    else:
+        remarks.append(f"{_ANNOTATIONS} is missing; the folders in val/ are the classes")
+    entries = []
+    for file, image in images.items():
+        wnid, box = listed.get(file, (image.wnid, NO_BOX))
+        entries.append(Entry(file, wnid, box, image.path))
+    others = {wnid for wnid, _ in listed.values()} | {entry.wnid for entry in entries}
+    return sorted(entry for entry in entries if entry.wnid in trained), others - trained
+
+
+def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
+    """Returns the class and box of each validation image that is listed, by its official path."""
+    if _ANNOTATIONS not in source.sizes:
+        return {}
+    listed = {}
+    for line in _lines(source, _ANNOTATIONS):
+        wnid = line[1] if len(line) > 1 else ""
+        if not _CLASS_ID.fullmatch(wnid):
+            raise DataError(
+                f"{source.path}: {_ANNOTATIONS} gives {line[0]} the class {wnid!r}, which is no "
+                "class id such as n01443537. Get the archive again, or fix that file."
+            )
+        box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
+        listed[_official("val", line[0])] = wnid, box
+    return listed
+
+
+def _class_names(source: Source, wnids: tuple[str, ...], remarks: list[str]) -> tuple[str, ...]:
+    """Returns the first name of each class, with the class id added where two are the same."""
+    if _WORDS not in source.sizes:
+        remarks.append(f"{_WORDS} is missing; the classes are called by their ids")
+        return wnids
+    words = {line[0]: line[1] for line in _lines(source, _WORDS) if len(line) > 1}
+    if missing := [wnid for wnid in wnids if wnid not in words]:
+        raise DataError(
+            f"{source.path}: {_WORDS} has no name for {len(missing)} classes, such as "
+            f"{missing[0]}. Use the files of one archive, or remove this one."
+        )
+    first = [words[wnid].split(",")[0].strip() for wnid in wnids]
+    uses = collections.Counter(first)
+    return tuple(
+        f"{name} ({wnid})" if uses[name] > 1 else name
+        for name, wnid in zip(first, wnids, strict=True)
+    )
+
+
+def index(source: Source) -> Index:
+    """Returns what a source holds, once it is found to be whole and consistent.
+
+    Classes without training images are left out, as `Index.remarks` says.
+
+    Raises:
+      DataError: if a file is missing, or one is there that should not be.
+    """
+    remarks: list[str] = []
+    if left_out := source.hidden:
+        remarks.append(
+            f"left out {len(left_out):,} files and folders of systems or editors: "
+            f"{folders.listed([folders.shown(path) for path in left_out])}"
+        )
+    training = _train(source, remarks)
+    listed = _listed_wnids(source, remarks)
+    if foreign := sorted(set(training) - (listed or set(training))):
+        raise DataError(
+            f"{source.path}: train/{foreign[0]} holds images, but {_WNIDS} lists no such class. "
+            "Use the files of one archive, or remove that file to use what is there."
+        )
+    if not training:
+        raise DataError(
+            f"{source.path}: train/ has no JPEG images. Get the archive again, or copy the folder "
+            "whole; for images of other formats set config.data.name=image_folder."
+        )
+    validation, others = _validation(source, training, remarks)
+    if not validation:
+        raise DataError(
+            f"{source.path}: val/ has no images of the classes in train/, so there are none to "
+            "evaluate on. Get the archive again, or copy the folder whole."
+        )
+    if untrained := others | (listed - set(training)):
+        remarks.append(
+            f"{len(untrained):,} classes have no training images, such as {min(untrained)}; they "
+            "are left out, with their validation images"
+        )
+    splits = {
+        "train": [entry for entries in training.values() for entry in entries],
+        "validation": validation,
+    }
+    if test := _images(source, "test"):
+        splits["test"] = [Entry(file, "", NO_BOX, image.path) for file, image in test.items()]
+        splits["test"].sort()
+    else:
+        remarks.append("test/ has no images; there is no such split")
+    wnids = tuple(training)
+    return Index(wnids, _class_names(source, wnids, remarks), splits, tuple(remarks))
+
+
+def _listed_wnids(source: Source, remarks: list[str]) -> set[str]:
+    """Returns the class ids that wnids.txt lists; none if there is no such file."""
+    if _WNIDS not in source.sizes:
+        remarks.append(f"{_WNIDS} is missing; the folders in train/ are the classes")
+        return set()
+    wnids = [line[0].strip() for line in _lines(source, _WNIDS)]
+    if not wnids or len(set(wnids)) != len(wnids):
+        raise DataError(f"{source.path}: {_WNIDS} must list at least one class id, and none twice.")
+    return set(wnids)

@@ -1,0 +1,684 @@
+"""The layout of a user's own pictures: a folder for each class, in a folder or in an archive.
+
+    ROOT/train/CLASS/**    training images
+    ROOT/val/CLASS/**      images to evaluate on
+    ROOT/test/**           a second such folder becomes the split 'test', which may have no classes
+    ROOT/pred/**           images without classes, for predictions
+
+or, if nothing is split yet, one folder of which a share of each class is held out:
+
+    ROOT/CLASS/**
+
+Names of splits are known by their words: seg_train, training_set, TestImages and val2017 are splits
+where their folders are the same classes. Folders that could be read in two ways are refused, with
+both readings; `config.data.layout` and the path of the source say which one is meant.
+
+Folders inside a class are searched. What systems, shares and editors leave behind, what this
+program writes, notes and logs are no files of the data set; all else below a class is taken for an
+image, whatever its name; whether it is one, image_folder.py finds out.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from inception_jax.datasets.sources import file_types, member_names, opening
+from inception_jax.datasets.sources.files import Contents, Source
+from inception_jax.errors import DataError
+from inception_jax.storage import atomic
+
+TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
+_EVALUATION = "evaluation"
+# The words by which a folder's name tells its split.
+_WORDS = {
+    TRAIN: ("train", "training", "trainval"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
+    TEST: ("test", "testing"),
+    # The one of the two that has no folder of its own.
+    _EVALUATION: ("eval", "evaluation", "holdout"),
+    UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
+}
+# What stands beside them and says nothing: training_set, TestImages, valdata.
+_FILLERS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "split")
+# Folders that are often the only one inside a split's, and hold its classes.
+_CONTAINERS = (*_FILLERS, "photos", "jpg", "jpeg", "png", "unknown")
+_EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/ with such folders."
+_AS_CLASSES = "config.data.layout=classes"
+
+# What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
+_LEFT_BEHIND = {
+    # Windows.
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
+    *("system volume information", "$recycle.bin", "recycler", "recycled"),
+    # macOS, its shares, and the same name as other systems show it.
+    *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
+    "thevolumesettingsfolder",
+    # Linux, Android, NAS systems and their shares.
+    *("lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),
+    *("~snapshot", "@recycle", "@recently-snapshot"),
+    # Viewers, version control and programming tools.
+    *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
+}
+# Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
+_TEMPORARY = re.compile(
+    r"~\$.+|#.+#|.+~|.+@syno\w+|.+[:_]zone\.identifier|.+:(encryptable|afp_\w+|com\.[\w.]+)"
+    r"|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2|crdownload|opdownload|download|!ut)",
+    re.IGNORECASE,
+)
+# Folders of file system checks, old tar programs, and Lightroom's previews.
+_LEFT_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
+# How systems name copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of cats".
+_COPY = re.compile(
+    r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
+    re.IGNORECASE,
+)
+# What a run's folder holds other than documents (training/workdir.py has the names).
+_OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
+# A data set that TFDS has not finished, and a cache that this program has not.
+_UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
+# Unicode's categories of control characters, line breaks and paragraph breaks.
+_BREAKS = ("Cc", "Zl", "Zp")
+# How many things an error names.
+_NAMED = 10
+
+
+class Entry(NamedTuple):
+    """One image: its path below the source's root, and its class ('' if unknown)."""
+
+    file: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What lies where.
+
+    Attributes:
+      splits: the files of each split that has a folder of its own.
+      classes: the names of the training split's class folders, sorted; some may hold no file.
+      divided: whether there is a folder to evaluate on, or a share has to be held out.
+      root: what the paths of the training files begin with before their class's folder: '' or
+        ending in '/'.
+      folders: the folder of each split; empty: there are no splits.
+      own: the files, and the folders ending in '/', that this program wrote.
+      left_out: these and all others that are none of the data set's.
+      without_pictures: the folders beside those of classes that hold notes and the like alone.
+    """
+
+    splits: dict[str, list[Entry]]
+    classes: tuple[str, ...]
+    divided: bool
+    root: str
+    folders: dict[str, str] = dataclasses.field(default_factory=dict)
+    own: Collection[str] = ()
+    left_out: Sequence[str] = ()
+    without_pictures: Sequence[str] = ()
+
+    @property
+    def files(self) -> list[str]:
+        """The files of all splits."""
+        return [entry.file for entries in self.splits.values() for entry in entries]
+
+
+def hidden(file: str) -> bool:
+    """Whether a path is that of a file which systems, not users, put beside pictures.
+
+    Args:
+      file: its path; that of a folder ends in '/'.
+    """
+    parts = file.split("/")
+    return bool(_TEMPORARY.fullmatch(parts[-1])) or any(
+        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_LEFT_FOLDERS.fullmatch(part))
+        for part in parts
+    )
+
+
+def named_as_picture(file: str) -> bool:
+    """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
+    # The first call imports all of PIL's formats (0.1 s).
+    formats = Image.registered_extensions()
+    found = formats.get(os.path.splitext(file)[1].lower())
+    return found in Image.OPEN and found not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+
+def open_source(
+    path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
+) -> Source:
+    """Opens a folder of pictures, or an archive of one; the path may lead on into an archive.
+
+    Args:
+      path: what was given.
+      encoding: of an archive's names where it does not say it; '': not known.
+      scratch: as in `sources.open_path`.
+
+    Raises:
+      DataError: if it does not exist, is something else, or holds nothing; or if the names of an
+        archive's folders can be read in several ways.
+    """
+    path = pathlib.Path(path)
+    archive = next((above for above in path.parents if above.is_file()), path)
+    if not archive.exists():
+        raise DataError(
+            f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
+            "holds one folder of pictures for each class, or a zip or tar archive of it."
+        )
+    source = opening.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
+    if archive != path:
+        source.enter(f"{path.relative_to(archive).as_posix()}/")
+        # What messages call it.
+        source.path = path
+    problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
+    if source.names_depend_on_encoding:
+        problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
+    if problem:
+        source.close()
+        raise problem
+    return source
+
+
+def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
+    """Returns what tells the pictures of a source from others; it reads no file.
+
+    Args:
+      path: as of `open_source`.
+      settings: of config.data, layout and archive_encoding among them.
+
+    Raises:
+      DataError: as `open_source` and `layout` do.
+    """
+    with open_source(path, encoding=settings["archive_encoding"]) as source:
+        found = layout(source, settings["layout"])
+        # Revision 56edb8b and before counted what lies beside the pictures, too.
+        others = _without(source.sizes, found.own)
+        digests = (source.fingerprint(found.files), source.fingerprint(others))
+        return Contents(digests, found.classes)
+
+
+# The paths of files, and of folders with a '/' at their end, by the first folder of each path; ''
+# has the files that lie in none.
+_Tree = dict[str, list[str]]
+
+
+def layout(source: Source, reading: str = "auto") -> Layout:
+    """Finds classes and splits by the names of the folders; it reads no file.
+
+    Args:
+      source: the files.
+      reading: as config.data.layout.
+
+    Raises:
+      DataError: if there are no classes, only one, or pictures that belong to none; if a folder to
+        evaluate on has a class that is not trained; or if it can be read in two ways.
+    """
+    own = _own(source)
+    paths = _without([*source.sizes, *source.folders], own)
+    documents = {path for path in paths if file_types.is_sidecar(path)}
+    kept = [path for path in paths if path not in documents]
+    # A folder that holds nothing at all stays: it is a class whose pictures are missing.
+    emptied = _folders_above([*own, *documents]) - _folders_above(
+        path for path in kept if not path.endswith("/")
+    )
+    kept = [path for path in kept if path not in emptied]
+    left_out = sorted([*_without(source.hidden, own), *own, *documents])
+    start, tree = _enter(kept)
+    # Beside the folders of classes or splits: no pictures by their names, or an error follows.
+    left_out = sorted([*left_out, *(start + file for file in tree.get("", ()))])
+    where = f"{source.path}/{start}".removesuffix("/")
+    found = {} if reading == "classes" else _split_folders(tree, where)
+    if not found:
+        if reading != "classes":
+            _check_classes(tree, where)
+        training = _entries(start, tree, where)
+        classes = _classes(tree, where, left_out)
+        return Layout(
+            {TRAIN: training},
+            classes,
+            False,
+            start,
+            own=own,
+            left_out=left_out,
+            without_pictures=_inside(start, emptied & _folders_above(documents)),
+        )
+    below = {split: _enter_split(folder, tree) for split, folder in found.items()}
+    folders = {split: inner for split, (inner, _) in below.items()}
+    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
+    splits = {}
+    for split, (folder, inside) in below.items():
+        if split in (TEST, UNLABELED) and not _has_folders(inside):
+            splits[split] = [Entry(f"{start}{folder}/{file}", "") for file in inside.get("", ())]
+        else:
+            splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
+    for split, entries in splits.items():
+        if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
+            cased = {name.casefold(): name for name in classes}
+            if other := cased.get(foreign[0].casefold()):
+                raise DataError(
+                    f"{where}/{folders[split]}: {foreign[0]!r} is {other!r} in {folders[TRAIN]}/. "
+                    "Give a class's folders one name, in upper and lower case, too."
+                )
+            if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
+                raise DataError(
+                    f"{where}: has the official layout of Tiny ImageNet, whose validation images "
+                    "lie in no class folders. Set config.data.name=tiny_imagenet, or, for a part "
+                    "of it, tiny_imagenet_subset."
+                )
+            raise DataError(
+                f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
+                f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
+                "the folder away."
+            )
+    root = f"{start}{folders[TRAIN]}/"
+    return Layout(
+        splits,
+        classes,
+        VALIDATION in splits,
+        root,
+        folders,
+        own,
+        left_out,
+        without_pictures=_inside(root, emptied & _folders_above(documents)),
+    )
+
+
+def _own(source: Source) -> set[str]:
+    """Returns the files, and folders ending in '/', that this program wrote, by what is in them."""
+    inside: dict[str, set[str]] = {}
+    for path in (*source.sizes, *source.folders, *source.hidden):
+        folder, _, name = path.removesuffix("/").rpartition("/")
+        # An archive need not list the folders that hold something.
+        while name and name not in (names := inside.setdefault(folder, set())):
+            names.add(name)
+            folder, _, name = folder.rpartition("/")
+    own: set[str] = set()
+    for folder, names in sorted(inside.items()):
+        # What the user gave as the source holds pictures, whatever else it holds.
+        if folder and _without([f"{folder}/"], own) and _is_own(folder, names):
+            own.add(f"{folder}/")
+        elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
+            start = f"{folder}/" if folder else ""
+            found = [start + name for name in names.intersection(_OF_A_RUN)]
+            own |= {f"{path}/" if path in inside else path for path in found}
+    return own
+
+
+def _is_own(folder: str, names: Collection[str]) -> bool:
+    """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+    name = folder.rpartition("/")[2]
+    return (
+        bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
+        or {"dataset_info.json", "features.json"} <= set(names)
+        or ("info.json" in names and any(file.endswith("_labels.npy") for file in names))
+        or (name == "inception_jax" and any(file.endswith(".lock") for file in names))
+        or (name == "downloads" and "extracted" in names)
+        or (name == "CVS" and {"Entries", "Repository"} <= set(names))
+        or bool(_UNFINISHED.fullmatch(name))
+    )
+
+
+def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
+    """Returns paths without some files and folders, and without what lies in these folders."""
+    folders = tuple(path for path in own if path.endswith("/"))
+    return [path for path in paths if path not in own and not path.startswith(folders)]
+
+
+def _folders_above(paths: Iterable[str]) -> set[str]:
+    """Returns the folders that lie above some paths, each ending in '/'."""
+    folders: set[str] = set()
+    for path in paths:
+        folder = path.removesuffix("/").rpartition("/")[0]
+        while folder and f"{folder}/" not in folders:
+            folders.add(f"{folder}/")
+            folder = folder.rpartition("/")[0]
+    return folders
+
+
+def _inside(start: str, folders: Iterable[str]) -> list[str]:
+    """Returns the names of those folders that lie directly in the one whose path is `start`."""
+    names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
+    return sorted(name for name in names if "/" not in name)
+
+
+def _by_folder(paths: Iterable[str]) -> _Tree:
+    tree: _Tree = {}
+    for path in sorted(paths):
+        tree.setdefault(path.split("/")[0] if "/" in path else "", []).append(path)
+    return tree
+
+
+def _below(tree: _Tree, folder: str) -> _Tree:
+    """Returns what is in one of the folders."""
+    inner = (path.split("/", 1)[1] for path in tree[folder])
+    return _by_folder(path for path in inner if path)
+
+
+def _has_folders(tree: _Tree) -> bool:
+    return bool(tree.keys() - {""})
+
+
+def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
+    """Goes into a folder as long as it is the only one, as an archive's outermost is.
+
+    Of a training folder it goes into no other: what lies there are classes, if only one.
+
+    Returns:
+      The path of the folder that holds more, '' or ending in '/', and what is below it.
+    """
+    start, tree = "", _by_folder(paths)
+    while not _loose_pictures(tree) and len(folders := [f for f in tree if f]) == 1:
+        inner = _below(tree, folders[0])
+        if not _has_folders(inner):
+            break  # Pictures and no folder: this one is a class.
+        if _kind(folders[0]) == TRAIN and not _stem(folders[0]):
+            folder, inner = _enter_split(folders[0], tree)
+            return f"{start}{folder}/", inner
+        start, tree = f"{start}{folders[0]}/", inner
+    return start, tree
+
+
+def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
+    """Goes into a split's folder, and from there into one of its name or of none: train/train/.
+
+    Returns:
+      The path of the folder that holds the classes, and what is below it.
+    """
+    path, name, below = folder, folder, _below(tree, folder)
+    while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
+        inner = _below(below, folders[0])
+        same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name) != ""
+        deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
+        if not deeper or not (same or folders[0].lower() in _CONTAINERS):
+            break
+        path, below = f"{path}/{folders[0]}", inner
+    return path, below
+
+
+def _parts_of(folder: str) -> list[str]:
+    """Returns the words of a folder's name, in lower case: seg, train of Seg_Train2."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_name(folder))
+    return re.findall(r"[^\W\d_]+", name.lower())
+
+
+def _kind_of_word(word: str) -> str:
+    for kind, known in _WORDS.items():
+        if any(word in (first, *(first + end for end in _FILLERS)) for first in known):
+            return kind
+    return ""
+
+
+def _kind(folder: str) -> str:
+    """Returns which split a folder's name is that of; '' if of none, or of several."""
+    kinds = {kind for word in _parts_of(folder) if (kind := _kind_of_word(word))}
+    if UNLABELED in kinds:
+        return UNLABELED
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _stem(folder: str) -> str:
+    """Returns what a folder's name says but for its split: cats of cats_train, '' of train_set."""
+    words = _parts_of(folder)
+    return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
+
+
+def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
+    """Returns the folder of each split by the split's name; none if the folders are classes."""
+    kinds = {folder: _kind(folder) for folder in tree if folder}
+    others = sorted(folder for folder, kind in kinds.items() if not kind)
+    if TRAIN not in kinds.values():
+        if kinds and not others:
+            raise DataError(
+                f"{where}: has {quoted(list(kinds))}, but no train folder. {_EXPECTED} If they are "
+                f"classes, set {_AS_CLASSES}."
+            )
+        _check_foreign(tree, where)
+        return {}
+    _check_pairs(kinds, where)
+    if not _are_splits(tree, kinds, others):
+        return {}
+    several: dict[str, list[str]] = {}
+    for folder, kind in kinds.items():
+        if kind:
+            several.setdefault(kind, []).append(folder)
+    if _EVALUATION in several:
+        split = next((split for split in (VALIDATION, TEST) if split not in several), VALIDATION)
+        several[split] = [*several.get(split, ()), *several.pop(_EVALUATION)]
+    for split, folders in several.items():
+        if len(folders) > 1:
+            raise DataError(
+                f"{where}: {quoted(folders)}: which of them is the {split} split? Keep one, and "
+                f"move the others away; if they are classes, set {_AS_CLASSES}."
+            )
+    if others:
+        raise _beside_splits(tree, others, several[TRAIN][0], where)
+    chosen = {split: folders[0] for split, folders in several.items()}
+    if VALIDATION not in chosen and TEST in chosen:
+        _, inside = _enter_split(chosen[TEST], tree)
+        if _has_folders(inside):
+            # What has classes and was not trained on is what an evaluation needs.
+            chosen[VALIDATION] = chosen.pop(TEST)
+    if UNLABELED in chosen and TEST not in chosen:
+        chosen[TEST] = chosen.pop(UNLABELED)
+    return {split: chosen[split] for split in _WORDS if split in chosen}
+
+
+def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bool:
+    """Whether folders, of which one at least is called like a training split, are splits."""
+    training = [folder for folder, kind in kinds.items() if kind == TRAIN]
+    plain = [folder for folder, kind in kinds.items() if kind and not _stem(folder)]
+    if any(folder in plain for folder in training):
+        # A class may have that name, too.
+        return len(plain) > 1 or any(
+            _has_folders(_below(tree, folder)) for folder in training if folder in plain
+        )
+    if not others and len(set(kinds.values())) > 1:
+        return True
+    classes = {name for folder in training for name in _names_inside(folder, tree)}
+    return any(
+        classes & _names_inside(folder, tree)
+        for folder, kind in kinds.items()
+        if kind not in ("", TRAIN)
+    )
+
+
+def _names_inside(folder: str, tree: _Tree) -> set[str]:
+    """Returns the names of the folders inside a folder, as of classes."""
+    _, inside = _enter_split(folder, tree)
+    return {class_name(inner) for inner in inside if inner}
+
+
+def _beside_splits(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
+    message = f"{where}: {quoted(others)} beside {train!r}: is it a class or a split?"
+    for folder in others:
+        if any(_kind(inner) == TRAIN for inner in _below(tree, folder) if inner):
+            return DataError(
+                f"{message} {folder!r} has splits of its own, as a copy of the whole would. Give "
+                f"config.data.source={where}/{folder} to use those, or move the folder away."
+            )
+    return DataError(
+        f"{message} Keep class folders inside the splits' folders, and move other folders away; "
+        f"if all of them are classes, set {_AS_CLASSES}."
+    )
+
+
+def _check_pairs(kinds: dict[str, str], where: str) -> None:
+    """Raises DataError if each class has a folder for each split: cats_train, cats_test, …."""
+    by_stem: dict[str, set[str]] = {}
+    for folder, kind in kinds.items():
+        if kind and _stem(folder):
+            by_stem.setdefault(_stem(folder), set()).add(kind)
+    pairs = [stem for stem, found in by_stem.items() if TRAIN in found and len(found) > 1]
+    if len(pairs) > 1:
+        raise DataError(
+            f"{where}: {quoted(sorted(kinds))}: are they classes, or the splits of the classes "
+            f"{quoted(pairs)}? If they are classes, set {_AS_CLASSES}; if splits, move them to "
+            f"train/{pairs[0]}, val/{pairs[0]} and so on."
+        )
+
+
+def _check_foreign(tree: _Tree, where: str) -> None:
+    """Raises DataError if a class that is called like a split has folders of the other classes."""
+    folders = {folder: class_name(folder) for folder in tree if folder}
+    for folder, name in folders.items():
+        if _kind(folder) and (set(folders.values()) - {name}) & _names_inside(folder, tree):
+            raise DataError(
+                f"{where}: {folder!r} has folders of the same names as those beside it: is it a "
+                "split? Put the classes to train on into train/. If it is a class, set "
+                f"{_AS_CLASSES}."
+            )
+
+
+def _check_classes(tree: _Tree, where: str) -> None:
+    """Raises DataError if folders of classes hold each other's classes, or all hold the same."""
+    names = {folder: class_name(folder) for folder in tree if folder}
+    known = set(names.values())
+    for name in known:
+        if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
+            raise DataError(
+                f"{where}: {name!r} is named as a copy of {of!r}, beside it. Move it away; if it "
+                f"is a class of its own, set {_AS_CLASSES}."
+            )
+    for folder, name in names.items():
+        inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
+        found = {part for path in inner for part in map(class_name, path.split("/")[1:])}
+        if repeated := sorted((known & found) - {name}):
+            place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
+            raise DataError(
+                f"{where}: {folder!r} repeats the folders beside it: it holds {quoted(repeated)}, "
+                "too. Is it a copy of them? Move it away, or give config.data.source="
+                f"{where}/{place.rpartition('/')[0]} to use it alone; if it is a class of its own, "
+                f"set {_AS_CLASSES}."
+            )
+    inside = {folder: _names_inside(folder, tree) for folder in names}
+    deep = [folder for folder in names if len(inside[folder]) > 1]
+    for one, two in itertools.combinations(deep, 2):
+        if len(shared := sorted(inside[one] & inside[two])) > 1:
+            raise _either(sorted(names), one, two, shared, where)
+
+
+def _either(
+    folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
+) -> DataError:
+    """Returns the error for folders that may be classes, or versions of the same classes."""
+    if any(_kind(name) == TRAIN for name in shared):
+        other = (
+            f"or classes that are split inside, into {quoted(shared)}. For those, put the splits "
+            f"outermost, as in {shared[0]}/{one}."
+        )
+    else:
+        other = (
+            f"or several versions of one data set, whose classes are {quoted(shared)}. For that, "
+            f"give one of them as the source, such as config.data.source={where}/{one}."
+        )
+    return DataError(
+        f"{where}: {one!r} and {two!r} have folders of the same names. Either {quoted(folders)} "
+        f"are the classes, and the folders inside do not matter; for that, set {_AS_CLASSES}. "
+        f"{other[0].upper()}{other[1:]}"
+    )
+
+
+def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
+    """Returns the files of class folders; `start` is what their paths begin with."""
+    if pictures := _loose_pictures(tree):
+        raise DataError(
+            f"{where}: {len(pictures):,} pictures lie in no class folder, such as "
+            f"{shown(pictures[0])}. {_EXPECTED}"
+        )
+    return [
+        Entry(start + file, label)
+        for folder in tree
+        if folder
+        for label in [class_name(folder)]
+        for file in tree[folder]
+        if not file.endswith("/")
+    ]
+
+
+def _loose_pictures(tree: _Tree) -> list[str]:
+    """Returns the files in no folder that are pictures by their name; others may lie there."""
+    return [file for file in tree.get("", ()) if named_as_picture(file)]
+
+
+def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...]:
+    classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
+    if not classes:
+        without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
+        inside = opening.archives_inside(tree.get("", ()))
+        raise DataError(f"{where}: has no class folders. {_EXPECTED}{inside}{without}")
+    if len(classes) == 1:
+        raise DataError(
+            f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "
+            f"{_EXPECTED}"
+        )
+    return classes
+
+
+def class_name(folder: str) -> str:
+    """Returns a folder's name as a class name.
+
+    Names that look the same, apart from spaces around them, are one class: systems write letters
+    with accents in two ways, which can differ between two folders of one source.
+    """
+    return unicodedata.normalize("NFC", shown(folder)).strip() or "(blank)"
+
+
+def shown(file: str) -> str:
+    """Returns a path as text of one line: what is not UTF-8 and what breaks lines is escaped."""
+    text = file.encode("utf-8", "backslashreplace").decode()
+    return "".join(_escaped(c) if unicodedata.category(c) in _BREAKS else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def hold_out(
+    entries: Sequence[Entry], share: float, *, root: str = ""
+) -> tuple[list[Entry], list[Entry]]:
+    """Divides images into those to train on and those to evaluate on.
+
+    Of each class the images with the smallest SHA-256 of their path below `root` are held out,
+    `share` of them rounded, but at least one, and never all: a class of one image keeps it for
+    training. So a folder and its archive, in which the folder itself may be the outermost one, are
+    divided alike, however a system writes letters with accents.
+
+    Args:
+      entries: images of known class.
+      share: more than 0, less than 1.
+      root: what their paths begin with, as of `Layout`.
+
+    Returns:
+      (training, evaluation), each in the order of `entries`.
+    """
+    by_class: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_class.setdefault(entry.label, []).append(entry)
+    held: set[Entry] = set()
+    for members in by_class.values():
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        held.update(sorted(members, key=lambda entry: _rank(entry, root))[:count])
+    training = [entry for entry in entries if entry not in held]
+    return training, [entry for entry in entries if entry in held]
+
+
+def _rank(entry: Entry, root: str) -> tuple[bytes, str]:
+    path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
+    # Two files may differ in how an accent is written alone.
+    return hashlib.sha256(os.fsencode(path)).digest(), entry.file
+
+
+def listed(texts: Sequence[str], limit: int = _NAMED) -> str:
+    """Returns up to `limit` texts, and how many more there are."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def quoted(names: Sequence[str], limit: int = _NAMED) -> str:
+    """Returns up to `limit` names in quotes, and how many more there are."""
+    return listed([repr(name) for name in names], limit)

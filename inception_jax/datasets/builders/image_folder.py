@@ -1,0 +1,270 @@
+"""A user's own pictures as a TFDS dataset: a folder for each class (folders.py has the layout)."""
+
+import collections
+import itertools
+import pathlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from inception_jax.datasets import decode, registry
+from inception_jax.datasets.builders import base, folders
+from inception_jax.datasets.progress import Progress
+from inception_jax.datasets.sources import files
+from inception_jax.errors import DataError
+
+# Images that one thread checks at a time, one by one.
+_CHECKED = 16
+# Images that one thread reads at a time, and then holds: of a user's photos, some 10 MB each.
+_READ = 2
+# How many unreadable files the metadata name.
+_NAMED = 100
+
+
+# TFDS has a builder of this name, which is no base for this one: it needs TensorFlow.
+class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Pictures of any format that PIL knows, kept as the files that they are.
+
+    Features: image, label (the index of the class among the sorted class names; −1 in a test split
+    without classes), file_name (path below the source, unprintable characters escaped).
+
+    Args:
+      eval_share: share of each class to evaluate on where the source has no folder for it.
+      unreadable: 'refuse' or 'skip' corrupt files and files that are not images.
+      archive_encoding: of an archive's names where it does not say it; '': not known.
+      layout: 'auto', or 'classes' where no folder is a split.
+      kwargs: as of `builder.ImageBuilder`.
+    """
+
+    VERSION = tfds.core.Version(registry.get("image_folder").version)
+
+    _files: files.Source
+
+    def __init__(
+        self,
+        *,
+        eval_share: float,
+        unreadable: str,
+        layout: str,
+        archive_encoding: str,
+        **kwargs: Any,
+    ) -> None:
+        self._eval_share, self._unreadable, self._reading = eval_share, unreadable, layout
+        self._encoding = archive_encoding
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pictures of a user's own, a folder for each class.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def open(self) -> None:
+        """Finds the pictures, reads each once, and divides them.
+
+        What cannot be read has to be known before images are held out, so that each class has its
+        share of those that can.
+        """
+        if not self.source:
+            raise DataError(
+                "config.data.source = '': image_folder has no download. Give the folder that holds "
+                "one folder of pictures for each class, or a zip or tar archive of it."
+            )
+        self._files = folders.open_source(
+            self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
+        )
+        try:
+            layout = folders.layout(self._files, self._reading)
+            self._log_layout(layout)
+            self._divide(layout)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _log_layout(self, layout: folders.Layout) -> None:
+        if layout.folders:
+            named = [f"{split} = {folder!r}" for split, folder in layout.folders.items()]
+            self.log(f"{self._files.path}: splits: {', '.join(named)}")
+        if layout.left_out:
+            named = [folders.shown(path) for path in layout.left_out]
+            paths = f"{len(named):,} path{'s' * (len(named) > 1)}"
+            self.log(
+                f"{self._files.path}: ignored {paths}, left by systems, editors or this program, "
+                f"or notes and the like: {folders.listed(named)}"
+            )
+        if layout.without_pictures:
+            self.log(
+                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: without pictures, "
+                "so not among the classes"
+            )
+
+    def _divide(self, layout: folders.Layout) -> None:
+        entries = list(itertools.chain.from_iterable(layout.splits.values()))
+        problems, self._bit_depth = self._inspect(entries)
+        if problems and self._unreadable == "refuse":
+            raise self._refused(problems, len(entries))
+        splits = {
+            split: [entry for entry in members if entry.file not in problems]
+            for split, members in layout.splits.items()
+        }
+        # What the content depends on besides the files: only this is compared with later settings.
+        self._settings: dict[str, Any] = {"layout": self._reading}
+        if self._files.names_depend_on_encoding:
+            self._settings["archive_encoding"] = self._encoding
+        if problems:
+            self.log(f"{self._listed(problems, len(entries))}\nThey are left out")
+            self._settings["unreadable"] = self._unreadable
+        if not layout.divided:
+            self._settings["eval_share"] = self._eval_share
+            train, held = folders.hold_out(
+                splits[folders.TRAIN], self._eval_share, root=layout.root
+            )
+            splits |= {folders.TRAIN: train, folders.VALIDATION: held}
+        for split in (folders.TEST, folders.UNLABELED):
+            if split in splits and not splits[split]:
+                self.log(
+                    f"{self._files.path}: the {split} folder has no picture; there is no such split"
+                )
+                del splits[split]
+        self._classes, self._splits, self._skipped = layout.classes, splits, problems
+        self._digest = self._files.fingerprint(layout.files)
+        self._bytes = sum(self._files.sizes[entry.file] for entry in entries)
+        self._check_counts()
+
+    def _inspect(self, entries: Sequence[folders.Entry]) -> tuple[dict[str, decode.Problem], int]:
+        """Decodes all files once.
+
+        Returns:
+          What is wrong with those that cannot be decoded, and the bit depth of the others, as of
+          `images.Inspection`.
+        """
+        problems: dict[str, decode.Problem] = {}
+        depths: dict[str, int] = {}
+        with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
+            for found in decode.threaded_map(self._inspect_some, decode.pieces(entries, _CHECKED)):
+                for file, (problem, bits) in found.items():
+                    if problem is not None:
+                        problems[file] = problem
+                    if bits:
+                        depths[file] = bits
+                progress.update(len(found))
+        bit_depth = max(depths.values(), default=0)
+        if bit_depth:
+            self.log(
+                f"{self._files.path}: the values of files with 16 bits a channel use {bit_depth} "
+                "bits, of which the upper 8 are kept (config.data.bit_depth sets another number)"
+            )
+        # Of these no pixel is brighter than 15 of 255.
+        if dark := [file for file, bits in depths.items() if bits <= bit_depth - 4]:
+            most = max(depths[file] for file in dark)
+            brightest = next(file for file, bits in depths.items() if bits == bit_depth)
+            self.log(
+                f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits a "
+                f"channel use {most} bits or fewer, and are almost black beside the others: "
+                f"{folders.listed([folders.shown(file) for file in dark])}. If the others, such as "
+                f"{folders.shown(brightest)}, merely have hot pixels, set "
+                f"config.data.bit_depth={most}; if they are from another camera, scale all to 8 "
+                "bits first"
+            )
+        return problems, bit_depth
+
+    def _inspect_some(self, entries: Sequence[folders.Entry]) -> dict[str, decode.Inspection]:
+        return {entry.file: self._inspect_file(entry.file) for entry in entries}
+
+    def _inspect_file(self, file: str) -> decode.Inspection:
+        try:
+            data = self._files.read(file)
+        except DataError as error:
+            return decode.Inspection(decode.Problem(_reason(error), "replace or remove it"))
+        return decode.inspect(data, file)
+
+    def _refused(self, problems: dict[str, decode.Problem], count: int) -> DataError:
+        return DataError(
+            f"{self._listed(problems, count)}\nFix or remove them, or set "
+            "config.data.unreadable=skip to leave them out"
+        )
+
+    def _listed(self, problems: dict[str, decode.Problem], count: int) -> str:
+        """Returns which files have problems, a line for each kind, the most frequent first."""
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for file, problem in problems.items():
+            detail = f" ({problem.detail})" if problem.detail else ""
+            named = kinds.setdefault((problem.kind, problem.advice), [])
+            named.append(f"{folders.shown(file)}{detail}")
+        lines = [
+            f"\n  {kind} ({len(named):,}): {folders.listed(named)}. {advice}"
+            for (kind, advice), named in sorted(kinds.items(), key=lambda each: -len(each[1]))
+        ]
+        return (
+            f"{self._files.path}: {len(problems):,} of {count:,} files are corrupt or not images:"
+            + "".join(lines)
+        )
+
+    def _check_counts(self) -> None:
+        counts = collections.Counter(entry.label for entry in self._splits[folders.TRAIN])
+        if empty := [name for name in self._classes if not counts[name]]:
+            raise DataError(
+                f"{self._files.path}: no training picture of {len(empty):,} of "
+                f"{len(self._classes):,} classes: {folders.quoted(empty)}. Add some, or remove the "
+                "class folders."
+            )
+        if not self._splits[folders.VALIDATION]:
+            raise DataError(
+                f"{self._files.path}: no picture is left to evaluate on. Give at least one class "
+                "two pictures, or add val/ with a folder for each class."
+            )
+
+    def close(self) -> None:
+        """Closes the source, if it was opened."""
+        if hasattr(self, "_files"):
+            self._files.close()
+
+    def splits(self) -> dict[str, Sequence[folders.Entry]]:
+        """Returns the images of each split."""
+        return dict(self._splits)
+
+    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names; the source, the settings that counted, and what was left out."""
+        metadata = {
+            "source": str(self._files.path.absolute()),
+            "source_digest": self._digest,
+            "settings": self._settings,
+            "bit_depth": self._bit_depth,
+            "unreadable_count": len(self._skipped),
+            "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
+        }
+        return self._classes, metadata
+
+    def source_bytes(self) -> int:
+        """Returns the size of all images, bytes."""
+        return self._bytes
+
+    def examples(self, items: Sequence[folders.Entry]) -> Generator[base.KeyedExample, None, None]:
+        """Yields the images, read in threads."""
+        label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
+        pieces = decode.pieces(items, _READ)
+        contents = itertools.chain.from_iterable(decode.threaded_map(self._read, pieces))
+        for entry, data in zip(items, contents, strict=True):
+            name = folders.shown(entry.file)
+            yield name, {"image": data, "label": label[entry.label], "file_name": name}
+
+    def _read(self, entries: Sequence[folders.Entry]) -> list[bytes]:
+        return [self._files.read(entry.file) for entry in entries]
+
+
+def _reason(error: DataError) -> str:
+    """Returns why a file cannot be read, without its path and a remedy, which the list has."""
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+        return "a link that leads nowhere"
+    return getattr(cause, "strerror", None) or str(cause or error)

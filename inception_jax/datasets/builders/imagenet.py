@@ -1,0 +1,251 @@
+"""ImageNet's 1,000 classes as the TFDS dataset imagenet2012, from the two official archives.
+
+    ILSVRC2012_img_train.tar   a tar archive of 1,000 tar archives, <wnid>.tar, of a class each
+    ILSVRC2012_img_val.tar     50,000 images, whose classes are not told by their names
+
+Source: Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge". Name, version,
+features and keys are those of TFDS's own builder, and so is then the order of the records: what
+`tfds build imagenet2012 --file_format=array_record` wrote is read as if it had been written here.
+TFDS's builder reads archives through TensorFlow, this one does without. It keeps each file as it
+is; TFDS's turns the 22 CMYK images and the one PNG among them into RGB JPEGs.
+
+Classes are called by their WordNet ids, in TFDS as here. The lists of them, for all classes and for
+the validation images in the order of their names, are files of the installed TFDS.
+"""
+
+import contextlib
+import os
+import pathlib
+import tarfile
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+
+from inception_jax.datasets import decode, registry
+from inception_jax.datasets.builders import base
+from inception_jax.datasets.sources.files import MOST_BYTES
+from inception_jax.datasets.sources.tar_source import decompressor
+from inception_jax.errors import DataError
+
+TRAIN = "ILSVRC2012_img_train.tar"
+VALIDATION = "ILSVRC2012_img_val.tar"
+TRAIN_IMAGES = 1_281_167
+
+_CITATION = """@article{ILSVRC15,
+  author = {Russakovsky, Olga and Deng, Jia and Su, Hao and Krause, Jonathan and Satheesh, Sanjeev
+    and Ma, Sean and Huang, Zhiheng and Karpathy, Andrej and Khosla, Aditya and Bernstein, Michael
+    and Berg, Alexander C. and Fei-Fei, Li},
+  title = {{ImageNet Large Scale Visual Recognition Challenge}},
+  journal = {International Journal of Computer Vision (IJCV)},
+  volume = {115}, number = {3}, pages = {211--252}, year = {2015},
+}"""
+# Images that one thread reads and checks at a time: some 10 ms of work.
+_PIECE = 8
+
+
+class Official(NamedTuple):
+    """What the official files hold.
+
+    Attributes:
+      wnids: the class ids, sorted: a label is an index into them.
+      validation: the class id of each validation image, in the order of their file names.
+      train_images: how many training images there are.
+    """
+
+    wnids: tuple[str, ...]
+    validation: tuple[str, ...]
+    train_images: int
+
+
+class Entry(NamedTuple):
+    """One image: its file name, its class id, and where it lies in which open archive, bytes."""
+
+    file: str
+    wnid: str
+    archive: int
+    offset: int
+    size: int
+
+
+def official() -> Official:
+    """Returns what the official files hold, from the lists that TFDS comes with."""
+    folder = pathlib.Path(tfds.core.tfds_path("datasets/imagenet2012"))
+    wnids, validation = (
+        tuple((folder / file).read_text().split())
+        for file in ("labels.txt", "validation_labels.txt")
+    )
+    return Official(wnids, validation, TRAIN_IMAGES)
+
+
+# TFDS takes this argument where a subclass is defined, which its types do not say.
+class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """1,281,167 training and 50,000 validation images of 1,000 classes, of many sizes.
+
+    Features: image, label, file_name. It is not registered with TFDS, which has one of this name.
+    """
+
+    VERSION = tfds.core.Version(registry.get("imagenet2012").version)
+
+    _files: list[int]
+    _index: dict[str, list[Entry]]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="ILSVRC 2012: 1,000 classes of ImageNet.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://image-net.org/",
+            citation=_CITATION,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def open(self) -> None:
+        """Opens the two archives and lists what is in them."""
+        self._official = official()
+        paths = [self._locate() / name for name in (TRAIN, VALIDATION)]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise DataError(
+                f"config.data.source = {self.source!r}: {paths[0].parent} has no "
+                f"{' and no '.join(missing)}. Get them from https://image-net.org (they need a "
+                "registration) and give their folder; or give a config.data.directory in which "
+                "'tfds build imagenet2012 --file_format=array_record' has prepared them. Images "
+                "that are extracted to a folder for each class are used with "
+                "config.data.name=image_folder."
+            )
+        self._paths = paths
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            self._files = []
+            for path in paths:
+                self._files.append(_descriptor(path))
+            self._index = {"train": self._train(), "validation": self._validation()}
+            stack.pop_all()
+
+    def _locate(self) -> pathlib.Path:
+        """Returns the folder of the archives; without a source, where TFDS looks for them."""
+        if not self.source:
+            return pathlib.Path(self.data_dir_root, "downloads", "manual")
+        path = pathlib.Path(self.source)
+        # One of the two archives may be given for both.
+        return path.parent if path.is_file() else path
+
+    def _train(self) -> list[Entry]:
+        """Lists the training images and checks their number and classes."""
+        path, entries, found = self._paths[0], [], set()
+        with _opened(path) as outer:
+            for file in _files(outer):
+                wnid = pathlib.PurePosixPath(file.name).stem
+                found.add(wnid)
+                with tarfile.open(fileobj=outer.extractfile(file), mode="r:") as inner:
+                    entries += [
+                        Entry(image.name, wnid, 0, file.offset_data + image.offset_data, image.size)
+                        for image in _files(inner)
+                    ]
+        missing = sorted(set(self._official.wnids) - found)
+        extra = sorted(found - set(self._official.wnids))
+        if missing or extra or len(entries) != self._official.train_images:
+            raise self._incomplete(
+                path,
+                f"{len(entries):,} images (expected {self._official.train_images:,}), "
+                f"{len(missing)} missing classes{_such_as(missing)} and {len(extra)} unknown ones"
+                f"{_such_as(extra)}",
+            )
+        return entries
+
+    def _validation(self) -> list[Entry]:
+        path, wnids = self._paths[1], self._official.validation
+        with _opened(path) as archive:
+            files = sorted(_files(archive), key=lambda file: file.name)
+        if len(files) != len(wnids):
+            raise self._incomplete(path, f"{len(files):,} images (expected {len(wnids):,})")
+        return [
+            Entry(pathlib.PurePosixPath(file.name).name, wnid, 1, file.offset_data, file.size)
+            for file, wnid in zip(files, wnids, strict=True)
+        ]
+
+    def _incomplete(self, path: pathlib.Path, found: str) -> DataError:
+        return DataError(f"{path}: not the official archive, for it has {found}. Get it again.")
+
+    def close(self) -> None:
+        """Closes the archives, if they are open."""
+        for file in self.__dict__.pop("_files", []):
+            os.close(file)
+
+    def splits(self) -> dict[str, Sequence[Entry]]:
+        """Returns the images of each split."""
+        return dict(self._index)
+
+    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class ids and the source."""
+        return self._official.wnids, {"source": str(self._paths[0].parent.absolute())}
+
+    def source_bytes(self) -> int:
+        """Returns the size of all images, bytes."""
+        return sum(entry.size for entries in self._index.values() for entry in entries)
+
+    def examples(self, items: Sequence[Entry]) -> Generator[base.KeyedExample, None, None]:
+        """Yields the images, read and verified in threads."""
+        pieces = decode.pieces(items, _PIECE)
+        for entries, contents in decode.threaded_map(self._read, pieces):
+            for entry, data in zip(entries, contents, strict=True):
+                yield (
+                    entry.file,
+                    {"image": data, "label": entry.wnid, "file_name": entry.file},
+                )
+
+    def _read(self, entries: Sequence[Entry]) -> tuple[Sequence[Entry], list[bytes]]:
+        for entry in entries:
+            if entry.size > MOST_BYTES:
+                raise DataError(
+                    f"{self._paths[entry.archive]}: {entry.file} has {entry.size:,} bytes; at most "
+                    f"{MOST_BYTES:,} are read of one file. Get the archive again."
+                )
+        contents = [os.pread(self._files[e.archive], e.size, e.offset) for e in entries]
+        for entry, data in zip(entries, contents, strict=True):
+            decode.verify(data, f"{self._paths[entry.archive]}: {entry.file}")
+        return entries, contents
+
+
+def _descriptor(path: pathlib.Path) -> int:
+    """Opens a file to be read at any place."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}). See to it that you may read this file."
+        ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
+    """Opens an uncompressed tar archive, whose damage is a DataError."""
+    if opener := decompressor(path):
+        raise DataError(
+            f"{path}: is compressed ({opener.__module__}), so its images cannot be read in place. "
+            "Decompress it under the same name."
+        )
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield archive
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(
+            f"{path}: not a whole tar archive ({path.stat().st_size:,} bytes; {error}). It may be "
+            "cut short: download or copy it again."
+        ) from error
+
+
+def _files(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Returns the files of an archive; reads headers only."""
+    return [member for member in archive if member.isfile()]
+
+
+def _such_as(names: Sequence[str]) -> str:
+    return f" (such as {names[0]})" if names else ""

@@ -1,0 +1,185 @@
+"""Tiny ImageNet as a TFDS dataset: 200 classes of 64 × 64 pixels, from the official layout.
+
+Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231n, Stanford, 2015. TFDS
+itself has no builder for it (tensorflow/datasets#998).
+"""
+
+import collections
+import itertools
+import pathlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from inception_jax.datasets import decode, registry
+from inception_jax.datasets.builders import archive, base
+from inception_jax.datasets.sources import download, files
+from inception_jax.errors import DataError
+
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+BYTES = 248_100_043
+
+_CITATION = """@misc{le2015tiny,
+  title = {Tiny {ImageNet} Visual Recognition Challenge},
+  author = {Le, Ya and Yang, Xuan},
+  howpublished = {CS 231N, Stanford University},
+  year = {2015},
+}"""
+# Images that one thread reads and checks at a time: some 5 ms of work.
+_PIECE = 64
+
+
+class TinyImagenetSubset(base.ImageBuilder):
+    """Any number of classes and images in Tiny ImageNet's layout, at least one of each.
+
+    Features: image, label (−1 in the test split, whose classes are not published), wnid (the class
+    id, '' there), file_name (its path in the official layout), and box: x0, y0, x1, y1 in pixels as
+    in the annotation files (−1 four times where there is none).
+    """
+
+    VERSION = tfds.core.Version(registry.get("tiny_imagenet_subset").version)
+    DESCRIPTION = "A part of Tiny ImageNet, or other images in its layout."
+
+    _files: files.Source
+    _index: archive.Index
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(),
+                    "wnid": tfds.features.Text(),
+                    "file_name": tfds.features.Text(),
+                    "box": tfds.features.Tensor(
+                        shape=(4,), dtype=np.int64, doc="x0, y0, x1, y1 in pixels; -1: no box"
+                    ),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://www.kaggle.com/c/tiny-imagenet",
+            citation=_CITATION,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def open(self) -> None:
+        """Opens the source and checks that all of its files are there."""
+        self._files = archive.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
+        try:
+            self._index = archive.index(self._files)
+            self._check_counts(self._index)
+            for remark in self._index.remarks:
+                self.log(f"{self._files.path}: {remark}")
+        except DataError:
+            self._files.close()
+            raise
+
+    def _locate(self) -> str | pathlib.Path:
+        if not self.source:
+            raise DataError(
+                f"config.data.source = '': {self.name} has no download. Give a zip archive or a "
+                "folder in Tiny ImageNet's layout."
+            )
+        return self.source
+
+    def _check_counts(self, index: archive.Index) -> None:
+        """Raises DataError if the numbers of images are not those that they have to be."""
+
+    def close(self) -> None:
+        """Closes the source, if it was opened."""
+        if hasattr(self, "_files"):
+            self._files.close()
+
+    def splits(self) -> dict[str, Sequence[archive.Entry]]:
+        """Returns the images of each split."""
+        return dict(self._index.splits)
+
+    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names in the order of the sorted wnids; the wnids and the source."""
+        metadata = {
+            "wnids": list(self._index.wnids),
+            "source": str(self._files.path.absolute()),
+            "source_digest": archive.fingerprint(self._files),
+        }
+        return self._index.class_names, metadata
+
+    def source_bytes(self) -> int:
+        """Returns the size of all images, bytes."""
+        return sum(self._files.sizes.values())
+
+    def examples(self, items: Sequence[archive.Entry]) -> Generator[base.KeyedExample, None, None]:
+        """Yields the images, read and verified in threads."""
+        label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
+        pieces = decode.pieces(items, _PIECE)
+        read = itertools.chain.from_iterable(decode.threaded_map(self._read, pieces))
+        for entry, data in zip(items, read, strict=True):
+            yield (
+                entry.file,
+                {
+                    "image": data,
+                    "label": label[entry.wnid],
+                    "wnid": entry.wnid,
+                    "file_name": entry.file,
+                    "box": np.array(entry.box, np.int64),
+                },
+            )
+
+    def _read(self, entries: Sequence[archive.Entry]) -> list[bytes]:
+        contents = [self._files.read(entry.path) for entry in entries]
+        for entry, data in zip(entries, contents, strict=True):
+            decode.verify(data, f"{self._files.path}: {entry.path}")
+        return contents
+
+
+class TinyImagenet(TinyImagenetSubset):
+    """The whole of Tiny ImageNet; a source with other counts is refused."""
+
+    VERSION = tfds.core.Version(registry.get("tiny_imagenet").version)
+    DESCRIPTION = (
+        "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and 10,000 "
+        "unlabelled test images."
+    )
+
+    def _locate(self) -> str | pathlib.Path:
+        if self.source:
+            return self.source
+        target = pathlib.Path(self.data_dir_root, "downloads", "tiny-imagenet-200.zip")
+        return download.fetch(URL, target, size=BYTES, md5=MD5, log=self.log)
+
+    def _check_counts(self, index: archive.Index) -> None:
+        found = {"classes": len(index.wnids)}
+        found |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
+        expected = {
+            "classes": 200,
+            "train images": 100_000,
+            "validation images": 10_000,
+        }
+        # Nothing is trained or evaluated on the test images, whose classes are not published.
+        if "test images" in found:
+            expected["test images"] = 10_000
+        wrong = [
+            f"{found[what]:,} {what} (expected {count:,})"
+            for what, count in expected.items()
+            if found[what] != count
+        ]
+        wrong += [
+            f"{count:,} training images of class {wnid} (expected 500)"
+            for wnid, count in _per_class(index).items()
+            if count != 500
+        ][:3]
+        if wrong:
+            raise DataError(
+                f"{self._files.path}: not the whole of Tiny ImageNet, for it has "
+                f"{', '.join(wrong)}. Get the archive again, or set "
+                "config.data.name=tiny_imagenet_subset to use what is there."
+            )
+
+
+def _per_class(index: archive.Index) -> dict[str, int]:
+    counts = collections.Counter(entry.wnid for entry in index.splits["train"])
+    return {wnid: counts[wnid] for wnid in index.wnids}

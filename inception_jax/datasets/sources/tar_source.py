@@ -1,0 +1,216 @@
+"""A data set's source in a tar archive, compressed or not."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import pathlib
+import shutil
+import tarfile
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
+
+from inception_jax.datasets.sources import member_names
+from inception_jax.datasets.sources.files import Source
+from inception_jax.errors import DataError
+
+# By what a compressed file begins with.
+_DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+# The longest name or note that is read of a member: a header may claim any length, and tarfile
+# would hold all of it.
+_MOST_HEADER = 1 << 20
+_BLOCK = 512
+_PIECE = 1 << 20
+# What the decompressors and tarfile raise for a file that is damaged or cut short.
+_BROKEN = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+
+
+class TarSource(Source):
+    """A tar archive, read in place; a compressed one is unpacked to a temporary file.
+
+    Only headers are read to list it, though of a compressed one all has to be decompressed for
+    that. The temporary file is written when the first member is read. It has no name, so that it is
+    gone with the process, however that ends.
+
+    Args:
+      path: the archive.
+      hidden: whether a file, by its path, is none of the source's.
+      encoding: of names that are not said to be UTF-8; '': not known.
+      scratch: where the temporary file is to be; None: where the system has such files.
+
+    Raises:
+      DataError: if it is not a whole tar archive.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        hidden: Callable[[str], bool] = lambda file: False,
+        encoding: str = "",
+        scratch: pathlib.Path | None = None,
+    ) -> None:
+        super().__init__(path)
+        # What `path` is called by may lead on into the archive.
+        self._archive, self._scratch = path, scratch
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        # Of the archive when it is decompressed, bytes.
+        self._whole_size = 0
+        try:
+            self._decompress = decompressor(path)
+            with self._decompress(path, "rb") if self._decompress else path.open("rb") as file:
+                members = list(self._headers(file))
+        except _BROKEN as error:
+            raise DataError(
+                f"{path}: not a whole tar archive ({path.stat().st_size:,} bytes; {error}). It may "
+                "be cut short: download or copy it again."
+            ) from error
+        raws = [_raw_name(member) for member in members]
+        names = member_names.decode(raws, encoding, path)
+        # Of several members of one name the last counts, as it does for tar itself.
+        self._members: dict[str, tarfile.TarInfo] = {}
+        for name, raw, member in zip(names, raws, members, strict=True):
+            if not name:
+                continue
+            if hidden(name):
+                self.hidden.append(f"{name.rstrip('/')}/" if member.isdir() else name)
+                continue
+            self.names_depend_on_encoding |= member_names.is_undeclared(raw)
+            if member.isdir():
+                self.folders.append(f"{name.rstrip('/')}/")
+            else:
+                self._members[name] = member
+        by_name = {member.name: member for member in members if member.isreg()}
+        for name, member in self._members.items():
+            # A hard link is a second name of a file that lies in the archive.
+            if member.islnk() and member.linkname in by_name:
+                self._members[name] = by_name[member.linkname]
+        self.sizes = {
+            file: member.size if member.isreg() else 0 for file, member in self._members.items()
+        }
+
+    def _headers(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+        """Yields the members; reads to the end, so that a file that is cut short is found."""
+        bounded = cast(IO[bytes], _Bounded(file))
+        with tarfile.open(
+            fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as archive:
+            for member in archive:
+                # Python 3.12.1 would go back and read the same members for ever.
+                if member.size < 0:
+                    raise tarfile.ReadError(f"a member has {member.size:,} bytes")
+                yield member
+            end = archive.offset
+        file.seek(end)
+        # tarfile takes whatever is no header, even nothing, for the end.
+        if (last := file.read(_BLOCK)) != bytes(_BLOCK):
+            raise tarfile.ReadError("a member's header is damaged" if last else "it has no end")
+        # The compressed file's checksum stands at its end.
+        self._whole_size = end + _BLOCK
+        while piece := file.read(_PIECE):
+            self._whole_size += len(piece)
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(
+                    "more follows its end, as of several archives in one file: join them with "
+                    "tar --concatenate, or unpack it with tar --ignore-zeros"
+                )
+
+    def _read(self, path: str) -> bytes:
+        member = self._members[path]
+        if problem := _problem(member):
+            raise DataError(f"{self.path}: {path} is {problem}.") from tarfile.TarError(problem)
+        with self._lock:
+            if self._file is None:
+                self._file = self._uncompressed()
+        data = os.pread(self._file.fileno(), member.size, member.offset_data)
+        if len(data) != member.size:
+            raise DataError(f"{self.path}: {path} is cut short. Download or copy it again.")
+        return data
+
+    def _uncompressed(self) -> IO[bytes]:
+        """Opens the archive itself, or a temporary file of what it decompresses to."""
+        if not self._decompress:
+            return self._archive.open("rb")
+        folder = self._scratch or pathlib.Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < self._whole_size:
+            raise DataError(
+                f"{self.path}: unpacks to {self._whole_size / 1e9:.2f} GB in {folder}, which has "
+                f"{free / 1e9:.2f} GB free. Free some space, or give another config.data.directory."
+            )
+        with contextlib.ExitStack() as stack:
+            target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            with self._decompress(self._archive, "rb") as source:
+                shutil.copyfileobj(source, target, _PIECE)
+            target.flush()
+            stack.pop_all()
+        return target
+
+    def _facts(self, path: str) -> tuple[int, ...]:
+        """Returns a member's size and its time of change in s; tar has no checksums of content."""
+        return self._members[path].size, int(self._members[path].mtime)
+
+    def close(self) -> None:
+        """Closes the archive, and removes what was unpacked."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
+    """Returns what opens a compressed file, decompressed; None if it is not compressed."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+    found = (opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic))
+    return next(found, None)
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which no large piece is read at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Returns the place in the file."""
+        return self._file.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Returns bytes of the file; refuses to read more than a header may have."""
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a member's header has {size:,} bytes")
+        return self._file.read(size)
+
+
+def _raw_name(member: tarfile.TarInfo) -> member_names.RawName:
+    data = member.name.encode("utf-8", "surrogateescape")
+    # Headers of the pax format are in UTF-8; the others say nothing.
+    return member_names.RawName(data, is_utf8="path" in member.pax_headers)
+
+
+def _problem(member: tarfile.TarInfo) -> str:
+    """Returns what keeps a member from being read, with the remedy, or ''."""
+    if member.issym() or member.islnk():
+        return (
+            f"a link to {member.linkname!r}, which is not followed: make the archive with "
+            "'tar --dereference --hard-dereference'"
+        )
+    if member.issparse():
+        return "stored as a sparse file: make the archive without 'tar --sparse'"
+    return "" if member.isreg() else "a device or a pipe, no file: remove it"

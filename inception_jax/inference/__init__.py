@@ -1,0 +1,1 @@
+"""Trained networks in use: predictions on image files, heat maps, and a web service."""

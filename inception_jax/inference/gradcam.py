@@ -1,0 +1,284 @@
+"""What a network looked at: Grad-CAM.
+
+Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+Localization", arXiv:1610.02391.
+"""
+
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from inception_jax.errors import ConfigError, nearest
+from inception_jax.inference.predictor import Classified, Predictor
+from inception_jax.reporting import plots
+from inception_jax.training.state import Variables
+
+# Height and width of a picture beside its heat map, pixels: enough for photos, little for a screen.
+VIEW_SIZE = 384
+
+# How much of the picture the hottest place hides.
+_OPACITY = 0.65
+
+
+def grad_cam(
+    model: nn.Module, variables: Variables, images: jax.Array, labels: jax.Array, layer: str
+) -> jax.Array:
+    """Returns how much each place of a layer's grid speaks for a class.
+
+    With A_k the layer's channel k and y the class's logit, alpha_k is the mean of dy / dA_k over
+    the grid (eq. 1), and the map is ReLU(sum_k alpha_k A_k) (eq. 2).
+
+    Args:
+      model: a network that returns a `layers.ModelOutput`.
+      variables: of the network.
+      images: float32 [B, H, W, 3], as the network takes them.
+      labels: int32 [B], the classes.
+      layer: which one, a key of `grids`.
+
+    Returns:
+      float32 [B, h, w], 0 or more.
+    """
+
+    def logits_and_activations(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = []
+
+        def add_delta(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            output = next_fun(*args, **kwargs)
+            if _path(context) != layer:
+                return output
+            seen.append(output)
+            return output + delta
+
+        with nn.intercept_methods(add_delta):
+            output: Any = model.apply(variables, images, train=False)
+        return output.logits, seen[0]
+
+    # The gradient with regard to what is added to a layer is that with regard to the layer. Images
+    # do not depend on each other in evaluation, so one pass gives the gradients of all.
+    grid = grids(model, variables, images)[layer]
+    logits, backward, activations = jax.vjp(
+        logits_and_activations, jnp.zeros(grid.shape, grid.dtype), has_aux=True
+    )
+    (gradients,) = backward(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
+    alpha = gradients.astype(jnp.float32).mean(axis=(1, 2))
+    return nn.relu(jnp.einsum("bhwk,bk->bhw", activations.astype(jnp.float32), alpha))
+
+
+def grids(
+    model: nn.Module, variables: Variables, images: jax.Array | jax.ShapeDtypeStruct
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the layers that `grad_cam` takes, in the order in which they end.
+
+    Args:
+      model, variables, images: as of `grad_cam`.
+
+    Returns:
+      Shape [B, h, w, C] and type of the output of every module that gives a grid, by its path
+      inside the network, such as "inception_4e/conv_3x3".
+    """
+    found = {}
+
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = next_fun(*args, **kwargs)
+        if _path(context) and getattr(output, "ndim", 0) == 4:
+            found[_path(context)] = jax.ShapeDtypeStruct(output.shape, output.dtype)
+        return output
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return found
+
+
+def _path(context: Any) -> str:
+    """Returns the path of the module that is called; '' for other methods, and the network."""
+    return "/".join(context.module.path) if context.method_name == "__call__" else ""
+
+
+class Explainer:
+    """Heat maps of what a predictor's network looked at. It may be used by several threads.
+
+    Attributes:
+      predictor: of the network.
+      layer: path of the layer whose grid the maps have.
+      grid: height and width of that grid.
+
+    Args:
+      predictor: of the network.
+      layer: which layer to look at; '': the last inception module.
+
+    Raises:
+      ConfigError: if there is no such layer.
+    """
+
+    def __init__(self, predictor: Predictor, layer: str = "") -> None:
+        self.predictor = predictor
+        size = predictor.weights.image_size
+        pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        images = jax.eval_shape(predictor.prepared, pixels)
+        found = grids(predictor.model, predictor.variables, images)
+        modules = {
+            path: f"{s.shape[1]} × {s.shape[2]}" for path, s in found.items() if "/" not in path
+        }
+        self.layer = layer or list(modules)[-1]
+        if self.layer not in found:
+            raise ConfigError(_unknown_layer(layer, modules, list(found)))
+        self.grid = found[self.layer].shape[1:3]
+        self._maps = jax.jit(self._compute_maps, compiler_options=predictor.compiler_options)
+
+    def maps(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns Grad-CAM maps.
+
+        Args:
+          pixels: uint8 [N, S, S, 3], at least one image, as `Predictor.read` gives them.
+          labels: int32 [N], the class of each that the map is for.
+
+        Returns:
+          float32 [N, h, w], 0 or more.
+
+        Raises:
+          UserError: if the pixels are of another type or shape.
+        """
+        pixels = self.predictor.checked(pixels)
+        return self.predictor.in_batches(self._maps, pixels, labels.astype(np.int32))
+
+    def _compute_maps(
+        self, variables: Variables, pixels: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        images = self.predictor.prepared(pixels)
+        return grad_cam(self.predictor.model, variables, images, labels, self.layer)
+
+
+def _unknown_layer(layer: str, modules: Mapping[str, str], known: list[str]) -> str:
+    listed = ", ".join(f"{path} ({grid})" for path, grid in modules.items())
+    return (
+        f"--layer={layer}: the network has no such layer, or it gives no grid."
+        f"{nearest(layer, known)} There are, with the size of their grids: {listed}; and those "
+        "inside them, such as inception_4b/conv_3x3"
+    )
+
+
+def overlay(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lays a heat map over a picture.
+
+    Args:
+      view: uint8 [V, V, 3].
+      heat: float32 [h, w], 0 or more; shown relative to its maximum.
+
+    Returns:
+      uint8 [V, V, 3]: the picture where the map is 0, ever more of a colour where it is larger.
+    """
+    import matplotlib
+
+    side = view.shape[0]
+    share = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
+    smooth = Image.fromarray(share.astype(np.float32)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    share = np.asarray(smooth).clip(0, 1)
+    colours = 255 * matplotlib.colormaps["inferno"](share)[..., :3]
+    opacity = _OPACITY * share[..., None]
+    return np.round(view * (1 - opacity) + colours * opacity).astype(np.uint8)
+
+
+def draw(
+    path: pathlib.Path, view: np.ndarray, heat: np.ndarray, *, title: str, captions: tuple[str, str]
+) -> None:
+    """Draws a picture beside its heat map.
+
+    Args:
+      path: of the PNG file.
+      view: uint8 [V, V, 3].
+      heat: float32 [h, w], 0 or more.
+      title: above both, such as the class and its probability.
+      captions: of the picture and of the heat map.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    # Imported late: classes alone do without it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.55), layout="constrained")
+    figure.suptitle(title, fontsize=15)
+    both = zip(figure.subplots(1, 2), (view, overlay(view, heat)), captions, strict=True)
+    for axes, image, caption in both:
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=11)
+        axes.set_axis_off()
+    plots.save(figure, path, dpi=120)
+
+
+class HeatMaps:
+    """Draws pictures beside their heat maps into a folder.
+
+    A file has the name of the picture with the ending .png; of several of one name the later get a
+    number: cat.png, cat-2.png.
+
+    Attributes:
+      layer: path of the layer that is looked at.
+      view_size: height and width of the pictures to draw, pixels.
+      count: how many were drawn.
+
+    Args:
+      folder: where to; it is there.
+      explainer: makes the maps.
+      label: the class that they are for; None: the best of each picture.
+    """
+
+    view_size = VIEW_SIZE
+
+    def __init__(self, folder: pathlib.Path, explainer: Explainer, label: int | None) -> None:
+        self._folder, self._explainer, self._label = folder, explainer, label
+        self._names: set[str] = set()
+        self.layer = explainer.layer
+
+    @property
+    def count(self) -> int:
+        """How many were drawn."""
+        return len(self._names)
+
+    def draw(self, classified: Sequence[Classified]) -> None:
+        """Draws pictures, which have views.
+
+        Raises:
+          OSError: if a file cannot be written.
+        """
+        if not classified:
+            return
+        pictures = [each.picture for each in classified]
+        logits = np.stack([each.logits for each in classified])
+        labels = logits.argmax(axis=1) if self._label is None else np.full(len(logits), self._label)
+        maps = self._explainer.maps(np.stack([picture.pixels for picture in pictures]), labels)
+        for picture, row, label, heat in zip(pictures, logits, labels, maps, strict=True):
+            guess = self._explainer.predictor.guess(row, int(label))
+            about = f"Grad-CAM of {self.layer}" if heat.any() else "no place speaks for this class"
+            draw(
+                self._folder / self._unused_name(picture.name),
+                picture.view,
+                heat,
+                title=f"{plots.short(guess.name, 60)}: {guess.probability:.1%}",
+                captions=(plots.short(os.path.basename(picture.name), 40), about),
+            )
+
+    def _unused_name(self, picture: str) -> str:
+        stem = pathlib.PurePath(picture).stem
+        names = (f"{stem}{number}.png" for number in itertools.chain([""], itertools.count(-2, -1)))
+        name = next(name for name in names if name not in self._names)
+        self._names.add(name)
+        return name
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Returns an image, uint8 [H, W, 3], as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,88 @@
+"""Predictions as text: for people, for programs, and for a leaderboard."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TextIO
+
+from inception_jax.datasets.builders import folders
+from inception_jax.inference.predictor import Guess
+from inception_jax.storage import atomic
+
+
+class Format(NamedTuple):
+    """A way to write predictions down.
+
+    Attributes:
+      header: what comes before the first picture.
+      entry: returns the text of a picture, given its name and the guesses, the best first.
+    """
+
+    header: str
+    entry: Callable[[str, Sequence[Guess]], str]
+
+
+def _table(name: str, guesses: Sequence[Guess]) -> str:
+    # What a class is called must not command the terminal.
+    lines = [f"{guess.probability:9.2%}  {folders.shown(guess.name)}" for guess in guesses]
+    return "\n".join([name, *lines, ""])
+
+
+def _json(name: str, guesses: Sequence[Guess]) -> str:
+    values = {"file": name, "guesses": [guess._asdict() for guess in guesses]}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _csv(name: str, guesses: Sequence[Guess]) -> str:
+    return _rows(
+        [name, rank, guess.label, guess.name, f"{guess.probability:.6g}"]
+        for rank, guess in enumerate(guesses, 1)
+    )
+
+
+def _rows(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+FORMATS: Mapping[str, Format] = {
+    "table": Format("", _table),
+    "json": Format("", _json),
+    "csv": Format("file,rank,label,name,probability\n", _csv),
+}
+
+
+def best_only(class_ids: Sequence[str]) -> Format:
+    """Returns the format of a split's predictions: a line for each image, with its best class.
+
+    Args:
+      class_ids: by label. With them a line is as Tiny ImageNet's leaderboard takes it, the file's
+        name without folders and the id: "test_0.JPEG n01443537". Without them it is a row of CSV,
+        the file's path and the class's name, after a header.
+    """
+    if class_ids:
+        return Format(
+            "", lambda name, best: f"{os.path.basename(name)} {class_ids[best[0].label]}\n"
+        )
+    return Format("file,class\n", lambda name, best: _rows([[name, best[0].name]]))
+
+
+@contextlib.contextmanager
+def written(path: pathlib.Path | None) -> Iterator[TextIO]:
+    """Opens a text file that is there whole or not at all; None: the standard output.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    with atomic.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file

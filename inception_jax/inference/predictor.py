@@ -1,0 +1,355 @@
+"""Classes of images that are in no data set, by a trained network."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inception_jax.datasets import decode
+from inception_jax.errors import DataError, UserError, nearest
+from inception_jax.inference import image_files
+from inception_jax.input import augment
+from inception_jax.models import ops, registry
+from inception_jax.models.weights import Weights, check_weights
+from inception_jax.training.state import Variables
+
+# Files that one thread reads and decodes at a time.
+_PIECE = 4
+
+
+class Guess(NamedTuple):
+    """A class that an image may be of.
+
+    Attributes:
+      label: its number.
+      name: its name; its number where the weights bring no names.
+      probability: by the softmax of the logits, between 0 and 1.
+    """
+
+    label: int
+    name: str
+    probability: float
+
+
+class Picture(NamedTuple):
+    """A picture file, read.
+
+    Attributes:
+      name: its path, as text of one line.
+      pixels: uint8 [S, S, 3], as `Predictor.logits` takes them.
+      view: uint8 [V, V, 3], the same part of the picture for people to look at.
+    """
+
+    name: str
+    pixels: np.ndarray
+    view: np.ndarray
+
+
+class Classified(NamedTuple):
+    """A picture with what the network says.
+
+    Attributes:
+      picture: as it was read.
+      logits: float32 [classes].
+    """
+
+    picture: Picture
+    logits: np.ndarray
+
+
+class Predictor:
+    """Classifies images with trained weights, prepared as an evaluation prepares them.
+
+    Images are cut and resized by the settings `data.image_size`, `data.eval_crop` and
+    `evaluation.image_size` of the weights' training, and normalised by its mean and standard
+    deviation, so an image of the data set gets the logits that the evaluation saw. It may be used
+    by several threads.
+
+    Attributes:
+      weights: what it was made of.
+      model: the network.
+      variables: of the network, on the device.
+      batch_size: images computed at a time.
+
+    Args:
+      weights: the network's.
+      batch_size: images computed at a time; smaller batches are filled up, so that there is one
+        program to compile.
+    """
+
+    def __init__(self, weights: Weights, *, batch_size: int = 64) -> None:
+        check_weights(weights)
+        self.weights = weights
+        self.batch_size = batch_size
+        self.model = registry.create(weights.config.model, weights.num_classes)
+        self.variables: Variables = jax.device_put(weights.variables)
+        self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """How programs of the network are compiled."""
+        return ops.compiler_options(self.weights.config.model.dtype)
+
+    @property
+    def preparation(self) -> str:
+        """What happens to a picture before the network sees it, in words."""
+        config = self.weights.config
+        size, final = config.data.image_size, config.evaluation.image_size
+        part = "" if config.data.eval_crop == 1 else f"the middle {config.data.eval_crop:.1%} of "
+        words = f"{part}the centred square, resized to {size} × {size} px"
+        return f"{words}, then to {final} × {final} px" if final not in (0, size) else words
+
+    def read(self, data: bytes, name: str) -> np.ndarray:
+        """Returns an image file's pixels as `logits` takes them.
+
+        Args:
+          data: the file's content, of any format, size and colour mode that PIL knows; what its
+            EXIF data say of the camera's orientation is honoured.
+          name: what an error calls it.
+
+        Returns:
+          uint8 [S, S, 3], S the size of the images of the training.
+
+        Raises:
+          DataError: if it cannot be decoded.
+        """
+        return self.view(data, name, self.weights.image_size)
+
+    def view(self, data: bytes, name: str, size: int) -> np.ndarray:
+        """Returns the part of a picture that the network sees, uint8 [size, size, 3].
+
+        Args:
+          data, name: as of `read`.
+          size: height and width, pixels.
+
+        Raises:
+          DataError: if it cannot be decoded.
+          UserError: if it is not the content of a file.
+        """
+        _check_content(data, name)
+        crop, bit_depth = self.weights.config.data.eval_crop, self.weights.bit_depth
+        return decode.decode(data, size, name, crop, bit_depth=bit_depth)
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the network's logits, float32 [N, classes].
+
+        Args:
+          pixels: uint8 [N, S, S, 3], RGB, at least one image, S the size of the images of the
+            training. Other types and shapes are refused, for what they hold would be a guess.
+
+        Raises:
+          UserError: if they are not that.
+        """
+        return self.in_batches(self._logits, self.checked(pixels))
+
+    def guesses(self, pixels: np.ndarray, count: int = 5) -> list[list[Guess]]:
+        """Returns the most probable classes of each image, the first first.
+
+        Args:
+          pixels: uint8 [N, S, S, 3], as `logits` takes them.
+          count: how many; fewer if there are fewer classes.
+
+        Raises:
+          UserError: if the pixels are not that.
+        """
+        return [self.best(row, count) for row in self.logits(pixels)]
+
+    def best(self, logits: np.ndarray, count: int = 5) -> list[Guess]:
+        """Returns the most probable classes of one image, float32 [classes], the first first."""
+        # Stable: of equal logits the lower label comes first.
+        order = np.argsort(-logits, kind="stable")[:count]
+        return [self.guess(logits, int(label)) for label in order]
+
+    def guess(self, logits: np.ndarray, label: int) -> Guess:
+        """Returns a class as a guess, given the logits of one image, float32 [classes]."""
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
+        return Guess(label, self.class_name(label), float(exponentials[label] / exponentials.sum()))
+
+    def class_name(self, label: int) -> str:
+        """Returns the name of a class, its number where the weights bring no names."""
+        return self.weights.class_names[label] if self.weights.class_names else str(label)
+
+    def label(self, name: str) -> int:
+        """Returns the number of the class of a name, or of that number.
+
+        Raises:
+          UserError: if there is none.
+        """
+        names = [self.class_name(label) for label in range(self.weights.num_classes)]
+        if name in names:
+            return names.index(name)
+        if name.isdecimal() and int(name) < len(names):
+            return int(name)
+        raise UserError(
+            f"class {name!r}: the network knows none of that name.{nearest(name, names)} Give one "
+            f"of its {len(names)} names, or a number from 0 to {len(names) - 1}"
+        )
+
+    def checked(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns images as they are, if they are what `logits` takes.
+
+        Raises:
+          UserError: if they are of another type or shape, or none, with what to give instead.
+        """
+        try:
+            pixels = np.asarray(pixels)
+        except ValueError as error:
+            raise UserError(f"pixels: give one array of all images: {error}") from error
+        self._check(pixels, _numbers_remedy(pixels))
+        if not len(pixels):
+            raise UserError("pixels: holds no image; give at least one")
+        return pixels
+
+    def _check(self, pixels: Any, numbers: str) -> None:
+        """Checks type and shape of images, which may be traced.
+
+        Args:
+          pixels: an array.
+          numbers: the remedy if they are of another type.
+        """
+        size = self.weights.image_size
+        remedies = []
+        if pixels.shape[1:] != (size, size, 3):
+            remedies.append(_shape_remedy(pixels.shape, size))
+        if pixels.dtype != np.uint8:
+            remedies.append(numbers)
+        if remedies:
+            raise UserError(
+                f"pixels: must be uint8 [N, {size}, {size}, 3], RGB, got {pixels.dtype} "
+                f"{list(pixels.shape)}. {'. '.join(remedies)}"
+            )
+
+    def prepared(self, pixels: jax.Array) -> jax.Array:
+        """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3].
+
+        Raises:
+          UserError: if they are of another type or shape.
+        """
+        self._check(pixels, _ASTYPE)
+        weights = self.weights
+        size = weights.config.evaluation.image_size or weights.image_size
+        return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
+
+    def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """Returns what a program gives for many images, computed a batch at a time.
+
+        Args:
+          compute: maps the network's variables and arrays [batch_size, …] to an array [batch_size,
+            …], row by row.
+          arrays: [N, …], N at least 1.
+        """
+        parts = [
+            self._filled(compute, [array[start : start + self.batch_size] for array in arrays])
+            for start in range(0, len(arrays[0]), self.batch_size)
+        ]
+        return np.concatenate(parts)
+
+    def _filled(
+        self, compute: Callable[..., jax.Array], arrays: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        count = len(arrays[0])
+        missing = self.batch_size - count
+        filled = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        return np.asarray(compute(self.variables, *filled))[:count]
+
+    def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
+        output: Any = self.model.apply(variables, self.prepared(pixels), train=False)
+        return output.logits.astype(jnp.float32)
+
+
+def _check_content(data: object, name: str) -> None:
+    """Checks that a caller gave what is in a file, not the file's path."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UserError(
+            f"{name}: the content of an image file is needed, as bytes, got "
+            f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
+        )
+
+
+# What to do with numbers that are no uint8.
+_ASTYPE = "Give integers from 0 to 255: pixels.astype(numpy.uint8)"
+
+
+def _numbers_remedy(pixels: np.ndarray) -> str:
+    """Returns what to do with an array that is not of uint8."""
+    if pixels.dtype == bool or pixels.dtype.kind not in "iuf" or not pixels.size:
+        return "Give an array of integers from 0 to 255"
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
+        return "Its values are from 0 to 1: give (pixels * 255).round().astype(numpy.uint8)"
+    if low >= 0 and high <= 255:
+        return f"Its values are from {low:g} to {high:g}: give pixels.round().astype(numpy.uint8)"
+    return (
+        f"Its values are from {low:g} to {high:g}; give the images before they were normalized: "
+        "that is done here"
+    )
+
+
+def _shape_remedy(shape: Sequence[int], size: int) -> str:
+    """Returns what to do with an array of another shape than [N, size, size, 3]."""
+    read = "or let read() of the predictor prepare the files"
+    if len(shape) == 3 and shape[-1] == 3:
+        return f"For a single image give pixels[None], {size} × {size} px"
+    if (len(shape), shape[-3:-2]) in ((3, (3,)), (4, (3,)), (4, (1,))) and shape[-1] > 4:
+        return "The channels come last: give numpy.moveaxis(pixels, -3, -1)"
+    if len(shape) == 4 and shape[-1] == 4:
+        return f"Without the alpha channel: give pixels[..., :3], {read}"
+    if len(shape) == 4 and shape[-1] == 1:
+        return f"For gray images give numpy.repeat(pixels, 3, axis=-1), {read}"
+    if len(shape) in (2, 3):
+        return f"For gray images give numpy.stack([pixels] * 3, axis=-1), {read}"
+    if len(shape) == 4 and shape[-1] == 3:
+        return f"Resize the images to {size} × {size} px, {read}"
+    return "Give one array of all images"
+
+
+def batch_size_for(count: int) -> int:
+    """Returns the batch size for a number of images: a power of two up to 64.
+
+    So a single picture is not computed 64 times, and there are few programs to compile.
+    """
+    return min(64, 1 << (count - 1).bit_length())
+
+
+def read_files(
+    predictor: Predictor, files: Sequence[str], *, view_size: int = 0
+) -> Iterator[Picture | DataError]:
+    """Yields the picture of each file, or why there is none, in order; read ahead in threads.
+
+    Args:
+      predictor: what the pictures are for.
+      files: paths, or `pictures.STDIN`.
+      view_size: height and width of the views, pixels; 0: they are the pixels themselves.
+    """
+
+    def read(file: str) -> Picture | DataError:
+        name = image_files.shown(file)
+        try:
+            data = image_files.read(file)
+            pixels = predictor.read(data, name)
+            view = predictor.view(data, name, view_size) if view_size else pixels
+        except DataError as error:
+            return error
+        return Picture(name, pixels, view)
+
+    def read_piece(piece: Sequence[str]) -> list[Picture | DataError]:
+        return [read(file) for file in piece]
+
+    pieces = decode.pieces(files, _PIECE)
+    return itertools.chain.from_iterable(decode.threaded_map(read_piece, pieces))
+
+
+def classify(
+    predictor: Predictor, read: Iterable[Picture | DataError]
+) -> Iterator[list[Classified | DataError]]:
+    """Yields what `read_files` gives, with the logits of the pictures, in batches."""
+    iterator = iter(read)
+    while batch := list(itertools.islice(iterator, predictor.batch_size)):
+        pixels = [each.pixels for each in batch if isinstance(each, Picture)]
+        logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
+        yield [
+            Classified(each, next(logits)) if isinstance(each, Picture) else each for each in batch
+        ]

@@ -1,0 +1,1 @@
+"""A web page and service that classifies uploaded images."""

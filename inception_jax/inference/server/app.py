@@ -1,0 +1,115 @@
+"""The page and the API, as a Starlette application.
+
+The routes::
+
+  GET /         the page, one file without anything from elsewhere.
+  GET /model    JSON: network, classes, preparation, layer, limits.
+  POST /predict the body is the picture file; ?top=N gives N classes, ?label=K the heat map of
+                class K in place of the best, ?heat_map=0 none. JSON: guesses (label, name,
+                probability; the best first) and, with a heat map, explained (the guess it is for),
+                picture and heat_map (PNGs as data URLs). On a mistake JSON with error, and the
+                status 400 (no picture, a wrong parameter), 413 (too large) or 415 (a form in place
+                of the file).
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from inception_jax.errors import UserError
+from inception_jax.inference.server.classify import (
+    Classifier,
+    Limits,
+    TooLargeError,
+    too_many_bytes,
+)
+
+_PAGE = pathlib.Path(__file__).with_name("page.html")
+
+# The browser itself sees to it that the page asks for nothing elsewhere, and that nobody frames it.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def create_app(classifier: Classifier) -> Starlette:
+    """Returns the application.
+
+    Args:
+      classifier: answers; it is warm already.
+    """
+    page, about = _PAGE.read_text(encoding="utf-8"), classifier.about()
+
+    async def show_page(request: Request) -> Response:
+        return HTMLResponse(page, headers=_HEADERS)
+
+    async def show_model(request: Request) -> Response:
+        return JSONResponse(about, headers=_HEADERS)
+
+    async def predict(request: Request) -> Response:
+        try:
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                return _refused(415, "Send the picture file itself: curl --data-binary @FILE")
+            settings = _settings(request.query_params)
+            data = await _body(request, classifier.limits)
+            answer = await run_in_threadpool(classifier.classify, data, **settings)
+        except TooLargeError as error:
+            return _refused(413, str(error))
+        except UserError as error:
+            return _refused(400, str(error))
+        return JSONResponse(answer, headers=_HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/", show_page),
+            Route("/model", show_model),
+            Route("/predict", predict, methods=["POST"]),
+        ]
+    )
+
+
+def _refused(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status_code=status, headers=_HEADERS)
+
+
+def _settings(query: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what `Classifier.classify` takes besides the picture.
+
+    Raises:
+      UserError: if a parameter is unknown or out of its range.
+    """
+    known = {"top": "5", "label": "0", "heat_map": "1"}
+    for name, value in query.items():
+        if name not in known:
+            raise UserError(f"{name}: unknown; there are {', '.join(known)}")
+        if not (value.isdecimal() and len(value) < 10):
+            raise UserError(f"{name} = {value!r}: must be a whole number, as {known[name]}")
+    return {
+        "top": max(1, int(query.get("top", 5))),
+        "label": int(query["label"]) if "label" in query else None,
+        "heat_map": query.get("heat_map") != "0",
+    }
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """Returns the body, of which no more is read than is allowed.
+
+    Raises:
+      TooLargeError: if it is longer.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.bytes:
+            raise too_many_bytes(limits)
+    return bytes(body)

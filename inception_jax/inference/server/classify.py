@@ -1,0 +1,147 @@
+"""What the page and the API answer, without the web around it."""
+
+import base64
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from inception_jax.datasets import decode
+from inception_jax.errors import DataError, UserError
+from inception_jax.inference import gradcam
+from inception_jax.inference.gradcam import Explainer
+from inception_jax.inference.predictor import Predictor
+
+# Pictures that are decoded and computed at a time; others wait. Each may take some 300 MB.
+_AT_A_TIME = 2
+
+
+class Limits(NamedTuple):
+    """What is accepted.
+
+    Attributes:
+      bytes: of a picture file.
+      pixels: of the picture, width times height.
+    """
+
+    bytes: int = 20_000_000
+    pixels: int = 50_000_000
+
+
+class TooLargeError(Exception):
+    """A picture exceeds a limit; the message is for the user."""
+
+
+class Classifier:
+    """Answers questions about pictures, for several threads at a time.
+
+    Attributes:
+      limits: what is accepted.
+
+    Args:
+      predictor: whose batches are of one image.
+      explainer: of the same network.
+      limits: what to accept.
+    """
+
+    def __init__(self, predictor: Predictor, explainer: Explainer, limits: Limits) -> None:
+        self.limits = limits
+        self._predictor, self._explainer = predictor, explainer
+        self._turn = threading.BoundedSemaphore(_AT_A_TIME)
+
+    def warm_up(self) -> None:
+        """Compiles what the first picture would wait for."""
+        size = self._predictor.weights.image_size
+        self.classify(gradcam.png(np.zeros((size, size, 3), np.uint8)))
+
+    def about(self) -> dict[str, Any]:
+        """Returns what the network is and what it takes, as JSON."""
+        weights = self._predictor.weights
+        return {
+            "network": str(weights),
+            "classes": [self._predictor.class_name(k) for k in range(weights.num_classes)],
+            "preparation": self._predictor.preparation,
+            "layer": self._explainer.layer,
+            "limits": self.limits._asdict(),
+        }
+
+    def classify(
+        self, data: bytes, *, top: int = 5, label: int | None = None, heat_map: bool = True
+    ) -> dict[str, Any]:
+        """Returns the most probable classes of a picture and a heat map, as JSON.
+
+        Args:
+          data: the file's content.
+          top: how many classes.
+          label: of the class that the heat map is for; None: the best.
+          heat_map: whether to make one.
+
+        Raises:
+          TooLargeError: if the picture exceeds a limit.
+          DataError: if it is no picture that can be read.
+          UserError: if there is no such class.
+        """
+        classes = self._predictor.weights.num_classes
+        if label is not None and label >= classes:
+            raise UserError(f"label = {label}: must be less than {classes}, the number of classes")
+        with self._turn:
+            self._check_size(data)
+            try:
+                pixels = self._predictor.read(data, "the picture")[None]
+            except decode.ImageError as error:
+                raise _unreadable(error.problem) from error
+            logits = self._predictor.logits(pixels)
+            best = self._predictor.best(logits[0], top)
+            answer: dict[str, Any] = {"guesses": [guess._asdict() for guess in best]}
+            if heat_map:
+                label = best[0].label if label is None else label
+                guess = self._predictor.guess(logits[0], label)
+                answer |= {"explained": guess._asdict()} | self._pictures(data, pixels, label)
+            return answer
+
+    def _check_size(self, data: bytes) -> None:
+        """Refuses what would take too much memory to decode, by what the file says of itself."""
+        limits = self.limits
+        if len(data) > limits.bytes:
+            raise too_many_bytes(limits)
+        try:
+            width, height = decode.dimensions(data)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _too_many_pixels("more than 90 megapixels", limits) from error
+        except decode.BROKEN:
+            return  # Nor can it be decoded; that says why.
+        if width * height > limits.pixels:
+            raise _too_many_pixels(f"{width:,} × {height:,} pixels", limits)
+
+    def _pictures(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
+        """Returns the part that the network sees, without and with the heat map, as data URLs."""
+        view = self._predictor.view(data, "the picture", gradcam.VIEW_SIZE)
+        (heat,) = self._explainer.maps(pixels, np.array([label]))
+        return {"picture": _url(view), "heat_map": _url(gradcam.overlay(view, heat))}
+
+
+def too_many_bytes(limits: Limits) -> TooLargeError:
+    """Returns the error for a file that is too long."""
+    return TooLargeError(
+        f"The file is larger than {limits.bytes / 1e6:g} MB, the most that is taken. Make the "
+        "picture smaller"
+    )
+
+
+def _too_many_pixels(found: str, limits: Limits) -> TooLargeError:
+    return TooLargeError(
+        f"The picture has {found}; at most {limits.pixels / 1e6:g} megapixels are taken. Make it "
+        "smaller"
+    )
+
+
+def _unreadable(problem: decode.Problem) -> DataError:
+    return DataError(
+        f"This is no picture that can be read: {problem}. {problem.advice}. JPEG, PNG, WebP, GIF, "
+        "BMP, TIFF and AVIF can be"
+    )
+
+
+def _url(pixels: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(gradcam.png(pixels)).decode()}"

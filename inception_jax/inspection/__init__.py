@@ -1,0 +1,1 @@
+"""What a network is made of: structure, table, drawing and feature maps."""

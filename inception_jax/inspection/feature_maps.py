@@ -1,0 +1,164 @@
+"""What a trained network looks for and finds: filters and activations as pictures."""
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from inception_jax.errors import UserError, nearest
+from inception_jax.inference.predictor import Predictor
+from inception_jax.models import ops, registry
+from inception_jax.models import weights as files
+from inception_jax.models.weights import Weights
+from inception_jax.reporting import plots
+
+# Between the pictures of a grid, pixels of it.
+_GAP = 1
+
+
+def filters(weights: Weights, layer: str) -> np.ndarray:
+    """Returns the kernel of a layer.
+
+    Args:
+      weights: of the network.
+      layer: path of the module, with slashes, such as "conv1".
+
+    Returns:
+      float32 [k, k, I, O].
+    """
+    leaves = files.flatten(weights.variables["params"])
+    return next(
+        np.asarray(leaf)
+        for name, leaf in leaves.items()
+        if name.startswith(f"{layer}/") and name.endswith("/kernel")
+    )
+
+
+def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:
+    """Returns what a module of the network makes of an image.
+
+    Args:
+      predictor: of the network.
+      pixels: uint8 [S, S, 3], as `Predictor.read` gives them.
+      layer: path of the module, with slashes, such as "inception_3a" or "inception_3a/conv_5x5".
+
+    Returns:
+      float32 [H, W, C].
+
+    Raises:
+      UserError: if there is no such module, or it gives no image.
+    """
+    weights = predictor.weights
+    model = registry.create(weights.config.model, weights.num_classes)
+    found: list[str] = []
+
+    def is_wanted(module: Any, method: str) -> bool:
+        path = "/".join(module.path)
+        if method == "__call__" and path:
+            found.append(path)
+        return method == "__call__" and path == layer
+
+    def compute(variables: Any, image: jax.Array) -> Any:
+        _, captured = model.apply(
+            variables,
+            predictor.prepared(image),
+            train=False,
+            capture_intermediates=is_wanted,
+            mutable=["intermediates"],
+        )
+        return captured.get("intermediates", {})
+
+    options = ops.compiler_options(weights.config.model.dtype)
+    captured = jax.jit(compute, compiler_options=options)(weights.variables, pixels[None])
+    results = [leaf for leaf in jax.tree.leaves(captured) if leaf.ndim == 4]
+    if not results:
+        modules = sorted(set(found))
+        raise UserError(
+            f"--layer={layer}: is no module of {weights.config.model.name} that gives an image."
+            f"{nearest(layer, modules)} Its modules are {', '.join(modules)}"
+        )
+    return np.asarray(results[0][0], np.float32)
+
+
+def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
+    """Draws filters in a grid, the values of each from its least (0) to its greatest (full).
+
+    Args:
+      path: of the PNG file.
+      kernel: float32 [k, k, 3, O].
+      title: above the picture.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
+    shown = (kernel - low) / np.maximum(high - low, 1e-12)
+    words = f"{kernel.shape[3]} filters of {kernel.shape[0]}×{kernel.shape[1]} px"
+    _save(path, [(grid(shown.transpose(3, 0, 1, 2)), words)], title)
+
+
+def draw_activations(
+    path: pathlib.Path, pixels: np.ndarray, maps: np.ndarray, *, layer: str, title: str
+) -> None:
+    """Draws every channel of a module's result beside its image, each from 0 to its greatest value.
+
+    Args:
+      path: of the PNG file.
+      pixels: the image, uint8 [S, S, 3].
+      maps: float32 [H, W, C].
+      layer: what gave the maps.
+      title: above the picture.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    low = np.minimum(maps.min((0, 1)), 0)
+    shown = (maps - low) / np.maximum(maps.max((0, 1)) - low, 1e-12)
+    height, width, channels = maps.shape
+    words = f"{layer}: {channels} channels of {height}×{width}"
+    _save(path, [(pixels, "image"), (grid(shown.transpose(2, 0, 1)), words)], title)
+
+
+def grid(pictures: np.ndarray) -> np.ndarray:
+    """Lays pictures out in a square, with gaps.
+
+    Args:
+      pictures: float [N, H, W] or [N, H, W, 3].
+
+    Returns:
+      float [rows (H + 1) + 1, columns (W + 1) + 1, …]; NaN in the gaps and where no picture is.
+    """
+    count, height, width = pictures.shape[:3]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, *pictures.shape[3:])
+    laid = np.full(shape, np.nan, np.float32)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        top, left = row * (height + _GAP) + _GAP, column * (width + _GAP) + _GAP
+        laid[top : top + height, left : left + width] = picture
+    return laid
+
+
+def _save(path: pathlib.Path, pictures: list[tuple[np.ndarray, str]], title: str) -> None:
+    """Draws pictures side by side, the last one large."""
+    from matplotlib.figure import Figure
+
+    ratios = [1.0] * (len(pictures) - 1) + [3.0]
+    figure = Figure(figsize=(2.6 * sum(ratios), 8.4), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    panels = figure.subplots(1, len(pictures), width_ratios=ratios, squeeze=False)[0]
+    for axes, (picture, words) in zip(panels, pictures, strict=True):
+        if picture.ndim == 3 and picture.dtype != np.uint8:
+            picture = np.nan_to_num(picture, nan=1.0)  # White gaps: colours know no NaN.
+        axes.imshow(picture, cmap="magma", interpolation="nearest")
+        axes.set_title(words, fontsize=11)
+        axes.axis("off")
+    try:
+        plots.save(figure, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error}. Give a folder on a disk with room"
+        ) from error

@@ -1,0 +1,203 @@
+"""A network as a table, block by block, beside table 1 of its paper where that describes it."""
+
+import csv
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from inception_jax.errors import UserError
+from inception_jax.inspection.structure import Block, Layer, Shape, Structure
+
+Cell = str | int | None
+
+_HEAD = ("block", "type", "output", "parameters", "multiply-adds", "receptive field", "stride")
+_PAPER_HEAD = ("paper: output", "weights", "operations", "deviation")
+_PAPER_IMAGE = (224, 224, 3)
+
+
+class PaperRow(NamedTuple):
+    """A row of the paper's table 1.
+
+    Attributes:
+      blocks: ours that it describes together.
+      shape: of the result.
+      kilo_weights: "params" as printed, without the K; None: empty.
+      mega_operations: "ops" as printed, without the M: multiply-adds; None: empty.
+    """
+
+    blocks: tuple[str, ...]
+    shape: Shape
+    kilo_weights: float | None = None
+    mega_operations: float | None = None
+
+
+# Szegedy et al. 2014, arXiv:1409.4842.
+TABLE_1 = (
+    PaperRow(("conv1",), (112, 112, 64), 2.7, 34),
+    PaperRow(("max_pool",), (56, 56, 64)),
+    PaperRow(("conv2_reduce", "conv2"), (56, 56, 192), 112, 360),
+    PaperRow(("max_pool_2",), (28, 28, 192)),
+    PaperRow(("inception_3a",), (28, 28, 256), 159, 128),
+    PaperRow(("inception_3b",), (28, 28, 480), 380, 304),
+    PaperRow(("max_pool_3",), (14, 14, 480)),
+    PaperRow(("inception_4a",), (14, 14, 512), 364, 73),
+    PaperRow(("inception_4b",), (14, 14, 512), 437, 88),
+    PaperRow(("inception_4c",), (14, 14, 512), 463, 100),
+    PaperRow(("inception_4d",), (14, 14, 528), 580, 119),
+    PaperRow(("inception_4e",), (14, 14, 832), 840, 170),
+    PaperRow(("max_pool_4",), (7, 7, 832)),
+    PaperRow(("inception_5a",), (7, 7, 832), 1072, 54),
+    PaperRow(("inception_5b",), (7, 7, 1024), 1388, 71),
+    PaperRow(("mean",), (1024,)),
+    PaperRow(("classifier",), (1000,), 1000, 1),
+)
+_NOTES = """\
+The paper's columns are those of table 1 of Szegedy et al. 2014. Its K is 1,024 weights, its
+operations are millions of multiply-adds, both without biases and BatchNorm, so weights are compared
+where ours also has other parameters. An empty deviation: equal when rounded or cut off. The printed
+weights of most modules are not those of the printed widths (4c is off most), while the printed
+operations are, except in 5a. The first convolution's 2.7 K and 34 M are those of a separable one,
+7x7 on each channel with a multiplier of 8 and 1x1 after it (49 · 3 · 8 + 24 · 64 = 2,712 weights),
+which Ioffe and Szegedy 2015 (arXiv:1502.03167) say they had; the text of the paper has it plain.
+"""
+
+
+class Table(NamedTuple):
+    """Lines of cells under a head, and notes for a reader."""
+
+    head: tuple[str, ...]
+    lines: list[list[Cell]]
+    notes: str = ""
+
+    def markdown(self) -> str:
+        """Returns the table as aligned Markdown, numbers to the right, and the notes under it."""
+        numeric = [
+            any(isinstance(line[column], int) for line in self.lines)
+            for column in range(len(self.head))
+        ]
+        texts = [list(self.head), *([_text(cell) for cell in line] for line in self.lines)]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        rule = [
+            "-" * (width - 1) + ":" if right else "-" * width
+            for width, right in zip(widths, numeric, strict=True)
+        ]
+        aligned = [
+            [
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, numeric, strict=True)
+            ]
+            for line in (texts[0], rule, *texts[1:])
+        ]
+        lines = "".join(f"| {' | '.join(line)} |\n" for line in aligned)
+        return f"{lines}\n{self.notes}" if self.notes else lines
+
+    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes architecture.md, and architecture.csv with plain numbers.
+
+        Raises:
+          UserError: if they cannot be written.
+        """
+        markdown, comma = folder / "architecture.md", folder / "architecture.csv"
+        try:
+            markdown.write_text(self.markdown(), encoding="utf-8")
+            with comma.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([self.head, *self.lines])
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder}: {error}. Make the folder writable, with space left"
+            ) from error
+        return [markdown, comma]
+
+
+def make_table(structure: Structure) -> Table:
+    """Returns a network block by block, beside the paper's table where it has all of its blocks.
+
+    The last lines are the sums: of what gives the logits, and with auxiliary heads if there are.
+    """
+    blocks = structure.blocks()
+    lines = [_line(block) for block in blocks]
+    needed = [block for block in blocks if not block.is_auxiliary]
+    lines.append(_sums("total", needed))
+    if len(needed) < len(blocks):
+        lines.append(_sums("with auxiliary heads", blocks))
+    if not is_of_the_paper(structure):
+        return Table(_HEAD, lines)
+    beside = _paper_cells(blocks)
+    empty: list[Cell] = [None] * len(_PAPER_HEAD)
+    lines = [[*line, *beside.get(str(line[0]), empty)] for line in lines]
+    return Table(_HEAD + _PAPER_HEAD, lines, _NOTES)
+
+
+def is_of_the_paper(structure: Structure) -> bool:
+    """Whether table 1 has a row for what the network does, at the same size of image."""
+    names = {block.name for block in structure.blocks()}
+    return structure.image == _PAPER_IMAGE and all(names.issuperset(row.blocks) for row in TABLE_1)
+
+
+def shape_text(shape: Shape) -> str:
+    """Returns "28×28×256" of (28, 28, 256)."""
+    return "×".join(map(str, shape))
+
+
+def layer_text(layer: Layer) -> str:
+    """Returns what a layer is, its extras left out: "convolution 7×7/2", after the paper."""
+    if not layer.window:
+        return layer.kind
+    stride = f"/{layer.stride}" if layer.stride > 1 else ""
+    return f"{layer.kind} {layer.window}×{layer.window}{stride}"
+
+
+def _line(block: Block) -> list[Cell]:
+    kind = block.kind
+    if len(block.layers) == 1:
+        kind = ", ".join([layer_text(block.layers[0]), *block.layers[0].extras])
+    return [
+        block.name,
+        f"{kind} (training only)" if block.is_auxiliary else kind,
+        shape_text(block.shape),
+        block.parameters,
+        block.multiply_adds,
+        block.receptive_field,
+        block.jump,
+    ]
+
+
+def _sums(name: str, blocks: Sequence[Block]) -> list[Cell]:
+    parameters = sum(block.parameters for block in blocks)
+    multiply_adds = sum(block.multiply_adds for block in blocks)
+    return [name, None, None, parameters, multiply_adds, None, None]
+
+
+def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
+    """Returns what the paper prints, and how we differ, by the last of each row's blocks."""
+    by_name = {block.name: block for block in blocks}
+    cells: dict[str, list[Cell]] = {}
+    for row in TABLE_1:
+        ours = [by_name[name] for name in row.blocks]
+        weights = sum(block.weights for block in ours) / 1024
+        operations = sum(block.multiply_adds for block in ours) / 1e6
+        deviations = [
+            "" if ours[-1].shape == row.shape else "output",
+            _deviation("weights", weights, row.kilo_weights),
+            _deviation("operations", operations, row.mega_operations),
+        ]
+        cells[row.blocks[-1]] = [
+            shape_text(row.shape),
+            "" if row.kilo_weights is None else f"{row.kilo_weights:g} K",
+            "" if row.mega_operations is None else f"{row.mega_operations:g} M",
+            ", ".join(filter(None, deviations)),
+        ]
+    return cells
+
+
+def _deviation(name: str, ours: float, printed: float | None) -> str:
+    """Returns "weights +7.4%", or "" where ours is what is printed, rounded or cut off."""
+    if printed is None or printed in (round(ours), int(ours)):
+        return ""
+    return f"{name} {ours / printed - 1:+.1%}"
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:,}" if isinstance(cell, int) else cell

@@ -1,0 +1,408 @@
+"""The parts of a report, as the values that its templates show.
+
+Pure functions of a `Record`; each returns None, or an empty list, where the folder does not hold
+what it needs, and the template then leaves the part out.
+"""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from inception_jax import config as configs
+from inception_jax.config import Config
+from inception_jax.evaluation import calibration
+from inception_jax.evaluation.predictions import Predictions
+from inception_jax.reporting.plots import Line
+from inception_jax.reporting.run_record import Record, names
+
+# What a page can hold and a reader take in.
+MOST_POINTS = 1000
+MOST_ROWS = 60
+MOST_CONFUSED = 14
+MOST_PAIRS = 15
+EXTREMES = 10
+# Beyond this side, pixels, a picture without loss takes too much of the page.
+LOSSLESS = 64
+
+METRICS = ("loss", "top1", "top5", "learning_rate")
+# The phases of telemetry.clock, in words.
+PHASES = {
+    "train": "training steps",
+    "input": "waiting for input",
+    "evaluate": "evaluation",
+    "compile": "compiling",
+    "save": "saving checkpoints",
+    "report": "this report",
+    "other": "everything else",
+}
+
+Values = dict[str, Any]
+
+
+def result(record: Record) -> Values | None:
+    """Returns the last evaluation, the best one, and what the experiment expects."""
+    evaluations = [line for line in record.evaluations if line.get("top1") is not None]
+    if not evaluations:
+        return None
+    last, best = evaluations[-1], max(evaluations, key=lambda line: line["top1"])
+    count = last.get("count")
+    top1 = last["top1"] / 100
+    return {
+        "last": last,
+        "role": record.role(last["step"]),
+        "best": best if best["top1"] > last["top1"] else None,
+        "flip": last.get("flip_top1"),
+        # Two standard errors of a share of independent examples.
+        "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
+        "expected": _expected(record, last["top1"]),
+        "hours": (record.result.get("seconds") or last.get("seconds") or 0) / 3600,
+        "images_per_second": record.result.get("images_per_second"),
+    }
+
+
+def _expected(record: Record, top1: float) -> Values | None:
+    if record.config is None or not record.config.expected.top1:
+        return None
+    expected = record.config.expected
+    return {
+        "top1": expected.top1,
+        "source": expected.source,
+        "difference": top1 - expected.top1,
+        "changed": len(overridden(record)),
+    }
+
+
+def curves(records: Sequence[Record]) -> Values:
+    """Returns the curves of some runs, for the script of the page.
+
+    Returns:
+      runs: of each run its name and, by split, arrays of step, epoch, hours and the metrics, with
+        None where a line has none; at most MOST_POINTS of each split.
+    """
+    labels = names(records)
+    return {
+        "runs": [
+            {"name": name, "splits": _splits(record.lines)}
+            for name, record in zip(labels, records, strict=True)
+        ]
+    }
+
+
+def metrics(records: Sequence[Record]) -> list[str]:
+    """Returns which of METRICS some runs have."""
+    return [name for name in METRICS if any(name in line for r in records for line in r.lines)]
+
+
+def evaluated(record: Record) -> Values | None:
+    """Returns which evaluation classes, pictures and calibration are of."""
+    if record.evaluated is None:
+        return None
+    found = record.evaluated.result
+    return {
+        "split": found["split"],
+        "step": found["step"],
+        "epoch": found.get("epoch"),
+        "role": record.role(found["step"]),
+        "guesses": record.evaluated.predictions.guesses.shape[1],
+    }
+
+
+def _splits(lines: Sequence[Line]) -> dict[str, Values]:
+    seconds = {line["step"]: line["seconds"] for line in lines if line.get("seconds") is not None}
+    found: dict[str, Values] = {}
+    for split in sorted({line["split"] for line in lines}, key=lambda s: (s != "train", s)):
+        points = thinned([line for line in lines if line["split"] == split], MOST_POINTS)
+        hours = [line.get("seconds", seconds.get(line["step"])) for line in points]
+        found[split] = {
+            "step": [line["step"] for line in points],
+            "epoch": [_short(line["epoch"]) for line in points],
+            "hours": [None if each is None else _short(each / 3600) for each in hours],
+        } | {
+            name: [_short(line.get(name)) for line in points]
+            for name in METRICS
+            if any(name in line for line in points)
+        }
+    return found
+
+
+def thinned(lines: Sequence[Line], most: int) -> list[Line]:
+    """Returns at most so many of some lines, evenly spaced, the first and the last among them."""
+    if len(lines) <= most:
+        return list(lines)
+    return [lines[index] for index in np.linspace(0, len(lines) - 1, most).round().astype(int)]
+
+
+def _short(value: float | None) -> float | None:
+    """Returns a number as six digits say it, for the page's size."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+def curve_table(record: Record) -> list[Values]:
+    """Returns the curves as rows: the evaluations, each with the training report before it."""
+    train = [line for line in record.lines if line["split"] == "train"]
+    rows = []
+    for line in thinned(record.evaluations or train, MOST_ROWS):
+        before = [each for each in train if each["step"] <= line["step"]][-1:]
+        rows.append({"line": line, "train": before[0] if before else {}})
+    return rows
+
+
+def classes(record: Record) -> Values | None:
+    """Returns the accuracy of each class, and which are the best and the worst."""
+    if record.evaluated is None:
+        return None
+    matrix = _matrix(record, record.evaluated.predictions)
+    rows = [
+        row
+        for label in range(len(matrix))
+        if (row := _class_row(record, matrix, label)) is not None
+    ]
+    ranked = sorted(rows, key=lambda row: -row["accuracy"])
+    few = len(ranked) <= 2 * EXTREMES
+    return {
+        "rows": rows,
+        "groups": [("All classes, best first", ranked)]
+        if few
+        else [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])],
+    }
+
+
+def _class_row(record: Record, matrix: np.ndarray, label: int) -> Values | None:
+    """Returns one class's row; None where the split has no example of it."""
+    count, right = int(matrix[label].sum()), int(matrix[label, label])
+    if not count:
+        return None
+    others = matrix[label].copy()
+    others[label] = 0
+    taken_for = int(others.argmax())
+    return {
+        "name": record.class_name(label),
+        "count": count,
+        "right": right,
+        "accuracy": 100 * right / count,
+        "taken_for": record.class_name(taken_for) if others[taken_for] else "",
+        "times": int(others[taken_for]),
+    }
+
+
+def confusion(record: Record) -> Values | None:
+    """Returns the confusion matrix of the most confused classes, and the most frequent mistakes."""
+    if record.evaluated is None:
+        return None
+    matrix = _matrix(record, record.evaluated.predictions)
+    chosen = calibration.most_confused(matrix, MOST_CONFUSED)
+    totals = np.maximum(matrix.sum(axis=1), 1)
+    pairs = calibration.confused_pairs(matrix, MOST_PAIRS)
+    return {
+        "names": [record.class_name(int(label)) for label in chosen],
+        "whole": len(chosen) == len(matrix),
+        "rows": [
+            {
+                "name": record.class_name(int(true)),
+                "cells": [
+                    {
+                        "count": int(matrix[true, guess]),
+                        "share": float(matrix[true, guess] / totals[true]),
+                        "right": bool(true == guess),
+                    }
+                    for guess in chosen
+                ],
+                "others": int(matrix[true].sum() - matrix[true, chosen].sum()),
+                "total": int(matrix[true].sum()),
+            }
+            for true in chosen
+        ],
+        "pairs": [
+            {
+                "true": record.class_name(true),
+                "guess": record.class_name(guess),
+                "count": int(matrix[true, guess]),
+                "share": 100 * float(matrix[true, guess] / totals[true]),
+            }
+            for true, guess in pairs
+        ],
+    }
+
+
+def _matrix(record: Record, predictions: Predictions) -> np.ndarray:
+    return calibration.confusion(predictions.labels, predictions.guesses[:, 0], record.classes)
+
+
+def examples(record: Record) -> Values | None:
+    """Returns the pictures: the most confident mistakes, and right answers."""
+    evaluated = record.evaluated
+    if evaluated is None:
+        return None
+    found: Values = {"mistakes": [], "right": [], "side": evaluated.pictures.shape[1]}
+    for index, name, pixels in zip(
+        evaluated.shown, evaluated.names, evaluated.pictures, strict=True
+    ):
+        right = bool(evaluated.predictions.right[index])
+        found["right" if right else "mistakes"].append(
+            {
+                "source": data_uri(pixels),
+                "file": name,
+                "label": record.class_name(int(evaluated.predictions.labels[index])),
+                "own": 100 * float(evaluated.predictions.own[index]),
+                "guesses": _guesses(record, evaluated.predictions, int(index)),
+            }
+        )
+    return found
+
+
+def _guesses(record: Record, predictions: Predictions, index: int) -> list[Values]:
+    return [
+        {
+            "name": record.class_name(int(label)),
+            "percent": 100 * float(probability),
+            "right": bool(label == predictions.labels[index]),
+        }
+        for label, probability in zip(
+            predictions.guesses[index], predictions.probabilities[index], strict=True
+        )
+    ]
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """Returns a picture, uint8 [H, W, 3], as an address that holds it."""
+    kind = "png" if max(pixels.shape[:2]) <= LOSSLESS else "jpeg"
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, kind, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def reliability(record: Record) -> Values | None:
+    """Returns the reliability diagram's bins, and the expected calibration error in percent."""
+    if record.evaluated is None:
+        return None
+    predictions = record.evaluated.predictions
+    found = calibration.calibration(predictions.confidence, predictions.right)
+    bins = [
+        {
+            "low": 100 * float(low),
+            "high": 100 * float(high),
+            "count": int(count),
+            "share": float(count / len(predictions)),
+            "confidence": 100 * float(confidence),
+            "accuracy": 100 * float(accuracy),
+        }
+        for low, high, count, confidence, accuracy in zip(
+            found.edges[:-1],
+            found.edges[1:],
+            found.count,
+            found.confidence,
+            found.accuracy,
+            strict=True,
+        )
+    ]
+    return {
+        "bins": bins,
+        "error": 100 * found.error,
+        "excess": 100 * found.excess,
+        "confidence": 100 * float(predictions.confidence.mean()),
+        "accuracy": 100 * float(predictions.right.mean()),
+    }
+
+
+def time(record: Record) -> Values | None:
+    """Returns the seconds that each phase of the run took, the longest first."""
+    seconds: Mapping[str, float] = record.result.get("seconds_by_phase", {})
+    total = sum(seconds.values())
+    if not total:
+        return None
+    ordered = sorted(seconds.items(), key=lambda phase: -phase[1])
+    return {
+        "total": total,
+        "step": record.result["step"],
+        "phases": [
+            {"name": PHASES.get(name, name), "phase": name, "seconds": s, "share": s / total}
+            for name, s in ordered
+        ],
+    }
+
+
+def overridden(record: Record) -> list[Values]:
+    """Returns the settings that differ from the experiment's own, with both values."""
+    if record.config is None or not record.experiment:
+        return []
+    # Where the data lie is no part of a recipe.
+    own = {
+        path: tuple(value) if isinstance(value, list) else value
+        for path, value in record.experiment["own"].items()
+        if path not in ("data.directory", "data.source")
+    }
+    return [
+        {"path": path, "own": value, "run": configs.get(record.config, path)}
+        for path, value in own.items()
+        if configs.get(record.config, path) != value
+    ]
+
+
+def settings(config: Config | None) -> list[Values]:
+    """Returns every setting, with its meaning and whether it is not the default."""
+    if config is None:
+        return []
+    default = Config()
+    return [
+        {
+            "path": path,
+            "value": configs.get(config, path),
+            "changed": configs.get(config, path) != configs.get(default, path),
+            "help": field.metadata["help"],
+        }
+        for path, _, field in configs.leaves()
+    ]
+
+
+def machine(record: Record) -> list[tuple[str, Any]]:
+    """Returns what the run ran on, and with which versions, as names and values."""
+    environment = dict(record.environment)
+    packages = environment.pop("packages", {})
+    words = {"cpu": "processor", "cpu_count": "cores", "process_count": "processes"}
+    rows = [(words.get(name, name.replace("_", " ")), v) for name, v in environment.items()]
+    return [*rows, *((name, version) for name, version in packages.items())]
+
+
+def diagnosis(record: Record) -> Values | None:
+    """Returns what the evaluations say."""
+    found = record.diagnosis()
+    return None if found is None else dataclasses.asdict(found)
+
+
+def differing(records: Sequence[Record]) -> list[str]:
+    """Returns the dotted paths of the settings that are not the same in all runs."""
+    known = [record.config for record in records if record.config is not None]
+    return [
+        path
+        for path, _, _ in configs.leaves()
+        if len({repr(configs.get(config, path)) for config in known}) > 1 and path != "name"
+    ]
+
+
+def comparison(records: Sequence[Record]) -> list[Values]:
+    """Returns a row for each run: its result, and its settings where the runs differ."""
+    paths = differing(records)
+    return [
+        {
+            "name": name,
+            "experiment": record.name,
+            "result": result(record),
+            "line": record.lines[-1],
+            "finished": record.finished,
+            "calibration": reliability(record),
+            "diagnosis": diagnosis(record),
+            "settings": list(_values(record, paths)),
+        }
+        for name, record in zip(names(records), records, strict=True)
+    ]
+
+
+def _values(record: Record, paths: Sequence[str]) -> Iterator[Any]:
+    for path in paths:
+        yield None if record.config is None else configs.get(record.config, path)

@@ -1,0 +1,1 @@
+"""The machine: devices, processes, signals, sharding, compilation cache and environment."""

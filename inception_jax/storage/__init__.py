@@ -1,0 +1,1 @@
+"""Files on disk: paths, atomic writes, locks and integrity checks."""

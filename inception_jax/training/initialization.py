@@ -1,0 +1,291 @@
+"""Weights in files: exported from a checkpoint, and as the start of another run."""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from inception_jax import config as configs
+from inception_jax.config import Config, Timeline
+from inception_jax.datasets.dataset import Dataset, class_changes
+from inception_jax.errors import ConfigError
+from inception_jax.models import registry
+from inception_jax.models import weights as files
+from inception_jax.models.weights import Weights
+from inception_jax.runtime import environment
+from inception_jax.storage import paths
+from inception_jax.telemetry.writers import informative
+from inception_jax.training import state as states
+from inception_jax.training import workdir as workdirs
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.run import Run
+from inception_jax.training.state import TrainState, Variables
+from inception_jax.training.workdir import Workdir
+
+_SHOWN = 10
+_LAST_LAYER = "/classifier/"
+
+
+class Start(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+      values: the variables to take over, by path; the others start as always.
+      notes: what is taken and what is not, for the user.
+    """
+
+    values: dict[str, np.ndarray]
+    notes: list[str]
+
+
+def load(*, workdir: pathlib.Path | None, weights: pathlib.Path | None, checkpoint: str) -> Weights:
+    """Returns the weights that a command's flags name: a run's, or a file's.
+
+    Args:
+      workdir: folder of a run.
+      weights: of a file, which is read where there is no folder.
+      checkpoint: of the run: "best", "last" or the number of a step.
+
+    Raises:
+      UserError: if they cannot be had.
+    """
+    if workdir is not None:
+        return from_checkpoint(Workdir(workdir), checkpoint)
+    assert weights is not None
+    return files.load(weights)
+
+
+def from_checkpoint(workdir: Workdir, which: str) -> Weights:
+    """Returns the evaluation variables of a checkpoint, with what describes them.
+
+    The folder is enough: neither the data set nor the devices of the training are needed.
+
+    Args:
+      workdir: of a run that has saved a checkpoint.
+      which: "best", "last" or the number of a step.
+
+    Raises:
+      UserError: if `which` is none of them.
+      CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
+    """
+    config, dataset = workdirs.recorded_run(workdir)
+    like = states.abstract_model_item(
+        registry.create(config.model, dataset["classes"]),
+        image_size=config.data.image_size,
+        has_average=bool(config.train.ema),
+    )
+    with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
+        step = checkpoints.resolve(which)
+        model = checkpoints.restore_model(step, like)
+        metrics = checkpoints.metrics(step)
+        roles = checkpoints.roles(step)
+    # Where files lay on this machine is of no use on another.
+    config.data.source = config.data.directory = config.init.weights = ""
+    return Weights(
+        variables=jax.device_get(states.eval_variables(**model)),
+        config=config,
+        class_names=tuple(dataset["class names"]),
+        mean=np.array(dataset["mean"], np.float32),
+        std=np.array(dataset["std"], np.float32),
+        bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
+        is_average=bool(model["average"]),
+        step=step,
+        epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
+        metrics=informative(metrics, dataset["classes"]),
+        checkpoint=roles,
+        revision=environment.revision(),
+        origin=f"{workdir.path}, step {step:,}",
+    )
+
+
+def start(run: Run, like: TrainState) -> Start:
+    """Returns what a new run takes from the file that config.init.weights names.
+
+    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
+    both sides have them and they fit, for their shapes depend on the size of the images.
+
+    Args:
+      run: with config.init.weights.
+      like: shapes of the state.
+
+    Raises:
+      DataError: if the file cannot be used.
+      ConfigError: if its weights are of another network.
+    """
+    found = files.load(paths.local(run.config.init.weights, "config.init.weights"))
+    expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
+    values = files.flatten(found.variables)
+    notes = [f"starts from {found.origin}: {found}"]
+    notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
+    if reason := other_classes(found, run.dataset):
+        notes.append(f"the classifier is re-initialized: {reason}")
+        values, expected = (_without_last_layers(tree) for tree in (values, expected))
+    for head in _heads_that_do_not_fit(values, expected):
+        here = any(_module(name) == head for name in expected)
+        notes.append(
+            f"the auxiliary head {head} starts anew: the file has none of its shape"
+            if here
+            else f"the auxiliary head {head} of the file is left out"
+        )
+        values, expected = (_without(tree, head) for tree in (values, expected))
+    _check_fit(values, expected, found, run.config)
+    if not _same_normalisation(found, run.dataset):
+        notes.append("the first layer is adapted to this data set's mean and std")
+        values |= _renormalised(values, found, run.dataset)
+    return Start(values, notes)
+
+
+def other_classes(found: Weights, dataset: Dataset) -> str:
+    """Returns how the classes of weights differ from a data set's, or ''."""
+    if not found.num_classes:
+        return "the weights have no classifier"
+    if not found.class_names and found.num_classes != dataset.num_classes:
+        return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
+    # Weights of other programs may not say what their classes are called.
+    return class_changes(found.class_names or dataset.class_names, dataset.class_names)
+
+
+def for_evaluation(run: Run, found: Weights) -> Variables:
+    """Returns the variables that evaluating weights as a run's network takes.
+
+    Args:
+      run: with the network and the data set.
+      found: the weights.
+
+    Raises:
+      ConfigError: if they are of another network or other classes.
+    """
+    if reason := other_classes(found, run.dataset):
+        raise ConfigError(
+            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
+            "were trained on, or train on this one from them: --config.init.weights"
+        )
+    like = states.abstract(run)
+    expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
+    # Evaluation needs no auxiliary heads.
+    values = _without_heads(files.flatten(found.variables))
+    _check_fit(values, _without_heads(expected), found, run.config)
+    if lines := _other_settings(found, run.config):
+        raise ConfigError(
+            f"{found.origin}: its weights are of another network:\n  "
+            + "\n  ".join(lines)
+            + "\nGive the settings of the file's network"
+        )
+    return files.unflatten(values)
+
+
+def _other_settings(found: Weights, config: Config) -> list[str]:
+    """Returns the settings that make another network of the same weights, with both values.
+
+    Heads are left out: evaluation needs none.
+    """
+    return [
+        f"config.{path}: {theirs!r} in the file, {ours!r} here"
+        for path in _NETWORK
+        if (theirs := configs.get(found.config, path)) != (ours := configs.get(config, path))
+    ]
+
+
+# What decides the state's shape, and the one further setting that evaluation computes with.
+_NETWORK = [
+    path
+    for path, _, field in configs.leaves()
+    if path.startswith("model.") and not field.metadata["resumable"] and path != "model.aux_heads"
+] + ["model.norm_epsilon"]
+
+
+def _same_normalisation(found: Weights, dataset: Dataset) -> bool:
+    """Whether images are normalised by the same numbers."""
+    return np.array_equal(found.mean, dataset.mean) and np.array_equal(found.std, dataset.std)
+
+
+def _check_fit(
+    values: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    found: Weights,
+    config: Config,
+) -> None:
+    """Checks that the variables of a file are those of a network.
+
+    Args:
+      values, expected: variables of the file and of the network, by path.
+      found: the whole file.
+      config: of the network.
+
+    Raises:
+      ConfigError: naming what is missing, unexpected or of another shape, and other settings.
+    """
+    differences = list(_differences(values, expected))
+    if not differences:
+        return
+    lines = differences[:_SHOWN]
+    if len(differences) > _SHOWN:
+        lines.append(f"… and {len(differences) - _SHOWN} more")
+    lines += _other_settings(found, config)
+    raise ConfigError(
+        f"{found.origin}: its weights are of another network; "
+        f"{len(differences)} variables differ:\n  "
+        + "\n  ".join(lines)
+        + "\nGive the settings of the file's network, or weights of this one"
+    )
+
+
+def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"missing: {name}" for name in expected if name not in values)
+    yield from (f"unexpected: {name}" for name in values if name not in expected)
+    for name in expected:
+        if name in values and (theirs := values[name].shape) != (ours := expected[name].shape):
+            yield f"other shape: {name}: {theirs} in the file, {ours} here"
+
+
+def _module(name: str) -> str:
+    """Returns the outermost module of a variable: "conv1" of "params/conv1/conv/kernel"."""
+    return name.split("/")[1]
+
+
+def _is_in_head(name: str) -> bool:
+    return _module(name).startswith("aux_")
+
+
+def _without_last_layers(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if _LAST_LAYER not in name}
+
+
+def _without_heads(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if not _is_in_head(name)}
+
+
+def _without(leaves: Mapping[str, Any], module: str) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if _module(name) != module}
+
+
+def _heads_that_do_not_fit(values: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the heads that the two sides do not both have in the same shapes."""
+
+    def shapes(leaves: Mapping[str, Any], head: str) -> dict[str, tuple[int, ...]]:
+        return {name: leaf.shape for name, leaf in leaves.items() if _module(name) == head}
+
+    heads = {_module(name) for name in (*values, *expected) if _is_in_head(name)}
+    return sorted(head for head in heads if shapes(values, head) != shapes(expected, head))
+
+
+def _renormalised(
+    values: Mapping[str, np.ndarray], found: Weights, dataset: Dataset
+) -> dict[str, np.ndarray]:
+    """Returns the first layer's variables for images that are normalised by other numbers.
+
+    With x = (p - mean) / std on both sides, theirs = scale * ours + shift. The convolution takes
+    the scale; the shift adds a constant to its output, which the running mean or the bias takes.
+    Only at the image's border is it not exact: the zeros around are another colour.
+    """
+    scale = dataset.std / found.std
+    shift = (dataset.mean - found.mean) / found.std
+    kernel = values["params/conv1/conv/kernel"]
+    constant = np.einsum("hwio,i->o", kernel, shift)
+    renormalised = {"params/conv1/conv/kernel": kernel * scale[:, None]}
+    for name, sign in (("batch_stats/conv1/norm/mean", -1), ("params/conv1/conv/bias", 1)):
+        if name in values:
+            renormalised[name] = values[name] + np.float32(sign) * constant
+    return renormalised

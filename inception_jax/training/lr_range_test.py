@@ -1,0 +1,292 @@
+"""The learning-rate range test: one short training with a rising rate shows which rates work.
+
+Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3;
+with the rate rising exponentially, and stopped where the loss diverges, as in Gugger 2018, "How Do
+You Find A Good Learning Rate" (the learning-rate finder of fastai).
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from inception_jax.input import crops, pipeline
+from inception_jax.training import initialization, optimizers
+from inception_jax.training import state as states
+from inception_jax.training.run import Run
+from inception_jax.training.step import make_train_step
+
+# A smoothed loss above this multiple of its least has diverged (Gugger 2018).
+DIVERGED = 4.0
+
+# The average reaches over this share of the steps: long enough to even out batches, short against
+# the factor of ten in the rate that separates "learns" from "diverges".
+SMOOTHING = 1 / 20
+
+# The rate proposed is the one with the least smoothed loss divided by this. At the least the loss
+# is about to rise, so it is the edge; Smith takes the peak of a cycle just below it, and Gugger a
+# tenth of it for a constant rate. A third lies between, for a peak reached by a warm-up.
+BELOW_LEAST = 3.0
+
+# BatchNorm lets a loss stay flat over a factor of ten in the rate, and noise then decides where it
+# is least. The rate proposed is therefore none above the first that has this share of the fall.
+MOST_OF_FALL = 0.9
+
+# A loss that never fell below this share of what guessing costs has learned next to nothing.
+CHANCE = 0.95
+
+# A loss that fell below this share of its start has learned its images by heart; whatever the rate
+# is after that, it stays there.
+BY_HEART = 0.05
+
+# A smoothed loss that fell by less than this share of the first losses shows noise and no learning.
+LEAST_FALL = 0.05
+
+# A rate shows its effect in the steps after it, some ten with a momentum of 0.9. With fewer steps
+# than that for each factor of ten in the rate, the edge is found too high.
+STEPS_PER_DECADE = 30
+
+# Past its least the smoothed loss must rise by this share of its fall, or it was not the edge.
+LEAST_RISE = 0.5
+
+# Where the loss fell by this share of its fall within the first tenth of the steps,
+# rates below the range would have been needed, too.
+EARLY_FALL = 0.5
+
+# The fall must be that many deviations of the smoothed loss, or its least is where noise puts it.
+LEAST_DEVIATIONS = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One step of a range test.
+
+    Attributes:
+      step: counted from 1.
+      rate: learning rate of its update.
+      loss: objective before the update; may be infinite or NaN in the last point.
+      smoothed_loss: exponential moving average of the loss up to here, without bias to its start.
+      smoothed_rate: geometric mean of the rates with the same weights, which is where on the axis
+        the smoothed loss belongs: at the newest rate it would lag.
+    """
+
+    step: int
+    rate: float
+    loss: float
+    smoothed_rate: float
+    smoothed_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What a range test says; rates in the unit of config.schedule.learning_rate.
+
+    Attributes:
+      rate: proposed peak, to two digits: `least / BELOW_LEAST`, or the first rate at which the
+        loss has made `MOST_OF_FALL`, if that is less.
+      least: where the smoothed loss is least.
+      diverged: whether the test ended by divergence; if not, `least` may be the end of the range.
+    """
+
+    rate: float
+    least: float
+    diverged: bool
+
+
+def exponential_rise(low: float, high: float, steps: int) -> optax.Schedule:
+    """Returns rate(t) = low (high / low)^(t / (steps - 1)), t the updates already made."""
+    exponent = math.log(high / low) / (steps - 1)
+    return lambda count: low * jnp.exp(exponent * jnp.asarray(count, jnp.float32))
+
+
+def range_test(
+    run: Run,
+    *,
+    low: float,
+    high: float,
+    steps: int,
+    stepped: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
+    """Trains a run from its initial state with the rate rising from `low` to `high`.
+
+    All else is as the run has it when it begins: batches, augmentation, image size, optimizer. Only
+    labels are neither mixed nor smoothed: with such labels the loss cannot fall far, so that with
+    BatchNorm, which lets a network bear rates that teach it nothing, it hardly shows the edge.
+    Nothing is saved.
+
+    Args:
+      run: what is tested; its own schedule and length are not used.
+      low, high: first and last rate.
+      steps: how many rates, equally spaced on a logarithmic axis; at least 2.
+      stepped: takes each point as soon as it is known.
+
+    Returns:
+      A point for each step, up to the one at which the loss diverged or was not finite.
+    """
+    schedule = exponential_rise(low, high, steps)
+    optimizer = optimizers.make_optimizer(run.config.optimizer, schedule)
+    config = copy.deepcopy(run.config)
+    config.augment.mixup = config.augment.cutmix = config.train.label_smoothing = 0.0
+    rising = dataclasses.replace(
+        run, config=config, schedule=schedule, total_steps=steps, optimizer=optimizer
+    )
+    like, create = states.plan(rising)
+    state = create()
+    if run.config.init.weights:
+        state = states.start_from(state, initialization.start(rising, like).values)
+    train_step = make_train_step(rising, rising.train_image_size(0))
+    batches = pipeline.train_batches(
+        run.dataset.train,
+        batch_size=run.config.train.batch_size,
+        seed=run.config.seed,
+        start=0,
+        stop=steps,
+        mesh=run.mesh,
+        box_at=crops.train_boxes(run.config.augment, run.config.seed),
+    )
+    smooth = _Smoothing(_time_constant(steps))
+    points: list[Point] = []
+    for step, batch in enumerate(batches, start=1):
+        state, found = train_step(state, batch)
+        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(found.loss))))
+        stepped(points[-1])
+        if has_diverged(points):
+            break
+    return points
+
+
+def has_diverged(points: Sequence[Point]) -> bool:
+    """Whether the last smoothed loss is not finite, or above `DIVERGED` times the least before."""
+    last = points[-1].smoothed_loss
+    least = min((p.smoothed_loss for p in points[:-1]), default=last)
+    return not math.isfinite(last) or last > DIVERGED * least
+
+
+def chance_loss(run: Run) -> float:
+    """Returns the objective of guessing uniformly among a run's classes, nats."""
+    heads = 2 if run.config.model.aux_heads else 0
+    return math.log(run.dataset.num_classes) * (1 + heads * run.config.train.aux_weight)
+
+
+def doubts(
+    points: Sequence[Point], proposal: Proposal, *, steps: int, high: float, chance: float
+) -> list[str]:
+    """Returns why a proposal cannot be relied on, each with a remedy; empty if it can.
+
+    Args:
+      points: of the range test.
+      proposal: what `propose` made of them.
+      steps: how many the test was planned to have.
+      high: the last rate it was planned to have.
+      chance: loss of guessing, as `chance_loss` gives it.
+    """
+    found = []
+    low = points[0].rate
+    # Rounded, as rates are float32.
+    needed = math.ceil(round(STEPS_PER_DECADE * math.log10(high / low), 3))
+    if steps < needed:
+        found.append(
+            f"{steps} steps for rates from {low:g} to {high:g} are too few: a rate shows its "
+            f"effect some steps later, so the edge is found too high. Give --steps={needed}"
+        )
+    finite = [p for p in points if math.isfinite(p.smoothed_loss)]
+    start = _start(points, finite)
+    least = min(finite, key=lambda p: p.smoothed_loss)
+    fall = start - least.smoothed_loss
+    after = max(p.smoothed_loss for p in finite if p.step >= least.step)
+    rose = proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall
+    if not rose and least.smoothed_loss < BY_HEART * start:
+        found.append(
+            "the few images were learned by heart before a rate was too high, so the edge does not "
+            "show. Keep the experiment's rate, or try with more images"
+        )
+    elif not rose:
+        found.append(
+            f"the loss did not rise again up to the rate {finite[-1].rate:.3g}, so the edge is "
+            "somewhere beyond. Give a larger --high"
+        )
+    if least.smoothed_loss > CHANCE * chance:
+        found.append(
+            f"the loss fell to {least.smoothed_loss:.3g} only, and guessing costs {chance:.3g}: "
+            "nothing was learned at any rate. Give more --steps, or check that the labels match "
+            "the images"
+        )
+    early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
+    if start - early.smoothed_loss > EARLY_FALL * fall:
+        found.append(
+            f"the loss fell most at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
+            "little of the higher ones. Give a smaller --low"
+        )
+    deviation = _deviation([p.loss for p in finite if p.step <= least.step], steps)
+    if fall < LEAST_DEVIATIONS * deviation:
+        found.append(
+            f"the loss fell by {fall:.3g}, which is little against its noise from batch to batch "
+            f"({deviation:.2g} when smoothed). Give more --steps, or a larger "
+            "--config.train.batch_size"
+        )
+    return found
+
+
+def _deviation(losses: Sequence[float], steps: int) -> float:
+    """Returns the standard deviation of the smoothed loss around its course; jumps do not count."""
+    if len(losses) < 3:
+        return 0.0
+    # 1.4826 median(|x|) is the deviation of a normal x; a second difference has √(1 + 4 + 1) of it,
+    # and an average with the time constant T √(1 / (2T - 1)).
+    one = 1.4826 / math.sqrt(6) * np.median(np.abs(np.diff(losses, 2)))
+    return float(one / math.sqrt(2 * _time_constant(steps) - 1))
+
+
+def _time_constant(steps: int) -> float:
+    return max(2.0, SMOOTHING * steps)
+
+
+def _start(points: Sequence[Point], finite: Sequence[Point]) -> float:
+    """Returns the loss that a test began with; one batch alone would be a noisy start."""
+    return float(np.mean([p.loss for p in finite[: math.ceil(SMOOTHING * len(points))]]))
+
+
+def propose(points: Sequence[Point]) -> Proposal | None:
+    """Returns what a range test proposes, or None if the loss did not fall in its range."""
+    finite = [p for p in points if math.isfinite(p.smoothed_loss)]
+    if not finite:
+        return None
+    start, least = _start(points, finite), min(finite, key=lambda p: p.smoothed_loss)
+    fall = start - least.smoothed_loss
+    if fall < LEAST_FALL * start:
+        return None
+    flat = next(p for p in finite if start - p.smoothed_loss >= MOST_OF_FALL * fall)
+    rate = min(least.smoothed_rate / BELOW_LEAST, flat.smoothed_rate)
+    return Proposal(
+        rate=float(f"{rate:.2g}"), least=least.smoothed_rate, diverged=has_diverged(points)
+    )
+
+
+class _Smoothing:
+    """Bias-corrected exponential moving averages of loss and log rate (as in Adam's moments).
+
+    Args:
+      steps: time constant T of the average; the newest value has the weight 1 / T.
+    """
+
+    def __init__(self, steps: float) -> None:
+        self._decay = 1 - 1 / steps
+        self._loss = self._log_rate = self._weight = 0.0
+
+    def __call__(self, step: int, rate: float, loss: float) -> Point:
+        keep, add = self._decay, 1 - self._decay
+        self._loss = keep * self._loss + add * loss
+        self._log_rate = keep * self._log_rate + add * math.log(rate)
+        self._weight = keep * self._weight + add
+        return Point(
+            step=step,
+            rate=rate,
+            loss=loss,
+            smoothed_rate=math.exp(self._log_rate / self._weight),
+            smoothed_loss=self._loss / self._weight,
+        )

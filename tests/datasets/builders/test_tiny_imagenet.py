@@ -1,0 +1,94 @@
+"""Tiny ImageNet as it goes around, prepared: the same data, or one message."""
+
+import pathlib
+
+import pytest
+
+from inception_jax import config
+from inception_jax.datasets.dataset import prepare
+from inception_jax.errors import DataError
+from tests import archives
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return archives.tiny_imagenet_files(2, 4, 2, 2, SIZE)
+
+
+def validation_sorted(files: dict[str, bytes], *, images: str = "images/") -> dict[str, bytes]:
+    """Returns the files with the validation images in folders of their classes, without boxes."""
+    lines = files["val/val_annotations.txt"].decode().splitlines()
+    classes = {line.split("\t")[0]: line.split("\t")[1] for line in lines}
+    return {
+        f"val/{classes[file.split('/')[-1]]}/{images}{file.split('/')[-1]}"
+        if file.startswith("val/images/")
+        else file: data
+        for file, data in files.items()
+        if not file.endswith(("_boxes.txt", "val_annotations.txt"))
+    }
+
+
+def settings(source: pathlib.Path, directory: pathlib.Path, name: str) -> config.Data:
+    return config.Data(name=name, source=str(source), directory=str(directory), image_size=SIZE)
+
+
+def prepared(
+    source: pathlib.Path, directory: pathlib.Path, name: str = "tiny_imagenet_subset"
+) -> tuple[dict[str, bytes], list[str]]:
+    """Returns the files of what is prepared, without the description, and the lines logged."""
+    lines: list[str] = []
+    prepare(settings(source, directory, name), log=lines.append)
+    (cache,) = (directory / "inception_jax").glob("*px")
+    return {f.name: f.read_bytes() for f in cache.iterdir() if f.name != "info.json"}, lines
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder"])
+def test_what_is_prepared_from_a_sorted_copy_is_the_same_to_the_byte(
+    tmp_path: pathlib.Path, files: dict[str, bytes], name: str
+) -> None:
+    official, lines = prepared(archives.write_files(tmp_path / "o.zip", files), tmp_path / "one")
+    assert not any("missing" in line for line in lines)
+    source = archives.write_files(tmp_path / name, validation_sorted(files))
+    found, lines = prepared(source, tmp_path / "two")
+    assert found == official and {"validation_images.npy", "test_names.txt"} <= set(found)
+    assert any(f"{source}: val/val_annotations.txt is missing" in line for line in lines)
+    assert not list((tmp_path / "two").glob("tmp*")), "what was unpacked is gone"
+    # And again, now that it is prepared.
+    assert prepared(source, tmp_path / "two") == (official, [])
+
+
+@pytest.mark.parametrize("test", [True, False])
+@pytest.mark.parametrize("images", ["images/", ""])
+def test_a_sorted_copy_is_a_folder_of_pictures_too(
+    tmp_path: pathlib.Path, files: dict[str, bytes], images: str, test: bool
+) -> None:
+    changed = files | {"val/val_annotations.txt": files["val/val_annotations.txt"]}
+    changed = validation_sorted(changed, images=images) | {
+        file: data for file, data in files.items() if file.endswith(".txt")
+    }
+    if not test:
+        changed = {file: data for file, data in changed.items() if not file.startswith("test/")}
+    source = archives.write_files(tmp_path / "x.zip", changed)
+    dataset = prepare(settings(source, tmp_path, "image_folder"), log=lambda line: None)
+    assert dataset.class_names == (archives.wnid(0), archives.wnid(1))
+    sizes = {name: len(split) for name, split in dataset.splits.items()}
+    assert sizes == {"train": 8, "validation": 4} | ({"test": 2} if test else {})
+    if test:
+        assert dataset.splits["test"].labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("name", ["x.zip", "folder"])
+def test_the_official_layout_is_not_taken_for_a_folder_of_pictures(
+    tmp_path: pathlib.Path, files: dict[str, bytes], name: str
+) -> None:
+    source = archives.write_files(tmp_path / name, files)
+    with pytest.raises(DataError, match=r"layout of Tiny ImageNet, .*data\.name=tiny_imagenet, or"):
+        prepare(settings(source, tmp_path, "image_folder"), log=lambda line: None)
+
+
+def test_a_part_is_not_taken_for_the_whole(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+    source = archives.write_files(tmp_path / "x.zip", files)
+    with pytest.raises(DataError, match=r"has 2 classes \(expected 200\), .*tiny_imagenet_subset"):
+        prepare(settings(source, tmp_path, "tiny_imagenet"), log=lambda line: None)

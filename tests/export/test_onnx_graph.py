@@ -1,0 +1,71 @@
+"""Operations of the networks in ONNX Runtime against JAX."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+
+from inception_jax.export import onnx_graph
+from inception_jax.models import ops
+from inception_jax.models.layers import local_response_norm
+
+SIZE = 9
+
+
+def pooled(window: int, stride: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: ops.max_pool(x, window=window, stride=stride)
+
+
+def colours(x: jax.Array) -> jax.Array:
+    """Seven channels of three, by a convolution that sees more to the left than to the right."""
+    kernel = np.random.default_rng(2).normal(size=(2, 2, 3, 7)).astype(np.float32)
+    return ops.conv(x, jnp.asarray(kernel), stride=2, paddings=((1, 0), (2, 1)))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pooled(3, 1),
+        pooled(3, 2),
+        pooled(2, 2),
+        colours,
+        lambda x: local_response_norm(50 * colours(x)),
+        lambda x: jnp.concatenate([colours(x), jax.nn.relu(colours(x))], axis=-1),
+        lambda x: x * x - x / 3,
+    ],
+    ids=["pool", "pool over the end", "even pool", "conv", "lrn", "branches", "arithmetic"],
+)
+def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], jax.Array]) -> None:
+    def network(x: jax.Array) -> jax.Array:
+        # Each pixel counts differently, so that none can be in another's place.
+        x = operation(x)
+        places = np.random.default_rng(3).normal(size=(1, *x.shape[1:])).astype(np.float32)
+        return (x * jnp.broadcast_to(places, x.shape)).sum((1, 2))
+
+    mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
+    with ops.plain():
+        model = onnx_graph.convert(
+            network, name="one", size=SIZE, resized=SIZE, mean=mean, std=std, names=("x", "y")
+        )
+        pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+        expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(["y"], {"x": pixels})
+    # Sums of some hundreds, of which little may be left.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_an_unknown_operation_is_named() -> None:
+    with pytest.raises(NotImplementedError, match="cos"):
+        onnx_graph.convert(
+            lambda x: jnp.cos(x).sum((1, 2)),
+            name="",
+            size=4,
+            resized=4,
+            mean=np.zeros(3),
+            std=np.ones(3),
+            names=("x", "y"),
+        )

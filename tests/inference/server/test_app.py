@@ -1,0 +1,173 @@
+"""The page's server by HTTP, in this process."""
+
+import base64
+import io
+import pathlib
+import struct
+import zlib
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from inception_jax.inference import gradcam
+from inception_jax.inference.gradcam import VIEW_SIZE, Explainer
+from inception_jax.inference.predictor import Predictor
+from inception_jax.inference.server.classify import Classifier, Limits
+from tests import small
+
+testclient = pytest.importorskip("starlette.testclient", reason="needs the extra 'serve'")
+
+LIMITS = Limits(bytes=50_000, pixels=40_000)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(small.weights(), batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def client(predictor: Predictor) -> Any:
+    from inception_jax.inference.server.app import create_app
+
+    classifier = Classifier(predictor, Explainer(predictor), LIMITS)
+    classifier.warm_up()
+    return testclient.TestClient(create_app(classifier))
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    """Returns 8 × 8 pixels: they reach the network as they are."""
+    return np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def decoded(url: str) -> np.ndarray:
+    kind, _, data = url.partition(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predictor) -> None:
+    data = gradcam.png(picture())
+    answer = client.post("/predict", content=data)
+    assert answer.status_code == 200
+    found = answer.json()
+    (expected,) = predictor.guesses(picture()[None])
+    assert [guess["label"] for guess in found["guesses"]] == [guess.label for guess in expected]
+    assert found["guesses"][0]["name"] == expected[0].name
+    assert found["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
+    assert found["explained"] == found["guesses"][0]
+    view = predictor.view(data, "x", VIEW_SIZE)
+    np.testing.assert_array_equal(decoded(found["picture"]), view)
+    heat = Explainer(predictor).maps(picture()[None], np.array([expected[0].label]))[0]
+    np.testing.assert_array_equal(decoded(found["heat_map"]), gradcam.overlay(view, heat))
+
+
+def test_another_class_can_be_explained(client: Any) -> None:
+    data = gradcam.png(picture())
+    first = client.post("/predict?top=2", content=data).json()
+    assert len(first["guesses"]) == 2
+    other = first["guesses"][1]
+    second = client.post(f"/predict?label={other['label']}", content=data).json()
+    assert second["explained"] == other
+    assert second["guesses"][:2] == first["guesses"]
+    assert second["heat_map"] != first["heat_map"]
+    assert set(client.post("/predict?heat_map=0", content=data).json()) == {"guesses"}
+
+
+def test_the_model_is_told(client: Any) -> None:
+    found = client.get("/model").json()
+    assert found["classes"][3] == "kind 3"
+    assert found["network"].startswith("mini_googlenet, 10 classes")
+    assert found["preparation"] == "the centred square, resized to 8 × 8 px"
+    assert found["limits"] == {"bytes": 50_000, "pixels": 40_000}
+    assert found["layer"] == "inception_4b"
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: Any) -> None:
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "http" not in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+
+
+def huge_png() -> bytes:
+    """Returns a PNG that says it has 30,000 × 30,000 pixels, and holds none."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT" + zlib.compress(b""))
+
+
+def chunk(content: bytes) -> bytes:
+    length = struct.pack(">I", len(content) - 4)
+    return length + content + struct.pack(">I", zlib.crc32(content))
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "words"),
+    [
+        (b"", 400, "This is no picture that can be read: empty file. Download"),
+        (b"a text", 400, "This is no picture that can be read: text. Remove it"),
+        (gradcam.png(picture())[:80], 400, "This is no picture that can be read: "),
+        (bytes(50_001), 413, "The file is larger than 0.05 MB"),
+        (gradcam.png(np.zeros((201, 200, 3), np.uint8)), 413, "The picture has 200 × 201 pixels"),
+        (huge_png(), 413, "The picture has more than 90 megapixels"),
+    ],
+    ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
+)
+def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
+    client: Any, data: bytes, status: int, words: str
+) -> None:
+    answer = client.post("/predict", content=data)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("top=no", "top = 'no': must be a whole number"),
+        ("label=10", "label = 10: must be less than 10"),
+        ("class=3", "class: unknown; there are top, label, heat_map"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(client: Any, query: str, words: str) -> None:
+    answer = client.post(f"/predict?{query}", content=gradcam.png(picture()))
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(words)
+
+
+def test_a_form_is_told_to_send_the_file(client: Any) -> None:
+    answer = client.post("/predict", content=b"x", headers={"content-type": "multipart/form-data"})
+    assert answer.status_code == 415
+    assert "--data-binary @FILE" in answer.json()["error"]
+    assert client.get("/predict").status_code == 405
+    assert client.get("/elsewhere").status_code == 404
+
+
+def test_a_body_without_a_length_is_bounded(client: Any) -> None:
+    answer = client.post("/predict", content=(bytes(10_000) for _ in range(1000)))
+    assert answer.status_code == 413
+
+
+def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor) -> None:
+    def ask(seed: int) -> list[float]:
+        answer = client.post("/predict?top=10", content=gradcam.png(picture(seed)))
+        return [guess["probability"] for guess in answer.json()["guesses"]]
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(24)))
+    for seed, probabilities in enumerate(found):
+        (expected,) = predictor.guesses(picture(seed)[None], 10)
+        assert probabilities == pytest.approx([guess.probability for guess in expected])
+
+
+def test_a_photo_is_set_upright(client: Any, tmp_path: pathlib.Path) -> None:
+    turned = Image.fromarray(picture()).rotate(90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    turned.save(buffer, format="PNG", exif=exif)
+    upright = client.post("/predict?heat_map=0", content=gradcam.png(picture())).json()
+    assert client.post("/predict?heat_map=0", content=buffer.getvalue()).json() == upright

@@ -1,0 +1,315 @@
+"""The pages of a report, read as a program reads them; test_browser.py opens them."""
+
+import json
+import pathlib
+import re
+import shutil
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+import inception_jax
+from inception_jax.config import Duration, Expected, Train
+from inception_jax.errors import UserError
+from inception_jax.reporting import context, html, report, run_record
+from tests import command, run_folders
+
+PACKAGE = pathlib.Path(inception_jax.__file__).parent
+HOSTILE = "<script>window.hacked = 1</script>"
+BROKEN_OUT = '"><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.data: dict[str, Any] = {}
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+        if tag in ("td", "th"):
+            self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script" and self.elements[-1][1].get("type"):
+            self.data = json.loads(data)
+        elif self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+def page_of(folder: pathlib.Path) -> Page:
+    return Page(report.write_page(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
+    page = page_of(run_folders.write(tmp_path))
+    ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
+    parts = {"curves", "diagnosis", "classes", "confusion", "mistakes", "calibration", "time"}
+    assert parts | {"settings", "machine", "data"} <= ids
+    # Links inside the page lead somewhere.
+    targets = {str(a["href"])[1:] for a in page.all("a") if str(a["href"]).startswith("#")}
+    assert targets <= ids
+    last = run_folders.lines()[-1]
+    assert f"{last['top1']:.2f}" in page.words
+    assert "(600 images)" in page.words
+    assert "3 min 20 s" in page.words  # 200 seconds in all.
+
+
+def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path) -> None:
+    folder = run_folders.write(tmp_path)
+    page = page_of(folder)
+    assert "Best and last evaluation, step 400" in page.words
+    assert "are of the evaluation at step 400 (best and last), test" in page.words
+    # The evaluation at step 360 is better than the last one.
+    lines = run_folders.lines()
+    for line in lines:
+        if line["split"] == "test" and line["step"] == 360:
+            line["top1"] = 99.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    assert "Last evaluation, step 400" in page.words
+    assert "The best evaluation was 99.00% at step 360" in page.words
+    assert "(last), test" in page.words
+
+
+def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) -> None:
+    """Of runs of older versions too, whose files have it."""
+    few = run_folders.write(tmp_path / "few", names=tuple("abcde"))
+    many = run_folders.write(tmp_path / "many", names=tuple("abcdef"))
+    for folder, shown in ((few, False), (many, True)):
+        page = report.write_page(folder).read_text(encoding="utf-8")
+        curves = Page(page).data["runs"][0]["splits"]
+        assert all(("top5" in curve) == shown for curve in curves.values())
+        assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
+    for folders, shown in (([few, few], False), ([few, many], True)):
+        output = tmp_path / "comparison.html"
+        report.write_comparison(folders, output)
+        page = output.read_text(encoding="utf-8")
+        assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
+        heads, *rows = re.findall("<tr>(.*?)</tr>", page.partition("run-table")[2], re.DOTALL)
+        rows = [row for row in rows if "swatch" in row]
+        assert {row.count("<td") + row.count("<th") for row in rows} == {heads.count("<th")}
+
+
+def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
+    page = page_of(run_folders.write(tmp_path))
+    addresses = [
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "action", "poster")
+    ]
+    assert addresses
+    assert all(str(address).startswith(("data:", "#")) for address in addresses)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in text and "url(" not in re.sub(r"url\(#", "", text)
+    assert len(text) < 3_000_000
+
+
+def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
+    page = page_of(run_folders.write(tmp_path))
+    (run,) = page.data["runs"]
+    for split in ("train", "test"):
+        lines = [line for line in run_folders.lines() if line["split"] == split]
+        columns = run["splits"][split]
+        for key in ("step", "epoch", "loss", "top1", "top5"):
+            np.testing.assert_allclose(columns[key], [line[key] for line in lines], rtol=1e-5)
+        hours = [line["seconds"] / 3600 for line in lines]
+        np.testing.assert_allclose(columns["hours"], hours, rtol=1e-5)
+    assert "learning_rate" not in run["splits"]["test"]
+
+
+def test_long_curves_are_thinned_and_gaps_stay() -> None:
+    lines = [{"step": n, "loss": None if n == 3 else n} for n in range(1, 5001)]
+    kept = context.thinned(lines, 1000)
+    assert len(kept) == 1000
+    assert (kept[0], kept[-1]) == (lines[0], lines[-1])
+    assert context.thinned(lines[:5], 1000) == lines[:5]
+
+
+def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
+    names = [HOSTILE, BROKEN_OUT, "$x$", "  ", "</style>", "Größe · 猫", "", "a" * 300]
+    settings = run_folders.config(name=HOSTILE)
+    folder = run_folders.write(tmp_path, names=names, settings=settings)
+    plain = page_of(run_folders.write(tmp_path / "plain", names=tuple("abcdefgh")))
+    page = page_of(folder)
+    # No element and no attribute that plain names would not give.
+    for tag in ("script", "img", "style", "h1"):
+        assert len(page.all(tag)) == len(plain.all(tag)), tag
+    known = {name for _, attributes in plain.elements for name in attributes}
+    assert {name for _, attributes in page.elements for name in attributes} == known
+    assert page.words.count(HOSTILE) >= 3
+    assert "{{ 7 * 7 }}" in page.words
+    assert page.data["runs"][0]["name"] == HOSTILE
+    # matplotlib takes them, too.
+    assert len(report.plot(folder)) == 7
+
+
+def test_no_script_makes_markup_of_text() -> None:
+    scripts = [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html")]
+    assert {"report.js", "page.html"} <= {path.name for path in scripts}
+    unsafe = re.compile(r"innerHTML|outerHTML|AdjacentHTML|eval\(|document\.write|new Function")
+    for path in scripts:
+        assert not unsafe.findall(path.read_text(encoding="utf-8")), path
+
+
+def test_the_policy_allows_the_pages_own_script_alone(tmp_path: pathlib.Path) -> None:
+    page = page_of(run_folders.write(tmp_path))
+    (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert re.search(r"script-src 'sha256-[\w+/]{43}='$", policy)
+
+
+def expected_of(tmp_path: pathlib.Path, top1: float, **experiment: Any) -> str:
+    source = "a paper's table 3" if top1 else ""
+    settings = run_folders.config(expected=Expected(top1=top1, source=source))
+    folder = run_folders.write(tmp_path, settings=settings, **experiment)
+    return page_of(folder).words
+
+
+def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> None:
+    last = run_folders.lines()[-1]["top1"]
+    words = expected_of(tmp_path, last - 1.5)
+    assert f"As expected or better: {last:.2f}% against {last - 1.5:.2f}% (+1.50 points)" in words
+    assert "a paper's table 3" in words
+    assert "Below what is expected" in expected_of(tmp_path, last + 2)
+    assert "states no figure" in expected_of(tmp_path, 0.0)
+
+
+def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
+    own = {
+        "train.length.steps": 4000,
+        "schedule.learning_rate": 0.05,
+        "data.directory": "elsewhere",
+    }
+    experiment = {"file": "experiments/made_up.py", "own": own}
+    words = expected_of(tmp_path, 50.0, experiment=experiment)
+    # The rate is the experiment's after all, and where data lie is no part of a recipe.
+    assert "this run changed 1 of its settings" in words
+    assert "setting experiment this run train.length.steps 4000 400" in words
+    assert "As they are in experiments/made_up.py." in expected_of(
+        tmp_path, 50.0, experiment=experiment | {"own": {}}
+    )
+
+
+def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> None:
+    whole = run_folders.write(tmp_path / "whole")
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    page = page_of(tmp_path)
+    assert page.data["runs"][0]["splits"]["train"]["loss"]
+    assert "No evaluation has left its predictions" in page.words
+    assert tmp_path.name in page.words
+    assert not page.all("img")
+
+
+def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
+    page = page_of(run_folders.write(tmp_path, steps=120))
+    assert "step 120, not finished" in page.words
+    assert "Time: 3 min 20 s" in page.words  # From what the evaluation left.
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(run_folders.lines()[0]) + "\n")
+    assert "Nothing has been evaluated yet." in page_of(tmp_path).words
+
+
+def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.Path) -> None:
+    folder = run_folders.write(tmp_path)
+    run_record = json.loads((folder / "config.json").read_text())
+    for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
+        run_record["dataset"]["evaluated and trained on"] = {"total": count, "pairs": pairs}
+        (folder / "config.json").write_text(json.dumps(run_record))
+        assert ("Evaluated on training images" in page_of(folder).words) == bool(count)
+    words = page_of(folder).words
+    assert "2 of the images of the evaluation split" in words
+    assert "val/<b>.jpg = train/1.jpg and more" in words
+
+
+def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
+    run_folders.write(tmp_path)
+    other = run_folders.lines(skill=0.5)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+    found = run_record.read(tmp_path)
+    assert found.evaluated is None
+    assert found.result == {}
+
+
+def test_what_another_machine_evaluated_is_shown(tmp_path: pathlib.Path) -> None:
+    run_folders.write(tmp_path)
+    lines = [line | {"loss": line["loss"] * 1.0001} for line in run_folders.lines()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_record.read(tmp_path).evaluated is not None
+
+
+def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
+    one = run_folders.write(tmp_path / "one")
+    settings = run_folders.config(
+        train=Train(batch_size=36, length=Duration(steps=800), label_smoothing=0.1)
+    )
+    other = run_folders.write(tmp_path / "other & more", settings=settings, skill=2.0)
+    report.write_page(other)
+    output = tmp_path / "pages" / "comparison.html"
+    output.parent.mkdir()
+    report.write_comparison([one, other], output)
+    page = Page(output.read_text(encoding="utf-8"))
+    assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
+    assert context.differing([run_record.read(one), run_record.read(other)]) == [
+        "train.length.steps",
+        "train.label_smoothing",
+    ]
+    assert "train.label_smoothing 0.0 0.1" in page.words
+    assert "not finished" in page.words  # 400 of 800 steps.
+    # A link to the report of the run that has one, from where the page lies.
+    links = [a["href"] for a in page.all("a") if "report.html" in str(a["href"])]
+    assert links == ["../other%20%26%20more/report.html"]
+    with pytest.raises(UserError, match="is the report of one of the runs"):
+        report.write_comparison([one, other], other / "report.html")
+
+
+def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path: pathlib.Path) -> None:
+    folders = [run_folders.write(tmp_path / name / "run") for name in ("a", "b")]
+    records = [run_record.read(folder) for folder in folders]
+    assert run_record.names(records) == ["a/run", "b/run"]
+    assert len(set(run_record.names([records[0], records[0]]))) == 2
+
+
+def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
+    one, other = run_folders.write(tmp_path / "one"), run_folders.write(tmp_path / "other")
+    assert command.check("tools.report", str(one)) == f"{one / 'report.html'}\n"
+    output = tmp_path / "both.html"
+    said = command.check("tools.report", str(one), str(other), f"--output={output}")
+    assert said == f"{output}\n"
+    assert "2 runs compared" in output.read_text(encoding="utf-8")
+    done = command.run("tools.report", str(one), f"--output={tmp_path / 'none' / 'page.html'}")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (9e4, "25 h 0 min"),
+    ],
+)
+def test_durations_are_said_as_one_says_them(seconds: float, words: str) -> None:
+    assert html.duration(seconds) == words

@@ -1,0 +1,188 @@
+import json
+import pathlib
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from inception_jax.errors import UserError
+from inception_jax.reporting.plots import plot_comparison, plot_run
+from tests import run_folders
+
+_TRAIN: list[dict[str, Any]] = [
+    {"step": s, "epoch": s / 10, "split": "train", "loss": 5 / s, "top1": s, "top5": 2.0 * s}
+    | {"learning_rate": 0.1 / s}
+    for s in range(1, 31)
+]
+_VALIDATION: list[dict[str, Any]] = [
+    {"step": s, "epoch": s / 10, "split": "validation", "loss": 6 / s, "top1": 0.9 * s, "top5": s}
+    for s in (10, 20, 30)
+]
+
+
+def _workdir(folder: pathlib.Path, lines: list[dict], name: str = "") -> pathlib.Path:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    if name:
+        (folder / "config.json").write_text(json.dumps({"config": {"name": name}}))
+    return folder
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The axes of each figure that is saved, by file name."""
+    saved = {}
+    save = Figure.savefig
+
+    def spy(self: Figure, path: pathlib.Path, **kwargs: Any) -> None:
+        saved[path.name] = self.axes[0]
+        save(self, path, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return saved
+
+
+def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    paths = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
+    names = ["loss.png", "accuracy.png", "learning_rate.png"]
+    assert paths == [tmp_path / "plots" / name for name in names]
+    curves = {
+        (name, line.get_label()): line.get_xydata().tolist()
+        for name, found in axes.items()
+        for line in found.lines
+    }
+    train, validation = np.arange(1, 31), np.array([10, 20, 30])
+    expected = {
+        ("loss.png", "train, last 0.1667"): (train, 5 / train),
+        ("loss.png", "validation, last 0.2"): (validation, 6 / validation),
+        ("accuracy.png", "train top-1, last 30"): (train, train),
+        ("accuracy.png", "train top-5, last 60"): (train, 2 * train),
+        ("accuracy.png", "validation top-1, last 27"): (validation, 0.9 * validation),
+        ("accuracy.png", "validation top-5, last 30"): (validation, validation),
+        ("learning_rate.png", "train, last 0.003333"): (train, 0.1 / train),
+    }
+    assert curves.keys() == expected.keys()
+    for key, (steps, values) in expected.items():
+        np.testing.assert_allclose(curves[key], np.stack([steps / 10, values], 1))
+    assert axes["loss.png"].get_title() == (
+        "digits_small: validation top-1 27.00% at epoch 3 (last)"
+    )
+
+
+def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
+    loss, accuracy, _ = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION))
+    for path in (loss, accuracy):
+        pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+        assert len(pixels) == 1200 * 750
+        for colour in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
+            assert (pixels == colour).all(axis=1).sum() > 100
+
+
+@pytest.mark.parametrize("line", [_TRAIN[0], _VALIDATION[0]])
+def test_a_single_point_is_visible(
+    tmp_path: pathlib.Path, axes: dict[str, Any], line: dict[str, Any]
+) -> None:
+    plot_run(_workdir(tmp_path, [line]))
+    (curve,) = axes["loss.png"].lines
+    assert curve.get_marker() == "o"
+    assert ("learning_rate.png" in axes) == ("learning_rate" in line)
+
+
+def test_a_value_that_was_not_finite_leaves_a_gap(
+    tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    lines = [dict(line) for line in _TRAIN + _VALIDATION]
+    lines[3]["loss"] = lines[-1]["top1"] = None
+    plot_run(_workdir(tmp_path, lines))
+    values = axes["loss.png"].lines[0].get_ydata()
+    assert np.flatnonzero(np.isnan(values)).tolist() == [3]
+    # The title takes the last evaluation that has a number.
+    assert axes["loss.png"].get_title().endswith("validation top-1 18.00% at epoch 2 (last)")
+
+
+def test_the_title_says_which_evaluation_was_the_best(
+    tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    lines = [line | {"top1": 30 - line["step"]} for line in _VALIDATION]
+    plot_run(_workdir(tmp_path, lines, name="x"))
+    assert axes["accuracy.png"].get_title() == (
+        "x: validation top-1 0.00% at epoch 3 (last), 20.00% at epoch 1 (best)"
+    )
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top_5_of_older_runs_is_left_out_for_few_classes(
+    classes: int, shown: bool, tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    folder = _workdir(tmp_path, _TRAIN + _VALIDATION)
+    (folder / "config.json").write_text(json.dumps({"dataset": {"classes": classes}}))
+    plot_run(folder)
+    labels = [curve.get_label() for curve in axes["accuracy.png"].lines]
+    assert any("top-5" in label for label in labels) == shown
+
+
+def test_only_values_that_are_not_finite_still_plot(tmp_path: pathlib.Path) -> None:
+    line = {"step": 1, "epoch": 0.1, "split": "train", "loss": None, "top1": None, "top5": None}
+    assert len(plot_run(_workdir(tmp_path, [line]))) == 2
+
+
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    workdir = _workdir(tmp_path, _TRAIN)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "ep')
+    plot_run(workdir)
+    assert len(axes["loss.png"].lines[0].get_xdata()) == 30
+
+
+def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    longer = [line | {"epoch": 2 * line["epoch"]} for line in _TRAIN + _VALIDATION]
+    runs = {f"run {n}": longer if n == 8 else _TRAIN + _VALIDATION for n in range(9)}
+    paths = plot_comparison(runs, tmp_path / "new" / "plots")
+    assert [path.name for path in paths] == [
+        "loss.png",
+        "top1.png",
+        "top5.png",
+        "learning_rate.png",
+    ]
+    curves = axes["top1.png"].lines
+    assert [curve.get_label() for curve in curves][:2] == ["run 0, last 27", "run 1, last 27"]
+    np.testing.assert_allclose(curves[8].get_xdata(), [2, 4, 6])
+    np.testing.assert_allclose(curves[8].get_ydata(), [9, 18, 27])
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 9
+    assert len(axes["learning_rate.png"].lines[0].get_xdata()) == 30
+    assert len(plot_comparison({"one": _VALIDATION}, tmp_path)) == 3
+
+
+def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs = dict.fromkeys(run_folders.ODD_NAMES, _TRAIN + _VALIDATION)
+        plot_comparison(runs, tmp_path / "all")
+        shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]
+        assert len(shown) == len(run_folders.ODD_NAMES)
+        for name, text in zip(run_folders.ODD_NAMES, shown, strict=True):
+            assert text.endswith(", last 27") and len(text) < 60
+            assert text.startswith(name[:1])
+        assert shown[1] == r"$\frac{$, last 27"
+        for name in (r"$\frac{$", "x" * 300, "caf\udce9"):
+            (tmp_path / "one").mkdir(exist_ok=True)
+            plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
+            assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
+
+
+def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}.*No such file.*--workdir"):
+        plot_run(tmp_path)
+    with pytest.raises(UserError, match="no metrics yet"):
+        plot_run(_workdir(tmp_path, []))
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
+    workdir = _workdir(tmp_path, _TRAIN)
+    (workdir / "plots").write_text("")
+    with pytest.raises(UserError, match="Cannot write plots"):
+        plot_run(workdir)

@@ -1,0 +1,115 @@
+"""What is written for a reader: the diagnosis of a run, and a range test."""
+
+import json
+import math
+import pathlib
+import warnings
+
+import pytest
+from PIL import Image
+
+from inception_jax import config as configs
+from inception_jax.errors import UserError
+from inception_jax.reporting import report
+from inception_jax.training.lr_range_test import Point, Proposal
+from tests import command, run_folders
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A run's folder with three real epochs on Tiny ImageNet, which ran to its end."""
+    config = configs.Config(name="three", train=configs.Train(length=configs.Duration(epochs=3)))
+    config.schedule.name = "linear"
+    dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
+    record = {"config": configs.to_dict(config), "dataset": dataset, "changes": []}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    lines = (HERE / "curves" / "three_epochs.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> None:
+    said: list[str] = []
+    report.finish(folder, said.append)
+    assert said[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
+    assert said[1].startswith("  try, in a new workdir: --config.evaluation.train_examples=1000")
+    assert (folder / "plots" / "loss.png").exists()
+    stored = json.loads((folder / "diagnosis.json").read_text())
+    assert stored["verdict"] == "not measured"
+    assert stored["advice"]["setting"] == "evaluation.train_examples"
+    assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
+    # Never happened: null, as JSON has no NaN.
+    assert stored["evidence"]["nonfinite_step"] is None
+    assert stored["evidence"]["top1"] == 30.56
+
+
+def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathlib.Path) -> None:
+    names = (*run_folders.ODD_NAMES[:9], "</script><b>")
+    settings = run_folders.config(name=r"$\frac{$ %s </script>")
+    folder = run_folders.write(tmp_path / "$a_{%s}'\"", names=names, settings=settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = report.plot(folder)
+        page = report.write_page(folder)
+        report.write_comparison([folder, folder], tmp_path / "both.html")
+    assert {path.stem for path in written} >= {"classes", "confusion", "calibration", "time"}
+    text = page.read_text(encoding="utf-8")
+    assert "</script><b>" not in text and "%s &lt;/script&gt;" in text
+    point = Point(step=1, rate=0.1, loss=1.0, smoothed_rate=0.1, smoothed_loss=1.0)
+    report.write_range_test(tmp_path, [point, point], None, config=settings)
+
+
+def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
+    said: list[str] = []
+    report.finish(folder, said.append)
+    assert said.pop() == f"report: {folder / 'report.html'}"
+    assert command.check("tools.diagnose", str(folder)).splitlines() == said
+    done = command.run("tools.diagnose", str(folder), str(folder / "none"))
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
+    names = [f"a rather long name of a class, {number}" for number in range(30)]
+    paths = report.plot(run_folders.write(tmp_path, names=names))
+    expected = ["loss", "accuracy", "learning_rate", "classes", "confusion", "calibration", "time"]
+    assert paths == [tmp_path / "plots" / f"{name}.png" for name in expected]
+    for path in paths:
+        with Image.open(path) as image:
+            assert min(image.size) >= 400
+            assert image.convert("L").getextrema() == (0, 255)
+
+
+def test_a_folder_without_its_configuration_is_the_users_error(folder: pathlib.Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        report.write_diagnosis(folder)
+
+
+def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) -> None:
+    points = [
+        Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
+        Point(step=2, rate=1.0, loss=math.inf, smoothed_rate=0.3, smoothed_loss=math.inf),
+    ]
+    paths = report.write_range_test(tmp_path, points, None, config=configs.Config())
+    stored = json.loads(paths[0].read_text())
+    assert (stored["proposal"], stored["doubts"]) == (None, [])
+    assert [point["loss"] for point in stored["points"]] == [2.0, None]
+    with Image.open(paths[1]) as image:
+        assert min(image.size) > 300
+
+
+def test_a_proposal_that_is_doubted_is_not_written_as_one(tmp_path: pathlib.Path) -> None:
+    points = [
+        Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
+        Point(step=2, rate=1.0, loss=1.0, smoothed_rate=0.3, smoothed_loss=1.0),
+    ]
+    proposal = Proposal(rate=0.1, least=0.3, diverged=False)
+    config = configs.Config()
+    paths = report.write_range_test(tmp_path, points, proposal, ["too few"], config=config)
+    stored = json.loads(paths[0].read_text())
+    assert (stored["proposal"], stored["doubts"]) == (None, ["too few"])

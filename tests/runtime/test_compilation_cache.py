@@ -1,0 +1,196 @@
+"""The cache of compiled programs, in processes of their own, as JAX opens it once in each."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from inception_jax.runtime import compilation_cache
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Prints the result and whether it came from the cache.
+COMPILE = """
+from inception_jax import runtime
+runtime.initialize(platform="cpu", log=lambda line: print("said:", line))
+import jax
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: event.endswith("cache_hits") and hits.append(event))
+print(jax.config.jax_compilation_cache_dir)
+print(jax.jit(lambda x: x * 2 + 1)(20), "kept" if hits else "compiled")
+"""
+# Asks for the program once more, as a later start does: from what is on disk.
+AGAIN = """
+hits.clear()
+jax.clear_caches()
+print(jax.jit(lambda x: x * 2 + 1)(20), "kept" if hits else "compiled")
+"""
+# A file that grows beyond this fails as on a full disk.
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+# The same, but the system ends the process there, in the middle of writing the entry.
+KILLED = FULL + "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess:
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    base |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONWARNINGS": "default"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script],
+        env=base | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def compile_in(script: str = COMPILE, **environment: str) -> list[str]:
+    """Returns what a process that compiles one program printed, after nothing on stderr."""
+    done = run(script, **environment)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+def entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("*-cache"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"HOME": "{}/h"}, "{}/h/.cache/inception_jax/xla"),
+        ({"HOME": "{}/h", "XDG_CACHE_HOME": "{}/x"}, "{}/x/inception_jax/xla"),
+        ({"HOME": "{}/h", "XDG_CACHE_HOME": "relative"}, "{}/h/.cache/inception_jax/xla"),
+        ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": "{}/j"}, "{}/j"),
+        ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": ""}, ""),
+    ],
+)
+def test_programs_are_kept_in_the_users_cache(
+    environment: dict[str, str], folder: str, tmp_path: pathlib.Path
+) -> None:
+    filled = {name: value.format(tmp_path) for name, value in environment.items()}
+    where = folder.format(tmp_path)
+    again = "41 kept" if where else "41 compiled"
+    assert compile_in(COMPILE + AGAIN, **filled) == [where, "41 compiled", again]
+    if where and "JAX_COMPILATION_CACHE_DIR" not in environment:
+        assert pathlib.Path(where).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("damage", [0, 1, 100])
+def test_a_damaged_entry_is_said_once_and_made_again(damage: int, tmp_path: pathlib.Path) -> None:
+    where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    compile_in(**where)
+    for entry in entries(tmp_path):
+        entry.write_bytes(entry.read_bytes()[:damage])
+    folder, said, result = compile_in(**where)
+    assert said.startswith(f"said: {folder}: compiled programs could not be read: ")
+    assert result == "41 compiled"
+    assert compile_in(**where) == [folder, "41 kept"]
+
+
+def test_a_kill_while_writing_harms_no_later_start(tmp_path: pathlib.Path) -> None:
+    where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    assert run(KILLED + COMPILE, **where).returncode == -signal.SIGXFSZ
+    assert [entry.stat().st_size for entry in entries(tmp_path)] == [500]
+    assert compile_in(**where)[-1] == "41 compiled"
+    assert compile_in(**where) == [str(tmp_path), "41 kept"]
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_no_part(tmp_path: pathlib.Path) -> None:
+    where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    # Two programs that cannot be kept.
+    script = FULL + COMPILE + "print(jax.jit(lambda x: x - 1)(20))"
+    done = run(script, **where)
+    assert not done.stderr
+    folder, said, *results = done.stdout.splitlines()
+    assert said.startswith(
+        f"said: {folder}: compiled programs could not be kept for the next start"
+    )
+    assert "File too large" in said
+    assert results == ["41 compiled", "19"]
+    assert not entries(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".cache", ".cache/inception_jax/xla"])
+def test_a_folder_that_cannot_be_made_is_said_and_the_run_goes_on(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    # A file is in the way; permissions would not keep root out.
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    said, folder, result = compile_in(HOME=str(tmp_path))
+    assert said.startswith("said: compiled programs are not kept for the next start: ")
+    assert str(path) in said
+    assert (folder, result) == ("None", "41 compiled")
+
+
+def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    said: list[str] = []
+    compilation_cache.use(said.append)
+    assert said == [
+        "compiled programs are not kept for the next start: Could not determine home directory."
+    ]
+
+
+def test_another_users_folder_is_not_used(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write there could make this process run programs of theirs."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    said: list[str] = []
+    compilation_cache.use(said.append)
+    assert len(said) == 1
+    assert "belongs to another user" in said[0]
+
+
+def test_the_entries_used_longest_ago_make_room(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "inception_jax" / "xla"
+    folder.mkdir(parents=True)
+    for name, read, written in [("a", 5, 1), ("b", 2, 2), ("c", 3, 3), ("d", 1, 4)]:
+        path = folder / f"{name}-cache"
+        path.write_bytes(bytes(100))
+        os.utime(path, (read, written))
+    said: list[str] = []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
+    # The settings of this process stay as they are.
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(compilation_cache, "_explain_problems", lambda *_: None)
+    compilation_cache.use(said.append)
+    assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]
+    assert not said
+
+
+def test_processes_that_start_together_share_it(tmp_path: pathlib.Path) -> None:
+    where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    base |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | where
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE], env=base, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert "\n41 " in output
+    assert compile_in(**where) == [str(tmp_path), "41 kept"]

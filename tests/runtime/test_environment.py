@@ -1,0 +1,84 @@
+import json
+import pathlib
+import platform
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from inception_jax.runtime import environment
+
+
+def test_the_parameter_table_lists_and_adds_up() -> None:
+    params = {
+        "stem": {"kernel": jnp.zeros([7, 7, 3, 64]), "bias": jnp.zeros([64])},
+        "head": {"kernel": jnp.zeros([1024, 10])},
+    }
+    table = environment.parameter_table(params)
+    assert re.search(r"stem/kernel +\| \(7, 7, 3, 64\) +\| float32 +\| 9,408 ", table)
+    assert re.search(r"head/kernel +\| \(1024, 10\) +\| float32 +\| 10,240 ", table)
+    assert f"Total: {9408 + 64 + 10240:,} " in table
+
+
+def test_parameters_need_not_exist_to_be_listed() -> None:
+    shapes = jax.eval_shape(lambda: {"a": {"kernel": jnp.zeros([3, 5])}})
+    assert "Total: 15 " in environment.parameter_table(shapes)
+
+
+def test_the_environment_names_versions_and_devices() -> None:
+    found = environment.environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["python"] == platform.python_version()
+    assert found["packages"]["jax"] == jax.__version__
+    assert None not in found["packages"].values()
+    assert found["device_count"] == jax.device_count() and found["backend"] == "cpu"
+    # It goes into files that are published.
+    assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(found)
+
+
+def test_the_revision_is_that_of_the_checkout(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    module = tmp_path / "inception_jax" / "telemetry" / "summary.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    monkeypatch.setattr(environment, "__file__", str(module))
+    assert environment.environment()["revision"] is None
+    git("init")
+    assert environment.environment()["revision"] is None
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert environment.environment()["revision"] == commit
+    module.write_text("changed")
+    assert environment.environment()["revision"] == f"{commit}+changes"
+
+
+def test_the_software_is_told_apart(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--one")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    found = environment.software()
+    assert found["$XLA_FLAGS"] == "--one"
+    assert "$JAX_PROCESS_ID" not in found
+    assert found["python"] and found["jax's version"] and found["source files"]
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    assert {what for what, value in environment.software().items() if found[what] != value} == {
+        "$XLA_FLAGS"
+    }
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.py").write_text("x = 1\n")
+    digests = {environment.source_digest(tmp_path)}
+    (tmp_path / "inner" / "a.py").write_text("x = 2\n")
+    digests.add(environment.source_digest(tmp_path))
+    (tmp_path / "inner" / "a.py").rename(tmp_path / "a.py")
+    digests.add(environment.source_digest(tmp_path))
+    assert len(digests) == 3

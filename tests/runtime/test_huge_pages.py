@@ -1,0 +1,48 @@
+"""The new start with huge pages."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from inception_jax.runtime import huge_pages
+
+PROGRAM = """
+import json, os, pathlib, sys
+from inception_jax import memory
+memory._MODE = pathlib.Path(sys.argv[1])
+memory.use_huge_pages()
+print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.flags.optimize, os.getpid()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "tunables", "expected"),
+    [
+        ("always [madvise] never", None, huge_pages.HUGE_PAGES),
+        ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2"),
+        ("[always] madvise never", None, None),
+        ("always madvise [never]", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_same_command_starts_anew_where_huge_pages_are_on_demand(
+    mode: str | None, tunables: str | None, expected: str | None, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    if mode:
+        (tmp_path / "mode").write_text(mode)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment["PYTHONPATH"] = os.getcwd()
+    if tunables:
+        environment["GLIBC_TUNABLES"] = tunables
+    arguments = ["a b", "--c='d'"]
+    command = [sys.executable, "-O", str(tmp_path / "program.py"), str(tmp_path / "mode")]
+    with subprocess.Popen(
+        [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        output, _ = process.communicate(timeout=60)
+    assert json.loads(output) == [expected, arguments, 1, process.pid]

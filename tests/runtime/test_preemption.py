@@ -1,0 +1,175 @@
+"""Signals, in small processes of their own that listen for them as training does."""
+
+import contextlib
+import io
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from inception_jax.errors import EXIT_PREEMPTED
+from inception_jax.runtime import preemption
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+WAITS = "print('ready', flush=True); time.sleep(600)"
+# What XLA does where another host is gone: the main thread never comes back to Python.
+STUCK = """
+mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+stop(1)
+print('ready', flush=True)
+for _ in range(2):
+    libc.pthread_mutex_lock(mutex)
+"""
+TRAINS = """
+for step in range(1, 100_000):
+    if stop(step):
+        break
+    print('ready', flush=True)
+    time.sleep(0.01)
+time.sleep(0.5)
+print(f'saved step {step}')
+"""
+
+
+class Process:
+    """Runs a script that has `stop`, what training asks after each step."""
+
+    def __init__(self, script: str, before: str = "") -> None:
+        lines = [
+            "import ctypes, signal, time",
+            before,
+            "from inception_jax.runtime.preemption import Preemption",
+            "stop = Preemption().requested",
+            script,
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.send = self._process.send_signal
+        assert self._process.stdout and self._process.stderr
+        self._output: IO[str] = self._process.stdout
+        self._messages: IO[str] = self._process.stderr
+        assert self._output.readline() == "ready\n", self._messages.read()
+
+    def message(self) -> str:
+        """Returns the next line on stderr; an empty one if none comes in a minute."""
+        with self._killed_after(60):
+            return self._messages.readline()
+
+    def end(self) -> tuple[int, str, str]:
+        """Returns exit code, output and messages; kills what has not ended in a minute."""
+        with self._killed_after(60):
+            output, messages = self._output.read(), self._messages.read()
+            return self._process.wait(), output, messages
+
+    @contextlib.contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def hang_up(self) -> None:
+        """Closes the other end of its messages: a write of it fails from now on."""
+        self._messages.close()
+        self._messages = io.StringIO()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+        self._messages.close()
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.close()
+
+
+# A parent that ignores Ctrl-C, as shells have what runs in the background do, hands that on.
+LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_before_the_first_step_it_ends_at_once(
+    number: signal.Signals, processes: list[Process]
+) -> None:
+    processes.append(process := Process(WAITS, LISTEN))
+    process.send(number)
+    code, _, messages = process.end()
+    assert code == EXIT_PREEMPTED == 75
+    assert messages.startswith(f"{number.name}: ended at once.")
+    assert "the same command goes on" in messages
+    assert messages.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_wherever_it_hangs(
+    number: signal.Signals, processes: list[Process]
+) -> None:
+    processes.append(process := Process(STUCK, LISTEN))
+    process.send(signal.SIGTERM)
+    assert process.message().startswith("SIGTERM: ends once this step is saved")
+    time.sleep(preemption.SAME_WISH)
+    process.send(number)
+    code, _, messages = process.end()
+    assert code == 128 + number
+    assert messages.startswith(f"{number.name} again: ended at once.")
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+)
+def test_training_ends_with_a_step(number: signal.Signals, processes: list[Process]) -> None:
+    processes.append(process := Process(TRAINS, LISTEN))
+    process.send(number)
+    code, output, messages = process.end()
+    assert code == 0 and "saved step" in output
+    assert messages.startswith(f"{number.name}: ends once this step is saved; a second signal")
+
+
+def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> None:
+    processes.append(process := Process(TRAINS))
+    process.hang_up()
+    process.send(signal.SIGHUP)
+    code, output, _ = process.end()
+    assert code == 0 and "saved step" in output
+
+
+def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> None:
+    """As coreutils' timeout does, to the process and then to its group."""
+    processes.append(process := Process(TRAINS))
+    process.send(signal.SIGTERM)
+    process.message()
+    process.send(signal.SIGTERM)
+    code, output, messages = process.end()
+    assert code == 0 and "saved step" in output
+    assert not messages
+
+
+def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
+    # nohup has a closed terminal ignored, a shell has Ctrl-C ignored by what is in the background.
+    before = "for n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)"
+    processes.append(process := Process(WAITS, before))
+    process.send(signal.SIGINT)
+    process.send(signal.SIGHUP)
+    process.send(signal.SIGTERM)
+    code, _, messages = process.end()
+    assert code == EXIT_PREEMPTED
+    assert messages.startswith("SIGTERM")

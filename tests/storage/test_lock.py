@@ -1,0 +1,68 @@
+import errno
+import fcntl
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from inception_jax.errors import UserError
+from inception_jax.storage import lock
+
+HOLD = """
+import pathlib, sys, time
+from inception_jax.training import lock
+with lock.exclusive(pathlib.Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def quiet(line: str) -> None:
+    raise AssertionError(line)
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            message = rf"{tmp_path}: another process is training .*\(process {process.pid} on "
+            for _ in range(2):
+                with pytest.raises(UserError, match=message), lock.exclusive(tmp_path, quiet):
+                    pass
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+    # The file it left is nobody's.
+    assert (tmp_path / lock.NAME).exists()
+    for _ in range(2):
+        with lock.exclusive(tmp_path, quiet):
+            assert str(os.getpid()) in (tmp_path / lock.NAME).read_text()
+
+
+def test_an_error_inside_releases_it(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ZeroDivisionError), lock.exclusive(tmp_path, quiet):
+        raise ZeroDivisionError
+    with lock.exclusive(tmp_path, quiet):
+        pass
+
+
+@pytest.mark.parametrize(
+    "answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
+)
+def test_a_file_system_without_locks_is_said(
+    answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    lines: list[str] = []
+    with lock.exclusive(tmp_path, lines.append):
+        pass
+    (line,) = lines
+    assert str(tmp_path) in line and os.strerror(answer) in line

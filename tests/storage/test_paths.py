@@ -1,0 +1,163 @@
+"""Paths as users type them: what they stand for, and names that nobody would choose."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from inception_jax import config
+from inception_jax.config import Config, Data, Init
+from inception_jax.datasets.dataset import data_directory, prepare
+from inception_jax.errors import ConfigError, DataError, UserError
+from inception_jax.storage import paths
+from tests import names
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+URLS = ["gs://bucket/run", "gs:/bucket/run", "s3://b/x", "https://host/x.zip", "hdfs://b", "GS://b"]
+
+
+@pytest.mark.parametrize("typed", URLS)
+def test_a_url_is_refused(typed: str) -> None:
+    with pytest.raises(UserError) as refused:
+        paths.local(typed, f"--workdir={typed}")
+    message = str(refused.value)
+    assert message.startswith(f"--workdir={typed}: is a URL")
+    assert f"written ./{typed}" in message and "buckets" in message
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("file:///data", "without file:"),
+        (r"C:\runs\x", "a path of Windows"),
+        ("C:/runs/x", "a path of Windows"),
+        ("\\\\server\\share", "a path of Windows"),
+        ("a\0b", "NUL"),
+    ],
+)
+def test_what_is_no_path_here_is_refused(typed: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        paths.local(typed, "--output")
+
+
+@pytest.mark.parametrize(
+    "name", ["./gs:/x", "a:b", "12:30", "lr=1e-3", "a b", "x~", "~nobody-here/x"]
+)
+def test_what_may_be_a_name_is_one(name: str) -> None:
+    assert paths.local(name, "--workdir") == pathlib.Path(name)
+
+
+def test_a_tilde_is_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    assert paths.local("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
+    assert paths.local(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
+    # Only once: here it is a letter of a name.
+    assert paths.local("./~/x", "--workdir") == pathlib.Path("~/x")
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for call in (
+        lambda: paths.local("~/x", "--workdir=~/x"),
+        lambda: data_directory(""),
+        lambda: prepare(Data(name="digits"), log=print),
+    ):
+        with pytest.raises(UserError, match="no home folder: set HOME"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        (Config(data=Data(source="gs://b/pictures.zip")), "data.source"),
+        (Config(data=Data(directory="gs:/b/data")), "data.directory"),
+        (Config(init=Init(weights="https://host/w.safetensors")), "init.weights"),
+    ],
+)
+def test_settings_that_are_urls_are_refused_with_all_others(settings: Config, setting: str) -> None:
+    settings.seed = -1
+    with pytest.raises(ConfigError) as refused:
+        config.validate(settings)
+    assert f"config.{setting} = " in str(refused.value) and "is a URL" in str(refused.value)
+    assert "config.seed = -1" in str(refused.value)
+
+
+def test_the_default_directory_may_be_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://tfds-data/datasets")
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=gs://tfds-data/datasets\): is a URL"):
+        data_directory("")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["main", "--config=experiments/digits.py", "--workdir=gs://b/run"],
+        ["main", "--config=experiments/digits.py", "--mode=eval", "--weights=gs://b/w.safetensors"],
+        ["tools.prepare", "--config=experiments/digits.py", "--config.data.directory=gs://b/data"],
+        ["tools.find_lr", "--config=experiments/digits.py", "--output=gs://b/lr"],
+        ["tools.export", "--to=onnx", "--weights=x", "--output=gs://b/x.onnx"],
+        ["tools.import_weights", "--input=gs://b/x.pth", "--output=x"],
+        ["tools.predict", "--workdir=gs://b/run", "cat.jpg"],
+        ["tools.predict", "--workdir=x", "gs://b/cat.jpg"],
+        ["tools.view", "--config=experiments/digits.py", "--output=gs://b/view"],
+        ["tools.serve", "--weights=gs://b/w"],
+        ["tools.report", "gs://b/run"],
+        ["tools.plot", "gs://b/run"],
+        ["tools.diagnose", "gs://b/run"],
+    ],
+)
+def test_every_command_refuses_urls_before_it_writes(
+    arguments: list[str], tmp_path: pathlib.Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"inception_jax.{arguments[0]}"]
+        + [each.replace("experiments/", f"{ROOT}/experiments/") for each in arguments[1:]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "is a URL (gs:)" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", names.ODD, ids=ascii)
+def test_a_folder_is_the_same_under_its_plain_name(name: str, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    plain = paths.Plain(folder)
+    (plain.path / "file").write_bytes(b"content")
+    (plain.path / "file").rename(plain.path / "renamed")
+    assert (folder / "renamed").read_bytes() == b"content"
+    # Of what a pattern, a URL or an encoding could take for something else, nothing is left.
+    assert str(plain.path).isascii() and not set(str(plain.path)) & set("[]*?{}~:@%$#\\\n\t")
+    plain.close()
+    assert paths.Plain(tmp_path).path == tmp_path
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_data_are_kept_under_any_name(storage: str, tmp_path: pathlib.Path) -> None:
+    # All at once: TFDS alone takes a second.
+    folder = tmp_path / "".join(name for name in names.ODD if name.isprintable()).replace("/", "")
+    data = Data(name="digits", directory=str(folder), image_size=4, storage=storage)
+    prepare(data, log=lambda _: None)
+    again: list[str] = []
+    assert len(prepare(data, log=again.append).train) == 1437
+    assert not again
+
+
+def test_data_under_a_name_that_is_no_text_are_refused_at_once(tmp_path: pathlib.Path) -> None:
+    folder = os.path.join(tmp_path, os.fsdecode(b"\xff"))
+    with pytest.raises(DataError, match="no UTF-8"):
+        prepare(Data(name="digits", directory=folder), log=print)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,231 @@
+"""Exported weights: evaluated as their checkpoint was, and as the start of another run."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from inception_jax.config import Checkpoint, Config, Data, Duration, Init, Model, Train
+from inception_jax.errors import ConfigError
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
+from inception_jax.models import registry, weights
+from inception_jax.models.weights import Weights
+from inception_jax.training import initialization, loop, run, state, workdir
+from inception_jax.training.checkpoints import Checkpoints
+from tests import small
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A finished run and the file of its last checkpoint."""
+
+    run: run.Run
+    workdir: workdir.Workdir
+    path: pathlib.Path
+    weights: Weights
+
+
+@pytest.fixture(scope="module")
+def source(data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    this, folder = small.finished(small.config(data_directory), tmp_path_factory.mktemp("source"))
+    exported = initialization.from_checkpoint(folder, "last")
+    path = folder.path / "weights.safetensors"
+    weights.save(path, exported)
+    return Source(this, folder, path, exported)
+
+
+def build(config: Config) -> run.Run:
+    return run.build(config, log=lambda _: None)
+
+
+def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
+    """Returns the state before the first step, its leaves by path, and the notes."""
+    start = initialization.start(this, state.abstract(this))
+    first = state.start_from(state.create(this), start.values)
+    variables = {"params": first.params, "batch_stats": first.batch_stats}
+    return first, weights.flatten(jax.device_get(variables)), start.notes
+
+
+def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
+    expected = evaluate_checkpoint(source.run, source.workdir, "last")
+    assert evaluate_weights(source.run, weights.load(source.path)) == expected
+    assert source.weights.is_average
+    assert source.weights.step == 11
+    assert {k: expected[k] for k in ("loss", "top1", "top5")}.items() <= (
+        source.weights.metrics.items()
+    )
+
+
+def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.Path) -> None:
+    expected = evaluate_weights(source.run, weights.load(source.path))
+    dataset = dataclasses.replace(source.run.dataset, mean=np.full(3, 0.9, np.float32))
+    other = dataclasses.replace(source.run, dataset=dataset)
+    assert evaluate_weights(other, source.weights) == expected
+
+
+def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
+    """Returns settings of a run from a file; its first step has rate 0 and changes no parameter."""
+    groups = {
+        "init": Init(weights=str(path)),
+        "checkpoint": Checkpoint(every=Duration(steps=1), keep_last=20),
+    }
+    return small.config(directory, **(groups | changes))
+
+
+def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
+    source: Source,
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "copy.safetensors"
+    train = Train(batch_size=64, length=Duration(steps=3), ema=Duration(steps=5))
+    this = small.build(fine_tuning(data_directory, path, train=train))
+    drawn = small.draw(this.model, 8)
+    weights.save(path, dataclasses.replace(source.weights, variables=drawn))
+    folder = workdir.Workdir(tmp_path / "run")
+    loop.train(this, folder, Evaluator(this), changed=[])
+    assert f"starts from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
+
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        like = state.abstract(this).model_item()
+        model = jax.device_get(checkpoints.restore_model(1, like))
+    expected = drawn["params"]
+    jax.tree.map(np.testing.assert_array_equal, model["params"], expected)
+    # The average is of the same values, so rounding is all that it adds.
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
+        model["average"]["params"],
+        expected,
+    )
+
+    path.unlink()
+    resumed = loop.train(this, folder, Evaluator(this), changed=[])
+    assert resumed["step"] == 3
+
+
+def test_the_state_starts_from_parameters_statistics_and_average(
+    source: Source, data_directory: pathlib.Path
+) -> None:
+    this = build(fine_tuning(data_directory, source.path))
+    first, leaves, notes = started(this)
+    expected = weights.flatten(source.weights.variables)
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, first.average["params"], first.params)
+    jax.tree.map(np.testing.assert_array_equal, first.average["batch_stats"], first.batch_stats)
+    assert len(notes) == 1
+    assert first.step == 0
+
+
+@pytest.mark.parametrize("classes", [10, 7], ids=["other-names", "other-number"])
+def test_the_last_layer_starts_anew_for_other_classes(
+    classes: int, source: Source, data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    leaves = {
+        name: leaf[..., :classes] if "/classifier/" in name else leaf
+        for name, leaf in weights.flatten(source.weights.variables).items()
+    }
+    other = dataclasses.replace(
+        source.weights,
+        variables=weights.unflatten(leaves),
+        class_names=tuple(f"animal {index}" for index in range(classes)),
+    )
+    path = tmp_path / "other.safetensors"
+    weights.save(path, other)
+    this = build(fine_tuning(data_directory, path))
+    _, found, notes = started(this)
+    fresh = weights.flatten(jax.device_get({"params": state.create(this).params}))
+    for name, leaf in found.items():
+        expected = fresh if "/classifier/" in name else leaves
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    assert any("the classifier is re-initialized" in note for note in notes)
+    with pytest.raises(ConfigError, match="other classes"):
+        evaluate_weights(this, weights.load(path))
+
+
+def test_another_normalisation_is_folded_into_the_first_layer(
+    source: Source, data_directory: pathlib.Path
+) -> None:
+    this = build(fine_tuning(data_directory, source.path))
+    mean, std = np.float32([0.2, 0.4, 0.5]), np.float32([0.5, 0.2, 0.3])
+    other = dataclasses.replace(this, dataset=dataclasses.replace(this.dataset, mean=mean, std=std))
+    _, leaves, notes = started(other)
+    assert "adapted" in notes[-1]
+
+    # Of an image of one colour, the first layer's output inside is what it was before.
+    def inside(variables: Any, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+        image = (np.full((1, 8, 8, 3), [0.3, 0.6, 0.9], np.float32) - mean) / std
+
+        # Compiled, and so without the layers behind the first.
+        @jax.jit
+        def first(variables: Any, image: np.ndarray) -> jax.Array:
+            _, outputs = this.model.apply(variables, image, capture_intermediates=True)
+            return outputs["intermediates"]["conv1"]["__call__"][0]
+
+        return np.asarray(first(variables, image))[:, 2:-2, 2:-2]
+
+    expected = inside(source.weights.variables, source.weights.mean, source.weights.std)
+    found = inside(weights.unflatten(leaves), mean, std)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_weights_of_another_network_are_refused_with_the_differences(
+    source: Source, data_directory: pathlib.Path
+) -> None:
+    wide = Model(name="mini_googlenet", width=0.25, dropout=0.1)
+    this = build(fine_tuning(data_directory, source.path, model=wide))
+    with pytest.raises(ConfigError) as error:
+        initialization.start(this, state.abstract(this))
+    message = str(error.value)
+    assert f"{source.path}: its weights are of another network" in message
+    assert "other shape: params/" in message and "(3, 3, 3, 12) in the file" in message
+    assert message.count("other shape") == 10 and "more\n" in message
+    assert "config.model.width: 0.125 in the file, 0.25 here" in message
+    with pytest.raises(ConfigError, match="another network"):
+        evaluate_weights(this, source.weights)
+
+
+def test_a_network_that_only_computes_otherwise_is_not_evaluated(
+    source: Source, data_directory: pathlib.Path
+) -> None:
+    other = Model(name="mini_googlenet", width=0.125, dropout=0.1, norm_epsilon=0.1)
+    this = build(fine_tuning(data_directory, source.path, model=other))
+    with pytest.raises(ConfigError, match=r"norm_epsilon: 0\.001 in the file, 0\.1 here"):
+        evaluate_weights(this, source.weights)
+    assert any("norm_epsilon" in note for note in started(this)[2])
+
+
+@pytest.mark.parametrize("theirs", [True, False], ids=["left-out", "anew"])
+def test_auxiliary_heads_may_be_on_one_side_only(
+    theirs: bool, data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    def model(heads: bool) -> Model:
+        return Model(stem="s16", width=0.03, aux_heads=heads)
+
+    data = Data(name="digits", directory=str(data_directory), image_size=16)
+    path = tmp_path / "weights"
+    this = build(fine_tuning(data_directory, path, data=data, model=model(not theirs)))
+    module = registry.create(model(theirs), 10)
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    )
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
+    dataset = this.dataset
+    saved = Weights(
+        variables=variables,
+        config=small.config(data_directory, model=model(theirs)),
+        class_names=dataset.class_names,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    weights.save(path, saved)
+    start = initialization.start(this, state.abstract(this))
+    assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
+    notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
+    assert len(notes) == 1
+    assert ("left out" if theirs else "starts anew") in notes[0]
