@@ -5,6 +5,8 @@ absl itself exits with 1 for --help and for a wrong flag, and an unknown setting
 KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
+import ast
+import copy
 import difflib
 import functools
 import gc
@@ -20,7 +22,7 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -53,6 +55,9 @@ _WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
 # The command line as config_flags is to see it. It looks for --config there when the flag is
 # defined, too, which comes before any command line is parsed.
 _config_argv = ["", "--config="]
+# Settings that the command line gave an entry of, which config_flags does not know, with their
+# values before.
+_mappings_before: dict[str, Any] = {}
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
@@ -220,7 +225,7 @@ def require_one(*names: str, message: str) -> None:
 
 def overrides() -> dict[str, Any]:
     """Returns the settings that the command line gives, by path, with their value before."""
-    return {
+    return _mappings_before | {
         # config_flags makes a flag of each override, by default what the experiment says.
         path: flags.FLAGS[f"config.{path}"].default
         for path in config_flags.get_override_values(flags.FLAGS["config"])
@@ -368,15 +373,51 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     for argument in argv[1:]:
         if match := _OVERRIDE.match(argument):
             configs.check_path(match[1])
+    argv, entries = _without_entries(argv)
     _config_argv[:] = argv
     try:
-        return flags.FLAGS(argv)[1:]
+        rest = flags.FLAGS(argv)[1:]
+        _put_entries(entries)
+        return rest
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname)) from error
     except flags.IllegalFlagValueError as error:
         raise UserError(f"{_wrong_value(str(error)).rstrip('.')}. See --help") from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
+
+
+def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the command line without entries of settings that are mappings, and those by path."""
+    rest: list[str] = []
+    entries: dict[str, str] = {}
+    for argument in argv:
+        match = _OVERRIDE.match(argument)
+        if match and configs.is_mapping(match[1]):
+            raise UserError(f"{argument}: takes single entries: --config.{match[1]}.NAME=VALUE")
+        mapping, entry = configs.mapping_of(match[1]) if match else ("", "")
+        if not match or not entry:
+            rest.append(argument)
+            continue
+        if "=" not in argument:
+            raise UserError(f"{argument}: needs a value: {argument}=…")
+        entries[f"{mapping}.{entry}"] = argument.partition("=")[2]
+    return rest, entries
+
+
+def _put_entries(entries: Mapping[str, str]) -> None:
+    """Puts entries of settings that are mappings into the configuration, after all else of it."""
+    _mappings_before.clear()
+    for path, text in entries.items():
+        mapping, _ = configs.mapping_of(path)
+        _mappings_before.setdefault(
+            mapping, copy.deepcopy(configs.get(flags.FLAGS.config, mapping))
+        )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # A word needs no quotes.
+        configs.put(flags.FLAGS.config, path, value)
 
 
 def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part of the package may import from the others; `inception_jax` is its root, which
 # imports `api` by its name only, when it is asked for.
-BASE = {"errors", "version", "console", "advice", "storage", "config"}
+BASE = {"errors", "version", "console", "advice", "storage", "registry", "config"}
 MAY_IMPORT = {
     "inception_jax": {"api", "version"},
     "errors": set(),
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "console": set(),
     "advice": set(),
     "storage": {"errors"},
-    "config": {"errors", "version", "storage"},
+    "registry": {"errors"},
+    "config": {"errors", "version", "storage", "registry"},
     "runtime": BASE,
     "datasets": BASE | {"runtime"},
     "input": BASE | {"runtime", "datasets"},

@@ -22,10 +22,27 @@ def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, da
             yield path, hints[field.name], field
 
 
+def is_mapping(path: str) -> bool:
+    """Whether the setting at a dotted path is a mapping of names to values."""
+    return any(known == path and typing.get_origin(hint) is dict for known, hint, _ in leaves())
+
+
+def mapping_of(path: str) -> tuple[str, str]:
+    """Returns the setting that is a mapping and has an entry of this path, and the entry's path.
+
+    Returns:
+      ("model.options", "depth") for "model.options.depth"; ("", "") where there is none.
+    """
+    for known, hint, _ in leaves():
+        if typing.get_origin(hint) is dict and path.startswith(f"{known}."):
+            return known, path.removeprefix(f"{known}.")
+    return "", ""
+
+
 def get(config: Any, path: str) -> Any:
-    """Returns the setting at a dotted path."""
+    """Returns the setting at a dotted path, or an entry of one that is a mapping."""
     for part in path.split("."):
-        config = getattr(config, part)
+        config = config[part] if isinstance(config, Mapping) else getattr(config, part)
     return config
 
 
@@ -33,7 +50,11 @@ def put(config: Config, path: str, value: Any) -> None:
     """Changes the setting at a dotted path; a list, which JSON makes of a tuple, becomes one."""
     parent, _, name = path.rpartition(".")
     value = tuple(value) if isinstance(value, list) else value
-    setattr(get(config, parent) if parent else config, name, value)
+    group = get(config, parent) if parent else config
+    if isinstance(group, dict):
+        group[name] = value
+    else:
+        setattr(group, name, value)
 
 
 def plain(value: Any) -> Any:
@@ -64,7 +85,7 @@ def check_path(path: str) -> None:
       ConfigError: with what may be meant, if it is not.
     """
     paths = {known for known, _, _ in leaves()}
-    if path in paths:
+    if path in paths or mapping_of(path)[1]:
         return
     if inner := [known for known in paths if known.startswith(f"{path}.")]:
         some = ", ".join(sorted(inner))
@@ -103,6 +124,8 @@ def matches(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's declared type; an int passes for a float."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(matches(v, typing.get_args(hint)[0]) for v in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
@@ -112,6 +135,8 @@ def matches(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Returns the name of a setting's type, for messages."""
+    if typing.get_origin(hint) is dict:
+        return "a mapping of names to values"
     return str(hint) if typing.get_args(hint) else hint.__name__
 
 

@@ -58,6 +58,7 @@ def setting(
     resumable: bool = False,
     per_host: bool = False,
     path: bool = False,
+    registry: str = "",
 ) -> Any:
     """Declares one field of the configuration.
 
@@ -71,6 +72,7 @@ def setting(
         the state, or which examples a step sees, may not.
       per_host: whether the processes of a run on several hosts may have different values.
       path: whether it is a local path; empty: none.
+      registry: the kind of registered part that the value names, or each of its values; '': none.
     """
     metadata = {
         "help": meaning,
@@ -82,7 +84,11 @@ def setting(
         "resumable": resumable,
         "per_host": per_host,
         "path": path,
+        "registry": registry,
     }
+    if isinstance(default, dict):
+        entries = default
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(entries), metadata=metadata)
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         template = default
         # Deep: a group within the group would be shared otherwise.
@@ -215,6 +221,10 @@ class Data:
         "evaluated on in place of the evaluation split: to tune on; 0: none",
         low=0,
     )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of a data set of one's own, by the names it is registered with",
+    )
 
 
 @dataclasses.dataclass
@@ -299,6 +309,11 @@ class Augment:
         low=0,
         resumable=True,
     )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of augmentations of one's own, by the names they are registered with",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass
@@ -341,6 +356,10 @@ class Model:
         choices=DTYPES,
         resumable=True,
     )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of a network of one's own, by the names it is registered with",
+    )
 
 
 @dataclasses.dataclass
@@ -377,6 +396,10 @@ class Optimizer:
         "the work; 0: off",
         low=0,
         resumable=True,
+    )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of an optimizer of one's own, by the names it is registered with",
     )
 
 
@@ -420,6 +443,11 @@ class Schedule:
     )
     boundaries_unit: str = setting(
         "epochs", "what `boundaries` counts", choices=("epochs", "steps"), resumable=True
+    )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of a schedule of one's own, by the names it is registered with",
+        resumable=True,
     )
 
 
@@ -528,6 +556,11 @@ class Evaluation:
         low=0,
         resumable=True,
     )
+    options: dict[str, Any] = setting(
+        {},
+        "settings of metrics of one's own, by the names they are registered with",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass
@@ -556,6 +589,11 @@ class Checkpoint:
 @dataclasses.dataclass
 class Log:
     every: Duration = setting(Duration(steps=100), "time between training metrics", resumable=True)
+    options: dict[str, Any] = setting(
+        {},
+        "settings of writers of one's own, by the names they are registered with",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass

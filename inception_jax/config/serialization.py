@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from inception_jax.config.fields import check_path, get, leaves, put
@@ -24,7 +24,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
       ConfigError: if a field is unknown, or a value fails `validate`.
     """
     config = Config()
-    for path, value in flatten(values).items():
+    for path, value in flatten(values, stop={known for known, _, _ in leaves()}).items():
         check_path(path)
         put(config, path, value)
     validate(config)
@@ -59,12 +59,20 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dictionaries as one, keyed by dotted path."""
+def flatten(
+    values: Mapping[str, Any], prefix: str = "", *, stop: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns nested dictionaries as one, keyed by dotted path.
+
+    Args:
+      values: nested dictionaries.
+      prefix: of their paths.
+      stop: paths whose values are kept as they are, dictionaries or not.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in stop:
+            flat |= flatten(value, f"{prefix}{key}.", stop=stop)
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inception_jax import registry
 from inception_jax.config.fields import get, is_open, leaves, matches, type_name, unknown_field
 from inception_jax.config.schema import Config
 from inception_jax.errors import ConfigError, nearest
@@ -164,9 +165,30 @@ def validate(config: Config) -> None:
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")
     # Fields of a wrong type would make the comparisons between fields fail in odd ways.
+    problems = problems or list(_part_problems(config))
     problems = problems or list(_contradictions(config))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _part_problems(config: Config) -> Iterator[str]:
+    """Yields what is wrong with the names of registered parts, and with their options."""
+    parts: dict[str, list[registry.Part]] = {}
+    for path, _, field in leaves():
+        group = path.partition(".")[0]
+        if path.endswith(".options"):
+            parts.setdefault(group, [])
+        if not (kind := field.metadata["registry"]):
+            continue
+        value, known = get(config, path), registry.REGISTRIES[kind]
+        for name in value if isinstance(value, tuple) else (value,):
+            if name in known:
+                parts.setdefault(group, []).append(known.get(name))
+            else:
+                yield f"config.{path} = {value!r}: {known.unknown(name)}"
+    for group, found in parts.items():
+        options = get(config, f"{group}.options")
+        yield from registry.option_problems(found, options, f"{group}.options")
 
 
 def _strangers(group: Any, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,219 @@
+"""The parts that a configuration names by a string, and the class that keeps them by name.
+
+A network, data set, optimizer, schedule, augmentation, metric or writer is a function registered
+under a name, the package's own and a user's alike. A user's file registers a part with a decorator
+when it is imported (an experiment file, or a module that it imports); after that the configuration
+can name it::
+
+    import inception_jax as ij
+
+    @ij.register_optimizer("lion", options={"beta": 0.99})
+    def lion(settings, schedule): ...
+
+Settings of such a part that the typed configuration does not have are its options: declared with
+their defaults where it is registered, given as `config.<group>.options`.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from inception_jax.errors import ConfigError, nearest
+
+_PACKAGE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A function under a name.
+
+    Attributes:
+      name: as the configuration has it.
+      build: the function; what it takes and returns is up to its kind.
+      options: the settings of its own, by name, with their defaults.
+      file: that registered it.
+      line: of that file, where the function begins.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    file: str = ""
+    line: int = 0
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the package itself registered it."""
+        return pathlib.Path(self.file).is_relative_to(_PACKAGE)
+
+    @property
+    def place(self) -> str:
+        """Where it was registered, for messages."""
+        return f"{self.file}, line {self.line}"
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Registry(Generic[AnyPart]):
+    """The parts of one kind by name.
+
+    Args:
+      kind: what a part is called in messages: "network".
+      setting: the dotted path of the setting that names one: "model.name".
+      part: the class of its parts.
+      homes: modules of the package that register its own, imported when they are first needed.
+    """
+
+    def __init__(
+        self, kind: str, *, setting: str, part: type[AnyPart], homes: Sequence[str] = ()
+    ) -> None:
+        self.kind = kind
+        self.setting = setting
+        self._part = part
+        self._homes = list(homes)
+        self._parts: dict[str, AnyPart] = {}
+
+    def register(
+        self, name: str, *, options: Mapping[str, Any] | None = None, **facts: Any
+    ) -> Callable[[Function], Function]:
+        """Returns a decorator that registers a function.
+
+        Registering the same function of the same file again replaces it, as when a notebook's cell
+        or an experiment file is run twice.
+
+        Args:
+          name: for the configuration; not '', and not taken.
+          options: the part's own settings with their defaults.
+          facts: what else its kind declares.
+
+        Raises:
+          ConfigError: if the name is taken, or a fact is not of this kind.
+        """
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"register_{self.kind}({name!r}): give a name, such as "
+                f'register_{self.kind}("my_{self.kind}")'
+            )
+
+        def decorate(function: Function) -> Function:
+            code = getattr(function, "__code__", None)
+            part = self._part(
+                name=name,
+                build=function,
+                options=dict(options or {}),
+                file=code.co_filename if code else "",
+                line=code.co_firstlineno if code else 0,
+                **facts,
+            )
+            # The package's own names are taken, whichever is registered first.
+            if not part.is_own:
+                self._load()
+            before = self._parts.get(name)
+            if before is not None and _identity(before) != _identity(part):
+                raise ConfigError(
+                    f"{part.place}: registers the {self.kind} {name!r}, which {before.place} has "
+                    "registered already; give it another name"
+                )
+            self._parts[name] = part
+            return function
+
+        return decorate
+
+    def get(self, name: str) -> AnyPart:
+        """Returns the part called `name`.
+
+        Raises:
+          ConfigError: with the nearest name, if there is none.
+        """
+        self._load()
+        if name not in self._parts:
+            raise ConfigError(f"config.{self.setting} = {name!r}: {self.unknown(name)}")
+        return self._parts[name]
+
+    def unknown(self, name: str) -> str:
+        """Returns what is wrong with a name that nothing registered."""
+        return (
+            f"no {self.kind} is registered under this name.{nearest(name, self.names())} "
+            f"Registered: {', '.join(self.names())}. One of your own is known once the file that "
+            "registers it is imported, such as by the experiment file"
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """Returns all names: first the package's own, in the order of their registration."""
+        self._load()
+        return tuple(sorted(self._parts, key=lambda name: not self._parts[name].is_own))
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[AnyPart]:
+        return iter([self._parts[name] for name in self.names()])
+
+    def _load(self) -> None:
+        """Imports the modules that register the package's own parts."""
+        while self._homes:
+            importlib.import_module(self._homes.pop(0))
+
+
+def _identity(part: Part) -> tuple[str, str]:
+    """Returns what tells a part that is registered again from another of the same name."""
+    return part.file, getattr(part.build, "__qualname__", "")
+
+
+def option_problems(parts: Sequence[Part], options: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yields what is wrong with the options given to some parts that share a group of settings.
+
+    Args:
+      parts: that take them.
+      options: as given.
+      path: dotted, of the setting that holds them: "model.options".
+    """
+    for name, value in options.items():
+        takers = [part for part in parts if name in part.options]
+        if not takers:
+            known = sorted({option for part in parts for option in part.options})
+            names = " and ".join(repr(part.name) for part in parts) or "nothing that is named"
+            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
+            hint = nearest(name, known)
+            yield f"config.{path}.{name}: {names} has no such option; {allowed}.{hint}"
+        for part in takers:
+            default = part.options[name]
+            if default is not None and not _fits(value, default):
+                yield (
+                    f"config.{path}.{name} = {value!r}: {part.name!r} takes a "
+                    f"{type(default).__name__} here, such as {default!r}"
+                )
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type; an int passes for a float, a list for a tuple."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, tuple | list):
+        return isinstance(value, tuple | list)
+    return isinstance(value, type(default))
+
+
+def with_defaults(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all options of a part: those given, the others by default."""
+    return {name: options.get(name, default) for name, default in part.options.items()}
+
+
+MODELS = Registry("model", setting="model.name", part=Part)
+DATASETS = Registry("dataset", setting="data.name", part=Part)
+OPTIMIZERS = Registry("optimizer", setting="optimizer.name", part=Part)
+SCHEDULES = Registry("schedule", setting="schedule.name", part=Part)
+AUGMENTATIONS = Registry("augmentation", setting="augment.extra", part=Part)
+METRICS = Registry("metric", setting="evaluation.metrics", part=Part)
+WRITERS = Registry("writer", setting="log.writers", part=Part)
+REGISTRIES: Mapping[str, Registry[Any]] = {
+    each.kind: each
+    for each in (MODELS, DATASETS, OPTIMIZERS, SCHEDULES, AUGMENTATIONS, METRICS, WRITERS)
+}
