@@ -149,7 +149,7 @@ def test_opening_imports_neither_tfds_nor_sklearn(directory: pathlib.Path) -> No
     code = f"""
 import sys
 from inception_jax import config
-from inception_jax.input.dataset import prepare
+from inception_jax.datasets.dataset import prepare
 data = config.Data(name="tiny_imagenet_subset", image_size={SIZE}, directory={str(directory)!r})
 assert len(prepare(data).train) == {CLASSES * TRAIN}
 print([name for name in ("tensorflow_datasets", "tensorflow", "sklearn") if name in sys.modules])
@@ -448,7 +448,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_message(
 PREPARE = f"""
 import sys
 from inception_jax import config
-from inception_jax.input.dataset import prepare
+from inception_jax.datasets.dataset import prepare
 
 def log(line: str) -> None:
     print(line, flush=True)

@@ -153,7 +153,7 @@ def test_workers_are_not_fewer_than_none() -> None:
 GROWTH = """
 import pathlib, sys
 import numpy as np
-from inception_jax.input.splits import DecodedSplit
+from inception_jax.datasets.splits import DecodedSplit
 
 def resident() -> int:
     status = pathlib.Path("/proc/self/status").read_text()

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Prints the result and whether it came from the cache.
 COMPILE = """
-from inception_jax import runtime
-runtime.initialize(platform="cpu", log=lambda line: print("said:", line))
+from inception_jax.runtime import devices
+devices.initialize(platform="cpu", log=lambda line: print("said:", line))
 import jax
 hits = []
 jax.monitoring.register_event_listener(

@@ -14,7 +14,7 @@ from inception_jax.storage import lock
 
 HOLD = """
 import pathlib, sys, time
-from inception_jax.training import lock
+from inception_jax.storage import lock
 with lock.exclusive(pathlib.Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)
