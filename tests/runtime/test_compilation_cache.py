@@ -11,7 +11,7 @@ import pytest
 
 from inception_jax.runtime import compilation_cache
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Prints the result and whether it came from the cache.
 COMPILE = """
