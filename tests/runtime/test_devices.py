@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 DRAWS = """
 import hashlib, json
-from inception_jax import runtime
+from inception_jax.runtime import devices
 lines = []
-runtime.initialize(platform="cpu", log=lines.append)
+devices.initialize(platform="cpu", log=lines.append)
 import jax, jax.numpy as jnp, numpy as np
 from inception_jax.input import augment
 images = jnp.asarray(np.arange(2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3))

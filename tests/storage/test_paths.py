@@ -14,7 +14,7 @@ from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.storage import paths
 from tests import names
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 URLS = ["gs://bucket/run", "gs:/bucket/run", "s3://b/x", "https://host/x.zip", "hdfs://b", "GS://b"]
 
