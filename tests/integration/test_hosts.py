@@ -117,6 +117,7 @@ def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pat
         assert code == 0, messages
 
 
+@pytest.mark.slow
 def test_other_layouts_give_the_curve_of_one_process(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -147,8 +148,8 @@ def test_other_layouts_give_the_curve_of_one_process(
     [
         ("bug", 1, "flags"),
         ("kill", 2, "SLURM"),
-        ("stop", 1, "Open MPI 4"),
-        ("kill", 0, "Open MPI's numbers"),
+        pytest.param("stop", 1, "Open MPI 4", marks=pytest.mark.slow),
+        pytest.param("kill", 0, "Open MPI's numbers", marks=pytest.mark.slow),
     ],
 )
 def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:

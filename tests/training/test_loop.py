@@ -408,6 +408,7 @@ def test_another_rate_and_length_go_on_and_are_recorded(
     assert said.count("Total: ") == 1
 
 
+@pytest.mark.slow
 def test_a_finished_schedule_that_is_stretched_is_warned_of(
     reference: tuple[run.Run, workdir.Workdir],
     data_directory: pathlib.Path,
@@ -426,6 +427,7 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
     assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in said
 
 
+@pytest.mark.slow
 def test_compiling_is_said_with_what_it_takes(
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -454,6 +456,7 @@ def test_compiling_is_said_with_what_it_takes(
     assert "compiling (the first time about 33 s, as last measured), or" in "\n".join(said[4:])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_shorter_than_it_is_just_reports(
     reference: tuple[run.Run, workdir.Workdir], data_directory: pathlib.Path
 ) -> None:
@@ -758,6 +761,7 @@ def test_a_run_without_average_trains_and_evaluates(
     assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
 
 
+@pytest.mark.slow
 def test_progressive_resizing_goes_on_to_the_same_bits(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
