@@ -1,13 +1,10 @@
 """The other processes of a run: whether they agree, and what this one does when one is gone.
 
-Liveness is JAX's own. Each process sends heartbeats to the coordination service in process 0; one
-that is silent for `config.watch.host_silence` seconds is taken for dead, and JAX then ends all
-others from C++ (SIGABRT), with the dead one's number ("task") in the message. Python adds what JAX
-does not know: the hosts' names, differences between the processes before the first collective
-operation could hang on them, and the reason that a failing process gives before it ends.
-
-All of it goes through the service's store of texts. A run of one process has joined nobody, and the
-functions of this module then do nothing.
+Liveness is JAX's own: a process that sends its coordination service, in process 0, no heartbeat for
+`config.watch.host_silence` seconds is taken for dead, and JAX ends all others from C++ (SIGABRT),
+with the dead one's number ("task") in the message. Python adds, through the service's store of
+texts, what JAX does not know: names of hosts, differences between the processes before a collective
+operation could hang on them, and the reason why a process fails. One alone has nobody to ask.
 """
 
 import contextlib
@@ -89,7 +86,7 @@ def is_multi_process() -> bool:
 def fail(reason: str, code: int) -> None:
     """Ends this process without waiting for the others, which are told why; one alone goes on.
 
-    Not by sys.exit, after which JAX would wait minutes for processes that hang in a collective.
+    After sys.exit, JAX would wait minutes for processes that hang in a collective.
 
     Args:
       reason: what failed; empty if that is another process, whose reason it would hide.
@@ -134,11 +131,9 @@ def peer_failure(error: BaseException) -> str:
 
 def _is_collective_error(error: BaseException | None) -> bool:
     """Whether an error, or what it comes from, may be another process's death seen from here."""
-    while error is not None:
-        if _STATUS.match(str(error)):
-            return True
+    while error is not None and not _STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
-    return False
+    return error is not None
 
 
 def gather(what: str, value: Any) -> list[Any]:

@@ -115,6 +115,7 @@ class Checkpoints:
             with _readable_errors(self._directory):
                 self._manager.close()
         except Exception:
+            self._write_failed = True
             if error is None:
                 raise
         finally:
@@ -208,30 +209,31 @@ class Checkpoints:
                 f"{sorted(self._manager.all_steps())}"
             )
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state and progress of a step.
 
         Args:
           step: of a checkpoint that is there.
-          like: shapes, types and shardings of the state; the devices may be others than those that
+          abstract_state: shapes, types and shardings; the devices may be others than those that
             saved it.
         """
         restored = self._restore(
             step,
-            model=ocp.args.StandardRestore(like.model_item()),
-            training=ocp.args.StandardRestore(_training_item(like)),
+            model=ocp.args.StandardRestore(abstract_state.model_item()),
+            training=ocp.args.StandardRestore(_training_item(abstract_state)),
             progress=ocp.args.JsonRestore(),
         )
-        return like.replace(**restored.model, **restored.training), restored.progress
+        state = abstract_state.replace(**restored.model, **restored.training)
+        return state, restored.progress
 
-    def restore_model(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
         """Returns params, batch_stats and average of a step, and no more.
 
         Args:
           step: of a checkpoint that is there.
-          like: shapes, types and shardings, as of `TrainState.model_item`.
+          abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
         """
-        return self._restore(step, model=ocp.args.StandardRestore(like)).model
+        return self._restore(step, model=ocp.args.StandardRestore(abstract_model)).model
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that a step was saved with; empty if there are none to be read."""
@@ -384,7 +386,7 @@ def _without_leftovers() -> Iterator[None]:
             show_unraisable(failure)
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _is_disk_failure(record.exc_info[1]))
+        return not (record.exc_info and disk_failure(record.exc_info[1]))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -398,7 +400,7 @@ def _without_leftovers() -> Iterator[None]:
 
 
 def _is_disk_failure(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) or bool(disk_failure(error))
+    return isinstance(error, OSError | WriteError) or bool(disk_failure(error))
 
 
 @contextlib.contextmanager
