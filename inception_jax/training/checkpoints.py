@@ -17,7 +17,6 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -104,12 +103,7 @@ class Checkpoints:
         self._cleanup.enter_context(_without_leftovers())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for a write under way. Its failure does not hide an error raised before."""
         try:
             with _readable_errors(self._directory):
