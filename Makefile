@@ -10,11 +10,11 @@ STAMP := $(VENV)/.installed
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench docs lint format pins clean
+.PHONY: help setup demo test test-slow bench docs lint format pins clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make the environment in .venv, with pinned versions
 
@@ -46,8 +46,11 @@ demo: setup ## train on the embedded digits, evaluate and plot: data, curves and
 	@echo "Plots:       $(DEMO)/plots/"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)/tensorboard"
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, but for the slow ones; some of them: make test ARGS="tests/models -k norm"
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## run the slow tests, which repeat on whole runs what the others check
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)

@@ -1,7 +1,7 @@
 """Measures what it costs the training step to say of itself what is finite.
 
 The step is step_time's, compiled twice: as it is, and with constants in the place of the flags for
-loss and gradients (`training.nonfinite.parts`). The two take turns, a step each.
+loss and gradients (`training.nonfinite.finite_flags`). The two take turns, a step each.
 
   python -m benchmarks.finite_flags --dtype bfloat16 --json benchmarks/results/finite_flags.json
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     devices.initialize(platform=arguments.platform)
     made = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
     steps = {"with": ours_step.repeated_step(made)[1]}
-    with mock.patch.object(nonfinite, "parts", lambda loss, grads: jnp.ones(2, bool)):
+    with mock.patch.object(nonfinite, "finite_flags", lambda loss, grads: jnp.ones(2, bool)):
         steps["without"] = ours_step.repeated_step(made)[1]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.turns):

@@ -31,6 +31,7 @@ from ml_collections import config_flags
 from inception_jax import advice, console
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.console import say as say
 from inception_jax.errors import (
     EXIT_PREEMPTED,
     ConfigError,
@@ -40,7 +41,7 @@ from inception_jax.errors import (
     nearest,
     phase_of,
 )
-from inception_jax.runtime import hosts
+from inception_jax.runtime import compilation_cache, hosts
 from inception_jax.storage import paths
 
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
@@ -273,11 +274,6 @@ def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
     return [paths.local(argument, argument) for argument in positional]
 
 
-def say(line: str) -> None:
-    """Prints a line for the user on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
     """Parses the command line, calls `main` with what is left of it, and exits.
 
@@ -302,7 +298,8 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
         else:
-            main(_parse(sys.argv, settings_of))
+            with compilation_cache.explained_problems(say):
+                main(_parse(sys.argv, settings_of))
         # What a pipe has not taken shows here, and not while Python shuts down.
         sys.stdout.flush()
     except UserError as error:
@@ -311,7 +308,6 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         _fail(str(error), 1)
     except Preempted as end:
         say(str(end))
-        hosts.done()
         sys.exit(EXIT_PREEMPTED)
     except BrokenPipeError:
         _end_with_reader()
@@ -324,7 +320,6 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         _fail(f"{error.filename}: {error.strerror}. Fix this, and {_AGAIN}", 2)
     except Exception as error:
         _fail_unexpectedly(error)
-    hosts.done()
     sys.exit(0)
 
 
@@ -338,8 +333,10 @@ def _end_with_reader() -> NoReturn:
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
-    """Ends with a bug, or what another process's death looks like here, which is then said."""
-    hosts.await_verdict(error)
+    """Ends with a bug, or what another process's failure looks like here, which is then named."""
+    if message := hosts.peer_failure(error):
+        say(f"error: {message}")
+        hosts.fail("", 1)
     traceback.print_exception(error)
     _fail(_unexpected(error), 1)
 

@@ -47,13 +47,13 @@ def main(positional: Sequence[str]) -> None:
     changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":
         workdir.check_writable(workdir.needed(folder))
-    tell_all = devices.initialize(
+    notify_preemption = devices.initialize(
         **_PROCESSES(),
-        silence=config.watch.host_silence,
-        facts=lambda: environment.software() | configs.shared(config) | cli.command(),
+        heartbeat_timeout=config.watch.host_silence,
+        fingerprint=lambda: environment.software() | configs.shared(config) | cli.command(),
         log=cli.say,
     )
-    stop = preemption.Preemption(tell_all).requested
+    stop = preemption.Preemption(notify_preemption).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
     this_run = run.build(config, log=cli.say, experiment=experiment)

@@ -47,10 +47,10 @@ COMMANDS = {"tools", "main", "api"}
 
 # The libraries whose interface changes most, and the only places that know them.
 OWNERS = {
-    "orbax": ("training/checkpoints.py",),
+    "orbax": ("training/checkpoints.py", "training/_orbax_private.py"),
     "grain": ("input/pipeline.py",),
-    "clu": ("telemetry/", "training/metrics.py", "runtime/environment.py"),
-    "tensorboardX": ("telemetry/",),
+    "clu": ("telemetry/_clu_private.py", "training/metrics.py", "runtime/environment.py"),
+    "tensorboardX": ("telemetry/_tensorboardx_private.py",),
     "tensorflow_datasets": ("datasets/",),
     "sklearn": ("datasets/",),
     "matplotlib": ("reporting/", "inspection/", "inference/gradcam.py"),

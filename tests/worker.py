@@ -22,7 +22,7 @@ from tests import small
 _DATA = flags.DEFINE_string("data", "", "where the digits are prepared; empty: just add numbers")
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run")
 _STEPS = flags.DEFINE_integer("steps", 0, "length of the run")
-_SILENCE = flags.DEFINE_float("silence", 60, "seconds after which a process is taken for dead")
+_SILENCE = flags.DEFINE_float("silence", 60, "seconds after which JAX takes a process for dead")
 _FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after a while")
 _PROCESSES = cli.define_processes()
 
@@ -62,7 +62,7 @@ def add() -> None:
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
-    devices.initialize(**_PROCESSES(), silence=_SILENCE.value, log=cli.say)
+    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=cli.say)
     if _DATA.value:
         train()
     else:

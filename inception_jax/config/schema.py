@@ -600,8 +600,8 @@ class Log:
 class Watch:
     host_silence: float = setting(
         60.0,
-        "on several hosts: seconds without a sign of life after which another process is taken for "
-        "dead, and this one stops",
+        "on several hosts: seconds without a heartbeat after which JAX takes a process for dead "
+        "and stops the others",
         low=3,
         resumable=True,
     )

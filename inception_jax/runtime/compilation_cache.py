@@ -5,6 +5,8 @@ processor's features. What it leaves open is mended here. It writes an entry in 
 a full disk leaves a part of one; that it reports at every start, and never replaces. And it grows
 without end: its own bound (jax_compilation_cache_max_size) locks the folder for each read, and in
 JAX 0.10 one kill at a bad moment stops it from writing ever after.
+
+Imports nothing heavy, as the command line does it at each start.
 """
 
 import contextlib
@@ -12,9 +14,8 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable
-
-import jax
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 Log = Callable[[str], None]
 
@@ -38,18 +39,16 @@ def use(log: Log) -> None:
     Args:
       log: takes a line about a cache that cannot be used, or entries that were thrown away.
     """
-    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if named is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
             folder = _own_folder()
             _remove_oldest(folder, MAX_BYTES)
         except (OSError, RuntimeError) as error:
             log(f"compiled programs are not kept for the next start: {error}")
             return
+        import jax
+
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        _explain_problems(folder, log)
-    elif named:
-        _explain_problems(pathlib.Path(named), log)
 
 
 def _own_folder() -> pathlib.Path:
@@ -87,10 +86,14 @@ def _remove_oldest(folder: pathlib.Path, max_bytes: int) -> None:
         excess -= size
 
 
-def _explain_problems(folder: pathlib.Path, log: Log) -> None:
-    """Mends what JAX warns of, and says it in one line; every other warning is shown as before."""
+@contextlib.contextmanager
+def explained_problems(log: Log) -> Iterator[None]:
+    """Mends what JAX warns of inside the `with` block, and logs it in one line.
+
+    Every other warning is shown as before; afterwards all warnings are.
+    """
     show = warnings.showwarning
-    said = set()
+    logged = set()
 
     def showwarning(message: Warning | str, *args: object, **kwargs: object) -> None:
         if not (problem := _PROBLEM.match(str(message))):
@@ -101,15 +104,21 @@ def _explain_problems(folder: pathlib.Path, log: Log) -> None:
             return
         # Called before the program is compiled and written again, or after it could not be written.
         # Which of the program's entries it is, the warning does not tell.
+        import jax
+
+        # Not every version of JAX declares the types of its settings.
+        folder = pathlib.Path(cast(Any, jax.config).jax_compilation_cache_dir)
         with contextlib.suppress(OSError):
             for path in folder.glob(f"{problem['program']}-{_HASH}-cache"):
                 path.unlink(missing_ok=True)
         # Where one cannot be written, none can.
-        if problem["what"] not in said:
+        if problem["what"] not in logged:
             done = "read" if problem["what"] == "reading" else "kept for the next start"
             log(f"{folder}: compiled programs could not be {done}: {problem['reason']}")
-        said.add(problem["what"])
+        logged.add(problem["what"])
 
-    # Not only the first of several equal ones, and never as an error.
-    warnings.filterwarnings("always", _PROBLEM.pattern)
-    warnings.showwarning = showwarning
+    with warnings.catch_warnings():
+        # Not only the first of several equal ones, and never as an error.
+        warnings.filterwarnings("always", _PROBLEM.pattern)
+        warnings.showwarning = showwarning
+        yield

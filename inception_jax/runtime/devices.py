@@ -1,24 +1,19 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
-import ctypes
 import os
-import signal
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-# No public interface has the key-value store of the processes.
-from jax._src import distributed as jax_distributed
-
 from inception_jax import advice
 from inception_jax.errors import UserError, nearest
-from inception_jax.runtime import compilation_cache, hosts
+from inception_jax.runtime import _jax_private, compilation_cache, hosts
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-# How a launcher numbers its processes: variables that hold their count, and the number of each.
-_NUMBERED = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+# Of launchers that number their processes: what holds their count, and the number of each.
+_LAUNCHER_ENV_VARS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 # What random bits, and so a resumed run, depend on, and what the programs are written for.
 _FIXED = {
     "jax_enable_x64": False,
@@ -27,8 +22,6 @@ _FIXED = {
     "jax_disable_jit": False,
     "jax_transfer_guard": "allow",
 }
-# JAX's own watch over the processes acts later than ours, which can say more.
-_LATER = 40
 
 
 def initialize(
@@ -39,8 +32,8 @@ def initialize(
     coordinator_address: str = "",
     process_count: int = 0,
     process_index: int = -1,
-    silence: float = 60.0,
-    facts: Callable[[], Mapping[str, Any]] = dict,
+    heartbeat_timeout: float = 60.0,
+    fingerprint: Callable[[], Mapping[str, Any]] = dict,
     log: Callable[[str], None] = print,
 ) -> Callable[[], None] | None:
     """Chooses the devices and joins the other processes. Call before any other use of JAX.
@@ -55,8 +48,9 @@ def initialize(
       process_count: how many processes there are, with `coordinator_address`; 0: an MPI launcher's
         variables say it.
       process_index: which of them this one is, with `coordinator_address`; -1: as the count.
-      silence: seconds without a sign of life after which another process is taken for dead.
-      facts: returns what must be the same in all processes, by what it is, as values for JSON.
+      heartbeat_timeout: seconds without a heartbeat after which JAX takes another process for dead,
+        and ends this one.
+      fingerprint: returns what must be the same in all processes, by what it is, for JSON.
       log: takes a line where compiled programs cannot be kept, or others are waited for.
 
     Returns:
@@ -75,7 +69,7 @@ def initialize(
     if platform == "cpu":
         jax.config.update("jax_platforms", platform)
     compilation_cache.use(log)
-    handler = _sigterm_handler()
+    before = _jax_private.sigterm_handler()
     if coordinator_address:
         count, index = _numbered(process_count, process_index)
         if not (count > 0 and 0 <= index < count):
@@ -83,15 +77,15 @@ def initialize(
                 f"--coordinator_address={coordinator_address}: needs --process_count (found "
                 f"{process_count}) and --process_index from 0 to it (found {process_index})"
             )
-        _join(silence, log, address=coordinator_address, count=count, index=index)
+        _join(heartbeat_timeout, log, address=coordinator_address, count=count, index=index)
     elif distributed:
-        _join(silence, log, cluster=cluster or None)
-    tell_all = _sigterm_handler()
+        _join(heartbeat_timeout, log, cluster=cluster or None)
+    handler = _jax_private.sigterm_handler()
     # Before the devices are looked for, which other versions might do in another way.
-    hosts.agree("start", facts)
+    hosts.check_consistent("start", fingerprint)
     _check_platform(platform)
-    hosts.agree("devices", _devices)
-    return None if tell_all == handler else lambda: _call(tell_all)
+    hosts.check_consistent("devices", _devices)
+    return None if handler == before else _jax_private.preemption_notifier(handler)
 
 
 def _fix_settings(log: Callable[[str], None]) -> None:
@@ -105,14 +99,14 @@ def _fix_settings(log: Callable[[str], None]) -> None:
 
 def _numbered(count: int, index: int) -> tuple[int, int]:
     """Returns how many processes there are and which this one is, as given or by the launcher."""
-    for count_name, index_name in _NUMBERED:
+    for count_name, index_name in _LAUNCHER_ENV_VARS:
         if count == 0 and index == -1 and {count_name, index_name} <= os.environ.keys():
             return int(os.environ[count_name]), int(os.environ[index_name])
     return count, index
 
 
 def _join(
-    silence: float,
+    heartbeat_timeout: float,
     log: Callable[[str], None],
     *,
     address: str | None = None,
@@ -120,14 +114,14 @@ def _join(
     index: int | None = None,
     cluster: str | None = None,
 ) -> None:
-    """Joins the other processes, and watches them from then on; JAX finds what is None."""
+    """Joins the other processes, over which JAX watches from then on; it finds what is None."""
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
             cluster_detection_method=cluster,
-            heartbeat_timeout_seconds=round(silence) + _LATER,
+            heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -136,57 +130,10 @@ def _join(
             "--cluster=mpi4py); elsewhere --coordinator_address, --process_count and "
             "--process_index; for one process none of them"
         ) from error
-    state = jax_distributed.global_state
-    if state.num_processes > 1:
-        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
-        hosts.join(
-            hosts.Hosts(
-                _Store(state.client),
-                process=state.process_id,
-                count=state.num_processes,
-                host=socket.gethostname(),
-                limit=silence,
-                log=log,
-            )
-        )
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(_: int) -> None:
-    """Says which host is gone where JAX aborts the process because of that.
-
-    JAX does so as soon as its coordination service, in process 0, is out of reach, with a text that
-    names no host; the callback that it offers for it cannot be written in Python, and neither are
-    Python's own signal handlers called. Any other abort goes on as it would.
-    """
-    address = jax_distributed.global_state.coordinator_address or ""
-    host, _separator, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        hosts.service_lost()
-
-
-class _Store:
-    """JAX's key-value store, in process 0, as a `hosts.Store`."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def put(self, key: str, text: str) -> None:
-        self._client.key_value_set(key, text, allow_overwrite=True)
-
-    def wait(self, key: str, seconds: float) -> str | None:
-        try:
-            return self._client.blocking_key_value_get(key, round(1000 * seconds))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return None
-            raise
-
-    def under(self, prefix: str) -> dict[str, str]:
-        found = self._client.key_value_dir_get(prefix)
-        return {key.rpartition("/")[2]: text for key, text in found}
+    process, count = _jax_private.process_place()
+    if count > 1:
+        store = _jax_private.KeyValueStore()
+        hosts.join(hosts.Hosts(store, process, count, heartbeat_timeout, log), socket.gethostname())
 
 
 def _devices() -> dict[str, Any]:
@@ -195,22 +142,6 @@ def _devices() -> dict[str, Any]:
         "device": jax.local_devices()[0].device_kind,
         "devices a process": jax.local_device_count(),
     }
-
-
-def _sigterm_handler() -> int:
-    """Returns the address of the C function that SIGTERM calls.
-
-    JAX's preemption service learns of a preemption by SIGTERM alone. It puts a handler in C in the
-    place of Python's, so whoever takes the signal after that has to hand it on.
-    """
-    getsig = ctypes.pythonapi.PyOS_getsig
-    getsig.argtypes, getsig.restype = [ctypes.c_int], ctypes.c_void_p
-    # None stands for the address 0, which is the default handler.
-    return getsig(signal.SIGTERM) or 0
-
-
-def _call(handler: int) -> None:
-    ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)(signal.SIGTERM)
 
 
 def _check_platform(platform: str) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of training when the process is told to end.
+"""Graceful shutdown on SIGTERM, SIGINT and their kin.
 
 SIGTERM comes from a scheduler that needs the machine, as do SIGUSR1 and SIGUSR2, by which SLURM
 announces it (--signal=USR1@120), and SIGXCPU, at a limit of CPU time. SIGINT is a person who
@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -30,35 +30,46 @@ SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-# Seconds. coreutils' timeout, for one, signals a process and then its group, and so the process
-# twice: that is one wish.
-SAME_WISH = 1.0
+# coreutils' timeout, for one, signals a process and then its group, and so the process twice: that
+# is one wish.
+SIGNAL_DEBOUNCE_SECONDS = 1.0
 
 
 class Preemption:
-    """Listens for signals from its making on; to be made once, in the main thread.
+    """Starts listening for signals on construction; create exactly one, in the main thread.
 
-    The signals are looked at in a thread of their own. Python runs handlers in the main thread
-    only, which may be inside XLA for minutes, or for ever where another host is gone.
+    Used with `with`, it gives the signals back to those who had them before. They are looked at in
+    a thread of their own: Python runs handlers in the main thread only, which may be inside XLA for
+    minutes, or for ever where another host is gone.
 
     Args:
-      tell_all: tells JAX's preemption service, as `runtime.initialize` returns it; None: there is
-        none. Where there are several processes, one that is signalled must not stop alone: with
-        the service they agree on a step, without it nothing is saved.
+      notify_preemption: tells JAX's preemption service, as `devices.initialize` returns it; None:
+        there is none. Of several processes one that is signaled must not stop alone: with the
+        service they agree on a step, without it nothing is saved.
     """
 
-    def __init__(self, tell_all: Callable[[], None] | None = None) -> None:
-        self._tell_all = tell_all
-        self._can_save = tell_all is not None or jax.process_count() == 1
+    def __init__(self, notify_preemption: Callable[[], None] | None = None) -> None:
+        self._notify_preemption = notify_preemption
+        self._can_save = notify_preemption is not None or jax.process_count() == 1
         self._stepped = False
         self._first: signal.Signals | None = None
         self._first_time = 0.0
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
         # Python's part of the handler that runs at once, in any thread, writes the number here.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        _take_signals()
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._handlers_before = _take_signals()
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._handlers_before.items():
+            # None: one that is not Python's, such as JAX's preemption service has.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        os.close(self._writer)  # Which ends the thread.
 
     def requested(self, step: int) -> bool:
         """Returns whether training must end with this step, at which all processes say the same.
@@ -70,15 +81,16 @@ class Preemption:
             # A device's driver may have put a handler of its own in the place of ours.
             _take_signals()
             self._stepped = True
-        if self._tell_all is None:
+        if self._notify_preemption is None:
             return self._can_save and self._first is not None
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _watch(self, reader: int) -> None:
-        while numbers := os.read(reader, 64):
-            for number in numbers:
-                if number in SIGNALS:
-                    self._receive(signal.Signals(number))
+        with open(reader, "rb", buffering=0) as numbers:
+            while found := numbers.read(64):
+                for number in found:
+                    if number in SIGNALS:
+                        self._receive(signal.Signals(number))
 
     def _receive(self, received: signal.Signals) -> None:
         now = time.monotonic()
@@ -87,20 +99,20 @@ class Preemption:
                 _end(f"{received.name}: ended at once. {_GOES_ON}", EXIT_PREEMPTED)
             self._first, self._first_time = received, now
             _say(f"{received.name}: ends once this step is saved; a second signal ends it at once")
-            if self._tell_all:
-                self._tell_all()
-        elif now - self._first_time >= SAME_WISH:
+            if self._notify_preemption:
+                self._notify_preemption()
+        elif now - self._first_time >= SIGNAL_DEBOUNCE_SECONDS:
             _end(f"{received.name} again: ended at once. {_GOES_ON}", 128 + received)
 
 
 _GOES_ON = "What is saved is whole; the same command goes on from the last checkpoint"
 
 
-def _take_signals() -> None:
-    for number in SIGNALS:
-        # A shell has what it runs in the background ignore Ctrl-C, and nohup and others may.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _handle)
+def _take_signals() -> dict[signal.Signals, Any]:
+    """Takes the signals that are not ignored, and returns who had them before."""
+    # A shell has what it runs in the background ignore Ctrl-C, and nohup and others may.
+    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, _handle) for number in taken}
 
 
 def _handle(number: int, frame: object) -> None:

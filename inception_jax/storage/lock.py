@@ -17,7 +17,7 @@ _HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextlib.contextmanager
-def exclusive(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None]:
+def lock_workdir(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds a folder for this process, so that no other trains in it.
 
     The lock is the system's (flock), on a file that stays: a killed process leaves a file that

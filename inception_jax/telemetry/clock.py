@@ -62,8 +62,8 @@ class Clock:
         self._settle()
         return dict(self._seconds)
 
-    def standing(self) -> tuple[str, float]:
-        """Returns the innermost open phase, '' if none is, and seconds since the clock's last use.
+    def idle_time(self) -> tuple[str, float]:
+        """Returns the innermost open phase, '' if none is, and seconds since the last phase change.
 
         The only method for other threads than the run's own.
         """

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import threading
 import time
@@ -16,6 +15,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+
+from inception_jax.errors import WriteError
+from inception_jax.storage import atomic
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -51,7 +53,7 @@ def compile_and_say(
         log(f"{what}: loaded from the compilation cache in {took:.1f} s")
     else:
         log(f"{what}: compiled in {took:.1f} s")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, WriteError):
             _remember(kind, took)
     return compiled
 
@@ -94,13 +96,10 @@ def _remembered() -> dict[str, Any]:
 
 def _remember(kind: str, took: float) -> None:
     """Keeps how long a compilation took."""
-    path = _file()
-    if path is None:
-        return
-    try:
-        values = _remembered()
-    except ValueError:
-        values = {}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values | {kind: round(took, 1)}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    if path := _file():
+        try:
+            values = _remembered()
+        except ValueError:
+            values = {}
+        with atomic.replacing(path) as temporary:
+            temporary.write_text(json.dumps(values | {kind: round(took, 1)}, indent=1))

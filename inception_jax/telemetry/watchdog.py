@@ -1,10 +1,9 @@
-"""Says where a run stands still: a thread that looks at the run's clock, and dumps all stacks."""
+"""Shows where a run hangs: a thread that looks at the run's clock, and dumps all stacks."""
 
 import faulthandler
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from inception_jax.telemetry.clock import Clock
@@ -22,8 +21,8 @@ def dump_stacks() -> None:
 class Watchdog:
     """Watches a run's clock; a context manager.
 
-    A run that is well changes the phase of its clock several times a step. Where the clock stands
-    still for too long, that is said, once, with the stacks of all threads; the run is left alone.
+    A healthy run changes the phase of its clock several times a step. Where none changes for too
+    long, that is logged once, with the stacks of all threads; the run is left alone.
 
     Args:
       clock: of the run.
@@ -44,7 +43,7 @@ class Watchdog:
     ) -> None:
         self._clock, self._log, self._dump = clock, log, dump
         self._limit, self._long_limit = limit, long_limit
-        self._said = False
+        self._logged = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -53,24 +52,19 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def look(self) -> None:
-        """Says that the run stands still, if it does and that was not said yet."""
-        phase, seconds = self._clock.standing()
+        """Logs that the run hangs, if it does and that was not logged yet."""
+        phase, seconds = self._clock.idle_time()
         limit = self._long_limit if phase in LONG_PHASES else self._limit
         if not limit or seconds <= limit:
-            self._said = False
-        elif not self._said:
-            self._said = True
+            self._logged = False
+        elif not self._logged:
+            self._logged = True
             self._log(
                 f"nothing has happened for {seconds / 60:.1f} minutes, in the phase {phase!r} of "
                 "the run. What each thread is doing, latest call first, follows; it goes on "

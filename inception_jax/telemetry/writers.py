@@ -56,11 +56,11 @@ class RunWriter:
             _drop_later_lines(lines, resume_step)
             self._writer = metric_writers.MultiWriter(
                 [
-                    clu_writers.JsonLinesWriter(lines, patient=patient),
+                    clu_writers.JsonLinesWriter(lines, retry_on_error=patient),
                     clu_writers.TensorBoardWriter(
                         workdir / "tensorboard",
                         purge_step=resume_step + 1 if resume_step else 0,
-                        patient=patient,
+                        retry_on_error=patient,
                     ),
                 ]
             )

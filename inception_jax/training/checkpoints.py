@@ -8,35 +8,31 @@ checkpoint before it, and what bears its name has checksums of all its files. Th
 before it is restored; a damaged one is named, and the one before it used.
 """
 
-import asyncio
 import contextlib
-import errno
-import functools
-import json
+import gc
 import logging
-import os
 import pathlib
-import shutil
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.path import atomicity
 
+from inception_jax import console
 from inception_jax.errors import CheckpointError, UserError, WriteError
-from inception_jax.storage import integrity, manifest, paths
+from inception_jax.storage import integrity, paths
+from inception_jax.storage.space import check_space, disk_failure
+from inception_jax.training import _orbax_private
 from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
 _YEAR, _MINUTES_20 = 365 * 24 * 3600, 1200
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def _top1(metrics: Mapping[str, float]) -> float:
@@ -77,7 +73,7 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
-        log: integrity.Log = integrity.say,
+        log: integrity.Log = console.say,
     ) -> None:
         self._directory = directory
         self._log = log
@@ -89,48 +85,38 @@ class Checkpoints:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
                 _merge_unmerged(directory)
-                integrity.set_aside_damaged(directory, log)
+                integrity.quarantine_corrupt(directory, log)
             _wait_for_all_processes("damaged checkpoints set aside")
             with _readable_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        self._options = _options(keep_last, keep_best, read_only)
+        self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
+        self._cleanup = contextlib.ExitStack()
+        self._write_failed = False
         self._manager = self._open()
 
     def _open(self) -> _Manager:
         with _readable_errors(self._directory):
             self._plain = paths.Plain(self._directory)
-            return _Manager(self._plain.path, options=self._options)
+            return _Manager(self._plain.path, options=self._options(self._plain.path))
 
     def __enter__(self) -> Self:
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._thread_failed
-        _silence_leftovers()
+        self._cleanup.enter_context(_without_leftovers())
         return self
 
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Leaves out the traceback of a thread of Orbax's that could not write.
-
-        Orbax raises the error again where it is waited for, and there it becomes one message.
-        """
-        if not (isinstance(failure.exc_value, OSError) or _storage_errors(failure.exc_value)):
-            self._excepthook(failure)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for a write under way. Its failure does not hide an error raised before."""
         try:
             with _readable_errors(self._directory):
                 self._manager.close()
         except Exception:
+            self._write_failed = True
             if error is None:
                 raise
         finally:
-            threading.excepthook = self._excepthook
             self._plain.close()
+            if self._write_failed:
+                gc.collect()  # What is left of the failed writes is not reported later, either.
+            self._cleanup.close()
 
     def latest_step(self) -> int | None:
         """Returns the newest step, or None if there is no checkpoint."""
@@ -151,11 +137,11 @@ class Checkpoints:
         else:
             raise UserError(f"--checkpoint={which}: must be best, last or the number of a step")
         for step in candidates:
-            if not (problem := integrity.problem(self._directory / str(step))):
+            if not (found := integrity.find_corruption(self._directory / str(step))):
                 return step
-            self._log(f"{self._directory / str(step)}: this checkpoint is damaged: {problem}")
+            self._log(f"{self._directory / str(step)}: this checkpoint is damaged: {found}")
         there = ", ".join(map(str, steps)) or "none"
-        whole = "whole " if candidates else ""
+        whole = "intact " if candidates else ""
         raise CheckpointError(
             f"{self._directory}: there is no {whole}checkpoint {which!r}; the steps there are: "
             f"{there}"
@@ -199,7 +185,8 @@ class Checkpoints:
         """
         step = int(state.step)
         with self._writing():
-            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            check_space(self._directory, size, "a checkpoint")
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -216,35 +203,36 @@ class Checkpoints:
                 f"{sorted(self._manager.all_steps())}"
             )
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state and progress of a step.
 
         Args:
           step: of a checkpoint that is there.
-          like: shapes, types and shardings of the state; the devices may be others than those that
+          abstract_state: shapes, types and shardings; the devices may be others than those that
             saved it.
         """
         restored = self._restore(
             step,
-            model=ocp.args.StandardRestore(like.model_item()),
-            training=ocp.args.StandardRestore(_training_item(like)),
+            model=ocp.args.StandardRestore(abstract_state.model_item()),
+            training=ocp.args.StandardRestore(_training_item(abstract_state)),
             progress=ocp.args.JsonRestore(),
         )
-        return like.replace(**restored.model, **restored.training), restored.progress
+        state = abstract_state.replace(**restored.model, **restored.training)
+        return state, restored.progress
 
-    def restore_model(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
         """Returns params, batch_stats and average of a step, and no more.
 
         Args:
           step: of a checkpoint that is there.
-          like: shapes, types and shardings, as of `TrainState.model_item`.
+          abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
         """
-        return self._restore(step, model=ocp.args.StandardRestore(like)).model
+        return self._restore(step, model=ocp.args.StandardRestore(abstract_model)).model
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that a step was saved with; empty if there are none to be read."""
         try:
-            found = json.loads((self._directory / str(step) / "metrics" / "metrics").read_bytes())
+            found = self._manager.metrics(step)
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) and "top1" in found else {}
@@ -254,7 +242,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            if not (folder / manifest.NAME).exists():
+            if not (folder / integrity.MANIFEST).exists():
                 raise CheckpointError(
                     f"{folder}: cannot be restored: {error}. An older version wrote this "
                     "checkpoint, without checksums: it is damaged, or of another model. To use the "
@@ -274,6 +262,7 @@ class Checkpoints:
             with _readable_errors(self._directory):
                 yield
         except WriteError as error:
+            self._write_failed = True
             if not self._directory.is_dir():
                 raise WriteError(
                     f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
@@ -288,73 +277,39 @@ class Checkpoints:
                 self._manager = self._open()
             raise
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            raise WriteError(
-                f"{self._directory}: a checkpoint could not be written: it takes up to "
-                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. The ones before it "
-                "are whole. Make room, and start the command again"
+    def _options(self, directory: pathlib.Path) -> ocp.CheckpointManagerOptions:
+        kept = [_managers.LatestN(n=self._keep_last)]
+        if self._keep_best:
+            best = _managers.BestN(
+                get_metric_fn=_top1, n=self._keep_best, keep_checkpoints_without_metrics=False
             )
-
-
-def _options(keep_last: int, keep_best: int, read_only: bool) -> ocp.CheckpointManagerOptions:
-    kept = [_managers.LatestN(n=keep_last)]
-    if keep_best:
-        kept.append(
-            _managers.BestN(
-                get_metric_fn=_top1, n=keep_best, keep_checkpoints_without_metrics=False
-            )
+            kept.append(best)
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=_managers.AnyPreservationPolicy(kept),
+            # Without best_fn, Orbax would not write the metrics that BestN compares.
+            best_fn=_top1,
+            best_mode="max",
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            # Where damaged ones are left in their place, it is not to read their metrics.
+            lightweight_initialize=self._read_only,
+            async_options=ocp.AsyncOptions(
+                # Where a folder cannot be made in the background, the threads that are to write
+                # into it wait five minutes, and keep the process from ending.
+                create_directories_asynchronously=False,
+                # Orbax counts its limit by the wall clock, which may be set while it writes.
+                # Several processes need one: they wait for each other.
+                timeout_secs=_YEAR if jax.process_count() == 1 else _MINUTES_20,
+                # In the background, in process 0.
+                post_finalization_callback=_orbax_private.before_commit(directory, _seal),
+            ),
         )
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=_managers.AnyPreservationPolicy(kept),
-        # Without best_fn, Orbax would not write the metrics that BestN compares.
-        best_fn=_top1,
-        best_mode="max",
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        # Where damaged ones are left in their place, it is not to read their metrics.
-        lightweight_initialize=read_only,
-        temporary_path_class=_ManifestedPath,
-        async_options=ocp.AsyncOptions(
-            # Where a folder cannot be made in the background, the threads that are to write into
-            # it wait five minutes, and keep the process from ending.
-            create_directories_asynchronously=False,
-            # Orbax counts its limit by the wall clock, which may be set while it writes. Several
-            # processes need one: they wait for each other.
-            timeout_secs=_YEAR if jax.process_count() == 1 else _MINUTES_20,
-        ),
-    )
 
 
-class _ManifestedPath(atomicity.AtomicRenameTemporaryPath):
-    """Where a checkpoint is written until it is whole, was read back and has a manifest.
-
-    Orbax gives the finished folder a second temporary name; it gets its own once the manifest is in
-    it. So there is no moment at which a checkpoint bears its name and has none. Both temporary
-    names have the ending by which Orbax knows what a killed process left.
-    """
-
-    @classmethod
-    def from_final(cls, final_path: Any, **options: Any) -> Any:
-        """Returns the place for a checkpoint, or for one of its items, which need no manifest."""
-        if not final_path.name.isdecimal():
-            return atomicity.AtomicRenameTemporaryPath.from_final(final_path, **options)
-        staged = final_path.with_name(final_path.name + atomicity.TMP_DIR_SUFFIX)
-        return super().from_final(staged, **options)
-
-    def get_final(self) -> Any:
-        """Returns where the checkpoint is once it is whole."""
-        staged = super().get_final()
-        return staged.with_name(staged.name.partition(atomicity.TMP_DIR_SUFFIX)[0])
-
-    async def finalize(self) -> None:
-        """Reads all back, writes the manifest and names the folder; in one process's background."""
-        await super().finalize()
-        staged = pathlib.Path(super().get_final())
-        await asyncio.to_thread(_check_restorable, staged)
-        await asyncio.to_thread(manifest.write, staged)
-        staged.rename(self.get_final())
+def _seal(folder: pathlib.Path) -> None:
+    """Reads a checkpoint back that is to get its name, and writes its manifest."""
+    _check_restorable(folder)
+    integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -365,7 +320,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _merge_unmerged(directory: pathlib.Path) -> None:
     """Finishes checkpoints that older versions left in a folder with brackets in its path."""
-    for step in integrity.steps(directory) if directory.is_dir() else []:
+    for step in integrity.steps(directory):
         for item in integrity.unmerged(directory / str(step)):
             plain = paths.Plain(item)
             with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
@@ -390,7 +345,7 @@ def _check_restorable(folder: pathlib.Path) -> None:
     except Exception as error:
         raise WriteError(
             f"{folder}: a checkpoint was written, but cannot be read back: "
-            f"{str(error).partition('[')[0].strip()}. The ones before it are whole. Give another "
+            f"{str(error).partition('[')[0].strip()}. Earlier checkpoints are intact. Use another "
             "--workdir, on another file system if this happens again"
         ) from error
 
@@ -404,33 +359,42 @@ def _training_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
 
 
-@functools.cache
-def _silence_leftovers() -> None:
-    """Keeps Python from reporting what Orbax leaves of a failed write, for the rest of the process.
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Keeps Python from reporting what Orbax leaves of a failed write, inside the `with` block.
 
     Orbax writes each array in a task of its own, and waits for the first that fails. When the
     garbage is collected, Python would report the errors of all others, and those that never ran,
-    in pages of text behind the one message that says it.
+    in pages of text behind the one message that says it. The threads' errors are raised again where
+    they are waited for.
     """
-    logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.exc_info and _storage_errors(record.exc_info[1]))
-    )
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
+    show_thread, show_unraisable = threading.excepthook, sys.unraisablehook
+    tasks = logging.getLogger("asyncio")
 
-    def report_others(failure: "sys.UnraisableHookArgs") -> None:
+    def show_other_threads(failure: threading.ExceptHookArgs) -> None:
+        if not _is_disk_failure(failure.exc_value):
+            show_thread(failure)
+
+    def show_other_unraisable(failure: "sys.UnraisableHookArgs") -> None:
         if "Event loop is closed" not in str(failure.exc_value):
-            report(failure)
+            show_unraisable(failure)
 
-    sys.unraisablehook = report_others
+    def is_other(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and disk_failure(record.exc_info[1]))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        threading.excepthook, sys.unraisablehook = show_other_threads, show_other_unraisable
+        tasks.addFilter(is_other)
+        try:
+            yield
+        finally:
+            threading.excepthook, sys.unraisablehook = show_thread, show_unraisable
+            tasks.removeFilter(is_other)
 
 
-def _storage_errors(error: BaseException | None) -> list[str]:
-    """Returns which failures of storage an error tells of.
-
-    Orbax and TensorStore report a full disk in several types, so the text decides.
-    """
-    return [text for text in map(os.strerror, _STORAGE_ERRORS) if text in str(error)]
+def _is_disk_failure(error: BaseException | None) -> bool:
+    return isinstance(error, OSError | WriteError) or bool(disk_failure(error))
 
 
 @contextlib.contextmanager
@@ -441,11 +405,12 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reasons = _storage_errors(error)
-        if isinstance(error, OSError) or reasons:
-            reason = reasons[0] if reasons else str(error)
-            raise WriteError(
-                f"{directory}: a checkpoint could not be written: {reason}. The ones "
-                "before it are whole. Make room or mend the folder, and start the command again"
-            ) from error
-        raise
+        if not _is_disk_failure(error):
+            raise
+        # Their local variables would keep what is left of the write.
+        traceback.clear_frames(error.__traceback__)
+        raise WriteError(
+            f"{directory}: a checkpoint could not be written: {disk_failure(error) or error}. "
+            "Earlier checkpoints are intact. Free disk space or fix the directory, and rerun the "
+            "same command"
+        ) from error

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from inception_jax import config as configs
+from inception_jax import console
 from inception_jax.config import Config
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted, RunError, during
@@ -86,7 +87,7 @@ def train(
     """
     config = run.config
     with (
-        lock.exclusive(workdir.path, integrity.say) if run.is_lead else contextlib.nullcontext(),
+        lock.lock_workdir(workdir.path, console.say) if run.is_lead else contextlib.nullcontext(),
         Checkpoints(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
@@ -129,7 +130,7 @@ def train(
                 clock,
                 limit=60 * config.watch.stall_minutes,
                 long_limit=60 * config.watch.long_stall_minutes,
-                log=integrity.say,
+                log=console.say,
             ),
             clock.phase("other"),
         ):
@@ -308,9 +309,9 @@ def _train(
             reporter.evaluated(step, metrics, sample)
         if save_now:
             with clock.phase("save"):
-                with integrity.tolerated(goes_on, reporter.note):
+                with integrity.log_write_errors(goes_on, reporter.note):
                     checkpoints.wait()
-                with integrity.tolerated(goes_on and not (last or stop_now), reporter.note):
+                with integrity.log_write_errors(goes_on and not (last or stop_now), reporter.note):
                     # Lines up to this step must be on disk before a checkpoint says they are.
                     reporter.flush()
                     checkpoints.save(
@@ -319,7 +320,7 @@ def _train(
                         metrics=metrics if evaluate_now else None,
                     )
         if evaluate_now:
-            with integrity.tolerated(goes_on and not last, reporter.note):
+            with integrity.log_write_errors(goes_on and not last, reporter.note):
                 reporter.show(step, metrics)
         if stop_now:
             break

@@ -144,7 +144,7 @@ def build(
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
     with during("prepare"):
         dataset = prepare(config.data, log=log)
-    hosts.agree("data set", lambda: content(dataset))
+    hosts.check_consistent("data set", lambda: content(dataset))
     config = _sized(config, dataset, mesh.size, log)
     if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
         log(
@@ -184,7 +184,7 @@ def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], 
             "override any with --config.NAME=VALUE"
         )
         configs.validate(sized)
-        hosts.agree("settings", lambda: configs.shared(sized))
+        hosts.check_consistent("settings", lambda: configs.shared(sized))
     return sized
 
 

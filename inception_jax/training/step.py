@@ -152,9 +152,11 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             opt_state=opt_state,
             metrics=metrics,
         )
-        finite = nonfinite.parts(loss, grads)
+        finite = nonfinite.finite_flags(loss, grads)
         if config.train.nonfinite == "skip":
-            after = nonfinite.skipped(state, after, finite.all(), config.train.nonfinite_limit)
+            after = nonfinite.skip_if_nonfinite(
+                state, after, finite.all(), config.train.nonfinite_limit
+            )
         return after, Found(loss.mean(), finite)
 
     replicated = sharding.replicated(run.mesh)

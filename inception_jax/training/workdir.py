@@ -103,7 +103,7 @@ def check_shared(workdir: Workdir) -> None:
     Raises:
       UserError: in all of them, naming those that do not.
     """
-    if not hosts.several():
+    if not hosts.is_multi_process():
         return
     own = workdir.path / f".probe.{secrets.token_hex(8)}"
     own.touch()
@@ -111,7 +111,7 @@ def check_shared(workdir: Workdir) -> None:
         # A name that no process has asked for before, as network file systems remember answers.
         written = workdir.path / hosts.gather("folder", own.name)[0]
         what = f"--workdir={workdir.path} holds what process 0 wrote there"
-        hosts.agree("shared folder", lambda: {what: written.exists()})
+        hosts.check_consistent("shared folder", lambda: {what: written.exists()})
     finally:
         own.unlink()
 

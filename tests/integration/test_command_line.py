@@ -120,6 +120,7 @@ def test_evaluation_gives_the_numbers_of_training(
     assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_folder_is_enough_to_evaluate_and_to_resume(
     data: list[str], training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_an_archive_that_is_no_good_is_refused(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_one_message(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

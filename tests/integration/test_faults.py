@@ -12,6 +12,8 @@ from benchmarks import fault_injection, lives
 from inception_jax.errors import EXIT_PREEMPTED
 from tests import command
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from tests import command, worker
 
 HOST = socket.gethostname()
 # Seconds of silence after which a process is taken for dead, as short as busy cores allow.
-SILENCE = 5
+SILENCE = 10
 # Far more than it may take from a death to the end of the others.
 BOUND = 90
 
@@ -116,6 +117,7 @@ def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pat
         assert code == 0, messages
 
 
+@pytest.mark.slow
 def test_other_layouts_give_the_curve_of_one_process(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -146,8 +148,8 @@ def test_other_layouts_give_the_curve_of_one_process(
     [
         ("bug", 1, "flags"),
         ("kill", 2, "SLURM"),
-        ("stop", 1, "Open MPI 4"),
-        ("kill", 0, "Open MPI's numbers"),
+        pytest.param("stop", 1, "Open MPI 4", marks=pytest.mark.slow),
+        pytest.param("kill", 0, "Open MPI's numbers", marks=pytest.mark.slow),
     ],
 )
 def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:
@@ -165,13 +167,26 @@ def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, lau
     finally:
         for process in processes:
             process.kill()
-        processes[gone].communicate()
-    for process, said in zip(others, messages, strict=True):
-        assert process.returncode == 1, said
-        assert f"error: process {gone} (host {HOST}) " in said
-        assert ("KeyError: 'a bug'" in said) == (what == "bug")
-        # Nothing else was accused.
-        assert said.count("error: ") == 1
+        own = processes[gone].communicate()[1]
+    if what == "bug":
+        reason = "KeyError: 'a bug'. Unexpected error"
+        assert processes[gone].returncode == 1 and f"error: {reason}" in own
+        for process, found in zip(others, messages, strict=True):
+            assert process.returncode == 1, found
+            assert f"error: process {gone} (host {HOST}) failed: {reason}" in found
+            # Nothing else was accused.
+            assert found.count("error: ") == 1 and "Traceback" not in found
+        return
+    # JAX ends them from C++; process 0 has the service, whose clients can say no more than that.
+    named = rf"tasks are unhealthy .*\n{gone}\n|Task {gone} heartbeat timeout"
+    if gone == 0:
+        named = "the leader task was preempted/died"
+    else:
+        assert f"{gone} on {HOST}" in messages[0]
+    for process, found in zip(others, messages, strict=True):
+        assert process.returncode == -signal.SIGABRT, found
+        assert re.search(named, found), found
+        assert "error: " not in found
 
 
 def test_processes_that_were_started_differently_are_told_so(

@@ -137,6 +137,7 @@ def test_the_least_image_size_is_carried_and_the_next_smaller_refused(
         abstract_variables(settings, least - 1, 2)
 
 
+@pytest.mark.slow
 def test_a_network_without_batch_norm_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     # The plain operations compile in half the time of their equivalents for the CPU, which have the
     # same values and gradients (test_ops.py).

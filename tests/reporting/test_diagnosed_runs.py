@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 from typing import Any
 
+import pytest
+
 from inception_jax.config import Augment, Config, Duration, Evaluation, Log, Model, Schedule, Train
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted
@@ -13,6 +15,8 @@ from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.training import loop, state
 from inception_jax.training.workdir import Workdir
 from tests import small
+
+pytestmark = pytest.mark.slow
 
 STEPS = 90
 

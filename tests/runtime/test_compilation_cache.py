@@ -1,10 +1,12 @@
 """The cache of compiled programs, in processes of their own, as JAX opens it once in each."""
 
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -15,8 +17,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 # Prints the result and whether it came from the cache.
 COMPILE = """
-from inception_jax.runtime import devices
-devices.initialize(platform="cpu", log=lambda line: print("said:", line))
+from inception_jax.runtime import compilation_cache, devices
+def say(line):
+    print("said:", line)
+devices.initialize(platform="cpu", log=say)
+explained = compilation_cache.explained_problems(say)
+explained.__enter__()
+import atexit
+atexit.register(explained.__exit__, None, None, None)
 import jax
 hits = []
 jax.monitoring.register_event_listener(
@@ -173,7 +181,6 @@ def test_the_entries_used_longest_ago_make_room(
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
     # The settings of this process stay as they are.
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(compilation_cache, "_explain_problems", lambda *_: None)
     compilation_cache.use(said.append)
     assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]
     assert not said
@@ -194,3 +201,27 @@ def test_processes_that_start_together_share_it(tmp_path: pathlib.Path) -> None:
         assert process.returncode == 0
         assert "\n41 " in output
     assert compile_in(**where) == [str(tmp_path), "41 kept"]
+
+
+READING = "Error reading persistent compilation cache entry for 'x': no"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_warnings_are_as_before_after_the_block(fails: bool) -> None:
+    before = (list(warnings.filters), warnings.showwarning)
+    lines: list[str] = []
+    shown: list[str] = []
+    with contextlib.suppress(KeyError), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
+        inside = (list(warnings.filters), warnings.showwarning)
+        with contextlib.suppress(KeyError), compilation_cache.explained_problems(lines.append):
+            for _ in range(2):
+                warnings.warn(READING, stacklevel=1)
+                warnings.warn("another", stacklevel=1)
+            if fails:
+                raise KeyError
+        assert (list(warnings.filters), warnings.showwarning) == inside
+    assert len(lines) == 1 and lines[0].endswith("compiled programs could not be read: no")
+    assert shown == ["another"] * 2
+    assert (list(warnings.filters), warnings.showwarning) == before

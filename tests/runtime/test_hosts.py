@@ -1,6 +1,8 @@
-"""What processes make of each other's signs of life, without JAX and without waiting."""
+"""What the processes of a run tell each other, without JAX: each in a thread of its own."""
 
+import functools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,11 +13,10 @@ import pytest
 
 from inception_jax.errors import UserError
 from inception_jax.runtime import hosts
-from inception_jax.runtime.hosts import Hosts, Liveness, Loss, Sign
 
 
 class Memory:
-    """A store inside one process, for hosts in its threads."""
+    """A store inside one process."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -37,179 +38,169 @@ class Memory:
     def under(self, prefix: str) -> dict[str, str]:
         if self.gone:
             raise RuntimeError("UNAVAILABLE")
-        with self._changed:
-            return {
-                key.removeprefix(prefix): text
-                for key, text in self._texts.items()
-                if key.startswith(prefix)
-            }
+        return {
+            key.removeprefix(prefix): text
+            for key, text in self._texts.items()
+            if key.startswith(prefix)
+        }
 
 
-def alive(count: int, beat: int, **others: Sign) -> dict[int, Sign]:
-    signs = {process: Sign(beat) for process in range(count)}
-    return signs | {int(name[1:]): sign for name, sign in others.items()}
+class Exit(Exception):
+    """In place of the end of a process."""
 
 
-def watch(liveness: Liveness, signs: Callable[[int], Any], intervals: int) -> tuple[int, Loss]:
-    for beat in range(1, intervals + 1):
-        if loss := liveness.observe(signs(beat)):
-            return beat, loss
-    raise AssertionError("nobody was lost")
+class Machines:
+    """Several hosts; what each does runs in a thread where `hosts` knows it alone."""
 
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.store = Memory()
+        self.logs: list[list[str]] = [[] for _ in range(count)]
+        self.all = [
+            hosts.Hosts(self.store, number, count, 60, self.logs[number].append, **options)
+            for number in range(count)
+        ]
+        here = threading.local()
 
-def test_all_that_give_signs_are_alive() -> None:
-    liveness = Liveness(3, limit=2)
-    for beat in range(1, 50):
-        assert liveness.observe(alive(3, beat)) is None
+        class Here:
+            """The hosts of this thread, in place of those of the process."""
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(here.hosts, name)
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_one_that_falls_silent_is_lost_after_the_limit(lost: int) -> None:
-    last = {f"p{lost}": Sign(7)}
-    liveness = Liveness(3, limit=5)
-    for beat in range(1, 8):
-        assert liveness.observe(alive(3, beat)) is None
-    beat, loss = watch(liveness, lambda beat: alive(3, 7 + beat, **last), 20)
-    assert (beat, loss.process, loss.code) == (5, lost, 1)
-    assert "no sign of life for 0.1 s" in loss.what
+        def exit_now(code: int) -> None:
+            raise Exit(code)
 
+        monkeypatch.setattr(hosts, "_joined", Here())
+        monkeypatch.setattr(os, "_exit", exit_now)
+        self._here = here
 
-def test_one_that_never_gave_a_sign_is_lost_too() -> None:
-    beat, loss = watch(Liveness(2, limit=5), lambda beat: {0: Sign(beat)}, 20)
-    assert (beat, loss.process) == (5, 1)
+    def each(self, work: Callable[[int], Any], *numbers: int) -> list[Any]:
+        """Returns what each machine's work returns, or how it exits."""
 
+        def run(number: int) -> Any:
+            self._here.hosts = self.all[number]
+            try:
+                return work(number)
+            except Exit as end:
+                return f"exit {end}"
 
-def test_a_short_silence_is_forgiven() -> None:
-    liveness = Liveness(2, limit=3)
-    for beat in range(1, 40):
-        assert liveness.observe(alive(2, beat, p1=Sign(beat // 3))) is None
+        with futures.ThreadPoolExecutor(len(self.all)) as threads:
+            return list(threads.map(run, numbers or range(len(self.all))))
 
-
-def test_process_0_is_lost_where_the_store_gives_no_answer() -> None:
-    liveness = Liveness(2, limit=4)
-    assert liveness.observe(alive(2, 1)) is None
-    beat, loss = watch(liveness, lambda beat: None, 20)
-    assert (beat, loss.process) == (4, 0)
-
-
-def test_a_slow_store_is_no_loss() -> None:
-    liveness = Liveness(2, limit=4)
-    for beat in range(1, 40):
-        assert liveness.observe(None if beat % 4 else alive(2, beat)) is None
-
-
-def test_one_that_has_done_its_work_may_be_silent() -> None:
-    liveness = Liveness(2, limit=3)
-    for beat in range(1, 40):
-        assert liveness.observe(alive(2, beat, p1=Sign(5, code=0))) is None
-
-
-def test_a_failure_ends_the_others_after_their_grace() -> None:
-    failed = Sign(5, code=2, reason="config.seed: must be at least 0")
-    beat, loss = watch(Liveness(3, limit=3), lambda beat: alive(3, beat, p2=failed), 50)
-    assert beat == hosts.GRACE + 1
-    assert (loss.process, loss.code) == (2, 2)
-    assert loss.what == "failed: config.seed: must be at least 0"
-
-
-# Several hosts, each in a thread.
-
-
-class Machine:
-    """A host in a thread, with what it said and how it ended."""
-
-    def __init__(self, store: Memory, process: int, count: int, limit: float = 60) -> None:
-        self.said: list[str] = []
-        self.codes: list[int] = []
-        self.hosts = Hosts(
-            store,
-            process=process,
-            count=count,
-            host=f"host{process}",
-            limit=limit,
-            log=self.said.append,
-            exit_now=self._exit,
-        )
-
-    def _exit(self, code: int) -> None:
-        self.codes.append(code)
-        self.hosts._over.set()
+    def name(self) -> None:
+        for machine in self.all:
+            machine.names = [f"host{number}" for number in range(len(self.all))]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "INTERVAL", 0.02)
+    monkeypatch.setattr(hosts, "GRACE", 0.3)
 
 
-def start(count: int, **options: Any) -> tuple[Memory, list[Machine]]:
+def test_one_process_alone_has_nobody_to_ask() -> None:
+    assert not hosts.is_multi_process()
+    assert hosts.gather("number", 7) == [7]
+    assert hosts.peer_failure(ValueError("UNKNOWN: Gloo all-reduce failed")) == ""
+    hosts.check_consistent("start", pytest.fail)
+    hosts.fail("a bug", 1)
+
+
+def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `join` sets what the threads share; they have the same count and store.
     store = Memory()
-    machines = [Machine(store, process, count, **options) for process in range(count)]
-    with futures.ThreadPoolExecutor(count) as threads:
-        list(threads.map(lambda machine: machine.hosts.start(), machines))
-    return store, machines
+    lines: list[str] = []
+    monkeypatch.setattr(hosts, "_joined", None)
+    store.put("inception_jax/host name/1", '"b"')
+    hosts.join(hosts.Hosts(store, 0, 2, 60, lines.append), "a")
+    assert hosts.is_multi_process()
+    assert lines == [
+        "2 processes: 0 on a, 1 on b. If one dies, JAX stops the others within 60 s and gives its "
+        "number as the task"
+    ]
 
 
-def test_gathered_values_are_in_the_order_of_the_processes() -> None:
-    _, machines = start(3)
-    with futures.ThreadPoolExecutor(3) as threads:
-        found = list(
-            threads.map(lambda m: m.hosts.gather("number", m.hosts.process**2), reversed(machines))
-        )
-    assert found == [[0, 1, 4]] * 3
-    assert machines[0].hosts.name(2) == "process 2 (host host2)"
-    for machine in machines:
-        machine.hosts.stop()
+def test_gathered_values_are_in_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(3, monkeypatch)
+    assert machines.each(lambda number: hosts.gather("number", number**2)) == [[0, 1, 4]] * 3
 
 
 def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, (first, second) = start(2)
+    machines = Machines(2, monkeypatch)
+    machines.name()
     monkeypatch.setattr(hosts, "_WAIT", 0.02)
-    with futures.ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(first.hosts.gather, "data set", 1)
-        while not first.said:
-            pass
-        second.hosts.gather("data set", 2)
-        assert waiting.result() == [1, 2]
-    assert first.said[0] == (
-        "waiting for process 1 (host host1): it has not come to its data set yet"
+
+    def come(number: int) -> list[int]:
+        while number == 1 and not machines.logs[0]:
+            time.sleep(0.001)
+        return hosts.gather("data set", number)
+
+    assert machines.each(come) == [[0, 1]] * 2
+    assert machines.logs[0][0] == (
+        "waiting for process 1 (host host1): it has not reached its data set"
     )
-    first.hosts.stop()
-    second.hosts.stop()
 
 
-def test_a_failure_reaches_all_and_names_its_process() -> None:
-    _, (first, second, third) = start(3)
-    second.hosts.fail("the disk is full", 2)
-    for machine in (first, third):
-        machine.hosts._threads[1].join()
-        assert machine.codes == [2]
-        assert machine.said[0].startswith(
-            "error: process 1 (host host1) failed: the disk is full. The run cannot go on"
-        )
-    assert second.codes == [2] and not second.said
+GLOO = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
 
 
-def test_work_done_harms_nobody() -> None:
-    _, (first, second) = start(2, limit=0.06)
-    second.hosts.done()
-    second.hosts.stop()
-    first.hosts._over.wait(0.5)
-    assert not first.codes and not first.said
-    first.hosts.stop()
+def test_a_failure_is_what_the_others_say_of_their_own_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machines = Machines(3, monkeypatch)
+    machines.name()
+    assert machines.each(lambda _: hosts.fail("KeyError: 'a bug'", 1), 1) == ["exit 1"]
+
+    def seen(number: int) -> str:
+        message = hosts.peer_failure(GLOO)
+        hosts.fail("", 1)
+        return message
+
+    # Their own end is no cause: whoever looks later still finds the first.
+    assert machines.each(seen, 0, 2) == ["exit 1"] * 2
+    (message,) = machines.each(lambda _: hosts.peer_failure(GLOO), 2)
+    assert message.startswith("process 1 (host host1) failed: KeyError: 'a bug'. The run cannot")
+    assert "process 2 (host host2) stops too" in message
 
 
-def test_an_error_of_the_devices_waits_for_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_0_serves_the_store_until_the_others_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosts, "GRACE", 30)
+    machines = Machines(3, monkeypatch)
+    ended = []
+
+    def end(number: int) -> None:
+        time.sleep(0.1 * number)
+        try:
+            hosts.fail("loss is not finite", 1)
+        finally:
+            ended.append(number)
+
+    assert machines.each(end) == ["exit 1"] * 3
+    assert ended[-1] == 0
+    # And no longer than that, where they never end.
+    monkeypatch.setattr(hosts, "GRACE", 0.05)
+    assert Machines(3, monkeypatch).each(lambda _: hosts.fail("a bug", 1), 0) == ["exit 1"]
+
+
+def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    machine = Machine(Memory(), 0, 2, limit=30)
+    machines = Machines(2, monkeypatch)
+
+    def seen(error: BaseException, _: int) -> str:
+        return hosts.peer_failure(error)
+
     for own in (KeyError("a bug"), ValueError("No: bug"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")):
-        machine.hosts.await_verdict(own)
+        assert machines.each(functools.partial(seen, own), 0) == [""]
     assert not slept
-    machine.hosts.await_verdict(ValueError("UNKNOWN: Gloo all-reduce failed"))
     wrapped = ValueError("a save failed")
-    wrapped.__cause__ = ValueError("UNKNOWN: Gloo all-reduce failed")
-    machine.hosts.await_verdict(wrapped)
-    assert len(slept) == 2 and min(slept) > 30
+    wrapped.__cause__ = GLOO
+    for error in (GLOO, wrapped):
+        machines.store.gone = error is wrapped
+        assert machines.each(functools.partial(seen, error), 0) == [""]
+    assert len(slept) == 2 and min(slept) > 60
+    assert "JAX says why within 60.3 s" in machines.logs[0][0]
 
 
 def test_differences_name_each_fact_and_its_processes() -> None:
@@ -224,30 +215,17 @@ def test_differences_name_each_fact_and_its_processes() -> None:
 
 
 def test_processes_that_disagree_are_all_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, machines = start(3)
-    joined = threading.local()
+    machines = Machines(3, monkeypatch)
+    machines.name()
 
-    class Here:
-        """The hosts of this thread, in place of those of the process."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(joined.hosts, name)
-
-    monkeypatch.setattr(hosts, "_joined", Here())
-
-    def agree(machine: Machine) -> str:
-        joined.hosts = machine.hosts
-        hosts.agree("same", lambda: {"classes": 10})
+    def check(number: int) -> str:
+        hosts.check_consistent("same", lambda: {"classes": 10})
         with pytest.raises(UserError) as error:
-            hosts.agree("other", lambda: {"labels": "ab" if machine is machines[1] else "cd"})
+            hosts.check_consistent("other", lambda: {"labels": "ab" if number == 1 else "cd"})
         return str(error.value)
 
-    with futures.ThreadPoolExecutor(3) as threads:
-        messages = set(threads.map(agree, machines))
-    assert len(messages) == 1
+    (message,) = set(machines.each(check))
     assert (
         f"labels: {json.dumps('ab')} on process 1 (host host1); "
-        f"{json.dumps('cd')} on process 0 (host host0) and 1 more" in messages.pop()
+        f"{json.dumps('cd')} on process 0 (host host0) and 1 more" in message
     )
-    for machine in machines:
-        machine.hosts.stop()

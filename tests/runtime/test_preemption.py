@@ -126,7 +126,7 @@ def test_a_second_signal_ends_it_wherever_it_hangs(
     processes.append(process := Process(STUCK, LISTEN))
     process.send(signal.SIGTERM)
     assert process.message().startswith("SIGTERM: ends once this step is saved")
-    time.sleep(preemption.SAME_WISH)
+    time.sleep(preemption.SIGNAL_DEBOUNCE_SECONDS)
     process.send(number)
     code, _, messages = process.end()
     assert code == 128 + number
@@ -173,3 +173,21 @@ def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
     code, _, messages = process.end()
     assert code == EXIT_PREEMPTED
     assert messages.startswith("SIGTERM")
+
+
+def test_it_gives_the_signals_back_at_the_end_of_the_block() -> None:
+    def handlers() -> list[object]:
+        return [signal.getsignal(number) for number in preemption.SIGNALS]
+
+    before, threads = handlers(), threading.active_count()
+    with preemption.Preemption() as stopping:
+        assert handlers() != before and not stopping.requested(1)
+        signal.raise_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 30
+        while not stopping.requested(2):
+            assert time.monotonic() < deadline
+    assert handlers() == before
+    assert signal.set_wakeup_fd(-1) == -1
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline

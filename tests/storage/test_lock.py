@@ -15,7 +15,7 @@ from inception_jax.storage import lock
 HOLD = """
 import pathlib, sys, time
 from inception_jax.storage import lock
-with lock.exclusive(pathlib.Path(sys.argv[1]), print):
+with lock.lock_workdir(pathlib.Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -33,21 +33,21 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib
             assert process.stdout.readline() == "held\n"
             message = rf"{tmp_path}: another process is training .*\(process {process.pid} on "
             for _ in range(2):
-                with pytest.raises(UserError, match=message), lock.exclusive(tmp_path, quiet):
+                with pytest.raises(UserError, match=message), lock.lock_workdir(tmp_path, quiet):
                     pass
         finally:
             os.kill(process.pid, signal.SIGKILL)
     # The file it left is nobody's.
     assert (tmp_path / lock.NAME).exists()
     for _ in range(2):
-        with lock.exclusive(tmp_path, quiet):
+        with lock.lock_workdir(tmp_path, quiet):
             assert str(os.getpid()) in (tmp_path / lock.NAME).read_text()
 
 
 def test_an_error_inside_releases_it(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ZeroDivisionError), lock.exclusive(tmp_path, quiet):
+    with pytest.raises(ZeroDivisionError), lock.lock_workdir(tmp_path, quiet):
         raise ZeroDivisionError
-    with lock.exclusive(tmp_path, quiet):
+    with lock.lock_workdir(tmp_path, quiet):
         pass
 
 
@@ -62,7 +62,7 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "flock", fail)
     lines: list[str] = []
-    with lock.exclusive(tmp_path, lines.append):
+    with lock.lock_workdir(tmp_path, lines.append):
         pass
     (line,) = lines
     assert str(tmp_path) in line and os.strerror(answer) in line

@@ -118,12 +118,12 @@ def test_the_share_of_a_phase_is_of_the_time_since_the_last_report() -> None:
 def test_what_stands_still_is_the_innermost_phase() -> None:
     time = _Time()
     clock = Clock(now=time)
-    assert clock.standing() == ("", 0)
+    assert clock.idle_time() == ("", 0)
     with clock.phase("other"):
         time.sleep(2)
-        assert clock.standing() == ("other", 2)
+        assert clock.idle_time() == ("other", 2)
         with clock.phase("train"):
-            assert clock.standing() == ("train", 0)
+            assert clock.idle_time() == ("train", 0)
             time.sleep(3)
-            assert clock.standing() == ("train", 3)
-    assert clock.standing()[0] == ""
+            assert clock.idle_time() == ("train", 3)
+    assert clock.idle_time()[0] == ""

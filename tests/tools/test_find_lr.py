@@ -22,6 +22,7 @@ def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_it_leaves_a_plot_its_points_and_a_rate(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -35,8 +35,8 @@ from inception_jax.errors import (
 )
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
-from inception_jax.storage import lock, manifest
-from inception_jax.telemetry import clock, clu_writers, compilations
+from inception_jax.storage import append_only, integrity, lock
+from inception_jax.telemetry import clock, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import loop, run, state, step, workdir
@@ -408,6 +408,7 @@ def test_another_rate_and_length_go_on_and_are_recorded(
     assert said.count("Total: ") == 1
 
 
+@pytest.mark.slow
 def test_a_finished_schedule_that_is_stretched_is_warned_of(
     reference: tuple[run.Run, workdir.Workdir],
     data_directory: pathlib.Path,
@@ -426,6 +427,7 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
     assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in said
 
 
+@pytest.mark.slow
 def test_compiling_is_said_with_what_it_takes(
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -454,6 +456,7 @@ def test_compiling_is_said_with_what_it_takes(
     assert "compiling (the first time about 33 s, as last measured), or" in "\n".join(said[4:])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_shorter_than_it_is_just_reports(
     reference: tuple[run.Run, workdir.Workdir], data_directory: pathlib.Path
 ) -> None:
@@ -519,19 +522,19 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
             yield batch
 
     def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
-        def write_or_fail(target: Any) -> None:
+        def write_or_fail(target: Any, **options: Any) -> None:
             if step_of(target) in steps:
                 failed.append(step_of(target))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(target)
+            write(target, **options)
 
         return write_or_fail
 
     patch.setattr(pipeline, "train_batches", batches)
     # A checkpoint is written in the background, while later steps are going on.
-    saved = failing(manifest.write, lambda path: int(path.name.partition(".")[0]) - 1)
-    patch.setattr(manifest, "write", saved)
-    appended = clu_writers._AppendedFile
+    saved = failing(integrity.write_manifest, lambda path: int(path.name.partition(".")[0]) - 1)
+    patch.setattr(integrity, "write_manifest", saved)
+    appended = append_only.AppendOnlyFile
     written = failing(appended._write_pending, lambda _: now[0])
     patch.setattr(appended, "_write_pending", written)
     return failed
@@ -723,7 +726,7 @@ def test_a_second_trainer_is_refused(
     this, expected = reference
     before = (expected.path / "metrics.jsonl").read_bytes()
     with (
-        lock.exclusive(expected.path, print),
+        lock.lock_workdir(expected.path, print),
         pytest.raises(UserError, match="another process is training in this folder"),
     ):
         train_again(this, expected)
@@ -758,6 +761,7 @@ def test_a_run_without_average_trains_and_evaluates(
     assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
 
 
+@pytest.mark.slow
 def test_progressive_resizing_goes_on_to_the_same_bits(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,7 +222,7 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
     rows = []
     for number in range(1, 12):
         after = current.replace(step=jnp.int32(number))
-        current = nonfinite.skipped(current, after, jnp.bool_(number in good), LIMIT)
+        current = nonfinite.skip_if_nonfinite(current, after, jnp.bool_(number in good), LIMIT)
         rows.append(current.metrics.first_nonfinite_step.compute())
     assert rows == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
 

@@ -95,6 +95,7 @@ def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
         assert estimate(now) is now
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_on_as_without(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

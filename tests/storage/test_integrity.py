@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from inception_jax.storage import manifest
+from inception_jax.storage import integrity
 
 CONTENT = {"a": b"some bytes", "d/b": bytes(range(256)) * 300, "d/e/empty": b""}
 
@@ -15,19 +15,19 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     for name, content in CONTENT.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    manifest.write(tmp_path)
+    integrity.write_manifest(tmp_path)
     return tmp_path
 
 
 def test_a_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> None:
-    listed = json.loads((folder / manifest.NAME).read_text())["files"]
+    listed = json.loads((folder / integrity.MANIFEST).read_text())["files"]
     assert listed == {
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in CONTENT.items()
     }
-    assert manifest.damage(folder) == []
-    manifest.write(folder)
-    assert manifest.damage(folder) == [], "it does not list itself"
+    assert integrity.verify(folder) == []
+    integrity.write_manifest(folder)
+    assert integrity.verify(folder) == [], "it does not list itself"
 
 
 def flip(path: pathlib.Path) -> None:
@@ -62,31 +62,31 @@ def test_damage_is_named(
     folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
 ) -> None:
     damage(folder / "d" / "b")
-    assert manifest.damage(folder) == [f"d/b {words}"]
+    assert integrity.verify(folder) == [f"d/b {words}"]
 
 
 def test_a_folder_in_a_files_place_is_damage(folder: pathlib.Path) -> None:
     replace_by_folder(folder / "a")
-    (found,) = manifest.damage(folder) or []
+    (found,) = integrity.verify(folder) or []
     assert found.startswith("a ")
 
 
 def test_more_files_are_no_damage(folder: pathlib.Path) -> None:
     (folder / "note").write_text("x")
-    assert manifest.damage(folder) == []
+    assert integrity.verify(folder) == []
 
 
 def test_a_damaged_manifest_is_damage_and_none_is_nothing_known(folder: pathlib.Path) -> None:
-    path = folder / manifest.NAME
+    path = folder / integrity.MANIFEST
     whole = path.read_bytes()
     for content in (b"", whole[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
         path.write_bytes(content)
-        assert manifest.damage(folder) == ["manifest.json is no manifest"]
+        assert integrity.verify(folder) == ["manifest.json is not a manifest"]
     # Wherever its bytes change, it is seen, or no file's checksum is concerned.
     listed = json.loads(whole)["files"]
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
-        if not manifest.damage(folder):
+        if not integrity.verify(folder):
             assert json.loads(path.read_bytes())["files"] == listed
     path.unlink()
-    assert manifest.damage(folder) is None
+    assert integrity.verify(folder) is None
