@@ -201,16 +201,17 @@ def train(
     import jax
     import jax.numpy as jnp
 
+    from inception_jax import session
     from inception_jax.errors import Preempted, RunError
     from inception_jax.evaluation.evaluate import Evaluator
     from inception_jax.reporting import report
-    from inception_jax.training import loop, run
-    from inception_jax.training.workdir import Workdir
+    from inception_jax.training import run
+    from inception_jax.training.workdir import Workdir, previous
 
     done = folder / f"trained-{stop}"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        this = run.build(config, log=measure.say, experiment={"file": config.name, "own": own})
+        this = run.assemble(config, log=measure.say)
         evaluator = Evaluator(this)
 
         def evaluate(variables: Any, split: Any) -> dict[str, float]:
@@ -223,11 +224,11 @@ def train(
             return evaluator(variables, split)
 
         try:
-            loop.train(
+            session.train_run(
                 this,
-                Workdir(folder),
+                previous(Workdir(folder)),
                 evaluate,
-                changed=[],
+                experiment={"file": config.name, "own": own},
                 on_evaluation=report.refresher(this, folder, evaluator),
                 stop=lambda step: step == stop,
             )

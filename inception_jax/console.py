@@ -6,6 +6,11 @@ import sys
 from typing import Any
 
 
+def say(line: str) -> None:
+    """Prints a line for the user on stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def prepare() -> None:
     """Lets no message end a run, and none land in another file. To be called first of all.
 

@@ -128,7 +128,7 @@ def batch_of(split: Split, run: Run, **more: np.ndarray) -> dict[str, jax.Array]
 
 def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
     """Returns the compiled training step of the first image size, and the first state."""
-    like, create = states.plan(run)
+    like, create = states.lower_init(run)
     batch = pipeline.abstract_train_batch(
         run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
     )
@@ -187,7 +187,7 @@ def make(settings: dict[str, Any]) -> serve.Contender:
         "eval": lambda: eval_mode(run),
         "matmul": lambda: matmul_mode(settings["matmul_size"], settings["dtype"]),
     }
-    shapes = states.abstract(run).params
+    shapes = states.abstract_state(run).params
     facts = {
         "versions": {"jax": jax.__version__},
         "device": jax.devices()[0].device_kind,

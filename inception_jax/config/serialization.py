@@ -8,7 +8,6 @@ from typing import Any
 
 from inception_jax.config.fields import check_path, get, leaves, put
 from inception_jax.config.schema import Config
-from inception_jax.config.validation import validate
 from inception_jax.errors import ConfigError
 
 
@@ -21,13 +20,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the configuration that `to_dict` (and a pass through JSON) gave `values`.
 
     Raises:
-      ConfigError: if a field is unknown, or a value fails `validate`.
+      ConfigError: if a field is unknown.
     """
     config = Config()
     for path, value in flatten(values, stop={known for known, _, _ in leaves()}).items():
         check_path(path)
         put(config, path, value)
-    validate(config)
     return config
 
 

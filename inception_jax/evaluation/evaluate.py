@@ -176,7 +176,7 @@ def evaluate_checkpoint(
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
         roles = checkpoints.roles(step)
-        model = checkpoints.restore_model(step, states.abstract(run).model_item())
+        model = checkpoints.restore_model(step, states.abstract_state(run).model_item())
     count = len(run.dataset.evaluation)
     batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
     log(

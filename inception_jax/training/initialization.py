@@ -100,6 +100,20 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
     )
 
 
+def create_state(run: Run) -> TrainState:
+    """Returns the state before a run's first step, on all devices.
+
+    Its parameters are drawn by config.seed, or come from the file that config.init.weights names.
+
+    Raises:
+      UserError: if that file cannot be used.
+    """
+    abstract, create = states.lower_init(run)
+    if not run.config.init.weights:
+        return create()
+    return states.with_initial_weights(create(), start(run, abstract).values)
+
+
 def start(run: Run, like: TrainState) -> Start:
     """Returns what a new run takes from the file that config.init.weights names.
 
@@ -162,7 +176,7 @@ def for_evaluation(run: Run, found: Weights) -> Variables:
             f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
             "were trained on, or train on this one from them: --config.init.weights"
         )
-    like = states.abstract(run)
+    like = states.abstract_state(run)
     expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
     # Evaluation needs no auxiliary heads.
     values = _without_heads(files.flatten(found.variables))

@@ -141,7 +141,7 @@ def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
 
 def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 8)
-    new, described = state.create(this), state.abstract(this)
+    new, described = state.create(this), state.abstract_state(this)
     names = [
         [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         for tree in (new, described)
@@ -164,7 +164,7 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
-        before = state.abstract(this)
+        before = state.abstract_state(this)
         after, found = jax.eval_shape(make_train_step(this), before, batch)
     assert (found.loss.shape, found.loss.dtype) == ((), jnp.float32)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
