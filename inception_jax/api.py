@@ -40,14 +40,17 @@ What was trained, used::
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to fix it.
 """
 
+import contextlib
 import copy
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, overload
 
 import flax.linen as nn
 import numpy as np
 import optax
+from absl import logging
 
 from inception_jax import console, session
 from inception_jax.config import Config
@@ -119,6 +122,7 @@ def train(
     path = paths.local(_checked_path(workdir, "workdir", "a run's folder"), str(workdir))
     own = {"dataset": _dataset(dataset), "model": model, "optimizer": optimizer}
     with (
+        _quiet_libraries(),
         devices.settings_of_a_run(console.say),
         preemption.saved_on_interrupt(console.say) as stop,
     ):
@@ -128,6 +132,17 @@ def train(
             )
         except Preempted as end:
             raise KeyboardInterrupt(str(end)) from end
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Silences what libraries log besides the errors that they raise, as the commands do."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def assemble(

@@ -67,6 +67,8 @@ def train_and_evaluate(
     own = {kind: each for kind, each in (own or {}).items() if each is not None}
     names = {kind: type(each).__qualname__ for kind, each in own.items()}
     folder = Workdir(path)
+    if "dataset" in own:
+        config = run.adapted(config, own["dataset"])
     before, config, changed, experiment = _settle(folder, config, origin, names, log)
     workdirs.check_writable(folder)
     stop = join(config)

@@ -130,7 +130,8 @@ class Dataset:
         if np.shape(labels) != shape[:1]:
             raise DataError(f"labels: must be int [{shape[0]}], got {list(np.shape(labels))}")
         known = np.asarray(labels, np.int32)
-        held = splits.stratified(known, max(1, int(eval_share * np.bincount(known).min())))
+        classes = int(known.max()) + 1
+        held = splits.stratified(known, classes * max(1, int(eval_share * len(known) / classes)))
         values = images[~held].reshape(-1, 3) / 255
         digest = hashlib.sha256(images.tobytes() + known.tobytes()).hexdigest()
         return cls(

@@ -326,7 +326,7 @@ class _Reporter:
         if jax.process_count() > 1:
             devices += f" in {jax.process_count()} processes"
         note(
-            f"{run.config.name}: {run.config.model.name} on {run.dataset.name}, "
+            f"{run.config.name}: {run.model_name} on {run.dataset.name}, "
             f"{len(run.dataset.train):,} training and {len(run.dataset.evaluation):,} "
             f"{run.dataset.eval_split} images, {run.total_steps:,} steps of "
             f"{run.config.train.batch_size}, on {devices}"

@@ -1,6 +1,7 @@
 """Everything that a run is made of, built once from its configuration."""
 
 import bisect
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,21 @@ from inception_jax.runtime import hosts, sharding
 from inception_jax.training import auto_settings, optimizers
 
 Batch = dict[str, jax.Array]
+
+
+class OwnNetwork(nn.Module):
+    """A network of the caller's, whose parameters keep their names, returning a `ModelOutput`."""
+
+    network: nn.Module
+
+    def setup(self) -> None:
+        """Gives the parameters the names that they have in the network itself."""
+        nn.share_scope(self, self.network)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        """Returns the network's output; of logits alone, a `ModelOutput` of them."""
+        output = self.network(images, train=train)
+        return output if isinstance(output, ModelOutput) else ModelOutput(output)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +94,17 @@ class Run:
         examples = min(self.config.evaluation.train_examples, len(split))
         return subset(split, np.arange(examples)) if examples else None
 
+    @property
+    def model_name(self) -> str:
+        """What the network is called in messages."""
+        if isinstance(self.model, OwnNetwork):
+            return type(self.model.network).__name__
+        return self.config.model.name
+
     def compile_kind(self) -> str:
         """Returns what decides how long this run's programs take to compile, in words."""
         model, train = self.config.model, self.config.train
-        layers = (model.name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
+        layers = (self.model_name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
         device = f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
         return ", ".join((*layers, self.config.optimizer.name, f"batch {train.batch_size}", device))
 
@@ -95,6 +118,19 @@ def check_settings(config: Config) -> None:
     """
     configs.validate(config)
     data_directory(config.data.directory)
+
+
+def adapted(config: Config, dataset: Dataset) -> Config:
+    """Returns the settings for a data set of the caller's, which has an image size of its own.
+
+    Raises:
+      ConfigError: if it is none, or a setting does not fit that size.
+    """
+    _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
+    config = copy.deepcopy(config)
+    config.data.image_size = dataset.image_size
+    configs.validate(config)
+    return config
 
 
 def assemble(
@@ -127,11 +163,7 @@ def assemble(
         with during("prepare"):
             dataset = prepare(config.data, log=log)
     else:
-        _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, image_size=dataset.image_size)
-        )
-        configs.validate(config)
+        config = adapted(config, dataset)
     hosts.agree("data set", lambda: content(dataset))
     config = _sized(config, dataset, mesh.size, log)
     if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
@@ -166,21 +198,6 @@ def assemble(
 
 
 build = assemble  # Its name until now.
-
-
-class OwnNetwork(nn.Module):
-    """A network of the caller's, whose parameters keep their names, returning a `ModelOutput`."""
-
-    network: nn.Module
-
-    def setup(self) -> None:
-        """Gives the parameters the names that they have in the network itself."""
-        nn.share_scope(self, self.network)
-
-    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        """Returns the network's output; of logits alone, a `ModelOutput` of them."""
-        output = self.network(images, train=train)
-        return output if isinstance(output, ModelOutput) else ModelOutput(output)
 
 
 def _own_network(model: nn.Module, dataset: Dataset) -> OwnNetwork:
