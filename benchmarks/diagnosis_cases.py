@@ -247,7 +247,7 @@ def found_rate(config: Config, folder: pathlib.Path) -> float | None:
 
     stored = folder / "find_lr.json"
     if not stored.exists():
-        this = run.build(config, log=measure.say)
+        this = run.assemble(config, log=measure.say)
         steps, high = 200, 10.0
         points = lr_range_test.range_test(this, low=1e-5, high=high, steps=steps)
         proposal, doubts = lr_range_test.propose(points), []

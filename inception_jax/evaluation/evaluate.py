@@ -97,6 +97,10 @@ class Evaluator:
         metrics = informative(metrics, self._run.dataset.num_classes)
         return metrics | {"count": len(split)}
 
+    def step(self, variables: Variables, batch: dict[str, jax.Array]) -> Any:
+        """Evaluates one batch of `pipeline.eval_batches`; the results stay on the devices."""
+        return self._step(variables, batch)
+
     def _steps(
         self, variables: Variables, batches: Iterator[dict[str, jax.Array]], said: list[_Said]
     ) -> Iterator[dict[str, EvalMetrics]]:

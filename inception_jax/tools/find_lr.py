@@ -58,7 +58,7 @@ def main(positional: Sequence[str]) -> None:
     output = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(output), flag="output")
     devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    this_run = run.build(_CONFIG.value, log=cli.say)
+    this_run = run.assemble(_CONFIG.value, log=cli.say)
     points = range_test(
         this_run,
         low=_LOW.value,
