@@ -169,7 +169,7 @@ def experiment() -> dict[str, Any]:
     own: dict[str, Any] = {}
     if file.endswith(".json"):
         record = configs.read_record(paths.local(file, f"--config={file}"))
-        before = record.get("experiment") or {"file": file, "own": {}}
+        before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
         own.setdefault(path, value)

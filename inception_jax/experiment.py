@@ -78,8 +78,10 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
         raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
     if path.suffix == ".json":
         record = configs.read_record(path)
-        import_parts(record.get("parts", ()), str(path), log)
-        return configs.from_dict(record["config"])
+        for note in record.notes:
+            log(note)
+        import_parts(record.parts, str(path), log)
+        return record.config
     try:
         with _running(path) as module:
             if not hasattr(module, "get_config"):

@@ -163,7 +163,7 @@ def train_run(
     """
 
     def record(first: int) -> list[str]:
-        lines = _rate_rise(setup, before.config, first) if first and before.config else []
+        lines = _rate_rise(setup, before.record.config, first) if first and before.record else []
         workdirs.record_start(
             before,
             setup.config,

@@ -189,7 +189,7 @@ def _data_settings(weights: "Weights") -> "Data":
     if _WORKDIR.value is not None:
         # With where the data lie, which weights do not keep.
         folder = workdir.Workdir(_WORKDIR.value)
-        data = workdir.recorded_run(folder)[0].data
+        data = workdir.recorded_run(folder).config.data
     if _DIRECTORY.value is not None:
         data.directory = _DIRECTORY.value
     # Whoever trained may have prepared the data again; to predict is no reason to.

@@ -70,7 +70,8 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
       UserError: if `which` is none of them.
       CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
     """
-    config, dataset = workdirs.recorded_run(workdir)
+    record = workdirs.recorded_run(workdir)
+    config, dataset = record.config, record.dataset
     like = states.abstract_model_item(
         registry.create(config.model, dataset["classes"]),
         image_size=config.data.image_size,

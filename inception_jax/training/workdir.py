@@ -16,7 +16,7 @@ from typing import Any
 
 from inception_jax import config as configs
 from inception_jax import console
-from inception_jax.config import Config, Duration
+from inception_jax.config import Config, Duration, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.experiment import import_parts, used_parts
@@ -105,7 +105,7 @@ def check_shared(workdir: Workdir) -> None:
         own.unlink()
 
 
-def recorded(workdir: Workdir) -> dict[str, Any] | None:
+def recorded(workdir: Workdir) -> Record | None:
     """Returns what config.json holds, or None in a new folder.
 
     Raises:
@@ -119,10 +119,8 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(
-    workdir: Workdir, log: Callable[[str], None] = console.say
-) -> tuple[Config, dict[str, Any]]:
-    """Returns the settings of a folder's run, and what it says of its data set.
+def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say) -> Record:
+    """Returns what a folder's config.json holds, once the parts that its run uses are registered.
 
     Args:
       workdir: of the run.
@@ -135,20 +133,19 @@ def recorded_run(
     record = recorded(workdir)
     if record is None:
         raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
-    dataset = record["dataset"]
-    if _NAMES not in dataset:
+    if _NAMES not in record.dataset:
         raise CheckpointError(
             f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
             "the training's command once more: it adds them, and ends at once where it is finished"
         )
-    if network := record.get("own", {}).get("model"):
+    if network := record.own.get("model"):
         raise CheckpointError(
             f"--workdir={workdir.path}: its network is an object that a program gave ({network}), "
             "so it can be used there alone. To use it here, register it with "
             "inception_jax.register_model, and train by its name"
         )
-    import_parts(record.get("parts", ()), str(workdir.config), log)
-    return configs.from_dict(record["config"]), dataset
+    import_parts(record.parts, str(workdir.config), log)
+    return record
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
@@ -164,14 +161,12 @@ class Previous:
 
     Attributes:
       workdir: the folder.
-      values: what config.json holds; None as long as there is no checkpoint: such a folder holds
+      record: what config.json holds; None as long as there is no checkpoint: such a folder holds
         nothing that could be mixed up, and belongs to nobody.
-      config: its settings.
     """
 
     workdir: Workdir
-    values: dict[str, Any] | None = None
-    config: Config | None = None
+    record: Record | None = None
 
 
 def previous(workdir: Workdir, log: Callable[[str], None] = lambda line: None) -> Previous:
@@ -179,16 +174,17 @@ def previous(workdir: Workdir, log: Callable[[str], None] = lambda line: None) -
 
     Args:
       workdir: of a run, or of none yet.
-      log: takes a line about each file that is run for that.
+      log: takes a line about each file that is run for that, and each setting that is left out.
 
     Raises:
       CheckpointError: if config.json cannot be read, or a part cannot be had.
     """
-    values = recorded(workdir) if has_checkpoint(workdir) else None
-    if values is None:
-        return Previous(workdir)
-    import_parts(values.get("parts", ()), str(workdir.config), log)
-    return Previous(workdir, values, configs.from_dict(values["config"]))
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    if record:
+        for note in record.notes:
+            log(note)
+        import_parts(record.parts, str(workdir.config), log)
+    return Previous(workdir, record)
 
 
 def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = _NONE) -> list[str]:
@@ -205,19 +201,20 @@ def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = 
     Raises:
       CheckpointError: naming the settings and objects that differ and may not.
     """
-    if before.values is None or before.config is None:
+    record = before.record
+    if record is None:
         return []
-    if missing := [f"{kind} ({name})" for kind, name in _own(before) if kind not in own]:
+    if missing := [f"{kind} ({name})" for kind, name in record.own.items() if kind not in own]:
         raise CheckpointError(
             f"--workdir={before.workdir.path}: this run has objects that its program gave: "
             f"{', '.join(missing)}. Start it from that program: inception_jax.train(config, "
             "workdir, …) with the same objects"
         )
-    refused, allowed = configs.changes(before.config, config)
+    refused, allowed = configs.changes(record.config, config)
     refused += [
         f"{kind}: that of the settings → {name}, an object of the program's"
         for kind, name in own.items()
-        if kind not in dict(_own(before))
+        if kind not in record.own
     ]
     if refused:
         raise _other_run(
@@ -226,11 +223,6 @@ def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = 
             "Give --workdir alone to use the run's own settings, or another --workdir",
         )
     return allowed
-
-
-def _own(before: Previous) -> list[tuple[str, str]]:
-    """Returns the objects that the program of a run gave, by kind."""
-    return list((before.values or {}).get("own", {}).items())
 
 
 def recall(
@@ -255,10 +247,10 @@ def recall(
     Returns:
       Where the settings are from now, as `experiment`.
     """
-    old, origin = before.config, (before.values or {}).get("experiment")
     own = dict(experiment["own"])
-    if old is None:
+    if before.record is None:
         return {**experiment, "own": own}
+    old, origin = before.record.config, before.record.experiment
     lengths = _given_lengths(config, given)
     for path, _, _ in configs.leaves():
         # The unit that is given takes the place of the one that the run had.
@@ -308,9 +300,9 @@ def _as_written(
 
 def with_recorded(before: Previous, config: Config) -> Config:
     """Returns the settings, with what they leave open as it was when the folder's run began."""
-    old = before.config
-    if old is None:
+    if before.record is None:
         return config
+    old = before.record.config
     return configs.fill_open(config, {path: configs.get(old, path) for path in configs.OPEN})
 
 
@@ -349,11 +341,11 @@ def check_dataset(before: Previous, dataset: Mapping[str, Any]) -> None:
     Raises:
       CheckpointError: naming what differs.
     """
-    if before.values is None:
+    if before.record is None:
         return
     # Where there is no file of 16 bits a channel, it does not matter what was taken for theirs.
     implied = dataset.get("bit depth") and configs.unrecorded_bit_depth(dataset["name"])
-    old = {"bit depth": implied} | before.values["dataset"]
+    old: dict[str, Any] = {"bit depth": implied, **before.record.dataset}
     differing = [
         f"data set's {key}: {old.get(key)!r} → {value!r}"
         for key, value in dataset.items()
@@ -399,15 +391,15 @@ def record_start(
       own: the names of objects that a program gave in place of what the settings name: of a
         "model", an "optimizer" or a "dataset".
     """
-    record = before.values or {"changes": []}
+    changes = list(before.record.changes) if before.record else []
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        change = {"step": step, "date": now, "settings": list(changed)}
-        record = record | {"changes": [*record["changes"], change]}
+        changes.append({"step": step, "date": now, "settings": list(changed)})
     values = configs.to_dict(config)
     # To prepare changed data again is asked for once: no later start may do so unasked.
     values["data"]["on_change"] = configs.Data().on_change
-    record = record | {
+    record = {
+        "changes": changes,
         "config": values,
         "experiment": experiment,
         "parts": used_parts(config),

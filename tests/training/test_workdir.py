@@ -88,8 +88,7 @@ def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
 def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
     """They took all of 16 bits for used, and recorded nothing of it."""
     folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
-    record = workdirs.recorded(folder)
-    assert record is not None
+    record = json.loads(folder.config.read_text())
     workdirs.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
         workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": depth})
@@ -138,6 +137,20 @@ def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) 
     workdirs.record_start(workdirs.previous(folder), config, step=0, changed=[], dataset=DATASET)
     assert json.loads(folder.config.read_text())["config"]["data"]["on_change"] == "refuse"
     assert config.data.on_change == "prepare"
+
+
+def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path) -> None:
+    folder, own = started(tmp_path, Config()), {"model": "Net"}
+    with pytest.raises(CheckpointError, match="model: that of the settings → Net, an object"):
+        workdirs.check_compatible(workdirs.previous(folder), Config(), own)
+    workdirs.record_start(
+        workdirs.Previous(folder), Config(), step=0, changed=[], dataset=DATASET, own=own
+    )
+    assert workdirs.check_compatible(workdirs.previous(folder), Config(), own) == []
+    with pytest.raises(CheckpointError, match=r"objects that its program gave: model \(Net\)"):
+        workdirs.check_compatible(workdirs.previous(folder), Config())
+    with pytest.raises(CheckpointError, match=r"an object that a program gave \(Net\)"):
+        workdirs.recorded_run(folder)
 
 
 def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
@@ -252,7 +265,7 @@ def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> 
     folder = started(tmp_path, Config())
     folder.config.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        workdirs.check_compatible(workdirs.previous(folder), Config())
+        workdirs.previous(folder)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
