@@ -25,10 +25,13 @@ from inception_jax.storage import paths
 
 # The name by which experiments import each other.
 _NAME = "experiments"
-# Beside the package in a checkout; where a wheel puts them (pyproject.toml, data-files).
+# Beside the package in a checkout, or where a wheel puts them (pyproject.toml, data-files).
 _SHIPPED = (
     pathlib.Path(__file__).parents[1] / _NAME,
-    pathlib.Path(sysconfig.get_path("data"), "share", "inception_jax", _NAME),
+    *(
+        pathlib.Path(sysconfig.get_path("data", scheme), "share", "inception_jax", _NAME)
+        for scheme in (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    ),
 )
 _UNEXPECTED_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 _MISSING = re.compile(rf"'?(\w+)' from '{_NAME}'|No module named '{_NAME}\.(\w+)'")

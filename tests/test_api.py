@@ -244,7 +244,7 @@ def test_a_loop_of_one_s_own_makes_the_same_state(
 ) -> None:
     config = small.config(data_directory, log=Log(every=Duration(steps=30)))
     config.train.length = Duration(steps=20)
-    own = {"model": small.Network(), "optimizer": optax.adam(1e-3)}
+    own = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
     result = inception_jax.train(config, tmp_path, **own)
 
     setup = inception_jax.assemble(config, **own)

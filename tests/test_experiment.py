@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -55,6 +56,13 @@ def test_a_file_of_one_s_own_comes_before_the_shipped_one(
     assert ij.load_config("experiments/tiny.py").name == "mine"
     with pytest.raises(UserError, match=r"Did you mean 'experiments/digits\.py'"):
         ij.load_config("experiments/digit.py")
+
+
+def test_a_wheel_puts_the_shipped_ones_where_they_are_looked_for() -> None:
+    text = (command.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ((place, files),) = tomllib.loads(text)["tool"]["setuptools"]["data-files"].items()
+    assert files == ["experiments/*.py"]
+    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED
 
 
 def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
