@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -101,6 +101,43 @@ def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
     return flag.value
 
 
+class TrainedFlags(NamedTuple):
+    """The flags that say which trained weights to use."""
+
+    workdir: flags.FlagHolder[pathlib.Path | None]
+    weights: flags.FlagHolder[pathlib.Path | None]
+    checkpoint: flags.FlagHolder[str]
+
+    def values(self) -> dict[str, Any]:
+        """Returns their values, as what loads the weights takes them."""
+        return {flag.name: flag.value for flag in self}
+
+
+def define_trained(*, or_config: bool = False) -> TrainedFlags:
+    """Defines --workdir, --weights and --checkpoint, of which one of the first two is needed.
+
+    Args:
+      or_config: whether --config will do instead.
+    """
+    found = TrainedFlags(
+        define_path("workdir", "folder of a run whose checkpoint to use"),
+        define_path("weights", "file of weights, instead of --workdir"),
+        flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step"),
+    )
+    if or_config:
+        message = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
+        require_one("config", "workdir", "weights", message=message)
+    else:
+        message = "give either --workdir=DIR or --weights=FILE"
+        require_one("workdir", "weights", message=message)
+    return found
+
+
+def define_platform() -> flags.FlagHolder[str]:
+    """Defines the flag that says what kind of device to compute on."""
+    return flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+
+
 def define_processes() -> Callable[[], dict[str, Any]]:
     """Defines the flags that say on which devices, and with which other processes, to compute.
 
@@ -108,7 +145,7 @@ def define_processes() -> Callable[[], dict[str, Any]]:
       A function that gives their values, as `runtime.initialize` takes them.
     """
     holders = (
-        flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is"),
+        define_platform(),
         flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod, SLURM or Open MPI"),
         flags.DEFINE_string(
             "cluster", "", "with distributed: how JAX finds them, such as mpi4py; empty: by itself"
