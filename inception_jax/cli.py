@@ -64,7 +64,7 @@ def define_config() -> flags.FlagHolder[Config]:
         Config(),
         "experiment file with a get_config() that returns a Config. It is a Python program, which "
         "is run: give none that you would not run. Or the config.json of a run",
-        parse_fn=functools.partial(experiments.load, prefix="--config=", log=say),
+        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.say_once),
         sys_argv=_config_argv,
     )
     # It has a value only where --config is given.

@@ -190,7 +190,7 @@ def _settle(
     Raises:
       UserError: if a setting is wrong, or the folder is another run's.
     """
-    before = workdirs.previous(folder, log)
+    before = workdirs.previous(folder)
     experiment = origin and workdirs.recall(before, config, *origin, log)
     run.check_settings(config)
     config = workdirs.with_recorded(before, config)

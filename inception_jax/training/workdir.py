@@ -119,7 +119,7 @@ def recorded(workdir: Workdir) -> Record | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say) -> Record:
+def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Record:
     """Returns what a folder's config.json holds, once the parts that its run uses are registered.
 
     Args:
@@ -169,7 +169,7 @@ class Previous:
     record: Record | None = None
 
 
-def previous(workdir: Workdir, log: Callable[[str], None] = lambda line: None) -> Previous:
+def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Previous:
     """Returns what earlier starts left in a folder, once the parts that they used are registered.
 
     Args:
