@@ -109,7 +109,7 @@ def used_parts(config: Config) -> list[dict[str, str]]:
     return [
         {"kind": known.kind, "name": part.name, "file": str(pathlib.Path(part.file).resolve())}
         for known, names in _named(config)
-        for part in (known.get(name) for name in names)
+        for part in (known.get(name) for name in names if name in known)
         if not part.is_own
     ]
 

@@ -294,15 +294,11 @@ def net(call: Any) -> nn.Module:
         ({"model": "mini"}, "model: must be a Module .* got str"),
         (
             {"model": net(lambda self, x, train=False: nn.Dense(7)(x.mean((1, 2))))},
-            r"Net returned float32 \[2, 7\] .* must return the logits .* float32 \[2, 10\]",
+            r"Net.* returned .*\[2, 7\].*\[2, 10\]",
         ),
         (
             {"model": net(lambda self, x, train=False: [nn.Dense(10)(x.mean((1, 2)))])},
-            "Net returned list",
-        ),
-        (
-            {"model": net(lambda self, x: nn.Dense(10)(x.mean((1, 2))))},
-            r"Net fails as model\(images, train=True\) .*TypeError.*'train'",
+            "Net.* returned ",
         ),
         ({"optimizer": "adam"}, "optimizer: must be a GradientTransformation such as .* got str"),
         ({"dataset": "digits"}, "dataset: must be a Dataset .* got str"),
@@ -316,6 +312,12 @@ def test_an_object_of_another_kind_is_named(
 ) -> None:
     with pytest.raises(UserError, match=words):
         inception_jax.assemble(small.config(data_directory), **own)
+
+
+def test_a_network_need_not_know_that_it_trains(data_directory: pathlib.Path) -> None:
+    model = net(lambda self, x: nn.Dense(10)(x.mean((1, 2))))
+    setup = inception_jax.assemble(small.config(data_directory), model=model)
+    assert set(inception_jax.create_state(setup).params) == {"Dense_0"}
 
 
 def test_what_train_cannot_take_is_named(
@@ -393,6 +395,7 @@ def test_the_documented_examples_run_as_they_stand(
         changes = {
             "data.directory": str(tmp_path),
             "train.length.epochs": 0.1,
+            "schedule.warmup.epochs": 0,
             "model.width": 0.125,
         }
         return config(path, (overrides or {}) | changes)
@@ -401,3 +404,60 @@ def test_the_documented_examples_run_as_they_stand(
     exec(code, names)
     assert names["metrics"]["count"] == 360
     assert len(names["guesses"]) == 8
+
+
+OWN_EXPERIMENT = """
+import flax.linen as nn
+import inception_jax as ij
+
+@ij.register_model("test_net", options={"width": 8})
+def test_net(settings, num_classes):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = nn.relu(nn.Dense(settings.options["width"])(images.reshape(len(images), -1)))
+            return nn.Dense(num_classes)(x)
+    return Net()
+
+def get_config():
+    changes = {"model.name": "test_net", "model.dropout": 0.0, "data.image_size": 8}
+    return ij.load_config("experiments/digits.py", changes | {"train.length.epochs": 2})
+"""
+
+
+@pytest.mark.skipif(not hasattr(registry, "register_model"), reason="no door for networks yet")
+def test_a_run_of_a_registered_network_needs_its_folder_alone(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    before = dict(registry.MODELS._parts)
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_EXPERIMENT)
+    config = inception_jax.load_config(path, {"data.directory": str(data_directory)})
+    result = inception_jax.train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["parts"] == [
+        {"kind": "model", "name": "test_net", "file": str(path)}
+    ]
+    registry.MODELS._parts = before
+    assert "test_net" not in registry.MODELS
+    metrics = inception_jax.evaluate(inception_jax.load_weights(tmp_path / "run", "last"), config)
+    assert metrics["loss"] == pytest.approx(result["loss"])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "inception_jax.main",
+            f"--workdir={tmp_path / 'run'}",
+            "--mode=eval",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(command.ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == result["step"]
+    assert f"running {path}, which registers the model 'test_net' of this run" in done.stderr
+    path.unlink()
+    registry.MODELS._parts = before
+    with pytest.raises(CheckpointError, match=rf"{path}, which is not there. Give the experiment"):
+        inception_jax.load_weights(tmp_path / "run")

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from inception_jax import advice
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
@@ -33,6 +33,7 @@ class OwnNetwork(nn.Module):
     """A network of the caller's, whose parameters keep their names, returning a `ModelOutput`."""
 
     network: nn.Module
+    takes_train: bool
 
     def setup(self) -> None:
         """Gives the parameters the names that they have in the network itself."""
@@ -40,7 +41,7 @@ class OwnNetwork(nn.Module):
 
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         """Returns the network's output; of logits alone, a `ModelOutput` of them."""
-        output = self.network(images, train=train)
+        output = self.network(images, **({"train": train} if self.takes_train else {}))
         return output if isinstance(output, ModelOutput) else ModelOutput(output)
 
 
@@ -201,25 +202,18 @@ build = assemble  # Its name until now.
 
 
 def _own_network(model: nn.Module, dataset: Dataset) -> OwnNetwork:
-    """Returns a caller's network, once it was seen to take and give what training does.
+    """Returns a caller's network, once it was seen to give logits of the data set's classes.
 
     Raises:
-      ConfigError: saying what it is or returned, and what was expected.
+      ConfigError: if it is no network, or returns something else.
     """
     _check_kind("model", model, nn.Module, "of flax.linen, not its class")
-    network, name = OwnNetwork(model), type(model).__name__
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    network, name = OwnNetwork(model, takes_train), type(model).__name__
     size, classes = dataset.image_size, dataset.num_classes
-    images = jax.ShapeDtypeStruct((2, size, size, 3), np.float32)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    try:
-        output, _ = jax.eval_shape(
-            lambda: network.init_with_output(keys, np.zeros(images.shape, np.float32), train=True)
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"model: {name} fails as model(images, train=True) with float32 images "
-            f"{list(images.shape)}: {advice.first_line(error)}"
-        ) from error
+    images = np.zeros((2, size, size, 3), np.float32)
+    output, _ = jax.eval_shape(lambda: network.init_with_output(keys, images, train=True))
     found = output.logits
     shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
     if shape != (2, classes) or dtype != np.float32:
