@@ -17,7 +17,7 @@ from inception_jax.telemetry import compilations
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.run import Batch, Run
+from inception_jax.training.run import Batch, OwnNetwork, Run
 from inception_jax.training.state import TrainState
 
 CompiledStep = futures.Future[jax.stages.Compiled]
@@ -115,8 +115,8 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
-    # Each micro-batch updates the running statistics once.
-    momentum = config.model.norm_momentum**config.train.accumulate
+    # A caller's network may have another, which is not known.
+    momentum = None if isinstance(run.model, OwnNetwork) else config.model.norm_momentum
     gradient = gradients.make_gradient(
         run.model,
         loss or _settings_loss(config.train),
@@ -143,7 +143,10 @@ def make_train_step(
             targets,
             keys.derive(seed, "dropout", state.step),
         )
-        batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, momentum)
+        if momentum is not None:
+            # Each micro-batch updates the running statistics once.
+            kept = momentum**config.train.accumulate
+            batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, kept)
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
