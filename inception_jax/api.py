@@ -10,6 +10,7 @@ What the command does, in a notebook::
 With a network and images of one's own::
 
     import flax.linen as nn
+    import numpy as np
 
     class Net(nn.Module):
         @nn.compact
@@ -17,7 +18,8 @@ With a network and images of one's own::
             x = nn.relu(nn.Conv(16, (3, 3))(images))
             return nn.Dense(10)(x.mean(axis=(1, 2)))
 
-    images, labels = ...  # uint8 [N, H, W, 3], int [N]
+    images = np.zeros((60, 8, 8, 3), np.uint8)
+    labels = np.arange(60) % 10
     ij.train(config, "runs/mine", dataset=(images, labels), model=Net())
 
 In a loop of one's own::
@@ -32,8 +34,7 @@ What was trained, used::
 
     weights = ij.load_weights("runs/digits")  # Or a file of weights.
     metrics = ij.evaluate(weights, config)
-    dataset = ij.load_dataset(config)
-    pixels = dataset.evaluation.read(range(8))
+    pixels = ij.load_dataset(config).evaluation.read(np.arange(8))  # uint8 [8, H, W, 3]
     guesses = ij.Predictor(weights).guesses(pixels)
     network, variables = ij.load_model(weights)
 

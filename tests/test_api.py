@@ -28,7 +28,7 @@ from inception_jax import api, registry
 from inception_jax.config import Duration, Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
-from inception_jax.runtime import preemption
+from inception_jax.runtime import devices, preemption
 from inception_jax.training import run
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.state import abstract_state
@@ -365,6 +365,18 @@ def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: path
     assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
 
 
+def test_jax_s_settings_hold_for_a_run_alone() -> None:
+    said: list[str] = []
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with devices.settings_of_a_run(said.append):
+            assert jnp.arange(3).dtype == jnp.int32
+        assert jnp.arange(3).dtype == jnp.int64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert said == ["JAX_ENABLE_X64=True: is ignored; this program always runs with False"]
+
+
 def test_a_second_interrupt_ends_it_at_once() -> None:
     said: list[str] = []
     with preemption.saved_on_interrupt(said.append) as stop:
@@ -386,9 +398,7 @@ def test_the_documented_examples_run_as_they_stand(
     text = (inspect.getdoc(api) or "").partition("::\n")[2]
     code = textwrap.dedent("\n".join(line for line in text.splitlines() if line[:1] in ("", " ")))
     assert set(api.__all__) <= set(re.findall(r"ij\.(\w+)", code))
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
-    code = code.replace("images, labels = ...", "images, labels = pixels, np.arange(60) % 10")
-    names: dict[str, Any] = {"np": np, "pixels": pixels}
+    names: dict[str, Any] = {}
     config = api.load_config
 
     def short(path: str, overrides: dict[str, Any] | None = None) -> Any:
@@ -437,7 +447,7 @@ def test_a_run_of_a_registered_network_needs_its_folder_alone(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["parts"] == [
         {"kind": "model", "name": "test_net", "file": str(path)}
     ]
-    registry.MODELS._parts = before
+    registry.MODELS._parts = dict(before)
     assert "test_net" not in registry.MODELS
     metrics = inception_jax.evaluate(inception_jax.load_weights(tmp_path / "run", "last"), config)
     assert metrics["loss"] == pytest.approx(result["loss"])
@@ -458,6 +468,6 @@ def test_a_run_of_a_registered_network_needs_its_folder_alone(
     assert json.loads(done.stdout)["step"] == result["step"]
     assert f"running {path}, which registers the model 'test_net' of this run" in done.stderr
     path.unlink()
-    registry.MODELS._parts = before
+    registry.MODELS._parts = dict(before)
     with pytest.raises(CheckpointError, match=rf"{path}, which is not there. Give the experiment"):
         inception_jax.load_weights(tmp_path / "run")
