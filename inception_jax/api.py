@@ -1,42 +1,4 @@
-"""The trainer from one's own program; each name is also reached as `inception_jax.NAME`.
-
-What the command does, in a notebook::
-
-    import inception_jax as ij
-
-    config = ij.load_config("experiments/digits.py", {"train.length.epochs": 2})
-    result = ij.train(config, "runs/digits")  # Again: goes on, or returns the result.
-
-With a network and images of one's own::
-
-    import flax.linen as nn
-    import numpy as np
-
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, images, train=False):
-            x = nn.relu(nn.Conv(16, (3, 3))(images))
-            return nn.Dense(10)(x.mean(axis=(1, 2)))
-
-    images = np.zeros((60, 8, 8, 3), np.uint8)
-    labels = np.arange(60) % 10
-    ij.train(config, "runs/mine", dataset=(images, labels), model=Net())
-
-In a loop of one's own::
-
-    setup = ij.assemble(config)
-    state, step = ij.create_state(setup), ij.make_train_step(setup)
-    for batch in ij.train_batches(setup, start=0, stop=100):
-        state, output = step(state, batch)
-    metrics = ij.evaluate(setup, state)
-
-What was trained, used::
-
-    weights = ij.load_weights("runs/digits")  # Or a file of weights.
-    metrics = ij.evaluate(weights, config)
-    pixels = ij.load_dataset(config).evaluation.read(np.arange(8))  # uint8 [8, H, W, 3]
-    guesses = ij.Predictor(weights).guesses(pixels)
-    network, variables = ij.load_model(weights)
+"""The trainer from one's own program: docs/notebook.rst shows how; `inception_jax.NAME` is shorter.
 
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to fix it.
 """

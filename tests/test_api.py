@@ -394,26 +394,26 @@ def test_a_second_interrupt_ends_it_at_once() -> None:
 def test_the_documented_examples_run_as_they_stand(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (inspect.getdoc(api) or "").partition("::\n")[2]
-    code = textwrap.dedent("\n".join(line for line in text.splitlines() if line[:1] in ("", " ")))
+    """In one program, but with less of everything, and the data in a folder of the test."""
+    text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    code = "\n".join(textwrap.dedent(block) for block in blocks)
     assert set(api.__all__) <= set(re.findall(r"ij\.(\w+)", code))
+    monkeypatch.chdir(tmp_path)
+    load_config = api.load_config
+
+    def small_config(path: str, overrides: dict[str, Any] | None = None) -> Any:
+        less = {"train.length.epochs": 0.1, "schedule.warmup.epochs": 0, "model.width": 0.125}
+        if path.endswith(".json"):
+            return load_config(path, overrides)
+        return load_config(path, (overrides or {}) | less | {"data.directory": str(tmp_path)})
+
+    monkeypatch.setattr("inception_jax.experiment.load_config", small_config)
     names: dict[str, Any] = {}
-    config = api.load_config
-
-    def short(path: str, overrides: dict[str, Any] | None = None) -> Any:
-        changes = {
-            "data.directory": str(tmp_path),
-            "train.length.epochs": 0.1,
-            "schedule.warmup.epochs": 0,
-            "model.width": 0.125,
-        }
-        return config(path, (overrides or {}) | changes)
-
-    monkeypatch.setattr("inception_jax.experiment.load_config", short)
     exec(code, names)
     assert names["metrics"]["count"] == 360
     assert len(names["guesses"]) == 8
+    assert names["get_config"]().data.source == "photos"
 
 
 OWN_EXPERIMENT = """
