@@ -74,7 +74,7 @@ class Network(nn.Module):
 
 def build(settings: Config) -> Run:
     """Returns the run of some settings, with `Network` in place of the network that they name."""
-    whole = run.build(settings, log=lambda _: None)
+    whole = run.assemble(settings, log=lambda _: None)
     return dataclasses.replace(whole, model=Network(settings.model.dropout))
 
 
@@ -137,7 +137,7 @@ def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
     Its weights were drawn, and evaluated: all is there that is needed to use them, without the time
     that the training step takes to compile.
     """
-    this, workdir = run.build(settings, log=lambda _: None), Workdir(folder)
+    this, workdir = run.assemble(settings, log=lambda _: None), Workdir(folder)
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract_state(this))
     now, average = (
         jax.device_put(draw(this.model, this.dataset.image_size, seed=seed)) for seed in (0, 1)

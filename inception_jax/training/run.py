@@ -198,9 +198,6 @@ def assemble(
     )
 
 
-build = assemble  # Its name until now.
-
-
 def _own_network(model: nn.Module, dataset: Dataset) -> OwnNetwork:
     """Returns a caller's network, once it was seen to give logits of the data set's classes.
 

@@ -207,7 +207,7 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
         log=given.log,
     )
     lines: list[str] = []
-    first = dataclasses.replace(run.build(settings, log=lines.append), model=small.Linear())
+    first = dataclasses.replace(run.assemble(settings, log=lines.append), model=small.Linear())
     assert first.config.train.batch_size == 64
     assert first.total_steps == first.timeline.steps(first.config.train.length) > 0
     assert (
@@ -234,7 +234,7 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
     again = workdir.with_recorded(workdir.previous(folder), settings)
     assert again.schedule.learning_rate == 0.025
     assert workdir.check_compatible(workdir.previous(folder), again) == []
-    assert run.build(again, log=lines.append).config == chosen
+    assert run.assemble(again, log=lines.append).config == chosen
     # What is given now counts.
     settings.schedule.learning_rate = 0.1
     again = workdir.with_recorded(workdir.previous(folder), settings)

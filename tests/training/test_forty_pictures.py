@@ -42,7 +42,7 @@ def settings(folder: pathlib.Path, red: int, blue: int) -> Config:
 @pytest.mark.parametrize(("red", "blue"), [(20, 20), (5, 35), (3, 3)])
 def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Path) -> None:
     given = settings(tmp_path, red, blue)
-    whole = run.build(given, log=lambda _: None)
+    whole = run.assemble(given, log=lambda _: None)
     this = dataclasses.replace(whole, model=small.Network(given.model.dropout, classes=2))
     folder = workdir.Workdir(tmp_path / "run")
     result = small.train(this, folder, Evaluator(this), changed=[])

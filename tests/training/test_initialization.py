@@ -38,7 +38,7 @@ def source(data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def build(config: Config) -> run.Run:
-    return run.build(config, log=lambda _: None)
+    return run.assemble(config, log=lambda _: None)
 
 
 def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:

@@ -81,7 +81,7 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
             log=Log(every=Duration(steps=4)),
         )
         monkeypatch.setattr(gradients, "make_gradient", make_gradient if bad else plain)
-        built = run.build(config, log=lambda _: None)
+        built = run.assemble(config, log=lambda _: None)
         return dataclasses.replace(built, model=TwoModules())
 
     return build

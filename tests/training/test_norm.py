@@ -88,7 +88,7 @@ def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
     data_directory: pathlib.Path,
 ) -> None:
     for examples, model in ((0, small.Network()), (100, small.Linear())):
-        this = run.build(settings(data_directory, examples=examples), log=lambda _: None)
+        this = run.assemble(settings(data_directory, examples=examples), log=lambda _: None)
         this = dataclasses.replace(this, model=model)
         now, estimate = state.create(this), norm.NormEstimator(this)
         estimate.compile(jax.eval_shape(now.eval_variables))

@@ -160,7 +160,7 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     config.data.image_size = 32
     config.model.name, config.model.stem = "googlenet", "s32"
     config.model.norm, config.model.aux_heads, config.model.dtype = norm, True, "bfloat16"
-    this = run.build(config, log=lambda _: None)
+    this = run.assemble(config, log=lambda _: None)
     batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
@@ -214,4 +214,4 @@ def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathli
     config = small.config(tmp_path)
     config.train.accumulate = 3
     with pytest.raises(ConfigError, match=r"batch_size = 64.*accumulate.*48 and 72"):
-        run.build(config, log=lambda _: None)
+        run.assemble(config, log=lambda _: None)
