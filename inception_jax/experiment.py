@@ -212,13 +212,12 @@ def _no_experiment(path: pathlib.Path) -> str:
     if (path / "config.json").exists():
         return f"is the folder of a run: give it as --workdir, or --config={path}/config.json"
     folder = path if path.is_dir() else path.parent
-    found = sorted({*folder.glob("*.py"), *pathlib.Path(_NAME).glob("*.py")})
-    names = {each.stem: str(each) for each in found}
+    found = sorted(folder.glob("*.py"))
     if path.is_dir():
         some = f", such as {found[0]}" if found else ""
         return f"is a folder; give an experiment file{some}"
-    shipped = {each.stem: f"{_NAME}/{each.name}" for at in _SHIPPED for each in at.glob("*.py")}
-    names = shipped | names
+    names = {each.stem: f"{_NAME}/{each.name}" for at in _SHIPPED for each in at.glob("*.py")}
+    names |= {each.stem: str(each) for each in found}
     meant = difflib.get_close_matches(path.stem, list(names), n=1)
     hint = f" Did you mean {names[meant[0]]!r}?" if meant else ""
     return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
