@@ -201,16 +201,17 @@ def train(
     import jax
     import jax.numpy as jnp
 
+    from inception_jax import session
     from inception_jax.errors import Preempted, RunError
     from inception_jax.evaluation.evaluate import Evaluator
     from inception_jax.reporting import report
-    from inception_jax.training import loop, run
-    from inception_jax.training.workdir import Workdir
+    from inception_jax.training import run
+    from inception_jax.training.workdir import Workdir, previous
 
     done = folder / f"trained-{stop}"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        this = run.build(config, log=measure.say, experiment={"file": config.name, "own": own})
+        this = run.assemble(config, log=measure.say)
         evaluator = Evaluator(this)
 
         def evaluate(variables: Any, split: Any) -> dict[str, float]:
@@ -223,11 +224,11 @@ def train(
             return evaluator(variables, split)
 
         try:
-            loop.train(
+            session.train_run(
                 this,
-                Workdir(folder),
+                previous(Workdir(folder)),
                 evaluate,
-                changed=[],
+                experiment={"file": config.name, "own": own},
                 on_evaluation=report.refresher(this, folder, evaluator),
                 stop=lambda step: step == stop,
             )
@@ -246,7 +247,7 @@ def found_rate(config: Config, folder: pathlib.Path) -> float | None:
 
     stored = folder / "find_lr.json"
     if not stored.exists():
-        this = run.build(config, log=measure.say)
+        this = run.assemble(config, log=measure.say)
         steps, high = 200, 10.0
         points = lr_range_test.range_test(this, low=1e-5, high=high, steps=steps)
         proposal, doubts = lr_range_test.propose(points), []

@@ -279,8 +279,8 @@ def outcome(workdir: pathlib.Path) -> Outcome:
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:
     folder = workdirs.Workdir(path)
-    config, _ = workdirs.recorded_run(folder)
-    like = states.abstract(runs.build(config, log=measure.say))
+    config = workdirs.recorded_run(folder).config
+    like = states.abstract_state(runs.assemble(config, log=measure.say))
     with Checkpoints(folder.checkpoints, read_only=True) as saved:
         restored, _ = saved.restore(saved.resolve("last"), like)
     leaves = jax.tree_util.tree_leaves_with_path(restored)

@@ -1,68 +1,141 @@
-"""The few names that a notebook needs, also reached as `inception_jax.NAME`.
+"""The trainer from one's own program: docs/notebook.rst shows how; `inception_jax.NAME` is shorter.
 
-All of them together::
-
-    import pathlib
-    import inception_jax
-
-    config = inception_jax.load_config("experiments/tiny.py", {"data.directory": "data"})
-    dataset = inception_jax.load_dataset(config)
-    weights = inception_jax.load_weights("runs/tiny")  # Or a file of weights.
-    metrics = inception_jax.evaluate(weights, config)
-
-    predictor = inception_jax.Predictor(weights)
-    pixels = predictor.read(pathlib.Path("cat.jpg").read_bytes(), "cat.jpg")
-    guesses = predictor.guesses(pixels[None])
-
-    network, variables = inception_jax.load_model(weights)
-    logits = network.apply(variables, predictor.prepared(pixels[None])).logits
-
-A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to mend it.
+A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to fix it.
 """
 
+import contextlib
+import copy
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, overload
 
-from inception_jax import cli
-from inception_jax import config as configs
+import flax.linen as nn
+import numpy as np
+import optax
+from absl import logging
+
+from inception_jax import console, session
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, prepare
-from inception_jax.errors import UserError
-from inception_jax.evaluation.evaluate import evaluate_weights
+from inception_jax.errors import Preempted, UserError
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights
+from inception_jax.experiment import load_config
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import registry
 from inception_jax.models import weights as weight_files
 from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
+from inception_jax.runtime import devices, preemption
 from inception_jax.storage import paths
 from inception_jax.training import initialization, run
-from inception_jax.training.state import Variables
+from inception_jax.training.initialization import create_state
+from inception_jax.training.norm import NormEstimator
+from inception_jax.training.run import Run, train_batches
+from inception_jax.training.state import TrainState, Variables
+from inception_jax.training.step import make_train_step
 from inception_jax.training.workdir import Workdir
 
-__all__ = ["Predictor", "evaluate", "load_config", "load_dataset", "load_model", "load_weights"]
+__all__ = [
+    "Predictor",
+    "assemble",
+    "create_state",
+    "evaluate",
+    "load_config",
+    "load_dataset",
+    "load_model",
+    "load_weights",
+    "make_train_step",
+    "train",
+    "train_batches",
+]
 
 Path = str | os.PathLike[str]
+# Images uint8 [N, H, W, 3] and labels int [N].
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
-def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the settings of an experiment, checked as a whole.
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    dataset: Dataset | Arrays | None = None,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> dict[str, Any]:
+    """Trains to the end, as the command does: goes on from the newest checkpoint, leaves a report.
+
+    Ctrl-C, or a notebook's stop button, saves the run and then raises KeyboardInterrupt; the same
+    call goes on from there. Nothing that is set up for the run stays after the call.
 
     Args:
-      path: of the experiment, a Python file with a get_config(), which is run; or of the
-        config.json of a run.
-      overrides: settings to change, by path: {"train.batch_size": 256}.
+      config: the settings, as `load_config` returns them.
+      workdir: folder of the run; made if missing.
+      dataset, model, optimizer: as `assemble` takes them. config.json records that the run has
+        them, so that it goes on by the same call alone.
+
+    Returns:
+      The contents of result.json: the last evaluation, with the speed and time of the whole run.
 
     Raises:
-      UserError: if there is no such file, or it is no experiment.
-      ConfigError: if a setting is unknown or wrong, or contradicts another.
+      UserError: if a setting is wrong, the folder is another run's, or data are missing.
+      RunError: if the loss or gradient is not finite.
     """
-    config = cli.load_experiment(os.fspath(path))
-    for name, value in (overrides or {}).items():
-        configs.check_path(name)
-        configs.put(config, name, value)
-    configs.validate(config)
-    return config
+    _check_config(config)
+    path = paths.local(_checked_path(workdir, "workdir", "a run's folder"), str(workdir))
+    own = {"dataset": _dataset(dataset), "model": model, "optimizer": optimizer}
+    with (
+        _quiet_libraries(),
+        devices.settings_of_a_run(console.say),
+        preemption.saved_on_interrupt(console.say) as stop,
+    ):
+        try:
+            return session.train_and_evaluate(
+                copy.deepcopy(config), path, own=own, join=lambda config: stop
+            )
+        except Preempted as end:
+            raise KeyboardInterrupt(str(end)) from end
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Silences what libraries log besides the errors that they raise, as the commands do."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def assemble(
+    config: Config,
+    dataset: Dataset | Arrays | None = None,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Run:
+    """Returns what a configuration makes: for `create_state`, `make_train_step` and the others.
+
+    Args:
+      config: the settings, as `load_config` returns them.
+      dataset: in place of the one that they name: a `Dataset`, or a pair of images, uint8
+        [N, H, W, 3], and labels, int [N], of which a fifth is held out for evaluation.
+      model: a network in place of the one that they name: called as `model(images, train=train)`
+        with float32 images [B, H, W, 3], normalized by the data set's mean and std, it returns
+        float32 logits [B, K] or a `models.layers.ModelOutput`.
+      optimizer: in place of the one that they name.
+
+    Returns:
+      A `Run`: config, dataset, model, optimizer, schedule, mesh, timeline and total_steps.
+
+    Raises:
+      ConfigError: if a setting is wrong, or an object is not what it must be.
+      DataError: if the data set cannot be prepared.
+    """
+    _check_config(config)
+    config = copy.deepcopy(config)
+    run.check_settings(config)
+    return run.assemble(config, _dataset(dataset), model, optimizer, log=console.say)
 
 
 def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
@@ -77,26 +150,17 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
       CheckpointError: if there is no run or no such checkpoint in the folder.
       DataError: if the file cannot be used.
     """
-    _check_path(path)
-    place = paths.local(path, str(path))
+    place = paths.local(_checked_path(path, "path", "a run's folder or of a file"), str(path))
     if place.is_dir():
         return initialization.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)
-
-
-def _check_path(path: object) -> None:
-    """Checks that a caller gave a path, not what could be loaded from one."""
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(
-            f"path: must be the path of a run's folder or of a file, got {type(path).__name__}"
-        )
 
 
 def load_model(weights: Weights) -> tuple[Network, Variables]:
     """Returns the network that weights are of, and its variables.
 
     Call it as `network.apply(variables, images, train=False).logits`, with float32 images
-    [B, H, W, 3] that are normalised: (pixel / 255 - weights.mean) / weights.std.
+    [B, H, W, 3] that are normalized: (pixel / 255 - weights.mean) / weights.std.
     """
     check_weights(weights)
     return registry.create(weights.config.model, weights.num_classes), weights.variables
@@ -109,7 +173,67 @@ def load_dataset(config: Config) -> Dataset:
       DataError: if the source is damaged or missing, or the disk full.
     """
     _check_config(config)
-    return prepare(config.data)
+    return prepare(config.data, log=console.say)
+
+
+@overload
+def evaluate(what: Weights, how: Config) -> dict[str, Any]: ...
+@overload
+def evaluate(what: Run, how: TrainState) -> dict[str, Any]: ...
+def evaluate(what: Weights | Run, how: Config | TrainState) -> dict[str, Any]:
+    """Evaluates on a data set's evaluation split, each example counted once.
+
+    Args:
+      what: weights of the network that the settings describe; or, in a loop of one's own, what
+        `assemble` returned.
+      how: for weights, the settings, which say the data set and its split, the batch size, and
+        whether to average mirror images; in a loop, its state, which it can go on with.
+
+    Returns:
+      count, loss (mean cross-entropy), top1 and, of more than five classes, top5 (percent); of
+      weights also checkpoint ("best", "last", "best and last", or "": neither or unknown), step and
+      epoch (None: unknown) and split.
+
+    Raises:
+      ConfigError: if the weights are of another network or other classes.
+      DataError: if the data set cannot be prepared.
+    """
+    if isinstance(what, Run):
+        if not isinstance(how, TrainState):
+            raise UserError(
+                f"state: must be a TrainState, as create_state and a step return it, got "
+                f"{type(how).__name__}"
+            )
+        estimate_norm, evaluator = _evaluation(what)
+        return evaluator(estimate_norm(how).eval_variables())
+    check_weights(what)
+    _check_config(how)
+    assert isinstance(how, Config)
+    return evaluate_weights(run.assemble(how, log=console.say), what)
+
+
+@functools.lru_cache(maxsize=2)
+def _evaluation(setup: Run) -> tuple[NormEstimator, Evaluator]:
+    """Returns what evaluates a run's states, kept so that it is compiled once."""
+    return NormEstimator(setup), Evaluator(setup)
+
+
+def _dataset(given: Dataset | Arrays | None) -> Dataset | None:
+    """Returns the data set that a caller gave, made of arrays where it is a pair of them."""
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise UserError(
+                f"dataset: must be a pair of images and labels, got {len(given)} values"
+            )
+        return Dataset.from_arrays(*given)
+    return given
+
+
+def _checked_path(path: object, name: str, what: str) -> Path:
+    """Checks that a caller gave a path, not what could be loaded from one."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{name}: must be the path of {what}, got {type(path).__name__}")
+    return path
 
 
 def _check_config(config: object) -> None:
@@ -119,24 +243,3 @@ def _check_config(config: object) -> None:
             f"config: must be a Config, got {type(config).__name__}; load an experiment with "
             "inception_jax.load_config(PATH)"
         )
-
-
-def evaluate(weights: Weights, config: Config) -> dict[str, Any]:
-    """Evaluates weights on the data set of an experiment, each example counted once.
-
-    Args:
-      weights: of the network that the settings describe.
-      config: says the data set and its split, the batch size, and whether to average mirror images.
-
-    Returns:
-      checkpoint ("best", "last", "best and last", or "": neither or unknown), step and epoch (None:
-      unknown), split, count, loss (mean cross-entropy), top1 and, of more than five classes, top5
-      (percent).
-
-    Raises:
-      ConfigError: if the weights are of another network or other classes.
-      DataError: if the data set cannot be prepared.
-    """
-    check_weights(weights)
-    _check_config(config)
-    return evaluate_weights(run.build(config), weights)

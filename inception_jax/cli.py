@@ -10,9 +10,6 @@ import copy
 import difflib
 import functools
 import gc
-import importlib
-import importlib.machinery
-import importlib.util
 import itertools
 import logging as python_logging
 import os
@@ -21,20 +18,19 @@ import re
 import signal
 import sys
 import traceback
-import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from inception_jax import advice, console
 from inception_jax import config as configs
+from inception_jax import experiment as experiments
 from inception_jax.config import Config
 from inception_jax.console import say as say
 from inception_jax.errors import (
     EXIT_PREEMPTED,
-    ConfigError,
     Preempted,
     RunError,
     UserError,
@@ -48,7 +44,6 @@ _AGAIN = "start the same command again (training goes on from its last checkpoin
 # As a shell reports a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
-_UNEXPECTED_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 # absl's words for a setting's value that it cannot convert, and a number with its unit.
 _ABSL_PREFIX = re.compile(r"flags? .*?: (?=give )|flag (?=--)", re.DOTALL)
 _WRONG_SETTING = re.compile(r"flag --config\.([^=]+)=(.*?): .*", re.DOTALL)
@@ -69,84 +64,12 @@ def define_config() -> flags.FlagHolder[Config]:
         Config(),
         "experiment file with a get_config() that returns a Config. It is a Python program, which "
         "is run: give none that you would not run. Or the config.json of a run",
-        parse_fn=functools.partial(load_experiment, prefix="--config="),
+        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.say_once),
         sys_argv=_config_argv,
     )
     # It has a value only where --config is given.
     flags.FLAGS.set_default("config", None)
     return holder
-
-
-def load_experiment(place: str, prefix: str = "") -> Config:
-    """Returns the settings of an experiment, or those that a run's config.json holds.
-
-    Args:
-      place: path of the file. What follows its last colon, where no file has the whole name, is
-        handed to an experiment's get_config().
-      prefix: what messages put before the path.
-
-    Raises:
-      UserError: if there is no such file, or it gives no settings.
-    """
-    path = paths.local(place, f"{prefix}{place}")
-    arguments: list[str] = []
-    if not path.exists() and ":" in place:
-        name, _, argument = place.rpartition(":")
-        path, arguments = paths.local(name, f"{prefix}{name}"), [argument]
-    if not path.exists() or path.is_dir():
-        raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
-    if path.suffix == ".json":
-        return configs.from_dict(configs.read_record(path)["config"])
-    make_importable(path)
-    name = f"_experiment_{path.stem}"
-    loader = importlib.machinery.SourceFileLoader(name, str(path))
-    module = types.ModuleType(name)
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    try:
-        loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{prefix}{place}: has no get_config() that returns a Config")
-        config = module.get_config(*arguments)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{prefix}{place}: {error}") from error
-    except Exception as error:
-        raise UserError(f"{prefix}{place}: {_experiment_failure(error)}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"{prefix}{place}: get_config() returned {type(config).__name__}; it must return "
-            "inception_jax.config.Config"
-        )
-    return config
-
-
-def _no_experiment(path: pathlib.Path) -> str:
-    """Returns why a path is no file to take settings from, and what may be meant."""
-    if (path / "config.json").exists():
-        return f"is the folder of a run: give it as --workdir, or --config={path}/config.json"
-    folder = path if path.is_dir() else path.parent
-    found = sorted({*folder.glob("*.py"), *pathlib.Path("experiments").glob("*.py")})
-    names = {each.stem: str(each) for each in found}
-    if path.is_dir():
-        some = f", such as {found[0]}" if found else ""
-        return f"is a folder; give an experiment file{some}"
-    meant = difflib.get_close_matches(path.stem, list(names), n=1)
-    hint = f" Did you mean {names[meant[0]]!r}?" if meant else ""
-    return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
-
-
-def _experiment_failure(error: Exception) -> str:
-    """Returns what went wrong in an experiment file, which is the user's own code, and where."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    # A get_config() that takes other arguments fails here, and a syntax error says itself where.
-    inside = last.filename != __file__ and not isinstance(error, SyntaxError)
-    where = f" ({last.filename}, line {last.lineno})" if inside else ""
-    hint = ""
-    if isinstance(error, TypeError) and (found := _UNEXPECTED_KEYWORD.search(str(error))):
-        hint = configs.did_you_mean(found[1])
-    return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"
 
 
 class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
@@ -178,6 +101,43 @@ def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
     return flag.value
 
 
+class TrainedFlags(NamedTuple):
+    """The flags that say which trained weights to use."""
+
+    workdir: flags.FlagHolder[pathlib.Path | None]
+    weights: flags.FlagHolder[pathlib.Path | None]
+    checkpoint: flags.FlagHolder[str]
+
+    def values(self) -> dict[str, Any]:
+        """Returns their values, as what loads the weights takes them."""
+        return {flag.name: flag.value for flag in self}
+
+
+def define_trained(*, or_config: bool = False) -> TrainedFlags:
+    """Defines --workdir, --weights and --checkpoint, of which one of the first two is needed.
+
+    Args:
+      or_config: whether --config will do instead.
+    """
+    found = TrainedFlags(
+        define_path("workdir", "folder of a run whose checkpoint to use"),
+        define_path("weights", "file of weights, instead of --workdir"),
+        flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step"),
+    )
+    if or_config:
+        message = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
+        require_one("config", "workdir", "weights", message=message)
+    else:
+        message = "give either --workdir=DIR or --weights=FILE"
+        require_one("workdir", "weights", message=message)
+    return found
+
+
+def define_platform() -> flags.FlagHolder[str]:
+    """Defines the flag that says what kind of device to compute on."""
+    return flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+
+
 def define_processes() -> Callable[[], dict[str, Any]]:
     """Defines the flags that say on which devices, and with which other processes, to compute.
 
@@ -185,7 +145,7 @@ def define_processes() -> Callable[[], dict[str, Any]]:
       A function that gives their values, as `runtime.initialize` takes them.
     """
     holders = (
-        flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is"),
+        define_platform(),
         flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod, SLURM or Open MPI"),
         flags.DEFINE_string(
             "cluster", "", "with distributed: how JAX finds them, such as mpi4py; empty: by itself"
@@ -246,7 +206,7 @@ def experiment() -> dict[str, Any]:
     own: dict[str, Any] = {}
     if file.endswith(".json"):
         record = configs.read_record(paths.local(file, f"--config={file}"))
-        before = record.get("experiment") or {"file": file, "own": {}}
+        before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
         own.setdefault(path, value)
@@ -513,62 +473,6 @@ def _wrong_value(message: str) -> str:
             f"--config.{path}=0"
         )
     return f"{said}, without a unit: --config.{path}={number[1]}"
-
-
-# The name by which this project's experiments import each other.
-_EXPERIMENTS = "experiments"
-
-
-class _Beside(types.ModuleType):
-    """A package of the modules in some folders, the first of which comes first."""
-
-    def __init__(self, name: str, folders: Sequence[str]) -> None:
-        super().__init__(name)
-        self.__path__ = list(folders)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        try:
-            return importlib.import_module(f"{self.__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{self.__name__}.{name}":
-                raise
-            raise ImportError(
-                f"{self.__name__} has no {name}: put a copy of {name}.py into {self.__path__[0]}"
-            ) from error
-
-
-def make_importable(experiment: pathlib.Path) -> None:
-    """Lets an experiment import those beside it, by the name of their folder.
-
-    The folder above is put last, so that nothing in it hides a module found elsewhere. Only a
-    package of the folder's name in the current folder, from which Python would take it, comes
-    second, and one named `experiments` anywhere: those of this project import each other by that
-    name, whatever folder they were copied to.
-    """
-    folder = experiment.resolve().parent
-    if str(folder.parent) not in sys.path:
-        sys.path.append(str(folder.parent))
-    for name in {folder.name, _EXPERIMENTS}:
-        before = sys.modules.get(name)
-        if isinstance(before, _Beside):
-            before.__path__ = list(dict.fromkeys([str(folder), *before.__path__]))
-        elif before is None:
-            others = _folders_of(name)
-            here = any(pathlib.Path(other).parent == pathlib.Path.cwd() for other in others)
-            if others[:1] != [str(folder)] and (name == _EXPERIMENTS or here):
-                sys.modules[name] = _Beside(name, [str(folder), *others])
-
-
-def _folders_of(name: str) -> list[str]:
-    """Returns the folders that Python looks for a package's modules in; none: there is none."""
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return []
-    places = (found and found.submodule_search_locations) or []
-    return [str(pathlib.Path(place).resolve()) for place in places]
 
 
 def _help(usage: str) -> str:

@@ -1,9 +1,21 @@
 """The standard streams of a command, made fit for what may be at their other end."""
 
+import functools
 import io
 import os
 import sys
 from typing import Any
+
+
+def say(line: str) -> None:
+    """Prints a line for the user on stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line for the user as `say` does, unless this process has done so before."""
+    say(line)
 
 
 def prepare() -> None:
@@ -31,11 +43,6 @@ def prepare() -> None:
             errors="backslashreplace",
             line_buffering=True,
         )
-
-
-def say(line: str) -> None:
-    """Prints a line for the user on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class _Messages(io.FileIO):

@@ -1,11 +1,13 @@
 """Trains or evaluates: flags, then one call into the package."""
 
+import functools
 import json
 from collections.abc import Sequence
 
 from absl import flags
 
 from inception_jax import cli
+from inception_jax.errors import UserError
 from inception_jax.runtime import huge_pages
 
 USAGE = """
@@ -33,45 +35,28 @@ cli.require("config")
 def main(positional: Sequence[str]) -> None:
     """Runs the command; imports late, so that --help and mistakes in flags are answered at once."""
     cli.refuse_positional(positional)
-    from inception_jax import config as configs
-    from inception_jax.evaluation import evaluate
-    from inception_jax.models import weights
-    from inception_jax.reporting import report
-    from inception_jax.runtime import devices, environment, preemption
-    from inception_jax.training import loop, run, workdir
+    if _MODE.value == "train" and _WORKDIR.value is None:
+        raise UserError(
+            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
+            "--config.init.weights=FILE instead of --weights"
+        )
+    import jax
 
-    folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
-    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
-    run.check_settings(_CONFIG.value)
-    config = workdir.with_recorded(folder, _CONFIG.value) if folder else _CONFIG.value
-    changed = workdir.check_owner(folder, config) if folder else []
-    if _MODE.value == "train":
-        workdir.check_writable(workdir.needed(folder))
-    notify_preemption = devices.initialize(
-        **_PROCESSES(),
-        heartbeat_timeout=config.watch.host_silence,
-        fingerprint=lambda: environment.software() | configs.shared(config) | cli.command(),
-        log=cli.say,
+    from inception_jax import session
+
+    join = functools.partial(
+        session.join_processes, processes=_PROCESSES(), command=cli.command(), log=cli.say
     )
-    stop = preemption.Preemption(notify_preemption).requested
-    if _MODE.value == "train":
-        workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(config, log=cli.say, experiment=experiment)
-    if folder is None:
-        result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS)))
+    origin = session.Origin(cli.experiment(), cli.overrides())
+    if _WORKDIR.value is None:
+        result = session.evaluate_weights(_CONFIG.value, cli.given(_WEIGHTS), join=join)
+    elif _MODE.value == "train":
+        result = session.train_and_evaluate(_CONFIG.value, _WORKDIR.value, origin=origin, join=join)
     else:
-        workdir.check_dataset(folder, this_run.dataset_identity())
-        if _MODE.value == "eval":
-            result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value, cli.say)
-        else:
-            evaluator = evaluate.Evaluator(this_run)
-            refresh = report.refresher(this_run, folder.path, evaluator)
-            result = loop.train(
-                this_run, folder, evaluator, changed=changed, on_evaluation=refresh, stop=stop
-            )
-            if this_run.is_lead:
-                report.finish(folder.path, log=cli.say)
-    if this_run.is_lead:
+        result = session.evaluate_checkpoint(
+            _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value, origin=origin, join=join
+        )
+    if jax.process_index() == 0:
         print(json.dumps(result))
 
 

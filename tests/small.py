@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inception_jax import session
 from inception_jax.config import (
     Augment,
     Checkpoint,
@@ -27,10 +29,11 @@ from inception_jax.models import ops, registry
 from inception_jax.models import weights as files
 from inception_jax.models.layers import Classifier, ConvUnit, ModelOutput, adaptive_average_pool
 from inception_jax.models.weights import Weights
-from inception_jax.training import run, state
+from inception_jax.training import loop, run, state
+from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
-from inception_jax.training.workdir import Workdir, record_start
+from inception_jax.training.workdir import Workdir
 
 
 def config(directory: pathlib.Path, **changes: Any) -> Config:
@@ -71,7 +74,7 @@ class Network(nn.Module):
 
 def build(settings: Config) -> Run:
     """Returns the run of some settings, with `Network` in place of the network that they name."""
-    whole = run.build(settings, log=lambda _: None)
+    whole = run.assemble(settings, log=lambda _: None)
     return dataclasses.replace(whole, model=Network(settings.model.dropout))
 
 
@@ -120,14 +123,22 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
     )
 
 
+def train(
+    this: Run, folder: Workdir, evaluate: loop.Evaluate, *, changed: Sequence[str] = (), **more: Any
+) -> dict[str, Any]:
+    """Trains a run in a folder as the command does: with its lock and its record of the start."""
+    before = workdirs.previous(folder)
+    return session.train_run(this, before, evaluate, changed=changed, **more)
+
+
 def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
     """Returns a run and its folder, with a checkpoint of 11 steps that were never made.
 
     Its weights were drawn, and evaluated: all is there that is needed to use them, without the time
     that the training step takes to compile.
     """
-    this, workdir = run.build(settings, log=lambda _: None), Workdir(folder)
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract(this))
+    this, workdir = run.assemble(settings, log=lambda _: None), Workdir(folder)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract_state(this))
     now, average = (
         jax.device_put(draw(this.model, this.dataset.image_size, seed=seed)) for seed in (0, 1)
     )
@@ -135,5 +146,11 @@ def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
     metrics = Evaluator(this)(end.eval_variables())
     with Checkpoints(workdir.checkpoints) as checkpoints:
         checkpoints.save(end, progress={"seconds": {}}, metrics=metrics)
-    record_start(workdir, settings, step=0, changed=[], dataset=this.dataset_record())
+    workdirs.record_start(
+        workdirs.Previous(workdir),
+        settings,
+        step=0,
+        changed=[],
+        dataset=workdirs.dataset_record(this.dataset),
+    )
     return this, workdir

@@ -1,22 +1,37 @@
 """The names for notebooks: a run's weights, evaluated and used, without the command line."""
 
+import contextlib
 import inspect
+import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+import warnings
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from PIL import Image
+from absl import logging
 
 import inception_jax
-from inception_jax import api
+from inception_jax import api, registry
+from inception_jax.config import Duration, Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
+from inception_jax.runtime import devices, preemption
 from inception_jax.training import run
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.state import abstract_state
 from inception_jax.training.workdir import Workdir
 from tests import command, small
 
@@ -93,6 +108,8 @@ def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir
 
 def test_every_name_is_there_and_documented() -> None:
     for name in inception_jax.__all__:
+        if name.startswith("register_") and not hasattr(registry, name):
+            continue
         assert inspect.getdoc(getattr(inception_jax, name))
         assert name in dir(inception_jax)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -107,24 +124,350 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert found.stdout.split() == ["False", "False"]
 
 
-def test_the_documented_example_runs_as_it_stands(
-    finished: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    this, folder = finished
-    places = {"experiments": None, "runs": None, "runs/tiny": folder.path}
-    for name, target in (places | {"data": this.config.data.directory}).items():
-        (tmp_path / name).symlink_to(target) if target else (tmp_path / name).mkdir()
-    (tmp_path / "experiments" / "tiny.py").write_text(
-        "import pathlib\nfrom tests import small\n"
-        "def get_config():\n    return small.config(pathlib.Path())\n"
-    )
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "cat.jpg")
-    monkeypatch.chdir(tmp_path)
+FIFTEEN_LINES = """
+import flax.linen as nn
+import inception_jax as ij
+from sklearn.datasets import load_digits
 
-    text = (inspect.getdoc(api) or "").partition("::\n")[2]
-    code = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(nn.Conv(8, (3, 3))(images))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+digits = load_digits()
+images = (digits.images[..., None] * [15, 15, 15]).astype("uint8")
+config = ij.load_config("experiments/digits.py", {"train.length.epochs": 2})
+result = ij.train(config, "runs/mine", dataset=(images, digits.target), model=Net())
+"""
+
+
+def surroundings() -> list[Any]:
+    """What a call in a notebook must leave as it was."""
+    jax_settings = [
+        getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_prng_impl")
+    ]
+    return [
+        signal.getsignal(signal.SIGINT),
+        signal.getsignal(signal.SIGTERM),
+        list(sys.path),
+        warnings.showwarning,
+        list(warnings.filters),
+        logging.get_verbosity(),
+        *jax_settings,
+    ]
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The folder of a run of one's own network and arrays, and the names of its program."""
+    folder, names = tmp_path_factory.mktemp("notebook"), {"__name__": "notebook"}
+    with contextlib.chdir(folder):
+        before = surroundings()
+        exec(FIFTEEN_LINES, names)
+        assert surroundings() == before
+    return folder / "runs" / "mine", names
+
+
+def again(mine: tuple[pathlib.Path, dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Calls train in the same folder once more."""
+    folder, names = mine
+    own: dict[str, Any] = {
+        "dataset": (names["images"], names["digits"].target),
+        "model": names["Net"](),
+    }
+    return inception_jax.train(names["config"], folder, **(own | changes))
+
+
+def test_one_s_own_network_trains_on_arrays_in_15_lines(
+    mine: tuple[pathlib.Path, dict[str, Any]],
+) -> None:
+    folder, names = mine
+    assert len([line for line in FIFTEEN_LINES.splitlines() if line]) <= 15
+    assert names["result"]["top1"] > 60 and names["result"]["count"] > 300
+    assert {"report.html", "metrics.jsonl", "result.json"} <= {p.name for p in folder.iterdir()}
+    record = json.loads((folder / "config.json").read_text())
+    assert record["own"] == {"dataset": "Dataset", "model": "Net"}
+    # The network's own names, as without us.
+    setup = inception_jax.assemble(
+        names["config"], (names["images"], names["digits"].target), names["Net"]()
+    )
+    assert set(inception_jax.create_state(setup).params) == {"Conv_0", "Dense_0"}
+
+
+def test_a_second_call_goes_on_where_the_first_ended(
+    mine: tuple[pathlib.Path, dict[str, Any]],
+) -> None:
+    found = again(mine)
+    for name in ("step", "loss", "top1", "seconds_by_phase"):
+        if name != "seconds_by_phase":
+            assert found[name] == mine[1]["result"][name]
+    assert found["seconds_by_phase"]["train"] == mine[1]["result"]["seconds_by_phase"]["train"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": None}, r"objects that its program gave: model \(Net\)"),
+        ({"dataset": None, "model": None}, r"dataset \(Dataset\), model \(Net\)"),
+        ({"optimizer": optax.sgd(0.1)}, "optimizer: that of the settings → GradientTransformation"),
+    ],
+)
+def test_a_run_with_own_objects_needs_them_again(
+    changes: dict[str, Any], words: str, mine: tuple[pathlib.Path, dict[str, Any]]
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        again(mine, **changes)
+
+
+def test_a_command_says_that_it_needs_the_object(
+    mine: tuple[pathlib.Path, dict[str, Any]],
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"an object that a program gave \(Net\).*register_mod"
+    ):
+        inception_jax.load_weights(mine[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "inception_jax.main", f"--workdir={mine[0]}"],
+        capture_output=True,
+        text=True,
+        cwd=command.ROOT,
+    )
+    assert done.returncode == 2
+    assert (
+        "this run has objects that its program gave: dataset (Dataset), model (Net)" in done.stderr
+    )
+
+
+def test_a_loop_of_one_s_own_makes_the_same_state(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = small.config(data_directory, log=Log(every=Duration(steps=30)))
+    config.train.length = Duration(steps=20)
+    own = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
+    result = inception_jax.train(config, tmp_path, **own)
+
+    setup = inception_jax.assemble(config, **own)
+    state, step = inception_jax.create_state(setup), inception_jax.make_train_step(setup)
+    for batch in inception_jax.train_batches(setup, start=0, stop=20):
+        state, output = step(state, batch)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        expected, _ = saved.restore(20, abstract_state(setup))
+    for part in ("step", "params", "batch_stats", "average", "opt_state"):
+        one, other = (jax.tree.leaves(getattr(each, part)) for each in (state, expected))
+        assert len(one) == len(other) > 0, part
+        for left, right in zip(one, other, strict=True):
+            assert np.asarray(left).tobytes() == np.asarray(right).tobytes(), part
+    metrics = inception_jax.evaluate(setup, state)
+    assert metrics == {name: result[name] for name in metrics}
+    assert float(output.loss) == pytest.approx(output.metrics.compute()["loss"])
+    # The state was not given up.
+    step(state, batch)
+
+
+def test_a_loss_and_an_augmentation_of_one_s_own_are_used(data_directory: pathlib.Path) -> None:
+    setup = inception_jax.assemble(small.config(data_directory), model=small.Linear())
+    batch = next(iter(inception_jax.train_batches(setup)))
+
+    def augment(key: Any, images: Any, labels: Any) -> Any:
+        return jnp.zeros(images.shape, jnp.float32), jax.nn.one_hot(labels, 10)
+
+    def loss(output: Any, targets: Any) -> Any:
+        return 3 * optax.softmax_cross_entropy(output.logits, targets)
+
+    step = inception_jax.make_train_step(setup, loss=loss, augment=augment)
+    _, output = step(inception_jax.create_state(setup), batch)
+    assert float(output.loss) == pytest.approx(3 * np.log(10), rel=1e-5)
+
+
+def net(call: Any) -> nn.Module:
+    return type("Net", (nn.Module,), {"__call__": nn.compact(call)})()
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (
+            {"model": small.Linear},
+            "model: must be a Module of flax.linen, not its class, got Linear",
+        ),
+        ({"model": "mini"}, "model: must be a Module .* got str"),
+        (
+            {"model": net(lambda self, x, train=False: nn.Dense(7)(x.mean((1, 2))))},
+            r"Net.* returned .*\[2, 7\].*\[2, 10\]",
+        ),
+        (
+            {"model": net(lambda self, x, train=False: [nn.Dense(10)(x.mean((1, 2)))])},
+            "Net.* returned ",
+        ),
+        ({"optimizer": "adam"}, "optimizer: must be a GradientTransformation such as .* got str"),
+        ({"dataset": "digits"}, "dataset: must be a Dataset .* got str"),
+        ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8),)}, "pair of images and labels, got 1"),
+        ({"dataset": (np.zeros((4, 8, 8, 3)), np.arange(4))}, "images: .*float64"),
+        ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8), np.arange(3))}, "labels: "),
+    ],
+)
+def test_an_object_of_another_kind_is_named(
+    own: dict[str, Any], words: str, data_directory: pathlib.Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        inception_jax.assemble(small.config(data_directory), **own)
+
+
+def test_a_network_need_not_know_that_it_trains(data_directory: pathlib.Path) -> None:
+    model = net(lambda self, x: nn.Dense(10)(x.mean((1, 2))))
+    setup = inception_jax.assemble(small.config(data_directory), model=model)
+    assert set(inception_jax.create_state(setup).params) == {"Dense_0"}
+
+
+def test_what_train_cannot_take_is_named(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = small.config(data_directory)
+    setup = inception_jax.assemble(config, model=small.Linear())
+    for call, words in (
+        (lambda: inception_jax.train(str(DIGITS), tmp_path), "config: must be a Config, got str"),
+        (lambda: inception_jax.train(config, None), "workdir: must be the path of a run's folder"),
+        (lambda: inception_jax.load_config(config), "path: must be the path of an experiment"),
+        (
+            lambda: inception_jax.evaluate(setup, config),
+            "state: must be a TrainState, .* got Config",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+    config.train.batch_size = -1
+    with pytest.raises(ConfigError, match=r"config\.train\.batch_size = -1"):
+        inception_jax.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = small.config(data_directory, log=Log(every=Duration(steps=1)))
+    config.train.length = config.evaluation.every = config.checkpoint.every = Duration(steps=5000)
+    own = {"model": small.Linear()}
+
+    def interrupt() -> None:
+        metrics = tmp_path / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = surroundings()
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="which is saved"):
+        inception_jax.train(config, tmp_path, **own)
+    assert surroundings() == before
+    (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert 5 < step < 5000
+    config.train.length = Duration(steps=step + 2)
+    assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
+
+
+def test_jax_s_settings_hold_for_a_run_alone() -> None:
+    said: list[str] = []
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with devices.settings_of_a_run(said.append):
+            assert jnp.arange(3).dtype == jnp.int32
+        assert jnp.arange(3).dtype == jnp.int64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert said == ["JAX_ENABLE_X64=True: is ignored; this program always runs with False"]
+
+
+def test_a_second_interrupt_ends_it_at_once() -> None:
+    said: list[str] = []
+    with preemption.saved_on_interrupt(said.append) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not stop(1)
+        signal.raise_signal(signal.SIGINT)
+        assert stop(2) and len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_documented_examples_run_as_they_stand(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one program, but with less of everything, and the data in a folder of the test."""
+    text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    code = "\n".join(textwrap.dedent(block) for block in blocks)
+    assert set(api.__all__) <= set(re.findall(r"ij\.(\w+)", code))
+    monkeypatch.chdir(tmp_path)
+    load_config = api.load_config
+
+    def small_config(path: str, overrides: dict[str, Any] | None = None) -> Any:
+        less = {"train.length.epochs": 0.1, "schedule.warmup.epochs": 0, "model.width": 0.125}
+        if path.endswith(".json"):
+            return load_config(path, overrides)
+        return load_config(path, (overrides or {}) | less | {"data.directory": str(tmp_path)})
+
+    monkeypatch.setattr("inception_jax.experiment.load_config", small_config)
     names: dict[str, Any] = {}
-    exec(textwrap.dedent(code), names)
-    assert set(inception_jax.__all__) <= set(re.findall(r"inception_jax\.(\w+)", code))
+    exec(code, names)
     assert names["metrics"]["count"] == 360
-    assert len(names["guesses"][0]) == 5
+    assert len(names["guesses"]) == 8
+    assert names["get_config"]().data.source == "photos"
+
+
+OWN_EXPERIMENT = """
+import flax.linen as nn
+import inception_jax as ij
+
+@ij.register_model("test_net", options={"width": 8})
+def test_net(settings, num_classes):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = nn.relu(nn.Dense(settings.options["width"])(images.reshape(len(images), -1)))
+            return nn.Dense(num_classes)(x)
+    return Net()
+
+def get_config():
+    changes = {"model.name": "test_net", "model.dropout": 0.0, "data.image_size": 8}
+    return ij.load_config("experiments/digits.py", changes | {"train.length.epochs": 2})
+"""
+
+
+@pytest.mark.skipif(not hasattr(registry, "register_model"), reason="no door for networks yet")
+def test_a_run_of_a_registered_network_needs_its_folder_alone(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    before = dict(registry.MODELS._parts)
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_EXPERIMENT)
+    config = inception_jax.load_config(path, {"data.directory": str(data_directory)})
+    result = inception_jax.train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["parts"] == [
+        {"kind": "model", "name": "test_net", "file": str(path)}
+    ]
+    registry.MODELS._parts = dict(before)
+    assert "test_net" not in registry.MODELS
+    metrics = inception_jax.evaluate(inception_jax.load_weights(tmp_path / "run", "last"), config)
+    assert metrics["loss"] == pytest.approx(result["loss"])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "inception_jax.main",
+            f"--workdir={tmp_path / 'run'}",
+            "--mode=eval",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(command.ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == result["step"]
+    assert f"running {path}, which registers the model 'test_net' of this run" in done.stderr
+    path.unlink()
+    registry.MODELS._parts = dict(before)
+    with pytest.raises(CheckpointError, match=rf"{path}, which is not there. Give the experiment"):
+        inception_jax.load_weights(tmp_path / "run")

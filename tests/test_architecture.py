@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # imports `api` by its name only, when it is asked for.
 BASE = {"errors", "version", "console", "advice", "storage", "registry", "config"}
 MAY_IMPORT = {
-    "inception_jax": {"api", "version"},
+    "inception_jax": {"api", "experiment", "version"},
     "errors": set(),
     "version": set(),
     "console": set(),
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "input": BASE | {"runtime", "datasets"},
     "models": BASE | {"runtime"},
     "telemetry": BASE | {"runtime"},
-    "training": BASE | {"runtime", "datasets", "input", "models", "telemetry"},
+    "experiment": BASE,
+    "training": BASE | {"experiment", "runtime", "datasets", "input", "models", "telemetry"},
     "evaluation": BASE | {"runtime", "datasets", "input", "models", "telemetry", "training"},
 }
 _TOWERS_USE = MAY_IMPORT["evaluation"] | {"evaluation"}
@@ -41,7 +42,8 @@ MAY_IMPORT |= {
     "export": _TOWERS_USE | {"inference"},
     "inspection": _TOWERS_USE | {"inference", "reporting"},
     "reporting": _TOWERS_USE,
-    "cli": BASE | {"runtime"},
+    "cli": BASE | {"experiment", "runtime"},
+    "session": _TOWERS_USE | {"reporting"},
 }
 COMMANDS = {"tools", "main", "api"}
 

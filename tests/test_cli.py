@@ -333,7 +333,7 @@ def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> No
     (tmp_path / "tiny_base.py").unlink()
     done = run_in(place, *arguments, PYTHONPATH=str(install))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"put a copy of tiny_base.py into {tmp_path}" in done.stderr
+    assert f"Put a copy of tiny_base.py into {tmp_path}" in done.stderr
 
 
 LISTS = r"""

@@ -15,7 +15,7 @@ from inception_jax import cli
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
-from inception_jax.training import loop, workdir
+from inception_jax.training import workdir
 from inception_jax.training.run import Run
 from tests import small
 
@@ -42,8 +42,8 @@ def train() -> None:
     workdir.check_writable(folder)
     workdir.check_shared(folder)
     this = build(pathlib.Path(_DATA.value), _STEPS.value)
-    changed = workdir.check_owner(folder, this.config)
-    loop.train(this, folder, Evaluator(this), changed=changed)
+    changed = workdir.check_compatible(workdir.previous(folder), this.config)
+    small.train(this, folder, Evaluator(this), changed=changed)
 
 
 def add() -> None:

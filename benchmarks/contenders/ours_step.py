@@ -13,21 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contenders import network, serve
-from inception_jax import config
-from inception_jax.config import Config, Timeline
+from inception_jax import config, console
+from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset
 from inception_jax.datasets.splits import Split
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import pipeline
-from inception_jax.models import registry
-from inception_jax.runtime import devices, sharding
-from inception_jax.training import optimizers
+from inception_jax.runtime import devices
 from inception_jax.training import state as states
-from inception_jax.training.run import Run
+from inception_jax.training.initialization import create_state
+from inception_jax.training.run import Run, assemble, train_batches
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import make_train_step
 
-# Durations in epochs become steps as on Tiny ImageNet.
+# As many as Tiny ImageNet has, so that durations in epochs become as many steps.
 _EXAMPLES = 100_000
 
 
@@ -57,10 +56,10 @@ def make_config(settings: dict[str, Any]) -> Config:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Noise(Split):
-    """Random pictures in memory.
+    """A batch of random pictures in memory, again and again.
 
     Attributes:
-      pixels: uint8 [N, H, W, 3].
+      pixels: uint8 [B, H, W, 3].
     """
 
     pixels: np.ndarray
@@ -72,18 +71,18 @@ class Noise(Split):
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
-        return self.pixels[indices]
+        return self.pixels[indices % len(self.pixels)]
 
 
 def noise(settings: dict[str, Any]) -> Dataset:
-    """Returns a data set of random pictures and labels, a batch of each split."""
+    """Returns a data set of random pictures and labels."""
     random = np.random.default_rng(0)
     size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
 
-    def split() -> Noise:
+    def split(examples: int) -> Noise:
         return Noise(
             pixels=random.integers(0, 256, (count, size, size, 3), np.uint8),
-            labels=random.integers(0, classes, count, np.int32),
+            labels=np.resize(random.integers(0, classes, count, np.int32), examples),
             names_path=pathlib.Path("unnamed"),
             image_size=size,
         )
@@ -95,67 +94,44 @@ def noise(settings: dict[str, Any]) -> Dataset:
         class_names=tuple(map(str, range(classes))),
         mean=np.full(3, 0.5, np.float32),
         std=np.full(3, 0.25, np.float32),
-        splits={"train": split(), "validation": split()},
+        splits={"train": split(_EXAMPLES), "validation": split(count)},
         train_split="train",
         eval_split="validation",
     )
 
 
 def make_run(settings: dict[str, Any]) -> Run:
-    """Returns a run on noise, made of the same parts as `training.run.build` does from files."""
-    made, dataset = make_config(settings), noise(settings)
-    timeline = Timeline(made.train.batch_size, _EXAMPLES)
-    total_steps = timeline.steps(made.train.length)
-    schedule = optimizers.make_schedule(made.schedule, timeline=timeline, total_steps=total_steps)
-    return Run(
-        config=made,
-        dataset=dataset,
-        mesh=sharding.make_mesh(),
-        model=registry.create(made.model, dataset.num_classes),
-        timeline=timeline,
-        total_steps=total_steps,
-        schedule=schedule,
-        optimizer=optimizers.make_optimizer(made.optimizer, schedule),
-    )
-
-
-def batch_of(split: Split, run: Run, **more: np.ndarray) -> dict[str, jax.Array]:
-    """Returns a whole split as a batch on the devices."""
-    return sharding.to_devices(
-        {"image": split.read(np.arange(len(split))), "label": split.labels, **more}, run.mesh
-    )
+    """Returns a run on noise."""
+    return assemble(make_config(settings), noise(settings), log=console.say)
 
 
 def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
     """Returns the compiled training step of the first image size, and the first state."""
-    like, create = states.plan(run)
-    batch = pipeline.abstract_train_batch(
-        run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
-    )
-    return make_train_step(run, run.train_image_size(0)).lower(like, batch).compile(), create()
+    state, batch = create_state(run), next(iter(train_batches(run)))
+    return make_train_step(run).lower(state, batch).compile(), state
 
 
 def repeated_step(run: Run) -> tuple[jax.stages.Compiled, serve.Repeated]:
     """Returns the compiled training step, and what times it, warm."""
     step, state = compiled(run)
-    batch = batch_of(run.dataset.train, run)
+    batch = next(iter(train_batches(run)))
 
     def train() -> None:
         nonlocal state
-        state, found = step(state, batch)
+        state, output = step(state, batch)
         # As the training loop does, which says why.
         if jax.default_backend() == "cpu":
-            found.loss.block_until_ready()
+            output.loss.block_until_ready()
 
     return step, serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
 
 
 def eval_mode(run: Run) -> serve.Repeated:
     """Returns what times the evaluation step, compiled and warm."""
-    # Not public, but the step alone: the call around it reads a split as well.
-    step = Evaluator(run)._step
-    batch = batch_of(run.dataset.evaluation, run, mask=np.ones(len(run.dataset.evaluation), bool))
-    variables = states.create(run).eval_variables()
+    # The step alone: a call of the evaluator reads a split as well.
+    step, split = Evaluator(run).step, run.dataset.evaluation
+    (batch,) = pipeline.eval_batches(split, batch_size=len(split), mesh=run.mesh)
+    variables = create_state(run).eval_variables()
     metrics: Any = None
 
     def evaluate() -> None:
@@ -187,7 +163,7 @@ def make(settings: dict[str, Any]) -> serve.Contender:
         "eval": lambda: eval_mode(run),
         "matmul": lambda: matmul_mode(settings["matmul_size"], settings["dtype"]),
     }
-    shapes = states.abstract(run).params
+    shapes = states.abstract_state(run).params
     facts = {
         "versions": {"jax": jax.__version__},
         "device": jax.devices()[0].device_kind,

@@ -50,6 +50,7 @@ from inception_jax.config.schema import (
     setting,
 )
 from inception_jax.config.serialization import (
+    Record,
     changes,
     flatten,
     from_dict,
@@ -90,6 +91,7 @@ __all__ = [
     "Log",
     "Model",
     "Optimizer",
+    "Record",
     "Schedule",
     "Timeline",
     "Train",

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from inception_jax.config.fields import check_path, get, leaves, put
 from inception_jax.config.schema import Config
-from inception_jax.config.validation import validate
 from inception_jax.errors import ConfigError
 
 
@@ -21,13 +20,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the configuration that `to_dict` (and a pass through JSON) gave `values`.
 
     Raises:
-      ConfigError: if a field is unknown, or a value fails `validate`.
+      ConfigError: if a field is unknown.
     """
     config = Config()
     for path, value in flatten(values, stop={known for known, _, _ in leaves()}).items():
         check_path(path)
         put(config, path, value)
-    validate(config)
     return config
 
 
@@ -39,24 +37,56 @@ def unrecorded_bit_depth(data_name: str) -> int:
     return 16 if data_name == "image_folder" else 0
 
 
-def read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a run's config.json holds; its "config" is one that `from_dict` takes.
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run's config.json holds.
+
+    Attributes:
+      config: the settings.
+      experiment: where they are from; None: not known.
+      dataset: what the examples are.
+      changes: of settings, when the run was resumed.
+      environment: of the last start.
+      parts: those that the settings name and that are not the package's own: kind, name and file.
+      own: the names of objects that a program gave in place of what the settings name, by kind.
+      notes: what of the settings is left out, a line for the log each.
+    """
+
+    config: Config
+    experiment: Mapping[str, Any] | None
+    dataset: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    parts: Sequence[Mapping[str, str]]
+    own: Mapping[str, str]
+    notes: Sequence[str] = ()
+
+
+def read_record(path: pathlib.Path) -> Record:
+    """Returns what a run's config.json holds.
 
     Raises:
       FileNotFoundError: if it is not there.
       ConfigError: if it cannot be read as the record of a run.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        from_dict(record["config"])
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Record(
+            config=from_dict(values["config"]),
+            experiment=values.get("experiment"),
+            dataset=values.get("dataset") or {},
+            changes=values.get("changes") or [],
+            environment=values.get("environment") or {},
+            parts=values.get("parts") or [],
+            own=values.get("own") or {},
+        )
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
             f"{path}: cannot be read as the record of a run: {error}. Was it written by another "
             "version? Restore it from a backup, or use a new --workdir"
         ) from error
-    return record
 
 
 def flatten(

@@ -110,6 +110,50 @@ class Dataset:
     train_cut: Split | None = None
     bit_depth: int = 0
 
+    @classmethod
+    def from_arrays(
+        cls, images: np.ndarray, labels: np.ndarray, *, eval_share: float = 0.2
+    ) -> "Dataset":
+        """Returns a data set of arrays, of which a share of each class is held out.
+
+        Args:
+          images: uint8 [N, H, W, 3], H = W.
+          labels: int [N], from 0 on.
+          eval_share: that share.
+
+        Raises:
+          DataError: if an array is of another shape or type.
+        """
+        shape = np.shape(images)
+        if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or images.dtype != np.uint8:
+            raise DataError(f"images: must be uint8 [N, S, S, 3], got {images.dtype} {list(shape)}")
+        if np.shape(labels) != shape[:1]:
+            raise DataError(f"labels: must be int [{shape[0]}], got {list(np.shape(labels))}")
+        known = np.asarray(labels, np.int32)
+        classes = int(known.max()) + 1
+        held = splits.stratified(known, classes * max(1, int(eval_share * len(known) / classes)))
+        values = images[~held].reshape(-1, 3) / 255
+        digest = hashlib.sha256(images.tobytes() + known.tobytes()).hexdigest()
+        return cls(
+            name="arrays",
+            version=digest[:16],
+            image_size=shape[1],
+            class_names=tuple(str(label) for label in range(int(known.max()) + 1)),
+            mean=values.mean(0).astype(np.float32),
+            std=np.where(values.std(0) > 0, values.std(0), 1).astype(np.float32),
+            splits={
+                name: splits.ArraySplit(
+                    labels=known[chosen],
+                    names_path=pathlib.Path(),
+                    image_size=shape[1],
+                    pixels=images[chosen],
+                )
+                for name, chosen in (("train", ~held), ("validation", held))
+            },
+            train_split="train",
+            eval_split="validation",
+        )
+
     @property
     def num_classes(self) -> int:
         """How many classes there are."""

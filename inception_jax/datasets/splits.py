@@ -86,6 +86,31 @@ class Split(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ArraySplit(Split):
+    """A split in memory.
+
+    Attributes:
+      pixels: uint8 [N, H, W, 3].
+    """
+
+    pixels: np.ndarray
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The number of each example."""
+        return tuple(map(str, range(len(self))))
+
+    @property
+    def threads(self) -> int:
+        """One."""
+        return 1
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the images at `indices`."""
+        return self.pixels[indices]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class DecodedSplit(Split):
     """A split whose images were decoded into one .npy file.
 

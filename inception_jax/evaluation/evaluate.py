@@ -97,6 +97,10 @@ class Evaluator:
         metrics = informative(metrics, self._run.dataset.num_classes)
         return metrics | {"count": len(split)}
 
+    def step(self, variables: Variables, batch: dict[str, jax.Array]) -> Any:
+        """Evaluates one batch of `pipeline.eval_batches`; the results stay on the devices."""
+        return self._step(variables, batch)
+
     def _steps(
         self, variables: Variables, batches: Iterator[dict[str, jax.Array]], said: list[_Said]
     ) -> Iterator[dict[str, EvalMetrics]]:
@@ -176,7 +180,7 @@ def evaluate_checkpoint(
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
         roles = checkpoints.roles(step)
-        model = checkpoints.restore_model(step, states.abstract(run).model_item())
+        model = checkpoints.restore_model(step, states.abstract_state(run).model_item())
     count = len(run.dataset.evaluation)
     batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
     log(

@@ -1,11 +1,13 @@
 """JAX's processes, devices and caches, set up before anything is computed."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_compilation_cache
 
 from inception_jax import advice
 from inception_jax.errors import UserError, nearest
@@ -95,6 +97,28 @@ def _fix_settings(log: Callable[[str], None]) -> None:
         if (found := getattr(jax.config, name)) not in (None, value):
             log(f"{name.upper()}={found}: is ignored; this program always runs with {value}")
             jax.config.update(name, value)
+
+
+@contextlib.contextmanager
+def settings_of_a_run(log: Callable[[str], None]) -> Iterator[None]:
+    """Gives JAX the settings that a run depends on, and its cache, in the block alone.
+
+    Args:
+      log: takes a line where a setting was another, or compiled programs cannot be kept.
+    """
+    cache = "jax_compilation_cache_dir"
+    before = {name: getattr(jax.config, name) for name in (*_FIXED, cache)}
+    with compilation_cache.explained_problems(log):
+        _fix_settings(log)
+        if not before[cache]:
+            compilation_cache.use(log)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            if not before[cache]:
+                jax_compilation_cache.reset_cache()
 
 
 def _numbered(count: int, index: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Self
 
 import jax
@@ -103,6 +104,47 @@ class Preemption:
                 self._notify_preemption()
         elif now - self._first_time >= SIGNAL_DEBOUNCE_SECONDS:
             _end(f"{received.name} again: ended at once. {_GOES_ON}", 128 + received)
+
+
+@contextlib.contextmanager
+def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], bool]]:
+    """Lets Ctrl-C, or a notebook's stop button, save a run before it ends, in the block alone.
+
+    The first ends the run once its step is saved; before the first step, and a second time, it is
+    a KeyboardInterrupt at once. Outside the main thread, or with several processes, of which one
+    must not stop alone, nothing changes.
+
+    Args:
+      log: takes a line when that happens.
+
+    Yields:
+      What says, after a step, whether the run must be saved and end.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(before) or jax.process_count() > 1:
+        yield lambda step: False
+        return
+    stepped = asked = False
+
+    def receive(number: int, frame: types.FrameType | None) -> None:
+        nonlocal asked
+        if asked or not stepped:
+            before(number, frame)
+            return
+        asked = True
+        log("interrupted: ends once this step is saved; a second interrupt ends it at once")
+
+    def requested(step: int) -> bool:
+        nonlocal stepped
+        stepped = True
+        return asked
+
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _GOES_ON = "What is saved is whole; the same command goes on from the last checkpoint"

@@ -37,11 +37,8 @@ _TO = flags.DEFINE_enum(
     "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
 )
 cli.define_config()
-_WORKDIR = cli.define_path("workdir", "folder of the run")
-_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
-cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
+_TRAINED = cli.define_trained()
 _OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
 )
@@ -70,9 +67,7 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=cli.say)
-    trained = initialization.load(
-        workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
-    )
+    trained = initialization.load(**_TRAINED.values())
     path = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(path.parent), flag="output", own=False)
     form = f"{_TO.value}, {_DTYPE.value}"

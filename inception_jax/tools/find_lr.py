@@ -33,7 +33,7 @@ _HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound
 _STEPS = flags.DEFINE_integer(
     "steps", 200, "how many steps; at least 30 for each factor of ten", 10
 )
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+_PLATFORM = cli.define_platform()
 cli.require("config")
 
 
@@ -58,7 +58,7 @@ def main(positional: Sequence[str]) -> None:
     output = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(output), flag="output")
     devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    this_run = run.build(_CONFIG.value, log=cli.say)
+    this_run = run.assemble(_CONFIG.value, log=cli.say)
     points = range_test(
         this_run,
         low=_LOW.value,

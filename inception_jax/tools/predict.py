@@ -44,10 +44,7 @@ is read: a mistake in the command, such as a path that leads nowhere. Exit code 
 done: files that could not be read as pictures; each is named.
 """
 
-_WORKDIR = cli.define_path("workdir", "folder of a run whose checkpoint to use")
-_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
-cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_TRAINED = cli.define_trained()
 _TOP = flags.DEFINE_integer("top", 5, "how many classes to give for each picture", 1)
 _JSON = flags.DEFINE_bool("json", False, "write a JSON object a line: file, guesses")
 _CSV = flags.DEFINE_bool("csv", False, "write CSV, a row for each class: file, rank, label …")
@@ -69,7 +66,7 @@ _SPLIT = flags.DEFINE_string("split", None, "predict this split of the data set,
 _DIRECTORY = flags.DEFINE_string(
     "config.data.directory", None, "with split: where the data are prepared; else as in training"
 )
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+_PLATFORM = cli.define_platform()
 # Flags may stand behind pictures.
 flags.FLAGS.set_gnu_getopt(True)
 
@@ -86,9 +83,7 @@ def main(positional: Sequence[str]) -> None:
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
     devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    weights = initialization.load(
-        workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
-    )
+    weights = initialization.load(**_TRAINED.values())
     cli.say(f"network: {weights}")
     if found is None:
         _predict_split(weights)
@@ -186,10 +181,10 @@ def _data_settings(weights: "Weights") -> "Data":
     from inception_jax.training import workdir
 
     data = weights.config.data
-    if _WORKDIR.value is not None:
+    if _TRAINED.workdir.value is not None:
         # With where the data lie, which weights do not keep.
-        folder = workdir.Workdir(_WORKDIR.value)
-        data = workdir.recorded_run(folder)[0].data
+        folder = workdir.Workdir(_TRAINED.workdir.value)
+        data = workdir.recorded_run(folder).config.data
     if _DIRECTORY.value is not None:
         data.directory = _DIRECTORY.value
     # Whoever trained may have prepared the data again; to predict is no reason to.

@@ -27,10 +27,7 @@ with the status 400, 413 or 415. GET /model tells the network, its classes and t
 --host=0.0.0.0 lets the whole network in, without any password: do so only where you trust it.
 """
 
-_WORKDIR = cli.define_path("workdir", "folder of a run whose checkpoint to use")
-_WEIGHTS = cli.define_path("weights", "file of weights, instead of --workdir")
-cli.require_one("workdir", "weights", message="give either --workdir=DIR or --weights=FILE")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_TRAINED = cli.define_trained()
 _LAYER = flags.DEFINE_string(
     "layer",
     "",
@@ -40,7 +37,7 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen at; this mac
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen at; 0: any that is free", 0, 65535)
 _MEGABYTES = flags.DEFINE_float("max_megabytes", 20, "largest picture file", 0.001, 1000)
 _MEGAPIXELS = flags.DEFINE_float("max_megapixels", 50, "largest picture", 0.001, 89)
-_PLATFORM = flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+_PLATFORM = cli.define_platform()
 
 
 def main(positional: Sequence[str]) -> None:
@@ -60,9 +57,7 @@ def main(positional: Sequence[str]) -> None:
 
     with server.bind(_HOST.value, _PORT.value) as bound:
         devices.initialize(platform=_PLATFORM.value, log=cli.say)
-        weights = initialization.load(
-            workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
-        )
+        weights = initialization.load(**_TRAINED.values())
         cli.say(f"network: {weights}; compiling")
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))

@@ -28,11 +28,7 @@ module finds in a picture (activations.png).
 """
 
 cli.define_config()
-_WORKDIR = cli.define_path("workdir", "folder of a run, instead of --config")
-_WEIGHTS = cli.define_path("weights", "file of weights, instead of --config")
-_ONE = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
-cli.require_one("config", "workdir", "weights", message=_ONE)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step")
+_TRAINED = cli.define_trained(or_config=True)
 _OUTPUT = cli.define_path(
     "output", "folder for the files; default: DIR/view of --workdir, else runs/view"
 )
@@ -67,9 +63,7 @@ def main(positional: Sequence[str]) -> None:
         configs.validate(given)
         config, weights, classes = given, None, _classes(given.data.name)
     else:
-        weights = initialization.load(
-            workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
-        )
+        weights = initialization.load(**_TRAINED.values())
         config, classes = weights.config, weights.num_classes
     found = structure.describe(registry.create(config.model, classes), config.data.image_size)
     folder = _output()
@@ -99,7 +93,9 @@ def _classes(name: str) -> int:
 
 
 def _output() -> pathlib.Path:
-    default = pathlib.Path("runs" if _WORKDIR.value is None else _WORKDIR.value, "view")
+    default = pathlib.Path(
+        "runs" if _TRAINED.workdir.value is None else _TRAINED.workdir.value, "view"
+    )
     return _OUTPUT.value or default
 
 

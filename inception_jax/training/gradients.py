@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from inception_jax import config
+from inception_jax.models.layers import ModelOutput
 from inception_jax.runtime import sharding
-from inception_jax.training import losses
 from inception_jax.training.state import Variables
 
 
-class Gradient(NamedTuple):
+class GradOutput(NamedTuple):
     """What comes of one batch of B examples.
 
     Attributes:
@@ -31,19 +30,22 @@ class Gradient(NamedTuple):
     logits: jax.Array
 
 
+# Of each example, float32 [B], from what the network returns and targets float32 [B, K].
+Loss = Callable[[ModelOutput, jax.Array], jax.Array]
 # (params, batch_stats, images float32 [B, H, W, 3], targets float32 [B, K], key of the dropout)
-GradientFunction = Callable[[Variables, Variables, jax.Array, jax.Array, jax.Array], Gradient]
+GradientFunction = Callable[[Variables, Variables, jax.Array, jax.Array, jax.Array], GradOutput]
 
 
 def make_gradient(
-    model: nn.Module, train: config.Train, *, sam_rho: float, mesh: Mesh
+    model: nn.Module, loss: Loss, *, num_microbatches: int, sam_rho: float, mesh: Mesh
 ) -> GradientFunction:
     """Returns the gradient of training: in micro-batches and sharpness-aware where asked for.
 
     Args:
       model: the network.
-      train: label smoothing, weight of the auxiliary heads, number of micro-batches.
-      sam_rho: radius of `sharpness_aware`; 0: the plain gradient.
+      loss: of each example.
+      num_microbatches: in how many parts a batch is computed, one after another.
+      sam_rho: radius of `sam_gradient`; 0: the plain gradient.
       mesh: the devices that share a batch.
     """
 
@@ -61,39 +63,37 @@ def make_gradient(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        loss = losses.objective(
-            output.logits,
-            output.aux,
-            targets,
-            label_smoothing=train.label_smoothing,
-            aux_weight=train.aux_weight,
-        )
-        return loss.mean(), (updated.get("batch_stats", {}), loss, output.logits)
+        of_each = loss(output, targets)
+        return of_each.mean(), (updated.get("batch_stats", {}), of_each, output.logits)
 
-    def plain(params: Variables, *rest: Any) -> Gradient:
+    def plain(params: Variables, *rest: Any) -> GradOutput:
         grads, found = jax.grad(objective, has_aux=True)(params, *rest)
-        return Gradient(grads, *found)
+        return GradOutput(grads, *found)
 
-    gradient = accumulated(plain, train.accumulate, mesh) if train.accumulate > 1 else plain
-    return sharpness_aware(gradient, sam_rho) if sam_rho else gradient
+    gradient: GradientFunction = plain
+    if num_microbatches > 1:
+        gradient = accumulate_gradients(plain, num_microbatches, mesh)
+    return sam_gradient(gradient, sam_rho) if sam_rho else gradient
 
 
-def accumulated(gradient: GradientFunction, parts: int, mesh: Mesh) -> GradientFunction:
+def accumulate_gradients(
+    gradient: GradientFunction, num_microbatches: int, mesh: Mesh
+) -> GradientFunction:
     """Returns the mean gradient over equal parts of the batch, computed one after another.
 
     Only one part's activations are in memory at a time. BatchNorm normalises each part by its own
     statistics (over all devices), and its running statistics follow the parts in turn. Part i holds
-    the rows i, i + parts, i + 2 parts, ..., so that each device has its share of every part
+    the rows i, i + N, i + 2 N, ... of N parts, so that each device has its share of every part
     already; its key is fold_in(key, i).
 
     Args:
       gradient: of one part.
-      parts: how many; the batch must be divisible by parts times the devices.
+      num_microbatches: how many; the batch must be divisible by them times the devices.
       mesh: the devices that share each part.
     """
 
     def divide(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, sharding.parts_sharding(mesh))
 
     def join(x: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ def accumulated(gradient: GradientFunction, parts: int, mesh: Mesh) -> GradientF
         images: jax.Array,
         targets: jax.Array,
         key: jax.Array,
-    ) -> Gradient:
+    ) -> GradOutput:
         def add(
             carry: tuple[Variables, Variables], part: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[tuple[Variables, Variables], tuple[jax.Array, jax.Array]]:
@@ -117,14 +117,16 @@ def accumulated(gradient: GradientFunction, parts: int, mesh: Mesh) -> GradientF
         (total, batch_stats), (loss, logits) = jax.lax.scan(
             add,
             (optax.tree.zeros_like(params), batch_stats),
-            (jnp.arange(parts), divide(images), divide(targets)),
+            (jnp.arange(num_microbatches), divide(images), divide(targets)),
         )
-        return Gradient(optax.tree.scale(1 / parts, total), batch_stats, join(loss), join(logits))
+        return GradOutput(
+            optax.tree.scale(1 / num_microbatches, total), batch_stats, join(loss), join(logits)
+        )
 
     return mean
 
 
-def sharpness_aware(gradient: GradientFunction, rho: float) -> GradientFunction:
+def sam_gradient(gradient: GradientFunction, rho: float) -> GradientFunction:
     """Returns the gradient of SAM (Foret et al. 2021, arXiv:2010.01412, algorithm 1).
 
     With g the gradient at the parameters p, it is the gradient at p + rho * g / ||g||, the norm
@@ -136,7 +138,7 @@ def sharpness_aware(gradient: GradientFunction, rho: float) -> GradientFunction:
       rho: radius of the neighbourhood, in the norm of all parameters together.
     """
 
-    def at_neighbour(params: Variables, *rest: Any) -> Gradient:
+    def at_neighbour(params: Variables, *rest: Any) -> GradOutput:
         here = gradient(params, *rest)
         # A gradient of zeros leaves the parameters where they are.
         factor = rho / (optax.tree.norm(here.grads) + 1e-12)

@@ -70,7 +70,8 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
       UserError: if `which` is none of them.
       CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
     """
-    config, dataset = workdirs.recorded_run(workdir)
+    record = workdirs.recorded_run(workdir)
+    config, dataset = record.config, record.dataset
     like = states.abstract_model_item(
         registry.create(config.model, dataset["classes"]),
         image_size=config.data.image_size,
@@ -98,6 +99,20 @@ def from_checkpoint(workdir: Workdir, which: str) -> Weights:
         revision=environment.revision(),
         origin=f"{workdir.path}, step {step:,}",
     )
+
+
+def create_state(run: Run) -> TrainState:
+    """Returns the state before a run's first step, on all devices.
+
+    Its parameters are drawn by config.seed, or come from the file that config.init.weights names.
+
+    Raises:
+      UserError: if that file cannot be used.
+    """
+    abstract, create = states.lower_init(run)
+    if not run.config.init.weights:
+        return create()
+    return states.with_initial_weights(create(), start(run, abstract).values)
 
 
 def start(run: Run, like: TrainState) -> Start:
@@ -162,7 +177,7 @@ def for_evaluation(run: Run, found: Weights) -> Variables:
             f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
             "were trained on, or train on this one from them: --config.init.weights"
         )
-    like = states.abstract(run)
+    like = states.abstract_state(run)
     expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
     # Evaluation needs no auxiliary heads.
     values = _without_heads(files.flatten(found.variables))

@@ -11,26 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from inception_jax import config as configs
 from inception_jax import console
 from inception_jax.config import Config
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted, RunError, during
-from inception_jax.input import crops, pipeline
 from inception_jax.runtime import environment
-from inception_jax.storage import integrity, lock
+from inception_jax.storage import integrity
 from inception_jax.telemetry import compilations, resources
 from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter, informative
-from inception_jax.training import initialization, nonfinite, norm, optimizers
+from inception_jax.training import initialization, nonfinite, norm
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.run import Run
+from inception_jax.training.run import Run, train_batches
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
 from inception_jax.training.workdir import Workdir
@@ -58,7 +56,7 @@ def train(
     workdir: Workdir,
     evaluate: Evaluate,
     *,
-    changed: list[str],
+    on_start: Callable[[int], list[str]] = lambda first: [],
     on_evaluation: OnEvaluation = lambda result: None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, Any]:
@@ -70,7 +68,8 @@ def train(
       evaluate: maps model variables and a split to loss, top1, count and, of more than five
         classes, top5. If it has a method `compile`, that is called ahead in the background, with
         shapes and types of the variables.
-      changed: settings that differ from an earlier start, to be said and recorded.
+      on_start: called by the lead process with the finished steps, once the state is there; returns
+        lines for the user.
       on_evaluation: called by the lead process after the last evaluation, and after those before it
         that leave it within `REPORT_SHARE` of the time; once all that it found is on disk, with
         what result.json would hold if the run ended there.
@@ -82,12 +81,11 @@ def train(
 
     Raises:
       RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
-      UserError: if the workdir cannot be written to, or another process is training in it.
+      UserError: if the workdir cannot be written to.
       Preempted: if `stop` said so, once the checkpoint is on disk.
     """
     config = run.config
     with (
-        lock.lock_workdir(workdir.path, console.say) if run.is_lead else contextlib.nullcontext(),
         Checkpoints(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
@@ -100,17 +98,8 @@ def train(
         cleanup.callback(background.shutdown, cancel_futures=True)
         state, clock, train_steps, notes = _start(run, checkpoints, background)
         first = int(state.step)
-        if first and run.is_lead and (old := workdirs.recorded(workdir)):
-            notes += _rate_rise(run, configs.from_dict(old["config"]), first)
         if run.is_lead:
-            workdirs.record_start(
-                workdir,
-                config,
-                step=first,
-                changed=changed,
-                dataset=run.dataset_record(),
-                experiment=run.experiment,
-            )
+            notes += on_start(first)
         with (
             RunWriter(
                 workdir.path,
@@ -135,7 +124,7 @@ def train(
             clock.phase("other"),
         ):
             reporter = _Reporter(run, writer, progress, clock, workdir, on_evaluation)
-            reporter.started(state, first, changed, notes)
+            reporter.started(state, first, [], notes)
             ready = _ready_for_evaluation(run, state, evaluate, cleanup)
             result = _train(run, state, train_steps, ready, evaluate, checkpoints, reporter, stop)
     if result["step"] < run.total_steps:
@@ -146,29 +135,6 @@ def train(
     if run.is_lead:
         workdirs.write_json(workdir.result, result)
     return result
-
-
-def _rate_rise(run: Run, old: Config, first: int) -> list[str]:
-    """Returns a warning where a changed schedule raises the rate of a run that is resumed.
-
-    Args:
-      run: as it is now.
-      old: its settings before.
-      first: finished steps.
-    """
-    schedule = optimizers.make_schedule(
-        old.schedule, timeline=run.timeline, total_steps=run.timeline.steps(old.train.length)
-    )
-    # Where the old schedule would have gone on to is no change, such as in its warm-up.
-    before = max(float(schedule(first - 1)), float(schedule(first)))
-    now = float(run.schedule(first))
-    if now <= 1.01 * before:
-        return []
-    return [
-        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,}, as "
-        "the schedule or the length was changed. Accuracy may fall before it rises; for a lower "
-        "rate give --config.schedule.learning_rate too"
-    ]
 
 
 def _goes_on(config: Config) -> bool:
@@ -187,14 +153,19 @@ def _start(
     The steps, one for each image size, compile in the background, while the state is made or read
     and all else gets ready.
     """
-    like, create = states.plan(run)
+    like, create = states.lower_init(run)
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
     start = initialization.start(run, like) if first is None and run.config.init.weights else None
     log = progress_lines.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(run, like, background, first=first or 0, log=log)
     if start:
-        return states.start_from(create(), start.values), Clock(), train_steps, start.notes
+        return (
+            states.with_initial_weights(create(), start.values),
+            Clock(),
+            train_steps,
+            start.notes,
+        )
     if first is None:
         return create(), Clock(), train_steps, []
     state, progress = checkpoints.restore(first, like)
@@ -255,15 +226,7 @@ def _train(
         metrics = evaluate(state.eval_variables(), run.dataset.evaluation)
         reporter.show(first, metrics)
         return reporter.result(first, metrics)
-    batches = pipeline.train_batches(
-        run.dataset.train,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        start=first,
-        stop=run.total_steps,
-        mesh=run.mesh,
-        box_at=crops.train_boxes(config.augment, config.seed),
-    )
+    batches = train_batches(run, first)
     empty_metrics = states.empty_metrics(run)
     in_flight: collections.deque[jax.Array] = collections.deque()
     steps_ahead = _steps_ahead()
@@ -281,11 +244,11 @@ def _train(
             # Done already, but where the next image size begins too soon.
             run_step = train_steps[run.train_image_size(step - 1)].result()
         with clock.phase("train"):
-            state, found = run_step(state, batch)
-            in_flight.append(found.loss)
+            state, output = run_step(state, batch)
+            in_flight.append(output.loss)
             if len(in_flight) > steps_ahead:
                 in_flight.popleft().block_until_ready()
-        reporter.stepped(step, found.finite)
+        reporter.stepped(step, output.finite)
 
         last = step == run.total_steps
         stop_now = not last and stop(step)
@@ -364,7 +327,7 @@ class _Reporter:
         if jax.process_count() > 1:
             devices += f" in {jax.process_count()} processes"
         note(
-            f"{run.config.name}: {run.config.model.name} on {run.dataset.name}, "
+            f"{run.config.name}: {run.model_name} on {run.dataset.name}, "
             f"{len(run.dataset.train):,} training and {len(run.dataset.evaluation):,} "
             f"{run.dataset.eval_split} images, {run.total_steps:,} steps of "
             f"{run.config.train.batch_size}, on {devices}"
@@ -382,7 +345,7 @@ class _Reporter:
 
         Args:
           step: its number.
-          finite: bool [1 + M], as of `step.Found`; still being computed.
+          finite: bool [1 + M], as of `StepOutput`; still being computed.
         """
         self._finite.append((step, finite))
         self._progress.step(step)

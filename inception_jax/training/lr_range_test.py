@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from inception_jax.input import crops, pipeline
 from inception_jax.training import initialization, optimizers
-from inception_jax.training import state as states
-from inception_jax.training.run import Run
+from inception_jax.training.run import Run, train_batches
 from inception_jax.training.step import make_train_step
 
 # A smoothed loss above this multiple of its least has diverged (Gugger 2018).
@@ -135,25 +133,12 @@ def range_test(
     rising = dataclasses.replace(
         run, config=config, schedule=schedule, total_steps=steps, optimizer=optimizer
     )
-    like, create = states.plan(rising)
-    state = create()
-    if run.config.init.weights:
-        state = states.start_from(state, initialization.start(rising, like).values)
-    train_step = make_train_step(rising, rising.train_image_size(0))
-    batches = pipeline.train_batches(
-        run.dataset.train,
-        batch_size=run.config.train.batch_size,
-        seed=run.config.seed,
-        start=0,
-        stop=steps,
-        mesh=run.mesh,
-        box_at=crops.train_boxes(run.config.augment, run.config.seed),
-    )
+    state, train_step = initialization.create_state(rising), make_train_step(rising)
     smooth = _Smoothing(_time_constant(steps))
     points: list[Point] = []
-    for step, batch in enumerate(batches, start=1):
-        state, found = train_step(state, batch)
-        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(found.loss))))
+    for step, batch in enumerate(train_batches(rising), start=1):
+        state, output = train_step(state, batch)
+        points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(output.loss))))
         stepped(points[-1])
         if has_diverged(points):
             break

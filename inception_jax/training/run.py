@@ -1,10 +1,12 @@
 """Everything that a run is made of, built once from its configuration."""
 
 import bisect
+import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,9 +20,29 @@ from inception_jax.config import Config, Duration, Timeline
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.datasets.splits import Split, subset
 from inception_jax.errors import ConfigError, during
+from inception_jax.input import crops, pipeline
 from inception_jax.models import ops, registry
+from inception_jax.models.layers import ModelOutput
 from inception_jax.runtime import hosts, sharding
 from inception_jax.training import auto_settings, optimizers
+
+Batch = dict[str, jax.Array]
+
+
+class OwnNetwork(nn.Module):
+    """A network of the caller's, whose parameters keep their names, returning a `ModelOutput`."""
+
+    network: nn.Module
+    takes_train: bool
+
+    def setup(self) -> None:
+        """Gives the parameters the names that they have in the network itself."""
+        nn.share_scope(self, self.network)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+        """Returns the network's output; of logits alone, a `ModelOutput` of them."""
+        output = self.network(images, **({"train": train} if self.takes_train else {}))
+        return output if isinstance(output, ModelOutput) else ModelOutput(output)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +58,6 @@ class Run:
       total_steps: length of training, optimizer steps.
       schedule: learning rate by finished steps.
       optimizer: the update rule.
-      experiment: where the configuration is from, for config.json; None: it is not known.
     """
 
     config: Config
@@ -47,7 +68,6 @@ class Run:
     total_steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
-    experiment: Mapping[str, Any] | None = None
 
     @property
     def is_lead(self) -> bool:
@@ -75,41 +95,19 @@ class Run:
         examples = min(self.config.evaluation.train_examples, len(split))
         return subset(split, np.arange(examples)) if examples else None
 
+    @property
+    def model_name(self) -> str:
+        """What the network is called in messages."""
+        if isinstance(self.model, OwnNetwork):
+            return type(self.model.network).__name__
+        return self.config.model.name
+
     def compile_kind(self) -> str:
         """Returns what decides how long this run's programs take to compile, in words."""
         model, train = self.config.model, self.config.train
-        layers = (model.name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
+        layers = (self.model_name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
         device = f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
         return ", ".join((*layers, self.config.optimizer.name, f"batch {train.batch_size}", device))
-
-    def dataset_identity(self) -> dict[str, Any]:
-        """What must stay the same for a resumed run to see the same examples and classes."""
-        dataset = self.dataset
-        return {
-            "name": dataset.name,
-            "version": dataset.version,
-            "classes": dataset.num_classes,
-            "training examples": len(dataset.train),
-            f"{dataset.eval_split} examples": len(dataset.evaluation),
-            "class names": list(dataset.class_names),
-            "bit depth": dataset.bit_depth,
-        }
-
-    def dataset_record(self) -> dict[str, Any]:
-        """What config.json says of the data set: its identity, and what else a reader needs."""
-        found = self.dataset.trained_on
-        trained_on = (
-            {} if found is None else {"evaluated and trained on": dataclasses.asdict(found)}
-        )
-        return (
-            self.dataset_identity()
-            | trained_on
-            | {
-                # Every float32 is a double too, so the text gives back the same bits.
-                "mean": self.dataset.mean.tolist(),
-                "std": self.dataset.std.tolist(),
-            }
-        )
 
 
 def check_settings(config: Config) -> None:
@@ -123,27 +121,50 @@ def check_settings(config: Config) -> None:
     data_directory(config.data.directory)
 
 
-def build(
+def adapted(config: Config, dataset: Dataset) -> Config:
+    """Returns the settings for a data set of the caller's, which has an image size of its own.
+
+    Raises:
+      ConfigError: if it is none, or a setting does not fit that size.
+    """
+    _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
+    config = copy.deepcopy(config)
+    config.data.image_size = dataset.image_size
+    configs.validate(config)
+    return config
+
+
+def assemble(
     config: Config,
-    log: Callable[[str], None] = print,
+    dataset: Dataset | None = None,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     *,
-    experiment: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = print,
 ) -> Run:
-    """Builds a run, preparing its data first where that was not done before.
+    """Returns what a configuration makes, preparing its data first where that was not done before.
 
     Args:
       config: validated settings; the run has them with what they leave open filled in.
+      dataset: the examples; None: those that the settings name.
+      model: the network, called as `model(images, train=train)` with float32 images [B, H, W, 3]
+        normalized by the data set's mean and std; returns float32 logits [B, K], or a
+        `models.layers.ModelOutput`. None: the one that the settings name.
+      optimizer: the update rule; None: the one that the settings name.
       log: receives lines about the preparation, and a warning where the dtype is slow here.
-      experiment: where the settings are from, as `cli.experiment` says it; None: not known.
 
     Raises:
       UserError: if the data cannot be prepared, a setting does not fit the data or the devices, or
         the processes of the run have other data.
+      ConfigError: if an object is of another kind, or the network returns something else.
     """
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
-    with during("prepare"):
-        dataset = prepare(config.data, log=log)
+    if dataset is None:
+        with during("prepare"):
+            dataset = prepare(config.data, log=log)
+    else:
+        config = adapted(config, dataset)
     hosts.check_consistent("data set", lambda: content(dataset))
     config = _sized(config, dataset, mesh.size, log)
     if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
@@ -151,21 +172,82 @@ def build(
             f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
             "--config.model.dtype=float32"
         )
-    model = registry.create(config.model, dataset.num_classes)
-    _check_image_sizes(config, model.least_image_size)
+    if model is None:
+        network: nn.Module = registry.create(config.model, dataset.num_classes)
+    else:
+        network = _own_network(model, dataset)
+    _check_image_sizes(config, getattr(network, "least_image_size", 1))
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
     schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
+    if optimizer is None:
+        optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    else:
+        _check_kind(
+            "optimizer", optimizer, optax.GradientTransformation, "such as optax.adam(1e-3)"
+        )
     return Run(
         config=config,
         dataset=dataset,
         mesh=mesh,
-        model=model,
+        model=network,
         timeline=timeline,
         total_steps=total_steps,
         schedule=schedule,
-        optimizer=optimizers.make_optimizer(config.optimizer, schedule),
-        experiment=experiment,
+        optimizer=optimizer,
+    )
+
+
+def _own_network(model: nn.Module, dataset: Dataset) -> OwnNetwork:
+    """Returns a caller's network, once it was seen to give logits of the data set's classes.
+
+    Raises:
+      ConfigError: if it is no network, or returns something else.
+    """
+    _check_kind("model", model, nn.Module, "of flax.linen, not its class")
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    network, name = OwnNetwork(model, takes_train), type(model).__name__
+    size, classes = dataset.image_size, dataset.num_classes
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    images = np.zeros((2, size, size, 3), np.float32)
+    output, _ = jax.eval_shape(lambda: network.init_with_output(keys, images, train=True))
+    found = output.logits
+    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+    if shape != (2, classes) or dtype != np.float32:
+        what = type(found).__name__ if shape is None else f"{dtype} {list(shape)}"
+        raise ConfigError(
+            f"model: {name} returned {what} for a batch of 2 images; it must return the logits of "
+            f"the data set's classes, float32 [2, {classes}], or a ModelOutput that has them"
+        )
+    return network
+
+
+def _check_kind(name: str, value: object, kind: type, hint: str) -> None:
+    if not isinstance(value, kind):
+        found = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise ConfigError(f"{name}: must be a {kind.__name__} {hint}, got {found}")
+
+
+def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    """Yields the batches of a run's steps, as its loop sees them: a function of the step alone.
+
+    Args:
+      run: what is trained.
+      start: finished steps before the first.
+      stop: finished steps after the last; None: all of the run.
+
+    Yields:
+      image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices.
+    """
+    config = run.config
+    return pipeline.train_batches(
+        run.dataset.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start=start,
+        stop=run.total_steps if stop is None else stop,
+        mesh=run.mesh,
+        box_at=crops.train_boxes(config.augment, config.seed),
     )
 
 
@@ -204,7 +286,7 @@ def content(dataset: Dataset) -> dict[str, Any]:
         facts |= {
             f"{name} examples": len(split),
             f"{name} labels": _digest(split.labels.tobytes()),
-            f"{name} file names": _digest(split.names_path.read_bytes()),
+            f"{name} file names": _digest("\n".join(split.names).encode()),
             f"some {name} images": _digest(split.read(some).tobytes()),
         }
     return facts

@@ -88,8 +88,8 @@ def _initial_state(run: Run) -> TrainState:
     )
 
 
-def plan(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Returns what the state looks like, and what makes it; nothing is compiled or computed yet.
+def lower_init(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
+    """Returns the abstract state, and what makes the first; nothing is compiled or computed yet.
 
     Returns:
       Shapes, types and shardings of the state; and a function that returns the state before the
@@ -97,21 +97,21 @@ def plan(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
     """
     placed = sharding.replicated(run.mesh)
     traced = jax.jit(lambda: _initial_state(run), out_shardings=placed).trace()
-    like = jax.tree.map(
+    abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), traced.out_info
     )
     # It runs once, and at full effort LLVM takes 12 s for 57 drawings of random numbers. The values
     # are the same.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return like, lambda: traced.lower().compile(options)()
+    return abstract, lambda: traced.lower().compile(options)()
 
 
 def create(run: Run) -> TrainState:
     """Returns the state before the first step, on all devices."""
-    return plan(run)[1]()
+    return lower_init(run)[1]()
 
 
-def start_from(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
+def with_initial_weights(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
     """Returns the state before the first step with other initial variables.
 
     Args:
@@ -129,9 +129,9 @@ def start_from(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainStat
     return jax.jit(replaced, out_shardings=state.step.sharding)(state, values)
 
 
-def abstract(run: Run) -> TrainState:
+def abstract_state(run: Run) -> TrainState:
     """Returns shapes, types and shardings of the state, without computing it."""
-    return plan(run)[0]
+    return lower_init(run)[0]
 
 
 def abstract_model_item(
@@ -160,7 +160,7 @@ def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
     """
 
     def following(reported: TrainMetrics) -> TrainMetrics:
-        # A copy: the next step gives up its own, and the reported ones are still to be read.
+        # A copy: the next step donates its buffers, and the reported ones are still to be read.
         row = jax.tree.map(jnp.copy, reported.first_nonfinite_step)
         return TrainMetrics.empty().replace(first_nonfinite_step=row)
 

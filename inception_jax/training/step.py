@@ -9,35 +9,41 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from inception_jax.config import Train
 from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
+from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.run import Run
+from inception_jax.training.run import Batch, OwnNetwork, Run
 from inception_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
 CompiledStep = futures.Future[jax.stages.Compiled]
+# From a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees: images float32
+# [B, h, w, 3], normalized, and targets float32 [B, K].
+Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class Found(NamedTuple):
-    """What a step says of itself, besides the state after it.
+class StepOutput(NamedTuple):
+    """What a step says of its batch, besides the state after it.
 
     Attributes:
       loss: float32 scalar, the mean over the batch.
+      metrics: of this batch alone: `metrics.compute()` gives them by name.
       finite: bool [1 + M], whether the loss of each example is finite, and the gradient of each of
         the M top-level modules, in the order of their names.
     """
 
     loss: jax.Array
+    metrics: TrainMetrics
     finite: jax.Array
 
 
 def compile_train_steps(
     run: Run,
-    like: TrainState,
+    abstract_state: TrainState,
     background: futures.Executor,
     *,
     first: int,
@@ -50,7 +56,7 @@ def compile_train_steps(
 
     Args:
       run: what is trained.
-      like: shapes, types and shardings of the state.
+      abstract_state: shapes, types and shardings of the state.
       background: where they are compiled, in the order in which they are handed in.
       first: how many steps are finished already.
       log: takes a line before and after each compilation, from the thread that compiles.
@@ -64,7 +70,7 @@ def compile_train_steps(
     )
 
     def lower(image_size: int) -> jax.stages.Lowered:
-        return make_train_step(run, image_size).lower(like, batch)
+        return make_train_step(run, image_size).lower(abstract_state, batch)
 
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
@@ -86,46 +92,61 @@ def compile_train_steps(
     return steps
 
 
-def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
-    """Returns the jitted training step of a run for images resized to `image_size` pixels.
+def make_train_step(
+    run: Run,
+    image_size: int = 0,
+    *,
+    loss: Loss | None = None,
+    augment: Augmentation | None = None,
+) -> jax.stages.Wrapped:
+    """Returns the jitted training step of a run: step(state, batch) → (state, output).
 
-    The step maps (state, batch) to (state after it, `Found`). A batch holds
-    image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The state is donated:
-    the one passed in can no longer be used.
+    A batch holds image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The input
+    state is donated: it can no longer be used. The output is a `StepOutput`.
+
+    Args:
+      run: what is trained.
+      image_size: that images are resized to, pixels; 0: what the run begins with.
+      loss: of each example, float32 [B], from the network's `ModelOutput` and targets float32
+        [B, K]; None: that of the settings (`losses.objective`).
+      augment: from a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees:
+        normalized images float32 [B, h, w, 3] and targets float32 [B, K]; None: that of the
+        settings (`augment.augment`).
     """
-    config, dataset = run.config, run.dataset
-    seed = config.seed
+    config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
-    mixed_steps = run.timeline.steps(config.augment.mix_until)
-    # Each micro-batch updates the running statistics once.
-    momentum = config.model.norm_momentum**config.train.accumulate
-
+    # A caller's network may have another, which is not known.
+    momentum = None if isinstance(run.model, OwnNetwork) else config.model.norm_momentum
     gradient = gradients.make_gradient(
-        run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
+        run.model,
+        loss or _settings_loss(config.train),
+        num_microbatches=config.train.accumulate,
+        sam_rho=config.optimizer.sam_rho,
+        mesh=run.mesh,
     )
+    settings_augmentation = _settings_augmentation(run, image_size or run.train_image_size(0))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Found]:
-        images, targets = augment.augment(
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        key, pixels, labels = (
             keys.derive(seed, "augment", state.step),
             batch["image"],
             batch["label"],
-            settings=config.augment,
-            mean=dataset.mean,
-            std=dataset.std,
-            num_classes=dataset.num_classes,
-            size=image_size,
-            mix_probability=mix_probability(
-                state.step, config.augment.mix_probability, mixed_steps
-            ),
         )
-        grads, batch_stats, loss, logits = gradient(
+        if augment is None:
+            images, targets = settings_augmentation(key, pixels, labels, state.step)
+        else:
+            images, targets = augment(key, pixels, labels)
+        grads, batch_stats, of_each, logits = gradient(
             state.params,
             state.batch_stats,
             images,
             targets,
             keys.derive(seed, "dropout", state.step),
         )
-        batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, momentum)
+        if momentum is not None:
+            # Each micro-batch updates the running statistics once.
+            kept = momentum**config.train.accumulate
+            batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, kept)
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
@@ -135,14 +156,12 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             average = ema.update(state.average, current, decay)
         # With mixed images, the label that has the larger share counts as right.
         labels = jnp.argmax(targets, axis=-1)
-        metrics = state.metrics.merge(
-            TrainMetrics.single_step(
-                step=state.step + 1,
-                loss=loss,
-                top1=losses.top_k_correct(logits, labels, 1),
-                top5=losses.top_k_correct(logits, labels, 5),
-                gradient_norm=optax.tree.norm(grads),
-            )
+        metrics = TrainMetrics.single_step(
+            step=state.step + 1,
+            loss=of_each,
+            top1=losses.top_k_correct(logits, labels, 1),
+            top5=losses.top_k_correct(logits, labels, 5),
+            gradient_norm=optax.tree.norm(grads),
         )
         after = TrainState(
             step=state.step + 1,
@@ -150,14 +169,14 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             batch_stats=batch_stats,
             average=average,
             opt_state=opt_state,
-            metrics=metrics,
+            metrics=state.metrics.merge(metrics),
         )
-        finite = nonfinite.finite_flags(loss, grads)
+        finite = nonfinite.finite_flags(of_each, grads)
         if config.train.nonfinite == "skip":
             after = nonfinite.skip_if_nonfinite(
                 state, after, finite.all(), config.train.nonfinite_limit
             )
-        return after, Found(loss.mean(), finite)
+        return after, StepOutput(of_each.mean(), metrics, finite)
 
     replicated = sharding.replicated(run.mesh)
     return jax.jit(
@@ -166,6 +185,36 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
         compiler_options=ops.compiler_options(config.model.dtype),
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
+    )
+
+
+def _settings_loss(train: Train) -> Loss:
+    """Returns the loss that settings ask for."""
+    return lambda output, targets: losses.objective(
+        output.logits,
+        output.aux,
+        targets,
+        label_smoothing=train.label_smoothing,
+        aux_weight=train.aux_weight,
+    )
+
+
+def _settings_augmentation(
+    run: Run, image_size: int
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns the augmentation that settings ask for, which also takes the finished steps."""
+    settings, dataset = run.config.augment, run.dataset
+    mixed_steps = run.timeline.steps(settings.mix_until)
+    return lambda key, pixels, labels, step: augment.augment(
+        key,
+        pixels,
+        labels,
+        settings=settings,
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=dataset.num_classes,
+        size=image_size,
+        mix_probability=mix_probability(step, settings.mix_probability, mixed_steps),
     )
 
 

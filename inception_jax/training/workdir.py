@@ -11,18 +11,21 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration
-from inception_jax.datasets.dataset import class_changes
+from inception_jax import console
+from inception_jax.config import Config, Duration, Record
+from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
+from inception_jax.experiment import import_parts, used_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
 
 # What the record of a data set calls them.
 _NAMES = "class names"
+_NONE: Mapping[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +59,6 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     with atomic.replacing(path) as temporary, temporary.open("w") as file:
         json.dump(values, file, indent=2)
         file.write("\n")
-
-
-def needed(workdir: Workdir | None) -> Workdir:
-    """Returns the folder that training needs.
-
-    Raises:
-      UserError: if there is none.
-    """
-    if workdir is None:
-        raise UserError(
-            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
-            "--config.init.weights=FILE instead of --weights"
-        )
-    return workdir
 
 
 def check_writable(workdir: Workdir, *, flag: str = "workdir", own: bool = True) -> None:
@@ -116,7 +105,7 @@ def check_shared(workdir: Workdir) -> None:
         own.unlink()
 
 
-def recorded(workdir: Workdir) -> dict[str, Any] | None:
+def recorded(workdir: Workdir) -> Record | None:
     """Returns what config.json holds, or None in a new folder.
 
     Raises:
@@ -130,22 +119,33 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
-    """Returns the settings of a folder's run, and what it says of its data set.
+def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Record:
+    """Returns what a folder's config.json holds, once the parts that its run uses are registered.
+
+    Args:
+      workdir: of the run.
+      log: takes a line about each file that is run to register its parts.
 
     Raises:
-      CheckpointError: if there is no run, its record cannot be read, or an older version wrote it.
+      CheckpointError: if there is no run, its record cannot be read, an older version wrote it, or
+        its network cannot be had.
     """
     record = recorded(workdir)
     if record is None:
         raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
-    dataset = record["dataset"]
-    if _NAMES not in dataset:
+    if _NAMES not in record.dataset:
         raise CheckpointError(
             f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
             "the training's command once more: it adds them, and ends at once where it is finished"
         )
-    return configs.from_dict(record["config"]), dataset
+    if network := record.own.get("model"):
+        raise CheckpointError(
+            f"--workdir={workdir.path}: its network is an object that a program gave ({network}), "
+            "so it can be used there alone. To use it here, register it with "
+            "inception_jax.register_model, and train by its name"
+        )
+    import_parts(record.parts, str(workdir.config), log)
+    return record
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
@@ -155,24 +155,70 @@ def has_checkpoint(workdir: Workdir) -> bool:
     )
 
 
-def check_owner(workdir: Workdir, config: Config) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Previous:
+    """What earlier starts left in a folder, read once a start.
+
+    Attributes:
+      workdir: the folder.
+      record: what config.json holds; None as long as there is no checkpoint: such a folder holds
+        nothing that could be mixed up, and belongs to nobody.
+    """
+
+    workdir: Workdir
+    record: Record | None = None
+
+
+def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Previous:
+    """Returns what earlier starts left in a folder, once the parts that they used are registered.
+
+    Args:
+      workdir: of a run, or of none yet.
+      log: takes a line about each file that is run for that, and each setting that is left out.
+
+    Raises:
+      CheckpointError: if config.json cannot be read, or a part cannot be had.
+    """
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    if record:
+        for note in record.notes:
+            log(note)
+        import_parts(record.parts, str(workdir.config), log)
+    return Previous(workdir, record)
+
+
+def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = _NONE) -> list[str]:
     """Checks that a folder belongs to this model and data set, or to none yet.
 
-    A folder without a checkpoint holds nothing that could be mixed up: it belongs to nobody.
+    Args:
+      before: what earlier starts left in the folder.
+      config: of this start.
+      own: what objects the caller of this start gave, as `record_start` takes them.
 
     Returns:
       'path: old → new' of the settings that differ and may.
 
     Raises:
-      CheckpointError: naming the settings that differ and may not.
+      CheckpointError: naming the settings and objects that differ and may not.
     """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
+    record = before.record
     if record is None:
         return []
-    refused, allowed = configs.changes(configs.from_dict(record["config"]), config)
+    if missing := [f"{kind} ({name})" for kind, name in record.own.items() if kind not in own]:
+        raise CheckpointError(
+            f"--workdir={before.workdir.path}: this run has objects that its program gave: "
+            f"{', '.join(missing)}. Start it from that program: inception_jax.train(config, "
+            "workdir, …) with the same objects"
+        )
+    refused, allowed = configs.changes(record.config, config)
+    refused += [
+        f"{kind}: that of the settings → {name}, an object of the program's"
+        for kind, name in own.items()
+        if kind not in record.own
+    ]
     if refused:
         raise _other_run(
-            workdir,
+            before.workdir,
             refused,
             "Give --workdir alone to use the run's own settings, or another --workdir",
         )
@@ -180,7 +226,7 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
 
 
 def recall(
-    workdir: Workdir | None,
+    before: Previous,
     config: Config,
     experiment: Mapping[str, Any],
     given: Collection[str],
@@ -192,7 +238,7 @@ def recall(
     same experiment: the same file, or one of the same settings.
 
     Args:
-      workdir: of the run; None: there is none.
+      before: what earlier starts left.
       config: of this start; changed in place.
       experiment: where it is from, as `cli.experiment` says it.
       given: paths of the settings that this start overrides itself.
@@ -200,32 +246,29 @@ def recall(
 
     Returns:
       Where the settings are from now, as `experiment`.
-
-    Raises:
-      CheckpointError: if the run's record cannot be read.
     """
-    record = recorded(workdir) if workdir and has_checkpoint(workdir) else None
-    before = record["experiment"] if record and record.get("experiment") else None
     own = dict(experiment["own"])
-    lengths = _given_lengths(config, given) if record else ()
+    if before.record is None:
+        return {**experiment, "own": own}
+    old, origin = before.record.config, before.record.experiment
+    lengths = _given_lengths(config, given)
     for path, _, _ in configs.leaves():
         # The unit that is given takes the place of the one that the run had.
         if path.startswith(lengths) and path not in given and (here := configs.get(config, path)):
             configs.put(config, path, type(here)(0))
             own.setdefault(path, here)
+    if not origin:
+        return {**experiment, "own": own}
     recalled: list[str] = []
-    if record and before:
-        old = configs.from_dict(record["config"])
-        same_file = _resolved(before["file"]) == _resolved(experiment["file"])
-        chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
-        written = [_as_written(old, before, chosen), _as_written(config, experiment, chosen)]
-        if same_file or written[0] == written[1]:
-            for path in before["own"]:
-                value, here = configs.get(old, path), configs.get(config, path)
-                if path not in given and not path.startswith(lengths) and value != here:
-                    configs.put(config, path, value)
-                    own[path] = configs.plain(here)
-                    recalled.append(f"config.{path} = {value!r}")
+    same_file = _resolved(origin["file"]) == _resolved(experiment["file"])
+    chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
+    if same_file or _as_written(old, origin, chosen) == _as_written(config, experiment, chosen):
+        for path in origin["own"]:
+            value, here = configs.get(old, path), configs.get(config, path)
+            if path not in given and not path.startswith(lengths) and value != here:
+                configs.put(config, path, value)
+                own[path] = configs.plain(here)
+                recalled.append(f"config.{path} = {value!r}")
     if recalled:
         log(f"not given, so as the run was started: {', '.join(recalled)}")
     return {**experiment, "own": own}
@@ -255,44 +298,65 @@ def _as_written(
     }
 
 
-def with_recorded(workdir: Workdir, config: Config) -> Config:
-    """Returns the settings, with what they leave open as it was when the folder's run began.
-
-    Raises:
-      CheckpointError: if config.json cannot be read.
-    """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
-    if record is None:
+def with_recorded(before: Previous, config: Config) -> Config:
+    """Returns the settings, with what they leave open as it was when the folder's run began."""
+    if before.record is None:
         return config
-    before = configs.from_dict(record["config"])
-    return configs.fill_open(config, {p: configs.get(before, p) for p in configs.OPEN})
+    old = before.record.config
+    return configs.fill_open(config, {path: configs.get(old, path) for path in configs.OPEN})
 
 
-def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
+def dataset_identity(dataset: Dataset) -> dict[str, Any]:
+    """Returns what must stay the same for a resumed run to see the same examples and classes."""
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "classes": dataset.num_classes,
+        "training examples": len(dataset.train),
+        f"{dataset.eval_split} examples": len(dataset.evaluation),
+        _NAMES: list(dataset.class_names),
+        "bit depth": dataset.bit_depth,
+    }
+
+
+def dataset_record(dataset: Dataset) -> dict[str, Any]:
+    """Returns what config.json says of a data set: its identity, and what else a reader needs."""
+    record = dataset_identity(dataset)
+    if (found := dataset.trained_on) is not None:
+        record["evaluated and trained on"] = dataclasses.asdict(found)
+    # Every float32 is a double too, so the text gives back the same bits.
+    return record | {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
+
+
+def check_dataset(before: Previous, dataset: Mapping[str, Any]) -> None:
     """Checks that a folder's run was trained on these examples.
 
     Two sources may have the same name and other contents: other counts, or classes of other names
     or in another order, whose labels the network would mix up.
 
+    Args:
+      before: what earlier starts left in the folder.
+      dataset: of this start, as `dataset_identity` gives it.
+
     Raises:
       CheckpointError: naming what differs.
     """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
-    before = record["dataset"] if record else dataset
+    if before.record is None:
+        return
     # Where there is no file of 16 bits a channel, it does not matter what was taken for theirs.
     implied = dataset.get("bit depth") and configs.unrecorded_bit_depth(dataset["name"])
-    before = {"bit depth": implied} | before
+    old: dict[str, Any] = {"bit depth": implied, **before.record.dataset}
     differing = [
-        f"data set's {key}: {before.get(key)!r} → {value!r}"
+        f"data set's {key}: {old.get(key)!r} → {value!r}"
         for key, value in dataset.items()
-        if key != _NAMES and before.get(key) != value
+        if key != _NAMES and old.get(key) != value
     ]
     # Older versions did not record them.
-    if _NAMES in before and (changes := class_changes(before[_NAMES], dataset[_NAMES])):
+    if _NAMES in old and (changes := class_changes(old[_NAMES], dataset[_NAMES])):
         differing.append(f"data set's {_NAMES}: {changes}")
     if differing:
         raise _other_run(
-            workdir,
+            before.workdir,
             differing,
             "Use the data set that it was trained on, or another --workdir",
         )
@@ -306,35 +370,41 @@ def _other_run(workdir: Workdir, differing: list[str], remedy: str) -> Checkpoin
 
 
 def record_start(
-    workdir: Workdir,
+    before: Previous,
     config: Config,
     *,
     step: int,
-    changed: list[str],
-    dataset: dict[str, Any],
+    changed: Sequence[str],
+    dataset: Mapping[str, Any],
     experiment: Mapping[str, Any] | None = None,
+    own: Mapping[str, str] = _NONE,
 ) -> None:
     """Writes config.json at the start of a process.
 
     Args:
-      workdir: of the run.
+      before: what earlier starts left in the folder of the run.
       config: of this start.
       step: finished steps at this start.
-      changed: what `check_owner` returned.
-      dataset: what the examples are.
+      changed: what `check_compatible` returned.
+      dataset: what the examples are, as `dataset_record` gives it.
       experiment: where the settings are from; None: not known.
+      own: the names of objects that a program gave in place of what the settings name: of a
+        "model", an "optimizer" or a "dataset".
     """
-    record = (recorded(workdir) if has_checkpoint(workdir) else None) or {"changes": []}
+    changes = list(before.record.changes) if before.record else []
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record["changes"].append({"step": step, "date": now, "settings": changed})
+        changes.append({"step": step, "date": now, "settings": list(changed)})
     values = configs.to_dict(config)
     # To prepare changed data again is asked for once: no later start may do so unasked.
     values["data"]["on_change"] = configs.Data().on_change
-    record |= {
+    record = {
+        "changes": changes,
         "config": values,
         "experiment": experiment,
+        "parts": used_parts(config),
+        "own": dict(own),
         "dataset": dataset,
         "environment": environment.environment(),
     }
-    write_json(workdir.config, record)
+    write_json(before.workdir.config, record)

@@ -83,7 +83,7 @@ def test_the_bare_step_runs_the_network_that_is_counted() -> None:
     run = ours_step.make_run(settings)
     assert run.config.model.dtype == "bfloat16"
     assert run.dataset.train.image_shape == (32, 32, 3)
-    assert len(run.dataset.train) == 8
+    assert len(run.dataset.train) == 100_000 and len(run.dataset.evaluation) == 8
     assert run.dataset.num_classes == 200
 
 

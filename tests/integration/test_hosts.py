@@ -16,9 +16,8 @@ import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training import loop
 from inception_jax.training import workdir as workdirs
-from tests import command, worker
+from tests import command, small, worker
 
 HOST = socket.gethostname()
 # Seconds of silence after which a process is taken for dead, as short as busy cores allow.
@@ -126,7 +125,7 @@ def test_other_layouts_give_the_curve_of_one_process(
     this = worker.build(data_directory, 8)
     four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     this = dataclasses.replace(this, mesh=four)
-    loop.train(this, workdirs.Workdir(one), Evaluator(this), changed=[])
+    small.train(this, workdirs.Workdir(one), Evaluator(this), changed=[])
     # Four processes of a device each begin, two of two go on from their checkpoint.
     train(4, 1, 4, data_directory, several)
     train(2, 2, 8, data_directory, several)

@@ -12,7 +12,7 @@ from inception_jax.errors import Preempted
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.reporting import report
 from inception_jax.reporting.diagnosis import Diagnosis
-from inception_jax.training import loop, state
+from inception_jax.training import state
 from inception_jax.training.workdir import Workdir
 from tests import small
 
@@ -57,7 +57,7 @@ def train(
         return evaluator(variables, split)
 
     with contextlib.suppress(Preempted):
-        loop.train(this, Workdir(folder), evaluate, changed=[], stop=lambda step: step == stop)
+        small.train(this, Workdir(folder), evaluate, changed=[], stop=lambda step: step == stop)
     return report.write_diagnosis(folder)
 
 

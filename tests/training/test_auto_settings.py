@@ -207,7 +207,7 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
         log=given.log,
     )
     lines: list[str] = []
-    first = dataclasses.replace(run.build(settings, log=lines.append), model=small.Linear())
+    first = dataclasses.replace(run.assemble(settings, log=lines.append), model=small.Linear())
     assert first.config.train.batch_size == 64
     assert first.total_steps == first.timeline.steps(first.config.train.length) > 0
     assert (
@@ -217,19 +217,27 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
 
     folder = workdir.Workdir(tmp_path)
     # A folder without a checkpoint belongs to nobody.
-    assert workdir.with_recorded(folder, settings) == settings
+    assert workdir.with_recorded(workdir.previous(folder), settings) == settings
     started = state.create(first)
     with Checkpoints(folder.checkpoints) as checkpoints:
         checkpoints.save(started, progress={"seconds": {}}, metrics=None)
     chosen = first.config
     chosen.schedule.learning_rate = 0.025  # As if it had been given, or chosen by other rules.
-    workdir.record_start(folder, chosen, step=0, changed=[], dataset=first.dataset_record())
+    workdir.record_start(
+        workdir.previous(folder),
+        chosen,
+        step=0,
+        changed=[],
+        dataset=workdir.dataset_record(first.dataset),
+    )
 
-    again = workdir.with_recorded(folder, settings)
+    again = workdir.with_recorded(workdir.previous(folder), settings)
     assert again.schedule.learning_rate == 0.025
-    assert workdir.check_owner(folder, again) == []
-    assert run.build(again, log=lines.append).config == chosen
+    assert workdir.check_compatible(workdir.previous(folder), again) == []
+    assert run.assemble(again, log=lines.append).config == chosen
     # What is given now counts.
     settings.schedule.learning_rate = 0.1
-    again = workdir.with_recorded(folder, settings)
-    assert workdir.check_owner(folder, again) == ["config.schedule.learning_rate: 0.025 → 0.1"]
+    again = workdir.with_recorded(workdir.previous(folder), settings)
+    assert workdir.check_compatible(workdir.previous(folder), again) == [
+        "config.schedule.learning_rate: 0.025 → 0.1"
+    ]

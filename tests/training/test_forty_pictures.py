@@ -11,7 +11,7 @@ from PIL import Image
 from inception_jax.config import Config
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training import loop, run, workdir
+from inception_jax.training import run, workdir
 from tests import small
 from tests.experiments import load
 
@@ -43,10 +43,10 @@ def settings(folder: pathlib.Path, red: int, blue: int) -> Config:
 @pytest.mark.parametrize(("red", "blue"), [(20, 20), (5, 35), (3, 3)])
 def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Path) -> None:
     given = settings(tmp_path, red, blue)
-    whole = run.build(given, log=lambda _: None)
+    whole = run.assemble(given, log=lambda _: None)
     this = dataclasses.replace(whole, model=small.Network(given.model.dropout, classes=2))
     folder = workdir.Workdir(tmp_path / "run")
-    result = loop.train(this, folder, Evaluator(this), changed=[])
+    result = small.train(this, folder, Evaluator(this), changed=[])
     assert (result["step"], result["top1"]) == (120, 100)
 
     lines = read_lines(folder.path / "metrics.jsonl")
@@ -62,6 +62,6 @@ def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Pa
     # What was chosen is recorded; without flags it is the same run again.
     recorded = json.loads(folder.config.read_text())["config"]
     assert recorded["train"]["batch_size"] == 8
-    again = workdir.with_recorded(folder, given)
-    assert workdir.check_owner(folder, again) == []
+    again = workdir.with_recorded(workdir.previous(folder), given)
+    assert workdir.check_compatible(workdir.previous(folder), again) == []
     assert again == this.config

@@ -11,10 +11,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from inception_jax.config import Train
 from inception_jax.models.layers import ModelOutput
 from inception_jax.runtime import sharding
-from inception_jax.training import gradients
+from inception_jax.training import gradients, losses
 
 BATCH, CLASSES = 32, 5
 KEY = jax.random.key(3)
@@ -55,20 +54,27 @@ def variables_of(net: Net) -> tuple[Any, Any]:
     return variables["params"], variables.get("batch_stats", {})
 
 
+def make(net: Net, parts: int, rho: float, mesh: Mesh) -> gradients.GradientFunction:
+    def loss(output: ModelOutput, targets: jax.Array) -> jax.Array:
+        return losses.cross_entropy(output.logits, targets)
+
+    return gradients.make_gradient(net, loss, num_microbatches=parts, sam_rho=rho, mesh=mesh)
+
+
 def gradient_of(
     net: Net, *, parts: int = 1, rho: float = 0.0, devices: int = 1, at: Any = None
-) -> gradients.Gradient:
+) -> gradients.GradOutput:
     """The gradient at the initial parameters, or at others, of the batch split over devices."""
     params, batch_stats = variables_of(net)
     mesh = mesh_of(devices)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    gradient = gradients.make_gradient(net, Train(accumulate=parts), sam_rho=rho, mesh=mesh)
+    gradient = make(net, parts, rho, mesh)
     placed = jax.device_put((params if at is None else at, batch_stats), whole)
     return jax.jit(gradient)(*placed, *jax.device_put(data(), rows), jax.device_put(KEY, whole))
 
 
 @functools.cache
-def gradient_of_the_whole(net: Net, rho: float) -> gradients.Gradient:
+def gradient_of_the_whole(net: Net, rho: float) -> gradients.GradOutput:
     return gradient_of(net, rho=rho)
 
 
@@ -91,7 +97,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(
 def test_no_device_sends_its_images_to_another() -> None:
     net, mesh = Net(hidden=4), mesh_of(8)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    gradient = gradients.make_gradient(net, Train(accumulate=2), sam_rho=0.0, mesh=mesh)
+    gradient = make(net, 2, 0.0, mesh)
     jitted = jax.jit(gradient, in_shardings=(whole, whole, rows, rows, whole))
     program = jitted.lower(*variables_of(net), *data(), KEY).compile().as_text()
     assert program and "all-reduce" in program
@@ -112,7 +118,7 @@ def test_running_statistics_follow_the_parts_in_turn() -> None:
 def test_each_part_has_a_dropout_of_its_own() -> None:
     net = Net(dropout=0.5)
     images, targets = data()
-    plain = gradients.make_gradient(net, Train(), sam_rho=0.0, mesh=mesh_of(1))
+    plain = make(net, 1, 0.0, mesh_of(1))
     parts = [
         plain(*variables_of(net), images[i::2], targets[i::2], jax.random.fold_in(KEY, i))
         for i in range(2)
@@ -169,7 +175,7 @@ def test_a_gradient_of_zero_stays_where_it_is() -> None:
     net = Net()
     params, _ = variables_of(net)
     mesh = mesh_of(1)
-    gradient = gradients.make_gradient(net, Train(), sam_rho=0.5, mesh=mesh)
+    gradient = make(net, 1, 0.5, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     uniform = jnp.full((BATCH, CLASSES), 1 / CLASSES)
     found = gradient(zeros, {}, jnp.asarray(data()[0]), uniform, KEY)

@@ -13,7 +13,7 @@ from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
 from inception_jax.models import registry, weights
 from inception_jax.models.weights import Weights
-from inception_jax.training import initialization, loop, run, state, workdir
+from inception_jax.training import initialization, run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small
 
@@ -38,13 +38,13 @@ def source(data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def build(config: Config) -> run.Run:
-    return run.build(config, log=lambda _: None)
+    return run.assemble(config, log=lambda _: None)
 
 
 def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
     """Returns the state before the first step, its leaves by path, and the notes."""
-    start = initialization.start(this, state.abstract(this))
-    first = state.start_from(state.create(this), start.values)
+    start = initialization.start(this, state.abstract_state(this))
+    first = state.with_initial_weights(state.create(this), start.values)
     variables = {"params": first.params, "batch_stats": first.batch_stats}
     return first, weights.flatten(jax.device_get(variables)), start.notes
 
@@ -87,11 +87,11 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     drawn = small.draw(this.model, 8)
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))
     folder = workdir.Workdir(tmp_path / "run")
-    loop.train(this, folder, Evaluator(this), changed=[])
+    small.train(this, folder, Evaluator(this), changed=[])
     assert f"starts from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
 
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        like = state.abstract(this).model_item()
+        like = state.abstract_state(this).model_item()
         model = jax.device_get(checkpoints.restore_model(1, like))
     expected = drawn["params"]
     jax.tree.map(np.testing.assert_array_equal, model["params"], expected)
@@ -103,7 +103,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     )
 
     path.unlink()
-    resumed = loop.train(this, folder, Evaluator(this), changed=[])
+    resumed = small.train(this, folder, Evaluator(this), changed=[])
     assert resumed["step"] == 3
 
 
@@ -180,7 +180,7 @@ def test_weights_of_another_network_are_refused_with_the_differences(
     wide = Model(name="mini_googlenet", width=0.25, dropout=0.1)
     this = build(fine_tuning(data_directory, source.path, model=wide))
     with pytest.raises(ConfigError) as error:
-        initialization.start(this, state.abstract(this))
+        initialization.start(this, state.abstract_state(this))
     message = str(error.value)
     assert f"{source.path}: its weights are of another network" in message
     assert "other shape: params/" in message and "(3, 3, 3, 12) in the file" in message
@@ -224,7 +224,7 @@ def test_auxiliary_heads_may_be_on_one_side_only(
         std=dataset.std,
     )
     weights.save(path, saved)
-    start = initialization.start(this, state.abstract(this))
+    start = initialization.start(this, state.abstract_state(this))
     assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
     notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
     assert len(notes) == 1

@@ -72,19 +72,19 @@ def reference(
     """A run that never stopped."""
     this = small.build(small.config(data_directory))
     folder = workdir.Workdir(tmp_path_factory.mktemp("reference"))
-    loop.train(this, folder, evaluator_of(this), changed=[])
+    small.train(this, folder, evaluator_of(this), changed=[])
     return this, folder
 
 
 def train_again(this: run.Run, folder: workdir.Workdir) -> dict[str, Any]:
-    changed = workdir.check_owner(folder, this.config)
-    return loop.train(this, folder, evaluator_of(this), changed=changed)
+    changed = workdir.check_compatible(workdir.previous(folder), this.config)
+    return small.train(this, folder, evaluator_of(this), changed=changed)
 
 
 def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.ndarray]]:
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
         step = saved.resolve("last")
-        restored, _ = saved.restore(step, state.abstract(this))
+        restored, _ = saved.restore(step, state.abstract_state(this))
     paths = jax.tree_util.tree_leaves_with_path(restored)
     return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in paths]
 
@@ -161,13 +161,13 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
         seen.append(result["step"])
 
     folder = workdir.Workdir(tmp_path)
-    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
+    small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11]
     assert "report" in json.loads(folder.result.read_text())["seconds_by_phase"]
 
     # Started once more it is finished: it evaluates again, and says so.
     folder.result.unlink()
-    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
+    small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11, 11]
 
 
@@ -189,7 +189,7 @@ def test_reports_that_take_long_are_written_less_often_and_at_the_end(
         loop, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
     )
     monkeypatch.setattr(this.config.evaluation, "every", Duration(steps=2))
-    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
+    small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
     assert reports == [2, 11]
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["split"] == "test"] == [2, 4, 6, 8, 10, 11]
@@ -201,7 +201,7 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
     config.log.every = Duration(epochs=1)
     config.evaluation.every = config.checkpoint.every = Duration(epochs=12)
     this = small.build(config)
-    result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    result = small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
         line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
     ]
@@ -220,7 +220,7 @@ def test_a_run_goes_on_from_records_to_the_same_bits(
     with monkeypatch.context() as patch:
         stop_before_step(5, patch)
         with pytest.raises(Stopped):
-            loop.train(this, folder, evaluator_of(this), changed=[])
+            small.train(this, folder, evaluator_of(this), changed=[])
     config = small.config(data_directory)
     config.data.storage = "records"
     streamed = small.build(config)
@@ -255,7 +255,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step(
     this, expected = reference
     folder = workdir.Workdir(tmp_path)
     with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
-        loop.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
+        small.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
         assert saved.latest_step() == step
     assert not folder.result.exists()
@@ -269,7 +269,7 @@ def test_the_last_step_is_not_asked_to_stop(
     this, expected = reference
     folder = workdir.Workdir(tmp_path)
     asked: list[int] = []
-    result = loop.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
+    result = small.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
     assert asked == list(range(1, 11))
     assert result["step"] == 11
     assert_same(this, folder, expected)
@@ -283,7 +283,7 @@ def test_saving_does_not_tell_the_preemption_service_an_old_step(
     this, _ = reference
     asked: list[int] = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
-    loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert asked == []
 
 
@@ -370,7 +370,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(
             return {"loss": 1.0, "top1": next(scores), "top5": 99.0, "count": 360}
         return {"loss": 0.5, "top1": 95.0, "top5": 99.0, "count": len(split)}
 
-    loop.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
+    small.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 10, 11]
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -436,7 +436,7 @@ def test_compiling_is_said_with_what_it_takes(
     monkeypatch.setattr(compilations, "_file", lambda: tmp_path / "seconds.json")
     config = small.config(data_directory)
     this = dataclasses.replace(small.build(config), model=small.Linear())
-    like, _ = state.plan(this)
+    like, _ = state.lower_init(this)
     said: list[str] = []
     with futures.ThreadPoolExecutor(1) as background:
         for _ in range(2):
@@ -475,7 +475,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = small.build(config)
     with pytest.raises(RunError, match=r"not finite at step [12],") as error:
-        loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+        small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
     # The curves show it, too.
@@ -500,7 +500,7 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
         train_again(small.build(config), folder)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
         assert saved.latest_step() == 4
-        restored, _ = saved.restore(4, state.abstract(this))
+        restored, _ = saved.restore(4, state.abstract_state(this))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
@@ -568,7 +568,7 @@ def test_a_run_outlives_a_full_disk_where_it_is_told_to(
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
     with monkeypatch.context() as patch:
         failed = fill_disk(patch, steps=range(3, 8))
-        loop.train(this, folder, evaluator_of(this), changed=[])
+        small.train(this, folder, evaluator_of(this), changed=[])
     assert {3, 5, 7} <= set(failed)
     said = capsys.readouterr().err
     assert "No space left on device" in said and "Training goes on" in said
@@ -613,7 +613,7 @@ def test_a_run_that_ends_without_its_checkpoint_says_so(
 
     monkeypatch.setattr(checkpointing.Checkpoints, "save", fail)
     with pytest.raises(WriteError, match="no space for the checkpoint"):
-        loop.train(
+        small.train(
             this,
             workdir.Workdir(tmp_path),
             evaluator_of(this),
@@ -637,7 +637,7 @@ def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
             raise WriteError("no space for a report")
 
     with pytest.raises(WriteError, match="no space for a report"):
-        loop.train(
+        small.train(
             this,
             workdir.Workdir(tmp_path / "stop"),
             evaluator_of(this),
@@ -646,7 +646,7 @@ def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
         )
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
     folder = workdir.Workdir(tmp_path / "continue")
-    loop.train(this, folder, evaluator_of(this), changed=[], on_evaluation=show)
+    small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=show)
     assert steps == [5, 5, 10, 11]
 
 
@@ -756,7 +756,7 @@ def test_a_run_without_average_trains_and_evaluates(
     config = small.config(data_directory)
     config.train.ema, config.train.length = Duration(), Duration(steps=3)
     this = small.build(config)
-    result = loop.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    result = small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
     assert np.isfinite(result["loss"])
     assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
 
@@ -774,7 +774,7 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
     assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([8], [])
 
     whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
-    loop.train(this, whole, evaluator_of(this), changed=[])
+    small.train(this, whole, evaluator_of(this), changed=[])
     with monkeypatch.context() as patch:
         stop_before_step(7, patch)
         with pytest.raises(Stopped):

@@ -30,7 +30,7 @@ def linear(data_directory: pathlib.Path) -> run.Run:
         schedule=Schedule(name="constant", learning_rate=0.01),
         train=Train(batch_size=64, length=Duration(steps=20)),
     )
-    return dataclasses.replace(run.build(config, log=lambda _: None), model=small.Linear())
+    return dataclasses.replace(run.assemble(config, log=lambda _: None), model=small.Linear())
 
 
 def losses_of_training(this: run.Run, steps: int) -> list[float]:

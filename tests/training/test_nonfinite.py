@@ -22,7 +22,6 @@ from inception_jax.training import (
     checkpoints,
     gradients,
     keys,
-    loop,
     nonfinite,
     run,
     state,
@@ -82,7 +81,7 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
             log=Log(every=Duration(steps=4)),
         )
         monkeypatch.setattr(gradients, "make_gradient", make_gradient if bad else plain)
-        built = run.build(config, log=lambda _: None)
+        built = run.assemble(config, log=lambda _: None)
         return dataclasses.replace(built, model=TwoModules())
 
     return build
@@ -94,7 +93,7 @@ def evaluate(*_: Any) -> dict[str, float]:
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and returns the lines of metrics, without their times."""
-    loop.train(this, workdir.Workdir(folder), evaluate, changed=[])
+    small.train(this, workdir.Workdir(folder), evaluate, changed=[])
     return [
         {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(folder / "metrics.jsonl")
@@ -118,7 +117,7 @@ def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def last_state(this: run.Run, folder: pathlib.Path) -> state.TrainState:
     with checkpoints.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        return saved.restore(saved.resolve("last"), state.abstract(this))[0]
+        return saved.restore(saved.resolve("last"), state.abstract_state(this))[0]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "muon"])

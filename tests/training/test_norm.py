@@ -12,7 +12,7 @@ from inception_jax.config import Duration, Evaluation, Train
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training import checkpoints, loop, norm, run, state, workdir
+from inception_jax.training import checkpoints, norm, run, state, workdir
 from tests import small
 
 
@@ -88,7 +88,7 @@ def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
     data_directory: pathlib.Path,
 ) -> None:
     for examples, model in ((0, small.Network()), (100, small.Linear())):
-        this = run.build(settings(data_directory, examples=examples), log=lambda _: None)
+        this = run.assemble(settings(data_directory, examples=examples), log=lambda _: None)
         this = dataclasses.replace(this, model=model)
         now, estimate = state.create(this), norm.NormEstimator(this)
         estimate.compile(jax.eval_shape(now.eval_variables))
@@ -103,14 +103,14 @@ def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_o
     for examples in (0, 100):
         this = small.build(settings(data_directory, examples=examples))
         folder = workdir.Workdir(tmp_path / str(examples))
-        loop.train(this, folder, Evaluator(this), changed=[])
+        small.train(this, folder, Evaluator(this), changed=[])
         lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]
         for line in lines:
             found = evaluate_checkpoint(this, folder, str(line["step"]))
             assert found["loss"] == pytest.approx(line["loss"], rel=1e-6)
         with checkpoints.Checkpoints(folder.checkpoints, read_only=True) as saved:
-            ends.append(saved.restore(6, state.abstract(this))[0])
+            ends.append(saved.restore(6, state.abstract_state(this))[0])
     without, estimated = ends
     for name in ("params", "opt_state"):
         jax.tree.map(

@@ -10,7 +10,7 @@ from tests import small
 
 
 def test_the_content_of_a_data_set_is_told_apart(data_directory: pathlib.Path) -> None:
-    dataset = run.build(small.config(data_directory), log=lambda _: None).dataset
+    dataset = run.assemble(small.config(data_directory), log=lambda _: None).dataset
     content = run.content(dataset)
     assert content == run.content(dataset)
     assert content["train examples"] == 1437 and content["test examples"] == 360

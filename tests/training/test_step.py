@@ -141,7 +141,7 @@ def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
 
 def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 8)
-    new, described = state.create(this), state.abstract(this)
+    new, described = state.create(this), state.abstract_state(this)
     names = [
         [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         for tree in (new, described)
@@ -160,11 +160,11 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     config.data.image_size = 32
     config.model.name, config.model.stem = "googlenet", "s32"
     config.model.norm, config.model.aux_heads, config.model.dtype = norm, True, "bfloat16"
-    this = run.build(config, log=lambda _: None)
+    this = run.assemble(config, log=lambda _: None)
     batch = pipeline.abstract_train_batch(this.dataset.train, batch_size=64, mesh=this.mesh)
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
-        before = state.abstract(this)
+        before = state.abstract_state(this)
         after, found = jax.eval_shape(make_train_step(this), before, batch)
     assert (found.loss.shape, found.loss.dtype) == ((), jnp.float32)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -214,4 +214,4 @@ def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathli
     config = small.config(tmp_path)
     config.train.accumulate = 3
     with pytest.raises(ConfigError, match=r"batch_size = 64.*accumulate.*48 and 72"):
-        run.build(config, log=lambda _: None)
+        run.assemble(config, log=lambda _: None)

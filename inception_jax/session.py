@@ -1,0 +1,226 @@
+"""A run from its settings to its report: what a start checks, reads and writes, in which order.
+
+The training command and `inception_jax.train` are this with other surroundings. What can be refused
+is refused before anything is written or computed, and config.json is read once.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from inception_jax import config as configs
+from inception_jax import console
+from inception_jax.config import Config
+from inception_jax.evaluation import evaluate
+from inception_jax.models import weights
+from inception_jax.reporting import report
+from inception_jax.runtime import devices, environment, preemption
+from inception_jax.storage import lock
+from inception_jax.training import loop, optimizers, run
+from inception_jax.training import workdir as workdirs
+from inception_jax.training.run import Run
+from inception_jax.training.workdir import Previous, Workdir
+
+Log = Callable[[str], None]
+# Asked after each step, by its number, whether the run must be saved and end there.
+Stop = Callable[[int], bool]
+
+
+class Origin(NamedTuple):
+    """Where the settings of a start are from.
+
+    Attributes:
+      experiment: the file, and its own values of what was overridden, as `cli.experiment` says it.
+      given: paths of the settings that this start overrides.
+    """
+
+    experiment: Mapping[str, Any]
+    given: Collection[str] = ()
+
+
+def train_and_evaluate(
+    config: Config,
+    path: pathlib.Path,
+    *,
+    origin: Origin | None = None,
+    own: Mapping[str, Any] | None = None,
+    join: Callable[[Config], Stop],
+    log: Log = console.say,
+) -> dict[str, Any]:
+    """Trains to the end, going on from the newest checkpoint, and leaves all that a run leaves.
+
+    Args:
+      config: the settings; changed to what the run had where this start leaves it out.
+      path: folder of the run.
+      origin: where the settings are from; None: it is not known, and all of them are meant.
+      own: objects in place of what the settings name, as `run.assemble` takes them.
+      join: starts the devices, and returns what says when to stop.
+      log: takes lines for the user.
+
+    Returns:
+      The contents of result.json.
+
+    Raises:
+      UserError, RunError, Preempted: as `loop.train`; and if this start does not fit the folder.
+    """
+    own = {kind: each for kind, each in (own or {}).items() if each is not None}
+    names = {kind: type(each).__qualname__ for kind, each in own.items()}
+    folder = Workdir(path)
+    if "dataset" in own:
+        config = run.adapted(config, own["dataset"])
+    before, config, changed, experiment = _settle(folder, config, origin, names, log)
+    workdirs.check_writable(folder)
+    stop = join(config)
+    workdirs.check_shared(folder)
+    setup = _assemble(config, before, own, log)
+    evaluator = evaluate.Evaluator(setup)
+    result = train_run(
+        setup,
+        before,
+        evaluator,
+        changed=changed,
+        experiment=experiment,
+        own=names,
+        on_evaluation=report.refresher(setup, path, evaluator),
+        stop=stop,
+        log=log,
+    )
+    if setup.is_lead:
+        report.finish(path, log=log)
+    return result
+
+
+def evaluate_checkpoint(
+    config: Config,
+    path: pathlib.Path,
+    checkpoint: str,
+    *,
+    origin: Origin,
+    join: Callable[[Config], Stop],
+    log: Log = console.say,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run: "best", "last" or the number of a step."""
+    folder = Workdir(path)
+    before, config, _, _ = _settle(folder, config, origin, {}, log)
+    join(config)
+    return evaluate.evaluate_checkpoint(_assemble(config, before, {}, log), folder, checkpoint, log)
+
+
+def evaluate_weights(
+    config: Config,
+    path: pathlib.Path,
+    *,
+    join: Callable[[Config], Stop],
+    log: Log = console.say,
+) -> dict[str, Any]:
+    """Evaluates a file of weights on the data set of some settings."""
+    run.check_settings(config)
+    join(config)
+    return evaluate.evaluate_weights(run.assemble(config, log=log), weights.load(path))
+
+
+def join_processes(
+    config: Config, *, processes: Mapping[str, Any], command: Mapping[str, Any], log: Log
+) -> Stop:
+    """Starts the devices, joins the other processes, and listens for signals from then on.
+
+    Args:
+      config: of the run.
+      processes: on which devices, and with which other processes, as `devices.initialize` takes it.
+      command: what else must be the same in all processes.
+      log: takes lines for the user.
+    """
+    notify_preemption = devices.initialize(
+        **processes,
+        heartbeat_timeout=config.watch.host_silence,
+        fingerprint=lambda: environment.software() | configs.shared(config) | dict(command),
+        log=log,
+    )
+    return preemption.Preemption(notify_preemption).requested
+
+
+def train_run(
+    setup: Run,
+    before: Previous,
+    evaluator: loop.Evaluate,
+    *,
+    changed: Sequence[str] = (),
+    experiment: Mapping[str, Any] | None = None,
+    own: Mapping[str, str] | None = None,
+    on_evaluation: loop.OnEvaluation = lambda result: None,
+    stop: Stop = lambda step: False,
+    log: Log = console.say,
+) -> dict[str, Any]:
+    """Trains in a folder that no other process trains in meanwhile, and records the start there.
+
+    Args:
+      setup: what to train.
+      before: what earlier starts left in the folder.
+      evaluator, on_evaluation, stop: as `loop.train` takes them.
+      changed, experiment, own: as `workdir.record_start` takes them.
+      log: takes lines for the user.
+    """
+
+    def record(first: int) -> list[str]:
+        lines = _rate_rise(setup, before.record.config, first) if first and before.record else []
+        workdirs.record_start(
+            before,
+            setup.config,
+            step=first,
+            changed=changed,
+            dataset=workdirs.dataset_record(setup.dataset),
+            experiment=experiment,
+            own=own or {},
+        )
+        return lines + [f"changed since the run began: {line}" for line in changed]
+
+    folder = before.workdir
+    with lock.lock_workdir(folder.path, log) if setup.is_lead else contextlib.nullcontext():
+        return loop.train(
+            setup, folder, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop
+        )
+
+
+def _settle(
+    folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str], log: Log
+) -> tuple[Previous, Config, list[str], dict[str, Any] | None]:
+    """Returns what a folder held, the settings of this start, what they change, and their origin.
+
+    Raises:
+      UserError: if a setting is wrong, or the folder is another run's.
+    """
+    before = workdirs.previous(folder)
+    experiment = origin and workdirs.recall(before, config, *origin, log)
+    run.check_settings(config)
+    config = workdirs.with_recorded(before, config)
+    return before, config, workdirs.check_compatible(before, config, own), experiment
+
+
+def _assemble(config: Config, before: Previous, own: Mapping[str, Any], log: Log) -> Run:
+    setup = run.assemble(config, **own, log=log)
+    workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
+    return setup
+
+
+def _rate_rise(setup: Run, old: Config, first: int) -> list[str]:
+    """Returns a warning where a changed schedule raises the rate of a run that is resumed.
+
+    Args:
+      setup: as it is now.
+      old: its settings before.
+      first: finished steps.
+    """
+    schedule = optimizers.make_schedule(
+        old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.length)
+    )
+    # Where the old schedule would have gone on to is no change, such as in its warm-up.
+    before = max(float(schedule(first - 1)), float(schedule(first)))
+    now = float(setup.schedule(first))
+    if now <= 1.01 * before:
+        return []
+    return [
+        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,}, as "
+        "the schedule or the length was changed. Accuracy may fall before it rises; for a lower "
+        "rate give --config.schedule.learning_rate too"
+    ]

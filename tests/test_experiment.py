@@ -1,0 +1,151 @@
+"""Experiment files: found, run, and forgotten; the parts that they register."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+import inception_jax as ij
+from inception_jax import experiment, registry
+from inception_jax.config import Config
+from inception_jax.errors import CheckpointError, UserError
+from tests import command
+
+
+def write(path: pathlib.Path, *lines: str) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("from inception_jax.config import Config\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_an_own_experiment_starts_from_a_shipped_one_anywhere(tmp_path: pathlib.Path) -> None:
+    path = write(
+        tmp_path / "mine" / "photos.py",
+        "import inception_jax as ij",
+        "from experiments import tiny_base",
+        "def get_config():",
+        '    config = ij.load_config("experiments/image_folder.py", {"seed": 7})',
+        "    config.name = tiny_base.get_config().name",
+        "    return config",
+    )
+    script = (
+        "import sys, inception_jax as ij; config = ij.load_config(sys.argv[1])\n"
+        "print(config.seed, config.model.stem, config.name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(command.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["7", "s16", "tiny_base"], done.stderr
+
+
+def test_a_file_of_one_s_own_comes_before_the_shipped_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ij.load_config("experiments/tiny.py").name == "tiny"
+    write(tmp_path / "experiments" / "tiny.py", "def get_config(): return Config(name='mine')")
+    assert ij.load_config("experiments/tiny.py").name == "mine"
+    with pytest.raises(UserError, match=r"Did you mean 'experiments/digits\.py'"):
+        ij.load_config("experiments/digit.py")
+
+
+def test_a_wheel_puts_the_shipped_ones_where_they_are_looked_for() -> None:
+    text = (command.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ((place, files),) = tomllib.loads(text)["tool"]["setuptools"]["data-files"].items()
+    assert files == ["experiments/*.py"]
+    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED
+
+
+def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
+    paths, modules = list(sys.path), dict(sys.modules)
+    seeds = []
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "recipes"
+        write(folder / "base.py", f"SEED = {number}")
+        write(folder / "helpers.py", f"SEED = {10 * number}")
+        path = write(
+            folder / "one.py",
+            "import helpers",
+            "from recipes import base",
+            "from experiments import base as same",
+            "def get_config():",
+            "    from recipes import one",
+            "    return Config(seed=base.SEED + helpers.SEED + 100 * same.SEED)",
+        )
+        seeds.append(ij.load_config(path).seed)
+    assert seeds == [111, 222]
+    assert sys.path == paths
+    assert sys.modules == modules
+
+
+def test_an_experiment_that_is_missing_a_neighbour_says_where_to_put_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = write(tmp_path / "one.py", "from experiments import none", "def get_config(): ...")
+    with pytest.raises(UserError, match=rf"Put a copy of none\.py into {tmp_path}"):
+        ij.load_config(path)
+
+
+@pytest.fixture
+def blur(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file that registers an augmentation, which is forgotten after the test."""
+    before = dict(registry.AUGMENTATIONS._parts)
+    yield write(
+        tmp_path / "blur.py",
+        "from inception_jax import registry",
+        "@registry.AUGMENTATIONS.register('test_blur')",
+        "def blur(key, images): return images",
+        "def get_config(): return Config()",
+    )
+    registry.AUGMENTATIONS._parts = before
+
+
+def part(path: pathlib.Path) -> list[dict[str, str]]:
+    return [{"kind": "augmentation", "name": "test_blur", "file": str(path)}]
+
+
+def test_the_file_of_a_part_is_recorded_and_run_again(
+    blur: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        experiment, "_named", lambda config: [(registry.AUGMENTATIONS, ["test_blur"])]
+    )
+    monkeypatch.chdir(blur.parent)
+    said: list[str] = []
+    ij.load_config("blur.py")
+    assert experiment.used_parts(Config()) == part(blur)
+    experiment.import_parts(part(blur), "config.json", said.append)
+    assert said == []
+    del registry.AUGMENTATIONS._parts["test_blur"]
+    experiment.import_parts(part(blur), "config.json", said.append)
+    assert "test_blur" in registry.AUGMENTATIONS
+    assert said == [f"running {blur}, which registers the augmentation 'test_blur' of this run"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (None, "which is not there"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "no longer does"),
+    ],
+)
+def test_a_part_that_cannot_be_had_again_is_named(
+    lines: str | None, words: str, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "blur.py"
+    if lines:
+        write(path, lines)
+    with pytest.raises(CheckpointError) as error:
+        experiment.import_parts(part(path), "runs/x/config.json", lambda line: None)
+    for each in ("runs/x/config.json: its augmentation 'test_blur'", str(path), words, "--config="):
+        assert each in str(error.value)
