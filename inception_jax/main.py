@@ -64,10 +64,10 @@ def main(positional: Sequence[str]) -> None:
         if _MODE.value == "eval":
             result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value, cli.say)
         else:
-            evaluator = evaluate.Evaluator(this_run)
-            refresh = report.refresher(this_run, folder.path, evaluator)
+            said, split = evaluate.Evaluator(this_run), this_run.dataset.evaluation
+            publish = lambda r: report.publish(folder.path, r, said.predictions, split)  # noqa: E731
             result = loop.train(
-                this_run, folder, evaluator, changed=changed, on_evaluation=refresh, stop=stop
+                this_run, folder, said, changed=changed, on_evaluation=publish, stop=stop
             )
             if this_run.is_lead:
                 report.finish(folder.path, log=cli.say)

@@ -1,6 +1,6 @@
 """What a run's evaluations say: did it learn, was it long enough, does it fit?
 
-`diagnose` is a pure function of the lines of metrics.jsonl and the configuration. It applies the
+`diagnose` is a pure function of the rows of metrics.jsonl and the configuration. It applies the
 rules below in their order, and the first that holds gives the verdict; each has its threshold and
 reason beside it. The split of the error into what is left on training images (bias) and what comes
 on top on new ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
@@ -20,7 +20,7 @@ from typing import Any
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.reporting import evidence as evidences
-from inception_jax.reporting.evidence import Evidence, Line
+from inception_jax.reporting.evidence import Evidence, Row
 
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
 LEAST_STEPS = 50
@@ -131,29 +131,32 @@ class _Finding:
 
 
 def diagnose(
-    lines: Sequence[Line],
+    rows: Sequence[Row],
     config: Config,
     *,
     classes: int,
     train_examples: int,
+    split: str = "",
     label_counts: Sequence[int] = (),
     own_settings: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
     """Returns what a run's evaluations say.
 
     Args:
-      lines: of its metrics.jsonl, at least one.
+      rows: of its metrics.jsonl, at least one.
       config: its settings.
       classes: how many the data set has.
       train_examples: size of the training split.
+      split: whose evaluations count as validation; '': that of the first.
       label_counts: how many validation examples each class has; empty: not known.
       own_settings: the experiment file's values of settings that the command line changed.
     """
     e = evidences.gather(
-        lines,
+        rows,
         config,
         classes=classes,
         train_examples=train_examples,
+        split=split,
         label_counts=label_counts,
         own_settings=own_settings,
     )

@@ -63,50 +63,50 @@ class _AppendedFile:
 
     Args:
       path: the file; made if it is missing.
-      patient: whether `append` keeps what cannot be written, for the next call; only `sync` then
-        raises what still fails.
     """
 
-    def __init__(self, path: pathlib.Path, *, patient: bool = False) -> None:
+    def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._patient = patient
-        # What is still to be written; it may begin inside a record of which a part is in the file.
-        self._pending = b""
         # Unbuffered, so that a write that fails (disk full) fails here and not in a later close.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        self._size = self._file.tell()
+        self._is_torn = False
 
     def append(self, record: bytes) -> None:
-        """Writes a record.
+        """Writes a record whole; where that fails, nothing of it stays for the next call.
 
         Raises:
           OSError: if it cannot be written whole, or the file has been removed.
         """
-        self._pending += record
-        try:
-            self._write_pending()
-        except OSError:
-            if not self._patient:
-                raise
-
-    def _write_pending(self) -> None:
-        # Writing to a removed file succeeds, and everything written is lost.
-        if not self._path.exists():
-            raise FileNotFoundError("the file was removed while the run was writing to it")
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
+        self._check_there()
+        if self._is_torn:
+            self._file.truncate(self._size)
+        self._is_torn = True
+        rest = record
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._size += len(record)
+        self._is_torn = False
 
     def sync(self) -> None:
         """Returns when everything appended is on the disk.
 
         Raises:
-          OSError: if it cannot be written whole, or the file has been removed.
+          OSError: if that fails, or the file has been removed.
         """
-        self._write_pending()
+        self._check_there()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; without a record that could not be written whole."""
+        with self._file:
+            if self._is_torn:
+                self._file.truncate(self._size)
+
+    def _check_there(self) -> None:
+        # Writing to a removed file succeeds, and everything written is lost.
+        if not self._path.exists():
+            raise FileNotFoundError("the file was removed while the run was writing to it")
 
 
 class _ScalarWriter(metric_writers.MetricWriter):
@@ -143,10 +143,9 @@ class TensorBoardWriter(_ScalarWriter):
     Args:
       logdir: folder of the event files; made if it is missing. Each writer adds a file.
       purge_step: TensorBoard hides what earlier files in the folder say of this and later steps.
-      patient: keep what cannot be written for the next call; only `flush` raises what still fails.
     """
 
-    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0, patient: bool = False) -> None:
+    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0) -> None:
         with _without_its_init("tensorboardX"):
             from tensorboardX.proto import event_pb2, summary_pb2
             from tensorboardX.record_writer import masked_crc32c
@@ -157,7 +156,7 @@ class TensorBoardWriter(_ScalarWriter):
         # TensorBoard reads the files in the order of their names. Nanoseconds, as a run may be
         # resumed within the second that tensorboardX's own names would repeat.
         now = _later_than_all(logdir, time.time_ns())
-        self._file = _AppendedFile(logdir / f"{_EVENTS}{now}", patient=patient)
+        self._file = _AppendedFile(logdir / f"{_EVENTS}{now}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(file_version="brain.Event:2")
         self._write(step=purge_step, session_log=start)
@@ -196,11 +195,10 @@ class JsonLinesWriter(_ScalarWriter):
 
     Args:
       path: the file; its folder exists.
-      patient: keep what cannot be written for the next call; only `flush` raises what still fails.
     """
 
-    def __init__(self, path: pathlib.Path, *, patient: bool = False) -> None:
-        self._file = _AppendedFile(path, patient=patient)
+    def __init__(self, path: pathlib.Path) -> None:
+        self._file = _AppendedFile(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes named values of one step."""

@@ -112,7 +112,8 @@ def train(
             )
         with (
             RunWriter(
-                workdir.path,
+                workdir,
+                config.log,
                 resume_step=first,
                 is_lead=run.is_lead,
                 patient=_goes_on(config),

@@ -14,13 +14,13 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Timeline
+from inception_jax.config import Config, Duration, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.datasets.splits import Split, subset
 from inception_jax.errors import ConfigError, during
 from inception_jax.models import ops, registry
 from inception_jax.runtime import hosts, sharding
-from inception_jax.training import auto_settings, optimizers
+from inception_jax.training import optimizers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

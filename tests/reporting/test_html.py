@@ -97,7 +97,7 @@ def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) ->
     for folder, shown in ((few, False), (many, True)):
         page = report.write_page(folder).read_text(encoding="utf-8")
         curves = Page(page).data["runs"][0]["splits"]
-        assert all(("top5" in curve) == shown for curve in curves.values())
+        assert all(("top5" in curve["metrics"]) == shown for curve in curves.values())
         assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
     for folders, shown in (([few, few], False), ([few, many], True)):
         output = tmp_path / "comparison.html"
@@ -130,6 +130,7 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
     for split in ("train", "test"):
         lines = [line for line in run_folders.lines() if line["split"] == split]
         columns = run["splits"][split]
+        columns |= columns["metrics"]
         for key in ("step", "epoch", "loss", "top1", "top5"):
             np.testing.assert_allclose(columns[key], [line[key] for line in lines], rtol=1e-5)
         hours = [line["seconds"] / 3600 for line in lines]
@@ -160,7 +161,7 @@ def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
     assert "{{ 7 * 7 }}" in page.words
     assert page.data["runs"][0]["name"] == HOSTILE
     # matplotlib takes them, too.
-    assert len(report.plot(folder)) == 7
+    assert len(report.plot(folder)) == 8
 
 
 def test_no_script_makes_markup_of_text() -> None:
@@ -215,7 +216,7 @@ def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> N
     whole = run_folders.write(tmp_path / "whole")
     shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
-    assert page.data["runs"][0]["splits"]["train"]["loss"]
+    assert page.data["runs"][0]["splits"]["train"]["metrics"]["loss"]
     assert "No evaluation has left its predictions" in page.words
     assert tmp_path.name in page.words
     assert not page.all("img")

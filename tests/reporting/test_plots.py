@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from inception_jax.errors import UserError
-from inception_jax.reporting.plots import plot_comparison, plot_run
+from inception_jax.reporting import report
+from inception_jax.reporting.report import plot_comparison
 from tests import run_folders
 
 _TRAIN: list[dict[str, Any]] = [
@@ -47,7 +48,7 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
-    paths = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
+    paths = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
     names = ["loss.png", "accuracy.png", "learning_rate.png"]
     assert paths == [tmp_path / "plots" / name for name in names]
     curves = {
@@ -74,7 +75,7 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[
 
 
 def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
-    loss, accuracy, _ = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION))
+    loss, accuracy, _ = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION))
     for path in (loss, accuracy):
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         assert len(pixels) == 1200 * 750
@@ -86,7 +87,7 @@ def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
 def test_a_single_point_is_visible(
     tmp_path: pathlib.Path, axes: dict[str, Any], line: dict[str, Any]
 ) -> None:
-    plot_run(_workdir(tmp_path, [line]))
+    report.plot(_workdir(tmp_path, [line]))
     (curve,) = axes["loss.png"].lines
     assert curve.get_marker() == "o"
     assert ("learning_rate.png" in axes) == ("learning_rate" in line)
@@ -97,7 +98,7 @@ def test_a_value_that_was_not_finite_leaves_a_gap(
 ) -> None:
     lines = [dict(line) for line in _TRAIN + _VALIDATION]
     lines[3]["loss"] = lines[-1]["top1"] = None
-    plot_run(_workdir(tmp_path, lines))
+    report.plot(_workdir(tmp_path, lines))
     values = axes["loss.png"].lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(values)).tolist() == [3]
     # The title takes the last evaluation that has a number.
@@ -108,7 +109,7 @@ def test_the_title_says_which_evaluation_was_the_best(
     tmp_path: pathlib.Path, axes: dict[str, Any]
 ) -> None:
     lines = [line | {"top1": 30 - line["step"]} for line in _VALIDATION]
-    plot_run(_workdir(tmp_path, lines, name="x"))
+    report.plot(_workdir(tmp_path, lines, name="x"))
     assert axes["accuracy.png"].get_title() == (
         "x: validation top-1 0.00% at epoch 3 (last), 20.00% at epoch 1 (best)"
     )
@@ -120,21 +121,21 @@ def test_top_5_of_older_runs_is_left_out_for_few_classes(
 ) -> None:
     folder = _workdir(tmp_path, _TRAIN + _VALIDATION)
     (folder / "config.json").write_text(json.dumps({"dataset": {"classes": classes}}))
-    plot_run(folder)
+    report.plot(folder)
     labels = [curve.get_label() for curve in axes["accuracy.png"].lines]
     assert any("top-5" in label for label in labels) == shown
 
 
 def test_only_values_that_are_not_finite_still_plot(tmp_path: pathlib.Path) -> None:
     line = {"step": 1, "epoch": 0.1, "split": "train", "loss": None, "top1": None, "top5": None}
-    assert len(plot_run(_workdir(tmp_path, [line]))) == 2
+    assert len(report.plot(_workdir(tmp_path, [line]))) == 2
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "ep')
-    plot_run(workdir)
+    report.plot(workdir)
     assert len(axes["loss.png"].lines[0].get_xdata()) == 30
 
 
@@ -170,19 +171,19 @@ def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -
         assert shown[1] == r"$\frac{$, last 27"
         for name in (r"$\frac{$", "x" * 300, "caf\udce9"):
             (tmp_path / "one").mkdir(exist_ok=True)
-            plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
+            report.plot(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
             assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
 
 
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}.*No such file.*--workdir"):
-        plot_run(tmp_path)
+        report.plot(tmp_path)
     with pytest.raises(UserError, match="no metrics yet"):
-        plot_run(_workdir(tmp_path, []))
+        report.plot(_workdir(tmp_path, []))
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     (workdir / "plots").write_text("")
     with pytest.raises(UserError, match="Cannot write plots"):
-        plot_run(workdir)
+        report.plot(workdir)

@@ -15,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inception_jax.config import Log
 from inception_jax.errors import UserError, WriteError
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter, read_lines
 from tests import disks
 
 _KILLED = """
 import os, pathlib, signal, sys
+from inception_jax.config import Log
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter
-writer = RunWriter(pathlib.Path(sys.argv[1]), resume_step=0)
+writer = RunWriter(Workdir(pathlib.Path(sys.argv[1])), Log(), resume_step=0)
 for step in range(1, 26):
     writer.write(step, epoch=step / 10, split="train", values={"loss": 1.5})
 writer.flush()
@@ -40,13 +44,13 @@ def _lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _write(workdir: pathlib.Path, steps: range, *, resume_step: int = 0) -> None:
-    with RunWriter(workdir, resume_step=resume_step) as writer:
+    with RunWriter(Workdir(workdir), Log(), resume_step=resume_step) as writer:
         for step in steps:
             writer.write(step, epoch=step / 4, split="train", values={"loss": 1 / step})
 
 
 def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(3, epoch=0.3, split="train", values={"loss": 2.5, "learning_rate": 0.1})
         writer.write(3, epoch=0.3, split="validation", values={"top1": 12.5, "count": 10_000})
     assert _lines(tmp_path) == [
@@ -58,7 +62,7 @@ def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 2**53 + 1.0])
 def test_floats_read_back_the_same(tmp_path: pathlib.Path, value: float) -> None:
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(1, epoch=value, split="train", values={"loss": value})
     assert _lines(tmp_path)[0]["loss"] == value == _lines(tmp_path)[0]["epoch"]
 
@@ -71,7 +75,7 @@ def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Pa
         "inf": -np.inf,
         "jax_nan": jnp.float32(jnp.nan),
     }
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(np.int64(1), epoch=0.0, split="train", values=values)
     (line,) = _lines(tmp_path)
     assert line["numpy"] == line["jax"] == float(np.float32(0.1))
@@ -108,7 +112,7 @@ def test_resuming_without_earlier_metrics_starts_a_file(tmp_path: pathlib.Path) 
 
 
 def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
-    with RunWriter(tmp_path / "run", resume_step=0, is_lead=False) as writer:
+    with RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0, is_lead=False) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
         writer.flush()
     assert list(tmp_path.iterdir()) == []
@@ -119,7 +123,7 @@ def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*Remove the line"):
-        RunWriter(tmp_path, resume_step=2)
+        RunWriter(Workdir(tmp_path), Log(), resume_step=2)
     assert path.read_text().count("\n") == 3
 
 
@@ -129,10 +133,12 @@ def test_a_write_that_fails_is_the_users_error(tmp_path: pathlib.Path) -> None:
     script = """
 import pathlib, resource, sys
 from inception_jax.errors import UserError
+from inception_jax.config import Log
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    with RunWriter(pathlib.Path(sys.argv[1]), resume_step=0) as writer:
+    with RunWriter(Workdir(pathlib.Path(sys.argv[1])), Log(), resume_step=0) as writer:
         for step in range(1, 1000):
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159})
 except UserError as error:
@@ -149,7 +155,7 @@ def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
     # At the end, too: a line is missing.
     with (
         pytest.raises(UserError, match="removed"),
-        RunWriter(workdir, resume_step=0) as writer,
+        RunWriter(Workdir(workdir), Log(), resume_step=0) as writer,
     ):
         shutil.rmtree(workdir)
         with pytest.raises(UserError, match="removed"):
@@ -164,7 +170,7 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
 
     with disks.mounted(tmp_path / "disk", kilobytes=64) as disk:
-        with RunWriter(disk / "run", resume_step=0, patient=True) as writer:
+        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, patient=True) as writer:
             write(range(1, 11))
             writer.flush()
             # What is left is a part of a page of each file: lines are torn.
@@ -184,7 +190,7 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
     names: list[str] = []
     for now in (5_000, 4_000, 4_000, 6_000):
         monkeypatch.setattr(time, "time_ns", lambda now=now: now)
-        RunWriter(tmp_path, resume_step=0).close()
+        RunWriter(Workdir(tmp_path), Log(), resume_step=0).close()
         names += {path.name for path in (tmp_path / "tensorboard").iterdir()} - {*names}
     assert [int(name.rpartition(".")[2]) for name in names] == [5_000, 5_001, 5_002, 6_000]
 
@@ -192,7 +198,7 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
 def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="Cannot write metrics"):
-        RunWriter(tmp_path / "run", resume_step=0)
+        RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0)
 
 
 @pytest.fixture(params=["auto", "false"])
@@ -230,7 +236,7 @@ def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]
 
 
 def _run(workdir: pathlib.Path, *, resume: int, last: int, loss: float) -> None:
-    with RunWriter(workdir, resume_step=resume) as writer:
+    with RunWriter(Workdir(workdir), Log(), resume_step=resume) as writer:
         for step in range(resume + 1, last + 1):
             writer.write(step, epoch=step / 10, split="train", values={"loss": loss})
             if step % 10 == 0:

@@ -519,11 +519,11 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
             yield batch
 
     def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
-        def write_or_fail(target: Any) -> None:
+        def write_or_fail(target: Any, *what: Any) -> None:
             if step_of(target) in steps:
                 failed.append(step_of(target))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(target)
+            write(target, *what)
 
         return write_or_fail
 
@@ -532,8 +532,7 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
     saved = failing(manifest.write, lambda path: int(path.name.partition(".")[0]) - 1)
     patch.setattr(manifest, "write", saved)
     appended = clu_writers._AppendedFile
-    written = failing(appended._write_pending, lambda _: now[0])
-    patch.setattr(appended, "_write_pending", written)
+    patch.setattr(appended, "append", failing(appended.append, lambda _: now[0]))
     return failed
 
 
