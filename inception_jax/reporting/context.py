@@ -72,7 +72,11 @@ _KNOWN = (
 )
 _NO_METRICS = {"step", "epoch", "split", "count", *MEASURED}
 # Of curves: what a split is called, and which have a colour of their own in report.css.
-_SPLITS = {"train": "training", "train_eval": "training images, evaluated"}
+_SPLITS = {
+    "train": "training",
+    "train_eval": "training images, evaluated",
+    "flip": "mirrored views averaged",
+}
 _COLOURED = ("train", "train_eval", "validation", "test", "holdout")
 _OTHER_COLOURS = ("run4", "run5", "run6", "run3", "run7")
 
@@ -165,7 +169,7 @@ def _splits(record: RunRecord, *, whole: bool) -> dict[str, Values]:
     found: dict[str, Values] = {}
     others = iter(range(len(rows)))
     for split in sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s)):
-        if not whole and split not in (*_SPLITS, record.split):
+        if not whole and split not in ("train", "train_eval", record.split):
             continue
         points = thinned([row for row in rows if row["split"] == split], MOST_POINTS)
         hours = [row.get("seconds", seconds.get(row["step"])) for row in points]

@@ -27,8 +27,8 @@ from inception_jax.telemetry.writers import informative, read_lines
 
 # Losses of the same checkpoint on the same examples differ by less.
 _SAME_LOSS = 0.01
-# What older versions put before the metrics of mirrored views, in the row of the plain ones.
-_MIRRORED = "flip_"
+# How older versions called the metrics of the evaluation "flip", in the row of another.
+_FLIP = {"flip_loss": "loss", "flip_top1": "top1", "flip_top5": "top5"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def read(path: pathlib.Path) -> RunRecord:
 
 
 def _rows(path: pathlib.Path, classes: int | None) -> list[Row]:
-    """Returns the rows of a metrics.jsonl, at least one; each view of the images in its own.
+    """Returns the rows of a metrics.jsonl, at least one; each evaluation in its own.
 
     Without top-5 where there are no more than five classes: older runs wrote it.
 
@@ -188,11 +188,11 @@ def _rows(path: pathlib.Path, classes: int | None) -> list[Row]:
     rows: list[Row] = []
     for line in lines:
         row = line if classes is None else informative(line, classes)
-        mirrored = {n.removeprefix(_MIRRORED): row[n] for n in row if n.startswith(_MIRRORED)}
-        rows.append({n: row[n] for n in row if not n.startswith(_MIRRORED)})
-        if mirrored:
+        flipped = {_FLIP[name]: row[name] for name in row if name in _FLIP}
+        rows.append({name: row[name] for name in row if name not in _FLIP})
+        if flipped:
             view = {n: row[n] for n in ("step", "epoch", "count") if n in row}
-            rows.append({**view, "split": f"{row['split']}, mirrored", **mirrored})
+            rows.append({**view, "split": "flip", **flipped})
     return rows
 
 

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import struct
 import sys
@@ -20,6 +19,8 @@ import time
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
+
+from inception_jax.storage.append_only import AppendOnlyFile
 
 
 def _summary_writer(logdir: str) -> "TensorBoardWriter":
@@ -56,63 +57,10 @@ def _without_its_init(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-class _AppendedFile:
-    """A file that grows by whole records, each handed to the operating system at once.
-
-    What was appended outlives a kill of the process; after `sync`, a crash of the machine too.
-
-    Args:
-      path: the file; made if it is missing.
-    """
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-        # Unbuffered, so that a write that fails (disk full) fails here and not in a later close.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
-        self._size = self._file.tell()
-        self._is_torn = False
-
-    def append(self, record: bytes) -> None:
-        """Writes a record whole; where that fails, nothing of it stays for the next call.
-
-        Raises:
-          OSError: if it cannot be written whole, or the file has been removed.
-        """
-        self._check_there()
-        if self._is_torn:
-            self._file.truncate(self._size)
-        self._is_torn = True
-        rest = record
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self._size += len(record)
-        self._is_torn = False
-
-    def sync(self) -> None:
-        """Returns when everything appended is on the disk.
-
-        Raises:
-          OSError: if that fails, or the file has been removed.
-        """
-        self._check_there()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file; without a record that could not be written whole."""
-        with self._file:
-            if self._is_torn:
-                self._file.truncate(self._size)
-
-    def _check_there(self) -> None:
-        # Writing to a removed file succeeds, and everything written is lost.
-        if not self._path.exists():
-            raise FileNotFoundError("the file was removed while the run was writing to it")
-
-
 class _ScalarWriter(metric_writers.MetricWriter):
     """A CLU writer of scalars; CLU's other kinds of values raise instead of being lost."""
 
-    _file: _AppendedFile
+    _file: AppendOnlyFile
 
     def flush(self) -> None:
         """Returns when everything written is on the disk."""
@@ -156,7 +104,7 @@ class TensorBoardWriter(_ScalarWriter):
         # TensorBoard reads the files in the order of their names. Nanoseconds, as a run may be
         # resumed within the second that tensorboardX's own names would repeat.
         now = _later_than_all(logdir, time.time_ns())
-        self._file = _AppendedFile(logdir / f"{_EVENTS}{now}")
+        self._file = AppendOnlyFile(logdir / f"{_EVENTS}{now}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(file_version="brain.Event:2")
         self._write(step=purge_step, session_log=start)
@@ -198,7 +146,7 @@ class JsonLinesWriter(_ScalarWriter):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._file = _AppendedFile(path)
+        self._file = AppendOnlyFile(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes named values of one step."""

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -7,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inception_jax.config import Log
-from inception_jax.errors import UserError, WriteError
+from inception_jax import registry
+from inception_jax.config import Config, Log, validate
+from inception_jax.errors import ConfigError, UserError, WriteError
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter, read_lines
 from tests import disks
@@ -182,6 +186,172 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             (disk / "other").unlink()
             write(range(201, 211))
         assert [line["step"] for line in _lines(disk / "run")] == list(range(1, 211))
+
+
+class Rows:
+    """A writer that keeps what it gets, and fails where it is told to."""
+
+    def __init__(self, fails: Callable[[str, int], bool] = lambda method, step: False) -> None:
+        self.rows: list[tuple[int, float, str, dict[str, float]]] = []
+        self.calls: list[str] = []
+        self._fails = fails
+
+    def _do(self, method: str, step: int = 0) -> None:
+        if self._fails(method, step):
+            raise ValueError("the service is not there")
+        self.calls.append(method)
+
+    def resume(self, resume_step: int) -> None:
+        self._do(f"resume {resume_step}")
+
+    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
+        self._do("write", step)
+        self.rows.append((step, epoch, split, dict(values)))
+        values.clear()
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
+    """Registers a writer for one test, and returns settings that name it."""
+    monkeypatch.setattr(registry.WRITERS, "_parts", dict(registry.WRITERS._parts))
+
+    def register(build: Callable[[Log, Workdir], Any], **options: Any) -> Log:
+        registry.WRITERS.names()
+        registry.register_writer("mine", options=options)(build)
+        return Log(writers=("mine", "tensorboard"), options={"project": "x"} if options else {})
+
+    return register
+
+
+def test_a_writer_of_ones_own_gets_every_row(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    rows, given = Rows(), list[Any]()
+
+    def mine(settings: Log, workdir: Workdir) -> Rows:
+        given.extend([settings.options, workdir.path])
+        return rows
+
+    settings = registered(mine, project="p", token="t")
+    with RunWriter(Workdir(tmp_path), settings, resume_step=6) as writer:
+        values: dict[str, Any] = {"loss": jnp.float32(0.5), "top1": float("nan")}
+        writer.write(np.int64(7), epoch=0.7, split="train", values=values)
+        writer.write(7, epoch=0.7, split="validation", values={"count": 10})
+        writer.flush()
+    assert given == [{"project": "x", "token": "t"}, tmp_path]
+    assert rows.calls == ["resume 6", "write", "write", "flush", "flush", "close"]
+    (one, other) = rows.rows
+    assert one[:3] == (7, 0.7, "train") and one[3]["loss"] == 0.5 and math.isnan(one[3]["top1"])
+    assert [type(value) for value in one[3].values()] == [float, float]
+    assert list(other) == [7, 0.7, "validation", {"count": 10}]
+    # What one writer does to a row, the others do not see.
+    assert [line["loss"] for line in _lines(tmp_path)[:1]] == [0.5]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_without_other_writers_there_is_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+    with RunWriter(Workdir(tmp_path), Log(writers=()), resume_step=0) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_the_lead_process_opens_writers(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    settings = registered(lambda settings, workdir: pytest.fail("opened"))
+    with RunWriter(Workdir(tmp_path), settings, resume_step=0, is_lead=False) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+
+
+def test_a_writer_that_fails_is_named(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    rows = Rows(lambda method, step: method == "write" and step == 2)
+    settings = registered(lambda settings, workdir: rows)
+    with (
+        pytest.raises(WriteError, match="writer 'mine'"),
+        RunWriter(Workdir(tmp_path), settings, resume_step=0) as writer,
+    ):
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+        expected = (
+            r"writer 'mine' cannot be given the row of train at step 2: ValueError: the service is "
+            r"not there \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
+        )
+        with pytest.raises(WriteError, match=expected):
+            writer.write(2, epoch=0.2, split="train", values={"loss": 2.0})
+    # The others have all, and are closed.
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+    assert rows.calls[-1] == "close"
+
+
+def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    is_down = [True]
+    rows = Rows(lambda method, step: is_down[0] and method == "write")
+    settings = registered(lambda settings, workdir: rows)
+    with RunWriter(Workdir(tmp_path), settings, resume_step=0, patient=True) as writer:
+        for step in (1, 2):
+            writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
+        with pytest.raises(WriteError, match="'mine' cannot be given the row of train at step 1"):
+            writer.flush()
+        is_down[0] = False
+        writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
+    assert [row[0] for row in rows.rows] == [1, 2, 3]
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    def mine(settings: Log) -> Rows:
+        return Rows()
+
+    settings = registered(mine)
+    with pytest.raises(WriteError, match=r"writer 'mine' cannot be opened: TypeError: .*1 pos"):
+        RunWriter(Workdir(tmp_path), settings, resume_step=0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, r"returned None, which has no write\(\), flush\(\), close\(\)\. Return an object "),
+        (types.SimpleNamespace(write=print), r"returned .*, which has no flush\(\), close\(\)\. "),
+    ],
+)
+def test_what_is_no_writer_is_refused(
+    registered: Callable[..., Log], tmp_path: pathlib.Path, returned: Any, words: str
+) -> None:
+    settings = registered(lambda settings, workdir: returned)
+    place = r"writer 'mine' \(.*test_writers\.py, line \d+\): "
+    with pytest.raises(ConfigError, match=place + words):
+        RunWriter(Workdir(tmp_path), settings, resume_step=0)
+
+
+def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
+    registered: Callable[..., Log],
+) -> None:
+    settings = registered(lambda settings, workdir: Rows(), project="p")
+    validate(Config(log=settings))
+    with pytest.raises(ConfigError, match=r"config\.log\.writers = .*Did you mean 'tensorboard'"):
+        validate(Config(log=Log(writers=("tensorbord",))))
+    with pytest.raises(ConfigError, match=r"log\.options\.projet: .*Did you mean 'project'"):
+        validate(Config(log=dataclasses.replace(settings, options={"projet": "x"})))
+
+
+def test_a_class_is_registered_where_its_instances_are_made() -> None:
+    registry.register_writer("a class")(Rows)
+    try:
+        part = registry.WRITERS.get("a class")
+        assert part.file == __file__ and part.line > 1 and not part.is_own
+    finally:
+        del registry.WRITERS._parts["a class"]
 
 
 def test_event_files_keep_their_order_when_the_clock_is_set_back(

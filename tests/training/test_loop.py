@@ -35,8 +35,8 @@ from inception_jax.errors import (
 )
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
-from inception_jax.storage import lock, manifest
-from inception_jax.telemetry import clock, clu_writers, compilations
+from inception_jax.storage import append_only, lock, manifest
+from inception_jax.telemetry import clock, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import loop, run, state, step, workdir
@@ -531,7 +531,7 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
     # A checkpoint is written in the background, while later steps are going on.
     saved = failing(manifest.write, lambda path: int(path.name.partition(".")[0]) - 1)
     patch.setattr(manifest, "write", saved)
-    appended = clu_writers._AppendedFile
+    appended = append_only.AppendOnlyFile
     patch.setattr(appended, "append", failing(appended.append, lambda _: now[0]))
     return failed
 
