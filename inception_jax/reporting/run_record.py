@@ -120,7 +120,7 @@ class RunRecord:
         """What the evaluations say; None without the settings, which that takes."""
         if self.config is None:
             return None
-        return diagnose(
+        stats = evidence.gather(
             self.rows,
             self.config,
             classes=self.dataset["classes"],
@@ -129,6 +129,7 @@ class RunRecord:
             label_counts=self.label_counts,
             own_settings=(self.experiment or {}).get("own"),
         )
+        return diagnose(stats, self.config)
 
 
 def read(path: pathlib.Path) -> RunRecord:

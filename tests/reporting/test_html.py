@@ -126,7 +126,7 @@ def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
     heads = "loss top-1, % top-5, % top10 macro_accuracy <b> training loss"
     assert f"epoch step split {heads}" in page.words
     assert "97.5 0.65432 12,346" in page.words
-    assert "macro_accuracy 0.65432" in page.words.partition("Curves")[0]  # A tile.
+    assert "macro_accuracy0.65432" in page.words.partition("Horizontal axis")[0]  # A tile.
     columns = page.data["runs"][0]["splits"]["test"]["metrics"]
     assert {name: columns[name][-1] for name in values} == values
     names = [figure["data-metric"] for figure in page.all("figure") if "data-metric" in figure]
@@ -151,7 +151,7 @@ def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pa
     assert found.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
     assert found.role(400) == "best and last"
     page = page_of(folder)
-    words = page.words.partition("Curves")[0].partition("other evaluations")[2]
+    words = page.words.partition("Horizontal axis")[0].partition("other evaluations")[2]
     assert "mirrored views averaged 400 0.5000 88.80 99.00 600" in words
     assert "crops 400 0.0100 99.90 – 7" in words
     splits = page.data["runs"][0]["splits"]
