@@ -1,60 +1,19 @@
-"""CLU's metric writers without TensorFlow: scalars as TensorBoard events and as JSON lines.
+"""Writers of scalars with CLU's interface: as TensorBoard events and as JSON lines."""
 
-Importing `clu.metric_writers` imports TensorFlow, which costs 680 MB of memory and 5 seconds at the
-start of every process, through one file: `clu/metric_writers/summary_writer.py`
-(google/CommonLoopUtils#358 asks for a lazy import, and is open). This module puts a module of its
-own in that one's place before the first import. As the place is private to CLU, its version is
-pinned, and a test runs CLU's own `create_default_writer` on it. Everything else takes CLU's writers
-from here.
-"""
-
-import contextlib
-import importlib.util
 import json
 import math
 import pathlib
-import struct
-import sys
 import time
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from inception_jax.storage.append_only import AppendOnlyFile
+from inception_jax.telemetry import _tensorboardx_private
 
-
-def _summary_writer(logdir: str) -> "TensorBoardWriter":
-    """What CLU's create_default_writer finds as `SummaryWriter`."""
-    return TensorBoardWriter(pathlib.Path(logdir))
-
-
-_replacement = types.ModuleType("clu.metric_writers.summary_writer", "TensorBoard by tensorboardX.")
-vars(_replacement)["SummaryWriter"] = _summary_writer
-sys.modules.setdefault(_replacement.__name__, _replacement)
-
-# "as": exported, since it must not be imported before this module.
-from clu import metric_writers as metric_writers  # noqa: E402
+# "as": exported, since CLU's must not be imported before that module.
+from inception_jax.telemetry._clu_private import metric_writers as metric_writers
 
 _EVENTS = "events.out.tfevents."
-
-
-@contextlib.contextmanager
-def _without_its_init(package: str) -> Iterator[None]:
-    """Lets modules of a package be imported without what its __init__.py imports.
-
-    tensorboardX's imports PyTorch where there is one: 1.2 s and 150 MB.
-    """
-    spec = importlib.util.find_spec(package)
-    if package in sys.modules or spec is None:
-        yield
-        return
-    bare = types.ModuleType(package)
-    bare.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules[package] = bare
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 class _ScalarWriter(metric_writers.MetricWriter):
@@ -85,42 +44,25 @@ class _ScalarWriter(metric_writers.MetricWriter):
 class TensorBoardWriter(_ScalarWriter):
     """Writes scalars as TensorBoard events, which TensorBoard shows under "Scalars".
 
-    tensorboardX makes the messages and checksums; its own SummaryWriter is not used, since an error
-    in its thread is lost, and ten writes later the run would wait for that thread for ever.
-
     Args:
       logdir: folder of the event files; made if it is missing. Each writer adds a file.
       purge_step: TensorBoard hides what earlier files in the folder say of this and later steps.
     """
 
     def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0) -> None:
-        with _without_its_init("tensorboardX"):
-            from tensorboardX.proto import event_pb2, summary_pb2
-            from tensorboardX.record_writer import masked_crc32c
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._checksum = masked_crc32c
+        self._encode = _tensorboardx_private.event_encoder()
         logdir.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files in the order of their names. Nanoseconds, as a run may be
         # resumed within the second that tensorboardX's own names would repeat.
         now = _later_than_all(logdir, time.time_ns())
         self._file = AppendOnlyFile(logdir / f"{_EVENTS}{now}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(file_version="brain.Event:2")
-        self._write(step=purge_step, session_log=start)
+        self._file.append(self._encode(file_version="brain.Event:2"))
+        self._file.append(self._encode(step=purge_step, starts=True))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes named values of one step."""
-        value = self._summary.Value
-        values = [value(tag=tag, simple_value=float(scalars[tag])) for tag in scalars]
-        self._write(step=int(step), summary=self._summary(value=values))
-
-    def _write(self, **fields: Any) -> None:
-        """Appends one event, framed as a TFRecord: length, its checksum, data, their checksum."""
-        data = self._event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checksums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
-        self._file.append(length + checksums[0] + data + checksums[1])
+        numbers = {tag: float(value) for tag, value in scalars.items()}
+        self._file.append(self._encode(step=int(step), scalars=numbers))
 
 
 def _later_than_all(logdir: pathlib.Path, now: int) -> int:

@@ -15,7 +15,6 @@ import json
 import pathlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from inception_jax import registry
@@ -102,53 +101,41 @@ def _tensorboard(settings: Log, workdir: Workdir) -> CluWriter:
     return CluWriter(open_at)
 
 
+# Step, epoch, split, values.
+_Row = tuple[int, float, str, Mapping[str, float]]
+
+
 class _Guarded:
     """A writer whose errors name it, and whose rows wait while it cannot take them.
 
     Args:
       part: what is registered.
-      settings: of all writers; its own options are among them.
-      workdir: of the run.
-      resume_step: as in `RunWriter`.
-      patient: as in `RunWriter`.
-
-    Raises:
-      WriteError: from each method, if the writer raises anything.
-      ConfigError: if what the part returns is no writer.
+      settings, workdir, patient: as of `RunWriter`.
     """
 
     def __init__(
-        self,
-        part: registry.Part,
-        settings: Log,
-        workdir: Workdir,
-        *,
-        resume_step: int,
-        patient: bool,
+        self, part: registry.Part, settings: Log, workdir: Workdir, *, patient: bool
     ) -> None:
-        self._part = part
-        self._workdir = workdir
-        self._patient = patient
-        self._waiting: collections.deque[tuple[int, float, str, Mapping[str, float]]] = (
-            collections.deque()
-        )
+        self._part, self._workdir, self._patient = part, workdir, patient
+        self._waiting = collections.deque[_Row]()
         options = registry.with_defaults(part, settings.options)
+        settings = dataclasses.replace(settings, options=options)
         with self._explained("opened"):
-            self._writer: Writer = part.build(
-                dataclasses.replace(settings, options=options), workdir
-            )
+            self._writer: Writer = part.build(settings, workdir)
         if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
             raise ConfigError(
                 f"writer {part.name!r} ({part.place}): returned {self._writer!r}, which has no "
                 f"{', '.join(f'{name}()' for name in missing)}. Return an object with the methods "
                 "write(step, *, epoch, split, values), flush() and close()"
             )
+
+    def resume(self, resume_step: int) -> None:
         if resume := getattr(self._writer, "resume", None):
             with self._explained("opened"):
                 resume(resume_step)
 
-    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        self._waiting.append((step, epoch, split, values))
+    def write(self, row: _Row) -> None:
+        self._waiting.append(row)
         with contextlib.suppress(*[WriteError] * self._patient):
             self._write_waiting()
 
@@ -230,9 +217,9 @@ class RunWriter:
         metrics = registry.Part(name="metrics.jsonl", build=_metrics_file, file=__file__)
         with contextlib.ExitStack() as opened:
             for part in (metrics, *map(registry.WRITERS.get, settings.writers)):
-                writer = _Guarded(part, settings, workdir, resume_step=resume_step, patient=patient)
-                opened.callback(writer.close)
-                self._writers.append(writer)
+                self._writers.append(_Guarded(part, settings, workdir, patient=patient))
+                self._writers[-1].resume(resume_step)
+                opened.callback(self._writers[-1].close)
             self._opened = opened.pop_all()
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
@@ -246,7 +233,7 @@ class RunWriter:
         """
         numbers = {n: v if isinstance(v, int) else float(v) for n, v in values.items()}
         for writer in self._writers:
-            writer.write(int(step), float(epoch), split, numbers)
+            writer.write((int(step), float(epoch), split, numbers))
 
     def flush(self) -> None:
         """Returns when everything written is on the disk."""
@@ -260,12 +247,7 @@ class RunWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
