@@ -8,7 +8,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from PIL import Image
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.evaluation import calibration
-from inception_jax.evaluation.predictions import Predictions
 from inception_jax.reporting.evidence import Row
 from inception_jax.reporting.run_record import RunRecord, names
 from inception_jax.telemetry.writers import MEASURED
@@ -235,26 +234,19 @@ def classes(record: RunRecord) -> Values | None:
     matrix = record.confusion
     if matrix is None:
         return None
+    # Those of which the split has an example.
     rows = [
-        row
-        for label in range(len(matrix))
-        if (row := _class_row(record, matrix, label)) is not None
+        _class_row(record, matrix, label) for label in np.flatnonzero(matrix.sum(axis=1)).tolist()
     ]
     ranked = sorted(rows, key=lambda row: -row["accuracy"])
-    few = len(ranked) <= 2 * EXTREMES
-    return {
-        "rows": rows,
-        "groups": [("All classes, best first", ranked)]
-        if few
-        else [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])],
-    }
+    groups = [("All classes, best first", ranked)]
+    if len(ranked) > 2 * EXTREMES:
+        groups = [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])]
+    return {"rows": rows, "groups": groups}
 
 
-def _class_row(record: RunRecord, matrix: np.ndarray, label: int) -> Values | None:
-    """Returns one class's row; None where the split has no example of it."""
+def _class_row(record: RunRecord, matrix: np.ndarray, label: int) -> Values:
     count, right = int(matrix[label].sum()), int(matrix[label, label])
-    if not count:
-        return None
     others = matrix[label].copy()
     others[label] = 0
     taken_for = int(others.argmax())
@@ -277,11 +269,11 @@ def confusion(record: RunRecord) -> Values | None:
     totals = np.maximum(matrix.sum(axis=1), 1)
     pairs = calibration.confused_pairs(matrix, MOST_PAIRS)
     return {
-        "names": [record.class_name(int(label)) for label in chosen],
+        "names": [record.class_name(label) for label in chosen],
         "whole": len(chosen) == len(matrix),
         "rows": [
             {
-                "name": record.class_name(int(true)),
+                "name": record.class_name(true),
                 "cells": [
                     {
                         "count": int(matrix[true, guess]),
@@ -312,34 +304,30 @@ def examples(record: RunRecord) -> Values | None:
     evaluated = record.evaluated
     if evaluated is None:
         return None
+    predictions = evaluated.predictions
     found: Values = {"mistakes": [], "right": [], "side": evaluated.pictures.shape[1]}
     for index, name, pixels in zip(
         evaluated.shown, evaluated.names, evaluated.pictures, strict=True
     ):
-        right = bool(evaluated.predictions.right[index])
-        found["right" if right else "mistakes"].append(
+        label, guesses = predictions.labels[index], predictions.guesses[index]
+        found["right" if predictions.right[index] else "mistakes"].append(
             {
                 "source": data_uri(pixels),
                 "file": name,
-                "label": record.class_name(int(evaluated.predictions.labels[index])),
-                "own": 100 * float(evaluated.predictions.own[index]),
-                "guesses": _guesses(record, evaluated.predictions, int(index)),
+                "label": record.class_name(label),
+                "guesses": [
+                    {
+                        "name": record.class_name(guess),
+                        "percent": 100 * float(probability),
+                        "right": bool(guess == label),
+                    }
+                    for guess, probability in zip(
+                        guesses, predictions.probabilities[index], strict=True
+                    )
+                ],
             }
         )
     return found
-
-
-def _guesses(record: RunRecord, predictions: Predictions, index: int) -> list[Values]:
-    return [
-        {
-            "name": record.class_name(int(label)),
-            "percent": 100 * float(probability),
-            "right": bool(label == predictions.labels[index]),
-        }
-        for label, probability in zip(
-            predictions.guesses[index], predictions.probabilities[index], strict=True
-        )
-    ]
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -358,21 +346,14 @@ def reliability(record: RunRecord) -> Values | None:
     found = calibration.calibration(predictions.confidence, predictions.right)
     bins = [
         {
-            "low": 100 * float(low),
-            "high": 100 * float(high),
+            "low": 100 * float(found.edges[n]),
+            "high": 100 * float(found.edges[n + 1]),
             "count": int(count),
             "share": float(count / len(predictions)),
-            "confidence": 100 * float(confidence),
-            "accuracy": 100 * float(accuracy),
+            "confidence": 100 * float(found.confidence[n]),
+            "accuracy": 100 * float(found.accuracy[n]),
         }
-        for low, high, count, confidence, accuracy in zip(
-            found.edges[:-1],
-            found.edges[1:],
-            found.count,
-            found.confidence,
-            found.accuracy,
-            strict=True,
-        )
+        for n, count in enumerate(found.count)
     ]
     return {
         "bins": bins,
@@ -394,7 +375,7 @@ def time(record: RunRecord) -> Values | None:
         "total": total,
         "step": record.result["step"],
         "phases": [
-            {"name": PHASES.get(name, name), "phase": name, "seconds": s, "share": s / total}
+            {"name": PHASES.get(name, name), "seconds": s, "share": s / total}
             for name, s in ordered
         ],
     }
@@ -458,18 +439,12 @@ def comparison(records: Sequence[RunRecord]) -> list[Values]:
     return [
         {
             "name": name,
-            "experiment": record.name,
             "result": result(record),
             "epoch": record.rows[-1]["epoch"],
             "finished": record.finished,
             "calibration": reliability(record),
             "diagnosis": record.diagnosis,
-            "settings": list(_values(record, paths)),
+            "settings": [record.config and configs.get(record.config, path) for path in paths],
         }
         for name, record in zip(names(records), records, strict=True)
     ]
-
-
-def _values(record: RunRecord, paths: Sequence[str]) -> Iterator[Any]:
-    for path in paths:
-        yield None if record.config is None else configs.get(record.config, path)

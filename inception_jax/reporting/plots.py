@@ -3,6 +3,7 @@
 They show what the page shows: both take it from `context`.
 """
 
+import itertools
 import math
 import pathlib
 import re
@@ -37,7 +38,7 @@ _COLOURS = {
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#666666"
 # For runs side by side; more of them repeat it in other styles.
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-_RUN_STYLES = ("-", "--", "-.", ":")
+_STYLES = ("-", "--", "-.", ":")
 
 # A longer name would leave no room for what it names.
 _NAME_LENGTH, _CLASS_LENGTH = 40, 26
@@ -97,8 +98,10 @@ def write_figures(
     try:
         atomic.make_output_folder(folder)
         for name, figure in drawn:
-            # A metric may be called anything.
-            written.append(folder / (re.sub(r"[^\w.-]", "_", name) + ".png"))
+            # A metric may be called anything, and like one of the other plots.
+            stem = re.sub(r"[^\w.-]", "_", name)
+            stem += "-2" * (folder / f"{stem}.png" in written)
+            written.append(folder / f"{stem}.png")
             figures.save(figure, written[-1])
     except OSError as error:
         raise UserError(
@@ -109,14 +112,15 @@ def write_figures(
 
 def _run_curves(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
     """Yields a plot of each metric; top-1 and top-5 share one."""
-    ((_, splits),) = [run.values() for run in context.curves([record])["runs"]]
+    (run,) = context.curves([record])["runs"]
     title = _title(record)
-    metrics = {metric.name: metric for metric in context.metrics(record.rows)}
-    accuracy = [metrics.pop(name) for name in ("top1", "top5") if name in metrics]
-    for name, metric in metrics.items():
-        yield name, _curves_of(splits, [metric], title=title, label=metric.label)
-        if name == "loss" and accuracy:
-            yield "accuracy", _curves_of(splits, accuracy, title=title, label="accuracy, %")
+    together: dict[str, list[Metric]] = {}
+    for metric in context.metrics(record.rows):
+        name = "accuracy" if metric.name in ("top1", "top5") else metric.name
+        together.setdefault(name, []).append(metric)
+    for name, metrics in together.items():
+        label = "accuracy, %" if name == "accuracy" else metrics[0].label
+        yield name, _curves_of(run["splits"], metrics, title=title, label=label)
 
 
 def _title(record: RunRecord) -> str:
@@ -135,10 +139,10 @@ def _title(record: RunRecord) -> str:
 def _curves_of(
     splits: Mapping[str, Any], metrics: Sequence[Metric], *, title: str, label: str
 ) -> "Figure":
-    """Returns curves of some metrics for each split; the first is solid, the second dashed."""
+    """Returns curves of some metrics, each in a style of its own, for each split."""
     figure, axes = _canvas(height=5)
     for split in splits.values():
-        for metric, style in zip(metrics, ("-", "--"), strict=False):
+        for metric, style in zip(metrics, itertools.cycle(_STYLES), strict=False):
             name = split["label"] if len(metrics) == 1 else f"{split['label']} {metric.label}"
             _curve(axes, split, metric, name=name, style=style, colour=_COLOURS[split["colour"]])
     _finish_curves(axes, title, "epoch", label)
@@ -149,19 +153,17 @@ def _curves_of(
 def _comparison(runs: Sequence[Mapping[str, Any]], metric: Metric) -> "Figure":
     """Returns one metric's curve of each run that has it."""
     figure, axes = _canvas(height=5)
-    having = [
-        [(name, split) for name, split in run["splits"].items() if metric.name in split["metrics"]]
-        for run in runs
-    ]
-    evaluated = any(not name.startswith("train") for names in having for name, _ in names)
-    for number, (run, found) in enumerate(zip(runs, having, strict=True)):
-        for name, split in found:
-            if name == "train" if not evaluated else not name.startswith("train"):
-                style = _RUN_STYLES[number // len(_RUN_COLOURS) % len(_RUN_STYLES)]
-                colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
+    having = {
+        n for run in runs for n, each in run["splits"].items() if metric.name in each["metrics"]
+    }
+    evaluated = sorted(name for name in having if not name.startswith("train"))
+    for number, run in enumerate(runs):
+        style = _STYLES[number // len(_RUN_COLOURS) % len(_STYLES)]
+        colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
+        for name in evaluated or ["train"]:
+            if split := run["splits"].get(name):
                 _curve(axes, split, metric, name=run["name"], style=style, colour=colour)
-    label = metric.label.replace("top-1", "top-1 accuracy").replace("top-5", "top-5 accuracy")
-    label = f"{label}, {metric.unit}" if metric.unit else label
+    label = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
     _finish_curves(axes, f"{label} of {len(runs)} runs", "epoch", label)
     axes.set_xlim(left=0)
     return figure
@@ -234,7 +236,7 @@ def _classes(classes: dict[str, Any], title: str) -> "Figure":
         axes.axhline(places[count] + 0.5, color=_GREY, linestyle=":")
     axes.set_xlim(0, 110)
     words = "best and worst classes" if len(rows) > count else "all classes"
-    _finish_classes(axes, f"{title}: accuracy of {words}", "accuracy, %", "")
+    _finish(axes, f"{title}: accuracy of {words}", "accuracy, %", "", classes=True)
     axes.grid(visible=False, axis="y")
     return figure
 
@@ -253,7 +255,7 @@ def _confusion(confusion: dict[str, Any], title: str) -> "Figure":
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     words = "all classes" if confusion["whole"] else "most confused classes"
-    _finish_classes(axes, f"{title}: {words}, images", "guessed", "true")
+    _finish(axes, f"{title}: {words}, images", "guessed", "true", classes=True)
     axes.grid(visible=False)
     return figure
 
@@ -341,26 +343,29 @@ def _curve(
     )
 
 
-def _finish(axes: "Axes", title: str, horizontal: str, vertical: str) -> None:
-    """Adds what a reader needs: labels, grid, and no box around it all."""
+def _finish(
+    axes: "Axes", title: str, horizontal: str, vertical: str, *, classes: bool = False
+) -> None:
+    """Adds what a reader needs: labels, grid, and no box around it all.
+
+    Args:
+      axes: to add them to.
+      title, horizontal, vertical: the texts.
+      classes: whether the ticks are names of classes, which are no formulas.
+    """
     axes.set_title(title, fontsize=13)
     axes.set_xlabel(horizontal, fontsize=12)
     axes.set_ylabel(vertical, fontsize=12)
     axes.tick_params(labelsize=11)
+    for text in [*axes.get_xticklabels(), *axes.get_yticklabels()] if classes else []:
+        text.set_parse_math(False)
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish_classes(axes: "Axes", title: str, horizontal: str, vertical: str) -> None:
-    """Does the same where ticks have names of classes, which are no formulas."""
-    _finish(axes, title, horizontal, vertical)
-    for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-        label.set_parse_math(False)
-
-
 def _finish_curves(axes: "Axes", title: str, horizontal: str, vertical: str) -> None:
-    """Does the same, and names each curve."""
+    """Does the same, and adds a legend that names each curve."""
     _finish(axes, title, horizontal, vertical)
     handles, labels = axes.lines, [str(line.get_label()) for line in axes.lines]
     legend = axes.legend(handles, [" "] * len(handles), fontsize=11, handlelength=3)
