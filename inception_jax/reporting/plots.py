@@ -164,7 +164,7 @@ def _comparison(runs: Sequence[Mapping[str, Any]], metric: Metric) -> "Figure":
             if split := run["splits"].get(name):
                 _curve(axes, split, metric, name=run["name"], style=style, colour=colour)
     label = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-    _finish_curves(axes, f"{label} of {len(runs)} runs", "epoch", label)
+    _finish_curves(axes, f"{metric.title} of {len(runs)} runs", "epoch", label)
     axes.set_xlim(left=0)
     return figure
 
