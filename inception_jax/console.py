@@ -33,6 +33,11 @@ def prepare() -> None:
         )
 
 
+def say(line: str) -> None:
+    """Prints a line for the user on stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class _Messages(io.FileIO):
     """A stream whose reader may be gone."""
 

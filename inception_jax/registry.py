@@ -234,8 +234,8 @@ def register_writer(
     `Workdir`, whose `config` is the file with the run's settings. It returns an object with the
     methods of `telemetry.writers.Writer`: `write(step, *, epoch, split, values)`, `flush()`,
     `close()`, and, if it is to know where a resumed run begins, `resume(resume_step)`. Only the
-    lead process of a run has writers. What a writer raises stops the run, unless
-    `config.checkpoint.on_write_error` says continue.
+    lead process of a run has writers. What a writer raises stops the run, or is logged and tried
+    again, as `config.checkpoint.on_write_error` says.
 
     Args:
       name: for `config.log.writers`.

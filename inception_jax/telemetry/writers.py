@@ -11,16 +11,17 @@ is removed (JSON lines) or hidden (TensorBoard), so that each curve has each ste
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from inception_jax import registry
+from inception_jax import console, registry
 from inception_jax.config import Log
 from inception_jax.errors import ConfigError, UserError, WriteError
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, integrity
 from inception_jax.storage.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -108,15 +109,25 @@ _Row = tuple[int, float, str, Mapping[str, float]]
 class _Guarded:
     """A writer whose errors name it, and whose rows wait while it cannot take them.
 
+    Where the run is patient, a user's own only has its errors logged: neither a checkpoint nor the
+    end of the run waits for a service that is down.
+
     Args:
       part: what is registered.
-      settings, workdir, patient: as of `RunWriter`.
+      settings, workdir, patient, log: as of `RunWriter`.
     """
 
     def __init__(
-        self, part: registry.Part, settings: Log, workdir: Workdir, *, patient: bool
+        self,
+        part: registry.Part,
+        settings: Log,
+        workdir: Workdir,
+        *,
+        patient: bool,
+        log: Callable[[str], None],
     ) -> None:
         self._part, self._workdir, self._patient = part, workdir, patient
+        self._tolerated = functools.partial(integrity.tolerated, patient and not part.is_own, log)
         self._waiting = collections.deque[_Row]()
         options = registry.with_defaults(part, settings.options)
         settings = dataclasses.replace(settings, options=options)
@@ -140,15 +151,16 @@ class _Guarded:
             self._write_waiting()
 
     def flush(self) -> None:
-        self._write_waiting()
-        with self._explained("flushed"):
-            self._writer.flush()
+        with self._tolerated():
+            self._write_waiting()
+            with self._explained("flushed"):
+                self._writer.flush()
 
     def close(self) -> None:
         try:
             self.flush()
         finally:
-            with self._explained("closed"):
+            with self._tolerated(), self._explained("closed"):
                 self._writer.close()
 
     def _write_waiting(self) -> None:
@@ -163,21 +175,20 @@ class _Guarded:
     def _explained(self, what: str) -> Iterator[None]:
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
-            if self._part.is_own and isinstance(error, OSError):
+            resumes = "and rerun the same command: it resumes from the last checkpoint"
+            if not self._part.is_own:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
-                    f"Cannot write metrics to {self._workdir.path}: {error}. The folder must be "
-                    "writable, with space left, as long as the run lasts. Fix this and rerun the "
-                    "same command: it resumes from the last checkpoint"
+                    f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
+                    f"({frame.filename}, line {frame.lineno}). Fix it, or leave it out of "
+                    f"config.log.writers, {resumes}"
                 ) from error
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            if not isinstance(error, OSError):
+                raise
             raise WriteError(
-                f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
-                f"({frame.filename}, line {frame.lineno}). Fix it, or leave it out of "
-                "config.log.writers, and rerun the same command: it resumes from the last "
-                "checkpoint"
+                f"Cannot write metrics to {self._workdir.path}: {error}. The folder must be "
+                f"writable, with space left, as long as the run lasts. Fix this, {resumes}"
             ) from error
 
 
@@ -194,7 +205,8 @@ class RunWriter:
         drops them all.
       is_lead: whether this process writes; in all others every method does nothing.
       patient: keep the rows that a writer cannot take and try again at the next write, where only
-        `flush` and `close` raise what still fails.
+        `flush` and `close` raise what still fails, and of a user's own writers log it.
+      log: takes lines for the user.
 
     Raises:
       WriteError: from each method, if a writer fails.
@@ -209,6 +221,7 @@ class RunWriter:
         resume_step: int,
         is_lead: bool = True,
         patient: bool = False,
+        log: Callable[[str], None] = console.say,
     ) -> None:
         self._writers: list[_Guarded] = []
         self._opened = contextlib.ExitStack()
@@ -217,7 +230,7 @@ class RunWriter:
         metrics = registry.Part(name="metrics.jsonl", build=_metrics_file, file=__file__)
         with contextlib.ExitStack() as opened:
             for part in (metrics, *map(registry.WRITERS.get, settings.writers)):
-                self._writers.append(_Guarded(part, settings, workdir, patient=patient))
+                self._writers.append(_Guarded(part, settings, workdir, patient=patient, log=log))
                 self._writers[-1].resume(resume_step)
                 opened.callback(self._writers[-1].close)
             self._opened = opened.pop_all()

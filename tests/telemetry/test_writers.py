@@ -293,18 +293,38 @@ def test_a_writer_that_fails_is_named(
 def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
-    is_down = [True]
+    is_down, said = [True], list[str]()
     rows = Rows(lambda method, step: is_down[0] and method == "write")
     settings = registered(lambda settings, workdir: rows)
-    with RunWriter(Workdir(tmp_path), settings, resume_step=0, patient=True) as writer:
+    with RunWriter(
+        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+    ) as writer:
         for step in (1, 2):
             writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
-        with pytest.raises(WriteError, match="'mine' cannot be given the row of train at step 1"):
-            writer.flush()
+        assert not said
+        # No error: a checkpoint waits for metrics.jsonl alone.
+        writer.flush()
+        assert "'mine' cannot be given the row of train at step 1: ValueError" in said.pop()
+        assert not said
         is_down[0] = False
         writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
+    assert not said
     assert [row[0] for row in rows.rows] == [1, 2, 3]
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    said: list[str] = []
+    settings = registered(lambda settings, workdir: Rows(lambda method, step: method != "resume 0"))
+    with RunWriter(
+        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+    ) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+    assert ["given the row" in said[0], "closed" in said[1], len(said)] == [True, True, 2]
+    assert "on_write_error = 'continue'" in said[0]
+    assert [line["step"] for line in _lines(tmp_path)] == [1]
 
 
 def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
