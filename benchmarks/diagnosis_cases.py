@@ -229,7 +229,9 @@ def train(
                 previous(Workdir(folder)),
                 evaluate,
                 experiment={"file": config.name, "own": own},
-                on_evaluation=report.refresher(this, folder, evaluator),
+                on_evaluation=lambda result: report.publish(
+                    folder, result, evaluator.predictions, this.dataset.evaluation
+                ),
                 stop=lambda step: step == stop,
             )
         except (Preempted, RunError) as error:
@@ -254,7 +256,8 @@ def found_rate(config: Config, folder: pathlib.Path) -> float | None:
         if proposal:
             chance = lr_range_test.chance_loss(this)
             doubts = lr_range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
-        report.write_range_test(folder, points, proposal, doubts, config=config)
+        values = lr_range_test.record(config, points, proposal, doubts)
+        report.write_range_test(folder, values)
     proposed = json.loads(stored.read_text())["proposal"]
     return proposed and proposed["rate"]
 
@@ -299,7 +302,7 @@ def recorded(folder: pathlib.Path) -> dict[str, Any]:
 
     run = run_record.read(folder)
     keys = ("step", "epoch", "split", "loss", "top1", "count")
-    lines = [{key: line[key] for key in keys if key in line} for line in run.lines]
+    lines = [{key: row[key] for key in keys if key in row} for row in run.rows]
     assert run.config is not None
     return {
         "config": changed_settings(run.config),

@@ -17,6 +17,7 @@ their defaults where it is registered, given as `config.<group>.options`.
 import dataclasses
 import importlib
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -100,7 +101,10 @@ class Registry(Generic[AnyPart]):
             )
 
         def decorate(function: Function) -> Function:
-            code = getattr(function, "__code__", None)
+            # A class is where its instances are made.
+            made = (getattr(function, name, None) for name in ("__code__", "__init__"))
+            code = next((c for each in made if (c := getattr(each, "__code__", each))), None)
+            code = code if isinstance(code, types.CodeType) else None
             part = self._part(
                 name=name,
                 build=function,
@@ -212,8 +216,32 @@ OPTIMIZERS = Registry("optimizer", setting="optimizer.name", part=Part)
 SCHEDULES = Registry("schedule", setting="schedule.name", part=Part)
 AUGMENTATIONS = Registry("augmentation", setting="augment.extra", part=Part)
 METRICS = Registry("metric", setting="evaluation.metrics", part=Part)
-WRITERS = Registry("writer", setting="log.writers", part=Part)
+WRITERS = Registry(
+    "writer", setting="log.writers", part=Part, homes=["inception_jax.telemetry.writers"]
+)
 REGISTRIES: Mapping[str, Registry[Any]] = {
     each.kind: each
     for each in (MODELS, DATASETS, OPTIMIZERS, SCHEDULES, AUGMENTATIONS, METRICS, WRITERS)
 }
+
+
+def register_writer(
+    name: str, *, options: Mapping[str, Any] | None = None
+) -> Callable[[Function], Function]:
+    """Returns a decorator that registers a writer, which gets every row of a run's metrics.
+
+    The function takes the settings (`config.log`, in whose `options` are the writer's own) and the
+    `Workdir`, whose `config` is the file with the run's settings. It returns an object with the
+    methods of `telemetry.writers.Writer`: `write(step, *, epoch, split, values)`, `flush()`,
+    `close()`, and, if it is to know where a resumed run begins, `resume(resume_step)`. Only the
+    lead process of a run has writers. What a writer raises stops the run, or is logged and tried
+    again, as `config.checkpoint.on_write_error` says.
+
+    Args:
+      name: for `config.log.writers`.
+      options: its own settings with their defaults, given as `config.log.options`.
+
+    Raises:
+      ConfigError: if the name is taken.
+    """
+    return WRITERS.register(name, options=options)

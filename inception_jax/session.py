@@ -82,7 +82,9 @@ def train_and_evaluate(
         changed=changed,
         experiment=experiment,
         own=names,
-        on_evaluation=report.refresher(setup, path, evaluator),
+        on_evaluation=lambda result: report.publish(
+            path, result, evaluator.predictions, setup.dataset.evaluation
+        ),
         stop=stop,
         log=log,
     )

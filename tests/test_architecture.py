@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -36,12 +37,14 @@ MAY_IMPORT = {
     "training": BASE | {"experiment", "runtime", "datasets", "input", "models", "telemetry"},
     "evaluation": BASE | {"runtime", "datasets", "input", "models", "telemetry", "training"},
 }
-_TOWERS_USE = MAY_IMPORT["evaluation"] | {"evaluation"}
+_TOWERS_USE = MAY_IMPORT["evaluation"] | {"evaluation", "figures"}
 MAY_IMPORT |= {
-    "inference": _TOWERS_USE | {"reporting"},
+    "figures": {"datasets"},
+    "inference": _TOWERS_USE,
     "export": _TOWERS_USE | {"inference"},
-    "inspection": _TOWERS_USE | {"inference", "reporting"},
-    "reporting": _TOWERS_USE,
+    "inspection": _TOWERS_USE | {"inference"},
+    # What a report is made of can be read without JAX.
+    "reporting": BASE | {"figures", "datasets", "telemetry", "evaluation"},
     "cli": BASE | {"experiment", "runtime"},
     "session": _TOWERS_USE | {"reporting"},
 }
@@ -55,7 +58,7 @@ OWNERS = {
     "tensorboardX": ("telemetry/_tensorboardx_private.py",),
     "tensorflow_datasets": ("datasets/",),
     "sklearn": ("datasets/",),
-    "matplotlib": ("reporting/", "inspection/", "inference/gradcam.py"),
+    "matplotlib": ("figures.py", "reporting/", "inspection/", "inference/gradcam.py"),
     "jinja2": ("reporting/html.py",),
     "safetensors": ("models/weights.py",),
     "torch": ("tools/import_weights.py",),
@@ -131,6 +134,17 @@ def test_models_name_no_mesh_axis() -> None:
         words |= {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}
         assert not words & PARALLEL, path
         assert not any(name.startswith("jax.sharding") for name in imports(path)), path
+
+
+def test_reports_are_made_without_jax() -> None:
+    """So that a report, a plot or a diagnosis of a run takes no second to start."""
+    paths = sorted((PACKAGE / "reporting").glob("*.py"))
+    for path in paths:
+        assert not {name.split(".")[0] for name in imports(path)} & {"jax", "flax", "optax"}, path
+    modules = ", ".join(f"inception_jax.reporting.{path.stem}" for path in paths)
+    script = f"import sys, {modules}; print(*({{'jax', 'flax', 'matplotlib'}} & set(sys.modules)))"
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_experiments_import_only_the_configuration() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration
+from inception_jax.config import Config, Duration, auto_settings
 from inception_jax.models import registry
-from inception_jax.training import auto_settings, optimizers
+from inception_jax.training import optimizers
 from tests.experiments import load
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -589,6 +589,12 @@ class Checkpoint:
 @dataclasses.dataclass
 class Log:
     every: Duration = setting(Duration(steps=100), "time between training metrics", resumable=True)
+    writers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "where metrics go besides metrics.jsonl, which is always written",
+        registry="writer",
+        resumable=True,
+    )
     options: dict[str, Any] = setting(
         {},
         "settings of writers of one's own, by the names they are registered with",

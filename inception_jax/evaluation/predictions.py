@@ -18,8 +18,8 @@ from PIL import Image
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import UserError
 from inception_jax.storage import atomic
+from inception_jax.storage.workdir import Workdir
 
-FILE = "predictions.npz"
 # How many of the most probable classes are kept of each example.
 BEST = 5
 # How many mistakes and right answers are kept as pictures, and the longest side of those, pixels.
@@ -112,13 +112,13 @@ def gather(result: dict[str, Any], predictions: Predictions, split: Split) -> Ev
     )
 
 
-def write(folder: pathlib.Path, evaluated: Evaluated) -> None:
-    """Writes an evaluation's file, whole or not at all.
+def write(path: pathlib.Path, evaluated: Evaluated) -> None:
+    """Writes an evaluation's file into a run's folder, whole or not at all.
 
     Raises:
       WriteError: if it cannot be written.
     """
-    with atomic.replacing(folder / FILE) as temporary, temporary.open("wb") as file:
+    with atomic.replacing(Workdir(path).predictions) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             result=np.array(json.dumps(evaluated.result)),
@@ -129,13 +129,13 @@ def write(folder: pathlib.Path, evaluated: Evaluated) -> None:
         )
 
 
-def read(folder: pathlib.Path) -> Evaluated | None:
+def read(path: pathlib.Path) -> Evaluated | None:
     """Returns the evaluation that a run's folder holds, or None if it holds none.
 
     Raises:
       UserError: if its file cannot be read as that.
     """
-    path = folder / FILE
+    path = Workdir(path).predictions
     fields = [field.name for field in dataclasses.fields(Predictions)]
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:

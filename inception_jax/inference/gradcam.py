@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from inception_jax import figures
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.inference.predictor import Classified, Predictor
-from inception_jax.reporting import plots
 from inception_jax.training.state import Variables
 
 # Height and width of a picture beside its heat map, pixels: enough for photos, little for a screen.
@@ -214,7 +214,7 @@ def draw(
         axes.imshow(image)
         axes.set_title(caption, fontsize=11)
         axes.set_axis_off()
-    plots.save(figure, path, dpi=120)
+    figures.save(figure, path, dpi=120)
 
 
 class HeatMaps:
@@ -265,8 +265,8 @@ class HeatMaps:
                 self._folder / self._unused_name(picture.name),
                 picture.view,
                 heat,
-                title=f"{plots.short(guess.name, 60)}: {guess.probability:.1%}",
-                captions=(plots.short(os.path.basename(picture.name), 40), about),
+                title=f"{figures.short(guess.name, 60)}: {guess.probability:.1%}",
+                captions=(figures.short(os.path.basename(picture.name), 40), about),
             )
 
     def _unused_name(self, picture: str) -> str:

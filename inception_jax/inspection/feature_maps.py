@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from inception_jax import figures
 from inception_jax.errors import UserError, nearest
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import ops, registry
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
-from inception_jax.reporting import plots
 
 # Between the pictures of a grid, pixels of it.
 _GAP = 1
@@ -157,7 +157,7 @@ def _save(path: pathlib.Path, pictures: list[tuple[np.ndarray, str]], title: str
         axes.set_title(words, fontsize=11)
         axes.axis("off")
     try:
-        plots.save(figure, path)
+        figures.save(figure, path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error}. Give a folder on a disk with room"

@@ -1,6 +1,6 @@
 """The parts of a report, as the values that its templates show.
 
-Pure functions of a `Record`; each returns None, or an empty list, where the folder does not hold
+Pure functions of a `RunRecord`; each returns None, or an empty list, where the folder does not hold
 what it needs, and the template then leaves the part out.
 """
 
@@ -8,7 +8,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from PIL import Image
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.evaluation import calibration
-from inception_jax.evaluation.predictions import Predictions
-from inception_jax.reporting.plots import Line
-from inception_jax.reporting.run_record import Record, names
+from inception_jax.reporting.evidence import Row
+from inception_jax.reporting.run_record import RunRecord, names
+from inception_jax.telemetry.writers import MEASURED
 
 # What a page can hold and a reader take in.
 MOST_POINTS = 1000
@@ -30,7 +30,55 @@ EXTREMES = 10
 # Beyond this side, pixels, a picture without loss takes too much of the page.
 LOSSLESS = 64
 
-METRICS = ("loss", "top1", "top5", "learning_rate")
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number of the rows of metrics.jsonl.
+
+    Attributes:
+      name: in the rows.
+      title: of its chart.
+      label: in a sentence, a legend, or a column's head.
+      unit: "%" or "".
+      digits: after the point; None: five that count.
+    """
+
+    name: str
+    title: str
+    label: str
+    unit: str = ""
+    digits: int | None = None
+
+    @property
+    def head(self) -> str:
+        """The head of its column."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    def text(self, value: float | None) -> str:
+        """Returns a value for a reader; a dash where there is none."""
+        if value is None:
+            return "–"
+        return f"{value:,.5g}" if self.digits is None else f"{value:,.{self.digits}f}"
+
+
+# Those that the package itself knows, in the order in which they are shown; others come after.
+_KNOWN = (
+    Metric("loss", "Loss", "loss", digits=4),
+    Metric("top1", "Top-1 accuracy", "top-1", "%", 2),
+    Metric("top5", "Top-5 accuracy", "top-5", "%", 2),
+    Metric("learning_rate", "Learning rate", "learning rate"),
+    Metric("gradient_norm", "Gradient norm", "gradient norm"),
+)
+_NO_METRICS = {"step", "epoch", "split", "count", *MEASURED}
+# Of curves: what a split is called, and which have a colour of their own in report.css.
+_SPLITS = {
+    "train": "training",
+    "train_eval": "training images, evaluated",
+    "flip": "mirrored views averaged",
+}
+_COLOURED = ("train", "train_eval", "validation", "test", "holdout")
+_OTHER_COLOURS = ("run4", "run5", "run6", "run3", "run7")
+
 # The phases of telemetry.clock, in words.
 PHASES = {
     "train": "training steps",
@@ -45,19 +93,26 @@ PHASES = {
 Values = dict[str, Any]
 
 
-def result(record: Record) -> Values | None:
+def metrics(rows: Sequence[Row]) -> list[Metric]:
+    """Returns what is measured in some rows: what the package knows first, the rest by its name."""
+    found = dict.fromkeys(name for row in rows for name in row if name not in _NO_METRICS)
+    known = [metric for metric in _KNOWN if metric.name in found]
+    return known + [Metric(n, n, n) for n in found if n not in {m.name for m in known}]
+
+
+def result(record: RunRecord) -> Values | None:
     """Returns the last evaluation, the best one, and what the experiment expects."""
-    evaluations = [line for line in record.evaluations if line.get("top1") is not None]
+    evaluations = [row for row in record.evaluations if row.get("top1") is not None]
     if not evaluations:
         return None
-    last, best = evaluations[-1], max(evaluations, key=lambda line: line["top1"])
+    last, best = evaluations[-1], max(evaluations, key=lambda row: row["top1"])
     count = last.get("count")
     top1 = last["top1"] / 100
     return {
         "last": last,
+        "metrics": [metric for metric in metrics([last]) if metric.name != "top1"],
         "role": record.role(last["step"]),
         "best": best if best["top1"] > last["top1"] else None,
-        "flip": last.get("flip_top1"),
         # Two standard errors of a share of independent examples.
         "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
         "expected": _expected(record, last["top1"]),
@@ -66,7 +121,7 @@ def result(record: Record) -> Values | None:
     }
 
 
-def _expected(record: Record, top1: float) -> Values | None:
+def _expected(record: RunRecord, top1: float) -> Values | None:
     if record.config is None or not record.config.expected.top1:
         return None
     expected = record.config.expected
@@ -78,64 +133,65 @@ def _expected(record: Record, top1: float) -> Values | None:
     }
 
 
-def curves(records: Sequence[Record]) -> Values:
-    """Returns the curves of some runs, for the script of the page.
+def other_evaluations(record: RunRecord) -> Values | None:
+    """Returns the last evaluation of each split and view but the one that the result is of."""
+    last = {row["split"]: row for row in record.rows if row["split"] not in ("train", record.split)}
+    if not last:
+        return None
+    rows = list(last.values())
+    return {
+        "metrics": metrics(rows),
+        "rows": [{"row": row, "label": _SPLITS.get(row["split"], row["split"])} for row in rows],
+    }
+
+
+def curves(records: Sequence[RunRecord]) -> Values:
+    """Returns the curves of some runs, for the script of the page and for the plots.
 
     Returns:
-      runs: of each run its name and, by split, arrays of step, epoch, hours and the metrics, with
-        None where a line has none; at most MOST_POINTS of each split.
+      runs: of each run its name and, by split, a label, a colour, and arrays of step, epoch, hours
+        and the metrics, with None where a row has none; at most MOST_POINTS of each split. Of
+        several runs without the evaluations that their results are not of.
     """
     labels = names(records)
     return {
         "runs": [
-            {"name": name, "splits": _splits(record.lines)}
+            {"name": name, "splits": _splits(record, whole=len(records) == 1)}
             for name, record in zip(labels, records, strict=True)
         ]
     }
 
 
-def metrics(records: Sequence[Record]) -> list[str]:
-    """Returns which of METRICS some runs have."""
-    return [name for name in METRICS if any(name in line for r in records for line in r.lines)]
-
-
-def evaluated(record: Record) -> Values | None:
-    """Returns which evaluation classes, pictures and calibration are of."""
-    if record.evaluated is None:
-        return None
-    found = record.evaluated.result
-    return {
-        "split": found["split"],
-        "step": found["step"],
-        "epoch": found.get("epoch"),
-        "role": record.role(found["step"]),
-        "guesses": record.evaluated.predictions.guesses.shape[1],
-    }
-
-
-def _splits(lines: Sequence[Line]) -> dict[str, Values]:
-    seconds = {line["step"]: line["seconds"] for line in lines if line.get("seconds") is not None}
+def _splits(record: RunRecord, *, whole: bool) -> dict[str, Values]:
+    rows = record.rows
+    seconds = {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
     found: dict[str, Values] = {}
-    for split in sorted({line["split"] for line in lines}, key=lambda s: (s != "train", s)):
-        points = thinned([line for line in lines if line["split"] == split], MOST_POINTS)
-        hours = [line.get("seconds", seconds.get(line["step"])) for line in points]
+    others = iter(range(len(rows)))
+    for split in sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s)):
+        if not whole and split not in ("train", "train_eval", record.split):
+            continue
+        points = thinned([row for row in rows if row["split"] == split], MOST_POINTS)
+        hours = [row.get("seconds", seconds.get(row["step"])) for row in points]
+        coloured = split in _COLOURED
         found[split] = {
-            "step": [line["step"] for line in points],
-            "epoch": [_short(line["epoch"]) for line in points],
+            "label": _SPLITS.get(split, split),
+            "colour": split if coloured else _OTHER_COLOURS[next(others) % len(_OTHER_COLOURS)],
+            "step": [row["step"] for row in points],
+            "epoch": [_short(row["epoch"]) for row in points],
             "hours": [None if each is None else _short(each / 3600) for each in hours],
-        } | {
-            name: [_short(line.get(name)) for line in points]
-            for name in METRICS
-            if any(name in line for line in points)
+            "metrics": {
+                metric.name: [_short(row.get(metric.name)) for row in points]
+                for metric in metrics(points)
+            },
         }
     return found
 
 
-def thinned(lines: Sequence[Line], most: int) -> list[Line]:
-    """Returns at most so many of some lines, evenly spaced, the first and the last among them."""
-    if len(lines) <= most:
-        return list(lines)
-    return [lines[index] for index in np.linspace(0, len(lines) - 1, most).round().astype(int)]
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most so many of some rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, most).round().astype(int)]
 
 
 def _short(value: float | None) -> float | None:
@@ -143,41 +199,54 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def curve_table(record: Record) -> list[Values]:
+def curve_table(record: RunRecord) -> Values:
     """Returns the curves as rows: the evaluations, each with the training report before it."""
-    train = [line for line in record.lines if line["split"] == "train"]
-    rows = []
-    for line in thinned(record.evaluations or train, MOST_ROWS):
-        before = [each for each in train if each["step"] <= line["step"]][-1:]
-        rows.append({"line": line, "train": before[0] if before else {}})
-    return rows
-
-
-def classes(record: Record) -> Values | None:
-    """Returns the accuracy of each class, and which are the best and the worst."""
-    if record.evaluated is None:
-        return None
-    matrix = _matrix(record, record.evaluated.predictions)
-    rows = [
-        row
-        for label in range(len(matrix))
-        if (row := _class_row(record, matrix, label)) is not None
-    ]
-    ranked = sorted(rows, key=lambda row: -row["accuracy"])
-    few = len(ranked) <= 2 * EXTREMES
+    train = [row for row in record.rows if row["split"] == "train"]
+    evaluated = [row for row in record.rows if row["split"] != "train"] or train
+    steps = set(thinned(sorted({row["step"] for row in evaluated}), MOST_ROWS))
+    before = {step: [row for row in train if row["step"] <= step][-1:] for step in steps}
     return {
-        "rows": rows,
-        "groups": [("All classes, best first", ranked)]
-        if few
-        else [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])],
+        "metrics": metrics(evaluated),
+        "training": metrics(train),
+        "rows": [
+            {"row": row, "train": before[row["step"]][0] if before[row["step"]] else {}}
+            for row in evaluated
+            if row["step"] in steps
+        ],
     }
 
 
-def _class_row(record: Record, matrix: np.ndarray, label: int) -> Values | None:
-    """Returns one class's row; None where the split has no example of it."""
-    count, right = int(matrix[label].sum()), int(matrix[label, label])
-    if not count:
+def evaluated(record: RunRecord) -> Values | None:
+    """Returns which evaluation classes, pictures and calibration are of."""
+    if record.evaluated is None:
         return None
+    found = record.evaluated.result
+    return {
+        "split": found["split"],
+        "step": found["step"],
+        "role": record.role(found["step"]),
+        "guesses": record.evaluated.predictions.guesses.shape[1],
+    }
+
+
+def classes(record: RunRecord) -> Values | None:
+    """Returns the accuracy of each class, and which are the best and the worst."""
+    matrix = record.confusion
+    if matrix is None:
+        return None
+    # Those of which the split has an example.
+    rows = [
+        _class_row(record, matrix, label) for label in np.flatnonzero(matrix.sum(axis=1)).tolist()
+    ]
+    ranked = sorted(rows, key=lambda row: -row["accuracy"])
+    groups = [("All classes, best first", ranked)]
+    if len(ranked) > 2 * EXTREMES:
+        groups = [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])]
+    return {"rows": rows, "groups": groups}
+
+
+def _class_row(record: RunRecord, matrix: np.ndarray, label: int) -> Values:
+    count, right = int(matrix[label].sum()), int(matrix[label, label])
     others = matrix[label].copy()
     others[label] = 0
     taken_for = int(others.argmax())
@@ -191,20 +260,20 @@ def _class_row(record: Record, matrix: np.ndarray, label: int) -> Values | None:
     }
 
 
-def confusion(record: Record) -> Values | None:
+def confusion(record: RunRecord) -> Values | None:
     """Returns the confusion matrix of the most confused classes, and the most frequent mistakes."""
-    if record.evaluated is None:
+    matrix = record.confusion
+    if matrix is None:
         return None
-    matrix = _matrix(record, record.evaluated.predictions)
     chosen = calibration.most_confused(matrix, MOST_CONFUSED)
     totals = np.maximum(matrix.sum(axis=1), 1)
     pairs = calibration.confused_pairs(matrix, MOST_PAIRS)
     return {
-        "names": [record.class_name(int(label)) for label in chosen],
+        "names": [record.class_name(label) for label in chosen],
         "whole": len(chosen) == len(matrix),
         "rows": [
             {
-                "name": record.class_name(int(true)),
+                "name": record.class_name(true),
                 "cells": [
                     {
                         "count": int(matrix[true, guess]),
@@ -230,43 +299,35 @@ def confusion(record: Record) -> Values | None:
     }
 
 
-def _matrix(record: Record, predictions: Predictions) -> np.ndarray:
-    return calibration.confusion(predictions.labels, predictions.guesses[:, 0], record.classes)
-
-
-def examples(record: Record) -> Values | None:
+def examples(record: RunRecord) -> Values | None:
     """Returns the pictures: the most confident mistakes, and right answers."""
     evaluated = record.evaluated
     if evaluated is None:
         return None
+    predictions = evaluated.predictions
     found: Values = {"mistakes": [], "right": [], "side": evaluated.pictures.shape[1]}
     for index, name, pixels in zip(
         evaluated.shown, evaluated.names, evaluated.pictures, strict=True
     ):
-        right = bool(evaluated.predictions.right[index])
-        found["right" if right else "mistakes"].append(
+        label, guesses = predictions.labels[index], predictions.guesses[index]
+        found["right" if predictions.right[index] else "mistakes"].append(
             {
                 "source": data_uri(pixels),
                 "file": name,
-                "label": record.class_name(int(evaluated.predictions.labels[index])),
-                "own": 100 * float(evaluated.predictions.own[index]),
-                "guesses": _guesses(record, evaluated.predictions, int(index)),
+                "label": record.class_name(label),
+                "guesses": [
+                    {
+                        "name": record.class_name(guess),
+                        "percent": 100 * float(probability),
+                        "right": bool(guess == label),
+                    }
+                    for guess, probability in zip(
+                        guesses, predictions.probabilities[index], strict=True
+                    )
+                ],
             }
         )
     return found
-
-
-def _guesses(record: Record, predictions: Predictions, index: int) -> list[Values]:
-    return [
-        {
-            "name": record.class_name(int(label)),
-            "percent": 100 * float(probability),
-            "right": bool(label == predictions.labels[index]),
-        }
-        for label, probability in zip(
-            predictions.guesses[index], predictions.probabilities[index], strict=True
-        )
-    ]
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -277,7 +338,7 @@ def data_uri(pixels: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def reliability(record: Record) -> Values | None:
+def reliability(record: RunRecord) -> Values | None:
     """Returns the reliability diagram's bins, and the expected calibration error in percent."""
     if record.evaluated is None:
         return None
@@ -285,21 +346,14 @@ def reliability(record: Record) -> Values | None:
     found = calibration.calibration(predictions.confidence, predictions.right)
     bins = [
         {
-            "low": 100 * float(low),
-            "high": 100 * float(high),
+            "low": 100 * float(found.edges[n]),
+            "high": 100 * float(found.edges[n + 1]),
             "count": int(count),
             "share": float(count / len(predictions)),
-            "confidence": 100 * float(confidence),
-            "accuracy": 100 * float(accuracy),
+            "confidence": 100 * float(found.confidence[n]),
+            "accuracy": 100 * float(found.accuracy[n]),
         }
-        for low, high, count, confidence, accuracy in zip(
-            found.edges[:-1],
-            found.edges[1:],
-            found.count,
-            found.confidence,
-            found.accuracy,
-            strict=True,
-        )
+        for n, count in enumerate(found.count)
     ]
     return {
         "bins": bins,
@@ -310,7 +364,7 @@ def reliability(record: Record) -> Values | None:
     }
 
 
-def time(record: Record) -> Values | None:
+def time(record: RunRecord) -> Values | None:
     """Returns the seconds that each phase of the run took, the longest first."""
     seconds: Mapping[str, float] = record.result.get("seconds_by_phase", {})
     total = sum(seconds.values())
@@ -321,13 +375,13 @@ def time(record: Record) -> Values | None:
         "total": total,
         "step": record.result["step"],
         "phases": [
-            {"name": PHASES.get(name, name), "phase": name, "seconds": s, "share": s / total}
+            {"name": PHASES.get(name, name), "seconds": s, "share": s / total}
             for name, s in ordered
         ],
     }
 
 
-def overridden(record: Record) -> list[Values]:
+def overridden(record: RunRecord) -> list[Values]:
     """Returns the settings that differ from the experiment's own, with both values."""
     if record.config is None or not record.experiment:
         return []
@@ -360,7 +414,7 @@ def settings(config: Config | None) -> list[Values]:
     ]
 
 
-def machine(record: Record) -> list[tuple[str, Any]]:
+def machine(record: RunRecord) -> list[tuple[str, Any]]:
     """Returns what the run ran on, and with which versions, as names and values."""
     environment = dict(record.environment)
     packages = environment.pop("packages", {})
@@ -369,13 +423,7 @@ def machine(record: Record) -> list[tuple[str, Any]]:
     return [*rows, *((name, version) for name, version in packages.items())]
 
 
-def diagnosis(record: Record) -> Values | None:
-    """Returns what the evaluations say."""
-    found = record.diagnosis()
-    return None if found is None else dataclasses.asdict(found)
-
-
-def differing(records: Sequence[Record]) -> list[str]:
+def differing(records: Sequence[RunRecord]) -> list[str]:
     """Returns the dotted paths of the settings that are not the same in all runs."""
     known = [record.config for record in records if record.config is not None]
     return [
@@ -385,24 +433,18 @@ def differing(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def comparison(records: Sequence[Record]) -> list[Values]:
+def comparison(records: Sequence[RunRecord]) -> list[Values]:
     """Returns a row for each run: its result, and its settings where the runs differ."""
     paths = differing(records)
     return [
         {
             "name": name,
-            "experiment": record.name,
             "result": result(record),
-            "line": record.lines[-1],
+            "epoch": record.rows[-1]["epoch"],
             "finished": record.finished,
             "calibration": reliability(record),
-            "diagnosis": diagnosis(record),
-            "settings": list(_values(record, paths)),
+            "diagnosis": record.diagnosis,
+            "settings": [record.config and configs.get(record.config, path) for path in paths],
         }
         for name, record in zip(names(records), records, strict=True)
     ]
-
-
-def _values(record: Record, paths: Sequence[str]) -> Iterator[Any]:
-    for path in paths:
-        yield None if record.config is None else configs.get(record.config, path)

@@ -1,9 +1,9 @@
 """What a run's evaluations say: did it learn, was it long enough, does it fit?
 
-`diagnose` is a pure function of the lines of metrics.jsonl and the configuration. It applies the
-rules below in their order, and the first that holds gives the verdict; each has its threshold and
-reason beside it. The split of the error into what is left on training images (bias) and what comes
-on top on new ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
+`diagnose` is a pure function of a run's numbers and its configuration. It applies the rules below
+in their order, and the first that holds gives the verdict; each has its threshold and reason beside
+it. The split of the error into what is left on training images (bias) and what comes on top on new
+ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
 
 Curves show that something is wrong better than what. So there is advice on one setting at most,
 where a trial is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py follows it on
@@ -14,13 +14,12 @@ or from both sides toward the same usual value, and no further.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.reporting import evidence as evidences
-from inception_jax.reporting.evidence import Evidence, Line
+from inception_jax.reporting.evidence import Evidence
 
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
 LEAST_STEPS = 50
@@ -130,138 +129,118 @@ class _Finding:
     notes: tuple[str, ...] = ()
 
 
-def diagnose(
-    lines: Sequence[Line],
-    config: Config,
-    *,
-    classes: int,
-    train_examples: int,
-    label_counts: Sequence[int] = (),
-    own_settings: Mapping[str, Any] | None = None,
-) -> Diagnosis:
+def diagnose(stats: Evidence, config: Config) -> Diagnosis:
     """Returns what a run's evaluations say.
 
     Args:
-      lines: of its metrics.jsonl, at least one.
+      stats: the numbers of the run.
       config: its settings.
-      classes: how many the data set has.
-      train_examples: size of the training split.
-      label_counts: how many validation examples each class has; empty: not known.
-      own_settings: the experiment file's values of settings that the command line changed.
     """
-    e = evidences.gather(
-        lines,
-        config,
-        classes=classes,
-        train_examples=train_examples,
-        label_counts=label_counts,
-        own_settings=own_settings,
-    )
-    found = next(found for rule in _RULES if (found := rule(e, config)))
+    found = next(found for rule in _RULES if (found := rule(stats, config)))
     advice = None
     if found.change:
         setting, value, reason = found.change
         advice = Advice(setting, configs.get(config, setting), value, reason)
-    return Diagnosis(found.verdict, found.reason, advice, found.notes, e)
+    return Diagnosis(found.verdict, found.reason, advice, found.notes, stats)
 
 
-def _diverged(e: Evidence, config: Config) -> _Finding | None:
-    if math.isnan(e.nonfinite_step):
+def _diverged(stats: Evidence, config: Config) -> _Finding | None:
+    if math.isnan(stats.nonfinite_step):
         return None
     return _Finding(
         DIVERGED,
-        f"loss or gradient was not finite at step {e.nonfinite_step:,.0f}",
+        f"loss or gradient was not finite at step {stats.nonfinite_step:,.0f}",
         _lower_rate(config),
     )
 
 
-def _one_class(e: Evidence, config: Config) -> _Finding | None:
-    if e.chance_loss > 0:
+def _one_class(stats: Evidence, config: Config) -> _Finding | None:
+    if stats.chance_loss > 0:
         return None
     return _Finding(UNKNOWN, "all validation images are of one class, so any network is right")
 
 
-def _unfinished(e: Evidence, config: Config) -> _Finding | None:
-    if e.steps >= e.planned_steps:
+def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
+    if stats.steps >= stats.planned_steps:
         return None
     return _Finding(
         TOO_SHORT,
-        f"{e.steps:,} of {e.planned_steps:,} steps are done, and accuracy may rise until the last: "
-        "the same command resumes the run",
-        notes=(f"so far, {_apart_numbers(e)}",) if _is_apart(e) else (),
+        f"{stats.steps:,} of {stats.planned_steps:,} steps are done, and accuracy may rise "
+        "until the last: the same command resumes the run",
+        notes=(f"so far, {_apart_numbers(stats)}",) if _is_apart(stats) else (),
     )
 
 
-def _few_steps(e: Evidence, config: Config) -> _Finding | None:
-    if e.steps >= LEAST_STEPS and e.evaluations:
+def _few_steps(stats: Evidence, config: Config) -> _Finding | None:
+    if stats.steps >= LEAST_STEPS and stats.evaluations:
         return None
-    what = f"{e.steps:,} steps in all" if e.evaluations else "no evaluation"
+    what = f"{stats.steps:,} steps in all" if stats.evaluations else "no evaluation"
     return _Finding(
-        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(e, config)
+        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(stats, config)
     )
 
 
-def _apart(e: Evidence, config: Config) -> _Finding | None:
-    if not _is_apart(e):
+def _apart(stats: Evidence, config: Config) -> _Finding | None:
+    if not _is_apart(stats):
         return None
     return _Finding(
         APART,
-        f"{_apart_numbers(e)}: the averages that evaluation uses, BatchNorm's statistics or those "
-        "of the weights, are not what training arrived at",
-        _closer_averages(e, config),
-        (f"validation top-1, {e.top1:.1f}%, says nothing about the fit until that is fixed",),
+        f"{_apart_numbers(stats)}: the averages that evaluation uses, BatchNorm's statistics or "
+        "those of the weights, are not what training arrived at",
+        _closer_averages(stats, config),
+        (f"validation top-1, {stats.top1:.1f}%, says nothing about the fit until that is fixed",),
     )
 
 
-def _unstable(e: Evidence, config: Config) -> _Finding | None:
-    if not (_learned_little(e) and e.worst_loss > UNSTABLE * e.guessing_loss):
+def _unstable(stats: Evidence, config: Config) -> _Finding | None:
+    if not (_learned_little(stats) and stats.worst_loss > UNSTABLE * stats.guessing_loss):
         return None
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(e)}; the loss went up to {e.worst_loss:.3f} (more than {UNSTABLE:g} times "
-        "that of guessing), as it does where the learning rate is too high",
+        f"{_best_numbers(stats)}; the loss went up to {stats.worst_loss:.3f} (more than "
+        f"{UNSTABLE:g} times that of guessing), as it does where the learning rate is too high",
         _lower_rate(config),
     )
 
 
-def _cut_short(e: Evidence, config: Config) -> _Finding | None:
-    if not e.recipe_epochs >= CUT_SHORT * e.epochs:
+def _cut_short(stats: Evidence, config: Config) -> _Finding | None:
+    if not stats.recipe_epochs >= CUT_SHORT * stats.epochs:
         return None
     return _Finding(
         TOO_SHORT,
-        f"{e.epochs:.4g} epochs, of {e.recipe_epochs:g} that the experiment's own recipe has; "
-        f"validation top-1 reached {e.top1:.1f}%",
-        _longer(e, config),
+        f"{stats.epochs:.4g} epochs, of {stats.recipe_epochs:g} that the experiment's own recipe "
+        f"has; validation top-1 reached {stats.top1:.1f}%",
+        _longer(stats, config),
     )
 
 
-def _hardly_learned(e: Evidence, config: Config) -> _Finding | None:
-    if not _learned_little(e):
+def _hardly_learned(stats: Evidence, config: Config) -> _Finding | None:
+    if not _learned_little(stats):
         return None
     if change := _less_regularization(config):
         setting = change[0]
         return _Finding(
             HARDLY_LEARNED,
-            f"{_best_numbers(e)}; {setting}={configs.get(config, setting):g} may be too strong",
+            f"{_best_numbers(stats)}; {setting}={configs.get(config, setting):g} may be too strong",
             change,
         )
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(e)}; the learning rate may be far too low, or the labels may not match "
-        "the images",
+        f"{_best_numbers(stats)}; the learning rate may be far too low, or the labels may not "
+        "match the images",
         notes=("tools.find_lr measures which learning rates work, if any",),
     )
 
 
-def _overfitting(e: Evidence, config: Config) -> _Finding | None:
-    small = 100 - e.top1 <= SMALL_ERROR or not e.gap > max(LEAST_GAP, e.noise)
-    if small or 100 - e.train_top1 >= VARIANCE * (100 - e.top1):
+def _overfitting(stats: Evidence, config: Config) -> _Finding | None:
+    small = 100 - stats.top1 <= SMALL_ERROR or not stats.gap > max(LEAST_GAP, stats.noise)
+    if small or 100 - stats.train_top1 >= VARIANCE * (100 - stats.top1):
         return None
     numbers = (
-        f"top-1 is {e.train_top1:.1f}% on training images and {e.top1:.1f}% on validation images, "
-        f"a gap of {e.gap:.1f} points (noise {e.noise:.1f})"
+        f"top-1 is {stats.train_top1:.1f}% on training images and {stats.top1:.1f}% on validation "
+        f"images, a gap of {stats.gap:.1f} points (noise {stats.noise:.1f})"
     )
-    if _near_chance(e):
+    if _near_chance(stats):
         return _Finding(
             OVERFITTING,
             f"{numbers}: training images were learned by heart, and of others it knows little "
@@ -275,8 +254,8 @@ def _overfitting(e: Evidence, config: Config) -> _Finding | None:
     )
 
 
-def _fit(e: Evidence, config: Config) -> _Finding:
-    error, train_error = 100 - e.top1, 100 - e.train_top1
+def _fit(stats: Evidence, config: Config) -> _Finding:
+    error, train_error = 100 - stats.top1, 100 - stats.train_top1
     if error <= SMALL_ERROR:
         return _Finding(
             NO_FAULT, f"the validation error is {error:.1f}% (at most {SMALL_ERROR:g}%)"
@@ -284,10 +263,10 @@ def _fit(e: Evidence, config: Config) -> _Finding:
     if math.isnan(train_error):
         return _Finding(
             UNKNOWN,
-            f"validation top-1 is {e.top1:.1f}%, and training lately reported "
-            f"{e.running_top1:.1f}% on augmented images. Unless training images are evaluated the "
-            "way validation images are, overfitting, underfitting and wrong statistics cannot be "
-            "told apart",
+            f"validation top-1 is {stats.top1:.1f}%, and training lately reported "
+            f"{stats.running_top1:.1f}% on augmented images. Unless training images are evaluated "
+            "the way validation images are, overfitting, underfitting and wrong statistics cannot "
+            "be told apart",
             ("evaluation.train_examples", SAMPLE, "evaluates this many training images, too"),
         )
     share = (
@@ -295,17 +274,18 @@ def _fit(e: Evidence, config: Config) -> _Finding:
     )
     if train_error < BIAS * error:
         return _Finding(NO_FAULT, f"{share}: it is due to both about equally")
-    if e.loss_half - e.loss <= IMPROVING * e.chance_loss:
+    if stats.loss_half - stats.loss <= IMPROVING * stats.chance_loss:
         return _Finding(
             UNDERFITTING,
             f"{share}; the validation loss hardly fell in the second half of the steps, from "
-            f"{e.loss_half:.3f} to {e.loss:.3f}",
+            f"{stats.loss_half:.3f} to {stats.loss:.3f}",
             _closer_fit(config),
         )
-    falling = f"was still falling, from {e.loss_half:.3f} at half of the steps to {e.loss:.3f}"
-    if math.isnan(e.loss_half):
-        falling = "may still have been falling: there is one evaluation only"
-    return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(e, config))
+    falling = "may still have been falling: there is one evaluation only"
+    if not math.isnan(stats.loss_half):
+        half, last = f"{stats.loss_half:.3f}", f"{stats.loss:.3f}"
+        falling = f"was still falling, from {half} at half of the steps to {last}"
+    return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(stats, config))
 
 
 _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
@@ -322,41 +302,41 @@ _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
 )
 
 
-def _is_apart(e: Evidence) -> bool:
+def _is_apart(stats: Evidence) -> bool:
     """Whether training images come out worse in an evaluation than in training."""
-    return e.running_top1 - e.train_top1 > max(PARTED, e.train_noise)
+    return stats.running_top1 - stats.train_top1 > max(PARTED, stats.train_noise)
 
 
-def _apart_numbers(e: Evidence) -> str:
+def _apart_numbers(stats: Evidence) -> str:
     return (
-        f"training lately reported {e.running_top1:.1f}% top-1, but training images evaluated like "
-        f"validation images get {e.train_top1:.1f}% (threshold {max(PARTED, e.train_noise):.1f} "
-        "points)"
+        f"training lately reported {stats.running_top1:.1f}% top-1, but training images evaluated "
+        f"like validation images get {stats.train_top1:.1f}% (threshold "
+        f"{max(PARTED, stats.train_noise):.1f} points)"
     )
 
 
-def _near_chance(e: Evidence) -> bool:
+def _near_chance(stats: Evidence) -> bool:
     """Whether validation shows little more than how frequent the classes are."""
-    return e.best_loss > HARDLY * e.chance_loss and e.top1 <= _little_top1(e)
+    return stats.best_loss > HARDLY * stats.chance_loss and stats.top1 <= _little_top1(stats)
 
 
-def _little_top1(e: Evidence) -> float:
+def _little_top1(stats: Evidence) -> float:
     """Returns the most top-1, percent, that counts as next to nothing learned."""
-    return e.chance_top1 + max(e.noise, LITTLE * (100 - e.chance_top1))
+    return stats.chance_top1 + max(stats.noise, LITTLE * (100 - stats.chance_top1))
 
 
-def _learned_little(e: Evidence) -> bool:
+def _learned_little(stats: Evidence) -> bool:
     """Whether neither validation nor training images show that anything was learned."""
-    if math.isnan(e.train_loss):
+    if math.isnan(stats.train_loss):
         # What training reports is a lower bound.
-        return _near_chance(e) and e.running_top1 <= _little_top1(e)
-    return _near_chance(e) and e.train_loss > HARDLY * e.chance_loss
+        return _near_chance(stats) and stats.running_top1 <= _little_top1(stats)
+    return _near_chance(stats) and stats.train_loss > HARDLY * stats.chance_loss
 
 
-def _best_numbers(e: Evidence) -> str:
+def _best_numbers(stats: Evidence) -> str:
     return (
-        f"the least validation loss is {e.best_loss:.3f} (chance: {e.chance_loss:.3f}), and "
-        f"validation top-1 {e.top1:.1f}% (chance: {e.chance_top1:.1f}%)"
+        f"the least validation loss is {stats.best_loss:.3f} (chance: {stats.chance_loss:.3f}), "
+        f"and validation top-1 {stats.top1:.1f}% (chance: {stats.chance_top1:.1f}%)"
     )
 
 
@@ -369,26 +349,27 @@ def _lower_rate(config: Config) -> _Change:
     )
 
 
-def _longer(e: Evidence, config: Config) -> _Change:
+def _longer(stats: Evidence, config: Config) -> _Change:
     """Returns twice the length, or that of the experiment's own recipe."""
     ((unit, value),) = config.train.length.given().items()
     factor, reason = 2.0, "twice as long"
-    if e.recipe_epochs > e.epochs:
-        factor, reason = e.recipe_epochs / e.epochs, "the length of the experiment's own recipe"
+    if stats.recipe_epochs > stats.epochs:
+        factor = stats.recipe_epochs / stats.epochs
+        reason = "the length of the experiment's own recipe"
         if unit == "epochs":
             # What was trained is rounded up to whole steps.
-            return "train.length.epochs", e.recipe_epochs, reason
+            return "train.length.epochs", stats.recipe_epochs, reason
     longer = value * factor
     return f"train.length.{unit}", longer if unit == "epochs" else round(longer), reason
 
 
-def _closer_averages(e: Evidence, config: Config) -> _Change | None:
+def _closer_averages(stats: Evidence, config: Config) -> _Change | None:
     """Returns what brings the averages that evaluation uses closer to the last steps."""
     momentum = config.model.norm_momentum
     if momentum > 0.9:
         return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
-    if e.steps < SETTLED / (1 - momentum):
-        return _longer(e, config)
+    if stats.steps < SETTLED / (1 - momentum):
+        return _longer(stats, config)
     if config.train.ema:
         ((unit, _),) = config.train.ema.given().items()
         return f"train.ema.{unit}", 0, "evaluates the weights themselves, not their average"

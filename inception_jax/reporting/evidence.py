@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration
-from inception_jax.training import auto_settings
+from inception_jax.config import Config, Duration, auto_settings
 
-Line = Mapping[str, Any]
+# Of metrics.jsonl.
+Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evidence:
       steps, epochs: trained so far.
       planned_steps: what the settings plan.
       recipe_epochs: what the experiment's file plans, where the command line changed that.
-      nonfinite_step: of the first line whose loss is not finite.
+      nonfinite_step: of the first row whose loss is not finite.
       evaluations: how many with a finite loss.
       guessing_loss: of a network that knows nothing and says the same of each class: ln K, nats.
       chance_loss: of a network that knows only how frequent each class is, nats; from the
@@ -74,43 +74,42 @@ class Evidence:
 
 
 def gather(
-    lines: Sequence[Line],
+    rows: Sequence[Row],
     config: Config,
     *,
     classes: int,
     train_examples: int,
+    split: str = "",
     label_counts: Sequence[int] = (),
     own_settings: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Returns the numbers of a run.
 
     Args:
-      lines: of its metrics.jsonl, at least one.
+      rows: of its metrics.jsonl, at least one.
       config: its settings.
       classes: how many the data set has.
       train_examples: size of the training split.
+      split: whose evaluations count as validation; '': that of the first.
       label_counts: how many validation examples each class has; empty: not known.
       own_settings: the experiment file's values of settings that the command line changed.
     """
     timeline = configs.Timeline(config.train.batch_size, train_examples)
-    train = [line for line in lines if line["split"] == "train"]
-    sample = [line for line in lines if line["split"] == "train_eval"]
+    split = split or first_evaluated(rows)
+    train = [row for row in rows if row["split"] == "train"]
+    sample = [row for row in rows if row["split"] == "train_eval"]
     # Of what is not finite nothing more can be said than that.
-    validation = [
-        line
-        for line in lines
-        if line["split"] not in ("train", "train_eval") and line.get("loss") is not None
-    ]
-    broken = [line["step"] for line in lines if "loss" in line and line["loss"] is None]
+    validation = [row for row in rows if row["split"] == split and row.get("loss") is not None]
+    broken = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
     loss, top1 = _column(validation, "loss"), _column(validation, "top1")
     # Training accuracy since the evaluation before the last: the newest that is not of few images.
-    begin = validation[-2]["step"] if len(validation) > 1 else lines[-1]["step"] / 2
-    lately = [line for line in train if line["step"] > begin]
-    steps = int(lines[-1]["step"])
+    begin = validation[-2]["step"] if len(validation) > 1 else rows[-1]["step"] / 2
+    lately = [row for row in train if row["step"] > begin]
+    steps = int(rows[-1]["step"])
     chance_loss, chance_top1 = _chance(classes, label_counts)
     return Evidence(
         steps=steps,
-        epochs=float(lines[-1]["epoch"]),
+        epochs=float(rows[-1]["epoch"]),
         planned_steps=timeline.steps(config.train.length),
         recipe_epochs=_recipe_epochs(timeline, config, own_settings or {}),
         nonfinite_step=broken[0] if broken else math.nan,
@@ -130,6 +129,11 @@ def gather(
         train_noise=_noise(sample),
         running_top1=_mean(_column(lately, "top1")),
     )
+
+
+def first_evaluated(rows: Sequence[Row]) -> str:
+    """Returns the first split that was evaluated and not trained on; '' if there is none yet."""
+    return next((row["split"] for row in rows if not row["split"].startswith("train")), "")
 
 
 def _chance(classes: int, label_counts: Sequence[int]) -> tuple[float, float]:
@@ -153,24 +157,24 @@ def _recipe_epochs(
     return length.epochs or timeline.epoch(timeline.steps(length)) or math.nan
 
 
-def _at(step: float, lines: Sequence[Line], values: np.ndarray) -> float:
+def _at(step: float, rows: Sequence[Row], values: np.ndarray) -> float:
     """Returns what the evaluations' values were at a step, between two of them interpolated."""
-    if len(lines) < 2:
+    if len(rows) < 2:
         return math.nan
-    return float(np.interp(step, _column(lines, "step"), values))
+    return float(np.interp(step, _column(rows, "step"), values))
 
 
-def _noise(lines: Sequence[Line]) -> float:
+def _noise(rows: Sequence[Row]) -> float:
     """Returns two standard errors of the last top-1, points; one point at least."""
-    top1, count = _last(_column(lines, "top1")), _last(_column(lines, "count"))
+    top1, count = _last(_column(rows, "top1")), _last(_column(rows, "count"))
     # One more right and one more wrong (Laplace): 4 of 4 right is no certainty.
     share = (count * top1 / 100 + 1) / (count + 2)
     return max(1.0, 200 * math.sqrt(share * (1 - share) / count)) if count > 0 else math.nan
 
 
-def _column(lines: Sequence[Line], key: str) -> np.ndarray:
-    """Returns one number of each line: float64 [len(lines)], NaN where it is missing or null."""
-    values = [line.get(key) for line in lines]
+def _column(rows: Sequence[Row], key: str) -> np.ndarray:
+    """Returns one number of each row: float64 [len(rows)], NaN where it is missing or null."""
+    values = [row.get(key) for row in rows]
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 

@@ -16,21 +16,22 @@ from typing import Any
 import jinja2
 
 from inception_jax.reporting import context
-from inception_jax.reporting.run_record import Record
+from inception_jax.reporting.run_record import RunRecord
 from inception_jax.storage import atomic
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
-def run_page(record: Record) -> str:
+def run_page(record: RunRecord) -> str:
     """Returns the report of one run."""
     return _render(
         "run.html",
         record=record,
         title=record.name,
         result=context.result(record),
+        others=context.other_evaluations(record),
         curves=context.curves([record]),
-        metrics=context.metrics([record]),
+        metrics=context.metrics(record.rows),
         evaluated=context.evaluated(record),
         curve_table=context.curve_table(record),
         classes=context.classes(record),
@@ -41,22 +42,24 @@ def run_page(record: Record) -> str:
         overridden=context.overridden(record),
         settings=context.settings(record.config),
         machine=context.machine(record),
-        diagnosis=context.diagnosis(record),
+        diagnosis=record.diagnosis,
     )
 
 
-def comparison_page(records: Sequence[Record], output: pathlib.Path) -> str:
+def comparison_page(records: Sequence[RunRecord], output: pathlib.Path) -> str:
     """Returns the comparison of several runs.
 
     Args:
       records: of the runs, at least two.
       output: where the page will lie, from which it links to the runs' own reports.
     """
+    evaluations = [row for record in records for row in record.evaluations]
     return _render(
         "compare.html",
         title=f"{len(records)} runs compared",
         curves=context.curves(records),
-        metrics=context.metrics(records),
+        metrics=context.metrics([row for record in records for row in record.rows]),
+        columns=[each for each in context.metrics(evaluations) if each.name != "top1"],
         paths=context.differing(records),
         rows=context.comparison(records),
         links=[_link(record, output) for record in records],
@@ -73,9 +76,9 @@ def write(path: pathlib.Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _link(record: Record, output: pathlib.Path) -> str:
+def _link(record: RunRecord, output: pathlib.Path) -> str:
     """Returns the address of a run's own report, seen from a page; '' if there is none."""
-    page = record.folder / "report.html"
+    page = record.workdir.report
     if not page.exists():
         return ""
     return pathlib.Path(os.path.relpath(page.resolve(), output.resolve().parent)).as_posix()

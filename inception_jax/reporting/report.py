@@ -1,210 +1,170 @@
 """What is left in a folder for a reader: the report, plots, and what they mean.
 
-The training loop knows nothing of this: main hands it the evaluator, and `refresher` as what to
-call after each evaluation. The report is made of the folder's files alone, so a later call, on
-another machine and without the data set, gives the same page.
+The training loop knows nothing of this. All but `publish` is made of the folder's files alone, so
+a later call, on another machine and without the data set, gives the same page.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.datasets.splits import Split
 from inception_jax.errors import UserError
 from inception_jax.evaluation import predictions
-from inception_jax.reporting import html, plots, prediction_plots, run_record
+from inception_jax.evaluation.predictions import Predictions
+from inception_jax.reporting import html, plots, run_record
 from inception_jax.reporting.diagnosis import Diagnosis
-from inception_jax.runtime import environment
-from inception_jax.training import lr_range_test, workdir
-from inception_jax.training.lr_range_test import Point, Proposal
-
-if TYPE_CHECKING:
-    # They import what training takes, which a report is written without.
-    from inception_jax.evaluation.evaluate import Evaluator
-    from inception_jax.training.loop import OnEvaluation
-    from inception_jax.training.run import Run
-
-PAGE = "report.html"
+from inception_jax.reporting.run_record import RunRecord
+from inception_jax.storage import atomic
+from inception_jax.storage.workdir import Workdir
 
 
-def refresher(run: "Run", folder: pathlib.Path, evaluator: "Evaluator") -> "OnEvaluation":
-    """Returns what the loop calls after each evaluation: it leaves predictions.npz and the report.
+def publish(
+    path: pathlib.Path, result: dict[str, Any], found: Predictions | None, split: Split
+) -> None:
+    """Leaves an evaluation in a run's folder: predictions.npz, and the report.
 
     Args:
-      run: that is trained.
-      folder: of the run.
-      evaluator: that the loop evaluates with.
+      path: of the run.
+      result: what result.json would hold if the run ended there.
+      found: what the network said of each example; None: that is not known.
+      split: the examples.
+
+    Raises:
+      UserError: if they cannot be written.
     """
-
-    def refresh(result: dict[str, Any]) -> None:
-        assert evaluator.predictions is not None  # The loop has just evaluated.
-        found = predictions.gather(result, evaluator.predictions, run.dataset.evaluation)
-        predictions.write(folder, found)
-        write_page(folder)
-
-    return refresh
+    if found is not None:
+        predictions.write(path, predictions.gather(result, found, split))
+    write_page(path)
 
 
-def write_page(folder: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
+def write_page(path: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
     """Writes the report of a run, from what its folder holds, and returns where it is.
 
     Args:
-      folder: of the run.
+      path: of the run.
       output: the file to write; None: report.html in the folder.
 
     Raises:
       UserError: if the files of the run cannot be read, or the report cannot be written.
     """
-    path = output or folder / PAGE
-    html.write(path, html.run_page(run_record.read(folder)))
-    return path
+    output = output or Workdir(path).report
+    html.write(output, html.run_page(run_record.read(path)))
+    return output
 
 
-def write_comparison(folders: Sequence[pathlib.Path], output: pathlib.Path) -> pathlib.Path:
+def write_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> pathlib.Path:
     """Writes a report that compares several runs, and returns where it is.
 
     Args:
-      folders: of the runs.
+      paths: of the runs.
       output: the file to write; not the report of one of the runs.
 
     Raises:
       UserError: if the files of a run cannot be read, the report cannot be written, or it would
         replace that of a run.
     """
-    if output.resolve() in {(folder / PAGE).resolve() for folder in folders}:
+    if output.resolve() in {Workdir(path).report.resolve() for path in paths}:
         raise UserError(
             f"--output={output}: is the report of one of the runs that are compared; name another "
             "file"
         )
-    records = [run_record.read(folder) for folder in folders]
-    html.write(output, html.comparison_page(records, output))
+    html.write(output, html.comparison_page([run_record.read(path) for path in paths], output))
     return output
 
 
-def plot(folder: pathlib.Path) -> list[pathlib.Path]:
+def plot(path: pathlib.Path) -> list[pathlib.Path]:
     """Draws all plots of a run as PNG files in its plots/, and returns them.
-
-    Args:
-      folder: of the run.
 
     Raises:
       UserError: if the files of the run cannot be read, or the plots cannot be written.
     """
-    return [*plots.plot_run(folder), *prediction_plots.plot_run(run_record.read(folder))]
+    return plots.plot_run(run_record.read(path))
 
 
-def plot_comparison(folders: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
-    """Draws the curves of several runs together as PNG files, and returns them.
-
-    Args:
-      folders: of the runs.
-      output: the folder to write to.
+def plot_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
+    """Draws the curves of several runs together as PNG files in a folder, and returns them.
 
     Raises:
       UserError: if the files of a run cannot be read, or the plots cannot be written.
     """
-    records = [run_record.read(folder) for folder in folders]
-    lines = {
-        name: each.lines for name, each in zip(run_record.names(records), records, strict=True)
-    }
-    return plots.plot_comparison(lines, output)
+    return plots.plot_comparison([run_record.read(path) for path in paths], output)
 
 
-def finish(folder: pathlib.Path, log: Callable[[str], None]) -> None:
+def finish(path: pathlib.Path, log: Callable[[str], None]) -> None:
     """Draws the plots of a run, says and stores its diagnosis, and writes its report.
 
     Args:
-      folder: of the run.
+      path: of the run.
       log: takes the lines of the diagnosis.
 
     Raises:
       UserError: if the files of the run cannot be read, or none written beside them.
     """
-    plot(folder)
-    for line in write_diagnosis(folder).lines():
+    record = run_record.read(path)
+    plots.plot_run(record)
+    for line in _store_diagnosis(record).lines():
         log(line)
-    log(f"report: {write_page(folder)}")
+    html.write(record.workdir.report, html.run_page(record))
+    log(f"report: {record.workdir.report}")
 
 
-def write_diagnosis(folder: pathlib.Path) -> Diagnosis:
+def write_diagnosis(path: pathlib.Path) -> Diagnosis:
     """Returns what a run's evaluations say, and writes it to diagnosis.json.
 
-    Args:
-      folder: of the run.
-
     Raises:
-      UserError: if one of these cannot be read, or diagnosis.json cannot be written.
+      UserError: if its files cannot be read, or diagnosis.json cannot be written.
     """
-    found = run_record.read(folder).diagnosis()
+    return _store_diagnosis(run_record.read(path))
+
+
+def _store_diagnosis(record: RunRecord) -> Diagnosis:
+    found = record.diagnosis
     if found is None:
         raise UserError(
-            f"{folder} has no config.json, which says what was trained and how. Give the --workdir "
-            "of a run"
+            f"{record.workdir.path} has no config.json, which says what was trained and how. Give "
+            "the --workdir of a run"
         )
-    values = dataclasses.asdict(found)
-    values["evidence"] = _jsonable(values["evidence"])
-    path = folder / "diagnosis.json"
-    try:
-        workdir.write_json(path, values)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error}. Make the folder writable, with space left"
-        ) from error
+    with _explained(record.workdir.diagnosis):
+        atomic.write_json(record.workdir.diagnosis, _jsonable(dataclasses.asdict(found)))
     return found
 
 
-def write_range_test(
-    folder: pathlib.Path,
-    points: Sequence[Point],
-    proposal: Proposal | None,
-    doubts: Sequence[str] = (),
-    *,
-    config: Config,
-) -> list[pathlib.Path]:
-    """Writes find_lr.json and find_lr.png.
+def write_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Writes find_lr.json, and find_lr.png, which is drawn from it, and returns both.
 
     Args:
-      folder: where to; it exists.
-      points: the steps of the range test.
-      proposal: what they propose, if anything.
-      doubts: why that cannot be relied on.
-      config: of the run that was tested.
-
-    Returns:
-      The files written.
+      path: of the folder, which is there.
+      values: as `training.lr_range_test.record` gives them.
 
     Raises:
       UserError: if they cannot be written.
     """
-    json_path, png_path = folder / "find_lr.json", folder / "find_lr.png"
-    proposed = None if doubts else proposal
-    found = f"proposed rate {proposed.rate:g}" if proposed else "no rate to propose"
-    values = {
-        "proposal": proposed and dataclasses.asdict(proposed),
-        "doubts": list(doubts),
-        "rule": f"the rate with the least smoothed loss, divided by {lr_range_test.BELOW_LEAST:g}, "
-        f"or the first with {lr_range_test.MOST_OF_FALL:.0%} of its fall, if that is less",
-        "points": [_jsonable(dataclasses.asdict(point)) for point in points],
-        "config": configs.to_dict(config),
-        "environment": environment.environment(),
-    }
-    try:
-        workdir.write_json(json_path, values)
-        title = f"{plots.short(config.name, 40)}: {found}"
-        plots.plot_range_test(png_path, points, proposed, title=title)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error}. Make the folder writable, with space left"
-        ) from error
+    json_path, png_path = path / "find_lr.json", path / "find_lr.png"
+    values = _jsonable(values)
+    with _explained(path):
+        atomic.write_json(json_path, values)
+        plots.plot_range_test(png_path, values)
     return [json_path, png_path]
 
 
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values with null, which JSON has, for what is not finite."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+@contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error}. Make the folder writable, with space left"
+        ) from error
+
+
+def _jsonable(value: Any) -> Any:
+    """Returns a value with null, which JSON has, for what is not finite."""
+    if isinstance(value, Mapping):
+        return {name: _jsonable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,47 +11,47 @@ class AppendOnlyFile:
 
     Args:
       path: the file; made if it is missing.
-      retry_on_error: whether `append` keeps what cannot be written, for the next call; only `sync`
-        then raises what still fails.
     """
 
-    def __init__(self, path: pathlib.Path, *, retry_on_error: bool = False) -> None:
+    def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._retry_on_error = retry_on_error
-        # What is still to be written; it may begin inside a record of which a part is in the file.
-        self._pending = b""
         # Unbuffered, so that a write that fails (disk full) fails here and not in a later close.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        self._size = self._file.tell()
+        self._is_torn = False
 
     def append(self, record: bytes) -> None:
-        """Writes a record.
+        """Writes a record whole; where that fails, nothing of it stays for the next call.
 
         Raises:
           OSError: if it cannot be written whole, or the file has been removed.
         """
-        self._pending += record
-        try:
-            self._write_pending()
-        except OSError:
-            if not self._retry_on_error:
-                raise
-
-    def _write_pending(self) -> None:
-        # Writing to a removed file succeeds, and everything written is lost.
-        if not self._path.exists():
-            raise FileNotFoundError("the file was removed while the run was writing to it")
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
+        self._check_there()
+        if self._is_torn:
+            self._file.truncate(self._size)
+        self._is_torn = True
+        rest = record
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._size += len(record)
+        self._is_torn = False
 
     def sync(self) -> None:
         """Returns when everything appended is on the disk.
 
         Raises:
-          OSError: if it cannot be written whole, or the file has been removed.
+          OSError: if that fails, or the file has been removed.
         """
-        self._write_pending()
+        self._check_there()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; without a record that could not be written whole."""
+        with self._file:
+            if self._is_torn:
+                self._file.truncate(self._size)
+
+    def _check_there(self) -> None:
+        # Writing to a removed file succeeds, and everything written is lost.
+        if not self._path.exists():
+            raise FileNotFoundError("the file was removed while the run was writing to it")

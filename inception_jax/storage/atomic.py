@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, whenever the process ends; folders that are marked."""
 
 import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from inception_jax.errors import WriteError
 
@@ -51,3 +53,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+      WriteError: if it cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")

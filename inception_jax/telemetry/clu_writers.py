@@ -47,19 +47,15 @@ class TensorBoardWriter(_ScalarWriter):
     Args:
       logdir: folder of the event files; made if it is missing. Each writer adds a file.
       purge_step: TensorBoard hides what earlier files in the folder say of this and later steps.
-      retry_on_error: keep what cannot be written for the next call; only `flush` raises what still
-        fails.
     """
 
-    def __init__(
-        self, logdir: pathlib.Path, *, purge_step: int = 0, retry_on_error: bool = False
-    ) -> None:
+    def __init__(self, logdir: pathlib.Path, *, purge_step: int = 0) -> None:
         self._encode = _tensorboardx_private.event_encoder()
         logdir.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files in the order of their names. Nanoseconds, as a run may be
         # resumed within the second that tensorboardX's own names would repeat.
         now = _later_than_all(logdir, time.time_ns())
-        self._file = AppendOnlyFile(logdir / f"{_EVENTS}{now}", retry_on_error=retry_on_error)
+        self._file = AppendOnlyFile(logdir / f"{_EVENTS}{now}")
         self._file.append(self._encode(file_version="brain.Event:2"))
         self._file.append(self._encode(step=purge_step, starts=True))
 
@@ -89,12 +85,10 @@ class JsonLinesWriter(_ScalarWriter):
 
     Args:
       path: the file; its folder exists.
-      retry_on_error: keep what cannot be written for the next call; only `flush` raises what still
-        fails.
     """
 
-    def __init__(self, path: pathlib.Path, *, retry_on_error: bool = False) -> None:
-        self._file = AppendOnlyFile(path, retry_on_error=retry_on_error)
+    def __init__(self, path: pathlib.Path) -> None:
+        self._file = AppendOnlyFile(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes named values of one step."""

@@ -1,119 +1,269 @@
-"""The metrics of a run on disk: `metrics.jsonl` for programs, TensorBoard events for the eye.
+"""The metrics of a run on disk and elsewhere, row by row, in the writers that the settings name.
+
+`metrics.jsonl` is always written: a resumed run and its report need it. The others are those of
+`config.log.writers`: the package's own, TensorBoard events, and a user's, all registered by
+`registry.register_writer`.
 
 A resumed run repeats the steps after its last checkpoint. What the killed run had written of those
 is removed (JSON lines) or hidden (TensorBoard), so that each curve has each step once.
 """
 
+import collections
 import contextlib
+import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from inception_jax.errors import UserError, WriteError
-from inception_jax.storage import atomic
-from inception_jax.telemetry import clu_writers
-from inception_jax.telemetry.clu_writers import metric_writers
+from inception_jax import console, registry
+from inception_jax.config import Log
+from inception_jax.errors import ConfigError, UserError, WriteError
+from inception_jax.storage import atomic, integrity
+from inception_jax.storage.workdir import Workdir
 
-# The values of a line that another run of the same settings does not repeat to the last bit.
+if TYPE_CHECKING:
+    # It imports JAX, which reading metrics does without.
+    from inception_jax.telemetry.clu_writers import metric_writers
+
+# The values of a row that another run of the same settings does not repeat to the last bit.
 MEASURED = ("seconds", "images_per_second", "input_wait", "resident_memory", "free_disk")
 
+_METHODS = ("write", "flush", "close")
 
-class RunWriter:
-    """Writes the metrics of a run into its workdir; a context manager.
 
-    The files are written in the calling thread: a line costs some 0.1 ms, and an error surfaces at
-    the write that it belongs to.
+class Writer(Protocol):
+    """What the function of a registered writer returns.
+
+    It may also have a method `resume(resume_step)`, called once before the first row: rows up to
+    that step were written before, and later ones are written anew. 0: the run begins, and what an
+    earlier one left in the folder is of no use.
+    """
+
+    def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Takes a row: numbers by name, some of which may be NaN; `count` is an int."""
+
+    def flush(self) -> None:
+        """Returns when every row is where it outlives the process; called before each save."""
+
+    def close(self) -> None:
+        """Ends the writing."""
+
+
+class CluWriter:
+    """Hands rows to a metric writer of CLU's, as scalars named `split/name`.
 
     Args:
-      workdir: folder of the run; made if it is missing.
-      resume_step: the step the run continues from. Earlier metrics of later steps are dropped; 0
-        drops them all.
-      is_lead: whether this process writes; in all others every method does nothing.
-      patient: keep what cannot be written in memory and try again at the next write, where only
-        `flush` and `close` raise what still fails.
+      open_at: returns the writer, given the step from which rows are written anew.
+    """
 
-    Raises:
-      WriteError: from each method, if the files cannot be written.
+    def __init__(self, open_at: "Callable[[int], metric_writers.MetricWriter]") -> None:
+        self._open_at = open_at
+
+    def resume(self, resume_step: int) -> None:
+        """Opens the writer."""
+        self._writer = self._open_at(resume_step)
+
+    def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Writes a row."""
+        named = {"epoch": epoch, **values}
+        self._writer.write_scalars(step, {f"{split}/{name}": named[name] for name in named})
+
+    def flush(self) -> None:
+        """Returns when everything written is on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the writer."""
+        self._writer.close()
+
+
+def _metrics_file(settings: Log, workdir: Workdir) -> CluWriter:
+    def open_at(resume_step: int) -> "metric_writers.MetricWriter":
+        from inception_jax.telemetry import clu_writers
+
+        workdir.path.mkdir(parents=True, exist_ok=True)
+        _drop_later_lines(workdir.metrics, resume_step)
+        return clu_writers.JsonLinesWriter(workdir.metrics)
+
+    return CluWriter(open_at)
+
+
+@registry.register_writer("tensorboard")
+def _tensorboard(settings: Log, workdir: Workdir) -> CluWriter:
+    def open_at(resume_step: int) -> "metric_writers.MetricWriter":
+        from inception_jax.telemetry import clu_writers
+
+        purge_step = resume_step + 1 if resume_step else 0
+        return clu_writers.TensorBoardWriter(workdir.tensorboard, purge_step=purge_step)
+
+    return CluWriter(open_at)
+
+
+# Step, epoch, split, values.
+_Row = tuple[int, float, str, Mapping[str, float]]
+
+
+class _Guarded:
+    """A writer whose errors name it, and whose rows wait while it cannot take them.
+
+    Where the run is patient, a user's own only has its errors logged: neither a checkpoint nor the
+    end of the run waits for a service that is down.
+
+    Args:
+      part: what is registered.
+      settings, workdir, patient, log: as of `RunWriter`.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        part: registry.Part,
+        settings: Log,
+        workdir: Workdir,
+        *,
+        patient: bool,
+        log: Callable[[str], None],
+    ) -> None:
+        self._part, self._workdir, self._patient = part, workdir, patient
+        self._tolerated = functools.partial(
+            integrity.log_write_errors, patient and not part.is_own, log
+        )
+        self._waiting = collections.deque[_Row]()
+        options = registry.with_defaults(part, settings.options)
+        settings = dataclasses.replace(settings, options=options)
+        with self._explained("opened"):
+            self._writer: Writer = part.build(settings, workdir)
+        if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
+            raise ConfigError(
+                f"writer {part.name!r} ({part.place}): returned {self._writer!r}, which has no "
+                f"{', '.join(f'{name}()' for name in missing)}. Return an object with the methods "
+                "write(step, *, epoch, split, values), flush() and close()"
+            )
+
+    def resume(self, resume_step: int) -> None:
+        if resume := getattr(self._writer, "resume", None):
+            with self._explained("opened"):
+                resume(resume_step)
+
+    def write(self, row: _Row) -> None:
+        self._waiting.append(row)
+        with contextlib.suppress(*[WriteError] * self._patient):
+            self._write_waiting()
+
+    def flush(self) -> None:
+        with self._tolerated():
+            self._write_waiting()
+            with self._explained("flushed"):
+                self._writer.flush()
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            with self._tolerated(), self._explained("closed"):
+                self._writer.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            step, epoch, split, values = self._waiting[0]
+            with self._explained(f"given the row of {split} at step {step:,}"):
+                # A copy: no writer changes what the next one gets.
+                self._writer.write(step, epoch=epoch, split=split, values=dict(values))
+            self._waiting.popleft()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            resumes = "and rerun the same command: it resumes from the last checkpoint"
+            if not self._part.is_own:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                raise WriteError(
+                    f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
+                    f"({frame.filename}, line {frame.lineno}). Fix it, or leave it out of "
+                    f"config.log.writers, {resumes}"
+                ) from error
+            if not isinstance(error, OSError):
+                raise
+            raise WriteError(
+                f"Cannot write metrics to {self._workdir.path}: {error}. The folder must be "
+                f"writable, with space left, as long as the run lasts. Fix this, {resumes}"
+            ) from error
+
+
+class RunWriter:
+    """Writes the metrics of a run into its workdir and to its other writers; a context manager.
+
+    All is written in the calling thread: a row costs some 0.1 ms, and an error surfaces at the
+    write that it belongs to.
+
+    Args:
+      workdir: of the run; made if it is missing.
+      settings: which writers there are besides metrics.jsonl, with their options.
+      resume_step: the step the run continues from. Earlier metrics of later steps are dropped; 0
+        drops them all.
+      is_lead: whether this process writes; in all others every method does nothing.
+      patient: keep the rows that a writer cannot take and try again at the next write, where only
+        `flush` and `close` raise what still fails, and of a user's own writers log it.
+      log: takes lines for the user.
+
+    Raises:
+      WriteError: from each method, if a writer fails.
+      ConfigError: if what a part returns is no writer.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        settings: Log,
         *,
         resume_step: int,
         is_lead: bool = True,
         patient: bool = False,
+        log: Callable[[str], None] = console.say,
     ) -> None:
-        self._workdir = workdir
-        self._writer = metric_writers.MultiWriter([])
+        self._writers: list[_Guarded] = []
+        self._opened = contextlib.ExitStack()
         if not is_lead:
             return
-        with self._explained():
-            workdir.mkdir(parents=True, exist_ok=True)
-            lines = workdir / "metrics.jsonl"
-            _drop_later_lines(lines, resume_step)
-            self._writer = metric_writers.MultiWriter(
-                [
-                    clu_writers.JsonLinesWriter(lines, retry_on_error=patient),
-                    clu_writers.TensorBoardWriter(
-                        workdir / "tensorboard",
-                        purge_step=resume_step + 1 if resume_step else 0,
-                        retry_on_error=patient,
-                    ),
-                ]
-            )
+        metrics = registry.Part(name="metrics.jsonl", build=_metrics_file, file=__file__)
+        with contextlib.ExitStack() as opened:
+            for part in (metrics, *map(registry.WRITERS.get, settings.writers)):
+                self._writers.append(_Guarded(part, settings, workdir, patient=patient, log=log))
+                self._writers[-1].resume(resume_step)
+                opened.callback(self._writers[-1].close)
+            self._opened = opened.pop_all()
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Writes one line of metrics, and a point of each TensorBoard curve `split/name`.
+        """Hands a row of metrics to every writer.
 
         Args:
           step: optimizer steps done so far.
           epoch: the same in passes over the training split.
-          split: "train", "train_eval", "validation", "test" or "holdout".
+          split: "train", or what was evaluated, such as "validation".
           values: numbers by name, such as loss, top1, learning_rate.
         """
-        named = {"epoch": epoch, **values}
-        with self._explained():
-            self._writer.write_scalars(
-                step, {f"{split}/{name}": value for name, value in named.items()}
-            )
+        numbers = {n: v if isinstance(v, int) else float(v) for n, v in values.items()}
+        for writer in self._writers:
+            writer.write((int(step), float(epoch), split, numbers))
 
     def flush(self) -> None:
         """Returns when everything written is on the disk."""
-        with self._explained():
-            self._writer.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        with self._explained():
-            try:
-                self._writer.flush()
-            finally:
-                self._writer.close()
+        """Flushes and closes all writers."""
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise WriteError(
-                f"Cannot write metrics to {self._workdir}: {error}. The folder must be writable, "
-                "with space left, as long as the run lasts. Mend that, and start the same command "
-                "again: it continues from the last checkpoint."
-            ) from error
 
 
 def has_top5(classes: int) -> bool:

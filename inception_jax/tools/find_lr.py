@@ -45,7 +45,13 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.reporting import report
     from inception_jax.runtime import devices
     from inception_jax.training import run, workdir
-    from inception_jax.training.lr_range_test import chance_loss, doubts, propose, range_test
+    from inception_jax.training.lr_range_test import (
+        chance_loss,
+        doubts,
+        propose,
+        range_test,
+        record,
+    )
 
     if configs.is_open(_CONFIG.value, "schedule.learning_rate"):
         _CONFIG.value.schedule.learning_rate = _LOW.value  # The test has rates of its own.
@@ -76,7 +82,8 @@ def main(positional: Sequence[str]) -> None:
             high=_HIGH.value,
             chance=chance_loss(this_run),
         )
-    files = report.write_range_test(output, points, proposal, problems, config=this_run.config)
+    values = record(this_run.config, points, proposal, problems)
+    files = report.write_range_test(output, values)
     for path in files:
         print(path)
     if proposal is None:

@@ -28,6 +28,7 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     from inception_jax.errors import UserError
     from inception_jax.reporting import report
+    from inception_jax.storage.workdir import Workdir
 
     if not positional:
         raise UserError("give at least one run's folder: python -m inception_jax.tools.report DIR")
@@ -35,7 +36,8 @@ def main(positional: Sequence[str]) -> None:
     if len(folders) == 1:
         print(report.write_page(folders[0], output))
     else:
-        print(report.write_comparison(folders, output or pathlib.Path(report.PAGE)))
+        page = output or Workdir(pathlib.Path()).report
+        print(report.write_comparison(folders, page))
 
 
 if __name__ == "__main__":

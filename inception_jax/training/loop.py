@@ -102,7 +102,8 @@ def train(
             notes += on_start(first)
         with (
             RunWriter(
-                workdir.path,
+                workdir,
+                config.log,
                 resume_step=first,
                 is_lead=run.is_lead,
                 patient=_goes_on(config),

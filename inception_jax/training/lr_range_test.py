@@ -9,12 +9,16 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from inception_jax import config as configs
+from inception_jax.config import Config
+from inception_jax.runtime import environment
 from inception_jax.training import initialization, optimizers
 from inception_jax.training.run import Run, train_batches
 from inception_jax.training.step import make_train_step
@@ -250,6 +254,28 @@ def propose(points: Sequence[Point]) -> Proposal | None:
     return Proposal(
         rate=float(f"{rate:.2g}"), least=least.smoothed_rate, diverged=has_diverged(points)
     )
+
+
+def record(
+    config: Config, points: Sequence[Point], proposal: Proposal | None, found: Sequence[str]
+) -> dict[str, Any]:
+    """Returns what find_lr.json holds.
+
+    Args:
+      config: of the run that was tested.
+      points: of the range test.
+      proposal: what `propose` made of them.
+      found: the `doubts`, with which nothing is proposed.
+    """
+    return {
+        "proposal": dataclasses.asdict(proposal) if proposal and not found else None,
+        "doubts": list(found),
+        "rule": f"the rate with the least smoothed loss, divided by {BELOW_LEAST:g}, or the first "
+        f"with {MOST_OF_FALL:.0%} of its fall, if that is less",
+        "points": [dataclasses.asdict(point) for point in points],
+        "config": configs.to_dict(config),
+        "environment": environment.environment(),
+    }
 
 
 class _Smoothing:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Timeline
+from inception_jax.config import Config, Duration, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.datasets.splits import Split, subset
 from inception_jax.errors import ConfigError, during
@@ -24,7 +24,7 @@ from inception_jax.input import crops, pipeline
 from inception_jax.models import ops, registry
 from inception_jax.models.layers import ModelOutput
 from inception_jax.runtime import hosts, sharding
-from inception_jax.training import auto_settings, optimizers
+from inception_jax.training import optimizers
 
 Batch = dict[str, jax.Array]
 

@@ -7,7 +7,6 @@ would mix two is refused.
 
 import dataclasses
 import datetime
-import json
 import os
 import pathlib
 import secrets
@@ -22,43 +21,12 @@ from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.experiment import import_parts, used_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
+from inception_jax.storage.atomic import write_json as write_json
+from inception_jax.storage.workdir import Workdir as Workdir
 
 # What the record of a data set calls them.
 _NAMES = "class names"
 _NONE: Mapping[str, str] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Workdir:
-    """Paths in a run's folder."""
-
-    path: pathlib.Path
-
-    @property
-    def config(self) -> pathlib.Path:
-        """The record of the run's settings."""
-        return self.path / "config.json"
-
-    @property
-    def checkpoints(self) -> pathlib.Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def result(self) -> pathlib.Path:
-        """The last evaluation."""
-        return self.path / "result.json"
-
-
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    with atomic.replacing(path) as temporary, temporary.open("w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
 
 
 def check_writable(workdir: Workdir, *, flag: str = "workdir", own: bool = True) -> None:

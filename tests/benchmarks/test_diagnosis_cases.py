@@ -12,6 +12,7 @@ from benchmarks import diagnosis_cases, measure
 from benchmarks.diagnosis_cases import CASES
 from inception_jax import config as configs
 from inception_jax.reporting.diagnosis import diagnose
+from inception_jax.reporting.evidence import gather
 
 STORED = measure.ROOT / "benchmarks" / "results" / "diagnosis_cases.json"
 RESULTS: dict[str, Any] = json.loads(STORED.read_text())["results"]
@@ -30,7 +31,7 @@ def test_a_measured_run_gets_a_true_verdict_and_the_advice_that_was_followed(nam
     recorded = dict(stored["recorded"])
     config = configs.from_dict(recorded.pop("config"))
     lines = [json.loads(line) for line in recorded.pop("lines")]
-    found = diagnose(lines, config, **recorded)
+    found = diagnose(gather(lines, config, **recorded), config)
     assert found.verdict in case.verdicts, found.lines()
     # What was tried is what is advised today, so that its effect is known.
     advice = found.advice and {found.advice.setting: found.advice.value}

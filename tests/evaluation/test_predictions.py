@@ -78,7 +78,7 @@ def test_a_folder_without_the_file_has_none(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "pickle"])
 def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) -> None:
-    path = run_folders.write(tmp_path) / predictions.FILE
+    path = run_folders.write(tmp_path) / "predictions.npz"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-300])
     elif damage == "text":
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) 
 def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib.Path) -> None:
     found = predictions.read(run_folders.write(tmp_path))
     assert found is not None
-    before = (tmp_path / predictions.FILE).read_bytes()
+    before = (tmp_path / "predictions.npz").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A limit on the size of a file fails a write as a full disk does.
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
@@ -103,7 +103,7 @@ def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib
             predictions.write(tmp_path, found)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / predictions.FILE).read_bytes() == before
+    assert (tmp_path / "predictions.npz").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 
 

@@ -102,7 +102,7 @@ def background(page: Any) -> str:
 
 @pytest.mark.parametrize("opened", [("one", {}), ("bare", {}), ("both", {})], indirect=True)
 def test_it_opens_with_its_curves(opened: Any) -> None:
-    assert opened.locator(".chart:visible").count() == 4
+    assert opened.locator(".chart:visible").count() == 5
     paths = opened.locator('[data-metric="loss"] path.curve')
     assert paths.count() >= 2
     assert all(paths.nth(n).get_attribute("d") for n in range(paths.count()))

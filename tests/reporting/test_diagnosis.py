@@ -10,12 +10,18 @@ import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Augment, Config, Duration, Model, Train
-from inception_jax.reporting.diagnosis import Diagnosis, diagnose
+from inception_jax.reporting.diagnosis import Diagnosis
+from inception_jax.reporting.diagnosis import diagnose as diagnose_evidence
 from inception_jax.reporting.evidence import gather
 from inception_jax.telemetry.writers import read_lines
 
 HERE = pathlib.Path(__file__).parent
 CHANCE = math.log(10)
+
+
+def diagnose(lines: list[dict[str, Any]], config: Config, **more: Any) -> Diagnosis:
+    return diagnose_evidence(gather(lines, config, **more), config)
+
 
 # 20 epochs of 30 steps, 10 classes.
 EPOCHS, EXAMPLES = 20, 3000

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import inception_jax
+from inception_jax import config as configs
 from inception_jax.config import Duration, Expected, Train
 from inception_jax.errors import UserError
+from inception_jax.evaluation import calibration, predictions
 from inception_jax.reporting import context, html, report, run_record
 from tests import command, run_folders
 
@@ -97,7 +99,7 @@ def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) ->
     for folder, shown in ((few, False), (many, True)):
         page = report.write_page(folder).read_text(encoding="utf-8")
         curves = Page(page).data["runs"][0]["splits"]
-        assert all(("top5" in curve) == shown for curve in curves.values())
+        assert all(("top5" in curve["metrics"]) == shown for curve in curves.values())
         assert bool(re.search("top-5", page, re.IGNORECASE)) == shown
     for folders, shown in (([few, few], False), ([few, many], True)):
         output = tmp_path / "comparison.html"
@@ -107,6 +109,83 @@ def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) ->
         heads, *rows = re.findall("<tr>(.*?)</tr>", page.partition("run-table")[2], re.DOTALL)
         rows = [row for row in rows if "swatch" in row]
         assert {row.count("<td") + row.count("<th") for row in rows} == {heads.count("<th")}
+
+
+def with_rows(folder: pathlib.Path, *more: dict[str, Any], **values: float) -> pathlib.Path:
+    """Adds values to each row of a run's evaluations, and rows after them."""
+    rows = [row | (values if row["split"] == "test" else {}) for row in run_folders.lines()]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, *more])
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
+    values = {"top10": 97.5, "macro_accuracy": 0.654321, "<b>": 12345.6}
+    folder = with_rows(run_folders.write(tmp_path / "one"), **values)
+    page = page_of(folder)
+    heads = "loss top-1, % top-5, % top10 macro_accuracy <b> training loss"
+    assert f"epoch step split {heads}" in page.words
+    assert "97.5 0.65432 12,346" in page.words
+    assert "macro_accuracy0.65432" in page.words.partition("Horizontal axis")[0]  # A tile.
+    columns = page.data["runs"][0]["splits"]["test"]["metrics"]
+    assert {name: columns[name][-1] for name in values} == values
+    names = [figure["data-metric"] for figure in page.all("figure") if "data-metric" in figure]
+    known = ["loss", "top1", "top5", "learning_rate", "gradient_norm"]
+    assert names == [*known, *values]
+    # And beside a run that has none of them.
+    output = tmp_path / "both.html"
+    report.write_comparison([folder, run_folders.write(tmp_path / "other")], output)
+    words = Page(output.read_text(encoding="utf-8")).words
+    assert "top-5, % top10 macro_accuracy <b> best top-1, %" in words
+    assert "97.5 0.65432 12,346" in words and "– – –" in words
+
+
+def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pathlib.Path) -> None:
+    """The mirror average, which older versions kept in the same row, is one of them."""
+    row = {"step": 400, "epoch": 10.0, "split": "crops", "top1": 99.9, "loss": 0.01, "count": 7}
+    flip = {"flip_loss": 0.5, "flip_top1": 88.8, "flip_top5": 99.0}
+    folder = with_rows(run_folders.write(tmp_path), row, **flip)
+    found = run_record.read(folder)
+    assert (found.split, len(found.evaluations)) == ("test", 10)
+    assert found.diagnosis is not None
+    assert found.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
+    assert found.role(400) == "best and last"
+    page = page_of(folder)
+    words = page.words.partition("Horizontal axis")[0].partition("other evaluations")[2]
+    assert "mirrored views averaged 400 0.5000 88.80 99.00 600" in words
+    assert "crops 400 0.0100 99.90 – 7" in words
+    splits = page.data["runs"][0]["splits"]
+    assert list(splits) == ["train", "crops", "flip", "test"]
+    assert len({columns["colour"] for columns in splits.values()}) == 4
+    assert splits["flip"]["metrics"]["top1"] == [88.8] * 10
+    # Runs are compared by their own evaluations.
+    assert list(context.curves([found, found])["runs"][0]["splits"]) == ["train", "test"]
+
+
+def test_a_run_is_read_once_and_judged_once_at_its_end(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def count(module: Any, name: str) -> None:
+        whole = getattr(module, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            calls.append(name)
+            return whole(*args, **more)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for name in ("read_lines", "diagnose"):
+        count(run_record, name)
+    for module, name in (
+        (configs, "read_record"),
+        (predictions, "read"),
+        (calibration, "confusion"),
+    ):
+        count(module, name)
+    report.finish(run_folders.write(tmp_path), lambda line: None)
+    assert sorted(calls) == ["confusion", "diagnose", "read", "read_lines", "read_record"]
 
 
 def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -130,6 +209,7 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
     for split in ("train", "test"):
         lines = [line for line in run_folders.lines() if line["split"] == split]
         columns = run["splits"][split]
+        columns |= columns["metrics"]
         for key in ("step", "epoch", "loss", "top1", "top5"):
             np.testing.assert_allclose(columns[key], [line[key] for line in lines], rtol=1e-5)
         hours = [line["seconds"] / 3600 for line in lines]
@@ -160,7 +240,7 @@ def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
     assert "{{ 7 * 7 }}" in page.words
     assert page.data["runs"][0]["name"] == HOSTILE
     # matplotlib takes them, too.
-    assert len(report.plot(folder)) == 7
+    assert len(report.plot(folder)) == 8
 
 
 def test_no_script_makes_markup_of_text() -> None:
@@ -215,7 +295,7 @@ def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> N
     whole = run_folders.write(tmp_path / "whole")
     shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
-    assert page.data["runs"][0]["splits"]["train"]["loss"]
+    assert page.data["runs"][0]["splits"]["train"]["metrics"]["loss"]
     assert "No evaluation has left its predictions" in page.words
     assert tmp_path.name in page.words
     assert not page.all("img")

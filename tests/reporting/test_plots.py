@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from inception_jax.errors import UserError
-from inception_jax.reporting.plots import plot_comparison, plot_run
+from inception_jax.reporting import context, report
 from tests import run_folders
 
 _TRAIN: list[dict[str, Any]] = [
@@ -24,11 +24,18 @@ _VALIDATION: list[dict[str, Any]] = [
 ]
 
 
-def _workdir(folder: pathlib.Path, lines: list[dict], name: str = "") -> pathlib.Path:
+def _workdir(
+    folder: pathlib.Path, lines: list[dict], name: str = "", classes: int = 0
+) -> pathlib.Path:
+    folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
-    if name:
-        (folder / "config.json").write_text(json.dumps({"config": {"name": name}}))
+    if name or classes:
+        record = {
+            "config": {"name": name},
+            "dataset": {"classes": classes or 10, "training examples": 100},
+        }
+        (folder / "config.json").write_text(json.dumps(record))
     return folder
 
 
@@ -47,7 +54,7 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
-    paths = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
+    paths = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
     names = ["loss.png", "accuracy.png", "learning_rate.png"]
     assert paths == [tmp_path / "plots" / name for name in names]
     curves = {
@@ -57,24 +64,24 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[
     }
     train, validation = np.arange(1, 31), np.array([10, 20, 30])
     expected = {
-        ("loss.png", "train, last 0.1667"): (train, 5 / train),
+        ("loss.png", "training, last 0.1667"): (train, 5 / train),
         ("loss.png", "validation, last 0.2"): (validation, 6 / validation),
-        ("accuracy.png", "train top-1, last 30"): (train, train),
-        ("accuracy.png", "train top-5, last 60"): (train, 2 * train),
+        ("accuracy.png", "training top-1, last 30"): (train, train),
+        ("accuracy.png", "training top-5, last 60"): (train, 2 * train),
         ("accuracy.png", "validation top-1, last 27"): (validation, 0.9 * validation),
         ("accuracy.png", "validation top-5, last 30"): (validation, validation),
-        ("learning_rate.png", "train, last 0.003333"): (train, 0.1 / train),
+        ("learning_rate.png", "training, last 0.003333"): (train, 0.1 / train),
     }
     assert curves.keys() == expected.keys()
     for key, (steps, values) in expected.items():
-        np.testing.assert_allclose(curves[key], np.stack([steps / 10, values], 1))
+        np.testing.assert_allclose(curves[key], np.stack([steps / 10, values], 1), rtol=1e-5)
     assert axes["loss.png"].get_title() == (
         "digits_small: validation top-1 27.00% at epoch 3 (last)"
     )
 
 
 def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
-    loss, accuracy, _ = plot_run(_workdir(tmp_path, _TRAIN + _VALIDATION))
+    loss, accuracy, _ = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION))
     for path in (loss, accuracy):
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         assert len(pixels) == 1200 * 750
@@ -86,7 +93,7 @@ def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
 def test_a_single_point_is_visible(
     tmp_path: pathlib.Path, axes: dict[str, Any], line: dict[str, Any]
 ) -> None:
-    plot_run(_workdir(tmp_path, [line]))
+    report.plot(_workdir(tmp_path, [line]))
     (curve,) = axes["loss.png"].lines
     assert curve.get_marker() == "o"
     assert ("learning_rate.png" in axes) == ("learning_rate" in line)
@@ -97,7 +104,7 @@ def test_a_value_that_was_not_finite_leaves_a_gap(
 ) -> None:
     lines = [dict(line) for line in _TRAIN + _VALIDATION]
     lines[3]["loss"] = lines[-1]["top1"] = None
-    plot_run(_workdir(tmp_path, lines))
+    report.plot(_workdir(tmp_path, lines))
     values = axes["loss.png"].lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(values)).tolist() == [3]
     # The title takes the last evaluation that has a number.
@@ -108,7 +115,7 @@ def test_the_title_says_which_evaluation_was_the_best(
     tmp_path: pathlib.Path, axes: dict[str, Any]
 ) -> None:
     lines = [line | {"top1": 30 - line["step"]} for line in _VALIDATION]
-    plot_run(_workdir(tmp_path, lines, name="x"))
+    report.plot(_workdir(tmp_path, lines, name="x"))
     assert axes["accuracy.png"].get_title() == (
         "x: validation top-1 0.00% at epoch 3 (last), 20.00% at epoch 1 (best)"
     )
@@ -118,30 +125,30 @@ def test_the_title_says_which_evaluation_was_the_best(
 def test_top_5_of_older_runs_is_left_out_for_few_classes(
     classes: int, shown: bool, tmp_path: pathlib.Path, axes: dict[str, Any]
 ) -> None:
-    folder = _workdir(tmp_path, _TRAIN + _VALIDATION)
-    (folder / "config.json").write_text(json.dumps({"dataset": {"classes": classes}}))
-    plot_run(folder)
+    report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, classes=classes))
     labels = [curve.get_label() for curve in axes["accuracy.png"].lines]
     assert any("top-5" in label for label in labels) == shown
 
 
 def test_only_values_that_are_not_finite_still_plot(tmp_path: pathlib.Path) -> None:
     line = {"step": 1, "epoch": 0.1, "split": "train", "loss": None, "top1": None, "top5": None}
-    assert len(plot_run(_workdir(tmp_path, [line]))) == 2
+    assert len(report.plot(_workdir(tmp_path, [line]))) == 2
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "ep')
-    plot_run(workdir)
+    report.plot(workdir)
     assert len(axes["loss.png"].lines[0].get_xdata()) == 30
 
 
 def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     longer = [line | {"epoch": 2 * line["epoch"]} for line in _TRAIN + _VALIDATION]
-    runs = {f"run {n}": longer if n == 8 else _TRAIN + _VALIDATION for n in range(9)}
-    paths = plot_comparison(runs, tmp_path / "new" / "plots")
+    # Other splits and views are left to each run's own report.
+    short = [*_TRAIN, *_VALIDATION, _VALIDATION[0] | {"split": "other"}]
+    runs = [_workdir(tmp_path / f"run {n}", longer if n == 8 else short) for n in range(9)]
+    paths = report.plot_comparison(runs, tmp_path / "new" / "plots")
     assert [path.name for path in paths] == [
         "loss.png",
         "top1.png",
@@ -154,35 +161,54 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     np.testing.assert_allclose(curves[8].get_ydata(), [9, 18, 27])
     assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 9
     assert len(axes["learning_rate.png"].lines[0].get_xdata()) == 30
-    assert len(plot_comparison({"one": _VALIDATION}, tmp_path)) == 3
+    one = _workdir(tmp_path / "one", _VALIDATION)
+    assert len(report.plot_comparison([one], tmp_path)) == 3
 
 
-def test_odd_names_break_no_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+def test_odd_names_break_no_plot(
+    tmp_path: pathlib.Path, axes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        runs = dict.fromkeys(run_folders.ODD_NAMES, _TRAIN + _VALIDATION)
-        plot_comparison(runs, tmp_path / "all")
+        run = _workdir(tmp_path / "run", _TRAIN + _VALIDATION)
+        monkeypatch.setattr(context, "names", lambda records: run_folders.ODD_NAMES)
+        report.plot_comparison([run] * len(run_folders.ODD_NAMES), tmp_path / "all")
+        monkeypatch.undo()
         shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]
         assert len(shown) == len(run_folders.ODD_NAMES)
         for name, text in zip(run_folders.ODD_NAMES, shown, strict=True):
             assert text.endswith(", last 27") and len(text) < 60
             assert text.startswith(name[:1])
         assert shown[1] == r"$\frac{$, last 27"
-        for name in (r"$\frac{$", "x" * 300, "caf\udce9"):
-            (tmp_path / "one").mkdir(exist_ok=True)
-            plot_run(_workdir(tmp_path / "one", _TRAIN + _VALIDATION, name=name))
-            assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "x" * 300, "caf\udce9"])
+def test_odd_names_of_runs_are_in_its_title(
+    name: str, tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, name=name))
+    assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
+
+
+def test_any_metric_has_its_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+    lines = [line | {"macro accuracy/2": line["top1"]} for line in _VALIDATION]
+    paths = report.plot(_workdir(tmp_path, _TRAIN + lines, name="x"))
+    names = ["loss", "accuracy", "learning_rate", "macro_accuracy_2"]
+    assert [path.stem for path in paths] == names
+    (curve,) = axes["macro_accuracy_2.png"].lines
+    assert curve.get_label() == "validation, last 27"
+    np.testing.assert_allclose(curve.get_ydata(), [9, 18, 27])
 
 
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}.*No such file.*--workdir"):
-        plot_run(tmp_path)
+        report.plot(tmp_path)
     with pytest.raises(UserError, match="no metrics yet"):
-        plot_run(_workdir(tmp_path, []))
+        report.plot(_workdir(tmp_path, []))
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     (workdir / "plots").write_text("")
     with pytest.raises(UserError, match="Cannot write plots"):
-        plot_run(workdir)
+        report.plot(workdir)

@@ -11,6 +11,7 @@ from PIL import Image
 from inception_jax import config as configs
 from inception_jax.errors import UserError
 from inception_jax.reporting import report
+from inception_jax.training import lr_range_test
 from inception_jax.training.lr_range_test import Point, Proposal
 from tests import command, run_folders
 
@@ -58,7 +59,7 @@ def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathl
     text = page.read_text(encoding="utf-8")
     assert "</script><b>" not in text and "%s &lt;/script&gt;" in text
     point = Point(step=1, rate=0.1, loss=1.0, smoothed_rate=0.1, smoothed_loss=1.0)
-    report.write_range_test(tmp_path, [point, point], None, config=settings)
+    report.write_range_test(tmp_path, lr_range_test.record(settings, [point, point], None, []))
 
 
 def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
@@ -76,7 +77,8 @@ def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
 def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
     names = [f"a rather long name of a class, {number}" for number in range(30)]
     paths = report.plot(run_folders.write(tmp_path, names=names))
-    expected = ["loss", "accuracy", "learning_rate", "classes", "confusion", "calibration", "time"]
+    expected = ["loss", "accuracy", "learning_rate", "gradient_norm"]
+    expected += ["classes", "confusion", "calibration", "time"]
     assert paths == [tmp_path / "plots" / f"{name}.png" for name in expected]
     for path in paths:
         with Image.open(path) as image:
@@ -95,7 +97,8 @@ def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) 
         Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
         Point(step=2, rate=1.0, loss=math.inf, smoothed_rate=0.3, smoothed_loss=math.inf),
     ]
-    paths = report.write_range_test(tmp_path, points, None, config=configs.Config())
+    values = lr_range_test.record(configs.Config(), points, None, [])
+    paths = report.write_range_test(tmp_path, values)
     stored = json.loads(paths[0].read_text())
     assert (stored["proposal"], stored["doubts"]) == (None, [])
     assert [point["loss"] for point in stored["points"]] == [2.0, None]
@@ -109,7 +112,7 @@ def test_a_proposal_that_is_doubted_is_not_written_as_one(tmp_path: pathlib.Path
         Point(step=2, rate=1.0, loss=1.0, smoothed_rate=0.3, smoothed_loss=1.0),
     ]
     proposal = Proposal(rate=0.1, least=0.3, diverged=False)
-    config = configs.Config()
-    paths = report.write_range_test(tmp_path, points, proposal, ["too few"], config=config)
+    values = lr_range_test.record(configs.Config(), points, proposal, ["too few"])
+    paths = report.write_range_test(tmp_path, values)
     stored = json.loads(paths[0].read_text())
     assert (stored["proposal"], stored["doubts"]) == (None, ["too few"])

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -7,22 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inception_jax.errors import UserError, WriteError
+from inception_jax import registry
+from inception_jax.config import Config, Log, validate
+from inception_jax.errors import ConfigError, UserError, WriteError
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter, read_lines
 from tests import disks
 
 _KILLED = """
 import os, pathlib, signal, sys
+from inception_jax.config import Log
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter
-writer = RunWriter(pathlib.Path(sys.argv[1]), resume_step=0)
+writer = RunWriter(Workdir(pathlib.Path(sys.argv[1])), Log(), resume_step=0)
 for step in range(1, 26):
     writer.write(step, epoch=step / 10, split="train", values={"loss": 1.5})
 writer.flush()
@@ -40,13 +48,13 @@ def _lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _write(workdir: pathlib.Path, steps: range, *, resume_step: int = 0) -> None:
-    with RunWriter(workdir, resume_step=resume_step) as writer:
+    with RunWriter(Workdir(workdir), Log(), resume_step=resume_step) as writer:
         for step in steps:
             writer.write(step, epoch=step / 4, split="train", values={"loss": 1 / step})
 
 
 def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(3, epoch=0.3, split="train", values={"loss": 2.5, "learning_rate": 0.1})
         writer.write(3, epoch=0.3, split="validation", values={"top1": 12.5, "count": 10_000})
     assert _lines(tmp_path) == [
@@ -58,7 +66,7 @@ def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 2**53 + 1.0])
 def test_floats_read_back_the_same(tmp_path: pathlib.Path, value: float) -> None:
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(1, epoch=value, split="train", values={"loss": value})
     assert _lines(tmp_path)[0]["loss"] == value == _lines(tmp_path)[0]["epoch"]
 
@@ -71,7 +79,7 @@ def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Pa
         "inf": -np.inf,
         "jax_nan": jnp.float32(jnp.nan),
     }
-    with RunWriter(tmp_path, resume_step=0) as writer:
+    with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(np.int64(1), epoch=0.0, split="train", values=values)
     (line,) = _lines(tmp_path)
     assert line["numpy"] == line["jax"] == float(np.float32(0.1))
@@ -108,7 +116,7 @@ def test_resuming_without_earlier_metrics_starts_a_file(tmp_path: pathlib.Path) 
 
 
 def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
-    with RunWriter(tmp_path / "run", resume_step=0, is_lead=False) as writer:
+    with RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0, is_lead=False) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
         writer.flush()
     assert list(tmp_path.iterdir()) == []
@@ -119,7 +127,7 @@ def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*Remove the line"):
-        RunWriter(tmp_path, resume_step=2)
+        RunWriter(Workdir(tmp_path), Log(), resume_step=2)
     assert path.read_text().count("\n") == 3
 
 
@@ -129,10 +137,12 @@ def test_a_write_that_fails_is_the_users_error(tmp_path: pathlib.Path) -> None:
     script = """
 import pathlib, resource, sys
 from inception_jax.errors import UserError
+from inception_jax.config import Log
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import RunWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    with RunWriter(pathlib.Path(sys.argv[1]), resume_step=0) as writer:
+    with RunWriter(Workdir(pathlib.Path(sys.argv[1])), Log(), resume_step=0) as writer:
         for step in range(1, 1000):
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159})
 except UserError as error:
@@ -149,7 +159,7 @@ def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
     # At the end, too: a line is missing.
     with (
         pytest.raises(UserError, match="removed"),
-        RunWriter(workdir, resume_step=0) as writer,
+        RunWriter(Workdir(workdir), Log(), resume_step=0) as writer,
     ):
         shutil.rmtree(workdir)
         with pytest.raises(UserError, match="removed"):
@@ -164,7 +174,7 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
 
     with disks.mounted(tmp_path / "disk", kilobytes=64) as disk:
-        with RunWriter(disk / "run", resume_step=0, patient=True) as writer:
+        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, patient=True) as writer:
             write(range(1, 11))
             writer.flush()
             # What is left is a part of a page of each file: lines are torn.
@@ -178,13 +188,199 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
         assert [line["step"] for line in _lines(disk / "run")] == list(range(1, 211))
 
 
+class Rows:
+    """A writer that keeps what it gets, and fails where it is told to."""
+
+    def __init__(self, fails: Callable[[str, int], bool] = lambda method, step: False) -> None:
+        self.rows: list[tuple[int, float, str, dict[str, float]]] = []
+        self.calls: list[str] = []
+        self._fails = fails
+
+    def _do(self, method: str, step: int = 0) -> None:
+        if self._fails(method, step):
+            raise ValueError("the service is not there")
+        self.calls.append(method)
+
+    def resume(self, resume_step: int) -> None:
+        self._do(f"resume {resume_step}")
+
+    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
+        self._do("write", step)
+        self.rows.append((step, epoch, split, dict(values)))
+        values.clear()
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
+    """Registers a writer for one test, and returns settings that name it."""
+    monkeypatch.setattr(registry.WRITERS, "_parts", dict(registry.WRITERS._parts))
+
+    def register(build: Callable[[Log, Workdir], Any], **options: Any) -> Log:
+        registry.WRITERS.names()
+        registry.register_writer("mine", options=options)(build)
+        return Log(writers=("mine", "tensorboard"), options={"project": "x"} if options else {})
+
+    return register
+
+
+def test_a_writer_of_ones_own_gets_every_row(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    rows, given = Rows(), list[Any]()
+
+    def mine(settings: Log, workdir: Workdir) -> Rows:
+        given.extend([settings.options, workdir.path])
+        return rows
+
+    settings = registered(mine, project="p", token="t")
+    with RunWriter(Workdir(tmp_path), settings, resume_step=6) as writer:
+        values: dict[str, Any] = {"loss": jnp.float32(0.5), "top1": float("nan")}
+        writer.write(np.int64(7), epoch=0.7, split="train", values=values)
+        writer.write(7, epoch=0.7, split="validation", values={"count": 10})
+        writer.flush()
+    assert given == [{"project": "x", "token": "t"}, tmp_path]
+    assert rows.calls == ["resume 6", "write", "write", "flush", "flush", "close"]
+    (one, other) = rows.rows
+    assert one[:3] == (7, 0.7, "train") and one[3]["loss"] == 0.5 and math.isnan(one[3]["top1"])
+    assert [type(value) for value in one[3].values()] == [float, float]
+    assert list(other) == [7, 0.7, "validation", {"count": 10}]
+    # What one writer does to a row, the others do not see.
+    assert [line["loss"] for line in _lines(tmp_path)[:1]] == [0.5]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_without_other_writers_there_is_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+    with RunWriter(Workdir(tmp_path), Log(writers=()), resume_step=0) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_the_lead_process_opens_writers(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    settings = registered(lambda settings, workdir: pytest.fail("opened"))
+    with RunWriter(Workdir(tmp_path), settings, resume_step=0, is_lead=False) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+
+
+def test_a_writer_that_fails_is_named(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    rows = Rows(lambda method, step: method == "write" and step == 2)
+    settings = registered(lambda settings, workdir: rows)
+    with (
+        pytest.raises(WriteError, match="writer 'mine'"),
+        RunWriter(Workdir(tmp_path), settings, resume_step=0) as writer,
+    ):
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+        expected = (
+            r"writer 'mine' cannot be given the row of train at step 2: ValueError: the service is "
+            r"not there \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
+        )
+        with pytest.raises(WriteError, match=expected):
+            writer.write(2, epoch=0.2, split="train", values={"loss": 2.0})
+    # The others have all, and are closed.
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+    assert rows.calls[-1] == "close"
+
+
+def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    is_down, said = [True], list[str]()
+    rows = Rows(lambda method, step: is_down[0] and method == "write")
+    settings = registered(lambda settings, workdir: rows)
+    with RunWriter(
+        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+    ) as writer:
+        for step in (1, 2):
+            writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
+        assert not said
+        # No error: a checkpoint waits for metrics.jsonl alone.
+        writer.flush()
+        assert "'mine' cannot be given the row of train at step 1: ValueError" in said.pop()
+        assert not said
+        is_down[0] = False
+        writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
+    assert not said
+    assert [row[0] for row in rows.rows] == [1, 2, 3]
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    said: list[str] = []
+    settings = registered(lambda settings, workdir: Rows(lambda method, step: method != "resume 0"))
+    with RunWriter(
+        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+    ) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+    assert ["given the row" in said[0], "closed" in said[1], len(said)] == [True, True, 2]
+    assert "on_write_error = 'continue'" in said[0]
+    assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
+def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    def mine(settings: Log) -> Rows:
+        return Rows()
+
+    settings = registered(mine)
+    with pytest.raises(WriteError, match=r"writer 'mine' cannot be opened: TypeError: .*1 pos"):
+        RunWriter(Workdir(tmp_path), settings, resume_step=0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, r"returned None, which has no write\(\), flush\(\), close\(\)\. Return an object "),
+        (types.SimpleNamespace(write=print), r"returned .*, which has no flush\(\), close\(\)\. "),
+    ],
+)
+def test_what_is_no_writer_is_refused(
+    registered: Callable[..., Log], tmp_path: pathlib.Path, returned: Any, words: str
+) -> None:
+    settings = registered(lambda settings, workdir: returned)
+    place = r"writer 'mine' \(.*test_writers\.py, line \d+\): "
+    with pytest.raises(ConfigError, match=place + words):
+        RunWriter(Workdir(tmp_path), settings, resume_step=0)
+
+
+def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
+    registered: Callable[..., Log],
+) -> None:
+    settings = registered(lambda settings, workdir: Rows(), project="p")
+    validate(Config(log=settings))
+    with pytest.raises(ConfigError, match=r"config\.log\.writers = .*Did you mean 'tensorboard'"):
+        validate(Config(log=Log(writers=("tensorbord",))))
+    with pytest.raises(ConfigError, match=r"log\.options\.projet: .*Did you mean 'project'"):
+        validate(Config(log=dataclasses.replace(settings, options={"projet": "x"})))
+
+
+def test_a_class_is_registered_where_its_instances_are_made() -> None:
+    registry.register_writer("a class")(Rows)
+    try:
+        part = registry.WRITERS.get("a class")
+        assert part.file == __file__ and part.line > 1 and not part.is_own
+    finally:
+        del registry.WRITERS._parts["a class"]
+
+
 def test_event_files_keep_their_order_when_the_clock_is_set_back(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
     for now in (5_000, 4_000, 4_000, 6_000):
         monkeypatch.setattr(time, "time_ns", lambda now=now: now)
-        RunWriter(tmp_path, resume_step=0).close()
+        RunWriter(Workdir(tmp_path), Log(), resume_step=0).close()
         names += {path.name for path in (tmp_path / "tensorboard").iterdir()} - {*names}
     assert [int(name.rpartition(".")[2]) for name in names] == [5_000, 5_001, 5_002, 6_000]
 
@@ -192,7 +388,7 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
 def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="Cannot write metrics"):
-        RunWriter(tmp_path / "run", resume_step=0)
+        RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0)
 
 
 @pytest.fixture(params=["auto", "false"])
@@ -230,7 +426,7 @@ def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]
 
 
 def _run(workdir: pathlib.Path, *, resume: int, last: int, loss: float) -> None:
-    with RunWriter(workdir, resume_step=resume) as writer:
+    with RunWriter(Workdir(workdir), Log(), resume_step=resume) as writer:
         for step in range(resume + 1, last + 1):
             writer.write(step, epoch=step / 10, split="train", values={"loss": loss})
             if step % 10 == 0:

@@ -522,11 +522,11 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
             yield batch
 
     def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
-        def write_or_fail(target: Any, **options: Any) -> None:
+        def write_or_fail(target: Any, *what: Any) -> None:
             if step_of(target) in steps:
                 failed.append(step_of(target))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(target, **options)
+            write(target, *what)
 
         return write_or_fail
 
@@ -535,8 +535,7 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
     saved = failing(integrity.write_manifest, lambda path: int(path.name.partition(".")[0]) - 1)
     patch.setattr(integrity, "write_manifest", saved)
     appended = append_only.AppendOnlyFile
-    written = failing(appended._write_pending, lambda _: now[0])
-    patch.setattr(appended, "_write_pending", written)
+    patch.setattr(appended, "append", failing(appended.append, lambda _: now[0]))
     return failed
 
 

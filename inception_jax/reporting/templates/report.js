@@ -9,8 +9,6 @@
   // With fewer evaluations in view each gets a dot; more would hide the line.
   const MOST_DOTS = 40;
   const RUN_COLOURS = 8;
-  const SPLITS = { train: "training", train_eval: "training images, evaluated" };
-  const KNOWN = ["train", "train_eval", "validation", "test", "holdout"];
 
   // What all charts share: the horizontal axis, its visible range (null: all), the curves hidden.
   const view = { axis: "epoch", range: null, hidden: new Set() };
@@ -52,17 +50,19 @@
   // The curves of one metric: in a run's own report coloured by split, in a comparison by run.
   function seriesOf(metric) {
     const found = [];
+    // What is known from training only has no other curves to be told from.
+    const evaluated = data.runs.some((run) => Object.entries(run.splits)
+      .some(([split, columns]) => !split.startsWith("train") && columns.metrics[metric]));
     data.runs.forEach((run, index) => {
       for (const [split, columns] of Object.entries(run.splits)) {
-        const values = columns[metric];
+        const values = columns.metrics[metric];
         if (!values || !values.some((value) => value !== null)) continue;
         const training = split.startsWith("train");
-        // The rate is known from training only: there is no other curve to tell it from.
-        const kind = metric === "learning_rate" ? "" : training ? "training" : "evaluation";
-        const colour = many ? `run${index % RUN_COLOURS}` : KNOWN.includes(split) ? split : "run7";
+        const kind = !evaluated ? "" : training ? "training" : "evaluation";
+        const colour = many ? `run${index % RUN_COLOURS}` : columns.colour;
         found.push({
           keys: many ? [`run:${index}`, ...(kind ? [`kind:${kind}`] : [])] : [`split:${split}`],
-          name: many ? `${run.name}${kind === "training" ? `, ${SPLITS[split]}` : ""}` : SPLITS[split] || split,
+          name: many ? `${run.name}${kind === "training" ? `, ${columns.label}` : ""}` : columns.label,
           training,
           dashed: many && kind === "training",
           colour: `var(--${colour})`,

@@ -8,8 +8,9 @@ made. They are recorded as if they had been given.
 
 import math
 
-from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Timeline
+from inception_jax.config.fields import fill_open, get, is_open
+from inception_jax.config.schema import OPEN, Config, Duration
+from inception_jax.config.timeline import Timeline
 
 # Epochs for `FEW` to `MANY` images. Outside, fewer by the root of how far they are off: more images
 # take fewer epochs to learn from, and of fewer images there is less to learn, so that a first try
@@ -58,7 +59,7 @@ def resolve(
 
     def fill(path: str, value: int | float | str | Duration) -> None:
         nonlocal resolved
-        resolved = configs.fill_open(resolved, {path: value})
+        resolved = fill_open(resolved, {path: value})
 
     fill("model.dtype", dtype)
     share = devices * config.train.accumulate
@@ -98,9 +99,9 @@ def epochs(config: Config, train_examples: int, batch_size: int) -> int:
 def describe(before: Config, after: Config) -> str:
     """Returns what `resolve` chose, as flags name it; '' if nothing was left open."""
     chosen: dict[str, int | float | str] = {}
-    for path in configs.OPEN:
-        if configs.is_open(before, path):
-            value = configs.get(after, path)
+    for path in OPEN:
+        if is_open(before, path):
+            value = get(after, path)
             units = value.given() if isinstance(value, Duration) else {"": value}
             chosen |= {f"{path}.{unit}".rstrip("."): number for unit, number in units.items()}
     return ", ".join(

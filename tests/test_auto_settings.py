@@ -16,11 +16,12 @@ from inception_jax.config import (
     Log,
     Schedule,
     Train,
+    auto_settings,
 )
 from inception_jax.errors import ConfigError
 from inception_jax.models import ops, registry
 from inception_jax.reporting import diagnosis
-from inception_jax.training import auto_settings, run, state, workdir
+from inception_jax.training import run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small
 
