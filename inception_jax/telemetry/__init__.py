@@ -1,4 +1,1 @@
-"""What a run says of itself: metrics on the device, their files, a clock, a progress display.
-
-CLU is used here and nowhere else, so that a change of its interface touches one folder.
-"""
+"""What a run says of itself: its metrics' writers, a clock, a watchdog, a progress display."""

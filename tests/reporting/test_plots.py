@@ -191,9 +191,10 @@ def test_odd_names_of_runs_are_in_its_title(
 
 
 def test_any_metric_has_its_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
-    lines = [line | {"macro accuracy/2": line["top1"]} for line in _VALIDATION]
+    more = {"macro accuracy/2": 1.0, "macro accuracy:2": 2.0}
+    lines = [line | more | {"macro accuracy/2": line["top1"]} for line in _VALIDATION]
     paths = report.plot(_workdir(tmp_path, _TRAIN + lines, name="x"))
-    names = ["loss", "accuracy", "learning_rate", "macro_accuracy_2"]
+    names = ["loss", "accuracy", "learning_rate", "macro_accuracy_2", "macro_accuracy_2-2"]
     assert [path.stem for path in paths] == names
     (curve,) = axes["macro_accuracy_2.png"].lines
     assert curve.get_label() == "validation, last 27"

@@ -250,9 +250,18 @@ def test_a_writer_of_ones_own_gets_every_row(
     assert one[:3] == (7, 0.7, "train") and one[3]["loss"] == 0.5 and math.isnan(one[3]["top1"])
     assert [type(value) for value in one[3].values()] == [float, float]
     assert list(other) == [7, 0.7, "validation", {"count": 10}]
-    # What one writer does to a row, the others do not see.
-    assert [line["loss"] for line in _lines(tmp_path)[:1]] == [0.5]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_what_a_writer_does_to_a_row_the_next_one_does_not_see(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    rows = Rows()
+    settings = registered(lambda settings, workdir: rows)
+    settings = dataclasses.replace(settings, writers=("mine", "mine"))
+    with RunWriter(Workdir(tmp_path), settings, resume_step=0) as writer:
+        writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
+    assert rows.rows == [(1, 0.1, "train", {"loss": 1.0})] * 2
 
 
 def test_without_other_writers_there_is_metrics_jsonl(tmp_path: pathlib.Path) -> None:
