@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Seconds that process 0, which serves the store, leaves the others to end by themselves with a
 # message of their own: all fail alike where a loss is not finite.
 GRACE = 10.0
+SETTLE = 1.0  # Seconds from a process's last word in the store to its end.
 _ROOT = "inception_jax"
 _FAILURES, _ENDED = f"{_ROOT}/failures/", f"{_ROOT}/ended/"
 _WAIT = 30.0  # Seconds until a process that is waited for is named.
@@ -99,9 +100,11 @@ def fail(reason: str, code: int) -> None:
         if reason:
             store.put(f"{_FAILURES}{process}", reason)
         store.put(f"{_ENDED}{process}", "")
-        until = time.monotonic() + GRACE
-        for other in range(1, _joined.count) if process == 0 else ():
-            store.wait(f"{_ENDED}{other}", max(0.001, until - time.monotonic()))
+        if process == 0:
+            until = time.monotonic() + GRACE
+            for other in range(1, _joined.count):
+                store.wait(f"{_ENDED}{other}", max(0.001, until - time.monotonic()))
+            time.sleep(SETTLE)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -95,6 +95,7 @@ class Machines:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "GRACE", 0.3)
+    monkeypatch.setattr(hosts, "SETTLE", 0.01)
 
 
 def test_one_process_alone_has_nobody_to_ask() -> None:
