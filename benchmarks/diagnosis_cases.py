@@ -213,14 +213,14 @@ def train(
         this = run.build(config, log=measure.say, experiment={"file": config.name, "own": own})
         evaluator = Evaluator(this)
 
-        def evaluate(variables: Any, split: Any) -> dict[str, float]:
+        def evaluate(variables: Any, names: Any) -> Any:
             if frozen:
                 start = {"mean": jnp.zeros_like, "var": jnp.ones_like}
                 stats = jax.tree_util.tree_map_with_path(
                     lambda path, leaf: start[path[-1].key](leaf), variables["batch_stats"]
                 )
                 variables = {**variables, "batch_stats": stats}
-            return evaluator(variables, split)
+            return evaluator(variables, names)
 
         try:
             loop.train(
@@ -228,7 +228,7 @@ def train(
                 Workdir(folder),
                 evaluate,
                 changed=[],
-                on_evaluation=report.refresher(this, folder, evaluator),
+                on_evaluation=report.refresher(this, folder),
                 stop=lambda step: step == stop,
             )
         except (Preempted, RunError) as error:

@@ -65,7 +65,7 @@ def main(positional: Sequence[str]) -> None:
             result = evaluate.evaluate_checkpoint(this_run, folder, _CHECKPOINT.value, cli.say)
         else:
             evaluator = evaluate.Evaluator(this_run)
-            refresh = report.refresher(this_run, folder.path, evaluator)
+            refresh = report.refresher(this_run, folder.path)
             result = loop.train(
                 this_run, folder, evaluator, changed=changed, on_evaluation=refresh, stop=stop
             )

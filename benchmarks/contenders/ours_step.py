@@ -152,8 +152,8 @@ def repeated_step(run: Run) -> tuple[jax.stages.Compiled, serve.Repeated]:
 
 def eval_mode(run: Run) -> serve.Repeated:
     """Returns what times the evaluation step, compiled and warm."""
-    # Not public, but the step alone: the call around it reads a split as well.
-    step = Evaluator(run)._step
+    # The step alone: a call of the evaluator reads a split as well.
+    step = Evaluator(run).step
     batch = batch_of(run.dataset.evaluation, run, mask=np.ones(len(run.dataset.evaluation), bool))
     variables = states.create(run).eval_variables()
     metrics: Any = None

@@ -1,7 +1,7 @@
 """What is left in a folder for a reader: the report, plots, and what they mean.
 
-The training loop knows nothing of this: main hands it the evaluator, and `refresher` as what to
-call after each evaluation. The report is made of the folder's files alone, so a later call, on
+The training loop knows nothing of this: it is handed `refresher` as what to call after each
+evaluation. The report is made of the folder's files alone, so a later call, on
 another machine and without the data set, gives the same page.
 """
 
@@ -23,25 +23,23 @@ from inception_jax.training.lr_range_test import Point, Proposal
 
 if TYPE_CHECKING:
     # They import what training takes, which a report is written without.
-    from inception_jax.evaluation.evaluate import Evaluator
-    from inception_jax.training.loop import OnEvaluation
+    from inception_jax.evaluation.evaluate import EvalResult
+    from inception_jax.training.reporter import OnEvaluation
     from inception_jax.training.run import Run
 
 PAGE = "report.html"
 
 
-def refresher(run: "Run", folder: pathlib.Path, evaluator: "Evaluator") -> "OnEvaluation":
+def refresher(run: "Run", folder: pathlib.Path) -> "OnEvaluation":
     """Returns what the loop calls after each evaluation: it leaves predictions.npz and the report.
 
     Args:
       run: that is trained.
       folder: of the run.
-      evaluator: that the loop evaluates with.
     """
 
-    def refresh(result: dict[str, Any]) -> None:
-        assert evaluator.predictions is not None  # The loop has just evaluated.
-        found = predictions.gather(result, evaluator.predictions, run.dataset.evaluation)
+    def refresh(result: dict[str, Any], evaluated: "EvalResult") -> None:
+        found = predictions.gather(result, evaluated.predictions, run.dataset.evaluation)
         predictions.write(folder, found)
         write_page(folder)
 

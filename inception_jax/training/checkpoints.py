@@ -224,13 +224,38 @@ class Checkpoints:
           like: shapes, types and shardings of the state; the devices may be others than those that
             saved it.
         """
+        training = _training_item(like)
+        # Metrics may have been added to the run since, or taken away.
+        training["metrics"] = self._saved_metrics(step, training["metrics"])
         restored = self._restore(
             step,
             model=ocp.args.StandardRestore(like.model_item()),
-            training=ocp.args.StandardRestore(_training_item(like)),
+            training=ocp.args.StandardRestore(training),
             progress=ocp.args.JsonRestore(),
         )
-        return like.replace(**restored.model, **restored.training), restored.progress
+        empty = jax.tree.map(
+            lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+            like.metrics,
+        )
+        found = restored.training | {
+            "metrics": empty.with_item(restored.training["metrics"]),
+        }
+        return like.replace(**restored.model, **found), restored.progress
+
+    def _saved_metrics(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the metrics that a step was saved with look like, by name.
+
+        Args:
+          step: of a checkpoint that is there.
+          like: of the metrics that the run has now.
+        """
+        placed = jax.tree.leaves(like)[0].sharding
+        with contextlib.closing(_handler()) as handler:
+            saved = handler.metadata(self._directory / str(step) / "training").tree["metrics"]
+        others = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
+        )
+        return {name: like.get(name, other) for name, other in others.items()}
 
     def restore_model(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Returns params, batch_stats and average of a step, and no more.
@@ -401,7 +426,7 @@ def _wait_for_all_processes(name: str) -> None:
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
+    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics.item()}
 
 
 @functools.cache

@@ -13,10 +13,10 @@ from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
-from inception_jax.training import ema, gradients, keys, losses, nonfinite
+from inception_jax.training import ema, gradients, keys, nonfinite
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
-from inception_jax.training.state import TrainState
+from inception_jax.training.state import TrainState, metric_set
 
 Batch = dict[str, jax.Array]
 CompiledStep = futures.Future[jax.stages.Compiled]
@@ -100,6 +100,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     # Each micro-batch updates the running statistics once.
     momentum = config.model.norm_momentum**config.train.accumulate
 
+    metrics_of = metric_set(run)
     gradient = gradients.make_gradient(
         run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
     )
@@ -138,9 +139,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
         metrics = state.metrics.merge(
             TrainMetrics.single_step(
                 step=state.step + 1,
-                loss=loss,
-                top1=losses.top_k_correct(logits, labels, 1),
-                top5=losses.top_k_correct(logits, labels, 5),
+                values={**metrics_of.per_example(logits, labels), "loss": loss},
                 gradient_norm=optax.tree.norm(grads),
             )
         )
