@@ -57,6 +57,7 @@ class Evaluator:
     Attributes:
       main: the name of the run's own evaluation, which is that of the split.
       views: all evaluations by name, the run's own first.
+      splits: the examples of each, by its name.
 
     Raises:
       ConfigError: if an evaluation is of a split that is not there, or a metric does not return
@@ -67,8 +68,13 @@ class Evaluator:
         self._run = run
         self._metrics = states.metric_set(run)
         self.main = run.dataset.eval_split
-        self.views = {self.main: View()} | configs.views(run.config)
-        self._splits = {name: _examples(run.dataset, name, self.views[name]) for name in self.views}
+        if self.main in (others := configs.views(run.config)):
+            raise ConfigError(
+                f"config.evaluations.{self.main}: this is the name of the run's own evaluation; "
+                "give it another name"
+            )
+        self.views = {self.main: View(), **others}
+        self.splits = {name: _examples(run.dataset, name, self.views[name]) for name in self.views}
         # One size for all splits, so that there is one program to compile.
         self._batch_size = pipeline.eval_batch_size(
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
@@ -152,7 +158,7 @@ class Evaluator:
 
     def _evaluate(self, variables: Variables, names: list[str]) -> dict[str, EvalResult]:
         """Returns the results of evaluations of the same images."""
-        split = self._splits[names[0]]
+        split = self.splits[names[0]]
         batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
         sums: dict[str, EvalMetrics] = {}
         rows: dict[str, list[Any]] = {name: [] for name in names}
@@ -198,7 +204,7 @@ class Evaluator:
         """Returns what evaluations have in common that see the same images of the same size."""
         view = self.views[name]
         crop = view.crop or self._run.config.data.eval_crop
-        return view.split, len(self._splits[name]), crop, self._size(view)
+        return view.split, len(self.splits[name]), crop, self._size(view)
 
     def _size(self, view: View) -> int:
         config, dataset = self._run.config, self._run.dataset
