@@ -225,21 +225,23 @@ class Checkpoints:
             saved it.
         """
         training = _training_item(like)
-        # Metrics may have been added to the run since, or taken away.
-        training["metrics"] = self._saved_metrics(step, training["metrics"])
-        restored = self._restore(
-            step,
-            model=ocp.args.StandardRestore(like.model_item()),
-            training=ocp.args.StandardRestore(training),
-            progress=ocp.args.JsonRestore(),
-        )
+        with self._explained(step):
+            # Metrics may have been added to the run since, or taken away.
+            training["metrics"] = self._saved_metrics(step, training["metrics"])
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(like.model_item()),
+                    training=ocp.args.StandardRestore(training),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
         empty = jax.tree.map(
             lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
             like.metrics,
         )
-        found = restored.training | {
-            "metrics": empty.with_item(restored.training["metrics"]),
-        }
+        found = restored.training
+        found["metrics"] = empty.with_item(found["metrics"])
         return like.replace(**restored.model, **found), restored.progress
 
     def _saved_metrics(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +253,7 @@ class Checkpoints:
         """
         placed = jax.tree.leaves(like)[0].sharding
         with contextlib.closing(_handler()) as handler:
-            saved = handler.metadata(self._directory / str(step) / "training").tree["metrics"]
+            saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]
         others = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
         )
@@ -264,7 +266,9 @@ class Checkpoints:
           step: of a checkpoint that is there.
           like: shapes, types and shardings, as of `TrainState.model_item`.
         """
-        return self._restore(step, model=ocp.args.StandardRestore(like)).model
+        with self._explained(step):
+            args = ocp.args.Composite(model=ocp.args.StandardRestore(like))
+            return self._manager.restore(step, args=args).model
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that a step was saved with; empty if there are none to be read."""
@@ -274,10 +278,12 @@ class Checkpoints:
             return {}
         return found if isinstance(found, dict) and "top1" in found else {}
 
-    def _restore(self, step: int, **items: Any) -> Any:
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Explains a failure to restore."""
         folder = self._directory / str(step)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            yield
         except Exception as error:
             if not (folder / manifest.NAME).exists():
                 raise CheckpointError(

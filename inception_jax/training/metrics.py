@@ -7,6 +7,7 @@ type, as donation and checkpoints need.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,6 +81,10 @@ class MetricSet:
       settings: with the names, and the options of those that have any.
       num_classes: K; metrics that say nothing of so few are left out.
 
+    Attributes:
+      scale: by the names of those that are averaged over examples, what their means are multiplied
+        by: 100 where they are to be percent.
+
     Raises:
       ConfigError: if a metric fails, or returns what is no metric: which, what, and what is
         expected.
@@ -96,11 +101,7 @@ class MetricSet:
             _check(part, function, num_classes)
             group = self._over_split if part.over == "split" else self._over_examples
             group[name] = function
-
-    @property
-    def of_examples(self) -> tuple[str, ...]:
-        """The names of those that are averaged over examples."""
-        return tuple(self._over_examples)
+        self.scale = {name: self._scale[name] for name in self._over_examples}
 
     @property
     def needs_logits(self) -> bool:
@@ -132,8 +133,7 @@ class MetricSet:
         Args:
           means: by name.
         """
-        own = {name: scale * means[name] for name, scale in self._scale.items() if name in means}
-        return {**own, **{name: mean for name, mean in means.items() if name not in own}}
+        return _scaled(means, self._scale)
 
 
 def _check(part: Metric, function: Any, num_classes: int) -> None:
@@ -215,20 +215,24 @@ class TrainMetrics:
     Attributes:
       averages: by name; those of a `MetricSet` over examples, loss among them, and gradient_norm.
       first_nonfinite_step: the first step with a loss or gradient that is not finite.
+      scale: what `compute` multiplies means by, by name, in the order of their report.
     """
 
     averages: dict[str, metrics.Average]
     first_nonfinite_step: FirstStep
+    scale: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def empty(cls, names: Iterable[str] = ()) -> Self:
+    def empty(cls, scale: Mapping[str, int]) -> Self:
         """Returns the metrics of no step at all.
 
         Args:
-          names: of the averages besides loss and gradient_norm.
+          scale: of a `MetricSet`: its names, and what their means are multiplied by.
         """
-        averages = {name: metrics.Average.empty() for name in ("loss", *names, "gradient_norm")}
-        return cls(averages=averages, first_nonfinite_step=FirstStep.empty())
+        averages = {name: metrics.Average.empty() for name in ("loss", *scale, "gradient_norm")}
+        return cls(
+            averages=averages, first_nonfinite_step=FirstStep.empty(), scale=tuple(scale.items())
+        )
 
     @classmethod
     def single_step(
@@ -236,6 +240,7 @@ class TrainMetrics:
         *,
         step: jax.typing.ArrayLike,
         values: Mapping[str, jax.Array],
+        scale: Mapping[str, int],
         gradient_norm: jax.Array,
     ) -> Self:
         """Returns the metrics of one step.
@@ -243,6 +248,7 @@ class TrainMetrics:
         Args:
           step: integer scalar, counted from 1.
           values: by name, bool or float [B] each; loss, each example's, among them.
+          scale: of a `MetricSet`.
           gradient_norm: float32 scalar, global norm of the gradients.
         """
         finite = jnp.isfinite(gradient_norm) & jnp.all(jnp.isfinite(values["loss"]))
@@ -252,6 +258,7 @@ class TrainMetrics:
                 for name, each in {**values, "gradient_norm": gradient_norm}.items()
             },
             first_nonfinite_step=FirstStep.from_model_output(step=step, happened=~finite),
+            scale=tuple(scale.items()),
         )
 
     def merge(self, other: Self) -> Self:
@@ -261,6 +268,7 @@ class TrainMetrics:
                 name: each.merge(other.averages[name]) for name, each in self.averages.items()
             },
             first_nonfinite_step=self.first_nonfinite_step.merge(other.first_nonfinite_step),
+            scale=self.scale,
         )
 
     def cleared(self) -> Self:
@@ -269,17 +277,22 @@ class TrainMetrics:
         That takes a copy: the next step donates these, and the reported ones are still to be read.
         """
         first = jax.tree.map(jnp.copy, self.first_nonfinite_step)
-        empty = type(self).empty(self.averages)
-        return type(self)(averages=empty.averages, first_nonfinite_step=first)
+        return dataclasses.replace(
+            self,
+            averages={name: metrics.Average.empty() for name in self.averages},
+            first_nonfinite_step=first,
+        )
 
     def compute(self) -> dict[str, float]:
         """Returns the means on the host; waits for the steps they come from.
 
         Returns:
-          By name the mean over examples; of gradient_norm over steps. NaN when there was no step.
+          By name, in the units of the metric: the mean over examples, of gradient_norm over steps.
+          NaN when there was no step.
         """
         host = jax.device_get(self.averages)
-        return {name: _mean(each.total, each.count) for name, each in host.items()}
+        means = {name: _mean(each.total, each.count) for name, each in host.items()}
+        return _scaled(means, dict(self.scale))
 
     def item(self) -> dict[str, Any]:
         """Returns what a checkpoint holds: each sum by its name."""
@@ -291,7 +304,8 @@ class TrainMetrics:
         Args:
           saved: of `item`; sums that it lacks are as here, those that it has besides are left out.
         """
-        return type(self)(
+        return dataclasses.replace(
+            self,
             averages={name: saved.get(name, each) for name, each in self.averages.items()},
             first_nonfinite_step=saved["first_nonfinite_step"],
         )
@@ -369,6 +383,12 @@ def _widened(value: Any) -> Any:
     """Returns a scalar of NumPy in double precision."""
     value = np.asarray(value)
     return value.astype(np.float64 if value.dtype.kind == "f" else np.int64)
+
+
+def _scaled(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
+    """Returns means in the order of a scale, each multiplied by its own, then the others."""
+    own = {name: factor * means[name] for name, factor in scale.items() if name in means}
+    return own | {name: mean for name, mean in means.items() if name not in own}
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> float:

@@ -17,7 +17,6 @@ from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.writers import RunWriter
 from inception_jax.training import nonfinite, optimizers
-from inception_jax.training import state as states
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
@@ -68,7 +67,6 @@ class Reporter:
         self._on_evaluation = on_evaluation
         self._run = run
         self._main = run.dataset.eval_split
-        self._metrics = states.metric_set(run)
         self._writer = writer
         self._progress = progress
         self._rate = Rate(clock)
@@ -141,7 +139,7 @@ class Reporter:
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
         self.check_finite(step, metrics)
-        values = self._metrics.in_units(metrics.compute())
+        values = metrics.compute()
         # The rate that the step applied: the schedule counts finished steps.
         rate = float(self._run.schedule(step - 1))
         self._write(step, "train", {**values, "learning_rate": rate, **timing})

@@ -84,7 +84,7 @@ def _initial_state(run: Run) -> TrainState:
         if has_average
         else {},
         opt_state=run.optimizer.init(params),
-        metrics=TrainMetrics.empty(metric_set(run).of_examples),
+        metrics=TrainMetrics.empty(metric_set(run).scale),
     )
 
 

@@ -100,7 +100,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     # Each micro-batch updates the running statistics once.
     momentum = config.model.norm_momentum**config.train.accumulate
 
-    metrics_of = metric_set(run)
+    metric_fns = metric_set(run)
     gradient = gradients.make_gradient(
         run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
     )
@@ -139,7 +139,8 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
         metrics = state.metrics.merge(
             TrainMetrics.single_step(
                 step=state.step + 1,
-                values={**metrics_of.per_example(logits, labels), "loss": loss},
+                values={**metric_fns.per_example(logits, labels), "loss": loss},
+                scale=metric_fns.scale,
                 gradient_norm=optax.tree.norm(grads),
             )
         )

@@ -39,7 +39,7 @@ def state(step: int) -> TrainState:
         batch_stats={"mean": values[:3]},
         average={"params": {"kernel": values + 1}},
         opt_state={"trace": -values},
-        metrics=TrainMetrics.empty(),
+        metrics=TrainMetrics.empty({}),
     )
 
 
@@ -56,9 +56,11 @@ def check_restores(checkpoints: Checkpoints, step: int) -> None:
 
 def metrics_of(*names: str) -> TrainMetrics:
     values = {name: jnp.arange(4.0) + len(name) for name in ("loss", *names)}
-    return TrainMetrics.empty(names).merge(
-        TrainMetrics.single_step(step=7, values=values, gradient_norm=jnp.float32(2.5))
+    scale = dict.fromkeys(names, 100)
+    step = TrainMetrics.single_step(
+        step=7, values=values, scale=scale, gradient_norm=jnp.float32(2.5)
     )
+    return TrainMetrics.empty(scale).merge(step)
 
 
 def test_metrics_may_be_added_to_a_run_and_taken_away(
@@ -74,11 +76,11 @@ def test_metrics_may_be_added_to_a_run_and_taken_away(
         checkpoints.wait()
         monkeypatch.undo()
         for names in (("top1", "top5"), ("top1",), ("top10", "top1")):
-            target = state(0).replace(metrics=TrainMetrics.empty(names))
+            target = state(0).replace(metrics=TrainMetrics.empty(dict.fromkeys(names, 100)))
             restored, _ = checkpoints.restore(2, target)
             expected = metrics_of(*names).averages
             if "top10" in names:
-                expected["top10"] = TrainMetrics.empty(names).averages["top10"]
+                expected["top10"] = TrainMetrics.empty(dict.fromkeys(names, 100)).averages["top10"]
             expected = {name: expected[name] for name in target.metrics.averages}
             jax.tree.map(lambda a, b: None, restored, target)  # Raises where structures differ.
             jax.tree.map(np.testing.assert_array_equal, restored.metrics.averages, expected)

@@ -2,6 +2,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from inception_jax.training.metrics import (
     top_k_correct,
 )
 
-NAMES = ("loss", "top1", "top5")
+SCALE = flax.core.freeze({"loss": 1, "top1": 100, "top5": 100})
 
 
 def _add(metrics: TrainMetrics, **step: jax.Array) -> TrainMetrics:
@@ -26,7 +27,7 @@ def _add(metrics: TrainMetrics, **step: jax.Array) -> TrainMetrics:
 
 
 # As in training: compiled, and the old metrics' memory is given up.
-_add_jit = jax.jit(_add, donate_argnums=0)
+_add_jit = jax.jit(_add, donate_argnums=0, static_argnames="scale")
 
 
 def _step(step: int, loss: np.ndarray, norm: float, rng: np.random.Generator) -> dict:
@@ -37,6 +38,7 @@ def _step(step: int, loss: np.ndarray, norm: float, rng: np.random.Generator) ->
             "top1": jnp.asarray(rng.random(loss.shape) < 0.3),
             "top5": jnp.asarray(rng.random(loss.shape) < 0.6),
         },
+        "scale": SCALE,
         "gradient_norm": jnp.float32(norm),
     }
 
@@ -44,14 +46,14 @@ def _step(step: int, loss: np.ndarray, norm: float, rng: np.random.Generator) ->
 def test_train_metrics_are_means_over_examples_and_steps() -> None:
     rng = np.random.default_rng(0)
     steps = [_step(i, rng.random(12, np.float32), float(i), rng) for i in range(1, 8)]
-    metrics = TrainMetrics.empty(NAMES)
+    metrics = TrainMetrics.empty(SCALE)
     for step in steps:
         metrics = _add_jit(metrics, **step)
     expected = {
         name: float(np.mean([np.asarray(step["values"][name], np.float64) for step in steps]))
-        for name in NAMES
+        for name in SCALE
     }
-    found = MetricSet(Evaluation(), 10).in_units(metrics.compute())
+    found = metrics.compute()
     assert list(found) == ["loss", "top1", "top5", "gradient_norm"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["top1"] == pytest.approx(100 * expected["top1"], rel=1e-12)
@@ -65,7 +67,7 @@ def test_train_metrics_are_means_over_examples_and_steps() -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient_norm"])
 def test_the_first_non_finite_step_is_kept(bad: float, where: str) -> None:
     rng = np.random.default_rng(0)
-    metrics = TrainMetrics.empty(NAMES)
+    metrics = TrainMetrics.empty(SCALE)
     for i in range(1, 8):
         loss, norm = rng.random(4, np.float32), 1.0
         if i in (3, 5):
@@ -80,8 +82,8 @@ def test_the_first_non_finite_step_is_kept(bad: float, where: str) -> None:
 def test_merging_keeps_structure_shapes_and_types() -> None:
     # A checkpoint and a compiled step take the metrics of any step.
     rng = np.random.default_rng(0)
-    empty = TrainMetrics.empty(NAMES)
-    merged = _add_jit(TrainMetrics.empty(NAMES), **_step(1, rng.random(4, np.float32), 1.0, rng))
+    empty = TrainMetrics.empty(SCALE)
+    merged = _add_jit(TrainMetrics.empty(SCALE), **_step(1, rng.random(4, np.float32), 1.0, rng))
 
     def avals(metrics: TrainMetrics) -> dict:
         leaves = jax.tree_util.tree_leaves_with_path(metrics)
@@ -96,14 +98,14 @@ def test_merging_keeps_structure_shapes_and_types() -> None:
 
 
 def test_metrics_of_no_step_are_nan() -> None:
-    found = TrainMetrics.empty(NAMES).compute()
+    found = TrainMetrics.empty(SCALE).compute()
     assert all(np.isnan(value) for value in found.values())
 
 
 def test_shared_labels_count_by_their_share() -> None:
     step = _step(1, np.ones(2, np.float32), 1.0, np.random.default_rng(0))
     step["values"]["top1"] = jnp.asarray([0.75, 0.0], jnp.float32)
-    assert TrainMetrics.single_step(**step).compute()["top1"] == 0.375
+    assert TrainMetrics.single_step(**step).compute()["top1"] == 37.5
 
 
 def _total(batches: Iterable[EvalMetrics]) -> dict[str, float]:
@@ -232,7 +234,7 @@ def test_a_metric_of_ones_own_is_averaged_with_its_options(register: Callable[..
     logits, labels = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
     for options, k in (({}, 3), ({"k": 6}, 6)):
         metrics = MetricSet(Evaluation(metrics=("top1", "among"), options=options), 8)
-        assert metrics.of_examples == ("loss", "top1", "among") and not metrics.needs_logits
+        assert metrics.scale == {"loss": 1, "top1": 100, "among": 100} and not metrics.needs_logits
         values = metrics.per_example(jnp.asarray(logits), jnp.asarray(labels, jnp.int32))
         sums = EvalMetrics.single_batch(values, jnp.ones(50, bool))
         expected = (np.argsort(-logits)[:, :k] == labels[:, None]).any(axis=1).mean()
@@ -246,15 +248,15 @@ def test_a_metric_over_the_split_takes_its_logits(register: Callable[..., Any]) 
         return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
     metrics = MetricSet(Evaluation(metrics=("top1", "macro")), 3)
-    assert metrics.needs_logits and metrics.of_examples == ("loss", "top1")
+    assert metrics.needs_logits and metrics.scale == {"loss": 1, "top1": 100}
     logits = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 0]]
     found = metrics.over_split(logits, np.array([0, 0, 0, 1, 2], np.int32))
     assert metrics.in_units(found) == {"macro": pytest.approx(200 / 3)}
 
 
 def test_metrics_that_say_nothing_of_few_classes_are_left_out() -> None:
-    assert MetricSet(Evaluation(), 5).of_examples == ("loss", "top1")
-    assert MetricSet(Evaluation(), 6).of_examples == ("loss", "top1", "top5")
+    assert list(MetricSet(Evaluation(), 5).scale) == ["loss", "top1"]
+    assert list(MetricSet(Evaluation(), 6).scale) == ["loss", "top1", "top5"]
 
 
 @pytest.mark.parametrize(

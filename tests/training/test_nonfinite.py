@@ -217,7 +217,7 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
         batch_stats={},
         average={},
         opt_state=(),
-        metrics=TrainMetrics.empty(),
+        metrics=TrainMetrics.empty({}),
     )
     good = {1, 4, 5, 10, 11}
     rows = []
