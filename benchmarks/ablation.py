@@ -117,6 +117,11 @@ def _claim(folder: pathlib.Path, settings: Sequence[str]) -> None:
         )
 
 
+def _flip_top1(run: Mapping[str, Any]) -> float | None:
+    """Returns the top-1 of the mirror average, which older results name differently."""
+    return run.get("evaluations", {}).get("flip", {}).get("top1", run.get("flip_top1"))
+
+
 def rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """Returns the table's rows: means over seeds, and the difference in top-1 to the first."""
     found = []
@@ -125,7 +130,7 @@ def rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
         top1 = measure.summarise(run["top1"] for run in runs)
         mean = sum(run["top1"] for run in runs) / len(runs)
         first = mean if first is None else first
-        flip = [run["flip_top1"] for run in runs if "flip_top1" in run]
+        flip = [value for run in runs if (value := _flip_top1(run)) is not None]
         found.append(
             [
                 variant,

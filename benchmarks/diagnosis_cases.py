@@ -214,14 +214,14 @@ def train(
         this = run.assemble(config, log=measure.say)
         evaluator = Evaluator(this)
 
-        def evaluate(variables: Any, split: Any) -> dict[str, float]:
+        def evaluate(variables: Any, names: Any) -> Any:
             if frozen:
                 start = {"mean": jnp.zeros_like, "var": jnp.ones_like}
                 stats = jax.tree_util.tree_map_with_path(
                     lambda path, leaf: start[path[-1].key](leaf), variables["batch_stats"]
                 )
                 variables = {**variables, "batch_stats": stats}
-            return evaluator(variables, split)
+            return evaluator(variables, names)
 
         try:
             session.train_run(
@@ -229,8 +229,8 @@ def train(
                 previous(Workdir(folder)),
                 evaluate,
                 experiment={"file": config.name, "own": own},
-                on_evaluation=lambda result: report.publish(
-                    folder, result, evaluator.predictions, this.dataset.evaluation
+                on_evaluation=lambda result, evaluated: report.publish(
+                    folder, result, evaluated.predictions, this.dataset.evaluation
                 ),
                 stop=lambda step: step == stop,
             )

@@ -19,7 +19,7 @@ from inception_jax import console, session
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import Preempted, UserError
-from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights
+from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights, summary
 from inception_jax.experiment import load_config
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import registry
@@ -205,7 +205,7 @@ def evaluate(what: Weights | Run, how: Config | TrainState) -> dict[str, Any]:
                 f"{type(how).__name__}"
             )
         estimate_norm, evaluator = _evaluation(what)
-        return evaluator(estimate_norm(how).eval_variables())
+        return summary(evaluator(estimate_norm(how).eval_variables()))
     check_weights(what)
     _check_config(how)
     assert isinstance(how, Config)

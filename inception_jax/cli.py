@@ -356,9 +356,12 @@ def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not match or not entry:
             rest.append(argument)
             continue
-        if "=" not in argument:
+        _, given, value = argument.partition("=")
+        if not given and configs.entry_type(match[1]) is bool:
+            value = str(not argument.lstrip("-").startswith("no"))
+        elif not given:
             raise UserError(f"{argument}: needs a value: {argument}=…")
-        entries[f"{mapping}.{entry}"] = argument.partition("=")[2]
+        entries[f"{mapping}.{entry}"] = value
     return rest, entries
 
 
@@ -370,10 +373,15 @@ def _put_entries(entries: Mapping[str, str]) -> None:
         _mappings_before.setdefault(
             mapping, copy.deepcopy(configs.get(flags.FLAGS.config, mapping))
         )
+        kind = configs.entry_type(path)
         try:
-            value = ast.literal_eval(text)
+            value = ast.literal_eval(text.capitalize() if kind is bool else text)
         except (ValueError, SyntaxError):
             value = text  # A word needs no quotes.
+        # A name may be a number, and a float given without its point.
+        value = (
+            text if kind is str else float(value) if kind is float and type(value) is int else value
+        )
         configs.put(flags.FLAGS.config, path, value)
 
 

@@ -210,12 +210,88 @@ def with_defaults(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, default) for name, default in part.options.items()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric(Part):
+    """A metric of the outputs of a network, as `register_metric` describes it.
+
+    Attributes:
+      over: "example" or "split".
+      percent: whether it is reported times 100.
+      min_classes: with fewer classes it is left out.
+    """
+
+    over: str = "example"
+    percent: bool = False
+    min_classes: int = 0
+
+
+def register_metric(
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    over: str = "example",
+    percent: bool = False,
+    min_classes: int = 0,
+) -> Callable[[Function], Function]:
+    """Returns a decorator that registers a metric, for `config.evaluation.metrics`.
+
+    A metric over examples is a JAX function of logits, float32 [B, K], and labels, int32 [B], that
+    returns one value an example, bool or float [B]. It runs inside the compiled step; every example
+    of a split counts once in its average. Training reports it too, of its own batches: augmented,
+    and with mixed labels the larger share counts as the label.
+
+    A metric over a split is a function of NumPy arrays, logits float32 [N, K] and labels int32 [N],
+    N being all examples in order, that returns a number; only evaluations report it. Where one is
+    named, each process keeps the logits of an evaluation in its memory, 4 N K bytes: 200 MB for
+    ImageNet's 50,000 images and 1,000 classes.
+
+    Args:
+      name: in the configuration, and in metrics.jsonl, TensorBoard, report and result.json.
+      options: the metric's own settings with their defaults: keyword arguments of the function,
+        given as config.evaluation.options.NAME.
+      over: "example" or "split".
+      percent: whether what it returns, a share of 1, is reported times 100.
+      min_classes: how many classes the data need for the metric to say anything; with fewer it is
+        left out.
+
+    Raises:
+      ConfigError: if the name is taken or stands for something else in a line of metrics, or `over`
+        is unknown.
+    """
+    if name in _RESERVED or (isinstance(name, str) and "/" in name):
+        raise ConfigError(
+            f"register_metric({name!r}): this stands for something else in a line of metrics; give "
+            "it another name, without a slash"
+        )
+    if over not in ("example", "split"):
+        raise ConfigError(
+            f"register_metric({name!r}, over={over!r}): must be one of example, split."
+            f"{nearest(over, ('example', 'split'))}"
+        )
+    return METRICS.register(
+        name, options=options, over=over, percent=percent, min_classes=min_classes
+    )
+
+
+# What else a line of metrics or a result holds.
+_RESERVED = (
+    *("step", "epoch", "split", "count", "seconds", "learning_rate", "gradient_norm"),
+    *("images_per_second", "input_wait", "resident_memory", "free_disk", "evaluations"),
+    # And what a checkpoint's sums were called.
+    *("first_nonfinite_step", "_reduction_counter"),
+)
+
 MODELS = Registry("model", setting="model.name", part=Part)
 DATASETS = Registry("dataset", setting="data.name", part=Part)
 OPTIMIZERS = Registry("optimizer", setting="optimizer.name", part=Part)
 SCHEDULES = Registry("schedule", setting="schedule.name", part=Part)
 AUGMENTATIONS = Registry("augmentation", setting="augment.extra", part=Part)
-METRICS = Registry("metric", setting="evaluation.metrics", part=Part)
+METRICS = Registry(
+    "metric",
+    setting="evaluation.metrics",
+    part=Metric,
+    homes=("inception_jax.training.metrics",),
+)
 WRITERS = Registry(
     "writer", setting="log.writers", part=Part, homes=["inception_jax.telemetry.writers"]
 )

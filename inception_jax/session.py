@@ -19,6 +19,7 @@ from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import lock
 from inception_jax.training import loop, optimizers, run
 from inception_jax.training import workdir as workdirs
+from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
 from inception_jax.training.workdir import Previous, Workdir
 
@@ -82,8 +83,8 @@ def train_and_evaluate(
         changed=changed,
         experiment=experiment,
         own=names,
-        on_evaluation=lambda result: report.publish(
-            path, result, evaluator.predictions, setup.dataset.evaluation
+        on_evaluation=lambda result, evaluated: report.publish(
+            path, result, evaluated.predictions, setup.dataset.evaluation
         ),
         stop=stop,
         log=log,
@@ -150,7 +151,7 @@ def train_run(
     changed: Sequence[str] = (),
     experiment: Mapping[str, Any] | None = None,
     own: Mapping[str, str] | None = None,
-    on_evaluation: loop.OnEvaluation = lambda result: None,
+    on_evaluation: OnEvaluation = lambda result, evaluated: None,
     stop: Stop = lambda step: False,
     log: Log = console.say,
 ) -> dict[str, Any]:

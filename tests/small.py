@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,8 @@ from inception_jax.config import (
     Schedule,
     Train,
 )
-from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.evaluation.evaluate import EvalResult, Evaluator
+from inception_jax.evaluation.predictions import Predictions
 from inception_jax.models import ops, registry
 from inception_jax.models import weights as files
 from inception_jax.models.layers import Classifier, ConvUnit, ModelOutput, adaptive_average_pool
@@ -131,6 +132,13 @@ def train(
     return session.train_run(this, before, evaluate, changed=changed, **more)
 
 
+def evaluated(names: Collection[str], **metrics: float) -> dict[str, EvalResult]:
+    """Returns metrics that nothing was evaluated for, as of each of some evaluations."""
+    nothing = np.zeros((0, 1), np.float32)
+    none = Predictions(nothing[:, 0].astype(np.int32), nothing.astype(np.int32), nothing, nothing)
+    return {name: EvalResult(metrics, none) for name in names}
+
+
 def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
     """Returns a run and its folder, with a checkpoint of 11 steps that were never made.
 
@@ -143,7 +151,7 @@ def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
         jax.device_put(draw(this.model, this.dataset.image_size, seed=seed)) for seed in (0, 1)
     )
     end = empty.replace(step=jnp.int32(11), **now, average=average if empty.average else {})
-    metrics = Evaluator(this)(end.eval_variables())
+    metrics = Evaluator(this)(end.eval_variables())[this.dataset.eval_split].metrics
     with Checkpoints(workdir.checkpoints) as checkpoints:
         checkpoints.save(end, progress={"seconds": {}}, metrics=metrics)
     workdirs.record_start(

@@ -1,6 +1,7 @@
 """What holds between the files of the project, read from their source without importing them."""
 
 import ast
+import dataclasses
 import functools
 import pathlib
 import subprocess
@@ -182,5 +183,6 @@ def test_every_setting_is_read_somewhere() -> None:
         # A duration is read as a whole, by the methods of Timeline.
         is_duration = parent and isinstance(config.get(config.Config(), parent), config.Duration)
         settings.add(parent.rpartition(".")[2] if is_duration else name)
+    settings.update(field.name for field in dataclasses.fields(config.View))
     unread = sorted(settings - read)
     assert not unread

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from inception_jax.config import Duration, View
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -126,7 +128,8 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         "from inception_jax import cli\n"
         "config = cli.define_config()\n"
         "def main(_):\n"
-        "    print(json.dumps([cli.experiment(), config.value.train.batch_size]))\n"
+        "    found = config.value.train.batch_size, str(config.value.evaluations['mirror'])\n"
+        "    print(json.dumps([cli.experiment(), *found]))\n"
         "cli.run(main, '')\n"
     )
     done = subprocess.run(
@@ -138,6 +141,9 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
             "--config.train.image_sizes=(16, 32, 64)",
             "--config.model.dtype=float32",
             "--noconfig.evaluation.flip",
+            "--config.evaluations.mirror.flip_tta",
+            "--config.evaluations.mirror.every.epochs=1",
+            "--config.evaluations.mirror.split=train",
             "--config.optimizer.name=muon",  # As it is.
             "--config.name=a, b",
         ],
@@ -148,8 +154,10 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    experiment, batch_size = json.loads(done.stdout)
+    experiment, batch_size, mirror = json.loads(done.stdout)
     assert batch_size == 64
+    every = Duration(epochs=1.0)
+    assert mirror == str(View(split="train", flip_tta=True, every=every))
     assert experiment == {
         "file": "experiments/tiny_cpu.py",
         "own": {
@@ -157,6 +165,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
             "train.image_sizes": [32, 48, 64],
             "model.dtype": "bfloat16",
             "evaluation.flip": True,
+            "evaluations": {},
             "name": "tiny_cpu",
         },
     }

@@ -4,7 +4,16 @@ import json
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train, other_names
+from inception_jax.config import (
+    Config,
+    Duration,
+    Optimizer,
+    Schedule,
+    Timeline,
+    Train,
+    View,
+    other_names,
+)
 from inception_jax.errors import ConfigError
 
 
@@ -46,12 +55,20 @@ def test_configurations_share_no_group() -> None:
         ("data.eval_crop", 0.875, "with config.data.storage = 'decoded' it must be 1"),
         ("data.eval_crop", 0.0, "more than 0"),
         ("expected.top1", 50.0, "a figure needs its source"),
+        ("evaluation.metrics", ("top1", "top_5"), "Did you mean 'top5'?"),
+        ("evaluation.metrics", ("top5",), "must have 'top1', by which the best checkpoint"),
+        ("evaluations", {"mine": 3}, "a mapping of names to View"),
+        ("evaluations", {"a/b": View()}, "give it a name of letters"),
+        ("evaluations", {"mine": View(examples=-1)}, ".mine.examples = -1: must be at least 0"),
+        ("evaluations", {"mine": View(size=1.5)}, ".mine.size = 1.5: must be of type int"),
+        ("evaluations", {"mine": View(crop=0.5)}, "config.evaluations.mine.crop = 0.5: with"),
+        ("evaluations", {"mine": View(every=Duration(1, 2))}, "mine.every has epochs=1 and steps"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:
     config = Config()
     parent, _, name = path.rpartition(".")
-    setattr(configs.get(config, parent), name, value)
+    setattr(configs.get(config, parent) if parent else config, name, value)
     with pytest.raises(ConfigError) as error:
         configs.validate(config)
     assert f"config.{path.removesuffix('.steps').removesuffix('.epochs')}" in str(error.value)
@@ -212,6 +229,41 @@ def test_each_field_has_a_meaning_and_shows_in_the_help() -> None:
         assert f"--config.{path}=" in text
 
 
+def test_evaluations_are_put_by_name_and_survive_json() -> None:
+    config = Config()
+    for path, value in (("flip_tta", True), ("split", "train"), ("every.steps", 5)):
+        configs.check_path(f"evaluations.mine.{path}")
+        configs.put(config, f"evaluations.mine.{path}", value)
+    assert config.evaluations == {
+        "mine": View(split="train", flip_tta=True, every=Duration(steps=5))
+    }
+    configs.validate(config)
+    again = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
+    assert again == config and again.evaluations["mine"] is not config.evaluations["mine"]
+    assert configs.shared(config) == json.loads(json.dumps(configs.shared(config)))
+    assert configs.changes(Config(), config)[0] == []
+    (change,) = configs.changes(Config(), config)[1]
+    assert change.startswith("config.evaluations.mine: None → View(split='train'")
+    with pytest.raises(
+        ConfigError, match=r"Did you mean 'flip_tta'\? .* has split, examples, crop"
+    ):
+        configs.check_path("evaluations.mine.flip")
+    with pytest.raises(ConfigError, match=r"config\.evaluations\.mine has split"):
+        configs.check_path("evaluations.mine")
+    assert "--config.evaluations.NAME.flip_tta=False" in configs.describe(Config())
+
+
+def test_the_short_settings_stand_for_evaluations() -> None:
+    config = Config()
+    assert configs.views(config) == {}
+    config.evaluation.flip, config.evaluation.train_examples = True, 70
+    config.evaluations["flip"] = View(flip_tta=True, size=32)
+    assert configs.views(config) == {
+        "train_eval": View(split="train", examples=70),
+        "flip": View(flip_tta=True, size=32),
+    }
+
+
 def test_timeline_in_each_unit() -> None:
     timeline = Timeline(batch_size=32, train_examples=100)
     assert timeline.steps(Duration(epochs=2)) == 7  # 200 / 32 = 6.25
@@ -240,7 +292,8 @@ def test_the_reading_of_tenths_of_epochs_is_exact() -> None:
 
 def test_groups_are_dataclasses_all_the_way() -> None:
     assert all(
-        dataclasses.is_dataclass(getattr(Config(), field.name)) or field.name in ("name", "seed")
+        dataclasses.is_dataclass(getattr(Config(), field.name))
+        or field.name in ("name", "seed", "evaluations")
         for field in dataclasses.fields(Config)
     )
 

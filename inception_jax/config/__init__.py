@@ -4,6 +4,7 @@ from inception_jax.config.fields import (
     check_path,
     describe,
     did_you_mean,
+    entry_type,
     fill_open,
     get,
     is_mapping,
@@ -46,6 +47,7 @@ from inception_jax.config.schema import (
     Optimizer,
     Schedule,
     Train,
+    View,
     Watch,
     setting,
 )
@@ -61,6 +63,7 @@ from inception_jax.config.serialization import (
 )
 from inception_jax.config.timeline import Timeline
 from inception_jax.config.validation import validate
+from inception_jax.config.views import FLIP, TRAIN_EVAL, views
 
 __all__ = [
     "BIT_DEPTHS",
@@ -68,6 +71,7 @@ __all__ = [
     "DATASETS",
     "DTYPES",
     "FIVE_BY_FIVE",
+    "FLIP",
     "LAYOUTS",
     "MODELS",
     "NONFINITE",
@@ -79,6 +83,7 @@ __all__ = [
     "SCHEDULES",
     "STEMS",
     "STORAGES",
+    "TRAIN_EVAL",
     "UNREADABLE",
     "Augment",
     "Checkpoint",
@@ -95,11 +100,13 @@ __all__ = [
     "Schedule",
     "Timeline",
     "Train",
+    "View",
     "Watch",
     "changes",
     "check_path",
     "describe",
     "did_you_mean",
+    "entry_type",
     "fill_open",
     "flatten",
     "from_dict",
@@ -118,4 +125,5 @@ __all__ = [
     "unknown_field",
     "unrecorded_bit_depth",
     "validate",
+    "views",
 ]

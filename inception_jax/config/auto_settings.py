@@ -78,6 +78,9 @@ def resolve(
         min(examples, train_examples)
         for examples in (settings.train_examples, settings.norm_examples)
     )
+    for view in config.evaluations.values():
+        there = train_examples if view.split == "train" else eval_examples
+        images += min(view.examples or there, there)
     affordable = EVALUATION * 3 * total_steps * batch_size / images
     evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
     every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))

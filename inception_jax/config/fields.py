@@ -27,6 +27,33 @@ def is_mapping(path: str) -> bool:
     return any(known == path and typing.get_origin(hint) is dict for known, hint, _ in leaves())
 
 
+def entry_group(path: str) -> Any:
+    """Returns the class of the groups that the setting at a dotted path maps names to, or None."""
+    for known, hint, _ in leaves():
+        if known == path and typing.get_origin(hint) is dict:
+            kind = typing.get_args(hint)[1]
+            return kind if dataclasses.is_dataclass(kind) else None
+    return None
+
+
+def entry_type(path: str) -> Any:
+    """Returns the type of a setting inside a group of a mapping; None for any other path."""
+    mapping, entry = mapping_of(path)
+    kind, inside = entry_group(mapping), entry.partition(".")[2]
+    return (
+        next((hint for known, hint, _ in leaves(kind) if known == inside), None) if kind else None
+    )
+
+
+def entries(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yields (dotted path, type, field) of every leaf inside a mapping of names to groups."""
+    for path, hint, _ in leaves():
+        if typing.get_origin(hint) is dict and isinstance(found := get(config, path), dict):
+            for name, entry in found.items():
+                if dataclasses.is_dataclass(entry):
+                    yield from leaves(type(entry), f"{path}.{name}.")
+
+
 def mapping_of(path: str) -> tuple[str, str]:
     """Returns the setting that is a mapping and has an entry of this path, and the entry's path.
 
@@ -47,10 +74,23 @@ def get(config: Any, path: str) -> Any:
 
 
 def put(config: Config, path: str, value: Any) -> None:
-    """Changes the setting at a dotted path; a list, which JSON makes of a tuple, becomes one."""
+    """Changes the setting at a dotted path.
+
+    Lists and dictionaries, which JSON makes of tuples and groups, become those again. A group in a
+    mapping is made where one of its settings is the first to be given.
+    """
+    mapping, entry = mapping_of(path)
+    if kind := entry_group(mapping):
+        get(config, mapping).setdefault(entry.partition(".")[0], kind())
     parent, _, name = path.rpartition(".")
-    value = tuple(value) if isinstance(value, list) else value
     group = get(config, parent) if parent else config
+    if isinstance(value, Mapping) and (kind or entry_group(path)):
+        if not kind:
+            setattr(group, name, {})
+        for inside, each in value.items():
+            put(config, f"{path}.{inside}", each)
+        return
+    value = tuple(value) if isinstance(value, list) else value
     if isinstance(group, dict):
         group[name] = value
     else:
@@ -58,7 +98,11 @@ def put(config: Config, path: str, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns a setting's value as JSON gives it back: a tuple as a list."""
+    """Returns a setting's value as JSON gives it back: tuples as lists, groups as dictionaries."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -85,7 +129,18 @@ def check_path(path: str) -> None:
       ConfigError: with what may be meant, if it is not.
     """
     paths = {known for known, _, _ in leaves()}
-    if path in paths or mapping_of(path)[1]:
+    mapping, entry = mapping_of(path)
+    if kind := entry_group(mapping):
+        name, _, inside = entry.partition(".")
+        inner_paths = [known for known, _, _ in leaves(kind)]
+        if inside in inner_paths:
+            return
+        hint = nearest(inside, inner_paths) if inside else ""
+        raise ConfigError(
+            f"config.{path}: there is no such setting.{hint} config.{mapping}.{name} has "
+            f"{', '.join(inner_paths)}"
+        )
+    if path in paths or entry:
         return
     if inner := [known for known in paths if known.startswith(f"{path}.")]:
         some = ", ".join(sorted(inner))
@@ -125,7 +180,11 @@ def matches(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(matches(v, typing.get_args(hint)[0]) for v in value)
     if typing.get_origin(hint) is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        kind = typing.get_args(hint)[1]
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and (kind is Any or isinstance(each, kind))
+            for name, each in value.items()
+        )
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
@@ -136,7 +195,8 @@ def matches(value: Any, hint: Any) -> bool:
 def type_name(hint: Any) -> str:
     """Returns the name of a setting's type, for messages."""
     if typing.get_origin(hint) is dict:
-        return "a mapping of names to values"
+        kind = typing.get_args(hint)[1]
+        return f"a mapping of names to {'values' if kind is Any else kind.__name__}"
     return str(hint) if typing.get_args(hint) else hint.__name__
 
 
@@ -149,4 +209,10 @@ def describe(config: Config) -> str:
         lines.append(
             f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}"
         )
+        if kind := entry_group(path):
+            lines += [
+                f"  --config.{path}.NAME.{inside}={get(kind(), inside)!r}\n"
+                f"      {inner.metadata['help']}"
+                for inside, _, inner in leaves(kind)
+            ]
     return "\n".join(lines)

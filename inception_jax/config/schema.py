@@ -536,16 +536,23 @@ class Evaluation:
         low=0,
         resumable=True,
     )
+    metrics: tuple[str, ...] = setting(
+        ("top1", "top5"),
+        "what is reported besides the loss, in training and evaluation; top5 of more than five "
+        "classes only",
+        resumable=True,
+        registry="metric",
+    )
     flip: bool = setting(
         False,
-        "evaluate also with the logits averaged over each image and its mirror image; reported "
-        "apart, as flip_loss, flip_top1 and flip_top5",
+        "short for an evaluation 'flip' in evaluations, with flip_tta: the logits averaged over "
+        "each image and its mirror image",
         resumable=True,
     )
     train_examples: int = setting(
         0,
-        "training examples (the first of the data set) that each evaluation covers besides, "
-        "without augmentation and dropout, as split train_eval; 0: none",
+        "short for an evaluation 'train_eval' in evaluations, of this many training examples, "
+        "without augmentation and dropout; 0: none",
         low=0,
         resumable=True,
     )
@@ -559,6 +566,43 @@ class Evaluation:
     options: dict[str, Any] = setting(
         {},
         "settings of metrics of one's own, by the names they are registered with",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass
+class View:
+    """An evaluation besides the run's own: which examples, and how the network sees them."""
+
+    split: str = setting(
+        "eval",
+        "the examples: eval (those of the run's own evaluation), train (those it trains on, "
+        "without augmentation), or a split of the data set by its name",
+        resumable=True,
+    )
+    examples: int = setting(
+        0, "how many of them, the first of the split; 0: all", low=0, resumable=True
+    )
+    crop: float = setting(
+        0.0,
+        "side of the centred square that is cut from an image, over the image's shorter side; 0: "
+        "data.eval_crop",
+        low=0,
+        high=1,
+        resumable=True,
+    )
+    size: int = setting(
+        0,
+        "side that images are resized to, pixels; 0: evaluation.image_size",
+        low=0,
+        resumable=True,
+    )
+    flip_tta: bool = setting(
+        False, "average the logits over each image and its mirror image", resumable=True
+    )
+    every: Duration = setting(
+        Duration(),
+        "time between them, besides one at the end; none: evaluation.every",
         resumable=True,
     )
 
@@ -652,6 +696,11 @@ class Config:
     schedule: Schedule = setting(Schedule(), "the learning rate over time")
     train: Train = setting(Train(), "how training runs")
     evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
+    evaluations: dict[str, View] = setting(
+        {},
+        "more evaluations, by names under which their metrics are reported",
+        resumable=True,
+    )
     checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
     log: Log = setting(Log(), "what is reported")
     watch: Watch = setting(Watch(), "when a run counts as stuck or broken")

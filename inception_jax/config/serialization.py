@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from inception_jax.config.fields import check_path, get, leaves, put
+from inception_jax.config.fields import check_path, get, leaves, plain, put
 from inception_jax.config.schema import Config
 from inception_jax.errors import ConfigError
 
@@ -111,10 +111,18 @@ def flatten(
 def shared(config: Config) -> dict[str, Any]:
     """Returns what the processes of a run must have in common, by the settings' full names."""
     return {
-        f"config.{path}": get(config, path)
+        f"config.{path}": plain(get(config, path))
         for path, _, field in leaves()
         if not field.metadata["per_host"]
     }
+
+
+def _values(config: Config, path: str) -> dict[str, Any]:
+    """Returns a setting's value by its path; of a mapping each entry's by its own."""
+    value = get(config, path)
+    if not isinstance(value, dict):
+        return {path: value}
+    return {f"{path}.{name}": entry for name, entry in value.items()}
 
 
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
@@ -127,10 +135,13 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
     refused: list[str] = []
     allowed: list[str] = []
     for path, _, field in leaves():
-        before, after = get(old, path), get(new, path)
-        if before != after:
-            resumable = field.metadata["resumable"]
-            (allowed if resumable else refused).append(f"config.{path}: {before!r} → {after!r}")
+        before, after = _values(old, path), _values(new, path)
+        kind = allowed if field.metadata["resumable"] else refused
+        kind += [
+            f"config.{each}: {before.get(each)!r} → {after.get(each)!r}"
+            for each in dict.fromkeys([*before, *after])
+            if before.get(each) != after.get(each)
+        ]
     # The average is part of the state: it can neither be added to a run nor taken away.
     if bool(old.train.ema) != bool(new.train.ema):
         refused.append(f"config.train.ema: {old.train.ema} → {new.train.ema}")

@@ -2,11 +2,20 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inception_jax import registry
-from inception_jax.config.fields import get, is_open, leaves, matches, type_name, unknown_field
+from inception_jax.config.fields import (
+    entries,
+    get,
+    is_open,
+    leaves,
+    matches,
+    type_name,
+    unknown_field,
+)
 from inception_jax.config.schema import Config
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.storage import paths
@@ -49,6 +58,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         ("evaluation.every", config.evaluation.every),
         ("checkpoint.every", config.checkpoint.every),
         ("log.every", config.log.every),
+        *((f"evaluations.{name}.every", view.every) for name, view in config.evaluations.items()),
     ):
         if len(duration.given()) > 1:
             units = " and ".join(f"{unit}={value}" for unit, value in duration.given().items())
@@ -119,6 +129,23 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"sgd_nesterov only, not for {config.optimizer.name!r}; give one, such as "
             "tools.find_lr proposes"
         )
+    if "top1" not in config.evaluation.metrics:
+        yield (
+            f"config.evaluation.metrics = {config.evaluation.metrics}: must have 'top1', by which "
+            "the best checkpoint is chosen; add it"
+        )
+    for name, view in config.evaluations.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "train":
+            yield (
+                f"config.evaluations.{name}: such an evaluation's metrics could not be told from "
+                "others; give it a name of letters, digits and _, other than 'train'"
+            )
+        if view.crop not in (0, 1) and config.data.storage != "records":
+            yield (
+                f"config.evaluations.{name}.crop = {view.crop:g}: with config.data.storage = "
+                f"{config.data.storage!r} it must be 0 or 1; set data.storage to 'records' to cut "
+                "less"
+            )
     if config.expected.top1 and not config.expected.source:
         yield (
             f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
@@ -164,6 +191,9 @@ def validate(config: Config) -> None:
             continue
         if problem := _problem(value, hint, field.metadata):
             problems.append(f"config.{path} = {value!r}: {problem}")
+    for path, hint, field in entries(config):
+        if problem := _problem(value := get(config, path), hint, field.metadata):
+            problems.append(f"config.{path} = {value!r}: {problem}")
     # Fields of a wrong type would make the comparisons between fields fail in odd ways.
     problems = problems or list(_part_problems(config))
     problems = problems or list(_contradictions(config))
@@ -199,3 +229,7 @@ def _strangers(group: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         elif dataclasses.is_dataclass(value):
             yield from _strangers(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            for entry, group in value.items():
+                if dataclasses.is_dataclass(group):
+                    yield from _strangers(group, f"{prefix}{name}.{entry}.")

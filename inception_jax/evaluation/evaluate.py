@@ -1,62 +1,105 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inception_jax.datasets.splits import Split
+from inception_jax import config as configs
+from inception_jax.config import View
+from inception_jax.datasets.dataset import Dataset
+from inception_jax.datasets.splits import RecordSplit, Split, SubsetSplit, subset
+from inception_jax.errors import ConfigError
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions
 from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import sharding
-from inception_jax.telemetry.writers import informative
-from inception_jax.training import initialization, losses
+from inception_jax.training import initialization
 from inception_jax.training import state as states
 from inception_jax.training.checkpoints import Checkpoints
-from inception_jax.training.metrics import EvalMetrics
+from inception_jax.training.metrics import EvalMetrics, to_host
 from inception_jax.training.run import Run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
 
-# The fields of `Predictions` but the labels, of a batch.
-_Said = dict[str, jax.Array]
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalResult:
+    """What an evaluation gave.
+
+    Attributes:
+      metrics: loss (mean cross-entropy, nats), those that `config.evaluation.metrics` names (top1
+        and top5 in percent) and count, by name.
+      predictions: for each example.
+    """
+
+    metrics: dict[str, float]
+    predictions: Predictions
 
 
 class Evaluator:
-    """Evaluates model variables on a run's evaluation split, or on other examples.
+    """Evaluates model variables on a run's evaluation split, and on its other evaluations.
 
-    The same object, and so the same compiled function, serves evaluation during training and of a
-    checkpoint: their numbers are equal.
+    The same object, and so the same compiled functions, serve evaluation during training and of a
+    checkpoint: their numbers are equal. Evaluations of one image size share a program, and those of
+    the same examples read them once.
+
+    Args:
+      run: with the network, the settings and the data set.
 
     Attributes:
-      predictions: what the network said of each example of the run's evaluation split, at its last
-        evaluation; None before.
-    """
+      main: the name of the run's own evaluation, which is that of the split.
+      views: all evaluations by name, the run's own first.
+      splits: the examples of each, by its name.
 
-    predictions: Predictions | None
+    Raises:
+      ConfigError: if an evaluation is of a split that is not there, or a metric does not return
+        what it should.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.predictions = None
+        self._metrics = states.metric_set(run)
+        self.main = run.dataset.eval_split
+        if self.main in (others := configs.views(run.config)):
+            raise ConfigError(
+                f"config.evaluations.{self.main}: this is the name of the run's own evaluation; "
+                "give it another name"
+            )
+        self.views = {self.main: View(), **others}
+        self.splits = {name: _examples(run.dataset, name, self.views[name]) for name in self.views}
         # One size for all splits, so that there is one program to compile.
         self._batch_size = pipeline.eval_batch_size(
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
         )
-        replicated = sharding.replicated(run.mesh)
+        replicated, batch = sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
+        options = ops.compiler_options(run.config.model.dtype)
+        self._plain, self._mirrored = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
         # Nothing is donated: training goes on with the same variables.
-        self._jitted = jax.jit(
-            self._eval_step,
-            in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
+        # Jitted, or once `compile` was called compiled.
+        self._forward: dict[int, Any] = {
+            size: jax.jit(
+                self._logits_of(size),
+                in_shardings=(replicated, batch, replicated),
+                out_shardings=batch,
+                compiler_options=options,
+            )
+            for size in {self._size(view) for view in self.views.values()}
+        }
+        self._mean: Any = jax.jit(lambda a, b: (a + b) / 2, in_shardings=batch, out_shardings=batch)
+        self._measure: Any = jax.jit(
+            self._measured,
+            in_shardings=(batch, batch, batch),
             out_shardings=replicated,
-            compiler_options=ops.compiler_options(run.config.model.dtype),
+            compiler_options=options,
         )
-        self._step: Callable[..., Any] = self._jitted
 
     def compile(self, variables: Variables) -> None:
         """Compiles ahead what the first evaluation would.
@@ -67,97 +110,170 @@ class Evaluator:
         batch = pipeline.abstract_eval_batch(
             self._run.dataset.evaluation, batch_size=self._batch_size, mesh=self._run.mesh
         )
-        self._step = self._jitted.lower(variables, batch).compile()
+        logits: Any = None
+        for size, forward in self._forward.items():
+            lowered = forward.lower(variables, batch["image"], self._plain)
+            logits = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=batch["label"].sharding
+                ),
+                lowered.out_info,
+            )
+            self._forward[size] = lowered.compile()
+        self._measure = self._measure.lower(logits, batch["label"], batch["mask"]).compile()
+        if any(view.flip_tta for view in self.views.values()):
+            self._mean = self._mean.lower(logits, logits).compile()
 
-    def __call__(self, variables: Variables, split: Split | None = None) -> dict[str, float]:
-        """Returns loss (mean cross-entropy), top1 and top5 (percent) and count.
-
-        Without top5 where there are no more than five classes.
-
-        With `config.evaluation.flip` also flip_loss, flip_top1 and flip_top5, of logits averaged
-        over each image and its mirror image.
+    def __call__(
+        self, variables: Variables, names: Collection[str] | None = None
+    ) -> dict[str, EvalResult]:
+        """Evaluates, each example counted once.
 
         Args:
           variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
-          split: the examples; None: the run's evaluation split.
-        """
-        if split is None:
-            split = self._run.dataset.evaluation
-        batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
-        said: list[_Said] = []
-        views = EvalMetrics.total(self._steps(variables, batches, said))
-        metrics: dict[str, float] = {}
-        for prefix, sums in views.items():
-            found = sums.compute()
-            count = found.pop("count")
-            assert count == len(split), (count, len(split))
-            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
-        if split is self._run.dataset.evaluation:
-            self.predictions = _gathered(said, split.labels)
-        metrics = informative(metrics, self._run.dataset.num_classes)
-        return metrics | {"count": len(split)}
+          names: of the evaluations; None: all.
 
-    def step(self, variables: Variables, batch: dict[str, jax.Array]) -> Any:
-        """Evaluates one batch of `pipeline.eval_batches`; the results stay on the devices."""
-        return self._step(variables, batch)
+        Returns:
+          The results by name.
+        """
+        results: dict[str, EvalResult] = {}
+        for name in self.views if names is None else names:
+            if name not in results:
+                same = [each for each in self.views if self._source(each) == self._source(name)]
+                together = [each for each in same if names is None or each in names]
+                results |= self._evaluate(variables, together)
+        return results
+
+    def step(self, variables: Variables, batch: Arrays) -> tuple[EvalMetrics, Arrays]:
+        """Evaluates one batch as the run's own evaluation does; the results stay on the devices.
+
+        Args:
+          variables: as of a call.
+          batch: image uint8 [B, H, W, 3], label int32 [B] and mask bool [B].
+
+        Returns:
+          The sums, and what `Predictions` holds of each example.
+        """
+        return self._steps(variables, batch, [self.main])[self.main]
+
+    def _evaluate(self, variables: Variables, names: list[str]) -> dict[str, EvalResult]:
+        """Returns the results of evaluations of the same images."""
+        split = self.splits[names[0]]
+        batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
+        sums: dict[str, EvalMetrics] = {}
+        rows: dict[str, list[Any]] = {name: [] for name in names}
+        for found in to_host(self._steps(variables, batch, names) for batch in batches):
+            for name, (metrics, of_batch) in found.items():
+                sums[name] = sums[name].plus(metrics) if name in sums else metrics
+                rows[name].append(of_batch)
+        return {name: self._result(sums[name], rows[name], split) for name in names}
 
     def _steps(
-        self, variables: Variables, batches: Iterator[dict[str, jax.Array]], said: list[_Said]
-    ) -> Iterator[dict[str, EvalMetrics]]:
-        """Yields the sums of each batch, and adds what was said of its examples to `said`."""
-        for batch in batches:
-            metrics, of_batch = self._step(variables, batch)
-            # Some 40 bytes an example, which wait on the device until all are done.
-            said.append(of_batch)
-            yield metrics
+        self, variables: Variables, batch: Arrays, names: list[str]
+    ) -> dict[str, tuple[EvalMetrics, Arrays]]:
+        """Returns what evaluations of the same images give for a batch of them, by name."""
+        forward = self._forward[self._size(self.views[names[0]])]
+        flipped = [name for name in names if self.views[name].flip_tta]
+        logits = forward(variables, batch["image"], self._plain)
+        mean = logits
+        if flipped:
+            mean = self._mean(logits, forward(variables, batch["image"], self._mirrored))
+        return {
+            name: self._measure(mean if name in flipped else logits, batch["label"], batch["mask"])
+            for name in names
+        }
 
-    def _eval_step(
-        self, variables: Variables, batch: dict[str, jax.Array]
-    ) -> tuple[dict[str, EvalMetrics], _Said]:
-        """Returns the sums of a batch by the prefix of their names, and what was said of each."""
+    def _result(
+        self, sums: EvalMetrics, rows: list[Mapping[str, np.ndarray]], split: Split
+    ) -> EvalResult:
+        metrics = sums.compute()
+        assert metrics["count"] == len(split), (metrics["count"], len(split))
+        # Without what filled the last batch up.
+        whole = {
+            name: np.concatenate([row[name] for row in rows])[: len(split)] for name in rows[0]
+        }
+        if self._metrics.needs_logits:
+            metrics |= self._metrics.over_split(whole.pop("logits"), split.labels)
+        count = metrics.pop("count")
+        return EvalResult(
+            metrics=self._metrics.in_units(metrics) | {"count": count},
+            predictions=Predictions(labels=split.labels, **whole),
+        )
+
+    def _source(self, name: str) -> tuple[Any, ...]:
+        """Returns what evaluations have in common that see the same images of the same size."""
+        view = self.views[name]
+        crop = view.crop or self._run.config.data.eval_crop
+        return view.split, len(self.splits[name]), crop, self._size(view)
+
+    def _size(self, view: View) -> int:
+        config, dataset = self._run.config, self._run.dataset
+        return view.size or config.evaluation.image_size or dataset.image_size
+
+    def _logits_of(self, size: int) -> Callable[..., jax.Array]:
+        """Returns what maps variables, images, and whether to mirror them, to logits [B, K]."""
         dataset = self._run.dataset
-        size = self._run.config.evaluation.image_size or dataset.image_size
-        images = augment.normalise(augment.resize(batch["image"], size), dataset.mean, dataset.std)
-        logits = self._logits(variables, images)
-        metrics = {"": _metrics(logits, batch)}
-        if self._run.config.evaluation.flip:
-            mirrored = self._logits(variables, images[:, :, ::-1])
-            metrics["flip_"] = _metrics((logits + mirrored) / 2, batch)
-        return metrics, _said(logits, batch["label"])
 
-    def _logits(self, variables: Variables, images: jax.Array) -> jax.Array:
-        output: Any = self._run.model.apply(variables, images, train=False)
-        return output.logits
+        def logits(variables: Variables, images: jax.Array, mirrored: jax.Array) -> jax.Array:
+            images = augment.normalise(augment.resize(images, size), dataset.mean, dataset.std)
+            images = jnp.where(mirrored, images[:, :, ::-1], images)
+            output: Any = self._run.model.apply(variables, images, train=False)
+            return output.logits
 
+        return logits
 
-def _said(logits: jax.Array, labels: jax.Array) -> _Said:
-    """Returns the best guesses for each example of a batch, and how probable the right one was."""
-    probabilities = jax.nn.softmax(logits)
-    # Of equal logits the lower class number comes first, as in the metrics.
-    _, guesses = jax.lax.top_k(logits, min(predictions.BEST, logits.shape[-1]))
-    return {
-        "guesses": guesses,
-        "probabilities": jnp.take_along_axis(probabilities, guesses, axis=-1),
-        "own": jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
-    }
-
-
-def _gathered(said: list[_Said], labels: np.ndarray) -> Predictions:
-    """Returns what was said in all batches, without what filled the last one up."""
-    batches = jax.device_get(said)
-    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    return Predictions(labels=labels, **{name: each[: len(labels)] for name, each in whole.items()})
+    def _measured(
+        self, logits: jax.Array, labels: jax.Array, mask: jax.Array
+    ) -> tuple[EvalMetrics, Arrays]:
+        """Returns the sums of a batch, and what is kept of each of its examples."""
+        probabilities = jax.nn.softmax(logits)
+        # Of equal logits the lower class number comes first, as in the metrics.
+        _, guesses = jax.lax.top_k(logits, min(predictions.BEST, logits.shape[-1]))
+        kept = {
+            "guesses": guesses,
+            "probabilities": jnp.take_along_axis(probabilities, guesses, axis=-1),
+            "own": jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
+        }
+        if self._metrics.needs_logits:
+            kept["logits"] = logits.astype(jnp.float32)
+        return EvalMetrics.single_batch(self._metrics.per_example(logits, labels), mask), kept
 
 
-def _metrics(logits: jax.Array, batch: dict[str, jax.Array]) -> EvalMetrics:
-    labels = batch["label"]
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
-    return EvalMetrics.single_batch(
-        loss=losses.cross_entropy(logits, targets),
-        top1=losses.top_k_correct(logits, labels, 1),
-        top5=losses.top_k_correct(logits, labels, 5),
-        mask=batch["mask"],
-    )
+def _examples(dataset: Dataset, name: str, view: View) -> Split:
+    """Returns the examples of an evaluation.
+
+    Raises:
+      ConfigError: if there is no such split.
+    """
+    known = {"eval": dataset.evaluation, "train": dataset.train_evaluated} | dataset.splits
+    if view.split not in known:
+        raise ConfigError(
+            f"config.evaluations.{name}.split = {view.split!r}: {dataset.name} has no such split; "
+            f"it must be one of {', '.join(known)}"
+        )
+    # The name of the training split stands for what training sees, which is not cut.
+    split = known["train" if view.split == dataset.train_split else view.split]
+    if view.crop:
+        split = _cropped(split, view.crop)
+    if view.examples and view.examples < len(split):
+        split = subset(split, np.arange(view.examples))
+    return split
+
+
+def _cropped(split: Split, crop: float) -> Split:
+    """Returns the same examples with another centred square cut from each."""
+    if isinstance(split, SubsetSplit):
+        return dataclasses.replace(split, whole=_cropped(split.whole, crop))
+    return dataclasses.replace(split, crop=crop) if isinstance(split, RecordSplit) else split
+
+
+def summary(results: Mapping[str, EvalResult]) -> dict[str, Any]:
+    """Returns the metrics of the first of some evaluations, and by name, if any, of the others."""
+    first, *others = results
+    found: dict[str, Any] = dict(results[first].metrics)
+    if others:
+        found["evaluations"] = {name: results[name].metrics for name in others}
+    return found
 
 
 def evaluate_checkpoint(
@@ -172,7 +288,8 @@ def evaluate_checkpoint(
       log: takes a line before the evaluation, which compiles its program first.
 
     Returns:
-      checkpoint ("best", "last", both or neither), step, epoch, split, count, loss, top1 and top5.
+      checkpoint ("best", "last", both or neither), step, epoch, split, the metrics of the run's own
+      evaluation, and, where there are more, evaluations: the metrics of each by its name.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it does not fit the model.
@@ -192,7 +309,7 @@ def evaluate_checkpoint(
         "step": step,
         "epoch": run.timeline.epoch(step),
         "split": run.dataset.eval_split,
-        **Evaluator(run)(states.eval_variables(**model)),
+        **summary(Evaluator(run)(states.eval_variables(**model))),
     }
 
 
@@ -206,9 +323,9 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
       found: the weights.
 
     Returns:
-      checkpoint, step, epoch, split, count, loss, top1 and top5; step and epoch are those of the
-      training that gave the weights, None if unknown, and checkpoint says whether that was the
-      best or last of its run, as in `Weights`.
+      What `evaluate_checkpoint` does; step and epoch are those of the training that gave the
+      weights, None if unknown, and checkpoint says whether that was the best or last of its run, as
+      in `Weights`.
 
     Raises:
       ConfigError: if they are of another network or other classes.
@@ -221,5 +338,5 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
         "step": found.step,
         "epoch": found.epoch,
         "split": dataset.eval_split,
-        **Evaluator(dataclasses.replace(run, dataset=dataset))(variables),
+        **summary(Evaluator(dataclasses.replace(run, dataset=dataset))(variables)),
     }

@@ -22,22 +22,19 @@ from inception_jax.storage import atomic
 from inception_jax.storage.workdir import Workdir
 
 
-def publish(
-    path: pathlib.Path, result: dict[str, Any], found: Predictions | None, split: Split
-) -> None:
+def publish(path: pathlib.Path, result: dict[str, Any], found: Predictions, split: Split) -> None:
     """Leaves an evaluation in a run's folder: predictions.npz, and the report.
 
     Args:
       path: of the run.
       result: what result.json would hold if the run ended there.
-      found: what the network said of each example; None: that is not known.
+      found: what the network predicted for each example.
       split: the examples.
 
     Raises:
       UserError: if they cannot be written.
     """
-    if found is not None:
-        predictions.write(path, predictions.gather(result, found, split))
+    predictions.write(path, predictions.gather(result, found, split))
     write_page(path)
 
 

@@ -211,14 +211,40 @@ class Checkpoints:
           abstract_state: shapes, types and shardings; the devices may be others than those that
             saved it.
         """
-        restored = self._restore(
-            step,
-            model=ocp.args.StandardRestore(abstract_state.model_item()),
-            training=ocp.args.StandardRestore(_training_item(abstract_state)),
-            progress=ocp.args.JsonRestore(),
+        training = _training_item(abstract_state)
+        with self._explained(step):
+            # Metrics may have been added to the run since, or taken away.
+            training["metrics"] = self._saved_metrics(step, training["metrics"])
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(abstract_state.model_item()),
+                    training=ocp.args.StandardRestore(training),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+        empty = jax.tree.map(
+            lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+            abstract_state.metrics,
         )
-        state = abstract_state.replace(**restored.model, **restored.training)
-        return state, restored.progress
+        found = restored.training
+        found["metrics"] = empty.with_item(found["metrics"])
+        return abstract_state.replace(**restored.model, **found), restored.progress
+
+    def _saved_metrics(self, step: int, abstract_metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the metrics that a step was saved with look like, by name.
+
+        Args:
+          step: of a checkpoint that is there.
+          abstract_metrics: of the metrics that the run has now, by name.
+        """
+        placed = jax.tree.leaves(abstract_metrics)[0].sharding
+        with contextlib.closing(_handler()) as handler:
+            saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]
+        others = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
+        )
+        return {name: abstract_metrics.get(name, other) for name, other in others.items()}
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
         """Returns params, batch_stats and average of a step, and no more.
@@ -227,7 +253,9 @@ class Checkpoints:
           step: of a checkpoint that is there.
           abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
         """
-        return self._restore(step, model=ocp.args.StandardRestore(abstract_model)).model
+        with self._explained(step):
+            args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_model))
+            return self._manager.restore(step, args=args).model
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that a step was saved with; empty if there are none to be read."""
@@ -237,10 +265,12 @@ class Checkpoints:
             return {}
         return found if isinstance(found, dict) and "top1" in found else {}
 
-    def _restore(self, step: int, **items: Any) -> Any:
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Explains a failure to restore."""
         folder = self._directory / str(step)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            yield
         except Exception as error:
             if not (folder / integrity.MANIFEST).exists():
                 raise CheckpointError(
@@ -356,7 +386,7 @@ def _wait_for_all_processes(name: str) -> None:
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
+    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics.item()}
 
 
 @contextlib.contextmanager

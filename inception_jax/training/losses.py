@@ -1,4 +1,4 @@
-"""The training objective and the top-k decision, one value an example.
+"""The training objective, one value an example.
 
 Nothing here averages over the batch: the step weighs, sums and counts, so that training and masked
 evaluation share these functions.
@@ -65,25 +65,3 @@ def objective(
     for head in aux_logits:
         loss += aux_weight * cross_entropy(head, targets)
     return loss
-
-
-def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Returns whether each label is among the k classes with the largest logits.
-
-    Of equal logits the lower class number comes first, as in argmax and in a stable sort; a network
-    that says the same for all classes thus scores one class, not every example. An example with a
-    NaN among its logits counts as wrong. With k >= K every other example counts as right.
-
-    Args:
-      logits: float [B, K].
-      labels: int32 [B], in [0, K).
-      k: at least 1.
-
-    Returns:
-      bool [B].
-    """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1])[None, :]
-    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
-    rank = jnp.sum(ahead, axis=1)
-    return (rank < k) & ~jnp.any(jnp.isnan(logits), axis=1)

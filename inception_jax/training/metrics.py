@@ -1,4 +1,4 @@
-"""Metrics summed on the device, and divided once on the host.
+"""Metrics by name: what they are, their sums on the device, and one division on the host.
 
 Training metrics live in the train state: each step adds to them inside the jitted function, so that
 no step waits for the host, and a checkpoint carries the sums of an unfinished logging interval. The
@@ -7,8 +7,11 @@ type, as donation and checkpoints need.
 """
 
 import collections
-from collections.abc import Iterable, Mapping
-from typing import Self
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self, TypeVar
 
 import flax.struct
 import jax
@@ -16,10 +19,159 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
+from inception_jax.config import Evaluation
+from inception_jax.errors import ConfigError
+from inception_jax.registry import METRICS, Metric, register_metric, with_defaults
+from inception_jax.training import losses
+
 NEVER = -1
 
 # Evaluation batches that may be dispatched before the host waits for an older one.
 _BATCHES_AHEAD = 2
+
+Arrays = TypeVar("Arrays")
+
+
+@register_metric("loss")
+def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the cross-entropy of each example in nats: float32 [B]."""
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    return losses.cross_entropy(logits, targets)
+
+
+@register_metric("top1", percent=True)
+def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns whether the most probable class is right: bool [B]."""
+    return top_k_correct(logits, labels, 1)
+
+
+# Of five classes and fewer it is always 100%.
+@register_metric("top5", percent=True, min_classes=6)
+def top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns whether the label is among the five most probable classes: bool [B]."""
+    return top_k_correct(logits, labels, 5)
+
+
+def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Returns whether each label is among the k classes with the largest logits.
+
+    Of equal logits the lower class number comes first, as in argmax and in a stable sort; a network
+    that says the same for all classes thus scores one class, not every example. An example with a
+    NaN among its logits counts as wrong. With k >= K every other example counts as right.
+
+    Args:
+      logits: float [B, K].
+      labels: int32 [B], in [0, K).
+      k: at least 1.
+
+    Returns:
+      bool [B].
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    classes = jnp.arange(logits.shape[1])[None, :]
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    rank = jnp.sum(ahead, axis=1)
+    return (rank < k) & ~jnp.any(jnp.isnan(logits), axis=1)
+
+
+class MetricSet:
+    """The metrics that a run's settings name, checked and ready to call; loss is always one.
+
+    Args:
+      settings: with the names, and the options of those that have any.
+      num_classes: K; metrics that say nothing of so few are left out.
+
+    Attributes:
+      scale: by the names of those that are averaged over examples, what their means are multiplied
+        by: 100 where they are to be percent.
+
+    Raises:
+      ConfigError: if a metric fails, or returns what is no metric: which, what, and what is
+        expected.
+    """
+
+    def __init__(self, settings: Evaluation, num_classes: int) -> None:
+        parts = {name: METRICS.get(name) for name in ("loss", *settings.metrics)}
+        parts = {name: part for name, part in parts.items() if num_classes >= part.min_classes}
+        self._over_examples: dict[str, Any] = {}
+        self._over_split: dict[str, Any] = {}
+        self._scale = {name: 100 if part.percent else 1 for name, part in parts.items()}
+        for name, part in parts.items():
+            function = functools.partial(part.build, **with_defaults(part, settings.options))
+            _check(part, function, num_classes)
+            group = self._over_split if part.over == "split" else self._over_examples
+            group[name] = function
+        self.scale = {name: self._scale[name] for name in self._over_examples}
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether one of them takes the logits of a whole split."""
+        return bool(self._over_split)
+
+    def per_example(self, logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        """Returns by name what is averaged over examples: bool or float [B] each.
+
+        Args:
+          logits: float [B, K].
+          labels: int32 [B].
+        """
+        logits = logits.astype(jnp.float32)
+        return {name: function(logits, labels) for name, function in self._over_examples.items()}
+
+    def over_split(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Returns by name what a whole split gives, as the functions return it.
+
+        Args:
+          logits: float32 [N, K], of all its examples in order.
+          labels: int32 [N].
+        """
+        return {name: float(each(logits, labels)) for name, each in self._over_split.items()}
+
+    def in_units(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Returns means in the order of the settings, in percent where they are to be, then others.
+
+        Args:
+          means: by name.
+        """
+        return _scaled(means, self._scale)
+
+
+def _check(part: Metric, function: Any, num_classes: int) -> None:
+    """Raises ConfigError if a metric does not return what it should, for examples made up here."""
+    examples = 2 * num_classes + 1
+    labels = np.arange(examples, dtype=np.int32) % num_classes
+    logits = np.eye(num_classes, dtype=np.float32)[labels]
+    given = f"logits float32 [{examples}, {num_classes}] and labels int32 [{examples}]"
+    try:
+        if part.over == "split":
+            found = function(logits, labels)
+        else:
+            found = jax.eval_shape(function, logits, labels)
+    except Exception as error:
+        what = "inside jit, as JAX arrays" if part.over == "example" else "as NumPy arrays"
+        raise ConfigError(
+            f"metric {part.name!r} ({part.place}): failed on {given}, {what}: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    if part.over == "split":
+        expected = "a number"
+        fits = np.ndim(found) == 0 and np.asarray(found).dtype.kind in "bif"
+    else:
+        expected = f"float or bool [{examples}], a value for each example"
+        shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(object))
+        fits = shape == (examples,) and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating))
+    if not fits:
+        raise ConfigError(
+            f"metric {part.name!r} ({part.place}): returned {_described(found)} for {given}; "
+            f"expected {expected}"
+        )
+
+
+def _described(found: Any) -> str:
+    """Returns type and shape of what a function returned, in words."""
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"{found.dtype} {list(found.shape)}"
+    return "None" if found is None else f"a {type(found).__name__}"
 
 
 @flax.struct.dataclass
@@ -57,152 +209,188 @@ class FirstStep(metrics.Metric):
 
 
 @flax.struct.dataclass
-class TrainMetrics(metrics.Collection):
-    """Training metrics since the last report, a pytree of scalars on the device."""
+class TrainMetrics:
+    """Training metrics since the last report, a pytree of scalars on the device.
 
-    loss: metrics.Average
-    top1: metrics.Average
-    top5: metrics.Average
-    gradient_norm: metrics.Average
+    Attributes:
+      averages: by name; those of a `MetricSet` over examples, loss among them, and gradient_norm.
+      first_nonfinite_step: the first step with a loss or gradient that is not finite.
+      scale: what `compute` multiplies means by, by name, in the order of their report.
+    """
+
+    averages: dict[str, metrics.Average]
     first_nonfinite_step: FirstStep
+    scale: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(cls, scale: Mapping[str, int]) -> Self:
+        """Returns the metrics of no step at all.
+
+        Args:
+          scale: of a `MetricSet`: its names, and what their means are multiplied by.
+        """
+        averages = {name: metrics.Average.empty() for name in ("loss", *scale, "gradient_norm")}
+        return cls(
+            averages=averages, first_nonfinite_step=FirstStep.empty(), scale=tuple(scale.items())
+        )
 
     @classmethod
     def single_step(
         cls,
         *,
         step: jax.typing.ArrayLike,
-        loss: jax.Array,
-        top1: jax.Array,
-        top5: jax.Array,
+        values: Mapping[str, jax.Array],
+        scale: Mapping[str, int],
         gradient_norm: jax.Array,
     ) -> Self:
         """Returns the metrics of one step.
 
         Args:
           step: integer scalar, counted from 1.
-          loss: float32 [B], each example's loss.
-          top1: bool or float32 [B], whether the most probable class is right. With mixed labels the
-            one that has the larger share counts as the label.
-          top5: the same for the five most probable classes.
+          values: by name, bool or float [B] each; loss, each example's, among them.
+          scale: of a `MetricSet`.
           gradient_norm: float32 scalar, global norm of the gradients.
         """
-        finite = jnp.isfinite(gradient_norm) & jnp.all(jnp.isfinite(loss))
-        average = metrics.Average.from_model_output
-        return cls.empty().replace(
-            loss=average(loss.astype(jnp.float32)),
-            top1=average(top1.astype(jnp.float32)),
-            top5=average(top5.astype(jnp.float32)),
-            gradient_norm=average(gradient_norm.astype(jnp.float32)),
+        finite = jnp.isfinite(gradient_norm) & jnp.all(jnp.isfinite(values["loss"]))
+        return cls(
+            averages={
+                name: metrics.Average.from_model_output(each.astype(jnp.float32))
+                for name, each in {**values, "gradient_norm": gradient_norm}.items()
+            },
             first_nonfinite_step=FirstStep.from_model_output(step=step, happened=~finite),
+            scale=tuple(scale.items()),
+        )
+
+    def merge(self, other: Self) -> Self:
+        """Returns the metrics of these steps followed by those of `other`, of the same names."""
+        return type(self)(
+            averages={
+                name: each.merge(other.averages[name]) for name, each in self.averages.items()
+            },
+            first_nonfinite_step=self.first_nonfinite_step.merge(other.first_nonfinite_step),
+            scale=self.scale,
+        )
+
+    def cleared(self) -> Self:
+        """Returns the metrics of no step; it still knows of steps that were not finite.
+
+        That takes a copy: the next step donates these, and the reported ones are still to be read.
+        """
+        first = jax.tree.map(jnp.copy, self.first_nonfinite_step)
+        return dataclasses.replace(
+            self,
+            averages={name: metrics.Average.empty() for name in self.averages},
+            first_nonfinite_step=first,
         )
 
     def compute(self) -> dict[str, float]:
-        """Returns the metrics on the host; waits for the steps they come from.
+        """Returns the means on the host; waits for the steps they come from.
 
         Returns:
-          loss: mean over examples. top1, top5: percent of examples. gradient_norm: mean over steps.
-          first_nonfinite_step: the first step with a loss or gradient that is not finite, or -1.
-          Means are NaN when there was no step.
+          By name, in the units of the metric: the mean over examples, of gradient_norm over steps.
+          NaN when there was no step.
         """
-        host = jax.device_get(self)
-        return {
-            "loss": _mean(host.loss.total, host.loss.count),
-            "top1": 100 * _mean(host.top1.total, host.top1.count),
-            "top5": 100 * _mean(host.top5.total, host.top5.count),
-            "gradient_norm": _mean(host.gradient_norm.total, host.gradient_norm.count),
-            "first_nonfinite_step": host.first_nonfinite_step.compute(),
-        }
+        host = jax.device_get(self.averages)
+        means = {name: _mean(each.total, each.count) for name, each in host.items()}
+        return _scaled(means, dict(self.scale))
+
+    def item(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds: each sum by its name."""
+        return {**self.averages, "first_nonfinite_step": self.first_nonfinite_step}
+
+    def with_item(self, saved: Mapping[str, Any]) -> Self:
+        """Returns the metrics of a checkpoint, which may have been of a run with other metrics.
+
+        Args:
+          saved: of `item`; sums that it lacks are as here, those that it has besides are left out.
+        """
+        return dataclasses.replace(
+            self,
+            averages={name: saved.get(name, each) for name, each in self.averages.items()},
+            first_nonfinite_step=saved["first_nonfinite_step"],
+        )
 
 
 @flax.struct.dataclass
 class EvalMetrics:
     """Sums over evaluated examples.
 
-    From `single_batch` the leaves are scalars on the device; from `total` they are NumPy scalars in
-    double precision, whose sums do not depend on how the examples were cut into batches beyond the
+    From `single_batch` the leaves are scalars on the device; `plus` adds them on the host in double
+    precision, where sums do not depend on how the examples were cut into batches beyond the
     rounding inside one batch.
 
     Attributes:
-      loss: float32 (total: float64), sum of the examples' losses.
-      top1: int32 (total: int64), how many examples have their most probable class right.
-      top5: the same for the five most probable classes.
-      count: int32 (total: int64), how many examples.
+      sums: by name: float32 (on the host: float64), or of a metric that is a bool int32 (int64).
+      count: int32 (int64), how many examples.
     """
 
-    loss: jax.Array | np.float64
-    top1: jax.Array | np.int64
-    top5: jax.Array | np.int64
-    count: jax.Array | np.int64
+    sums: dict[str, Any]
+    count: Any
 
     @classmethod
-    def single_batch(
-        cls, *, loss: jax.Array, top1: jax.Array, top5: jax.Array, mask: jax.Array
-    ) -> Self:
+    def single_batch(cls, values: Mapping[str, jax.Array], mask: jax.Array) -> Self:
         """Returns the sums of one batch; meant for use inside jit.
 
         Args:
-          loss: float32 [B].
-          top1: bool [B].
-          top5: bool [B].
+          values: by name, bool or float [B] each.
           mask: bool [B], False for the padding of a last batch, which then counts nowhere.
         """
+
+        def total(each: jax.Array) -> jax.Array:
+            if each.dtype == bool:
+                return (each & mask).sum(dtype=jnp.int32)
+            # A padded example may have any value, NaN too, so it is replaced, not multiplied by 0.
+            return jnp.where(mask, each.astype(jnp.float32), jnp.float32(0)).sum()
+
         return cls(
-            # A padded example may have any loss, NaN too, so it is replaced, not multiplied by 0.
-            loss=jnp.where(mask, loss.astype(jnp.float32), jnp.float32(0)).sum(),
-            top1=(top1 & mask).sum(dtype=jnp.int32),
-            top5=(top5 & mask).sum(dtype=jnp.int32),
+            sums={name: total(each) for name, each in values.items()},
             count=mask.sum(dtype=jnp.int32),
         )
 
-    @classmethod
-    def total(cls, batches: Iterable[Mapping[str, Self]]) -> dict[str, Self]:
-        """Returns the sums over all batches, on the host.
-
-        Args:
-          batches: from `single_batch`, by the name of what was evaluated; each batch has the same
-            names. An iterator that dispatches them is asked for the next one before this waits for
-            an earlier one, and is never more than a few ahead of the device, so that the images of
-            a large split do not pile up there.
-        """
-        sums: dict[str, Self] = {}
-        in_flight: collections.deque[Mapping[str, Self]] = collections.deque()
-
-        def add_oldest() -> None:
-            for name, batch in in_flight.popleft().items():
-                sums[name] = sums.get(name, cls._zero())._plus(batch)
-
-        for batch in batches:
-            in_flight.append(batch)
-            if len(in_flight) > _BATCHES_AHEAD:
-                add_oldest()
-        while in_flight:
-            add_oldest()
-        return sums
-
-    @classmethod
-    def _zero(cls) -> Self:
-        return cls(loss=np.float64(0), top1=np.int64(0), top5=np.int64(0), count=np.int64(0))
-
-    def _plus(self, batch: Self) -> Self:
-        """Returns the sums of a `total` with one more batch."""
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), self, jax.device_get(batch))
+    def plus(self, batch: Self) -> Self:
+        """Returns the sums with those of one more batch, on the host."""
+        return jax.tree.map(lambda a, b: _widened(a) + _widened(b), self, batch)
 
     def compute(self) -> dict[str, float]:
         """Returns the metrics on the host.
 
         Returns:
-          loss: mean over examples. top1, top5: percent of examples. count: number of examples (an
-          int). Means are NaN when there was no example.
+          By name the mean over examples, NaN when there was none; count: how many (an int).
         """
         host = jax.device_get(self)
-        return {
-            "loss": _mean(host.loss, host.count),
-            "top1": 100 * _mean(host.top1, host.count),
-            "top5": 100 * _mean(host.top5, host.count),
-            "count": int(host.count),
-        }
+        means = {name: _mean(total, host.count) for name, total in host.sums.items()}
+        return {**means, "count": int(host.count)}
+
+
+def to_host(batches: Iterable[Arrays]) -> Iterator[Arrays]:
+    """Yields what is computed batch by batch, on the host.
+
+    Args:
+      batches: trees of arrays. An iterator that dispatches them is asked for the next one before
+        this waits for an earlier one, and is never more than a few ahead of the device, so that the
+        images of a large split do not pile up there.
+    """
+    in_flight: collections.deque[Arrays] = collections.deque()
+    for batch in batches:
+        in_flight.append(batch)
+        if len(in_flight) > _BATCHES_AHEAD:
+            yield jax.device_get(in_flight.popleft())
+    while in_flight:
+        yield jax.device_get(in_flight.popleft())
+
+
+def _widened(value: Any) -> Any:
+    """Returns a scalar of NumPy in double precision."""
+    value = np.asarray(value)
+    return value.astype(np.float64 if value.dtype.kind == "f" else np.int64)
+
+
+def _scaled(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
+    """Returns means in the order of a scale, each multiplied by its own, then the others."""
+    own = {name: factor * means[name] for name, factor in scale.items() if name in means}
+    return own | {name: mean for name, mean in means.items() if name not in own}
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> float:
     """Returns total / count in double precision; NaN for a count of zero."""
-    return float(total) / int(count) if count else float("nan")
+    return float(total) / int(count) if count else math.nan

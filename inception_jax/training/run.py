@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
-from inception_jax.datasets.splits import Split, subset
 from inception_jax.errors import ConfigError, during
 from inception_jax.input import crops, pipeline
 from inception_jax.models import ops, registry
@@ -88,12 +87,6 @@ class Run:
     def _image_size_begins(self) -> list[int]:
         epochs = self.config.train.image_size_epochs
         return [self.timeline.steps(Duration(epochs=epoch)) for epoch in epochs]
-
-    def train_sample(self) -> Split | None:
-        """Returns the training examples that evaluations cover besides; None if there are none."""
-        split = self.dataset.train_evaluated
-        examples = min(self.config.evaluation.train_examples, len(split))
-        return subset(split, np.arange(examples)) if examples else None
 
     @property
     def model_name(self) -> str:
@@ -301,6 +294,9 @@ def _check_image_sizes(config: Config, least: int) -> None:
     later = [("train.image_sizes", size) for size in config.train.image_sizes]
     # 0: the data set's own, which the network sees first.
     later += [("evaluation.image_size", config.evaluation.image_size or least)]
+    later += [
+        (f"evaluations.{n}.size", each.size or least) for n, each in config.evaluations.items()
+    ]
     for path, size in later:
         if size < least:
             raise ConfigError(

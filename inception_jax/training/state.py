@@ -12,7 +12,7 @@ import numpy as np
 from inception_jax.models import weights
 from inception_jax.runtime import sharding
 from inception_jax.training import keys
-from inception_jax.training.metrics import TrainMetrics
+from inception_jax.training.metrics import MetricSet, TrainMetrics
 from inception_jax.training.run import Run
 
 Variables = dict[str, Any]
@@ -84,7 +84,7 @@ def _initial_state(run: Run) -> TrainState:
         if has_average
         else {},
         opt_state=run.optimizer.init(params),
-        metrics=TrainMetrics.empty(),
+        metrics=TrainMetrics.empty(metric_set(run).scale),
     )
 
 
@@ -153,15 +153,15 @@ def abstract_model_item(
     return variables | {"average": variables if has_average else {}}
 
 
-def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
-    """Returns a function that makes empty metrics on all devices, to follow reported ones.
+def metric_set(run: Run) -> MetricSet:
+    """Returns the metrics that the settings name.
 
-    They still know of steps that were not finite, where those are left out (`nonfinite`).
+    Raises:
+      ConfigError: if one of them returns what is no metric.
     """
+    return MetricSet(run.config.evaluation, run.dataset.num_classes)
 
-    def following(reported: TrainMetrics) -> TrainMetrics:
-        # A copy: the next step donates its buffers, and the reported ones are still to be read.
-        row = jax.tree.map(jnp.copy, reported.first_nonfinite_step)
-        return TrainMetrics.empty().replace(first_nonfinite_step=row)
 
-    return jax.jit(following, out_shardings=sharding.replicated(run.mesh))
+def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
+    """Returns a function that makes empty metrics on all devices, to follow reported ones."""
+    return jax.jit(TrainMetrics.cleared, out_shardings=sharding.replicated(run.mesh))

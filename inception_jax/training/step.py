@@ -18,7 +18,7 @@ from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Batch, OwnNetwork, Run
-from inception_jax.training.state import TrainState
+from inception_jax.training.state import TrainState, metric_set
 
 CompiledStep = futures.Future[jax.stages.Compiled]
 # From a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees: images float32
@@ -115,6 +115,7 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
+    metric_fns = metric_set(run)
     # A caller's network may have another, which is not known.
     momentum = None if isinstance(run.model, OwnNetwork) else config.model.norm_momentum
     gradient = gradients.make_gradient(
@@ -158,9 +159,8 @@ def make_train_step(
         labels = jnp.argmax(targets, axis=-1)
         metrics = TrainMetrics.single_step(
             step=state.step + 1,
-            loss=of_each,
-            top1=losses.top_k_correct(logits, labels, 1),
-            top5=losses.top_k_correct(logits, labels, 5),
+            values={**metric_fns.per_example(logits, labels), "loss": of_each},
+            scale=metric_fns.scale,
             gradient_norm=optax.tree.norm(grads),
         )
         after = TrainState(

@@ -231,9 +231,9 @@ def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib
     )
     evaluation = config.Evaluation(train_examples=10)
     this = small.build(small.config(data_directory, data=data, evaluation=evaluation))
-    sample = this.train_sample()
+    sample = Evaluator(this).splits["train_eval"]
     whole, indices = this.dataset.train, np.arange(10)
-    assert sample is not None and sample.names == whole.names[:10]
+    assert sample.names == whole.names[:10]
     assert isinstance(whole, RecordSplit) and whole.crop == 1
     cut = dataclasses.replace(whole, crop=0.5)
     np.testing.assert_array_equal(sample.read(indices), cut.read(indices))

@@ -2,14 +2,14 @@
 
 import contextlib
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 
 from inception_jax.config import Augment, Config, Duration, Evaluation, Log, Model, Schedule, Train
-from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted
-from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.evaluation.evaluate import EvalResult, Evaluator
 from inception_jax.reporting import report
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.training import state
@@ -51,10 +51,10 @@ def train(
     this = small.build(config)
     evaluator, start = Evaluator(this), state.create(this).batch_stats
 
-    def evaluate(variables: Any, split: Split) -> dict[str, float]:
+    def evaluate(variables: Any, names: Collection[str]) -> dict[str, EvalResult]:
         if frozen:
             variables = {**variables, "batch_stats": start}
-        return evaluator(variables, split)
+        return evaluator(variables, names)
 
     with contextlib.suppress(Preempted):
         small.train(this, Workdir(folder), evaluate, changed=[], stop=lambda step: step == stop)

@@ -44,7 +44,7 @@ def state(step: int) -> TrainState:
         batch_stats={"mean": values[:3]},
         average={"params": {"kernel": values + 1}},
         opt_state={"trace": -values},
-        metrics=TrainMetrics.empty(),
+        metrics=TrainMetrics.empty({}),
     )
 
 
@@ -57,6 +57,44 @@ def check_restores(checkpoints: Checkpoints, step: int) -> None:
     restored, progress = checkpoints.restore(step, state(0))
     jax.tree.map(np.testing.assert_array_equal, restored, state(step))
     assert progress == {"seconds": {"train": step}}
+
+
+def metrics_of(*names: str) -> TrainMetrics:
+    values = {name: jnp.arange(4.0) + len(name) for name in ("loss", *names)}
+    scale = dict.fromkeys(names, 100)
+    step = TrainMetrics.single_step(
+        step=7, values=values, scale=scale, gradient_norm=jnp.float32(2.5)
+    )
+    return TrainMetrics.empty(scale).merge(step)
+
+
+def test_metrics_may_be_added_to_a_run_and_taken_away(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = TrainMetrics.item
+    # Revision 56edb8b wrote one value more.
+    older = {"_reduction_counter": {"value": jnp.int32(1)}}
+    monkeypatch.setattr(TrainMetrics, "item", lambda self: item(self) | older)
+    saved = state(2).replace(metrics=metrics_of("top1", "top5"))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(saved, progress={}, metrics=None)
+        checkpoints.wait()
+        monkeypatch.undo()
+        for names in (("top1", "top5"), ("top1",), ("top10", "top1")):
+            target = state(0).replace(metrics=TrainMetrics.empty(dict.fromkeys(names, 100)))
+            restored, _ = checkpoints.restore(2, target)
+            expected = metrics_of(*names).averages
+            if "top10" in names:
+                expected["top10"] = TrainMetrics.empty(dict.fromkeys(names, 100)).averages["top10"]
+            expected = {name: expected[name] for name in target.metrics.averages}
+            jax.tree.map(lambda a, b: None, restored, target)  # Raises where structures differ.
+            jax.tree.map(np.testing.assert_array_equal, restored.metrics.averages, expected)
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                (restored.params, restored.opt_state, restored.average),
+                (saved.params, saved.opt_state, saved.average),
+            )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -24,7 +24,6 @@ import pytest
 from jax.experimental import multihost_utils
 
 from inception_jax.config import Checkpoint, Duration, Model, Schedule
-from inception_jax.datasets.splits import Split
 from inception_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -33,13 +32,13 @@ from inception_jax.errors import (
     UserError,
     WriteError,
 )
-from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.evaluation.evaluate import EvalResult, Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.storage import append_only, integrity, lock
 from inception_jax.telemetry import clock, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
-from inception_jax.training import loop, run, state, step, workdir
+from inception_jax.training import reporter, run, startup, state, step, workdir
 from tests import small
 
 
@@ -58,7 +57,7 @@ def compile_once() -> Iterator[None]:
         return compiled[this]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_train_steps", compile_or_reuse)
+        patch.setattr(startup, "compile_train_steps", compile_or_reuse)
         yield
 
 
@@ -147,10 +146,10 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    monkeypatch.setattr(loop, "REPORT_SHARE", 1)  # However slow the machine is.
+    monkeypatch.setattr(reporter, "REPORT_SHARE", 1)  # However slow the machine is.
     seen = []
 
-    def look(result: dict[str, Any]) -> None:
+    def look(result: dict[str, Any], evaluated: EvalResult) -> None:
         assert not (tmp_path / "result.json").exists()
         last = [each for each in read_lines(tmp_path / "metrics.jsonl") if each["split"] == "test"][
             -1
@@ -158,6 +157,7 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
         same = ("step", "epoch", "split", "loss", "top1", "top5", "count")
         assert {key: result[key] for key in same} == {key: last[key] for key in same}
         assert result["seconds_by_phase"]["train"] > 0
+        assert evaluated.metrics["top1"] == pytest.approx(100 * evaluated.predictions.right.mean())
         seen.append(result["step"])
 
     folder = workdir.Workdir(tmp_path)
@@ -180,13 +180,13 @@ def test_reports_that_take_long_are_written_less_often_and_at_the_end(
     seconds = itertools.count()
     reports, cost = [], 0
 
-    def show(result: dict[str, Any]) -> None:
+    def show(result: dict[str, Any], _: EvalResult) -> None:
         nonlocal cost
         reports.append(result["step"])
         cost += 1000
 
     monkeypatch.setattr(
-        loop, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
+        startup, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
     )
     monkeypatch.setattr(this.config.evaluation, "every", Duration(steps=2))
     small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
@@ -365,10 +365,10 @@ def test_the_last_and_the_best_checkpoints_are_kept(
 
     config.evaluation.train_examples = 70
 
-    def evaluate(variables: state.Variables, split: Split) -> dict[str, float]:
-        if split is this.dataset.evaluation:
-            return {"loss": 1.0, "top1": next(scores), "top5": 99.0, "count": 360}
-        return {"loss": 0.5, "top1": 95.0, "top5": 99.0, "count": len(split)}
+    def evaluate(_: state.Variables, names: Collection[str]) -> dict[str, EvalResult]:
+        assert list(names) == ["test", "train_eval"]
+        main = small.evaluated(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
+        return main | small.evaluated(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
 
     small.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
@@ -627,10 +627,10 @@ def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    monkeypatch.setattr(loop, "REPORT_SHARE", 1)  # However slow the machine is.
+    monkeypatch.setattr(reporter, "REPORT_SHARE", 1)  # However slow the machine is.
     steps = []
 
-    def show(result: dict[str, Any]) -> None:
+    def show(result: dict[str, Any], _: EvalResult) -> None:
         steps.append(result["step"])
         if result["step"] < 11:
             raise WriteError("no space for a report")

@@ -1,4 +1,4 @@
-"""Losses and the top-k decision against numpy and PyTorch."""
+"""Losses against numpy and PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -84,36 +84,3 @@ def test_objective_and_its_gradient_equal_pytorch() -> None:
     loss.backward()
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     np.testing.assert_allclose(gradient, tensor.grad.numpy(), atol=1e-5)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_k_correct_equals_a_stable_sort(k: int) -> None:
-    # Few distinct values, so that ties are common.
-    rng = np.random.default_rng(0)
-    logits = rng.integers(0, 4, (300, 8)).astype(np.float32)
-    labels = rng.integers(0, 8, 300)
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    expected = (order == labels[:, None]).any(axis=1)
-    result = losses.top_k_correct(jnp.asarray(logits), jnp.asarray(labels, jnp.int32), k)
-    assert result.dtype == bool
-    np.testing.assert_array_equal(result, expected)
-
-
-def test_top_k_correct_of_equal_logits_scores_the_first_classes() -> None:
-    labels = jnp.arange(10, dtype=jnp.int32)
-    result = losses.top_k_correct(jnp.zeros((10, 10)), labels, 3)
-    np.testing.assert_array_equal(result, [True] * 3 + [False] * 7)
-
-
-def test_top_k_correct_counts_nan_as_wrong() -> None:
-    logits = jnp.asarray([[jnp.nan, 1.0, 2.0], [1.0, 2.0, jnp.nan], [0.0, 1.0, jnp.inf]])
-    labels = jnp.asarray([0, 1, 2], jnp.int32)
-    for k in (1, 5):
-        np.testing.assert_array_equal(losses.top_k_correct(logits, labels, k), [False, False, True])
-
-
-def test_top_5_of_three_classes_is_always_right() -> None:
-    logits = jnp.asarray(logits_of((9, 3)))
-    labels = jnp.arange(9, dtype=jnp.int32) % 3
-    assert losses.top_k_correct(logits, labels, 5).all()
-    assert not losses.top_k_correct(logits, labels, 2).all()

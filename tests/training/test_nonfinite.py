@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ import pytest
 
 from inception_jax.config import Augment, Checkpoint, Duration, Log, Optimizer, Schedule, Train
 from inception_jax.errors import RunError
+from inception_jax.evaluation.evaluate import EvalResult
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.telemetry.writers import MEASURED, read_lines
@@ -87,8 +88,8 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
     return build
 
 
-def evaluate(*_: Any) -> dict[str, float]:
-    return {"loss": 1.0, "top1": 10.0, "top5": 50.0, "count": 360}
+def evaluate(_: Any, names: Collection[str]) -> dict[str, EvalResult]:
+    return small.evaluated(names, loss=1.0, top1=10.0, top5=50.0, count=360)
 
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -215,7 +216,7 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
         batch_stats={},
         average={},
         opt_state=(),
-        metrics=TrainMetrics.empty(),
+        metrics=TrainMetrics.empty({}),
     )
     good = {1, 4, 5, 10, 11}
     rows = []

@@ -1,0 +1,18 @@
+"""The evaluations of a run by name."""
+
+from inception_jax.config.schema import Config, View
+
+FLIP, TRAIN_EVAL = "flip", "train_eval"
+
+
+def views(config: Config) -> dict[str, View]:
+    """Returns the evaluations besides the run's own, by name.
+
+    They are those of `config.evaluations`, and the two that have a setting of their own.
+    """
+    short: dict[str, View] = {}
+    if config.evaluation.train_examples:
+        short[TRAIN_EVAL] = View(split="train", examples=config.evaluation.train_examples)
+    if config.evaluation.flip:
+        short[FLIP] = View(flip_tta=True)
+    return short | config.evaluations

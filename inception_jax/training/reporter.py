@@ -1,0 +1,251 @@
+"""Logs the progress of a run, and writes its metrics."""
+
+import collections
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from inception_jax.errors import RunError
+from inception_jax.runtime import environment
+from inception_jax.telemetry import resources
+from inception_jax.telemetry.clock import Clock, Rate, Share
+from inception_jax.telemetry.progress import Progress
+from inception_jax.telemetry.writers import RunWriter
+from inception_jax.training import nonfinite
+from inception_jax.training.metrics import TrainMetrics
+from inception_jax.training.run import Run
+from inception_jax.training.state import TrainState
+
+# The report is written after each evaluation, unless those before took more than 0.1 s plus this
+# share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
+REPORT_SHARE = 0.02
+
+
+class EvalResult(Protocol):
+    """What an evaluation gave, of which the metrics are read here."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By name: loss, top1, count and others."""
+
+
+# What several evaluations gave, by their names.
+EvalResults = Mapping[str, EvalResult]
+# Takes what result.json would hold if the run ended there, and what the run's own evaluation gave.
+OnEvaluation = Callable[[dict[str, Any], Any], None]
+
+
+class Reporter:
+    """Logs what the loop does, and writes its metrics.
+
+    Args:
+      run: that is trained.
+      writer: of the metrics.
+      progress: shows lines and the step.
+      clock: of the run.
+      path: of the run's folder.
+      on_evaluation: called by the lead process after evaluations.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        writer: RunWriter,
+        progress: Progress,
+        clock: Clock,
+        path: pathlib.Path,
+        on_evaluation: OnEvaluation,
+    ) -> None:
+        self.clock = clock
+        self._path = path
+        self._on_evaluation = on_evaluation
+        self._run = run
+        self._main = run.dataset.eval_split
+        self._writer = writer
+        self._progress = progress
+        self._rate = Rate(clock)
+        self._input_wait = Share(clock, "input")
+        self._last_report = 0
+        self._modules: list[str] = []
+        # Of the steps since the last look; not all of them where reports are very rare.
+        self._finite: collections.deque[tuple[int, jax.Array]] = collections.deque(maxlen=1000)
+        self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
+
+    def log(self, line: str) -> None:
+        """Shows a line."""
+        self._progress.note(line)
+
+    def flush(self) -> None:
+        """Puts all that was written on disk."""
+        self._writer.flush()
+
+    def on_start(self, state: TrainState, notes: Sequence[str]) -> None:
+        """Logs what is trained, on what, and from where.
+
+        Args:
+          state: before the first step of this process.
+          notes: more lines.
+        """
+        run, first = self._run, int(state.step)
+        if not first:
+            self.log(environment.parameter_table(state.params))
+        self._modules = sorted(state.params)
+        devices = f"{run.mesh.size} × {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" in {jax.process_count()} processes"
+        self.log(
+            f"{run.config.name}: {run.model_name} on {run.dataset.name}, "
+            f"{len(run.dataset.train):,} training and {len(run.dataset.evaluation):,} "
+            f"{self._main} images, {run.total_steps:,} steps of {run.config.train.batch_size}, on "
+            f"{devices}"
+        )
+        if first:
+            self.log(f"resumed at step {first:,}, epoch {run.timeline.epoch(first):.2f}")
+        for line in notes:
+            self.log(line)
+        self._last_report = first
+
+    def on_step(self, step: int, finite: jax.Array) -> None:
+        """Records a dispatched step; reports the one before it if that is due.
+
+        Args:
+          step: its number.
+          finite: bool [1 + M], as of `StepOutput`; still being computed.
+        """
+        self._finite.append((step, finite))
+        self._progress.step(step)
+        if self._pending and self._pending[0] < step:
+            self.report_pending()
+
+    def report_later(self, step: int, metrics: TrainMetrics) -> None:
+        """Keeps metrics until the next step is dispatched, so that the device does not wait."""
+        rate = self._rate.since_last((step - self._last_report) * self._run.config.train.batch_size)
+        self._last_report = step
+        self._pending = (step, metrics, self._timing(rate))
+
+    def report_pending(self) -> None:
+        """Reports the metrics that were kept."""
+        if self._pending is None:
+            return
+        (step, metrics, timing), self._pending = self._pending, None
+        # Where the device is still at that step, the wait for it is part of training.
+        with self.clock.phase("train"):
+            jax.block_until_ready(metrics)
+        self.check_finite(step, metrics)
+        values = metrics.compute()
+        # The rate that the step applied: the schedule counts finished steps.
+        rate = float(self._run.schedule(step - 1))
+        self._write(step, "train", {**values, "learning_rate": rate, **timing})
+        self._progress.status(
+            {"loss": values["loss"], "top1": values["top1"], "learning_rate": rate}
+        )
+
+    def check_finite(self, step: int, metrics: TrainMetrics) -> None:
+        """Stops the run at a loss or gradient that is not finite, or at too many in a row.
+
+        Args:
+          step: the last that the metrics contain.
+          metrics: of all steps since the last call.
+        """
+        train = self._run.config.train
+        bad = {n: np.asarray(finite) for n, finite in self._finite if n <= step}
+        bad = {n: finite for n, finite in bad.items() if not finite.all()}
+        while self._finite and self._finite[0][0] <= step:
+            self._finite.popleft()
+        first = metrics.first_nonfinite_step.compute()
+        skip = train.nonfinite == "skip"
+        for n, finite in bad.items() if skip else ():
+            what = nonfinite.describe(finite, self._modules)
+            self.log(f"step {n:,} was left out: {what} not finite")
+        if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
+            return
+        rate = float(self._run.schedule(first - 1))
+        self._write(first, "train", {"loss": math.nan, "learning_rate": rate})
+        what = "the loss or the gradient was"
+        if first in bad:
+            what = nonfinite.describe(bad[first], self._modules)
+        raise self._not_finite(what, first, train.nonfinite_limit if skip else 1)
+
+    def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
+        rate = float(self._run.schedule(step - 1))
+        row = f", the first of {times} in a row" if times > 1 else ""
+        return RunError(
+            f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
+            f"{row}. The last checkpoint is from before that, and the same command goes on from "
+            f"it. Try a lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
+            "config.schedule.warmup, config.optimizer.clip_norm=1, or config.train.nonfinite=skip, "
+            "which leaves single steps out"
+        )
+
+    def report_eval(self, step: int, results: EvalResults) -> None:
+        """Reports evaluations, the run's own first, each by a line of metrics under its name.
+
+        Raises:
+          RunError: if the loss of the run's own is not finite; nothing was saved since then.
+        """
+        for name in sorted(results, key=lambda name: name != self._main):
+            metrics = results[name].metrics
+            if name != self._main:
+                self._write(step, name, metrics)
+                continue
+            self._write(step, name, {**metrics, "seconds": round(self.clock.total(), 3)})
+            if not math.isfinite(metrics["loss"]):
+                raise self._not_finite(f"the {name} loss was", step)
+            self.log(
+                f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {self._main} loss "
+                f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%"
+                + (f", top-5 {metrics['top5']:.2f}%" if "top5" in metrics else "")
+            )
+
+    def publish_eval(self, step: int, results: EvalResults) -> None:
+        """Hands an evaluation on, for a report that is read while the run goes on.
+
+        Not every one, where reports would take more than their share of the time.
+        """
+        last = step >= self._run.total_steps
+        too_often = self.clock.seconds("report") > 0.1 + REPORT_SHARE * self.clock.total()
+        if self._run.is_lead and (last or not too_often):
+            with self.clock.phase("report"):
+                self._on_evaluation(self.result(step, results), results[self._main])
+
+    def result(self, step: int, results: EvalResults) -> dict[str, Any]:
+        """Returns what result.json holds if the run ends at a step, with its evaluations."""
+        run, clock = self._run, self.clock
+        busy = clock.seconds("train") + clock.seconds("input")
+        metrics = {name: each.metrics for name, each in results.items()}
+        own = metrics.pop(self._main, {})
+        return {
+            "name": run.config.name,
+            "checkpoint": "last",
+            "step": step,
+            "epoch": run.timeline.epoch(step),
+            "split": self._main,
+            **own,
+            **({"evaluations": metrics} if metrics else {}),
+            "images_per_second": round(step * run.config.train.batch_size / busy, 2),
+            "seconds": round(clock.total(), 3),
+            "seconds_by_phase": {k: round(v, 3) for k, v in clock.state().items()},
+            "environment": environment.environment(),
+        }
+
+    def _timing(self, rate: float) -> dict[str, float]:
+        found = {
+            "images_per_second": round(rate, 2),
+            "seconds": round(self.clock.total(), 3),
+            "input_wait": round(self._input_wait.since_last(), 4),
+        }
+        for name, value in (
+            ("resident_memory", resources.resident_memory()),
+            ("free_disk", resources.free_disk(self._path)),
+        ):
+            if value is not None:
+                found[name] = round(value, 3)
+        return found
+
+    def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)
