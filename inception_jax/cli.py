@@ -6,6 +6,7 @@ KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
 """
 
 import ast
+import contextlib
 import copy
 import difflib
 import functools
@@ -373,15 +374,10 @@ def _put_entries(entries: Mapping[str, str]) -> None:
         _mappings_before.setdefault(
             mapping, copy.deepcopy(configs.get(flags.FLAGS.config, mapping))
         )
-        kind = configs.entry_type(path)
-        try:
-            value = ast.literal_eval(text.capitalize() if kind is bool else text)
-        except (ValueError, SyntaxError):
-            value = text  # A word needs no quotes.
-        # A name may be a number, and a float given without its point.
-        value = (
-            text if kind is str else float(value) if kind is float and type(value) is int else value
-        )
+        kind, value = configs.entry_type(path), text
+        if kind is not str:
+            with contextlib.suppress(ValueError, SyntaxError):  # A word needs no quotes.
+                value = ast.literal_eval(text.capitalize() if kind is bool else text)
         configs.put(flags.FLAGS.config, path, value)
 
 

@@ -156,7 +156,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr
     experiment, batch_size, mirror = json.loads(done.stdout)
     assert batch_size == 64
-    every = Duration(epochs=1.0)
+    every = Duration(epochs=1)
     assert mirror == str(View(split="train", flip_tta=True, every=every))
     assert experiment == {
         "file": "experiments/tiny_cpu.py",

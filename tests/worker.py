@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, registry
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
@@ -27,12 +28,23 @@ _FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after
 _PROCESSES = cli.define_processes()
 
 
+def macro(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean over the classes of the share of each that is right."""
+    right = logits.argmax(axis=1) == labels
+    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+
+
+registry.register_metric("worker_macro", over="split", percent=True)(macro)
+
+
 def build(data: pathlib.Path, steps: int) -> Run:
     """Returns a run whose rate does not depend on its length."""
     config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
     config.train.length = Duration(steps=steps)
     config.evaluation.every = config.checkpoint.every = Duration(steps=4)
     config.log.every = Duration(steps=2)
+    config.evaluation.metrics = ("top1", "top5", "worker_macro")
+    config.evaluation.flip = True
     return small.build(config)
 
 

@@ -82,6 +82,7 @@ class Evaluator:
         replicated, batch = sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
         options = ops.compiler_options(run.config.model.dtype)
         self._plain, self._mirrored = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
+        self._is_compiled = False
         # Nothing is donated: training goes on with the same variables.
         # Jitted, or once `compile` was called compiled.
         self._forward: dict[int, Any] = {
@@ -102,11 +103,14 @@ class Evaluator:
         )
 
     def compile(self, variables: Variables) -> None:
-        """Compiles ahead what the first evaluation would.
+        """Compiles ahead what the first evaluation would, once.
 
         Args:
           variables: shapes and types of what will be evaluated.
         """
+        if self._is_compiled:
+            return
+        self._is_compiled = True
         batch = pipeline.abstract_eval_batch(
             self._run.dataset.evaluation, batch_size=self._batch_size, mesh=self._run.mesh
         )

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from inception_jax.config import Checkpoint, Duration, Model, Schedule
+from inception_jax.config import Checkpoint, Duration, Model, Schedule, View
 from inception_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -169,6 +169,35 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
     folder.result.unlink()
     small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11, 11]
+
+
+def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
+    reference: tuple[run.Run, workdir.Workdir],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this, without = reference
+    rare = View(split="train", examples=50, every=Duration(steps=4))
+    monkeypatch.setattr(this.config, "evaluations", {"rare": rare})
+    evaluator = Evaluator(this)
+    whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
+    result = loop.train(this, whole, evaluator, changed=[])
+    lines = lines_without_timing(whole)
+    found = [line for line in lines if line["split"] == "rare"]
+    assert [line["step"] for line in found] == [4, 8, 11]
+    # The run's own are as they were.
+    assert [line for line in lines if line["split"] != "rare"] == lines_without_timing(without)
+    assert result["evaluations"] == {
+        "rare": {name: found[-1][name] for name in ("loss", "top1", "top5", "count")}
+    }
+    assert result["evaluations"]["rare"]["count"] == 50
+    with monkeypatch.context() as patch:
+        stop_before_step(9, patch)
+        with pytest.raises(Stopped):
+            loop.train(this, parts, evaluator, changed=[])
+    loop.train(this, parts, evaluator, changed=[])
+    assert_same(this, parts, whole)
+    assert evaluate_checkpoint(this, parts, "last")["evaluations"] == result["evaluations"]
 
 
 def test_reports_that_take_long_are_written_less_often_and_at_the_end(
