@@ -279,7 +279,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:
     folder = workdirs.Workdir(path)
-    config, _ = workdirs.recorded_run(folder)
+    config = workdirs.recorded_run(folder).config
     like = states.abstract(runs.build(config, log=measure.say))
     with Checkpoints(folder.checkpoints, read_only=True) as saved:
         restored, _ = saved.restore(saved.resolve("last"), like)

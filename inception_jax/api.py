@@ -12,14 +12,15 @@ All of them together::
 
     predictor = inception_jax.Predictor(weights)
     pixels = predictor.read(pathlib.Path("cat.jpg").read_bytes(), "cat.jpg")
-    guesses = predictor.guesses(pixels[None])
+    predictions = predictor.predict(pixels[None])
 
     network, variables = inception_jax.load_model(weights)
-    logits = network.apply(variables, predictor.prepared(pixels[None])).logits
+    logits = network.apply(variables, predictor.preprocess(pixels[None])).logits
 
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to mend it.
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,13 +31,13 @@ from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import UserError
 from inception_jax.evaluation.evaluate import evaluate_weights
+from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import registry
 from inception_jax.models import weights as weight_files
 from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.storage import paths
-from inception_jax.training import initialization, run
+from inception_jax.training import run
 from inception_jax.training.state import Variables
 from inception_jax.training.workdir import Workdir
 
@@ -46,7 +47,7 @@ Path = str | os.PathLike[str]
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the settings of an experiment, checked as a whole.
+    """Returns the settings of an experiment, checked as a whole, or those of a run as they were.
 
     Args:
       path: of the experiment, a Python file with a get_config(), which is run; or of the
@@ -58,10 +59,12 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
       ConfigError: if a setting is unknown or wrong, or contradicts another.
     """
     config = cli.load_experiment(os.fspath(path))
+    recorded = copy.deepcopy(config) if os.fspath(path).endswith(".json") else None
     for name, value in (overrides or {}).items():
         configs.check_path(name)
         configs.put(config, name, value)
-    configs.validate(config)
+    for problem in configs.validate(config, recorded=recorded):
+        cli.say(f"{path}: {problem}; it was recorded so")
     return config
 
 
@@ -80,7 +83,7 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     _check_path(path)
     place = paths.local(path, str(path))
     if place.is_dir():
-        return initialization.from_checkpoint(Workdir(place), str(checkpoint))
+        return load.from_checkpoint(Workdir(place), str(checkpoint))
     return weight_files.load(place)
 
 
@@ -99,7 +102,7 @@ def load_model(weights: Weights) -> tuple[Network, Variables]:
     [B, H, W, 3] that are normalised: (pixel / 255 - weights.mean) / weights.std.
     """
     check_weights(weights)
-    return registry.create(weights.config.model, weights.num_classes), weights.variables
+    return weights.network, weights.variables
 
 
 def load_dataset(config: Config) -> Dataset:

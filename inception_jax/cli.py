@@ -95,7 +95,10 @@ def load_experiment(place: str, prefix: str = "") -> Config:
     if not path.exists() or path.is_dir():
         raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
     if path.suffix == ".json":
-        return configs.from_dict(configs.read_record(path)["config"])
+        record = configs.read_record(path)
+        for note in record.notes:
+            say_once(note)
+        return record.config
     make_importable(path)
     name = f"_experiment_{path.stem}"
     loader = importlib.machinery.SourceFileLoader(name, str(path))
@@ -245,7 +248,7 @@ def experiment() -> dict[str, Any]:
     own: dict[str, Any] = {}
     if file.endswith(".json"):
         record = configs.read_record(paths.local(file, f"--config={file}"))
-        before = record.get("experiment") or {"file": file, "own": {}}
+        before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
         own.setdefault(path, value)
@@ -276,6 +279,12 @@ def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
 def say(line: str) -> None:
     """Prints a line for the user on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line for the user as `say` does, unless it has done so before."""
+    say(line)
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:

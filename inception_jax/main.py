@@ -41,8 +41,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import loop, run, workdir
 
     folder = None if _WORKDIR.value is None else workdir.Workdir(_WORKDIR.value)
-    experiment = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say)
-    run.check_settings(_CONFIG.value)
+    origin = workdir.recall(folder, _CONFIG.value, cli.experiment(), cli.overrides(), cli.say_once)
+    run.check_settings(_CONFIG.value, workdir.recorded_settings(folder), cli.say)
     config = workdir.with_recorded(folder, _CONFIG.value) if folder else _CONFIG.value
     changed = workdir.check_owner(folder, config) if folder else []
     if _MODE.value == "train":
@@ -56,9 +56,9 @@ def main(positional: Sequence[str]) -> None:
     stop = preemption.Preemption(tell_all).requested
     if _MODE.value == "train":
         workdir.check_shared(workdir.needed(folder))
-    this_run = run.build(config, log=cli.say, experiment=experiment)
+    this_run = run.build(config, log=cli.say, experiment=origin)
     if folder is None:
-        result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS)))
+        result = evaluate.evaluate_weights(this_run, weights.load(cli.given(_WEIGHTS), cli.say))
     else:
         workdir.check_dataset(folder, this_run.dataset_identity())
         if _MODE.value == "eval":

@@ -15,6 +15,7 @@ from inception_jax.config.fields import (
     type_name,
     unknown_field,
 )
+from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import (
     BIT_DEPTHS,
     CROPS,
@@ -50,10 +51,12 @@ from inception_jax.config.schema import (
     setting,
 )
 from inception_jax.config.serialization import (
+    Record,
     changes,
     flatten,
     from_dict,
     read_record,
+    read_settings,
     shared,
     to_dict,
     unrecorded_bit_depth,
@@ -75,6 +78,7 @@ __all__ = [
     "OPEN",
     "OPTIMIZERS",
     "POLICIES",
+    "RENAMED",
     "SCHEDULES",
     "STEMS",
     "STORAGES",
@@ -90,6 +94,7 @@ __all__ = [
     "Log",
     "Model",
     "Optimizer",
+    "Record",
     "Schedule",
     "Timeline",
     "Train",
@@ -109,6 +114,7 @@ __all__ = [
     "plain",
     "put",
     "read_record",
+    "read_settings",
     "setting",
     "shared",
     "to_dict",

@@ -49,17 +49,25 @@ def get(config: Any, path: str) -> Any:
 def put(config: Config, path: str, value: Any) -> None:
     """Changes the setting at a dotted path; a list, which JSON makes of a tuple, becomes one."""
     parent, _, name = path.rpartition(".")
-    value = tuple(value) if isinstance(value, list) else value
     group = get(config, parent) if parent else config
     if isinstance(group, dict):
-        group[name] = value
+        group[name] = _with_tuples(value)
     else:
-        setattr(group, name, value)
+        setattr(group, name, _with_tuples(value))
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value with tuples in place of lists, inside a mapping too."""
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(entry) for name, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, tuple | list) else value
 
 
 def plain(value: Any) -> Any:
-    """Returns a setting's value as JSON gives it back: a tuple as a list."""
-    return list(value) if isinstance(value, tuple) else value
+    """Returns a setting's value as JSON gives it back: tuples as lists, inside a mapping too."""
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def is_open(config: Config, path: str) -> bool:
@@ -103,13 +111,15 @@ def unknown_field(path: str) -> str:
 def did_you_mean(path: str, prefix: str = "") -> str:
     """Returns ' Did you mean X?' for a setting's name or path that does not exist, or ''.
 
-    It knows what other trainers call the settings.
+    It knows what other trainers call the settings, and what older versions called them.
 
     Args:
       path: what was given, with or without a group.
       prefix: what to put before the setting's path.
     """
     path = path.lower().replace("-", "_")
+    if renamed := other_names.new_name(path, prefix):
+        return f" It is {renamed} now."
     group, _, name = path.rpartition(".")
     known = [known_path for known_path, _, _ in leaves()]
     same_name = [p for p in known if p.rpartition(".")[2] == name]

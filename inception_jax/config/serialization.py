@@ -1,12 +1,14 @@
 """Configurations as dictionaries and JSON, and how two of them differ."""
 
+import copy
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from inception_jax.config.fields import check_path, get, leaves, put
+from inception_jax.config.fields import get, leaves, matches, plain, put, type_name
+from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import Config
 from inception_jax.config.validation import validate
 from inception_jax.errors import ConfigError
@@ -23,12 +25,69 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: if a field is unknown, or a value fails `validate`.
     """
-    config = Config()
-    for path, value in flatten(values, stop={known for known, _, _ in leaves()}).items():
-        check_path(path)
-        put(config, path, value)
+    config, notes = read_settings(values)
+    if notes:
+        raise ConfigError("\n".join(notes))
     validate(config)
     return config
+
+
+def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """Returns settings that this or another version recorded; only their types are checked.
+
+    Rules may have changed since, so that whoever starts something new has to `validate` them.
+
+    Args:
+      values: nested, as `to_dict` of that version gave them; what is not there is as by default.
+
+    Returns:
+      The settings, and a line for the log of each that is left out: those that this version does
+      not have, and those of a wrong type without which the network and the examples are the same.
+
+    Raises:
+      ConfigError: if a value is of a wrong type that decides on the network or the examples.
+    """
+    config, default, notes = Config(), Config(), list[str]()
+    known = {path: (hint, field) for path, hint, field in leaves()}
+    for path, value in flatten(_with_new_names(values, notes), stop=known).items():
+        if path not in known:
+            notes.append(f"config.{path} = {value!r}: no setting of this version; it is left out")
+            continue
+        hint, field = known[path]
+        put(config, path, value)
+        if matches(get(config, path), hint):
+            continue
+        problem = f"config.{path} = {value!r}: must be of type {type_name(hint)}"
+        if not field.metadata["resumable"]:
+            raise ConfigError(problem)
+        put(config, path, get(default, path))
+        notes.append(f"{problem}; the default is taken, {get(default, path)!r}")
+    return config, notes
+
+
+def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Returns nested settings by their names of today, and notes what is there by both names."""
+    found = copy.deepcopy(dict(values))
+    for old, new in RENAMED.items():
+        group, name = _group_of(found, old)
+        if name not in group:
+            continue
+        value = group.pop(name)
+        for path, moved in ({new: value} if isinstance(new, str) else new(value)).items():
+            group, name = _group_of(found, path)
+            if name in group:
+                notes.append(f"config.{old} = {value!r}: is config.{path} now, which is there too")
+            group.setdefault(name, moved)
+    return found
+
+
+def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Returns the dictionary that holds the value at a dotted path, and its name there."""
+    *groups, name = path.split(".")
+    for group in groups:
+        inner = values.setdefault(group, {})
+        values = inner if isinstance(inner, dict) else {}
+    return values, name
 
 
 def unrecorded_bit_depth(data_name: str) -> int:
@@ -39,24 +98,67 @@ def unrecorded_bit_depth(data_name: str) -> int:
     return 16 if data_name == "image_folder" else 0
 
 
-def read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a run's config.json holds; its "config" is one that `from_dict` takes.
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run's config.json holds.
+
+    Attributes:
+      config: the settings, by their names of today.
+      experiment: where they are from ("file"), and its own values of what the command line gave
+        ("own"), by their paths of today; None: not known.
+      dataset: what the examples are.
+      changes: of settings, when the run was resumed.
+      environment: of the last start.
+      notes: what of the settings is left out, a line for the log each.
+    """
+
+    config: Config
+    experiment: Mapping[str, Any] | None
+    dataset: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def read_record(path: pathlib.Path) -> Record:
+    """Returns what a run's config.json holds, of whichever version since 0.1.0.
 
     Raises:
       FileNotFoundError: if it is not there.
       ConfigError: if it cannot be read as the record of a run.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        from_dict(record["config"])
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config, notes = read_settings(values["config"])
+        return Record(
+            config=config,
+            experiment=_experiment(values, config),
+            dataset=values.get("dataset") or {},
+            changes=values.get("changes") or [],
+            environment=values.get("environment") or {},
+            notes=[f"{path}: {note}" for note in notes],
+        )
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"{path}: cannot be read as the record of a run: {error}. Was it written by another "
-            "version? Restore it from a backup, or use a new --workdir"
+            f"{path}: cannot be read as the record of a run: {error}. Was it changed since? "
+            "Restore it from a backup, or use a new --workdir"
         ) from error
-    return record
+
+
+def _experiment(values: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+    """Returns where recorded settings are from, its own values by their paths of today."""
+    recorded = values.get("experiment")
+    if not recorded:
+        return None
+    own = copy.deepcopy(values["config"])
+    for path, value in recorded["own"].items():
+        group, name = _group_of(own, path)
+        group[name] = value
+    before, _ = read_settings(own)
+    pairs = ((path, plain(get(before, path)), plain(get(config, path))) for path, _, _ in leaves())
+    return {"file": recorded["file"], "own": {path: own for path, own, now in pairs if own != now}}
 
 
 def flatten(
@@ -98,7 +200,7 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
     allowed: list[str] = []
     for path, _, field in leaves():
         before, after = get(old, path), get(new, path)
-        if before != after:
+        if plain(before) != plain(after):
             resumable = field.metadata["resumable"]
             (allowed if resumable else refused).append(f"config.{path}: {before!r} → {after!r}")
     # The average is part of the state: it can neither be added to a run nor taken away.

@@ -119,9 +119,9 @@ def read(folder: pathlib.Path) -> Record:
       UserError: if it has no metrics, or one of its files cannot be read.
     """
     lines = plots.read_metrics(folder / "metrics.jsonl")
-    recorded = workdir.recorded(Workdir(folder)) or {}
-    config = configs.from_dict(recorded["config"]) if recorded else None
-    dataset = recorded.get("dataset", {})
+    recorded = workdir.recorded(Workdir(folder))
+    config = recorded.config if recorded else None
+    dataset = recorded.dataset if recorded else {}
     evaluated = predictions.read(folder)
     if evaluated and not _is_of(lines, evaluated.result):
         evaluated = None
@@ -134,11 +134,11 @@ def read(folder: pathlib.Path) -> Record:
         folder=folder,
         lines=lines,
         config=config,
-        experiment=recorded.get("experiment"),
-        changes=recorded.get("changes", ()),
+        experiment=recorded.experiment if recorded else None,
+        changes=recorded.changes if recorded else (),
         dataset=dataset,
         result=result,
-        environment=result.get("environment") or recorded.get("environment", {}),
+        environment=result.get("environment") or (recorded.environment if recorded else {}),
         evaluated=evaluated,
         finished=finished,
     )

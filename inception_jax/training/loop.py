@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import Preempted, RunError, during
@@ -100,7 +99,7 @@ def train(
         state, clock, train_steps, notes = _start(run, checkpoints, background)
         first = int(state.step)
         if first and run.is_lead and (old := workdirs.recorded(workdir)):
-            notes += _rate_rise(run, configs.from_dict(old["config"]), first)
+            notes += _rate_rise(run, old.config, first)
         if run.is_lead:
             workdirs.record_start(
                 workdir,
@@ -189,7 +188,9 @@ def _start(
     like, create = states.plan(run)
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
-    start = initialization.start(run, like) if first is None and run.config.init.weights else None
+    start = None
+    if first is None and run.config.init.weights:
+        start = initialization.initialize_from(run, like)
     log = progress_lines.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(run, like, background, first=first or 0, log=log)
     if start:

@@ -138,7 +138,7 @@ def range_test(
     like, create = states.plan(rising)
     state = create()
     if run.config.init.weights:
-        state = states.start_from(state, initialization.start(rising, like).values)
+        state = states.start_from(state, initialization.initialize_from(rising, like).values)
     train_step = make_train_step(rising, rising.train_image_size(0))
     batches = pipeline.train_batches(
         run.dataset.train,

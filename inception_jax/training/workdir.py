@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration
+from inception_jax.config import Config, Duration, Record
 from inception_jax.datasets.dataset import class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.runtime import environment, hosts
@@ -116,7 +116,7 @@ def check_shared(workdir: Workdir) -> None:
         own.unlink()
 
 
-def recorded(workdir: Workdir) -> dict[str, Any] | None:
+def recorded(workdir: Workdir) -> Record | None:
     """Returns what config.json holds, or None in a new folder.
 
     Raises:
@@ -130,8 +130,18 @@ def recorded(workdir: Workdir) -> dict[str, Any] | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
-    """Returns the settings of a folder's run, and what it says of its data set.
+def recorded_settings(workdir: Workdir | None) -> Config | None:
+    """Returns the settings of the run that has a checkpoint in a folder; None if there is none.
+
+    Raises:
+      CheckpointError: if its record cannot be read.
+    """
+    record = recorded(workdir) if workdir and has_checkpoint(workdir) else None
+    return None if record is None else record.config
+
+
+def recorded_run(workdir: Workdir) -> Record:
+    """Returns what a folder's config.json holds, the names of the classes among it.
 
     Raises:
       CheckpointError: if there is no run, its record cannot be read, or an older version wrote it.
@@ -139,13 +149,12 @@ def recorded_run(workdir: Workdir) -> tuple[Config, dict[str, Any]]:
     record = recorded(workdir)
     if record is None:
         raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
-    dataset = record["dataset"]
-    if _NAMES not in dataset:
+    if _NAMES not in record.dataset:
         raise CheckpointError(
             f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
             "the training's command once more: it adds them, and ends at once where it is finished"
         )
-    return configs.from_dict(record["config"]), dataset
+    return record
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
@@ -166,10 +175,10 @@ def check_owner(workdir: Workdir, config: Config) -> list[str]:
     Raises:
       CheckpointError: naming the settings that differ and may not.
     """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
-    if record is None:
+    before = recorded_settings(workdir)
+    if before is None:
         return []
-    refused, allowed = configs.changes(configs.from_dict(record["config"]), config)
+    refused, allowed = configs.changes(before, config)
     if refused:
         raise _other_run(
             workdir,
@@ -196,7 +205,7 @@ def recall(
       config: of this start; changed in place.
       experiment: where it is from, as `cli.experiment` says it.
       given: paths of the settings that this start overrides itself.
-      log: takes a line that names what is changed.
+      log: takes a line that names what is changed, and those on the record itself.
 
     Returns:
       Where the settings are from now, as `experiment`.
@@ -205,7 +214,9 @@ def recall(
       CheckpointError: if the run's record cannot be read.
     """
     record = recorded(workdir) if workdir and has_checkpoint(workdir) else None
-    before = record["experiment"] if record and record.get("experiment") else None
+    before = record.experiment if record else None
+    for note in record.notes if record else ():
+        log(note)
     own = dict(experiment["own"])
     lengths = _given_lengths(config, given) if record else ()
     for path, _, _ in configs.leaves():
@@ -215,7 +226,7 @@ def recall(
             own.setdefault(path, here)
     recalled: list[str] = []
     if record and before:
-        old = configs.from_dict(record["config"])
+        old = record.config
         same_file = _resolved(before["file"]) == _resolved(experiment["file"])
         chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
         written = [_as_written(old, before, chosen), _as_written(config, experiment, chosen)]
@@ -261,10 +272,9 @@ def with_recorded(workdir: Workdir, config: Config) -> Config:
     Raises:
       CheckpointError: if config.json cannot be read.
     """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
-    if record is None:
+    before = recorded_settings(workdir)
+    if before is None:
         return config
-    before = configs.from_dict(record["config"])
     return configs.fill_open(config, {p: configs.get(before, p) for p in configs.OPEN})
 
 
@@ -278,7 +288,7 @@ def check_dataset(workdir: Workdir, dataset: dict[str, Any]) -> None:
       CheckpointError: naming what differs.
     """
     record = recorded(workdir) if has_checkpoint(workdir) else None
-    before = record["dataset"] if record else dataset
+    before = dict(record.dataset) if record else dataset
     # Where there is no file of 16 bits a channel, it does not matter what was taken for theirs.
     implied = dataset.get("bit depth") and configs.unrecorded_bit_depth(dataset["name"])
     before = {"bit depth": implied} | before
@@ -324,17 +334,19 @@ def record_start(
       dataset: what the examples are.
       experiment: where the settings are from; None: not known.
     """
-    record = (recorded(workdir) if has_checkpoint(workdir) else None) or {"changes": []}
+    record = recorded(workdir) if has_checkpoint(workdir) else None
+    changes = list(record.changes) if record else []
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record["changes"].append({"step": step, "date": now, "settings": changed})
+        changes.append({"step": step, "date": now, "settings": changed})
     values = configs.to_dict(config)
     # To prepare changed data again is asked for once: no later start may do so unasked.
     values["data"]["on_change"] = configs.Data().on_change
-    record |= {
+    written = {
+        "changes": changes,
         "config": values,
         "experiment": experiment,
         "dataset": dataset,
         "environment": environment.environment(),
     }
-    write_json(workdir.config, record)
+    write_json(workdir.config, written)

@@ -59,7 +59,7 @@ def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) 
     else:
         predictor = Predictor(random_weights.make())
         pixels = predictor.read((folder / "picture.png").read_bytes(), "")
-        best = predictor.guesses(pixels[None])[0]
+        best = predictor.predict(pixels[None])[0]
         assert done.stdout.splitlines() == [f"{g.probability:6.1%}  {g.name}" for g in best]
 
 
