@@ -1,9 +1,11 @@
 """Runs and weights that revision 56edb8b wrote are used as that revision used them.
 
-tests/fixtures/56edb8b/README.md says how they were made; expected.json holds the figures. On the
-machine and the versions that made them all of it is equal to the last bit. Other versions of XLA
-and other CPUs add in another order: a forward pass then differs in the sixth digit, and a training
-of some steps in the third, as each step takes up what the one before it rounded.
+tests/fixtures/56edb8b/README.md says how they were made; expected.json holds the figures. With the
+versions, flags and CPU that made them, evaluation, prediction and the steps of the resumed training
+are equal to the last bit. Others add in another order: a forward pass then differs in the sixth
+digit, and steps of training in the third, as each takes up what the one before it rounded. What the
+resumed run's evaluations say differs more: since then they estimate the statistics of BatchNorm
+anew for the averaged parameters.
 """
 
 import csv
@@ -31,8 +33,8 @@ from tests import command
 FIXTURE = command.ROOT / "tests" / "fixtures" / "56edb8b"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))["runs"]
 NAMES = ("digits", "image_folder")
-# Of a forward pass, relative to the figure; and of training, in the loss and in percent.
-FORWARD, TRAINED, TRAINED_TOP1 = 1e-4, 0.05, 3.0
+# Relative to the figure: of a forward pass, and of a step of the resumed training.
+FORWARD, TRAINED = 1e-4, 1e-2
 
 
 @pytest.fixture
@@ -47,8 +49,6 @@ def main(folder: pathlib.Path, *arguments: str) -> tuple[dict[str, Any], str]:
         "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": os.pathsep.join([str(command.ROOT), *sys.path[1:]]),
     }
-    # They make another program of the same network.
-    del environment["XLA_FLAGS"]
     done = subprocess.run(
         [sys.executable, "-m", "inception_jax.main", *arguments],
         cwd=folder,
@@ -89,13 +89,17 @@ def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) 
     assert log.count(line) == 1
     assert "config.data.archive_encoding = 'none': must be an encoding" in log
     assert result["step"] == expected["output"]["step"]
-    for metric, tolerance in (("loss", TRAINED), ("top1", TRAINED_TOP1)):
-        assert result[metric] == pytest.approx(expected["output"][metric], abs=tolerance)
+    assert result["loss"] == pytest.approx(expected["output"]["loss"], abs=0.05)
+    assert result["top1"] == pytest.approx(expected["output"]["top1"], abs=3)
     assert json.loads((workdir / "result.json").read_text())["loss"] == result["loss"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["split"]) for line in lines] == [
         (line["step"], line["split"]) for line in expected["metrics.jsonl"]
     ]
+    for line, before in zip(lines, expected["metrics.jsonl"], strict=True):
+        if line["split"] == "train":
+            for metric in ("loss", "gradient_norm", "learning_rate"):
+                assert line[metric] == pytest.approx(before[metric], rel=TRAINED), line["step"]
     # What was written before the stop is still there.
     stopped = EXPECTED[name]["metrics_at_stop"]
     assert lines[: len(stopped)] == stopped
