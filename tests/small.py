@@ -115,6 +115,7 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
         variables=draw(model, settings.data.image_size, seed=seed),
         model=settings.model,
         image_size=settings.data.image_size,
+        eval_crop=settings.data.eval_crop,
         eval_image_size=settings.evaluation.image_size,
         dataset=settings.data.name,
         class_names=tuple(f"kind {label}" for label in range(classes)),

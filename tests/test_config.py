@@ -6,7 +6,16 @@ import pathlib
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Optimizer, Schedule, Timeline, Train, other_names
+from inception_jax.config import (
+    Config,
+    Duration,
+    Optimizer,
+    Schedule,
+    Timeline,
+    Train,
+    other_names,
+    serialization,
+)
 from inception_jax.errors import ConfigError
 
 
@@ -211,6 +220,22 @@ def test_what_was_recorded_is_not_held_against_todays_rules() -> None:
     )
     assert (found.schedule.name, found.model.name, found.model.dropout) == ("gone", "lost", 3.0)
     assert not notes
+
+
+def test_groups_of_a_mapping_are_read_tolerantly_too() -> None:
+    notes: list[str] = []
+    found = serialization._without_strangers(
+        "evaluations",
+        {"half": {"epochs": 2, "days": 3, "steps": "x"}, "all": 7},
+        dict[str, Duration],
+        notes,
+    )
+    assert found == {"half": {"epochs": 2}, "all": {}}
+    assert [note.partition(":")[0] for note in notes] == [
+        "config.evaluations.half.days = 3",
+        "config.evaluations.half.steps = 'x'",
+        "config.evaluations.all. = 7",
+    ]
 
 
 def test_renamed_settings_are_read_by_their_names_of_today(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
             notes.append(f"config.{path} = {value!r}: no setting of this version; it is left out")
             continue
         hint, field = known[path]
-        put(config, path, value)
+        put(config, path, _without_strangers(path, value, hint, notes))
         if matches(get(config, path), hint):
             continue
         problem = f"config.{path} = {value!r}: must be of type {type_name(hint)}"
@@ -63,6 +64,26 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
         put(config, path, get(default, path))
         notes.append(f"{problem}; the default is taken, {get(default, path)!r}")
     return config, notes
+
+
+def _without_strangers(path: str, value: Any, hint: Any, notes: list[str]) -> Any:
+    """Returns a value; of a mapping of names to groups without what this version does not have."""
+    kind = (typing.get_args(hint) or (None, None))[-1]
+    if not (isinstance(value, Mapping) and dataclasses.is_dataclass(kind)):
+        return value
+    hints = {inside: hint for inside, hint, _ in leaves(typing.cast(type, kind))}
+    found: dict[str, dict[str, Any]] = {}
+    for name, group in value.items():
+        found[name] = {}
+        for inside, each in flatten(group if isinstance(group, Mapping) else {"": group}).items():
+            if inside in hints and matches(each, hints[inside]):
+                found[name][inside] = each
+            else:
+                notes.append(
+                    f"config.{path}.{name}.{inside} = {each!r}: no setting of this version, or of "
+                    "another type; it is left out"
+                )
+    return found
 
 
 def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -109,6 +130,8 @@ class Record:
       dataset: what the examples are.
       changes: of settings, when the run was resumed.
       environment: of the last start.
+      parts: those that the settings name and that are not the package's own: kind, name and file.
+      own: the names of objects that a program gave in place of what the settings name, by kind.
       notes: what of the settings is left out, a line for the log each.
     """
 
@@ -117,7 +140,9 @@ class Record:
     dataset: Mapping[str, Any]
     changes: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
-    notes: Sequence[str]
+    parts: Sequence[Mapping[str, str]] = ()
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def read_record(path: pathlib.Path) -> Record:
@@ -136,6 +161,8 @@ def read_record(path: pathlib.Path) -> Record:
             dataset=values.get("dataset") or {},
             changes=values.get("changes") or [],
             environment=values.get("environment") or {},
+            parts=values.get("parts") or [],
+            own=values.get("own") or {},
             notes=[f"{path}: {note}" for note in notes],
         )
     except FileNotFoundError:

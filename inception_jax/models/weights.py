@@ -98,8 +98,11 @@ class Weights:
         Raises:
           ConfigError: if nothing registered a network of its name, or it has no classifier.
         """
+        return self._create(self.num_classes)
+
+    def _create(self, num_classes: int) -> Network:
         try:
-            return registry.create(self.model, self.num_classes)
+            return registry.create(self.model, num_classes)
         except ConfigError as error:
             raise ConfigError(f"{self.origin or 'weights'}: {error}") from error
 
@@ -179,13 +182,16 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
         fields, notes = _fields(json.loads(metadata[_KEY]))
         variables = unflatten({name: np.array(a, np.float32) for name, a in arrays.items()})
         found = Weights(variables=variables, origin=str(path), **fields)
-        if len(found.class_names) not in (0, found.num_classes):
-            raise ValueError(f"{len(found.class_names)} class names, {found.num_classes} logits")
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path}: its description cannot be read: {error}. It was written by another version "
             "of this package, or changed since: export it again, or use the version that wrote it"
         ) from error
+    if len(found.class_names) not in (0, found.num_classes):
+        raise DataError(
+            f"{path}: has {len(found.class_names)} class names and {found.num_classes} logits, so "
+            "it was changed since it was written: export it again"
+        )
     for note in notes:
         log(f"{path}: {note}")
     return found

@@ -248,9 +248,14 @@ def test_no_one_who_gave_or_copies_the_settings_changes_the_weights() -> None:
 def test_a_network_that_nothing_registered_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights"
     weights.save(path, example(model=Model(name="my_net")))
-    found = weights.load(path)
     with pytest.raises(ConfigError, match=r"weights: .*'my_net'.* once the file .* is imported"):
-        _ = found.network
+        _ = weights.load(path).network
+
+
+def test_other_names_than_logits_are_refused(tmp_path: pathlib.Path) -> None:
+    weights.save(tmp_path / "weights", example(class_names=("a", "b", "c")))
+    with pytest.raises(DataError, match="3 class names and 2 logits"):
+        weights.load(tmp_path / "weights")
 
 
 def test_the_published_weights_are_read() -> None:
