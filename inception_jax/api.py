@@ -83,8 +83,8 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     _check_path(path)
     place = paths.local(path, str(path))
     if place.is_dir():
-        return load.from_checkpoint(Workdir(place), str(checkpoint))
-    return weight_files.load(place)
+        return load.from_checkpoint(Workdir(place), str(checkpoint), cli.say)
+    return weight_files.load(place, cli.say)
 
 
 def _check_path(path: object) -> None:

@@ -305,10 +305,10 @@ def test_a_run_goes_on_with_what_its_start_allowed() -> None:
     recorded = Config()
     recorded.schedule.name, recorded.schedule.learning_rate = "gone", -1.0
     found = configs.validate(copy.deepcopy(recorded), recorded=recorded)
-    assert [line.partition(":")[0] for line in found] == [
+    assert {line.partition(":")[0] for line in found} == {
         "config.schedule.name = 'gone'",
         "config.schedule.learning_rate = -1.0",
-    ]
+    }
     with pytest.raises(ConfigError, match="gone"):
         configs.validate(recorded)
     changed = copy.deepcopy(recorded)

@@ -248,22 +248,11 @@ def unflatten(leaves: Mapping[str, Any]) -> Variables:
     return {"batch_stats": {}} | traverse_util.unflatten_dict(leaves, sep="/")
 
 
-# What a file says under the same names as `Weights` does.
-_AS_THEY_ARE = (
-    "image_size",
-    "eval_crop",
-    "eval_image_size",
-    "bit_depth",
-    "experiment",
-    "dataset",
-    "dataset_version",
-    "is_average",
-    "step",
-    "epoch",
-    "checkpoint",
-    "revision",
-    "version",
-)
+# What a file says in other words than `Weights`, or not at all; the rest it says by the same names.
+_IN_OTHER_WORDS = {"variables", "model", "class_names", "mean", "std", "metrics", "origin"}
+_AS_THEY_ARE = [
+    field.name for field in dataclasses.fields(Weights) if field.name not in _IN_OTHER_WORDS
+]
 
 
 def _description(weights: Weights) -> dict[str, Any]:

@@ -201,6 +201,10 @@ def test_what_inference_needs_is_picked_out_of_the_settings_of_format_1(
     assert (found.image_size, found.eval_crop, found.eval_image_size) == (64, 0.9, 80)
     assert (found.bit_depth, found.dataset, found.experiment) == (depth, data, "old")
     assert (found.checkpoint, found.step, found.class_names) == ("", 12, ("grün", "blau"))
+    # Later ones of that format say these.
+    rewrite(path, lambda description: description | {"bit_depth": 12, "checkpoint": "last"})
+    found = weights.load(path)
+    assert (found.bit_depth, found.checkpoint) == (12, "last")
 
 
 @pytest.mark.parametrize("format", [1, 2])
