@@ -142,6 +142,11 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
     assert done.returncode == 2
     assert "it has train, validation, test" in done.stderr
 
+    weights.save(path, dataclasses.replace(network, dataset=""))
+    done = command.run(*arguments, "--split=test")
+    assert done.returncode == 2
+    assert f"--split=test: {path} does not say its data set" in done.stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
