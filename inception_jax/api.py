@@ -21,14 +21,14 @@ from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import Preempted, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights, summary
 from inception_jax.experiment import load_config
+from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import registry
 from inception_jax.models import weights as weight_files
 from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage import paths
-from inception_jax.training import initialization, run
+from inception_jax.training import run
 from inception_jax.training.initialization import create_state
 from inception_jax.training.norm import NormEstimator
 from inception_jax.training.run import Run, train_batches
@@ -152,8 +152,8 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     """
     place = paths.local(_checked_path(path, "path", "a run's folder or of a file"), str(path))
     if place.is_dir():
-        return initialization.from_checkpoint(Workdir(place), str(checkpoint))
-    return weight_files.load(place)
+        return load.from_checkpoint(Workdir(place), str(checkpoint), console.say)
+    return weight_files.load(place, console.say)
 
 
 def load_model(weights: Weights) -> tuple[Network, Variables]:
@@ -163,7 +163,7 @@ def load_model(weights: Weights) -> tuple[Network, Variables]:
     [B, H, W, 3] that are normalized: (pixel / 255 - weights.mean) / weights.std.
     """
     check_weights(weights)
-    return registry.create(weights.config.model, weights.num_classes), weights.variables
+    return weights.network, weights.variables
 
 
 def load_dataset(config: Config) -> Dataset:

@@ -5,6 +5,7 @@ wherever it lies itself and wherever the program runs. Nothing of that is left b
 """
 
 import contextlib
+import copy
 import difflib
 import importlib.machinery
 import os
@@ -17,7 +18,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from inception_jax import advice, registry
+from inception_jax import advice, console, registry
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
@@ -38,7 +39,7 @@ _MISSING = re.compile(rf"'?(\w+)' from '{_NAME}'|No module named '{_NAME}\.(\w+)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the settings of an experiment, checked as a whole.
+    """Returns the settings of an experiment, checked as a whole, or those of a run as they were.
 
     Args:
       path: of the experiment, a Python file with a get_config(), which is run; or of the
@@ -52,11 +53,14 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path: must be the path of an experiment, got {type(path).__name__}")
-    config = load(os.fspath(path))
+    config = load(os.fspath(path), log=console.say_once)
+    # Other rules may have let a recorded run start.
+    recorded = copy.deepcopy(config) if os.fspath(path).endswith(".json") else None
     for name, value in (overrides or {}).items():
         configs.check_path(name)
         configs.put(config, name, value)
-    configs.validate(config)
+    for problem in configs.validate(config, recorded=recorded):
+        console.say_once(f"{path}: {problem}; it was recorded so")
     return config
 
 

@@ -195,7 +195,7 @@ def _settle(
     """
     before = workdirs.previous(folder)
     experiment = origin and workdirs.recall(before, config, *origin, log)
-    run.check_settings(config)
+    run.check_settings(config, before.record.config if before.record else None, log)
     config = workdirs.with_recorded(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from inception_jax.config import Config, Data, Evaluation, Model
+from inception_jax.config import Model
 from inception_jax.models import registry
 from inception_jax.models.weights import Weights
 from tests import small
@@ -21,9 +21,9 @@ def make(model: Model = MINI, size: int = SIZE, evaluated: int = 0) -> Weights:
     """
     return Weights(
         variables=small.draw(registry.create(model, 7), size),
-        config=Config(
-            data=Data(image_size=size), model=model, evaluation=Evaluation(image_size=evaluated)
-        ),
+        model=model,
+        image_size=size,
+        eval_image_size=evaluated,
         class_names=tuple("abcdefg"),
         mean=np.array([0.4, 0.5, 0.6], np.float32),
         std=np.array([0.2, 0.25, 0.3], np.float32),

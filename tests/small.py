@@ -117,7 +117,11 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
     model = registry.create(settings.model, classes)
     return Weights(
         variables=draw(model, settings.data.image_size, seed=seed),
-        config=settings,
+        model=settings.model,
+        image_size=settings.data.image_size,
+        eval_crop=settings.data.eval_crop,
+        eval_image_size=settings.evaluation.image_size,
+        dataset=settings.data.name,
         class_names=tuple(f"kind {label}" for label in range(classes)),
         mean=np.array([0.4, 0.5, 0.6], np.float32),
         std=np.array([0.3, 0.25, 0.2], np.float32),

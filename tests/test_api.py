@@ -64,10 +64,10 @@ def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Wo
     np.testing.assert_allclose(predictor.logits(pixels), expected, atol=1e-5)
 
     probabilities = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
-    for row, guesses in zip(probabilities, predictor.guesses(pixels, 3), strict=True):
-        assert [guess.label for guess in guesses] == list(np.argsort(-row)[:3])
-        assert guesses[0].name == dataset.class_names[guesses[0].label]
-        found = [guess.probability for guess in guesses]
+    for row, predictions in zip(probabilities, predictor.predict(pixels, 3), strict=True):
+        assert [each.label for each in predictions] == list(np.argsort(-row)[:3])
+        assert predictions[0].name == dataset.class_names[predictions[0].label]
+        found = [each.probability for each in predictions]
         np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-5)
 
 

@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -13,6 +15,7 @@ from inception_jax.config import (
     Train,
     View,
     other_names,
+    serialization,
 )
 from inception_jax.errors import ConfigError
 
@@ -199,6 +202,138 @@ def test_a_group_is_no_setting() -> None:
 def test_an_unknown_field_of_a_record_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"config\.train\.rate"):
         configs.from_dict({"train": {"rate": 1}})
+
+
+def test_settings_of_another_version_are_named_and_left_out() -> None:
+    values = configs.to_dict(Config(seed=3))
+    values["train"]["rate"] = 1
+    values["spare"] = {"time": {"much": True}}
+    values["train"]["length"]["epochs"] = "many"
+    found, notes = configs.read_settings(values)
+    assert found == Config(seed=3)
+    assert notes == [
+        "config.train.length.epochs = 'many': must be of type float; the default is taken, 60",
+        "config.train.rate = 1: no setting of this version; it is left out",
+        "config.spare.time.much = True: no setting of this version; it is left out",
+    ]
+
+
+def test_a_wrong_type_that_decides_on_the_network_is_no_default() -> None:
+    with pytest.raises(ConfigError, match=r"config\.model\.width = '1': must be of type float"):
+        configs.read_settings({"model": {"width": "1"}})
+
+
+def test_what_was_recorded_is_not_held_against_todays_rules() -> None:
+    found, notes = configs.read_settings(
+        {"schedule": {"name": "gone"}, "model": {"name": "lost", "dropout": 3.0}}
+    )
+    assert (found.schedule.name, found.model.name, found.model.dropout) == ("gone", "lost", 3.0)
+    assert not notes
+
+
+def test_groups_of_a_mapping_are_read_tolerantly_too() -> None:
+    notes: list[str] = []
+    found = serialization._without_strangers(
+        "evaluations",
+        {"half": {"epochs": 2, "days": 3, "steps": "x"}, "all": 7},
+        dict[str, Duration],
+        notes,
+    )
+    assert found == {"half": {"epochs": 2}, "all": {}}
+    assert [note.partition(":")[0] for note in notes] == [
+        "config.evaluations.half.days = 3",
+        "config.evaluations.half.steps = 'x'",
+        "config.evaluations.all. = 7",
+    ]
+
+
+def test_renamed_settings_are_read_by_their_names_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    def duration(value: dict[str, float]) -> dict[str, float]:
+        """schedule.warmup, in epochs."""
+        return {"schedule.warmup.epochs": value["count"] / value["per"]}
+
+    monkeypatch.setitem(configs.RENAMED, "train.parts", "train.accumulate")
+    monkeypatch.setitem(configs.RENAMED, "head", "model")
+    monkeypatch.setitem(configs.RENAMED, "train.rise", duration)
+    monkeypatch.setitem(configs.RENAMED, "own.depth", "model.options.depth")
+    monkeypatch.setitem(
+        configs.RENAMED, "data.image_size", lambda size: {"data.image_size": 2 * size}
+    )
+    found, notes = configs.read_settings(
+        {
+            "train": {"parts": 4, "rise": {"count": 12, "per": 4}},
+            "head": {"width": 0.5},
+            "own": {"depth": 3},
+            "data": {"image_size": 24},
+        }
+    )
+    assert not notes
+    assert (found.train.accumulate, found.model.width, found.data.image_size) == (4, 0.5, 48)
+    assert found.schedule.warmup == Duration(epochs=3.0)
+    assert found.model.options == {"depth": 3}
+
+    _, notes = configs.read_settings({"train": {"parts": 4, "accumulate": 2}})
+    assert notes == ["config.train.parts = 4: is config.train.accumulate now, which is there too"]
+    for old, new in (
+        ("train.parts", "'train.accumulate'"),
+        ("parts", "'train.accumulate'"),
+        ("head.width", "'model.width'"),
+        ("train.rise.count", "schedule.warmup, in epochs"),
+    ):
+        assert f"there is no such setting. It is {new} now." in configs.unknown_field(old)
+
+
+def test_no_renamed_setting_is_one_of_today() -> None:
+    known = {path for path, _, _ in configs.leaves()}
+    for old, new in configs.RENAMED.items():
+        if isinstance(new, str):
+            assert old not in known, old
+            assert any(f"{path}.".startswith(f"{new}.") for path in known), new
+        else:
+            assert new.__doc__, old
+
+
+def test_a_record_is_read_with_the_experiments_own_values(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(configs.RENAMED, "train.parts", "train.accumulate")
+    values = configs.to_dict(Config(seed=3))
+    values["train"] |= {"parts": 4}
+    del values["train"]["accumulate"]
+    own = {"train.parts": 2, "seed": 0, "model.gate": "sigmoid"}
+    record = {"config": values, "experiment": {"file": "a.py", "own": own}, "dataset": {"a": 1}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(record))
+    found = configs.read_record(path)
+    assert found.config.train.accumulate == 4
+    assert found.experiment == {"file": "a.py", "own": {"seed": 0, "train.accumulate": 2}}
+    assert (found.dataset, found.changes, found.notes) == ({"a": 1}, [], [])
+
+
+def test_a_run_goes_on_with_what_its_start_allowed() -> None:
+    recorded = Config()
+    recorded.schedule.name, recorded.schedule.learning_rate = "gone", -1.0
+    found = configs.validate(copy.deepcopy(recorded), recorded=recorded)
+    assert {line.partition(":")[0] for line in found} == {
+        "config.schedule.name = 'gone'",
+        "config.schedule.learning_rate = -1.0",
+    }
+    with pytest.raises(ConfigError, match="gone"):
+        configs.validate(recorded)
+    changed = copy.deepcopy(recorded)
+    changed.schedule.learning_rate = -2.0
+    with pytest.raises(ConfigError, match=r"^config\.schedule\.learning_rate = -2\.0: [^\n]*$"):
+        configs.validate(changed, recorded=recorded)
+
+
+def test_options_are_equal_whether_read_back_or_given() -> None:
+    old, new = Config(), Config()
+    new.model.options = {"sizes": [1, 2]}
+    recorded, _ = configs.read_settings(json.loads(json.dumps(configs.to_dict(new))))
+    given = Config()
+    configs.put(given, "model.options.sizes", (1, 2))
+    assert configs.changes(recorded, given) == configs.changes(new, given) == ([], [])
+    assert configs.changes(old, given)[0] == ["config.model.options: {} → {'sizes': (1, 2)}"]
 
 
 def test_changes_are_split_into_refused_and_allowed() -> None:

@@ -16,6 +16,7 @@ from inception_jax.config.fields import (
     type_name,
     unknown_field,
 )
+from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import (
     BIT_DEPTHS,
     CROPS,
@@ -57,6 +58,7 @@ from inception_jax.config.serialization import (
     flatten,
     from_dict,
     read_record,
+    read_settings,
     shared,
     to_dict,
     unrecorded_bit_depth,
@@ -80,6 +82,7 @@ __all__ = [
     "OPEN",
     "OPTIMIZERS",
     "POLICIES",
+    "RENAMED",
     "SCHEDULES",
     "STEMS",
     "STORAGES",
@@ -118,6 +121,7 @@ __all__ = [
     "plain",
     "put",
     "read_record",
+    "read_settings",
     "setting",
     "shared",
     "to_dict",

@@ -90,20 +90,26 @@ def put(config: Config, path: str, value: Any) -> None:
         for inside, each in value.items():
             put(config, f"{path}.{inside}", each)
         return
-    value = tuple(value) if isinstance(value, list) else value
     if isinstance(group, dict):
-        group[name] = value
+        group[name] = _with_tuples(value)
     else:
-        setattr(group, name, value)
+        setattr(group, name, _with_tuples(value))
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value with tuples in place of lists, inside a mapping too."""
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(entry) for name, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, tuple | list) else value
 
 
 def plain(value: Any) -> Any:
     """Returns a setting's value as JSON gives it back: tuples as lists, groups as dictionaries."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return list(value) if isinstance(value, tuple) else value
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def is_open(config: Config, path: str) -> bool:
@@ -158,13 +164,15 @@ def unknown_field(path: str) -> str:
 def did_you_mean(path: str, prefix: str = "") -> str:
     """Returns ' Did you mean X?' for a setting's name or path that does not exist, or ''.
 
-    It knows what other trainers call the settings.
+    It knows what other trainers call the settings, and what older versions called them.
 
     Args:
       path: what was given, with or without a group.
       prefix: what to put before the setting's path.
     """
     path = path.lower().replace("-", "_")
+    if renamed := other_names.new_name(path, prefix):
+        return f" It is {renamed} now."
     group, _, name = path.rpartition(".")
     known = [known_path for known_path, _, _ in leaves()]
     same_name = [p for p in known if p.rpartition(".")[2] == name]

@@ -1,4 +1,30 @@
-"""What other trainers (timm, torchvision, Keras, Lightning) call settings, to hint at ours."""
+"""What settings were called in older versions, and what other trainers call them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Every setting or group of settings that has another name, place or form than in an older version,
+# by the dotted path that it had there. What older versions recorded is read through this map, and
+# on the command line an old name is answered with the new one. The value is the dotted path of
+# today or, where the value changes too, a function that returns what to set today, by dotted path;
+# the first line of its docstring is the answer: "train.duration, such as '20 epochs'."
+RENAMED: dict[str, str | Callable[[Any], Mapping[str, Any]]] = {}
+
+
+def new_name(path: str, prefix: str = "") -> str:
+    """Returns what a setting of an older version is called today, in words; '' if it is unknown.
+
+    Args:
+      path: dotted, or the last part of it alone.
+      prefix: what to put before the path of today.
+    """
+    for old, new in RENAMED.items():
+        if f"{path}.".startswith(f"{old}.") or path == old.rpartition(".")[2]:
+            if not isinstance(new, str):
+                return prefix + (new.__doc__ or "").partition("\n")[0].rstrip(".")
+            return repr(prefix + new + (path.removeprefix(old) if path.startswith(old) else ""))
+    return ""
+
 
 # What Keras, timm, torchvision and Lightning call our settings, where no setting has that name.
 _OTHER_NAMES = {

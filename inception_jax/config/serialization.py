@@ -1,12 +1,15 @@
 """Configurations as dictionaries and JSON, and how two of them differ."""
 
+import copy
 import dataclasses
 import json
 import pathlib
+import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from inception_jax.config.fields import check_path, get, leaves, plain, put
+from inception_jax.config.fields import get, leaves, matches, plain, put, type_name
+from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import Config
 from inception_jax.errors import ConfigError
 
@@ -22,11 +25,88 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: if a field is unknown.
     """
-    config = Config()
-    for path, value in flatten(values, stop={known for known, _, _ in leaves()}).items():
-        check_path(path)
-        put(config, path, value)
+    config, notes = read_settings(values)
+    if notes:
+        raise ConfigError("\n".join(notes))
     return config
+
+
+def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """Returns settings that this or another version recorded; only their types are checked.
+
+    Rules may have changed since, so that whoever starts something new has to `validate` them.
+
+    Args:
+      values: nested, as `to_dict` of that version gave them; what is not there is as by default.
+
+    Returns:
+      The settings, and a line for the log of each that is left out: those that this version does
+      not have, and those of a wrong type without which the network and the examples are the same.
+
+    Raises:
+      ConfigError: if a value is of a wrong type that decides on the network or the examples.
+    """
+    config, default, notes = Config(), Config(), list[str]()
+    known = {path: (hint, field) for path, hint, field in leaves()}
+    for path, value in flatten(_with_new_names(values, notes), stop=known).items():
+        if path not in known:
+            notes.append(f"config.{path} = {value!r}: no setting of this version; it is left out")
+            continue
+        hint, field = known[path]
+        put(config, path, _without_strangers(path, value, hint, notes))
+        if matches(get(config, path), hint):
+            continue
+        problem = f"config.{path} = {value!r}: must be of type {type_name(hint)}"
+        if not field.metadata["resumable"]:
+            raise ConfigError(problem)
+        put(config, path, get(default, path))
+        notes.append(f"{problem}; the default is taken, {get(default, path)!r}")
+    return config, notes
+
+
+def _without_strangers(path: str, value: Any, hint: Any, notes: list[str]) -> Any:
+    """Returns a value; of a mapping of names to groups without what this version does not have."""
+    kind = (typing.get_args(hint) or (None, None))[-1]
+    if not (isinstance(value, Mapping) and dataclasses.is_dataclass(kind)):
+        return value
+    hints = {inside: hint for inside, hint, _ in leaves(typing.cast(type, kind))}
+    found: dict[str, dict[str, Any]] = {}
+    for name, group in value.items():
+        found[name] = {}
+        for inside, each in flatten(group if isinstance(group, Mapping) else {"": group}).items():
+            if inside in hints and matches(each, hints[inside]):
+                found[name][inside] = each
+            else:
+                notes.append(
+                    f"config.{path}.{name}.{inside} = {each!r}: no setting of this version, or of "
+                    "another type; it is left out"
+                )
+    return found
+
+
+def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Returns nested settings by their names of today, and notes what is there by both names."""
+    found = copy.deepcopy(dict(values))
+    for old, new in RENAMED.items():
+        group, name = _group_of(found, old)
+        if name not in group:
+            continue
+        value = group.pop(name)
+        for path, moved in ({new: value} if isinstance(new, str) else new(value)).items():
+            group, name = _group_of(found, path)
+            if name in group:
+                notes.append(f"config.{old} = {value!r}: is config.{path} now, which is there too")
+            group.setdefault(name, moved)
+    return found
+
+
+def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Returns the dictionary that holds the value at a dotted path, and its name there."""
+    *groups, name = path.split(".")
+    for group in groups:
+        inner = values.setdefault(group, {})
+        values = inner if isinstance(inner, dict) else {}
+    return values, name
 
 
 def unrecorded_bit_depth(data_name: str) -> int:
@@ -42,8 +122,9 @@ class Record:
     """What a run's config.json holds.
 
     Attributes:
-      config: the settings.
-      experiment: where they are from; None: not known.
+      config: the settings, by their names of today.
+      experiment: where they are from ("file"), and its own values of what the command line gave
+        ("own"), by their paths of today; None: not known.
       dataset: what the examples are.
       changes: of settings, when the run was resumed.
       environment: of the last start.
@@ -57,13 +138,13 @@ class Record:
     dataset: Mapping[str, Any]
     changes: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
-    parts: Sequence[Mapping[str, str]]
-    own: Mapping[str, str]
+    parts: Sequence[Mapping[str, str]] = ()
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
 def read_record(path: pathlib.Path) -> Record:
-    """Returns what a run's config.json holds.
+    """Returns what a run's config.json holds, of whichever version since 0.1.0.
 
     Raises:
       FileNotFoundError: if it is not there.
@@ -71,22 +152,38 @@ def read_record(path: pathlib.Path) -> Record:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        config, notes = read_settings(values["config"])
         return Record(
-            config=from_dict(values["config"]),
-            experiment=values.get("experiment"),
+            config=config,
+            experiment=_experiment(values, config),
             dataset=values.get("dataset") or {},
             changes=values.get("changes") or [],
             environment=values.get("environment") or {},
             parts=values.get("parts") or [],
             own=values.get("own") or {},
+            notes=[f"{path}: {note}" for note in notes],
         )
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"{path}: cannot be read as the record of a run: {error}. Was it written by another "
-            "version? Restore it from a backup, or use a new --workdir"
+            f"{path}: cannot be read as the record of a run: {error}. Was it changed since? "
+            "Restore it from a backup, or use a new --workdir"
         ) from error
+
+
+def _experiment(values: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+    """Returns where recorded settings are from, its own values by their paths of today."""
+    recorded = values.get("experiment")
+    if not recorded:
+        return None
+    own = copy.deepcopy(values["config"])
+    for path, value in recorded["own"].items():
+        group, name = _group_of(own, path)
+        group[name] = value
+    before, _ = read_settings(own)
+    pairs = ((path, plain(get(before, path)), plain(get(config, path))) for path, _, _ in leaves())
+    return {"file": recorded["file"], "own": {path: own for path, own, now in pairs if own != now}}
 
 
 def flatten(

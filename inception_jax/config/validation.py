@@ -178,27 +178,43 @@ def _keeps_ascii(encoding: str) -> bool:
         return False
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
     """Checks a whole configuration.
+
+    Args:
+      config: to check.
+      recorded: of a run that is to go on with it, and that other rules may have let start; None:
+        the run is a new one.
+
+    Returns:
+      What is wrong in both, lines for the log.
 
     Raises:
       ConfigError: naming every setting that is wrong, its value, what is allowed.
     """
-    problems = [unknown_field(path) for path in _strangers(config)]
+    tolerated: list[str] = []
+    # Fields of a wrong type would make the comparisons between fields fail in odd ways.
+    for check in (_field_problems, _part_problems, _contradictions):
+        found = list(check(config))
+        before = [] if recorded is None or not found else list(check(recorded))
+        if problems := [problem for problem in found if problem not in before]:
+            raise ConfigError("\n".join(problems))
+        tolerated += found
+    return tolerated
+
+
+def _field_problems(config: Config) -> Iterator[str]:
+    """Yields what is wrong with each setting by itself, and what is no setting."""
+    yield from (unknown_field(path) for path in _strangers(config))
     for path, hint, field in leaves():
         value = get(config, path)
         if is_open(config, path):
             continue
         if problem := _problem(value, hint, field.metadata):
-            problems.append(f"config.{path} = {value!r}: {problem}")
+            yield f"config.{path} = {value!r}: {problem}"
     for path, hint, field in entries(config):
         if problem := _problem(value := get(config, path), hint, field.metadata):
-            problems.append(f"config.{path} = {value!r}: {problem}")
-    # Fields of a wrong type would make the comparisons between fields fail in odd ways.
-    problems = problems or list(_part_problems(config))
-    problems = problems or list(_contradictions(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
+            yield f"config.{path} = {value!r}: {problem}"
 
 
 def _part_problems(config: Config) -> Iterator[str]:

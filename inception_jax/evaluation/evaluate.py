@@ -334,7 +334,7 @@ def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
     Raises:
       ConfigError: if they are of another network or other classes.
     """
-    variables = initialization.for_evaluation(run, found)
+    variables = initialization.variables_for_eval(run, found)
     dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {

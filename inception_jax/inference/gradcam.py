@@ -1,4 +1,4 @@
-"""What a network looked at: Grad-CAM.
+"""Per-location evidence for a class: Grad-CAM.
 
 Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
 Localization", arXiv:1610.02391.
@@ -32,7 +32,7 @@ _OPACITY = 0.65
 def grad_cam(
     model: nn.Module, variables: Variables, images: jax.Array, labels: jax.Array, layer: str
 ) -> jax.Array:
-    """Returns how much each place of a layer's grid speaks for a class.
+    """Returns per-location evidence for a class, on the grid of a layer.
 
     With A_k the layer's channel k and y the class's logit, alpha_k is the mean of dy / dA_k over
     the grid (eq. 1), and the map is ReLU(sum_k alpha_k A_k) (eq. 2).
@@ -42,7 +42,7 @@ def grad_cam(
       variables: of the network.
       images: float32 [B, H, W, 3], as the network takes them.
       labels: int32 [B], the classes.
-      layer: which one, a key of `grids`.
+      layer: which one, a key of `spatial_layers`.
 
     Returns:
       float32 [B, h, w], 0 or more.
@@ -64,7 +64,7 @@ def grad_cam(
 
     # The gradient with regard to what is added to a layer is that with regard to the layer. Images
     # do not depend on each other in evaluation, so one pass gives the gradients of all.
-    grid = grids(model, variables, images)[layer]
+    grid = spatial_layers(model, variables, images)[layer]
     logits, backward, activations = jax.vjp(
         logits_and_activations, jnp.zeros(grid.shape, grid.dtype), has_aux=True
     )
@@ -73,7 +73,7 @@ def grad_cam(
     return nn.relu(jnp.einsum("bhwk,bk->bhw", activations.astype(jnp.float32), alpha))
 
 
-def grids(
+def spatial_layers(
     model: nn.Module, variables: Variables, images: jax.Array | jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the layers that `grad_cam` takes, in the order in which they end.
@@ -123,8 +123,8 @@ class Explainer:
         self.predictor = predictor
         size = predictor.weights.image_size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-        images = jax.eval_shape(predictor.prepared, pixels)
-        found = grids(predictor.model, predictor.variables, images)
+        images = jax.eval_shape(predictor.preprocess, pixels)
+        found = spatial_layers(predictor.model, predictor.variables, images)
         modules = {
             path: f"{s.shape[1]} × {s.shape[2]}" for path, s in found.items() if "/" not in path
         }
@@ -153,7 +153,7 @@ class Explainer:
     def _compute_maps(
         self, variables: Variables, pixels: jax.Array, labels: jax.Array
     ) -> jax.Array:
-        images = self.predictor.prepared(pixels)
+        images = self.predictor.preprocess(pixels)
         return grad_cam(self.predictor.model, variables, images, labels, self.layer)
 
 
@@ -217,7 +217,7 @@ def draw(
     figures.save(figure, path, dpi=120)
 
 
-class HeatMaps:
+class HeatmapWriter:
     """Draws pictures beside their heat maps into a folder.
 
     A file has the name of the picture with the ending .png; of several of one name the later get a
@@ -259,13 +259,13 @@ class HeatMaps:
         labels = logits.argmax(axis=1) if self._label is None else np.full(len(logits), self._label)
         maps = self._explainer.maps(np.stack([picture.pixels for picture in pictures]), labels)
         for picture, row, label, heat in zip(pictures, logits, labels, maps, strict=True):
-            guess = self._explainer.predictor.guess(row, int(label))
+            prediction = self._explainer.predictor.prediction(row, int(label))
             about = f"Grad-CAM of {self.layer}" if heat.any() else "no place speaks for this class"
             draw(
                 self._folder / self._unused_name(picture.name),
                 picture.view,
                 heat,
-                title=f"{figures.short(guess.name, 60)}: {guess.probability:.1%}",
+                title=f"{figures.short(prediction.name, 60)}: {prediction.probability:.1%}",
                 captions=(figures.short(os.path.basename(picture.name), 40), about),
             )
 

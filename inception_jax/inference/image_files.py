@@ -17,7 +17,7 @@ from inception_jax.storage import paths
 STDIN = "-"
 
 
-class Found(NamedTuple):
+class ImageFiles(NamedTuple):
     """What a user's arguments stand for.
 
     Attributes:
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     left_out: list[str]
 
 
-def find(arguments: Sequence[str]) -> Found:
+def find(arguments: Sequence[str]) -> ImageFiles:
     """Finds the files that arguments stand for, without reading any.
 
     The order is that of the arguments and, within a folder, of the files' paths, in which numbers
@@ -51,7 +51,7 @@ def find(arguments: Sequence[str]) -> Found:
         )
     if arguments.count(STDIN) > 1:
         raise DataError(f"{STDIN!r} is given twice; the standard input holds one picture")
-    found = Found([], [])
+    found = ImageFiles([], [])
     for path in arguments:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from inception_jax.datasets.builders import folders
-from inception_jax.inference.predictor import Guess
+from inception_jax.inference.predictor import Prediction
 from inception_jax.storage import atomic
 
 
@@ -20,28 +20,28 @@ class Format(NamedTuple):
 
     Attributes:
       header: what comes before the first picture.
-      entry: returns the text of a picture, given its name and the guesses, the best first.
+      entry: returns the text of a picture, given its name and its predictions, the best first.
     """
 
     header: str
-    entry: Callable[[str, Sequence[Guess]], str]
+    entry: Callable[[str, Sequence[Prediction]], str]
 
 
-def _table(name: str, guesses: Sequence[Guess]) -> str:
+def _table(name: str, predictions: Sequence[Prediction]) -> str:
     # What a class is called must not command the terminal.
-    lines = [f"{guess.probability:9.2%}  {folders.shown(guess.name)}" for guess in guesses]
+    lines = [f"{each.probability:9.2%}  {folders.shown(each.name)}" for each in predictions]
     return "\n".join([name, *lines, ""])
 
 
-def _json(name: str, guesses: Sequence[Guess]) -> str:
-    values = {"file": name, "guesses": [guess._asdict() for guess in guesses]}
+def _json(name: str, predictions: Sequence[Prediction]) -> str:
+    values = {"file": name, "guesses": [each._asdict() for each in predictions]}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _csv(name: str, guesses: Sequence[Guess]) -> str:
+def _csv(name: str, predictions: Sequence[Prediction]) -> str:
     return _rows(
-        [name, rank, guess.label, guess.name, f"{guess.probability:.6g}"]
-        for rank, guess in enumerate(guesses, 1)
+        [name, rank, each.label, each.name, f"{each.probability:.6g}"]
+        for rank, each in enumerate(predictions, 1)
     )
 
 

@@ -12,7 +12,7 @@ from inception_jax.datasets import decode
 from inception_jax.errors import DataError, UserError, nearest
 from inception_jax.inference import image_files
 from inception_jax.input import augment
-from inception_jax.models import ops, registry
+from inception_jax.models import ops
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training.state import Variables
 
@@ -20,7 +20,7 @@ from inception_jax.training.state import Variables
 _PIECE = 4
 
 
-class Guess(NamedTuple):
+class Prediction(NamedTuple):
     """A class that an image may be of.
 
     Attributes:
@@ -63,10 +63,9 @@ class Classified(NamedTuple):
 class Predictor:
     """Classifies images with trained weights, prepared as an evaluation prepares them.
 
-    Images are cut and resized by the settings `data.image_size`, `data.eval_crop` and
-    `evaluation.image_size` of the weights' training, and normalised by its mean and standard
-    deviation, so an image of the data set gets the logits that the evaluation saw. It may be used
-    by several threads.
+    Images are cut, resized and normalised as the weights say that their training's evaluation did
+    it, so an image of the data set gets the logits that the evaluation saw. It may be used by
+    several threads.
 
     Attributes:
       weights: what it was made of.
@@ -84,21 +83,21 @@ class Predictor:
         check_weights(weights)
         self.weights = weights
         self.batch_size = batch_size
-        self.model = registry.create(weights.config.model, weights.num_classes)
+        self.model = weights.network
         self.variables: Variables = jax.device_put(weights.variables)
         self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
 
     @property
     def compiler_options(self) -> dict[str, bool]:
         """How programs of the network are compiled."""
-        return ops.compiler_options(self.weights.config.model.dtype)
+        return ops.compiler_options(self.weights.model.dtype)
 
     @property
     def preparation(self) -> str:
         """What happens to a picture before the network sees it, in words."""
-        config = self.weights.config
-        size, final = config.data.image_size, config.evaluation.image_size
-        part = "" if config.data.eval_crop == 1 else f"the middle {config.data.eval_crop:.1%} of "
+        size, final = self.weights.image_size, self.weights.eval_image_size
+        crop = self.weights.eval_crop
+        part = "" if crop == 1 else f"the middle {crop:.1%} of "
         words = f"{part}the centred square, resized to {size} × {size} px"
         return f"{words}, then to {final} × {final} px" if final not in (0, size) else words
 
@@ -130,8 +129,8 @@ class Predictor:
           UserError: if it is not the content of a file.
         """
         _check_content(data, name)
-        crop, bit_depth = self.weights.config.data.eval_crop, self.weights.bit_depth
-        return decode.decode(data, size, name, crop, bit_depth=bit_depth)
+        weights = self.weights
+        return decode.decode(data, size, name, weights.eval_crop, bit_depth=weights.bit_depth)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the network's logits, float32 [N, classes].
@@ -145,7 +144,7 @@ class Predictor:
         """
         return self.in_batches(self._logits, self.checked(pixels))
 
-    def guesses(self, pixels: np.ndarray, count: int = 5) -> list[list[Guess]]:
+    def predict(self, pixels: np.ndarray, count: int = 5) -> list[list[Prediction]]:
         """Returns the most probable classes of each image, the first first.
 
         Args:
@@ -155,18 +154,20 @@ class Predictor:
         Raises:
           UserError: if the pixels are not that.
         """
-        return [self.best(row, count) for row in self.logits(pixels)]
+        return [self.top_k(row, count) for row in self.logits(pixels)]
 
-    def best(self, logits: np.ndarray, count: int = 5) -> list[Guess]:
+    def top_k(self, logits: np.ndarray, count: int = 5) -> list[Prediction]:
         """Returns the most probable classes of one image, float32 [classes], the first first."""
         # Stable: of equal logits the lower label comes first.
         order = np.argsort(-logits, kind="stable")[:count]
-        return [self.guess(logits, int(label)) for label in order]
+        return [self.prediction(logits, int(label)) for label in order]
 
-    def guess(self, logits: np.ndarray, label: int) -> Guess:
-        """Returns a class as a guess, given the logits of one image, float32 [classes]."""
+    def prediction(self, logits: np.ndarray, label: int) -> Prediction:
+        """Returns a class and its probability by the logits of one image, float32 [classes]."""
         exponentials = np.exp(logits.astype(np.float64) - logits.max())
-        return Guess(label, self.class_name(label), float(exponentials[label] / exponentials.sum()))
+        return Prediction(
+            label, self.class_name(label), float(exponentials[label] / exponentials.sum())
+        )
 
     def class_name(self, label: int) -> str:
         """Returns the name of a class, its number where the weights bring no names."""
@@ -222,7 +223,7 @@ class Predictor:
                 f"{list(pixels.shape)}. {'. '.join(remedies)}"
             )
 
-    def prepared(self, pixels: jax.Array) -> jax.Array:
+    def preprocess(self, pixels: jax.Array) -> jax.Array:
         """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3].
 
         Raises:
@@ -230,7 +231,7 @@ class Predictor:
         """
         self._check(pixels, _ASTYPE)
         weights = self.weights
-        size = weights.config.evaluation.image_size or weights.image_size
+        size = weights.eval_image_size or weights.image_size
         return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
 
     def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
@@ -256,7 +257,7 @@ class Predictor:
         return np.asarray(compute(self.variables, *filled))[:count]
 
     def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
-        output: Any = self.model.apply(variables, self.prepared(pixels), train=False)
+        output: Any = self.model.apply(variables, self.preprocess(pixels), train=False)
         return output.logits.astype(jnp.float32)
 
 

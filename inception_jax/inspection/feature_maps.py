@@ -10,7 +10,7 @@ import numpy as np
 from inception_jax import figures
 from inception_jax.errors import UserError, nearest
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import ops, registry
+from inception_jax.models import ops
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 
@@ -51,7 +51,7 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
       UserError: if there is no such module, or it gives no image.
     """
     weights = predictor.weights
-    model = registry.create(weights.config.model, weights.num_classes)
+    model = weights.network
     found: list[str] = []
 
     def is_wanted(module: Any, method: str) -> bool:
@@ -63,20 +63,20 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
     def compute(variables: Any, image: jax.Array) -> Any:
         _, captured = model.apply(
             variables,
-            predictor.prepared(image),
+            predictor.preprocess(image),
             train=False,
             capture_intermediates=is_wanted,
             mutable=["intermediates"],
         )
         return captured.get("intermediates", {})
 
-    options = ops.compiler_options(weights.config.model.dtype)
+    options = ops.compiler_options(weights.model.dtype)
     captured = jax.jit(compute, compiler_options=options)(weights.variables, pixels[None])
     results = [leaf for leaf in jax.tree.leaves(captured) if leaf.ndim == 4]
     if not results:
         modules = sorted(set(found))
         raise UserError(
-            f"--layer={layer}: is no module of {weights.config.model.name} that gives an image."
+            f"--layer={layer}: is no module of {weights.model.name} that gives an image."
             f"{nearest(layer, modules)} Its modules are {', '.join(modules)}"
         )
     return np.asarray(results[0][0], np.float32)

@@ -103,8 +103,14 @@ def create(model: config.Model, num_classes: int) -> Network:
       num_classes: number of logits.
 
     Raises:
-      ConfigError: if there are no classes.
+      ConfigError: if there is no network of that name, or there are no classes.
     """
+    if model.name not in REGISTRY:
+        raise ConfigError(
+            f"config.model.name = {model.name!r}: no network is registered under this name. "
+            f"Registered: {', '.join(REGISTRY)}. One of your own is known once the file that "
+            "registers it is imported"
+        )
     if num_classes < 1:
         raise ConfigError(
             f"model.name = {model.name!r}: a network needs at least one class, got {num_classes}. "

@@ -1,15 +1,17 @@
-"""Weights of a network as one file, with all that using them takes.
+"""Weights of a network as one file, with all that using them takes, and nothing else.
 
-The format is safetensors: numbers and text, nothing that runs when it is read. A tensor is named by
-its path in the variables ("params/conv1/conv/kernel"). The rest is one JSON text in the metadata,
-under "inception_jax": the format keeps no order of several entries, and the same weights are to
-give the same bytes.
+How they were trained is in the run's folder: a file outlives the settings of a training, which
+are renamed and taken away. The format is safetensors: numbers and text, nothing that runs when it
+is read. A tensor is named by its path in the variables ("params/conv1/conv/kernel"). The rest is
+one JSON text in the metadata, under "inception_jax": the format keeps no order of several entries,
+and the same weights are to give the same bytes.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,13 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, Model
 from inception_jax.errors import ConfigError, DataError, UserError
+from inception_jax.models import registry
+from inception_jax.models.registry import Network
 from inception_jax.storage import atomic
 from inception_jax.version import __version__
 
-# Rises when files are written that older versions would read wrongly.
-FORMAT = 1
+# Rises when files are written that older versions would read wrongly. Format 1 has all settings of
+# the training, as "config", in place of those that inference needs.
+FORMAT = 2
 _KEY = "inception_jax"
 _PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".pickle", ".bin", ".ckpt")
 # A zip archive, as PyTorch writes, and a bare pickle of protocol 2 and later.
@@ -41,11 +46,16 @@ class Weights:
     Attributes:
       variables: {"params", "batch_stats"}, nested, of float32 arrays; batch_stats is empty for a
         network without BatchNorm.
-      config: the settings they were trained with.
+      model: settings of the network; a copy of those given.
+      image_size: height and width of the images of their training, pixels.
       class_names: in the order of the logits; empty: unknown.
       mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std of their images. A
         deviation of 0, of a channel that never changes, becomes 1.
-      bit_depth: of the images of their training, as `input.dataset.Dataset` has it.
+      eval_crop: share of an image's centred square that evaluation keeps, between 0 and 1.
+      eval_image_size: what evaluation resizes the images to, pixels; 0: they stay as they are.
+      bit_depth: of the images of their training, as `datasets.dataset.Dataset` has it.
+      experiment: name of the training's settings; "": unknown.
+      dataset, dataset_version: name and version of the data set; "": unknown.
       is_average: whether they are a moving average.
       step, epoch: length of their training; None: unknown.
       metrics: of an evaluation of them, such as top1 in percent; empty: unknown.
@@ -57,10 +67,17 @@ class Weights:
     """
 
     variables: Variables
-    config: Config
+    model: Model
+    image_size: int
     class_names: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
+    eval_crop: float = 1.0
+    eval_image_size: int = 0
+    bit_depth: int = 0
+    experiment: str = ""
+    dataset: str = ""
+    dataset_version: str = ""
     is_average: bool = False
     step: int | None = None
     epoch: float | None = None
@@ -69,15 +86,25 @@ class Weights:
     revision: str | None = None
     version: str = __version__
     origin: str = ""
-    bit_depth: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", copy.deepcopy(self.model))
         object.__setattr__(self, "std", np.where(self.std > 0, self.std, np.float32(1)))
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the images of their training, pixels."""
-        return self.config.data.image_size
+    def network(self) -> Network:
+        """The network whose variables they are, to be called as `registry.create` says.
+
+        Raises:
+          ConfigError: if nothing registered a network of its name, or it has no classifier.
+        """
+        return self._create(self.num_classes)
+
+    def _create(self, num_classes: int) -> Network:
+        try:
+            return registry.create(self.model, num_classes)
+        except ConfigError as error:
+            raise ConfigError(f"{self.origin or 'weights'}: {error}") from error
 
     @property
     def num_classes(self) -> int:
@@ -87,7 +114,7 @@ class Weights:
 
     def __str__(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
-        words = [self.config.model.name, classes]
+        words = [self.model.name, classes]
         if self.step is not None and self.epoch is not None:
             role = f" ({self.checkpoint} checkpoint)" if self.checkpoint else ""
             words.append(f"step {self.step:,}, epoch {self.epoch:.2f}{role}")
@@ -134,11 +161,15 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
         temporary.write_bytes(data)
 
 
-def load(path: pathlib.Path) -> Weights:
-    """Reads a file that `save` wrote.
+def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
+    """Reads a file that `save` wrote, of this or an older version.
+
+    Args:
+      path: of the file.
+      log: takes a line for each setting of the network that this version does not have.
 
     Raises:
-      DataError: if it is not there, damaged, of another format, a pickle, or was not written here.
+      DataError: if it is not there, damaged, of a newer format, a pickle, or was not written here.
     """
     arrays, metadata = read_arrays(path)
     if _KEY not in metadata:
@@ -148,13 +179,22 @@ def load(path: pathlib.Path) -> Weights:
             "python -m inception_jax.tools.import_weights"
         )
     try:
-        found = _weights(arrays, json.loads(metadata[_KEY]))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        fields, notes = _fields(json.loads(metadata[_KEY]))
+        variables = unflatten({name: np.array(a, np.float32) for name, a in arrays.items()})
+        found = Weights(variables=variables, origin=str(path), **fields)
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path}: its description cannot be read: {error}. It was written by another version "
             "of this package, or changed since: export it again, or use the version that wrote it"
         ) from error
-    return dataclasses.replace(found, origin=str(path))
+    if len(found.class_names) not in (0, found.num_classes):
+        raise DataError(
+            f"{path}: has {len(found.class_names)} class names and {found.num_classes} logits, so "
+            "it was changed since it was written: export it again"
+        )
+    for note in notes:
+        log(f"{path}: {note}")
+    return found
 
 
 def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -208,44 +248,53 @@ def unflatten(leaves: Mapping[str, Any]) -> Variables:
     return {"batch_stats": {}} | traverse_util.unflatten_dict(leaves, sep="/")
 
 
+# What a file says in other words than `Weights`, or not at all; the rest it says by the same names.
+_IN_OTHER_WORDS = {"variables", "model", "class_names", "mean", "std", "metrics", "origin"}
+_AS_THEY_ARE = [
+    field.name for field in dataclasses.fields(Weights) if field.name not in _IN_OTHER_WORDS
+]
+
+
 def _description(weights: Weights) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "version": weights.version,
-        "revision": weights.revision,
-        "config": configs.to_dict(weights.config),
-        "image_size": weights.image_size,
+        "model": dataclasses.asdict(weights.model),
         "class_names": list(weights.class_names),
         # Every float32 is a double too, so the text gives back the same bits.
         "mean": weights.mean.tolist(),
         "std": weights.std.tolist(),
-        "bit_depth": weights.bit_depth,
-        "is_average": weights.is_average,
-        "step": weights.step,
-        "epoch": weights.epoch,
         "metrics": dict(weights.metrics),
-        "checkpoint": weights.checkpoint,
+        **{name: getattr(weights, name) for name in _AS_THEY_ARE},
     }
 
 
-def _weights(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> Weights:
-    if description["format"] != FORMAT:
-        raise ValueError(f"its format is {description['format']}; this version reads {FORMAT}")
-    config = configs.from_dict(description["config"])
-    weights = Weights(
-        variables=unflatten({name: np.array(a, np.float32) for name, a in arrays.items()}),
-        config=config,
-        class_names=tuple(description["class_names"]),
-        mean=np.array(description["mean"], np.float32),
-        std=np.array(description["std"], np.float32),
-        bit_depth=description.get("bit_depth", configs.unrecorded_bit_depth(config.data.name)),
-        # Files of version 0.1.0 do not say it.
-        checkpoint=description.get("checkpoint", ""),
-        **{
-            name: description[name]
-            for name in ("is_average", "step", "epoch", "metrics", "revision", "version")
-        },
-    )
-    if len(weights.class_names) not in (0, weights.num_classes):
-        raise ValueError(f"{len(weights.class_names)} class names, {weights.num_classes} logits")
-    return weights
+def _fields(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the fields of `Weights` that a description gives, and lines for the log."""
+    version = description["format"]
+    if version not in (1, FORMAT):
+        raise ValueError(f"its format is {version}; this version reads up to {FORMAT}")
+    settings = description["config"] if version == 1 else {"model": description["model"]}
+    config, notes = configs.read_settings(settings)
+    found = {name: description[name] for name in _AS_THEY_ARE if name in description}
+    if version == 1:
+        found = _inferred(config) | found
+    found |= {
+        "model": config.model,
+        "class_names": tuple(description["class_names"]),
+        "mean": np.array(description["mean"], np.float32),
+        "std": np.array(description["std"], np.float32),
+        "metrics": description["metrics"],
+    }
+    # Of the training's settings in format 1 only these still mean something.
+    return found, [note for note in notes if note.startswith("config.model.")]
+
+
+def _inferred(config: Config) -> dict[str, Any]:
+    """Returns what files of format 1 say in the training's settings, or do not say."""
+    return {
+        "eval_crop": config.data.eval_crop,
+        "eval_image_size": config.evaluation.image_size,
+        "bit_depth": configs.unrecorded_bit_depth(config.data.name),
+        "experiment": config.name,
+        "dataset": config.data.name,
+    }

@@ -9,7 +9,9 @@ from absl import flags
 from inception_jax import cli
 
 if TYPE_CHECKING:
+    from inception_jax.config import Config
     from inception_jax.datasets.dataset import Dataset
+    from inception_jax.export.program import Classify
     from inception_jax.models.weights import Weights
 
 USAGE = """
@@ -55,9 +57,10 @@ def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
     from inception_jax.errors import UserError
+    from inception_jax.inference import load
     from inception_jax.models import weights
     from inception_jax.runtime import devices
-    from inception_jax.training import initialization, workdir
+    from inception_jax.training import workdir
 
     if _QUANTISE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
@@ -67,7 +70,7 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=cli.say)
-    trained = initialization.load(**_TRAINED.values())
+    trained = load.load(**_TRAINED.values(), log=cli.say)
     path = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(path.parent), flag="output", own=False)
     form = f"{_TO.value}, {_DTYPE.value}"
@@ -76,55 +79,54 @@ def main(positional: Sequence[str]) -> None:
     elif _TO.value == "stablehlo":
         _write_stablehlo(path, trained)
     elif _QUANTISE.value == "none":
-        _write_onnx(path, trained)
+        _write(path, _onnx_file(trained))
     else:
-        trained, form = _write_quantised(path, trained), f"{_TO.value}, int8"
+        trained, form = _write_quantized(path, trained), f"{_TO.value}, int8"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {form}; {trained}")
 
 
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     import json
 
-    from inception_jax.export import formats
+    from inception_jax.export import program, stablehlo
 
-    data = formats.stablehlo(weights)
-    _say_difference(formats.largest_difference(weights, formats.load_stablehlo(data)))
+    data = stablehlo.export(weights)
+    _check(weights, stablehlo.load(data))
     _write(path, data)
-    about = json.dumps(formats.describe(weights), indent=2)
+    about = json.dumps(program.describe(weights), indent=2)
     _write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
 
 
-def _write_onnx(path: pathlib.Path, weights: "Weights") -> None:
-    from inception_jax.export import formats
+def _onnx_file(weights: "Weights") -> bytes:
+    from inception_jax.export import onnx
 
-    data = formats.onnx_file(weights)
-    _say_difference(formats.largest_difference(weights, formats.load_onnx(data)))
-    _write(path, data)
+    data = onnx.export(weights)
+    _check(weights, onnx.load(data))
+    return data
 
 
-def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
+def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     """Writes the network in 8 bits, prints what that costs, and returns it with its own metrics."""
     import dataclasses
 
     import numpy as np
 
-    from inception_jax.export import formats
+    from inception_jax.export import onnx, quantization
 
-    dataset = _dataset()
-    formats.check_data(dataset, weights)
-    plain = formats.onnx_file(weights)
-    _say_difference(formats.largest_difference(weights, formats.load_onnx(plain)))
+    dataset = _dataset(weights)
+    plain = _onnx_file(weights)
     train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
     # Examples lie in the order of a hash, so the first are as good as any.
-    small = formats.quantised(plain, train.read(np.arange(count)), float_ends=_FLOAT_ENDS.value)
+    images = train.read(np.arange(count))
+    small = quantization.quantize(plain, images, float_ends=_FLOAT_ENDS.value)
     before, after = (
-        formats.accuracy(form, formats.load_onnx(data), dataset.evaluation, size=len(data))
+        quantization.measure_accuracy(form, onnx.load(data), dataset.evaluation, size=len(data))
         for form, data in (("float32", plain), ("int8", small))
     )
     found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
-    quantised = dataclasses.replace(weights, metrics=found | {"count": after.count})
-    _write(path, formats.described(small, quantised, precision="int8"))
+    quantized = dataclasses.replace(weights, metrics=found | {"count": after.count})
+    _write(path, onnx.with_description(small, quantized, precision="int8"))
     print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
@@ -140,24 +142,39 @@ def _write_quantised(path: pathlib.Path, weights: "Weights") -> "Weights":
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantise=none)")
-    if warning := formats.quantisation_warning(before, after, remedies):
+    if warning := quantization.loss_warning(before, after, remedies):
         cli.say(warning)
-    return quantised
+    return quantized
 
 
-def _dataset() -> "Dataset":
-    """Opens the data of --config, for which cli takes the run's own where it is not given."""
+def _dataset(weights: "Weights") -> "Dataset":
+    """Opens the data of --config, for which cli takes the run's own where it is not given.
+
+    Raises:
+      UserError: if it is not known which data, or they are of other classes or another size.
+    """
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
     from inception_jax.errors import UserError
+    from inception_jax.training import initialization, workdir
 
-    given: configs.Config | None = flags.FLAGS.config
+    given: Config | None = flags.FLAGS.config
     if given is None:
         raise UserError(
             "--quantise needs the data set; with --weights give its experiment too: --config=FILE"
         )
-    configs.validate(given)
-    return dataset.prepare(given.data, log=cli.say)
+    if given.data.image_size != weights.image_size:
+        raise UserError(
+            f"config.data.image_size = {given.data.image_size}: the network takes images of "
+            f"{weights.image_size} px; give the experiment that it was trained by: --config=FILE"
+        )
+    folder = _TRAINED.workdir.value
+    before = workdir.previous(workdir.Workdir(folder)).record if folder is not None else None
+    for problem in configs.validate(given, recorded=before.config if before else None):
+        cli.say(problem)
+    found = dataset.prepare(given.data, log=cli.say)
+    initialization.check_classes(weights, found)
+    return found
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
@@ -167,7 +184,11 @@ def _write(path: pathlib.Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _say_difference(difference: float) -> None:
+def _check(weights: "Weights", classify: "Classify") -> None:
+    """Checks that an exported network gives the logits of the original, and says how nearly."""
+    from inception_jax.export import program
+
+    difference = program.largest_difference(weights, classify)
     cli.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
 
 

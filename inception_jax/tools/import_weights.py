@@ -55,7 +55,6 @@ _TRANSFORMED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    from inception_jax.config import Config, Data
     from inception_jax.models import torchvision_weights, weights
     from inception_jax.runtime import devices, environment
     from inception_jax.training import workdir
@@ -74,10 +73,12 @@ def main(positional: Sequence[str]) -> None:
     mean, std = _TRANSFORMED if _TRANSFORM_INPUT.value else _IMAGENET
     imported = weights.Weights(
         variables=variables,
-        config=Config(name="torchvision", data=Data(image_size=224), model=model),
+        model=model,
+        image_size=224,
         class_names=(),
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),
+        experiment="torchvision",
         revision=environment.revision(),
     )
     if _CLASS_NAMES.value is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 from absl import flags
 
 from inception_jax import cli
-from inception_jax.errors import ConfigError, DataError, RunError, UserError
+from inception_jax.errors import DataError, RunError, UserError
 from inception_jax.runtime import huge_pages
 from inception_jax.storage import atomic
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from inception_jax.config import Data
     from inception_jax.datasets.progress import Progress
     from inception_jax.datasets.splits import Split
-    from inception_jax.inference.gradcam import HeatMaps
-    from inception_jax.inference.image_files import Found
+    from inception_jax.inference.gradcam import HeatmapWriter
+    from inception_jax.inference.image_files import ImageFiles
     from inception_jax.inference.output_formats import Format
     from inception_jax.inference.predictor import Predictor
     from inception_jax.models.weights import Weights
@@ -77,13 +77,13 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import image_files
 
     found = image_files.find(positional) if positional else None
+    from inception_jax.inference import load
     from inception_jax.runtime import devices
-    from inception_jax.training import initialization
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
     devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    weights = initialization.load(**_TRAINED.values())
+    weights = load.load(**_TRAINED.values(), log=cli.say)
     cli.say(f"network: {weights}")
     if found is None:
         _predict_split(weights)
@@ -106,7 +106,7 @@ def _check_flags(positional: Sequence[str]) -> None:
             raise UserError(f"--{flag.name}={flag.value}: has a meaning with --{needed.name} only")
 
 
-def _predict_files(weights: "Weights", found: "Found") -> None:
+def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
     """Writes the best classes of picture files, and says which could not be read."""
     from inception_jax.datasets.builders import folders
     from inception_jax.inference import output_formats
@@ -128,8 +128,8 @@ def _predict_files(weights: "Weights", found: "Found") -> None:
                     progress.note(str(each))
                     failed += 1
                 else:
-                    best = predictor.best(each.logits, _TOP.value)
-                    file.write(format.entry(each.picture.name, best))
+                    predictions = predictor.top_k(each.logits, _TOP.value)
+                    file.write(format.entry(each.picture.name, predictions))
             if heat_maps:
                 heat_maps.draw([each for each in batch if not isinstance(each, DataError)])
             file.flush()
@@ -140,18 +140,18 @@ def _predict_files(weights: "Weights", found: "Found") -> None:
         raise RunError(f"{failed:,} of {len(found.files):,} files could not be read; see above")
 
 
-def _heat_maps(predictor: "Predictor") -> "HeatMaps | None":
+def _heat_maps(predictor: "Predictor") -> "HeatmapWriter | None":
     """Returns what draws the heat maps that the flags ask for, if they do."""
     if _EXPLAIN.value is None:
         return None
     # Imports matplotlib.
-    from inception_jax.inference.gradcam import Explainer, HeatMaps
+    from inception_jax.inference.gradcam import Explainer, HeatmapWriter
 
     explainer = Explainer(predictor, _LAYER.value or "")
     height, width = explainer.grid
     cli.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
     label = None if _EXPLAIN_CLASS.value is None else predictor.label(_EXPLAIN_CLASS.value)
-    return HeatMaps(_EXPLAIN.value, explainer, label)
+    return HeatmapWriter(_EXPLAIN.value, explainer, label)
 
 
 def _predict_split(weights: "Weights") -> None:
@@ -171,25 +171,39 @@ def _predict_split(weights: "Weights") -> None:
     with _results(format) as file, _progress(len(order), predictor) as progress:
         pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
         for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
-            for n, guesses in zip(piece, predictor.guesses(pixels, 1), strict=True):
-                file.write(format.entry(split.names[n], guesses))
+            for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
+                file.write(format.entry(split.names[n], best))
             progress.update(len(piece))
 
 
 def _data_settings(weights: "Weights") -> "Data":
-    """Returns the settings of the data set that a network was trained on."""
+    """Returns the settings of the data set that a network was trained on.
+
+    Raises:
+      UserError: if they are not known.
+    """
+    import dataclasses
+
+    from inception_jax.config import Data
     from inception_jax.training import workdir
 
-    data = weights.config.data
     if _TRAINED.workdir.value is not None:
-        # With where the data lie, which weights do not keep.
-        folder = workdir.Workdir(_TRAINED.workdir.value)
-        data = workdir.recorded_run(folder).config.data
-    if _DIRECTORY.value is not None:
-        data.directory = _DIRECTORY.value
+        data = workdir.recorded_run(workdir.Workdir(_TRAINED.workdir.value)).config.data
+    elif weights.dataset:
+        data = Data(
+            name=weights.dataset,
+            image_size=weights.image_size,
+            eval_crop=weights.eval_crop,
+            storage="decoded" if weights.eval_crop == 1 else "records",
+        )
+    else:
+        raise UserError(
+            f"--split={_SPLIT.value}: {weights.origin} does not say its data set; give the images "
+            "of the split, or the run: --workdir=DIR"
+        )
+    directory = data.directory if _DIRECTORY.value is None else _DIRECTORY.value
     # Whoever trained may have prepared the data again; to predict is no reason to.
-    data.on_change = "refuse"
-    return data
+    return dataclasses.replace(data, directory=directory, on_change="refuse")
 
 
 def _open_split(weights: "Weights", data: "Data") -> "Split":
@@ -198,8 +212,7 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
     from inception_jax.training import initialization
 
     dataset = prepare(data, log=cli.say)
-    if reason := initialization.other_classes(weights, dataset):
-        raise ConfigError(f"the data set {dataset.name} has other classes: {reason}")
+    initialization.check_classes(weights, dataset)
     if _SPLIT.value == dataset.train_split:
         return dataset.train_evaluated
     if _SPLIT.value not in dataset.splits:

@@ -49,19 +49,19 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(
             f"the page needs {error.name}, which is not installed: pip install -e '.[serve]'"
         ) from error
+    from inception_jax.inference import load
     from inception_jax.inference.gradcam import Explainer
     from inception_jax.inference.predictor import Predictor
-    from inception_jax.inference.server.classify import Classifier, Limits
+    from inception_jax.inference.server.classify import ImageClassifier, Limits
     from inception_jax.runtime import devices
-    from inception_jax.training import initialization
 
     with server.bind(_HOST.value, _PORT.value) as bound:
         devices.initialize(platform=_PLATFORM.value, log=cli.say)
-        weights = initialization.load(**_TRAINED.values())
+        weights = load.load(**_TRAINED.values(), log=cli.say)
         cli.say(f"network: {weights}; compiling")
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
-        classifier = Classifier(predictor, Explainer(predictor, _LAYER.value), limits)
+        classifier = ImageClassifier(predictor, Explainer(predictor, _LAYER.value), limits)
         classifier.warm_up()
         host, port = bound.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

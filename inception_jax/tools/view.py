@@ -46,11 +46,12 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax import config as configs
     from inception_jax.errors import UserError
+    from inception_jax.inference import load
     from inception_jax.inspection import drawing, structure
     from inception_jax.inspection.table import make_table
     from inception_jax.models import registry
     from inception_jax.runtime import devices
-    from inception_jax.training import initialization, workdir
+    from inception_jax.training import workdir
 
     given: Config | None = flags.FLAGS.config
     if _IMAGE.value is not None and given is not None:
@@ -61,16 +62,19 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=cli.say)
     if given is not None:
         configs.validate(given)
-        config, weights, classes = given, None, _classes(given.data.name)
+        weights, classes = None, _classes(given.data.name)
+        name, size = given.model.name, given.data.image_size
+        network = registry.create(given.model, classes)
     else:
-        weights = initialization.load(**_TRAINED.values())
-        config, classes = weights.config, weights.num_classes
-    found = structure.describe(registry.create(config.model, classes), config.data.image_size)
+        weights = load.load(**_TRAINED.values(), log=cli.say)
+        name, size, classes = weights.model.name, weights.image_size, weights.num_classes
+        network = weights.network
+    found = structure.describe(network, size)
     folder = _output()
     workdir.check_writable(workdir.Workdir(folder), flag="output")
     table = make_table(found)
     print(table.markdown())
-    title = f"{config.model.name}, {config.data.image_size} px, {classes} classes"
+    title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
     written += drawing.write(drawing.draw(found, title), folder, log=cli.say)
     if weights is not None:

@@ -1,104 +1,35 @@
-"""Weights in files: exported from a checkpoint, and as the start of another run."""
+"""Weights of a file as the start of a run, and in the place of a run's own in an evaluation."""
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Timeline
+from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import ConfigError
-from inception_jax.models import registry
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
-from inception_jax.runtime import environment
 from inception_jax.storage import paths
-from inception_jax.telemetry.writers import informative
 from inception_jax.training import state as states
-from inception_jax.training import workdir as workdirs
-from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
-from inception_jax.training.workdir import Workdir
 
 _SHOWN = 10
 _LAST_LAYER = "/classifier/"
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """What a run starts from.
 
     Attributes:
-      values: the variables to take over, by path; the others start as always.
+      values: the variables to take over, by path; the others are drawn as always.
       notes: what is taken and what is not, for the user.
     """
 
     values: dict[str, np.ndarray]
     notes: list[str]
-
-
-def load(*, workdir: pathlib.Path | None, weights: pathlib.Path | None, checkpoint: str) -> Weights:
-    """Returns the weights that a command's flags name: a run's, or a file's.
-
-    Args:
-      workdir: folder of a run.
-      weights: of a file, which is read where there is no folder.
-      checkpoint: of the run: "best", "last" or the number of a step.
-
-    Raises:
-      UserError: if they cannot be had.
-    """
-    if workdir is not None:
-        return from_checkpoint(Workdir(workdir), checkpoint)
-    assert weights is not None
-    return files.load(weights)
-
-
-def from_checkpoint(workdir: Workdir, which: str) -> Weights:
-    """Returns the evaluation variables of a checkpoint, with what describes them.
-
-    The folder is enough: neither the data set nor the devices of the training are needed.
-
-    Args:
-      workdir: of a run that has saved a checkpoint.
-      which: "best", "last" or the number of a step.
-
-    Raises:
-      UserError: if `which` is none of them.
-      CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
-    """
-    record = workdirs.recorded_run(workdir)
-    config, dataset = record.config, record.dataset
-    like = states.abstract_model_item(
-        registry.create(config.model, dataset["classes"]),
-        image_size=config.data.image_size,
-        has_average=bool(config.train.ema),
-    )
-    with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
-        step = checkpoints.resolve(which)
-        model = checkpoints.restore_model(step, like)
-        metrics = checkpoints.metrics(step)
-        roles = checkpoints.roles(step)
-    # Where files lay on this machine is of no use on another.
-    config.data.source = config.data.directory = config.init.weights = ""
-    return Weights(
-        variables=jax.device_get(states.eval_variables(**model)),
-        config=config,
-        class_names=tuple(dataset["class names"]),
-        mean=np.array(dataset["mean"], np.float32),
-        std=np.array(dataset["std"], np.float32),
-        bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
-        is_average=bool(model["average"]),
-        step=step,
-        epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
-        metrics=informative(metrics, dataset["classes"]),
-        checkpoint=roles,
-        revision=environment.revision(),
-        origin=f"{workdir.path}, step {step:,}",
-    )
 
 
 def create_state(run: Run) -> TrainState:
@@ -112,10 +43,10 @@ def create_state(run: Run) -> TrainState:
     abstract, create = states.lower_init(run)
     if not run.config.init.weights:
         return create()
-    return states.with_initial_weights(create(), start(run, abstract).values)
+    return states.with_initial_weights(create(), initialize_from(run, abstract).values)
 
 
-def start(run: Run, like: TrainState) -> Start:
+def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     """Returns what a new run takes from the file that config.init.weights names.
 
     The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
@@ -123,16 +54,20 @@ def start(run: Run, like: TrainState) -> Start:
 
     Args:
       run: with config.init.weights.
-      like: shapes of the state.
+      abstract_state: shapes of the state.
 
     Raises:
       DataError: if the file cannot be used.
       ConfigError: if its weights are of another network.
     """
-    found = files.load(paths.local(run.config.init.weights, "config.init.weights"))
-    expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
+    notes: list[str] = []
+    path = paths.local(run.config.init.weights, "config.init.weights")
+    found = files.load(path, notes.append)
+    expected = files.flatten(
+        {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
+    )
     values = files.flatten(found.variables)
-    notes = [f"starts from {found.origin}: {found}"]
+    notes.append(f"starts from {found.origin}: {found}")
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
     if reason := other_classes(found, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
@@ -149,7 +84,7 @@ def start(run: Run, like: TrainState) -> Start:
     if not _same_normalisation(found, run.dataset):
         notes.append("the first layer is adapted to this data set's mean and std")
         values |= _renormalised(values, found, run.dataset)
-    return Start(values, notes)
+    return InitialWeights(values, notes)
 
 
 def other_classes(found: Weights, dataset: Dataset) -> str:
@@ -162,7 +97,20 @@ def other_classes(found: Weights, dataset: Dataset) -> str:
     return class_changes(found.class_names or dataset.class_names, dataset.class_names)
 
 
-def for_evaluation(run: Run, found: Weights) -> Variables:
+def check_classes(found: Weights, dataset: Dataset) -> None:
+    """Checks that weights are of a data set's classes.
+
+    Raises:
+      ConfigError: if they are not.
+    """
+    if reason := other_classes(found, dataset):
+        raise ConfigError(
+            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
+            "were trained on, or train on this one from them: --config.init.weights"
+        )
+
+
+def variables_for_eval(run: Run, found: Weights) -> Variables:
     """Returns the variables that evaluating weights as a run's network takes.
 
     Args:
@@ -172,13 +120,9 @@ def for_evaluation(run: Run, found: Weights) -> Variables:
     Raises:
       ConfigError: if they are of another network or other classes.
     """
-    if reason := other_classes(found, run.dataset):
-        raise ConfigError(
-            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
-            "were trained on, or train on this one from them: --config.init.weights"
-        )
-    like = states.abstract_state(run)
-    expected = files.flatten({"params": like.params, "batch_stats": like.batch_stats})
+    check_classes(found, run.dataset)
+    state = states.abstract_state(run)
+    expected = files.flatten({"params": state.params, "batch_stats": state.batch_stats})
     # Evaluation needs no auxiliary heads.
     values = _without_heads(files.flatten(found.variables))
     _check_fit(values, _without_heads(expected), found, run.config)
@@ -199,7 +143,7 @@ def _other_settings(found: Weights, config: Config) -> list[str]:
     return [
         f"config.{path}: {theirs!r} in the file, {ours!r} here"
         for path in _NETWORK
-        if (theirs := configs.get(found.config, path)) != (ours := configs.get(config, path))
+        if (theirs := configs.get(found, path)) != (ours := configs.get(config, path))
     ]
 
 

@@ -103,14 +103,22 @@ class Run:
         return ", ".join((*layers, self.config.optimizer.name, f"batch {train.batch_size}", device))
 
 
-def check_settings(config: Config) -> None:
+def check_settings(
+    config: Config, recorded: Config | None = None, log: Callable[[str], None] = print
+) -> None:
     """Checks all that can be checked before anything is written or computed.
+
+    Args:
+      config: of a start.
+      recorded: settings of the run that goes on, or is evaluated; None: it is a new one.
+      log: takes a line for each setting that today's rules would refuse in a new run.
 
     Raises:
       ConfigError: naming every setting that is wrong.
       UserError: if prepared data cannot be kept where the settings say.
     """
-    configs.validate(config)
+    for problem in configs.validate(config, recorded=recorded):
+        log(f"{problem}; as the run was started so, it goes on")
     data_directory(config.data.directory)
 
 

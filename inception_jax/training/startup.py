@@ -93,7 +93,7 @@ def _initial(
     # Read before anything is compiled, as it may be refused.
     weights = None
     if first is None and run.config.init.weights:
-        weights = initialization.start(run, abstract_state)
+        weights = initialization.initialize_from(run, abstract_state)
     log = progress_lines.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(
         run, abstract_state, in_background(cleanup), first=first or 0, log=log

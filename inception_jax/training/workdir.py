@@ -210,7 +210,7 @@ def recall(
       config: of this start; changed in place.
       experiment: where it is from, as `cli.experiment` says it.
       given: paths of the settings that this start overrides itself.
-      log: takes a line that names what is changed.
+      log: takes a line that names what is changed, and those on the record itself.
 
     Returns:
       Where the settings are from now, as `experiment`.

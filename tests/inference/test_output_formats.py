@@ -7,9 +7,9 @@ import pytest
 
 from inception_jax.errors import UserError
 from inception_jax.inference import output_formats
-from inception_jax.inference.predictor import Guess
+from inception_jax.inference.predictor import Prediction
 
-GUESSES = [Guess(3, 'cat, "tabby"', 0.75), Guess(0, "Hündin", 0.2)]
+GUESSES = [Prediction(3, 'cat, "tabby"', 0.75), Prediction(0, "Hündin", 0.2)]
 
 
 def test_a_table_is_for_people() -> None:
@@ -19,18 +19,20 @@ def test_a_table_is_for_people() -> None:
 
 def test_a_class_name_does_not_command_the_terminal() -> None:
     name = "\x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
-    text = output_formats.FORMATS["table"].entry("a.jpg", [Guess(0, name, 0.5)])
+    text = output_formats.FORMATS["table"].entry("a.jpg", [Prediction(0, name, 0.5)])
     assert "\x1b" not in text and "\x07" not in text
     assert text.splitlines()[1] == r"   50.00%  \x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
     # Programs get it as it is.
     assert (
-        json.loads(output_formats.FORMATS["json"].entry("a", [Guess(0, name, 0.5)]))["guesses"][0][
-            "name"
-        ]
+        json.loads(output_formats.FORMATS["json"].entry("a", [Prediction(0, name, 0.5)]))[
+            "guesses"
+        ][0]["name"]
         == name
     )
     rows = list(
-        csv.reader(io.StringIO(output_formats.FORMATS["csv"].entry("a", [Guess(0, name, 0.5)])))
+        csv.reader(
+            io.StringIO(output_formats.FORMATS["csv"].entry("a", [Prediction(0, name, 0.5)]))
+        )
     )
     assert rows == [["a", "1", "0", name, "0.5"]]
 

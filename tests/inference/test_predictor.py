@@ -15,7 +15,7 @@ from inception_jax.config import Data, Evaluation
 from inception_jax.datasets.records import Records
 from inception_jax.errors import CheckpointError, DataError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
-from inception_jax.inference import gradcam, image_files
+from inception_jax.inference import gradcam, image_files, load
 from inception_jax.inference.predictor import (
     Picture,
     Predictor,
@@ -23,7 +23,7 @@ from inception_jax.inference.predictor import (
     classify,
     read_files,
 )
-from inception_jax.training import initialization, run, workdir
+from inception_jax.training import run, workdir
 from inception_jax.training.workdir import Workdir
 from tests import small
 
@@ -42,7 +42,7 @@ def finished(
 def test_it_sees_what_evaluation_sees(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     expected = evaluate_checkpoint(this, folder, "best")
-    predictor = Predictor(initialization.from_checkpoint(folder, "best"), batch_size=100)
+    predictor = Predictor(load.from_checkpoint(folder, "best"), batch_size=100)
     split = this.dataset.evaluation
     logits = predictor.logits(split.read(np.arange(len(split)))).astype(np.float64)
     assert logits.shape == (360, 10)
@@ -51,15 +51,15 @@ def test_it_sees_what_evaluation_sees(finished: tuple[run.Run, Workdir]) -> None
     assert 100 * (rank < 1).mean() == pytest.approx(expected["top1"])
     assert 100 * (rank < 5).mean() == pytest.approx(expected["top5"])
     assert -log_p[np.arange(360), split.labels].mean() == pytest.approx(expected["loss"], rel=1e-5)
-    guesses = predictor.guesses(split.read(np.arange(7)), 1)
-    assert [guess.label for (guess,) in guesses] == logits[:7].argmax(axis=1).tolist()
+    predictions = predictor.predict(split.read(np.arange(7)), 1)
+    assert [best.label for (best,) in predictions] == logits[:7].argmax(axis=1).tolist()
 
 
 def test_a_file_gives_the_pixels_of_the_data_set(
     finished: tuple[run.Run, Workdir], data_directory: pathlib.Path
 ) -> None:
     this, folder = finished
-    predictor = Predictor(initialization.from_checkpoint(folder, "best"))
+    predictor = Predictor(load.from_checkpoint(folder, "best"))
     split = this.dataset.evaluation
     records = Records(sorted(data_directory.glob("digits/1.0.0/*test.array_record*")))
     for example, pixels in zip(records.read([0, 5]), split.read(np.array([0, 5])), strict=True):
@@ -69,7 +69,7 @@ def test_a_file_gives_the_pixels_of_the_data_set(
 def test_files_of_16_bits_are_read_with_the_bit_depth_of_the_training(
     finished: tuple[run.Run, Workdir],
 ) -> None:
-    weights = initialization.from_checkpoint(finished[1], "best")
+    weights = load.from_checkpoint(finished[1], "best")
     assert weights.bit_depth == 0, "digits have no such files"
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(buffer, format="PNG")
@@ -85,7 +85,7 @@ def test_a_run_of_an_older_version_says_how_to_mend_it(
     del record["dataset"]["class names"]
     workdir.write_json(Workdir(tmp_path).config, record)
     with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):
-        initialization.load(workdir=tmp_path, weights=None, checkpoint="best")
+        load.load(workdir=tmp_path, weights=None, checkpoint="best")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     ],
 )
 def test_other_arrays_are_answered(predictor: Predictor, pixels: Any, words: str) -> None:
-    for use in (predictor.logits, predictor.guesses):
+    for use in (predictor.logits, predictor.predict):
         with pytest.raises(UserError, match=f"pixels: .*{words}"):
             use(pixels)
 
@@ -135,7 +135,7 @@ def test_other_arrays_are_answered(predictor: Predictor, pixels: Any, words: str
 @pytest.mark.parametrize("pixels", [GOOD.astype(np.float32), GOOD[0], GOOD[:, :7]])
 def test_what_is_prepared_must_be_pixels(predictor: Predictor, pixels: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"must be uint8 \[N, 8, 8, 3\]"):
-        predictor.prepared(pixels)
+        predictor.preprocess(pixels)
 
 
 def test_images_may_be_a_list_or_on_the_device(predictor: Predictor) -> None:
@@ -153,13 +153,13 @@ def test_other_things_than_weights_and_files_are_answered(predictor: Predictor) 
 
 def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:
     logits = np.array([0, 3, 1, 3, -1000, 2, 0, 0, 0, 1000], np.float32)
-    assert [g.label for g in predictor.best(logits, 5)] == [9, 1, 3, 5, 2]
+    assert [g.label for g in predictor.top_k(logits, 5)] == [9, 1, 3, 5, 2]
     # Without the dominating one: exp(3) / (2 exp(3) + exp(2) + exp(1) + 4), by hand.
     logits[9] = -1000
-    best = predictor.best(logits)
+    best = predictor.top_k(logits)
     assert best[0].probability == pytest.approx(0.370047, abs=1e-6)
     assert best[0].name == "kind 1"
-    assert sum(guess.probability for guess in predictor.best(logits, 99)) == pytest.approx(1)
+    assert sum(guess.probability for guess in predictor.top_k(logits, 99)) == pytest.approx(1)
 
 
 def test_a_class_is_found_by_name_or_number(predictor: Predictor) -> None:

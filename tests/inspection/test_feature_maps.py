@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inception_jax.config import Config, Data, Model
+from inception_jax.config import Model
 from inception_jax.errors import UserError
 from inception_jax.inference.predictor import Predictor
 from inception_jax.inspection import feature_maps
@@ -30,7 +30,8 @@ def weights() -> Weights:
     conv1["norm"]["bias"][:] = running["mean"][:] = 0
     return Weights(
         variables=variables,
-        config=Config(data=Data(image_size=SIZE), model=model),
+        model=model,
+        image_size=SIZE,
         class_names=(),
         mean=np.array([0.5, 0.5, 0.5], np.float32),
         std=np.array([0.5, 0.25, 0.5], np.float32),
@@ -44,7 +45,7 @@ def pixels() -> np.ndarray:
 
 def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.ndarray) -> None:
     maps = feature_maps.activations(Predictor(weights), pixels, "conv1")
-    epsilon = weights.config.model.norm_epsilon
+    epsilon = weights.model.norm_epsilon
     normalised = (pixels / 255 - weights.mean) / weights.std
     expected = np.maximum(normalised, 0) / np.sqrt(1 + epsilon)
     assert maps.shape == (SIZE, SIZE, 4)

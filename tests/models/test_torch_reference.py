@@ -209,7 +209,7 @@ def test_a_state_dict_becomes_a_file_of_weights(
 
     found = weights.load(target)
     assert found.class_names == tuple(f"class {index}" for index in range(10))
-    assert found.config.model.aux_heads == heads
+    assert found.model.aux_heads == heads
     assert found.mean.tolist() == found.std.tolist() == [0.5, 0.5, 0.5]
     expected = torchvision_weights.from_torchvision(arrays(reference))[1]
     leaves = weights.flatten(found.variables)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from inception_jax.config import Config, Model
+from inception_jax.config import Model
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import registry, torchvision_weights, weights
@@ -176,7 +176,8 @@ def test_without_a_classifier_that_fits_the_rest_is_taken(
     assert taken.keys() == {n for n in whole if "/aux_" not in n and "/classifier/" not in n}
     headless = Weights(
         variables=found.variables,
-        config=Config(model=found.model),
+        model=found.model,
+        image_size=224,
         class_names=(),
         mean=np.zeros(3, np.float32),
         std=np.ones(3, np.float32),

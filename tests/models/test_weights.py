@@ -5,15 +5,19 @@ import json
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from inception_jax.config import Config, Data, Model
-from inception_jax.errors import DataError, UserError
+from inception_jax import config as configs
+from inception_jax.config import Config, Data, Evaluation, Model
+from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
 from tests import command
@@ -33,7 +37,13 @@ def example(**changes: object) -> Weights:
             },
             "batch_stats": {"conv1": {"norm": {"mean": normal(4), "var": normal(4) ** 2}}},
         },
-        config=Config(seed=7, model=Model(width=0.5)),
+        model=Model(width=0.5, options={"depth": 3}),
+        image_size=64,
+        eval_crop=0.875,
+        eval_image_size=72,
+        experiment="colors",
+        dataset="image_folder",
+        dataset_version="1.0.0",
         class_names=("grün", "blau"),
         mean=normal(3),
         std=normal(3) ** 2,
@@ -111,9 +121,9 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
     elif damage == "foreign":
         save_file({"fc.weight": np.zeros(3, np.float32)}, path)
     elif damage == "newer":
-        path.write_bytes(whole.replace(b'format\\": 1', b'format\\": 2'))
+        path.write_bytes(whole.replace(b'format\\": 2', b'format\\": 3'))
     elif damage == "setting":
-        path.write_bytes(whole.replace(b'\\"seed\\"', b'\\"sead\\"'))
+        path.write_bytes(whole.replace(b'width\\": 0.5', b'width\\": [1]'))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +135,8 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
         ("pickle", "pickle(.|\n)*import_weights"),
         ("zip", "pickle(.|\n)*import_weights"),
         ("foreign", "nothing about its network(.|\n)*import_weights"),
-        ("newer", "its format is 2; this version reads 1"),
-        ("setting", "config.sead"),
+        ("newer", "its format is 3; this version reads up to 2"),
+        ("setting", "config.model.width = .*: must be of type float"),
     ],
 )
 def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: pathlib.Path) -> None:
@@ -149,35 +159,121 @@ def test_a_deviation_of_0_is_taken_as_1(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(found.std, np.array([1, 0.5, 1], np.float32))
     path = tmp_path / "weights"
     weights.save(path, found)
-    arrays, metadata = weights.read_arrays(path)
-    description = json.loads(metadata["inception_jax"]) | {"std": std.tolist()}
-    save_file(arrays, path, {"inception_jax": json.dumps(description)})
+    rewrite(path, lambda description: description | {"std": std.tolist()})
     loaded = weights.load(path).std
     np.testing.assert_array_equal(loaded, found.std)
     assert loaded.dtype == np.float32
 
 
+def rewrite(path: pathlib.Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes what a file says of itself."""
+    arrays, metadata = weights.read_arrays(path)
+    description = change(json.loads(metadata["inception_jax"]))
+    save_file(arrays, path, {"inception_jax": json.dumps(description)})
+
+
+def in_format_1(**groups: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns what makes a description one of version 0.1.0, with all settings of the training."""
+    config = configs.to_dict(Config(name="old", **groups))
+    # Those it did not have yet.
+    del config["data"]["bit_depth"], config["model"]["options"]
+    kept = ("image_size", "class_names", "mean", "std", "is_average", "step", "epoch", "metrics")
+    return lambda description: (
+        {"format": 1, "version": "0.1.0", "revision": None, "config": config}
+        | {name: description[name] for name in kept}
+    )
+
+
 @pytest.mark.parametrize(("data", "depth"), [("image_folder", 16), ("tiny_imagenet", 0)])
-def test_files_of_older_versions_have_the_bit_depth_of_their_images(
+def test_what_inference_needs_is_picked_out_of_the_settings_of_format_1(
     tmp_path: pathlib.Path, data: str, depth: int
 ) -> None:
     path = tmp_path / "weights"
-    weights.save(path, example(config=Config(data=Data(name=data)), bit_depth=12))
-    assert weights.load(path).bit_depth == 12
-    arrays, metadata = weights.read_arrays(path)
-    description = json.loads(metadata["inception_jax"])
-    del description["bit_depth"], description["config"]["data"]["bit_depth"]
-    save_file(arrays, path, {"inception_jax": json.dumps(description)})
-    assert weights.load(path).bit_depth == depth
+    weights.save(path, example())
+    groups = {
+        "data": Data(name=data, eval_crop=0.9),
+        "model": Model(width=0.25),
+        "evaluation": Evaluation(image_size=80),
+    }
+    rewrite(path, in_format_1(**groups))
+    found = weights.load(path, pytest.fail)
+    assert found.model == Model(width=0.25)
+    assert (found.image_size, found.eval_crop, found.eval_image_size) == (64, 0.9, 80)
+    assert (found.bit_depth, found.dataset, found.experiment) == (depth, data, "old")
+    assert (found.checkpoint, found.step, found.class_names) == ("", 12, ("grün", "blau"))
+    # Later ones of that format say these.
+    rewrite(path, lambda description: description | {"bit_depth": 12, "checkpoint": "last"})
+    found = weights.load(path)
+    assert (found.bit_depth, found.checkpoint) == (12, "last")
 
 
-def test_a_file_of_an_older_version_is_read() -> None:
-    """It does not say which checkpoint it was."""
+@pytest.mark.parametrize("format", [1, 2])
+def test_settings_of_other_versions_do_not_make_a_file_unreadable(
+    format: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    weights.save(path, example(model=Model(width=0.5)))
+    if format == 1:
+        rewrite(path, in_format_1(model=Model(width=0.5)))
+
+    def change(description: dict[str, Any]) -> dict[str, Any]:
+        model = (description["config"] if format == 1 else description)["model"]
+        del model["norm_epsilon"]
+        # One that this version lacks, one that it calls otherwise, one that its rules refuse.
+        model |= {"gate": "sigmoid", "breadth": model.pop("width"), "dropout": 7.0}
+        return description
+
+    rewrite(path, change)
+    monkeypatch.setitem(configs.RENAMED, "model.breadth", "model.width")
+    log: list[str] = []
+    found = weights.load(path, log.append)
+    assert found.model == Model(width=0.5, dropout=7.0)
+    assert log == [
+        f"{path}: config.model.gate = 'sigmoid': no setting of this version; it is left out"
+    ]
+
+
+def test_training_settings_are_not_written(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "weights"
+    weights.save(path, example())
+    description = json.loads(weights.read_arrays(path)[1]["inception_jax"])
+    fields = {field.name for field in dataclasses.fields(Weights)}
+    assert description.keys() == fields - {"variables", "origin"} | {"format"}
+
+
+def test_no_one_who_gave_or_copies_the_settings_changes_the_weights() -> None:
+    model = Model()
+    found = example(model=model)
+    model.width = 0.1
+    dataclasses.replace(found, step=3).model.width = 0.2
+    assert found.model.width == 1.0
+
+
+def test_a_network_that_nothing_registered_is_named(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "weights"
+    weights.save(path, example(model=Model(name="my_net")))
+    with pytest.raises(ConfigError, match=r"weights: .*'my_net'.* once the file .* is imported"):
+        _ = weights.load(path).network
+
+
+def test_other_names_than_logits_are_refused(tmp_path: pathlib.Path) -> None:
+    weights.save(tmp_path / "weights", example(class_names=("a", "b", "c")))
+    with pytest.raises(DataError, match="3 class names and 2 logits"):
+        weights.load(tmp_path / "weights")
+
+
+def test_the_published_weights_are_read() -> None:
+    """Version 0.1.0 wrote them, which does not say which checkpoint it was."""
     found = weights.load(
-        command.ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors"
+        command.ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors", pytest.fail
     )
-    assert (found.checkpoint, found.step, found.num_classes) == ("", 6250, 200)
     assert str(found) == "googlenet, 200 classes, step 6,250, epoch 16.00, top-1 61.22%"
+    assert (found.checkpoint, found.step, found.num_classes) == ("", 6250, 200)
+    assert (found.class_names[0], found.class_names[-1]) == ("goldfish", "acorn")
+    assert (found.experiment, found.dataset, found.image_size) == ("tiny_cpu", "tiny_imagenet", 64)
+    assert found.metrics["flip_top1"] == pytest.approx(61.65)
+    shapes = jax.eval_shape(found.network.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    assert jax.tree.map(np.shape, found.variables) == jax.tree.map(np.shape, shapes)
 
 
 def test_weights_say_which_checkpoint_they_were() -> None:

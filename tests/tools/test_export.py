@@ -59,7 +59,7 @@ def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) 
     else:
         predictor = Predictor(random_weights.make())
         pixels = predictor.read((folder / "picture.png").read_bytes(), "")
-        best = predictor.guesses(pixels[None])[0]
+        best = predictor.predict(pixels[None])[0]
         assert done.stdout.splitlines() == [f"{g.probability:6.1%}  {g.name}" for g in best]
 
 
@@ -104,6 +104,10 @@ def test_eight_bits_have_their_own_accuracy(
         (["--to=stablehlo", "--quantise=int8"], "--quantise=int8: is for --to=onnx"),
         (["--to=onnx", "--float_ends"], "--float_ends: is for --quantise=int8"),
         (["--to=onnx", "--quantise=int8"], "give its experiment too: --config=FILE"),
+        (
+            ["--to=onnx", "--quantise=int8", "--config=experiments/digits.py"],
+            "config.data.image_size = 16: the network takes images of 17 px",
+        ),
         (["--to=tflite"], "--to"),
     ],
 )

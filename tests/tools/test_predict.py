@@ -69,7 +69,7 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
     predictor = Predictor(network, batch_size=1)
     for file, row in zip(order, rows[::2], strict=True):
         pixels = predictor.read(pathlib.Path(file).read_bytes(), file)
-        ((best,),) = predictor.guesses(pixels[None], 1)
+        ((best,),) = predictor.predict(pixels[None], 1)
         assert (row["rank"], row["label"], row["name"]) == ("1", str(best.label), best.name)
         assert float(row["probability"]) == pytest.approx(best.probability, rel=1e-4)
 
@@ -87,8 +87,8 @@ def test_the_standard_input_gives_a_table(
     )
     lines = process.stdout.decode().splitlines()
     predictor = Predictor(network, batch_size=1)
-    (guesses,) = predictor.guesses(np.full((1, 8, 8, 3), 90, np.uint8))
-    expected = [f"{guess.probability:9.2%}  {guess.name}" for guess in guesses]
+    (predictions,) = predictor.predict(np.full((1, 8, 8, 3), 90, np.uint8))
+    expected = [f"{each.probability:9.2%}  {each.name}" for each in predictions]
     assert lines == ["standard input", *expected]
 
 
@@ -135,12 +135,17 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
     for line in lines:
         name, wnid = line.split()
         (number,) = (n for n, full in enumerate(split.names) if full.endswith(f"/{name}"))
-        ((best,),) = predictor.guesses(split.read(np.array([number])), 1)
+        ((best,),) = predictor.predict(split.read(np.array([number])), 1)
         assert wnid == archives.wnid(best.label)
     assert len({line.split()[1] for line in lines}) > 1
     done = command.run(*arguments, "--split=tests")
     assert done.returncode == 2
     assert "it has train, validation, test" in done.stderr
+
+    weights.save(path, dataclasses.replace(network, dataset=""))
+    done = command.run(*arguments, "--split=test")
+    assert done.returncode == 2
+    assert f"--split=test: {path} does not say its data set" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from inception_jax.config import Checkpoint, Config, Data, Duration, Init, Model, Train
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
+from inception_jax.inference import load
 from inception_jax.models import registry, weights
 from inception_jax.models.weights import Weights
 from inception_jax.training import initialization, run, state, workdir
@@ -31,7 +32,7 @@ class Source:
 @pytest.fixture(scope="module")
 def source(data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     this, folder = small.finished(small.config(data_directory), tmp_path_factory.mktemp("source"))
-    exported = initialization.from_checkpoint(folder, "last")
+    exported = load.from_checkpoint(folder, "last")
     path = folder.path / "weights.safetensors"
     weights.save(path, exported)
     return Source(this, folder, path, exported)
@@ -43,7 +44,7 @@ def build(config: Config) -> run.Run:
 
 def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
     """Returns the state before the first step, its leaves by path, and the notes."""
-    start = initialization.start(this, state.abstract_state(this))
+    start = initialization.initialize_from(this, state.abstract_state(this))
     first = state.with_initial_weights(state.create(this), start.values)
     variables = {"params": first.params, "batch_stats": first.batch_stats}
     return first, weights.flatten(jax.device_get(variables)), start.notes
@@ -180,7 +181,7 @@ def test_weights_of_another_network_are_refused_with_the_differences(
     wide = Model(name="mini_googlenet", width=0.25, dropout=0.1)
     this = build(fine_tuning(data_directory, source.path, model=wide))
     with pytest.raises(ConfigError) as error:
-        initialization.start(this, state.abstract_state(this))
+        initialization.initialize_from(this, state.abstract_state(this))
     message = str(error.value)
     assert f"{source.path}: its weights are of another network" in message
     assert "other shape: params/" in message and "(3, 3, 3, 12) in the file" in message
@@ -218,13 +219,14 @@ def test_auxiliary_heads_may_be_on_one_side_only(
     dataset = this.dataset
     saved = Weights(
         variables=variables,
-        config=small.config(data_directory, model=model(theirs)),
+        model=model(theirs),
+        image_size=16,
         class_names=dataset.class_names,
         mean=dataset.mean,
         std=dataset.std,
     )
     weights.save(path, saved)
-    start = initialization.start(this, state.abstract_state(this))
+    start = initialization.initialize_from(this, state.abstract_state(this))
     assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
     notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
     assert len(notes) == 1

@@ -181,7 +181,7 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
     monkeypatch.setattr(this.config, "evaluations", {"rare": rare})
     evaluator = Evaluator(this)
     whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
-    result = loop.train(this, whole, evaluator, changed=[])
+    result = small.train(this, whole, evaluator, changed=[])
     lines = lines_without_timing(whole)
     found = [line for line in lines if line["split"] == "rare"]
     assert [line["step"] for line in found] == [4, 8, 11]
@@ -194,8 +194,8 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
     with monkeypatch.context() as patch:
         stop_before_step(9, patch)
         with pytest.raises(Stopped):
-            loop.train(this, parts, evaluator, changed=[])
-    loop.train(this, parts, evaluator, changed=[])
+            small.train(this, parts, evaluator, changed=[])
+    small.train(this, parts, evaluator, changed=[])
     assert_same(this, parts, whole)
     assert evaluate_checkpoint(this, parts, "last")["evaluations"] == result["evaluations"]
 

@@ -60,7 +60,8 @@ def test_it_starts_from_the_weights_that_the_run_starts_from(
     dataset = linear.dataset
     zeros = weights.Weights(
         variables={"params": nothing, "batch_stats": {}},
-        config=linear.config,
+        model=linear.config.model,
+        image_size=dataset.image_size,
         class_names=dataset.class_names,
         mean=dataset.mean,
         std=dataset.std,

@@ -260,7 +260,7 @@ def test_a_folder_without_a_checkpoint_gives_nothing_back(tmp_path: pathlib.Path
     assert config == Config()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {"no": 1}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"seed": "1"}}'])
 def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     folder.config.write_text(text)

@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from inception_jax.errors import UserError
 from inception_jax.inference.server.classify import (
-    Classifier,
+    ImageClassifier,
     Limits,
     TooLargeError,
     too_many_bytes,
@@ -42,7 +42,7 @@ _HEADERS = {
 }
 
 
-def create_app(classifier: Classifier) -> Starlette:
+def create_app(classifier: ImageClassifier) -> Starlette:
     """Returns the application.
 
     Args:
@@ -83,7 +83,7 @@ def _refused(status: int, message: str) -> Response:
 
 
 def _settings(query: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what `Classifier.classify` takes besides the picture.
+    """Returns what `ImageClassifier.classify` takes besides the picture.
 
     Raises:
       UserError: if a parameter is unknown or out of its range.

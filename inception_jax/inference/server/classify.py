@@ -33,7 +33,7 @@ class TooLargeError(Exception):
     """A picture exceeds a limit; the message is for the user."""
 
 
-class Classifier:
+class ImageClassifier:
     """Answers questions about pictures, for several threads at a time.
 
     Attributes:
@@ -92,12 +92,12 @@ class Classifier:
             except decode.ImageError as error:
                 raise _unreadable(error.problem) from error
             logits = self._predictor.logits(pixels)
-            best = self._predictor.best(logits[0], top)
-            answer: dict[str, Any] = {"guesses": [guess._asdict() for guess in best]}
+            best = self._predictor.top_k(logits[0], top)
+            answer: dict[str, Any] = {"guesses": [each._asdict() for each in best]}
             if heat_map:
                 label = best[0].label if label is None else label
-                guess = self._predictor.guess(logits[0], label)
-                answer |= {"explained": guess._asdict()} | self._pictures(data, pixels, label)
+                explained = self._predictor.prediction(logits[0], label)
+                answer |= {"explained": explained._asdict()} | self._pictures(data, pixels, label)
             return answer
 
     def _check_size(self, data: bytes) -> None:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import VIEW_SIZE, Explainer
 from inception_jax.inference.predictor import Predictor
-from inception_jax.inference.server.classify import Classifier, Limits
+from inception_jax.inference.server.classify import ImageClassifier, Limits
 from tests import small
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra 'serve'")
@@ -32,7 +32,7 @@ def predictor() -> Predictor:
 def client(predictor: Predictor) -> Any:
     from inception_jax.inference.server.app import create_app
 
-    classifier = Classifier(predictor, Explainer(predictor), LIMITS)
+    classifier = ImageClassifier(predictor, Explainer(predictor), LIMITS)
     classifier.warm_up()
     return testclient.TestClient(create_app(classifier))
 
@@ -53,7 +53,7 @@ def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predi
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
     found = answer.json()
-    (expected,) = predictor.guesses(picture()[None])
+    (expected,) = predictor.predict(picture()[None])
     assert [guess["label"] for guess in found["guesses"]] == [guess.label for guess in expected]
     assert found["guesses"][0]["name"] == expected[0].name
     assert found["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
@@ -159,7 +159,7 @@ def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor)
     with futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(ask, range(24)))
     for seed, probabilities in enumerate(found):
-        (expected,) = predictor.guesses(picture(seed)[None], 10)
+        (expected,) = predictor.predict(picture(seed)[None], 10)
         assert probabilities == pytest.approx([guess.probability for guess in expected])
 
 

@@ -1,0 +1,79 @@
+"""ONNX files, for ONNX Runtime and others."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+from inception_jax.errors import UserError
+from inception_jax.export import onnx_graph
+from inception_jax.export.program import (
+    INPUT,
+    OUTPUT,
+    Classify,
+    describe,
+    images_to_logits,
+)
+from inception_jax.models.weights import Weights
+
+# The entry of a file's metadata that holds its description.
+ABOUT = "inception_jax"
+
+
+def export(weights: Weights) -> bytes:
+    """Returns a network as an ONNX file, its metadata holding `describe` as JSON under `ABOUT`.
+
+    Raises:
+      UserError: if the packages for it are not installed.
+    """
+    with needs_onnx():
+        import onnx
+    model = onnx_graph.convert(
+        images_to_logits(weights),
+        name=weights.model.name,
+        size=weights.image_size,
+        resized=weights.eval_image_size or weights.image_size,
+        mean=weights.mean,
+        std=weights.std,
+        names=(INPUT, OUTPUT),
+    )
+    onnx.helper.set_model_props(model, {ABOUT: json.dumps(describe(weights))})
+    return model.SerializeToString()
+
+
+def load(data: bytes) -> Classify:
+    """Returns an ONNX file as a function of NumPy arrays, run by ONNX Runtime on the CPU.
+
+    Raises:
+      UserError: if ONNX Runtime is not installed.
+    """
+    with needs_onnx():
+        import onnxruntime
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
+
+
+def with_description(data: bytes, weights: Weights, *, precision: str) -> bytes:
+    """Returns an ONNX file with a description of its own in the metadata.
+
+    Args:
+      data: the file.
+      weights, precision: as of `describe`.
+    """
+    import onnx
+
+    model = onnx.load_from_string(data)
+    props = {ABOUT: json.dumps(describe(weights, precision=precision))}
+    onnx.helper.set_model_props(model, props)
+    return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def needs_onnx() -> Iterator[None]:
+    """Turns a failed import of an optional package into the way to get it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"--to=onnx needs packages that are not installed ({error.name}): pip install "
+            "'inception-jax[onnx]', or in a checkout pip install -e '.[onnx]'"
+        ) from error

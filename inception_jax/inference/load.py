@@ -1,0 +1,95 @@
+"""Trained weights, from the folder of a run or from a file."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from inception_jax import config as configs
+from inception_jax.config import Timeline
+from inception_jax.models import registry
+from inception_jax.models import weights as files
+from inception_jax.models.weights import Weights
+from inception_jax.runtime import environment
+from inception_jax.telemetry.writers import informative
+from inception_jax.training import state as states
+from inception_jax.training import workdir as workdirs
+from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.workdir import Workdir
+
+
+def load(
+    *,
+    workdir: pathlib.Path | None,
+    weights: pathlib.Path | None,
+    checkpoint: str,
+    log: Callable[[str], None] = print,
+) -> Weights:
+    """Returns the weights that a command's flags name: a run's, or a file's.
+
+    Args:
+      workdir: folder of a run.
+      weights: a file, which is read where there is no folder.
+      checkpoint: of the run: "best", "last" or the number of a step.
+      log: takes a line for each recorded setting that this version does not have.
+
+    Raises:
+      UserError: if they cannot be had.
+    """
+    if workdir is not None:
+        return from_checkpoint(Workdir(workdir), checkpoint, log)
+    assert weights is not None
+    return files.load(weights, log)
+
+
+def from_checkpoint(workdir: Workdir, which: str, log: Callable[[str], None] = print) -> Weights:
+    """Returns the evaluation variables of a checkpoint, with what describes them.
+
+    The folder is enough: neither the data set nor the devices of the training are needed.
+
+    Args:
+      workdir: of a run that has saved a checkpoint.
+      which: "best", "last" or the number of a step.
+      log: as of `load`.
+
+    Raises:
+      UserError: if `which` is none of them.
+      CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
+      ConfigError: if nothing registered a network of the run's.
+    """
+    record = workdirs.recorded_run(workdir)
+    for note in record.notes:
+        log(note)
+    config, dataset = record.config, record.dataset
+    abstract_model = states.abstract_model_item(
+        registry.create(config.model, dataset["classes"]),
+        image_size=config.data.image_size,
+        has_average=bool(config.train.ema),
+    )
+    with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
+        step = checkpoints.resolve(which)
+        model = checkpoints.restore_model(step, abstract_model)
+        metrics = checkpoints.metrics(step)
+        roles = checkpoints.roles(step)
+    return Weights(
+        variables=jax.device_get(states.eval_variables(**model)),
+        model=config.model,
+        image_size=config.data.image_size,
+        class_names=tuple(dataset["class names"]),
+        mean=np.array(dataset["mean"], np.float32),
+        std=np.array(dataset["std"], np.float32),
+        eval_crop=config.data.eval_crop,
+        eval_image_size=config.evaluation.image_size,
+        bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
+        experiment=config.name,
+        dataset=config.data.name,
+        dataset_version=dataset.get("version", ""),
+        is_average=bool(model["average"]),
+        step=step,
+        epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
+        metrics=informative(metrics, dataset["classes"]),
+        checkpoint=roles,
+        revision=environment.revision(),
+        origin=f"{workdir.path}, step {step:,}",
+    )
