@@ -333,7 +333,7 @@ def test_options_are_equal_whether_read_back_or_given() -> None:
     given = Config()
     configs.put(given, "model.options.sizes", (1, 2))
     assert configs.changes(recorded, given) == configs.changes(new, given) == ([], [])
-    assert configs.changes(old, given)[0] == ["config.model.options: {} → {'sizes': (1, 2)}"]
+    assert configs.changes(old, given)[0] == ["config.model.options.sizes: None → (1, 2)"]
 
 
 def test_changes_are_split_into_refused_and_allowed() -> None:

@@ -237,7 +237,7 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
         kind += [
             f"config.{each}: {before.get(each)!r} → {after.get(each)!r}"
             for each in dict.fromkeys([*before, *after])
-            if before.get(each) != after.get(each)
+            if plain(before.get(each)) != plain(after.get(each))
         ]
     # The average is part of the state: it can neither be added to a run nor taken away.
     if bool(old.train.ema) != bool(new.train.ema):
