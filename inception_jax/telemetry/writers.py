@@ -183,8 +183,9 @@ class _Guarded:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
                     f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
-                    f"({frame.filename}, line {frame.lineno}). Fix it, or leave it out of "
-                    f"config.log.writers, {resumes}"
+                    f"({frame.filename}, line {frame.lineno}). Fix it, leave it out of "
+                    "config.log.writers, or set config.checkpoint.on_write_error=continue, "
+                    f"{resumes}"
                 ) from error
             if not isinstance(error, OSError):
                 raise

@@ -3,6 +3,8 @@
 import json
 import math
 import pathlib
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -72,6 +74,19 @@ def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
     assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_reported_without_jax(tmp_path: pathlib.Path) -> None:
+    """Importing it would take longer than all the rest."""
+    script = """
+import pathlib, sys
+from inception_jax.reporting import report
+report.finish(pathlib.Path(sys.argv[1]), lambda line: None)
+print(*sorted({"jax", "flax", "optax", "tensorflow_datasets"} & set(sys.modules)))
+"""
+    arguments = [sys.executable, "-c", script, str(run_folders.write(tmp_path))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
