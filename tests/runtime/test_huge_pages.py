@@ -12,9 +12,9 @@ from inception_jax.runtime import huge_pages
 
 PROGRAM = """
 import json, os, pathlib, sys
-from inception_jax import memory
-memory._MODE = pathlib.Path(sys.argv[1])
-memory.use_huge_pages()
+from inception_jax.runtime import huge_pages
+huge_pages._MODE = pathlib.Path(sys.argv[1])
+huge_pages.use_huge_pages()
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.flags.optimize, os.getpid()]))
 """
 
