@@ -412,7 +412,7 @@ def test_the_documented_examples_run_as_they_stand(
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["metrics"]["count"] == 360
-    assert len(names["guesses"]) == 8
+    assert len(names["predictions"]) == 8
     assert names["get_config"]().data.source == "photos"
 
 
