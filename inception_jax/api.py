@@ -24,6 +24,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from inception_jax import cli
 from inception_jax import config as configs
 from inception_jax.config import Config
@@ -31,9 +33,8 @@ from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import UserError
 from inception_jax.evaluation.evaluate import evaluate_weights
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models import weights as weight_files
-from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.storage import paths
 from inception_jax.training import initialization, run
@@ -92,14 +93,14 @@ def _check_path(path: object) -> None:
         )
 
 
-def load_model(weights: Weights) -> tuple[Network, Variables]:
+def load_model(weights: Weights) -> tuple[nn.Module, Variables]:
     """Returns the network that weights are of, and its variables.
 
     Call it as `network.apply(variables, images, train=False).logits`, with float32 images
     [B, H, W, 3] that are normalised: (pixel / 255 - weights.mean) / weights.std.
     """
     check_weights(weights)
-    return registry.create(weights.config.model, weights.num_classes), weights.variables
+    return networks.create(weights.config.model, weights.num_classes), weights.variables
 
 
 def load_dataset(config: Config) -> Dataset:

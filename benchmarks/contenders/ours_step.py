@@ -19,9 +19,9 @@ from inception_jax.datasets.dataset import Dataset
 from inception_jax.datasets.splits import Split
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import pipeline
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.runtime import devices, sharding
-from inception_jax.training import optimizers
+from inception_jax.training import optimizers, schedules
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
@@ -106,16 +106,17 @@ def make_run(settings: dict[str, Any]) -> Run:
     made, dataset = make_config(settings), noise(settings)
     timeline = Timeline(made.train.batch_size, _EXAMPLES)
     total_steps = timeline.steps(made.train.length)
-    schedule = optimizers.make_schedule(made.schedule, timeline=timeline, total_steps=total_steps)
+    schedule = schedules.make_schedule(made.schedule, timeline=timeline, total_steps=total_steps)
+    model = networks.create(made.model, dataset.num_classes)
     return Run(
         config=made,
         dataset=dataset,
         mesh=sharding.make_mesh(),
-        model=registry.create(made.model, dataset.num_classes),
+        model=model,
         timeline=timeline,
         total_steps=total_steps,
         schedule=schedule,
-        optimizer=optimizers.make_optimizer(made.optimizer, schedule),
+        optimizer=optimizers.make_optimizer(made.optimizer, schedule, model),
     )
 
 

@@ -54,7 +54,7 @@ class Evaluator:
             self._eval_step,
             in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
-            compiler_options=ops.compiler_options(run.config.model.dtype),
+            compiler_options=ops.compiler_options(run.model),
         )
         self._step: Callable[..., Any] = self._jitted
 

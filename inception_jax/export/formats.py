@@ -28,7 +28,7 @@ from inception_jax.datasets.splits import Split
 from inception_jax.errors import ConfigError, RunError, UserError
 from inception_jax.export import onnx_graph
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import ops, registry
+from inception_jax.models import networks
 from inception_jax.models.layers import ConvUnit
 from inception_jax.models.weights import Weights
 from inception_jax.telemetry.writers import has_top5
@@ -80,10 +80,11 @@ def program(weights: Weights) -> Callable[[jax.Array], jax.Array]:
 
 def _network(weights: Weights) -> Callable[[jax.Array], jax.Array]:
     """Returns the network as a function of float32 [B, H, W, 3], resized and normalised."""
-    model = registry.create(_in_float32(weights).config.model, weights.num_classes)
+    settings = _in_float32(weights).config.model
+    model = networks.create(settings, weights.num_classes, rewrite=False)
 
     def logits(images: jax.Array) -> jax.Array:
-        with ops.plain(), nn.intercept_methods(_folded):
+        with nn.intercept_methods(_folded):
             output: Any = model.apply(weights.variables, images, train=False)
         return output.logits
 

@@ -12,7 +12,7 @@ from inception_jax.datasets import decode
 from inception_jax.errors import DataError, UserError, nearest
 from inception_jax.inference import image_files
 from inception_jax.input import augment
-from inception_jax.models import ops, registry
+from inception_jax.models import networks, ops
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training.state import Variables
 
@@ -84,14 +84,14 @@ class Predictor:
         check_weights(weights)
         self.weights = weights
         self.batch_size = batch_size
-        self.model = registry.create(weights.config.model, weights.num_classes)
+        self.model = networks.create(weights.config.model, weights.num_classes)
         self.variables: Variables = jax.device_put(weights.variables)
         self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
 
     @property
     def compiler_options(self) -> dict[str, bool]:
         """How programs of the network are compiled."""
-        return ops.compiler_options(self.weights.config.model.dtype)
+        return ops.compiler_options(self.model)
 
     @property
     def preparation(self) -> str:

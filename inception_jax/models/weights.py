@@ -7,6 +7,7 @@ give the same bytes.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from safetensors import numpy as safetensors_numpy
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import ConfigError, DataError, UserError
+from inception_jax.models import networks, protocol
 from inception_jax.storage import atomic
 from inception_jax.version import __version__
 
@@ -79,11 +81,13 @@ class Weights:
         """Height and width of the images of their training, pixels."""
         return self.config.data.image_size
 
-    @property
+    @functools.cached_property
     def num_classes(self) -> int:
         """How many logits the network gives; 0: the weights are without a classifier."""
-        classifier = self.variables["params"].get("classifier")
-        return classifier["dense"]["bias"].shape[0] if classifier else 0
+        network = networks.create(self.config.model, 1)
+        if self.class_names and protocol.said(network, "classifiers") is None:
+            return len(self.class_names)
+        return protocol.num_classes(network, self.variables["params"])
 
     def __str__(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"

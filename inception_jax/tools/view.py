@@ -52,7 +52,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.errors import UserError
     from inception_jax.inspection import drawing, structure
     from inception_jax.inspection.table import make_table
-    from inception_jax.models import registry
+    from inception_jax.models import networks
     from inception_jax.runtime import devices
     from inception_jax.training import initialization, workdir
 
@@ -71,7 +71,7 @@ def main(positional: Sequence[str]) -> None:
             workdir=_WORKDIR.value, weights=_WEIGHTS.value, checkpoint=_CHECKPOINT.value
         )
         config, classes = weights.config, weights.num_classes
-    found = structure.describe(registry.create(config.model, classes), config.data.image_size)
+    found = structure.describe(networks.create(config.model, classes), config.data.image_size)
     folder = _output()
     workdir.check_writable(workdir.Workdir(folder), flag="output")
     table = make_table(found)

@@ -24,7 +24,7 @@ from inception_jax.telemetry.clock import Clock, Rate, Share
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
 from inception_jax.telemetry.writers import RunWriter, informative
-from inception_jax.training import initialization, nonfinite, norm, optimizers
+from inception_jax.training import initialization, nonfinite, norm, schedules
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -155,7 +155,7 @@ def _rate_rise(run: Run, old: Config, first: int) -> list[str]:
       old: its settings before.
       first: finished steps.
     """
-    schedule = optimizers.make_schedule(
+    schedule = schedules.make_schedule(
         old.schedule, timeline=run.timeline, total_steps=run.timeline.steps(old.train.length)
     )
     # Where the old schedule would have gone on to is no change, such as in its warm-up.

@@ -17,10 +17,11 @@ from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.datasets.splits import Split, subset
-from inception_jax.errors import ConfigError, during
-from inception_jax.models import ops, registry
+from inception_jax.errors import during
+from inception_jax.input import augment
+from inception_jax.models import networks, ops
 from inception_jax.runtime import hosts, sharding
-from inception_jax.training import auto_settings, optimizers
+from inception_jax.training import auto_settings, optimizers, schedules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,11 +152,12 @@ def build(
             f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
             "--config.model.dtype=float32"
         )
-    model = registry.create(config.model, dataset.num_classes)
-    _check_image_sizes(config, model.least_image_size)
+    model = networks.create(config.model, dataset.num_classes)
+    networks.check(model, config, dataset.num_classes)
+    augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
-    schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
+    schedule = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
     return Run(
         config=config,
         dataset=dataset,
@@ -164,7 +166,7 @@ def build(
         timeline=timeline,
         total_steps=total_steps,
         schedule=schedule,
-        optimizer=optimizers.make_optimizer(config.optimizer, schedule),
+        optimizer=optimizers.make_optimizer(config.optimizer, schedule, model),
         experiment=experiment,
     )
 
@@ -212,16 +214,3 @@ def content(dataset: Dataset) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _check_image_sizes(config: Config, least: int) -> None:
-    """Raises ConfigError if a size that is only reached later is less than the network takes."""
-    later = [("train.image_sizes", size) for size in config.train.image_sizes]
-    # 0: the data set's own, which the network sees first.
-    later += [("evaluation.image_size", config.evaluation.image_size or least)]
-    for path, size in later:
-        if size < least:
-            raise ConfigError(
-                f"config.{path} = {size}: {config.model.name} needs at least {least} px, with its "
-                "stem; raise it, or take a model or stem that shrinks the image less"
-            )

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from inception_jax.input import augment, pipeline
-from inception_jax.models import ops
+from inception_jax.models import ops, protocol
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
@@ -97,8 +97,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     seed = config.seed
     time_constant = run.timeline.steps(config.train.ema)
     mixed_steps = run.timeline.steps(config.augment.mix_until)
-    # Each micro-batch updates the running statistics once.
-    momentum = config.model.norm_momentum**config.train.accumulate
+    momentum = protocol.said(run.model, "norm_momentum")
 
     gradient = gradients.make_gradient(
         run.model, config.train, sam_rho=config.optimizer.sam_rho, mesh=run.mesh
@@ -125,7 +124,10 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
             targets,
             keys.derive(seed, "dropout", state.step),
         )
-        batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, momentum)
+        if momentum is not None:
+            # Each micro-batch updates the running statistics once.
+            kept = momentum**config.train.accumulate
+            batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, kept)
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def make_train_step(run: Run, image_size: int) -> jax.stages.Wrapped:
     return jax.jit(
         train_step,
         donate_argnums=0,
-        compiler_options=ops.compiler_options(config.model.dtype),
+        compiler_options=ops.compiler_options(run.model),
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
