@@ -91,8 +91,8 @@ _DECAY = ("weight_decay", "decay_all")
 # Directions by name: where the weight decay stands, the settings that they read, and the rule.
 _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any]]] = {
     # torch.optim.SGD: g += wd * p; v = momentum * v + g; p -= rate * v
-    "sgd_nesterov": ("l2", ("momentum",), lambda s, _: optax.trace(s.momentum, nesterov=True)),
     "sgd": ("l2", ("momentum",), lambda s, _: optax.trace(s.momentum)),
+    "sgd_nesterov": ("l2", ("momentum",), lambda s, _: optax.trace(s.momentum, nesterov=True)),
     # torch.optim.Adam: wd * p is added to the gradient, so rescaled with it.
     "adam": ("l2", _ADAM, lambda s, _: optax.scale_by_adam(s.beta1, s.beta2, s.epsilon)),
     # torch.optim.AdamW: p -= rate * wd * p besides (Loshchilov & Hutter 2019).
