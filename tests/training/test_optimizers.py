@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,17 @@ def rate(count: jax.typing.ArrayLike) -> jax.Array:
 
 
 def trained(settings: config.Optimizer) -> dict[str, dict[str, jax.Array]]:
-    optimizer = optimizers.make_optimizer(settings, rate)
+    # optax raises a float to the power of an integer count in Adam's bias correction.
+    promotion = "strict" if settings.name.startswith("sgd") else "standard"
+    return by_optax(optimizers.make_optimizer(settings, rate), promotion)
+
+
+def by_optax(
+    optimizer: optax.GradientTransformation, promotion: str = "standard"
+) -> dict[str, dict[str, jax.Array]]:
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
-    # optax raises a float to the power of an integer count in Adam's bias correction.
-    promotion = "strict" if settings.name.startswith("sgd") else "standard"
     with jax.numpy_dtype_promotion(promotion):
         for step in range(STEPS):
             updates, state = update(gradients(step), state, params)
@@ -51,7 +57,7 @@ def trained(settings: config.Optimizer) -> dict[str, dict[str, jax.Array]]:
 
 SETTINGS = [
     config.Optimizer(name=name, **changes)
-    for name in ("sgd", "sgd_nesterov", "adam", "adamw")
+    for name in ("sgd", "sgd_nesterov", "adam", "adamw", "lion", "rmsprop")
     for changes in (
         {},
         {"weight_decay": 0.1},
@@ -74,18 +80,26 @@ def by_numpy(settings: config.Optimizer) -> dict[str, dict[str, np.ndarray]]:
         for path, p in params.items():
             decays = settings.decay_all or path[1] == "kernel"
             decay = settings.weight_decay * p if decays else np.zeros_like(p)
-            g = grads[path] if settings.name == "adamw" else grads[path] + decay
+            decoupled = settings.name in ("adamw", "lion")
+            g = grads[path] if decoupled else grads[path] + decay
             if settings.name.startswith("sgd"):
                 first[path] = settings.momentum * first[path] + g
                 nesterov = settings.name == "sgd_nesterov"
                 direction = g + settings.momentum * first[path] if nesterov else first[path]
+            elif settings.name == "lion":
+                direction = np.sign(settings.beta1 * first[path] + (1 - settings.beta1) * g)
+                first[path] = settings.beta2 * first[path] + (1 - settings.beta2) * g
+            elif settings.name == "rmsprop":
+                second[path] = settings.beta2 * second[path] + (1 - settings.beta2) * g**2
+                scaled = g / (np.sqrt(second[path]) + settings.epsilon)
+                direction = first[path] = settings.momentum * first[path] + scaled
             else:
                 first[path] = settings.beta1 * first[path] + (1 - settings.beta1) * g
                 second[path] = settings.beta2 * second[path] + (1 - settings.beta2) * g**2
                 mean = first[path] / (1 - settings.beta1 ** (step + 1))
                 square = second[path] / (1 - settings.beta2 ** (step + 1))
                 direction = mean / (np.sqrt(square) + settings.epsilon)
-            if settings.name == "adamw":
+            if decoupled:
                 direction = direction + decay
             params[path] = p - lr * direction
     return {a: {b: params[a, b] for b in leaf} for a, leaf in PARAMS.items()}
@@ -100,6 +114,8 @@ def test_update_rule_equals_numpy(settings: config.Optimizer) -> None:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     torch = pytest.importorskip("torch")
+    if settings.name == "lion":
+        pytest.skip("PyTorch has no Lion")
     tensors = jax.tree.map(lambda p: torch.tensor(p, requires_grad=True), PARAMS)
     kernel, others = tensors["conv"]["kernel"], [tensors["conv"]["bias"], tensors["norm"]["scale"]]
     groups = [
@@ -109,6 +125,14 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     if settings.name.startswith("sgd"):
         optimizer = torch.optim.SGD(
             groups, lr=0.1, momentum=settings.momentum, nesterov=settings.name == "sgd_nesterov"
+        )
+    elif settings.name == "rmsprop":
+        optimizer = torch.optim.RMSprop(
+            groups,
+            lr=0.1,
+            alpha=settings.beta2,
+            eps=settings.epsilon,
+            momentum=settings.momentum,
         )
     else:
         rule = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
@@ -126,6 +150,33 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
         trained(settings),
         tensors,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        (
+            config.Optimizer(name="lamb", weight_decay=0.1, beta2=0.9, epsilon=1e-6),
+            lambda mask: optax.lamb(rate, b2=0.9, weight_decay=0.1, mask=mask),
+        ),
+        (config.Optimizer(name="adafactor"), lambda mask: optax.adafactor(rate)),
+    ],
+    ids=str,
+)
+def test_rule_equals_that_of_optax(settings: config.Optimizer, reference: Any) -> None:
+    mask = {"conv": {"kernel": True, "bias": False}, "norm": {"scale": False}}
+    expected = by_optax(reference(mask))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), trained(settings), expected
+    )
+
+
+def test_adafactor_decays_apart_from_its_direction() -> None:
+    plain, decaying = (
+        trained(config.Optimizer(name="adafactor", weight_decay=decay)) for decay in (0.0, 0.1)
+    )
+    assert np.array_equal(plain["conv"]["bias"], decaying["conv"]["bias"])
+    assert np.linalg.norm(decaying["conv"]["kernel"]) < np.linalg.norm(plain["conv"]["kernel"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
