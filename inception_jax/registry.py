@@ -254,6 +254,7 @@ MODELS = Registry(
     setting="model.name",
     part=ModelPart,
     homes=["inception_jax.models.networks"],
+    common=["dtype"],
 )
 DATASETS = Registry("dataset", setting="data.name", part=Part)
 OPTIMIZERS = Registry(
@@ -268,7 +269,6 @@ SCHEDULES = Registry(
     setting="schedule.name",
     part=Part,
     homes=["inception_jax.training.schedules"],
-    common=["learning_rate", "warmup"],
 )
 AUGMENTATIONS = Registry(
     "augmentation",
@@ -297,16 +297,14 @@ def register_model(
     The module is called with images, float32 [B, H, W, 3], normalised, and with train=True or
     train=False if it has such an argument. It returns logits, float [B, num_classes], or
     `models.layers.ModelOutput`. Its parameters are in the collection "params", running statistics
-    in "batch_stats"; the key of dropout is called "dropout". More than that, which some commands
-    need, is in `models.protocol`.
+    in "batch_stats"; the key of dropout is called "dropout". `settings.dtype` is the type to
+    compute in, never "auto". What else some commands need to know is in `models.protocol`.
 
     Args:
       name: for config.model.name.
       min_image_size: the least side of its images, pixels.
-      options: its own settings with their defaults: `settings.options` has them, filled in.
-      settings: which others of config.model it reads; None: any may be given. `settings.dtype` is
-        the type to compute in, never "auto".
-      check: as `Part.check`.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
     """
     return MODELS.register(
         name, options=options, min_image_size=min_image_size, settings=settings, check=check
@@ -336,9 +334,8 @@ def register_optimizer(
         the weights to the gradient before it, and multiplies by the rate after it; "decoupled":
         the same, the decay being added after it.
       auto_rate: whether the rate that train.auto_size finds, which is for SGD, suits it.
-      options: its own settings with their defaults: `settings.options` has them, filled in.
-      settings: which others of config.optimizer it reads; None: any may be given.
-      check: as `Part.check`.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
     """
     if decay not in ("own", "l2", "decoupled"):
         raise ConfigError(
@@ -366,9 +363,8 @@ def register_schedule(
 
     Args:
       name: for config.schedule.name.
-      options: its own settings with their defaults: `settings.options` has them, filled in.
-      settings: which others of config.schedule it reads; None: any may be given.
-      check: as `Part.check`.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
     """
     return SCHEDULES.register(name, options=options, settings=settings, check=check)
 
@@ -389,6 +385,6 @@ def register_augmentation(
       name: for config.augment.extra, or config.augment.policy.
       options: its own settings with their defaults, given to it by keyword.
       settings: which others of config.augment are given to it by keyword.
-      check: as `Part.check`.
+      check: as of `Part`.
     """
     return AUGMENTATIONS.register(name, options=options, settings=settings, check=check)

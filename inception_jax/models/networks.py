@@ -27,6 +27,12 @@ def _attributes(settings: configs.Model, names: tuple[str, ...]) -> dict[str, An
     return {name: getattr(settings, name) for name in names} | {"dtype": jnp.dtype(settings.dtype)}
 
 
+def _googlenet(num_classes: int, **attributes: Any) -> "nn.Module":
+    from inception_jax.models.googlenet import GoogLeNet
+
+    return GoogLeNet(num_classes, **attributes)
+
+
 def _check_heads(config: configs.Config) -> Iterator[str]:
     """Yields a problem if the heads' shapes would change with the size of the images."""
     if (sizes := config.train.image_sizes) and config.model.aux_heads:
@@ -39,9 +45,7 @@ def _check_heads(config: configs.Config) -> Iterator[str]:
 @register_model("googlenet", settings=_PAPER, check=_check_heads)
 def googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns the paper's network, with its variations of stem, 5x5 branch, norm and width."""
-    from inception_jax.models.googlenet import GoogLeNet
-
-    return GoogLeNet(num_classes, **_attributes(settings, _PAPER))
+    return _googlenet(num_classes, **_attributes(settings, _PAPER))
 
 
 @register_model("googlenet_torchvision", settings=(*_SHARED, *_HEADS))
@@ -51,10 +55,8 @@ def googlenet_torchvision(settings: configs.Model, num_classes: int) -> "nn.Modu
     It differs from the paper's in the 5x5 branch (3x3, pytorch/vision#906), in the fourth pool
     (2x2), in BatchNorm, and in the pooling of the auxiliary heads.
     """
-    from inception_jax.models.googlenet import GoogLeNet
-
     attributes = _attributes(settings, (*_SHARED, *_HEADS))
-    return GoogLeNet(
+    return _googlenet(
         num_classes, body="torchvision", five_by_five="3x3", adaptive_aux=True, **attributes
     )
 
@@ -66,9 +68,7 @@ def deeper_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     Made for the 64 px of Tiny ImageNet: a 5x5 first convolution at stride 1, and modules 3a to 4e.
     BatchNorm stands before the ReLU, as usual, where the book has it after.
     """
-    from inception_jax.models.googlenet import GoogLeNet
-
-    return GoogLeNet(num_classes, stem="deeper", body="deeper", **_attributes(settings, _SHARED))
+    return _googlenet(num_classes, stem="deeper", body="deeper", **_attributes(settings, _SHARED))
 
 
 @register_model("eight_module_googlenet", settings=_SHARED)
@@ -81,10 +81,8 @@ def eight_module_googlenet(settings: configs.Model, num_classes: int) -> "nn.Mod
     convolutions have no biases. So at 200 classes it has 10,716,744 parameters; the source's biases
     make 6,880 more, and Keras counts 13,760 running statistics besides.
     """
-    from inception_jax.models.googlenet import GoogLeNet
-
     attributes = _attributes(settings, _SHARED)
-    return GoogLeNet(num_classes, stem="eight_module", body="eight_module", **attributes)
+    return _googlenet(num_classes, stem="eight_module", body="eight_module", **attributes)
 
 
 @register_model("mini_googlenet", settings=_SHARED)

@@ -17,8 +17,6 @@ from inception_jax.config import Config, Duration, Schedule, Timeline
 from inception_jax.errors import ConfigError
 from inception_jax.registry import register_schedule
 
-_Factor = Callable[[jax.Array], jax.Array]
-
 
 @dataclasses.dataclass
 class Settings(Schedule):
@@ -161,36 +159,34 @@ def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     return _times_peak(settings, lambda t: settings.decay ** (t / every))
 
 
-@register_schedule("cosine", settings=("end_factor",))
-def cosine(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns a rate that falls along half a cosine (Loshchilov and Hutter 2017)."""
-    return _falling(settings, total_steps, lambda p: (1 + jnp.cos(jnp.pi * p)) / 2)
+# The fall from 1 to 0 as a function of progress from 0 to 1: that of Loshchilov and Hutter 2017, by
+# equal steps, and as a power of what is left.
+_FALLS: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Array]]] = {
+    "cosine": ((), lambda s, p: (1 + jnp.cos(jnp.pi * p)) / 2),
+    "linear": ((), lambda s, p: 1 - p),
+    "polynomial": (("power",), lambda s, p: (1 - p) ** s.power),
+}
 
 
-@register_schedule("linear", settings=("end_factor",))
-def linear(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns a rate that falls by equal steps."""
-    return _falling(settings, total_steps, lambda p: 1 - p)
+def _falling(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
+    """Returns what makes a schedule that falls from the peak to its end_factor."""
+
+    def build(settings: Settings, total_steps: int) -> optax.Schedule:
+        def factor(count: jax.Array) -> jax.Array:
+            left = fall(settings, jnp.clip(count / total_steps, 0, 1))
+            # Written so that it is exactly 1 where `left` is, whatever the rounding of end_factor.
+            return settings.end_factor * (1 - left) + left
+
+        return _times_peak(settings, factor)
+
+    return build
 
 
-@register_schedule("polynomial", settings=("end_factor", "power"))
-def polynomial(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns a rate that falls as a power of what is left of the run."""
-    return _falling(settings, total_steps, lambda p: (1 - p) ** settings.power)
+for _name, (_read, _fall) in _FALLS.items():
+    register_schedule(_name, settings=("end_factor", *_read))(_falling(_fall))
 
 
-def _falling(settings: Settings, total_steps: int, left: _Factor) -> optax.Schedule:
-    """Returns a rate that falls from the peak to its end_factor, by a function from 1 to 0."""
-
-    def factor(count: jax.Array) -> jax.Array:
-        share = left(jnp.clip(count / total_steps, 0, 1))
-        # Written so that it is exactly 1 where `share` is, whatever the rounding of end_factor.
-        return settings.end_factor * (1 - share) + share
-
-    return _times_peak(settings, factor)
-
-
-def _times_peak(settings: Settings, factor: _Factor) -> optax.Schedule:
+def _times_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
     return lambda count: settings.learning_rate * factor(jnp.asarray(count))
 
 
