@@ -24,7 +24,6 @@ from inception_jax.experiment import load_config
 from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights as weight_files
-from inception_jax.models.registry import Network
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage import paths
@@ -156,7 +155,7 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
     return weight_files.load(place, console.say)
 
 
-def load_model(weights: Weights) -> tuple[Network, Variables]:
+def load_model(weights: Weights) -> tuple[nn.Module, Variables]:
     """Returns the network that weights are of, and its variables.
 
     Call it as `network.apply(variables, images, train=False).logits`, with float32 images

@@ -34,6 +34,9 @@ class Part:
       name: as the configuration has it.
       build: the function; what it takes and returns is up to its kind.
       options: the settings of its own, by name, with their defaults.
+      settings: which settings of its group it reads; others have to stay as they are. None: it does
+        not say, and any is allowed.
+      check: yields what is wrong with a whole configuration that names it; None: nothing is.
       file: that registered it.
       line: of that file, where the function begins.
     """
@@ -41,6 +44,8 @@ class Part:
     name: str
     build: Callable[..., Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: tuple[str, ...] | None = None
+    check: Callable[[Any], Iterator[str]] | None = None
     file: str = ""
     line: int = 0
 
@@ -55,6 +60,31 @@ class Part:
         return f"{self.file}, line {self.line}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPart(Part):
+    """A network.
+
+    Attributes:
+      min_image_size: the least side of its images, pixels, where the module itself does not say.
+    """
+
+    min_image_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerPart(Part):
+    """An update rule.
+
+    Attributes:
+      decay: "own": the function returns the whole rule; "l2" or "decoupled": only its direction,
+        before or after which the package adds the decay.
+      auto_rate: whether the rate that train.auto_size finds, which is for SGD, suits it.
+    """
+
+    decay: str = "own"
+    auto_rate: bool = False
+
+
 AnyPart = TypeVar("AnyPart", bound=Part)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,13 +97,21 @@ class Registry(Generic[AnyPart]):
       setting: the dotted path of the setting that names one: "model.name".
       part: the class of its parts.
       homes: modules of the package that register its own, imported when they are first needed.
+      common: settings of the group that the package itself reads, whichever part is named.
     """
 
     def __init__(
-        self, kind: str, *, setting: str, part: type[AnyPart], homes: Sequence[str] = ()
+        self,
+        kind: str,
+        *,
+        setting: str,
+        part: type[AnyPart],
+        homes: Sequence[str] = (),
+        common: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.setting = setting
+        self.common = tuple(common)
         self._part = part
         self._homes = list(homes)
         self._parts: dict[str, AnyPart] = {}
@@ -281,16 +319,44 @@ _RESERVED = (
     *("first_nonfinite_step", "_reduction_counter"),
 )
 
-MODELS = Registry("model", setting="model.name", part=Part)
+
+def fill(part: Part, settings: Any) -> Any:
+    """Returns a group of settings in which the options of a part have their defaults."""
+    return dataclasses.replace(settings, options=with_defaults(part, settings.options))
+
+
+MODELS = Registry(
+    "model",
+    setting="model.name",
+    part=ModelPart,
+    homes=["inception_jax.models.networks"],
+    common=["dtype"],
+)
 DATASETS = Registry("dataset", setting="data.name", part=Part)
-OPTIMIZERS = Registry("optimizer", setting="optimizer.name", part=Part)
-SCHEDULES = Registry("schedule", setting="schedule.name", part=Part)
-AUGMENTATIONS = Registry("augmentation", setting="augment.extra", part=Part)
+OPTIMIZERS = Registry(
+    "optimizer",
+    setting="optimizer.name",
+    part=OptimizerPart,
+    homes=["inception_jax.training.optimizers"],
+    common=["clip_norm", "sam_rho"],
+)
+SCHEDULES = Registry(
+    "schedule",
+    setting="schedule.name",
+    part=Part,
+    homes=["inception_jax.training.schedules"],
+)
+AUGMENTATIONS = Registry(
+    "augmentation",
+    setting="augment.extra",
+    part=Part,
+    homes=["inception_jax.input.policies"],
+)
 METRICS = Registry(
     "metric",
     setting="evaluation.metrics",
     part=Metric,
-    homes=("inception_jax.training.metrics",),
+    homes=["inception_jax.training.metrics"],
 )
 WRITERS = Registry(
     "writer", setting="log.writers", part=Part, homes=["inception_jax.telemetry.writers"]
@@ -321,3 +387,109 @@ def register_writer(
       ConfigError: if the name is taken.
     """
     return WRITERS.register(name, options=options)
+
+
+def register_model(
+    name: str,
+    *,
+    min_image_size: int = 1,
+    options: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | None = None,
+    check: Callable[[Any], Iterator[str]] | None = None,
+) -> Callable[[Function], Function]:
+    """Registers a network: `(settings, num_classes) -> flax.linen.Module`.
+
+    The module is called with images, float32 [B, H, W, 3], normalised, and with train=True or
+    train=False if it has such an argument. It returns logits, float [B, num_classes], or
+    `models.layers.ModelOutput`. Its parameters are in the collection "params", running statistics
+    in "batch_stats"; the key of dropout is called "dropout". `settings.dtype` is the type to
+    compute in, never "auto". What else some commands need to know is in `models.protocol`.
+
+    Args:
+      name: for config.model.name.
+      min_image_size: the least side of its images, pixels.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
+    """
+    return MODELS.register(
+        name, options=options, min_image_size=min_image_size, settings=settings, check=check
+    )
+
+
+def register_optimizer(
+    name: str,
+    *,
+    decay: str = "own",
+    auto_rate: bool = False,
+    options: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | None = None,
+    check: Callable[[Any], Iterator[str]] | None = None,
+) -> Callable[[Function], Function]:
+    """Registers an update rule: `(settings, schedule) -> optax.GradientTransformation`.
+
+    `schedule` maps the number of updates made to the learning rate, warm-up included. The package
+    clips the gradient before the rule (clip_norm). The rest is up to `decay`: by default the
+    function returns a whole rule, which multiplies by the negative rate, and decays the weights
+    if it is to (`settings.weight_decay`; `settings.decay_mask` maps parameters to whether each
+    does). Or it returns a direction alone.
+
+    Args:
+      name: for config.optimizer.name.
+      decay: "own"; "l2": the function returns a direction, and the package adds weight_decay times
+        the weights to the gradient before it, and multiplies by the rate after it; "decoupled":
+        the same, the decay being added after it.
+      auto_rate: whether the rate that train.auto_size finds, which is for SGD, suits it.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
+    """
+    if decay not in ("own", "l2", "decoupled"):
+        raise ConfigError(
+            f"register_optimizer({name!r}, decay={decay!r}): decay must be one of own, l2 and "
+            "decoupled"
+        )
+    return OPTIMIZERS.register(
+        name, options=options, decay=decay, auto_rate=auto_rate, settings=settings, check=check
+    )
+
+
+def register_schedule(
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | None = None,
+    check: Callable[[Any], Iterator[str]] | None = None,
+) -> Callable[[Function], Function]:
+    """Registers a schedule: `(settings, total_steps) -> optax.Schedule`.
+
+    The package puts the warm-up before it. What is returned maps the number of updates made since
+    the warm-up's end, an int32 scalar from 0 to total_steps - 1, to the learning rate, a float
+    scalar; total_steps is the length of the run less the warm-up, and `settings.learning_rate` the
+    peak. `settings.steps(duration)` converts durations.
+
+    Args:
+      name: for config.schedule.name.
+      options: its own settings with their defaults; `settings.options` has them filled in.
+      settings, check: as of `Part`.
+    """
+    return SCHEDULES.register(name, options=options, settings=settings, check=check)
+
+
+def register_augmentation(
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | None = None,
+    check: Callable[[Any], Iterator[str]] | None = None,
+) -> Callable[[Function], Function]:
+    """Registers an augmentation: `(key, images, **options) -> images`.
+
+    It is a pure function of a typed PRNG key and a whole batch, float32 [B, H, W, 3] between 0 and
+    1, traced in the training step, and returns a batch of the same shape and type.
+
+    Args:
+      name: for config.augment.extra, or config.augment.policy.
+      options: its own settings with their defaults, given to it by keyword.
+      settings: which others of config.augment are given to it by keyword.
+      check: as of `Part`.
+    """
+    return AUGMENTATIONS.register(name, options=options, settings=settings, check=check)

@@ -17,7 +17,7 @@ from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import lock
-from inception_jax.training import loop, optimizers, run
+from inception_jax.training import loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
@@ -214,7 +214,7 @@ def _rate_rise(setup: Run, old: Config, first: int) -> list[str]:
       old: its settings before.
       first: finished steps.
     """
-    schedule = optimizers.make_schedule(
+    schedule = schedules.make_schedule(
         old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.length)
     )
     # Where the old schedule would have gone on to is no change, such as in its warm-up.

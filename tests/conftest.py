@@ -44,7 +44,7 @@ _LONGEST = (
     "tests/training/test_forty_pictures.py",
     "tests/training/test_norm.py",
     "tests/input/test_augment.py",
-    "tests/models/test_registry.py",
+    "tests/models/test_networks.py",
     "tests/models/test_torch_reference.py",
     "tests/training/test_step.py",
     "tests/training/test_gradients.py",

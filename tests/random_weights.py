@@ -3,7 +3,7 @@
 import numpy as np
 
 from inception_jax.config import Model
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models.weights import Weights
 from tests import small
 
@@ -20,7 +20,7 @@ def make(model: Model = MINI, size: int = SIZE, evaluated: int = 0) -> Weights:
       evaluated: what evaluation resizes them to, pixels; 0: nothing.
     """
     return Weights(
-        variables=small.draw(registry.create(model, 7), size),
+        variables=small.draw(networks.create(model, 7), size),
         model=model,
         image_size=size,
         eval_image_size=evaluated,

@@ -26,7 +26,7 @@ from inception_jax.config import (
 )
 from inception_jax.evaluation.evaluate import EvalResult, Evaluator
 from inception_jax.evaluation.predictions import Predictions
-from inception_jax.models import ops, registry
+from inception_jax.models import networks, ops
 from inception_jax.models import weights as files
 from inception_jax.models.layers import Classifier, ConvUnit, ModelOutput, adaptive_average_pool
 from inception_jax.models.weights import Weights
@@ -59,6 +59,10 @@ class Network(nn.Module):
     It stands for MiniGoogLeNet where a test is about what is done with a network, whichever it is.
     Images may be of any size from 4 px.
     """
+
+    first_conv, first_norm = "conv1/conv", "conv1/norm"
+    classifiers = ("classifier/dense",)
+    norm_momentum = 0.9
 
     dropout: float = 0.0
     classes: int = 10
@@ -114,7 +118,7 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
     """
     settings = config(directory, **changes)
     classes = 10
-    model = registry.create(settings.model, classes)
+    model = networks.create(settings.model, classes)
     return Weights(
         variables=draw(model, settings.data.image_size, seed=seed),
         model=settings.model,

@@ -12,6 +12,7 @@ import pytest
 
 from inception_jax import config
 from inception_jax.datasets import registry
+from inception_jax.registry import REGISTRIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "inception_jax"
@@ -177,6 +178,9 @@ def test_every_setting_is_read_somewhere() -> None:
     }
     # Those of a single data set are read by their names, which its entry lists.
     read.update(*(registry.get(name).settings for name in registry.names()))
+    # And those of a registered part by the part.
+    for known in REGISTRIES.values():
+        read.update(*(part.settings or () for part in known))
     settings = set()
     for path, _, _ in config.leaves():
         parent, _, name = path.rpartition(".")

@@ -19,7 +19,7 @@ from inception_jax.config import (
     auto_settings,
 )
 from inception_jax.errors import ConfigError
-from inception_jax.models import ops, registry
+from inception_jax.models import networks, ops
 from inception_jax.reporting import diagnosis
 from inception_jax.training import run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
@@ -158,7 +158,7 @@ def test_the_type_to_compute_in_follows_the_hardware_where_that_is_left_open() -
     config = Config()
     config.model.dtype = "auto"
     assert resolve(config, 100).model.dtype == "bfloat16"
-    assert registry.create(config.model, 2).dtype == ops.auto_dtype()
+    assert networks.create(config.model, 2).dtype == ops.auto_dtype()
     config.model.dtype = "float32"
     assert resolve(config, 100).model.dtype == "float32"
 

@@ -13,8 +13,8 @@ import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration, auto_settings
-from inception_jax.models import registry
-from inception_jax.training import optimizers
+from inception_jax.models import networks
+from inception_jax.training import optimizers, schedules
 from tests.experiments import load
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def rates(config: Config, epochs: np.ndarray) -> np.ndarray:
     """Returns the learning rate of the updates that start at the given times."""
     timeline = timeline_of(config)
     total = timeline.steps(config.train.length)
-    rate = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total)
+    rate = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total)
     steps = np.floor(epochs * timeline.train_examples / timeline.batch_size)
     return np.asarray(rate(steps.astype(np.int32)))
 
@@ -72,12 +72,12 @@ def rates(config: Config, epochs: np.ndarray) -> np.ndarray:
 def test_every_experiment_builds(name: str) -> None:
     config = experiment(name)
     assert config.name == name
-    model = registry.create(config.model, SIZES[config.data.name][1])
+    model = networks.create(config.model, SIZES[config.data.name][1])
     timeline = timeline_of(config)
-    schedule = optimizers.make_schedule(
+    schedule = schedules.make_schedule(
         config.schedule, timeline=timeline, total_steps=timeline.steps(config.train.length)
     )
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, model)
     side = config.data.image_size
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]

@@ -214,6 +214,9 @@ def describe(config: Config) -> str:
     for path, _, field in leaves():
         choices = field.metadata["choices"]
         allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
+        if kind := field.metadata["registry"]:
+            # Finding them would import what registers them.
+            allowed = f" [a registered {kind}; an unknown name is answered with all of them]"
         lines.append(
             f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}"
         )

@@ -28,22 +28,12 @@ ON_CHANGE = ("refuse", "prepare")
 STORAGES = ("decoded", "records")
 # What cameras and scanners put into files of 16 bits a channel.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
-MODELS = (
-    "googlenet",
-    "googlenet_torchvision",
-    "deeper_googlenet",
-    "eight_module_googlenet",
-    "mini_googlenet",
-)
 STEMS = ("paper", "s16", "s32")
 FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16", "auto")
 CROPS = ("none", "pad", "resized", "inception")
-POLICIES = ("none", "randaugment", "trivialaugment")
-OPTIMIZERS = ("sgd_nesterov", "sgd", "adam", "adamw", "muon")
 NONFINITE = ("stop", "skip")
-SCHEDULES = ("constant", "steps", "exponential", "cosine", "linear", "polynomial")
 
 
 def setting(
@@ -256,8 +246,10 @@ class Augment:
     flip: bool = setting(True, "mirror half of the training images left to right", resumable=True)
     policy: str = setting(
         "none",
-        "operations drawn at random for each image, after crop and flip",
-        choices=POLICIES,
+        "an augmentation of whole grey levels, after crop and flip: randaugment and trivialaugment "
+        "draw operations for each image; 'none': none. Experimental: no recorded run has used it",
+        choices=("none",),
+        registry="augmentation",
         resumable=True,
     )
     policy_ops: int = setting(
@@ -273,16 +265,24 @@ class Augment:
     color_jitter: float = setting(
         0.0,
         "brightness, contrast and saturation of each image are multiplied by factors uniform "
-        "between 1 - this and 1 + this; 0: they are not; Howard's 2013 are 0.5",
+        "between 1 - this and 1 + this; 0: they are not; Howard's 2013 are 0.5. Experimental: no "
+        "recorded run has used it",
         low=0,
         high=1,
         resumable=True,
     )
     hue_jitter: float = setting(
         0.0,
-        "the hue of each image turns by up to this share of the colour circle, either way; 0: not",
+        "the hue of each image turns by up to this share of the colour circle, either way; 0: not. "
+        "Experimental: no recorded run has used it",
         low=0,
         high=0.5,
+        resumable=True,
+    )
+    extra: tuple[str, ...] = setting(
+        (),
+        "augmentations of one's own, one after another, after the colour jitter",
+        registry="augmentation",
         resumable=True,
     )
     mixup: float = setting(
@@ -318,7 +318,7 @@ class Augment:
 
 @dataclasses.dataclass
 class Model:
-    name: str = setting("googlenet", "the network", choices=MODELS)
+    name: str = setting("googlenet", "the network", registry="model")
     stem: str = setting(
         "paper",
         "first layers of googlenet: the paper's (total stride 8), or for small images s16 "
@@ -364,16 +364,24 @@ class Model:
 
 @dataclasses.dataclass
 class Optimizer:
-    name: str = setting("sgd_nesterov", "the update rule", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, "momentum of SGD and Muon", low=0, below=1, resumable=True)
-    beta1: float = setting(0.9, "Adam's decay of the first moment", low=0, below=1, resumable=True)
-    beta2: float = setting(
-        0.999, "Adam's decay of the second moment", low=0, below=1, resumable=True
+    name: str = setting("sgd_nesterov", "the update rule", registry="optimizer")
+    momentum: float = setting(
+        0.9, "momentum of SGD, Muon and RMSprop", low=0, below=1, resumable=True
     )
-    epsilon: float = setting(1e-8, "Adam's epsilon", above=0, resumable=True)
+    beta1: float = setting(
+        0.9, "decay of the first moment, of Adam, LAMB and Lion", low=0, below=1, resumable=True
+    )
+    beta2: float = setting(
+        0.999,
+        "decay of the second moment, of Adam, LAMB and RMSprop; of Lion, of its momentum",
+        low=0,
+        below=1,
+        resumable=True,
+    )
+    epsilon: float = setting(1e-8, "epsilon of Adam, LAMB and RMSprop", above=0, resumable=True)
     weight_decay: float = setting(
         0.0,
-        "L2 coefficient added to the gradient (SGD, Adam), or decoupled decay (AdamW, Muon)",
+        "L2 coefficient added to the gradient (SGD, Adam, RMSprop), or decoupled decay",
         low=0,
         resumable=True,
     )
@@ -393,7 +401,7 @@ class Optimizer:
     sam_rho: float = setting(
         0.0,
         "radius of sharpness-aware minimisation, in the norm of all parameters together, for twice "
-        "the work; 0: off",
+        "the work; 0: off. Experimental: no recorded run has used it",
         low=0,
         resumable=True,
     )
@@ -406,7 +414,10 @@ class Optimizer:
 @dataclasses.dataclass
 class Schedule:
     name: str = setting(
-        "cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES, resumable=True
+        "cosine",
+        "shape of the learning rate after the warm-up",
+        registry="schedule",
+        resumable=True,
     )
     learning_rate: float = setting(
         0.1, "the peak rate, at the end of the warm-up", above=0, resumable=True

@@ -25,7 +25,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     """Returns what is wrong with one value, or ''."""
     if not matches(value, hint):
         return f"must be of type {type_name(hint)}"
-    if metadata["choices"] and value not in metadata["choices"]:
+    if metadata["choices"] and not metadata["registry"] and value not in metadata["choices"]:
         choices = [str(choice) for choice in metadata["choices"]]
         return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
     if metadata["path"] and (problem := paths.problem(value)):
@@ -72,8 +72,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         if not duration and not is_open(config, path):
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule
-    if schedule.name == "steps" and not schedule.boundaries:
-        yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one"
     for path, boundaries in (
         ("schedule.boundaries", schedule.boundaries),
         ("train.image_size_epochs", config.train.image_size_epochs),
@@ -85,8 +83,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.schedule.boundaries = {schedule.boundaries}: must be whole numbers with "
             "schedule.boundaries_unit = 'steps'"
         )
-    if schedule.name == "exponential" and not schedule.decay_every:
-        yield "config.schedule.decay_every = none: the schedule 'exponential' needs it"
     if config.augment.crop == "pad" and config.augment.pad >= config.data.image_size:
         yield (
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
@@ -123,10 +119,12 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
             "reached; begin it sooner, or drop it and its size"
         )
-    if is_open(config, "schedule.learning_rate") and not config.optimizer.name.startswith("sgd"):
+    optimizer = config.optimizer.name
+    known = [part.name for part in registry.OPTIMIZERS if part.auto_rate]
+    if is_open(config, "schedule.learning_rate") and optimizer not in known:
         yield (
-            "config.schedule.learning_rate = 0: config.train.auto_size knows a rate for sgd and "
-            f"sgd_nesterov only, not for {config.optimizer.name!r}; give one, such as "
+            f"config.schedule.learning_rate = 0: config.train.auto_size knows a rate for "
+            f"{' and '.join(known)} only, not for {optimizer!r}; give one, such as "
             "tools.find_lr proposes"
         )
     if "top1" not in config.evaluation.metrics:
@@ -151,22 +149,31 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
             "config.expected.source where it is from, or set top1 to 0"
         )
-    model = config.model
-    if sizes and model.aux_heads and model.name != "googlenet_torchvision":
-        yield (
-            f"config.train.image_sizes = {sizes}: the auxiliary heads' shapes depend on the image "
-            "size; set model.aux_heads to False, or leave image_sizes empty"
-        )
-    if model.name != "googlenet":
-        fixed = {"stem": "paper", "five_by_five": "5x5", "norm": "batch"}
-        for name, value in fixed.items():
-            if getattr(model, name) != value:
-                yield (
-                    f"config.model.{name} = {getattr(model, name)!r}: only 'googlenet' has "
-                    f"this setting; leave it at {value!r} for {model.name!r}"
-                )
-    if model.aux_heads and model.name not in ("googlenet", "googlenet_torchvision"):
-        yield f"config.model.aux_heads = True: {model.name!r} has no such heads; set it to False"
+    # What a configuration names exactly one of.
+    for registered in (registry.MODELS, registry.OPTIMIZERS, registry.SCHEDULES):
+        name = get(config, registered.setting)
+        # One that is gone is tolerated in a run that goes on.
+        if name in registered and (check := registered.get(name).check) is not None:
+            yield from check(config)
+
+
+def _unread(config: Config) -> Iterator[str]:
+    """Yields the settings that were changed although the part that is named does not read them."""
+    # A schedule's may rest: a run can change from one to another and back.
+    for known in (registry.MODELS, registry.OPTIMIZERS):
+        name, group = get(config, known.setting), known.setting.partition(".")[0]
+        if name not in known or (read := known.get(name).settings) is None:
+            continue
+        for field in dataclasses.fields(get(config, group)):
+            path = f"{group}.{field.name}"
+            value, default = get(config, path), get(Config(), path)
+            if field.name in ("name", "options", *known.common, *read) or value == default:
+                continue
+            readers = [repr(part.name) for part in known if field.name in (part.settings or ())]
+            yield (
+                f"config.{path} = {value!r}: {name!r} does not have this setting (only "
+                f"{', '.join(readers)}); leave it at {default!r}"
+            )
 
 
 def _keeps_ascii(encoding: str) -> bool:
@@ -215,23 +222,30 @@ def _field_problems(config: Config) -> Iterator[str]:
     for path, hint, field in entries(config):
         if problem := _problem(value := get(config, path), hint, field.metadata):
             yield f"config.{path} = {value!r}: {problem}"
+    for path, known, name in _named(config):
+        if name not in known:
+            yield f"config.{path} = {name!r}: {known.unknown(name)}"
+
+
+def _named(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
+    """Yields (dotted path, registry, name) of every registered part that is named."""
+    for path, _, field in leaves():
+        if kind := field.metadata["registry"]:
+            value = get(config, path)
+            for name in value if isinstance(value, tuple) else (value,):
+                if name not in field.metadata["choices"]:
+                    yield path, registry.REGISTRIES[kind], name
 
 
 def _part_problems(config: Config) -> Iterator[str]:
-    """Yields what is wrong with the names of registered parts, and with their options."""
-    parts: dict[str, list[registry.Part]] = {}
-    for path, _, field in leaves():
-        group = path.partition(".")[0]
-        if path.endswith(".options"):
-            parts.setdefault(group, [])
-        if not (kind := field.metadata["registry"]):
-            continue
-        value, known = get(config, path), registry.REGISTRIES[kind]
-        for name in value if isinstance(value, tuple) else (value,):
-            if name in known:
-                parts.setdefault(group, []).append(known.get(name))
-            else:
-                yield f"config.{path} = {value!r}: {known.unknown(name)}"
+    """Yields what is wrong with settings and options for the parts that are named."""
+    parts: dict[str, list[registry.Part]] = {
+        path.partition(".")[0]: [] for path, _, _ in leaves() if path.endswith(".options")
+    }
+    for path, known, name in _named(config):
+        if name in known:
+            parts[path.partition(".")[0]].append(known.get(name))
+    yield from _unread(config)
     for group, found in parts.items():
         options = get(config, f"{group}.options")
         yield from registry.option_problems(found, options, f"{group}.options")

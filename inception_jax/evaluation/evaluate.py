@@ -80,7 +80,7 @@ class Evaluator:
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
         )
         replicated, batch = sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
-        options = ops.compiler_options(run.config.model.dtype)
+        options = ops.compiler_options(run.model)
         self._plain, self._mirrored = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
         self._is_compiled = False
         # Nothing is donated: training goes on with the same variables.

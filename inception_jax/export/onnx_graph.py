@@ -16,12 +16,22 @@ import jax
 import jax.image
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, Literal
+
+from inception_jax.models import introspect
 
 # Old enough for most runtimes. Its files are of the format's version 8.
 _OPSET, _FORMAT = 17, 8
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+# What BatchNorm makes of its statistics and parameters.
+_OF_CONSTANTS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+}
 # Where the axes of an image [B, H, W, C] are in [B, C, H, W].
 _PLACES = (0, 2, 3, 1)
 
@@ -135,8 +145,7 @@ class _Graph:
 
         for equation in program.eqns:
             given = [value(atom) for atom in equation.invars]
-            if equation.primitive.name in _CALLS:
-                (inner,) = jaxprs_in_params(equation.params)
+            if (inner := introspect.called(equation)) is not None:
                 results = self.walk(inner, given, getattr(inner, "consts", ()))
             else:
                 results = [self._operation(equation, given)]
@@ -148,7 +157,7 @@ class _Graph:
         primitive, params = equation.primitive.name, equation.params
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
-            return _constant(equation, x)
+            return _constant(equation, list(map(np.asarray, inputs)))
         if primitive in _BINARY:
             return self._binary(primitive, inputs)
         if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
@@ -164,14 +173,16 @@ class _Graph:
             kernel = np.asarray(inputs[1]).transpose(3, 2, 0, 1)
             strides = list(params["window_strides"])
             return self.add("Conv", x, kernel, strides=strides, pads=_pads(params["padding"]))
-        if primitive == "reduce_window_max":
-            return self.add(
-                "MaxPool",
-                x,
-                kernel_shape=list(params["window_dimensions"][1:3]),
-                strides=list(params["window_strides"][1:3]),
-                pads=_pads(params["padding"][1:3]),
-            )
+        if primitive.startswith("reduce_window_") and params["window_dimensions"][3] == 1:
+            pool = {
+                "kernel_shape": list(params["window_dimensions"][1:3]),
+                "strides": list(params["window_strides"][1:3]),
+                "pads": _pads(params["padding"][1:3]),
+            }
+            if primitive == "reduce_window_max":
+                return self.add("MaxPool", x, **pool)
+            mean = self.add("AveragePool", x, count_include_pad=1, **pool)
+            return self.add("Mul", mean, np.array(np.prod(pool["kernel_shape"]), np.float32))
         if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
             return self._channel_sum(x, equation)
         raise NotImplementedError(f"{primitive} {params} is not known as an operation of ONNX")
@@ -201,12 +212,12 @@ def _turned(value: Value) -> Value:
     return value[0] if value.ndim == 2 else value  # A bias has one axis.
 
 
-def _constant(equation: Any, value: Value) -> np.ndarray:
+def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the result of an operation that does not depend on the image.
 
     Broadcasting gives axes of size 1, since all that reads the result broadcasts.
     """
-    primitive, params, value = equation.primitive.name, equation.params, np.asarray(value)
+    primitive, params, value = equation.primitive.name, equation.params, values[0]
     if primitive == "broadcast_in_dim":
         shape = [1] * len(params["shape"])
         for axis, place in enumerate(params["broadcast_dimensions"]):
@@ -218,6 +229,8 @@ def _constant(equation: Any, value: Value) -> np.ndarray:
         return value.astype(params["new_dtype"])
     if primitive in ("copy", "copy_p"):
         return value
+    if primitive in _OF_CONSTANTS:
+        return np.asarray(_OF_CONSTANTS[primitive](*values), np.float32)
     raise NotImplementedError(f"{primitive} {params} of constants is not known here")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from inception_jax.errors import RunError
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import ops
+from inception_jax.models import protocol
 from inception_jax.models.layers import ConvUnit
 from inception_jax.models.weights import Weights
 
@@ -45,10 +45,10 @@ def pixels_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
 
 def images_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
     """Returns the network as a function of float32 [B, H, W, 3], resized and normalised."""
-    model = _in_float32(weights).network
+    model = protocol.plain(_in_float32(weights).network)
 
     def logits(images: jax.Array) -> jax.Array:
-        with ops.plain(), nn.intercept_methods(_folded):
+        with nn.intercept_methods(_folded):
             output: Any = model.apply(weights.variables, images, train=False)
         return output.logits
 

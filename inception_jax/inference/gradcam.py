@@ -20,6 +20,7 @@ from PIL import Image
 from inception_jax import figures
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.inference.predictor import Classified, Predictor
+from inception_jax.models import introspect
 from inception_jax.training.state import Variables
 
 # Height and width of a picture beside its heat map, pixels: enough for photos, little for a screen.
@@ -42,7 +43,7 @@ def grad_cam(
       variables: of the network.
       images: float32 [B, H, W, 3], as the network takes them.
       labels: int32 [B], the classes.
-      layer: which one, a key of `spatial_layers`.
+      layer: which one, a key of `introspect.grids`.
 
     Returns:
       float32 [B, h, w], 0 or more.
@@ -51,56 +52,25 @@ def grad_cam(
     def logits_and_activations(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         seen = []
 
-        def add_delta(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            output = next_fun(*args, **kwargs)
-            if _path(context) != layer:
-                return output
-            seen.append(output)
-            return output + delta
+        def add_delta(_: nn.Module, path: str, result: Any) -> Any:
+            if path != layer:
+                return result
+            seen.append(result)
+            return result + delta
 
-        with nn.intercept_methods(add_delta):
+        with introspect.watching(add_delta):
             output: Any = model.apply(variables, images, train=False)
         return output.logits, seen[0]
 
     # The gradient with regard to what is added to a layer is that with regard to the layer. Images
     # do not depend on each other in evaluation, so one pass gives the gradients of all.
-    grid = spatial_layers(model, variables, images)[layer]
+    grid = introspect.grids(model, variables, images)[layer]
     logits, backward, activations = jax.vjp(
         logits_and_activations, jnp.zeros(grid.shape, grid.dtype), has_aux=True
     )
     (gradients,) = backward(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
     alpha = gradients.astype(jnp.float32).mean(axis=(1, 2))
     return nn.relu(jnp.einsum("bhwk,bk->bhw", activations.astype(jnp.float32), alpha))
-
-
-def spatial_layers(
-    model: nn.Module, variables: Variables, images: jax.Array | jax.ShapeDtypeStruct
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the layers that `grad_cam` takes, in the order in which they end.
-
-    Args:
-      model, variables, images: as of `grad_cam`.
-
-    Returns:
-      Shape [B, h, w, C] and type of the output of every module that gives a grid, by its path
-      inside the network, such as "inception_4e/conv_3x3".
-    """
-    found = {}
-
-    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        output = next_fun(*args, **kwargs)
-        if _path(context) and getattr(output, "ndim", 0) == 4:
-            found[_path(context)] = jax.ShapeDtypeStruct(output.shape, output.dtype)
-        return output
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
-    return found
-
-
-def _path(context: Any) -> str:
-    """Returns the path of the module that is called; '' for other methods, and the network."""
-    return "/".join(context.module.path) if context.method_name == "__call__" else ""
 
 
 class Explainer:
@@ -124,10 +94,16 @@ class Explainer:
         size = predictor.weights.image_size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
         images = jax.eval_shape(predictor.preprocess, pixels)
-        found = spatial_layers(predictor.model, predictor.variables, images)
+        found = introspect.grids(predictor.model, predictor.variables, images)
         modules = {
             path: f"{s.shape[1]} × {s.shape[2]}" for path, s in found.items() if "/" not in path
         }
+        if not modules:
+            raise ConfigError(
+                f"{predictor.weights.model.name}: no module of the network gives a grid "
+                "[B, h, w, C], so there is nothing to draw heat maps of; make the layers to look "
+                "at modules"
+            )
         self.layer = layer or list(modules)[-1]
         if self.layer not in found:
             raise ConfigError(_unknown_layer(layer, modules, list(found)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Timeline
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
@@ -63,7 +63,7 @@ def from_checkpoint(workdir: Workdir, which: str, log: Callable[[str], None] = p
         log(note)
     config, dataset = record.config, record.dataset
     abstract_model = states.abstract_model_item(
-        registry.create(config.model, dataset["classes"]),
+        networks.create(config.model, dataset["classes"]),
         image_size=config.data.image_size,
         has_average=bool(config.train.ema),
     )

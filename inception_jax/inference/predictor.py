@@ -90,7 +90,7 @@ class Predictor:
     @property
     def compiler_options(self) -> dict[str, bool]:
         """How programs of the network are compiled."""
-        return ops.compiler_options(self.weights.model.dtype)
+        return ops.compiler_options(self.model)
 
     @property
     def preparation(self) -> str:

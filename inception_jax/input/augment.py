@@ -11,14 +11,16 @@ adding another leaves what the rest draw unchanged.
 
 import enum
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from inception_jax import config
-from inception_jax.input import photometric, policies
+from inception_jax import config, registry
+from inception_jax.errors import ConfigError
+from inception_jax.input import photometric
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
 _RESIZED_TRIES = 10
@@ -34,6 +36,7 @@ class _Stream(enum.IntEnum):
     CUTOUT = 4
     POLICY = 5
     PHOTOMETRIC = 6
+    EXTRA = 7
 
 
 def augment(
@@ -51,10 +54,10 @@ def augment(
     """Varies a batch as `settings` say.
 
     In this order: crop ('inception' crops were cut on the host already: `crops`), flip, policy,
-    colour jitter, resizing, normalisation, mixing, Cutout. A policy needs whole grey levels: images
-    are uint8 up to it, rounded after a resized crop, which is float32, and float32 from the colour
-    jitter on. With everything switched off, and images of `size` already, the result is
-    `normalise(images)` and the labels' one-hot rows.
+    colour jitter, those of `settings.extra`, resizing, normalisation, mixing, Cutout. A policy has
+    whole grey levels before and after: images are uint8 up to it, rounded after a resized crop,
+    which is float32, and float32 from the colour jitter on. With everything switched off, and
+    images of `size` already, the result is `normalise(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
@@ -84,6 +87,10 @@ def augment(
         images = photometric.color_jitter(
             keys[_Stream.PHOTOMETRIC], images, settings.color_jitter, settings.hue_jitter
         )
+    for name in settings.extra:
+        # By name, so that the others' draws are the same whichever stand beside them.
+        extra_key = jax.random.fold_in(keys[_Stream.EXTRA], zlib.crc32(name.encode()))
+        images = 255 * apply(name, extra_key, images.astype(jnp.float32) / 255, settings)
     if size is not None:
         images = resize(images, size)
     images = normalise(images, mean, std)
@@ -121,11 +128,45 @@ def resize(images: jax.Array, size: int) -> jax.Array:
 
 def _policy(key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
     """Returns uint8 [B, H, W, C]: images, uint8 or float32 between 0 and 255, under a policy."""
-    if images.dtype != jnp.uint8:
-        images = jnp.round(images).astype(jnp.uint8)
-    if settings.policy == "randaugment":
-        return policies.randaugment(key, images, settings.policy_ops, settings.policy_magnitude)
-    return policies.trivialaugment(key, images)
+    levels = jnp.round(images.astype(jnp.float32))
+    varied = apply(settings.policy, key, levels / 255, settings)
+    return jnp.clip(jnp.round(255 * varied), 0, 255).astype(jnp.uint8)
+
+
+def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
+    """Returns what a registered augmentation makes of images, float32 [B, H, W, 3] in 0 to 1.
+
+    Raises:
+      ConfigError: if it returns something of another shape or type.
+    """
+    part = registry.AUGMENTATIONS.get(name)
+    given = {setting: getattr(settings, setting) for setting in part.settings or ()}
+    result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
+    if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
+        found = (
+            f"{result.dtype} {list(result.shape)}"
+            if isinstance(result, jax.Array)
+            else f"a {type(result).__name__}"
+        )
+        raise ConfigError(
+            f"{part.place}: the augmentation {name!r} returned {found}; it has to return images as "
+            f"it was given them, float32 {list(images.shape)}"
+        )
+    return result
+
+
+def check(settings: config.Augment, image_size: int) -> None:
+    """Checks the augmentations that settings name; nothing is computed.
+
+    Raises:
+      ConfigError: if one returns something of another shape or type than it is given.
+    """
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    for name in (settings.policy, *settings.extra):
+        if name != "none":
+            jax.eval_shape(
+                lambda images, name=name: apply(name, jax.random.key(0), images, settings), images
+            )
 
 
 def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:

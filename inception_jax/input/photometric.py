@@ -1,6 +1,7 @@
 """Random changes of brightness, contrast, saturation and hue, of each image on its own.
 
 Images are float32 between 0 and 255 throughout: nothing is rounded between two changes.
+Experimental: tested, but no recorded run has used it.
 """
 
 import jax

@@ -3,6 +3,8 @@
 Both draw from the 14 operations of `image_ops.Op`, with the ranges and the 31 magnitudes (0 to 30)
 of torchvision's RandAugment and TrivialAugmentWide, which differ from each other. A shear, a
 translation, a rotation or an enhancement goes either way with probability one half.
+
+Experimental: tested against Pillow and torchvision, but no recorded run has used them.
 """
 
 import jax
@@ -10,10 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from inception_jax.input.image_ops import Op, apply
+from inception_jax.registry import register_augmentation
 
 _MAGNITUDES = 31
 _ENHANCEMENTS = (Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS)
 _SIGNED = np.isin(np.arange(len(Op)), [op for op in Op if Op.SHEAR_X <= op <= Op.SHARPNESS])
+
+
+@register_augmentation("randaugment", settings=("policy_ops", "policy_magnitude"))
+def _randaugment(
+    key: jax.Array, images: jax.Array, *, policy_ops: int, policy_magnitude: int
+) -> jax.Array:
+    return _shares(randaugment(key, _levels(images), policy_ops, policy_magnitude))
+
+
+@register_augmentation("trivialaugment")
+def _trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
+    return _shares(trivialaugment(key, _levels(images)))
+
+
+def _levels(images: jax.Array) -> jax.Array:
+    """Returns images, float32 between 0 and 1, as uint8."""
+    return jnp.clip(jnp.round(255 * images), 0, 255).astype(jnp.uint8)
+
+
+def _shares(images: jax.Array) -> jax.Array:
+    """Returns images, uint8, as float32 between 0 and 1."""
+    return images.astype(jnp.float32) / 255
 
 
 def randaugment(key: jax.Array, images: jax.Array, ops: int, magnitude: int) -> jax.Array:

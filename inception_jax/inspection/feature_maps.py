@@ -4,13 +4,14 @@ import math
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from inception_jax import figures
 from inception_jax.errors import UserError, nearest
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import ops
+from inception_jax.models import introspect
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 
@@ -50,36 +51,28 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
     Raises:
       UserError: if there is no such module, or it gives no image.
     """
-    weights = predictor.weights
-    model = weights.network
-    found: list[str] = []
-
-    def is_wanted(module: Any, method: str) -> bool:
-        path = "/".join(module.path)
-        if method == "__call__" and path:
-            found.append(path)
-        return method == "__call__" and path == layer
-
-    def compute(variables: Any, image: jax.Array) -> Any:
-        _, captured = model.apply(
-            variables,
-            predictor.preprocess(image),
-            train=False,
-            capture_intermediates=is_wanted,
-            mutable=["intermediates"],
-        )
-        return captured.get("intermediates", {})
-
-    options = ops.compiler_options(weights.model.dtype)
-    captured = jax.jit(compute, compiler_options=options)(weights.variables, pixels[None])
-    results = [leaf for leaf in jax.tree.leaves(captured) if leaf.ndim == 4]
-    if not results:
-        modules = sorted(set(found))
+    model, prepared = predictor.model, predictor.preprocess
+    images = jax.eval_shape(prepared, jax.ShapeDtypeStruct((1, *pixels.shape), pixels.dtype))
+    modules = introspect.grids(model, predictor.variables, images)
+    if layer not in modules:
         raise UserError(
-            f"--layer={layer}: is no module of {weights.model.name} that gives an image."
-            f"{nearest(layer, modules)} Its modules are {', '.join(modules)}"
+            f"--layer={layer}: is no module of {predictor.weights.model.name} that gives an "
+            f"image.{nearest(layer, modules)} Those that do are {', '.join(modules)}"
         )
-    return np.asarray(results[0][0], np.float32)
+
+    def compute(variables: Any, image: jax.Array) -> jax.Array:
+        found: dict[str, jax.Array] = {}
+
+        def see(_: nn.Module, path: str, result: Any) -> Any:
+            found[path] = result
+            return result
+
+        with introspect.watching(see):
+            model.apply(variables, prepared(image), train=False)
+        return found[layer]
+
+    compiled = jax.jit(compute, compiler_options=predictor.compiler_options)
+    return np.asarray(compiled(predictor.variables, pixels[None])[0], np.float32)
 
 
 def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:

@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from inception_jax.models import ops
+from inception_jax.models import introspect, protocol
 
 # A module's path from the network: ("inception_3a", "conv_3x3").
 Path = tuple[str, ...]
@@ -38,16 +38,6 @@ _OPERATIONS = {
     "reduce_window_max": MAX_POOL,
     "reduce_window_sum": AVERAGE_POOL,
     "concatenate": CONCATENATION,
-}
-# Programs inside a program, whose operations belong to the module that calls them.
-_CALLS = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat2",
-    "checkpoint",
 }
 
 
@@ -203,19 +193,21 @@ def describe(network: nn.Module, image_size: int) -> Structure:
     Nothing is computed, so it takes a second or two whatever the size.
 
     Args:
-      network: called as those of `registry`.
+      network: as `networks.create` returns it.
       image_size: height and width of its images, pixels.
 
     Raises:
       ConfigError: if the images are too small for the network.
     """
+    network = protocol.plain(network)
     image = (image_size, image_size, 3)
     images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     modules: dict[Path, nn.Module] = {}
 
-    def remember(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        modules[context.module.path] = context.module
-        return function(*args, **kwargs)
+    def remember(module: nn.Module, path: str, result: Any) -> Any:
+        # A user's network is called inside one of the same path.
+        modules.setdefault(tuple(path.split("/")) if path else (), module)
+        return result
 
     def initialise(images: jax.Array) -> Any:
         return network.init(jax.random.key(0), images)
@@ -232,7 +224,7 @@ def describe(network: nn.Module, image_size: int) -> Structure:
         return output
 
     variables = jax.eval_shape(initialise, images)
-    with ops.plain(), nn.intercept_methods(remember):
+    with introspect.watching(remember):
         program = jax.make_jaxpr(call)(images, variables)
     reader = _Reader(program.jaxpr, modules, variables)
     outputs = reader.read()
@@ -299,9 +291,8 @@ class _Reader:
             path = outer or self._path(equation)
             if equation.primitive.name in _OPERATIONS:
                 yield path
-            elif equation.primitive.name in _CALLS:
-                for inner in jaxprs_in_params(equation.params):
-                    yield from self._paths(inner, path)
+            elif (inner := introspect.called(equation)) is not None:
+                yield from self._paths(inner, path)
 
     def _path(self, equation: JaxprEqn) -> Path:
         """Returns the path of the module that an operation was called in.
@@ -333,8 +324,7 @@ class _Reader:
         for equation in program.eqns:
             found = [value(atom) for atom in equation.invars]
             path = outer or self._path(equation)
-            if equation.primitive.name in _CALLS:
-                (inner,) = jaxprs_in_params(equation.params)
+            if (inner := introspect.called(equation)) is not None:
                 results = self._walk(inner, found, path)
             elif any(found):
                 results = [self._operation(equation, found, path)] * len(equation.outvars)

@@ -2,7 +2,7 @@
 
 Szegedy et al. 2014, "Going Deeper with Convolutions", arXiv:1409.4842. One module describes all of
 them, since they differ only in the first layers, in the number of inception modules and in a few
-details; `registry` names the combinations.
+details; `networks` names the combinations.
 """
 
 import functools
@@ -119,7 +119,11 @@ class GoogLeNet(nn.Module):
       adaptive_aux: whether the heads pool as torchvision's do.
       dropout, aux_dropout: share of features dropped before the last layer, and in the heads.
       dtype: type to compute in.
+      rewrite: whether to compute by the equivalents of `ops` for the CPU.
     """
+
+    first_conv = "conv1/conv"
+    first_norm = "conv1/norm"
 
     num_classes: int
     stem: str = "paper"
@@ -134,6 +138,7 @@ class GoogLeNet(nn.Module):
     dropout: float = 0.4
     aux_dropout: float = 0.7
     dtype: Any = jnp.float32
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -147,10 +152,10 @@ class GoogLeNet(nn.Module):
           The logits, float32 [B, num_classes], and in training those of the auxiliary heads.
 
         Raises:
-          ConfigError: if the images are smaller than `least_image_size`.
+          ConfigError: if the images are smaller than `min_image_size`.
         """
         check_image_size(
-            images, least=self.least_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
+            images, least=self.min_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
         )
         unit = functools.partial(
             ConvUnit,
@@ -159,12 +164,13 @@ class GoogLeNet(nn.Module):
             momentum=self.norm_momentum,
             epsilon=self.norm_epsilon,
             train=train,
+            rewrite=self.rewrite,
         )
         x = self._stem(images, unit)
         aux = []
         for name, layer in BODIES[self.body].items():
             if isinstance(layer, Pool):
-                x = ops.max_pool(x, window=layer.window, stride=2)
+                x = self._pool(x, layer.window)
                 continue
             x = self._inception(name, layer, unit)(x)
             # The heads must get their parameters even when evaluation code initialises the model.
@@ -175,7 +181,7 @@ class GoogLeNet(nn.Module):
         return ModelOutput(logits, tuple(aux))
 
     @property
-    def least_image_size(self) -> int:
+    def min_image_size(self) -> int:
         """The least side of an image, in pixels, that leaves one pixel in the last grid."""
         stem = STEMS[self.stem]
         pools = [Pool()] * (2 if stem.second_pool else 1)
@@ -187,22 +193,35 @@ class GoogLeNet(nn.Module):
             size = 2 * size - (3 - pool.window)
         return size * stem.stride - (stem.stride - 1)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Paths of the auxiliary heads, which `protocol` is about."""
+        return tuple(f"aux_{name}" for name in AUX_MODULES if name in BODIES[self.body])
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """Paths of the layers that give logits."""
+        return ("classifier/dense", *(f"{head}/classifier/dense" for head in self.heads))
+
     def _stem(self, images: jax.Array, unit: Unit) -> jax.Array:
         """Maps images [B, H, W, 3] to the first inception module's input."""
         stem = STEMS[self.stem]
         x = unit(scaled(64, self.width), stem.kernel_size, stem.stride, name="conv1")(images)
-        x = ops.max_pool(x, window=3, stride=2)
+        x = self._pool(x)
         if self.norm == "lrn":
             x = local_response_norm(x)
         x = unit(scaled(stem.reduce, self.width), name="conv2_reduce")(x)
         x = unit(scaled(stem.features, self.width), stem.second_kernel_size, name="conv2")(x)
         if self.norm == "lrn":
             x = local_response_norm(x)
-        return ops.max_pool(x, window=3, stride=2) if stem.second_pool else x
+        return self._pool(x) if stem.second_pool else x
+
+    def _pool(self, x: jax.Array, window: int = 3) -> jax.Array:
+        return ops.max_pool(x, window=window, stride=2, rewrite=self.rewrite)
 
     def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
         widths = InceptionWidths(*(scaled(channels, self.width) for channels in widths))
-        return Inception(widths, self.five_by_five, unit, name=f"inception_{name}")
+        return Inception(widths, self.five_by_five, unit, self.rewrite, name=f"inception_{name}")
 
     def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
         return AuxiliaryHead(

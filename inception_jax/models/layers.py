@@ -1,8 +1,7 @@
 """The layers that the networks are made of.
 
 Parameters and BatchNorm statistics are float32 throughout; each layer computes in its `dtype`.
-Every weight that multiplies activations is called "kernel", which is how the optimizer finds what
-to decay.
+Every weight that multiplies activations is called "kernel", by which `protocol` knows it.
 """
 
 from collections.abc import Callable
@@ -48,6 +47,7 @@ class Conv(nn.Module):
         stride 1.
       use_bias: whether a bias is added.
       dtype: type to compute in.
+      rewrite: as of `ops.conv`.
     """
 
     features: int
@@ -56,6 +56,7 @@ class Conv(nn.Module):
     paddings: ops.Paddings | None = None
     use_bias: bool = False
     dtype: Any = jnp.float32
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,7 +66,11 @@ class Conv(nn.Module):
         half = self.kernel_size // 2
         paddings = self.paddings or ((half, half), (half, half))
         x = ops.conv(
-            x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, paddings=paddings
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            paddings=paddings,
+            rewrite=self.rewrite,
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -82,11 +87,13 @@ class BatchNormReLU(nn.Module):
       momentum: share of the running statistics that a training step keeps.
       epsilon: added to the variance.
       train: whether batch statistics are used, and the running ones updated.
+      rewrite: as of `ops.batch_norm_relu`.
     """
 
     momentum: float
     epsilon: float
     train: bool
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +106,9 @@ class BatchNormReLU(nn.Module):
         if not self.train:
             factor = scale * lax.rsqrt(variance.value + self.epsilon)
             return ops.affine_relu(x, factor, bias - mean.value * factor)
-        x, batch_mean, batch_variance = ops.batch_norm_relu(x, scale, bias, epsilon=self.epsilon)
+        x, batch_mean, batch_variance = ops.batch_norm_relu(
+            x, scale, bias, epsilon=self.epsilon, rewrite=self.rewrite
+        )
         if not self.is_initializing():
             for running, batch in ((mean, batch_mean), (variance, batch_variance)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
@@ -110,7 +119,7 @@ class ConvUnit(nn.Module):
     """Convolution, BatchNorm and ReLU; or convolution with a bias and ReLU.
 
     Attributes:
-      features, kernel_size, stride, paddings, dtype: as in `Conv`.
+      features, kernel_size, stride, paddings, dtype, rewrite: as in `Conv`.
       batch_norm: whether BatchNorm takes the place of the bias.
       momentum: share of the running statistics that a training step keeps.
       epsilon: added to the variance.
@@ -126,6 +135,7 @@ class ConvUnit(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-3
     train: bool = False
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,11 +147,12 @@ class ConvUnit(nn.Module):
             self.paddings,
             use_bias=not self.batch_norm,
             dtype=self.dtype,
+            rewrite=self.rewrite,
             name="conv",
         )(x)
         if not self.batch_norm:
             return nn.relu(x)
-        return BatchNormReLU(self.momentum, self.epsilon, self.train, name="norm")(x)
+        return BatchNormReLU(self.momentum, self.epsilon, self.train, self.rewrite, name="norm")(x)
 
 
 Unit = Callable[..., ConvUnit]
@@ -166,11 +177,13 @@ class Inception(nn.Module):
       five_by_five: what stands in the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
+      rewrite: as of `ops.max_pool`.
     """
 
     widths: InceptionWidths
     five_by_five: str
     unit: Unit
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -184,7 +197,7 @@ class Inception(nn.Module):
             branch_5x5 = unit(widths.conv_5x5, 3, name="conv_5x5_first")(branch_5x5)
         kernel_size = 5 if self.five_by_five == "5x5" else 3
         branch_5x5 = unit(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
-        branch_pool = ops.max_pool(x, window=3, stride=1)
+        branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite)
         branch_pool = unit(widths.pool_proj, name="pool_proj")(branch_pool)
         return jnp.concatenate([branch_1x1, branch_3x3, branch_5x5, branch_pool], axis=-1)
 

@@ -34,7 +34,13 @@ class MiniGoogLeNet(nn.Module):
       width: factor on the number of channels of every layer.
       dropout: share of features dropped before the last layer; the paper has none.
       dtype: type to compute in.
+      rewrite: whether to compute by the equivalents of `ops` for the CPU.
     """
+
+    min_image_size = 4  # Two halvings make 4 one pixel.
+    first_conv = "conv1/conv"
+    first_norm = "conv1/norm"
+    classifiers = ("classifier/dense",)
 
     num_classes: int
     norm_momentum: float = 0.9
@@ -42,11 +48,7 @@ class MiniGoogLeNet(nn.Module):
     width: float = 1.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
-
-    @property
-    def least_image_size(self) -> int:
-        """The least side of an image, in pixels: two halvings make 4 one pixel."""
-        return 4
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -60,15 +62,16 @@ class MiniGoogLeNet(nn.Module):
           The logits, float32 [B, num_classes].
 
         Raises:
-          ConfigError: if the images are smaller than `least_image_size`.
+          ConfigError: if the images are smaller than `min_image_size`.
         """
-        check_image_size(images, least=self.least_image_size, model="MiniGoogLeNet")
+        check_image_size(images, least=self.min_image_size, model="MiniGoogLeNet")
         unit = functools.partial(
             ConvUnit,
             dtype=self.dtype,
             momentum=self.norm_momentum,
             epsilon=self.norm_epsilon,
             train=train,
+            rewrite=self.rewrite,
         )
         x = unit(scaled(96, self.width), 3, name="conv1")(images)
         x = self._inception("2a", 32, 32, unit)(x)
@@ -90,7 +93,9 @@ class MiniGoogLeNet(nn.Module):
         return MiniInception(*features, unit, name=f"inception_{name}")
 
     def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":
-        return Downsample(scaled(conv_3x3, self.width), unit, name=f"downsample_{name}")
+        return Downsample(
+            scaled(conv_3x3, self.width), unit, self.rewrite, name=f"downsample_{name}"
+        )
 
 
 class MiniInception(nn.Module):
@@ -121,10 +126,12 @@ class Downsample(nn.Module):
     Attributes:
       features: output channels of the convolution.
       unit: makes a convolution unit, given features, kernel size and name.
+      rewrite: as of `ops.max_pool`.
     """
 
     features: int
     unit: Unit
+    rewrite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -135,4 +142,5 @@ class Downsample(nn.Module):
             ops.pool_padding(width, window=3, stride=2),
         )
         convolved = self.unit(self.features, 3, 2, paddings, name="conv_3x3")(x)
-        return jnp.concatenate([convolved, ops.max_pool(x, window=3, stride=2)], axis=-1)
+        pooled = ops.max_pool(x, window=3, stride=2, rewrite=self.rewrite)
+        return jnp.concatenate([convolved, pooled], axis=-1)

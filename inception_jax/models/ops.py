@@ -1,21 +1,16 @@
-"""Convolution, max-pooling and BatchNorm, in the formulation that is fast on the backend in use.
+"""Convolution, max-pooling and BatchNorm, plainly and in formulations that are fast on the CPU.
 
 XLA's CPU backend loses most of a training step in a few places: the weight gradients of
 convolutions, convolutions on small images, the gradient of a windowed maximum, and the many passes
 over the images that the derivative of BatchNorm takes. Each has an equivalent, of the same values
-and gradients to rounding, that is faster there (BUILD_NOTES.md, "Speed"). `_rewrite` decides, in
-this one place, when they are used; on every other backend the plain XLA operations run.
-`compiler_options` is what else the compiler has to be told, and inside `plain` the plain operations
-run on the CPU too.
+and gradients to rounding, that is faster there (BUILD_NOTES.md, "Speed"). Which of the two is
+traced is said by the argument `rewrite`. A network has it as an attribute, which
+`networks.create` sets once; so a program for a TPU can be traced on a machine that has none.
 """
 
-import contextlib
-import contextvars
 import functools
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,26 +26,9 @@ NO_PADDING: Paddings = ((0, 0), (0, 0))
 _LEAST_CHANNELS = 8
 
 
-_plain = contextvars.ContextVar("plain", default=False)
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Makes what is traced inside use the plain operations, on the CPU too.
-
-    For programs that other backends and libraries are to run, or that a reader is to understand. A
-    function that was traced before keeps what it was traced with, as JAX remembers programs.
-    """
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-
-
-def _rewrite() -> bool:
-    """Whether the equivalents replace the plain operations."""
-    return jax.default_backend() == "cpu" and not _plain.get()
+def prefers_rewrite() -> bool:
+    """Whether the equivalents are the faster ones on the devices that JAX uses by default."""
+    return jax.default_backend() == "cpu"
 
 
 @functools.cache
@@ -84,8 +62,8 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-def compiler_options(dtype: Any) -> dict[str, bool]:
-    """Returns the options for `jax.jit` with which a network that computes in `dtype` is compiled.
+def compiler_options(network: nn.Module) -> dict[str, bool]:
+    """Returns the options for `jax.jit` with which a network is compiled.
 
     On the CPU, in bfloat16, they let XLA call oneDNN, which jaxlib 0.12 contains but does not use
     by default (0.10.2 ignores the option): only it takes products and convolutions to the matrix
@@ -93,12 +71,18 @@ def compiler_options(dtype: Any) -> dict[str, bool]:
     that jaxlib cannot write such a program to the compilation cache. In float32 that is not worth
     the tenth it gains.
     """
-    use = _rewrite() and jnp.dtype(dtype) == jnp.bfloat16
+    on_cpu = getattr(network, "rewrite", prefers_rewrite())
+    use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
     return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, paddings: Paddings = NO_PADDING
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    paddings: Paddings = NO_PADDING,
+    rewrite: bool = False,
 ) -> jax.Array:
     """Convolves images with a square kernel.
 
@@ -107,12 +91,13 @@ def conv(
       kernel: float [k, k, I, O], of the same dtype.
       stride: distance between windows in pixels, in both directions.
       paddings: zeros added before and after, in each direction.
+      rewrite: whether the equivalent for the CPU takes the place of XLA's convolution.
 
     Returns:
       float [B, H', W', O] with H' = floor((H + top + bottom - k) / stride) + 1.
     """
     inside = max(paddings[0] + paddings[1]) < kernel.shape[0]
-    if _rewrite() and stride == 1 and inside:
+    if rewrite and stride == 1 and inside:
         return matmul_conv(x, kernel, paddings)
     return plain_conv(x, kernel, paddings, stride=stride)
 
@@ -213,7 +198,7 @@ def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
     return jnp.concatenate(_taps(x, size, paddings), axis=-1)
 
 
-def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
+def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: bool = False) -> jax.Array:
     """Takes the maximum over square windows, with the borders of the paper's Caffe implementation.
 
     At stride 1 the window is centred and the size is kept. At a larger stride the first window
@@ -223,6 +208,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
       x: float [B, H, W, C].
       window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
+      rewrite: whether the equivalent for the CPU takes the place of XLA's windowed maximum.
 
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
@@ -232,7 +218,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
         pool_padding(height, window=window, stride=stride),
         pool_padding(width, window=window, stride=stride),
     )
-    pool = indexed_max_pool if _rewrite() else plain_max_pool
+    pool = indexed_max_pool if rewrite else plain_max_pool
     return pool(x, window, stride, paddings)
 
 
@@ -340,7 +326,7 @@ def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array
 
 
 def batch_norm_relu(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, rewrite: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises each channel by the moments of the batch, and cuts off what is negative.
 
@@ -348,12 +334,13 @@ def batch_norm_relu(
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
+      rewrite: whether the equivalent for the CPU takes the place of XLA's derivative.
 
     Returns:
       max(0, (x - mean) / sqrt(variance + epsilon) * scale + bias) in the type of x, and the
       float32 mean and (biased) variance [C], which have no gradient.
     """
-    normalise = fused_batch_norm_relu if _rewrite() else plain_batch_norm_relu
+    normalise = fused_batch_norm_relu if rewrite else plain_batch_norm_relu
     y, mean, variance = normalise(x, scale, bias, epsilon)
     return y, lax.stop_gradient(mean), lax.stop_gradient(variance)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from inception_jax import config
 from inception_jax.errors import DataError
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models.weights import Variables, flatten, unflatten
 
 _MODULES = {
@@ -185,7 +185,7 @@ def _settings() -> config.Model:
 @functools.cache
 def _leaves(classes: int) -> Mapping[str, Any]:
     """Returns the shapes of the network's variables by path."""
-    module = registry.create(_settings(), classes)
+    module = networks.create(_settings(), classes)
     images = jnp.zeros((1, 224, 224, 3))
     return flatten(jax.eval_shape(module.init, jax.random.key(0), images))
 

@@ -9,11 +9,13 @@ and the same weights are to give the same bytes.
 
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -23,8 +25,7 @@ from safetensors import numpy as safetensors_numpy
 from inception_jax import config as configs
 from inception_jax.config import Config, Model
 from inception_jax.errors import ConfigError, DataError, UserError
-from inception_jax.models import registry
-from inception_jax.models.registry import Network
+from inception_jax.models import networks, protocol
 from inception_jax.storage import atomic
 from inception_jax.version import __version__
 
@@ -92,25 +93,27 @@ class Weights:
         object.__setattr__(self, "std", np.where(self.std > 0, self.std, np.float32(1)))
 
     @property
-    def network(self) -> Network:
-        """The network whose variables they are, to be called as `registry.create` says.
+    def network(self) -> nn.Module:
+        """The network whose variables they are, to be called as `networks.create` says.
 
         Raises:
           ConfigError: if nothing registered a network of its name, or it has no classifier.
         """
         return self._create(self.num_classes)
 
-    def _create(self, num_classes: int) -> Network:
+    def _create(self, num_classes: int) -> nn.Module:
         try:
-            return registry.create(self.model, num_classes)
+            return networks.create(self.model, num_classes)
         except ConfigError as error:
             raise ConfigError(f"{self.origin or 'weights'}: {error}") from error
 
-    @property
+    @functools.cached_property
     def num_classes(self) -> int:
         """How many logits the network gives; 0: the weights are without a classifier."""
-        classifier = self.variables["params"].get("classifier")
-        return classifier["dense"]["bias"].shape[0] if classifier else 0
+        network = self._create(1)
+        if self.class_names and protocol.said(network, "classifiers") is None:
+            return len(self.class_names)
+        return protocol.num_classes(network, self.variables["params"])
 
     def __str__(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"

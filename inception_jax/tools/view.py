@@ -49,7 +49,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import load
     from inception_jax.inspection import drawing, structure
     from inception_jax.inspection.table import make_table
-    from inception_jax.models import registry
+    from inception_jax.models import networks
     from inception_jax.runtime import devices
     from inception_jax.training import workdir
 
@@ -64,7 +64,7 @@ def main(positional: Sequence[str]) -> None:
         configs.validate(given)
         weights, classes = None, _classes(given.data.name)
         name, size = given.model.name, given.data.image_size
-        network = registry.create(given.model, classes)
+        network = networks.create(given.model, classes, rewrite=False)
     else:
         weights = load.load(**_TRAINED.values(), log=cli.say)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes

@@ -131,7 +131,8 @@ def sam_gradient(gradient: GradientFunction, rho: float) -> GradientFunction:
 
     With g the gradient at the parameters p, it is the gradient at p + rho * g / ||g||, the norm
     taken over all parameters, on the same batch with the same dropout. Loss, logits and BatchNorm's
-    running statistics are those of the first pass, at p itself.
+    running statistics are those of the first pass, at p itself. Experimental: no recorded run has
+    used it.
 
     Args:
       gradient: of the loss; with micro-batches, the mean over all of them.

@@ -9,6 +9,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import ConfigError
+from inception_jax.models import protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.storage import paths
@@ -17,7 +18,6 @@ from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
 
 _SHOWN = 10
-_LAST_LAYER = "/classifier/"
 
 
 class InitialWeights(NamedTuple):
@@ -71,9 +71,12 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
     if reason := other_classes(found, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
-        values, expected = (_without_last_layers(tree) for tree in (values, expected))
-    for head in _heads_that_do_not_fit(values, expected):
-        here = any(_module(name) == head for name in expected)
+        classifiers = protocol.needed(
+            run.model, "classifiers", "starting from weights of other classes"
+        )
+        values, expected = (_without(tree, *classifiers) for tree in (values, expected))
+    for head in _heads_that_do_not_fit(values, expected, _heads(run)):
+        here = any(_is_inside(name, head) for name in expected)
         notes.append(
             f"the auxiliary head {head} starts anew: the file has none of its shape"
             if here
@@ -83,7 +86,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     _check_fit(values, expected, found, run.config)
     if not _same_normalisation(found, run.dataset):
         notes.append("the first layer is adapted to this data set's mean and std")
-        values |= _renormalised(values, found, run.dataset)
+        values |= _renormalised(values, found, run)
     return InitialWeights(values, notes)
 
 
@@ -124,8 +127,8 @@ def variables_for_eval(run: Run, found: Weights) -> Variables:
     state = states.abstract_state(run)
     expected = files.flatten({"params": state.params, "batch_stats": state.batch_stats})
     # Evaluation needs no auxiliary heads.
-    values = _without_heads(files.flatten(found.variables))
-    _check_fit(values, _without_heads(expected), found, run.config)
+    values = _without(files.flatten(found.variables), *_heads(run))
+    _check_fit(values, _without(expected, *_heads(run)), found, run.config)
     if lines := _other_settings(found, run.config):
         raise ConfigError(
             f"{found.origin}: its weights are of another network:\n  "
@@ -199,39 +202,34 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
             yield f"other shape: {name}: {theirs} in the file, {ours} here"
 
 
-def _module(name: str) -> str:
-    """Returns the outermost module of a variable: "conv1" of "params/conv1/conv/kernel"."""
-    return name.split("/")[1]
+def _heads(run: Run) -> tuple[str, ...]:
+    """Returns the modules that only training computes, whether the network has them or not."""
+    heads: tuple[str, ...] = protocol.said(run.model, "heads", ())
+    return heads
 
 
-def _is_in_head(name: str) -> bool:
-    return _module(name).startswith("aux_")
+def _is_inside(name: str, *modules: str) -> bool:
+    """Whether a variable, of any collection, belongs to one of some modules."""
+    return protocol.is_inside(name.partition("/")[2], *modules)
 
 
-def _without_last_layers(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: leaf for name, leaf in leaves.items() if _LAST_LAYER not in name}
+def _without(leaves: Mapping[str, Any], *modules: str) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if not _is_inside(name, *modules)}
 
 
-def _without_heads(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: leaf for name, leaf in leaves.items() if not _is_in_head(name)}
-
-
-def _without(leaves: Mapping[str, Any], module: str) -> dict[str, Any]:
-    return {name: leaf for name, leaf in leaves.items() if _module(name) != module}
-
-
-def _heads_that_do_not_fit(values: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the heads that the two sides do not both have in the same shapes."""
+def _heads_that_do_not_fit(
+    values: Mapping[str, Any], expected: Mapping[str, Any], heads: tuple[str, ...]
+) -> list[str]:
+    """Returns the heads that the two sides do not both have, or neither, in the same shapes."""
 
     def shapes(leaves: Mapping[str, Any], head: str) -> dict[str, tuple[int, ...]]:
-        return {name: leaf.shape for name, leaf in leaves.items() if _module(name) == head}
+        return {name: leaf.shape for name, leaf in leaves.items() if _is_inside(name, head)}
 
-    heads = {_module(name) for name in (*values, *expected) if _is_in_head(name)}
-    return sorted(head for head in heads if shapes(values, head) != shapes(expected, head))
+    return [head for head in heads if shapes(values, head) != shapes(expected, head)]
 
 
 def _renormalised(
-    values: Mapping[str, np.ndarray], found: Weights, dataset: Dataset
+    values: Mapping[str, np.ndarray], found: Weights, run: Run
 ) -> dict[str, np.ndarray]:
     """Returns the first layer's variables for images that are normalised by other numbers.
 
@@ -239,12 +237,15 @@ def _renormalised(
     the scale; the shift adds a constant to its output, which the running mean or the bias takes.
     Only at the image's border is it not exact: the zeros around are another colour.
     """
-    scale = dataset.std / found.std
-    shift = (dataset.mean - found.mean) / found.std
-    kernel = values["params/conv1/conv/kernel"]
+    purpose = "starting from weights of images of another mean and deviation"
+    first = protocol.needed(run.model, "first_conv", purpose)
+    norm = protocol.said(run.model, "first_norm", "")
+    scale = run.dataset.std / found.std
+    shift = (run.dataset.mean - found.mean) / found.std
+    kernel = values[f"params/{first}/kernel"]
     constant = np.einsum("hwio,i->o", kernel, shift)
-    renormalised = {"params/conv1/conv/kernel": kernel * scale[:, None]}
-    for name, sign in (("batch_stats/conv1/norm/mean", -1), ("params/conv1/conv/bias", 1)):
+    renormalised = {f"params/{first}/kernel": kernel * scale[:, None]}
+    for name, sign in ((f"batch_stats/{norm}/mean", -1), (f"params/{first}/bias", 1)):
         if name in values:
             renormalised[name] = values[name] + np.float32(sign) * constant
     return renormalised

@@ -131,7 +131,7 @@ def range_test(
       A point for each step, up to the one at which the loss diverged or was not finite.
     """
     schedule = exponential_rise(low, high, steps)
-    optimizer = optimizers.make_optimizer(run.config.optimizer, schedule)
+    optimizer = optimizers.make_optimizer(run.config.optimizer, schedule, run.model)
     config = copy.deepcopy(run.config)
     config.augment.mixup = config.augment.cutmix = config.train.label_smoothing = 0.0
     rising = dataclasses.replace(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from inception_jax.input import augment, pipeline
-from inception_jax.models import ops
+from inception_jax.models import ops, protocol
 from inception_jax.runtime import sharding
 from inception_jax.training import keys
 from inception_jax.training.run import Run
@@ -39,7 +39,7 @@ class NormEstimator:
             self._add_statistics,
             in_shardings=(replicated, replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
-            compiler_options=ops.compiler_options(run.config.model.dtype),
+            compiler_options=ops.compiler_options(run.model),
         )
         self._compute: Callable[..., Variables] = self._jitted
 
@@ -89,5 +89,6 @@ class NormEstimator:
             mutable=["batch_stats"],
         )
         # The network keeps its momentum's share of the zeros.
-        share = 1 / (1 - config.model.norm_momentum) / self._batches
+        momentum = protocol.needed(self._run.model, "norm_momentum", "evaluation.norm_examples")
+        share = 1 / (1 - momentum) / self._batches
         return jax.tree.map(lambda old, new: old + share * new, mean, updated["batch_stats"])

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,29 +18,12 @@ from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.errors import ConfigError, during
-from inception_jax.input import crops, pipeline
-from inception_jax.models import ops, registry
-from inception_jax.models.layers import ModelOutput
+from inception_jax.input import augment, crops, pipeline
+from inception_jax.models import networks, ops, protocol
 from inception_jax.runtime import hosts, sharding
-from inception_jax.training import optimizers
+from inception_jax.training import optimizers, schedules
 
 Batch = dict[str, jax.Array]
-
-
-class OwnNetwork(nn.Module):
-    """A network of the caller's, whose parameters keep their names, returning a `ModelOutput`."""
-
-    network: nn.Module
-    takes_train: bool
-
-    def setup(self) -> None:
-        """Gives the parameters the names that they have in the network itself."""
-        nn.share_scope(self, self.network)
-
-    def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        """Returns the network's output; of logits alone, a `ModelOutput` of them."""
-        output = self.network(images, **({"train": train} if self.takes_train else {}))
-        return output if isinstance(output, ModelOutput) else ModelOutput(output)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,8 +73,8 @@ class Run:
     @property
     def model_name(self) -> str:
         """What the network is called in messages."""
-        if isinstance(self.model, OwnNetwork):
-            return type(self.model.network).__name__
+        if isinstance(self.model, protocol.Adapter):
+            return self.model.called
         return self.config.model.name
 
     def compile_kind(self) -> str:
@@ -174,15 +156,17 @@ def assemble(
             "--config.model.dtype=float32"
         )
     if model is None:
-        network: nn.Module = registry.create(config.model, dataset.num_classes)
+        network = networks.create(config.model, dataset.num_classes)
     else:
-        network = _own_network(model, dataset)
-    _check_image_sizes(config, getattr(network, "least_image_size", 1))
+        _check_kind("model", model, nn.Module, "of flax.linen, not its class")
+        network = protocol.adapted(model, name=type(model).__name__, place="model")
+    networks.check(network, config, dataset.num_classes)
+    augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
-    schedule = optimizers.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
+    schedule = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
     if optimizer is None:
-        optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+        optimizer = optimizers.make_optimizer(config.optimizer, schedule, network)
     else:
         _check_kind(
             "optimizer", optimizer, optax.GradientTransformation, "such as optax.adam(1e-3)"
@@ -197,30 +181,6 @@ def assemble(
         schedule=schedule,
         optimizer=optimizer,
     )
-
-
-def _own_network(model: nn.Module, dataset: Dataset) -> OwnNetwork:
-    """Returns a caller's network, once it was seen to give logits of the data set's classes.
-
-    Raises:
-      ConfigError: if it is no network, or returns something else.
-    """
-    _check_kind("model", model, nn.Module, "of flax.linen, not its class")
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
-    network, name = OwnNetwork(model, takes_train), type(model).__name__
-    size, classes = dataset.image_size, dataset.num_classes
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    images = np.zeros((2, size, size, 3), np.float32)
-    output, _ = jax.eval_shape(lambda: network.init_with_output(keys, images, train=True))
-    found = output.logits
-    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
-    if shape != (2, classes) or dtype != np.float32:
-        what = type(found).__name__ if shape is None else f"{dtype} {list(shape)}"
-        raise ConfigError(
-            f"model: {name} returned {what} for a batch of 2 images; it must return the logits of "
-            f"the data set's classes, float32 [2, {classes}], or a ModelOutput that has them"
-        )
-    return network
 
 
 def _check_kind(name: str, value: object, kind: type, hint: str) -> None:
@@ -295,19 +255,3 @@ def content(dataset: Dataset) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _check_image_sizes(config: Config, least: int) -> None:
-    """Raises ConfigError if a size that is only reached later is less than the network takes."""
-    later = [("train.image_sizes", size) for size in config.train.image_sizes]
-    # 0: the data set's own, which the network sees first.
-    later += [("evaluation.image_size", config.evaluation.image_size or least)]
-    later += [
-        (f"evaluations.{n}.size", each.size or least) for n, each in config.evaluations.items()
-    ]
-    for path, size in later:
-        if size < least:
-            raise ConfigError(
-                f"config.{path} = {size}: {config.model.name} needs at least {least} px, with its "
-                "stem; raise it, or take a model or stem that shrinks the image less"
-            )

@@ -11,13 +11,13 @@ from jax.typing import ArrayLike
 
 from inception_jax.config import Train
 from inception_jax.input import augment, pipeline
-from inception_jax.models import ops
+from inception_jax.models import ops, protocol
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
 from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.run import Batch, OwnNetwork, Run
+from inception_jax.training.run import Batch, Run
 from inception_jax.training.state import TrainState, metric_set
 
 CompiledStep = futures.Future[jax.stages.Compiled]
@@ -116,8 +116,7 @@ def make_train_step(
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
     metric_fns = metric_set(run)
-    # A caller's network may have another, which is not known.
-    momentum = None if isinstance(run.model, OwnNetwork) else config.model.norm_momentum
+    momentum = protocol.said(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
         run.model,
         loss or _settings_loss(config.train),
@@ -182,7 +181,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        compiler_options=ops.compiler_options(config.model.dtype),
+        compiler_options=ops.compiler_options(run.model),
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )

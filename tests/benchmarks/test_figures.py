@@ -30,7 +30,7 @@ from benchmarks.contenders import network, ours_step
 from inception_jax import config
 from inception_jax.config import Model
 from inception_jax.errors import ConfigError
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models.layers import Conv
 from tests import small
 
@@ -42,7 +42,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     [("paper", 64, 1.0), ("s16", 64, 1.0), ("s32", 64, 0.5), ("paper", 224, 1.0)],
 )
 def test_counts_are_those_of_our_network(stem: str, image_size: int, width: float) -> None:
-    module = registry.create(Model(stem=stem, width=width), 200)
+    module = networks.create(Model(stem=stem, width=width), 200)
 
     def shapes() -> Any:
         images = jnp.zeros((1, image_size, image_size, 3))

@@ -1,7 +1,9 @@
 """Operations of the networks in ONNX Runtime against JAX."""
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,25 @@ def pooled(window: int, stride: int) -> Callable[[jax.Array], jax.Array]:
     return lambda x: ops.max_pool(x, window=window, stride=stride)
 
 
+def averaged(window: int, stride: int) -> Callable[[jax.Array], jax.Array]:
+    def pool(x: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return nn.avg_pool(x, (window, window), (stride, stride), padding="SAME")
+
+    return pool
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """BatchNorm of Flax in evaluation, with statistics that do not leave it as it is."""
+    values = np.array([0.3, 1.2, 0.7], np.float32)
+    variables = {
+        "params": {"scale": values, "bias": values[::-1]},
+        "batch_stats": {"mean": -values, "var": values + 1},
+    }
+    result: Any = nn.BatchNorm(use_running_average=True).apply(variables, x)
+    return jnp.asarray(result)
+
+
 def colours(x: jax.Array) -> jax.Array:
     """Seven channels of three, by a convolution that sees more to the left than to the right."""
     kernel = np.random.default_rng(2).normal(size=(2, 2, 3, 7)).astype(np.float32)
@@ -31,12 +52,26 @@ def colours(x: jax.Array) -> jax.Array:
         pooled(3, 1),
         pooled(3, 2),
         pooled(2, 2),
+        averaged(3, 1),
+        averaged(3, 2),
         colours,
+        normalised,
         lambda x: local_response_norm(50 * colours(x)),
         lambda x: jnp.concatenate([colours(x), jax.nn.relu(colours(x))], axis=-1),
         lambda x: x * x - x / 3,
     ],
-    ids=["pool", "pool over the end", "even pool", "conv", "lrn", "branches", "arithmetic"],
+    ids=[
+        "pool",
+        "pool over the end",
+        "even pool",
+        "average",
+        "average at stride 2",
+        "conv",
+        "norm",
+        "lrn",
+        "branches",
+        "arithmetic",
+    ],
 )
 def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], jax.Array]) -> None:
     def network(x: jax.Array) -> jax.Array:
@@ -46,12 +81,11 @@ def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], ja
         return (x * jnp.broadcast_to(places, x.shape)).sum((1, 2))
 
     mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
-    with ops.plain():
-        model = onnx_graph.convert(
-            network, name="one", size=SIZE, resized=SIZE, mean=mean, std=std, names=("x", "y")
-        )
-        pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
-        expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
+    model = onnx_graph.convert(
+        network, name="one", size=SIZE, resized=SIZE, mean=mean, std=std, names=("x", "y")
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (found,) = session.run(["y"], {"x": pixels})
     # Sums of some hundreds, of which little may be left.

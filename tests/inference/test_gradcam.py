@@ -15,7 +15,7 @@ from inception_jax.errors import ConfigError
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import Explainer, HeatmapWriter
 from inception_jax.inference.predictor import Classified, Picture, Predictor
-from inception_jax.models import registry
+from inception_jax.models import introspect, networks
 from inception_jax.models.layers import ModelOutput
 from tests import small
 
@@ -109,10 +109,10 @@ def test_of_the_last_module_it_is_a_weighting_by_the_last_layer(predictor: Predi
 
 
 def test_layers_are_those_that_give_a_grid() -> None:
-    model = registry.create(Model(stem="s16", aux_heads=True), 200)
+    model = networks.create(Model(stem="s16", aux_heads=True), 200)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
-    found = gradcam.spatial_layers(model, shapes, images)
+    found = introspect.grids(model, shapes, images)
     top = [path for path in found if "/" not in path]
     assert top[:4] == ["conv1", "conv2_reduce", "conv2", "inception_3a"]
     assert top[-2:] == ["inception_5a", "inception_5b"]

@@ -10,7 +10,7 @@ from PIL import Image
 from inception_jax.config import Model
 from inception_jax.errors import UserError
 from inception_jax.inspection import drawing, structure
-from inception_jax.models import registry
+from inception_jax.models import networks
 
 graphviz = pytest.importorskip("graphviz")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def found() -> structure.Structure:
-    return structure.describe(registry.create(Model(aux_heads=True), 200), 64)
+    return structure.describe(networks.create(Model(aux_heads=True), 200), 64)
 
 
 def write(found: structure.Structure, folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:

@@ -10,7 +10,7 @@ from inception_jax.config import Model
 from inception_jax.errors import UserError
 from inception_jax.inference.predictor import Predictor
 from inception_jax.inspection import feature_maps
-from inception_jax.models import registry
+from inception_jax.models import networks
 from inception_jax.models.weights import Weights
 from tests import small
 
@@ -21,7 +21,7 @@ SIZE = 8
 def weights() -> Weights:
     """A network whose first layer hands on red, green and blue, as far as they are positive."""
     model = Model(name="mini_googlenet", width=0.04)
-    variables = small.draw(registry.create(model, 3), SIZE)
+    variables = small.draw(networks.create(model, 3), SIZE)
     conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
     kernel = conv1["conv"]["kernel"]
     kernel[:] = 0

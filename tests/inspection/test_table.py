@@ -9,11 +9,11 @@ from inception_jax.config import Model
 from inception_jax.errors import UserError
 from inception_jax.inspection import structure
 from inception_jax.inspection.table import Cell, Table, make_table
-from inception_jax.models import registry
+from inception_jax.models import networks
 
 
 def table(model: Model, size: int, classes: int = 1000) -> Table:
-    return make_table(structure.describe(registry.create(model, classes), size))
+    return make_table(structure.describe(networks.create(model, classes), size))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from inception_jax.config import Model
-from inception_jax.models import registry
+from inception_jax.models import networks
 
 # Szegedy et al. 2014, table 1: output size, and parameters in thousands as printed.
 TABLE_1 = {
@@ -87,7 +87,7 @@ def parameters_by_columns() -> dict[str, int]:
 
 def abstract_call(model: Model, size: int, num_classes: int) -> tuple[Any, Any]:
     """Returns parameters and intermediate results, as shapes."""
-    module = registry.create(model, num_classes)
+    module = networks.create(model, num_classes)
 
     def call(images: jax.Array) -> tuple[Any, Any]:
         variables = module.init(jax.random.key(0), images)
@@ -189,7 +189,7 @@ def multiply_accumulates(jaxpr: Any) -> int:
     ],
 )
 def test_multiply_accumulates_of_an_image(model: Model, size: int, expected: float) -> None:
-    module = registry.create(model, 1000 if size == 224 else 200)
+    module = networks.create(model, 1000 if size == 224 else 200)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     program = jax.make_jaxpr(module.apply)(variables, images)

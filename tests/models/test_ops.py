@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inception_jax.models import ops
+from inception_jax.config import Model
+from inception_jax.models import networks, ops
+from inception_jax.models.mini_googlenet import MiniGoogLeNet
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -55,15 +57,9 @@ def pulled_back(
         value, pull_back = jax.vjp(function, *inputs)
         return value, pull_back(jnp.asarray(normal(*value.shape), value.dtype))
 
-    options = ops.compiler_options(inputs[0].dtype)
+    options = ops.compiler_options(MiniGoogLeNet(2, dtype=inputs[0].dtype, rewrite=True))
     value, gradients = jax.jit(both, compiler_options=options)(*inputs)
     return np.asarray(value), [np.asarray(gradient) for gradient in gradients]
-
-
-@pytest.fixture(params=["cpu", "gpu"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    return request.param
 
 
 @pytest.mark.parametrize(
@@ -79,11 +75,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (6, 3, 1, ((0, 2), (1, 0))),
     ],
 )
+@pytest.mark.parametrize("rewrite", [False, True])
 def test_conv_equals_the_direct_sum(
-    backend: str, side: int, size: int, stride: int, paddings: ops.Paddings
+    rewrite: bool, side: int, size: int, stride: int, paddings: ops.Paddings
 ) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
-    result = ops.conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, paddings=paddings)
+    result = ops.conv(
+        jnp.asarray(x), jnp.asarray(kernel), stride=stride, paddings=paddings, rewrite=rewrite
+    )
     np.testing.assert_allclose(result, direct_conv(x, kernel, stride, paddings), atol=1e-4)
 
 
@@ -116,12 +115,13 @@ def test_matmul_conv_has_the_values_and_gradients_of_the_plain_one(
 POOLS = [(8, 3, 2), (7, 3, 2), (2, 3, 2), (8, 2, 2), (7, 2, 2), (1, 2, 2), (6, 3, 1), (1, 3, 1)]
 
 
+@pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
 def test_max_pool_equals_the_direct_maximum(
-    backend: str, side: int, window: int, stride: int
+    rewrite: bool, side: int, window: int, stride: int
 ) -> None:
     x = normal(2, side, side + 2, 3)
-    result = ops.max_pool(jnp.asarray(x), window=window, stride=stride)
+    result = ops.max_pool(jnp.asarray(x), window=window, stride=stride, rewrite=rewrite)
     np.testing.assert_array_equal(result, direct_max_pool(x, window, stride))
 
 
@@ -159,7 +159,7 @@ def test_bfloat16_convolutions_are_right_to_rounding(
 ) -> None:
     x, kernel = normal(batch, side, side, channels), normal(size, size, channels, 32)
     paddings = ((size // 2,) * 2,) * 2
-    convolve = functools.partial(ops.conv, stride=stride, paddings=paddings)
+    convolve = functools.partial(ops.conv, stride=stride, paddings=paddings, rewrite=True)
     value, gradients = pulled_back(
         convolve, np.asarray(x, jnp.bfloat16), np.asarray(kernel, jnp.bfloat16)
     )
@@ -195,31 +195,32 @@ def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
     np.testing.assert_allclose(variance, x.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_the_equivalents_replace_the_plain_operations_on_the_cpu_alone(backend: str) -> None:
-    def small(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return ops.max_pool(ops.conv(x, kernel), window=3, stride=1)
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("rewrite", [None, False, True])
+@pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
+def test_a_network_computes_by_the_equivalents_where_it_was_made_to(
+    backend: str, rewrite: bool | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is made once, not by what the backend is when it is traced."""
+    settings = Model(name=name, width=0.05, dtype="bfloat16")
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "default_backend", lambda: backend)
+        network = networks.create(settings, 2, rewrite=rewrite)
+    expected = backend == "cpu" if rewrite is None else rewrite
+    assert bool(ops.compiler_options(network)) is expected
 
-    assert bool(ops.compiler_options("bfloat16")) is (backend == "cpu")
+    def call(images: jax.Array) -> Any:
+        variables = network.init(jax.random.key(0), images)
+        return network.apply(
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
 
-    program = str(jax.make_jaxpr(small)(jnp.ones((1, 4, 4, 2)), jnp.ones((1, 1, 2, 2))))
-    plain = backend == "gpu"
-    assert ("conv_general_dilated" in program) is plain
-    assert ("reduce_window_max" in program) is plain
-    assert ("dot_general" in program) is not plain
-
-
-def test_plain_keeps_the_equivalents_out_of_a_program() -> None:
-    images = jnp.zeros((2, 8, 8, 3))
-    kernel = jnp.zeros((3, 3, 3, 4))
-
-    def program(x: jax.Array) -> jax.Array:
-        x = ops.conv(x, kernel, paddings=((1, 1), (1, 1)))
-        x, _, _ = ops.batch_norm_relu(x, jnp.ones(4), jnp.zeros(4), epsilon=1e-3)
-        return ops.max_pool(x, window=3, stride=2)
-
-    with ops.plain():
-        plain = str(jax.make_jaxpr(lambda x: program(x))(images))
-    assert "custom_vjp" not in plain
-    assert "conv_general_dilated" in plain and "reduce_window_max" in plain
-    # After it everything is as before.
-    assert str(jax.make_jaxpr(lambda x: program(x))(images)).count("custom_vjp_call") == 3
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    program = str(jax.make_jaxpr(call)(images))
+    for equivalent in ("matmul_conv", "indexed_max_pool", "fused_batch_norm_relu"):
+        assert (equivalent in program) is expected
+    assert ("reduce_window_max" in program) is not expected

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from inception_jax.config import Model
-from inception_jax.models import registry, torchvision_weights, weights
+from inception_jax.models import networks, torchvision_weights, weights
 from tests import command
 
 torch = pytest.importorskip("torch", reason="the reference is written in PyTorch")
@@ -159,7 +159,7 @@ def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_gr
     reference = Reference(model.norm == "lrn", head_grid)
     random_weights(reference)
     model.dropout = model.aux_dropout = 0.0
-    module = registry.create(model, 10)
+    module = networks.create(model, 10)
     images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
     like = jax.eval_shape(module.init, jax.random.key(0), images)
     variables = torchvision_weights.convert(arrays(reference), like)

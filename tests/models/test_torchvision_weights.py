@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from inception_jax.config import Model
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.inference.predictor import Predictor
-from inception_jax.models import registry, torchvision_weights, weights
+from inception_jax.models import networks, torchvision_weights, weights
 from inception_jax.models.torchvision_weights import Imported, from_torchvision
 from inception_jax.models.weights import Weights
 from tests import command
@@ -25,7 +25,7 @@ State = dict[str, np.ndarray]
 def state() -> State:
     """Of ten classes, with auxiliary heads; every number of it is another."""
     model = Model(name="googlenet_torchvision", aux_heads=True)
-    module = registry.create(model, 10)
+    module = networks.create(model, 10)
     variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     found: State = {}
     start = 0

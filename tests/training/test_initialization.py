@@ -12,7 +12,7 @@ from inception_jax.config import Checkpoint, Config, Data, Duration, Init, Model
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
 from inception_jax.inference import load
-from inception_jax.models import registry, weights
+from inception_jax.models import networks, weights
 from inception_jax.models.weights import Weights
 from inception_jax.training import initialization, run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
@@ -211,7 +211,7 @@ def test_auxiliary_heads_may_be_on_one_side_only(
     data = Data(name="digits", directory=str(data_directory), image_size=16)
     path = tmp_path / "weights"
     this = build(fine_tuning(data_directory, path, data=data, model=model(not theirs)))
-    module = registry.create(model(theirs), 10)
+    module = networks.create(model(theirs), 10)
     shapes = jax.eval_shape(
         lambda: module.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
     )
