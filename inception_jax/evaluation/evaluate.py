@@ -249,7 +249,7 @@ def _examples(dataset: Dataset, name: str, view: View) -> Split:
     Raises:
       ConfigError: if there is no such split.
     """
-    known = {"eval": dataset.evaluation, "train": dataset.train_evaluated} | dataset.splits
+    known = {**dataset.splits, "eval": dataset.evaluation, "train": dataset.train_evaluated}
     if view.split not in known:
         raise ConfigError(
             f"config.evaluations.{name}.split = {view.split!r}: {dataset.name} has no such split; "

@@ -170,7 +170,7 @@ def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
     config.evaluations = {"other": View(split="validation")}
     this = small.build(config)
     with pytest.raises(
-        ConfigError, match="digits has no such split; it must be one of eval, train"
+        ConfigError, match="digits has no such split; it must be one of train, test, eval"
     ):
         Evaluator(this)
     config.evaluations = {"test": View()}
