@@ -43,6 +43,8 @@ from inception_jax.errors import (
 from inception_jax.runtime import hosts
 from inception_jax.storage import paths
 
+say = console.say
+
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
 # As a shell reports a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -271,11 +273,6 @@ def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
       UserError: if one of them is a URL, or has no meaning for this user.
     """
     return [paths.local(argument, argument) for argument in positional]
-
-
-def say(line: str) -> None:
-    """Prints a line for the user on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:

@@ -4,8 +4,6 @@ The step is the one that the training command compiles, with its augmentation, l
 data set is noise in memory.
 """
 
-import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -55,49 +53,17 @@ def make_config(settings: dict[str, Any]) -> Config:
     return made
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Noise(Split):
-    """Random pictures in memory.
-
-    Attributes:
-      pixels: uint8 [N, H, W, 3].
-    """
-
-    pixels: np.ndarray
-
-    @property
-    def threads(self) -> int:
-        """One."""
-        return 1
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the images at `indices`."""
-        return self.pixels[indices]
-
-
 def noise(settings: dict[str, Any]) -> Dataset:
     """Returns a data set of random pictures and labels, a batch of each split."""
     random = np.random.default_rng(0)
     size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
 
-    def split() -> Noise:
-        return Noise(
-            pixels=random.integers(0, 256, (count, size, size, 3), np.uint8),
-            labels=random.integers(0, classes, count, np.int32),
-            names_path=pathlib.Path("unnamed"),
-            image_size=size,
-        )
+    def split() -> tuple[np.ndarray, np.ndarray]:
+        images = random.integers(0, 256, (count, size, size, 3), np.uint8)
+        return images, random.integers(0, classes, count, np.int32)
 
-    return Dataset(
-        name="noise",
-        version="1",
-        image_size=size,
-        class_names=tuple(map(str, range(classes))),
-        mean=np.full(3, 0.5, np.float32),
-        std=np.full(3, 0.25, np.float32),
-        splits={"train": split(), "validation": split()},
-        train_split="train",
-        eval_split="validation",
+    return Dataset.from_arrays(
+        *split(), evaluation=split(), class_names=tuple(map(str, range(classes)))
     )
 
 

@@ -18,7 +18,6 @@ from inception_jax.config.fields import (
 from inception_jax.config.schema import (
     BIT_DEPTHS,
     CROPS,
-    DATASETS,
     DTYPES,
     FIVE_BY_FIVE,
     LAYOUTS,
@@ -64,7 +63,6 @@ from inception_jax.config.validation import validate
 __all__ = [
     "BIT_DEPTHS",
     "CROPS",
-    "DATASETS",
     "DTYPES",
     "FIVE_BY_FIVE",
     "LAYOUTS",

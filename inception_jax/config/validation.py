@@ -7,7 +7,7 @@ from typing import Any
 
 from inception_jax import registry
 from inception_jax.config.fields import get, is_open, leaves, matches, type_name, unknown_field
-from inception_jax.config.schema import Config
+from inception_jax.config.schema import Config, Data
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.storage import paths
 
@@ -82,11 +82,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
-    if config.data.archive_encoding and not _keeps_ascii(config.data.archive_encoding):
-        yield (
-            f"config.data.archive_encoding = {config.data.archive_encoding!r}: must be an encoding "
-            "of file names that Python knows, such as gbk, big5, shift_jis, cp866, cp1251 or cp850"
-        )
     if config.data.storage != "records":
         # What is kept decoded is the whole centred square, at the size that the model sees.
         if config.augment.crop == "inception":
@@ -142,15 +137,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"config.model.aux_heads = True: {model.name!r} has no such heads; set it to False"
 
 
-def _keeps_ascii(encoding: str) -> bool:
-    """Whether there is such an encoding of text, in which ASCII characters are themselves."""
-    text = "train/a.jpg"
-    try:
-        return text.encode("ascii").decode(encoding) == text
-    except (LookupError, ValueError):
-        return False
-
-
 def validate(config: Config) -> None:
     """Checks a whole configuration.
 
@@ -189,6 +175,8 @@ def _part_problems(config: Config) -> Iterator[str]:
     for group, found in parts.items():
         options = get(config, f"{group}.options")
         yield from registry.option_problems(found, options, f"{group}.options")
+    if config.data.name in registry.DATASETS:
+        yield from registry.DATASETS.get(config.data.name).problems(config.data, Data())
 
 
 def _strangers(group: Any, prefix: str = "") -> Iterator[str]:

@@ -245,6 +245,11 @@ def decode(
         pixels = _decode_jpeg(data, name)
     else:
         pixels = _decode_with_pil(data, name, bit_depth)
+    return resized(pixels, size, crop)
+
+
+def resized(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+    """Returns the centred square of an image, uint8 [H, W, 3], as `decode` cuts and resizes it."""
     if crop == 1 and pixels.shape[:2] == (size, size):
         return pixels
     fitted = ImageOps.fit(

@@ -153,7 +153,7 @@ def test_workers_are_not_fewer_than_none() -> None:
 GROWTH = """
 import pathlib, sys
 import numpy as np
-from inception_jax.input.splits import DecodedSplit
+from inception_jax.datasets.splits import DecodedSplit
 
 def resident() -> int:
     status = pathlib.Path("/proc/self/status").read_text()
@@ -161,7 +161,7 @@ def resident() -> int:
 
 path = pathlib.Path(sys.argv[1])
 count = np.load(path, mmap_mode="r").shape[0]
-split = DecodedSplit(np.zeros(count, np.int32), path, 64, path)
+split = DecodedSplit(np.zeros(count, np.int32), 64, path, path)
 split.read(np.arange(256))
 before = resident()
 for start in range(0, count, 256):

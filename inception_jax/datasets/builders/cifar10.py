@@ -27,17 +27,18 @@ import pathlib
 import pickle
 import re
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from inception_jax.datasets import decode, registry
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base, folders
 from inception_jax.datasets.sources import download, opening
 from inception_jax.datasets.sources.files import Source
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -91,28 +92,15 @@ class Cifar10(base.ImageBuilder):
     for another; an archive that is not the official one is noted in the log, a folder is not.
     """
 
-    VERSION = tfds.core.Version(registry.get("cifar10").version)
+    VERSION = tfds.core.Version(DATASETS.get("cifar10").version)
+    DESCRIPTION = "10 classes at 32 x 32 pixels: 50,000 training and 10,000 test images."
+    HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    CITATION = _CITATION
+    IMAGE: ClassVar[dict[str, Any]] = {"shape": (32, 32, 3), "encoding_format": "png"}
 
     _path: pathlib.Path
     _names: list[str]
     _splits: Splits
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="10 classes at 32 x 32 pixels: 50,000 training and 10,000 test images.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(32, 32, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-            citation=_CITATION,
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def open(self) -> None:
         """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
@@ -187,13 +175,7 @@ def _is_official(path: pathlib.Path) -> bool:
 
 
 def _encode(items: Sequence[Example]) -> list[bytes]:
-    return [_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0)) for item in items]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", compress_level=3)
-    return buffer.getvalue()
+    return [base.to_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0)) for item in items]
 
 
 def _read(source: Source) -> tuple[list[str], Splits]:
