@@ -18,7 +18,7 @@ from PIL import Image
 
 from inception_jax import config
 from inception_jax.datasets import decode
-from inception_jax.datasets.builders import cifar10, folders, imagenet, tiny_imagenet_layout
+from inception_jax.datasets.builders import cifar10_files, folders, imagenet, tiny_imagenet_layout
 from inception_jax.datasets.dataset import prepare
 from inception_jax.datasets.sources import files as limits
 from inception_jax.datasets.sources.files import FolderSource
@@ -187,7 +187,7 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
 
 def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
-    size = cifar10._MOST_BYTES + 1
+    size = cifar10_files._MOST_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
         member = tarfile.TarInfo("data_batch_1")
         member.size = size
