@@ -29,7 +29,6 @@ from inception_jax import advice, console
 from inception_jax import config as configs
 from inception_jax import experiment as experiments
 from inception_jax.config import Config
-from inception_jax.console import say as say
 from inception_jax.errors import (
     EXIT_PREEMPTED,
     Preempted,
@@ -40,6 +39,8 @@ from inception_jax.errors import (
 )
 from inception_jax.runtime import compilation_cache, hosts
 from inception_jax.storage import paths
+
+say = console.say
 
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
 # As a shell reports a program that SIGPIPE ended.

@@ -1,15 +1,19 @@
-"""The standard streams of a command, made fit for what may be at their other end."""
+"""What a command shows: its standard streams made fit for it, lines for the user, progress."""
 
 import functools
 import io
+import math
 import os
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
-def say(line: str) -> None:
-    """Prints a line for the user on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+# Seconds between two plain lines about progress.
+_PAUSE = 5.0
 
 
 @functools.cache
@@ -53,3 +57,82 @@ class _Messages(io.FileIO):
             return super().write(data)
         except OSError:
             return memoryview(data).nbytes
+
+
+def say(line: str) -> None:
+    """Prints a line for the user on stderr, above a bar if there is one; stdout is for results."""
+    # Only what imported it can have drawn a bar.
+    if tqdm := sys.modules.get("tqdm"):
+        tqdm.tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Shows how far some work is: a bar on a terminal, a few plain lines elsewhere.
+
+    In a log file or a batch system's console a bar is a mess of control characters: there a line
+    goes to `log` at the start, and then every few seconds.
+
+    Args:
+      label: what is being done, such as "reading images".
+      total: how much there is to do.
+      unit: what is counted.
+      log: takes one line of text.
+      shown: whether to show anything besides the notes.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        unit: str = "images",
+        log: Callable[[str], None] = print,
+        shown: bool = True,
+    ) -> None:
+        self._label, self._total, self._unit, self._log = label, total, unit, log
+        self._shown = shown
+        self._done = 0
+        self._bar: tqdm | None = None
+        self._next_line = math.inf
+
+    def __enter__(self) -> Self:
+        if self._shown and sys.stderr.isatty():
+            self._bar = self.draw(desc=self._label)
+        elif self._shown:
+            self._log(f"{self._label}: {self._total:,} {self._unit}")
+            self._next_line = time.monotonic() + _PAUSE
+        return self
+
+    def draw(self, **arguments: Any) -> "tqdm":
+        """Returns a bar; `arguments` are tqdm's besides total and unit."""
+        from tqdm import tqdm
+
+        return tqdm(total=self._total, unit=f" {self._unit}", unit_scale=True, **arguments)
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar, whose last state stays visible."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, count: int) -> None:
+        """Adds `count` to the work done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() >= self._next_line:
+            self._log(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}")
+            self._next_line = time.monotonic() + _PAUSE
+
+    def note(self, line: str) -> None:
+        """Hands a line to `log`, above the bar if there is one."""
+        if self._bar is not None:
+            with self._bar.external_write_mode(file=sys.stderr):
+                self._log(line)
+        else:
+            self._log(line)

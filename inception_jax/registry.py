@@ -17,6 +17,7 @@ their defaults where it is registered, given as `config.<group>.options`.
 import dataclasses
 import importlib
 import pathlib
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -83,6 +84,85 @@ class OptimizerPart(Part):
 
     decay: str = "own"
     auto_rate: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetPart(Part):
+    """A data set: what has to be known of it before anything of it is read or prepared.
+
+    `build` takes the settings (`config.Data`, its options complete) and returns the splits, in one
+    of the forms that `datasets.register_dataset` describes; or, with `is_builder`, the class of an
+    `ImageBuilder`. It is called when the data set is prepared, not when prepared data are opened.
+
+    Attributes:
+      version: rises when the records change, so that they are made again.
+      train_split, eval_split: names of the splits to train on and to evaluate on; an eval_split of
+        '' is "validation" or "test" where there is one, or else the only other one.
+      class_names: in the order of the labels; empty: the splits say them.
+      classes: how many there are; 0: only the source decides.
+      takes: the fields of `config.Data` that this data set takes and most others do not.
+      takes_source: whether `config.data.source` has a meaning.
+      fixed_content: whether every source holds the same examples, so that data prepared from one
+        serve for another.
+      contents: returns the `sources.files.Contents` of a source, given its path and the values of
+        `takes` by name; needs no TFDS. None: of any file or folder, by names, sizes and times.
+      check: yields what is wrong with the settings, messages each.
+      locate: returns the name and the version of what is prepared, given settings, the folder of
+        prepared data and a log; None: they are those of this entry.
+      mean, std: the published ones of the training pixels, in units of pixel value / 255; empty:
+        they are measured when the data set is made ready, for which every image is decoded.
+      is_builder: whether `build` returns a builder's class, imported with TFDS.
+    """
+
+    version: str = "1.0.0"
+    train_split: str = "train"
+    eval_split: str = ""
+    class_names: Sequence[str] = ()
+    classes: int = 0
+    takes: tuple[str, ...] = ()
+    takes_source: bool = True
+    fixed_content: bool = False
+    contents: Callable[..., Any] | None = None
+    locate: Callable[..., tuple[str, str]] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    is_builder: bool = False
+
+    def __post_init__(self) -> None:
+        # They are names of folders, and what TFDS takes for such.
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII):
+            raise ConfigError(
+                f"{self.place}: registers the dataset {self.name!r}: a name must be of letters, "
+                'digits and underscores, and begin with a letter, such as "my_set"'
+            )
+        if not re.fullmatch(r"\d+\.\d+\.\d+", self.version):
+            raise ConfigError(
+                f"{self.place}: registers the dataset {self.name!r} with version = "
+                f'{self.version!r}: must be three numbers, such as "1.0.0"'
+            )
+
+    def problems(self, data: Any, default: Any) -> Iterator[str]:
+        """Yields what is wrong with settings for this data set.
+
+        Args:
+          data: the settings, `config.Data`.
+          default: the same, all at their defaults.
+        """
+        if data.source and not self.takes_source:
+            yield f"config.data.source = {data.source!r}: {self.name!r} needs none; leave it empty"
+        takers: dict[str, list[str]] = {}
+        for part in DATASETS:
+            for name in part.takes:
+                takers.setdefault(name, []).append(part.name)
+        for name in sorted(takers.keys() - set(self.takes)):
+            value, usual = getattr(data, name), getattr(default, name)
+            if value != usual:
+                yield (
+                    f"config.data.{name} = {value!r}: only {' and '.join(map(repr, takers[name]))} "
+                    f"has this setting; leave it at {usual!r} for {self.name!r}"
+                )
+        if self.check is not None:
+            yield from self.check(data)
 
 
 AnyPart = TypeVar("AnyPart", bound=Part)
@@ -332,7 +412,12 @@ MODELS = Registry(
     homes=["inception_jax.models.networks"],
     common=["dtype"],
 )
-DATASETS = Registry("dataset", setting="data.name", part=Part)
+DATASETS = Registry(
+    "dataset",
+    setting="data.name",
+    part=DatasetPart,
+    homes=["inception_jax.datasets.catalog"],
+)
 OPTIMIZERS = Registry(
     "optimizer",
     setting="optimizer.name",
@@ -493,3 +578,68 @@ def register_augmentation(
       check: as of `Part`.
     """
     return AUGMENTATIONS.register(name, options=options, settings=settings, check=check)
+
+
+def register_dataset(
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
+    eval_split: str = "",
+    version: str = "1.0.0",
+    contents: Callable[..., Any] | None = None,
+    is_builder: bool = False,
+) -> Callable[[Function], Function]:
+    """Returns a decorator that registers a data set of one's own, for `config.data.name`.
+
+    The function takes the settings (`config.data`; `settings.options` has all of `options`) and
+    returns a mapping of splits by name, of which "train" is one, and "validation", "test" or any
+    other is there to evaluate on. A split is one of
+
+    * a tuple (images, labels) or (images, labels, names): images a uint8 array [N, H, W, 3],
+      [N, H, W, 1] or [N, H, W], or a sequence of such images without N, of any sizes, or of encoded
+      files (bytes: JPEG, PNG, …); labels int [N], or class names [N]; names str [N], or none;
+    * an iterable of examples (image, label) or (image, label, name), one at a time, such as a
+      generator, where the images do not fit in memory. It needs the class names.
+
+    Class names may also be returned: `return splits, class_names`. Where none are given, labels
+    are called by their numbers. A label of −1 is an unknown one, allowed in splits that are neither
+    trained nor evaluated on.
+
+    The function runs once: what it returns is written to `config.data.directory`, as a built-in
+    data set is. It is prepared again, if config.data.on_change allows it, once the options, the
+    function's own code or the content of `config.data.source` change::
+
+        @ij.register_dataset("noise", options={"count": 100}, class_names=["cat", "dog"])
+        def noise(settings):
+            random = np.random.default_rng(0)
+            def split(count):
+                return random.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % 2
+            return {"train": split(settings.options["count"]), "validation": split(20)}
+
+    Args:
+      name: letters, digits and underscores, beginning with a letter.
+      options: the settings of its own with their defaults, given as `config.data.options`.
+      class_names: in the order of the labels.
+      eval_split: the split to evaluate on; '': "validation" or "test", or the only other one.
+      version: three numbers; another one has the data set prepared anew.
+      contents: as of `DatasetPart`.
+      is_builder: whether the function returns a subclass of `datasets.builders.base.ImageBuilder`
+        instead, which opens, checks and reads originals of its own, without TensorFlow.
+
+    Raises:
+      ConfigError: if the name is taken or cannot be one, or another argument is wrong.
+    """
+    if isinstance(class_names, str):
+        raise ConfigError(
+            f"register_dataset({name!r}, class_names={class_names!r}): is a text; give a list"
+        )
+    return DATASETS.register(
+        name,
+        options=options,
+        class_names=tuple(class_names),
+        eval_split=eval_split,
+        version=version,
+        contents=contents,
+        is_builder=is_builder,
+    )

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from inception_jax import config
-from inception_jax.datasets import registry
-from inception_jax.registry import REGISTRIES
+from inception_jax.registry import DATASETS, REGISTRIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "inception_jax"
@@ -177,10 +176,10 @@ def test_every_setting_is_read_somewhere() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
     # Those of a single data set are read by their names, which its entry lists.
-    read.update(*(registry.get(name).settings for name in registry.names()))
     # And those of a registered part by the part.
     for known in REGISTRIES.values():
         read.update(*(part.settings or () for part in known))
+    read.update(*(part.takes for part in DATASETS))
     settings = set()
     for path, _, _ in config.leaves():
         parent, _, name = path.rpartition(".")

@@ -43,7 +43,7 @@ def make(settings: dict[str, Any]) -> serve.Contender:
         "images": len(train),
     }
     modes = {
-        "host": reading.mode(pipeline.host_train_batches(train, **steps), size_of),
+        "host": reading.mode(pipeline.train_batches(train, **steps), size_of),
         "device": reading.mode(pipeline.train_batches(train, mesh=mesh, **steps), size_of),
     }
     return serve.Contender(facts, modes)

@@ -4,8 +4,6 @@ The step is the one that the training command compiles, with its augmentation, l
 data set is noise in memory.
 """
 
-import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -16,7 +14,6 @@ from benchmarks.contenders import network, serve
 from inception_jax import config, console
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset
-from inception_jax.datasets.splits import Split
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import pipeline
 from inception_jax.runtime import devices
@@ -54,49 +51,17 @@ def make_config(settings: dict[str, Any]) -> Config:
     return made
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Noise(Split):
-    """A batch of random pictures in memory, again and again.
-
-    Attributes:
-      pixels: uint8 [B, H, W, 3].
-    """
-
-    pixels: np.ndarray
-
-    @property
-    def threads(self) -> int:
-        """One."""
-        return 1
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the images at `indices`."""
-        return self.pixels[indices % len(self.pixels)]
-
-
 def noise(settings: dict[str, Any]) -> Dataset:
     """Returns a data set of random pictures and labels."""
     random = np.random.default_rng(0)
     size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
 
-    def split(examples: int) -> Noise:
-        return Noise(
-            pixels=random.integers(0, 256, (count, size, size, 3), np.uint8),
-            labels=np.resize(random.integers(0, classes, count, np.int32), examples),
-            names_path=pathlib.Path("unnamed"),
-            image_size=size,
-        )
+    def split() -> tuple[np.ndarray, np.ndarray]:
+        images = random.integers(0, 256, (count, size, size, 3), np.uint8)
+        return images, random.integers(0, classes, count, np.int32)
 
-    return Dataset(
-        name="noise",
-        version="1",
-        image_size=size,
-        class_names=tuple(map(str, range(classes))),
-        mean=np.full(3, 0.5, np.float32),
-        std=np.full(3, 0.25, np.float32),
-        splits={"train": split(_EXAMPLES), "validation": split(count)},
-        train_split="train",
-        eval_split="validation",
+    return Dataset.from_arrays(
+        *split(), evaluation=split(), class_names=tuple(map(str, range(classes)))
     )
 
 

@@ -20,7 +20,6 @@ from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import (
     BIT_DEPTHS,
     CROPS,
-    DATASETS,
     DTYPES,
     FIVE_BY_FIVE,
     LAYOUTS,
@@ -66,7 +65,6 @@ from inception_jax.config.views import FLIP, TRAIN_EVAL, views
 __all__ = [
     "BIT_DEPTHS",
     "CROPS",
-    "DATASETS",
     "DTYPES",
     "FIVE_BY_FIVE",
     "FLIP",

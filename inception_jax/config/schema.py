@@ -14,14 +14,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-DATASETS = (
-    "tiny_imagenet",
-    "tiny_imagenet_subset",
-    "cifar10",
-    "image_folder",
-    "digits",
-    "imagenet2012",
-)
 UNREADABLE = ("refuse", "skip")
 LAYOUTS = ("auto", "classes")
 ON_CHANGE = ("refuse", "prepare")
@@ -128,7 +120,7 @@ OPEN: dict[str, Any] = {
 
 @dataclasses.dataclass
 class Data:
-    name: str = setting("tiny_imagenet", "the data set", choices=DATASETS)
+    name: str = setting("tiny_imagenet", "the data set", registry="dataset")
     source: str = setting(
         "",
         "the original files: an archive or a folder; empty: the official download, where there is "
@@ -143,6 +135,21 @@ class Data:
         resumable=True,
         per_host=True,
         path=True,
+    )
+    tfds: str = setting(
+        "",
+        "of the data set 'tfds': which of those that TFDS prepared as ArrayRecord, NAME, "
+        "NAME:VERSION or NAME/CONFIG:VERSION",
+    )
+    train_split: str = setting(
+        "",
+        "of the data set 'tfds': the split to train on, or a slice of it such as train[:90%]; "
+        "empty: train",
+    )
+    eval_split: str = setting(
+        "",
+        "of the data set 'tfds': the split to evaluate on, or a slice; empty: validation or test, "
+        "or the only other one",
     )
     eval_share: float = setting(
         0.2,

@@ -16,7 +16,7 @@ from inception_jax.config.fields import (
     type_name,
     unknown_field,
 )
-from inception_jax.config.schema import Config
+from inception_jax.config.schema import Config, Data
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.storage import paths
 
@@ -87,11 +87,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
-        )
-    if config.data.archive_encoding and not _keeps_ascii(config.data.archive_encoding):
-        yield (
-            f"config.data.archive_encoding = {config.data.archive_encoding!r}: must be an encoding "
-            "of file names that Python knows, such as gbk, big5, shift_jis, cp866, cp1251 or cp850"
         )
     if config.data.storage != "records":
         # What is kept decoded is the whole centred square, at the size that the model sees.
@@ -176,15 +171,6 @@ def _unread(config: Config) -> Iterator[str]:
             )
 
 
-def _keeps_ascii(encoding: str) -> bool:
-    """Whether there is such an encoding of text, in which ASCII characters are themselves."""
-    text = "train/a.jpg"
-    try:
-        return text.encode("ascii").decode(encoding) == text
-    except (LookupError, ValueError):
-        return False
-
-
 def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
     """Checks a whole configuration.
 
@@ -249,6 +235,8 @@ def _part_problems(config: Config) -> Iterator[str]:
     for group, found in parts.items():
         options = get(config, f"{group}.options")
         yield from registry.option_problems(found, options, f"{group}.options")
+    if config.data.name in registry.DATASETS:
+        yield from registry.DATASETS.get(config.data.name).problems(config.data, Data())
 
 
 def _strangers(group: Any, prefix: str = "") -> Iterator[str]:

@@ -25,18 +25,31 @@ class Example(NamedTuple):
     file_name: str
 
 
+class Fields(NamedTuple):
+    """The names of the features that hold an example's image, label and name ('': its index)."""
+
+    image: str = "image"
+    label: str = "label"
+    name: str = "file_name"
+
+
+# Those of all builders here.
+DEFAULT_FIELDS = Fields()
+
+
 class Records:
     """The examples of one split, in the order of its ArrayRecord files.
 
     Args:
       files: the split's files, in order.
+      fields: which features to read.
 
     Raises:
       DataError: if a file is missing or is no ArrayRecord file.
     """
 
-    def __init__(self, files: Sequence[pathlib.Path]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[pathlib.Path], fields: Fields = DEFAULT_FIELDS) -> None:
+        self._files, self._fields = files, fields
         try:
             self._source = ArrayRecordDataSource([str(file) for file in files])
         except _BROKEN as error:
@@ -49,19 +62,42 @@ class Records:
         """Returns the examples at `indices`, at least one, in that order.
 
         Raises:
-          DataError: naming the record that is damaged.
+          DataError: naming the record that is damaged, or the feature that it lacks.
         """
         try:
-            return [_parse(record) for record in self._source.__getitems__(indices)]
+            records = self._source.__getitems__(indices)
+            return [self._parse(*each) for each in zip(records, indices, strict=True)]
         except _BROKEN:
             # The error of a whole read does not say which record it is.
             for index in indices:
                 self._check(index)
             raise
 
+    def _parse(self, record: bytes, index: int) -> Example:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        # Asking for one that is not there would add it.
+        if missing := [name for name in self._fields if name and name not in features]:
+            raise DataError(
+                f"{self._files[0].parent}: example {index:,} has no feature {missing[0]!r} (it has "
+                f"{', '.join(sorted(features))}). Another program wrote these records: give "
+                "another config.data.directory"
+            )
+        image, label, name = self._fields
+        if not name:
+            text = f"{index:06d}"
+        elif numbers := features[name].int64_list.value:
+            text = str(numbers[0])
+        else:
+            text = features[name].bytes_list.value[0].decode()
+        return Example(
+            image=features[image].bytes_list.value[0],
+            label=features[label].int64_list.value[0],
+            file_name=text,
+        )
+
     def _check(self, index: int) -> None:
         try:
-            _parse(self._source[index])
+            self._parse(self._source[index], index)
         except _BROKEN as error:
             file, place = self._place(index)
             raise _damaged(file, f"record {place} cannot be read ({error})") from error
@@ -89,13 +125,4 @@ def _damaged(file: pathlib.Path, what: str) -> DataError:
     return DataError(
         f"{file}: {what}. The data set is damaged: remove the folder {file.parent}, and the next "
         "start prepares it again from its source."
-    )
-
-
-def _parse(record: bytes) -> Example:
-    features = tf_example_pb2.Example.FromString(record).features.feature
-    return Example(
-        image=features["image"].bytes_list.value[0],
-        label=features["label"].int64_list.value[0],
-        file_name=features["file_name"].bytes_list.value[0].decode(),
     )

@@ -7,9 +7,11 @@ memory holds the images that were asked for, not the data set.
 import abc
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -29,12 +31,10 @@ class Split(abc.ABC):
 
     Attributes:
       labels: int32 [N]; −1: unknown.
-      names_path: the text file behind `names`.
       image_size: height and width of the images, pixels.
     """
 
     labels: np.ndarray
-    names_path: pathlib.Path
     image_size: int
 
     def __len__(self) -> int:
@@ -42,8 +42,13 @@ class Split(abc.ABC):
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The original file name of each example; read at first use."""
-        return tuple(self.names_path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+        """The original file name of each example, or its number where there is none."""
+        return tuple(f"{index:06d}" for index in range(len(self)))
+
+    @property
+    def names_checksum(self) -> str:
+        """By which two processes find that their names are equal."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -68,6 +73,22 @@ class Split(abc.ABC):
           DataError: naming the file that is damaged.
         """
 
+    def cropped(self, crop: float) -> "Split":
+        """Returns the split with the centred square of each image, `crop` of its shorter side.
+
+        Args:
+          crop: more than 0, at most 1, of the original images, however this split is cropped.
+
+        Raises:
+          ConfigError: if the original images are not at hand, as for all but records.
+        """
+        if crop != 1:
+            raise ConfigError(
+                f"crop = {crop:g}: the original images are not at hand to be cropped; set "
+                "config.data.storage to 'records'"
+            )
+        return self
+
     def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
         """Returns a box of each original image at `indices`, resized: uint8 [B, H, W, 3].
 
@@ -86,7 +107,29 @@ class Split(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ArraySplit(Split):
+class StoredSplit(Split):
+    """A split of a cache (`cache`).
+
+    Attributes:
+      names_path: the text file behind `names`, a name a line.
+    """
+
+    names_path: pathlib.Path
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The original file name of each example; read at first use."""
+        return tuple(self.names_path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+    @property
+    def names_checksum(self) -> str:
+        """That of the file, which takes no memory."""
+        with self.names_path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemorySplit(Split):
     """A split in memory.
 
     Attributes:
@@ -96,13 +139,13 @@ class ArraySplit(Split):
     pixels: np.ndarray
 
     @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The number of each example."""
-        return tuple(map(str, range(len(self))))
+    def digests(self) -> np.ndarray:
+        """Those of the pixels."""
+        return digests.of_images(self.pixels)
 
     @property
     def threads(self) -> int:
-        """One."""
+        """One: it copies what it reads."""
         return 1
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -111,7 +154,7 @@ class ArraySplit(Split):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DecodedSplit(Split):
+class DecodedSplit(StoredSplit):
     """A split whose images were decoded into one .npy file.
 
     Each image is one positional read. A mapped file is faster (1.6 to 2.3 against 2.7 to 4 µs), but
@@ -175,7 +218,7 @@ class DecodedSplit(Split):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RecordSplit(Split):
+class RecordSplit(StoredSplit):
     """A split whose images are decoded from TFDS records each time that they are read.
 
     Attributes:
@@ -211,6 +254,10 @@ class RecordSplit(Split):
                 example.image, size, example.file_name, self.crop, bit_depth=depth
             )
         return pixels
+
+    def cropped(self, crop: float) -> Split:
+        """Returns the split with another crop."""
+        return self if crop == self.crop else dataclasses.replace(self, crop=crop)
 
     def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
         """Returns a box of each image at `indices`."""
@@ -251,6 +298,11 @@ class SubsetSplit(Split):
         """Those of the other split."""
         return self.whole.threads
 
+    def cropped(self, crop: float) -> Split:
+        """Returns the same examples of the other split, cropped."""
+        whole = self.whole.cropped(crop)
+        return self if whole is self.whole else dataclasses.replace(self, whole=whole)
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
         return self.whole.read(self.indices[indices])
@@ -262,7 +314,66 @@ class SubsetSplit(Split):
 
 def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
     """Returns the examples of `split` at `indices`, int64 [N], in that order."""
-    return SubsetSplit(split.labels[indices], split.names_path, split.image_size, split, indices)
+    return SubsetSplit(split.labels[indices], split.image_size, split, indices)
+
+
+def part_of(split: Split, examples: range) -> Split:
+    """Returns a split's examples in a range; the split itself if these are all."""
+    return split if len(examples) == len(split) else subset(split, np.array(examples))
+
+
+def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, range]:
+    """Returns the split that a text such as 'train' or 'train[:90%]' names, and which examples.
+
+    As in TFDS, a share is rounded to the nearest example, and numbers below 0 count from the end.
+
+    Args:
+      text: a split's name, and which part of it, from one number or percentage to another.
+      sizes: the numbers of examples by split.
+      setting: that has the text, for errors.
+
+    Raises:
+      ConfigError: if there is no such split, or nothing in that part of it.
+    """
+    what = f"config.data.{setting} = {text!r}"
+    bound = r"(-?\d+%?)?"
+    if not (match := re.fullmatch(rf"([\w.-]+?)(?:\[{bound}:{bound}\])?", text)):
+        raise ConfigError(
+            f"{what}: must be a split's name, or a part of one such as train[:90%] or "
+            "train[1000:2000]; sums and other forms are not supported"
+        )
+    name = match[1]
+    if name not in sizes:
+        raise ConfigError(f"{what}: there is no such split; there are {', '.join(sizes)}")
+    count = sizes[name]
+    ends = [
+        None if end is None else round(int(end[:-1]) * count / 100) if end[-1] == "%" else int(end)
+        for end in (match[2], match[3])
+    ]
+    found = range(count)[slice(*ends)]
+    if not found:
+        raise ConfigError(f"{what}: none of the {count:,} examples are in this part of {name}")
+    return name, found
+
+
+def sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sums of some images' pixels, uint8 [N, H, W, 3], and of their squares.
+
+    They are uint64 [3], and exact: the square of a byte fits 16 bits.
+    """
+    channels = [pixels[..., channel] for channel in range(3)]
+    total = np.array([c.sum(dtype=np.uint64) for c in channels])
+    squares = [np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels]
+    return total, np.array(squares)
+
+
+def mean_and_std(
+    total: np.ndarray, squares: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of pixels over 255, float64 [3], from `sums` of them."""
+    mean = total / count
+    # Rounding may take the variance of what hardly changes below 0.
+    return mean / 255, np.sqrt((squares / count - mean**2).clip(0)) / 255
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:

@@ -10,8 +10,7 @@ import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import View
-from inception_jax.datasets.dataset import Dataset
-from inception_jax.datasets.splits import RecordSplit, Split, SubsetSplit, subset
+from inception_jax.datasets.splits import Split
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions
@@ -74,7 +73,7 @@ class Evaluator:
                 "give it another name"
             )
         self.views = {self.main: View(), **others}
-        self.splits = {name: _examples(run.dataset, name, self.views[name]) for name in self.views}
+        self.splits = {name: _examples(run, name, self.views[name]) for name in self.views}
         # One size for all splits, so that there is one program to compile.
         self._batch_size = pipeline.eval_batch_size(
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
@@ -243,32 +242,17 @@ class Evaluator:
         return EvalMetrics.single_batch(self._metrics.per_example(logits, labels), mask), kept
 
 
-def _examples(dataset: Dataset, name: str, view: View) -> Split:
+def _examples(run: Run, name: str, view: View) -> Split:
     """Returns the examples of an evaluation.
 
     Raises:
       ConfigError: if there is no such split.
     """
-    known = {**dataset.splits, "eval": dataset.evaluation, "train": dataset.train_evaluated}
-    if view.split not in known:
-        raise ConfigError(
-            f"config.evaluations.{name}.split = {view.split!r}: {dataset.name} has no such split; "
-            f"it must be one of {', '.join(known)}"
-        )
-    # The name of the training split stands for what training sees, which is not cut.
-    split = known["train" if view.split == dataset.train_split else view.split]
-    if view.crop:
-        split = _cropped(split, view.crop)
-    if view.examples and view.examples < len(split):
-        split = subset(split, np.arange(view.examples))
-    return split
-
-
-def _cropped(split: Split, crop: float) -> Split:
-    """Returns the same examples with another centred square cut from each."""
-    if isinstance(split, SubsetSplit):
-        return dataclasses.replace(split, whole=_cropped(split.whole, crop))
-    return dataclasses.replace(split, crop=crop) if isinstance(split, RecordSplit) else split
+    crop = view.crop or run.config.data.eval_crop
+    try:
+        return run.dataset.view(view.split, crop=crop, examples=view.examples or None)
+    except ConfigError as error:
+        raise ConfigError(f"config.evaluations.{name}.split = {view.split!r}: {error}") from error
 
 
 def summary(results: Mapping[str, EvalResult]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ state is bound to the process and worker count.) Grain reads ahead in threads.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -54,9 +55,9 @@ def train_batches(
     seed: int,
     start: int,
     stop: int,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     box_at: BoxAt | None = None,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Iterator[dict[str, Any]]:
     """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
 
     Args:
@@ -64,28 +65,12 @@ def train_batches(
       batch_size: examples a step over all processes; a multiple of the device count.
       seed: of the order.
       start, stop: range of steps.
-      mesh: the devices that each batch is laid on.
+      mesh: the devices that each batch is laid on; None: this process's share, as NumPy arrays.
       box_at: the boxes to cut from the original images (`crops`); None: the whole images.
 
     Yields:
       image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
     """
-    batches = host_train_batches(
-        split, batch_size=batch_size, seed=seed, start=start, stop=stop, box_at=box_at
-    )
-    return _to_devices_ahead(batches, mesh)
-
-
-def host_train_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    box_at: BoxAt | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's share of the batches that `train_batches` describes, on the host."""
     rows = sharding.process_rows(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
@@ -97,7 +82,8 @@ def host_train_batches(
             images = split.read_boxes(indices, [box_at(position) for position in positions])
         return {"image": images, "label": split.labels[indices]}
 
-    return _read_ahead(load, start, stop, threads=split.threads)
+    batches = _read_ahead(load, start, stop, threads=split.threads)
+    return batches if mesh is None else _to_devices_ahead(batches, mesh)
 
 
 def abstract_train_batch(

@@ -1,23 +1,16 @@
-"""How far a run is, for somebody who watches it: a bar on a terminal, plain lines elsewhere.
-
-In a log file or a batch system's console a bar is a mess of control characters, so there each
-report of the training metrics becomes one line with a time stamp.
-"""
+"""How far a training run is, for somebody who watches it: a bar, or a line with each report."""
 
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
-from tqdm import tqdm
+from inception_jax import console
 
-
-def say(line: str) -> None:
-    """Prints a line on stderr, above a bar if there is one; from any thread."""
-    tqdm.write(line, file=sys.stderr)
+say = console.say
 
 
-class Progress:
+class Progress(console.Progress):
     """Shows the progress of a training run.
 
     Args:
@@ -40,27 +33,27 @@ class Progress:
         enabled: bool = True,
         pauses: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        # It counts images, so that its rate is images a second whatever the batch size.
+        super().__init__("training", total_steps * batch_size)
         # Looked up at each call, not when the module is imported: a test or a notebook replaces it.
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
-        self._total = total_steps
+        self._steps = total_steps
         self._batch_size = batch_size
         self._step = self._first_step = initial_step
         self._pauses = pauses
         self._started, self._paused = time.monotonic(), pauses()
         self._paused_at_start = self._paused
-        # tqdm counts images, so that its rate is images a second whatever the batch size.
-        self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
-            self._bar = tqdm(
-                total=total_steps * batch_size,
+            self._bar = self.draw(
                 initial=initial_step * batch_size,
-                unit=" images",
-                unit_scale=True,
                 file=self._stream,
                 dynamic_ncols=True,
                 mininterval=0.5,
             )
+
+    def __enter__(self) -> Self:
+        return self
 
     def step(self, step: int) -> None:
         """Tells that a step was dispatched; to be called at each. Reads nothing from the device.
@@ -88,33 +81,20 @@ class Progress:
             metrics = "".join(f", {name} {value}" for name, value in shown.items())
             self.note(f"{self._position()}{metrics}")
 
-    def note(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        if not self._enabled:
-            return
+    def note(self, line: str) -> None:
+        """Prints a line, above the bar if there is one, and with the time if there is none."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(time.strftime("%H:%M:%S"), text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Ends the bar, whose last state stays visible."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
+            self._bar.write(line, file=self._stream)
+        elif self._enabled:
+            print(time.strftime("%H:%M:%S"), line, file=self._stream, flush=True)
 
     def _position(self) -> str:
         """Returns step, share, speed and time left, over the time since the start but pauses."""
-        text = f"step {self._step}/{self._total} ({100 * self._step / self._total:.1f}%)"
+        text = f"step {self._step}/{self._steps} ({100 * self._step / self._steps:.1f}%)"
         paused = self._pauses() - self._paused_at_start
         done, elapsed = self._step - self._first_step, time.monotonic() - self._started - paused
         if done and elapsed > 0:
-            left = round((self._total - self._step) * elapsed / done)
+            left = round((self._steps - self._step) * elapsed / done)
             text += f", {done * self._batch_size / elapsed:.0f} images/s, {_duration(left)} left"
         return text
 

@@ -14,7 +14,7 @@ from inception_jax.storage import atomic
 
 if TYPE_CHECKING:
     from inception_jax.config import Data
-    from inception_jax.datasets.progress import Progress
+    from inception_jax.console import Progress
     from inception_jax.datasets.splits import Split
     from inception_jax.inference.gradcam import HeatmapWriter
     from inception_jax.inference.image_files import ImageFiles
@@ -235,7 +235,7 @@ def _results(format: "Format") -> Iterator[TextIO]:
 
 def _progress(total: int, predictor: "Predictor") -> "Progress":
     """Returns what shows progress, if it takes a while and is not shown by the results."""
-    from inception_jax.datasets.progress import Progress
+    from inception_jax.console import Progress
 
     seen = _OUTPUT.value is None and sys.stdout.isatty()
     shown = total > predictor.batch_size and not seen

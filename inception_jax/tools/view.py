@@ -85,10 +85,11 @@ def main(positional: Sequence[str]) -> None:
 
 def _classes(name: str) -> int:
     """Returns how many classes a data set has."""
-    from inception_jax.datasets import registry
     from inception_jax.errors import UserError
+    from inception_jax.registry import DATASETS
 
-    classes = _CLASSES.value or registry.get(name).classes
+    part = DATASETS.get(name)
+    classes = _CLASSES.value or part.classes or len(part.class_names)
     if not classes:
         raise UserError(
             f"the number of classes of {name} depends on its source: give it as --classes=N"

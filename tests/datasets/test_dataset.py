@@ -16,12 +16,12 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 
 from inception_jax import config
-from inception_jax.datasets import registry
-from inception_jax.datasets.builders import archive
+from inception_jax.datasets.builders import tiny_imagenet_layout
 from inception_jax.datasets.dataset import Dataset, class_ids, data_directory, prepare
 from inception_jax.datasets.sources import files
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import ConfigError, DataError
+from inception_jax.registry import DATASETS
 from tests import archives, disks
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -192,7 +192,7 @@ def test_the_default_directory_is_that_of_tfds(
 
 
 def test_a_source_that_its_data_set_does_not_take_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs no source"):
+    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs none"):
         prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 
@@ -269,9 +269,9 @@ class WholeListing(files.Source):
 def test_the_official_counts_are_taken_and_others_are_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    make = registry.get("tiny_imagenet").builder_class()
+    make = DATASETS.get("tiny_imagenet").build(config.Data())
     whole = WholeListing([500] * 200)
-    monkeypatch.setattr(archive, "open_source", lambda path, scratch: whole)
+    monkeypatch.setattr(tiny_imagenet_layout, "open_source", lambda path, scratch: whole)
     builder = make(source="whole.zip", data_dir=tmp_path)
     builder.open()
     sizes = {split: len(items) for split, items in builder.splits().items()}

@@ -12,7 +12,7 @@ from inception_jax.datasets.splits import DecodedSplit, subset
 def split(folder: pathlib.Path, digests: list[int], labels: list[int]) -> DecodedSplit:
     names = folder / f"{len(list(folder.iterdir()))}.txt"
     names.write_text("".join(f"{names.stem}-{n}\n" for n in range(len(digests))))
-    return DecodedSplit(np.array(labels, np.int32), names, 8, names, np.array(digests, np.uint64))
+    return DecodedSplit(np.array(labels, np.int32), 8, names, names, np.array(digests, np.uint64))
 
 
 LARGE = 2**64 - 1

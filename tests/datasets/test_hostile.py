@@ -17,14 +17,15 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import decode, registry
-from inception_jax.datasets.builders import archive, cifar10, folders, imagenet
+from inception_jax.datasets import decode
+from inception_jax.datasets.builders import cifar10_files, folders, imagenet, tiny_imagenet_layout
 from inception_jax.datasets.dataset import prepare
 from inception_jax.datasets.sources import files as limits
 from inception_jax.datasets.sources.files import FolderSource
 from inception_jax.datasets.sources.zip_source import ZipSource
 from inception_jax.errors import DataError
 from inception_jax.inference import image_files
+from inception_jax.registry import DATASETS
 from tests import archives
 
 SIZE = 16
@@ -174,7 +175,9 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
             member.type, member.linkname = kind, "/etc/passwd"
             file.addfile(member)
     before = below(tmp_path.parent)
-    builder = registry.get("cifar10").builder_class()(source=str(path), data_dir=tmp_path / "data")
+    builder = DATASETS.get("cifar10").build(config.Data())(
+        source=str(path), data_dir=tmp_path / "data"
+    )
     with pytest.raises(
         DataError, match=r"no batches\.meta, data_batch_1, data_batch_5, test_batch"
     ):
@@ -184,12 +187,14 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
 
 def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
-    size = cifar10._MOST_BYTES + 1
+    size = cifar10_files._MOST_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
         member = tarfile.TarInfo("data_batch_1")
         member.size = size
         file.addfile(member, io.BytesIO(bytes(size)))
-    builder = registry.get("cifar10").builder_class()(source=str(path), data_dir=tmp_path / "data")
+    builder = DATASETS.get("cifar10").build(config.Data())(
+        source=str(path), data_dir=tmp_path / "data"
+    )
     with pytest.raises(DataError, match=r"data_batch_1 has [\d,]+ bytes; CIFAR-10's has 31 MB"):
         builder.open()
 
@@ -197,7 +202,7 @@ def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathl
 def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
     tmp_path: pathlib.Path,
 ) -> None:
-    builder = registry.get("imagenet2012").builder_class()(data_dir=tmp_path)
+    builder = DATASETS.get("imagenet2012").build(config.Data())(data_dir=tmp_path)
     builder._paths = [tmp_path / "train.tar"]
     entry = imagenet.Entry("n1_1.JPEG", "n1", 0, 0, 1 << 40)
     with pytest.raises(DataError, match=r"train\.tar: n1_1\.JPEG has 1,099,511,627,776 bytes"):
@@ -309,7 +314,7 @@ def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path
     files[boxes] += b"../../../../secret.JPEG\t0\t0\t1\t1\n"
     path = archives.write_files(tmp_path / "x", files)
     with (
-        archive.open_source(path) as source,
+        tiny_imagenet_layout.open_source(path) as source,
         pytest.raises(DataError, match=r"lists are missing, such as .*\.\./secret\.JPEG"),
     ):
-        archive.index(source)
+        tiny_imagenet_layout.index(source)

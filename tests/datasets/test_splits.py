@@ -161,7 +161,7 @@ def resident() -> int:
 
 path = pathlib.Path(sys.argv[1])
 count = np.load(path, mmap_mode="r").shape[0]
-split = DecodedSplit(np.zeros(count, np.int32), path, 64, path)
+split = DecodedSplit(np.zeros(count, np.int32), 64, path, path)
 split.read(np.arange(256))
 before = resident()
 for start in range(0, count, 256):

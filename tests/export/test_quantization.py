@@ -1,7 +1,5 @@
 """Accuracy of an exported network, and what 8 bits cost."""
 
-import pathlib
-
 import numpy as np
 import pytest
 
@@ -24,7 +22,7 @@ def test_accuracy_counts_every_image_once() -> None:
     """7 classes; image i is rated i, i + 1, …: right at first, or at fifth place, or not at all."""
     labels = np.array([i % 7 if i % 2 else (i + 4) % 7 for i in range(150)] + [3], np.int32)
     labels[0] = 5
-    split = Fixed(labels, pathlib.Path(), 1)
+    split = Fixed(labels, 1)
 
     def classify(pixels: np.ndarray) -> np.ndarray:
         places = (np.arange(7) - pixels.reshape(-1, 1) % 7) % 7
@@ -38,7 +36,7 @@ def test_accuracy_counts_every_image_once() -> None:
 
 
 def test_equal_logits_count_as_the_lower_label() -> None:
-    split = Fixed(np.array([0, 1, 4, 5], np.int32), pathlib.Path(), 1)
+    split = Fixed(np.array([0, 1, 4, 5], np.int32), 1)
     found = quantization.measure_accuracy(
         "", lambda pixels: np.zeros((len(pixels), 7)), split, size=0
     )
@@ -59,7 +57,7 @@ def test_a_loss_of_more_than_a_point_is_warned_of(top1: float, warned: bool) -> 
 
 
 def test_top_5_of_five_classes_is_left_out() -> None:
-    split = Fixed(np.array([0, 1, 4], np.int32), pathlib.Path(), 1)
+    split = Fixed(np.array([0, 1, 4], np.int32), 1)
     found = quantization.measure_accuracy(
         "", lambda pixels: np.zeros((len(pixels), 5)), split, size=0
     )

@@ -127,7 +127,7 @@ def batches_of(
     examples: Dataset, *, batch_size: int = 8, start: int = 0, stop: int = 9, seed: int = 3
 ) -> np.ndarray:
     """Returns the images of some steps, in the order of training: uint8 [N, H, W, 3]."""
-    batches = pipeline.host_train_batches(
+    batches = pipeline.train_batches(
         examples.train,
         batch_size=batch_size,
         seed=seed,

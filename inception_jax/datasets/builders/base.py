@@ -1,55 +1,54 @@
-"""The base of all TFDS builders: files or arrays in, a standard ArrayRecord dataset out.
-
-A GeneratorBasedBuilder writes ArrayRecords without TensorFlow as long as images are handed over as
-encoded bytes and archives are read here rather than by TFDS's download manager.
-"""
+"""The base of all TFDS builders: files or arrays in, a standard ArrayRecord dataset out."""
 
 import abc
 import contextlib
+import io
 import os
 import pathlib
 import resource
-import types
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import shuffle
+from PIL import Image
 
-from inception_jax.datasets.progress import Progress
+from inception_jax.console import Progress
+from inception_jax.datasets.builders import _tfds_private
 from inception_jax.errors import DataError
 
 # Key, then the example's features.
 KeyedExample = tuple[str, dict[str, Any]]
 
 _FORMAT = "array_record"
-# TFDS 4.9.10 shuffles a split of more than 1 GB through temporary files that it opens with
-# TensorFlow. This stands in for the part of TensorFlow that it uses there.
-_PLAIN_FILES = types.SimpleNamespace(
-    io=types.SimpleNamespace(
-        gfile=types.SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
-    ),
-    errors=types.SimpleNamespace(ResourceExhaustedError=()),
-)
-# It keeps a thousand of them open at a time; the usual limit is 1,024.
+# TFDS keeps a thousand files open at a time; the usual limit is 1,024.
 _OPEN_FILES = 4096
 
 
-class ImageBuilder(tfds.core.GeneratorBasedBuilder):
-    """Builds one data set.
+class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Builds one data set of the features image, label and file_name.
 
-    A subclass gives `VERSION`, `_info` and the abstract methods. The records of a split lie in the
-    order of a hash of their keys, which TFDS fixes: shuffled, the same at every preparation.
+    A subclass gives `VERSION`, what describes it, and the abstract methods. The records of a split
+    lie in the order of a hash of their keys, which TFDS fixes: shuffled, the same at every
+    preparation.
 
     Args:
       source: where the original files are, as in `config.data.source`.
       log: takes one line of text.
       data_dir: as of every TFDS builder.
+
+    Attributes:
+      DESCRIPTION, HOMEPAGE, CITATION: for TFDS's description of the data set.
+      IMAGE: what is known of all images, arguments of TFDS's feature.
     """
 
-    # TFDS's own way to find the checksums of downloads, of which there are none here, imports
-    # importlib_resources, a package that TFDS 4.9.10 uses without requiring it.
-    url_infos = None
+    # Those of the features that are read, which are the default ones.
+    fields = None
+
+    DESCRIPTION: ClassVar[str]
+    HOMEPAGE: ClassVar[str | None] = None
+    CITATION: ClassVar[str | None] = None
+    IMAGE: ClassVar[Mapping[str, Any]] = {"shape": (None, None, 3)}
 
     def __init__(
         self,
@@ -63,6 +62,28 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         self.log = log
         super().__init__(data_dir=data_dir, **kwargs)
 
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(**self.IMAGE),
+                    "label": tfds.features.ClassLabel(),
+                    "file_name": tfds.features.Text(),
+                    **self.more_features(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage=self.HOMEPAGE,
+            citation=self.CITATION,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def more_features(self) -> dict[str, Any]:
+        """Returns the features that are kept of an example besides the three."""
+        return {}
+
     @abc.abstractmethod
     def open(self) -> None:
         """Opens the source and checks what can be checked without reading images.
@@ -75,11 +96,11 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         """Releases the source."""
 
     @abc.abstractmethod
-    def splits(self) -> dict[str, Sequence[Any]]:
-        """Returns what each split consists of, in the form that `examples` takes."""
+    def splits(self) -> dict[str, Any]:
+        """Returns what each split consists of, sized, in the form that `examples` takes."""
 
     @abc.abstractmethod
-    def examples(self, items: Sequence[Any]) -> Generator[KeyedExample, None, None]:
+    def examples(self, items: Any) -> Generator[KeyedExample, None, None]:
         """Yields the examples of a split, each verified to be a whole image.
 
         Raises:
@@ -87,7 +108,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         """
 
     @abc.abstractmethod
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def label_facts(self) -> tuple[Iterable[str], dict[str, Any]]:
         """Returns the class names in label order, and metadata to keep with the dataset."""
 
     @abc.abstractmethod
@@ -102,16 +123,18 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
         """
         if not self.info.splits:
             return False
-        found = self.info.file_format.value
-        if found != _FORMAT:
-            raise DataError(
-                f"{self.data_dir}: is stored as {found}, not as {_FORMAT}. Give another "
-                "config.data.directory, or, with TensorFlow installed, convert it: tfds "
-                f"convert_format --dataset_version_dir={self.data_dir} --out_file_format={_FORMAT} "
-                f"--out_dir=DIRECTORY/{self.name}/{self.version} and "
-                "--config.data.directory=DIRECTORY"
-            )
+        check_format(self.info, f"{self.name}/{self.version}")
         return True
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes of the prepared dataset, in the order of the labels."""
+        return self.info.features["label"].names
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What was kept with the prepared dataset besides: `label_facts`."""
+        return self.info.metadata
 
     def missing_files(self) -> list[str]:
         """Returns the files of the prepared dataset that have been removed since."""
@@ -125,9 +148,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
           DataError: if an image is damaged; nothing is left behind.
         """
         tfds.disable_progress_bar()
-        shuffle.tf = _PLAIN_FILES
         _allow_open_files(_OPEN_FILES)
-        self.download_and_prepare(file_format=_FORMAT)
+        with _tfds_private.without_tensorflow():
+            self.download_and_prepare(file_format=_FORMAT)
 
     def files(self, split: str) -> list[pathlib.Path]:
         """Returns the record files of a split of the prepared dataset, in order."""
@@ -145,7 +168,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
             split: self._generate_examples(split, items) for split, items in self.splits().items()
         }
 
-    def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[KeyedExample]:
+    def _generate_examples(self, split: str, items: Any) -> Iterator[KeyedExample]:
         with (
             Progress(f"{self.name}: writing {split} records", len(items), log=self.log) as progress,
             contextlib.closing(self.examples(items)) as examples,
@@ -154,11 +177,26 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder):
                 yield key, example
                 progress.update(1)
 
-    def _log_download_bytes(self) -> None:
-        """Silences TFDS's first line; `Progress` says what happens."""
 
-    def _log_download_done(self) -> None:
-        """Silences TFDS's last line."""
+def check_format(info: tfds.core.DatasetInfo, name: str) -> None:
+    """Raises DataError if a prepared data set, `name` with its version, is no ArrayRecord."""
+    found = info.file_format.value
+    if found != _FORMAT:
+        raise DataError(
+            f"{info.data_dir}: is stored as {found}, not as {_FORMAT}. Give another "
+            "config.data.directory, or, with TensorFlow installed, convert it: tfds "
+            f"convert_format --dataset_version_dir={info.data_dir} --out_file_format={_FORMAT} "
+            f"--out_dir=DIRECTORY/{name} and --config.data.directory=DIRECTORY"
+        )
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Returns an image, uint8 [H, W, 3], [H, W, 1] or [H, W], as the content of a PNG file."""
+    buffer = io.BytesIO()
+    grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(grey))
+    image.save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
 
 
 def _allow_open_files(count: int) -> None:

@@ -4,16 +4,14 @@
 (Alpaydin and Kaynak, 1998). Large enough to see a network learn in seconds.
 """
 
-import io
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from inception_jax.datasets import registry
 from inception_jax.datasets.builders import base
+from inception_jax.registry import DATASETS
 
 # Every fifth image, counted within the classes one after another, is a test image: 360 of 1,797,
 # each class's share the same to within one image.
@@ -26,26 +24,13 @@ class Digits(base.ImageBuilder):
     Features: image (PNG, grey), label, file_name (the index in scikit-learn's order).
     """
 
-    VERSION = tfds.core.Version(registry.get("digits").version)
+    VERSION = tfds.core.Version(DATASETS.get("digits").version)
+    DESCRIPTION = "Handwritten digits of 8 x 8 pixels, as shipped with scikit-learn."
+    HOMEPAGE = "https://archive.ics.uci.edu/dataset/80"
+    IMAGE: ClassVar[dict[str, Any]] = {"shape": (8, 8, 1), "encoding_format": "png"}
 
     _images: np.ndarray
     _labels: np.ndarray
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Handwritten digits of 8 x 8 pixels, as shipped with scikit-learn.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def open(self) -> None:
         """Loads the images from scikit-learn."""
@@ -76,8 +61,9 @@ class Digits(base.ImageBuilder):
     def examples(self, items: Sequence[int]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images as PNG files."""
         for item in items:
-            buffer = io.BytesIO()
-            Image.fromarray(self._images[item]).save(buffer, format="PNG")
             name = f"digit_{item:04d}.png"
             label = int(self._labels[item])
-            yield name, {"image": buffer.getvalue(), "label": label, "file_name": name}
+            yield (
+                name,
+                {"image": base.to_png(self._images[item]), "label": label, "file_name": name},
+            )

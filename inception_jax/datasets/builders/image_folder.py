@@ -8,11 +8,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from inception_jax.datasets import decode, registry
+from inception_jax.console import Progress
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base, folders
-from inception_jax.datasets.progress import Progress
 from inception_jax.datasets.sources import files
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 
 # Images that one thread checks at a time, one by one.
 _CHECKED = 16
@@ -37,7 +38,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
       kwargs: as of `builder.ImageBuilder`.
     """
 
-    VERSION = tfds.core.Version(registry.get("image_folder").version)
+    VERSION = tfds.core.Version(DATASETS.get("image_folder").version)
+    DESCRIPTION = "Pictures of a user's own, a folder for each class."
 
     _files: files.Source
 
@@ -53,21 +55,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._eval_share, self._unreadable, self._reading = eval_share, unreadable, layout
         self._encoding = archive_encoding
         super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Pictures of a user's own, a folder for each class.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def open(self) -> None:
         """Finds the pictures, reads each once, and divides them.

@@ -18,15 +18,16 @@ import os
 import pathlib
 import tarfile
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from inception_jax.datasets import decode, registry
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base
 from inception_jax.datasets.sources.files import MOST_BYTES
 from inception_jax.datasets.sources.tar_source import decompressor
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VALIDATION = "ILSVRC2012_img_val.tar"
@@ -85,27 +86,14 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
     Features: image, label, file_name. It is not registered with TFDS, which has one of this name.
     """
 
-    VERSION = tfds.core.Version(registry.get("imagenet2012").version)
+    VERSION = tfds.core.Version(DATASETS.get("imagenet2012").version)
+    DESCRIPTION = "ILSVRC 2012: 1,000 classes of ImageNet."
+    HOMEPAGE = "https://image-net.org/"
+    CITATION = _CITATION
+    IMAGE: ClassVar[dict[str, Any]] = {"encoding_format": "jpeg"}
 
     _files: list[int]
     _index: dict[str, list[Entry]]
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="ILSVRC 2012: 1,000 classes of ImageNet.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://image-net.org/",
-            citation=_CITATION,
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def open(self) -> None:
         """Opens the two archives and lists what is in them."""

@@ -8,15 +8,17 @@ import collections
 import itertools
 import pathlib
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from inception_jax.datasets import decode, registry
-from inception_jax.datasets.builders import archive, base
+from inception_jax.datasets import decode
+from inception_jax.datasets.builders import base
+from inception_jax.datasets.builders import tiny_imagenet_layout as layout
 from inception_jax.datasets.sources import download, files
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -40,38 +42,27 @@ class TinyImagenetSubset(base.ImageBuilder):
     in the annotation files (−1 four times where there is none).
     """
 
-    VERSION = tfds.core.Version(registry.get("tiny_imagenet_subset").version)
+    VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet_subset").version)
     DESCRIPTION = "A part of Tiny ImageNet, or other images in its layout."
+    HOMEPAGE = "https://www.kaggle.com/c/tiny-imagenet"
+    CITATION = _CITATION
+    IMAGE: ClassVar[dict[str, Any]] = {"shape": (None, None, 3), "encoding_format": "jpeg"}
 
     _files: files.Source
-    _index: archive.Index
+    _index: layout.Index
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.DESCRIPTION,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(),
-                    "wnid": tfds.features.Text(),
-                    "file_name": tfds.features.Text(),
-                    "box": tfds.features.Tensor(
-                        shape=(4,), dtype=np.int64, doc="x0, y0, x1, y1 in pixels; -1: no box"
-                    ),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://www.kaggle.com/c/tiny-imagenet",
-            citation=_CITATION,
-            metadata=tfds.core.MetadataDict(),
+    def more_features(self) -> dict[str, Any]:
+        """Returns class id and box."""
+        box = tfds.features.Tensor(
+            shape=(4,), dtype=np.int64, doc="x0, y0, x1, y1 in pixels; -1: no box"
         )
+        return {"wnid": tfds.features.Text(), "box": box}
 
     def open(self) -> None:
         """Opens the source and checks that all of its files are there."""
-        self._files = archive.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
+        self._files = layout.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
         try:
-            self._index = archive.index(self._files)
+            self._index = layout.index(self._files)
             self._check_counts(self._index)
             for remark in self._index.remarks:
                 self.log(f"{self._files.path}: {remark}")
@@ -87,7 +78,7 @@ class TinyImagenetSubset(base.ImageBuilder):
             )
         return self.source
 
-    def _check_counts(self, index: archive.Index) -> None:
+    def _check_counts(self, index: layout.Index) -> None:
         """Raises DataError if the numbers of images are not those that they have to be."""
 
     def close(self) -> None:
@@ -95,7 +86,7 @@ class TinyImagenetSubset(base.ImageBuilder):
         if hasattr(self, "_files"):
             self._files.close()
 
-    def splits(self) -> dict[str, Sequence[archive.Entry]]:
+    def splits(self) -> dict[str, Sequence[layout.Entry]]:
         """Returns the images of each split."""
         return dict(self._index.splits)
 
@@ -104,7 +95,7 @@ class TinyImagenetSubset(base.ImageBuilder):
         metadata = {
             "wnids": list(self._index.wnids),
             "source": str(self._files.path.absolute()),
-            "source_digest": archive.fingerprint(self._files),
+            "source_digest": layout.fingerprint(self._files),
         }
         return self._index.class_names, metadata
 
@@ -112,7 +103,7 @@ class TinyImagenetSubset(base.ImageBuilder):
         """Returns the size of all images, bytes."""
         return sum(self._files.sizes.values())
 
-    def examples(self, items: Sequence[archive.Entry]) -> Generator[base.KeyedExample, None, None]:
+    def examples(self, items: Sequence[layout.Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
         pieces = decode.pieces(items, _PIECE)
@@ -129,7 +120,7 @@ class TinyImagenetSubset(base.ImageBuilder):
                 },
             )
 
-    def _read(self, entries: Sequence[archive.Entry]) -> list[bytes]:
+    def _read(self, entries: Sequence[layout.Entry]) -> list[bytes]:
         contents = [self._files.read(entry.path) for entry in entries]
         for entry, data in zip(entries, contents, strict=True):
             decode.verify(data, f"{self._files.path}: {entry.path}")
@@ -139,7 +130,7 @@ class TinyImagenetSubset(base.ImageBuilder):
 class TinyImagenet(TinyImagenetSubset):
     """The whole of Tiny ImageNet; a source with other counts is refused."""
 
-    VERSION = tfds.core.Version(registry.get("tiny_imagenet").version)
+    VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet").version)
     DESCRIPTION = (
         "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and 10,000 "
         "unlabelled test images."
@@ -151,7 +142,7 @@ class TinyImagenet(TinyImagenetSubset):
         target = pathlib.Path(self.data_dir_root, "downloads", "tiny-imagenet-200.zip")
         return download.fetch(URL, target, size=BYTES, md5=MD5, log=self.log)
 
-    def _check_counts(self, index: archive.Index) -> None:
+    def _check_counts(self, index: layout.Index) -> None:
         found = {"classes": len(index.wnids)}
         found |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
         expected = {
@@ -180,6 +171,6 @@ class TinyImagenet(TinyImagenetSubset):
             )
 
 
-def _per_class(index: archive.Index) -> dict[str, int]:
+def _per_class(index: layout.Index) -> dict[str, int]:
     counts = collections.Counter(entry.wnid for entry in index.splits["train"])
     return {wnid: counts[wnid] for wnid in index.wnids}

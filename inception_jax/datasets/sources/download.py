@@ -4,13 +4,13 @@ import hashlib
 import http.client
 import os
 import pathlib
-import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from inception_jax.datasets.progress import Progress
+from inception_jax.console import Progress
+from inception_jax.datasets.sources.files import check_space
 from inception_jax.errors import DataError
 
 _CHUNK = 1 << 20
@@ -51,12 +51,7 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    free = shutil.disk_usage(target.parent).free
-    if free < size - have:
-        raise DataError(
-            f"{url}: {size - have:,} bytes are to be downloaded to {target.parent}, which has "
-            f"{free:,} free. Free some space, or set config.data.directory elsewhere."
-        )
+    check_space(target.parent, size - have, f"{url}: the download")
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
         progress.update(have)
         failures = 0

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from inception_jax.datasets.sources import member_names
-from inception_jax.datasets.sources.files import Source
+from inception_jax.datasets.sources.files import Source, check_space
 from inception_jax.errors import DataError
 
 # By what a compressed file begins with.
@@ -143,12 +143,7 @@ class TarSource(Source):
             return self._archive.open("rb")
         folder = self._scratch or pathlib.Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < self._whole_size:
-            raise DataError(
-                f"{self.path}: unpacks to {self._whole_size / 1e9:.2f} GB in {folder}, which has "
-                f"{free / 1e9:.2f} GB free. Free some space, or give another config.data.directory."
-            )
+        check_space(folder, self._whole_size, f"{self.path}: unpacked, it")
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             with self._decompress(self._archive, "rb") as source:

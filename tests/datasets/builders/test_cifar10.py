@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets.builders import cifar10
+from inception_jax.datasets.builders import cifar10, cifar10_files
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import DataError
 from tests import archives
@@ -22,7 +22,7 @@ NAMES = [f"thing {number}" for number in range(10)]
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes a batch file one of 20 images."""
-    monkeypatch.setattr(cifar10, "PER_FILE", 20)
+    monkeypatch.setattr(cifar10_files, "PER_FILE", 20)
     yield
 
 
@@ -97,7 +97,7 @@ def test_another_archive_of_the_same_counts_is_noted(
 
 def test_keys_of_either_python_are_read() -> None:
     for keys in (bytes, str):
-        content = cifar10.unpickle(pickle.dumps(batch(1, keys=keys)), "x")
+        content = cifar10_files.unpickle(pickle.dumps(batch(1, keys=keys)), "x")
         assert set(content) == {"batch_label", "labels", "data", "filenames"}
 
 
@@ -105,7 +105,7 @@ def test_a_pickle_as_numpy_1_writes_it_is_read() -> None:
     data = pickle.dumps(batch(1), protocol=0)
     assert b"numpy._core" in data
     data = data.replace(b"numpy._core", b"numpy.core")
-    np.testing.assert_array_equal(cifar10.unpickle(data, "x")["data"], batch(1)[b"data"])
+    np.testing.assert_array_equal(cifar10_files.unpickle(data, "x")["data"], batch(1)[b"data"])
 
 
 class Attack:
@@ -202,7 +202,7 @@ def as_pictures(name: Callable[[str, int, str], str], kind: str = "PNG") -> dict
         for number, (row, label) in enumerate(zip(*pixels_of(*numbers), strict=True)):
             buffer = io.BytesIO()
             Image.fromarray(row.reshape(3, 32, 32).transpose(1, 2, 0)).save(buffer, kind)
-            result[name(split, number, cifar10._NAMES[label])] = buffer.getvalue()
+            result[name(split, number, cifar10_files._NAMES[label])] = buffer.getvalue()
     return result
 
 
@@ -236,7 +236,7 @@ FORMS = {
 
 
 def named() -> dict[str, bytes]:
-    return files(**{"batches.meta": {b"label_names": cifar10._NAMES}})
+    return files(**{"batches.meta": {b"label_names": cifar10_files._NAMES}})
 
 
 def prepared(source: pathlib.Path, directory: pathlib.Path) -> dict[str, bytes]:

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import decode, registry
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.datasets.duplicates import Duplicates
 from inception_jax.datasets.records import Records
 from inception_jax.datasets.sources.files import FolderSource
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 from inception_jax.reporting import plots
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.workdir import Workdir
@@ -352,7 +353,7 @@ def test_few_files_are_in_memory_at_a_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 50, "b": 50}, 8))
-    builder = registry.get("image_folder").builder_class()(
+    builder = DATASETS.get("image_folder").build(config.Data())(
         source=str(path),
         log=quiet,
         data_dir=tmp_path,

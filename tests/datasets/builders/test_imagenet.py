@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from inception_jax import config
-from inception_jax.datasets import decode, registry
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import imagenet
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import DataError
+from inception_jax.registry import DATASETS
 from tests import archives
 
 WNIDS = tuple(archives.wnid(label) for label in range(3))
@@ -188,7 +189,7 @@ def test_what_tfds_prepared_is_read_and_is_the_same(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     write_as_tfds_does(tmp_path / "tfds")
-    assert (tmp_path / "tfds/imagenet2012" / registry.get("imagenet2012").version).is_dir()
+    assert (tmp_path / "tfds/imagenet2012" / DATASETS.get("imagenet2012").version).is_dir()
     theirs = prepare(settings(tmp_path / "tfds"), log=quiet)
     check(theirs)
     ours = prepare(settings(tmp_path / "ours", source), log=quiet)
@@ -201,7 +202,7 @@ def test_the_version_and_features_are_those_of_tfds(tmp_path: pathlib.Path) -> N
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as original
 
     theirs = original.Builder(data_dir=tmp_path)
-    ours = registry.get("imagenet2012").builder_class()(data_dir=tmp_path)
+    ours = DATASETS.get("imagenet2012").build(config.Data())(data_dir=tmp_path)
     assert (ours.name, ours.version) == (theirs.name, theirs.version)
     one, two = ours.info.features, theirs.info.features
     assert one.get_serialized_info() == two.get_serialized_info()

@@ -7,7 +7,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from inception_jax.datasets.builders import archive
+from inception_jax.datasets.builders import tiny_imagenet_layout as layout
 from inception_jax.errors import DataError
 from tests import archives
 
@@ -19,14 +19,14 @@ def files() -> dict[str, bytes]:
     return archives.tiny_imagenet_files(3, 2, 2, 1, size=8)
 
 
-def read(path: pathlib.Path) -> archive.Index:
-    with archive.open_source(path) as source:
-        return archive.index(source)
+def read(path: pathlib.Path) -> layout.Index:
+    with layout.open_source(path) as source:
+        return layout.index(source)
 
 
-def entry(file: str, wnid: str, box: archive.Box) -> archive.Entry:
+def entry(file: str, wnid: str, box: layout.Box) -> layout.Entry:
     """Returns an image that lies where it does in the official layout."""
-    return archive.Entry(file, wnid, box, file)
+    return layout.Entry(file, wnid, box, file)
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder", "folder/tiny-imagenet-200"])
@@ -144,18 +144,18 @@ def test_a_changed_byte_in_an_archive_is_found(
     content = path.read_bytes()
     at = content.index(files[name]) + 40
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with archive.open_source(path) as source, pytest.raises(DataError, match=rf"{name} is damaged"):
+    with layout.open_source(path) as source, pytest.raises(DataError, match=rf"{name} is damaged"):
         source.read(name)
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*official download"):
-        archive.open_source(tmp_path / "nowhere")
+        layout.open_source(tmp_path / "nowhere")
 
 
 def fingerprint(path: pathlib.Path) -> str:
-    with archive.open_source(path) as source:
-        return archive.fingerprint(source)
+    with layout.open_source(path) as source:
+        return layout.fingerprint(source)
 
 
 # As it goes around.
@@ -229,8 +229,8 @@ def test_other_forms_hold_the_same_images_by_their_official_names(
     if form == "sorted with annotations":
         changed = {file: d for file, d in changed.items() if not file.startswith("val/images/")}
     path = archives.write_files(tmp_path / name, changed)
-    with archive.open_source(path) as source:
-        index = archive.index(source)
+    with layout.open_source(path) as source:
+        index = layout.index(source)
         found = {
             (split, each.file, each.wnid, source.read(each.path))
             for split, entries in index.splits.items()
@@ -286,7 +286,7 @@ def test_equal_names_in_several_classes_keep_their_classes(tmp_path: pathlib.Pat
 def test_other_pictures_are_not_taken_for_it(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", {"cat/1.jpg": b"", "inner.zip": b""}, "")
     with pytest.raises(DataError, match=r"no wnids\.txt, .*found: cat, inner\.zip\).*image_folder"):
-        archive.open_source(path)
+        layout.open_source(path)
 
 
 # Digests.
@@ -322,7 +322,7 @@ def test_threads_read_an_archive_together(tmp_path: pathlib.Path) -> None:
             info.extra = struct.pack("<HHBL", 0x5455, 5, 1, 0)
             file.writestr(info, data)
     with (
-        archive.open_source(tmp_path / "x.zip") as source,
+        layout.open_source(tmp_path / "x.zip") as source,
         futures.ThreadPoolExecutor(4) as pool,
     ):
         assert list(pool.map(source.read, contents)) == list(contents.values())

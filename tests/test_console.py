@@ -4,14 +4,14 @@ import time
 
 import pytest
 
-from inception_jax.datasets import progress
+from inception_jax import console
 
 
 def test_off_a_terminal_it_logs_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
-    with progress.Progress("reading", 1000, log=lines.append) as shown:
+    with console.Progress("reading", 1000, log=lines.append) as shown:
         for _ in range(100):
             now[0] += 0.3
             shown.update(10)
@@ -29,7 +29,7 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     lines: list[str] = []
-    with progress.Progress("reading", 50, log=lines.append) as shown:
+    with console.Progress("reading", 50, log=lines.append) as shown:
         shown.update(50)
     assert not lines
     assert "reading: 100%" in terminal.getvalue()
@@ -38,7 +38,7 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notes_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as shown:
+    with console.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as shown:
         shown.note("x.jpg is damaged")
         shown.update(50)
     written = terminal.getvalue().replace("\r", "\n").splitlines()
@@ -51,7 +51,7 @@ def test_it_may_show_notes_alone(
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
-    with progress.Progress("reading", 50, log=lines.append, shown=False) as shown:
+    with console.Progress("reading", 50, log=lines.append, shown=False) as shown:
         now[0] += 60
         shown.update(25)
         shown.note("x.jpg is damaged")

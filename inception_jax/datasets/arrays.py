@@ -1,0 +1,167 @@
+"""Data sets of arrays in memory: `Dataset.from_arrays`, and the checks of what users hand over."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from inception_jax.datasets import decode, splits
+from inception_jax.datasets.splits import MemorySplit
+from inception_jax.errors import DataError
+
+_CHANNELS = (1, 3)
+
+
+def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
+    """Checks one image, or all of a split in one array.
+
+    Args:
+      image: uint8 [H, W, 3], [H, W, 1] or [H, W], with N before if stacked.
+      what: it is, for errors.
+      stacked: whether it is one array of several images.
+
+    Raises:
+      DataError: if it is anything else.
+    """
+    if not isinstance(image, np.ndarray):
+        raise DataError(
+            f"{what}: is of type {type(image).__name__}; expected an array of uint8, such as "
+            "np.asarray(image) makes of a PIL image or a tensor"
+        )
+    if image.dtype != np.uint8:
+        remedy = "convert it: images.astype(np.uint8)"
+        if np.issubdtype(image.dtype, np.floating):
+            remedy = (
+                "convert values in 0 to 1: np.round(images * 255).astype(np.uint8); normalized "
+                "values cannot be used"
+            )
+        raise DataError(f"{what}: is of dtype {image.dtype}; expected uint8, 0 to 255; {remedy}")
+    if image.ndim - stacked not in (2, 3) or not image.size:
+        one, grey = ("[N, H, W, 3]", "[N, H, W]") if stacked else ("[H, W, 3]", "[H, W]")
+        raise DataError(
+            f"{what}: has the shape {list(image.shape)}; expected {one}, or {grey} if it is grey"
+        )
+    if image.ndim == 3 + stacked and image.shape[-1] not in _CHANNELS:
+        remedy = "give the first three channels, images[..., :3]"
+        if image.shape[-3] in _CHANNELS:
+            remedy = "put the channels last: np.moveaxis(images, -3, -1)"
+        raise DataError(
+            f"{what}: has the shape {list(image.shape)}; expected 3 channels, or 1, as the last "
+            f"dimension; {remedy}"
+        )
+
+
+def stack(images: Any, what: str) -> np.ndarray:
+    """Returns a split's images in one array, uint8 [N, H, W, 3] or [N, H, W] of grey ones.
+
+    Raises:
+      DataError: if it is none.
+    """
+    check_image(images, what, stacked=True)
+    pixels: np.ndarray = images
+    if pixels.ndim == 4 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return pixels
+
+
+def check_labels(
+    labels: Any, count: int, what: str, *, classes: int = 0, unknown: bool = False
+) -> np.ndarray:
+    """Returns the labels of a split, int32 [N].
+
+    Args:
+      labels: int [N], as an array or a sequence.
+      count: how many images there are.
+      what: the labels are, for errors.
+      classes: how many there are; 0: not known.
+      unknown: whether −1 is allowed, for an unknown label.
+
+    Raises:
+      DataError: if they are of another type or number, or out of range.
+    """
+    found = np.asarray(labels)
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        remedy = " (of one-hot rows: labels.argmax(axis=1))" if found.ndim == 2 else ""
+        raise DataError(
+            f"{what}: are of dtype {found.dtype} and shape {list(found.shape)}; expected whole "
+            f"numbers, [N]{remedy}"
+        )
+    if len(found) != count:
+        raise DataError(f"{what}: are {len(found):,}, of {count:,} images; expected one for each")
+    most = classes - 1 if classes else np.iinfo(np.int32).max
+    wrong = found[(found < (-1 if unknown else 0)) | (found > most)]
+    if len(wrong):
+        allowed = f"0 to {most}, the last of {classes} classes" if classes else "0 or more"
+        raise DataError(f"{what}: have {wrong[0]} among them; expected {allowed}")
+    return found.astype(np.int32)
+
+
+def check_class_names(names: Any, what: str) -> tuple[str, ...]:
+    """Returns the names of classes, which may be numbers, in the order of the labels.
+
+    Raises:
+      DataError: if they are no sequence of several different names.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
+        raise DataError(f"{what}: are of type {type(names).__name__}; expected a list of names")
+    found = tuple(map(str, names))
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise DataError(
+            f"{what}: are {', '.join(map(repr, found[:10])) or 'none'}; expected at least two, all "
+            "different"
+        )
+    return found
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+    """Returns the names of classes that have none: '0', '1', …."""
+    return tuple(map(str, range(classes)))
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Returns which examples are held out: bool [N].
+
+    Of each class `share`, rounded, but at least one, and never all, as of image_folder. Which ones
+    follows from the seed alone.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
+    order = generator.permutation(len(labels))
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        held[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
+    return held
+
+
+def make_split(
+    pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, image_size: int
+) -> MemorySplit:
+    """Returns some examples as a split, its images resized if they are of another size.
+
+    Args:
+      pixels: as `stack` returns them.
+      labels: int32 [N].
+      indices: int64 [M], which of them.
+      image_size: height and width, pixels.
+    """
+    found = pixels[indices]
+    if found.ndim == 3:
+        found = np.repeat(found[..., None], 3, axis=-1)
+    if found.shape[1:3] != (image_size, image_size):
+        found = np.stack([decode.resized(image, image_size) for image in found])
+    return MemorySplit(labels[indices], image_size, np.ascontiguousarray(found))
+
+
+def statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of pixels, uint8 [N, H, W, 3], over 255: float64 [3]."""
+    return splits.mean_and_std(*splits.sums(pixels), pixels.size // 3)
+
+
+def version(*parts: MemorySplit) -> str:
+    """Returns a checksum of all examples, by which a resumed run notices other ones."""
+    digest = hashlib.sha256()
+    for split in parts:
+        digest.update(split.digests.tobytes())
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,307 @@
+"""The files of CIFAR-10, in each of the forms that it goes around in.
+
+The official Python version has these files, each a pickled dictionary:
+
+    cifar-10-batches-py/data_batch_1 … data_batch_5    10,000 training images each
+    cifar-10-batches-py/test_batch                     10,000 test images
+    cifar-10-batches-py/batches.meta                   the names of the classes
+
+Since a pickle can run any code when it is loaded, these are loaded by an unpickler that knows NumPy
+arrays of plain numbers, and nothing else. Two other forms hold the same pixels in an order that can
+be told, and so the same examples:
+
+    data_batch_1.bin … test_batch.bin                  the binary version: label, pixels; label, …
+    train/CLASS/NUMBER_CLASS.png, test/…               as fast.ai has it; CLASS/ may be missing
+
+Each form may lie in any folder of a folder, a zip or a tar archive.
+"""
+
+import functools
+import io
+import itertools
+import pickle
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from inception_jax.datasets import decode
+from inception_jax.datasets.builders import folders
+from inception_jax.datasets.sources import opening
+from inception_jax.datasets.sources.files import Source
+from inception_jax.errors import DataError
+
+FOLDER = "cifar-10-batches-py"
+CLASSES = 10
+# Images in each batch file, and of each class in it on average; the whole split has exactly that.
+PER_FILE = 10_000
+FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+_META = "batches.meta"
+# The names in the order of the labels.
+_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+_PICTURE = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
+# Pictures for the data set 'image_folder': a folder for each class, or loose as Kaggle has them.
+_CLASSED = re.compile(
+    rf"(?:.*/)?(train|test)/({'|'.join(_NAMES)})/[^/]+\.(png|jpe?g)", re.IGNORECASE
+)
+# A batch file is 31 MB; nothing that claims to be much more is read.
+_MOST_BYTES = 100_000_000
+# Images that one thread decodes at a time: some 5 ms of work.
+_PIECE = 64
+
+# The pixels, uint8 [N, 3072] (all red, all green, all blue), and the labels of each split.
+Splits = dict[str, tuple[np.ndarray, list[int]]]
+
+
+def read(source: Source) -> tuple[list[str], Splits]:
+    """Returns the names of the classes and the images of each split, from any of the three forms.
+
+    Raises:
+      DataError: if a file is missing or damaged, or it is another form or another data set.
+    """
+    batches = list(itertools.chain.from_iterable(FILES.values()))
+    if _has(source, batches):
+        return _read_pickled(source)
+    if _has(source, [f"{batch}.bin" for batch in batches]):
+        return _read_binary(source)
+    pictures = {file: match for file in source.sizes if (match := _PICTURE.fullmatch(file))}
+    if pictures:
+        return _NAMES, _read_pictures(source, pictures)
+    raise DataError(f"{source.path}: {_other_form(source)}")
+
+
+def _has(source: Source, names: Sequence[str]) -> bool:
+    """Enters the folder that holds most of some files, and returns whether there is one."""
+    found = [file for file in source.sizes if file.split("/")[-1] in names]
+    roots = [file.removesuffix(file.split("/")[-1]) for file in found]
+    if roots:
+        source.enter(max(sorted(set(roots), key=len), key=roots.count))
+    return bool(roots)
+
+
+def _other_form(source: Source) -> str:
+    """Returns what a source is that is none of the three forms, and what to do."""
+    files = list(source.sizes)
+    names = {file.split("/")[-1] for file in files}
+    official = (
+        "Get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, or leave "
+        "config.data.source empty to have it downloaded."
+    )
+    if "data_batch_1.mat" in names:
+        return f"CIFAR-10's MATLAB version, which is not read. {official}"
+    if {"fine_label_names.txt", "train.bin"} <= names or any("cifar-100" in f for f in files):
+        return f"CIFAR-100, which is another data set. {official}"
+    if "trainLabels.csv" in names:
+        return (
+            "the form of Kaggle's competition, whose test images have no labels, and are mixed "
+            f"with 290,000 others: there is nothing to evaluate on. {official}"
+        )
+    classed = [match for match in map(_CLASSED.fullmatch, files) if match]
+    if classed:
+        why = (
+            "their names do not give the images' official numbers, which decide their order"
+            if classed[0][3].lower() == "png"
+            else "they are JPEGs, which are not the original pixels"
+        )
+        return (
+            f"holds pictures in class folders, and {why}. Set config.data.name=image_folder to use "
+            f"them as they are. {official}"
+        )
+    found = folders.listed(sorted({file.split("/")[0] for file in files}))
+    return (
+        f"not CIFAR-10, for it has no data_batch_1 (found: {found or 'nothing'})."
+        f"{opening.archives_inside(files)} {official}"
+    )
+
+
+def _read_pickled(source: Source) -> tuple[list[str], Splits]:
+    wanted = [_META, *itertools.chain.from_iterable(FILES.values())]
+    contents = _contents(source, wanted, "Python version")
+    names = _class_names(contents.pop(_META), f"{source.path}: {_META}")
+    return names, {
+        split: _joined([_batch(contents.pop(file), f"{source.path}: {file}") for file in files])
+        for split, files in FILES.items()
+    }
+
+
+def _read_binary(source: Source) -> tuple[list[str], Splits]:
+    wanted = {split: [f"{file}.bin" for file in files] for split, files in FILES.items()}
+    contents = _contents(
+        source, [*itertools.chain.from_iterable(wanted.values())], "binary version"
+    )
+    return _NAMES, {
+        split: _joined([_records(contents.pop(file), f"{source.path}: {file}") for file in files])
+        for split, files in wanted.items()
+    }
+
+
+def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, bytes]:
+    """Returns the content of each of some files.
+
+    Raises:
+      DataError: if one is missing, too large or damaged.
+    """
+    for file in source.sizes.keys() & set(wanted):
+        if source.sizes[file] > _MOST_BYTES:
+            raise DataError(
+                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB."
+            )
+    if missing := [file for file in sorted(wanted) if file not in source.sizes]:
+        raise DataError(
+            f"{source.path}: not the whole of CIFAR-10's {what}, for it has no "
+            f"{', '.join(missing)}. Give the cifar-10-python.tar.gz, or the folder {FOLDER} that "
+            "was extracted from it."
+        )
+    return {file: source.read(file) for file in wanted}
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarray, list[int]]:
+    labels = list(itertools.chain.from_iterable(labels for _, labels in parts))
+    return np.concatenate([pixels for pixels, _ in parts]), labels
+
+
+def _records(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """Returns the pixels and labels of a file of the binary version."""
+    size = 1 + 3 * 32 * 32
+    if len(data) != PER_FILE * size:
+        raise DataError(
+            f"{where}: has {len(data):,} bytes; {PER_FILE:,} images of CIFAR-10 have "
+            f"{PER_FILE * size:,}. Get the archive again."
+        )
+    records = np.frombuffer(data, np.uint8).reshape(PER_FILE, size)
+    if records[:, 0].max() >= CLASSES:
+        raise DataError(f"{where}: has labels above {CLASSES - 1}. Get the archive again.")
+    return records[:, 1:], records[:, 0].tolist()
+
+
+def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits:
+    """Returns the images of the form that has each as a PNG, in the order of their numbers."""
+    splits: Splits = {}
+    for split, batches in FILES.items():
+        numbered = {int(m[2]): file for file, m in pictures.items() if m[1].lower() == split}
+        count = len(batches) * PER_FILE
+        of_split = sum(m[1].lower() == split for m in pictures.values())
+        if of_split != count or set(numbered) != set(range(count)):
+            raise DataError(
+                f"{source.path}: not the whole of CIFAR-10, for its {split} folder has "
+                f"{of_split:,} pictures (expected {count:,}, of the numbers 0 to {count - 1:,}). "
+                "Get the archive again, or set config.data.name=image_folder to use what is there."
+            )
+        files = [numbered[number] for number in range(count)]
+        names = [pictures[file][3].lower() for file in files]
+        if foreign := sorted(set(names) - set(_NAMES)):
+            raise DataError(
+                f"{source.path}: {folders.quoted(foreign)}: no class of CIFAR-10. Get the archive "
+                "again, or set config.data.name=image_folder to use what is there."
+            )
+        pixels = np.empty((count, 3 * 32 * 32), np.uint8)
+        work = functools.partial(_decode_pictures, source)
+        pieces = decode.threaded_map(work, decode.pieces(files, _PIECE))
+        for row, image in zip(pixels, itertools.chain.from_iterable(pieces), strict=True):
+            row[:] = image.transpose(2, 0, 1).ravel()
+        splits[split] = pixels, [_NAMES.index(name) for name in names]
+    return splits
+
+
+def _decode_pictures(source: Source, files: Sequence[str]) -> list[np.ndarray]:
+    return [_decoded(source.read(file), f"{source.path}: {file}") for file in files]
+
+
+def _decoded(data: bytes, where: str) -> np.ndarray:
+    """Returns a PNG's pixels, uint8 [32, 32, 3]."""
+    decode.verify(data, where)
+    with Image.open(io.BytesIO(data)) as image:
+        if image.size != (32, 32) or image.mode != "RGB":
+            raise DataError(
+                f"{where}: has {image.width} x {image.height} pixels of the mode {image.mode}; "
+                "CIFAR-10's have 32 x 32 of RGB. Get the archive again."
+            )
+        return np.asarray(image)
+
+
+def _frombytes(text: str, encoding: str) -> bytes:
+    """Returns bytes that Python 3 wrote as text, since old pickle protocols have no bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    """Returns what a pickled array refers to, by module and name, under NumPy 1 and 2."""
+    array = np.empty(0)
+    parts: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _frombytes,
+    }
+    for core in ("numpy.core", "numpy._core"):
+        # Private functions of NumPy; these are public ways to them.
+        parts[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
+        parts[f"{core}.multiarray", "scalar"] = np.uint8(0).__reduce__()[0]
+        parts[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
+    return parts
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads numbers, texts, lists, dictionaries and NumPy arrays; anything else is refused."""
+
+    _parts = _allowed()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what a pickle may call."""
+        if (module, name) not in self._parts:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data need")
+        return self._parts[module, name]
+
+
+def unpickle(data: bytes, where: str) -> dict[str, Any]:
+    """Loads a pickled dictionary that holds nothing but data.
+
+    Args:
+      data: the pickle, of any protocol, written by Python 2 or 3.
+      where: what an error calls it.
+
+    Returns:
+      The dictionary, its keys as str; texts written by Python 2 are bytes.
+
+    Raises:
+      DataError: if it is damaged, holds anything else, or is no dictionary.
+    """
+    try:
+        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    # Damaged data make the unpickler, and NumPy under it, raise nearly anything.
+    except Exception as error:
+        raise DataError(
+            f"{where}: not a pickle of plain data ({type(error).__name__}: {error}). It is damaged "
+            "or is not CIFAR-10's: get the archive again."
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: holds a {type(content).__name__}; expected a dictionary.")
+    return {_text(key): value for key, value in content.items()}
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def _class_names(data: bytes, where: str) -> list[str]:
+    names = unpickle(data, where).get("label_names")
+    if not isinstance(names, list) or len({*map(_text, names)}) != CLASSES:
+        raise DataError(f"{where}: 'label_names' must list {CLASSES} different names: {names!r}.")
+    return [_text(name) for name in names]
+
+
+def _batch(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """Returns a file's pixels, uint8 [N, 3072] (all red, all green, all blue), and its labels."""
+    batch = unpickle(data, where)
+    pixels, labels = batch.get("data"), batch.get("labels")
+    shape = (PER_FILE, 3 * 32 * 32)
+    if not isinstance(pixels, np.ndarray) or (pixels.dtype, pixels.shape) != (np.uint8, shape):
+        raise DataError(f"{where}: 'data' must be bytes of shape {shape}.")
+    if not isinstance(labels, list) or len(labels) != PER_FILE:
+        raise DataError(f"{where}: 'labels' must list {PER_FILE:,} numbers.")
+    if not all(isinstance(label, int) and 0 <= label < CLASSES for label in labels):
+        raise DataError(f"{where}: 'labels' must be whole numbers from 0 to {CLASSES - 1}.")
+    return pixels, labels

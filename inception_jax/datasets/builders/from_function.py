@@ -1,0 +1,263 @@
+"""A data set that a function returns (`registry.register_dataset`), as a TFDS dataset."""
+
+import dataclasses
+import functools
+import itertools
+import re
+import types
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from inception_jax import registry
+from inception_jax.datasets import arrays, decode
+from inception_jax.datasets.builders import base, folders
+from inception_jax.datasets.recipe import Recipe
+from inception_jax.errors import DataError
+from inception_jax.registry import DatasetPart
+
+_EXPECTED = (
+    'expected a mapping of splits, such as {"train": (images, labels), "validation": (images, '
+    "labels)}, or a tuple of that and the class names"
+)
+# Names of splits that mean something else.
+_TAKEN = ("holdout", "eval", "train_eval")
+# Images that one thread encodes or checks at a time.
+_PIECE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Returned:
+    """One split as it was returned.
+
+    Attributes:
+      examples: (image, label) or (image, label, name) of each.
+      count: how many; 0: known only once all are read.
+      labels: of all; None: known only once they are read.
+    """
+
+    split: str
+    examples: Iterable[Any]
+    count: int = 0
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def make_class(part: DatasetPart) -> type["FunctionBuilder"]:
+    """Returns the builder's class of a data set: TFDS takes name and version from the class."""
+    body = {"__module__": __name__, "name": part.name}
+    body["VERSION"] = tfds.core.Version(part.version)
+    return types.new_class(
+        "Function",
+        (FunctionBuilder,),
+        {"skip_registration": True},
+        lambda names: names.update(body),
+    )
+
+
+class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """The data set of a function: images as PNG, or the encoded files that it returned.
+
+    Args:
+      recipe: of the data set.
+      kwargs: as of `base.ImageBuilder`.
+    """
+
+    DESCRIPTION = "Returned by a function of the user's own."
+
+    def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
+        self._recipe = recipe
+        # How errors begin.
+        self._what = f"{recipe.part.place}: the dataset {recipe.name!r}"
+        super().__init__(**kwargs)
+
+    def is_prepared(self) -> bool:
+        """Whether it is on disk.
+
+        Raises:
+          DataError: if another data set of the same name and version is there.
+        """
+        if not super().is_prepared():
+            return False
+        if "options" not in (self.facts or {}).get("settings", {}):
+            raise DataError(
+                f"{self.data_dir}: holds another data set of the name {self.name!r}. Register it "
+                "under another name, or give another config.data.directory"
+            )
+        return True
+
+    def open(self) -> None:
+        """Calls the function, and checks what can be checked without reading single examples."""
+        part, data, source = self._recipe.part, self._recipe.data, self._recipe.source
+        # Before the function runs, which may read it for long.
+        self._digest = self._recipe.contents(source).digests[0] if source else ""
+        options = registry.with_defaults(part, data.options)
+        returned = part.build(dataclasses.replace(data, options=options))
+        names: Any = part.class_names
+        if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping):
+            returned, names = returned
+        if not isinstance(returned, Mapping):
+            raise DataError(f"{self._what} returned a {type(returned).__name__}; {_EXPECTED}")
+        self._check_splits(list(returned))
+        self._splits = {split: self._read(split, value) for split, value in returned.items()}
+        self._classes = self._class_names(names)
+        for split, found in self._splits.items():
+            if found.labels is not None:
+                self._check_labels(split, found)
+
+    def _check_splits(self, names: list[Any]) -> None:
+        part, found = self._recipe.part, ", ".join(map(repr, names)) or "none"
+        for name in names:
+            if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in _TAKEN:
+                raise DataError(
+                    f"{self._what} returned a split named {name!r}; expected letters, digits and "
+                    f"underscores, and none of {', '.join(_TAKEN)}"
+                )
+        if part.train_split not in names:
+            raise DataError(
+                f"{self._what} returned the splits: {found}; expected {part.train_split!r} among "
+                "them"
+            )
+        if self._recipe.data.holdout:
+            return
+        if len(names) == 1 or (part.eval_split and part.eval_split not in names):
+            raise DataError(
+                f"{self._what} returned the splits: {found}; expected "
+                f"{repr(part.eval_split) if part.eval_split else 'a second one'} to evaluate on. "
+                "Return it, too, or hold out training examples with config.data.holdout"
+            )
+
+    def _read(self, split: str, value: Any) -> _Returned:
+        """Returns a split in one form."""
+        what = f"{self._what}, split {split!r}"
+        if isinstance(value, tuple):
+            return self._read_parallel(split, value)
+        if isinstance(value, str | bytes | Mapping | np.ndarray) or not isinstance(value, Iterable):
+            raise DataError(
+                f"{what}: is of type {type(value).__name__}; expected a tuple (images, labels), or "
+                "an iterable of examples (image, label)"
+            )
+        return _Returned(split, value, len(value) if isinstance(value, Sized) else 0)
+
+    def _read_parallel(self, split: str, value: tuple[Any, ...]) -> _Returned:
+        what = f"{self._what}, split {split!r}"
+        if len(value) not in (2, 3):
+            raise DataError(
+                f"{what}: is a tuple of {len(value)}; expected (images, labels) or (images, "
+                "labels, names)"
+            )
+        images: Any = value[0]
+        if isinstance(images, np.ndarray):
+            images = arrays.stack(images, f"{what}, images")
+        elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            raise DataError(
+                f"{what}, images: are of type {type(images).__name__}; expected an array or a list"
+            )
+        for part in value[1:]:
+            if len(part) != len(images):
+                raise DataError(
+                    f"{what}: has {len(images):,} images and {len(part):,} "
+                    f"{'labels' if part is value[1] else 'names'}; expected one for each image"
+                )
+        return _Returned(
+            split, zip(images, *value[1:], strict=True), len(images), np.asarray(value[1])
+        )
+
+    def _class_names(self, names: Any) -> tuple[str, ...]:
+        if names is None or not isinstance(names, Sized) or len(names):
+            return arrays.check_class_names(names, f"{self._what}, class names")
+        most = 0
+        for split, found in self._splits.items():
+            if found.labels is None:
+                raise DataError(
+                    f"{self._what}, split {split!r}: is an iterable of examples, whose labels are "
+                    "known only once all are read; give the names of the classes: "
+                    "register_dataset(..., class_names=[...])"
+                )
+            what = f"{self._what}, split {split!r}, labels"
+            known = arrays.check_labels(found.labels, found.count, what, unknown=True)
+            most = max(most, int(known.max(initial=0)))
+        return arrays.numbered(most + 1)
+
+    def _check_labels(self, split: str, found: _Returned) -> None:
+        assert found.labels is not None
+        is_used = split in (self._recipe.part.train_split, self._recipe.part.eval_split)
+        if found.labels.dtype.kind != "U":
+            arrays.check_labels(
+                found.labels,
+                found.count,
+                f"{self._what}, split {split!r}, labels",
+                classes=len(self._classes),
+                unknown=not is_used,
+            )
+
+    def splits(self) -> dict[str, _Returned]:
+        """Returns the splits."""
+        return dict(self._splits)
+
+    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names; what the examples depend on."""
+        source = self._recipe.source
+        return self._classes, {
+            "source": str(source.absolute()) if source else "",
+            "source_digest": self._digest,
+            "settings": self._recipe.settings,
+            "code": self._recipe.code,
+        }
+
+    def source_bytes(self) -> int:
+        """Returns 0: what it takes is known only once it is written."""
+        return 0
+
+    def examples(self, items: _Returned) -> Generator[base.KeyedExample, None, None]:
+        """Yields the images, checked and encoded in threads."""
+        pieces = _pieces(enumerate(items.examples), _PIECE)
+        work = functools.partial(self._encode, items.split)
+        encoded = itertools.chain.from_iterable(decode.threaded_map(work, pieces))
+        index = -1
+        for index, features in enumerate(encoded):
+            yield f"{items.split}_{index:08d}", features
+        if index < 0:
+            raise DataError(f"{self._what}, split {items.split!r}: has no examples")
+
+    def _encode(self, split: str, examples: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
+        return [self._features(split, number, example) for number, example in examples]
+
+    def _features(self, split: str, number: int, example: Any) -> dict[str, Any]:
+        what = f"{self._what}, split {split!r}, example {number:,}"
+        if not isinstance(example, tuple | list) or len(example) not in (2, 3):
+            raise DataError(
+                f"{what}: is of type {type(example).__name__}; expected (image, label) or (image, "
+                "label, name)"
+            )
+        image, label, name = (*example, f"{split}_{number:06d}")[:3]
+        if isinstance(image, bytes):
+            decode.verify(image, what)
+        else:
+            arrays.check_image(image, what)
+            image = base.to_png(image)
+        if not isinstance(name, str):
+            raise DataError(f"{what}: its name is of type {type(name).__name__}; expected a text")
+        return {"image": image, "label": self._label(label, what), "file_name": folders.shown(name)}
+
+    def _label(self, label: Any, what: str) -> int:
+        if isinstance(label, str) and label in self._classes:
+            return self._classes.index(label)
+        is_number = isinstance(label, int | np.integer) and not isinstance(label, bool)
+        if not is_number or not -1 <= label < len(self._classes):
+            raise DataError(
+                f"{what}: its label is {label!r}; expected 0 to {len(self._classes) - 1}, the name "
+                f"of one of the {len(self._classes)} classes, or -1 where it is unknown"
+            )
+        return int(label)
+
+
+def _pieces(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yields items, which may be an endless stream, in pieces of `size`."""
+    rest = iter(items)
+    while piece := list(itertools.islice(rest, size)):
+        yield piece

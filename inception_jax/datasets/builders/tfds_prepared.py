@@ -1,0 +1,139 @@
+"""Any data set of images and classes that TFDS's own commands prepared as ArrayRecord.
+
+TFDS's builders prepare with TensorFlow, once, anywhere; what they wrote is read here without it.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from inception_jax.console import Progress
+from inception_jax.datasets import decode
+from inception_jax.datasets.builders import base, tfds_folders
+from inception_jax.datasets.records import Fields, Records
+from inception_jax.errors import DataError
+
+# Features that name an example, in the order of preference.
+_NAMES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
+# Images that one thread inspects at a time.
+_PIECE = 16
+
+
+class PreparedTfds:
+    """A prepared data set, with the part of `base.ImageBuilder`'s interface that reads.
+
+    Args:
+      tfds: as config.data.tfds.
+      data_dir: where TFDS keeps data sets.
+      log: takes one line of text.
+      unused: settings that matter when the splits are opened.
+
+    Raises:
+      DataError: if it is not prepared, or has no images, classes or labels of one.
+    """
+
+    def __init__(
+        self,
+        *,
+        tfds: str,
+        data_dir: pathlib.Path,
+        log: Callable[[str], None] = print,
+        **unused: Any,
+    ) -> None:
+        place = tfds_folders.find(tfds, pathlib.Path(data_dir), lambda line: None)
+        self.name, self.version, self.data_dir = place.title, place.version, place.folder
+        self._log = log
+        self.info = _open(place.folder)
+        base.check_format(self.info, f"{self.name}/{self.version}")
+        self.fields = self._find_fields()
+
+    def _find_fields(self) -> Fields:
+        features, keys = dict(self.info.features.items()), self.info.supervised_keys
+        images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
+        labels = [
+            key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)
+        ]
+        found = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
+        if keys is None and len(images) == len(labels) == 1:
+            keys = images[0], labels[0]
+        if keys is None or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
+            raise DataError(
+                f"{self.data_dir}: does not say which features are image and label "
+                f"(supervised_keys = {keys}); it has {found}. Register a data set of your own "
+                "that reads it: register_dataset"
+            )
+        image, label = keys
+        if image not in images:
+            raise DataError(f"{self.data_dir}: {image!r} is no image; it has {found}")
+        if label not in labels:
+            raise DataError(
+                f"{self.data_dir}: {label!r} is no class of one label (ClassLabel); it has "
+                f"{found}. Other labels, such as numbers or several at a time, cannot be learned"
+            )
+        if features[image].np_dtype not in (np.uint8, np.uint16):
+            raise DataError(
+                f"{self.data_dir}: {image!r} is of {np.dtype(features[image].np_dtype)}; images of "
+                "uint8 and uint16 can be read"
+            )
+        name = next((each for each in _NAMES if _is_name(features.get(each))), "")
+        return Fields(image, label, name)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the labels."""
+        return self.info.features[self.fields.label].names
+
+    @functools.cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """The bit depth of images of 16 bits: what the largest value of all of them needs."""
+        if self.info.features[self.fields.image].np_dtype != np.uint16:
+            return {}
+        depth = 0
+        for split, known in self.info.splits.items():
+            records = Records(self.files(split), self.fields)
+            inspect = functools.partial(_bit_depth, records)
+            label = f"{self.name}: inspecting {split}"
+            with Progress(label, known.num_examples, log=self._log) as progress:
+                for piece in decode.pieces(range(known.num_examples), _PIECE):
+                    depth = max(depth, inspect(piece))
+                    progress.update(len(piece))
+        return {"bit_depth": depth}
+
+    def is_prepared(self) -> bool:
+        """Whether it is on disk."""
+        return True
+
+    def missing_files(self) -> list[str]:
+        """Returns nothing: no file that is missing could be made again."""
+        return []
+
+    def files(self, split: str) -> list[pathlib.Path]:
+        """Returns the record files of a split, in order."""
+        return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
+
+
+def _bit_depth(records: Records, indices: Sequence[int]) -> int:
+    found = [decode.inspect(each.image, each.file_name) for each in records.read(list(indices))]
+    return max(each.bit_depth for each in found)
+
+
+def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:
+    try:
+        return tfds.builder_from_directory(folder).info
+    # What is wrong with a description makes TFDS raise nearly anything.
+    except Exception as error:
+        raise DataError(
+            f"{folder}: cannot be opened as a data set of TFDS ({type(error).__name__}: {error}). "
+            "Prepare it again, with tfds build --overwrite"
+        ) from error
+
+
+def _is_name(feature: Any) -> bool:
+    is_number = isinstance(feature, tfds.features.Scalar | tfds.features.Tensor)
+    return isinstance(feature, tfds.features.Text) or (
+        is_number and feature.shape == () and np.issubdtype(feature.np_dtype, np.integer)
+    )

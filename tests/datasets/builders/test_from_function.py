@@ -1,0 +1,257 @@
+"""Data sets that functions return, registered as a user registers them."""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inception_jax import config, registry
+from inception_jax.config import Data
+from inception_jax.datasets.builders import base
+from inception_jax.datasets.dataset import class_ids, prepare
+from inception_jax.errors import ConfigError, DataError
+
+RANDOM = np.random.default_rng(0)
+COLOR = RANDOM.integers(0, 256, (30, 8, 8, 3), np.uint8)
+GREY = RANDOM.integers(0, 256, (30, 8, 8), np.uint8)
+LABELS = np.arange(30) % 3
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., Any]]:
+    before = dict(registry.DATASETS._parts)
+    yield registry.register_dataset
+    registry.DATASETS._parts.clear()
+    registry.DATASETS._parts.update(before)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def data(folder: pathlib.Path, **changes: Any) -> Data:
+    return Data(name="mine", directory=str(folder), image_size=8, **changes)
+
+
+def pixels_by_name(dataset: Any, split: str) -> dict[str, np.ndarray]:
+    found = dataset.splits[split]
+    return dict(zip(found.names, found.read(np.arange(len(found))), strict=True))
+
+
+def stream(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    yield from zip(images, labels, strict=True)
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (lambda: {"train": (COLOR, LABELS), "test": (COLOR[:6], LABELS[:6])}, ()),
+        (
+            lambda: {
+                "train": stream(COLOR, LABELS),
+                "test": zip(COLOR[:6], LABELS[:6], strict=True),
+            },
+            [*"abc"],
+        ),
+        (
+            lambda: (
+                {
+                    "train": ([base.to_png(each) for each in COLOR], [*"abc"] * 10),
+                    "test": [(each, "abc"[n % 3]) for n, each in enumerate(COLOR[:6])],
+                },
+                [*"abc"],
+            ),
+            (),
+        ),
+    ],
+)
+def test_every_form_gives_the_pixels_and_labels_that_were_returned(
+    returned: Any, names: Any, storage: str, tmp_path: pathlib.Path, register: Any
+) -> None:
+    @register("mine", class_names=names)
+    def mine(settings: Data) -> Any:
+        return returned()
+
+    dataset = prepare(data(tmp_path, storage=storage), log=quiet)
+    assert dataset.class_names == (("a", "b", "c") if dataset.class_names[0] == "a" else (*"012",))
+    assert (len(dataset.train), dataset.eval_split, len(dataset.evaluation)) == (30, "test", 6)
+    found = pixels_by_name(dataset, "train")
+    for number, image in enumerate(COLOR):
+        np.testing.assert_array_equal(found[f"train_{number:06d}"], image)
+    order = [int(name.rpartition("_")[2]) for name in dataset.train.names]
+    assert dataset.train.labels.tolist() == [number % 3 for number in order]
+    assert order != sorted(order)
+    np.testing.assert_allclose(dataset.mean, COLOR.mean((0, 1, 2)) / 255, rtol=1e-6)
+    assert dataset.trained_on is not None and dataset.trained_on.total == 6
+
+
+def test_grey_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:
+    @register("mine", options={"count": 30}, eval_split="dev")
+    def mine(settings: Data) -> Any:
+        count = settings.options["count"]
+        names = [f"a\n{number}" for number in range(count)]
+        return {
+            "train": (GREY[:count], LABELS[:count], names),
+            "dev": (GREY[:5, ..., None], LABELS[:5]),
+            "test": (GREY[:2], [-1, -1]),
+        }
+
+    settings = data(tmp_path, options={"count": 20})
+    config.validate(config.Config(data=settings))
+    dataset = prepare(settings, log=quiet)
+    assert (dataset.eval_split, len(dataset.train)) == ("dev", 20)
+    found = pixels_by_name(dataset, "train")
+    np.testing.assert_array_equal(found["a\\n7"], np.repeat(GREY[7][..., None], 3, axis=-1))
+    assert dataset.splits["test"].labels.tolist() == [-1, -1]
+    assert class_ids(settings) == ()
+
+
+def test_it_is_prepared_once_and_again_when_it_changes(
+    tmp_path: pathlib.Path, register: Any
+) -> None:
+    source = tmp_path / "original.bin"
+    source.write_bytes(b"1")
+    calls = []
+
+    def first(settings: Data) -> Any:
+        calls.append(settings.source)
+        return {"train": (COLOR, LABELS), "test": (COLOR, LABELS)}
+
+    def second(settings: Data) -> Any:
+        calls.append(settings.source)
+        return {"train": (COLOR[:15], LABELS[:15]), "test": (COLOR, LABELS)}
+
+    register("mine", options={"a": (1, 2)})(first)
+    folder = tmp_path / "data"
+    for _ in range(2):
+        prepare(data(folder, source=str(source)), log=quiet)
+    assert calls == [str(source)]
+    with pytest.raises(DataError, match=r"config\.data\.options = .*'a': 3.*was prepared with"):
+        prepare(data(folder, options={"a": 3}), log=quiet)
+    source.write_bytes(b"12")
+    with pytest.raises(DataError, match=r"config\.data\.source = .*was prepared from other cont"):
+        prepare(data(folder, source=str(source)), log=quiet)
+    del registry.DATASETS._parts["mine"]
+    register("mine", options={"a": (1, 2)})(second)
+    with pytest.raises(DataError, match=r"test_from_function\.py, line \d+: 'mine' is no longer"):
+        prepare(data(folder), log=quiet)
+    assert len(calls) == 1
+    dataset = prepare(data(folder, on_change="prepare"), log=quiet)
+    assert (len(calls), len(dataset.train)) == (2, 15)
+    assert len(prepare(data(folder), log=quiet).train) == 15
+
+
+def test_a_hold_out_stands_for_a_split_to_evaluate_on(
+    tmp_path: pathlib.Path, register: Any
+) -> None:
+    @register("mine")
+    def mine(settings: Data) -> Any:
+        return {"train": (COLOR, LABELS)}
+
+    dataset = prepare(data(tmp_path, holdout=6), log=quiet)
+    assert (len(dataset.train), dataset.eval_split) == (24, "holdout")
+    with pytest.raises(ConfigError, match=r"mine: which split is to be evaluated on.*no other"):
+        prepare(data(tmp_path), log=quiet)
+
+
+def test_another_data_set_of_the_name_is_left_alone(tmp_path: pathlib.Path, register: Any) -> None:
+    prepare(Data(name="digits", directory=str(tmp_path), image_size=8), log=quiet)
+    (tmp_path / "digits").rename(tmp_path / "mine")
+    for file in (tmp_path / "mine/1.0.0").glob("digits-*"):
+        file.rename(file.with_name(file.name.replace("digits", "mine")))
+
+    @register("mine")
+    def mine(settings: Data) -> Any:
+        raise AssertionError
+
+    with pytest.raises(DataError, match=r"holds another data set of the name 'mine'"):
+        prepare(data(tmp_path), log=quiet)
+
+
+PAIR = (COLOR, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 2], r"returned a list; expected a mapping of splits, such as"),
+        (PAIR, r"returned a tuple; expected a mapping"),
+        ({"test": PAIR}, r"returned the splits: 'test'; expected 'train' among them"),
+        ({}, r"returned the splits: none"),
+        ({"train": PAIR}, r"expected a second one to evaluate on.*config\.data\.holdout"),
+        ({"train": PAIR, "hold out": PAIR}, r"a split named 'hold out'"),
+        ({"train": PAIR, "holdout": PAIR}, r"a split named 'holdout'"),
+        ({"train": PAIR, "test": COLOR}, r"'test': is of type ndarray; expected a tuple \(images"),
+        ({"train": PAIR, "test": 3}, r"'test': is of type int; expected"),
+        ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of 1; expected \(images, labels"),
+        ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': has 30 images and 7 labels"),
+        ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': has 30 images and 1 names"),
+        ({"train": PAIR, "test": (b"x", LABELS)}, r"images: are of type bytes; expected an array"),
+        ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: is of dtype float64"),
+        ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: are of dtype float64"),
+        ({"train": (COLOR, LABELS - 2), "test": PAIR}, r"'train', labels: have -2 among them"),
+        ({"train": (COLOR, LABELS - 1), "test": PAIR}, r"'train', labels: have -1 among them"),
+        (
+            ({"train": PAIR, "test": PAIR}, ["a", "b"]),
+            r"'train', labels: have 2 among them; expected 0 to 1, the last of 2 classes",
+        ),
+        (({"train": PAIR, "test": PAIR}, ["a", "a"]), r"class names: are 'a', 'a'; expected at le"),
+        (({"train": PAIR, "test": PAIR}, 3), r"class names: are of type int"),
+        ({"train": [(COLOR[0], 0)], "test": PAIR}, r"'train': is an iterable of examples, whose"),
+        (
+            ({"train": [COLOR[0]], "test": PAIR}, [*"abc"]),
+            r"'train', example 0: is of type ndarray; expected \(image, label\)",
+        ),
+        (
+            ({"train": [(COLOR[0], 0), (COLOR[:2], 1)], "test": PAIR}, [*"abc"]),
+            r"'train', example 1: has the shape \[2, 8, 8, 3\]; expected \[H, W, 3\]",
+        ),
+        (
+            ({"train": [(COLOR[0], 3)], "test": PAIR}, [*"abc"]),
+            r"'train', example 0: its label is 3; expected 0 to 2, the name of one",
+        ),
+        (
+            ({"train": [(COLOR[0], "d")], "test": PAIR}, [*"abc"]),
+            r"'train', example 0: its label is 'd'",
+        ),
+        (
+            ({"train": [(b"no image", 0)], "test": PAIR}, [*"abc"]),
+            r"'train', example 0: not a readable image",
+        ),
+        (
+            ({"train": [(COLOR[0], 0, 5)], "test": PAIR}, [*"abc"]),
+            r"'train', example 0: its name is of type int",
+        ),
+        (({"train": [], "test": PAIR}, [*"abc"]), r"'train': has no examples"),
+        ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has the shape \[0"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(
+    returned: Any, message: str, tmp_path: pathlib.Path, register: Any
+) -> None:
+    @register("mine")
+    def mine(settings: Data) -> Any:
+        return returned
+
+    with pytest.raises(DataError, match=rf"line \d+: the dataset 'mine'.*{message}"):
+        prepare(data(tmp_path), log=quiet)
+    assert not list(tmp_path.glob("mine/*"))
+    assert not list(tmp_path.glob("inception_jax/*px*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "message"),
+    [
+        ("my-set", "1.0.0", r"'my-set': a name must be of letters"),
+        ("mine", "2", r"version = '2': must be three numbers"),
+        ("digits", "1.0.0", r"'digits', which .*catalog\.py.* has registered already"),
+    ],
+)
+def test_a_name_or_version_that_cannot_be_is_refused(
+    name: str, version: str, message: str, register: Any
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        register(name, version=version)(lambda settings: {})

@@ -1,0 +1,26 @@
+import importlib.metadata
+
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
+
+from inception_jax.datasets.builders import _tfds_private
+
+
+def test_it_is_made_for_the_installed_version() -> None:
+    """With another one: see whether it still needs what is replaced, then raise the number."""
+    assert importlib.metadata.version("tensorflow-datasets") == _tfds_private.KNOWN_VERSION
+
+
+@pytest.mark.parametrize("name", ["url_infos", "_log_download_bytes", "_log_download_done"])
+def test_what_a_builder_replaces_is_there(name: str) -> None:
+    assert name in vars(_tfds_private.QuietBuilder)
+    assert any(name in vars(kind) for kind in tfds.core.GeneratorBasedBuilder.__mro__)
+
+
+def test_what_stands_for_tensorflow_is_gone_afterwards() -> None:
+    before = shuffle.tf
+    with pytest.raises(KeyError), _tfds_private.without_tensorflow():
+        assert shuffle.tf.io.gfile.GFile is open
+        raise KeyError
+    assert shuffle.tf is before
