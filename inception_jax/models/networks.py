@@ -184,19 +184,16 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
 
     what = f"{network.place}: the model {network.called!r}"
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    wanted = f"it must return logits, an array [2, {num_classes}], or a ModelOutput of such arrays"
     try:
         variables, output = jax.eval_shape(call, images)
     except AttributeError as error:  # Of what is no array.
-        raise ConfigError(
-            f"{what} returned no logits ({error}); it has to return "
-            f"an array [B, {num_classes}], or a ModelOutput of such arrays"
-        ) from error
+        raise ConfigError(f"{what} returned no logits ({error}); {wanted}") from error
     for logits in (output.logits, *output.aux):
-        if logits.shape != (2, num_classes):
-            raise ConfigError(
-                f"{what} returned an array {list(logits.shape)} for "
-                f"2 images of {image_size} px; it has to return logits [2, {num_classes}]"
-            )
+        shape = getattr(logits, "shape", None)
+        if shape != (2, num_classes):
+            found = type(logits).__name__ if shape is None else f"an array {list(shape)}"
+            raise ConfigError(f"{what} returned {found} for 2 images of {image_size} px; {wanted}")
     if others := sorted({*variables} - {"params", "batch_stats"}):
         raise ConfigError(
             f"{what} has variables {', '.join(others)}, which "
