@@ -161,7 +161,7 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
         ),
         (config.Optimizer(name="adafactor"), lambda mask: optax.adafactor(rate)),
     ],
-    ids=str,
+    ids=["lamb", "adafactor"],
 )
 def test_rule_equals_that_of_optax(settings: config.Optimizer, reference: Any) -> None:
     mask = {"conv": {"kernel": True, "bias": False}, "norm": {"scale": False}}
