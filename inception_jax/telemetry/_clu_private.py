@@ -9,17 +9,21 @@ own in that one's place before the first import. Everything else takes CLU's wri
 import pathlib
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 # Exact in pyproject.toml, too.
 TESTED_WITH = {"clu": ("0.0.12",)}
 
 
+# What makes a writer of event files in a folder; `clu_writers` sets it.
+make_summary_writer: Callable[[pathlib.Path], Any] | None = None
+
+
 def _summary_writer(logdir: str) -> Any:
     """What CLU's create_default_writer finds as `SummaryWriter`."""
-    from inception_jax.telemetry.clu_writers import TensorBoardWriter
-
-    return TensorBoardWriter(pathlib.Path(logdir))
+    assert make_summary_writer is not None
+    return make_summary_writer(pathlib.Path(logdir))
 
 
 _replacement = types.ModuleType("clu.metric_writers.summary_writer", "TensorBoard by tensorboardX.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from inception_jax.storage.append_only import AppendOnlyFile
-from inception_jax.telemetry import _tensorboardx_private
+from inception_jax.telemetry import _clu_private, _tensorboardx_private
 
 # "as": exported, since CLU's must not be imported before that module.
 from inception_jax.telemetry._clu_private import metric_writers as metric_writers
@@ -105,3 +105,6 @@ def _json_number(value: Any) -> int | float | None:
     """Returns a number, or NumPy or JAX scalar, as Python's; None if it is not finite."""
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
+
+
+_clu_private.make_summary_writer = TensorBoardWriter

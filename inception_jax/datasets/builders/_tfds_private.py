@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-# A test compares it with the installed one, and each name that is used here with what is there.
-KNOWN_VERSION = "4.9.10"
+# Tests compare it with the installed one, and each name that is used here with what is there.
+TESTED_WITH = {"tensorflow-datasets": ("4.9.10",)}
 # TFDS shuffles a split of more than 1 GB through temporary files that it opens with TensorFlow.
 # This stands in for the part of TensorFlow that it uses there.
 _PLAIN_FILES = types.SimpleNamespace(
