@@ -307,8 +307,8 @@ def option_problems(parts: Sequence[Part], options: Mapping[str, Any], path: str
             default = part.options[name]
             if default is not None and not _fits(value, default):
                 yield (
-                    f"config.{path}.{name} = {value!r}: {part.name!r} takes a "
-                    f"{type(default).__name__} here, such as {default!r}"
+                    f"config.{path}.{name} = {value!r}: must be of type "
+                    f"{type(default).__name__} for {part.name!r}, such as {default!r}"
                 )
 
 

@@ -551,11 +551,11 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
             yield batch
 
     def failing(write: Any, step_of: Callable[[Any], int]) -> Any:
-        def write_or_fail(target: Any, *what: Any) -> None:
+        def write_or_fail(target: Any, *what: Any, **options: Any) -> None:
             if step_of(target) in steps:
                 failed.append(step_of(target))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(target, *what)
+            write(target, *what, **options)
 
         return write_or_fail
 
@@ -819,6 +819,7 @@ def test_an_image_size_that_is_too_small_is_refused_before_it_is_reached(
     with pytest.raises(ConfigError, match=r"config\.evaluation\.image_size = 3: .* at least 4 px"):
         small.build(config)
     config = small.config(data_directory, model=Model(name="googlenet"))
+    config.data.image_size = 32
     config.train.image_sizes, config.train.image_size_epochs = (64, 24), (0.1,)
     with pytest.raises(ConfigError, match=r"config\.train\.image_sizes = 24: .* at least 31 px"):
         small.build(config)
