@@ -181,25 +181,20 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
 
     def examples(self, items: Sequence[Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
-        pieces = decode.pieces(items, _PIECE)
-        for entries, contents in decode.threaded_map(self._read, pieces):
-            for entry, data in zip(entries, contents, strict=True):
-                yield (
-                    entry.file,
-                    {"image": data, "label": entry.wnid, "file_name": entry.file},
-                )
+        contents = decode.threaded_map(self._read, items, _PIECE)
+        for entry, data in zip(items, contents, strict=True):
+            yield entry.file, {"image": data, "label": entry.wnid, "file_name": entry.file}
 
-    def _read(self, entries: Sequence[Entry]) -> tuple[Sequence[Entry], list[bytes]]:
-        for entry in entries:
-            if entry.size > MOST_BYTES:
-                raise DataError(
-                    f"{self._paths[entry.archive]}: {entry.file} has {entry.size:,} bytes; at most "
-                    f"{MOST_BYTES:,} are read of one file. Get the archive again."
-                )
-        contents = [os.pread(self._files[e.archive], e.size, e.offset) for e in entries]
-        for entry, data in zip(entries, contents, strict=True):
-            decode.verify(data, f"{self._paths[entry.archive]}: {entry.file}")
-        return entries, contents
+    def _read(self, entry: Entry) -> bytes:
+        path = self._paths[entry.archive]
+        if entry.size > MOST_BYTES:
+            raise DataError(
+                f"{path}: {entry.file} has {entry.size:,} bytes; at most {MOST_BYTES:,} are read "
+                "of one file. Get the archive again."
+            )
+        data = os.pread(self._files[entry.archive], entry.size, entry.offset)
+        decode.verify(data, f"{path}: {entry.file}")
+        return data
 
 
 def _descriptor(path: pathlib.Path) -> int:

@@ -5,7 +5,6 @@ itself has no builder for it (tensorflow/datasets#998).
 """
 
 import collections
-import itertools
 import pathlib
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
@@ -106,9 +105,8 @@ class TinyImagenetSubset(base.ImageBuilder):
     def examples(self, items: Sequence[layout.Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
-        pieces = decode.pieces(items, _PIECE)
-        read = itertools.chain.from_iterable(decode.threaded_map(self._read, pieces))
-        for entry, data in zip(items, read, strict=True):
+        contents = decode.threaded_map(self._read, items, _PIECE)
+        for entry, data in zip(items, contents, strict=True):
             yield (
                 entry.file,
                 {
@@ -120,11 +118,10 @@ class TinyImagenetSubset(base.ImageBuilder):
                 },
             )
 
-    def _read(self, entries: Sequence[layout.Entry]) -> list[bytes]:
-        contents = [self._files.read(entry.path) for entry in entries]
-        for entry, data in zip(entries, contents, strict=True):
-            decode.verify(data, f"{self._files.path}: {entry.path}")
-        return contents
+    def _read(self, entry: layout.Entry) -> bytes:
+        data = self._files.read(entry.path)
+        decode.verify(data, f"{self._files.path}: {entry.path}")
+        return data
 
 
 class TinyImagenet(TinyImagenetSubset):
