@@ -206,7 +206,7 @@ def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
     builder._paths = [tmp_path / "train.tar"]
     entry = imagenet.Entry("n1_1.JPEG", "n1", 0, 0, 1 << 40)
     with pytest.raises(DataError, match=r"train\.tar: n1_1\.JPEG has 1,099,511,627,776 bytes"):
-        builder._read([entry])
+        builder._read(entry)
 
 
 def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -> None:

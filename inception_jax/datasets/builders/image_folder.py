@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 from inception_jax.console import Progress
 from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base, folders
-from inception_jax.datasets.sources import files
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
@@ -41,8 +40,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     VERSION = tfds.core.Version(DATASETS.get("image_folder").version)
     DESCRIPTION = "Pictures of a user's own, a folder for each class."
 
-    _files: files.Source
-
     def __init__(
         self,
         *,
@@ -70,13 +67,9 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._files = folders.open_source(
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
         )
-        try:
-            layout = folders.layout(self._files, self._reading)
-            self._log_layout(layout)
-            self._divide(layout)
-        except BaseException:
-            self._files.close()
-            raise
+        layout = folders.layout(self._files, self._reading)
+        self._log_layout(layout)
+        self._divide(layout)
 
     def _log_layout(self, layout: folders.Layout) -> None:
         if layout.folders:
@@ -207,11 +200,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 f"{self._files.path}: no picture is left to evaluate on. Give at least one class "
                 "two pictures, or add val/ with a folder for each class."
             )
-
-    def close(self) -> None:
-        """Closes the source, if it was opened."""
-        if hasattr(self, "_files"):
-            self._files.close()
 
     def splits(self) -> dict[str, Sequence[folders.Entry]]:
         """Returns the images of each split."""
