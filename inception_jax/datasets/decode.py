@@ -11,6 +11,7 @@ its pictures must stay as bright beside each other as they are. Transparent pict
 
 import collections
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import (
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from inception_jax.datasets import pil_images
 from inception_jax.datasets.sources import file_types
@@ -279,27 +276,39 @@ def _decode_with_pil(data: bytes, name: str, bit_depth: int = 0) -> np.ndarray:
         raise ImageError(name, len(data), _problem(data, name, error)) from error
 
 
-def pieces(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def pieces(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yields `items` in pieces of `size`, of which the last may be smaller."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+    rest = iter(items)
+    while piece := list(itertools.islice(rest, size)):
+        yield piece
 
 
-def threaded_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def threaded_map(
+    function: Callable[[Item], Result], items: Iterable[Item], piece: int = 1
+) -> Iterator[Result]:
     """Yields `function(item)` for each item in order, computed a little ahead in threads.
 
-    Unlike `Executor.map` it takes no more items than it works on, so memory stays bounded. Give it
-    pieces of work of a few milliseconds each.
+    Unlike `Executor.map` it takes no more items than it works on, so memory stays bounded.
+
+    Args:
+      function: of one item.
+      items: perhaps an endless stream.
+      piece: how many a thread does at a time: a few milliseconds of work.
     """
+
+    def work(part: list[Item]) -> list[Result]:
+        return [function(item) for item in part]
+
     threads = min(os.cpu_count() or 1, _MOST_THREADS)
-    pending: collections.deque[futures.Future[Result]] = collections.deque()
+    pending: collections.deque[futures.Future[list[Result]]] = collections.deque()
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            for item in items:
-                pending.append(pool.submit(function, item))
+            for part in pieces(items, piece):
+                pending.append(pool.submit(work, part))
                 if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

@@ -1,7 +1,6 @@
 """Writes a data set's records and its cache: one process, the others waiting for it."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import pathlib
@@ -15,11 +14,8 @@ import filelock
 
 from inception_jax.datasets import cache
 from inception_jax.datasets.recipe import Log, Recipe
-from inception_jax.datasets.sources.files import check_space
 from inception_jax.errors import DataError
-
-# A full disk, a quota, a limit on files' sizes, a disk that turned read-only, one that is broken.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+from inception_jax.storage.space import check_space, disk_failure
 
 
 def build(recipe: Recipe) -> cache.Info:
@@ -50,7 +46,8 @@ def build(recipe: Recipe) -> cache.Info:
 
 
 def _check_space(recipe: Recipe, needed: int) -> None:
-    check_space(recipe.directory, needed, "config.data.directory: preparing this data set")
+    what = "preparing this data set (config.data.directory)"
+    check_space(recipe.directory, needed, what, error=DataError)
 
 
 def _prepared_builder(recipe: Recipe) -> Any:
@@ -152,20 +149,18 @@ def _check_writable(directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def readable_errors(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a disk that fills up or fails into a DataError.
-
-    TFDS and ArrayRecord report it in several types, so the text decides.
-    """
+    """Turns a disk that fills up or fails into a DataError."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        reasons = [text for text in map(os.strerror, _DISK_ERRORS) if text in str(error)]
-        if not reasons:
+        reason = disk_failure(error)
+        # What may not be read is somebody else's file, as of a function that returns examples.
+        if not reason or isinstance(error, PermissionError):
             raise
         raise DataError(
-            f"config.data.directory: {directory} cannot be written to: {reasons[0]}. Free some "
+            f"config.data.directory: {directory} cannot be written to: {reason}. Free some "
             "space, or give another directory, and start again: what was not finished is no "
             "hindrance."
         ) from error

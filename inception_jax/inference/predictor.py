@@ -1,6 +1,5 @@
 """Classes of images that are in no data set, by a trained network."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -336,19 +335,14 @@ def read_files(
             return error
         return Picture(name, pixels, view)
 
-    def read_piece(piece: Sequence[str]) -> list[Picture | DataError]:
-        return [read(file) for file in piece]
-
-    pieces = decode.pieces(files, _PIECE)
-    return itertools.chain.from_iterable(decode.threaded_map(read_piece, pieces))
+    return decode.threaded_map(read, files, _PIECE)
 
 
 def classify(
     predictor: Predictor, read: Iterable[Picture | DataError]
 ) -> Iterator[list[Classified | DataError]]:
     """Yields what `read_files` gives, with the logits of the pictures, in batches."""
-    iterator = iter(read)
-    while batch := list(itertools.islice(iterator, predictor.batch_size)):
+    for batch in decode.pieces(read, predictor.batch_size):
         pixels = [each.pixels for each in batch if isinstance(each, Picture)]
         logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
         yield [

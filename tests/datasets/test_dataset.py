@@ -419,7 +419,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(DataError, match=r"needs 0\.\d+ GB in .*, which has 0\.00 GB free"):
+    with pytest.raises(DataError, match=r"takes up to \d\.\d MB, and 0\.0 MB are free"):
         prepare(subset(source, tmp_path), log=quiet)
     assert not (tmp_path / "tiny_imagenet_subset").exists()
 

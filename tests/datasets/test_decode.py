@@ -386,8 +386,8 @@ def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], ke
 
 
 def test_pieces_are_the_items_in_order() -> None:
-    assert list(decode.pieces("abcde", 2)) == ["ab", "cd", "e"]
-    assert list(decode.pieces(range(4), 2)) == [range(2), range(2, 4)]
+    assert list(decode.pieces("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(decode.pieces(range(4), 2)) == [[0, 1], [2, 3]]
     assert not list(decode.pieces([], 3))
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from inception_jax.console import Progress
 from inception_jax.datasets.builders import _tfds_private
+from inception_jax.datasets.sources import files
 from inception_jax.errors import DataError
 
 # Key, then the example's features.
@@ -44,6 +45,8 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
 
     # Those of the features that are read, which are the default ones.
     fields = None
+    # The source, of those that keep one open.
+    _files: files.Source
 
     DESCRIPTION: ClassVar[str]
     HOMEPAGE: ClassVar[str | None] = None
@@ -88,12 +91,16 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
     def open(self) -> None:
         """Opens the source and checks what can be checked without reading images.
 
+        `close` is called in the end, also where this fails.
+
         Raises:
           DataError: if something is missing or wrong.
         """
 
     def close(self) -> None:
-        """Releases the source."""
+        """Closes the source, if it was opened."""
+        if hasattr(self, "_files"):
+            self._files.close()
 
     @abc.abstractmethod
     def splits(self) -> dict[str, Any]:

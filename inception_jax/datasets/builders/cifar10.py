@@ -5,7 +5,6 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", Uni
 """
 
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -121,8 +120,7 @@ class Cifar10(base.ImageBuilder):
 
     def examples(self, items: Sequence[Example]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images as PNG files, encoded in threads."""
-        pieces = decode.pieces(items, _PIECE)
-        encoded = itertools.chain.from_iterable(decode.threaded_map(_encode, pieces))
+        encoded = decode.threaded_map(_encode, items, _PIECE)
         for item, data in zip(items, encoded, strict=True):
             name = f"{item.split}_{item.number:05d}.png"
             yield name, {"image": data, "label": item.label, "file_name": name}
@@ -136,5 +134,5 @@ def _is_official(path: pathlib.Path) -> bool:
     return digest.hexdigest() == MD5
 
 
-def _encode(items: Sequence[Example]) -> list[bytes]:
-    return [base.to_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0)) for item in items]
+def _encode(item: Example) -> bytes:
+    return base.to_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0))

@@ -197,20 +197,16 @@ def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits
                 "again, or set config.data.name=image_folder to use what is there."
             )
         pixels = np.empty((count, 3 * 32 * 32), np.uint8)
-        work = functools.partial(_decode_pictures, source)
-        pieces = decode.threaded_map(work, decode.pieces(files, _PIECE))
-        for row, image in zip(pixels, itertools.chain.from_iterable(pieces), strict=True):
+        images = decode.threaded_map(functools.partial(_picture, source), files, _PIECE)
+        for row, image in zip(pixels, images, strict=True):
             row[:] = image.transpose(2, 0, 1).ravel()
         splits[split] = pixels, [_NAMES.index(name) for name in names]
     return splits
 
 
-def _decode_pictures(source: Source, files: Sequence[str]) -> list[np.ndarray]:
-    return [_decoded(source.read(file), f"{source.path}: {file}") for file in files]
-
-
-def _decoded(data: bytes, where: str) -> np.ndarray:
+def _picture(source: Source, file: str) -> np.ndarray:
     """Returns a PNG's pixels, uint8 [32, 32, 3]."""
+    data, where = source.read(file), f"{source.path}: {file}"
     decode.verify(data, where)
     with Image.open(io.BytesIO(data)) as image:
         if image.size != (32, 32) or image.mode != "RGB":

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 import types
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -215,19 +214,17 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
 
     def examples(self, items: _Returned) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, checked and encoded in threads."""
-        pieces = _pieces(enumerate(items.examples), _PIECE)
-        work = functools.partial(self._encode, items.split)
-        encoded = itertools.chain.from_iterable(decode.threaded_map(work, pieces))
+        work = functools.partial(self._features, items.split)
         index = -1
-        for index, features in enumerate(encoded):
+        for index, features in enumerate(
+            decode.threaded_map(work, enumerate(items.examples), _PIECE)
+        ):
             yield f"{items.split}_{index:08d}", features
         if index < 0:
             raise DataError(f"{self._what}, split {items.split!r}: has no examples")
 
-    def _encode(self, split: str, examples: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
-        return [self._features(split, number, example) for number, example in examples]
-
-    def _features(self, split: str, number: int, example: Any) -> dict[str, Any]:
+    def _features(self, split: str, numbered: tuple[int, Any]) -> dict[str, Any]:
+        number, example = numbered
         what = f"{self._what}, split {split!r}, example {number:,}"
         if not isinstance(example, tuple | list) or len(example) not in (2, 3):
             raise DataError(
@@ -254,10 +251,3 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
                 f"of one of the {len(self._classes)} classes, or -1 where it is unknown"
             )
         return int(label)
-
-
-def _pieces(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yields items, which may be an endless stream, in pieces of `size`."""
-    rest = iter(items)
-    while piece := list(itertools.islice(rest, size)):
-        yield piece

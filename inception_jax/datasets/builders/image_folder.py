@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 from inception_jax.console import Progress
 from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base, folders
-from inception_jax.datasets.sources import files
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
@@ -41,8 +40,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     VERSION = tfds.core.Version(DATASETS.get("image_folder").version)
     DESCRIPTION = "Pictures of a user's own, a folder for each class."
 
-    _files: files.Source
-
     def __init__(
         self,
         *,
@@ -70,13 +67,9 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._files = folders.open_source(
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
         )
-        try:
-            layout = folders.layout(self._files, self._reading)
-            self._log_layout(layout)
-            self._divide(layout)
-        except BaseException:
-            self._files.close()
-            raise
+        layout = folders.layout(self._files, self._reading)
+        self._log_layout(layout)
+        self._divide(layout)
 
     def _log_layout(self, layout: folders.Layout) -> None:
         if layout.folders:
@@ -138,13 +131,13 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         problems: dict[str, decode.Problem] = {}
         depths: dict[str, int] = {}
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
-            for found in decode.threaded_map(self._inspect_some, decode.pieces(entries, _CHECKED)):
-                for file, (problem, bits) in found.items():
-                    if problem is not None:
-                        problems[file] = problem
-                    if bits:
-                        depths[file] = bits
-                progress.update(len(found))
+            found = decode.threaded_map(self._inspect_file, entries, _CHECKED)
+            for entry, (problem, bits) in zip(entries, found, strict=True):
+                if problem is not None:
+                    problems[entry.file] = problem
+                if bits:
+                    depths[entry.file] = bits
+                progress.update(1)
         bit_depth = max(depths.values(), default=0)
         if bit_depth:
             self.log(
@@ -165,15 +158,12 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             )
         return problems, bit_depth
 
-    def _inspect_some(self, entries: Sequence[folders.Entry]) -> dict[str, decode.Inspection]:
-        return {entry.file: self._inspect_file(entry.file) for entry in entries}
-
-    def _inspect_file(self, file: str) -> decode.Inspection:
+    def _inspect_file(self, entry: folders.Entry) -> decode.Inspection:
         try:
-            data = self._files.read(file)
+            data = self._files.read(entry.file)
         except DataError as error:
             return decode.Inspection(decode.Problem(_reason(error), "replace or remove it"))
-        return decode.inspect(data, file)
+        return decode.inspect(data, entry.file)
 
     def _refused(self, problems: dict[str, decode.Problem], count: int) -> DataError:
         return DataError(
@@ -211,11 +201,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 "two pictures, or add val/ with a folder for each class."
             )
 
-    def close(self) -> None:
-        """Closes the source, if it was opened."""
-        if hasattr(self, "_files"):
-            self._files.close()
-
     def splits(self) -> dict[str, Sequence[folders.Entry]]:
         """Returns the images of each split."""
         return dict(self._splits)
@@ -239,14 +224,10 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     def examples(self, items: Sequence[folders.Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read in threads."""
         label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
-        pieces = decode.pieces(items, _READ)
-        contents = itertools.chain.from_iterable(decode.threaded_map(self._read, pieces))
+        contents = decode.threaded_map(lambda entry: self._files.read(entry.file), items, _READ)
         for entry, data in zip(items, contents, strict=True):
             name = folders.shown(entry.file)
             yield name, {"image": data, "label": label[entry.label], "file_name": name}
-
-    def _read(self, entries: Sequence[folders.Entry]) -> list[bytes]:
-        return [self._files.read(entry.file) for entry in entries]
 
 
 def _reason(error: DataError) -> str:

@@ -92,7 +92,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
     CITATION = _CITATION
     IMAGE: ClassVar[dict[str, Any]] = {"encoding_format": "jpeg"}
 
-    _files: list[int]
+    _descriptors: list[int]
     _index: dict[str, list[Entry]]
 
     def open(self) -> None:
@@ -109,13 +109,10 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
                 "config.data.name=image_folder."
             )
         self._paths = paths
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
-            self._files = []
-            for path in paths:
-                self._files.append(_descriptor(path))
-            self._index = {"train": self._train(), "validation": self._validation()}
-            stack.pop_all()
+        self._descriptors = []
+        for path in paths:
+            self._descriptors.append(_descriptor(path))
+        self._index = {"train": self._train(), "validation": self._validation()}
 
     def _locate(self) -> pathlib.Path:
         """Returns the folder of the archives; without a source, where TFDS looks for them."""
@@ -164,7 +161,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
 
     def close(self) -> None:
         """Closes the archives, if they are open."""
-        for file in self.__dict__.pop("_files", []):
+        for file in self.__dict__.pop("_descriptors", []):
             os.close(file)
 
     def splits(self) -> dict[str, Sequence[Entry]]:
@@ -181,25 +178,20 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
 
     def examples(self, items: Sequence[Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
-        pieces = decode.pieces(items, _PIECE)
-        for entries, contents in decode.threaded_map(self._read, pieces):
-            for entry, data in zip(entries, contents, strict=True):
-                yield (
-                    entry.file,
-                    {"image": data, "label": entry.wnid, "file_name": entry.file},
-                )
+        contents = decode.threaded_map(self._read, items, _PIECE)
+        for entry, data in zip(items, contents, strict=True):
+            yield entry.file, {"image": data, "label": entry.wnid, "file_name": entry.file}
 
-    def _read(self, entries: Sequence[Entry]) -> tuple[Sequence[Entry], list[bytes]]:
-        for entry in entries:
-            if entry.size > MOST_BYTES:
-                raise DataError(
-                    f"{self._paths[entry.archive]}: {entry.file} has {entry.size:,} bytes; at most "
-                    f"{MOST_BYTES:,} are read of one file. Get the archive again."
-                )
-        contents = [os.pread(self._files[e.archive], e.size, e.offset) for e in entries]
-        for entry, data in zip(entries, contents, strict=True):
-            decode.verify(data, f"{self._paths[entry.archive]}: {entry.file}")
-        return entries, contents
+    def _read(self, entry: Entry) -> bytes:
+        path = self._paths[entry.archive]
+        if entry.size > MOST_BYTES:
+            raise DataError(
+                f"{path}: {entry.file} has {entry.size:,} bytes; at most {MOST_BYTES:,} are read "
+                "of one file. Get the archive again."
+            )
+        data = os.pread(self._descriptors[entry.archive], entry.size, entry.offset)
+        decode.verify(data, f"{path}: {entry.file}")
+        return data
 
 
 def _descriptor(path: pathlib.Path) -> int:

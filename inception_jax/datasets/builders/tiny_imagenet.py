@@ -5,7 +5,6 @@ itself has no builder for it (tensorflow/datasets#998).
 """
 
 import collections
-import itertools
 import pathlib
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ import tensorflow_datasets as tfds
 from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base
 from inception_jax.datasets.builders import tiny_imagenet_layout as layout
-from inception_jax.datasets.sources import download, files
+from inception_jax.datasets.sources import download
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
@@ -48,7 +47,6 @@ class TinyImagenetSubset(base.ImageBuilder):
     CITATION = _CITATION
     IMAGE: ClassVar[dict[str, Any]] = {"shape": (None, None, 3), "encoding_format": "jpeg"}
 
-    _files: files.Source
     _index: layout.Index
 
     def more_features(self) -> dict[str, Any]:
@@ -61,14 +59,10 @@ class TinyImagenetSubset(base.ImageBuilder):
     def open(self) -> None:
         """Opens the source and checks that all of its files are there."""
         self._files = layout.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
-        try:
-            self._index = layout.index(self._files)
-            self._check_counts(self._index)
-            for remark in self._index.remarks:
-                self.log(f"{self._files.path}: {remark}")
-        except DataError:
-            self._files.close()
-            raise
+        self._index = layout.index(self._files)
+        self._check_counts(self._index)
+        for remark in self._index.remarks:
+            self.log(f"{self._files.path}: {remark}")
 
     def _locate(self) -> str | pathlib.Path:
         if not self.source:
@@ -80,11 +74,6 @@ class TinyImagenetSubset(base.ImageBuilder):
 
     def _check_counts(self, index: layout.Index) -> None:
         """Raises DataError if the numbers of images are not those that they have to be."""
-
-    def close(self) -> None:
-        """Closes the source, if it was opened."""
-        if hasattr(self, "_files"):
-            self._files.close()
 
     def splits(self) -> dict[str, Sequence[layout.Entry]]:
         """Returns the images of each split."""
@@ -106,9 +95,8 @@ class TinyImagenetSubset(base.ImageBuilder):
     def examples(self, items: Sequence[layout.Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
-        pieces = decode.pieces(items, _PIECE)
-        read = itertools.chain.from_iterable(decode.threaded_map(self._read, pieces))
-        for entry, data in zip(items, read, strict=True):
+        contents = decode.threaded_map(self._read, items, _PIECE)
+        for entry, data in zip(items, contents, strict=True):
             yield (
                 entry.file,
                 {
@@ -120,11 +108,10 @@ class TinyImagenetSubset(base.ImageBuilder):
                 },
             )
 
-    def _read(self, entries: Sequence[layout.Entry]) -> list[bytes]:
-        contents = [self._files.read(entry.path) for entry in entries]
-        for entry, data in zip(entries, contents, strict=True):
-            decode.verify(data, f"{self._files.path}: {entry.path}")
-        return contents
+    def _read(self, entry: layout.Entry) -> bytes:
+        data = self._files.read(entry.path)
+        decode.verify(data, f"{self._files.path}: {entry.path}")
+        return data
 
 
 class TinyImagenet(TinyImagenetSubset):

@@ -10,8 +10,8 @@ import urllib.request
 from collections.abc import Callable
 
 from inception_jax.console import Progress
-from inception_jax.datasets.sources.files import check_space
 from inception_jax.errors import DataError
+from inception_jax.storage.space import check_space
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0
@@ -51,7 +51,7 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    check_space(target.parent, size - have, f"{url}: the download")
+    check_space(target.parent, size - have, f"the download of {url}", error=DataError)
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
         progress.update(have)
         failures = 0

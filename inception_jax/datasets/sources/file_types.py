@@ -73,45 +73,29 @@ _EMPTY = FileType("empty file", _AGAIN)
 _ZEROS = FileType("file of zeros, as a copy that failed leaves", _AGAIN)
 
 # The first bytes of kinds.
-_STARTS: tuple[tuple[bytes, FileType], ...] = (
-    (b"%PDF", _PDF),
-    (b"8BPS", _PHOTOSHOP),
-    (b"gimp xcf", _GIMP),
-    (b"\xff\x0a", _JPEG_XL),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", _JPEG_XL),
-    (b"II\xbc", _JPEG_XR),
-    (b"II*\0\x10\0\0\0CR", CAMERA_RAW),
-    (b"FUJIFILMCCD-RAW", CAMERA_RAW),
-    (b"IIRO", CAMERA_RAW),
-    (b"IIRS", CAMERA_RAW),
-    (b"MMOR", CAMERA_RAW),
-    (b"IIU\0", CAMERA_RAW),
-    (b"FOVb", CAMERA_RAW),
-    (b"\0MRM", CAMERA_RAW),
-    (b"\x1aE\xdf\xa3", _VIDEO),
-    (b"FLV\x01", _VIDEO),
-    (b"\0\0\1\xba", _VIDEO),
-    (b"\0\0\1\xb3", _VIDEO),
-    (b"0&\xb2u\x8ef\xcf\x11", _VIDEO),
-    (b"ID3", _SOUND),
-    (b"fLaC", _SOUND),
-    (b"OggS", _SOUND),
-    (b"\xd7\xcd\xc6\x9a", _METAFILE),
-    (b"\x93NUMPY", _ARRAY),
-    (b"\x89HDF\r\n\x1a\n", _ARRAY),
-    (b"MATLAB 5.0", _ARRAY),
-    (b"\x80\x02", _ARRAY),
-    (b"\x80\x04\x95", _ARRAY),
-    (b"\x1f\x8b", _GZIP),
-    (b"PK\3\4", _ARCHIVE),
-    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
-    (b"Rar!", _ARCHIVE),
-    (b"\xfd7zXZ\0", _ARCHIVE),
-    (b"BZh", _ARCHIVE),
-    (b"\xd0\xcf\x11\xe0", _OFFICE),
-    (b"version https://git-lfs.github.com/spec/", _LFS),
-    (b"\0GITCRYPT\0", _ENCRYPTED),
-)
+_STARTS: dict[FileType, tuple[bytes, ...]] = {
+    _PDF: (b"%PDF",),
+    _PHOTOSHOP: (b"8BPS",),
+    _GIMP: (b"gimp xcf",),
+    _JPEG_XL: (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    _JPEG_XR: (b"II\xbc",),
+    CAMERA_RAW: (
+        *(b"II*\0\x10\0\0\0CR", b"FUJIFILMCCD-RAW"),
+        *(b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM"),
+    ),
+    _VIDEO: (
+        *(b"\x1aE\xdf\xa3", b"FLV\x01", b"\0\0\1\xba", b"\0\0\1\xb3"),
+        b"0&\xb2u\x8ef\xcf\x11",
+    ),
+    _SOUND: (b"ID3", b"fLaC", b"OggS"),
+    _METAFILE: (b"\xd7\xcd\xc6\x9a",),
+    _ARRAY: (b"\x93NUMPY", b"\x89HDF\r\n\x1a\n", b"MATLAB 5.0", b"\x80\x02", b"\x80\x04\x95"),
+    _GZIP: (b"\x1f\x8b",),
+    _ARCHIVE: (b"PK\3\4", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\xfd7zXZ\0", b"BZh"),
+    _OFFICE: (b"\xd0\xcf\x11\xe0",),
+    _LFS: (b"version https://git-lfs.github.com/spec/",),
+    _ENCRYPTED: (b"\0GITCRYPT\0",),
+}
 # Bytes elsewhere: where, what, kind.
 _INSIDE: tuple[tuple[int, bytes, FileType], ...] = (
     (128, b"DICM", _DICOM),
@@ -159,69 +143,20 @@ _ENDINGS = {
 # The endings and names of files that people and programs keep beside pictures: notes, logs, lists,
 # annotations, scripts, trained networks, settings of raw developers, links, checksums. Saved pages
 # and arrays are not among them: where they stand for pictures, a class would be lost.
-_SIDECAR_ENDINGS = frozenset(
-    {
-        *(".txt", ".text", ".md", ".rst", ".tex", ".rtf", ".bib", ".doc", ".docx", ".odt"),
-        *(".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp", ".csv", ".tsv", ".json", ".jsonl"),
-        *(
-            ".ndjson",
-            ".geojson",
-            ".xml",
-            ".yaml",
-            ".yml",
-            ".toml",
-            ".ini",
-            ".cfg",
-            ".conf",
-            ".names",
-        ),
-        *(
-            ".lst",
-            ".list",
-            ".idx",
-            ".log",
-            ".out",
-            ".err",
-            ".lock",
-            ".pid",
-            ".db",
-            ".sqlite",
-            ".wandb",
-        ),
-        *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".ps1", ".js", ".css", ".map"),
-        *(
-            ".safetensors",
-            ".msgpack",
-            ".onnx",
-            ".stablehlo",
-            ".pt",
-            ".pth",
-            ".tflite",
-            ".ckpt",
-            ".keras",
-        ),
-        *(".xmp", ".pp3", ".dop", ".cos", ".aae", ".thm", ".url", ".webloc", ".lnk", ".desktop"),
-        *(".md5", ".sha1", ".sha256", ".sha512", ".sfv", ".crc", ".par2", ".dvc", ".torrent"),
-        *(".bak", ".license", ".readme"),
-    }
-)
-_SIDECAR_NAMES = frozenset(
-    {
-        *(
-            "readme",
-            "license",
-            "licence",
-            "copying",
-            "notice",
-            "authors",
-            "contributors",
-            "credits",
-        ),
-        *("attribution", "citation", "changelog", "version", "makefile", "manifest", "md5sums"),
-        *("sha1sums", "sha256sums", "checksums", "thumbs"),
-        *("notes", "todo", "log", "pax_global_header"),
-    }
-)
+_KEPT_BESIDE = """
+.txt .text .md .rst .tex .rtf .bib .doc .docx .odt .xls .xlsx .ods .ppt .pptx .odp
+.csv .tsv .json .jsonl .ndjson .geojson .xml .yaml .yml .toml .ini .cfg .conf .names .lst .list .idx
+.log .out .err .lock .pid .db .sqlite .wandb .py .pyc .ipynb .sh .bat .ps1 .js .css .map
+.safetensors .msgpack .onnx .stablehlo .pt .pth .tflite .ckpt .keras
+.xmp .pp3 .dop .cos .aae .thm .url .webloc .lnk .desktop
+.md5 .sha1 .sha256 .sha512 .sfv .crc .par2 .dvc .torrent .bak .license .readme
+"""
+_CALLED = """
+readme license licence copying notice authors contributors credits attribution citation changelog
+version makefile manifest md5sums sha1sums sha256sums checksums thumbs notes todo log
+pax_global_header
+"""
+_SIDECAR_ENDINGS, _SIDECAR_NAMES = frozenset(_KEPT_BESIDE.split()), frozenset(_CALLED.split())
 # How much of a file is looked at for text.
 _HEAD = 4096
 
@@ -253,8 +188,8 @@ def identify(data: bytes, file: str = "") -> FileType | None:
     """
     if not data:
         return _EMPTY
-    for start, kind in _STARTS:
-        if data.startswith(start):
+    for kind, starts in _STARTS.items():
+        if data.startswith(starts):
             return kind
     if data[4:8] == b"ftyp":
         return _iso_media(data)

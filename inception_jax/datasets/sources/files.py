@@ -4,7 +4,6 @@ import abc
 import hashlib
 import os
 import pathlib
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -42,16 +41,6 @@ def fingerprint(path: pathlib.Path) -> str:
     if not path.exists():
         raise DataError(f"config.data.source = {str(path)!r}: there is no such file or folder")
     return hashlib.sha256(repr(_size_and_time(path)).encode()).hexdigest()
-
-
-def check_space(folder: pathlib.Path, needed: int, what: str) -> None:
-    """Raises DataError if a folder has no room for what needs that many bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DataError(
-            f"{what} needs {needed / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free. "
-            "Free some space, or give another config.data.directory"
-        )
 
 
 class Source(abc.ABC):

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from inception_jax.datasets.sources import member_names
-from inception_jax.datasets.sources.files import Source, check_space
+from inception_jax.datasets.sources.files import Source
 from inception_jax.errors import DataError
+from inception_jax.storage.space import check_space
 
 # By what a compressed file begins with.
 _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
@@ -143,7 +144,7 @@ class TarSource(Source):
             return self._archive.open("rb")
         folder = self._scratch or pathlib.Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        check_space(folder, self._whole_size, f"{self.path}: unpacked, it")
+        check_space(folder, self._whole_size, f"{self.path}, unpacked,", error=DataError)
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             with self._decompress(self._archive, "rb") as source:

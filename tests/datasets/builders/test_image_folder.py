@@ -370,10 +370,14 @@ def test_few_files_are_in_memory_at_a_time(
         reads.append(file)
         return read_file(self, file)
 
+    def in_turn(read: Any, files: Any, piece: int) -> Any:
+        for part in decode.pieces(files, piece):
+            yield from [read(file) for file in part]
+
     with monkeypatch.context() as patched:
         patched.setattr(FolderSource, "read", read)
         # One piece of work after another, of which threads hold up to 17.
-        patched.setattr(decode, "threaded_map", map)
+        patched.setattr(decode, "threaded_map", in_turn)
         next(builder.examples(builder.splits()["train"]))
     assert len(reads) <= 2
     batches: list[int] = []

@@ -129,7 +129,7 @@ def test_a_full_disk_is_found_before_the_download(
     with (
         serving() as server,
         pytest.raises(
-            DataError, match=r"the download needs 0\.00 GB in .*, which has 0\.00 GB free"
+            DataError, match=r"the download of .* takes up to 1\.0 MB, and 0\.0 MB are free"
         ),
     ):
         fetch(server, pathlib.Path(tmp_path, "tiny.zip"))
