@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from inception_jax import cli, registry
+from inception_jax import cli, console, registry
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
@@ -74,7 +74,7 @@ def add() -> None:
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
-    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=cli.say)
+    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=console.say)
     if _DATA.value:
         train()
     else:

@@ -54,5 +54,5 @@ from inception_jax.config.serialization import (
     unrecorded_bit_depth as unrecorded_bit_depth,
 )
 from inception_jax.config.timeline import Timeline as Timeline
-from inception_jax.config.validation import validate as validate
+from inception_jax.config.validation import named_parts as named_parts, validate as validate
 from inception_jax.config.views import FLIP as FLIP, views as views

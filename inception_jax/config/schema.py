@@ -325,8 +325,7 @@ class Model:
         choices=DTYPES,
     )
     options: dict[str, Any] = setting(
-        {},
-        "settings of a network of one's own, by the names it is registered with",
+        {}, "settings of a network of one's own, by the names it is registered with"
     )
 
 
@@ -362,8 +361,7 @@ class Optimizer:
         low=0,
     )
     options: dict[str, Any] = setting(
-        {},
-        "settings of an optimizer of one's own, by the names it is registered with",
+        {}, "settings of an optimizer of one's own, by the names it is registered with"
     )
 
 

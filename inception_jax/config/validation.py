@@ -208,12 +208,12 @@ def _field_problems(config: Config) -> Iterator[str]:
     for path, hint, field in entries(config):
         if problem := _problem(value := get(config, path), hint, field.metadata):
             yield f"config.{path} = {value!r}: {problem}"
-    for path, known, name in _named(config):
+    for path, known, name in named_parts(config):
         if name not in known:
             yield f"config.{path} = {name!r}: {known.unknown(name)}"
 
 
-def _named(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
+def named_parts(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
     """Yields (dotted path, registry, name) of every registered part that is named."""
     for path, _, field in leaves():
         if kind := field.metadata["registry"]:
@@ -228,7 +228,7 @@ def _part_problems(config: Config) -> Iterator[str]:
     parts: dict[str, list[registry.Part]] = {
         path.partition(".")[0]: [] for path, _, _ in leaves() if path.endswith(".options")
     }
-    for path, known, name in _named(config):
+    for path, known, name in named_parts(config):
         if name in known:
             parts[path.partition(".")[0]].append(known.get(name))
     yield from _unread(config)

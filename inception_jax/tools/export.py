@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 
 if TYPE_CHECKING:
     from inception_jax.config import Config
@@ -69,8 +69,8 @@ def main(positional: Sequence[str]) -> None:
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
-    devices.initialize(platform="cpu", log=cli.say)
-    trained = load.load(**_TRAINED.values(), log=cli.say)
+    devices.initialize(platform="cpu", log=console.say)
+    trained = load.load(**_TRAINED.values(), log=console.say)
     path = cli.given(_OUTPUT)
     workdir.check_writable(workdir.Workdir(path.parent), flag="output", own=False)
     form = f"{_TO.value}, {_DTYPE.value}"
@@ -143,7 +143,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantise=none)")
     if warning := quantization.loss_warning(before, after, remedies):
-        cli.say(warning)
+        console.say(warning)
     return quantized
 
 
@@ -171,8 +171,8 @@ def _dataset(weights: "Weights") -> "Dataset":
     folder = _TRAINED.workdir.value
     before = workdir.previous(workdir.Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
-        cli.say(problem)
-    found = dataset.prepare(given.data, log=cli.say)
+        console.say(problem)
+    found = dataset.prepare(given.data, log=console.say)
     initialization.check_classes(weights, found)
     return found
 
@@ -189,7 +189,7 @@ def _check(weights: "Weights", classify: "Classify") -> None:
     from inception_jax.export import program
 
     difference = program.largest_difference(weights, classify)
-    cli.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+    console.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import jax
 from inception_jax import console
 from inception_jax.config import Config
 from inception_jax.telemetry import compilations
-from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
@@ -94,7 +93,7 @@ def _initial(
     weights = None
     if first is None and run.config.init.weights:
         weights = initialization.initialize_from(run, abstract_state)
-    log = progress_lines.say if run.is_lead else lambda line: None
+    log = console.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(
         run, abstract_state, in_background(cleanup), first=first or 0, log=log
     )

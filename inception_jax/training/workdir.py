@@ -87,12 +87,10 @@ def recorded(workdir: Workdir) -> Record | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Record:
+def recorded_run(workdir: Workdir) -> Record:
     """Returns what a folder's config.json holds, once the parts that its run uses are registered.
 
-    Args:
-      workdir: of the run.
-      log: takes a line about each file that is run to register its parts.
+    Says which files are run for that.
 
     Raises:
       CheckpointError: if there is no run, its record cannot be read, an older version wrote it, or
@@ -112,7 +110,7 @@ def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once
             "so it can be used there alone. To use it here, register it with "
             "inception_jax.register_model, and train by its name"
         )
-    import_parts(record.parts, str(workdir.config), log)
+    import_parts(record.parts, str(workdir.config), console.say_once)
     return record
 
 
@@ -137,12 +135,10 @@ class Previous:
     record: Record | None = None
 
 
-def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Previous:
+def previous(workdir: Workdir) -> Previous:
     """Returns what earlier starts left in a folder, once the parts that they used are registered.
 
-    Args:
-      workdir: of a run, or of none yet.
-      log: takes a line about each file that is run for that, and each setting that is left out.
+    Says which files are run for that, and which settings are left out.
 
     Raises:
       CheckpointError: if config.json cannot be read, or a part cannot be had.
@@ -150,8 +146,8 @@ def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) ->
     record = recorded(workdir) if has_checkpoint(workdir) else None
     if record:
         for note in record.notes:
-            log(note)
-        import_parts(record.parts, str(workdir.config), log)
+            console.say_once(note)
+        import_parts(record.parts, str(workdir.config), console.say_once)
     return Previous(workdir, record)
 
 
