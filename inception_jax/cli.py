@@ -338,8 +338,6 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         return rest
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname)) from error
-    except flags.IllegalFlagValueError as error:
-        raise UserError(f"{_wrong_value(str(error)).rstrip('.')}. See --help") from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 

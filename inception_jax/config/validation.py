@@ -49,26 +49,13 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yields what is wrong between fields that are each right by themselves."""
-    for path, duration in (
-        ("augment.mix_until", config.augment.mix_until),
-        ("schedule.warmup", config.schedule.warmup),
-        ("schedule.decay_every", config.schedule.decay_every),
-        ("train.length", config.train.length),
-        ("train.ema", config.train.ema),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-        *((f"evaluations.{name}.every", view.every) for name, view in config.evaluations.items()),
-    ):
-        if len(duration.given()) > 1:
-            units = " and ".join(f"{unit}={value}" for unit, value in duration.given().items())
+    for path in (path for path, _, _ in (*leaves(), *entries(config)) if path.endswith(".epochs")):
+        path = path.removesuffix(".epochs")
+        if len(given := get(config, path).given()) > 1:
+            units = " and ".join(f"{unit}={value}" for unit, value in given.items())
             yield f"config.{path} has {units}: give one unit, and set the others to 0"
-    for path, duration in (
-        ("train.length", config.train.length),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-    ):
+    for path in ("train.length", "evaluation.every", "checkpoint.every", "log.every"):
+        duration = get(config, path)
         if not duration and not is_open(config, path):
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule

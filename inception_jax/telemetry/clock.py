@@ -80,16 +80,13 @@ class Clock:
 
 
 class Rate:
-    """Examples a second of one phase of a clock, from one report to the next.
+    """Examples a second of training by a clock, from one report to the next.
 
-    Args:
-      clock: what measures the time.
-      phases: the phases whose time counts; all others are pauses.
+    The phases "train" and "input" count; all others are pauses.
     """
 
-    def __init__(self, clock: Clock, phases: tuple[str, ...] = ("train", "input")) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._phases = phases
         self._seconds = self._elapsed()
 
     def since_last(self, examples: int) -> float:
@@ -106,16 +103,11 @@ class Rate:
         return examples / seconds if seconds > 0 else float("nan")
 
     def _elapsed(self) -> float:
-        return sum(self._clock.seconds(phase) for phase in self._phases)
+        return self._clock.seconds("train") + self._clock.seconds("input")
 
 
 class Share:
-    """The share of time that one phase of a clock took, from one report to the next.
-
-    Args:
-      clock: what measures the time.
-      phase: whose share it is.
-    """
+    """The share of time that one phase of a clock took, from one report to the next."""
 
     def __init__(self, clock: Clock, phase: str) -> None:
         self._clock = clock
