@@ -20,34 +20,21 @@ from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import Preempted, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights, summary
-from inception_jax.experiment import load_config
+from inception_jax.experiment import load_config as load_config
 from inception_jax.inference import load
-from inception_jax.inference.predictor import Predictor
+from inception_jax.inference.predictor import Predictor as Predictor
 from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage import paths
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
-from inception_jax.training.initialization import create_state
+from inception_jax.training.initialization import create_state as create_state
 from inception_jax.training.norm import NormEstimator
-from inception_jax.training.run import Run, train_batches
+from inception_jax.training.run import Run
+from inception_jax.training.run import train_batches as train_batches
 from inception_jax.training.state import TrainState, Variables
-from inception_jax.training.step import make_train_step
-from inception_jax.training.workdir import Workdir
-
-__all__ = [
-    "Predictor",
-    "assemble",
-    "create_state",
-    "evaluate",
-    "load_config",
-    "load_dataset",
-    "load_model",
-    "load_weights",
-    "make_train_step",
-    "train",
-    "train_batches",
-]
+from inception_jax.training.step import make_train_step as make_train_step
 
 Path = str | os.PathLike[str]
 # Images uint8 [N, H, W, 3] and labels int [N].

@@ -40,8 +40,6 @@ from inception_jax.errors import (
 from inception_jax.runtime import compilation_cache, hosts
 from inception_jax.storage import paths
 
-say = console.say
-
 _AGAIN = "start the same command again (training goes on from its last checkpoint)"
 # As a shell reports a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -260,7 +258,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
         else:
-            with compilation_cache.explained_problems(say):
+            with compilation_cache.explained_problems(console.say):
                 main(_parse(sys.argv, settings_of))
         # What a pipe has not taken shows here, and not while Python shuts down.
         sys.stdout.flush()
@@ -269,7 +267,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except RunError as error:
         _fail(str(error), 1)
     except Preempted as end:
-        say(str(end))
+        console.say(str(end))
         sys.exit(EXIT_PREEMPTED)
     except BrokenPipeError:
         _end_with_reader()
@@ -297,7 +295,7 @@ def _end_with_reader() -> NoReturn:
 def _fail_unexpectedly(error: Exception) -> NoReturn:
     """Ends with a bug, or what another process's failure looks like here, which is then named."""
     if message := hosts.peer_failure(error):
-        say(f"error: {message}")
+        console.say(f"error: {message}")
         hosts.fail("", 1)
     traceback.print_exception(error)
     _fail(_unexpected(error), 1)
@@ -320,7 +318,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    say(f"error: {message}")
+    console.say(f"error: {message}")
     hosts.fail(message, code)
     sys.exit(code)
 
@@ -340,8 +338,6 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         return rest
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname)) from error
-    except flags.IllegalFlagValueError as error:
-        raise UserError(f"{_wrong_value(str(error)).rstrip('.')}. See --help") from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 

@@ -112,9 +112,8 @@ def used_parts(config: Config) -> list[dict[str, str]]:
     """Returns which parts that are not the package's own a configuration names, for config.json."""
     return [
         {"kind": known.kind, "name": part.name, "file": str(pathlib.Path(part.file).resolve())}
-        for known, names in _named(config)
-        for part in (known.get(name) for name in names if name in known)
-        if not part.is_own
+        for _, known, name in configs.named_parts(config)
+        if name in known and not (part := known.get(name)).is_own
     ]
 
 
@@ -148,14 +147,6 @@ def import_parts(
             raise CheckpointError(f"{what}: {_failure(error, path)}. {remedy}") from error
         if name not in known:
             raise CheckpointError(f"{what}, which no longer does. {remedy}")
-
-
-def _named(config: Config) -> Iterator[tuple[registry.Registry[Any], Sequence[str]]]:
-    """Yields each registry that settings name parts of, with the names."""
-    for path, _, field in configs.leaves():
-        if kind := field.metadata["registry"]:
-            value = configs.get(config, path)
-            yield registry.REGISTRIES[kind], value if isinstance(value, tuple) else (value,)
 
 
 def _find(place: str, prefix: str) -> pathlib.Path:

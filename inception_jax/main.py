@@ -44,9 +44,7 @@ def main(positional: Sequence[str]) -> None:
 
     from inception_jax import session
 
-    join = functools.partial(
-        session.join_processes, processes=_PROCESSES(), command=cli.command(), log=cli.say
-    )
+    join = functools.partial(session.join_processes, processes=_PROCESSES(), command=cli.command())
     origin = session.Origin(cli.experiment(), cli.overrides())
     if _WORKDIR.value is None:
         result = session.evaluate_weights(_CONFIG.value, cli.given(_WEIGHTS), join=join)

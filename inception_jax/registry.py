@@ -63,24 +63,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelPart(Part):
-    """A network.
-
-    Attributes:
-      min_image_size: the least side of its images, pixels, where the module itself does not say.
-    """
+    """A network, as `register_model` describes it."""
 
     min_image_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerPart(Part):
-    """An update rule.
-
-    Attributes:
-      decay: "own": the function returns the whole rule; "l2" or "decoupled": only its direction,
-        before or after which the package adds the decay.
-      auto_rate: whether the rate that train.auto_size finds, which is for SGD, suits it.
-    """
+    """An update rule, as `register_optimizer` describes it."""
 
     decay: str = "own"
     auto_rate: bool = False
@@ -176,7 +166,7 @@ class Registry(Generic[AnyPart]):
       kind: what a part is called in messages: "network".
       setting: the dotted path of the setting that names one: "model.name".
       part: the class of its parts.
-      homes: modules of the package that register its own, imported when they are first needed.
+      home: the module of the package that registers its own, imported when they are first needed.
       common: settings of the group that the package itself reads, whichever part is named.
     """
 
@@ -186,14 +176,14 @@ class Registry(Generic[AnyPart]):
         *,
         setting: str,
         part: type[AnyPart],
-        homes: Sequence[str] = (),
+        home: str = "",
         common: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.setting = setting
         self.common = tuple(common)
         self._part = part
-        self._homes = list(homes)
+        self._home = home
         self._parts: dict[str, AnyPart] = {}
 
     def register(
@@ -277,9 +267,10 @@ class Registry(Generic[AnyPart]):
         return iter([self._parts[name] for name in self.names()])
 
     def _load(self) -> None:
-        """Imports the modules that register the package's own parts."""
-        while self._homes:
-            importlib.import_module(self._homes.pop(0))
+        """Imports the module that registers the package's own parts."""
+        if home := self._home:
+            self._home = ""
+            importlib.import_module(home)
 
 
 def _identity(part: Part) -> tuple[str, str]:
@@ -328,15 +319,16 @@ def with_defaults(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, default) for name, default in part.options.items()}
 
 
+def described(found: Any) -> str:
+    """Returns type and shape of what a part returned, in words."""
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"{found.dtype} {list(found.shape)}"
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric(Part):
-    """A metric of the outputs of a network, as `register_metric` describes it.
-
-    Attributes:
-      over: "example" or "split".
-      percent: whether it is reported times 100.
-      min_classes: with fewer classes it is left out.
-    """
+    """A metric of the outputs of a network, as `register_metric` describes it."""
 
     over: str = "example"
     percent: bool = False
@@ -409,42 +401,30 @@ MODELS = Registry(
     "model",
     setting="model.name",
     part=ModelPart,
-    homes=["inception_jax.models.networks"],
+    home="inception_jax.models.networks",
     common=["dtype"],
 )
 DATASETS = Registry(
-    "dataset",
-    setting="data.name",
-    part=DatasetPart,
-    homes=["inception_jax.datasets.catalog"],
+    "dataset", setting="data.name", part=DatasetPart, home="inception_jax.datasets.catalog"
 )
 OPTIMIZERS = Registry(
     "optimizer",
     setting="optimizer.name",
     part=OptimizerPart,
-    homes=["inception_jax.training.optimizers"],
+    home="inception_jax.training.optimizers",
     common=["clip_norm", "sam_rho"],
 )
 SCHEDULES = Registry(
-    "schedule",
-    setting="schedule.name",
-    part=Part,
-    homes=["inception_jax.training.schedules"],
+    "schedule", setting="schedule.name", part=Part, home="inception_jax.training.schedules"
 )
 AUGMENTATIONS = Registry(
-    "augmentation",
-    setting="augment.extra",
-    part=Part,
-    homes=["inception_jax.input.policies"],
+    "augmentation", setting="augment.extra", part=Part, home="inception_jax.input.policies"
 )
 METRICS = Registry(
-    "metric",
-    setting="evaluation.metrics",
-    part=Metric,
-    homes=["inception_jax.training.metrics"],
+    "metric", setting="evaluation.metrics", part=Metric, home="inception_jax.training.metrics"
 )
 WRITERS = Registry(
-    "writer", setting="log.writers", part=Part, homes=["inception_jax.telemetry.writers"]
+    "writer", setting="log.writers", part=Part, home="inception_jax.telemetry.writers"
 )
 REGISTRIES: Mapping[str, Registry[Any]] = {
     each.kind: each
@@ -492,7 +472,7 @@ def register_model(
 
     Args:
       name: for config.model.name.
-      min_image_size: the least side of its images, pixels.
+      min_image_size: the least side of its images, pixels, where the module itself does not say.
       options: its own settings with their defaults; `settings.options` has them filled in.
       settings, check: as of `Part`.
     """

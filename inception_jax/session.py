@@ -10,20 +10,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from inception_jax import config as configs
-from inception_jax import console
 from inception_jax.config import Config
+from inception_jax.console import say
 from inception_jax.evaluation import evaluate
 from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import lock
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
-from inception_jax.training.workdir import Previous, Workdir
+from inception_jax.training.workdir import Previous
 
-Log = Callable[[str], None]
 # Asked after each step, by its number, whether the run must be saved and end there.
 Stop = Callable[[int], bool]
 
@@ -47,7 +47,6 @@ def train_and_evaluate(
     origin: Origin | None = None,
     own: Mapping[str, Any] | None = None,
     join: Callable[[Config], Stop],
-    log: Log = console.say,
 ) -> dict[str, Any]:
     """Trains to the end, going on from the newest checkpoint, and leaves all that a run leaves.
 
@@ -57,7 +56,6 @@ def train_and_evaluate(
       origin: where the settings are from; None: it is not known, and all of them are meant.
       own: objects in place of what the settings name, as `run.assemble` takes them.
       join: starts the devices, and returns what says when to stop.
-      log: takes lines for the user.
 
     Returns:
       The contents of result.json.
@@ -70,11 +68,11 @@ def train_and_evaluate(
     folder = Workdir(path)
     if "dataset" in own:
         config = run.adapted(config, own["dataset"])
-    before, config, changed, experiment = _settle(folder, config, origin, names, log)
-    workdirs.check_writable(folder)
+    before, config, changed, experiment = _settle(folder, config, origin, names)
+    workdirs.check_writable(folder.path)
     stop = join(config)
     workdirs.check_shared(folder)
-    setup = _assemble(config, before, own, log)
+    setup = _assemble(config, before, own)
     evaluator = evaluate.Evaluator(setup)
     result = train_run(
         setup,
@@ -87,10 +85,9 @@ def train_and_evaluate(
             path, result, evaluated.predictions, setup.dataset.evaluation
         ),
         stop=stop,
-        log=log,
     )
     if setup.is_lead:
-        report.finish(path, log=log)
+        report.finish(path, log=say)
     return result
 
 
@@ -101,30 +98,25 @@ def evaluate_checkpoint(
     *,
     origin: Origin,
     join: Callable[[Config], Stop],
-    log: Log = console.say,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run: "best", "last" or the number of a step."""
     folder = Workdir(path)
-    before, config, _, _ = _settle(folder, config, origin, {}, log)
+    before, config, _, _ = _settle(folder, config, origin, {})
     join(config)
-    return evaluate.evaluate_checkpoint(_assemble(config, before, {}, log), folder, checkpoint, log)
+    return evaluate.evaluate_checkpoint(_assemble(config, before, {}), folder, checkpoint, say)
 
 
 def evaluate_weights(
-    config: Config,
-    path: pathlib.Path,
-    *,
-    join: Callable[[Config], Stop],
-    log: Log = console.say,
+    config: Config, path: pathlib.Path, *, join: Callable[[Config], Stop]
 ) -> dict[str, Any]:
     """Evaluates a file of weights on the data set of some settings."""
     run.check_settings(config)
     join(config)
-    return evaluate.evaluate_weights(run.assemble(config, log=log), weights.load(path))
+    return evaluate.evaluate_weights(run.assemble(config, log=say), weights.load(path))
 
 
 def join_processes(
-    config: Config, *, processes: Mapping[str, Any], command: Mapping[str, Any], log: Log
+    config: Config, *, processes: Mapping[str, Any], command: Mapping[str, Any]
 ) -> Stop:
     """Starts the devices, joins the other processes, and listens for signals from then on.
 
@@ -132,13 +124,12 @@ def join_processes(
       config: of the run.
       processes: on which devices, and with which other processes, as `devices.initialize` takes it.
       command: what else must be the same in all processes.
-      log: takes lines for the user.
     """
     notify_preemption = devices.initialize(
         **processes,
         heartbeat_timeout=config.watch.host_silence,
         fingerprint=lambda: environment.software() | configs.shared(config) | dict(command),
-        log=log,
+        log=say,
     )
     return preemption.Preemption(notify_preemption).requested
 
@@ -153,7 +144,6 @@ def train_run(
     own: Mapping[str, str] | None = None,
     on_evaluation: OnEvaluation = lambda result, evaluated: None,
     stop: Stop = lambda step: False,
-    log: Log = console.say,
 ) -> dict[str, Any]:
     """Trains in a folder that no other process trains in meanwhile, and records the start there.
 
@@ -162,7 +152,6 @@ def train_run(
       before: what earlier starts left in the folder.
       evaluator, on_evaluation, stop: as `loop.train` takes them.
       changed, experiment, own: as `workdir.record_start` takes them.
-      log: takes lines for the user.
     """
 
     def record(first: int) -> list[str]:
@@ -179,14 +168,14 @@ def train_run(
         return lines + [f"changed since the run began: {line}" for line in changed]
 
     folder = before.workdir
-    with lock.lock_workdir(folder.path, log) if setup.is_lead else contextlib.nullcontext():
+    with lock.lock_workdir(folder.path, say) if setup.is_lead else contextlib.nullcontext():
         return loop.train(
             setup, folder, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop
         )
 
 
 def _settle(
-    folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str], log: Log
+    folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
 ) -> tuple[Previous, Config, list[str], dict[str, Any] | None]:
     """Returns what a folder held, the settings of this start, what they change, and their origin.
 
@@ -194,14 +183,14 @@ def _settle(
       UserError: if a setting is wrong, or the folder is another run's.
     """
     before = workdirs.previous(folder)
-    experiment = origin and workdirs.recall(before, config, *origin, log)
-    run.check_settings(config, before.record.config if before.record else None, log)
+    experiment = origin and workdirs.recall(before, config, *origin, say)
+    run.check_settings(config, before.record.config if before.record else None, say)
     config = workdirs.with_recorded(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 
 
-def _assemble(config: Config, before: Previous, own: Mapping[str, Any], log: Log) -> Run:
-    setup = run.assemble(config, **own, log=log)
+def _assemble(config: Config, before: Previous, own: Mapping[str, Any]) -> Run:
+    setup = run.assemble(config, **own, log=say)
     workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
     return setup
 

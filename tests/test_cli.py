@@ -346,13 +346,13 @@ def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> No
 
 
 LISTS = r"""
-from inception_jax import cli
+from inception_jax import cli, console
 def main(_):
-    cli.say("gr\xfcn")
+    console.say("gr\xfcn")
     print("gr\xfcn", flush=True)
     import matplotlib.figure
     matplotlib.figure.Figure().savefig("plot.png")
-    cli.say("drawn")
+    console.say("drawn")
 cli.run(main, "")
 """
 

@@ -11,7 +11,7 @@ import pytest
 
 import inception_jax as ij
 from inception_jax import experiment, registry
-from inception_jax.config import Config
+from inception_jax.config import Augment, Config
 from inception_jax.errors import CheckpointError, UserError
 from tests import command
 
@@ -116,13 +116,10 @@ def part(path: pathlib.Path) -> list[dict[str, str]]:
 def test_the_file_of_a_part_is_recorded_and_run_again(
     blur: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        experiment, "_named", lambda config: [(registry.AUGMENTATIONS, ["test_blur"])]
-    )
     monkeypatch.chdir(blur.parent)
     said: list[str] = []
     ij.load_config("blur.py")
-    assert experiment.used_parts(Config()) == part(blur)
+    assert experiment.used_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
     experiment.import_parts(part(blur), "config.json", said.append)
     assert said == []
     del registry.AUGMENTATIONS._parts["test_blur"]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from inception_jax import cli, registry
+from inception_jax import cli, console, registry
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir
 from inception_jax.training.run import Run
 from tests import small
@@ -50,7 +51,7 @@ def build(data: pathlib.Path, steps: int) -> Run:
 
 def train() -> None:
     """Trains."""
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    folder = Workdir(pathlib.Path(_WORKDIR.value))
     workdir.check_writable(folder)
     workdir.check_shared(folder)
     this = build(pathlib.Path(_DATA.value), _STEPS.value)
@@ -74,7 +75,7 @@ def add() -> None:
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
-    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=cli.say)
+    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=console.say)
     if _DATA.value:
         train()
     else:

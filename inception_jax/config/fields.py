@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,18 +23,25 @@ def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, da
             yield path, hints[field.name], field
 
 
+@functools.cache
+def _mappings() -> dict[str, Any]:
+    """Returns the types of what the settings map names to that are mappings, by their paths."""
+    return {
+        path: typing.get_args(hint)[1]
+        for path, hint, _ in leaves()
+        if typing.get_origin(hint) is dict
+    }
+
+
 def is_mapping(path: str) -> bool:
     """Whether the setting at a dotted path is a mapping of names to values."""
-    return any(known == path and typing.get_origin(hint) is dict for known, hint, _ in leaves())
+    return path in _mappings()
 
 
 def entry_group(path: str) -> Any:
     """Returns the class of the groups that the setting at a dotted path maps names to, or None."""
-    for known, hint, _ in leaves():
-        if known == path and typing.get_origin(hint) is dict:
-            kind = typing.get_args(hint)[1]
-            return kind if dataclasses.is_dataclass(kind) else None
-    return None
+    kind = _mappings().get(path)
+    return kind if dataclasses.is_dataclass(kind) else None
 
 
 def entry_type(path: str) -> Any:
@@ -47,8 +55,8 @@ def entry_type(path: str) -> Any:
 
 def entries(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """Yields (dotted path, type, field) of every leaf inside a mapping of names to groups."""
-    for path, hint, _ in leaves():
-        if typing.get_origin(hint) is dict and isinstance(found := get(config, path), dict):
+    for path in _mappings():
+        if isinstance(found := get(config, path), dict):
             for name, entry in found.items():
                 if dataclasses.is_dataclass(entry):
                     yield from leaves(type(entry), f"{path}.{name}.")
@@ -60,8 +68,8 @@ def mapping_of(path: str) -> tuple[str, str]:
     Returns:
       ("model.options", "depth") for "model.options.depth"; ("", "") where there is none.
     """
-    for known, hint, _ in leaves():
-        if typing.get_origin(hint) is dict and path.startswith(f"{known}."):
+    for known in _mappings():
+        if path.startswith(f"{known}."):
             return known, path.removeprefix(f"{known}.")
     return "", ""
 

@@ -49,26 +49,13 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yields what is wrong between fields that are each right by themselves."""
-    for path, duration in (
-        ("augment.mix_until", config.augment.mix_until),
-        ("schedule.warmup", config.schedule.warmup),
-        ("schedule.decay_every", config.schedule.decay_every),
-        ("train.length", config.train.length),
-        ("train.ema", config.train.ema),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-        *((f"evaluations.{name}.every", view.every) for name, view in config.evaluations.items()),
-    ):
-        if len(duration.given()) > 1:
-            units = " and ".join(f"{unit}={value}" for unit, value in duration.given().items())
+    for path in (path for path, _, _ in (*leaves(), *entries(config)) if path.endswith(".epochs")):
+        path = path.removesuffix(".epochs")
+        if len(given := get(config, path).given()) > 1:
+            units = " and ".join(f"{unit}={value}" for unit, value in given.items())
             yield f"config.{path} has {units}: give one unit, and set the others to 0"
-    for path, duration in (
-        ("train.length", config.train.length),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-    ):
+    for path in ("train.length", "evaluation.every", "checkpoint.every", "log.every"):
+        duration = get(config, path)
         if not duration and not is_open(config, path):
             yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
     schedule = config.schedule
@@ -208,12 +195,12 @@ def _field_problems(config: Config) -> Iterator[str]:
     for path, hint, field in entries(config):
         if problem := _problem(value := get(config, path), hint, field.metadata):
             yield f"config.{path} = {value!r}: {problem}"
-    for path, known, name in _named(config):
+    for path, known, name in named_parts(config):
         if name not in known:
             yield f"config.{path} = {name!r}: {known.unknown(name)}"
 
 
-def _named(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
+def named_parts(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
     """Yields (dotted path, registry, name) of every registered part that is named."""
     for path, _, field in leaves():
         if kind := field.metadata["registry"]:
@@ -228,7 +215,7 @@ def _part_problems(config: Config) -> Iterator[str]:
     parts: dict[str, list[registry.Part]] = {
         path.partition(".")[0]: [] for path, _, _ in leaves() if path.endswith(".options")
     }
-    for path, known, name in _named(config):
+    for path, known, name in named_parts(config):
         if name in known:
             parts[path.partition(".")[0]].append(known.get(name))
     yield from _unread(config)

@@ -11,7 +11,7 @@ import numpy as np
 from inception_jax.datasets.splits import Split
 from inception_jax.export.onnx import needs_onnx
 from inception_jax.export.program import INPUT, Classify
-from inception_jax.telemetry.writers import has_top5
+from inception_jax.registry import METRICS
 
 _BATCH = 64
 # Points of accuracy that 8 bits may cost without a warning.
@@ -129,7 +129,7 @@ def measure_accuracy(form: str, classify: Classify, split: Split, *, size: int) 
         right += (rank < 1).sum(), (rank < 5).sum()
     seconds = time.perf_counter() - start
     top1, top5 = (100 * right / len(split)).tolist()
-    top5 = top5 if has_top5(logits.shape[1]) else None
+    top5 = top5 if logits.shape[1] >= METRICS.get("top5").min_classes else None
     return Accuracy(form, size / 1e6, top1, top5, len(split), len(split) / seconds)
 
 

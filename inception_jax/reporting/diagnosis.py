@@ -406,6 +406,6 @@ def _closer_fit(config: Config) -> _Change:
     return _less_regularization(config) or ("model.width", width, "2.25 times the operations")
 
 
-def _round(value: float, digits: int = 2) -> float:
+def _round(value: float) -> float:
     """Returns a value with two digits, as one would type it."""
-    return float(f"{value:.{digits}g}")
+    return float(f"{value:.2g}")

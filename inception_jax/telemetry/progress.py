@@ -7,8 +7,6 @@ from typing import Self, TextIO
 
 from inception_jax import console
 
-say = console.say
-
 
 class Progress(console.Progress):
     """Shows the progress of a training run.

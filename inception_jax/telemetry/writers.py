@@ -10,7 +10,6 @@ is removed (JSON lines) or hidden (TensorBoard), so that each curve has each ste
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
@@ -131,10 +130,8 @@ class _Guarded:
             integrity.log_write_errors, patient and not part.is_own, log
         )
         self._waiting = collections.deque[_Row]()
-        options = registry.with_defaults(part, settings.options)
-        settings = dataclasses.replace(settings, options=options)
         with self._explained("opened"):
-            self._writer: Writer = part.build(settings, workdir)
+            self._writer: Writer = part.build(registry.fill(part, settings), workdir)
         if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
             raise ConfigError(
                 f"writer {part.name!r} ({part.place}): returned {self._writer!r}, which has no "
@@ -267,18 +264,9 @@ class RunWriter:
         self.close()
 
 
-def has_top5(classes: int) -> bool:
-    """Returns whether top-5 accuracy says anything: of five classes and fewer it is always 100%."""
-    return classes > 5
-
-
 def informative(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
-    """Returns metrics without those that are always 100% of so many classes."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if has_top5(classes) or not name.endswith("top5")
-    }
+    """Returns metrics without top-5 where it is always 100%, which older versions reported too."""
+    return {n: value for n, value in metrics.items() if classes > 5 or not n.endswith("top5")}
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

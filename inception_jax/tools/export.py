@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 
 if TYPE_CHECKING:
     from inception_jax.config import Config
@@ -69,10 +69,10 @@ def main(positional: Sequence[str]) -> None:
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
-    devices.initialize(platform="cpu", log=cli.say)
-    trained = load.load(**_TRAINED.values(), log=cli.say)
+    devices.initialize(platform="cpu", log=console.say)
+    trained = load.load(**_TRAINED.values(), log=console.say)
     path = cli.given(_OUTPUT)
-    workdir.check_writable(workdir.Workdir(path.parent), flag="output", own=False)
+    workdir.check_writable(path.parent, flag="output", own=False)
     form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
@@ -143,7 +143,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantise=none)")
     if warning := quantization.loss_warning(before, after, remedies):
-        cli.say(warning)
+        console.say(warning)
     return quantized
 
 
@@ -156,6 +156,7 @@ def _dataset(weights: "Weights") -> "Dataset":
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
     from inception_jax.errors import UserError
+    from inception_jax.storage.workdir import Workdir
     from inception_jax.training import initialization, workdir
 
     given: Config | None = flags.FLAGS.config
@@ -169,10 +170,10 @@ def _dataset(weights: "Weights") -> "Dataset":
             f"{weights.image_size} px; give the experiment that it was trained by: --config=FILE"
         )
     folder = _TRAINED.workdir.value
-    before = workdir.previous(workdir.Workdir(folder)).record if folder is not None else None
+    before = workdir.previous(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
-        cli.say(problem)
-    found = dataset.prepare(given.data, log=cli.say)
+        console.say(problem)
+    found = dataset.prepare(given.data, log=console.say)
     initialization.check_classes(weights, found)
     return found
 
@@ -189,7 +190,7 @@ def _check(weights: "Weights", classify: "Classify") -> None:
     from inception_jax.export import program
 
     difference = program.largest_difference(weights, classify)
-    cli.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+    console.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 from inception_jax.runtime import huge_pages
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def main(positional: Sequence[str]) -> None:
             "the last; leave them out for 1e-05 and 10"
         )
     output = cli.given(_OUTPUT)
-    workdir.check_writable(workdir.Workdir(output), flag="output")
-    devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    this_run = run.assemble(_CONFIG.value, log=cli.say)
+    workdir.check_writable(output, flag="output")
+    devices.initialize(platform=_PLATFORM.value, log=console.say)
+    this_run = run.assemble(_CONFIG.value, log=console.say)
     points = range_test(
         this_run,
         low=_LOW.value,
@@ -103,7 +103,7 @@ def main(positional: Sequence[str]) -> None:
 def _say(point: "Point") -> None:
     """Says where the test is, at a twentieth of its steps."""
     if point.step % max(1, _STEPS.value // 20) == 0:
-        cli.say(
+        console.say(
             f"step {point.step}/{_STEPS.value}: rate {point.rate:.3g}, loss {point.loss:.4g}, "
             f"smoothed {point.smoothed_loss:.4g}"
         )

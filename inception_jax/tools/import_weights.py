@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 from inception_jax.errors import DataError, UserError
 
 USAGE = """
@@ -59,7 +59,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.runtime import devices, environment
     from inception_jax.training import workdir
 
-    devices.initialize(platform="cpu", log=cli.say)
+    devices.initialize(platform="cpu", log=console.say)
     source, target = cli.given(_INPUT), cli.given(_OUTPUT)
     state = read_state_dict(source)
     try:
@@ -69,7 +69,7 @@ def main(positional: Sequence[str]) -> None:
     except DataError as error:
         raise DataError(f"--input={source}: {error}") from error
     for note in notes:
-        cli.say(f"{source}: {note}")
+        console.say(f"{source}: {note}")
     mean, std = _TRANSFORMED if _TRANSFORM_INPUT.value else _IMAGENET
     imported = weights.Weights(
         variables=variables,
@@ -84,7 +84,7 @@ def main(positional: Sequence[str]) -> None:
     if _CLASS_NAMES.value is not None:
         names = read_names(_CLASS_NAMES.value, imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
-    workdir.check_writable(workdir.Workdir(target.parent), flag="output", own=False)
+    workdir.check_writable(target.parent, flag="output", own=False)
     weights.save(target, imported)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
 

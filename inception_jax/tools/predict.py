@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 from inception_jax.errors import DataError, RunError, UserError
 from inception_jax.runtime import huge_pages
 from inception_jax.storage import atomic
@@ -82,9 +82,9 @@ def main(positional: Sequence[str]) -> None:
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
-    devices.initialize(platform=_PLATFORM.value, log=cli.say)
-    weights = load.load(**_TRAINED.values(), log=cli.say)
-    cli.say(f"network: {weights}")
+    devices.initialize(platform=_PLATFORM.value, log=console.say)
+    weights = load.load(**_TRAINED.values(), log=console.say)
+    console.say(f"network: {weights}")
     if found is None:
         _predict_split(weights)
     else:
@@ -114,9 +114,9 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
 
     if found.left_out:
         left_out = folders.listed([folders.shown(path) for path in found.left_out])
-        cli.say(f"left out, as not named as pictures: {left_out}")
+        console.say(f"left out, as not named as pictures: {left_out}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
-    cli.say(f"pictures: {predictor.preparation}, as in evaluation")
+    console.say(f"pictures: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
     read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
@@ -135,7 +135,7 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
             file.flush()
             progress.update(len(batch))
     if heat_maps:
-        cli.say(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
+        console.say(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
     if failed:
         raise RunError(f"{failed:,} of {len(found.files):,} files could not be read; see above")
 
@@ -149,7 +149,7 @@ def _heat_maps(predictor: "Predictor") -> "HeatmapWriter | None":
 
     explainer = Explainer(predictor, _LAYER.value or "")
     height, width = explainer.grid
-    cli.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
+    console.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
     label = None if _EXPLAIN_CLASS.value is None else predictor.label(_EXPLAIN_CLASS.value)
     return HeatmapWriter(_EXPLAIN.value, explainer, label)
 
@@ -185,10 +185,11 @@ def _data_settings(weights: "Weights") -> "Data":
     import dataclasses
 
     from inception_jax.config import Data
+    from inception_jax.storage.workdir import Workdir
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
-        data = workdir.recorded_run(workdir.Workdir(_TRAINED.workdir.value)).config.data
+        data = workdir.recorded_run(Workdir(_TRAINED.workdir.value)).config.data
     elif weights.dataset:
         data = Data(
             name=weights.dataset,
@@ -211,7 +212,7 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
     from inception_jax.datasets.dataset import prepare
     from inception_jax.training import initialization
 
-    dataset = prepare(data, log=cli.say)
+    dataset = prepare(data, log=console.say)
     initialization.check_classes(weights, dataset)
     if _SPLIT.value == dataset.train_split:
         return dataset.train_evaluated
@@ -239,7 +240,7 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
     seen = _OUTPUT.value is None and sys.stdout.isatty()
     shown = total > predictor.batch_size and not seen
-    return Progress("classifying", total, log=cli.say, shown=shown)
+    return Progress("classifying", total, log=console.say, shown=shown)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from inception_jax import cli
+from inception_jax import cli, console
 
 USAGE = """
 Prepare the data set of an experiment: read its source, write it as a TFDS data set, decode it once.
@@ -26,7 +26,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.datasets.dataset import prepare
 
     configs.validate(_CONFIG.value)
-    dataset = prepare(_CONFIG.value.data, log=cli.say)
+    dataset = prepare(_CONFIG.value.data, log=console.say)
     for name, split in dataset.splits.items():
         print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from inception_jax import cli
+from inception_jax import cli, console
 
 if TYPE_CHECKING:
     from inception_jax.config import Config
@@ -59,24 +59,24 @@ def main(positional: Sequence[str]) -> None:
             "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
         )
     # Tracing needs no accelerator, and another command may be using it.
-    devices.initialize(platform="cpu", log=cli.say)
+    devices.initialize(platform="cpu", log=console.say)
     if given is not None:
         configs.validate(given)
         weights, classes = None, _classes(given.data.name)
         name, size = given.model.name, given.data.image_size
         network = networks.create(given.model, classes, rewrite=False)
     else:
-        weights = load.load(**_TRAINED.values(), log=cli.say)
+        weights = load.load(**_TRAINED.values(), log=console.say)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
     found = structure.describe(network, size)
-    folder = _output()
-    workdir.check_writable(workdir.Workdir(folder), flag="output")
+    folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "view")
+    workdir.check_writable(folder, flag="output")
     table = make_table(found)
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
-    written += drawing.write(drawing.draw(found, title), folder, log=cli.say)
+    written += drawing.write(drawing.draw(found, title), folder, log=console.say)
     if weights is not None:
         written += _draw_weights(folder, weights, found)
     for path in written:
@@ -95,13 +95,6 @@ def _classes(name: str) -> int:
             f"the number of classes of {name} depends on its source: give it as --classes=N"
         )
     return classes
-
-
-def _output() -> pathlib.Path:
-    default = pathlib.Path(
-        "runs" if _TRAINED.workdir.value is None else _TRAINED.workdir.value, "view"
-    )
-    return _OUTPUT.value or default
 
 
 def _draw_weights(

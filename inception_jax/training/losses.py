@@ -22,21 +22,6 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
-def smooth(targets: jax.Array, label_smoothing: float) -> jax.Array:
-    """Returns (1 - label_smoothing) * targets + label_smoothing / K.
-
-    Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7, with u(k) = 1 / K.
-
-    Args:
-      targets: float32 [B, K], rows summing to 1.
-      label_smoothing: share of the target spread evenly, in [0, 1).
-
-    Returns:
-      float32 [B, K].
-    """
-    return (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1]
-
-
 def objective(
     logits: jax.Array,
     aux_logits: tuple[jax.Array, ...],
@@ -54,13 +39,14 @@ def objective(
       logits: float [B, K].
       aux_logits: float [B, K] of each auxiliary head; () without any.
       targets: float32 [B, K], rows summing to 1.
-      label_smoothing: share of the target spread evenly over the classes.
+      label_smoothing: share of the target spread evenly over the classes, in [0, 1) (Szegedy et al.
+        2016, "Rethinking the Inception Architecture", section 7, with u(k) = 1 / K).
       aux_weight: weight of each auxiliary head's loss.
 
     Returns:
       float32 [B].
     """
-    targets = smooth(targets, label_smoothing)
+    targets = optax.smooth_labels(targets, label_smoothing)
     loss = cross_entropy(logits, targets)
     for head in aux_logits:
         loss += aux_weight * cross_entropy(head, targets)

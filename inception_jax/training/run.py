@@ -129,11 +129,8 @@ def assemble(
 
     Args:
       config: validated settings; the run has them with what they leave open filled in.
-      dataset: the examples; None: those that the settings name.
-      model: the network, called as `model(images, train=train)` with float32 images [B, H, W, 3]
-        normalized by the data set's mean and std; returns float32 logits [B, K], or a
-        `models.layers.ModelOutput`. None: the one that the settings name.
-      optimizer: the update rule; None: the one that the settings name.
+      dataset, model, optimizer: in place of those that the settings name, as `api.assemble`
+        describes them.
       log: receives lines about the preparation, and a warning where the dtype is slow here.
 
     Raises:

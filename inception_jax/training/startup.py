@@ -8,8 +8,8 @@ import jax
 
 from inception_jax import console
 from inception_jax.config import Config
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import compilations
-from inception_jax.telemetry import progress as progress_lines
 from inception_jax.telemetry.clock import Clock
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.watchdog import Watchdog
@@ -21,7 +21,6 @@ from inception_jax.training.reporter import OnEvaluation, Reporter
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
-from inception_jax.training.workdir import Workdir
 
 TrainSteps = Mapping[int, CompiledStep]
 
@@ -94,7 +93,7 @@ def _initial(
     weights = None
     if first is None and run.config.init.weights:
         weights = initialization.initialize_from(run, abstract_state)
-    log = progress_lines.say if run.is_lead else lambda line: None
+    log = console.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(
         run, abstract_state, in_background(cleanup), first=first or 0, log=log
     )

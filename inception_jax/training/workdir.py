@@ -21,35 +21,34 @@ from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.experiment import import_parts, used_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
-from inception_jax.storage.atomic import write_json as write_json
-from inception_jax.storage.workdir import Workdir as Workdir
+from inception_jax.storage.workdir import Workdir
 
 # What the record of a data set calls them.
 _NAMES = "class names"
 _NONE: Mapping[str, str] = {}
 
 
-def check_writable(workdir: Workdir, *, flag: str = "workdir", own: bool = True) -> None:
+def check_writable(folder: pathlib.Path, *, flag: str = "workdir", own: bool = True) -> None:
     """Makes the folder and checks that files can be written in it.
 
     Args:
-      workdir: the folder.
+      folder: to write in.
       flag: that named it, for the message.
       own: whether all in it is to be this program's, as of a run.
 
     Raises:
       UserError: if they cannot.
     """
-    probe = workdir.path / f".probe.{os.getpid()}"
+    probe = folder / f".probe.{os.getpid()}"
     try:
         if own:
-            atomic.make_output_folder(workdir.path)
-        workdir.path.mkdir(parents=True, exist_ok=True)
+            atomic.make_output_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--{flag}={workdir.path}: cannot be written to: {error.strerror}. "
+            f"--{flag}={folder}: cannot be written to: {error.strerror}. "
             "Give a folder on a disk with room that you may write to"
         ) from error
 
@@ -87,12 +86,10 @@ def recorded(workdir: Workdir) -> Record | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Record:
+def recorded_run(workdir: Workdir) -> Record:
     """Returns what a folder's config.json holds, once the parts that its run uses are registered.
 
-    Args:
-      workdir: of the run.
-      log: takes a line about each file that is run to register its parts.
+    Says which files are run for that.
 
     Raises:
       CheckpointError: if there is no run, its record cannot be read, an older version wrote it, or
@@ -112,7 +109,7 @@ def recorded_run(workdir: Workdir, log: Callable[[str], None] = console.say_once
             "so it can be used there alone. To use it here, register it with "
             "inception_jax.register_model, and train by its name"
         )
-    import_parts(record.parts, str(workdir.config), log)
+    import_parts(record.parts, str(workdir.config), console.say_once)
     return record
 
 
@@ -137,12 +134,10 @@ class Previous:
     record: Record | None = None
 
 
-def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) -> Previous:
+def previous(workdir: Workdir) -> Previous:
     """Returns what earlier starts left in a folder, once the parts that they used are registered.
 
-    Args:
-      workdir: of a run, or of none yet.
-      log: takes a line about each file that is run for that, and each setting that is left out.
+    Says which files are run for that, and which settings are left out.
 
     Raises:
       CheckpointError: if config.json cannot be read, or a part cannot be had.
@@ -150,8 +145,8 @@ def previous(workdir: Workdir, log: Callable[[str], None] = console.say_once) ->
     record = recorded(workdir) if has_checkpoint(workdir) else None
     if record:
         for note in record.notes:
-            log(note)
-        import_parts(record.parts, str(workdir.config), log)
+            console.say_once(note)
+        import_parts(record.parts, str(workdir.config), console.say_once)
     return Previous(workdir, record)
 
 
@@ -375,4 +370,4 @@ def record_start(
         "dataset": dataset,
         "environment": environment.environment(),
     }
-    write_json(before.workdir.config, record)
+    atomic.write_json(before.workdir.config, record)

@@ -47,12 +47,6 @@ def test_cross_entropy_survives_large_logits() -> None:
     np.testing.assert_allclose(result, [0, 2e4])
 
 
-def test_smooth_spreads_a_share_evenly() -> None:
-    result = losses.smooth(jnp.asarray([[1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]]), 0.2)
-    expected = [[0.85, 0.05, 0.05, 0.05], [0.05, 0.45, 0.45, 0.05]]
-    np.testing.assert_allclose(result, expected, rtol=1e-6)
-
-
 def test_objective_adds_the_weighted_auxiliary_losses() -> None:
     main, first, second = (logits_of((5, 7), seed) for seed in range(3))
     labels = np.arange(5)
