@@ -1,6 +1,6 @@
 """What the examples are.
 
-The registry of data sets, and for each one the builder that turns its original files into a
-standard TFDS dataset of ArrayRecords. TFDS is imported here and nowhere else, and only when
-something has to be prepared.
+Data sets by name, the builders that turn original files into TFDS data sets of ArrayRecords, and
+the decoded cache. TFDS is imported here and nowhere else, and only when records are written or
+read by its description.
 """

@@ -1,4 +1,4 @@
-"""What a trained model is worth: exact evaluation, prediction and plots.
+"""What a trained model is worth: exact evaluation, and what it said of each example.
 
-Evaluation counts every example once; plots are drawn from the files of a run, never from memory.
+Evaluation counts every example once, whatever the batch size and devices.
 """

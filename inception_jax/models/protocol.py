@@ -3,7 +3,7 @@
 Any `flax.linen.Module` that `registry.register_model` takes is trained, evaluated, used and
 exported to StableHLO. A network says more of itself by attributes, all of them optional; they are
 fields of the module, properties, or set in the class's body. A path is that of a module or variable
-inside the collection "params", with slashes.
+inside the collection "params", with slashes::
 
     min_image_size: int           The least side of an image, pixels. Otherwise that of its
                                   registration.
