@@ -205,8 +205,9 @@ def train(
     from inception_jax.errors import Preempted, RunError
     from inception_jax.evaluation.evaluate import Evaluator
     from inception_jax.reporting import report
+    from inception_jax.storage.workdir import Workdir
     from inception_jax.training import run
-    from inception_jax.training.workdir import Workdir, previous
+    from inception_jax.training.workdir import previous
 
     done = folder / f"trained-{stop}"
     if not done.exists():

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import MEASURED
 from inception_jax.training import run as runs
 from inception_jax.training import state as states
@@ -278,7 +279,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
 
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:
-    folder = workdirs.Workdir(path)
+    folder = Workdir(path)
     config = workdirs.recorded_run(folder).config
     like = states.abstract_state(runs.assemble(config, log=measure.say))
     with Checkpoints(folder.checkpoints, read_only=True) as saved:

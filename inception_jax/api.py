@@ -27,6 +27,7 @@ from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage import paths
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
 from inception_jax.training.initialization import create_state as create_state
 from inception_jax.training.norm import NormEstimator
@@ -34,7 +35,6 @@ from inception_jax.training.run import Run
 from inception_jax.training.run import train_batches as train_batches
 from inception_jax.training.state import TrainState, Variables
 from inception_jax.training.step import make_train_step as make_train_step
-from inception_jax.training.workdir import Workdir
 
 Path = str | os.PathLike[str]
 # Images uint8 [N, H, W, 3] and labels int [N].

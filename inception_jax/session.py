@@ -17,11 +17,12 @@ from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import lock
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
-from inception_jax.training.workdir import Previous, Workdir
+from inception_jax.training.workdir import Previous
 
 # Asked after each step, by its number, whether the run must be saved and end there.
 Stop = Callable[[int], bool]
@@ -68,7 +69,7 @@ def train_and_evaluate(
     if "dataset" in own:
         config = run.adapted(config, own["dataset"])
     before, config, changed, experiment = _settle(folder, config, origin, names)
-    workdirs.check_writable(folder)
+    workdirs.check_writable(folder.path)
     stop = join(config)
     workdirs.check_shared(folder)
     setup = _assemble(config, before, own)

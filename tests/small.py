@@ -30,11 +30,11 @@ from inception_jax.models import networks, ops
 from inception_jax.models import weights as files
 from inception_jax.models.layers import Classifier, ConvUnit, ModelOutput, adaptive_average_pool
 from inception_jax.models.weights import Weights
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import loop, run, state
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.run import Run
-from inception_jax.training.workdir import Workdir
 
 
 def config(directory: pathlib.Path, **changes: Any) -> Config:

@@ -29,10 +29,10 @@ from inception_jax.config import Duration, Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.runtime import devices, preemption
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.state import abstract_state
-from inception_jax.training.workdir import Workdir
 from tests import command, small
 
 DIGITS = command.ROOT / "experiments" / "digits.py"

@@ -21,6 +21,7 @@ from inception_jax.config import (
 from inception_jax.errors import ConfigError
 from inception_jax.models import networks, ops
 from inception_jax.reporting import diagnosis
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run, state, workdir
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small
@@ -216,7 +217,7 @@ def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
         == 1
     )
 
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     # A folder without a checkpoint belongs to nobody.
     assert workdir.with_recorded(workdir.previous(folder), settings) == settings
     started = state.create(first)

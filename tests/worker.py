@@ -16,6 +16,7 @@ from inception_jax import cli, console, registry
 from inception_jax.config import Duration, Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir
 from inception_jax.training.run import Run
 from tests import small
@@ -50,8 +51,8 @@ def build(data: pathlib.Path, steps: int) -> Run:
 
 def train() -> None:
     """Trains."""
-    folder = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-    workdir.check_writable(folder)
+    folder = Workdir(pathlib.Path(_WORKDIR.value))
+    workdir.check_writable(folder.path)
     workdir.check_shared(folder)
     this = build(pathlib.Path(_DATA.value), _STEPS.value)
     changed = workdir.check_compatible(workdir.previous(folder), this.config)

@@ -18,13 +18,13 @@ from inception_jax.input import augment, pipeline
 from inception_jax.models import ops
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import sharding
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import initialization
 from inception_jax.training import state as states
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.metrics import EvalMetrics, to_host
 from inception_jax.training.run import Run
 from inception_jax.training.state import Variables
-from inception_jax.training.workdir import Workdir
 
 Arrays = dict[str, jax.Array]
 

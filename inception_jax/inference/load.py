@@ -12,11 +12,11 @@ from inception_jax.models import networks
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import informative
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
-from inception_jax.training.workdir import Workdir
 
 
 def load(

@@ -62,7 +62,7 @@ def main(positional: Sequence[str]) -> None:
             "the last; leave them out for 1e-05 and 10"
         )
     output = cli.given(_OUTPUT)
-    workdir.check_writable(workdir.Workdir(output), flag="output")
+    workdir.check_writable(output, flag="output")
     devices.initialize(platform=_PLATFORM.value, log=console.say)
     this_run = run.assemble(_CONFIG.value, log=console.say)
     points = range_test(

@@ -71,7 +71,7 @@ def main(positional: Sequence[str]) -> None:
         network = weights.network
     found = structure.describe(network, size)
     folder = _output()
-    workdir.check_writable(workdir.Workdir(folder), flag="output")
+    workdir.check_writable(folder, flag="output")
     table = make_table(found)
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"

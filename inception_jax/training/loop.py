@@ -10,11 +10,11 @@ import jax
 
 from inception_jax import config as configs
 from inception_jax.errors import Preempted, during
-from inception_jax.storage import integrity
+from inception_jax.storage import atomic, integrity
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.clock import Clock
 from inception_jax.training import norm
 from inception_jax.training import state as states
-from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import EvalResults, OnEvaluation
 from inception_jax.training.run import Batch, Run, train_batches
 from inception_jax.training.startup import (
@@ -24,7 +24,6 @@ from inception_jax.training.startup import (
     started,
 )
 from inception_jax.training.state import TrainState
-from inception_jax.training.workdir import Workdir
 
 # Maps model variables and names of evaluations to what each of them gave, by its name.
 Evaluate = Callable[[states.Variables, Collection[str]], EvalResults]
@@ -147,7 +146,7 @@ def train(
             "same command goes on from it"
         )
     if run.is_lead:
-        workdirs.write_json(workdir.result, result)
+        atomic.write_json(workdir.result, result)
     return result
 
 

@@ -8,6 +8,7 @@ import jax
 
 from inception_jax import console
 from inception_jax.config import Config
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import compilations
 from inception_jax.telemetry.clock import Clock
 from inception_jax.telemetry.progress import Progress
@@ -20,7 +21,6 @@ from inception_jax.training.reporter import OnEvaluation, Reporter
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import CompiledStep, compile_train_steps
-from inception_jax.training.workdir import Workdir
 
 TrainSteps = Mapping[int, CompiledStep]
 

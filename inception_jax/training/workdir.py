@@ -21,35 +21,34 @@ from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.experiment import import_parts, used_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
-from inception_jax.storage.atomic import write_json as write_json
-from inception_jax.storage.workdir import Workdir as Workdir
+from inception_jax.storage.workdir import Workdir
 
 # What the record of a data set calls them.
 _NAMES = "class names"
 _NONE: Mapping[str, str] = {}
 
 
-def check_writable(workdir: Workdir, *, flag: str = "workdir", own: bool = True) -> None:
+def check_writable(folder: pathlib.Path, *, flag: str = "workdir", own: bool = True) -> None:
     """Makes the folder and checks that files can be written in it.
 
     Args:
-      workdir: the folder.
+      folder: to write in.
       flag: that named it, for the message.
       own: whether all in it is to be this program's, as of a run.
 
     Raises:
       UserError: if they cannot.
     """
-    probe = workdir.path / f".probe.{os.getpid()}"
+    probe = folder / f".probe.{os.getpid()}"
     try:
         if own:
-            atomic.make_output_folder(workdir.path)
-        workdir.path.mkdir(parents=True, exist_ok=True)
+            atomic.make_output_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--{flag}={workdir.path}: cannot be written to: {error.strerror}. "
+            f"--{flag}={folder}: cannot be written to: {error.strerror}. "
             "Give a folder on a disk with room that you may write to"
         ) from error
 
@@ -371,4 +370,4 @@ def record_start(
         "dataset": dataset,
         "environment": environment.environment(),
     }
-    write_json(before.workdir.config, record)
+    atomic.write_json(before.workdir.config, record)

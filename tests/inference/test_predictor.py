@@ -23,8 +23,9 @@ from inception_jax.inference.predictor import (
     classify,
     read_files,
 )
-from inception_jax.training import run, workdir
-from inception_jax.training.workdir import Workdir
+from inception_jax.storage import atomic
+from inception_jax.storage.workdir import Workdir
+from inception_jax.training import run
 from tests import small
 
 
@@ -83,7 +84,7 @@ def test_a_run_of_an_older_version_says_how_to_mend_it(
 ) -> None:
     record = json.loads(finished[1].config.read_text())
     del record["dataset"]["class names"]
-    workdir.write_json(Workdir(tmp_path).config, record)
+    atomic.write_json(Workdir(tmp_path).config, record)
     with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):
         load.load(workdir=tmp_path, weights=None, checkpoint="best")
 

@@ -20,7 +20,7 @@ from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import crops, pipeline
 from inception_jax.runtime import sharding
-from inception_jax.training import workdir
+from inception_jax.storage.workdir import Workdir
 from tests import archives, small
 
 SIZE = 16
@@ -261,6 +261,6 @@ def test_training_cuts_the_boxes(
         return self.read(indices)
 
     monkeypatch.setattr(RecordSplit, "read_boxes", read_boxes)
-    small.train(this, workdir.Workdir(tmp_path / "run"), Evaluator(this), changed=[])
+    small.train(this, Workdir(tmp_path / "run"), Evaluator(this), changed=[])
     found = {tuple(box) for boxes in drawn for box in boxes.tolist()}
     assert found == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}

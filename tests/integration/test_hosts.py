@@ -15,8 +15,8 @@ import jax
 import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training import workdir as workdirs
 from tests import command, small, worker
 
 HOST = socket.gethostname()
@@ -125,7 +125,7 @@ def test_other_layouts_give_the_curve_of_one_process(
     this = worker.build(data_directory, 8)
     four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     this = dataclasses.replace(this, mesh=four)
-    small.train(this, workdirs.Workdir(one), Evaluator(this), changed=[])
+    small.train(this, Workdir(one), Evaluator(this), changed=[])
     # Four processes of a device each begin, two of two go on from their checkpoint.
     train(4, 1, 4, data_directory, several)
     train(2, 2, 8, data_directory, several)

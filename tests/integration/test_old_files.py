@@ -26,8 +26,8 @@ from inception_jax.evaluation import evaluate
 from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
-from inception_jax.training.workdir import Workdir
 from tests import command
 
 FIXTURE = command.ROOT / "tests" / "fixtures" / "56edb8b"

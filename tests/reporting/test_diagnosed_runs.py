@@ -12,8 +12,8 @@ from inception_jax.errors import Preempted
 from inception_jax.evaluation.evaluate import EvalResult, Evaluator
 from inception_jax.reporting import report
 from inception_jax.reporting.diagnosis import Diagnosis
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import state
-from inception_jax.training.workdir import Workdir
 from tests import small
 
 pytestmark = pytest.mark.slow

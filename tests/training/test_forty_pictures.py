@@ -10,6 +10,7 @@ from PIL import Image
 
 from inception_jax.config import Config
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import read_lines
 from inception_jax.training import run, workdir
 from tests import small
@@ -45,7 +46,7 @@ def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Pa
     given = settings(tmp_path, red, blue)
     whole = run.assemble(given, log=lambda _: None)
     this = dataclasses.replace(whole, model=small.Network(given.model.dropout, classes=2))
-    folder = workdir.Workdir(tmp_path / "run")
+    folder = Workdir(tmp_path / "run")
     result = small.train(this, folder, Evaluator(this), changed=[])
     assert (result["step"], result["top1"]) == (120, 100)
 

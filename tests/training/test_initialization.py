@@ -14,7 +14,8 @@ from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, ev
 from inception_jax.inference import load
 from inception_jax.models import networks, weights
 from inception_jax.models.weights import Weights
-from inception_jax.training import initialization, run, state, workdir
+from inception_jax.storage.workdir import Workdir
+from inception_jax.training import initialization, run, state
 from inception_jax.training.checkpoints import Checkpoints
 from tests import small
 
@@ -24,7 +25,7 @@ class Source:
     """A finished run and the file of its last checkpoint."""
 
     run: run.Run
-    workdir: workdir.Workdir
+    workdir: Workdir
     path: pathlib.Path
     weights: Weights
 
@@ -87,7 +88,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     this = small.build(fine_tuning(data_directory, path, train=train))
     drawn = small.draw(this.model, 8)
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))
-    folder = workdir.Workdir(tmp_path / "run")
+    folder = Workdir(tmp_path / "run")
     small.train(this, folder, Evaluator(this), changed=[])
     assert f"starts from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
 

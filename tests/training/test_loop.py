@@ -35,6 +35,7 @@ from inception_jax.errors import (
 from inception_jax.evaluation.evaluate import EvalResult, Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.storage import append_only, integrity, lock
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import clock, compilations
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import checkpoints as checkpointing
@@ -67,20 +68,20 @@ evaluator_of = functools.cache(Evaluator)
 @pytest.fixture(scope="module")
 def reference(
     data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[run.Run, workdir.Workdir]:
+) -> tuple[run.Run, Workdir]:
     """A run that never stopped."""
     this = small.build(small.config(data_directory))
-    folder = workdir.Workdir(tmp_path_factory.mktemp("reference"))
+    folder = Workdir(tmp_path_factory.mktemp("reference"))
     small.train(this, folder, evaluator_of(this), changed=[])
     return this, folder
 
 
-def train_again(this: run.Run, folder: workdir.Workdir) -> dict[str, Any]:
+def train_again(this: run.Run, folder: Workdir) -> dict[str, Any]:
     changed = workdir.check_compatible(workdir.previous(folder), this.config)
     return small.train(this, folder, evaluator_of(this), changed=changed)
 
 
-def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.ndarray]]:
+def final_leaves(this: run.Run, folder: Workdir) -> list[tuple[str, np.ndarray]]:
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
         step = saved.resolve("last")
         restored, _ = saved.restore(step, state.abstract_state(this))
@@ -88,12 +89,12 @@ def final_leaves(this: run.Run, folder: workdir.Workdir) -> list[tuple[str, np.n
     return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in paths]
 
 
-def lines_without_timing(folder: workdir.Workdir) -> list[dict[str, Any]]:
+def lines_without_timing(folder: Workdir) -> list[dict[str, Any]]:
     lines = read_lines(folder.path / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
-def assert_same(this: run.Run, folder: workdir.Workdir, reference: workdir.Workdir) -> None:
+def assert_same(this: run.Run, folder: Workdir, reference: Workdir) -> None:
     expected = final_leaves(this, reference)
     found = final_leaves(this, folder)
     kinds = {re.split(r"\W", path)[1] for path, _ in found}
@@ -115,7 +116,7 @@ def stop_before_step(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
-def test_the_run_is_recorded(reference: tuple[run.Run, workdir.Workdir]) -> None:
+def test_the_run_is_recorded(reference: tuple[run.Run, Workdir]) -> None:
     _, folder = reference
     lines = read_lines(folder.path / "metrics.jsonl")
     at = [(line["step"], line["split"]) for line in lines]
@@ -141,7 +142,7 @@ def test_the_run_is_recorded(reference: tuple[run.Run, workdir.Workdir]) -> None
 
 
 def test_each_evaluation_is_handed_on_once_it_is_on_disk(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -160,7 +161,7 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
         assert evaluated.metrics["top1"] == pytest.approx(100 * evaluated.predictions.right.mean())
         seen.append(result["step"])
 
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11]
     assert "report" in json.loads(folder.result.read_text())["seconds_by_phase"]
@@ -172,7 +173,7 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
 
 
 def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -180,7 +181,7 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
     rare = View(split="train", examples=50, every=Duration(steps=4))
     monkeypatch.setattr(this.config, "evaluations", {"rare": rare})
     evaluator = Evaluator(this)
-    whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
+    whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
     result = small.train(this, whole, evaluator, changed=[])
     lines = lines_without_timing(whole)
     found = [line for line in lines if line["split"] == "rare"]
@@ -201,7 +202,7 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
 
 
 def test_reports_that_take_long_are_written_less_often_and_at_the_end(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -218,7 +219,7 @@ def test_reports_that_take_long_are_written_less_often_and_at_the_end(
         startup, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
     )
     monkeypatch.setattr(this.config.evaluation, "every", Duration(steps=2))
-    small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
+    small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
     assert reports == [2, 11]
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["split"] == "test"] == [2, 4, 6, 8, 10, 11]
@@ -230,7 +231,7 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
     config.log.every = Duration(epochs=1)
     config.evaluation.every = config.checkpoint.every = Duration(epochs=12)
     this = small.build(config)
-    result = small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    result = small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
         line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
     ]
@@ -239,13 +240,13 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
 
 
 def test_a_run_goes_on_from_records_to_the_same_bits(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, uninterrupted = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_before_step(5, patch)
         with pytest.raises(Stopped):
@@ -262,12 +263,12 @@ def test_a_run_goes_on_from_records_to_the_same_bits(
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7, 10])
 def test_a_stopped_run_ends_the_same(
     step: int,
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_before_step(step, patch)
         with pytest.raises(Stopped):
@@ -279,10 +280,10 @@ def test_a_stopped_run_ends_the_same(
 # The first step, one with nothing due, one with a checkpoint due, and one with an evaluation due.
 @pytest.mark.parametrize("step", [1, 7, 8, 5])
 def test_a_run_that_is_asked_to_stop_saves_the_step(
-    step: int, reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+    step: int, reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
         small.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
@@ -293,10 +294,10 @@ def test_a_run_that_is_asked_to_stop_saves_the_step(
 
 
 def test_the_last_step_is_not_asked_to_stop(
-    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     asked: list[int] = []
     result = small.train(this, folder, evaluator_of(this), changed=[], stop=asked.append)
     assert asked == list(range(1, 11))
@@ -305,24 +306,24 @@ def test_the_last_step_is_not_asked_to_stop(
 
 
 def test_saving_does_not_tell_the_preemption_service_an_old_step(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
     asked: list[int] = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
-    small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     assert asked == []
 
 
 def test_a_run_stopped_in_a_save_ends_the_same(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     save = checkpointing.Checkpoints.save
 
     def stop_at_5(self: Any, state: Any, **kwargs: Any) -> None:
@@ -341,7 +342,7 @@ def test_a_run_stopped_in_a_save_ends_the_same(
 
 
 def test_a_finished_run_is_not_trained_again(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
 ) -> None:
     this, folder = reference
     before = lines_without_timing(folder)
@@ -356,7 +357,7 @@ def test_a_finished_run_is_not_trained_again(
 
 @pytest.mark.parametrize("which", ["best", "last", "5"])
 def test_a_checkpoint_evaluates_as_training_did(
-    which: str, reference: tuple[run.Run, workdir.Workdir]
+    which: str, reference: tuple[run.Run, Workdir]
 ) -> None:
     this, folder = reference
     result = evaluate_checkpoint(this, folder, which)
@@ -371,7 +372,7 @@ def test_a_checkpoint_evaluates_as_training_did(
 
 
 def test_a_checkpoint_that_is_not_there_is_named(
-    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, folder = reference
     with pytest.raises(CheckpointError, match=r"no checkpoint '7'.*2, 4, 5, 6, 8, 10, 11"):
@@ -379,7 +380,7 @@ def test_a_checkpoint_that_is_not_there_is_named(
     with pytest.raises(UserError, match="best, last or the number"):
         evaluate_checkpoint(this, folder, "worst")
     with pytest.raises(CheckpointError, match="no checkpoints here"):
-        evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")
+        evaluate_checkpoint(this, Workdir(tmp_path), "last")
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(
@@ -399,7 +400,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(
         main = small.evaluated(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
         return main | small.evaluated(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
 
-    small.train(this, workdir.Workdir(tmp_path), evaluate, changed=[])
+    small.train(this, Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 10, 11]
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -408,14 +409,14 @@ def test_the_last_and_the_best_checkpoints_are_kept(
 
 
 def test_another_rate_and_length_go_on_and_are_recorded(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_before_step(4, patch)
         with pytest.raises(Stopped):
@@ -439,7 +440,7 @@ def test_another_rate_and_length_go_on_and_are_recorded(
 
 @pytest.mark.slow
 def test_a_finished_schedule_that_is_stretched_is_warned_of(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture,
@@ -449,7 +450,7 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
     config.train.length = Duration(steps=20)
     this = small.build(config)
     capsys.readouterr()
-    train_again(this, workdir.Workdir(tmp_path / "run"))
+    train_again(this, Workdir(tmp_path / "run"))
     before, now = (f"{float(each.schedule(n)):.2g}" for each, n in ((reference[0], 10), (this, 11)))
     assert float(now) > 2 * float(before)
     said = capsys.readouterr().err
@@ -487,7 +488,7 @@ def test_compiling_is_said_with_what_it_takes(
 
 @pytest.mark.slow
 def test_a_run_that_is_made_shorter_than_it_is_just_reports(
-    reference: tuple[run.Run, workdir.Workdir], data_directory: pathlib.Path
+    reference: tuple[run.Run, Workdir], data_directory: pathlib.Path
 ) -> None:
     _, folder = reference
     before = lines_without_timing(folder)
@@ -504,7 +505,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = small.build(config)
     with pytest.raises(RunError, match=r"not finite at step [12],") as error:
-        small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+        small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
     # The curves show it, too.
@@ -512,13 +513,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_before_step(4, patch)
         with pytest.raises(Stopped):
@@ -569,12 +570,12 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
 
 
 def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         assert not fill_disk(patch, steps=range(5, 8))
         with pytest.raises(WriteError, match="No space left on device"):
@@ -586,13 +587,13 @@ def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
 
 
 def test_a_run_outlives_a_full_disk_where_it_is_told_to(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
     with monkeypatch.context() as patch:
         failed = fill_disk(patch, steps=range(3, 8))
@@ -606,12 +607,12 @@ def test_a_run_outlives_a_full_disk_where_it_is_told_to(
 
 
 def test_the_last_checkpoint_must_be_written(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
     with monkeypatch.context() as patch:
         fill_disk(patch, steps=range(10, 11))
@@ -624,7 +625,7 @@ def test_the_last_checkpoint_must_be_written(
 
 @pytest.mark.parametrize("stop_at", [7, 11])
 def test_a_run_that_ends_without_its_checkpoint_says_so(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     stop_at: int,
@@ -643,7 +644,7 @@ def test_a_run_that_ends_without_its_checkpoint_says_so(
     with pytest.raises(WriteError, match="no space for the checkpoint"):
         small.train(
             this,
-            workdir.Workdir(tmp_path),
+            Workdir(tmp_path),
             evaluator_of(this),
             changed=[],
             stop=lambda step: step == stop_at,
@@ -651,7 +652,7 @@ def test_a_run_that_ends_without_its_checkpoint_says_so(
 
 
 def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -667,24 +668,24 @@ def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
     with pytest.raises(WriteError, match="no space for a report"):
         small.train(
             this,
-            workdir.Workdir(tmp_path / "stop"),
+            Workdir(tmp_path / "stop"),
             evaluator_of(this),
             changed=[],
             on_evaluation=show,
         )
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
-    folder = workdir.Workdir(tmp_path / "continue")
+    folder = Workdir(tmp_path / "continue")
     small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=show)
     assert steps == [5, 5, 10, 11]
 
 
 def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder, elsewhere = workdir.Workdir(tmp_path / "run"), tmp_path / "elsewhere"
+    folder, elsewhere = Workdir(tmp_path / "run"), tmp_path / "elsewhere"
     whole = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -706,10 +707,10 @@ def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
 
 
 def test_a_damaged_checkpoint_costs_steps_and_no_bits(
-    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(shutil.copytree(expected.path, tmp_path / "run"))
+    folder = Workdir(shutil.copytree(expected.path, tmp_path / "run"))
     largest = max((folder.checkpoints / "11").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -721,12 +722,12 @@ def test_a_damaged_checkpoint_costs_steps_and_no_bits(
 
 
 def test_a_clock_that_jumps_changes_no_line(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
-    folder = workdir.Workdir(tmp_path)
+    folder = Workdir(tmp_path)
     clock, offset = time.time, [0.0]
     whole = pipeline.train_batches
 
@@ -749,7 +750,7 @@ def test_a_clock_that_jumps_changes_no_line(
 
 
 def test_a_second_trainer_is_refused(
-    reference: tuple[run.Run, workdir.Workdir], tmp_path: pathlib.Path
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
     before = (expected.path / "metrics.jsonl").read_bytes()
@@ -762,7 +763,7 @@ def test_a_second_trainer_is_refused(
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(
-    reference: tuple[run.Run, workdir.Workdir],
+    reference: tuple[run.Run, Workdir],
 ) -> None:
     this, folder = reference
     results = []
@@ -784,9 +785,9 @@ def test_a_run_without_average_trains_and_evaluates(
     config = small.config(data_directory)
     config.train.ema, config.train.length = Duration(), Duration(steps=3)
     this = small.build(config)
-    result = small.train(this, workdir.Workdir(tmp_path), evaluator_of(this), changed=[])
+    result = small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     assert np.isfinite(result["loss"])
-    assert evaluate_checkpoint(this, workdir.Workdir(tmp_path), "last")["loss"] == result["loss"]
+    assert evaluate_checkpoint(this, Workdir(tmp_path), "last")["loss"] == result["loss"]
 
 
 @pytest.mark.slow
@@ -801,7 +802,7 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
     assert this.train_image_sizes(0) == [12, 8]
     assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([8], [])
 
-    whole, parts = workdir.Workdir(tmp_path / "whole"), workdir.Workdir(tmp_path / "parts")
+    whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
     small.train(this, whole, evaluator_of(this), changed=[])
     with monkeypatch.context() as patch:
         stop_before_step(7, patch)

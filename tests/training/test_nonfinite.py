@@ -18,6 +18,7 @@ from inception_jax.errors import RunError
 from inception_jax.evaluation.evaluate import EvalResult
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import MEASURED, read_lines
 from inception_jax.training import (
     checkpoints,
@@ -27,7 +28,6 @@ from inception_jax.training import (
     run,
     state,
     step,
-    workdir,
 )
 from inception_jax.training.metrics import TrainMetrics
 from tests import small
@@ -94,7 +94,7 @@ def evaluate(_: Any, names: Collection[str]) -> dict[str, EvalResult]:
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and returns the lines of metrics, without their times."""
-    small.train(this, workdir.Workdir(folder), evaluate, changed=[])
+    small.train(this, Workdir(folder), evaluate, changed=[])
     return [
         {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_lines(folder / "metrics.jsonl")

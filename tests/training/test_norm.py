@@ -11,8 +11,9 @@ import pytest
 from inception_jax.config import Duration, Evaluation, Train
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import read_lines
-from inception_jax.training import checkpoints, norm, run, state, workdir
+from inception_jax.training import checkpoints, norm, run, state
 from tests import small
 
 
@@ -102,7 +103,7 @@ def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_o
     ends = []
     for examples in (0, 100):
         this = small.build(settings(data_directory, examples=examples))
-        folder = workdir.Workdir(tmp_path / str(examples))
+        folder = Workdir(tmp_path / str(examples))
         small.train(this, folder, Evaluator(this), changed=[])
         lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]

@@ -7,8 +7,9 @@ import pytest
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration
 from inception_jax.errors import CheckpointError, UserError
+from inception_jax.storage import atomic
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir as workdirs
-from inception_jax.training.workdir import Workdir
 
 DATASET: dict[str, Any] = {"name": "digits", "classes": 10, "class names": list("0123456789")}
 
@@ -89,12 +90,12 @@ def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pat
     """They took all of 16 bits for used, and recorded nothing of it."""
     folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
     record = json.loads(folder.config.read_text())
-    workdirs.write_json(folder.config, record | {"dataset": pictures})
+    atomic.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
         workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": depth})
     with pytest.raises(CheckpointError, match="data set's bit depth: 16 → 12"):
         workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 12})
-    workdirs.write_json(folder.config, record | {"dataset": pictures | {"bit depth": 12}})
+    atomic.write_json(folder.config, record | {"dataset": pictures | {"bit depth": 12}})
     with pytest.raises(CheckpointError, match="data set's bit depth: 12 → 0"):
         workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 0})
 
@@ -270,16 +271,16 @@ def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "result.json"
-    workdirs.write_json(path, {"top1": 1.5})
+    atomic.write_json(path, {"top1": 1.5})
     with pytest.raises(TypeError):
-        workdirs.write_json(path, {"top1": object()})
+        atomic.write_json(path, {"top1": object()})
     assert json.loads(path.read_text()) == {"top1": 1.5}
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir="):
-        workdirs.check_writable(Workdir(tmp_path / "file" / "run"))
-    workdirs.check_writable(Workdir(tmp_path / "a" / "b"))
+        workdirs.check_writable(tmp_path / "file" / "run")
+    workdirs.check_writable(tmp_path / "a" / "b")
     # Marked, as pictures may lie in folders beside it.
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".inception_jax"]

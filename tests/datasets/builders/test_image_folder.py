@@ -21,7 +21,6 @@ from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 from inception_jax.reporting import plots
 from inception_jax.training import workdir as workdirs
-from inception_jax.training.workdir import Workdir
 from tests import archives
 
 SIZE = 16
@@ -490,7 +489,7 @@ def test_data_and_run_may_lie_below_the_source(
     first = prepare(inside, log=quiet)
     assert first.num_classes == 3
     # A run makes its folder first; its files, logs and notes come and grow.
-    workdirs.check_writable(Workdir(path / "runs" / "x"))
+    workdirs.check_writable(path / "runs" / "x")
     for step in range(2):
         lines: list[str] = []
         assert prepare(inside, log=lines.append).train.names == first.train.names
