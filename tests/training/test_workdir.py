@@ -280,7 +280,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir="):
-        workdirs.check_writable(Workdir(tmp_path / "file" / "run"))
-    workdirs.check_writable(Workdir(tmp_path / "a" / "b"))
+        workdirs.check_writable(tmp_path / "file" / "run")
+    workdirs.check_writable(tmp_path / "a" / "b")
     # Marked, as pictures may lie in folders beside it.
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".inception_jax"]

@@ -494,7 +494,7 @@ def test_data_and_run_may_lie_below_the_source(
     first = prepare(inside, log=quiet)
     assert first.num_classes == 3
     # A run makes its folder first; its files, logs and notes come and grow.
-    workdirs.check_writable(Workdir(path / "runs" / "x"))
+    workdirs.check_writable(path / "runs" / "x")
     for step in range(2):
         lines: list[str] = []
         assert prepare(inside, log=lines.append).train.names == first.train.names
