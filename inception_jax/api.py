@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, overload
 
 import flax.linen as nn
+import jax
 import numpy as np
 import optax
 from absl import logging
@@ -68,6 +69,11 @@ def train(
       RunError: if the loss or gradient is not finite.
     """
     _check_config(config)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"inception_jax.train: this is one of {jax.process_count()} processes, which it does "
+            "not keep together; start the command in each: python -m inception_jax.main"
+        )
     path = paths.local(_checked_path(workdir, "workdir", "a run's folder"), str(workdir))
     own = {"dataset": _dataset(dataset), "model": model, "optimizer": optimizer}
     with (

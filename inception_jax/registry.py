@@ -14,15 +14,20 @@ Settings of such a part that the typed configuration does not have are its optio
 their defaults where it is registered, given as `config.<group>.options`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+import inspect
 import pathlib
 import re
+import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from inception_jax.errors import ConfigError, nearest
+from inception_jax.errors import ConfigError, UserError, nearest
 
 _PACKAGE = pathlib.Path(__file__).parent
 
@@ -81,7 +86,7 @@ class DatasetPart(Part):
     """A data set: what has to be known of it before anything of it is read or prepared.
 
     `build` takes the settings (`config.Data`, its options complete) and returns the splits, in one
-    of the forms that `datasets.register_dataset` describes; or, with `is_builder`, the class of an
+    of the forms that `register_dataset` describes; or, with `is_builder`, the class of an
     `ImageBuilder`. It is called when the data set is prepared, not when prepared data are opened.
 
     Attributes:
@@ -209,16 +214,13 @@ class Registry(Generic[AnyPart]):
             )
 
         def decorate(function: Function) -> Function:
-            # A class is where its instances are made.
-            made = (getattr(function, name, None) for name in ("__code__", "__init__"))
-            code = next((c for each in made if (c := getattr(each, "__code__", each))), None)
-            code = code if isinstance(code, types.CodeType) else None
+            file, line = _place(function)
             part = self._part(
                 name=name,
                 build=function,
                 options=dict(options or {}),
-                file=code.co_filename if code else "",
-                line=code.co_firstlineno if code else 0,
+                file=file,
+                line=line,
                 **facts,
             )
             # The package's own names are taken, whichever is registered first.
@@ -268,9 +270,55 @@ class Registry(Generic[AnyPart]):
 
     def _load(self) -> None:
         """Imports the module that registers the package's own parts."""
-        if home := self._home:
-            self._home = ""
+        if not (home := self._home):
+            return
+        # The module's own registrations come here, too.
+        self._home = ""
+        try:
             importlib.import_module(home)
+        except BaseException:
+            self._home = home
+            raise
+
+
+@contextlib.contextmanager
+def explained(part: Part, what: str) -> Iterator[None]:
+    """Explains what a user's function raises; an error of the package's own stays as it is.
+
+    Args:
+      part: that fails, if one does.
+      what: it is called in the message, such as "the optimizer 'lion'".
+
+    Raises:
+      ConfigError: with the part, the error, and the line of the part's file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if part.is_own:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == part.file]
+        where = f" (line {lines[-1]})" if lines else ""
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{part.place}: {what} failed{where}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _place(function: Any) -> tuple[str, int]:
+    """Returns the file and the line where what is registered begins."""
+    inner = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    # A class is where its instances are made, an object where its class is called.
+    for each in (inner, getattr(inner, "__init__", None), type(inner).__call__):
+        if isinstance(code := getattr(each, "__code__", None), types.CodeType):
+            return code.co_filename, code.co_firstlineno
+    module = sys.modules.get(getattr(inner, "__module__", ""))
+    return getattr(module, "__file__", None) or "", 0
 
 
 def _identity(part: Part) -> tuple[str, str]:

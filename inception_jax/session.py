@@ -5,6 +5,7 @@ is refused before anything is written or computed, and config.json is read once.
 """
 
 import contextlib
+import hashlib
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.console import say
 from inception_jax.evaluation import evaluate
+from inception_jax.experiment import used_parts
 from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
@@ -110,9 +112,9 @@ def evaluate_weights(
     config: Config, path: pathlib.Path, *, join: Callable[[Config], Stop]
 ) -> dict[str, Any]:
     """Evaluates a file of weights on the data set of some settings."""
-    run.check_settings(config)
+    run.check_settings(config, log=say)
     join(config)
-    return evaluate.evaluate_weights(run.assemble(config, log=say), weights.load(path))
+    return evaluate.evaluate_weights(run.assemble(config, log=say), weights.load(path, say))
 
 
 def join_processes(
@@ -125,13 +127,25 @@ def join_processes(
       processes: on which devices, and with which other processes, as `devices.initialize` takes it.
       command: what else must be the same in all processes.
     """
+    parts = used_parts(config)
     notify_preemption = devices.initialize(
         **processes,
         heartbeat_timeout=config.watch.host_silence,
-        fingerprint=lambda: environment.software() | configs.shared(config) | dict(command),
+        fingerprint=lambda: (
+            environment.software()
+            | configs.shared(config)
+            | {f"{each['kind']} {each['name']}": _checksum(each["file"]) for each in parts}
+            | dict(command)
+        ),
         log=say,
     )
     return preemption.Preemption(notify_preemption).requested
+
+
+def _checksum(file: str) -> str:
+    """Returns that of a file that registers a part, or '' of what is none."""
+    path = pathlib.Path(file)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def train_run(
@@ -155,7 +169,9 @@ def train_run(
     """
 
     def record(first: int) -> list[str]:
-        lines = _rate_rise(setup, before.record.config, first) if first and before.record else []
+        lines: list[str] = []
+        if first and before.record and setup.applies_schedule:
+            lines = _rate_rise(setup, before.record.config, first)
         workdirs.record_start(
             before,
             setup.config,
@@ -176,14 +192,18 @@ def train_run(
 
 def _settle(
     folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
-) -> tuple[Previous, Config, list[str], dict[str, Any] | None]:
+) -> tuple[Previous, Config, list[str], Mapping[str, Any] | None]:
     """Returns what a folder held, the settings of this start, what they change, and their origin.
 
     Raises:
       UserError: if a setting is wrong, or the folder is another run's.
     """
     before = workdirs.previous(folder)
-    experiment = origin and workdirs.recall(before, config, *origin, say)
+    experiment: Mapping[str, Any] | None
+    if origin:
+        experiment = workdirs.recall(before, config, *origin, say)
+    else:
+        experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, say)
     config = workdirs.with_recorded(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment

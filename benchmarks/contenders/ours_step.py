@@ -4,6 +4,7 @@ The step is the one that the training command compiles, with its augmentation, l
 data set is noise in memory.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from benchmarks.contenders import network, serve
 from inception_jax import config, console
 from inception_jax.config import Config
+from inception_jax.datasets import splits
 from inception_jax.datasets.dataset import Dataset
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import pipeline
@@ -60,9 +62,11 @@ def noise(settings: dict[str, Any]) -> Dataset:
         images = random.integers(0, 256, (count, size, size, 3), np.uint8)
         return images, random.integers(0, classes, count, np.int32)
 
-    return Dataset.from_arrays(
-        *split(), evaluation=split(), class_names=tuple(map(str, range(classes)))
-    )
+    names = tuple(map(str, range(classes)))
+    dataset = Dataset.from_arrays(*split(), evaluation=split(), class_names=names)
+    # The same batch again and again.
+    train = splits.subset(dataset.train, np.resize(np.arange(count), _EXAMPLES))
+    return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
 
 def make_run(settings: dict[str, Any]) -> Run:

@@ -130,7 +130,7 @@ class Dataset:
     @property
     def train_evaluated(self) -> Split:
         """The examples to train on, as an evaluation sees them."""
-        return self.view("train", crop=self.eval_crop)
+        return self.view(self.train_split, crop=self.eval_crop)
 
     @property
     def evaluation(self) -> Split:
@@ -141,7 +141,8 @@ class Dataset:
         """Returns a split to evaluate on; the same object for the same arguments.
 
         Args:
-          split: its name, or "train" or "eval" for those that training and evaluation use.
+          split: its name; "train" and "eval" stand for those that training and evaluation use,
+            whatever their names.
           crop: side of the centred square that is cut from each image, over its shorter side; other
             than 1 of records only (config.data.storage).
           examples: how many, from its first on; None: all.
@@ -149,8 +150,7 @@ class Dataset:
         Raises:
           ConfigError: if there is no such split, or it cannot be cropped.
         """
-        alias = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
-        name = split if split in self.splits else alias
+        name = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
         if name not in self.splits:
             raise ConfigError(
                 f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}."

@@ -130,10 +130,11 @@ class Recipe:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of those settings that it alone takes, by name, as JSON gives them back."""
-        if self.part.is_builder:
-            return {name: getattr(self.data, name) for name in self.part.takes}
-        options = registry.with_defaults(self.part, self.data.options)
-        return {"options": json.loads(json.dumps(options))}
+        found = {name: getattr(self.data, name) for name in self.part.takes}
+        if self.part.options or not self.part.is_builder:
+            options = registry.with_defaults(self.part, self.data.options)
+            found["options"] = json.loads(json.dumps(options))
+        return found
 
     @functools.cached_property
     def code(self) -> str:
@@ -158,7 +159,8 @@ class Recipe:
         # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
         directory, source = self.directory.absolute(), str(self.source or "")
         if self.part.is_builder:
-            make, arguments = self.part.build(self.data), self.settings
+            make = self.part.build(registry.fill(self.part, self.data))
+            arguments = {name: getattr(self.data, name) for name in self.part.takes}
         else:
             from inception_jax.datasets.builders import from_function
 
@@ -192,10 +194,9 @@ class Recipe:
         """Returns how source and settings differ from what was prepared; None if they do not."""
         # Settings that older versions did not have decide on what the source holds, below.
         for name, value in prepared.settings.items():
-            if self.settings[name] != value:
+            if (now := self.settings.get(name)) != value:
                 return Change(
-                    f"config.data.{name} = {self.settings[name]!r}: {where} was prepared with "
-                    f"{value!r}",
+                    f"config.data.{name} = {now!r}: {where} was prepared with {value!r}",
                     "Give that",
                 )
         if self.code and prepared.code and self.code != prepared.code:

@@ -65,7 +65,7 @@ class Evaluator:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._metrics = states.metric_set(run)
+        self._metrics = run.metric_set
         self.main = run.dataset.eval_split
         if self.main in (others := configs.views(run.config)):
             raise ConfigError(

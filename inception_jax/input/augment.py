@@ -141,7 +141,8 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
     """
     part = registry.AUGMENTATIONS.get(name)
     given = {setting: getattr(settings, setting) for setting in part.settings or ()}
-    result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
+    with registry.explained(part, f"the augmentation {name!r}"):
+        result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
             f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; it "

@@ -122,9 +122,9 @@ def create(
         )
     part = registry.MODELS.get(settings.name)
     dtype = ops.auto_dtype() if settings.dtype == "auto" else settings.dtype
-    network = part.build(
-        dataclasses.replace(registry.fill(part, settings), dtype=dtype), num_classes
-    )
+    filled = dataclasses.replace(registry.fill(part, settings), dtype=dtype)
+    with registry.explained(part, f"the model {part.name!r}"):
+        network = part.build(filled, num_classes)
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{part.place}: the model {part.name!r} returned {network!r}, a "
@@ -153,6 +153,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     from inception_jax.models import protocol
 
     least = protocol.min_image_size(network)
+    name = network.called if isinstance(network, protocol.Adapter) else config.model.name
     sizes = [("data.image_size", config.data.image_size)]
     sizes += [("train.image_sizes", size) for size in config.train.image_sizes]
     # 0: the data set's own.
@@ -164,7 +165,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     for path, size in sizes:
         if size < least:
             raise ConfigError(
-                f"config.{path} = {size}: {config.model.name} needs at least {least} px; raise it, "
+                f"config.{path} = {size}: {name} needs at least {least} px; raise it, "
                 "or take a model or stem that shrinks the image less"
             )
     if isinstance(network, protocol.Adapter):
@@ -175,6 +176,7 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
     """Checks that a user's network gives logits and has the variables that training keeps."""
     import jax
     import jax.numpy as jnp
+    from flax.errors import FlaxError
 
     def call(images: jax.Array) -> tuple[Any, Any]:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
@@ -189,6 +191,11 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
         variables, output = jax.eval_shape(call, images)
     except AttributeError as error:  # Of what is no array.
         raise ConfigError(f"{what} returned no logits ({error}); {wanted}") from error
+    except (TypeError, ValueError, FlaxError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{what} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
+        ) from error
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes):

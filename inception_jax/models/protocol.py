@@ -46,14 +46,15 @@ class Adapter(nn.Module):
     """A user's network, called as the package's own are; its variables stay where they are.
 
     Attributes:
-      network: returns logits or a `ModelOutput`.
+      adapted_network: returns logits or a `ModelOutput`. A name that no submodule of a user's
+        network has, as its submodules are in this module's scope.
       takes_train: whether it is told if it trains.
       called: its name, for messages.
       place: what registered it, or the argument that gave it, for messages.
       least: the least side of its images, pixels, where it does not say itself.
     """
 
-    network: nn.Module
+    adapted_network: nn.Module
     takes_train: bool
     called: str
     place: str
@@ -61,11 +62,17 @@ class Adapter(nn.Module):
 
     def setup(self) -> None:
         """Gives the network's variables the paths that they have without this module."""
-        nn.share_scope(self, self.network)
+        nn.share_scope(self, self.adapted_network)
+
+    @property
+    def dtype(self) -> Any:
+        """The type that the network computes in; None: it does not say."""
+        return getattr(self.adapted_network, "dtype", None)
 
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         """Returns the logits of images, float32 [B, H, W, 3], normalised."""
-        output: Any = self.network(images, **({"train": train} if self.takes_train else {}))
+        arguments = {"train": train} if self.takes_train else {}
+        output: Any = self.adapted_network(images, **arguments)
         output = output if isinstance(output, ModelOutput) else ModelOutput(output)
         return jax.tree.map(lambda logits: logits.astype(jnp.float32), output)
 
@@ -77,6 +84,8 @@ def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 
       network: returns logits or a `ModelOutput`.
       name, place, min_image_size: `called`, `place` and `least` of an `Adapter`.
     """
+    if isinstance(network, Adapter):
+        return network
     parameters = inspect.signature(type(network).__call__).parameters.values()
     takes_train = any(each.name == "train" or each.kind == each.VAR_KEYWORD for each in parameters)
     return Adapter(network, takes_train, name, place, min_image_size)
@@ -84,13 +93,13 @@ def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 
 
 def own(network: nn.Module) -> nn.Module:
     """Returns the network as it was registered."""
-    return network.network if isinstance(network, Adapter) else network
+    return network.adapted_network if isinstance(network, Adapter) else network
 
 
 def plain(network: nn.Module) -> nn.Module:
     """Returns a network that computes by plain operations, for readers and other libraries."""
     if isinstance(network, Adapter):
-        return network.clone(network=plain(network.network))
+        return network.clone(adapted_network=plain(network.adapted_network))
     return network.clone(rewrite=False) if hasattr(network, "rewrite") else network
 
 

@@ -20,7 +20,7 @@ TESTED_WITH = {"jax": ("0.10.2", "0.12.0.1")}
 
 
 class KeyValueStore:
-    """The key-value store of JAX's coordination service, as a `hosts.Store`."""
+    """The key-value store of JAX's coordination service."""
 
     def __init__(self) -> None:
         self._client: Any = distributed.global_state.client

@@ -231,8 +231,8 @@ class RunWriter:
         with contextlib.ExitStack() as opened:
             for part in (metrics, *map(registry.WRITERS.get, settings.writers)):
                 self._writers.append(_Guarded(part, settings, workdir, patient=patient, log=log))
-                self._writers[-1].resume(resume_step)
                 opened.callback(self._writers[-1].close)
+                self._writers[-1].resume(resume_step)
             self._opened = opened.pop_all()
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
@@ -260,8 +260,13 @@ class RunWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except WriteError:
+            # The error that ends the run says more.
+            if kind is None:
+                raise
 
 
 def informative(metrics: Mapping[str, float], classes: int) -> dict[str, float]:

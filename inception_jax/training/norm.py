@@ -27,13 +27,15 @@ class NormEstimator:
     They become the mean of those of the first `evaluation.norm_examples` that training sees, in its
     batches, with the parameters that evaluation uses and images as it has them. Training normalises
     by each batch's own, so it goes on as it would have. Where the setting is 0, or the network has
-    no BatchNorm, a state stays as it is.
+    no BatchNorm, or does not say its momentum, a state stays as it is.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
         self._batches = -(-examples // run.config.train.batch_size)
+        if protocol.said(run.model, "norm_momentum") is None:
+            self._batches = 0
         replicated = sharding.replicated(run.mesh)
         self._jitted = jax.jit(
             self._add_statistics,
@@ -89,6 +91,6 @@ class NormEstimator:
             mutable=["batch_stats"],
         )
         # The network keeps its momentum's share of the zeros.
-        momentum = protocol.needed(self._run.model, "norm_momentum", "evaluation.norm_examples")
+        momentum = protocol.said(self._run.model, "norm_momentum")
         share = 1 / (1 - momentum) / self._batches
         return jax.tree.map(lambda old, new: old + share * new, mean, updated["batch_stats"])

@@ -67,7 +67,8 @@ def make_optimizer(
     """
     part = registry.OPTIMIZERS.get(optimizer.name)
     settings = Settings(**vars(registry.fill(part, optimizer)), network=network)
-    built = part.build(settings, schedule)
+    with registry.explained(part, f"the optimizer {part.name!r}"):
+        built = part.build(settings, schedule)
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(
             f"{part.place}: the optimizer {part.name!r} returned {built!r}, a "

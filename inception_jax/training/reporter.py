@@ -137,12 +137,9 @@ class Reporter:
             jax.block_until_ready(metrics)
         self.check_finite(step, metrics)
         values = metrics.compute()
-        # The rate that the step applied: the schedule counts finished steps.
-        rate = float(self._run.schedule(step - 1))
-        self._write(step, "train", {**values, "learning_rate": rate, **timing})
-        self._progress.status(
-            {"loss": values["loss"], "top1": values["top1"], "learning_rate": rate}
-        )
+        rate = self._learning_rate(step)
+        self._write(step, "train", {**values, **rate, **timing})
+        self._progress.status({"loss": values["loss"], "top1": values["top1"], **rate})
 
     def check_finite(self, step: int, metrics: TrainMetrics) -> None:
         """Stops the run at a loss or gradient that is not finite, or at too many in a row.
@@ -163,22 +160,31 @@ class Reporter:
             self.log(f"step {n:,} was left out: {what} not finite")
         if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
             return
-        rate = float(self._run.schedule(first - 1))
-        self._write(first, "train", {"loss": math.nan, "learning_rate": rate})
+        self._write(first, "train", {"loss": math.nan, **self._learning_rate(first)})
         what = "the loss or the gradient was"
         if first in bad:
             what = nonfinite.describe(bad[first], self._modules)
         raise self._not_finite(what, first, train.nonfinite_limit if skip else 1)
 
+    def _learning_rate(self, step: int) -> dict[str, float]:
+        """Returns the rate that a step applied; nothing where an optimizer of the caller's does."""
+        # The schedule counts finished steps.
+        found = float(self._run.schedule(step - 1))
+        return {"learning_rate": found} if self._run.applies_schedule else {}
+
     def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
-        rate = float(self._run.schedule(step - 1))
+        remedies = "Try a lower learning rate of the optimizer, or"
+        if rate := self._learning_rate(step):
+            remedies = (
+                "Try a lower config.schedule.learning_rate (it was "
+                f"{rate['learning_rate']:.4g}), a longer config.schedule.warmup, "
+                "config.optimizer.clip_norm=1, or"
+            )
         row = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
             f"{row}. The last checkpoint is from before that, and the same command goes on from "
-            f"it. Try a lower config.schedule.learning_rate (it was {rate:.4g}), a longer "
-            "config.schedule.warmup, config.optimizer.clip_norm=1, or config.train.nonfinite=skip, "
-            "which leaves single steps out"
+            f"it. {remedies} config.train.nonfinite=skip, which leaves single steps out"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:

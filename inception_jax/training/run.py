@@ -22,6 +22,7 @@ from inception_jax.input import augment, crops, pipeline
 from inception_jax.models import networks, ops, protocol
 from inception_jax.runtime import hosts, sharding
 from inception_jax.training import optimizers, schedules
+from inception_jax.training.metrics import MetricSet
 
 Batch = dict[str, jax.Array]
 
@@ -39,6 +40,7 @@ class Run:
       total_steps: length of training, optimizer steps.
       schedule: learning rate by finished steps.
       optimizer: the update rule.
+      applies_schedule: whether its rate is that of the schedule; a caller's own has another.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Run:
     total_steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    applies_schedule: bool = True
 
     @property
     def is_lead(self) -> bool:
@@ -69,6 +72,15 @@ class Run:
     def _image_size_begins(self) -> list[int]:
         epochs = self.config.train.image_size_epochs
         return [self.timeline.steps(Duration(epochs=epoch)) for epoch in epochs]
+
+    @functools.cached_property
+    def metric_set(self) -> MetricSet:
+        """The metrics that the settings name, once they are checked.
+
+        Raises:
+          ConfigError: if one of them returns what is no metric.
+        """
+        return MetricSet(self.config.evaluation, self.dataset.num_classes)
 
     @property
     def model_name(self) -> str:
@@ -108,12 +120,11 @@ def adapted(config: Config, dataset: Dataset) -> Config:
     """Returns the settings for a data set of the caller's, which has an image size of its own.
 
     Raises:
-      ConfigError: if it is none, or a setting does not fit that size.
+      ConfigError: if it is no data set.
     """
     _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
     config = copy.deepcopy(config)
     config.data.image_size = dataset.image_size
-    configs.validate(config)
     return config
 
 
@@ -158,13 +169,20 @@ def assemble(
         _check_kind("model", model, nn.Module, "of flax.linen, not its class")
         network = protocol.adapted(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
+    if config.evaluation.norm_examples and protocol.said(network, "norm_momentum") is None:
+        log(
+            f"config.evaluation.norm_examples = {config.evaluation.norm_examples}: the network "
+            "does not say its norm_momentum, so BatchNorm's running statistics are used"
+        )
     augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.length)
     schedule = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
+    applies_schedule = optimizer is None
     if optimizer is None:
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, network)
     else:
+        log("optimizer: the one given; config.optimizer and config.schedule are not used")
         _check_kind(
             "optimizer", optimizer, optax.GradientTransformation, "such as optax.adam(1e-3)"
         )
@@ -177,6 +195,7 @@ def assemble(
         total_steps=total_steps,
         schedule=schedule,
         optimizer=optimizer,
+        applies_schedule=applies_schedule,
     )
 
 

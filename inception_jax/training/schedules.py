@@ -81,8 +81,9 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
         )
     filled = registry.fill(part, schedule)
     settings = Settings(**vars(filled), timeline=timeline, warmup_steps=warmup)
-    after = part.build(settings, total_steps - warmup)
-    _check_rate(part, after)
+    with registry.explained(part, f"the schedule {part.name!r}"):
+        after = part.build(settings, total_steps - warmup)
+        _check_rate(part, after)
     peak = schedule.learning_rate
     joined = optax.join_schedules([lambda t: peak * (t / max(warmup, 1)), after], [warmup])
     return lambda count: jnp.asarray(joined(jnp.asarray(count, jnp.int32)), jnp.float32)

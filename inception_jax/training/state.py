@@ -12,7 +12,7 @@ import numpy as np
 from inception_jax.models import weights
 from inception_jax.runtime import sharding
 from inception_jax.training import keys
-from inception_jax.training.metrics import MetricSet, TrainMetrics
+from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 
 Variables = dict[str, Any]
@@ -84,7 +84,7 @@ def _initial_state(run: Run) -> TrainState:
         if has_average
         else {},
         opt_state=run.optimizer.init(params),
-        metrics=TrainMetrics.empty(metric_set(run).scale),
+        metrics=TrainMetrics.empty(run.metric_set.scale),
     )
 
 
@@ -151,15 +151,6 @@ def abstract_model_item(
     )
     variables = {"params": params, "batch_stats": batch_stats}
     return variables | {"average": variables if has_average else {}}
-
-
-def metric_set(run: Run) -> MetricSet:
-    """Returns the metrics that the settings name.
-
-    Raises:
-      ConfigError: if one of them returns what is no metric.
-    """
-    return MetricSet(run.config.evaluation, run.dataset.num_classes)
 
 
 def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:

@@ -18,7 +18,7 @@ from inception_jax.training import ema, gradients, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Batch, Run
-from inception_jax.training.state import TrainState, metric_set
+from inception_jax.training.state import TrainState
 
 CompiledStep = futures.Future[jax.stages.Compiled]
 # From a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees: images float32
@@ -115,7 +115,7 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
-    metric_fns = metric_set(run)
+    metric_fns = run.metric_set
     momentum = protocol.said(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
         run.model,

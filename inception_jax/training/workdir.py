@@ -175,9 +175,9 @@ def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = 
         )
     refused, allowed = configs.changes(record.config, config)
     refused += [
-        f"{kind}: that of the settings → {name}, an object of the program's"
+        f"{kind}: {old or 'that of the settings'} → {name}, an object of the program's"
         for kind, name in own.items()
-        if kind not in record.own
+        if (old := record.own.get(kind)) != name
     ]
     if refused:
         raise _other_run(

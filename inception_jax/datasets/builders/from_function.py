@@ -95,7 +95,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         # Before the function runs, which may read it for long.
         self._digest = self._recipe.contents(source).digests[0] if source else ""
         options = registry.with_defaults(part, data.options)
-        returned = part.build(dataclasses.replace(data, options=options))
+        with registry.explained(part, f"the data set {part.name!r}"):
+            returned = part.build(dataclasses.replace(data, options=options))
         names: Any = part.class_names
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping):
             returned, names = returned

@@ -20,7 +20,6 @@ from inception_jax.datasets.sources.files import FolderSource
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 from inception_jax.reporting import plots
-from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir as workdirs
 from tests import archives
 
