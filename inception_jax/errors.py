@@ -47,24 +47,19 @@ class Preempted(Exception):
 _PHASE = "phase: "
 
 
-def note_phase(error: BaseException, phase: str) -> None:
-    """Notes in an error what was going on when it was raised; the first note stays."""
-    if not phase_of(error):
-        error.add_note(f"{_PHASE}{phase}")
-
-
 @contextlib.contextmanager
 def during(phase: str) -> Iterator[None]:
-    """Notes the phase in an error that leaves the `with` block."""
+    """Notes the phase in an error that leaves the `with` block; the first note stays."""
     try:
         yield
     except Exception as error:
-        note_phase(error, phase)
+        if not phase_of(error):
+            error.add_note(f"{_PHASE}{phase}")
         raise
 
 
 def phase_of(error: BaseException) -> str:
-    """Returns what `note_phase` noted, or ''."""
+    """Returns what `during` noted, or ''."""
     notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_PHASE)]
     return notes[0].removeprefix(_PHASE) if notes else ""
 

@@ -319,6 +319,13 @@ def with_defaults(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, default) for name, default in part.options.items()}
 
 
+def described(found: Any) -> str:
+    """Returns type and shape of what a part returned, in words."""
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"{found.dtype} {list(found.shape)}"
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric(Part):
     """A metric of the outputs of a network, as `register_metric` describes it."""

@@ -143,14 +143,9 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
     given = {setting: getattr(settings, setting) for setting in part.settings or ()}
     result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
-        found = (
-            f"{result.dtype} {list(result.shape)}"
-            if isinstance(result, jax.Array)
-            else f"a {type(result).__name__}"
-        )
         raise ConfigError(
-            f"{part.place}: the augmentation {name!r} returned {found}; it has to return images as "
-            f"it was given them, float32 {list(images.shape)}"
+            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; it "
+            f"has to return images as it was given them, float32 {list(images.shape)}"
         )
     return result
 

@@ -21,7 +21,7 @@ from clu import metrics
 
 from inception_jax.config import Evaluation
 from inception_jax.errors import ConfigError
-from inception_jax.registry import METRICS, Metric, register_metric, with_defaults
+from inception_jax.registry import METRICS, Metric, described, register_metric, with_defaults
 from inception_jax.training import losses
 
 NEVER = -1
@@ -164,16 +164,9 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
         fits = shape == (examples,) and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating))
     if not fits:
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): returned {_described(found)} for {given}; "
+            f"metric {part.name!r} ({part.place}): returned {described(found)} for {given}; "
             f"expected {expected}"
         )
-
-
-def _described(found: Any) -> str:
-    """Returns type and shape of what a function returned, in words."""
-    if hasattr(found, "shape") and hasattr(found, "dtype"):
-        return f"{found.dtype} {list(found.shape)}"
-    return "None" if found is None else f"a {type(found).__name__}"
 
 
 @flax.struct.dataclass
