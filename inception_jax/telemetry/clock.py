@@ -5,6 +5,7 @@ each second belongs to exactly one phase, and the rate is taken over training ti
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -79,46 +80,29 @@ class Clock:
         self._since = now
 
 
-class Rate:
-    """Examples a second of training by a clock, from one report to the next.
+class Laps:
+    """The seconds of a clock from one report to the next.
 
-    The phases "train" and "input" count; all others are pauses.
+    Args:
+      clock: what measures the time.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._seconds = self._elapsed()
+        self._last = clock.state()
 
-    def since_last(self, examples: int) -> float:
-        """Returns examples a second since the last call, and starts the next interval.
+    def since_last(self, images: int) -> tuple[float, float]:
+        """Returns the speed of training since the last call, and the share of time it waited.
 
         Args:
-          examples: how many examples were processed since the last call.
+          images: how many it has seen since then.
 
         Returns:
-          The rate; NaN when no time was spent in the phases.
+          Images a second of the phases "train" and "input", all others being pauses, and the share
+          of "input" in all phases, from 0 to 1; NaN when no time was spent in them.
         """
-        start, self._seconds = self._seconds, self._elapsed()
-        seconds = self._seconds - start
-        return examples / seconds if seconds > 0 else float("nan")
-
-    def _elapsed(self) -> float:
-        return self._clock.seconds("train") + self._clock.seconds("input")
-
-
-class Share:
-    """The share of time that one phase of a clock took, from one report to the next."""
-
-    def __init__(self, clock: Clock, phase: str) -> None:
-        self._clock = clock
-        self._phase = phase
-        self._last = self._elapsed()
-
-    def since_last(self) -> float:
-        """Returns the share since the last call, from 0 to 1; NaN when no time passed."""
-        (phase, total), self._last = self._last, self._elapsed()
-        phase, total = self._last[0] - phase, self._last[1] - total
-        return phase / total if total > 0 else float("nan")
-
-    def _elapsed(self) -> tuple[float, float]:
-        return self._clock.seconds(self._phase), self._clock.total()
+        last, self._last = self._last, self._clock.state()
+        lap = {phase: seconds - last.get(phase, 0.0) for phase, seconds in self._last.items()}
+        waited, total = lap.get("input", 0.0), sum(lap.values())
+        busy = lap.get("train", 0.0) + waited
+        return images / busy if busy > 0 else math.nan, waited / total if total > 0 else math.nan

@@ -12,7 +12,7 @@ import numpy as np
 from inception_jax.errors import RunError
 from inception_jax.runtime import environment
 from inception_jax.telemetry import resources
-from inception_jax.telemetry.clock import Clock, Rate, Share
+from inception_jax.telemetry.clock import Clock, Laps
 from inception_jax.telemetry.progress import Progress
 from inception_jax.telemetry.writers import RunWriter
 from inception_jax.training import nonfinite
@@ -68,8 +68,7 @@ class Reporter:
         self._main = run.dataset.eval_split
         self._writer = writer
         self._progress = progress
-        self._rate = Rate(clock)
-        self._input_wait = Share(clock, "input")
+        self._laps = Laps(clock)
         self._last_report = 0
         self._modules: list[str] = []
         # Of the steps since the last look; not all of them where reports are very rare.
@@ -124,9 +123,9 @@ class Reporter:
 
     def report_later(self, step: int, metrics: TrainMetrics) -> None:
         """Keeps metrics until the next step is dispatched, so that the device does not wait."""
-        rate = self._rate.since_last((step - self._last_report) * self._run.config.train.batch_size)
+        images = (step - self._last_report) * self._run.config.train.batch_size
         self._last_report = step
-        self._pending = (step, metrics, self._timing(rate))
+        self._pending = (step, metrics, self._timing(images))
 
     def report_pending(self) -> None:
         """Reports the metrics that were kept."""
@@ -233,11 +232,12 @@ class Reporter:
             "environment": environment.environment(),
         }
 
-    def _timing(self, rate: float) -> dict[str, float]:
+    def _timing(self, images: int) -> dict[str, float]:
+        rate, input_wait = self._laps.since_last(images)
         found = {
             "images_per_second": round(rate, 2),
             "seconds": round(self.clock.total(), 3),
-            "input_wait": round(self._input_wait.since_last(), 4),
+            "input_wait": round(input_wait, 4),
         }
         for name, value in (
             ("resident_memory", resources.resident_memory()),

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from inception_jax.telemetry.clock import Clock, Rate, Share
+from inception_jax.telemetry.clock import Clock, Laps
 
 
 class _Time:
@@ -86,33 +86,33 @@ def test_the_clock_runs_by_itself() -> None:
 def test_the_rate_leaves_out_pauses_and_earlier_intervals() -> None:
     time = _Time()
     clock = Clock({"train": 50.0}, now=time)
-    rate = Rate(clock)
+    laps = Laps(clock)
     with clock.phase("train"):
         time.sleep(3)
         with clock.phase("evaluate"):
             time.sleep(30)
         with clock.phase("input"):
             time.sleep(1)
-    assert rate.since_last(400) == 100
+    assert laps.since_last(400)[0] == 100
     with clock.phase("train"):
         time.sleep(2)
-    assert rate.since_last(400) == 200
-    assert math.isnan(rate.since_last(0))
+    assert laps.since_last(400)[0] == 200
+    assert math.isnan(laps.since_last(0)[0])
 
 
-def test_the_share_of_a_phase_is_of_the_time_since_the_last_report() -> None:
+def test_the_share_of_input_is_of_the_time_since_the_last_report() -> None:
     time = _Time()
     clock = Clock({"input": 50.0}, now=time)
-    share = Share(clock, "input")
+    laps = Laps(clock)
     with clock.phase("train"):
         time.sleep(3)
         with clock.phase("input"):
             time.sleep(1)
-    assert share.since_last() == 0.25
+    assert laps.since_last(1)[1] == 0.25
     with clock.phase("train"):
         time.sleep(2)
-    assert share.since_last() == 0
-    assert math.isnan(share.since_last())
+    assert laps.since_last(1)[1] == 0
+    assert math.isnan(laps.since_last(1)[1])
 
 
 def test_what_stands_still_is_the_innermost_phase() -> None:
