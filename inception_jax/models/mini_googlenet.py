@@ -136,11 +136,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float [B, H, W, I] to [B, ceil((H - 1) / 2), ceil((W - 1) / 2), features + I]."""
-        height, width = x.shape[1:3]
-        paddings = (
-            ops.pool_padding(height, window=3, stride=2),
-            ops.pool_padding(width, window=3, stride=2),
-        )
+        paddings = ops.pool_paddings(x.shape, window=3, stride=2)
         convolved = self.unit(self.features, 3, 2, paddings, name="conv_3x3")(x)
         pooled = ops.max_pool(x, window=3, stride=2, rewrite=self.rewrite)
         return jnp.concatenate([convolved, pooled], axis=-1)

@@ -213,21 +213,20 @@ def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: bool = False) -
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
-    height, width = x.shape[1:3]
-    paddings = (
-        pool_padding(height, window=window, stride=stride),
-        pool_padding(width, window=window, stride=stride),
-    )
     pool = indexed_max_pool if rewrite else plain_max_pool
-    return pool(x, window, stride, paddings)
+    return pool(x, window, stride, pool_paddings(x.shape, window=window, stride=stride))
 
 
-def pool_padding(size: int, *, window: int, stride: int) -> tuple[int, int]:
-    """Returns the padding before and after one direction of `size` pixels, as `max_pool` has it."""
-    if stride == 1:
-        return (window - 1) // 2, window // 2
-    outputs = -(-(size - window) // stride) + 1
-    return 0, (outputs - 1) * stride + window - size
+def pool_paddings(shape: tuple[int, ...], *, window: int, stride: int) -> Paddings:
+    """Returns the paddings that `max_pool` gives images of a shape [B, H, W, C]."""
+
+    def of(size: int) -> tuple[int, int]:
+        if stride == 1:
+            return (window - 1) // 2, window // 2
+        outputs = -(-(size - window) // stride) + 1
+        return 0, (outputs - 1) * stride + window - size
+
+    return of(shape[1]), of(shape[2])
 
 
 def plain_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -> jax.Array:

@@ -70,7 +70,7 @@ def main(positional: Sequence[str]) -> None:
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
     found = structure.describe(network, size)
-    folder = _output()
+    folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "view")
     workdir.check_writable(folder, flag="output")
     table = make_table(found)
     print(table.markdown())
@@ -95,13 +95,6 @@ def _classes(name: str) -> int:
             f"the number of classes of {name} depends on its source: give it as --classes=N"
         )
     return classes
-
-
-def _output() -> pathlib.Path:
-    default = pathlib.Path(
-        "runs" if _TRAINED.workdir.value is None else _TRAINED.workdir.value, "view"
-    )
-    return _OUTPUT.value or default
 
 
 def _draw_weights(
