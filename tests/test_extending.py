@@ -162,6 +162,45 @@ def test_every_experiment_and_its_settings_are_understood(
 def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
     """A network, data set, optimizer, schedule, augmentation and three writers, in one run."""
     train = said("together.py")
+    small = SHORT | {"model.options.width": 4, "data.options.count": 100, "log.every.steps": 1}
+    run(folder, train, small | {"train.length.steps": 3})
+    found = folder / "runs" / "together"
+    first = json.loads((found / "result.json").read_text())
+    # From the folder alone.
+    resumed = run(folder, ["python", "-m", "inception_jax.main", "--workdir", "runs/together"])
+    assert "signum.py, which registers the optimizer 'signum' of this run" in resumed
+    # Further, by the same command.
+    run(folder, train, small | {"train.length.steps": 5})
+    result = json.loads((found / "result.json").read_text())
+    assert (first["step"], result["step"], result["count"]) == (3, 5, 200)
+    assert result["evaluations"]["mirrored"]["count"] == 200
+    config = json.loads((found / "config.json").read_text())
+    assert {(part["kind"], part["name"]) for part in config["parts"]} == {
+        ("dataset", "shapes"),
+        ("model", "inception_bn"),
+        ("optimizer", "signum"),
+        ("schedule", "triangle"),
+        ("augmentation", "blur"),
+        *(("writer", name) for name in ("csv", "wandb", "mlflow")),
+    }
+    with (found / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row[2:4] == ["train", "loss"]]
+    assert [int(row[0]) for row in rows] == [1, 2, 3, 4, 5]
+    wandb = (folder / "wandb.txt").read_text().splitlines()
+    mlflow = (folder / "mlflow.txt").read_text().splitlines()
+    assert (wandb[0], wandb[-1]) == ("inception inception_bn", "finish")
+    assert mlflow[:2] + mlflow[-1:] == ["inception", "start together", "end"]
+    for lines in (wandb, mlflow):
+        steps = [int(line.split()[0]) for line in lines if "'train/loss'" in line]
+        assert steps == [1, 2, 3, 4, 5]
+
+    evaluated = run(folder, said("--mode=eval"))
+    assert json.loads(evaluated.splitlines()[0])["loss"] == pytest.approx(result["loss"])
+    run(folder, said("--to=savedweights"))
+    assert "name='square'" in run(folder, said("use_weights.py"))
+
+
+def test_metrics_of_one_s_own_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
     arguments = said("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
     less = {"model.width": 0.125, "data.image_size": 16, "evaluations.seen.examples": 50}
     run(folder, arguments, SHORT | less | {"train.length.steps": 2, "optimizer.name": "lion"})
