@@ -255,6 +255,8 @@ def test_the_messages_are_what_the_program_says(
 
 
 def test_every_file_of_the_page_is_run() -> None:
-    imported = {f"{name}.py" for name in re.findall(r"\w+", FILES["together.py"].split("\n")[0])}
+    imported = {
+        f"{name}.py" for name in re.findall(r"\w+", FILES["together.py"].split("\n")[0][6:])
+    }
     run = {"together.py", "ranks.py", "own_loop.py", "notebook.py", "use_weights.py"}
     assert set(FILES) == imported | run | {"again.py", "wrong.py"}
