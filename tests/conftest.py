@@ -38,6 +38,7 @@ flags.FLAGS.mark_as_parsed()
 _LONGEST = (
     "tests/integration/test_command_line.py",
     "tests/training/test_loop.py",
+    "tests/test_extending.py",
     "tests/integration/test_hosts.py",
     "tests/integration/test_faults.py",
     "tests/reporting/test_diagnosed_runs.py",
