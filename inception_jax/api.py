@@ -21,6 +21,7 @@ from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import Preempted, UserError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_weights, summary
+from inception_jax.experiment import check_not_registering
 from inception_jax.experiment import load_config as load_config
 from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor as Predictor
@@ -69,6 +70,7 @@ def train(
       RunError: if the loss or gradient is not finite.
     """
     _check_config(config)
+    check_not_registering("trains")
     if jax.process_count() > 1:
         raise UserError(
             f"inception_jax.train: this is one of {jax.process_count()} processes, which it does "
@@ -225,6 +227,8 @@ def _checked_path(path: object, name: str, what: str) -> Path:
     """Checks that a caller gave a path, not what could be loaded from one."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{name}: must be the path of {what}, got {type(path).__name__}")
+    if not os.fspath(path):
+        raise UserError(f"{name}: is empty; give the path of {what}")
     return path
 
 

@@ -5,6 +5,7 @@ wherever it lies itself and wherever the program runs. Nothing of that is left b
 """
 
 import contextlib
+import contextvars
 import copy
 import difflib
 import importlib.machinery
@@ -24,6 +25,8 @@ from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.storage import paths
 
+# The file that is being run to register the parts of a run, or ''.
+_registering = contextvars.ContextVar("registering", default="")
 # The name by which experiments import each other.
 _NAME = "experiments"
 # Beside the package in a checkout, or where a wheel puts them (pyproject.toml, data-files).
@@ -132,6 +135,9 @@ def import_parts(
     """
     for part in parts:
         kind, name, path = part["kind"], part["name"], pathlib.Path(part["file"])
+        if kind not in registry.REGISTRIES:
+            log(f"{record}: {kind} {name!r}: no kind of part of this version; it is left out")
+            continue
         known = registry.REGISTRIES[kind]
         if name in known:
             continue
@@ -140,11 +146,14 @@ def import_parts(
         if not path.is_file():
             raise CheckpointError(f"{what}, which is not there. {remedy}")
         log(f"running {path}, which registers the {kind} {name!r} of this run")
+        token = _registering.set(str(path))
         try:
             with _running(path):
                 pass
         except Exception as error:
             raise CheckpointError(f"{what}: {_failure(error, path)}. {remedy}") from error
+        finally:
+            _registering.reset(token)
         if name not in known:
             raise CheckpointError(f"{what}, which no longer does. {remedy}")
 
@@ -156,6 +165,22 @@ def _find(place: str, prefix: str) -> pathlib.Path:
         return path
     shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED]
     return next((each for each in shipped if each.is_file()), path)
+
+
+def check_not_registering(what: str) -> None:
+    """Refuses to do what a program does when it is run only to register its parts.
+
+    Args:
+      what: that is, for the message: "trains".
+
+    Raises:
+      UserError: if a file is being run for that.
+    """
+    if file := _registering.get():
+        raise UserError(
+            f"{file} {what} whenever it is run, and it is run to register the parts of a run. Put "
+            "that below if __name__ == '__main__':, or the parts in a file of their own"
+        )
 
 
 @contextlib.contextmanager

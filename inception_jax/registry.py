@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -136,6 +137,12 @@ class DatasetPart(Part):
                 f'{self.version!r}: must be three numbers, such as "1.0.0"'
             )
 
+    def source_problem(self, data: Any) -> str:
+        """Returns what is wrong with a source for a data set that takes none, or ''."""
+        if not data.source or self.takes_source:
+            return ""
+        return f"config.data.source = {data.source!r}: {self.name!r} needs none; leave it empty"
+
     def problems(self, data: Any, default: Any) -> Iterator[str]:
         """Yields what is wrong with settings for this data set.
 
@@ -143,8 +150,8 @@ class DatasetPart(Part):
           data: the settings, `config.Data`.
           default: the same, all at their defaults.
         """
-        if data.source and not self.takes_source:
-            yield f"config.data.source = {data.source!r}: {self.name!r} needs none; leave it empty"
+        if problem := self.source_problem(data):
+            yield problem
         takers: dict[str, list[str]] = {}
         for part in DATASETS:
             for name in part.takes:
@@ -213,7 +220,17 @@ class Registry(Generic[AnyPart]):
                 f'register_{self.kind}("my_{self.kind}")'
             )
 
+        if not isinstance(options or {}, Mapping):
+            raise ConfigError(
+                f"register_{self.kind}({name!r}): options must be a mapping of names to defaults, "
+                f"got {type(options).__name__}"
+            )
+
         def decorate(function: Function) -> Function:
+            if not callable(function):
+                raise ConfigError(
+                    f"register_{self.kind}({name!r}): must decorate a function, got {function!r}"
+                )
             file, line = _place(function)
             part = self._part(
                 name=name,
@@ -227,7 +244,7 @@ class Registry(Generic[AnyPart]):
             if not part.is_own:
                 self._load()
             before = self._parts.get(name)
-            if before is not None and _identity(before) != _identity(part):
+            if before is not None and _is_another(before, part):
                 raise ConfigError(
                     f"{part.place}: registers the {self.kind} {name!r}, which {before.place} has "
                     "registered already; give it another name"
@@ -323,7 +340,19 @@ def _place(function: Any) -> tuple[str, int]:
 
 def _identity(part: Part) -> tuple[str, str]:
     """Returns what tells a part that is registered again from another of the same name."""
-    return part.file, getattr(part.build, "__qualname__", "")
+    # A notebook's cell has another name each time it is changed or run.
+    file = part.file if os.path.isfile(part.file) else ""
+    return file, getattr(part.build, "__qualname__", "")
+
+
+def _is_another(before: Part, part: Part) -> bool:
+    """Whether a part is another than the one that has its name, not the same registered again."""
+    if _identity(before) != _identity(part):
+        return True
+    # A file that is run again has new globals; a cell's are those of its notebook.
+    modules = [getattr(each.build, "__globals__", None) for each in (before, part)]
+    same_run = modules[0] is not None and modules[0] is modules[1] and os.path.isfile(part.file)
+    return same_run and before.line != part.line
 
 
 def option_problems(parts: Sequence[Part], options: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -416,10 +445,10 @@ def register_metric(
       ConfigError: if the name is taken or stands for something else in a line of metrics, or `over`
         is unknown.
     """
-    if name in _RESERVED or (isinstance(name, str) and "/" in name):
+    if name in _RESERVED or (isinstance(name, str) and not re.fullmatch(r"\w+", name)):
         raise ConfigError(
-            f"register_metric({name!r}): this stands for something else in a line of metrics; give "
-            "it another name, without a slash"
+            f"register_metric({name!r}): this stands for something else in a line of metrics, or "
+            "is not a word; give it another name, of letters, digits and _"
         )
     if over not in ("example", "split"):
         raise ConfigError(

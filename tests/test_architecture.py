@@ -47,7 +47,7 @@ MAY_IMPORT |= {
     # What a report is made of can be read without JAX.
     "reporting": BASE | {"figures", "datasets", "telemetry", "evaluation"},
     "cli": BASE | {"experiment", "runtime"},
-    "session": _TOWERS_USE | {"reporting"},
+    "session": _TOWERS_USE | {"experiment", "reporting"},
 }
 COMMANDS = {"tools", "main", "api"}
 

@@ -49,6 +49,8 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     config, default, notes = Config(), Config(), list[str]()
     known = {path: (hint, field) for path, hint, field in leaves()}
     for path, value in flatten(_with_new_names(values, notes), stop=known).items():
+        if any(each.startswith(f"{path}.") for each in known):
+            raise ConfigError(f"config.{path} = {value!r}: must be a group of settings")
         if path not in known:
             notes.append(f"config.{path} = {value!r}: no setting of this version; it is left out")
             continue

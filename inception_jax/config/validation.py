@@ -172,6 +172,13 @@ def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
     Raises:
       ConfigError: naming every setting that is wrong, its value, what is allowed.
     """
+    unknown = [
+        f"config.{path} = {name!r}: {known.unknown(name)}"
+        for path, known, name in named_parts(config)
+        if name not in known
+    ]
+    if unknown and recorded is not None:
+        raise ConfigError("\n".join(unknown))
     tolerated: list[str] = []
     # Fields of a wrong type would make the comparisons between fields fail in odd ways.
     for check in (_field_problems, _part_problems, _contradictions):

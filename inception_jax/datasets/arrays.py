@@ -97,6 +97,22 @@ def check_labels(
     return found.astype(np.int32)
 
 
+def check_numbering(labels: np.ndarray) -> None:
+    """Checks that labels without names of classes are 0 to K - 1, all of them, at least two.
+
+    Raises:
+      DataError: if they are not.
+    """
+    occurring = np.unique(labels)
+    if len(occurring) < 2:
+        raise DataError("labels: are of one class alone; expected two at least")
+    if occurring[-1] >= len(occurring):
+        raise DataError(
+            f"labels: {len(occurring)} numbers occur, up to {occurring[-1]}; expected 0 to "
+            f"{len(occurring) - 1}: np.unique(labels, return_inverse=True)[1]; or give class_names"
+        )
+
+
 def check_class_names(names: Any, what: str) -> tuple[str, ...]:
     """Returns the names of classes, which may be numbers, in the order of the labels.
 

@@ -87,6 +87,8 @@ class Dataset:
         pixels = arrays.stack(images, "images")
         classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
         known = arrays.check_labels(labels, len(pixels), "labels", classes=classes)
+        if not class_names:
+            arrays.check_numbering(known)
         class_names = tuple(class_names) or arrays.numbered(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:

@@ -95,8 +95,9 @@ class Recipe:
           UserError: if a setting does not fit the data set.
         """
         part = registry.DATASETS.get(data.name)
-        if problems := list(part.problems(data, config.Data())):
-            raise ConfigError("\n".join(problems))
+        # The other rules are those of new runs, and for `config.validate`.
+        if problem := part.source_problem(data):
+            raise ConfigError(problem)
         directory = data_directory(data.directory)
         locate = part.locate
         name, version = locate(data, directory, log) if locate else (part.name, part.version)

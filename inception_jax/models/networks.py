@@ -4,6 +4,7 @@ The entries import their modules when they are called, so that their names are k
 """
 
 import dataclasses
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -178,29 +179,36 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
     import jax.numpy as jnp
     from flax.errors import FlaxError
 
+    from inception_jax.models import protocol
+
     def call(images: jax.Array) -> tuple[Any, Any]:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
         variables = network.init(rngs, images, train=True)
         output = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        # As evaluation calls it: with no keys, nothing that changes, and batches of another size.
+        network.apply(variables, jnp.concatenate([images, images]), train=False)
         return variables, output[0]
 
     what = f"{network.place}: the model {network.called!r}"
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
-    wanted = f"it must return logits, an array [2, {num_classes}], or a ModelOutput of such arrays"
+    wanted = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
     try:
         variables, output = jax.eval_shape(call, images)
-    except AttributeError as error:  # Of what is no array.
-        raise ConfigError(f"{what} returned no logits ({error}); {wanted}") from error
-    except (TypeError, ValueError, FlaxError) as error:
+    except (AttributeError, TypeError, ValueError, FlaxError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, AttributeError) and last == protocol.__file__:  # Of what is no array.
+            raise ConfigError(f"{what} returned no logits ({error}); {wanted}") from error
         raise ConfigError(
             f"{what} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
         ) from error
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
-        if shape != (2, num_classes):
-            found = type(logits).__name__ if shape is None else f"an array {list(shape)}"
+        if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
+            found = type(logits).__name__ if shape is None else registry.described(logits)
             raise ConfigError(f"{what} returned {found} for 2 images of {image_size} px; {wanted}")
+    if "params" not in variables:
+        raise ConfigError(f"{what} has no parameters, so there is nothing to train")
     if others := sorted({*variables} - {"params", "batch_stats"}):
         raise ConfigError(
             f"{what} has variables {', '.join(others)}, which "

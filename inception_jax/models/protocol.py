@@ -74,7 +74,12 @@ class Adapter(nn.Module):
         arguments = {"train": train} if self.takes_train else {}
         output: Any = self.adapted_network(images, **arguments)
         output = output if isinstance(output, ModelOutput) else ModelOutput(output)
-        return jax.tree.map(lambda logits: logits.astype(jnp.float32), output)
+        return jax.tree.map(
+            lambda logits: (
+                logits.astype(jnp.float32) if jnp.issubdtype(logits.dtype, jnp.floating) else logits
+            ),
+            output,
+        )
 
 
 def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 1) -> Adapter:

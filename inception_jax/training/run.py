@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from inception_jax import config as configs
 from inception_jax.config import Config, Duration, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
-from inception_jax.errors import ConfigError, during
+from inception_jax.errors import ConfigError, UserError, during
 from inception_jax.input import augment, crops, pipeline
 from inception_jax.models import networks, ops, protocol
 from inception_jax.runtime import hosts, sharding
@@ -216,13 +216,20 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
     Yields:
       image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices.
     """
+    if not isinstance(run, Run):
+        raise UserError(f"run: must be what assemble(config) returned, got {type(run).__name__}")
+    stop = run.total_steps if stop is None else stop
+    if not 0 <= start <= stop or start != int(start):
+        raise UserError(
+            f"start = {start}, stop = {stop}: must be whole numbers, 0 <= start <= stop"
+        )
     config = run.config
     return pipeline.train_batches(
         run.dataset.train,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start=start,
-        stop=run.total_steps if stop is None else stop,
+        stop=stop,
         mesh=run.mesh,
         box_at=crops.train_boxes(config.augment, config.seed),
     )

@@ -23,7 +23,7 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
     np.save(folder / "images.npy", pixels)
     (folder / "names.txt").write_text("".join(f"{n}.png\n" for n in range(count)))
     labels = np.zeros(count, np.int32)
-    return DecodedSplit(labels, folder / "names.txt", size, folder / "images.npy")
+    return DecodedSplit(labels, size, folder / "names.txt", folder / "images.npy")
 
 
 def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None:
