@@ -47,6 +47,8 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
     fields = None
     # The source, of those that keep one open.
     _files: files.Source
+    # What `open` found, as `splits` returns it.
+    _splits: Mapping[str, Any]
 
     DESCRIPTION: ClassVar[str]
     HOMEPAGE: ClassVar[str | None] = None
@@ -102,9 +104,9 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         if hasattr(self, "_files"):
             self._files.close()
 
-    @abc.abstractmethod
-    def splits(self) -> dict[str, Any]:
+    def splits(self) -> Mapping[str, Any]:
         """Returns what each split consists of, sized, in the form that `examples` takes."""
+        return self._splits
 
     @abc.abstractmethod
     def examples(self, items: Any) -> Generator[KeyedExample, None, None]:

@@ -4,7 +4,6 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", Uni
 2009.
 """
 
-import hashlib
 import pathlib
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -59,7 +58,6 @@ class Cifar10(base.ImageBuilder):
 
     _path: pathlib.Path
     _names: list[str]
-    _splits: files.Splits
 
     def open(self) -> None:
         """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
@@ -67,16 +65,25 @@ class Cifar10(base.ImageBuilder):
         with opening.open_path(
             self._path, hidden=folders.hidden, scratch=pathlib.Path(self.data_dir_root)
         ) as source:
-            self._names, self._splits = files.read(source)
-        for split, (_, labels) in self._splits.items():
+            self._names, arrays = files.read(source)
+        for split, (_, labels) in arrays.items():
             self._check_counts(
                 split, labels, len(files.FILES[split]) * files.PER_FILE // files.CLASSES
             )
-        if self._path.is_file() and not _is_official(self._path):
+        path = self._path
+        if path.is_file() and (path.stat().st_size, download.md5_of(path)) != (BYTES, MD5):
             self.log(
                 f"{self._path}: not the official archive (MD5 {MD5}), though its files and counts "
                 "are CIFAR-10's; it is used as it is"
             )
+
+        self._splits = {
+            split: [
+                Example(split, index, row, label)
+                for index, (row, label) in enumerate(zip(pixels, labels, strict=True))
+            ]
+            for split, (pixels, labels) in arrays.items()
+        }
 
     def _locate(self) -> pathlib.Path:
         if not self.source:
@@ -100,23 +107,13 @@ class Cifar10(base.ImageBuilder):
                 f"(expected {expected:,} each). Get the archive again."
             )
 
-    def splits(self) -> dict[str, Sequence[Example]]:
-        """Returns the images of each split."""
-        return {
-            split: [
-                Example(split, index, row, label)
-                for index, (row, label) in enumerate(zip(pixels, labels, strict=True))
-            ]
-            for split, (pixels, labels) in self._splits.items()
-        }
-
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names of batches.meta, and the source."""
         return self._names, {"source": str(self._path.absolute())}
 
     def source_bytes(self) -> int:
         """Returns the size of all pixels, which PNG does not exceed by more than some bytes."""
-        return sum(pixels.nbytes + 200 * len(labels) for pixels, labels in self._splits.values())
+        return sum(len(each) * (3 * 32 * 32 + 200) for each in self._splits.values())
 
     def examples(self, items: Sequence[Example]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images as PNG files, encoded in threads."""
@@ -124,14 +121,6 @@ class Cifar10(base.ImageBuilder):
         for item, data in zip(items, encoded, strict=True):
             name = f"{item.split}_{item.number:05d}.png"
             yield name, {"image": data, "label": item.label, "file_name": name}
-
-
-def _is_official(path: pathlib.Path) -> bool:
-    if path.stat().st_size != BYTES:
-        return False
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    return digest.hexdigest() == MD5
 
 
 def _encode(item: Example) -> bytes:

@@ -40,12 +40,9 @@ class Digits(base.ImageBuilder):
         bunch = datasets.load_digits()
         self._images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         self._labels = bunch.target
-
-    def splits(self) -> dict[str, Sequence[int]]:
-        """Returns the indices of each split's images."""
         by_class = np.argsort(self._labels, kind="stable")
         is_test = np.arange(len(by_class)) % _TEST_EVERY == 0
-        return {
+        self._splits = {
             "train": sorted(by_class[~is_test].tolist()),
             "test": sorted(by_class[is_test].tolist()),
         }
@@ -61,9 +58,5 @@ class Digits(base.ImageBuilder):
     def examples(self, items: Sequence[int]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images as PNG files."""
         for item in items:
-            name = f"digit_{item:04d}.png"
-            label = int(self._labels[item])
-            yield (
-                name,
-                {"image": base.to_png(self._images[item]), "label": label, "file_name": name},
-            )
+            name, image = f"digit_{item:04d}.png", base.to_png(self._images[item])
+            yield name, {"image": image, "label": int(self._labels[item]), "file_name": name}

@@ -195,10 +195,6 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
                 unknown=not is_used,
             )
 
-    def splits(self) -> dict[str, _Returned]:
-        """Returns the splits."""
-        return dict(self._splits)
-
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names; what the examples depend on."""
         source = self._recipe.source

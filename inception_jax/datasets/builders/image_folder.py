@@ -92,7 +92,10 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
         problems, self._bit_depth = self._inspect(entries)
         if problems and self._unreadable == "refuse":
-            raise self._refused(problems, len(entries))
+            raise DataError(
+                f"{self._listed(problems, len(entries))}\nFix or remove them, or set "
+                "config.data.unreadable=skip to leave them out"
+            )
         splits = {
             split: [entry for entry in members if entry.file not in problems]
             for split, members in layout.splits.items()
@@ -165,12 +168,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             return decode.Inspection(decode.Problem(_reason(error), "replace or remove it"))
         return decode.inspect(data, entry.file)
 
-    def _refused(self, problems: dict[str, decode.Problem], count: int) -> DataError:
-        return DataError(
-            f"{self._listed(problems, count)}\nFix or remove them, or set "
-            "config.data.unreadable=skip to leave them out"
-        )
-
     def _listed(self, problems: dict[str, decode.Problem], count: int) -> str:
         """Returns which files have problems, a line for each kind, the most frequent first."""
         kinds: dict[tuple[str, str], list[str]] = {}
@@ -200,10 +197,6 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 f"{self._files.path}: no picture is left to evaluate on. Give at least one class "
                 "two pictures, or add val/ with a folder for each class."
             )
-
-    def splits(self) -> dict[str, Sequence[folders.Entry]]:
-        """Returns the images of each split."""
-        return dict(self._splits)
 
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names; the source, the settings that counted, and what was left out."""

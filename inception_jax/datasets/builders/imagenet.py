@@ -93,7 +93,6 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
     IMAGE: ClassVar[dict[str, Any]] = {"encoding_format": "jpeg"}
 
     _descriptors: list[int]
-    _index: dict[str, list[Entry]]
 
     def open(self) -> None:
         """Opens the two archives and lists what is in them."""
@@ -112,7 +111,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         self._descriptors = []
         for path in paths:
             self._descriptors.append(_descriptor(path))
-        self._index = {"train": self._train(), "validation": self._validation()}
+        self._splits = {"train": self._train(), "validation": self._validation()}
 
     def _locate(self) -> pathlib.Path:
         """Returns the folder of the archives; without a source, where TFDS looks for them."""
@@ -164,17 +163,13 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         for file in self.__dict__.pop("_descriptors", []):
             os.close(file)
 
-    def splits(self) -> dict[str, Sequence[Entry]]:
-        """Returns the images of each split."""
-        return dict(self._index)
-
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class ids and the source."""
         return self._official.wnids, {"source": str(self._paths[0].parent.absolute())}
 
     def source_bytes(self) -> int:
         """Returns the size of all images, bytes."""
-        return sum(entry.size for entries in self._index.values() for entry in entries)
+        return sum(entry.size for entries in self._splits.values() for entry in entries)
 
     def examples(self, items: Sequence[Entry]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""

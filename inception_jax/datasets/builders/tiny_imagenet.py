@@ -60,6 +60,7 @@ class TinyImagenetSubset(base.ImageBuilder):
         """Opens the source and checks that all of its files are there."""
         self._files = layout.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
         self._index = layout.index(self._files)
+        self._splits = self._index.splits
         self._check_counts(self._index)
         for remark in self._index.remarks:
             self.log(f"{self._files.path}: {remark}")
@@ -74,10 +75,6 @@ class TinyImagenetSubset(base.ImageBuilder):
 
     def _check_counts(self, index: layout.Index) -> None:
         """Raises DataError if the numbers of images are not those that they have to be."""
-
-    def splits(self) -> dict[str, Sequence[layout.Entry]]:
-        """Returns the images of each split."""
-        return dict(self._index.splits)
 
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names in the order of the sorted wnids; the wnids and the source."""
@@ -145,10 +142,11 @@ class TinyImagenet(TinyImagenetSubset):
             for what, count in expected.items()
             if found[what] != count
         ]
+        per_class = collections.Counter(entry.wnid for entry in index.splits["train"])
         wrong += [
             f"{count:,} training images of class {wnid} (expected 500)"
-            for wnid, count in _per_class(index).items()
-            if count != 500
+            for wnid in index.wnids
+            if (count := per_class[wnid]) != 500
         ][:3]
         if wrong:
             raise DataError(
@@ -156,8 +154,3 @@ class TinyImagenet(TinyImagenetSubset):
                 f"{', '.join(wrong)}. Get the archive again, or set "
                 "config.data.name=tiny_imagenet_subset to use what is there."
             )
-
-
-def _per_class(index: layout.Index) -> dict[str, int]:
-    counts = collections.Counter(entry.wnid for entry in index.splits["train"])
-    return {wnid: counts[wnid] for wnid in index.wnids}

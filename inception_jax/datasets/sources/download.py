@@ -98,17 +98,20 @@ def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
     )
 
 
+def md5_of(path: pathlib.Path) -> str:
+    """Returns a file's MD5, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    return digest.hexdigest()
+
+
 def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
     """Raises DataError, and removes the file, if it is not the one that was wanted."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with part.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    found = part.stat().st_size
-    if found != size or digest.hexdigest() != md5:
+    found, digest = part.stat().st_size, md5_of(part)
+    if (found, digest) != (size, md5):
         part.unlink()
         raise DataError(
             f"{url}: what was downloaded is another file ({found:,} bytes, md5 "
-            f"{digest.hexdigest()}; expected {size:,} bytes, md5 {md5}); it was removed. Start "
+            f"{digest}; expected {size:,} bytes, md5 {md5}); it was removed. Start "
             "again, or get the file elsewhere and give its path as --config.data.source."
         )
