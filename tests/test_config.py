@@ -312,14 +312,19 @@ def test_a_record_is_read_with_the_experiments_own_values(
 
 def test_a_run_goes_on_with_what_its_start_allowed() -> None:
     recorded = Config()
-    recorded.schedule.name, recorded.schedule.learning_rate = "gone", -1.0
+    recorded.train.aux_weight, recorded.schedule.learning_rate = -2.0, -1.0
     found = configs.validate(copy.deepcopy(recorded), recorded=recorded)
     assert {line.partition(":")[0] for line in found} == {
-        "config.schedule.name = 'gone'",
+        "config.train.aux_weight = -2.0",
         "config.schedule.learning_rate = -1.0",
     }
-    with pytest.raises(ConfigError, match="gone"):
+    with pytest.raises(ConfigError, match="aux_weight"):
         configs.validate(recorded)
+    # Without a part that it names it could not go on.
+    gone = Config()
+    gone.schedule.name = "gone"
+    with pytest.raises(ConfigError, match="gone"):
+        configs.validate(gone, recorded=copy.deepcopy(gone))
     changed = copy.deepcopy(recorded)
     changed.schedule.learning_rate = -2.0
     with pytest.raises(ConfigError, match=r"^config\.schedule\.learning_rate = -2\.0: [^\n]*$"):

@@ -36,6 +36,15 @@ MOST_LINES = {"inception_bn.py": 40, "to_wandb.py": 10, "to_mlflow.py": 10, "not
 # A run of a few steps, and of narrow layers where the command says nothing of them.
 SHORT = {"train.length.epochs": 0, "train.batch_size": 20, "schedule.warmup.epochs": 0.01}
 
+
+@pytest.fixture(autouse=True)
+def only_the_packages_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user's process begins, whatever other tests have registered in this one."""
+    for known in registry.REGISTRIES.values():
+        own = {name: part for name in known.names() if (part := known.get(name)).is_own}
+        monkeypatch.setattr(known, "_parts", own)
+
+
 # Stand-ins for the services' libraries, which say in a file what they were called with.
 WANDB = """
 import types

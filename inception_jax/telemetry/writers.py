@@ -60,6 +60,7 @@ class CluWriter:
 
     def __init__(self, open_at: "Callable[[int], metric_writers.MetricWriter]") -> None:
         self._open_at = open_at
+        self._writer: metric_writers.MetricWriter | None = None
 
     def resume(self, resume_step: int) -> None:
         """Opens the writer."""
@@ -67,16 +68,19 @@ class CluWriter:
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
         """Writes a row."""
+        assert self._writer is not None, "resume comes first"
         named = {"epoch": epoch, **values}
         self._writer.write_scalars(step, {f"{split}/{name}": named[name] for name in named})
 
     def flush(self) -> None:
         """Returns when everything written is on the disk."""
-        self._writer.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         """Closes the writer."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _metrics_file(settings: Log, workdir: Workdir) -> CluWriter:

@@ -270,8 +270,8 @@ class Caching(nn.Module):
     ("build", "words"),
     [
         (lambda s, n: "net", r"model 'broken' returned 'net', a str; it has to return a flax"),
-        (lambda s, n: Wide(), r"returned an array \[2, 7\] for 2 images of 8 px; .*\[2, 10\]"),
-        (lambda s, n: Texts(), r"returned no logits .*an array \[2, 10\], or a ModelOutput"),
+        (lambda s, n: Wide(), r"returned float32 \[2, 7\] for 2 images of 8 px; .*\[2, 10\]"),
+        (lambda s, n: Texts(), r"returned no logits .*float \[2, 10\], or a ModelOutput"),
         (lambda s, n: Caching(), r"has variables cache, which training would not keep"),
     ],
 )
