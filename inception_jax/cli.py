@@ -107,14 +107,17 @@ class TrainedFlags(NamedTuple):
     workdir: flags.FlagHolder[pathlib.Path | None]
     weights: flags.FlagHolder[pathlib.Path | None]
     checkpoint: flags.FlagHolder[str]
+    parts: flags.FlagHolder[pathlib.Path | None]
 
     def values(self) -> dict[str, Any]:
-        """Returns their values, as what loads the weights takes them."""
-        return {flag.name: flag.value for flag in self}
+        """Returns what loads the weights, once the file that registers their network was run."""
+        if self.parts.value is not None:
+            experiments.register_parts(self.parts.value)
+        return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 
 def define_trained(*, or_config: bool = False) -> TrainedFlags:
-    """Defines --workdir, --weights and --checkpoint, of which one of the first two is needed.
+    """Defines --workdir, --weights, --checkpoint and --parts; one of the first two is needed.
 
     Args:
       or_config: whether --config will do instead.
@@ -123,6 +126,11 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
         define_path("workdir", "folder of a run whose checkpoint to use"),
         define_path("weights", "file of weights, instead of --workdir"),
         flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step"),
+        define_path(
+            "parts",
+            "with --weights of a network of one's own: the Python file that registers it, which is "
+            "run: give none that you would not run",
+        ),
     )
     if or_config:
         message = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"

@@ -146,14 +146,10 @@ def import_parts(
         if not path.is_file():
             raise CheckpointError(f"{what}, which is not there. {remedy}")
         log(f"running {path}, which registers the {kind} {name!r} of this run")
-        token = _registering.set(str(path))
         try:
-            with _running(path):
-                pass
-        except Exception as error:
-            raise CheckpointError(f"{what}: {_failure(error, path)}. {remedy}") from error
-        finally:
-            _registering.reset(token)
+            register_parts(path)
+        except UserError as error:
+            raise CheckpointError(f"{what}: {error}. {remedy}") from error
         if name not in known:
             raise CheckpointError(f"{what}, which no longer does. {remedy}")
 
@@ -165,6 +161,26 @@ def _find(place: str, prefix: str) -> pathlib.Path:
         return path
     shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED]
     return next((each for each in shipped if each.is_file()), path)
+
+
+def register_parts(path: pathlib.Path) -> None:
+    """Runs a file for the parts that it registers.
+
+    Raises:
+      UserError: if it is not there, or fails.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {_no_experiment(path)}")
+    token = _registering.set(str(path))
+    try:
+        with _running(path):
+            pass
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {_failure(error, path)}") from error
+    finally:
+        _registering.reset(token)
 
 
 def check_not_registering(what: str) -> None:

@@ -247,7 +247,7 @@ def class_ids(data: config.Data) -> tuple[str, ...]:
       DataError: if the records are gone, so that it cannot be told.
     """
     recipe = Recipe.of(data, print)
-    builder = recipe.builder()
+    builder = preparation.make_builder(recipe)
     if not builder.is_prepared():
         raise DataError(
             f"{builder.data_dir}: is missing, and with it the ids of the classes. Put it back, or "

@@ -12,6 +12,7 @@ from typing import Any
 
 import filelock
 
+from inception_jax import registry
 from inception_jax.datasets import cache
 from inception_jax.datasets.recipe import Log, Recipe
 from inception_jax.errors import DataError
@@ -50,16 +51,31 @@ def _check_space(recipe: Recipe, needed: int) -> None:
     check_space(recipe.directory, needed, what, error=DataError)
 
 
+def make_builder(recipe: Recipe) -> Any:
+    """Returns what prepares a data set, and reads its records; imports TFDS."""
+    part, data = recipe.part, recipe.data
+    # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
+    directory, source = recipe.directory.absolute(), str(recipe.source or "")
+    if part.is_builder:
+        make = part.build(registry.fill(part, data))
+        arguments = {name: getattr(data, name) for name in part.takes}
+    else:
+        from inception_jax.datasets.builders import from_function
+
+        make, arguments = from_function.make_class(part), {"recipe": recipe}
+    return make(source=source, log=recipe.log, data_dir=directory, **arguments)
+
+
 def _prepared_builder(recipe: Recipe) -> Any:
     """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
-    builder = recipe.builder()
+    builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
         with contextlib.closing(builder):
             # What is left is not removed where there is nothing to make it from.
             builder.open()
         recipe.log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
         shutil.rmtree(builder.data_dir)
-        builder = recipe.builder()
+        builder = make_builder(recipe)
     place, aside = pathlib.Path(builder.data_dir), None
     if (
         builder.is_prepared()
@@ -70,7 +86,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
         # As TFDS calls a folder that it has not finished: the next start removes it.
         aside = place.with_name(f"incomplete.old_{recipe.version}")
         os.replace(place, aside)
-        builder = recipe.builder()
+        builder = make_builder(recipe)
     if not builder.is_prepared():
         try:
             with contextlib.closing(builder):

@@ -155,19 +155,6 @@ class Recipe:
         text = f"{ast.unparse(tree)}\n{list(self.part.class_names)}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def builder(self) -> Any:
-        """Returns what prepares it, and reads its records; imports TFDS."""
-        # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
-        directory, source = self.directory.absolute(), str(self.source or "")
-        if self.part.is_builder:
-            make = self.part.build(registry.fill(self.part, self.data))
-            arguments = {name: getattr(self.data, name) for name in self.part.takes}
-        else:
-            from inception_jax.datasets.builders import from_function
-
-            make, arguments = from_function.make_class(self.part), {"recipe": self}
-        return make(source=source, log=self.log, data_dir=directory, **arguments)
-
     def contents(self, path: pathlib.Path) -> files.Contents:
         """Returns what a source holds now.
 

@@ -91,8 +91,8 @@ def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 
     """
     if isinstance(network, Adapter):
         return network
-    parameters = inspect.signature(type(network).__call__).parameters.values()
-    takes_train = any(each.name == "train" or each.kind == each.VAR_KEYWORD for each in parameters)
+    # One that takes any keyword, as nn.Sequential, hands them on to layers that do not know it.
+    takes_train = "train" in inspect.signature(type(network).__call__).parameters
     return Adapter(network, takes_train, name, place, min_image_size)
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
 from inception_jax import config as configs
+from inception_jax import registry
 from inception_jax.config import Config, Model
 from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.models import networks, protocol
@@ -105,7 +106,9 @@ class Weights:
         try:
             return networks.create(self.model, num_classes)
         except ConfigError as error:
-            raise ConfigError(f"{self.origin or 'weights'}: {error}") from error
+            known = self.model.name in registry.MODELS
+            remedy = "" if known else ". On the command line, give that file as --parts=FILE"
+            raise ConfigError(f"{self.origin or 'weights'}: {error}{remedy}") from error
 
     @functools.cached_property
     def num_classes(self) -> int:
