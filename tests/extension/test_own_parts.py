@@ -241,7 +241,11 @@ def registered(kind: Callable[..., Any], **facts: Any) -> Callable[[Any], str]:
 @pytest.fixture
 def forgotten() -> Any:
     """Lets a test register parts that no other sees."""
-    before = {known.kind: dict(known._parts) for known in registry.REGISTRIES.values()}
+    # The package's own are loaded when they are first asked for.
+    before = {
+        known.kind: {name: known.get(name) for name in known.names()}
+        for known in registry.REGISTRIES.values()
+    }
     yield
     for known in registry.REGISTRIES.values():
         known._parts = before[known.kind]

@@ -1,0 +1,115 @@
+"""Parts by name: what is registered again, from where, and what a user's function raises."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from inception_jax import registry
+from inception_jax.errors import ConfigError, UserError
+from inception_jax.registry import METRICS, OPTIMIZERS, Part, Registry
+
+# Of a type that mypy lets pass.
+NOT_A_FUNCTION: Any = 3
+METRIC = """
+from inception_jax.registry import register_metric
+
+@register_metric("mine")
+def mine(logits, labels):
+    return {value}
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METRICS, "_parts", {name: METRICS.get(name) for name in METRICS.names()})
+
+
+def run(path: str, source: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(source, path, "exec"), names)
+    return names
+
+
+def test_a_changed_cell_of_a_notebook_takes_the_place_of_what_it_registered() -> None:
+    run("/tmp/ipykernel_1/1.py", METRIC.format(value=1))
+    names = run("/tmp/ipykernel_1/2.py", "\n" + METRIC.format(value=2))
+    assert METRICS.get("mine").build is names["mine"]
+
+
+def test_a_file_that_is_run_again_takes_the_place_of_what_it_registered(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = tmp_path / "mine.py"
+    for value in (1, 2):
+        path.write_text("\n" * value + METRIC.format(value=value))
+        names = run(str(path), path.read_text())
+        assert METRICS.get("mine").build is names["mine"]
+
+
+def test_a_name_twice_in_one_file_or_in_two_is_refused(tmp_path: pathlib.Path) -> None:
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    for path in (one, other):
+        path.write_text(METRIC.format(value=1))
+    run(str(one), METRIC.format(value=1))
+    words = rf"{other}, line 4: registers the metric 'mine', which {one}, line 4 has registered"
+    with pytest.raises(ConfigError, match=words):
+        run(str(other), METRIC.format(value=1))
+    one.write_text(METRIC.format(value=1) * 2)
+    with pytest.raises(ConfigError, match=rf"{one}, line 10: .* {one}, line 4 has registered"):
+        run(str(one), METRIC.format(value=1) * 2)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, functools.partial, functools.cache])
+def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
+    def wrapped(logits: Any, labels: Any) -> Any:
+        return jnp.zeros(len(labels))
+
+    registry.register_metric("wrapped")(wrap(wrapped))
+    part = METRICS.get("wrapped")
+    assert (part.file, part.line) == (__file__, wrapped.__code__.co_firstlineno)
+
+
+@pytest.mark.parametrize(
+    ("register", "words"),
+    [
+        (lambda: registry.register_metric("x")(NOT_A_FUNCTION), "must decorate a function, got 3"),
+        (lambda: registry.register_metric("x", options=["a"]), "options must be a mapping"),
+        (lambda: registry.register_metric("a.b c"), "of letters, digits and _"),
+        (lambda: registry.register_optimizer(""), "give a name"),
+    ],
+)
+def test_what_cannot_be_registered_is_named(register: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        register()
+
+
+def test_a_home_that_failed_once_is_tried_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Registry("thing", setting="thing.name", part=Part, home="home_of_things")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "home_of_things.py").write_text("raise OSError")
+    with pytest.raises(OSError):
+        known.names()
+    (tmp_path / "home_of_things.py").write_text("")
+    assert known.names() == ()
+
+
+def test_what_a_part_raises_is_said_with_its_line(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def build():\n    raise KeyError('learning_rate')\n")
+    build = run(str(path), path.read_text())["build"]
+    part = Part(name="mine", build=build, file=str(path), line=1)
+    words = rf"{path}, line 1: the thing 'mine' failed \(line 2\): KeyError: 'learning_rate'"
+    with pytest.raises(ConfigError, match=words), registry.explained(part, "the thing 'mine'"):
+        build()
+    with pytest.raises(UserError, match=r"^as it is$"), registry.explained(part, "the thing"):
+        raise UserError("as it is")
+    # A mistake of the package's own is no mistake of the user's.
+    own = OPTIMIZERS.get("sgd")
+    with pytest.raises(ZeroDivisionError), registry.explained(own, "the optimizer"):
+        1 / 0  # noqa: B018
