@@ -132,12 +132,15 @@ def assemble(
     return run.assemble(config, _dataset(dataset), model, optimizer, log=console.say)
 
 
-def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
+def load_weights(
+    path: Path, checkpoint: str | int = "best", *, model: nn.Module | None = None
+) -> Weights:
     """Returns the weights of a run, or those in a file.
 
     Args:
       path: of a run's folder, or of a file that `tools.export --to=savedweights` wrote.
       checkpoint: of a run: "best", "last" or the number of a step.
+      model: the network, of a run that `train` was given one.
 
     Raises:
       UserError: if it is no path.
@@ -145,9 +148,10 @@ def load_weights(path: Path, checkpoint: str | int = "best") -> Weights:
       DataError: if the file cannot be used.
     """
     place = paths.local(_checked_path(path, "path", "a run's folder or of a file"), str(path))
-    if place.is_dir():
-        return load.from_checkpoint(Workdir(place), str(checkpoint), console.say)
-    return weight_files.load(place, console.say)
+    if not place.is_dir():
+        return weight_files.load(place, console.say)
+    with _quiet_libraries():
+        return load.from_checkpoint(Workdir(place), str(checkpoint), console.say, model=model)
 
 
 def load_model(weights: Weights) -> tuple[nn.Module, Variables]:

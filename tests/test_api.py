@@ -1,6 +1,7 @@
 """The names for notebooks: a run's weights, evaluated and used, without the command line."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -28,6 +29,7 @@ from inception_jax import api, registry
 from inception_jax.config import Duration, Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
+from inception_jax.models.weights import save as save_weights
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
@@ -162,6 +164,7 @@ def surroundings() -> list[Any]:
 def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
     """The folder of a run of one's own network and arrays, and the names of its program."""
     folder, names = tmp_path_factory.mktemp("notebook"), {"__name__": "notebook"}
+    importlib.import_module("sklearn.datasets")  # SciPy has a warning of its own shown.
     with contextlib.chdir(folder):
         before = surroundings()
         exec(FIFTEEN_LINES, names)
@@ -218,6 +221,19 @@ def test_a_run_with_own_objects_needs_them_again(
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
         again(mine, **changes)
+
+
+def test_the_program_that_has_the_object_uses_what_it_trained(
+    mine: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    folder, names = mine
+    weights = inception_jax.load_weights(folder, "last", model=names["Net"]())
+    assert str(weights).startswith("Net, 10 classes, step ")
+    images = names["images"][:300]
+    found = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
+    assert np.mean(np.array(found) == names["digits"].target[:300]) > 0.6
+    with pytest.raises(UserError, match=r"an object of a program \(Net\)\. Register it"):
+        save_weights(tmp_path / "x.safetensors", weights)
 
 
 def test_a_command_says_that_it_needs_the_object(

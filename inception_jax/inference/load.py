@@ -3,12 +3,13 @@
 import pathlib
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from inception_jax import config as configs
 from inception_jax.config import Timeline
-from inception_jax.models import networks
+from inception_jax.models import networks, protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
@@ -43,7 +44,13 @@ def load(
     return files.load(weights, log)
 
 
-def from_checkpoint(workdir: Workdir, which: str, log: Callable[[str], None] = print) -> Weights:
+def from_checkpoint(
+    workdir: Workdir,
+    which: str,
+    log: Callable[[str], None] = print,
+    *,
+    model: nn.Module | None = None,
+) -> Weights:
     """Returns the evaluation variables of a checkpoint, with what describes them.
 
     The folder is enough: neither the data set nor the devices of the training are needed.
@@ -52,28 +59,31 @@ def from_checkpoint(workdir: Workdir, which: str, log: Callable[[str], None] = p
       workdir: of a run that has saved a checkpoint.
       which: "best", "last" or the number of a step.
       log: as of `load`.
+      model: the network, if the run was given an object; None: the one that its settings name.
 
     Raises:
       UserError: if `which` is none of them.
       CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
       ConfigError: if nothing registered a network of the run's.
     """
-    record = workdirs.recorded_run(workdir)
+    record = workdirs.recorded_run(workdir, has_model=model is not None)
     for note in record.notes:
         log(note)
     config, dataset = record.config, record.dataset
     abstract_model = states.abstract_model_item(
-        networks.create(config.model, dataset["classes"]),
+        networks.create(config.model, dataset["classes"])
+        if model is None
+        else protocol.adapted(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
         has_average=bool(config.train.ema),
     )
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
-        model = checkpoints.restore_model(step, abstract_model)
+        restored = checkpoints.restore_model(step, abstract_model)
         metrics = checkpoints.metrics(step)
         roles = checkpoints.roles(step)
     return Weights(
-        variables=jax.device_get(states.eval_variables(**model)),
+        variables=jax.device_get(states.eval_variables(**restored)),
         model=config.model,
         image_size=config.data.image_size,
         class_names=tuple(dataset["class names"]),
@@ -85,11 +95,12 @@ def from_checkpoint(workdir: Workdir, which: str, log: Callable[[str], None] = p
         experiment=config.name,
         dataset=config.data.name,
         dataset_version=dataset.get("version", ""),
-        is_average=bool(model["average"]),
+        is_average=bool(restored["average"]),
         step=step,
         epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
         metrics=informative(metrics, dataset["classes"]),
         checkpoint=roles,
         revision=environment.revision(),
         origin=f"{workdir.path}, step {step:,}",
+        module=model,
     )

@@ -66,6 +66,8 @@ class Weights:
       revision: commit of the source that wrote them; None: unknown.
       version: of the package that wrote them.
       origin: where they were read from, for messages; it is not written.
+      module: the network itself, where it is an object of a program's own that no settings name;
+        such weights cannot be written.
     """
 
     variables: Variables
@@ -88,6 +90,7 @@ class Weights:
     revision: str | None = None
     version: str = __version__
     origin: str = ""
+    module: nn.Module | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", copy.deepcopy(self.model))
@@ -103,6 +106,8 @@ class Weights:
         return self._create(self.num_classes)
 
     def _create(self, num_classes: int) -> nn.Module:
+        if self.module is not None:
+            return protocol.adapted(self.module, name=type(self.module).__name__, place="model")
         try:
             return networks.create(self.model, num_classes)
         except ConfigError as error:
@@ -120,7 +125,8 @@ class Weights:
 
     def __str__(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
-        words = [self.model.name, classes]
+        name = self.model.name if self.module is None else type(self.module).__name__
+        words = [name, classes]
         if self.step is not None and self.epoch is not None:
             role = f" ({self.checkpoint} checkpoint)" if self.checkpoint else ""
             words.append(f"step {self.step:,}, epoch {self.epoch:.2f}{role}")
@@ -153,8 +159,14 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
         up to 0.05 of 19.5, where rounding the parameters moved them by up to 0.07.
 
     Raises:
-      UserError: if the file cannot be written.
+      UserError: if the file cannot be written, or no settings name the network.
     """
+    if weights.module is not None:
+        raise UserError(
+            f"{path}: no file can have a network that is an object of a program "
+            f"({type(weights.module).__name__}). Register it with inception_jax.register_model, "
+            "and train by its name"
+        )
     arrays = {
         name: np.ascontiguousarray(
             value, jnp.dtype(dtype if name.startswith("params/") else "float32")

@@ -86,10 +86,14 @@ def recorded(workdir: Workdir) -> Record | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir) -> Record:
+def recorded_run(workdir: Workdir, *, has_model: bool = False) -> Record:
     """Returns what a folder's config.json holds, once the parts that its run uses are registered.
 
     Says which files are run for that.
+
+    Args:
+      workdir: of the run.
+      has_model: whether the caller has the run's network, if that is an object of a program's own.
 
     Raises:
       CheckpointError: if there is no run, its record cannot be read, an older version wrote it, or
@@ -103,11 +107,12 @@ def recorded_run(workdir: Workdir) -> Record:
             f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
             "the training's command once more: it adds them, and ends at once where it is finished"
         )
-    if network := record.own.get("model"):
+    network = record.own.get("model")
+    if network and not has_model:
         raise CheckpointError(
-            f"--workdir={workdir.path}: its network is an object that a program gave ({network}), "
-            "so it can be used there alone. To use it here, register it with "
-            "inception_jax.register_model, and train by its name"
+            f"--workdir={workdir.path}: its network is an object that a program gave ({network}). "
+            "That program has it: inception_jax.load_weights(PATH, model=…). For commands, "
+            "register it with inception_jax.register_model, and train by its name"
         )
     import_parts(record.parts, str(workdir.config), console.say_once)
     return record
