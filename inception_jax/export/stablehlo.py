@@ -1,10 +1,13 @@
 """StableHLO by `jax.export`: for CPUs, CUDA GPUs and TPUs in one file."""
 
+import traceback
+
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from inception_jax.errors import UserError
 from inception_jax.export.program import Classify, pixels_to_logits
 from inception_jax.models.weights import Weights
 
@@ -12,11 +15,27 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(weights: Weights) -> bytes:
-    """Returns a network as `jax.export` serialises it, for CPUs, CUDA GPUs and TPUs in one."""
+    """Returns a network as `jax.export` serialises it, for CPUs, CUDA GPUs and TPUs in one.
+
+    Raises:
+      UserError: if the network cannot be traced for a batch of any size.
+    """
     size = weights.image_size
     (batch,) = jax.export.symbolic_shape("batch")
     pixels = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-    exported = jax.export.export(jax.jit(pixels_to_logits(weights)), platforms=PLATFORMS)(pixels)
+    try:
+        exported = jax.export.export(jax.jit(pixels_to_logits(weights)), platforms=PLATFORMS)(
+            pixels
+        )
+    except TypeError as error:
+        # Of a user's network, which takes the number of images for a number.
+        if "_DimExpr" not in str(error):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{frame.filename}, line {frame.lineno}: does not work for a batch of any size "
+            f"({error}); write images.shape[0] for len(images)"
+        ) from error
     return bytes(exported.serialize())
 
 

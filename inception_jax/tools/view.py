@@ -104,10 +104,14 @@ def _draw_weights(
     from inception_jax.inference.predictor import Predictor
     from inception_jax.inspection import feature_maps
 
-    written = [folder / "filters.png"]
+    written = []
     first = next(layer.name for layer in structure.layers if layer.inputs[0].source is None)
     kernel = feature_maps.filters(weights, first)
-    feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
+    if kernel.ndim == 4:
+        written.append(folder / "filters.png")
+        feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
+    else:
+        console.say(f"{first}: the first layer is no convolution, so it has no filters to draw")
     if _IMAGE.value is None:
         return written
     written.append(folder / "activations.png")
@@ -116,7 +120,7 @@ def _draw_weights(
     predictor = Predictor(weights)
     pixels = predictor.read(_IMAGE.value.read_bytes(), str(_IMAGE.value))
     maps = feature_maps.activations(predictor, pixels, layer)
-    feature_maps.draw_activations(written[1], pixels, maps, layer=layer, title=str(weights))
+    feature_maps.draw_activations(written[-1], pixels, maps, layer=layer, title=str(weights))
     return written
 
 
