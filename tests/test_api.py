@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -358,6 +359,15 @@ def test_what_train_cannot_take_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler: a shell has what it runs in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, log=Log(every=Duration(steps=1)))
     config.train.length = config.evaluation.every = config.checkpoint.every = Duration(steps=5000)
@@ -393,6 +403,7 @@ def test_jax_s_settings_hold_for_a_run_alone() -> None:
     assert said == ["JAX_ENABLE_X64=True: is ignored; this program always runs with False"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_ends_it_at_once() -> None:
     said: list[str] = []
     with preemption.saved_on_interrupt(said.append) as stop:
