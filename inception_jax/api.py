@@ -93,7 +93,7 @@ def train(
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Silences what libraries log besides the errors that they raise, as the commands do."""
+    """Silences library logging, as the commands do; errors are still raised."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:

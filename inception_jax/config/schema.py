@@ -154,7 +154,7 @@ class Data:
     )
     unreadable: str = setting(
         "refuse",
-        "what image_folder does about files that are no whole image: stop, or leave them out",
+        "what image_folder does about corrupt or non-image files: stop, or leave them out",
         choices=("refuse", "skip"),
     )
     archive_encoding: str = setting(
@@ -471,7 +471,7 @@ class Evaluation:
     )
     metrics: tuple[str, ...] = resumable(
         ("top1", "top5"),
-        "what is reported besides the loss, in training and evaluation; top5 of more than five "
+        "metrics reported with the loss, in training and evaluation; top5 of more than five "
         "classes only",
         registry="metric",
     )
@@ -499,7 +499,7 @@ class Evaluation:
 
 @dataclasses.dataclass
 class View:
-    """An evaluation besides the run's own: which examples, and how the network sees them."""
+    """An evaluation in addition to the run's own: which examples, and how the network sees them."""
 
     split: str = resumable(
         "eval",

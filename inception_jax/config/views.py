@@ -6,7 +6,7 @@ FLIP, TRAIN_EVAL = "flip", "train_eval"
 
 
 def views(config: Config) -> dict[str, View]:
-    """Returns the evaluations besides the run's own, by name.
+    """Returns the additional evaluations by name.
 
     They are those of `config.evaluations`, and the two that have a setting of their own.
     """

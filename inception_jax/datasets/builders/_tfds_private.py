@@ -25,6 +25,8 @@ _PLAIN_FILES = types.SimpleNamespace(
 )
 
 
+# TFDS registers every builder by name unless told not to, by an argument of the class statement
+# that it declares no type for: hence "type: ignore" here and at the subclasses.
 class QuietBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A builder of local files, whose progress is shown by others."""
 
