@@ -69,10 +69,10 @@ def test_every_size_gives_a_run_that_moves_and_is_looked_at(images: int, evaluat
     found = resolve(open_settings(), images, evaluation)
     timeline = configs.Timeline(found.train.batch_size, images)
     total = timeline.steps(found.train.duration)
-    assert total >= auto_settings.LEAST_STEPS
+    assert total >= auto_settings.MIN_STEPS
     assert timeline.steps(found.schedule.warmup) == pytest.approx(total / 20, abs=1)
     evaluations = sum(timeline.due(found.evaluation.every, step) for step in range(1, total + 1))
-    assert auto_settings.LEAST_EVALUATIONS - 1 <= evaluations <= auto_settings.MOST_EVALUATIONS
+    assert auto_settings.MIN_EVALUATIONS - 1 <= evaluations <= auto_settings.MAX_EVALUATIONS
     assert found.checkpoint.every == found.evaluation.every
     assert 1 <= timeline.steps(found.log.every) <= timeline.steps(found.evaluation.every)
 
@@ -189,7 +189,7 @@ def test_bfloat16_is_for_processors_that_multiply_it(
 def test_a_rate_is_known_for_sgd_alone() -> None:
     config = open_settings()
     config.optimizer.name = "adamw"
-    with pytest.raises(ConfigError, match="sgd and sgd_nesterov only, not for 'adamw'; give one"):
+    with pytest.raises(ConfigError, match="sgd and sgd_nesterov only, not for 'adamw'; set one"):
         configs.validate(config)
     config.schedule.learning_rate = 0.001
     configs.validate(config)

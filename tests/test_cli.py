@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from inception_jax import cli
+from inception_jax import config as configs
 from inception_jax.config import View
+from tests import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,7 +32,7 @@ def test_help_exits_with_0(module: str) -> None:
     assert f"python -m inception_jax.{module}" in done.stdout
     if module not in ("tools.plot", "tools.diagnose", "tools.report"):
         assert "--config.train.batch_size=128" in done.stdout
-        assert "It is a Python program, which is run" in done.stdout
+        assert "Experiment files are executed" in done.stdout
 
 
 def experiment(folder: pathlib.Path, body: str) -> str:
@@ -61,7 +64,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
             "It is now train.duration='20 epochs'.",
         ),
         (["--config.data.image_size=64px"], "of type int, without a unit: --config.data.image_siz"),
-        (["--config=experiments/tiny.py"], "--config: is given 2 times (experiments/digits.py, e"),
+        (["--config=experiments/tiny.py"], "--config: given 2 times (experiments/digits.py, e"),
         (["--config.train.batch_size", "--mode=eval"], "--config.train.batch_size: needs a value"),
         (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
         (["--mode=evaluate"], "train"),
@@ -196,9 +199,12 @@ def test_what_is_no_experiment_file_is_named(
 
 def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> None:
     for flags, words in (
-        ([f"--workdir={tmp_path}"], "there is no run here (no config.json). Start one with --con"),
-        ([f"--workdir={tmp_path}", "--config.seed=3"], "there is no run here"),
-        (["--config.seed=3", "--weights=x"], "--config.seed=3: changes a setting of an experiment"),
+        ([f"--workdir={tmp_path}"], "not a run (it has no config.json). Start one"),
+        ([f"--workdir={tmp_path}", "--config.seed=3"], "not a run"),
+        (
+            ["--config.seed=3", "--weights=x"],
+            "--config.seed=3: overrides a setting",
+        ),
         (["--weights=x"], "give --config="),
     ):
         done = run("inception_jax.main", *flags)
@@ -276,7 +282,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
         ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),
         ("RuntimeError('first\\nsecond')", 1, "error: RuntimeError: first. Unexpected error"),
-        ("KeyboardInterrupt()", 130, "start the same command again"),
+        ("KeyboardInterrupt()", 130, "rerun the same command"),
     ],
 )
 def test_the_last_line_of_a_failed_run_says_what_to_do(
@@ -412,3 +418,23 @@ def test_a_stream_that_is_closed_ends_no_command(
     assert done.stdout == output
     # Nothing of it went into the file that was opened next.
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_print_config_shows_every_value_and_its_origin() -> None:
+    flags = ["--config=experiments/digits.py", "--config.train.duration=3 steps"]
+    shown = command.check("main", *flags, "--config.evaluations.big.size=48", "--print_config")
+    lines = dict(line.split("  # ") for line in shown.splitlines())
+    origins = {flag.strip(): origin for flag, origin in lines.items()}
+    assert origins["--config.train.duration='3 steps'"] == "command line"
+    assert origins["--config.evaluations.big.size=48"] == "command line"
+    assert origins["--config.data.name=digits"] == "experiments/digits.py"
+    assert origins["--config.model.norm=batch"] == "default"
+    assert len(origins) >= len(list(configs.leaves())) - 8  # Empty mappings have no flag.
+
+
+def test_tuples_of_words_need_no_quotes() -> None:
+    assert cli.with_tuple("--config.evaluation.metrics=top1, top5") == (
+        "--config.evaluation.metrics=('top1', 'top5')"
+    )
+    for unchanged in ("--config.log.writers=('a',)", "--config.name=a,b", "--workdir=a,b"):
+        assert cli.with_tuple(unchanged) == unchanged

@@ -46,22 +46,34 @@ def test_configurations_share_no_group() -> None:
         ("augment.policy_magnitude", 31, "at most 30"),
         ("augment.hue_jitter", 0.6, "at most 0.5"),
         ("model.stem", "s23", "paper, s16, s32. Did you mean s32?"),
-        ("schedule.boundaries", (1.0, "2"), "of type tuple[float, ...]"),
-        ("schedule.boundaries", (3.0, 2.0), "must rise"),
-        ("train.duration.steps", 5, "give one unit"),
+        ("schedule.boundaries", ("1 epoch", 2), "of type tuple[str, ...]"),
+        ("schedule.boundaries", ("3 epochs", "2 epochs"), "must increase from one to the next"),
+        ("schedule.boundaries", ("3 epochs", ""), "must increase from one to the next"),
+        ("schedule.boundaries", ("3 epochs", "40 steps"), "must all have the same unit"),
+        ("train.duration", "", "must be a duration such as '20 epochs'"),
+        ("train.duration", "0 epochs", "must be a duration such as '20 epochs'"),
+        ("train.duration", "20", "the unit is missing"),
+        ("train.duration", "20 hours", "must be a duration such as"),
+        ("train.ema", "2.5 steps", "must be a whole number of steps"),
+        ("log.every", "-2 steps", "must not be negative"),
+        ("log.every", "1e999 epochs", "must be finite"),
         ("augment.pad", 64, "less than data.image_size = 64"),
         ("data.name", "tiny_imagnet", "Did you mean tiny_imagenet"),
         ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
-        ("data.eval_crop_pct", 0.875, "with config.data.storage = 'decoded' it must be 1"),
+        ("data.eval_crop_pct", 0.875, "must be 1 with config.data.storage = 'decoded'"),
         ("data.eval_crop_pct", 0.0, "more than 0"),
-        ("expected.top1", 50.0, "a figure needs its source"),
+        ("expected.top1", 50.0, "needs a source"),
         ("evaluation.metrics", ("top1", "top_5"), "Did you mean top5?"),
-        ("evaluation.metrics", ("top5",), "must have 'top1', by which the best checkpoint"),
+        ("evaluation.metrics", ("top5",), "must contain 'top1', which selects the best"),
         ("evaluations", {"mine": 3}, "a mapping of names to View"),
-        ("evaluations", {"a/b": View()}, "give it a name of letters"),
+        ("evaluations", {"a/b": View()}, "use letters, digits"),
         ("evaluations", {"mine": View(examples=-1)}, ".mine.examples = -1: must be at least 0"),
         ("evaluations", {"mine": View(size=1.5)}, ".mine.size = 1.5: must be of type int"),
-        ("evaluations", {"mine": View(crop=0.5)}, "config.evaluations.mine.crop = 0.5: with"),
+        (
+            "evaluations",
+            {"mine": View(crop=0.5)},
+            "mine.crop = 0.5: must be 0 or 1",
+        ),
         ("evaluations", {"mine": View(every="1")}, ".mine.every = '1': must be a duration"),
     ],
 )
@@ -218,7 +230,7 @@ def test_what_was_recorded_is_not_held_against_todays_rules() -> None:
 
 def test_groups_of_a_mapping_are_read_tolerantly_too() -> None:
     notes: list[str] = []
-    found = serialization._without_strangers(
+    found = serialization._without_unknown(
         "evaluations",
         {"half": {"examples": 2, "days": 3, "crop": "x"}, "all": 7},
         dict[str, View],
@@ -393,10 +405,30 @@ def test_an_average_can_change_its_length_but_not_appear() -> None:
 
 
 def test_each_field_has_a_meaning_and_shows_in_the_help() -> None:
-    text = reference.help_text(Config())
+    text, page = reference.help_text(Config()), reference.page()
     for path, _, field in configs.leaves():
         assert field.metadata["help"]
-        assert f"--config.{path}=" in text
+        if configs.entry_group(path) is None:
+            assert f"--config.{path}=" in text
+            assert f"| `{path}`" in page
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference.page()
+
+
+def test_help_shows_the_values_of_an_experiment_beside_the_defaults() -> None:
+    text = reference.help_text(Config(train=Train(duration="7 steps")), is_default=False)
+    assert "--config.train.duration='7 steps'   (default: '60 epochs')" in text
+    assert "--config.train.batch_size=128\n" in text
+
+
+@pytest.mark.parametrize("text", ["2.5 epochs", "2.5epochs", " 2.5 EPOCHS ", "25e-1 epoch"])
+def test_a_duration_may_be_written_in_several_ways(text: str) -> None:
+    assert configs.parse_duration(text) == configs.Duration(2.5, "epochs")
+    old, new = Config(train=Train(duration=text)), Config(train=Train(duration="2.5 epochs"))
+    assert configs.changes(old, new) == ([], [])
 
 
 def test_evaluations_are_put_by_name_and_survive_json() -> None:
