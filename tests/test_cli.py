@@ -74,7 +74,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--coordinator_address=localhost:1"], "--process_count"),
     ],
 )
-def test_a_mistake_gets_one_message_and_exit_code_2(
+def test_usage_error_gives_one_message_and_exit_code_2(
     arguments: list[str], words: str, tmp_path: pathlib.Path
 ) -> None:
     base = ["--config", "experiments/digits.py", "--workdir", str(tmp_path / "run")]
@@ -95,9 +95,7 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
         ("return nothing", "line 3"),
     ],
 )
-def test_an_experiment_file_that_fails_is_named(
-    body: str, words: str, tmp_path: pathlib.Path
-) -> None:
+def test_failing_experiment_file_is_named(body: str, words: str, tmp_path: pathlib.Path) -> None:
     path = experiment(tmp_path, body)
     done = run("inception_jax.main", "--config", path, "--workdir", str(tmp_path / "run"))
     assert done.returncode == 2, done.stderr
@@ -106,7 +104,7 @@ def test_an_experiment_file_that_fails_is_named(
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_an_experiment_can_import_its_neighbour_from_anywhere(
+def test_experiment_can_import_its_sibling_from_anywhere(
     joined: bool, tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "above" / "recipes"
@@ -188,7 +186,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         ("", "--config: needs a value"),
     ],
 )
-def test_what_is_no_experiment_file_is_named(
+def test_path_that_is_not_an_experiment_file_is_named(
     config: str, words: str, tmp_path: pathlib.Path
 ) -> None:
     done = run("inception_jax.main", f"--config={config}", "--workdir", str(tmp_path / "run"))
@@ -197,7 +195,7 @@ def test_what_is_no_experiment_file_is_named(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> None:
+def test_settings_without_an_experiment_are_refused(tmp_path: pathlib.Path) -> None:
     for flags, words in (
         ([f"--workdir={tmp_path}"], "not a run (it has no config.json). Start one"),
         ([f"--workdir={tmp_path}", "--config.seed=3"], "not a run"),
@@ -213,7 +211,7 @@ def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> N
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_experiment_file_may_be_called_anything(tmp_path: pathlib.Path) -> None:
+def test_experiment_file_may_have_any_name(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "a:b c"
     folder.mkdir()
     path = experiment(folder, "return Config(seed=-7)")
@@ -221,7 +219,7 @@ def test_an_experiment_file_may_be_called_anything(tmp_path: pathlib.Path) -> No
     assert "config.seed = -7" in done.stderr
 
 
-def test_what_follows_a_colon_is_for_get_config(tmp_path: pathlib.Path) -> None:
+def test_text_after_a_colon_is_passed_to_get_config(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "experiment.py"
     path.write_text(
         "from inception_jax.config import Config\n"
@@ -232,7 +230,7 @@ def test_what_follows_a_colon_is_for_get_config(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("streams", ["1", "2>&1"])
-def test_a_reader_that_has_enough_ends_it_quietly(streams: str) -> None:
+def test_closed_pipe_ends_the_command_quietly(streams: str) -> None:
     merged = " 2>&1" if streams == "2>&1" else ""
     done = subprocess.run(
         [
@@ -252,20 +250,20 @@ def test_a_reader_that_has_enough_ends_it_quietly(streams: str) -> None:
     assert done.stderr == ""
 
 
-def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_experiment_file_is_named(tmp_path: pathlib.Path) -> None:
     done = run("inception_jax.main", "--config", "none.py", "--workdir", str(tmp_path))
     assert done.returncode == 2
     assert "none.py" in done.stderr
 
 
-def test_flags_that_are_needed_are_named() -> None:
+def test_missing_required_flags_are_named() -> None:
     done = run("inception_jax.main", "--config", "experiments/digits.py")
     assert done.returncode == 2
     assert "--workdir" in done.stderr
 
 
 @pytest.mark.parametrize("workdir", ["/proc/no/such", "file/run"])
-def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pathlib.Path) -> None:
+def test_unwritable_workdir_is_refused(workdir: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / workdir
     done = run("inception_jax.main", "--config", "experiments/digits.py", "--workdir", str(path))
@@ -285,7 +283,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
         ("KeyboardInterrupt()", 130, "rerun the same command"),
     ],
 )
-def test_the_last_line_of_a_failed_run_says_what_to_do(
+def test_failed_run_ends_with_the_remedy(
     failure: str, code: int, words: str, tmp_path: pathlib.Path
 ) -> None:
     script = tmp_path / "script.py"
@@ -323,7 +321,7 @@ def run_in(
 
 
 @pytest.mark.parametrize("package", ["regular", "namespace"])
-def test_a_package_of_the_same_name_hides_no_experiment(
+def test_installed_package_named_experiments_does_not_interfere(
     package: str, tmp_path: pathlib.Path
 ) -> None:
     theirs = tmp_path / "experiments"
@@ -336,7 +334,7 @@ def test_a_package_of_the_same_name_hides_no_experiment(
     assert done.returncode == 2 and "config.seed = -7" in done.stderr
 
 
-def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> None:
+def test_experiment_works_when_copied_with_its_base(tmp_path: pathlib.Path) -> None:
     for name in ("tiny_cpu.py", "tiny_base.py"):
         (tmp_path / name).write_bytes((ROOT / "experiments" / name).read_bytes())
     (tmp_path / "elsewhere").mkdir()
@@ -377,7 +375,7 @@ cli.run(main, "")
         {"TMPDIR": "/proc/none"},
     ],
 )
-def test_output_and_plots_need_nothing_of_the_environment(
+def test_output_and_plots_are_independent_of_the_environment(
     environment: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     done = subprocess.run(
@@ -403,7 +401,7 @@ def test_output_and_plots_need_nothing_of_the_environment(
         ("2> >(true)", "grün\n"),
     ],
 )
-def test_a_stream_that_is_closed_ends_no_command(
+def test_closed_standard_streams_do_not_fail_a_command(
     closed: str, output: str, tmp_path: pathlib.Path
 ) -> None:
     done = subprocess.run(
