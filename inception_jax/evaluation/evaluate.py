@@ -69,8 +69,8 @@ class Evaluator:
         self.main = run.dataset.eval_split
         if self.main in (others := configs.views(run.config)):
             raise ConfigError(
-                f"config.evaluations.{self.main}: this is the name of the run's own evaluation; "
-                "give it another name"
+                f"config.evaluations.{self.main}: this name is reserved for the run's own "
+                "evaluation; use another name"
             )
         self.views = {self.main: View(), **others}
         self.splits = {name: _examples(run, name, self.views[name]) for name in self.views}
@@ -289,8 +289,8 @@ def evaluate_checkpoint(
     count = len(run.dataset.evaluation)
     batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
     log(
-        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images, {batch_size:,} at "
-        "a time; compiling first"
+        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images in batches of "
+        f"{batch_size:,}; compiling first"
     )
     return {
         "checkpoint": roles,

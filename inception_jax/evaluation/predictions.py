@@ -151,6 +151,6 @@ def read(path: pathlib.Path) -> Evaluated | None:
     # What NumPy and zipfile raise for a file that is no such archive, or a damaged one.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: cannot be read as what an evaluation leaves: {error}. Remove it; the "
-            "training's command makes it anew"
+            f"{path}: not a readable predictions file: {error}. Delete it; rerunning the training "
+            "command recreates it"
         ) from error

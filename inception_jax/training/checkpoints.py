@@ -79,14 +79,14 @@ class Checkpoints:
         self._log = log
         if read_only and not directory.is_dir():
             raise CheckpointError(
-                f"{directory}: there are no checkpoints here; train first, with the same --workdir"
+                f"{directory}: no checkpoints found; train first with the same --workdir"
             )
         if not read_only:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
                 _merge_unmerged(directory)
                 integrity.quarantine_corrupt(directory, log)
-            _wait_for_all_processes("damaged checkpoints set aside")
+            _wait_for_all_processes("corrupt checkpoints quarantined")
             with _readable_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
         self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
@@ -135,16 +135,16 @@ class Checkpoints:
         elif which.isdecimal():
             candidates = [int(which)] if int(which) in steps else []
         else:
-            raise UserError(f"--checkpoint={which}: must be best, last or the number of a step")
+            raise UserError(f"--checkpoint={which}: must be best, last or a step number")
         for step in candidates:
-            if not (found := integrity.find_corruption(self._directory / str(step))):
+            if not (problem := integrity.find_corruption(self._directory / str(step))):
                 return step
-            self._log(f"{self._directory / str(step)}: this checkpoint is damaged: {found}")
-        there = ", ".join(map(str, steps)) or "none"
-        whole = "intact " if candidates else ""
+            self._log(f"{self._directory / str(step)}: corrupt checkpoint: {problem}")
+        available = ", ".join(map(str, steps)) or "none"
+        intact = "intact " if candidates else ""
         raise CheckpointError(
-            f"{self._directory}: there is no {whole}checkpoint {which!r}; the steps there are: "
-            f"{there}"
+            f"{self._directory}: no {intact}checkpoint {which!r} found; available steps: "
+            f"{available}"
         )
 
     def roles(self, step: int) -> str:
@@ -199,7 +199,7 @@ class Checkpoints:
             )
         if not saved:
             raise CheckpointError(
-                f"{self._directory}: step {step} was not saved; newer ones are already there: "
+                f"{self._directory}: step {step} was not saved because newer checkpoints exist: "
                 f"{sorted(self._manager.all_steps())}"
             )
 
@@ -275,14 +275,14 @@ class Checkpoints:
             if not (folder / integrity.MANIFEST).exists():
                 raise CheckpointError(
                     f"{folder}: cannot be restored: {error}. An older version wrote this "
-                    "checkpoint, without checksums: it is damaged, or of another model. To use the "
-                    "one before it, move the folder elsewhere"
+                    "checkpoint without checksums; it is corrupt or belongs to another model. To "
+                    "use the previous checkpoint, move this directory elsewhere"
                 ) from error
             if not isinstance(error, ValueError):
                 raise
             # Orbax reports a tree or a shape that does not fit with a ValueError.
             raise CheckpointError(
-                f"{folder}: the checkpoint does not fit this model: {error}"
+                f"{folder}: the checkpoint does not match this model: {error}"
             ) from error
 
     @contextlib.contextmanager
@@ -295,9 +295,9 @@ class Checkpoints:
             self._write_failed = True
             if not self._directory.is_dir():
                 raise WriteError(
-                    f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
-                    "writing to it. Nothing was written in its place. Put it back, and start the "
-                    "command again"
+                    f"{self._directory}: was removed, renamed or unmounted while the run was "
+                    "writing to it. Nothing was written in its place. Restore it and rerun the "
+                    "same command"
                 ) from error
             # Other processes are in the midst of the failed write: they cannot start anew with us.
             if jax.process_count() == 1:
@@ -374,7 +374,7 @@ def _check_restorable(folder: pathlib.Path) -> None:
                 handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except Exception as error:
         raise WriteError(
-            f"{folder}: a checkpoint was written, but cannot be read back: "
+            f"{folder}: the checkpoint was written but cannot be read back: "
             f"{str(error).partition('[')[0].strip()}. Earlier checkpoints are intact. Use another "
             "--workdir, on another file system if this happens again"
         ) from error
@@ -441,6 +441,6 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)
         raise WriteError(
             f"{directory}: a checkpoint could not be written: {disk_failure(error) or error}. "
-            "Earlier checkpoints are intact. Free disk space or fix the directory, and rerun the "
+            "Earlier checkpoints are intact. Free disk space or fix the directory, then rerun the "
             "same command"
         ) from error

@@ -67,20 +67,20 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
     )
     values = files.flatten(found.variables)
-    notes.append(f"starts from {found.origin}: {found}")
-    notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
+    notes.append(f"initialized from {found.origin}: {found}")
+    notes += [f"setting differs: {line}" for line in _other_settings(found, run.config)]
     if reason := other_classes(found, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
         classifiers = protocol.needed(
-            run.model, "classifiers", "starting from weights of other classes"
+            run.model, "classifiers", "initializing from weights for other classes"
         )
         values, expected = (_without(tree, *classifiers) for tree in (values, expected))
     for head in _heads_that_do_not_fit(values, expected, _heads(run)):
         here = any(_is_inside(name, head) for name in expected)
         notes.append(
-            f"the auxiliary head {head} starts anew: the file has none of its shape"
+            f"the auxiliary head {head} is re-initialized: the file has none of its shape"
             if here
-            else f"the auxiliary head {head} of the file is left out"
+            else f"the auxiliary head {head} of the file is ignored"
         )
         values, expected = (_without(tree, head) for tree in (values, expected))
     _check_fit(values, expected, found, run.config)
@@ -95,7 +95,10 @@ def other_classes(found: Weights, dataset: Dataset) -> str:
     if not found.num_classes:
         return "the weights have no classifier"
     if not found.class_names and found.num_classes != dataset.num_classes:
-        return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
+        return (
+            f"the weights have {found.num_classes} classes, {dataset.name} has "
+            f"{dataset.num_classes}"
+        )
     # Weights of other programs may not say what their classes are called.
     return class_changes(found.class_names or dataset.class_names, dataset.class_names)
 
@@ -108,8 +111,8 @@ def check_classes(found: Weights, dataset: Dataset) -> None:
     """
     if reason := other_classes(found, dataset):
         raise ConfigError(
-            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
-            "were trained on, or train on this one from them: --config.init.pretrained"
+            f"{found.origin}: the weights are for other classes: {reason}. Use the data set they "
+            "were trained on, or fine-tune them on this one with --config.init.pretrained"
         )
 
 
@@ -131,9 +134,9 @@ def variables_for_eval(run: Run, found: Weights) -> Variables:
     _check_fit(values, _without(expected, *_heads(run)), found, run.config)
     if lines := _other_settings(found, run.config):
         raise ConfigError(
-            f"{found.origin}: its weights are of another network:\n  "
+            f"{found.origin}: the weights belong to another network:\n  "
             + "\n  ".join(lines)
-            + "\nGive the settings of the file's network"
+            + "\nUse the settings of the file's network"
         )
     return files.unflatten(values)
 
@@ -187,10 +190,10 @@ def _check_fit(
         lines.append(f"… and {len(differences) - _SHOWN} more")
     lines += _other_settings(found, config)
     raise ConfigError(
-        f"{found.origin}: its weights are of another network; "
+        f"{found.origin}: the weights belong to another network; "
         f"{len(differences)} variables differ:\n  "
         + "\n  ".join(lines)
-        + "\nGive the settings of the file's network, or weights of this one"
+        + "\nUse the settings of the file's network, or weights of this one"
     )
 
 
@@ -199,7 +202,7 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
     yield from (f"unexpected: {name}" for name in values if name not in expected)
     for name in expected:
         if name in values and (theirs := values[name].shape) != (ours := expected[name].shape):
-            yield f"other shape: {name}: {theirs} in the file, {ours} here"
+            yield f"shape mismatch: {name}: {theirs} in the file, {ours} here"
 
 
 def _heads(run: Run) -> tuple[str, ...]:
@@ -237,7 +240,7 @@ def _renormalised(
     the scale; the shift adds a constant to its output, which the running mean or the bias takes.
     Only at the image's border is it not exact: the zeros around are another colour.
     """
-    purpose = "starting from weights of images of another mean and deviation"
+    purpose = "initializing from weights for images with another mean or std"
     first = protocol.needed(run.model, "first_conv", purpose)
     norm = protocol.said(run.model, "first_norm", "")
     scale = run.dataset.std / found.std

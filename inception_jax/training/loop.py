@@ -142,8 +142,8 @@ def train(
     # The last checkpoint is whole once the block above is left.
     if preempted:
         raise Preempted(
-            f"stopped as a signal asked, after step {step:,} of {last_step:,}, which is saved; the "
-            "same command goes on from it"
+            f"stopped by a signal after step {step:,} of {last_step:,}; the state is saved. Rerun "
+            "the same command to resume"
         )
     if run.is_lead:
         atomic.write_json(workdir.result, result)

@@ -180,8 +180,8 @@ def doubts(
     needed = math.ceil(round(STEPS_PER_DECADE * math.log10(high / low), 3))
     if steps < needed:
         found.append(
-            f"{steps} steps for rates from {low:g} to {high:g} are too few: a rate shows its "
-            f"effect some steps later, so the edge is found too high. Give --steps={needed}"
+            f"{steps} steps are too few for rates from {low:g} to {high:g}: a rate takes effect "
+            f"some steps later, so the edge is overestimated. Use --steps={needed}"
         )
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
     start = _start(points, finite)
@@ -191,31 +191,31 @@ def doubts(
     rose = proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall
     if not rose and least.smoothed_loss < BY_HEART * start:
         found.append(
-            "the few images were learned by heart before a rate was too high, so the edge does not "
-            "show. Keep the experiment's rate, or try with more images"
+            "the network memorized the few images before any rate was too high, so the edge does "
+            "not show. Keep the experiment's rate, or use more images"
         )
     elif not rose:
         found.append(
-            f"the loss did not rise again up to the rate {finite[-1].rate:.3g}, so the edge is "
-            "somewhere beyond. Give a larger --high"
+            f"the loss did not rise again up to a rate of {finite[-1].rate:.3g}, so the edge lies "
+            "beyond it. Use a larger --high"
         )
     if least.smoothed_loss > CHANCE * chance:
         found.append(
-            f"the loss fell to {least.smoothed_loss:.3g} only, and guessing costs {chance:.3g}: "
-            "nothing was learned at any rate. Give more --steps, or check that the labels match "
-            "the images"
+            f"the loss fell only to {least.smoothed_loss:.3g}, and a uniform guess has "
+            f"{chance:.3g}: nothing was learned at any rate. Use more --steps, or check that the "
+            "labels match the images"
         )
     early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
     if start - early.smoothed_loss > EARLY_FALL * fall:
         found.append(
-            f"the loss fell most at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
-            "little of the higher ones. Give a smaller --low"
+            f"the loss fell mostly at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
+            "little about higher ones. Use a smaller --low"
         )
     deviation = _deviation([p.loss for p in finite if p.step <= least.step], steps)
     if fall < LEAST_DEVIATIONS * deviation:
         found.append(
-            f"the loss fell by {fall:.3g}, which is little against its noise from batch to batch "
-            f"({deviation:.2g} when smoothed). Give more --steps, or a larger "
+            f"the loss fell by only {fall:.3g}, too little compared with its batch-to-batch noise "
+            f"({deviation:.2g} after smoothing). Use more --steps or a larger "
             "--config.train.batch_size"
         )
     return found
@@ -270,8 +270,8 @@ def record(
     return {
         "proposal": dataclasses.asdict(proposal) if proposal and not found else None,
         "doubts": list(found),
-        "rule": f"the rate with the least smoothed loss, divided by {BELOW_LEAST:g}, or the first "
-        f"with {MOST_OF_FALL:.0%} of its fall, if that is less",
+        "rule": f"the rate with the lowest smoothed loss divided by {BELOW_LEAST:g}, or the first "
+        f"rate with {MOST_OF_FALL:.0%} of the fall, whichever is lower",
         "points": [dataclasses.asdict(point) for point in points],
         "config": configs.to_dict(config),
         "environment": environment.environment(),

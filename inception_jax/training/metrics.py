@@ -159,7 +159,7 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
         expected = "a number"
         fits = np.ndim(found) == 0 and np.asarray(found).dtype.kind in "bif"
     else:
-        expected = f"float or bool [{examples}], a value for each example"
+        expected = f"float or bool [{examples}], one value per example"
         shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(object))
         fits = shape == (examples,) and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating))
     if not fits:

@@ -72,7 +72,7 @@ def make_optimizer(
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(
             f"{part.place}: the optimizer {part.name!r} returned {built!r}, a "
-            f"{type(built).__name__}; it has to return an optax.GradientTransformation"
+            f"{type(built).__name__}; it must return an optax.GradientTransformation"
         )
     clip = (
         optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
@@ -143,7 +143,7 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
     """Returns Muon for the kernels of hidden layers and AdamW for the rest."""
     network = settings.network
     if network is None:
-        raise ConfigError("config.optimizer.name = 'muon': needs to know the network")
+        raise ConfigError("config.optimizer.name = 'muon': needs the network; pass network=…")
     decay = settings.decay()
     rules = {
         "muon": optax.chain(

@@ -157,7 +157,7 @@ class Reporter:
         skip = train.on_nonfinite == "skip"
         for n, finite in bad.items() if skip else ():
             what = nonfinite.describe(finite, self._modules)
-            self.log(f"step {n:,} was left out: {what} not finite")
+            self.log(f"step {n:,} skipped: {what} not finite")
         if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
             return
         self._write(first, "train", {"loss": math.nan, **self._learning_rate(first)})
@@ -173,18 +173,18 @@ class Reporter:
         return {"learning_rate": found} if self._run.applies_schedule else {}
 
     def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
-        remedies = "Try a lower learning rate of the optimizer, or"
+        remedies = "Lower the optimizer's learning rate, or set"
         if rate := self._learning_rate(step):
             remedies = (
-                "Try a lower config.schedule.learning_rate (it was "
+                "Set a lower config.schedule.learning_rate (it was "
                 f"{rate['learning_rate']:.4g}), a longer config.schedule.warmup, "
                 "config.optimizer.clip_norm=1, or"
             )
         row = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
-            f"{row}. The last checkpoint is from before that, and the same command goes on from "
-            f"it. {remedies} config.train.on_nonfinite=skip, which leaves single steps out"
+            f"{row}. The last checkpoint is from before that; the same command resumes from it. "
+            f"{remedies} config.train.on_nonfinite=skip to skip single steps"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:

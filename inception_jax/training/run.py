@@ -111,7 +111,7 @@ def check_settings(
       UserError: if prepared data cannot be kept where the settings say.
     """
     for problem in configs.validate(config, recorded=recorded):
-        log(f"{problem}; as the run was started so, it goes on")
+        log(f"{problem}; kept, because the run was started with this value")
     data_directory(config.data.directory)
 
 
@@ -121,7 +121,7 @@ def adapted(config: Config, dataset: Dataset) -> Config:
     Raises:
       ConfigError: if it is no data set.
     """
-    _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
+    _check_kind("dataset", dataset, Dataset, "an inception_jax.datasets.dataset.Dataset")
     config = copy.deepcopy(config)
     config.data.image_size = dataset.image_size
     return config
@@ -159,19 +159,19 @@ def assemble(
     config = _sized(config, dataset, mesh.size, log)
     if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
         log(
-            f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
+            f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; set "
             "--config.model.dtype=float32"
         )
     if model is None:
         network = networks.create(config.model, dataset.num_classes)
     else:
-        _check_kind("model", model, nn.Module, "of flax.linen, not its class")
+        _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")
         network = protocol.adapted(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
     if config.evaluation.norm_examples and protocol.said(network, "norm_momentum") is None:
         log(
             f"config.evaluation.norm_examples = {config.evaluation.norm_examples}: the network "
-            "does not say its norm_momentum, so BatchNorm's running statistics are used"
+            "does not declare norm_momentum, so BatchNorm's running statistics are used"
         )
     augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
@@ -181,9 +181,14 @@ def assemble(
     if optimizer is None:
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, network)
     else:
-        log("optimizer: the one given; config.optimizer and config.schedule are not used")
+        log(
+            "optimizer: using the object passed in; config.optimizer and config.schedule are unused"
+        )
         _check_kind(
-            "optimizer", optimizer, optax.GradientTransformation, "such as optax.adam(1e-3)"
+            "optimizer",
+            optimizer,
+            optax.GradientTransformation,
+            "an optax.GradientTransformation such as optax.adam(1e-3)",
         )
     return Run(
         config=config,
@@ -198,10 +203,11 @@ def assemble(
     )
 
 
-def _check_kind(name: str, value: object, kind: type, hint: str) -> None:
+def _check_kind(name: str, value: object, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
-        found = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise ConfigError(f"{name}: must be a {kind.__name__} {hint}, got {found}")
+        is_class = isinstance(value, type)
+        got = f"the class {value.__name__}" if is_class else type(value).__name__
+        raise ConfigError(f"{name}: must be {expected}, got {got}")
 
 
 def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
@@ -216,12 +222,10 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
       image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices.
     """
     if not isinstance(run, Run):
-        raise UserError(f"run: must be what assemble(config) returned, got {type(run).__name__}")
+        raise UserError(f"run: must be a Run from assemble(config), got {type(run).__name__}")
     stop = run.total_steps if stop is None else stop
     if not 0 <= start <= stop or start != int(start):
-        raise UserError(
-            f"start = {start}, stop = {stop}: must be whole numbers, 0 <= start <= stop"
-        )
+        raise UserError(f"start = {start}, stop = {stop}: must be integers with 0 <= start <= stop")
     config = run.config
     return pipeline.train_batches(
         run.dataset.train,
@@ -245,7 +249,7 @@ def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], 
     )
     if chosen := auto_settings.describe(config, sized):
         log(
-            f"{config.name}: chosen for {len(dataset.train):,} training images: {chosen}; "
+            f"{config.name}: settings chosen for {len(dataset.train):,} training images: {chosen}; "
             "override any with --config.NAME=VALUE"
         )
         configs.validate(sized)

@@ -78,7 +78,7 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
     if warmup and warmup >= total_steps:
         raise ConfigError(
             f"config.schedule.warmup = {schedule.warmup!r} ({warmup} steps): must be shorter than "
-            f"the run ({total_steps} steps); shorten it, or lengthen config.train.duration"
+            f"the run ({total_steps} steps); shorten it or lengthen config.train.duration"
         )
     filled = registry.fill(part, schedule)
     settings = Settings(**vars(filled), timeline=timeline, warmup_steps=warmup)
@@ -92,14 +92,14 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
 
 def _check_rate(part: registry.Part, schedule: Any) -> None:
     """Checks that what a part returned maps a step to a rate."""
-    expected = "it has to return a function of the step, int32 [], to a rate, float []"
+    expected = "it must return a function from the step, int32 [], to a rate, float []"
     found = repr(schedule)
     if callable(schedule):
         step = jax.ShapeDtypeStruct((), jnp.int32)
         rate = jax.eval_shape(lambda step: jnp.asarray(schedule(step)), step)
         if not rate.shape and jnp.issubdtype(rate.dtype, jnp.floating):
             return
-        found = f"a function that gives {registry.described(rate)}"
+        found = f"a function that returns {registry.described(rate)}"
     raise ConfigError(f"{part.place}: the schedule {part.name!r} returned {found}; {expected}")
 
 
@@ -111,7 +111,10 @@ def constant(settings: Settings, total_steps: int) -> optax.Schedule:
 
 def _check_boundaries(config: Config) -> Iterator[str]:
     if not config.schedule.boundaries:
-        yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one"
+        yield (
+            "config.schedule.boundaries = (): must not be empty for the schedule 'steps'; set "
+            "durations such as '30 epochs'"
+        )
 
 
 @register_schedule("steps", settings=("boundaries", "decay_rate"), check=_check_boundaries)
@@ -121,9 +124,9 @@ def steps(settings: Settings, total_steps: int) -> optax.Schedule:
     warmup = settings.warmup_steps
     if boundaries[0] <= warmup:
         raise ConfigError(
-            f"config.schedule.boundaries = {settings.boundaries}: the first is at step "
-            f"{boundaries[0]}, and must be after the warm-up, which ends at step {warmup}; move "
-            "it, or shorten config.schedule.warmup"
+            f"config.schedule.boundaries = {settings.boundaries}: the first one, step "
+            f"{boundaries[0]}, must come after the warm-up, which ends at step {warmup}; move "
+            "it or shorten config.schedule.warmup"
         )
     passed = np.asarray(boundaries, np.int32) - warmup
 
@@ -136,8 +139,8 @@ def steps(settings: Settings, total_steps: int) -> optax.Schedule:
 def _check_decay_period(config: Config) -> Iterator[str]:
     if configs.parse_duration(config.schedule.decay_period) is None:
         yield (
-            f"config.schedule.decay_period = {config.schedule.decay_period!r}: the schedule "
-            "'exponential' needs it; set it to a duration such as '8 epochs'"
+            f"config.schedule.decay_period = {config.schedule.decay_period!r}: must be set for the "
+            "schedule 'exponential'; use a duration such as '8 epochs'"
         )
 
 

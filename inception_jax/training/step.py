@@ -76,8 +76,8 @@ def compile_train_steps(
         what = f"training step for {image_size} px"
         kind = f"{what}, {run.compile_kind()}"
         known = compilations.expected(kind)
-        about = "" if known is None else f" (the first time about {known:.0f} s, as last measured)"
-        log(f"{what}: compiling{about}, or loading it from the compilation cache")
+        about = "" if known is None else f" (about {known:.0f} s last time)"
+        log(f"{what}: compiling{about}, or loading from the compilation cache")
         return compilations.compile_and_say(lowered, what, kind, log)
 
     def trace_and_compile(image_size: int) -> jax.stages.Compiled:

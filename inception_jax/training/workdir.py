@@ -49,7 +49,7 @@ def check_writable(folder: pathlib.Path, *, flag: str = "workdir", own: bool = T
     except OSError as error:
         raise UserError(
             f"--{flag}={folder}: cannot be written to: {error.strerror}. "
-            "Give a folder on a disk with room that you may write to"
+            "Use a writable directory on a disk with free space"
         ) from error
 
 
@@ -66,7 +66,7 @@ def check_shared(workdir: Workdir) -> None:
     try:
         # A name that no process has asked for before, as network file systems remember answers.
         written = workdir.path / hosts.gather("folder", own.name)[0]
-        what = f"--workdir={workdir.path} holds what process 0 wrote there"
+        what = f"--workdir={workdir.path} contains the file that process 0 wrote"
         hosts.check_consistent("shared folder", lambda: {what: written.exists()})
     finally:
         own.unlink()
@@ -101,18 +101,18 @@ def recorded_run(workdir: Workdir, *, has_model: bool = False) -> Record:
     """
     record = recorded(workdir)
     if record is None:
-        raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
+        raise CheckpointError(f"--workdir={workdir.path}: no run found here (no config.json)")
     if _NAMES not in record.dataset:
         raise CheckpointError(
-            f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
-            "the training's command once more: it adds them, and ends at once where it is finished"
+            f"{workdir.config}: written by an older version, without class names. Rerun the "
+            "training command once to add them; a finished run exits immediately"
         )
     network = record.own.get("model")
     if network and not has_model:
         raise CheckpointError(
-            f"--workdir={workdir.path}: its network is an object that a program gave ({network}). "
-            "That program has it: inception_jax.load_weights(PATH, model=…). For commands, "
-            "register it with inception_jax.register_model, and train by its name"
+            f"--workdir={workdir.path}: its network is an object passed by a program ({network}). "
+            "Load it in that program with inception_jax.load_weights(PATH, model=…). To use "
+            "commands, register it with inception_jax.register_model and train by its name"
         )
     import_parts(record.parts, str(workdir.config), console.say_once)
     return record
@@ -174,13 +174,13 @@ def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = 
         return []
     if missing := [f"{kind} ({name})" for kind, name in record.own.items() if kind not in own]:
         raise CheckpointError(
-            f"--workdir={before.workdir.path}: this run has objects that its program gave: "
-            f"{', '.join(missing)}. Start it from that program: inception_jax.train(config, "
+            f"--workdir={before.workdir.path}: this run uses objects passed by its program: "
+            f"{', '.join(missing)}. Resume it from that program: inception_jax.train(config, "
             "workdir, …) with the same objects"
         )
     refused, allowed = configs.changes(record.config, config)
     refused += [
-        f"{kind}: {old or 'that of the settings'} → {name}, an object of the program's"
+        f"{kind}: {old or 'as configured'} → {name}, an object passed by the program"
         for kind, name in own.items()
         if (old := record.own.get(kind)) != name
     ]
@@ -188,7 +188,7 @@ def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = 
         raise _other_run(
             before.workdir,
             refused,
-            "Give --workdir alone to use the run's own settings, or another --workdir",
+            "Pass only --workdir to use the run's own settings, or use another --workdir",
         )
     return allowed
 
@@ -232,7 +232,7 @@ def recall(
                 own[path] = configs.plain(here)
                 recalled.append(f"config.{path} = {value!r}")
     if recalled:
-        log(f"not given, so as the run was started: {', '.join(recalled)}")
+        log(f"not given, so kept from the start of the run: {', '.join(recalled)}")
     return {**experiment, "own": own}
 
 
@@ -316,7 +316,7 @@ def check_dataset(before: Previous, dataset: Mapping[str, Any]) -> None:
 def _other_run(workdir: Workdir, differing: list[str], remedy: str) -> CheckpointError:
     lines = "\n  ".join(differing)
     return CheckpointError(
-        f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n{remedy}"
+        f"--workdir={workdir.path}: belongs to another run; differences:\n  {lines}\n{remedy}"
     )
 
 

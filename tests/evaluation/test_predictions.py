@@ -87,7 +87,7 @@ def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) 
         np.savez(path, labels=np.zeros(3))
     else:
         np.savez(path, result=np.array([object()], object))
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: cannot be read"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: not a readable"):
         predictions.read(tmp_path)
 
 

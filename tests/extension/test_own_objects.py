@@ -95,9 +95,9 @@ def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str)
     ("call", "words"),
     [
         (lambda c, s: ij.train(c, ""), "workdir: is empty"),
-        (lambda c, s: ij.train_batches(c), "run: must be what assemble.* returned, got Config"),
-        (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be whole"),
-        (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be whole"),
+        (lambda c, s: ij.train_batches(c), "run: must be a Run from assemble.*, got Config"),
+        (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be integers"),
+        (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be integers"),
     ],
     ids=["folder", "run", "negative", "backwards"],
 )

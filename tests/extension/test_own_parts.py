@@ -295,9 +295,9 @@ def test_images_too_small_for_an_own_network_are_refused(data_directory: pathlib
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda s, n: 0.1, "schedule 'broken' returned 0.1; it has to return a function"),
-        (lambda s, n: lambda t: jnp.stack([t, t]), r"gives int32 \[2\]; it has to return"),
-        (lambda s, n: lambda t: t, r"gives int32 \[\]; it has to return"),
+        (lambda s, n: 0.1, "schedule 'broken' returned 0.1; it must return a function"),
+        (lambda s, n: lambda t: jnp.stack([t, t]), r"returns int32 \[2\]; it must return"),
+        (lambda s, n: lambda t: t, r"returns int32 \[\]; it must return"),
     ],
 )
 def test_a_schedule_that_gives_no_rate_is_named(build: Any, words: str) -> None:

@@ -459,7 +459,7 @@ def test_a_folder_that_vanishes_is_not_made_anew(folder: pathlib.Path) -> None:
     with Checkpoints(folder) as checkpoints:
         folder.rename(elsewhere)
         for _ in range(2):
-            with pytest.raises(WriteError, match=r"checkpoints: is gone: removed, renamed or unm"):
+            with pytest.raises(WriteError, match=r"checkpoints: was removed, renamed or unmounted"):
                 save(checkpoints, 8)
         assert not folder.exists()
         elsewhere.rename(folder)

@@ -90,7 +90,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))
     folder = Workdir(tmp_path / "run")
     small.train(this, folder, Evaluator(this), changed=[])
-    assert f"starts from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
+    assert f"initialized from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
 
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         like = state.abstract_state(this).model_item()
@@ -184,9 +184,9 @@ def test_weights_of_another_network_are_refused_with_the_differences(
     with pytest.raises(ConfigError) as error:
         initialization.initialize_from(this, state.abstract_state(this))
     message = str(error.value)
-    assert f"{source.path}: its weights are of another network" in message
-    assert "other shape: params/" in message and "(3, 3, 3, 12) in the file" in message
-    assert message.count("other shape") == 10 and "more\n" in message
+    assert f"{source.path}: the weights belong to another network" in message
+    assert "shape mismatch: params/" in message and "(3, 3, 3, 12) in the file" in message
+    assert message.count("shape mismatch") == 10 and "more\n" in message
     assert "config.model.width: 0.125 in the file, 0.25 here" in message
     with pytest.raises(ConfigError, match="another network"):
         evaluate_weights(this, source.weights)
@@ -231,4 +231,4 @@ def test_auxiliary_heads_may_be_on_one_side_only(
     assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
     notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
     assert len(notes) == 1
-    assert ("left out" if theirs else "starts anew") in notes[0]
+    assert ("ignored" if theirs else "re-initialized") in notes[0]

@@ -202,9 +202,9 @@ def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
 @pytest.mark.parametrize(
     ("name", "classes", "words"),
     [
-        ("forty", 2, "the few images were learned by heart before a rate was too high"),
-        ("shuffled", 3, "guessing costs 1.1: nothing was learned at any rate"),
-        ("shuffled", 3, "which is little against its noise from batch to batch"),
+        ("forty", 2, "the network memorized the few images before any rate was too high"),
+        ("shuffled", 3, "a uniform guess has 1.1: nothing was learned at any rate"),
+        ("shuffled", 3, "too little compared with its batch-to-batch noise"),
     ],
 )
 def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
@@ -220,10 +220,10 @@ def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
     ("loss", "steps", "words"),
     [
         # Still falling at the end of the range.
-        (lambda x: 2.3 - 0.3 * max(0.0, x + 2), 200, "Give a larger --high"),
+        (lambda x: 2.3 - 0.3 * max(0.0, x + 2), 200, "Use a larger --high"),
         # Down at once.
         (lambda x: 2.3 - 1.5 * min(1.0, 4 * (x + 5)) + 3 * max(0.0, x), 200, "a smaller --low"),
-        (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 179, "Give --steps=180"),
+        (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 179, "Use --steps=180"),
         (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 180, ""),
     ],
 )

@@ -142,15 +142,15 @@ def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) 
 
 def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path) -> None:
     folder, own = started(tmp_path, Config()), {"model": "Net"}
-    with pytest.raises(CheckpointError, match="model: that of the settings → Net, an object"):
+    with pytest.raises(CheckpointError, match="model: as configured → Net, an object"):
         workdirs.check_compatible(workdirs.previous(folder), Config(), own)
     workdirs.record_start(
         workdirs.Previous(folder), Config(), step=0, changed=[], dataset=DATASET, own=own
     )
     assert workdirs.check_compatible(workdirs.previous(folder), Config(), own) == []
-    with pytest.raises(CheckpointError, match=r"objects that its program gave: model \(Net\)"):
+    with pytest.raises(CheckpointError, match=r"objects passed by its program: model \(Net\)"):
         workdirs.check_compatible(workdirs.previous(folder), Config())
-    with pytest.raises(CheckpointError, match=r"an object that a program gave \(Net\)"):
+    with pytest.raises(CheckpointError, match=r"an object passed by a program \(Net\)"):
         workdirs.recorded_run(folder)
 
 
@@ -227,7 +227,7 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
         "train.image_sizes": [],
     }
     assert said == [
-        "not given, so as the run was started: config.model.width = 0.5, "
+        "not given, so kept from the start of the run: config.model.width = 0.5, "
         "config.train.image_sizes = (16,)"
     ]
     assert len(workdirs.check_compatible(workdirs.previous(folder), config)) == 1
