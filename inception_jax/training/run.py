@@ -203,7 +203,7 @@ def assemble(
     )
 
 
-def _check_kind(name: str, value: object, kind: type, expected: str) -> None:
+def _check_kind(name: str, value: Any, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
         is_class = isinstance(value, type)
         got = f"the class {value.__name__}" if is_class else type(value).__name__
