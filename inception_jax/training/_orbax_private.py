@@ -32,10 +32,10 @@ def before_commit(
       directory: of all checkpoints; one is written at a time.
       action: takes the folder. What it raises is the save's error, and the folder stays unnamed.
     """
-    return functools.partial(_on_unfinished, directory, action)
+    return functools.partial(_apply_to_unfinished, directory, action)
 
 
-def _on_unfinished(directory: pathlib.Path, action: Callable[[pathlib.Path], None]) -> None:
+def _apply_to_unfinished(directory: pathlib.Path, action: Callable[[pathlib.Path], None]) -> None:
     # Others are there if a process of several was killed in the midst of a save: the newest is it.
     unfinished = [pathlib.Path(each.get()) for each in ocp.utils.tmp_checkpoints(directory)]
     action(max(unfinished, key=lambda folder: folder.stat().st_mtime_ns))

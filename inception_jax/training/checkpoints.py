@@ -32,7 +32,7 @@ from inception_jax.training import _orbax_private
 from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
-_YEAR, _MINUTES_20 = 365 * 24 * 3600, 1200
+_YEAR_SECONDS, _TWENTY_MINUTES_SECONDS = 365 * 24 * 3600, 1200
 
 
 def _top1(metrics: Mapping[str, float]) -> float:
@@ -84,10 +84,10 @@ class Checkpoints:
         if not read_only:
             # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
             if jax.process_index() == 0:
-                _merge_unmerged(directory)
+                _finalize_unmerged(directory)
                 integrity.quarantine_corrupt(directory, log)
             _wait_for_all_processes("corrupt checkpoints quarantined")
-            with _readable_errors(directory):
+            with _as_write_error(directory):
                 directory.mkdir(parents=True, exist_ok=True)
         self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
         self._cleanup = contextlib.ExitStack()
@@ -95,18 +95,18 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> _Manager:
-        with _readable_errors(self._directory):
+        with _as_write_error(self._directory):
             self._plain = paths.Plain(self._directory)
             return _Manager(self._plain.path, options=self._options(self._plain.path))
 
     def __enter__(self) -> Self:
-        self._cleanup.enter_context(_without_leftovers())
+        self._cleanup.enter_context(_silence_failed_writes())
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for a write under way. Its failure does not hide an error raised before."""
         try:
-            with _readable_errors(self._directory):
+            with _as_write_error(self._directory):
                 self._manager.close()
         except Exception:
             self._write_failed = True
@@ -166,7 +166,7 @@ class Checkpoints:
         Raises:
           WriteError: if it failed; the checkpoints before it are there.
         """
-        with self._writing():
+        with self._explain_write_errors():
             self._manager.wait_until_finished()
 
     def save(
@@ -184,7 +184,7 @@ class Checkpoints:
             shows at the next call, or at the end.
         """
         step = int(state.step)
-        with self._writing():
+        with self._explain_write_errors():
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             check_space(self._directory, size, "a checkpoint")
             saved = self._manager.save(
@@ -212,7 +212,7 @@ class Checkpoints:
             saved it.
         """
         training = _training_item(abstract_state)
-        with self._explained(step):
+        with self._explain_restore_errors(step):
             # Metrics may have been added to the run since, or taken away.
             training["metrics"] = self._saved_metrics(step, training["metrics"])
             restored = self._manager.restore(
@@ -228,7 +228,7 @@ class Checkpoints:
             abstract_state.metrics,
         )
         found = restored.training
-        found["metrics"] = empty.with_item(found["metrics"])
+        found["metrics"] = empty.with_checkpoint_item(found["metrics"])
         return abstract_state.replace(**restored.model, **found), restored.progress
 
     def _saved_metrics(self, step: int, abstract_metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Checkpoints:
           abstract_metrics: of the metrics that the run has now, by name.
         """
         placed = jax.tree.leaves(abstract_metrics)[0].sharding
-        with contextlib.closing(_handler()) as handler:
+        with contextlib.closing(_local_handler()) as handler:
             saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]
         others = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
@@ -253,7 +253,7 @@ class Checkpoints:
           step: of a checkpoint that is there.
           abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
         """
-        with self._explained(step):
+        with self._explain_restore_errors(step):
             args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_model))
             return self._manager.restore(step, args=args).model
 
@@ -266,7 +266,7 @@ class Checkpoints:
         return found if isinstance(found, dict) and "top1" in found else {}
 
     @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
+    def _explain_restore_errors(self, step: int) -> Iterator[None]:
         """Explains a failure to restore."""
         folder = self._directory / str(step)
         try:
@@ -286,10 +286,10 @@ class Checkpoints:
             ) from error
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _explain_write_errors(self) -> Iterator[None]:
         """Explains a failure to write, after which the next write starts from what is on disk."""
         try:
-            with _readable_errors(self._directory):
+            with _as_write_error(self._directory):
                 yield
         except WriteError as error:
             self._write_failed = True
@@ -329,31 +329,33 @@ class Checkpoints:
                 create_directories_asynchronously=False,
                 # Orbax counts its limit by the wall clock, which may be set while it writes.
                 # Several processes need one: they wait for each other.
-                timeout_secs=_YEAR if jax.process_count() == 1 else _MINUTES_20,
+                timeout_secs=_YEAR_SECONDS if jax.process_count() == 1 else _TWENTY_MINUTES_SECONDS,
                 # In the background, in process 0.
-                post_finalization_callback=_orbax_private.before_commit(directory, _seal),
+                post_finalization_callback=_orbax_private.before_commit(
+                    directory, _verify_and_write_manifest
+                ),
             ),
         )
 
 
-def _seal(folder: pathlib.Path) -> None:
+def _verify_and_write_manifest(folder: pathlib.Path) -> None:
     """Reads a checkpoint back that is to get its name, and writes its manifest."""
     _check_restorable(folder)
     integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _local_handler() -> ocp.PyTreeCheckpointHandler:
     """Returns what reads and merges arrays in this process alone; the others are elsewhere."""
     alone = ocp.options.MultiprocessingOptions(primary_host=None)
     return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
 
 
-def _merge_unmerged(directory: pathlib.Path) -> None:
+def _finalize_unmerged(directory: pathlib.Path) -> None:
     """Finishes checkpoints that older versions left in a folder with brackets in its path."""
     for step in integrity.steps(directory):
         for item in integrity.unmerged(directory / str(step)):
             plain = paths.Plain(item)
-            with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
+            with contextlib.closing(plain), contextlib.closing(_local_handler()) as handler:
                 handler.finalize(plain.path)
 
 
@@ -367,7 +369,7 @@ def _check_restorable(folder: pathlib.Path) -> None:
       WriteError: if an array cannot be read.
     """
     try:
-        with contextlib.closing(_handler()) as handler:
+        with contextlib.closing(_local_handler()) as handler:
             for item in integrity.ARRAYS:
                 arrays = handler.metadata(folder / item).tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
@@ -386,11 +388,15 @@ def _wait_for_all_processes(name: str) -> None:
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics.item()}
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "metrics": state.metrics.checkpoint_item(),
+    }
 
 
 @contextlib.contextmanager
-def _without_leftovers() -> Iterator[None]:
+def _silence_failed_writes() -> Iterator[None]:
     """Keeps Python from reporting what Orbax leaves of a failed write, inside the `with` block.
 
     Orbax writes each array in a task of its own, and waits for the first that fails. When the
@@ -428,7 +434,7 @@ def _is_disk_failure(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
+def _as_write_error(directory: pathlib.Path) -> Iterator[None]:
     """Turns a failure to write into a message that says what is safe and what to do."""
     try:
         yield

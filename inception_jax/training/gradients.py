@@ -63,8 +63,12 @@ def make_gradient(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        of_each = loss(output, targets)
-        return of_each.mean(), (updated.get("batch_stats", {}), of_each, output.logits)
+        per_example_loss = loss(output, targets)
+        return per_example_loss.mean(), (
+            updated.get("batch_stats", {}),
+            per_example_loss,
+            output.logits,
+        )
 
     def plain(params: Variables, *rest: Any) -> GradOutput:
         grads, found = jax.grad(objective, has_aux=True)(params, *rest)

@@ -24,44 +24,44 @@ from inception_jax.training.run import Run, train_batches
 from inception_jax.training.step import make_train_step
 
 # A smoothed loss above this multiple of its least has diverged (Gugger 2018).
-DIVERGED = 4.0
+DIVERGENCE_FACTOR = 4.0
 
 # The average reaches over this share of the steps: long enough to even out batches, short against
 # the factor of ten in the rate that separates "learns" from "diverges".
-SMOOTHING = 1 / 20
+SMOOTHING_FRACTION = 1 / 20
 
 # The rate proposed is the one with the least smoothed loss divided by this. At the least the loss
 # is about to rise, so it is the edge; Smith takes the peak of a cycle just below it, and Gugger a
 # tenth of it for a constant rate. A third lies between, for a peak reached by a warm-up.
-BELOW_LEAST = 3.0
+PEAK_DIVISOR = 3.0
 
 # BatchNorm lets a loss stay flat over a factor of ten in the rate, and noise then decides where it
-# is least. The rate proposed is therefore none above the first that has this share of the fall.
-MOST_OF_FALL = 0.9
+# is least. The rate proposed is therefore none above the first that has this share of the decrease.
+FLAT_FRACTION = 0.9
 
 # A loss that never fell below this share of what guessing costs has learned next to nothing.
-CHANCE = 0.95
+MAX_CHANCE_FRACTION = 0.95
 
 # A loss that fell below this share of its start has learned its images by heart; whatever the rate
 # is after that, it stays there.
-BY_HEART = 0.05
+MEMORIZED_FRACTION = 0.05
 
 # A smoothed loss that fell by less than this share of the first losses shows noise and no learning.
-LEAST_FALL = 0.05
+MIN_DECREASE_FRACTION = 0.05
 
 # A rate shows its effect in the steps after it, some ten with a momentum of 0.9. With fewer steps
 # than that for each factor of ten in the rate, the edge is found too high.
-STEPS_PER_DECADE = 30
+MIN_STEPS_PER_DECADE = 30
 
-# Past its least the smoothed loss must rise by this share of its fall, or it was not the edge.
-LEAST_RISE = 0.5
+# Past its least the smoothed loss must rise by this share of its decrease, or it was not the edge.
+MIN_RISE_FRACTION = 0.5
 
-# Where the loss fell by this share of its fall within the first tenth of the steps,
+# Where the loss fell by this share of its decrease within the first tenth of the steps,
 # rates below the range would have been needed, too.
-EARLY_FALL = 0.5
+MAX_EARLY_FRACTION = 0.5
 
-# The fall must be that many deviations of the smoothed loss, or its least is where noise puts it.
-LEAST_DEVIATIONS = 8.0
+# The decrease must be that many deviations of the smoothed loss, or its least is where noise puts it.
+MIN_DECREASE_DEVIATIONS = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Proposal:
     """What a range test says; rates in the unit of config.schedule.learning_rate.
 
     Attributes:
-      rate: proposed peak, to two digits: `least / BELOW_LEAST`, or the first rate at which the
-        loss has made `MOST_OF_FALL`, if that is less.
+      rate: proposed peak, to two digits: `least / PEAK_DIVISOR`, or the first rate at which the
+        loss has made `FLAT_FRACTION`, if that is less.
       least: where the smoothed loss is least.
       diverged: whether the test ended by divergence; if not, `least` may be the end of the range.
     """
@@ -100,7 +100,7 @@ class Proposal:
     diverged: bool
 
 
-def exponential_rise(low: float, high: float, steps: int) -> optax.Schedule:
+def exponential_schedule(low: float, high: float, steps: int) -> optax.Schedule:
     """Returns rate(t) = low (high / low)^(t / (steps - 1)), t the updates already made."""
     exponent = math.log(high / low) / (steps - 1)
     return lambda count: low * jnp.exp(exponent * jnp.asarray(count, jnp.float32))
@@ -112,7 +112,7 @@ def range_test(
     low: float,
     high: float,
     steps: int,
-    stepped: Callable[[Point], None] = lambda point: None,
+    on_step: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
     """Trains a run from its initial state with the rate rising from `low` to `high`.
 
@@ -125,12 +125,12 @@ def range_test(
       run: what is tested; its own schedule and length are not used.
       low, high: first and last rate.
       steps: how many rates, equally spaced on a logarithmic axis; at least 2.
-      stepped: takes each point as soon as it is known.
+      on_step: takes each point as soon as it is known.
 
     Returns:
       A point for each step, up to the one at which the loss diverged or was not finite.
     """
-    schedule = exponential_rise(low, high, steps)
+    schedule = exponential_schedule(low, high, steps)
     optimizer = optimizers.make_optimizer(run.config.optimizer, schedule, run.model)
     config = copy.deepcopy(run.config)
     config.augment.mixup = config.augment.cutmix = config.train.label_smoothing = 0.0
@@ -143,17 +143,17 @@ def range_test(
     for step, batch in enumerate(train_batches(rising), start=1):
         state, output = train_step(state, batch)
         points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(output.loss))))
-        stepped(points[-1])
+        on_step(points[-1])
         if has_diverged(points):
             break
     return points
 
 
 def has_diverged(points: Sequence[Point]) -> bool:
-    """Whether the last smoothed loss is not finite, or above `DIVERGED` times the least before."""
+    """Whether the last smoothed loss is not finite, or above `DIVERGENCE_FACTOR` times the least before."""
     last = points[-1].smoothed_loss
     least = min((p.smoothed_loss for p in points[:-1]), default=last)
-    return not math.isfinite(last) or last > DIVERGED * least
+    return not math.isfinite(last) or last > DIVERGENCE_FACTOR * least
 
 
 def chance_loss(run: Run) -> float:
@@ -162,7 +162,7 @@ def chance_loss(run: Run) -> float:
     return math.log(run.dataset.num_classes) * (1 + heads * run.config.train.aux_weight)
 
 
-def doubts(
+def reliability_warnings(
     points: Sequence[Point], proposal: Proposal, *, steps: int, high: float, chance: float
 ) -> list[str]:
     """Returns why a proposal cannot be relied on, each with a remedy; empty if it can.
@@ -177,19 +177,19 @@ def doubts(
     found = []
     low = points[0].rate
     # Rounded, as rates are float32.
-    needed = math.ceil(round(STEPS_PER_DECADE * math.log10(high / low), 3))
+    needed = math.ceil(round(MIN_STEPS_PER_DECADE * math.log10(high / low), 3))
     if steps < needed:
         found.append(
             f"{steps} steps are too few for rates from {low:g} to {high:g}: a rate takes effect "
             f"some steps later, so the edge is overestimated. Use --steps={needed}"
         )
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
-    start = _start(points, finite)
+    start = _initial_loss(points, finite)
     least = min(finite, key=lambda p: p.smoothed_loss)
-    fall = start - least.smoothed_loss
+    decrease = start - least.smoothed_loss
     after = max(p.smoothed_loss for p in finite if p.step >= least.step)
-    rose = proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall
-    if not rose and least.smoothed_loss < BY_HEART * start:
+    rose = proposal.diverged or after - least.smoothed_loss >= MIN_RISE_FRACTION * decrease
+    if not rose and least.smoothed_loss < MEMORIZED_FRACTION * start:
         found.append(
             "the network memorized the few images before any rate was too high, so the edge does "
             "not show. Keep the experiment's rate, or use more images"
@@ -199,29 +199,29 @@ def doubts(
             f"the loss did not rise again up to a rate of {finite[-1].rate:.3g}, so the edge lies "
             "beyond it. Use a larger --high"
         )
-    if least.smoothed_loss > CHANCE * chance:
+    if least.smoothed_loss > MAX_CHANCE_FRACTION * chance:
         found.append(
             f"the loss fell only to {least.smoothed_loss:.3g}, and a uniform guess has "
             f"{chance:.3g}: nothing was learned at any rate. Use more --steps, or check that the "
             "labels match the images"
         )
-    early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
-    if start - early.smoothed_loss > EARLY_FALL * fall:
+    early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING_FRACTION * steps))]
+    if start - early.smoothed_loss > MAX_EARLY_FRACTION * decrease:
         found.append(
             f"the loss fell mostly at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
             "little about higher ones. Use a smaller --low"
         )
-    deviation = _deviation([p.loss for p in finite if p.step <= least.step], steps)
-    if fall < LEAST_DEVIATIONS * deviation:
+    deviation = _smoothed_loss_std([p.loss for p in finite if p.step <= least.step], steps)
+    if decrease < MIN_DECREASE_DEVIATIONS * deviation:
         found.append(
-            f"the loss fell by only {fall:.3g}, too little compared with its batch-to-batch noise "
+            f"the loss fell by only {decrease:.3g}, too little compared with its batch-to-batch noise "
             f"({deviation:.2g} after smoothing). Use more --steps or a larger "
             "--config.train.batch_size"
         )
     return found
 
 
-def _deviation(losses: Sequence[float], steps: int) -> float:
+def _smoothed_loss_std(losses: Sequence[float], steps: int) -> float:
     """Returns the standard deviation of the smoothed loss around its course; jumps do not count."""
     if len(losses) < 3:
         return 0.0
@@ -232,25 +232,25 @@ def _deviation(losses: Sequence[float], steps: int) -> float:
 
 
 def _time_constant(steps: int) -> float:
-    return max(2.0, SMOOTHING * steps)
+    return max(2.0, SMOOTHING_FRACTION * steps)
 
 
-def _start(points: Sequence[Point], finite: Sequence[Point]) -> float:
+def _initial_loss(points: Sequence[Point], finite: Sequence[Point]) -> float:
     """Returns the loss that a test began with; one batch alone would be a noisy start."""
-    return float(np.mean([p.loss for p in finite[: math.ceil(SMOOTHING * len(points))]]))
+    return float(np.mean([p.loss for p in finite[: math.ceil(SMOOTHING_FRACTION * len(points))]]))
 
 
 def propose(points: Sequence[Point]) -> Proposal | None:
-    """Returns what a range test proposes, or None if the loss did not fall in its range."""
+    """Returns what a range test proposes, or None if the loss did not decrease in its range."""
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
     if not finite:
         return None
-    start, least = _start(points, finite), min(finite, key=lambda p: p.smoothed_loss)
-    fall = start - least.smoothed_loss
-    if fall < LEAST_FALL * start:
+    start, least = _initial_loss(points, finite), min(finite, key=lambda p: p.smoothed_loss)
+    decrease = start - least.smoothed_loss
+    if decrease < MIN_DECREASE_FRACTION * start:
         return None
-    flat = next(p for p in finite if start - p.smoothed_loss >= MOST_OF_FALL * fall)
-    rate = min(least.smoothed_rate / BELOW_LEAST, flat.smoothed_rate)
+    flat = next(p for p in finite if start - p.smoothed_loss >= FLAT_FRACTION * decrease)
+    rate = min(least.smoothed_rate / PEAK_DIVISOR, flat.smoothed_rate)
     return Proposal(
         rate=float(f"{rate:.2g}"), least=least.smoothed_rate, diverged=has_diverged(points)
     )
@@ -265,13 +265,13 @@ def record(
       config: of the run that was tested.
       points: of the range test.
       proposal: what `propose` made of them.
-      found: the `doubts`, with which nothing is proposed.
+      found: the `reliability_warnings`, with which nothing is proposed.
     """
     return {
         "proposal": dataclasses.asdict(proposal) if proposal and not found else None,
         "doubts": list(found),
-        "rule": f"the rate with the lowest smoothed loss divided by {BELOW_LEAST:g}, or the first "
-        f"rate with {MOST_OF_FALL:.0%} of the fall, whichever is lower",
+        "rule": f"the rate with the lowest smoothed loss divided by {PEAK_DIVISOR:g}, or the first "
+        f"rate with {FLAT_FRACTION:.0%} of the decrease, whichever is lower",
         "points": [dataclasses.asdict(point) for point in points],
         "config": configs.to_dict(config),
         "environment": environment.environment(),

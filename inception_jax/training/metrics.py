@@ -27,7 +27,7 @@ from inception_jax.training import losses
 NEVER = -1
 
 # Evaluation batches that may be dispatched before the host waits for an older one.
-_BATCHES_AHEAD = 2
+_MAX_BATCHES_IN_FLIGHT = 2
 
 Arrays = TypeVar("Arrays")
 
@@ -67,9 +67,9 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     Returns:
       bool [B].
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    true_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
     classes = jnp.arange(logits.shape[1])[None, :]
-    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    ahead = (logits > true_logit) | ((logits == true_logit) & (classes < labels[:, None]))
     rank = jnp.sum(ahead, axis=1)
     return (rank < k) & ~jnp.any(jnp.isnan(logits), axis=1)
 
@@ -133,7 +133,7 @@ class MetricSet:
         Args:
           means: by name.
         """
-        return _scaled(means, self._scale)
+        return _scale_means(means, self._scale)
 
 
 def _check(part: Metric, function: Any, num_classes: int) -> None:
@@ -266,7 +266,7 @@ class TrainMetrics:
             scale=self.scale,
         )
 
-    def cleared(self) -> Self:
+    def reset(self) -> Self:
         """Returns the metrics of no step; it still knows of steps that were not finite.
 
         That takes a copy: the next step donates these, and the reported ones are still to be read.
@@ -287,13 +287,13 @@ class TrainMetrics:
         """
         host = jax.device_get(self.averages)
         means = {name: _mean(each.total, each.count) for name, each in host.items()}
-        return _scaled(means, dict(self.scale))
+        return _scale_means(means, dict(self.scale))
 
-    def item(self) -> dict[str, Any]:
+    def checkpoint_item(self) -> dict[str, Any]:
         """Returns what a checkpoint holds: each sum by its name."""
         return {**self.averages, "first_nonfinite_step": self.first_nonfinite_step}
 
-    def with_item(self, saved: Mapping[str, Any]) -> Self:
+    def with_checkpoint_item(self, saved: Mapping[str, Any]) -> Self:
         """Returns the metrics of a checkpoint, which may have been of a run with other metrics.
 
         Args:
@@ -310,7 +310,7 @@ class TrainMetrics:
 class EvalMetrics:
     """Sums over evaluated examples.
 
-    From `single_batch` the leaves are scalars on the device; `plus` adds them on the host in double
+    From `single_batch` the leaves are scalars on the device; `add` adds them on the host in double
     precision, where sums do not depend on how the examples were cut into batches beyond the
     rounding inside one batch.
 
@@ -342,9 +342,9 @@ class EvalMetrics:
             count=mask.sum(dtype=jnp.int32),
         )
 
-    def plus(self, batch: Self) -> Self:
+    def add(self, batch: Self) -> Self:
         """Returns the sums with those of one more batch, on the host."""
-        return jax.tree.map(lambda a, b: _widened(a) + _widened(b), self, batch)
+        return jax.tree.map(lambda a, b: _widen(a) + _widen(b), self, batch)
 
     def compute(self) -> dict[str, float]:
         """Returns the metrics on the host.
@@ -368,22 +368,22 @@ def to_host(batches: Iterable[Arrays]) -> Iterator[Arrays]:
     in_flight: collections.deque[Arrays] = collections.deque()
     for batch in batches:
         in_flight.append(batch)
-        if len(in_flight) > _BATCHES_AHEAD:
+        if len(in_flight) > _MAX_BATCHES_IN_FLIGHT:
             yield jax.device_get(in_flight.popleft())
     while in_flight:
         yield jax.device_get(in_flight.popleft())
 
 
-def _widened(value: Any) -> Any:
+def _widen(value: Any) -> Any:
     """Returns a scalar of NumPy in double precision."""
     value = np.asarray(value)
     return value.astype(np.float64 if value.dtype.kind == "f" else np.int64)
 
 
-def _scaled(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
-    """Returns means in the order of a scale, each multiplied by its own, then the others."""
-    own = {name: factor * means[name] for name, factor in scale.items() if name in means}
-    return own | {name: mean for name, mean in means.items() if name not in own}
+def _scale_means(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
+    """Returns means in the order of a scale, each multiplied by its true_logit, then the others."""
+    true_logit = {name: factor * means[name] for name, factor in scale.items() if name in means}
+    return true_logit | {name: mean for name, mean in means.items() if name not in true_logit}
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> float:

@@ -10,11 +10,11 @@ import optax
 from inception_jax.models import protocol
 
 
-def direction(momentum: float) -> optax.GradientTransformation:
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Returns Muon's direction (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
 
     The Nesterov momentum of each kernel, as the matrix [H * W * I, O], is replaced by
-    `orthogonalized`, and multiplied by sqrt(max(1, O / (H * W * I))). The Frobenius norm of the
+    `orthogonalize`, and multiplied by sqrt(max(1, O / (H * W * I))). The Frobenius norm of the
     direction is then about sqrt(O) whatever the kernel's shape, and that of a kernel from
     `layers.he_normal` sqrt(2 O): the first update changes every kernel by the same share,
     rate / sqrt(2). (The "consistent RMS" scale of Liu et al. 2025 would change kernels of large
@@ -22,18 +22,18 @@ def direction(momentum: float) -> optax.GradientTransformation:
     norms: weight decay bounds them.
     """
 
-    def of_kernel(kernel: jax.Array) -> jax.Array:
+    def orthogonalize_kernel(kernel: jax.Array) -> jax.Array:
         matrix = kernel.reshape(-1, kernel.shape[-1])
         scale = max(1.0, matrix.shape[1] / matrix.shape[0]) ** 0.5
-        return (scale * orthogonalized(matrix)).reshape(kernel.shape)
+        return (scale * orthogonalize(matrix)).reshape(kernel.shape)
 
     return optax.chain(
         optax.trace(momentum, nesterov=True),
-        optax.stateless_with_tree_map(lambda update, _: of_kernel(update)),
+        optax.stateless_with_tree_map(lambda update, _: orthogonalize_kernel(update)),
     )
 
 
-def orthogonalized(matrix: jax.Array) -> jax.Array:
+def orthogonalize(matrix: jax.Array) -> jax.Array:
     """Returns about U V^T, where U S V^T is the matrix's singular value decomposition.
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)^2 X from X = matrix / its
@@ -49,7 +49,7 @@ def orthogonalized(matrix: jax.Array) -> jax.Array:
       float32 [M, N]; zeros for zeros.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalized(matrix.T).T
+        return orthogonalize(matrix.T).T
     a, b, c = 3.4445, -4.7750, 2.0315
     # A rounding error in G grows twelvefold each time: too much for the fast modes of accelerators.
     with jax.default_matmul_precision("highest"):
@@ -63,7 +63,7 @@ def orthogonalized(matrix: jax.Array) -> jax.Array:
         return product @ x
 
 
-def split(network: nn.Module, params: optax.Params) -> optax.Params:
+def param_labels(network: nn.Module, params: optax.Params) -> optax.Params:
     """Returns a tree of names: "muon" for hidden layers' kernels, "adam" for all else.
 
     The first convolution maps pixels and the classifiers give logits: neither is a hidden layer,

@@ -77,7 +77,7 @@ class NormEstimator:
         mean = jax.tree.map(lambda old: np.zeros(old.shape, old.dtype), variables["batch_stats"])
         for batch in batches:
             mean = self._compute(variables, mean, batch["image"])
-        return state.with_norm(mean)
+        return state.with_eval_batch_stats(mean)
 
     def _add_statistics(self, variables: Variables, mean: Any, images: jax.Array) -> Any:
         """Returns the mean over all batches, as far as it is known, with one batch more."""
@@ -87,7 +87,7 @@ class NormEstimator:
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
             augment.normalise(augment.resize(images, size), dataset.mean, dataset.std),
             train=True,
-            rngs={"dropout": keys.derive(config.seed, "norm")},
+            rngs={"dropout": keys.key_for(config.seed, "norm")},
             mutable=["batch_stats"],
         )
         # The network keeps its momentum's share of the zeros.

@@ -147,7 +147,9 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
     decay = settings.decay()
     rules = {
         "muon": optax.chain(
-            muon_rule.direction(settings.momentum), decay, optax.scale_by_learning_rate(schedule)
+            muon_rule.scale_by_muon(settings.momentum),
+            decay,
+            optax.scale_by_learning_rate(schedule),
         ),
         "adam": optax.chain(
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
@@ -157,4 +159,4 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
             ),
         ),
     }
-    return optax.partition(rules, lambda params: muon_rule.split(network, params))
+    return optax.partition(rules, lambda params: muon_rule.param_labels(network, params))

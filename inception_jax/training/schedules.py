@@ -133,7 +133,7 @@ def steps(settings: Settings, total_steps: int) -> optax.Schedule:
     def factor(count: jax.Array) -> jax.Array:
         return settings.decay_rate ** _float(jnp.searchsorted(passed, count, side="right"))
 
-    return _times_peak(settings, factor)
+    return _scale_peak(settings, factor)
 
 
 def _check_decay_period(config: Config) -> Iterator[str]:
@@ -151,23 +151,23 @@ def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a rate that falls by one factor in equal times."""
     every, warmup = settings.steps(settings.decay_period), settings.warmup_steps
     if settings.staircase:
-        return _times_peak(
+        return _scale_peak(
             settings,
             lambda t: settings.decay_rate ** _float((t + warmup) // every - warmup // every),
         )
-    return _times_peak(settings, lambda t: settings.decay_rate ** (t / every))
+    return _scale_peak(settings, lambda t: settings.decay_rate ** (t / every))
 
 
 # The fall from 1 to 0 as a function of progress from 0 to 1: that of Loshchilov and Hutter 2017, by
 # equal steps, and as a power of what is left.
-_FALLS: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Array]]] = {
+_DECAY_CURVES: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Array]]] = {
     "cosine": ((), lambda s, p: (1 + jnp.cos(jnp.pi * p)) / 2),
     "linear": ((), lambda s, p: 1 - p),
     "polynomial": (("power",), lambda s, p: (1 - p) ** s.power),
 }
 
 
-def _falling(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
+def _decaying(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
     """Returns what makes a schedule that falls from the peak to its final_lr_ratio."""
 
     def build(settings: Settings, total_steps: int) -> optax.Schedule:
@@ -176,16 +176,16 @@ def _falling(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., 
             # Written so that it is exactly 1 where `left` is, however final_lr_ratio is rounded.
             return settings.final_lr_ratio * (1 - left) + left
 
-        return _times_peak(settings, factor)
+        return _scale_peak(settings, factor)
 
     return build
 
 
-for _name, (_read, _fall) in _FALLS.items():
-    register_schedule(_name, settings=("final_lr_ratio", *_read))(_falling(_fall))
+for _name, (_read, _fall) in _DECAY_CURVES.items():
+    register_schedule(_name, settings=("final_lr_ratio", *_read))(_decaying(_fall))
 
 
-def _times_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
+def _scale_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
     return lambda count: settings.learning_rate * factor(jnp.asarray(count))
 
 

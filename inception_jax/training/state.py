@@ -51,7 +51,7 @@ class TrainState(flax.struct.PyTreeNode):
         """The variables that evaluation uses: the averages where the run keeps them."""
         return eval_variables(self.params, self.batch_stats, self.average)
 
-    def with_norm(self, batch_stats: Variables) -> "TrainState":
+    def with_eval_batch_stats(self, batch_stats: Variables) -> "TrainState":
         """Returns the state with other BatchNorm statistics in the variables for evaluation."""
         if self.average:
             return self.replace(average=self.average | {"batch_stats": batch_stats})
@@ -63,18 +63,18 @@ def eval_variables(params: Variables, batch_stats: Variables, average: Variables
     return average or {"params": params, "batch_stats": batch_stats}
 
 
-def _initial_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Variables, Variables]:
+def _init_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Variables, Variables]:
     """Returns parameters and BatchNorm statistics; the latter are empty without BatchNorm."""
     variables = model.init(
-        {"params": keys.derive(seed, "init"), "dropout": keys.derive(seed, "init dropout")},
+        {"params": keys.key_for(seed, "init"), "dropout": keys.key_for(seed, "init dropout")},
         jnp.zeros((1, image_size, image_size, 3)),
         train=True,
     )
     return variables["params"], variables.get("batch_stats", {})
 
 
-def _initial_state(run: Run) -> TrainState:
-    params, batch_stats = _initial_variables(run.model, run.dataset.image_size, run.config.seed)
+def _init_state(run: Run) -> TrainState:
+    params, batch_stats = _init_variables(run.model, run.dataset.image_size, run.config.seed)
     has_average = bool(configs.parse_duration(run.config.train.ema))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -96,10 +96,11 @@ def lower_init(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
       Shapes, types and shardings of the state; and a function that returns the state before the
       first step, on all devices.
     """
-    placed = sharding.replicated(run.mesh)
-    traced = jax.jit(lambda: _initial_state(run), out_shardings=placed).trace()
+    replicated = sharding.replicated(run.mesh)
+    traced = jax.jit(lambda: _init_state(run), out_shardings=replicated).trace()
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), traced.out_info
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        traced.out_info,
     )
     # It runs once, and at full effort LLVM takes 12 s for 57 drawings of random numbers. The values
     # are the same.
@@ -145,15 +146,15 @@ def abstract_model_item(
       image_size: side of its images, pixels, on which the auxiliary heads' shapes depend.
       has_average: whether the run keeps moving averages.
     """
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    replicated = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params, batch_stats = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        jax.eval_shape(lambda: _initial_variables(model, image_size, seed=0)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(lambda: _init_variables(model, image_size, seed=0)),
     )
     variables = {"params": params, "batch_stats": batch_stats}
     return variables | {"average": variables if has_average else {}}
 
 
-def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
+def make_reset_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
     """Returns a function that makes empty metrics on all devices, to follow reported ones."""
-    return jax.jit(TrainMetrics.cleared, out_shardings=sharding.replicated(run.mesh))
+    return jax.jit(TrainMetrics.reset, out_shardings=sharding.replicated(run.mesh))

@@ -74,7 +74,7 @@ def compile_train_steps(
 
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
-        kind = f"{what}, {run.compile_kind()}"
+        kind = f"{what}, {run.compilation_key()}"
         known = compilations.expected(kind)
         about = "" if known is None else f" (about {known:.0f} s last time)"
         log(f"{what}: compiling{about}, or loading from the compilation cache")
@@ -128,7 +128,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         key, pixels, labels = (
-            keys.derive(seed, "augment", state.step),
+            keys.key_for(seed, "augment", state.step),
             batch["image"],
             batch["label"],
         )
@@ -136,12 +136,12 @@ def make_train_step(
             images, targets = settings_augmentation(key, pixels, labels, state.step)
         else:
             images, targets = augment(key, pixels, labels)
-        grads, batch_stats, of_each, logits = gradient(
+        grads, batch_stats, per_example_loss, logits = gradient(
             state.params,
             state.batch_stats,
             images,
             targets,
-            keys.derive(seed, "dropout", state.step),
+            keys.key_for(seed, "dropout", state.step),
         )
         if momentum is not None:
             # Each micro-batch updates the running statistics once.
@@ -158,7 +158,7 @@ def make_train_step(
         labels = jnp.argmax(targets, axis=-1)
         metrics = TrainMetrics.single_step(
             step=state.step + 1,
-            values={**metric_fns.per_example(logits, labels), "loss": of_each},
+            values={**metric_fns.per_example(logits, labels), "loss": per_example_loss},
             scale=metric_fns.scale,
             gradient_norm=optax.tree.norm(grads),
         )
@@ -170,12 +170,12 @@ def make_train_step(
             opt_state=opt_state,
             metrics=state.metrics.merge(metrics),
         )
-        finite = nonfinite.finite_flags(of_each, grads)
+        finite = nonfinite.finite_flags(per_example_loss, grads)
         if config.train.on_nonfinite == "skip":
             after = nonfinite.skip_if_nonfinite(
                 state, after, finite.all(), config.train.nonfinite_limit
             )
-        return after, StepOutput(of_each.mean(), metrics, finite)
+        return after, StepOutput(per_example_loss.mean(), metrics, finite)
 
     replicated = sharding.replicated(run.mesh)
     return jax.jit(

@@ -33,7 +33,7 @@ def test_calibration_is_the_definition() -> None:
         assert found.confidence[m] == pytest.approx(mean)
         error += len(inside) / 1000 * abs(accuracy - mean)
     assert found.error == pytest.approx(error)
-    assert found.excess == pytest.approx(confidence.astype(float).mean() - right.mean())
+    assert found.overconfidence == pytest.approx(confidence.astype(float).mean() - right.mean())
     shares, means = calibration_curve(right, confidence, n_bins=10)
     np.testing.assert_allclose(found.accuracy, shares)
     np.testing.assert_allclose(found.confidence, means, rtol=1e-6)
@@ -65,14 +65,14 @@ def matrix(pairs: dict[tuple[int, int], int], classes: int) -> np.ndarray:
 
 def test_the_most_confused_classes_stand_side_by_side() -> None:
     pairs = {(0, 7): 3, (7, 0): 3, (2, 5): 5, (5, 4): 4, (1, 3): 1}
-    found = calibration.most_confused(matrix(pairs, 9), 5)
+    found = calibration.most_confused_classes(matrix(pairs, 9), 5)
     # 0 with 7: six times both ways; 2 with 5: five; 4 with 5: four, so it stands beside 5.
     assert found.tolist() == [0, 7, 2, 5, 4]
-    assert calibration.most_confused(matrix(pairs, 9), 9).tolist() == list(range(9))
+    assert calibration.most_confused_classes(matrix(pairs, 9), 9).tolist() == list(range(9))
     # The pair of 1 and 3 does not fit any more; classes that nobody confuses are not filled in.
-    assert calibration.most_confused(matrix(pairs, 9), 6).tolist() == [0, 7, 2, 5, 4]
-    assert calibration.most_confused(matrix(pairs, 9), 8).tolist() == [0, 7, 2, 5, 4, 1, 3]
-    assert calibration.most_confused(matrix({}, 9), 5).tolist() == []
+    assert calibration.most_confused_classes(matrix(pairs, 9), 6).tolist() == [0, 7, 2, 5, 4]
+    assert calibration.most_confused_classes(matrix(pairs, 9), 8).tolist() == [0, 7, 2, 5, 4, 1, 3]
+    assert calibration.most_confused_classes(matrix({}, 9), 5).tolist() == []
 
 
 def test_pairs_are_ordered_by_how_often_they_happen() -> None:

@@ -81,16 +81,16 @@ def test_what_is_left_of_each_example_is_what_plain_numpy_finds(
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     rows = np.arange(len(split))
     np.testing.assert_array_equal(found.labels, split.labels)
-    np.testing.assert_array_equal(found.guesses, np.argsort(-logits, axis=1)[:, :5])
-    best = np.take_along_axis(probabilities, found.guesses, axis=1)
-    np.testing.assert_allclose(found.probabilities, best, rtol=1e-4)
-    np.testing.assert_allclose(found.own, probabilities[rows, split.labels], rtol=1e-4)
+    np.testing.assert_array_equal(found.top_classes, np.argsort(-logits, axis=1)[:, :5])
+    best = np.take_along_axis(probabilities, found.top_classes, axis=1)
+    np.testing.assert_allclose(found.top_probs, best, rtol=1e-4)
+    np.testing.assert_allclose(found.true_prob, probabilities[rows, split.labels], rtol=1e-4)
 
     # And it is what the metrics are made of.
-    assert metrics["top1"] == pytest.approx(100 * found.right.mean())
-    among = (found.guesses == found.labels[:, None]).any(axis=1)
+    assert metrics["top1"] == pytest.approx(100 * found.correct.mean())
+    among = (found.top_classes == found.labels[:, None]).any(axis=1)
     assert metrics["top5"] == pytest.approx(100 * among.mean())
-    assert metrics["loss"] == pytest.approx(-np.log(found.own).mean(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(-np.log(found.true_prob).mean(), rel=1e-4)
 
 
 def check(
@@ -209,7 +209,7 @@ def test_a_metric_over_the_split_is_exact(
     result = Evaluator(this)(state.create(this).eval_variables())["test"]
     assert list(result.metrics) == ["loss", "top1", "macro", "count"]
     found = result.predictions
-    by_class = [found.right[found.labels == label].mean() for label in range(10)]
+    by_class = [found.correct[found.labels == label].mean() for label in range(10)]
     assert result.metrics["macro"] == pytest.approx(100 * np.mean(by_class))
 
 

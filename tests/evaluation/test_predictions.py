@@ -28,28 +28,33 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
 
 def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None:
     made = run_folders.predicted(10, count=200)
-    shown = predictions.choose(made)
-    mistakes, right = shown[: predictions.MISTAKES], shown[predictions.MISTAKES :]
-    wrong = [n for n in range(200) if made.guesses[n, 0] != made.labels[n]]
-    expected = sorted(wrong, key=lambda n: -made.probabilities[n, 0])[: predictions.MISTAKES]
+    shown = predictions.select_examples(made)
+    mistakes, right = shown[: predictions.MAX_MISTAKES], shown[predictions.MAX_MISTAKES :]
+    wrong = [n for n in range(200) if made.top_classes[n, 0] != made.labels[n]]
+    expected = sorted(wrong, key=lambda n: -made.top_probs[n, 0])[: predictions.MAX_MISTAKES]
     assert mistakes.tolist() == expected
-    assert len(right) == predictions.RIGHT
-    assert made.right[right].all()
-    assert right[0] == np.flatnonzero(made.right)[0] and right[-1] == np.flatnonzero(made.right)[-1]
+    assert len(right) == predictions.MAX_CORRECT
+    assert made.correct[right].all()
+    assert (
+        right[0] == np.flatnonzero(made.correct)[0]
+        and right[-1] == np.flatnonzero(made.correct)[-1]
+    )
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_split_may_be_all_right_or_all_wrong(right: bool) -> None:
     one = np.ones(3, np.float32)
     guesses = np.full((3, 1), 0 if right else 1, np.int32)
-    shown = predictions.choose(Predictions(np.zeros(3, np.int32), guesses, one[:, None], one))
+    shown = predictions.select_examples(
+        Predictions(np.zeros(3, np.int32), guesses, one[:, None], one)
+    )
     assert shown.tolist() == [0, 1, 2]
 
 
 def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
     made = run_folders.predicted(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
-    written = predictions.gather(result, made, split(tmp_path, 60, 8))
+    written = predictions.with_images(result, made, split(tmp_path, 60, 8))
     predictions.write(tmp_path, written)
     found = predictions.read(tmp_path)
     assert found is not None
@@ -58,18 +63,18 @@ def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
         before, after = (getattr(each, field.name) for each in (made, found.predictions))
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
-    assert found.names == tuple(f"{index}.png" for index in found.shown)
-    assert found.pictures.shape[1:] == (8, 8, 3)
-    assert found.pictures[:, 0, 0, 0].tolist() == found.shown.tolist()
+    assert found.names == tuple(f"{index}.png" for index in found.indices)
+    assert found.images.shape[1:] == (8, 8, 3)
+    assert found.images[:, 0, 0, 0].tolist() == found.indices.tolist()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_large_pictures_are_kept_small(tmp_path: pathlib.Path) -> None:
     made = run_folders.predicted(7, count=60)
-    found = predictions.gather({}, made, split(tmp_path, 60, 160))
-    side = predictions.MOST_PIXELS
-    assert found.pictures.shape[1:] == (side, side, 3)
-    assert found.pictures[:, 5, 5, 1].tolist() == found.shown.tolist()
+    found = predictions.with_images({}, made, split(tmp_path, 60, 160))
+    side = predictions.MAX_IMAGE_SIZE
+    assert found.images.shape[1:] == (side, side, 3)
+    assert found.images[:, 5, 5, 1].tolist() == found.indices.tolist()
 
 
 def test_a_folder_without_the_file_has_none(tmp_path: pathlib.Path) -> None:

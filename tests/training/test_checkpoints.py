@@ -71,7 +71,7 @@ def metrics_of(*names: str) -> TrainMetrics:
 def test_metrics_may_be_added_to_a_run_and_taken_away(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    item = TrainMetrics.item
+    item = TrainMetrics.checkpoint_item
     # Revision 56edb8b wrote one value more.
     older = {"_reduction_counter": {"value": jnp.int32(1)}}
     monkeypatch.setattr(TrainMetrics, "item", lambda self: item(self) | older)

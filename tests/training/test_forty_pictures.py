@@ -63,6 +63,6 @@ def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Pa
     # What was chosen is recorded; without flags it is the same run again.
     recorded = json.loads(folder.config.read_text())["config"]
     assert recorded["train"]["batch_size"] == 8
-    again = workdir.with_recorded(workdir.previous(folder), given)
-    assert workdir.check_compatible(workdir.previous(folder), again) == []
+    again = workdir.with_recorded_auto_settings(workdir.load_previous_run(folder), given)
+    assert workdir.check_compatible(workdir.load_previous_run(folder), again) == []
     assert again == this.config

@@ -77,7 +77,7 @@ def reference(
 
 
 def train_again(this: run.Run, folder: Workdir) -> dict[str, Any]:
-    changed = workdir.check_compatible(workdir.previous(folder), this.config)
+    changed = workdir.check_compatible(workdir.load_previous_run(folder), this.config)
     return small.train(this, folder, evaluator_of(this), changed=changed)
 
 
@@ -158,7 +158,9 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
         same = ("step", "epoch", "split", "loss", "top1", "top5", "count")
         assert {key: result[key] for key in same} == {key: last[key] for key in same}
         assert result["seconds_by_phase"]["train"] > 0
-        assert evaluated.metrics["top1"] == pytest.approx(100 * evaluated.predictions.right.mean())
+        assert evaluated.metrics["top1"] == pytest.approx(
+            100 * evaluated.predictions.correct.mean()
+        )
         seen.append(result["step"])
 
     folder = Workdir(tmp_path)
@@ -479,7 +481,7 @@ def test_compiling_is_said_with_what_it_takes(
     )
     # The program was kept, or is not worth it.
     (tmp_path / "seconds.json").write_text(
-        json.dumps({f"training step for 8 px, {this.compile_kind()}": 33.3})
+        json.dumps({f"training step for 8 px, {this.compilation_key()}": 33.3})
     )
     with futures.ThreadPoolExecutor(1) as background:
         step.compile_train_steps(this, like, background, first=0, log=said.append)

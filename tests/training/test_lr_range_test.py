@@ -15,7 +15,13 @@ from inception_jax.config import Augment, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
 from inception_jax.models import weights
 from inception_jax.training import lr_range_test, run, state, step
-from inception_jax.training.lr_range_test import Point, Proposal, doubts, has_diverged, propose
+from inception_jax.training.lr_range_test import (
+    Point,
+    Proposal,
+    has_diverged,
+    propose,
+    reliability_warnings,
+)
 from tests import small
 
 HERE = pathlib.Path(__file__).parent
@@ -87,7 +93,7 @@ def test_labels_are_neither_mixed_nor_smoothed(linear: run.Run) -> None:
 
 def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> None:
     heard: list[Point] = []
-    points = lr_range_test.range_test(linear, low=1e-4, high=1e4, steps=160, stepped=heard.append)
+    points = lr_range_test.range_test(linear, low=1e-4, high=1e4, steps=160, on_step=heard.append)
     assert heard == points
     assert len(points) < 160
     rates = [p.rate for p in points]
@@ -188,7 +194,7 @@ def test_a_measured_curve_that_shows_the_edge_gives_a_rate_that_works(
     points, found = recorded(name)
     assert found is not None
     assert low < found.rate < high
-    assert not doubts(points, found, steps=200, high=10.0, chance=math.log(classes))
+    assert not reliability_warnings(points, found, steps=200, high=10.0, chance=math.log(classes))
 
 
 def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
@@ -212,7 +218,7 @@ def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
 ) -> None:
     points, found = recorded(name)
     assert found is not None
-    said = doubts(points, found, steps=200, high=10.0, chance=math.log(classes))
+    said = reliability_warnings(points, found, steps=200, high=10.0, chance=math.log(classes))
     assert any(words in doubt for doubt in said), said
 
 
@@ -231,5 +237,5 @@ def test_each_condition_that_is_not_met_is_said(loss: Any, steps: int, words: st
     points = synthetic(loss, steps)
     found = propose(points)
     assert found is not None
-    said = doubts(points, found, steps=steps, high=10.0, chance=2.3)
+    said = reliability_warnings(points, found, steps=steps, high=10.0, chance=2.3)
     assert [words in doubt for doubt in said] == ([True] if words else []), said

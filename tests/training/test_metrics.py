@@ -75,8 +75,8 @@ def test_the_first_non_finite_step_is_kept(bad: float, where: str) -> None:
         metrics = _add_jit(metrics, **_step(i, loss, norm, rng))
     assert metrics.first_nonfinite_step.compute() == 3
     # What follows a report still knows.
-    assert metrics.cleared().first_nonfinite_step.compute() == 3
-    assert np.isnan(metrics.cleared().compute()["loss"])
+    assert metrics.reset().first_nonfinite_step.compute() == 3
+    assert np.isnan(metrics.reset().compute()["loss"])
 
 
 def test_merging_keeps_structure_shapes_and_types() -> None:
@@ -109,7 +109,7 @@ def test_shared_labels_count_by_their_share() -> None:
 
 
 def _total(batches: Iterable[EvalMetrics]) -> dict[str, float]:
-    return functools.reduce(EvalMetrics.plus, to_host(batches)).compute()
+    return functools.reduce(EvalMetrics.add, to_host(batches)).compute()
 
 
 def _evaluate(

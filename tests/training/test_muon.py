@@ -39,7 +39,7 @@ def test_orthogonalized_brings_singular_values_near_one(
     rng = np.random.default_rng(0)
     # Columns that fall to 1e-8 make a matrix of low rank: its rounding errors grow most.
     matrix = (rng.normal(size=shape) * np.logspace(0, -decades, shape[1])).astype(np.float32)
-    result = np.asarray(jax.jit(muon.orthogonalized)(matrix))
+    result = np.asarray(jax.jit(muon.orthogonalize)(matrix))
     u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(result, (u * newton_schulz(values)) @ v, atol=2e-3)
     found = np.linalg.svd(result, compute_uv=False)
@@ -50,7 +50,7 @@ def test_orthogonalized_brings_singular_values_near_one(
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-10, 1e15])
 def test_orthogonalized_is_finite_at_any_scale(scale: float) -> None:
     matrix = np.float32(scale) * np.arange(1, 13, dtype=np.float32).reshape(4, 3)
-    assert np.isfinite(muon.orthogonalized(jnp.asarray(matrix))).all()
+    assert np.isfinite(muon.orthogonalize(jnp.asarray(matrix))).all()
 
 
 class Ends(nn.Module):

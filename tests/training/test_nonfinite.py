@@ -62,7 +62,7 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
 
             def broken(*inputs: Any) -> Any:
                 found, key = gradient(*inputs), jax.random.key_data(inputs[-1])
-                at = [keys.derive(0, "dropout", number - 1) for number in bad]
+                at = [keys.key_for(0, "dropout", number - 1) for number in bad]
                 now = [jnp.all(key == jax.random.key_data(each)) for each in at]
                 here = functools.reduce(jnp.logical_or, now, jnp.bool_(False))
                 last = jax.tree.map(lambda g: jnp.where(here, jnp.inf, g), found.grads["last"])

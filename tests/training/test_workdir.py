@@ -19,22 +19,30 @@ def started(
 ) -> Workdir:
     """A folder in which a run has saved a checkpoint."""
     folder = Workdir(path)
-    workdirs.record_start(workdirs.previous(folder), config, step=0, changed=[], dataset=dataset)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=dataset
+    )
     (folder.checkpoints / str(steps)).mkdir(parents=True)
     return folder
 
 
 def test_a_new_folder_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
-    assert workdirs.check_compatible(workdirs.previous(Workdir(tmp_path / "new")), Config()) == []
+    assert (
+        workdirs.check_compatible(workdirs.load_previous_run(Workdir(tmp_path / "new")), Config())
+        == []
+    )
 
 
 def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
-    workdirs.record_start(workdirs.previous(folder), Config(), step=0, changed=[], dataset=DATASET)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), Config(), step=0, changed=[], dataset=DATASET
+    )
     (folder.checkpoints / "5.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert workdirs.check_compatible(workdirs.previous(folder), Config(seed=1)) == []
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), Config(seed=1)) == []
     workdirs.check_dataset(
-        workdirs.previous(folder), {"name": "other", "classes": 3, "class names": ["a", "b", "c"]}
+        workdirs.load_previous_run(folder),
+        {"name": "other", "classes": 3, "class names": ["a", "b", "c"]},
     )
 
 
@@ -43,7 +51,7 @@ def test_another_model_and_data_set_are_refused_by_field(tmp_path: pathlib.Path)
     other = Config()
     other.model.width, other.data.name = 0.5, "digits"
     with pytest.raises(CheckpointError) as error:
-        workdirs.check_compatible(workdirs.previous(folder), other)
+        workdirs.check_compatible(workdirs.load_previous_run(folder), other)
     assert "config.model.width: 1.0 → 0.5" in str(error.value)
     assert "config.data.name: 'tiny_imagenet' → 'digits'" in str(error.value)
     assert "schedule" not in str(error.value)
@@ -51,9 +59,9 @@ def test_another_model_and_data_set_are_refused_by_field(tmp_path: pathlib.Path)
 
 def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
-    workdirs.check_dataset(workdirs.previous(folder), DATASET)
+    workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
     with pytest.raises(CheckpointError, match=r"classes: 10 → 12"):
-        workdirs.check_dataset(workdirs.previous(folder), DATASET | {"classes": 12})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET | {"classes": 12})
 
 
 @pytest.mark.parametrize(
@@ -76,14 +84,14 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
 def test_other_classes_are_refused(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
     before = {"name": "image_folder", "class names": ["apple", "pear", "plum"]}
     folder = started(tmp_path, Config(), dataset=before)
-    workdirs.check_dataset(workdirs.previous(folder), before)
+    workdirs.check_dataset(workdirs.load_previous_run(folder), before)
     with pytest.raises(CheckpointError, match=message):
-        workdirs.check_dataset(workdirs.previous(folder), before | {"class names": names})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), before | {"class names": names})
 
 
 def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
-    workdirs.check_dataset(workdirs.previous(folder), DATASET)
+    workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
 
 
 def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
@@ -92,12 +100,12 @@ def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pat
     record = json.loads(folder.config.read_text())
     atomic.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": depth})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": depth})
     with pytest.raises(CheckpointError, match="data set's bit depth: 16 → 12"):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 12})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": 12})
     atomic.write_json(folder.config, record | {"dataset": pictures | {"bit depth": 12}})
     with pytest.raises(CheckpointError, match="data set's bit depth: 12 → 0"):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 0})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": 0})
 
 
 def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -> None:
@@ -105,9 +113,9 @@ def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -
     for step, rate in ((5, 0.2), (9, 0.3)):
         config = Config(train=Config().train)
         config.schedule.learning_rate = rate
-        changed = workdirs.check_compatible(workdirs.previous(folder), config)
+        changed = workdirs.check_compatible(workdirs.load_previous_run(folder), config)
         workdirs.record_start(
-            workdirs.previous(folder), config, step=step, changed=changed, dataset=DATASET
+            workdirs.load_previous_run(folder), config, step=step, changed=changed, dataset=DATASET
         )
     record = json.loads(folder.config.read_text())
     assert [(change["step"], change["settings"]) for change in record["changes"]] == [
@@ -122,7 +130,7 @@ def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
     experiment = {"file": "experiments/digits.py", "own": {"train.duration": "12 epochs"}}
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         Config(),
         step=0,
         changed=[],
@@ -135,7 +143,9 @@ def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
 def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) -> None:
     folder, config = started(tmp_path, Config()), Config()
     config.data.on_change = "prepare"
-    workdirs.record_start(workdirs.previous(folder), config, step=0, changed=[], dataset=DATASET)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=DATASET
+    )
     assert json.loads(folder.config.read_text())["config"]["data"]["on_change"] == "refuse"
     assert config.data.on_change == "prepare"
 
@@ -143,22 +153,27 @@ def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) 
 def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path) -> None:
     folder, own = started(tmp_path, Config()), {"model": "Net"}
     with pytest.raises(CheckpointError, match="model: as configured → Net, an object"):
-        workdirs.check_compatible(workdirs.previous(folder), Config(), own)
+        workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own)
     workdirs.record_start(
-        workdirs.Previous(folder), Config(), step=0, changed=[], dataset=DATASET, own=own
+        workdirs.PreviousRun(folder),
+        Config(),
+        step=0,
+        changed=[],
+        dataset=DATASET,
+        custom_objects=own,
     )
-    assert workdirs.check_compatible(workdirs.previous(folder), Config(), own) == []
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own) == []
     with pytest.raises(CheckpointError, match=r"objects passed by its program: model \(Net\)"):
-        workdirs.check_compatible(workdirs.previous(folder), Config())
+        workdirs.check_compatible(workdirs.load_previous_run(folder), Config())
     with pytest.raises(CheckpointError, match=r"an object passed by a program \(Net\)"):
-        workdirs.recorded_run(folder)
+        workdirs.require_record(folder)
 
 
 def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     config = Config()
     config.train.duration = "60 epochs"
-    assert workdirs.check_compatible(workdirs.previous(folder), config) == []
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), config) == []
 
 
 def recall(
@@ -171,8 +186,8 @@ def recall(
         configs.put(config, path, value)
     experiment = {"file": file, "own": own}
     said: list[str] = []
-    return workdirs.recall(
-        workdirs.previous(folder), config, experiment, given.keys(), said.append
+    return workdirs.restore_overrides(
+        workdirs.load_previous_run(folder), config, experiment, given.keys(), said.append
     ), said
 
 
@@ -183,7 +198,7 @@ def overridden(path: pathlib.Path) -> Workdir:
     experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
     folder = started(path, config)
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         config,
         step=0,
         changed=[],
@@ -201,7 +216,7 @@ def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
     folder = started(tmp_path, config)
     experiment: dict[str, object] = {"file": "a.py", "own": {"train.duration": "60 epochs"}}
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         config,
         step=0,
         changed=[],
@@ -230,7 +245,7 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
         "not given, so kept from the start of the run: config.model.width = 0.5, "
         "config.train.image_sizes = (16,)"
     ]
-    assert len(workdirs.check_compatible(workdirs.previous(folder), config)) == 1
+    assert len(workdirs.check_compatible(workdirs.load_previous_run(folder), config)) == 1
 
 
 def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pathlib.Path) -> None:
@@ -239,7 +254,7 @@ def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pat
     recall(folder, config, "a.py", {"model.width": 1.0})
     assert config.model.width == 1.0
     with pytest.raises(CheckpointError, match=r"config\.model\.width: 0\.5 → 1\.0"):
-        workdirs.check_compatible(workdirs.previous(folder), config)
+        workdirs.check_compatible(workdirs.load_previous_run(folder), config)
 
 
 def test_another_experiment_is_compared_as_it_is(tmp_path: pathlib.Path) -> None:
@@ -266,7 +281,7 @@ def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> 
     folder = started(tmp_path, Config())
     folder.config.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        workdirs.previous(folder)
+        workdirs.load_previous_run(folder)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
