@@ -1,11 +1,11 @@
-"""Checkpoints, the only module that knows Orbax.
+"""Saves and restores checkpoints; the only module that uses Orbax.
 
-A checkpoint is a folder named by its step, with three items: `model` (parameters, BatchNorm
-statistics and their averages: all that evaluation needs), `training` (step, optimizer state, metric
-sums) and `progress` (JSON: seconds spent so far). Orbax writes it under a temporary name, in the
-background; then its manifest is written, and it is renamed: a kill at any moment leaves the
-checkpoint before it, and what bears its name has checksums of all its files. They are compared
-before it is restored; a damaged one is named, and the one before it used.
+A checkpoint is a directory named by its step, with three items: `model` (parameters, BatchNorm
+statistics and their averages: everything that evaluation needs), `training` (step, optimizer state,
+metric sums) and `progress` (JSON: seconds spent so far). Orbax writes it under a temporary name in
+the background; then its manifest is written, and it is renamed. A kill at any moment leaves the
+previous checkpoint intact, and a checkpoint with its final name has checksums of all its files.
+They are verified before a restore; a corrupt checkpoint is logged, and the previous one used.
 """
 
 import contextlib
@@ -40,15 +40,15 @@ def _top1(metrics: Mapping[str, float]) -> float:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves JAX's preemption service to the training loop.
+    """Orbax's manager, leaving JAX's preemption service to the training loop.
 
-    The service notes the step that each process last asked about, and from those of all processes
-    chooses where they stop. Orbax's asks about the step it has just written, from a thread of its
-    own, when training is further: the step chosen could be one that has passed.
+    The service records the step that each process last queried, and chooses a common step to stop
+    at. Orbax queries the step it has just written, from its own thread, when training is already
+    further, so the chosen step could have passed.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Says that there is none, without asking the service."""
+        """Returns False without querying the service."""
         return False
 
 
@@ -56,14 +56,14 @@ class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
     Args:
-      directory: where they are; made if missing.
-      keep_last: how many of the newest are kept.
-      keep_best: how many of the best by validation top-1 are kept besides.
-      read_only: never write, rename or delete anything.
-      log: takes a line of text about each damaged checkpoint.
+      directory: their directory; created if missing.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of best checkpoints to keep in addition, by validation top-1.
+      read_only: whether to never write, rename or delete anything.
+      log: called with a line about each corrupt checkpoint.
 
     Raises:
-      CheckpointError: if there is nothing to read, or none of the checkpoints there is whole.
+      CheckpointError: if there is nothing to read, or no checkpoint is intact.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Checkpoints:
                 f"{directory}: no checkpoints found; train first with the same --workdir"
             )
         if not read_only:
-            # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
+            # Before Orbax opens them: the files that it reads may be the corrupt ones.
             if jax.process_index() == 0:
                 _finalize_unmerged(directory)
                 integrity.quarantine_corrupt(directory, log)
@@ -104,7 +104,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
-        """Waits for a write under way. Its failure does not hide an error raised before."""
+        """Waits for a pending write. Its failure does not hide an earlier error."""
         try:
             with _as_write_error(self._directory):
                 self._manager.close()
@@ -115,7 +115,7 @@ class Checkpoints:
         finally:
             self._plain.close()
             if self._write_failed:
-                gc.collect()  # What is left of the failed writes is not reported later, either.
+                gc.collect()  # While errors of failed writes are still silenced.
             self._cleanup.close()
 
     def latest_step(self) -> int | None:
@@ -123,11 +123,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def resolve(self, which: str) -> int:
-        """Returns the step that "best", "last" or a number stands for, of those that are whole.
+        """Returns the step of the intact checkpoint given as "best", "last" or a number.
 
         Raises:
-          UserError: if it is none of them.
-          CheckpointError: if there is no such checkpoint, or the one of that number is damaged.
+          UserError: if `which` is neither.
+          CheckpointError: if the checkpoint does not exist or is corrupt.
         """
         steps = integrity.steps(self._directory)
         if which in ("best", "last"):
@@ -148,23 +148,23 @@ class Checkpoints:
         )
 
     def roles(self, step: int) -> str:
-        """Returns which of "best" and "last" a step is: "best", "last", "best and last" or ""."""
+        """Returns whether a step is "best", "last", "best and last" or neither ("")."""
         return " and ".join(each for each in ("best", "last") if self._ranked(each)[:1] == [step])
 
     def _ranked(self, which: str) -> list[int]:
-        """Returns all steps, the last first, or those that were evaluated, the best first."""
+        """Returns all steps, newest first ("last"), or the evaluated ones, best first ("best")."""
         steps = integrity.steps(self._directory)
         if which == "last":
             return steps[::-1]
-        top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
-        # Of equally good ones the last.
+        top1 = {step: _top1(metrics) for step in steps if (metrics := self.metrics(step))}
+        # Among ties, the last.
         return sorted(top1, key=lambda step: (top1[step], step), reverse=True)
 
     def wait(self) -> None:
-        """Waits for the write under way.
+        """Waits for a pending write.
 
         Raises:
-          WriteError: if it failed; the checkpoints before it are there.
+          WriteError: if it failed; earlier checkpoints are intact.
         """
         with self._explain_write_errors():
             self._manager.wait_until_finished()
@@ -172,16 +172,16 @@ class Checkpoints:
     def save(
         self, state: TrainState, *, progress: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
-        """Starts to write a checkpoint; it is copied from the devices when this returns.
+        """Starts writing a checkpoint; the state is copied from the devices when this returns.
 
         Args:
-          state: to save; its step names the checkpoint.
-          progress: what else to remember, as JSON.
-          metrics: of an evaluation at this step, with "top1"; None if there was none.
+          state: the state to save; its step names the checkpoint.
+          progress: further values to save as JSON.
+          metrics: metrics of an evaluation at this step, with "top1"; None if there was none.
 
         Raises:
-          WriteError: if it cannot be written, or the one before could not: an error of this write
-            shows at the next call, or at the end.
+          WriteError: if this write cannot start or the previous one failed: an error of this write
+            is raised by the next call, or at the end.
         """
         step = int(state.step)
         with self._explain_write_errors():
@@ -207,13 +207,16 @@ class Checkpoints:
         """Returns the state and progress of a step.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_state: shapes, types and shardings; the devices may be others than those that
-            saved it.
+          step: step of an existing checkpoint.
+          abstract_state: shapes, dtypes and shardings; the devices may differ from those that saved
+            the checkpoint.
+
+        Raises:
+          CheckpointError: if the checkpoint does not match the model.
         """
         training = _training_item(abstract_state)
         with self._explain_restore_errors(step):
-            # Metrics may have been added to the run since, or taken away.
+            # Metrics may have been added to or removed from the run since then.
             training["metrics"] = self._saved_metrics(step, training["metrics"])
             restored = self._manager.restore(
                 step,
@@ -227,16 +230,16 @@ class Checkpoints:
             lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
             abstract_state.metrics,
         )
-        found = restored.training
-        found["metrics"] = empty.with_checkpoint_item(found["metrics"])
-        return abstract_state.replace(**restored.model, **found), restored.progress
+        values = restored.training
+        values["metrics"] = empty.with_checkpoint_item(values["metrics"])
+        return abstract_state.replace(**restored.model, **values), restored.progress
 
     def _saved_metrics(self, step: int, abstract_metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what the metrics that a step was saved with look like, by name.
+        """Returns shapes, dtypes and shardings of the metrics in a checkpoint, by name.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_metrics: of the metrics that the run has now, by name.
+          step: step of an existing checkpoint.
+          abstract_metrics: those of the run's current metrics, by name.
         """
         placed = jax.tree.leaves(abstract_metrics)[0].sharding
         with contextlib.closing(_local_handler()) as handler:
@@ -247,27 +250,30 @@ class Checkpoints:
         return {name: abstract_metrics.get(name, other) for name, other in others.items()}
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns params, batch_stats and average of a step, and no more.
+        """Returns only params, batch_stats and average of a step.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
+          step: step of an existing checkpoint.
+          abstract_model: shapes, dtypes and shardings, as in `TrainState.model_item`.
+
+        Raises:
+          CheckpointError: if the checkpoint does not match the model.
         """
         with self._explain_restore_errors(step):
             args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_model))
             return self._manager.restore(step, args=args).model
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the metrics that a step was saved with; empty if there are none to be read."""
+        """Returns the metrics saved with a step; empty if there are none or not readable."""
         try:
-            found = self._manager.metrics(step)
+            metrics = self._manager.metrics(step)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and "top1" in found else {}
+        return metrics if isinstance(metrics, dict) and "top1" in metrics else {}
 
     @contextlib.contextmanager
     def _explain_restore_errors(self, step: int) -> Iterator[None]:
-        """Explains a failure to restore."""
+        """Turns a failure to restore into a CheckpointError."""
         folder = self._directory / str(step)
         try:
             yield
@@ -280,14 +286,14 @@ class Checkpoints:
                 ) from error
             if not isinstance(error, ValueError):
                 raise
-            # Orbax reports a tree or a shape that does not fit with a ValueError.
+            # Orbax raises a ValueError for a tree or a shape that does not match.
             raise CheckpointError(
                 f"{folder}: the checkpoint does not match this model: {error}"
             ) from error
 
     @contextlib.contextmanager
     def _explain_write_errors(self) -> Iterator[None]:
-        """Explains a failure to write, after which the next write starts from what is on disk."""
+        """Raises a WriteError for a failed write, and reopens the manager for the next one."""
         try:
             with _as_write_error(self._directory):
                 yield
@@ -299,11 +305,11 @@ class Checkpoints:
                     "writing to it. Nothing was written in its place. Restore it and rerun the "
                     "same command"
                 ) from error
-            # Other processes are in the midst of the failed write: they cannot start anew with us.
+            # Other processes are still in the failed write: they cannot reopen together.
             if jax.process_count() == 1:
                 with contextlib.suppress(Exception):
                     self._manager.close()
-                # It also removes what the failed write left, which a full disk needs.
+                # This also deletes the partial files of the failed write, to free disk space.
                 self._manager = self._open()
             raise
 
@@ -321,16 +327,16 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
-            # Where damaged ones are left in their place, it is not to read their metrics.
+            # Corrupt checkpoints stay in place then, and their metrics must not be read.
             lightweight_initialize=self._read_only,
             async_options=ocp.AsyncOptions(
-                # Where a folder cannot be made in the background, the threads that are to write
-                # into it wait five minutes, and keep the process from ending.
+                # If a directory cannot be created in the background, the threads that should write
+                # into it wait five minutes and keep the process from exiting.
                 create_directories_asynchronously=False,
-                # Orbax counts its limit by the wall clock, which may be set while it writes.
-                # Several processes need one: they wait for each other.
+                # Orbax measures its timeout by the wall clock, which may be changed during a write.
+                # Several processes need a timeout, as they wait for each other.
                 timeout_secs=_YEAR_SECONDS if jax.process_count() == 1 else _TWENTY_MINUTES_SECONDS,
-                # In the background, in process 0.
+                # Runs in the background, in process 0.
                 post_finalization_callback=_orbax_private.before_commit(
                     directory, _verify_and_write_manifest
                 ),
@@ -339,19 +345,19 @@ class Checkpoints:
 
 
 def _verify_and_write_manifest(folder: pathlib.Path) -> None:
-    """Reads a checkpoint back that is to get its name, and writes its manifest."""
+    """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
     _check_restorable(folder)
     integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
 
 
 def _local_handler() -> ocp.PyTreeCheckpointHandler:
-    """Returns what reads and merges arrays in this process alone; the others are elsewhere."""
+    """Returns a handler that reads and merges arrays in this process only."""
     alone = ocp.options.MultiprocessingOptions(primary_host=None)
     return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
 
 
 def _finalize_unmerged(directory: pathlib.Path) -> None:
-    """Finishes checkpoints that older versions left in a folder with brackets in its path."""
+    """Finalizes checkpoints that older versions left unmerged in paths with brackets."""
     for step in integrity.steps(directory):
         for item in integrity.unmerged(directory / str(step)):
             plain = paths.Plain(item)
@@ -362,8 +368,8 @@ def _finalize_unmerged(directory: pathlib.Path) -> None:
 def _check_restorable(folder: pathlib.Path) -> None:
     """Reads a finished checkpoint as a restore would, array by array.
 
-    Checksums say that the files are those that were written, not that anything can be made of them:
-    where Orbax finds no files of its processes to merge, it leaves that out in silence.
+    Checksums prove that files are unchanged, not that they can be restored: if Orbax finds no
+    per-process files to merge, it silently skips the merge.
 
     Raises:
       WriteError: if an array cannot be read.
@@ -397,12 +403,12 @@ def _training_item(state: TrainState) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silence_failed_writes() -> Iterator[None]:
-    """Keeps Python from reporting what Orbax leaves of a failed write, inside the `with` block.
+    """Silences Python's reports about tasks and threads of failed Orbax writes in the block.
 
-    Orbax writes each array in a task of its own, and waits for the first that fails. When the
-    garbage is collected, Python would report the errors of all others, and those that never ran,
-    in pages of text behind the one message that says it. The threads' errors are raised again where
-    they are waited for.
+    Orbax writes each array in a separate task, and waits for the first failure. On garbage
+    collection, Python would report the errors of all other tasks, and those that never ran, in
+    pages of text after the one relevant message. Errors of threads are raised again where they are
+    joined.
     """
     show_thread, show_unraisable = threading.excepthook, sys.unraisablehook
     tasks = logging.getLogger("asyncio")
@@ -435,7 +441,7 @@ def _is_disk_failure(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _as_write_error(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what is safe and what to do."""
+    """Turns a disk failure into a WriteError that says what is intact and what to do."""
     try:
         yield
     except UserError:
@@ -443,7 +449,7 @@ def _as_write_error(directory: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_failure(error):
             raise
-        # Their local variables would keep what is left of the write.
+        # Local variables in its frames would keep the objects of the failed write alive.
         traceback.clear_frames(error.__traceback__)
         raise WriteError(
             f"{directory}: a checkpoint could not be written: {disk_failure(error) or error}. "

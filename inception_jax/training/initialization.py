@@ -1,4 +1,4 @@
-"""Weights of a file as the start of a run, and in the place of a run's own in an evaluation."""
+"""Initializes runs from weights files, and matches weights with a run for evaluation."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ _MAX_LISTED = 10
 
 
 class InitialWeights(NamedTuple):
-    """What a run starts from.
+    """Initial variables read from a weights file.
 
     Attributes:
-      values: the variables to take over, by path; the others are drawn as always.
-      notes: what is taken and what is not, for the user.
+      values: variables to use from the file, by path; all others are initialized at random.
+      notes: lines for the log on what is used and what is not.
     """
 
     values: dict[str, np.ndarray]
@@ -35,7 +35,7 @@ class InitialWeights(NamedTuple):
 def create_state(run: Run) -> TrainState:
     """Returns the state before a run's first step, on all devices.
 
-    Its parameters are drawn with config.seed, or read from config.init.pretrained.
+    Parameters are initialized at random from config.seed, or read from config.init.pretrained.
 
     Raises:
       UserError: if that file cannot be used.
@@ -47,18 +47,18 @@ def create_state(run: Run) -> TrainState:
 
 
 def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
-    """Returns what a new run takes from the file that config.init.pretrained names.
+    """Reads the variables for a new run from the file in config.init.pretrained.
 
-    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
-    both sides have them and they fit, for their shapes depend on the size of the images.
+    The classifiers are re-initialized if the classes differ. Auxiliary heads are used if both sides
+    have them in the same shapes, which depend on the image size.
 
     Args:
-      run: with config.init.pretrained.
+      run: a run with config.init.pretrained.
       abstract_state: shapes of the state.
 
     Raises:
       DataError: if the file cannot be used.
-      ConfigError: if its weights are of another network.
+      ConfigError: if its weights belong to another network.
     """
     notes: list[str] = []
     path = paths.local(run.config.init.pretrained, "config.init.pretrained")
@@ -76,10 +76,10 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
         )
         values, expected = (_drop_modules(tree, *classifiers) for tree in (values, expected))
     for head in _mismatched_heads(values, expected, _heads(run)):
-        here = any(_is_inside(name, head) for name in expected)
+        in_network = any(_is_inside(name, head) for name in expected)
         notes.append(
             f"the auxiliary head {head} is re-initialized: the file has none of its shape"
-            if here
+            if in_network
             else f"the auxiliary head {head} of the file is ignored"
         )
         values, expected = (_drop_modules(tree, head) for tree in (values, expected))
@@ -91,7 +91,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
 
 
 def class_mismatch(weights: Weights, dataset: Dataset) -> str:
-    """Returns how the classes of weights differ from a data set's, or ''."""
+    """Returns a description of how the classes of weights and data set differ, or ''."""
     if not weights.num_classes:
         return "the weights have no classifier"
     if not weights.class_names and weights.num_classes != dataset.num_classes:
@@ -99,12 +99,12 @@ def class_mismatch(weights: Weights, dataset: Dataset) -> str:
             f"the weights have {weights.num_classes} classes, {dataset.name} has "
             f"{dataset.num_classes}"
         )
-    # Weights of other programs may not say what their classes are called.
+    # Weights of other programs may lack class names.
     return class_changes(weights.class_names or dataset.class_names, dataset.class_names)
 
 
 def check_classes(weights: Weights, dataset: Dataset) -> None:
-    """Checks that weights are of a data set's classes.
+    """Checks that weights are for the classes of a data set.
 
     Raises:
       ConfigError: if they are not.
@@ -117,19 +117,19 @@ def check_classes(weights: Weights, dataset: Dataset) -> None:
 
 
 def variables_for_eval(run: Run, weights: Weights) -> Variables:
-    """Returns the variables that evaluating weights as a run's network takes.
+    """Returns the variables for evaluating weights with a run's network.
 
     Args:
-      run: with the network and the data set.
+      run: a run with the network and the classes of the weights.
       weights: the weights.
 
     Raises:
-      ConfigError: if they are of another network or other classes.
+      ConfigError: if the weights belong to another network or other classes.
     """
     check_classes(weights, run.dataset)
     state = states.abstract_state(run)
     expected = files.flatten({"params": state.params, "batch_stats": state.batch_stats})
-    # Evaluation needs no auxiliary heads.
+    # Evaluation does not need auxiliary heads.
     values = _drop_modules(files.flatten(weights.variables), *_heads(run))
     _check_fit(values, _drop_modules(expected, *_heads(run)), weights, run.config)
     if lines := _setting_differences(weights, run.config):
@@ -142,9 +142,9 @@ def variables_for_eval(run: Run, weights: Weights) -> Variables:
 
 
 def _setting_differences(weights: Weights, config: Config) -> list[str]:
-    """Returns the settings that make another network of the same weights, with both values.
+    """Returns the network settings that differ between weights and config, with both values.
 
-    Heads are left out: evaluation needs none.
+    Except auxiliary heads, which evaluation does not need.
     """
     return [
         f"config.{path}: {theirs!r} in the file, {ours!r} here"
@@ -153,7 +153,7 @@ def _setting_differences(weights: Weights, config: Config) -> list[str]:
     ]
 
 
-# What decides the state's shape, and the one further setting that evaluation computes with.
+# Settings that determine the state's shapes, and the only other one that evaluation depends on.
 _NETWORK_SETTINGS = [
     path
     for path, _, field in configs.leaves()
@@ -162,7 +162,7 @@ _NETWORK_SETTINGS = [
 
 
 def _same_normalization(weights: Weights, dataset: Dataset) -> bool:
-    """Whether images are normalised by the same numbers."""
+    """Whether images are normalized by the same mean and std."""
     return np.array_equal(weights.mean, dataset.mean) and np.array_equal(weights.std, dataset.std)
 
 
@@ -172,15 +172,15 @@ def _check_fit(
     weights: Weights,
     config: Config,
 ) -> None:
-    """Checks that the variables of a file are those of a network.
+    """Checks that the variables of a file match those of a network.
 
     Args:
       values, expected: variables of the file and of the network, by path.
-      weights: the whole file.
-      config: of the network.
+      weights: the file's contents.
+      config: the network's configuration.
 
     Raises:
-      ConfigError: naming what is missing, unexpected or of another shape, and other settings.
+      ConfigError: naming missing, unexpected and mismatched variables, and differing settings.
     """
     differences = list(_differences(values, expected))
     if not differences:
@@ -206,13 +206,13 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
 
 
 def _heads(run: Run) -> tuple[str, ...]:
-    """Returns the modules that only training computes, whether the network has them or not."""
+    """Returns the modules used only in training, whether this instance has them or not."""
     heads: tuple[str, ...] = protocol.said(run.model, "heads", ())
     return heads
 
 
 def _is_inside(name: str, *modules: str) -> bool:
-    """Whether a variable, of any collection, belongs to one of some modules."""
+    """Whether a variable of any collection belongs to one of the modules."""
     return protocol.is_inside(name.partition("/")[2], *modules)
 
 
@@ -223,7 +223,7 @@ def _drop_modules(leaves: Mapping[str, Any], *modules: str) -> dict[str, Any]:
 def _mismatched_heads(
     values: Mapping[str, Any], expected: Mapping[str, Any], heads: tuple[str, ...]
 ) -> list[str]:
-    """Returns the heads that the two sides do not both have, or neither, in the same shapes."""
+    """Returns the heads that are on one side only or differ in their shapes."""
 
     def shapes(leaves: Mapping[str, Any], head: str) -> dict[str, tuple[int, ...]]:
         return {name: leaf.shape for name, leaf in leaves.items() if _is_inside(name, head)}
@@ -234,11 +234,11 @@ def _mismatched_heads(
 def _adapt_first_layer(
     values: Mapping[str, np.ndarray], weights: Weights, run: Run
 ) -> dict[str, np.ndarray]:
-    """Returns the first layer's variables for images that are normalised by other numbers.
+    """Adapts the first layer's variables to images normalized by another mean and std.
 
-    With x = (p - mean) / std on both sides, theirs = scale * ours + shift. The convolution takes
-    the scale; the shift adds a constant to its output, which the running mean or the bias takes.
-    Only at the image's border is it not exact: the zeros around are another colour.
+    With x = (p - mean) / std on both sides, theirs = scale * ours + shift. The kernel absorbs the
+    scale; the shift adds a constant to the output, absorbed by the running mean or the bias. This
+    is exact except at the image's border, where the zero padding means another color.
     """
     purpose = "initializing from weights for images with another mean or std"
     first = protocol.needed(run.model, "first_conv", purpose)
@@ -247,8 +247,8 @@ def _adapt_first_layer(
     shift = (run.dataset.mean - weights.mean) / weights.std
     kernel = values[f"params/{first}/kernel"]
     constant = np.einsum("hwio,i->o", kernel, shift)
-    renormalised = {f"params/{first}/kernel": kernel * scale[:, None]}
+    adapted = {f"params/{first}/kernel": kernel * scale[:, None]}
     for name, sign in ((f"batch_stats/{norm}/mean", -1), (f"params/{first}/bias", 1)):
         if name in values:
-            renormalised[name] = values[name] + np.float32(sign) * constant
-    return renormalised
+            adapted[name] = values[name] + np.float32(sign) * constant
+    return adapted

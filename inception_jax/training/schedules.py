@@ -1,6 +1,6 @@
 """Learning-rate schedules: functions of the step alone.
 
-So a resumed run needs none of its history, and may be given another one.
+So a resumed run needs no history, and its schedule may be changed.
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from inception_jax.registry import register_schedule
 
 @dataclasses.dataclass
 class Settings(Schedule):
-    """The settings of a schedule, with what it may have to know of the run.
+    """The settings of a schedule, and properties of the run that it may depend on.
 
     Attributes:
-      timeline: of the run.
-      warmup_steps: length of the warm-up before it.
+      timeline: the run's timeline.
+      warmup_steps: length of the warm-up before the schedule.
     """
 
     timeline: Timeline = dataclasses.field(default_factory=lambda: Timeline(1, 1))
     warmup_steps: int = 0
 
     def steps(self, duration: str) -> int:
-        """Returns a duration in steps, rounded up."""
+        """Converts a duration to steps, rounded up."""
         return self.timeline.steps(duration)
 
 
 def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of t, the number of updates already made.
+    """Returns the learning rate as a function of t, the number of previous updates.
 
     So the first update has rate(0) and the last rate(total_steps - 1). With W steps of warm-up, T =
     total_steps and `peak` the setting learning_rate::
@@ -46,32 +46,36 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
       rate(t) = peak * factor(t)    for t >= W, where factor(W) is exactly 1
 
       constant      1
-      steps         decay ^ (how many boundaries lie in (W, t])
+      steps         decay_rate ^ (number of boundaries in (W, t])
       exponential   decay_rate ^ ((t - W) / E), E the setting decay_period
-        staircase   decay ^ (t // E - W // E), falling at whole multiples of E
+        staircase   decay_rate ^ (t // E - W // E), falling at multiples of E
       cosine        end + (1 - end) * (1 + cos(pi * p)) / 2, with p = (t - W) / (T - W)
       linear        end + (1 - end) * (1 - p)
       polynomial    end + (1 - end) * (1 - p) ^ power
 
     `end`, the setting final_lr_ratio, is reached at t = T, so the last update is just above it: for
-    linear at peak * (end + (1 - end) / (T - W)). After T these three stay at the end, the others go
-    on. Boundaries and multiples of E count from the start of training, warm-up included. Durations
-    are rounded up to whole steps.
+    linear at peak * (end + (1 - end) / (T - W)). After T these three stay at `end`, the others
+    continue. Boundaries and multiples of E count from the start of training, including the warm-up.
+    Durations are rounded up to integer steps.
 
-    Bits of the rates are those of revision 56edb8b: where a formula of optax rounds otherwise, it
-    is written here.
+    The rates are bit-identical to those of revision 56edb8b: formulas that optax rounds differently
+    are written out here.
 
     Args:
       schedule: the settings.
-      timeline: turns their durations into steps.
+      timeline: converts durations to steps.
       total_steps: length of the run.
 
     Returns:
-      A function of an integer, or an integer array of any shape, to float32 of the same shape.
+      A function from an integer, or an integer array of any shape, to float32 of the same shape.
 
     Raises:
-      ConfigError: if the warm-up is not shorter than the run, a boundary lies in the warm-up, or
-        what was registered gives no rate.
+      ConfigError: if the warm-up is not shorter than the run, a boundary is within the warm-up, or
+        the registered function does not return a schedule.
+
+    >>> rate = make_schedule(Schedule(name="linear"), timeline=Timeline(8, 80), total_steps=4)
+    >>> rate(np.arange(4)).round(4).tolist() == [0.1, 0.075, 0.05, 0.025]
+    True
     """
     part = registry.SCHEDULES.get(schedule.name)
     warmup = timeline.steps(schedule.warmup)
@@ -91,21 +95,21 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
 
 
 def _check_rate(part: registry.Part, schedule: Any) -> None:
-    """Checks that what a part returned maps a step to a rate."""
+    """Checks that a registered schedule maps a step to a rate."""
     expected = "it must return a function from the step, int32 [], to a rate, float []"
-    found = repr(schedule)
+    got = repr(schedule)
     if callable(schedule):
         step = jax.ShapeDtypeStruct((), jnp.int32)
         rate = jax.eval_shape(lambda step: jnp.asarray(schedule(step)), step)
         if not rate.shape and jnp.issubdtype(rate.dtype, jnp.floating):
             return
-        found = f"a function that returns {registry.described(rate)}"
-    raise ConfigError(f"{part.place}: the schedule {part.name!r} returned {found}; {expected}")
+        got = f"a function that returns {registry.described(rate)}"
+    raise ConfigError(f"{part.place}: the schedule {part.name!r} returned {got}; {expected}")
 
 
 @register_schedule("constant", settings=())
 def constant(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns the peak."""
+    """Returns a constant rate, the peak."""
     return optax.constant_schedule(settings.learning_rate)
 
 
@@ -119,7 +123,7 @@ def _check_boundaries(config: Config) -> Iterator[str]:
 
 @register_schedule("steps", settings=("boundaries", "decay_rate"), check=_check_boundaries)
 def steps(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns a rate that falls at boundaries, which count from the start of training."""
+    """Returns a rate that drops at boundaries, counted from the start of training."""
     boundaries = [settings.steps(boundary) for boundary in settings.boundaries]
     warmup = settings.warmup_steps
     if boundaries[0] <= warmup:
@@ -148,7 +152,7 @@ def _check_decay_period(config: Config) -> Iterator[str]:
     "exponential", settings=("decay_rate", "decay_period", "staircase"), check=_check_decay_period
 )
 def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
-    """Returns a rate that falls by one factor in equal times."""
+    """Returns a rate that falls by the same factor in each period."""
     every, warmup = settings.steps(settings.decay_period), settings.warmup_steps
     if settings.staircase:
         return _scale_peak(
@@ -158,8 +162,8 @@ def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     return _scale_peak(settings, lambda t: settings.decay_rate ** (t / every))
 
 
-# The fall from 1 to 0 as a function of progress from 0 to 1: that of Loshchilov and Hutter 2017, by
-# equal steps, and as a power of what is left.
+# Curves from 1 to 0 as functions of progress from 0 to 1 (cosine: Loshchilov and Hutter 2017), with
+# the settings that they read.
 _DECAY_CURVES: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Array]]] = {
     "cosine": ((), lambda s, p: (1 + jnp.cos(jnp.pi * p)) / 2),
     "linear": ((), lambda s, p: 1 - p),
@@ -167,22 +171,22 @@ _DECAY_CURVES: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], 
 }
 
 
-def _decaying(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
-    """Returns what makes a schedule that falls from the peak to its final_lr_ratio."""
+def _decaying(curve: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
+    """Returns a builder of schedules that fall from the peak to final_lr_ratio times the peak."""
 
     def build(settings: Settings, total_steps: int) -> optax.Schedule:
         def factor(count: jax.Array) -> jax.Array:
-            left = fall(settings, jnp.clip(count / total_steps, 0, 1))
-            # Written so that it is exactly 1 where `left` is, however final_lr_ratio is rounded.
-            return settings.final_lr_ratio * (1 - left) + left
+            remaining = curve(settings, jnp.clip(count / total_steps, 0, 1))
+            # Written to be exactly 1 where `remaining` is, however final_lr_ratio is rounded.
+            return settings.final_lr_ratio * (1 - remaining) + remaining
 
         return _scale_peak(settings, factor)
 
     return build
 
 
-for _name, (_read, _fall) in _DECAY_CURVES.items():
-    register_schedule(_name, settings=("final_lr_ratio", *_read))(_decaying(_fall))
+for _name, (_settings, _curve) in _DECAY_CURVES.items():
+    register_schedule(_name, settings=("final_lr_ratio", *_settings))(_decaying(_curve))
 
 
 def _scale_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
