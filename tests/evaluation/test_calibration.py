@@ -8,14 +8,14 @@ from sklearn.metrics import confusion_matrix
 from inception_jax.evaluation import calibration
 
 
-def test_the_confusion_matrix_is_that_of_scikit_learn() -> None:
+def test_confusion_equals_scikit_learn() -> None:
     random = np.random.default_rng(0)
     labels, guesses = random.integers(0, 7, size=(2, 500), dtype=np.int32)
     found = calibration.confusion(labels, guesses, 9)
     np.testing.assert_array_equal(found, confusion_matrix(labels, guesses, labels=range(9)))
 
 
-def test_calibration_is_the_definition() -> None:
+def test_calibration_equals_definition() -> None:
     """Guo et al. 2017, equation 3, an example at a time."""
     random = np.random.default_rng(1)
     confidence = random.uniform(size=1000).astype(np.float32)
@@ -39,7 +39,7 @@ def test_calibration_is_the_definition() -> None:
     np.testing.assert_allclose(found.confidence, means, rtol=1e-6)
 
 
-def test_an_edge_belongs_to_the_bin_below() -> None:
+def test_edge_belongs_to_bin_below() -> None:
     confidence = np.array([0.0, 0.25, 0.5, 0.75, 1.0], np.float32)
     assert calibration.calibration(confidence, confidence > 0, bins=4).count.tolist() == [
         2,
@@ -49,7 +49,7 @@ def test_an_edge_belongs_to_the_bin_below() -> None:
     ]
 
 
-def test_an_empty_bin_counts_nothing() -> None:
+def test_empty_bin_is_nan() -> None:
     found = calibration.calibration(np.array([0.95, 0.99]), np.array([True, False]), bins=10)
     assert found.count.tolist() == [0] * 9 + [2]
     assert np.isnan(found.accuracy[:9]).all()
@@ -63,7 +63,7 @@ def matrix(pairs: dict[tuple[int, int], int], classes: int) -> np.ndarray:
     return found
 
 
-def test_the_most_confused_classes_stand_side_by_side() -> None:
+def test_most_confused_classes_are_adjacent() -> None:
     pairs = {(0, 7): 3, (7, 0): 3, (2, 5): 5, (5, 4): 4, (1, 3): 1}
     found = calibration.most_confused_classes(matrix(pairs, 9), 5)
     # 0 with 7: six times both ways; 2 with 5: five; 4 with 5: four, so it stands beside 5.
@@ -75,7 +75,7 @@ def test_the_most_confused_classes_stand_side_by_side() -> None:
     assert calibration.most_confused_classes(matrix({}, 9), 5).tolist() == []
 
 
-def test_pairs_are_ordered_by_how_often_they_happen() -> None:
+def test_confused_pairs_are_sorted_by_frequency() -> None:
     found = calibration.confused_pairs(matrix({(2, 5): 5, (5, 4): 4, (1, 3): 1}, 6), 2)
     assert found == [(2, 5), (5, 4)]
     assert len(calibration.confused_pairs(matrix({(2, 5): 5}, 6), 10)) == 1

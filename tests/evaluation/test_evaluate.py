@@ -17,7 +17,7 @@ from inception_jax.training import run, state
 from tests import small
 
 
-def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Path) -> None:
+def test_evaluation_equals_counting_by_hand(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
     this.config.evaluation.train_eval_examples = 150
     variables = state.create(this).eval_variables()
@@ -38,13 +38,13 @@ def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Pa
     ("examples", "limit", "batch"),
     [(8, 250, 8), (1, 250, 1), (250, 250, 250), (251, 250, 126), (500, 250, 250), (10, 1, 1)],
 )
-def test_an_evaluation_batch_is_no_larger_than_it_needs(
+def test_evaluation_batch_is_no_larger_than_necessary(
     examples: int, limit: int, batch: int
 ) -> None:
     assert pipeline.eval_batch_size(examples, limit=limit) == batch
 
 
-def test_small_splits_are_not_filled_up_to_the_largest_batch(
+def test_small_splits_are_not_padded_to_batch_size(
     data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     this = small.build(small.config(data_directory))
@@ -66,7 +66,7 @@ def test_small_splits_are_not_filled_up_to_the_largest_batch(
     assert found["test"].metrics == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_left_of_each_example_is_what_plain_numpy_finds(
+def test_predictions_equal_numpy(
     data_directory: pathlib.Path,
 ) -> None:
     this = small.build(small.config(data_directory))
@@ -111,7 +111,7 @@ def check(
     assert found["top5"] == pytest.approx(100 * (rank < 5).mean())
 
 
-def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> None:
+def test_evaluations_use_their_own_images(data_directory: pathlib.Path) -> None:
     plain = Evaluator(small.build(small.config(data_directory)))
     config = small.config(data_directory)
     config.evaluation.flip_tta = True
@@ -163,7 +163,7 @@ def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> N
     assert found["flip"].metrics["loss"] != found["test"].metrics["loss"]
 
 
-def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
+def test_evaluation_of_missing_split_is_rejected(
     data_directory: pathlib.Path,
 ) -> None:
     config = small.config(data_directory)
@@ -176,7 +176,7 @@ def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
         Evaluator(this)
 
 
-def test_an_evaluation_cuts_its_own_square(data_directory: pathlib.Path) -> None:
+def test_evaluation_uses_its_own_crop(data_directory: pathlib.Path) -> None:
     config = small.config(data_directory)
     config.data.storage, config.data.holdout = "records", 100
     config.evaluations = {"cut": View(crop=0.5, examples=10), "cut_train": View("train", crop=0.5)}
@@ -192,7 +192,7 @@ def test_an_evaluation_cuts_its_own_square(data_directory: pathlib.Path) -> None
         assert (split.read(np.arange(5)) != own.read(np.arange(5))).any()
 
 
-def test_a_metric_over_the_split_is_exact(
+def test_split_metric_is_exact(
     data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.METRICS.names()
@@ -230,7 +230,7 @@ def test_images_are_resized_for_evaluation(data_directory: pathlib.Path) -> None
     )
 
 
-def test_the_average_is_evaluated_where_there_is_one(data_directory: pathlib.Path) -> None:
+def test_average_is_evaluated_if_available(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
     now = state.create(this)
     average = small.draw(this.model, this.dataset.image_size, seed=1)

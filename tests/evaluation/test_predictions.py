@@ -26,7 +26,7 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
     return DecodedSplit(labels, size, folder / "names.txt", folder / "images.npy")
 
 
-def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None:
+def test_confident_mistakes_come_first_then_spaced_correct_examples() -> None:
     made = run_folders.predicted(10, count=200)
     shown = predictions.select_examples(made)
     mistakes, right = shown[: predictions.MAX_MISTAKES], shown[predictions.MAX_MISTAKES :]
@@ -42,7 +42,7 @@ def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_split_may_be_all_right_or_all_wrong(right: bool) -> None:
+def test_split_may_be_all_correct_or_all_wrong(right: bool) -> None:
     one = np.ones(3, np.float32)
     guesses = np.full((3, 1), 0 if right else 1, np.int32)
     shown = predictions.select_examples(
@@ -51,7 +51,7 @@ def test_a_split_may_be_all_right_or_all_wrong(right: bool) -> None:
     assert shown.tolist() == [0, 1, 2]
 
 
-def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
+def test_file_round_trip(tmp_path: pathlib.Path) -> None:
     made = run_folders.predicted(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
     written = predictions.with_images(result, made, split(tmp_path, 60, 8))
@@ -69,7 +69,7 @@ def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_large_pictures_are_kept_small(tmp_path: pathlib.Path) -> None:
+def test_large_images_are_downscaled(tmp_path: pathlib.Path) -> None:
     made = run_folders.predicted(7, count=60)
     found = predictions.with_images({}, made, split(tmp_path, 60, 160))
     side = predictions.MAX_IMAGE_SIZE
@@ -77,12 +77,12 @@ def test_large_pictures_are_kept_small(tmp_path: pathlib.Path) -> None:
     assert found.images[:, 5, 5, 1].tolist() == found.indices.tolist()
 
 
-def test_a_folder_without_the_file_has_none(tmp_path: pathlib.Path) -> None:
+def test_missing_file_gives_none(tmp_path: pathlib.Path) -> None:
     assert predictions.read(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "pickle"])
-def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) -> None:
+def test_corrupt_file_is_a_user_error(damage: str, tmp_path: pathlib.Path) -> None:
     path = run_folders.write(tmp_path) / "predictions.npz"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-300])
@@ -96,7 +96,7 @@ def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) 
         predictions.read(tmp_path)
 
 
-def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib.Path) -> None:
+def test_full_disk_is_a_user_error_and_keeps_old_file(tmp_path: pathlib.Path) -> None:
     found = predictions.read(run_folders.write(tmp_path))
     assert found is not None
     before = (tmp_path / "predictions.npz").read_bytes()
@@ -112,7 +112,7 @@ def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_unwritable_directory_is_a_user_error(tmp_path: pathlib.Path) -> None:
     found = predictions.read(run_folders.write(tmp_path / "run"))
     assert found is not None
     with pytest.raises(UserError, match="cannot be written"):

@@ -48,7 +48,7 @@ class Misspelled(nn.Module):
         return nn.Dens(10)(x)  # type: ignore[attr-defined]
 
 
-def test_a_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -> None:
+def test_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -> None:
     setup = ij.assemble(small.config(data_directory), model=Named())
     assert set(ij.create_state(setup).params) == {"network"}
     # What was assembled can be given again.
@@ -56,7 +56,7 @@ def test_a_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -
     assert set(ij.create_state(again).params) == {"network"}
 
 
-def test_layers_in_a_row_are_a_network(data_directory: pathlib.Path) -> None:
+def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
     layers = nn.Sequential([lambda x: x.reshape(x.shape[0], -1), nn.Dense(10)])
     assert ij.create_state(ij.assemble(small.config(data_directory), model=layers)).params
 
@@ -71,7 +71,7 @@ def test_layers_in_a_row_are_a_network(data_directory: pathlib.Path) -> None:
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_a_network_that_could_not_be_evaluated_is_refused_before_it_trains(
+def test_network_that_cannot_be_evaluated_is_rejected_before_training(
     model: nn.Module, words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -86,7 +86,7 @@ def test_a_network_that_could_not_be_evaluated_is_refused_before_it_trains(
         ([0] * 16, "one class alone"),
     ],
 )
-def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str) -> None:
+def test_invalid_label_numbering_is_rejected(labels: list[int], words: str) -> None:
     with pytest.raises(DataError, match=words):
         Dataset.from_arrays(np.zeros((16, 8, 8), np.uint8), labels)
 
@@ -101,7 +101,7 @@ def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str)
     ],
     ids=["folder", "run", "negative", "backwards"],
 )
-def test_calls_that_cannot_be_meant_are_answered(
+def test_invalid_calls_are_rejected(
     call: Any, words: str, data_directory: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -110,7 +110,7 @@ def test_calls_that_cannot_be_meant_are_answered(
         call(config, setup)
 
 
-def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path) -> None:
+def test_file_imported_for_its_parts_does_not_train(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
         "import inception_jax as ij\n"
@@ -124,7 +124,7 @@ def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path)
         experiment.register_parts(tmp_path / "none.py")
 
 
-def test_what_training_uses_is_called_train_whatever_the_splits_are_called() -> None:
+def test_training_split_is_called_train_whatever_its_source_name() -> None:
     made = Dataset.from_arrays(np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8), [0, 1] * 8)
     other = Dataset.from_arrays(np.ones((4, 8, 8), np.uint8), [0, 1] * 2).train
     dataset = dataclasses.replace(

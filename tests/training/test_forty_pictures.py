@@ -42,7 +42,7 @@ def settings(folder: pathlib.Path, red: int, blue: int) -> Config:
 @pytest.mark.slow
 # The last has fewer training images than a batch, and two to evaluate on.
 @pytest.mark.parametrize(("red", "blue"), [(20, 20), (5, 35), (3, 3)])
-def test_forty_pictures_are_told_apart(red: int, blue: int, tmp_path: pathlib.Path) -> None:
+def test_forty_images_are_classified(red: int, blue: int, tmp_path: pathlib.Path) -> None:
     given = settings(tmp_path, red, blue)
     whole = run.assemble(given, log=lambda _: None)
     this = dataclasses.replace(whole, model=small.Network(given.model.dropout, classes=2))

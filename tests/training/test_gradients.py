@@ -86,7 +86,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(
+def test_microbatches_give_gradient_of_full_batch(
     parts: int, rho: float, devices: int
 ) -> None:
     net = Net(hidden=4)
@@ -94,7 +94,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(
     assert_close(found, gradient_of_the_whole(net, rho))
 
 
-def test_no_device_sends_its_images_to_another() -> None:
+def test_devices_do_not_exchange_images() -> None:
     net, mesh = Net(hidden=4), mesh_of(8)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     gradient = make(net, 2, 0.0, mesh)
@@ -105,7 +105,7 @@ def test_no_device_sends_its_images_to_another() -> None:
         assert exchange not in program
 
 
-def test_running_statistics_follow_the_parts_in_turn() -> None:
+def test_running_statistics_are_updated_by_each_microbatch() -> None:
     images = data()[0].reshape(BATCH, -1).astype(np.float64)
     mean, variance = np.zeros(12), np.ones(12)
     for part in range(4):
@@ -115,7 +115,7 @@ def test_running_statistics_follow_the_parts_in_turn() -> None:
     assert_close(found, {"mean": mean, "var": variance})
 
 
-def test_each_part_has_a_dropout_of_its_own() -> None:
+def test_each_microbatch_has_independent_dropout() -> None:
     net = Net(dropout=0.5)
     images, targets = data()
     plain = make(net, 1, 0.0, mesh_of(1))
@@ -129,7 +129,7 @@ def test_each_part_has_a_dropout_of_its_own() -> None:
     assert_close(found.logits[1::2], parts[1].logits)
 
 
-def test_sharpness_aware_gradient_equals_its_formula() -> None:
+def test_sam_gradient_equals_formula() -> None:
     images, targets = data()
     images = images.reshape(BATCH, -1).astype(np.float64)
     start = jax.tree.map(lambda p: np.asarray(p, np.float64), variables_of(Net())[0]["last"])
@@ -147,7 +147,7 @@ def test_sharpness_aware_gradient_equals_its_formula() -> None:
     assert abs(expected["kernel"] - here["kernel"]).max() > 0.01
 
 
-def test_sharpness_aware_step_equals_optax() -> None:
+def test_sam_step_equals_optax() -> None:
     net = Net(hidden=4)
     params = variables_of(net)[0]
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.3))
@@ -162,7 +162,7 @@ def test_sharpness_aware_step_equals_optax() -> None:
     assert_close(jax.tree.map(lambda g: -0.1 * g, found), updates)
 
 
-def test_second_pass_has_the_same_dropout_and_leaves_the_statistics() -> None:
+def test_second_sam_pass_reuses_dropout_and_keeps_statistics() -> None:
     net = Net(norm=True, hidden=4, dropout=0.5)
     plain, found = gradient_of(net), gradient_of(net, rho=0.3)
     assert_close(found[1:], plain[1:])
@@ -171,7 +171,7 @@ def test_second_pass_has_the_same_dropout_and_leaves_the_statistics() -> None:
     assert_close(found.grads, gradient_of(net, at=neighbour).grads)
 
 
-def test_a_gradient_of_zero_stays_where_it_is() -> None:
+def test_zero_gradient_does_not_perturb_parameters() -> None:
     net = Net()
     params, _ = variables_of(net)
     mesh = mesh_of(1)

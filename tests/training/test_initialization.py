@@ -51,7 +51,7 @@ def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], lis
     return first, weights.flatten(jax.device_get(variables)), start.notes
 
 
-def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
+def test_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
     expected = evaluate_checkpoint(source.run, source.workdir, "last")
     assert evaluate_weights(source.run, weights.load(source.path)) == expected
     assert source.weights.is_average
@@ -61,7 +61,7 @@ def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
     )
 
 
-def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.Path) -> None:
+def test_evaluation_uses_normalization_of_weights(source: Source, tmp_path: pathlib.Path) -> None:
     expected = evaluate_weights(source.run, weights.load(source.path))
     dataset = dataclasses.replace(source.run.dataset, mean=np.full(3, 0.9, np.float32))
     other = dataclasses.replace(source.run, dataset=dataset)
@@ -77,7 +77,7 @@ def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> 
     return small.config(directory, **(groups | changes))
 
 
-def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
+def test_new_run_starts_from_file_and_resume_does_not_need_it(
     source: Source,
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -109,7 +109,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     assert resumed["step"] == 3
 
 
-def test_the_state_starts_from_parameters_statistics_and_average(
+def test_state_starts_from_parameters_statistics_and_average(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     this = build(fine_tuning(data_directory, source.path))
@@ -124,7 +124,7 @@ def test_the_state_starts_from_parameters_statistics_and_average(
 
 
 @pytest.mark.parametrize("classes", [10, 7], ids=["other-names", "other-number"])
-def test_the_last_layer_starts_anew_for_other_classes(
+def test_classifier_is_reinitialized_for_other_classes(
     classes: int, source: Source, data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     leaves = {
@@ -149,7 +149,7 @@ def test_the_last_layer_starts_anew_for_other_classes(
         evaluate_weights(this, weights.load(path))
 
 
-def test_another_normalisation_is_folded_into_the_first_layer(
+def test_other_normalization_is_folded_into_first_layer(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     this = build(fine_tuning(data_directory, source.path))
@@ -176,7 +176,7 @@ def test_another_normalisation_is_folded_into_the_first_layer(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_weights_of_another_network_are_refused_with_the_differences(
+def test_weights_of_another_network_are_rejected_with_differences(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     wide = Model(name="mini_googlenet", width=0.25, dropout=0.1)
@@ -192,7 +192,7 @@ def test_weights_of_another_network_are_refused_with_the_differences(
         evaluate_weights(this, source.weights)
 
 
-def test_a_network_that_only_computes_otherwise_is_not_evaluated(
+def test_weights_with_other_norm_epsilon_are_not_evaluated(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     other = Model(name="mini_googlenet", width=0.125, dropout=0.1, norm_epsilon=0.1)

@@ -52,13 +52,13 @@ def losses_of_training(this: run.Run, steps: int) -> list[float]:
     return losses
 
 
-def test_at_one_rate_it_is_the_runs_own_training(linear: run.Run) -> None:
+def test_constant_rate_equals_ordinary_training(linear: run.Run) -> None:
     points = lr_range_test.range_test(linear, low=0.01, high=0.01, steps=8)
     assert [p.rate for p in points] == pytest.approx([0.01] * 8)
     np.testing.assert_allclose([p.loss for p in points], losses_of_training(linear, 8), rtol=1e-5)
 
 
-def test_it_starts_from_the_weights_that_the_run_starts_from(
+def test_range_test_starts_from_pretrained_weights(
     linear: run.Run, tmp_path: pathlib.Path
 ) -> None:
     nothing = jax.tree.map(np.zeros_like, jax.device_get(state.create(linear).params))
@@ -91,7 +91,7 @@ def test_labels_are_neither_mixed_nor_smoothed(linear: run.Run) -> None:
     assert mixing.config.augment.mixup == 1.0
 
 
-def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> None:
+def test_divergence_ends_test_without_error(linear: run.Run) -> None:
     heard: list[Point] = []
     points = lr_range_test.range_test(linear, low=1e-4, high=1e4, steps=160, on_step=heard.append)
     assert heard == points
@@ -112,7 +112,7 @@ def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> N
     assert ends[0] < 0.5 * points[0].loss < ends[1]
 
 
-def test_a_loss_that_is_not_finite_ends_it(linear: run.Run) -> None:
+def test_nonfinite_loss_ends_test(linear: run.Run) -> None:
     points = lr_range_test.range_test(linear, low=1e30, high=1e38, steps=12)
     assert not math.isfinite(points[-1].loss) or points[-1].loss > 4 * points[0].loss
     assert len(points) < 12
@@ -125,7 +125,7 @@ def synthetic(loss: Any, steps: int = 200) -> list[Point]:
     return [Point(n, 10**x, loss(x), 10**x, loss(x)) for n, x in enumerate(exponents, start=1)]
 
 
-def test_the_rate_proposed_is_a_third_of_that_of_the_least_loss() -> None:
+def test_proposed_rate_is_a_third_of_rate_with_lowest_loss() -> None:
     # A fall from 10^-3.5 on to the least at 10^-1, then a steep rise.
     points = synthetic(
         lambda x: 2.3 - min(max(0.0, x + 3.5), 2.5) * 0.6 + (50 * (x + 1) ** 2 if x > -1 else 0)
@@ -137,7 +137,7 @@ def test_the_rate_proposed_is_a_third_of_that_of_the_least_loss() -> None:
     assert found.diverged
 
 
-def test_where_the_loss_is_flat_the_least_rate_of_the_flat_part_is_proposed() -> None:
+def test_lowest_rate_of_flat_minimum_is_proposed() -> None:
     # Flat from 10^-2 on, and at its least at 1 by next to nothing.
     points = synthetic(lambda x: 2.3 - 1.5 / (1 + math.exp(-8 * (x + 2.2))) - 0.001 * (x < 0))
     found = propose(points)
@@ -147,18 +147,18 @@ def test_where_the_loss_is_flat_the_least_rate_of_the_flat_part_is_proposed() ->
 
 
 @pytest.mark.parametrize(("fall", "proposed"), [(0.049, False), (0.053, True)])
-def test_a_fall_of_less_than_a_twentieth_is_none(fall: float, proposed: bool) -> None:
+def test_decrease_below_a_twentieth_gives_no_proposal(fall: float, proposed: bool) -> None:
     points = synthetic(lambda x: 2 * (1 - fall * (x + 5) / 6))
     assert isinstance(propose(points), Proposal) == proposed
 
 
 @pytest.mark.parametrize(("last", "diverged"), [(3.99, False), (4.01, True), (math.nan, True)])
-def test_four_times_the_least_is_divergence(last: float, diverged: bool) -> None:
+def test_four_times_the_minimum_is_divergence(last: float, diverged: bool) -> None:
     points = [Point(n, 0.1, loss, 0.1, loss) for n, loss in enumerate([2.0, 1.0, last])]
     assert has_diverged(points) == diverged
 
 
-def test_the_smoothed_curve_does_not_lag() -> None:
+def test_smoothed_curve_does_not_lag() -> None:
     smooth = lr_range_test._Smoothing(10.0)
     points = [smooth(n, math.exp(n / 10), 5 - n / 10) for n in range(100)]
     # On a straight line over the log rate, the averages lie on the line.
@@ -188,7 +188,7 @@ def recorded(name: str) -> tuple[list[Point], Proposal | None]:
         ("digits", 10, 0.05, 0.2),
     ],
 )
-def test_a_measured_curve_that_shows_the_edge_gives_a_rate_that_works(
+def test_measured_curve_with_edge_gives_working_rate(
     name: str, classes: int, low: float, high: float
 ) -> None:
     points, found = recorded(name)
@@ -197,7 +197,7 @@ def test_a_measured_curve_that_shows_the_edge_gives_a_rate_that_works(
     assert not reliability_warnings(points, found, steps=200, high=10.0, chance=math.log(classes))
 
 
-def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
+def test_mixed_and_smoothed_labels_would_hide_edge() -> None:
     """The same images and network as "pictures", with mixup of 0.2 and smoothing of 0.1."""
     (_, plain), (_, mixed) = recorded("pictures"), recorded("mixed")
     assert plain is not None
@@ -213,7 +213,7 @@ def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
         ("shuffled", 3, "too little compared with its batch-to-batch noise"),
     ],
 )
-def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
+def test_measured_curve_without_edge_is_unreliable(
     name: str, classes: int, words: str
 ) -> None:
     points, found = recorded(name)
@@ -233,7 +233,7 @@ def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
         (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 180, ""),
     ],
 )
-def test_each_condition_that_is_not_met_is_said(loss: Any, steps: int, words: str) -> None:
+def test_each_unmet_condition_is_reported(loss: Any, steps: int, words: str) -> None:
     points = synthetic(loss, steps)
     found = propose(points)
     assert found is not None

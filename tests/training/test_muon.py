@@ -33,7 +33,7 @@ def muon_direction(kernel: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(48, 12), (12, 48), (20, 20), (6, 1)])
 @pytest.mark.parametrize("decades", [0, 8])
-def test_orthogonalized_brings_singular_values_near_one(
+def test_orthogonalize_brings_singular_values_near_one(
     shape: tuple[int, int], decades: int
 ) -> None:
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def test_orthogonalized_brings_singular_values_near_one(
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-10, 1e15])
-def test_orthogonalized_is_finite_at_any_scale(scale: float) -> None:
+def test_orthogonalize_is_finite_at_any_scale(scale: float) -> None:
     matrix = np.float32(scale) * np.arange(1, 13, dtype=np.float32).reshape(4, 3)
     assert np.isfinite(muon.orthogonalize(jnp.asarray(matrix))).all()
 
@@ -119,7 +119,7 @@ def test_muon_equals_numpy_on_hidden_kernels_and_adamw_elsewhere(
 
 
 @pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
-def test_muon_takes_all_kernels_but_the_first_and_the_last(name: str) -> None:
+def test_muon_updates_all_kernels_except_first_and_last(name: str) -> None:
     aux = name.startswith("googlenet")
     model = networks.create(config.Model(name=name, aux_heads=aux, width=0.5), num_classes=7)
     key = jax.random.key(0)

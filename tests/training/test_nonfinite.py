@@ -122,7 +122,7 @@ def last_state(this: run.Run, folder: pathlib.Path) -> state.TrainState:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "muon"])
-def test_a_step_that_is_left_out_changes_nothing_but_the_count(
+def test_skipped_step_changes_only_counters(
     optimizer: str, build: Build
 ) -> None:
     this = build(3, optimizer=optimizer)
@@ -160,7 +160,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
     assert 4 in rates and (3 in rates) == (optimizer != "sgd_nesterov")
 
 
-def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
+def test_resume_with_skipped_steps_is_bit_identical(
     build: Build,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture,
@@ -192,7 +192,7 @@ def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), path
 
 
-def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
+def test_too_many_skipped_steps_stop_run_even_after_resume(
     build: Build, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     this = build(5, 6, 7, 8, loss=True)
@@ -208,7 +208,7 @@ def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
-def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
+def test_streak_that_reached_limit_is_kept() -> None:
     """A report may come long after it."""
     current = state.TrainState(
         step=jnp.int32(0),
@@ -227,14 +227,14 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
     assert rows == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
 
 
-def test_the_stop_names_the_layers(build: Build, tmp_path: pathlib.Path) -> None:
+def test_error_names_layers(build: Build, tmp_path: pathlib.Path) -> None:
     this = build(2, on_nonfinite="stop")
     with pytest.raises(RunError, match=r"the gradient of last was not finite at step 2,"):
         train(this, tmp_path)
     assert not (tmp_path / "checkpoints" / "3").exists()
 
 
-def test_what_was_not_finite_is_said_in_words() -> None:
+def test_describe_nonfinite() -> None:
     say = functools.partial(nonfinite.describe, modules=["a", "b", "c"])
     assert say(np.array([True] * 4)) == ""
     assert say(np.array([False, True, True, True])) == "the loss was"

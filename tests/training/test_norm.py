@@ -27,7 +27,7 @@ def settings(data_directory: pathlib.Path, *, examples: int, ema: int = 5) -> An
 
 @pytest.mark.parametrize("ema", [0, 5])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_they_are_the_mean_over_batches_of_the_training_images(
+def test_statistics_are_mean_over_training_batches(
     ema: int, compiled: bool, data_directory: pathlib.Path
 ) -> None:
     this = small.build(settings(data_directory, examples=100, ema=ema))
@@ -72,7 +72,7 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
         assert after.batch_stats is before.batch_stats
 
 
-def test_they_are_of_images_of_the_size_that_is_evaluated(data_directory: pathlib.Path) -> None:
+def test_statistics_use_evaluation_image_size(data_directory: pathlib.Path) -> None:
     found = []
     for size in (0, 16, 0):
         config = settings(data_directory, examples=64)
@@ -85,7 +85,7 @@ def test_they_are_of_images_of_the_size_that_is_evaluated(data_directory: pathli
     assert not np.allclose(first, larger, rtol=1e-3)
 
 
-def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
+def test_statistics_are_kept_if_disabled_or_without_batchnorm(
     data_directory: pathlib.Path,
 ) -> None:
     for examples, model in ((0, small.Network()), (100, small.Linear())):
@@ -97,7 +97,7 @@ def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_on_as_without(
+def test_checkpoint_has_evaluated_statistics_and_training_is_unaffected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     ends = []

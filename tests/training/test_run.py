@@ -9,7 +9,7 @@ from inception_jax.training import run
 from tests import small
 
 
-def test_the_content_of_a_data_set_is_told_apart(data_directory: pathlib.Path) -> None:
+def test_dataset_fingerprint_distinguishes_content(data_directory: pathlib.Path) -> None:
     dataset = run.assemble(small.config(data_directory), log=lambda _: None).dataset
     content = run.dataset_fingerprint(dataset)
     assert content == run.dataset_fingerprint(dataset)

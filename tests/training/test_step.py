@@ -48,7 +48,7 @@ def batches(this: run.Run, stop: int) -> list[dict[str, jax.Array]]:
     )
 
 
-def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
+def test_step_equals_its_parts(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 1)
     before = jax.device_get(state.create(this))
     batch = batches(this, 1)[0]
@@ -96,7 +96,7 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
+def test_batches_are_mixed_until_mix_end(data_directory: pathlib.Path) -> None:
     share = jax.jit(step.mix_probability, static_argnums=(1, 2))
     assert [float(share(number, 0.75, 2)) for number in range(4)] == [0.75, 0.75, 0, 0]
     assert [float(share(number, 0.75, 0)) for number in range(4)] == [0.75] * 4
@@ -116,7 +116,7 @@ def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
         assert np.allclose(kernels[0], kernels[1], rtol=1e-4) != is_mixed
 
 
-def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
+def test_eight_devices_equal_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
         this = build(data_directory, devices)
@@ -131,7 +131,7 @@ def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
     assert losses[0][3] < losses[0][0]
 
 
-def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
+def test_input_state_is_donated(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 1)
     before = state.create(this)
     after, _ = make_train_step(this)(before, batches(this, 1)[0])
@@ -139,7 +139,7 @@ def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
     assert not jnp.isnan(jax.tree.leaves(after.params)[0]).any()
 
 
-def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -> None:
+def test_restored_state_matches_new_state(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 8)
     new, described = state.create(this), state.abstract_state(this)
     names = [
@@ -153,7 +153,7 @@ def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -
 
 
 @pytest.mark.parametrize("norm", ["batch", "lrn"])
-def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
+def test_step_of_every_network_keeps_state_structure(
     norm: str, data_directory: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -182,7 +182,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
+def test_microbatches_do_not_change_steps_and_metrics(
     devices: int, data_directory: pathlib.Path
 ) -> None:
     ends = []
@@ -198,7 +198,7 @@ def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
 
 
-def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> None:
+def test_sam_rho_reaches_step(data_directory: pathlib.Path) -> None:
     ends = []
     for rho in (0.0, 0.5):
         this = dataclasses.replace(build(data_directory, 1), model=Linear())
@@ -210,7 +210,7 @@ def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> Non
     assert not np.allclose(*(end.params["Dense_0"]["kernel"] for end in ends))
 
 
-def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathlib.Path) -> None:
+def test_batch_not_divisible_into_microbatches_is_rejected(tmp_path: pathlib.Path) -> None:
     config = small.config(tmp_path)
     config.train.grad_accum_steps = 3
     with pytest.raises(ConfigError, match=r"batch_size = 64.*grad_accum_steps.*48 and 72"):

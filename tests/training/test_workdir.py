@@ -26,14 +26,14 @@ def started(
     return folder
 
 
-def test_a_new_folder_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
+def test_new_workdir_is_compatible_with_any_config(tmp_path: pathlib.Path) -> None:
     assert (
         workdirs.check_compatible(workdirs.load_previous_run(Workdir(tmp_path / "new")), Config())
         == []
     )
 
 
-def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
+def test_workdir_without_checkpoint_is_compatible_with_any_config(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
     workdirs.record_start(
         workdirs.load_previous_run(folder), Config(), step=0, changed=[], dataset=DATASET
@@ -46,7 +46,7 @@ def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path: pathlib.Path)
     )
 
 
-def test_another_model_and_data_set_are_refused_by_field(tmp_path: pathlib.Path) -> None:
+def test_other_model_and_data_set_are_rejected_by_field(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     other = Config()
     other.model.width, other.data.name = 0.5, "digits"
@@ -57,7 +57,7 @@ def test_another_model_and_data_set_are_refused_by_field(tmp_path: pathlib.Path)
     assert "schedule" not in str(error.value)
 
 
-def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> None:
+def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
     with pytest.raises(CheckpointError, match=r"classes: 10 → 12"):
@@ -81,7 +81,7 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
         (["apple", "fig", "pear", "plum"], r"3 classes → 4, with 'fig'; .* class 1"),
     ],
 )
-def test_other_classes_are_refused(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
+def test_other_classes_are_rejected(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
     before = {"name": "image_folder", "class names": ["apple", "pear", "plum"]}
     folder = started(tmp_path, Config(), dataset=before)
     workdirs.check_dataset(workdirs.load_previous_run(folder), before)
@@ -89,12 +89,12 @@ def test_other_classes_are_refused(tmp_path: pathlib.Path, names: list[str], mes
         workdirs.check_dataset(workdirs.load_previous_run(folder), before | {"class names": names})
 
 
-def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
+def test_record_without_class_names_is_accepted(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
     workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
 
 
-def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
+def test_records_of_older_versions_imply_bit_depth(tmp_path: pathlib.Path) -> None:
     """They took all of 16 bits for used, and recorded nothing of it."""
     folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
     record = json.loads(folder.config.read_text())
@@ -108,7 +108,7 @@ def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pat
         workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": 0})
 
 
-def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -> None:
+def test_changed_settings_are_recorded_with_step(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     for step, rate in ((5, 0.2), (9, 0.3)):
         config = Config(train=Config().train)
@@ -126,7 +126,7 @@ def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -
     assert record["environment"]["packages"]["jax"]
 
 
-def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
+def test_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
     experiment = {"file": "experiments/digits.py", "own": {"train.duration": "12 epochs"}}
     workdirs.record_start(
@@ -140,7 +140,7 @@ def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     assert json.loads(folder.config.read_text())["experiment"] == experiment
 
 
-def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) -> None:
+def test_on_change_prepare_is_not_recorded(tmp_path: pathlib.Path) -> None:
     folder, config = started(tmp_path, Config()), Config()
     config.data.on_change = "prepare"
     workdirs.record_start(
@@ -150,7 +150,7 @@ def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) 
     assert config.data.on_change == "prepare"
 
 
-def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path) -> None:
+def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> None:
     folder, own = started(tmp_path, Config()), {"model": "Net"}
     with pytest.raises(CheckpointError, match="model: as configured → Net, an object"):
         workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own)
@@ -169,7 +169,7 @@ def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path)
         workdirs.require_record(folder)
 
 
-def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
+def test_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     config = Config()
     config.train.duration = "60 epochs"
@@ -208,7 +208,7 @@ def overridden(path: pathlib.Path) -> Workdir:
     return folder
 
 
-def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
+def test_duration_in_another_unit_replaces_recorded_one(
     tmp_path: pathlib.Path,
 ) -> None:
     config = Config()
@@ -230,7 +230,7 @@ def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
     configs.validate(now)
 
 
-def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> None:
+def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
     experiment, said = recall(folder, config, "a.py", {"schedule.learning_rate": 0.2})
@@ -248,7 +248,7 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
     assert len(workdirs.check_compatible(workdirs.load_previous_run(folder), config)) == 1
 
 
-def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pathlib.Path) -> None:
+def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
     recall(folder, config, "a.py", {"model.width": 1.0})
@@ -257,7 +257,7 @@ def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pat
         workdirs.check_compatible(workdirs.load_previous_run(folder), config)
 
 
-def test_another_experiment_is_compared_as_it_is(tmp_path: pathlib.Path) -> None:
+def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)
     assert recall(folder, other, "b.py", {})[1] == []
@@ -268,7 +268,7 @@ def test_another_experiment_is_compared_as_it_is(tmp_path: pathlib.Path) -> None
     assert copied.model.width == 0.5
 
 
-def test_a_folder_without_a_checkpoint_gives_nothing_back(tmp_path: pathlib.Path) -> None:
+def test_workdir_without_checkpoint_restores_no_overrides(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     (folder.checkpoints / "5").rmdir()
     config = Config()
@@ -277,14 +277,14 @@ def test_a_folder_without_a_checkpoint_gives_nothing_back(tmp_path: pathlib.Path
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"seed": "1"}}'])
-def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
+def test_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     folder.config.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         workdirs.load_previous_run(folder)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
+def test_json_is_written_atomically(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "result.json"
     atomic.write_json(path, {"top1": 1.5})
     with pytest.raises(TypeError):
@@ -292,7 +292,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
     assert json.loads(path.read_text()) == {"top1": 1.5}
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: pathlib.Path) -> None:
+def test_directory_that_cannot_be_created_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir="):
         workdirs.check_writable(tmp_path / "file" / "run")
