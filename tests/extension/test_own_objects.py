@@ -1,4 +1,4 @@
-"""Networks, data and calls of a program's own: what is refused before it trains."""
+"""Networks, data and calls of a user's program that are rejected before training."""
 
 import dataclasses
 import pathlib
@@ -23,20 +23,20 @@ class Named(nn.Module):
         return nn.Dense(10, name="network")(x.reshape(x.shape[0], -1))
 
 
-class ToldOtherwise(nn.Module):
+class TrainingArgument(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, training: bool = True) -> jax.Array:
         x = nn.BatchNorm(use_running_average=not training)(x.reshape(x.shape[0], -1))
         return nn.Dense(10)(x)
 
 
-class Whole(nn.Module):
+class IntegerLogits(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.Dense(10)(x.reshape(x.shape[0], -1)).astype(jnp.int32)
 
 
-class Fixed(nn.Module):
+class NoParameters(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1)[:, :10]
@@ -51,7 +51,7 @@ class Misspelled(nn.Module):
 def test_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -> None:
     setup = ij.assemble(small.config(data_directory), model=Named())
     assert set(ij.create_state(setup).params) == {"network"}
-    # What was assembled can be given again.
+    # The model of an assembled run can be passed again.
     again = ij.assemble(small.config(data_directory), model=setup.model)
     assert set(ij.create_state(again).params) == {"network"}
 
@@ -64,9 +64,12 @@ def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (ToldOtherwise(), "'ToldOtherwise' failed .* ModifyScopeVariableError"),
-        (Whole(), r"'Whole' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]"),
-        (Fixed(), "'Fixed' has no parameters, so there is nothing to train"),
+        (TrainingArgument(), "'TrainingArgument' failed .* ModifyScopeVariableError"),
+        (
+            IntegerLogits(),
+            r"'IntegerLogits' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]",
+        ),
+        (NoParameters(), "'NoParameters' has no parameters, so there is nothing to train"),
         (Misspelled(), "'Misspelled' failed .* AttributeError: .* has no attribute 'Dens'"),
     ],
     ids=lambda each: type(each).__name__,
@@ -101,9 +104,7 @@ def test_invalid_label_numbering_is_rejected(labels: list[int], words: str) -> N
     ],
     ids=["folder", "run", "negative", "backwards"],
 )
-def test_invalid_calls_are_rejected(
-    call: Any, words: str, data_directory: pathlib.Path
-) -> None:
+def test_invalid_calls_are_rejected(call: Any, words: str, data_directory: pathlib.Path) -> None:
     config = small.config(data_directory)
     setup = ij.assemble(config, model=small.Linear())
     with pytest.raises(UserError, match=words):
@@ -125,12 +126,12 @@ def test_file_imported_for_its_parts_does_not_train(tmp_path: pathlib.Path) -> N
 
 
 def test_training_split_is_called_train_whatever_its_source_name() -> None:
-    made = Dataset.from_arrays(np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8), [0, 1] * 8)
+    base = Dataset.from_arrays(np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8), [0, 1] * 8)
     other = Dataset.from_arrays(np.ones((4, 8, 8), np.uint8), [0, 1] * 2).train
     dataset = dataclasses.replace(
-        made, splits={"extra": made.train, "train": other, "test": made.evaluation},
+        base, splits={"extra": base.train, "train": other, "test": base.evaluation},
         train_split="extra", eval_split="test",
     )  # fmt: skip
     for split in (dataset.train_evaluated, dataset.view("train")):
-        np.testing.assert_array_equal(split.labels, made.train.labels)
-        assert len(split) == len(made.train) != len(other)
+        np.testing.assert_array_equal(split.labels, base.train.labels)
+        assert len(split) == len(base.train) != len(other)

@@ -47,7 +47,7 @@ def standard_promotion() -> Any:
         yield
 
 
-def own_config(directory: pathlib.Path, **changes: Any) -> Config:
+def custom_config(directory: pathlib.Path, **changes: Any) -> Config:
     groups: dict[str, Any] = {
         "model": Model(name="inception_bn", options={"width": 4}),
         "optimizer": Optimizer(name="my_lion", weight_decay=0.1, clip_norm=1.0),
@@ -64,7 +64,7 @@ def own_config(directory: pathlib.Path, **changes: Any) -> Config:
 
 
 def trained(config: Config) -> tuple[run.Run, Any, list[float]]:
-    """Returns a run of some settings, its state after all of its steps, and their losses."""
+    """Returns a run, its state after all steps, and the losses."""
     configs.validate(config)
     this = run.assemble(config, log=lambda _: None)
     make = step.make_train_step(this, this.dataset.image_size)
@@ -77,15 +77,15 @@ def trained(config: Config) -> tuple[run.Run, Any, list[float]]:
         stop=this.total_steps,
         mesh=this.mesh,
     ):
-        now, found = make(now, batch)
-        losses.append(float(found.loss))
+        now, output = make(now, batch)
+        losses.append(float(output.loss))
     return this, now, losses
 
 
 @pytest.fixture(scope="module")
 def finished(data_directory: pathlib.Path) -> tuple[run.Run, Any, list[float]]:
     with jax.numpy_dtype_promotion("standard"):
-        return trained(own_config(data_directory))
+        return trained(custom_config(data_directory))
 
 
 def weights_of(this: run.Run, now: Any) -> Weights:
@@ -105,8 +105,8 @@ def test_custom_network_learns_and_evaluates(finished: Any) -> None:
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     metrics = Evaluator(this)(now.eval_variables())["test"].metrics
     assert metrics["count"] == len(this.dataset.evaluation)
-    assert metrics["top1"] > 20  # Of ten classes.
-    # Variables have the paths that they have without the package.
+    assert metrics["top1"] > 20  # Chance is 10.
+    # Variables have the same paths as outside the package.
     own = own_parts.InceptionBN(10, 4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert set(flatten(own["params"])) == set(flatten(now.params))
 
@@ -126,16 +126,16 @@ def test_custom_network_is_exported(form: str, finished: Any) -> None:
 def test_custom_network_is_inspected(finished: Any) -> None:
     weights = weights_of(*finished[:2])
     assert Explainer(Predictor(weights)).layer == "Module_2"
-    found = structure.describe(finished[0].model, 8)
-    assert [block.name for block in found.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
+    description = structure.describe(finished[0].model, 8)
+    assert [block.name for block in description.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
     params = finished[1].params
-    assert sum(layer.parameters for layer in found.layers) == sum(
+    assert sum(layer.parameters for layer in description.layers) == sum(
         leaf.size for leaf in jax.tree.leaves(params)
     )
 
 
 def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
-    config = own_config(
+    config = custom_config(
         data_directory,
         model=Model(name="linear"),
         optimizer=Optimizer(name="whole_sgd", weight_decay=1e-3),
@@ -226,7 +226,7 @@ def test_custom_augmentation_can_be_the_policy() -> None:
 
 
 def registered(kind: Callable[..., Any], **facts: Any) -> Callable[[Any], str]:
-    """Returns what registers a function under a name that is free in this test."""
+    """Returns a decorator that registers a function under an unused name."""
 
     def register(function: Any) -> str:
         kind("broken", **facts)(function)
@@ -236,9 +236,9 @@ def registered(kind: Callable[..., Any], **facts: Any) -> Callable[[Any], str]:
 
 
 @pytest.fixture
-def forgotten() -> Any:
-    """Lets a test register parts that no other sees."""
-    # The package's own are loaded when they are first asked for.
+def temporary_registry() -> Any:
+    """Restores the registries after a test."""
+    # Built-in parts are registered on first use.
     before = {
         known.kind: {name: known.get(name) for name in known.names()}
         for known in registry.REGISTRIES.values()
@@ -266,7 +266,7 @@ class Caching(nn.Module):
         return ModelOutput(nn.Dense(10)(x.mean((1, 2))))
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -281,17 +281,17 @@ def test_network_without_logits_is_named(
 ) -> None:
     name = registered(registry.register_model)(build)
     with pytest.raises(ConfigError, match=rf"{pathlib.Path(__file__).name}, line \d+: .*{words}"):
-        run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
+        run.assemble(custom_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 def test_images_too_small_for_custom_network_are_rejected(data_directory: pathlib.Path) -> None:
     name = registered(registry.register_model, min_image_size=9)(lambda s, n: Wide())
     with pytest.raises(ConfigError, match=r"data\.image_size = 8: broken needs at least 9 px"):
-        run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
+        run.assemble(custom_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -306,7 +306,7 @@ def test_schedule_without_rate_is_named(build: Any, words: str) -> None:
         schedules.make_schedule(Schedule(name=name), timeline=Timeline(1, 9), total_steps=9)
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 def test_invalid_optimizer_is_named() -> None:
     name = registered(registry.register_optimizer)(lambda s, rate: optax.sgd)
     with pytest.raises(ConfigError, match=r"'broken' returned <function sgd.*GradientTransform"):
@@ -315,7 +315,7 @@ def test_invalid_optimizer_is_named() -> None:
         registry.register_optimizer("other", decay="L2")
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -328,7 +328,7 @@ def test_augmentation_without_images_is_named(
     build: Any, words: str, data_directory: pathlib.Path
 ) -> None:
     name = registered(registry.register_augmentation)(build)
-    config = own_config(data_directory, augment=Augment(crop="none", extra=(name,)))
+    config = custom_config(data_directory, augment=Augment(crop="none", extra=(name,)))
     with pytest.raises(ConfigError, match=f"augmentation 'broken' {words}"):
         run.assemble(config, log=lambda _: None)
 
@@ -350,7 +350,7 @@ def test_unknown_name_option_or_setting_is_rejected(
     changes: dict[str, Any], words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        configs.validate(own_config(data_directory, **changes))
+        configs.validate(custom_config(data_directory, **changes))
 
 
 def test_builtin_names_cannot_be_registered_again() -> None:

@@ -404,9 +404,7 @@ def test_low_disk_space_is_detected_before_writing(
         assert files(folder) == before
 
 
-def test_full_disk_and_recovery(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_and_recovery(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with disks.mounted(tmp_path / "disk", kilobytes=1200) as disk:
         folder = disk / "checkpoints"
         with Checkpoints(folder, keep_last=9) as checkpoints:

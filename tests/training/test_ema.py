@@ -64,7 +64,7 @@ def test_running_statistics_forget_initial_values_within_a_few_steps() -> None:
         keep = min(0.9, (1 + count) / (10 + count))
         expected = keep * expected + (1 - keep) * batch
         np.testing.assert_allclose(running, expected, rtol=1e-4, atol=1e-5)
-        # A run of many steps is what it was, to the bit.
+        # After 80 steps the statistics are bit-identical to uncorrected ones.
         assert np.array_equal(running, after) == (count >= 80)
 
 

@@ -1,4 +1,4 @@
-"""Exported weights: evaluated as their checkpoint was, and as the start of another run."""
+"""Exported weights: evaluated like their checkpoint, and used to initialize another run."""
 
 import dataclasses
 import pathlib
@@ -43,7 +43,7 @@ def build(config: Config) -> run.Run:
     return run.assemble(config, log=lambda _: None)
 
 
-def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
+def initialize(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
     """Returns the state before the first step, its leaves by path, and the notes."""
     start = initialization.initialize_from(this, state.abstract_state(this))
     first = state.with_initial_weights(state.create(this), start.values)
@@ -69,7 +69,7 @@ def test_evaluation_uses_normalization_of_weights(source: Source, tmp_path: path
 
 
 def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
-    """Returns settings of a run from a file; its first step has rate 0 and changes no parameter."""
+    """Returns settings of a run from a file; its first step has rate 0 and changes nothing."""
     groups = {
         "init": Init(pretrained=str(path)),
         "checkpoint": Checkpoint(every="1 step", keep_last=20),
@@ -93,11 +93,11 @@ def test_new_run_starts_from_file_and_resume_does_not_need_it(
     assert f"initialized from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
 
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        like = state.abstract_state(this).model_item()
-        model = jax.device_get(checkpoints.restore_model(1, like))
+        abstract_model = state.abstract_state(this).model_item()
+        model = jax.device_get(checkpoints.restore_model(1, abstract_model))
     expected = drawn["params"]
     jax.tree.map(np.testing.assert_array_equal, model["params"], expected)
-    # The average is of the same values, so rounding is all that it adds.
+    # The average is of equal values, so it adds only rounding errors.
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
         model["average"]["params"],
@@ -113,7 +113,7 @@ def test_state_starts_from_parameters_statistics_and_average(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     this = build(fine_tuning(data_directory, source.path))
-    first, leaves, notes = started(this)
+    first, leaves, notes = initialize(this)
     expected = weights.flatten(source.weights.variables)
     for name, leaf in leaves.items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
@@ -139,9 +139,9 @@ def test_classifier_is_reinitialized_for_other_classes(
     path = tmp_path / "other.safetensors"
     weights.save(path, other)
     this = build(fine_tuning(data_directory, path))
-    _, found, notes = started(this)
+    _, initial, notes = initialize(this)
     fresh = weights.flatten(jax.device_get({"params": state.create(this).params}))
-    for name, leaf in found.items():
+    for name, leaf in initial.items():
         expected = fresh if "/classifier/" in name else leaves
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
     assert any("the classifier is re-initialized" in note for note in notes)
@@ -155,14 +155,14 @@ def test_other_normalization_is_folded_into_first_layer(
     this = build(fine_tuning(data_directory, source.path))
     mean, std = np.float32([0.2, 0.4, 0.5]), np.float32([0.5, 0.2, 0.3])
     other = dataclasses.replace(this, dataset=dataclasses.replace(this.dataset, mean=mean, std=std))
-    _, leaves, notes = started(other)
+    _, leaves, notes = initialize(other)
     assert "adapted" in notes[-1]
 
-    # Of an image of one colour, the first layer's output inside is what it was before.
+    # For an image of a single color, the first layer's output is unchanged away from the border.
     def inside(variables: Any, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
         image = (np.full((1, 8, 8, 3), [0.3, 0.6, 0.9], np.float32) - mean) / std
 
-        # Compiled, and so without the layers behind the first.
+        # Compiled, so that later layers are removed as dead code.
         @jax.jit
         def first(variables: Any, image: np.ndarray) -> jax.Array:
             _, outputs = this.model.apply(variables, image, capture_intermediates=True)
@@ -171,9 +171,9 @@ def test_other_normalization_is_folded_into_first_layer(
         return np.asarray(first(variables, image))[:, 2:-2, 2:-2]
 
     expected = inside(source.weights.variables, source.weights.mean, source.weights.std)
-    found = inside(weights.unflatten(leaves), mean, std)
+    result = inside(weights.unflatten(leaves), mean, std)
     assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
 def test_weights_of_another_network_are_rejected_with_differences(
@@ -199,10 +199,10 @@ def test_weights_with_other_norm_epsilon_are_not_evaluated(
     this = build(fine_tuning(data_directory, source.path, model=other))
     with pytest.raises(ConfigError, match=r"norm_epsilon: 0\.001 in the file, 0\.1 here"):
         evaluate_weights(this, source.weights)
-    assert any("norm_epsilon" in note for note in started(this)[2])
+    assert any("norm_epsilon" in note for note in initialize(this)[2])
 
 
-@pytest.mark.parametrize("theirs", [True, False], ids=["left-out", "anew"])
+@pytest.mark.parametrize("theirs", [True, False], ids=["ignored", "re-initialized"])
 def test_auxiliary_heads_may_be_on_one_side_only(
     theirs: bool, data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -501,9 +501,7 @@ def test_run_shortened_below_its_step_only_reports(
     assert lines_without_timing(folder) == before
 
 
-def test_nonfinite_loss_stops_run(
-    data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_nonfinite_loss_stops_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = small.build(config)
     with pytest.raises(RunError, match=r"not finite at step [12],") as error:

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics before an evaluation: what they are, where they go, what they leave."""
+"""Re-estimated BatchNorm statistics: their values, where they are stored, what stays unchanged."""
 
 import dataclasses
 import pathlib
@@ -40,7 +40,7 @@ def test_statistics_are_mean_over_training_batches(
     after = estimate(before)
 
     variables = jax.device_get(before.eval_variables())
-    found = []
+    batch_stats = []
     for step in range(2):
         indices = pipeline.train_indices(step, batch_size=64, examples=1437, seed=0)
         images = this.dataset.train.read(indices) / np.float32(255)
@@ -51,15 +51,15 @@ def test_statistics_are_mean_over_training_batches(
             rngs={"dropout": jax.random.key(0)},
             mutable=["batch_stats"],
         )
-        # The network moves its statistics by a tenth towards those of the batch.
-        found.append(
+        # The network moves its statistics a tenth of the way to those of the batch.
+        batch_stats.append(
             jax.tree.map(
                 lambda new, old: (new - 0.9 * old) / 0.1,
                 updated["batch_stats"],
                 variables["batch_stats"],
             )
         )
-    expected = jax.tree.map(lambda *each: sum(each) / 2, *found)
+    expected = jax.tree.map(lambda *each: sum(each) / 2, *batch_stats)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4),
         after.eval_variables()["batch_stats"],
@@ -73,14 +73,14 @@ def test_statistics_are_mean_over_training_batches(
 
 
 def test_statistics_use_evaluation_image_size(data_directory: pathlib.Path) -> None:
-    found = []
+    estimates = []
     for size in (0, 16, 0):
         config = settings(data_directory, examples=64)
         config.evaluation.image_size = size
         this = small.build(config)
         estimate = norm.NormEstimator(this)
-        found.append(estimate(state.create(this)).eval_variables()["batch_stats"])
-    first, larger, again = (each["conv1"]["norm"]["var"] for each in found)
+        estimates.append(estimate(state.create(this)).eval_variables()["batch_stats"])
+    first, larger, again = (each["conv1"]["norm"]["var"] for each in estimates)
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, larger, rtol=1e-3)
 
@@ -108,8 +108,8 @@ def test_checkpoint_has_evaluated_statistics_and_training_is_unaffected(
         lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]
         for line in lines:
-            found = evaluate_checkpoint(this, folder, str(line["step"]))
-            assert found["loss"] == pytest.approx(line["loss"], rel=1e-6)
+            result = evaluate_checkpoint(this, folder, str(line["step"]))
+            assert result["loss"] == pytest.approx(line["loss"], rel=1e-6)
         with checkpoints.Checkpoints(folder.checkpoints, read_only=True) as saved:
             ends.append(saved.restore(6, state.abstract_state(this))[0])
     without, estimated = ends

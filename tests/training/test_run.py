@@ -1,4 +1,4 @@
-"""What tells the data sets of two hosts apart."""
+"""The fingerprint that distinguishes the data sets of hosts."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ def test_dataset_fingerprint_distinguishes_content(data_directory: pathlib.Path)
 
     def differing(other: object) -> set[str]:
         return {
-            what for what, value in run.dataset_fingerprint(other).items() if value != content[what]
+            name for name, value in run.dataset_fingerprint(other).items() if value != content[name]
         }
 
     labels = dataset.train.labels.copy()

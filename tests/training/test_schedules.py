@@ -12,7 +12,7 @@ from inception_jax import config
 from inception_jax.errors import ConfigError
 from inception_jax.training import schedules
 
-# 12.5 steps an epoch, so that boundaries in epochs fall between steps.
+# 12.5 steps per epoch, so that boundaries in epochs fall between steps.
 TIMELINE = config.Timeline(batch_size=8, train_examples=100)
 TOTAL = 100
 PEAK = 0.4

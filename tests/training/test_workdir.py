@@ -14,10 +14,10 @@ from inception_jax.training import workdir as workdirs
 DATASET: dict[str, Any] = {"name": "digits", "classes": 10, "class names": list("0123456789")}
 
 
-def started(
+def start_run(
     path: pathlib.Path, config: Config, *, steps: int = 5, dataset: dict[str, Any] = DATASET
 ) -> Workdir:
-    """A folder in which a run has saved a checkpoint."""
+    """Returns a workdir in which a run has saved a checkpoint."""
     folder = Workdir(path)
     workdirs.record_start(
         workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=dataset
@@ -47,7 +47,7 @@ def test_workdir_without_checkpoint_is_compatible_with_any_config(tmp_path: path
 
 
 def test_other_model_and_data_set_are_rejected_by_field(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+    folder = start_run(tmp_path, Config())
     other = Config()
     other.model.width, other.data.name = 0.5, "digits"
     with pytest.raises(CheckpointError) as error:
@@ -58,7 +58,7 @@ def test_other_model_and_data_set_are_rejected_by_field(tmp_path: pathlib.Path) 
 
 
 def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+    folder = start_run(tmp_path, Config())
     workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
     with pytest.raises(CheckpointError, match=r"classes: 10 → 12"):
         workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET | {"classes": 12})
@@ -72,7 +72,7 @@ def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
             r"names: without 'apple', with 'zapple'; the first that differs is class 0: "
             r"'apple' → 'pear'",
         ),
-        # The same places, but other words for them.
+        # The same order, but another name.
         (
             ["apple", "pears", "plum"],
             r"without 'pear', with 'pears'; the first that differs is class 1: 'pear' → 'pears'",
@@ -83,20 +83,20 @@ def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
 )
 def test_other_classes_are_rejected(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
     before = {"name": "image_folder", "class names": ["apple", "pear", "plum"]}
-    folder = started(tmp_path, Config(), dataset=before)
+    folder = start_run(tmp_path, Config(), dataset=before)
     workdirs.check_dataset(workdirs.load_previous_run(folder), before)
     with pytest.raises(CheckpointError, match=message):
         workdirs.check_dataset(workdirs.load_previous_run(folder), before | {"class names": names})
 
 
 def test_record_without_class_names_is_accepted(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
+    folder = start_run(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
     workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
 
 
 def test_records_of_older_versions_imply_bit_depth(tmp_path: pathlib.Path) -> None:
-    """They took all of 16 bits for used, and recorded nothing of it."""
-    folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
+    """They assumed that all 16 bits were used, without recording it."""
+    folder, pictures = start_run(tmp_path, Config()), DATASET | {"name": "image_folder"}
     record = json.loads(folder.config.read_text())
     atomic.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
@@ -109,7 +109,7 @@ def test_records_of_older_versions_imply_bit_depth(tmp_path: pathlib.Path) -> No
 
 
 def test_changed_settings_are_recorded_with_step(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+    folder = start_run(tmp_path, Config())
     for step, rate in ((5, 0.2), (9, 0.3)):
         config = Config(train=Config().train)
         config.schedule.learning_rate = rate
@@ -141,7 +141,7 @@ def test_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
 
 
 def test_on_change_prepare_is_not_recorded(tmp_path: pathlib.Path) -> None:
-    folder, config = started(tmp_path, Config()), Config()
+    folder, config = start_run(tmp_path, Config()), Config()
     config.data.on_change = "prepare"
     workdirs.record_start(
         workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=DATASET
@@ -151,7 +151,7 @@ def test_on_change_prepare_is_not_recorded(tmp_path: pathlib.Path) -> None:
 
 
 def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> None:
-    folder, own = started(tmp_path, Config()), {"model": "Net"}
+    folder, own = start_run(tmp_path, Config()), {"model": "Net"}
     with pytest.raises(CheckpointError, match="model: as configured → Net, an object"):
         workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own)
     workdirs.record_start(
@@ -170,33 +170,33 @@ def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> Non
 
 
 def test_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+    folder = start_run(tmp_path, Config())
     config = Config()
     config.train.duration = "60 epochs"
     assert workdirs.check_compatible(workdirs.load_previous_run(folder), config) == []
 
 
-def recall(
+def restore_overrides(
     folder: Workdir, config: Config, file: str, given: dict[str, object]
 ) -> tuple[dict[str, object], list[str]]:
-    """What a start with some overrides is given back, and what is said of it."""
+    """Returns the experiment after a start with some overrides, and the log."""
     own = {}
     for path, value in given.items():
         own[path] = configs.get(config, path)
         configs.put(config, path, value)
     experiment = {"file": file, "own": own}
-    said: list[str] = []
+    log: list[str] = []
     return workdirs.restore_overrides(
-        workdirs.load_previous_run(folder), config, experiment, given.keys(), said.append
-    ), said
+        workdirs.load_previous_run(folder), config, experiment, given.keys(), log.append
+    ), log
 
 
 def overridden(path: pathlib.Path) -> Workdir:
-    """The folder of a run that overrode two settings of an experiment."""
+    """Returns the workdir of a run that overrode two settings of an experiment."""
     config = Config()
     config.model.width, config.train.image_sizes = 0.5, (16,)
     experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
-    folder = started(path, config)
+    folder = start_run(path, config)
     workdirs.record_start(
         workdirs.load_previous_run(folder),
         config,
@@ -213,7 +213,7 @@ def test_duration_in_another_unit_replaces_recorded_one(
 ) -> None:
     config = Config()
     config.train.duration = "20 epochs"
-    folder = started(tmp_path, config)
+    folder = start_run(tmp_path, config)
     experiment: dict[str, object] = {"file": "a.py", "own": {"train.duration": "60 epochs"}}
     workdirs.record_start(
         workdirs.load_previous_run(folder),
@@ -224,16 +224,16 @@ def test_duration_in_another_unit_replaces_recorded_one(
         experiment=experiment,
     )
     now = Config()
-    found, said = recall(folder, now, "a.py", {"train.duration": "300 steps"})
-    assert now.train.duration == "300 steps" and not said
-    assert found["own"] == {"train.duration": "60 epochs"}
+    restored, log = restore_overrides(folder, now, "a.py", {"train.duration": "300 steps"})
+    assert now.train.duration == "300 steps" and not log
+    assert restored["own"] == {"train.duration": "60 epochs"}
     configs.validate(now)
 
 
 def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
-    experiment, said = recall(folder, config, "a.py", {"schedule.learning_rate": 0.2})
+    experiment, log = restore_overrides(folder, config, "a.py", {"schedule.learning_rate": 0.2})
     assert (config.model.width, config.train.image_sizes) == (0.5, (16,))
     assert config.schedule.learning_rate == 0.2
     assert experiment["own"] == {
@@ -241,7 +241,7 @@ def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
         "model.width": 1.0,
         "train.image_sizes": [],
     }
-    assert said == [
+    assert log == [
         "not given, so kept from the start of the run: config.model.width = 0.5, "
         "config.train.image_sizes = (16,)"
     ]
@@ -251,7 +251,7 @@ def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
 def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
-    recall(folder, config, "a.py", {"model.width": 1.0})
+    restore_overrides(folder, config, "a.py", {"model.width": 1.0})
     assert config.model.width == 1.0
     with pytest.raises(CheckpointError, match=r"config\.model\.width: 0\.5 → 1\.0"):
         workdirs.check_compatible(workdirs.load_previous_run(folder), config)
@@ -260,11 +260,11 @@ def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) ->
 def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)
-    assert recall(folder, other, "b.py", {})[1] == []
+    assert restore_overrides(folder, other, "b.py", {})[1] == []
     assert other.model.width == 1.0
-    # Of another name, but with the same settings, it is the same.
+    # An experiment with another name but the same settings counts as the same.
     copied = Config()
-    recall(folder, copied, "b.py", {})
+    restore_overrides(folder, copied, "b.py", {})
     assert copied.model.width == 0.5
 
 
@@ -272,13 +272,13 @@ def test_workdir_without_checkpoint_restores_no_overrides(tmp_path: pathlib.Path
     folder = overridden(tmp_path)
     (folder.checkpoints / "5").rmdir()
     config = Config()
-    assert recall(folder, config, "a.py", {})[1] == []
+    assert restore_overrides(folder, config, "a.py", {})[1] == []
     assert config == Config()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"seed": "1"}}'])
 def test_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+    folder = start_run(tmp_path, Config())
     folder.config.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         workdirs.load_previous_run(folder)
@@ -297,5 +297,5 @@ def test_directory_that_cannot_be_created_is_an_error(tmp_path: pathlib.Path) ->
     with pytest.raises(UserError, match="--workdir="):
         workdirs.check_writable(tmp_path / "file" / "run")
     workdirs.check_writable(tmp_path / "a" / "b")
-    # Marked, as pictures may lie in folders beside it.
+    # Marked as output, as directories of images may be next to it.
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".inception_jax"]
