@@ -100,11 +100,7 @@ class Evaluator:
         )
 
     def compile(self, variables: Variables) -> None:
-        """Compiles the programs before the first evaluation; does nothing if called again.
-
-        Args:
-          variables: shapes and dtypes of the variables to evaluate.
-        """
+        """Compiles the programs for variables of these shapes and dtypes in advance, once."""
         if self._is_compiled:
             return
         self._is_compiled = True
@@ -243,11 +239,7 @@ class Evaluator:
 
 
 def _split_for_view(run: Run, name: str, view: View) -> Split:
-    """Returns the examples of an evaluation.
-
-    Raises:
-      ConfigError: if the split does not exist.
-    """
+    """Returns the examples of an evaluation; raises a ConfigError if its split does not exist."""
     crop = view.crop or run.config.data.eval_crop_pct
     try:
         return run.dataset.view(view.split, crop=crop, examples=view.examples or None)

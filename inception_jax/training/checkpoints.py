@@ -235,12 +235,7 @@ class Checkpoints:
         return abstract_state.replace(**restored.model, **values), restored.progress
 
     def _saved_metrics(self, step: int, abstract_metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns shapes, dtypes and shardings of the metrics in a checkpoint, by name.
-
-        Args:
-          step: step of an existing checkpoint.
-          abstract_metrics: those of the run's current metrics, by name.
-        """
+        """Returns shapes, dtypes and shardings of a checkpoint's metrics, given the run's own."""
         placed = jax.tree.leaves(abstract_metrics)[0].sharding
         with contextlib.closing(_local_handler()) as handler:
             saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]

@@ -172,16 +172,7 @@ def _check_fit(
     weights: Weights,
     config: Config,
 ) -> None:
-    """Checks that the variables of a file match those of a network.
-
-    Args:
-      values, expected: variables of the file and of the network, by path.
-      weights: the file's contents.
-      config: the network's configuration.
-
-    Raises:
-      ConfigError: naming missing, unexpected and mismatched variables, and differing settings.
-    """
+    """Raises a ConfigError naming the variables and settings of a file that do not match."""
     differences = list(_differences(values, expected))
     if not differences:
         return

@@ -131,11 +131,7 @@ class MetricSet:
         return {name: float(each(logits, labels)) for name, each in self._over_split.items()}
 
     def in_units(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Converts means to percent where required; sorts them as configured, then all others.
-
-        Args:
-          means: means by name.
-        """
+        """Converts means to percent where required; sorts them as configured, then all others."""
         return _scale_means(means, self._scale)
 
 

@@ -46,11 +46,7 @@ class NormEstimator:
         self._compute: Callable[..., Variables] = self._jitted
 
     def compile(self, variables: Variables) -> None:
-        """Compiles the program before the first estimate.
-
-        Args:
-          variables: shapes and dtypes of the variables for evaluation.
-        """
+        """Compiles the program for variables of these shapes and dtypes in advance."""
         if self._batches and variables["batch_stats"]:
             batch = pipeline.abstract_train_batch(
                 self._run.dataset.train_evaluated,

@@ -84,12 +84,7 @@ class Reporter:
         self._writer.flush()
 
     def on_start(self, state: TrainState, notes: Sequence[str]) -> None:
-        """Logs the model, data, devices and starting point.
-
-        Args:
-          state: the state before this process's first step.
-          notes: further lines to log.
-        """
+        """Logs the model, data, devices, starting point and further notes."""
         run, first = self._run, int(state.step)
         if not first:
             self.log(environment.parameter_table(state.params))

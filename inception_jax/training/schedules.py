@@ -74,8 +74,8 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
         the registered function does not return a schedule.
 
     >>> rate = make_schedule(Schedule(name="linear"), timeline=Timeline(8, 80), total_steps=4)
-    >>> rate(np.arange(4)).round(4).tolist() == [0.1, 0.075, 0.05, 0.025]
-    True
+    >>> [round(float(rate(t)), 3) for t in range(4)]
+    [0.1, 0.075, 0.05, 0.025]
     """
     part = registry.SCHEDULES.get(schedule.name)
     warmup = timeline.steps(schedule.warmup)
