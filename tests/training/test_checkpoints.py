@@ -212,7 +212,7 @@ def test_read_only_uses_previous_checkpoint_and_changes_nothing(
         assert [line.split(":")[0] for line in lines] == [str(folder / "6"), str(folder / "4")]
         assert checkpoints.resolve("best") == 2
         assert checkpoints.resolve("2") == 2
-        with pytest.raises(CheckpointError, match=r"no intact checkpoint '6'; .* 2, 4, 6"):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint '6' found; .* 2, 4, 6"):
             checkpoints.resolve("6")
         check_restores(checkpoints, 2)
     assert files(folder) == before
