@@ -198,7 +198,7 @@ def train(
     from inception_jax.reporting import report
     from inception_jax.storage.workdir import Workdir
     from inception_jax.training import run
-    from inception_jax.training.workdir import previous
+    from inception_jax.training.workdir import load_previous_run
 
     done = folder / f"trained-{stop}"
     if not done.exists():
@@ -218,7 +218,7 @@ def train(
         try:
             session.train_run(
                 this,
-                previous(Workdir(folder)),
+                load_previous_run(Workdir(folder)),
                 evaluate,
                 experiment={"file": config.name, "own": own},
                 on_evaluation=lambda result, evaluated: report.publish(
@@ -247,7 +247,9 @@ def found_rate(config: Config, folder: pathlib.Path) -> float | None:
         proposal, doubts = lr_range_test.propose(points), []
         if proposal:
             chance = lr_range_test.chance_loss(this)
-            doubts = lr_range_test.doubts(points, proposal, steps=steps, high=high, chance=chance)
+            doubts = lr_range_test.reliability_warnings(
+                points, proposal, steps=steps, high=high, chance=chance
+            )
         values = lr_range_test.record(config, points, proposal, doubts)
         report.write_range_test(folder, values)
     proposed = json.loads(stored.read_text())["proposal"]

@@ -24,7 +24,7 @@ from inception_jax.training import loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
-from inception_jax.training.workdir import Previous
+from inception_jax.training.workdir import PreviousRun
 
 # Asked after each step, by its number, whether the run must be saved and end there.
 Stop = Callable[[int], bool]
@@ -69,7 +69,7 @@ def train_and_evaluate(
     names = {kind: type(each).__qualname__ for kind, each in own.items()}
     folder = Workdir(path)
     if "dataset" in own:
-        config = run.adapted(config, own["dataset"])
+        config = run.config_for_dataset(config, own["dataset"])
     before, config, changed, experiment = _settle(folder, config, origin, names)
     workdirs.check_writable(folder.path)
     stop = join(config)
@@ -180,7 +180,7 @@ def _checksum(file: str) -> str:
 
 def train_run(
     setup: Run,
-    before: Previous,
+    before: PreviousRun,
     evaluator: loop.Evaluate,
     *,
     changed: Sequence[str] = (),
@@ -209,7 +209,7 @@ def train_run(
             changed=changed,
             dataset=workdirs.dataset_record(setup.dataset),
             experiment=experiment,
-            own=own or {},
+            custom_objects=own or {},
         )
         return lines + [f"changed since the run began: {line}" for line in changed]
 
@@ -222,24 +222,24 @@ def train_run(
 
 def _settle(
     folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
-) -> tuple[Previous, Config, list[str], Mapping[str, Any] | None]:
+) -> tuple[PreviousRun, Config, list[str], Mapping[str, Any] | None]:
     """Returns what a folder held, the settings of this start, what they change, and their origin.
 
     Raises:
       UserError: if a setting is wrong, or the folder is another run's.
     """
-    before = workdirs.previous(folder)
+    before = workdirs.load_previous_run(folder)
     experiment: Mapping[str, Any] | None
     if origin:
-        experiment = workdirs.recall(before, config, *origin, say)
+        experiment = workdirs.restore_overrides(before, config, *origin, say)
     else:
         experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, say)
-    config = workdirs.with_recorded(before, config)
+    config = workdirs.with_recorded_auto_settings(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 
 
-def _assemble(config: Config, before: Previous, own: Mapping[str, Any]) -> Run:
+def _assemble(config: Config, before: PreviousRun, own: Mapping[str, Any]) -> Run:
     setup = run.assemble(config, **own, log=say)
     workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
     return setup

@@ -10,7 +10,7 @@ import numpy as np
 from inception_jax import config as configs
 from inception_jax.config import Config, Data, Schedule, Train
 from inception_jax.evaluation import predictions
-from inception_jax.evaluation.predictions import Evaluated, Predictions
+from inception_jax.evaluation.predictions import Predictions, SavedEvaluation
 
 STEPS, BATCH, EXAMPLES, EVALUATED = 400, 36, 1440, 600
 ENVIRONMENT = {"date": "2026-11-21T10:00:00+00:00", "device": "cpu", "packages": {"jax": "0.12"}}
@@ -87,12 +87,12 @@ def predicted(classes: int, *, count: int = EVALUATED, seed: int = 0) -> Predict
     logits[np.arange(count), labels] += 3
     logits[np.arange(count), (labels + 1) % classes] += 2
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    guesses = np.argsort(-probabilities, axis=1)[:, : predictions.BEST].astype(np.int32)
+    top_classes = np.argsort(-probabilities, axis=1)[:, : predictions.TOP_K].astype(np.int32)
     return Predictions(
         labels=labels,
-        guesses=guesses,
-        probabilities=np.take_along_axis(probabilities, guesses, axis=1).astype(np.float32),
-        own=probabilities[np.arange(count), labels].astype(np.float32),
+        top_classes=top_classes,
+        top_probs=np.take_along_axis(probabilities, top_classes, axis=1).astype(np.float32),
+        true_prob=probabilities[np.arange(count), labels].astype(np.float32),
     )
 
 
@@ -142,9 +142,9 @@ def write(
     if steps == STEPS:
         (folder / "result.json").write_text(json.dumps(result))
     made = predicted(len(names))
-    shown = predictions.choose(made)
+    shown = predictions.select_examples(made)
     random = np.random.default_rng(1)
     pictures = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
     files = tuple(f"picture_{index}.png" for index in shown)
-    predictions.write(folder, Evaluated(result, made, shown, files, pictures))
+    predictions.write(folder, SavedEvaluation(result, made, shown, files, pictures))
     return folder

@@ -135,7 +135,7 @@ def train(
     this: Run, folder: Workdir, evaluate: loop.Evaluate, *, changed: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
     """Trains a run in a folder as the command does: with its lock and its record of the start."""
-    before = workdirs.previous(folder)
+    before = workdirs.load_previous_run(folder)
     return session.train_run(this, before, evaluate, changed=changed, **more)
 
 
@@ -162,7 +162,7 @@ def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
     with Checkpoints(workdir.checkpoints) as checkpoints:
         checkpoints.save(end, progress={"seconds": {}}, metrics=metrics)
     workdirs.record_start(
-        workdirs.Previous(workdir),
+        workdirs.PreviousRun(workdir),
         settings,
         step=0,
         changed=[],

@@ -90,7 +90,7 @@ def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
     other.write_text("x = 1\n")
     with pytest.raises(UserError, match=r"get_config\(\)"):
         inception_jax.load_config(other)
-    with pytest.raises(CheckpointError, match="no run here"):
+    with pytest.raises(CheckpointError, match="no run found here"):
         inception_jax.load_weights(tmp_path)
 
 
@@ -212,9 +212,9 @@ def test_a_second_call_goes_on_where_the_first_ended(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": None}, r"objects that its program gave: model \(Net\)"),
+        ({"model": None}, r"objects passed by its program: model \(Net\)"),
         ({"dataset": None, "model": None}, r"dataset \(Dataset\), model \(Net\)"),
-        ({"optimizer": optax.sgd(0.1)}, "optimizer: that of the settings → GradientTransformation"),
+        ({"optimizer": optax.sgd(0.1)}, "optimizer: as configured → GradientTransformation"),
     ],
 )
 def test_a_run_with_own_objects_needs_them_again(
@@ -241,7 +241,7 @@ def test_a_command_says_that_it_needs_the_object(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     with pytest.raises(
-        CheckpointError, match=r"an object that a program gave \(Net\).*register_mod"
+        CheckpointError, match=r"an object passed by a program \(Net\).*register_mod"
     ):
         inception_jax.load_weights(mine[0])
     done = subprocess.run(
@@ -252,7 +252,7 @@ def test_a_command_says_that_it_needs_the_object(
     )
     assert done.returncode == 2
     assert (
-        "this run has objects that its program gave: dataset (Dataset), model (Net)" in done.stderr
+        "this run uses objects passed by its program: dataset (Dataset), model (Net)" in done.stderr
     )
 
 
@@ -306,9 +306,9 @@ def net(call: Any) -> nn.Module:
     [
         (
             {"model": small.Linear},
-            "model: must be a Module of flax.linen, not its class, got Linear",
+            "model: must be an instance of a flax.linen.Module, got the class Linear",
         ),
-        ({"model": "mini"}, "model: must be a Module .* got str"),
+        ({"model": "mini"}, "model: must be an instance .* got str"),
         (
             {"model": net(lambda self, x, train=False: nn.Dense(7)(x.mean((1, 2))))},
             r"Net.* returned .*\[2, 7\].*\[2, 10\]",
@@ -317,8 +317,8 @@ def net(call: Any) -> nn.Module:
             {"model": net(lambda self, x, train=False: [nn.Dense(10)(x.mean((1, 2)))])},
             "Net.* returned ",
         ),
-        ({"optimizer": "adam"}, "optimizer: must be a GradientTransformation such as .* got str"),
-        ({"dataset": "digits"}, "dataset: must be a Dataset .* got str"),
+        ({"optimizer": "adam"}, "optimizer: must be an optax.Gradient.* such as .* got str"),
+        ({"dataset": "digits"}, "dataset: must be an .*Dataset, got str"),
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8),)}, "pair of images and labels, got 1"),
         ({"dataset": (np.zeros((4, 8, 8, 3)), np.arange(4))}, "images: .*float64"),
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8), np.arange(3))}, "labels: "),
@@ -382,7 +382,7 @@ def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: path
     before = surroundings()
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match="which is saved"):
+    with pytest.raises(KeyboardInterrupt, match="the state is saved"):
         inception_jax.train(config, tmp_path, **own)
     assert surroundings() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]

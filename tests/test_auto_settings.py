@@ -216,27 +216,29 @@ def test_chosen_settings_are_recorded_and_reused_on_resume(
 
     folder = Workdir(tmp_path)
     # A folder without a checkpoint belongs to nobody.
-    assert workdir.with_recorded(workdir.previous(folder), settings) == settings
+    assert (
+        workdir.with_recorded_auto_settings(workdir.load_previous_run(folder), settings) == settings
+    )
     started = state.create(first)
     with Checkpoints(folder.checkpoints) as checkpoints:
         checkpoints.save(started, progress={"seconds": {}}, metrics=None)
     chosen = first.config
     chosen.schedule.learning_rate = 0.025  # As if it had been given, or chosen by other rules.
     workdir.record_start(
-        workdir.previous(folder),
+        workdir.load_previous_run(folder),
         chosen,
         step=0,
         changed=[],
         dataset=workdir.dataset_record(first.dataset),
     )
 
-    again = workdir.with_recorded(workdir.previous(folder), settings)
+    again = workdir.with_recorded_auto_settings(workdir.load_previous_run(folder), settings)
     assert again.schedule.learning_rate == 0.025
-    assert workdir.check_compatible(workdir.previous(folder), again) == []
+    assert workdir.check_compatible(workdir.load_previous_run(folder), again) == []
     assert run.assemble(again, log=lines.append).config == chosen
     # What is given now counts.
     settings.schedule.learning_rate = 0.1
-    again = workdir.with_recorded(workdir.previous(folder), settings)
-    assert workdir.check_compatible(workdir.previous(folder), again) == [
+    again = workdir.with_recorded_auto_settings(workdir.load_previous_run(folder), settings)
+    assert workdir.check_compatible(workdir.load_previous_run(folder), again) == [
         "config.schedule.learning_rate: 0.025 → 0.1"
     ]

@@ -55,7 +55,7 @@ def train() -> None:
     workdir.check_writable(folder.path)
     workdir.check_shared(folder)
     this = build(pathlib.Path(_DATA.value), _STEPS.value)
-    changed = workdir.check_compatible(workdir.previous(folder), this.config)
+    changed = workdir.check_compatible(workdir.load_previous_run(folder), this.config)
     small.train(this, folder, Evaluator(this), changed=changed)
 
 

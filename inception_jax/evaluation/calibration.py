@@ -1,7 +1,7 @@
-"""What can be counted in the predictions of an evaluation: by class, by confusion, by confidence.
+"""Computes calibration and confusion from the predictions of an evaluation.
 
-Pure functions of NumPy arrays. N is the number of examples, K of classes; a label or guess is a
-class's number, from 0 to K - 1.
+Pure functions of NumPy arrays. N is the number of examples, K of classes; a label or prediction is
+a class number from 0 to K - 1.
 """
 
 import dataclasses
@@ -9,25 +9,24 @@ import dataclasses
 import numpy as np
 
 # As in Guo et al. 2017.
-BINS = 15
+NUM_BINS = 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """How far a network's confidence is the accuracy that it has.
+    """Calibration of predicted confidences.
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2: the examples are put in
     M bins of equal width by their confidence, the probability of the most probable class.
 
     Attributes:
-      edges: float64 [M + 1], of the bins, from 0 to 1; an edge belongs to the bin below it.
-      count: int64 [M], examples in each.
-      confidence: float64 [M], mean confidence of each (eq. 3's conf); NaN in an empty one.
-      accuracy: float64 [M], share of each that is right (acc); NaN in an empty one.
-      error: the expected calibration error (eq. 3): the mean over the examples of the distance
-        between their bin's accuracy and confidence, between 0 and 1.
-      excess: mean confidence minus accuracy, over all examples: above 0 where the network is
-        over-confident.
+      edges: float64 [M + 1], bin edges from 0 to 1; an edge belongs to the bin below it.
+      count: int64 [M], number of examples in each bin.
+      confidence: float64 [M], mean confidence of each bin (eq. 3's conf); NaN if empty.
+      accuracy: float64 [M], fraction of each bin that is correct (acc); NaN if empty.
+      error: expected calibration error (eq. 3) in [0, 1]: the mean over the examples of the
+        absolute difference between accuracy and confidence of their bin.
+      overconfidence: mean confidence minus accuracy over all examples.
     """
 
     edges: np.ndarray
@@ -35,25 +34,29 @@ class Calibration:
     confidence: np.ndarray
     accuracy: np.ndarray
     error: float
-    excess: float
+    overconfidence: float
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
-    """Returns how well calibrated N examples' confidence is.
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS) -> Calibration:
+    """Computes the calibration of N predictions.
 
     Args:
       confidence: float [N], in [0, 1]; N at least 1.
-      right: bool [N].
-      bins: how many there are.
+      correct: bool [N], whether each prediction is correct.
+      bins: number of bins.
+
+    >>> result = calibration(np.array([0.6, 0.9]), np.array([False, True]), bins=2)
+    >>> result.count.tolist(), round(result.error, 3)
+    ([0, 2], 0.25)
     """
     confidence = confidence.astype(np.float64)
     edges = np.linspace(0, 1, bins + 1)
-    # Bin m holds what is in (edges[m], edges[m + 1]].
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+    # Bin m contains (edges[m], edges[m + 1]].
+    bin_index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(bin_index, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(place, confidence, minlength=bins) / count
-        accuracy = np.bincount(place, right, minlength=bins) / count
+        mean = np.bincount(bin_index, confidence, minlength=bins) / count
+        accuracy = np.bincount(bin_index, correct, minlength=bins) / count
     error = np.nansum(count * np.abs(accuracy - mean)) / len(confidence)
     return Calibration(
         edges=edges,
@@ -61,50 +64,54 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
         confidence=mean,
         accuracy=accuracy,
         error=float(error),
-        excess=float(confidence.mean() - right.mean()),
+        overconfidence=float(confidence.mean() - correct.mean()),
     )
 
 
-def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
-    """Returns how often each class was taken for each: int64 [K, K], true by guessed."""
-    pairs = labels.astype(np.int64) * classes + guesses
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Returns the confusion matrix: int64 [K, K], rows true, columns predicted.
+
+    >>> confusion(np.array([0, 1, 1]), np.array([0, 0, 1]), 2).tolist()
+    [[1, 0], [1, 1]]
+    """
+    pairs = labels.astype(np.int64) * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def confused_pairs(matrix: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """Returns the mistakes that were made most often, as (true, guessed), the most frequent first.
+def confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Returns the most frequent mistakes as (true, predicted), the most frequent first.
 
     Args:
       matrix: from `confusion`.
-      most: how many at most.
+      limit: maximum number of pairs.
     """
     mistakes = matrix.copy()
     np.fill_diagonal(mistakes, 0)
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:most]
-    places = np.stack(np.unravel_index(order, mistakes.shape), axis=1)
-    return [(int(true), int(guess)) for true, guess in places if mistakes[true, guess]]
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:limit]
+    pairs = np.stack(np.unravel_index(order, mistakes.shape), axis=1)
+    return [(int(true), int(guess)) for true, guess in pairs if mistakes[true, guess]]
 
 
-def most_confused(matrix: np.ndarray, most: int) -> np.ndarray:
-    """Returns the classes that are most confused with each other: int64 [C], C at most `most`.
+def most_confused_classes(matrix: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the classes most often confused with each other: int64 [C], C at most `limit`.
 
-    They are gathered pair by pair, from the pair that is mixed up most often, both ways together.
-    Classes that are confused stand next to each other: each is put beside the one that brought it
-    in. All classes, in their order, if there are no more than `most`.
+    They are added pair by pair, starting with the pair confused most often, counting both
+    directions. Each class is placed next to the one that it is confused with. If there are at most
+    `limit` classes, all are returned in their order.
 
     Args:
       matrix: from `confusion`.
-      most: how many at most.
+      limit: maximum number of classes.
     """
     classes = len(matrix)
-    if classes <= most:
+    if classes <= limit:
         return np.arange(classes)
     mixed = np.triu(matrix + matrix.T, k=1)
     chosen: list[int] = []
     for flat in np.argsort(-mixed, axis=None, kind="stable"):
         pair = [int(each) for each in np.unravel_index(flat, mixed.shape)]
         new = [each for each in pair if each not in chosen]
-        if len(chosen) + len(new) > most or not mixed[pair[0], pair[1]]:
+        if len(chosen) + len(new) > limit or not mixed[pair[0], pair[1]]:
             break
         known = [each for each in pair if each in chosen]
         place = chosen.index(known[0]) + 1 if known else len(chosen)

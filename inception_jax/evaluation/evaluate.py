@@ -1,4 +1,4 @@
-"""Exact evaluation: every example of a split counted once, whatever the batch size and devices."""
+"""Exact evaluation: each example counts once, whatever the batch size and devices."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -31,12 +31,12 @@ Arrays = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalResult:
-    """What an evaluation gave.
+    """The result of an evaluation.
 
     Attributes:
-      metrics: loss (mean cross-entropy, nats), those that `config.evaluation.metrics` names (top1
-        and top5 in percent) and count, by name.
-      predictions: for each example.
+      metrics: by name: loss (mean cross-entropy, nats), those in `config.evaluation.metrics` (top1
+        and top5 in percent) and count.
+      predictions: the predictions for all examples.
     """
 
     metrics: dict[str, float]
@@ -44,23 +44,21 @@ class EvalResult:
 
 
 class Evaluator:
-    """Evaluates model variables on a run's evaluation split, and on its other evaluations.
+    """Evaluates model variables on a run's evaluation split and its additional evaluations.
 
-    The same object, and so the same compiled functions, serve evaluation during training and of a
-    checkpoint: their numbers are equal. Evaluations of one image size share a program, and those of
-    the same examples read them once.
+    Training and checkpoint evaluation use the same compiled functions, so their numbers are equal.
+    Evaluations with the same image size share a program; those of the same examples read them once.
 
     Args:
-      run: with the network, the settings and the data set.
+      run: the run, with its network, settings and data set.
 
     Attributes:
-      main: the name of the run's own evaluation, which is that of the split.
-      views: all evaluations by name, the run's own first.
-      splits: the examples of each, by its name.
+      main: name of the main evaluation, which is that of its split.
+      views: all evaluations by name, the main one first.
+      splits: the examples of each evaluation, by its name.
 
     Raises:
-      ConfigError: if an evaluation is of a split that is not there, or a metric does not return
-        what it should.
+      ConfigError: if a split does not exist, or a metric returns an invalid value.
     """
 
     def __init__(self, run: Run) -> None:
@@ -69,24 +67,24 @@ class Evaluator:
         self.main = run.dataset.eval_split
         if self.main in (others := configs.views(run.config)):
             raise ConfigError(
-                f"config.evaluations.{self.main}: this is the name of the run's own evaluation; "
-                "give it another name"
+                f"config.evaluations.{self.main}: this name is reserved for the run's own "
+                "evaluation; use another name"
             )
         self.views = {self.main: View(), **others}
-        self.splits = {name: _examples(run, name, self.views[name]) for name in self.views}
-        # One size for all splits, so that there is one program to compile.
+        self.splits = {name: _split_for_view(run, name, self.views[name]) for name in self.views}
+        # One batch size for all splits, so that there is one program to compile.
         self._batch_size = pipeline.eval_batch_size(
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
         )
         replicated, batch = sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
         options = ops.compiler_options(run.model)
-        self._plain, self._mirrored = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
+        self._no_flip, self._flip = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
         self._is_compiled = False
-        # Nothing is donated: training goes on with the same variables.
-        # Jitted, or once `compile` was called compiled.
+        # Nothing is donated: training continues with the same variables.
+        # Jitted functions, replaced by compiled ones in `compile`.
         self._forward: dict[int, Any] = {
             size: jax.jit(
-                self._logits_of(size),
+                self._make_forward(size),
                 in_shardings=(replicated, batch, replicated),
                 out_shardings=batch,
                 compiler_options=options,
@@ -95,18 +93,14 @@ class Evaluator:
         }
         self._mean: Any = jax.jit(lambda a, b: (a + b) / 2, in_shardings=batch, out_shardings=batch)
         self._measure: Any = jax.jit(
-            self._measured,
+            self._metrics_and_predictions,
             in_shardings=(batch, batch, batch),
             out_shardings=replicated,
             compiler_options=options,
         )
 
     def compile(self, variables: Variables) -> None:
-        """Compiles ahead what the first evaluation would, once.
-
-        Args:
-          variables: shapes and types of what will be evaluated.
-        """
+        """Compiles the programs for variables of these shapes and dtypes in advance, once."""
         if self._is_compiled:
             return
         self._is_compiled = True
@@ -115,7 +109,7 @@ class Evaluator:
         )
         logits: Any = None
         for size, forward in self._forward.items():
-            lowered = forward.lower(variables, batch["image"], self._plain)
+            lowered = forward.lower(variables, batch["image"], self._no_flip)
             logits = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=batch["label"].sharding
@@ -130,11 +124,11 @@ class Evaluator:
     def __call__(
         self, variables: Variables, names: Collection[str] | None = None
     ) -> dict[str, EvalResult]:
-        """Evaluates, each example counted once.
+        """Evaluates variables, counting each example once.
 
         Args:
-          variables: {"params", "batch_stats"} as `TrainState.eval_variables` gives them.
-          names: of the evaluations; None: all.
+          variables: {"params", "batch_stats"}, from `TrainState.eval_variables`.
+          names: names of the evaluations; None: all.
 
         Returns:
           The results by name.
@@ -142,45 +136,47 @@ class Evaluator:
         results: dict[str, EvalResult] = {}
         for name in self.views if names is None else names:
             if name not in results:
-                same = [each for each in self.views if self._source(each) == self._source(name)]
+                same = [
+                    each for each in self.views if self._input_key(each) == self._input_key(name)
+                ]
                 together = [each for each in same if names is None or each in names]
                 results |= self._evaluate(variables, together)
         return results
 
     def step(self, variables: Variables, batch: Arrays) -> tuple[EvalMetrics, Arrays]:
-        """Evaluates one batch as the run's own evaluation does; the results stay on the devices.
+        """Evaluates one batch as the main evaluation does; the results stay on the devices.
 
         Args:
-          variables: as of a call.
+          variables: as for `__call__`.
           batch: image uint8 [B, H, W, 3], label int32 [B] and mask bool [B].
 
         Returns:
-          The sums, and what `Predictions` holds of each example.
+          The metric sums, and the arrays of `Predictions` for each example.
         """
-        return self._steps(variables, batch, [self.main])[self.main]
+        return self._evaluate_batch(variables, batch, [self.main])[self.main]
 
     def _evaluate(self, variables: Variables, names: list[str]) -> dict[str, EvalResult]:
-        """Returns the results of evaluations of the same images."""
+        """Returns the results of evaluations that use the same images."""
         split = self.splits[names[0]]
         batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
         sums: dict[str, EvalMetrics] = {}
         rows: dict[str, list[Any]] = {name: [] for name in names}
-        for found in to_host(self._steps(variables, batch, names) for batch in batches):
-            for name, (metrics, of_batch) in found.items():
-                sums[name] = sums[name].plus(metrics) if name in sums else metrics
-                rows[name].append(of_batch)
+        for result in to_host(self._evaluate_batch(variables, batch, names) for batch in batches):
+            for name, (metrics, batch_rows) in result.items():
+                sums[name] = sums[name].add(metrics) if name in sums else metrics
+                rows[name].append(batch_rows)
         return {name: self._result(sums[name], rows[name], split) for name in names}
 
-    def _steps(
+    def _evaluate_batch(
         self, variables: Variables, batch: Arrays, names: list[str]
     ) -> dict[str, tuple[EvalMetrics, Arrays]]:
-        """Returns what evaluations of the same images give for a batch of them, by name."""
+        """Returns the results of one batch for evaluations that use the same images, by name."""
         forward = self._forward[self._size(self.views[names[0]])]
         flipped = [name for name in names if self.views[name].flip_tta]
-        logits = forward(variables, batch["image"], self._plain)
+        logits = forward(variables, batch["image"], self._no_flip)
         mean = logits
         if flipped:
-            mean = self._mean(logits, forward(variables, batch["image"], self._mirrored))
+            mean = self._mean(logits, forward(variables, batch["image"], self._flip))
         return {
             name: self._measure(mean if name in flipped else logits, batch["label"], batch["mask"])
             for name in names
@@ -191,20 +187,20 @@ class Evaluator:
     ) -> EvalResult:
         metrics = sums.compute()
         assert metrics["count"] == len(split), (metrics["count"], len(split))
-        # Without what filled the last batch up.
-        whole = {
+        # Drop the padding of the last batch.
+        arrays = {
             name: np.concatenate([row[name] for row in rows])[: len(split)] for name in rows[0]
         }
         if self._metrics.needs_logits:
-            metrics |= self._metrics.over_split(whole.pop("logits"), split.labels)
+            metrics |= self._metrics.over_split(arrays.pop("logits"), split.labels)
         count = metrics.pop("count")
         return EvalResult(
             metrics=self._metrics.in_units(metrics) | {"count": count},
-            predictions=Predictions(labels=split.labels, **whole),
+            predictions=Predictions(labels=split.labels, **arrays),
         )
 
-    def _source(self, name: str) -> tuple[Any, ...]:
-        """Returns what evaluations have in common that see the same images of the same size."""
+    def _input_key(self, name: str) -> tuple[Any, ...]:
+        """Returns a key that is equal for evaluations of the same images at the same size."""
         view = self.views[name]
         crop = view.crop or self._run.config.data.eval_crop_pct
         return view.split, len(self.splits[name]), crop, self._size(view)
@@ -213,41 +209,37 @@ class Evaluator:
         config, dataset = self._run.config, self._run.dataset
         return view.size or config.evaluation.image_size or dataset.image_size
 
-    def _logits_of(self, size: int) -> Callable[..., jax.Array]:
-        """Returns what maps variables, images, and whether to mirror them, to logits [B, K]."""
+    def _make_forward(self, size: int) -> Callable[..., jax.Array]:
+        """Returns a function from variables, images and whether to flip them to logits [B, K]."""
         dataset = self._run.dataset
 
-        def logits(variables: Variables, images: jax.Array, mirrored: jax.Array) -> jax.Array:
+        def logits(variables: Variables, images: jax.Array, flip: jax.Array) -> jax.Array:
             images = augment.normalise(augment.resize(images, size), dataset.mean, dataset.std)
-            images = jnp.where(mirrored, images[:, :, ::-1], images)
+            images = jnp.where(flip, images[:, :, ::-1], images)
             output: Any = self._run.model.apply(variables, images, train=False)
             return output.logits
 
         return logits
 
-    def _measured(
+    def _metrics_and_predictions(
         self, logits: jax.Array, labels: jax.Array, mask: jax.Array
     ) -> tuple[EvalMetrics, Arrays]:
-        """Returns the sums of a batch, and what is kept of each of its examples."""
+        """Returns a batch's metric sums, and the arrays kept for each of its examples."""
         probabilities = jax.nn.softmax(logits)
-        # Of equal logits the lower class number comes first, as in the metrics.
-        _, guesses = jax.lax.top_k(logits, min(predictions.BEST, logits.shape[-1]))
+        # Among equal logits the lower class number comes first, as in the metrics.
+        _, top_classes = jax.lax.top_k(logits, min(predictions.TOP_K, logits.shape[-1]))
         kept = {
-            "guesses": guesses,
-            "probabilities": jnp.take_along_axis(probabilities, guesses, axis=-1),
-            "own": jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
+            "top_classes": top_classes,
+            "top_probs": jnp.take_along_axis(probabilities, top_classes, axis=-1),
+            "true_prob": jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
         }
         if self._metrics.needs_logits:
             kept["logits"] = logits.astype(jnp.float32)
         return EvalMetrics.single_batch(self._metrics.per_example(logits, labels), mask), kept
 
 
-def _examples(run: Run, name: str, view: View) -> Split:
-    """Returns the examples of an evaluation.
-
-    Raises:
-      ConfigError: if there is no such split.
-    """
+def _split_for_view(run: Run, name: str, view: View) -> Split:
+    """Returns the examples of an evaluation; raises a ConfigError if its split does not exist."""
     crop = view.crop or run.config.data.eval_crop_pct
     try:
         return run.dataset.view(view.split, crop=crop, examples=view.examples or None)
@@ -256,12 +248,12 @@ def _examples(run: Run, name: str, view: View) -> Split:
 
 
 def summary(results: Mapping[str, EvalResult]) -> dict[str, Any]:
-    """Returns the metrics of the first of some evaluations, and by name, if any, of the others."""
+    """Returns the first evaluation's metrics, with those of any others under "evaluations"."""
     first, *others = results
-    found: dict[str, Any] = dict(results[first].metrics)
+    metrics: dict[str, Any] = dict(results[first].metrics)
     if others:
-        found["evaluations"] = {name: results[name].metrics for name in others}
-    return found
+        metrics["evaluations"] = {name: results[name].metrics for name in others}
+    return metrics
 
 
 def evaluate_checkpoint(
@@ -270,17 +262,17 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of a workdir.
 
     Args:
-      run: with the model and data set of the workdir.
-      workdir: of a run that has saved a checkpoint.
-      which: "best", "last" or the number of a step.
-      log: takes a line before the evaluation, which compiles its program first.
+      run: the run, with the model and data set of the workdir.
+      workdir: a workdir with a checkpoint.
+      which: "best", "last" or a step number.
+      log: called with a line before the evaluation, which compiles its program first.
 
     Returns:
-      checkpoint ("best", "last", both or neither), step, epoch, split, the metrics of the run's own
-      evaluation, and, where there are more, evaluations: the metrics of each by its name.
+      checkpoint ("best", "last", "best and last" or ""), step, epoch, split, the metrics of the
+      main evaluation and, if there are others, evaluations: their metrics by name.
 
     Raises:
-      CheckpointError: if there is no such checkpoint or it does not fit the model.
+      CheckpointError: if the checkpoint does not exist or does not match the model.
     """
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
@@ -289,8 +281,8 @@ def evaluate_checkpoint(
     count = len(run.dataset.evaluation)
     batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
     log(
-        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images, {batch_size:,} at "
-        "a time; compiling first"
+        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images in batches of "
+        f"{batch_size:,}; compiling first"
     )
     return {
         "checkpoint": roles,
@@ -301,30 +293,29 @@ def evaluate_checkpoint(
     }
 
 
-def evaluate_weights(run: Run, found: Weights) -> dict[str, Any]:
+def evaluate_weights(run: Run, weights: Weights) -> dict[str, Any]:
     """Evaluates weights on a run's evaluation split.
 
-    Images are normalised by the weights' own mean and std, as they were trained.
+    Images are normalized by the weights' own mean and std, as in their training.
 
     Args:
-      run: with the network of the weights, and a data set of its classes.
-      found: the weights.
+      run: a run with the network and the classes of the weights.
+      weights: the weights.
 
     Returns:
-      What `evaluate_checkpoint` does; step and epoch are those of the training that gave the
-      weights, None if unknown, and checkpoint says whether that was the best or last of its run, as
-      in `Weights`.
+      As `evaluate_checkpoint`; step, epoch and checkpoint come from `Weights` and describe the
+      training that produced them (step and epoch None if unknown).
 
     Raises:
-      ConfigError: if they are of another network or other classes.
+      ConfigError: if the weights belong to another network or other classes.
     """
-    variables = initialization.variables_for_eval(run, found)
-    dataset = dataclasses.replace(run.dataset, mean=found.mean, std=found.std)
+    variables = initialization.variables_for_eval(run, weights)
+    dataset = dataclasses.replace(run.dataset, mean=weights.mean, std=weights.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {
-        "checkpoint": found.checkpoint,
-        "step": found.step,
-        "epoch": found.epoch,
+        "checkpoint": weights.checkpoint,
+        "step": weights.step,
+        "epoch": weights.epoch,
         "split": dataset.eval_split,
         **summary(Evaluator(dataclasses.replace(run, dataset=dataset))(variables)),
     }

@@ -1,8 +1,8 @@
-"""What a network said of each evaluated example, and the file in which a run keeps it.
+"""Predictions for each evaluated example, and the file in which a run keeps them.
 
-Every evaluation of a run leaves `predictions.npz` in its folder, which a report is made of without
-the data set and without a second pass over it. A few pictures are in it, too: those that a report
-shows. It is a plain NumPy archive, with no pickled objects.
+Every evaluation of a run writes `predictions.npz` to its workdir, so that a report needs neither
+the data set nor another pass over it. It also contains the few images that a report shows. The file
+is a plain NumPy archive without pickled objects.
 """
 
 import dataclasses
@@ -20,100 +20,109 @@ from inception_jax.errors import UserError
 from inception_jax.storage import atomic
 from inception_jax.storage.workdir import Workdir
 
-# How many of the most probable classes are kept of each example.
-BEST = 5
-# How many mistakes and right answers are kept as pictures, and the longest side of those, pixels.
-MISTAKES = 24
-RIGHT = 12
-MOST_PIXELS = 128
+# Number of most probable classes kept for each example.
+TOP_K = 5
+# Number of mistakes and correct predictions kept as images, and the side of those in pixels.
+MAX_MISTAKES = 24
+MAX_CORRECT = 12
+MAX_IMAGE_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a network said of N examples of K classes.
+    """A network's predictions for N examples of K classes.
 
     Attributes:
       labels: int32 [N], the true classes.
-      guesses: int32 [N, G], the G = min(5, K) most probable classes, the most probable first.
-      probabilities: float32 [N, G], of the guesses, by the softmax of the logits.
-      own: float32 [N], the probability of the true class.
+      top_classes: int32 [N, G], the G = min(5, K) most probable classes, the most probable first.
+      top_probs: float32 [N, G], their probabilities, the softmax of the logits.
+      true_prob: float32 [N], the probability of the true class.
     """
 
     labels: np.ndarray
-    guesses: np.ndarray
-    probabilities: np.ndarray
-    own: np.ndarray
+    top_classes: np.ndarray
+    top_probs: np.ndarray
+    true_prob: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def right(self) -> np.ndarray:
+    def correct(self) -> np.ndarray:
         """Whether the most probable class is the true one: bool [N]."""
-        return self.guesses[:, 0] == self.labels
+        return self.top_classes[:, 0] == self.labels
 
     @property
     def confidence(self) -> np.ndarray:
         """The probability of the most probable class: float32 [N]."""
-        return self.probabilities[:, 0]
+        return self.top_probs[:, 0]
+
+
+# The names of the arrays in the file.
+_STORED_NAMES = {
+    "labels": "labels",
+    "top_classes": "guesses",
+    "top_probs": "probabilities",
+    "true_prob": "own",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Evaluated:
-    """An evaluation, as it is kept in a run's folder.
+class SavedEvaluation:
+    """An evaluation as stored in a workdir.
 
     Attributes:
-      result: what result.json would hold if the run had ended there.
-      predictions: of all examples of the split.
-      shown: int64 [M], which of them have a picture: first the mistakes, then the right answers.
+      result: the result.json that the run would have written if it had ended there.
+      predictions: predictions for all examples of the split.
+      indices: int64 [M], which examples have an image: first mistakes, then correct ones.
       names: M file names.
-      pictures: uint8 [M, H, W, 3].
+      images: uint8 [M, H, W, 3].
     """
 
     result: dict[str, Any]
     predictions: Predictions
-    shown: np.ndarray
+    indices: np.ndarray
     names: tuple[str, ...]
-    pictures: np.ndarray
+    images: np.ndarray
 
 
-def choose(predictions: Predictions) -> np.ndarray:
-    """Returns which examples are worth a look: int64 [M], at most MISTAKES + RIGHT.
+def select_examples(predictions: Predictions) -> np.ndarray:
+    """Selects the examples to show: int64 [M], at most MAX_MISTAKES + MAX_CORRECT.
 
-    First the mistakes that the network was surest of, the surest first; then right answers, evenly
-    spaced in the order of the split, which is shuffled.
+    First the most confident mistakes, most confident first; then correct predictions, evenly spaced
+    in the order of the split, which is shuffled.
     """
-    wrong, right = np.flatnonzero(~predictions.right), np.flatnonzero(predictions.right)
-    # Stable: of equally sure ones the first comes first, on every machine.
+    wrong, correct = np.flatnonzero(~predictions.correct), np.flatnonzero(predictions.correct)
+    # A stable sort gives the same order of ties on every machine.
     order = np.argsort(-predictions.confidence[wrong], kind="stable")
-    spaced = np.linspace(0, len(right) - 1, min(RIGHT, len(right))).astype(np.int64)
-    return np.concatenate([wrong[order][:MISTAKES], right[spaced]])
+    spaced = np.linspace(0, len(correct) - 1, min(MAX_CORRECT, len(correct))).astype(np.int64)
+    return np.concatenate([wrong[order][:MAX_MISTAKES], correct[spaced]])
 
 
-def gather(result: dict[str, Any], predictions: Predictions, split: Split) -> Evaluated:
-    """Returns an evaluation with the pictures of the examples that are worth a look.
+def with_images(result: dict[str, Any], predictions: Predictions, split: Split) -> SavedEvaluation:
+    """Returns an evaluation with the images of the examples to show.
 
     Args:
-      result: of the loop.
-      predictions: of all examples of the split.
-      split: where the pictures are read.
+      result: the loop's result.
+      predictions: predictions for all examples of the split.
+      split: the split that the images are read from.
     """
-    shown = choose(predictions)
-    pixels = split.read(shown)
-    if split.image_size > MOST_PIXELS:
-        size = (MOST_PIXELS, MOST_PIXELS)
-        pixels = np.stack([np.asarray(Image.fromarray(each).resize(size)) for each in pixels])
-    return Evaluated(
+    indices = select_examples(predictions)
+    images = split.read(indices)
+    if split.image_size > MAX_IMAGE_SIZE:
+        size = (MAX_IMAGE_SIZE, MAX_IMAGE_SIZE)
+        images = np.stack([np.asarray(Image.fromarray(image).resize(size)) for image in images])
+    return SavedEvaluation(
         result=result,
         predictions=predictions,
-        shown=shown,
-        names=tuple(split.names[index] for index in shown),
-        pictures=pixels,
+        indices=indices,
+        names=tuple(split.names[index] for index in indices),
+        images=images,
     )
 
 
-def write(path: pathlib.Path, evaluated: Evaluated) -> None:
-    """Writes an evaluation's file into a run's folder, whole or not at all.
+def write(path: pathlib.Path, evaluated: SavedEvaluation) -> None:
+    """Writes an evaluation's file to a workdir atomically.
 
     Raises:
       WriteError: if it cannot be written.
@@ -122,35 +131,39 @@ def write(path: pathlib.Path, evaluated: Evaluated) -> None:
         np.savez_compressed(
             file,
             result=np.array(json.dumps(evaluated.result)),
-            shown=evaluated.shown,
+            shown=evaluated.indices,
             names=np.array(evaluated.names, np.str_),
-            pictures=evaluated.pictures,
-            **dataclasses.asdict(evaluated.predictions),
+            pictures=evaluated.images,
+            **{
+                stored: getattr(evaluated.predictions, name)
+                for name, stored in _STORED_NAMES.items()
+            },
         )
 
 
-def read(path: pathlib.Path) -> Evaluated | None:
-    """Returns the evaluation that a run's folder holds, or None if it holds none.
+def read(path: pathlib.Path) -> SavedEvaluation | None:
+    """Returns the evaluation stored in a workdir, or None if there is none.
 
     Raises:
-      UserError: if its file cannot be read as that.
+      UserError: if its file is not readable.
     """
     path = Workdir(path).predictions
-    fields = [field.name for field in dataclasses.fields(Predictions)]
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            return Evaluated(
-                result=json.loads(str(found["result"])),
-                predictions=Predictions(**{name: found[name] for name in fields}),
-                shown=found["shown"],
-                names=tuple(map(str, found["names"])),
-                pictures=found["pictures"],
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return SavedEvaluation(
+                result=json.loads(str(archive["result"])),
+                predictions=Predictions(
+                    **{name: archive[stored] for name, stored in _STORED_NAMES.items()}
+                ),
+                indices=archive["shown"],
+                names=tuple(map(str, archive["names"])),
+                images=archive["pictures"],
             )
     except FileNotFoundError:
         return None
-    # What NumPy and zipfile raise for a file that is no such archive, or a damaged one.
+    # Raised by NumPy and zipfile for a corrupt file or one of another format.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: cannot be read as what an evaluation leaves: {error}. Remove it; the "
-            "training's command makes it anew"
+            f"{path}: not a readable predictions file: {error}. Delete it; rerunning the training "
+            "command recreates it"
         ) from error

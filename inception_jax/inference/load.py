@@ -66,7 +66,7 @@ def from_checkpoint(
       CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
       ConfigError: if nothing registered a network of the run's.
     """
-    record = workdirs.recorded_run(workdir, has_model=model is not None)
+    record = workdirs.require_record(workdir, has_model=model is not None)
     for note in record.notes:
         log(note)
     config, dataset = record.config, record.dataset

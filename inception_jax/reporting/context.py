@@ -225,7 +225,7 @@ def evaluated(record: RunRecord) -> Values | None:
         "split": found["split"],
         "step": found["step"],
         "role": record.role(found["step"]),
-        "guesses": record.evaluated.predictions.guesses.shape[1],
+        "guesses": record.evaluated.predictions.top_classes.shape[1],
     }
 
 
@@ -265,7 +265,7 @@ def confusion(record: RunRecord) -> Values | None:
     matrix = record.confusion
     if matrix is None:
         return None
-    chosen = calibration.most_confused(matrix, MOST_CONFUSED)
+    chosen = calibration.most_confused_classes(matrix, MOST_CONFUSED)
     totals = np.maximum(matrix.sum(axis=1), 1)
     pairs = calibration.confused_pairs(matrix, MOST_PAIRS)
     return {
@@ -305,12 +305,12 @@ def examples(record: RunRecord) -> Values | None:
     if evaluated is None:
         return None
     predictions = evaluated.predictions
-    found: Values = {"mistakes": [], "right": [], "side": evaluated.pictures.shape[1]}
+    found: Values = {"mistakes": [], "right": [], "side": evaluated.images.shape[1]}
     for index, name, pixels in zip(
-        evaluated.shown, evaluated.names, evaluated.pictures, strict=True
+        evaluated.indices, evaluated.names, evaluated.images, strict=True
     ):
-        label, guesses = predictions.labels[index], predictions.guesses[index]
-        found["right" if predictions.right[index] else "mistakes"].append(
+        label, guesses = predictions.labels[index], predictions.top_classes[index]
+        found["right" if predictions.correct[index] else "mistakes"].append(
             {
                 "source": data_uri(pixels),
                 "file": name,
@@ -322,7 +322,7 @@ def examples(record: RunRecord) -> Values | None:
                         "right": bool(guess == label),
                     }
                     for guess, probability in zip(
-                        guesses, predictions.probabilities[index], strict=True
+                        guesses, predictions.top_probs[index], strict=True
                     )
                 ],
             }
@@ -343,7 +343,7 @@ def reliability(record: RunRecord) -> Values | None:
     if record.evaluated is None:
         return None
     predictions = record.evaluated.predictions
-    found = calibration.calibration(predictions.confidence, predictions.right)
+    found = calibration.calibration(predictions.confidence, predictions.correct)
     bins = [
         {
             "low": 100 * float(found.edges[n]),
@@ -358,9 +358,9 @@ def reliability(record: RunRecord) -> Values | None:
     return {
         "bins": bins,
         "error": 100 * found.error,
-        "excess": 100 * found.excess,
+        "excess": 100 * found.overconfidence,
         "confidence": 100 * float(predictions.confidence.mean()),
-        "accuracy": 100 * float(predictions.right.mean()),
+        "accuracy": 100 * float(predictions.correct.mean()),
     }
 
 

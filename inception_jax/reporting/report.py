@@ -34,7 +34,7 @@ def publish(path: pathlib.Path, result: dict[str, Any], found: Predictions, spli
     Raises:
       UserError: if they cannot be written.
     """
-    predictions.write(path, predictions.gather(result, found, split))
+    predictions.write(path, predictions.with_images(result, found, split))
     write_page(path)
 
 

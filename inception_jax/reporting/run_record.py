@@ -18,7 +18,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.errors import UserError
 from inception_jax.evaluation import calibration, predictions
-from inception_jax.evaluation.predictions import Evaluated
+from inception_jax.evaluation.predictions import SavedEvaluation
 from inception_jax.reporting import evidence
 from inception_jax.reporting.diagnosis import Diagnosis, diagnose
 from inception_jax.reporting.evidence import Row
@@ -57,7 +57,7 @@ class RunRecord:
     dataset: Mapping[str, Any]
     result: Mapping[str, Any]
     environment: Mapping[str, Any]
-    evaluated: Evaluated | None
+    evaluated: SavedEvaluation | None
     finished: bool
 
     @property
@@ -98,7 +98,7 @@ class RunRecord:
         if "classes" in self.dataset or self.evaluated is None:
             return self.dataset.get("classes", 0)
         found = self.evaluated.predictions
-        return int(max(found.labels.max(), found.guesses.max())) + 1
+        return int(max(found.labels.max(), found.top_classes.max())) + 1
 
     @property
     def label_counts(self) -> list[int]:
@@ -113,7 +113,7 @@ class RunRecord:
         if self.evaluated is None:
             return None
         found = self.evaluated.predictions
-        return calibration.confusion(found.labels, found.guesses[:, 0], self.classes)
+        return calibration.confusion(found.labels, found.top_classes[:, 0], self.classes)
 
     @functools.cached_property
     def diagnosis(self) -> Diagnosis | None:

@@ -72,7 +72,7 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=console.say)
     trained = load.load(**_TRAINED.values(), log=console.say)
     path = cli.given(_OUTPUT)
-    workdir.check_writable(path.parent, flag="output", own=False)
+    workdir.check_writable(path.parent, flag="output", dedicated=False)
     form = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
@@ -170,7 +170,7 @@ def _dataset(weights: "Weights") -> "Dataset":
             f"{weights.image_size} px; give the experiment that it was trained by: --config=FILE"
         )
     folder = _TRAINED.workdir.value
-    before = workdir.previous(Workdir(folder)).record if folder is not None else None
+    before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
         console.say(problem)
     found = dataset.prepare(given.data, log=console.say)

@@ -47,10 +47,10 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import run, workdir
     from inception_jax.training.lr_range_test import (
         chance_loss,
-        doubts,
         propose,
         range_test,
         record,
+        reliability_warnings,
     )
 
     if configs.is_open(_CONFIG.value, "schedule.learning_rate"):
@@ -70,12 +70,12 @@ def main(positional: Sequence[str]) -> None:
         low=_LOW.value,
         high=_HIGH.value,
         steps=_STEPS.value,
-        stepped=_say,
+        on_step=_say,
     )
     proposal = propose(points)
     problems: list[str] = []
     if proposal:
-        problems = doubts(
+        problems = reliability_warnings(
             points,
             proposal,
             steps=_STEPS.value,

@@ -84,7 +84,7 @@ def main(positional: Sequence[str]) -> None:
     if _CLASS_NAMES.value is not None:
         names = read_names(_CLASS_NAMES.value, imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
-    workdir.check_writable(target.parent, flag="output", own=False)
+    workdir.check_writable(target.parent, flag="output", dedicated=False)
     weights.save(target, imported)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
 

@@ -189,7 +189,7 @@ def _data_settings(weights: "Weights") -> "Data":
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
-        data = workdir.recorded_run(Workdir(_TRAINED.workdir.value)).config.data
+        data = workdir.require_record(Workdir(_TRAINED.workdir.value)).config.data
     elif weights.dataset:
         data = Data(
             name=weights.dataset,

@@ -1,5 +1,1 @@
-"""How a model is trained.
-
-The objective, the learning rate and the update rule, the jitted step, the state with its
-checkpoints, and the loop that drives them.
-"""
+"""Trains a model: objective, schedule, optimizer, jitted step, state, checkpoints and the loop."""

@@ -1,15 +1,15 @@
-"""What the package knows of Orbax beyond its documentation, and of it alone.
+"""Behavior of Orbax that is not documented; the only module that relies on it.
 
-Every name it calls is public. Not written down anywhere is:
+All names used here are public. Undocumented is:
 
 - `AsyncOptions.post_finalization_callback` runs when all items of a checkpoint are written and
-  merged, before its folder gets its name. The manifest is written there.
-- Of the files below the folder, only `STEP_METADATA` changes after that: Orbax adds the time of the
-  commit. A restore does not read it.
-- `ocp.utils.tmp_checkpoints` lists the folders of unfinished checkpoints.
+  merged, before its directory gets its final name. The manifest is written there.
+- Of the files in the directory, only `STEP_METADATA` changes after that: Orbax adds the commit
+  time. A restore does not read it.
+- `ocp.utils.tmp_checkpoints` lists the directories of unfinished checkpoints.
 
-Whoever raises a pin to a version that is not in `TESTED_WITH` runs test_checkpoints.py and
-test_faults.py, and then adds it here.
+To raise the pin to a version that is not in `TESTED_WITH`, run test_checkpoints.py and
+test_faults.py, then add it here.
 """
 
 import functools
@@ -26,16 +26,17 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 def before_commit(
     directory: pathlib.Path, action: Callable[[pathlib.Path], None]
 ) -> Callable[[], None]:
-    """Returns a post-finalization callback: does something to a checkpoint that has no name yet.
+    """Returns a post-finalization callback that processes a checkpoint before it gets its name.
 
     Args:
-      directory: of all checkpoints; one is written at a time.
-      action: takes the folder. What it raises is the save's error, and the folder stays unnamed.
+      directory: directory of all checkpoints; one is written at a time.
+      action: called with the checkpoint's directory. If it raises, the save fails with that error
+        and the directory stays unnamed.
     """
-    return functools.partial(_on_unfinished, directory, action)
+    return functools.partial(_apply_to_unfinished, directory, action)
 
 
-def _on_unfinished(directory: pathlib.Path, action: Callable[[pathlib.Path], None]) -> None:
-    # Others are there if a process of several was killed in the midst of a save: the newest is it.
+def _apply_to_unfinished(directory: pathlib.Path, action: Callable[[pathlib.Path], None]) -> None:
+    # A process killed during a save leaves other ones; the current one is the newest.
     unfinished = [pathlib.Path(each.get()) for each in ocp.utils.tmp_checkpoints(directory)]
     action(max(unfinished, key=lambda folder: folder.stat().st_mtime_ns))

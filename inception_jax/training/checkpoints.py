@@ -1,11 +1,11 @@
-"""Checkpoints, the only module that knows Orbax.
+"""Saves and restores checkpoints; the only module that uses Orbax.
 
-A checkpoint is a folder named by its step, with three items: `model` (parameters, BatchNorm
-statistics and their averages: all that evaluation needs), `training` (step, optimizer state, metric
-sums) and `progress` (JSON: seconds spent so far). Orbax writes it under a temporary name, in the
-background; then its manifest is written, and it is renamed: a kill at any moment leaves the
-checkpoint before it, and what bears its name has checksums of all its files. They are compared
-before it is restored; a damaged one is named, and the one before it used.
+A checkpoint is a directory named by its step, with three items: `model` (parameters, BatchNorm
+statistics and their averages: everything that evaluation needs), `training` (step, optimizer state,
+metric sums) and `progress` (JSON: seconds spent so far). Orbax writes it under a temporary name in
+the background; then its manifest is written, and it is renamed. A kill at any moment leaves the
+previous checkpoint intact, and a checkpoint with its final name has checksums of all its files.
+They are verified before a restore; a corrupt checkpoint is logged, and the previous one used.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from inception_jax.training import _orbax_private
 from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
-_YEAR, _MINUTES_20 = 365 * 24 * 3600, 1200
+_YEAR_SECONDS, _TWENTY_MINUTES_SECONDS = 365 * 24 * 3600, 1200
 
 
 def _top1(metrics: Mapping[str, float]) -> float:
@@ -40,15 +40,15 @@ def _top1(metrics: Mapping[str, float]) -> float:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves JAX's preemption service to the training loop.
+    """Orbax's manager, leaving JAX's preemption service to the training loop.
 
-    The service notes the step that each process last asked about, and from those of all processes
-    chooses where they stop. Orbax's asks about the step it has just written, from a thread of its
-    own, when training is further: the step chosen could be one that has passed.
+    The service records the step that each process last queried, and chooses a common step to stop
+    at. Orbax queries the step it has just written, from its own thread, when training is already
+    further, so the chosen step could have passed.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Says that there is none, without asking the service."""
+        """Returns False without querying the service."""
         return False
 
 
@@ -56,14 +56,14 @@ class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
     Args:
-      directory: where they are; made if missing.
-      keep_last: how many of the newest are kept.
-      keep_best: how many of the best by validation top-1 are kept besides.
-      read_only: never write, rename or delete anything.
-      log: takes a line of text about each damaged checkpoint.
+      directory: their directory; created if missing.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of best checkpoints to keep in addition, by validation top-1.
+      read_only: whether to never write, rename or delete anything.
+      log: called with a line about each corrupt checkpoint.
 
     Raises:
-      CheckpointError: if there is nothing to read, or none of the checkpoints there is whole.
+      CheckpointError: if there is nothing to read, or no checkpoint is intact.
     """
 
     def __init__(
@@ -79,15 +79,15 @@ class Checkpoints:
         self._log = log
         if read_only and not directory.is_dir():
             raise CheckpointError(
-                f"{directory}: there are no checkpoints here; train first, with the same --workdir"
+                f"{directory}: no checkpoints found; train first with the same --workdir"
             )
         if not read_only:
-            # Before Orbax looks: what it reads of each checkpoint may be what is damaged.
+            # Before Orbax opens them: the files that it reads may be the corrupt ones.
             if jax.process_index() == 0:
-                _merge_unmerged(directory)
+                _finalize_unmerged(directory)
                 integrity.quarantine_corrupt(directory, log)
-            _wait_for_all_processes("damaged checkpoints set aside")
-            with _readable_errors(directory):
+            _wait_for_all_processes("corrupt checkpoints quarantined")
+            with _as_write_error(directory):
                 directory.mkdir(parents=True, exist_ok=True)
         self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
         self._cleanup = contextlib.ExitStack()
@@ -95,18 +95,18 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> _Manager:
-        with _readable_errors(self._directory):
+        with _as_write_error(self._directory):
             self._plain = paths.Plain(self._directory)
             return _Manager(self._plain.path, options=self._options(self._plain.path))
 
     def __enter__(self) -> Self:
-        self._cleanup.enter_context(_without_leftovers())
+        self._cleanup.enter_context(_silence_failed_writes())
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
-        """Waits for a write under way. Its failure does not hide an error raised before."""
+        """Waits for a pending write. Its failure does not hide an earlier error."""
         try:
-            with _readable_errors(self._directory):
+            with _as_write_error(self._directory):
                 self._manager.close()
         except Exception:
             self._write_failed = True
@@ -115,7 +115,7 @@ class Checkpoints:
         finally:
             self._plain.close()
             if self._write_failed:
-                gc.collect()  # What is left of the failed writes is not reported later, either.
+                gc.collect()  # While errors of failed writes are still silenced.
             self._cleanup.close()
 
     def latest_step(self) -> int | None:
@@ -123,11 +123,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def resolve(self, which: str) -> int:
-        """Returns the step that "best", "last" or a number stands for, of those that are whole.
+        """Returns the step of the intact checkpoint given as "best", "last" or a number.
 
         Raises:
-          UserError: if it is none of them.
-          CheckpointError: if there is no such checkpoint, or the one of that number is damaged.
+          UserError: if `which` is neither.
+          CheckpointError: if the checkpoint does not exist or is corrupt.
         """
         steps = integrity.steps(self._directory)
         if which in ("best", "last"):
@@ -135,56 +135,56 @@ class Checkpoints:
         elif which.isdecimal():
             candidates = [int(which)] if int(which) in steps else []
         else:
-            raise UserError(f"--checkpoint={which}: must be best, last or the number of a step")
+            raise UserError(f"--checkpoint={which}: must be best, last or a step number")
         for step in candidates:
-            if not (found := integrity.find_corruption(self._directory / str(step))):
+            if not (problem := integrity.find_corruption(self._directory / str(step))):
                 return step
-            self._log(f"{self._directory / str(step)}: this checkpoint is damaged: {found}")
-        there = ", ".join(map(str, steps)) or "none"
-        whole = "intact " if candidates else ""
+            self._log(f"{self._directory / str(step)}: corrupt checkpoint: {problem}")
+        available = ", ".join(map(str, steps)) or "none"
+        intact = "intact " if candidates else ""
         raise CheckpointError(
-            f"{self._directory}: there is no {whole}checkpoint {which!r}; the steps there are: "
-            f"{there}"
+            f"{self._directory}: no {intact}checkpoint {which!r} found; available steps: "
+            f"{available}"
         )
 
     def roles(self, step: int) -> str:
-        """Returns which of "best" and "last" a step is: "best", "last", "best and last" or ""."""
+        """Returns whether a step is "best", "last", "best and last" or neither ("")."""
         return " and ".join(each for each in ("best", "last") if self._ranked(each)[:1] == [step])
 
     def _ranked(self, which: str) -> list[int]:
-        """Returns all steps, the last first, or those that were evaluated, the best first."""
+        """Returns all steps, newest first ("last"), or the evaluated ones, best first ("best")."""
         steps = integrity.steps(self._directory)
         if which == "last":
             return steps[::-1]
-        top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
-        # Of equally good ones the last.
+        top1 = {step: _top1(metrics) for step in steps if (metrics := self.metrics(step))}
+        # Among ties, the last.
         return sorted(top1, key=lambda step: (top1[step], step), reverse=True)
 
     def wait(self) -> None:
-        """Waits for the write under way.
+        """Waits for a pending write.
 
         Raises:
-          WriteError: if it failed; the checkpoints before it are there.
+          WriteError: if it failed; earlier checkpoints are intact.
         """
-        with self._writing():
+        with self._explain_write_errors():
             self._manager.wait_until_finished()
 
     def save(
         self, state: TrainState, *, progress: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
-        """Starts to write a checkpoint; it is copied from the devices when this returns.
+        """Starts writing a checkpoint; the state is copied from the devices when this returns.
 
         Args:
-          state: to save; its step names the checkpoint.
-          progress: what else to remember, as JSON.
-          metrics: of an evaluation at this step, with "top1"; None if there was none.
+          state: the state to save; its step names the checkpoint.
+          progress: further values to save as JSON.
+          metrics: metrics of an evaluation at this step, with "top1"; None if there was none.
 
         Raises:
-          WriteError: if it cannot be written, or the one before could not: an error of this write
-            shows at the next call, or at the end.
+          WriteError: if this write cannot start or the previous one failed: an error of this write
+            is raised by the next call, or at the end.
         """
         step = int(state.step)
-        with self._writing():
+        with self._explain_write_errors():
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             check_space(self._directory, size, "a checkpoint")
             saved = self._manager.save(
@@ -199,7 +199,7 @@ class Checkpoints:
             )
         if not saved:
             raise CheckpointError(
-                f"{self._directory}: step {step} was not saved; newer ones are already there: "
+                f"{self._directory}: step {step} was not saved because newer checkpoints exist: "
                 f"{sorted(self._manager.all_steps())}"
             )
 
@@ -207,13 +207,16 @@ class Checkpoints:
         """Returns the state and progress of a step.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_state: shapes, types and shardings; the devices may be others than those that
-            saved it.
+          step: step of an existing checkpoint.
+          abstract_state: shapes, dtypes and shardings; the devices may differ from those that saved
+            the checkpoint.
+
+        Raises:
+          CheckpointError: if the checkpoint does not match the model.
         """
         training = _training_item(abstract_state)
-        with self._explained(step):
-            # Metrics may have been added to the run since, or taken away.
+        with self._explain_restore_errors(step):
+            # Metrics may have been added to or removed from the run since then.
             training["metrics"] = self._saved_metrics(step, training["metrics"])
             restored = self._manager.restore(
                 step,
@@ -227,19 +230,14 @@ class Checkpoints:
             lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
             abstract_state.metrics,
         )
-        found = restored.training
-        found["metrics"] = empty.with_item(found["metrics"])
-        return abstract_state.replace(**restored.model, **found), restored.progress
+        values = restored.training
+        values["metrics"] = empty.with_checkpoint_item(values["metrics"])
+        return abstract_state.replace(**restored.model, **values), restored.progress
 
     def _saved_metrics(self, step: int, abstract_metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what the metrics that a step was saved with look like, by name.
-
-        Args:
-          step: of a checkpoint that is there.
-          abstract_metrics: of the metrics that the run has now, by name.
-        """
+        """Returns shapes, dtypes and shardings of a checkpoint's metrics, given the run's own."""
         placed = jax.tree.leaves(abstract_metrics)[0].sharding
-        with contextlib.closing(_handler()) as handler:
+        with contextlib.closing(_local_handler()) as handler:
             saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]
         others = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
@@ -247,27 +245,30 @@ class Checkpoints:
         return {name: abstract_metrics.get(name, other) for name, other in others.items()}
 
     def restore_model(self, step: int, abstract_model: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns params, batch_stats and average of a step, and no more.
+        """Returns only params, batch_stats and average of a step.
 
         Args:
-          step: of a checkpoint that is there.
-          abstract_model: shapes, types and shardings, as of `TrainState.model_item`.
+          step: step of an existing checkpoint.
+          abstract_model: shapes, dtypes and shardings, as in `TrainState.model_item`.
+
+        Raises:
+          CheckpointError: if the checkpoint does not match the model.
         """
-        with self._explained(step):
+        with self._explain_restore_errors(step):
             args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_model))
             return self._manager.restore(step, args=args).model
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the metrics that a step was saved with; empty if there are none to be read."""
+        """Returns the metrics saved with a step; empty if there are none or not readable."""
         try:
-            found = self._manager.metrics(step)
+            metrics = self._manager.metrics(step)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and "top1" in found else {}
+        return metrics if isinstance(metrics, dict) and "top1" in metrics else {}
 
     @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        """Explains a failure to restore."""
+    def _explain_restore_errors(self, step: int) -> Iterator[None]:
+        """Turns a failure to restore into a CheckpointError."""
         folder = self._directory / str(step)
         try:
             yield
@@ -275,35 +276,35 @@ class Checkpoints:
             if not (folder / integrity.MANIFEST).exists():
                 raise CheckpointError(
                     f"{folder}: cannot be restored: {error}. An older version wrote this "
-                    "checkpoint, without checksums: it is damaged, or of another model. To use the "
-                    "one before it, move the folder elsewhere"
+                    "checkpoint without checksums; it is corrupt or belongs to another model. To "
+                    "use the previous checkpoint, move this directory elsewhere"
                 ) from error
             if not isinstance(error, ValueError):
                 raise
-            # Orbax reports a tree or a shape that does not fit with a ValueError.
+            # Orbax raises a ValueError for a tree or a shape that does not match.
             raise CheckpointError(
-                f"{folder}: the checkpoint does not fit this model: {error}"
+                f"{folder}: the checkpoint does not match this model: {error}"
             ) from error
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Explains a failure to write, after which the next write starts from what is on disk."""
+    def _explain_write_errors(self) -> Iterator[None]:
+        """Raises a WriteError for a failed write, and reopens the manager for the next one."""
         try:
-            with _readable_errors(self._directory):
+            with _as_write_error(self._directory):
                 yield
         except WriteError as error:
             self._write_failed = True
             if not self._directory.is_dir():
                 raise WriteError(
-                    f"{self._directory}: is gone: removed, renamed or unmounted while the run was "
-                    "writing to it. Nothing was written in its place. Put it back, and start the "
-                    "command again"
+                    f"{self._directory}: was removed, renamed or unmounted while the run was "
+                    "writing to it. Nothing was written in its place. Restore it and rerun the "
+                    "same command"
                 ) from error
-            # Other processes are in the midst of the failed write: they cannot start anew with us.
+            # Other processes are still in the failed write: they cannot reopen together.
             if jax.process_count() == 1:
                 with contextlib.suppress(Exception):
                     self._manager.close()
-                # It also removes what the failed write left, which a full disk needs.
+                # This also deletes the partial files of the failed write, to free disk space.
                 self._manager = self._open()
             raise
 
@@ -321,60 +322,62 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
-            # Where damaged ones are left in their place, it is not to read their metrics.
+            # Corrupt checkpoints stay in place then, and their metrics must not be read.
             lightweight_initialize=self._read_only,
             async_options=ocp.AsyncOptions(
-                # Where a folder cannot be made in the background, the threads that are to write
-                # into it wait five minutes, and keep the process from ending.
+                # If a directory cannot be created in the background, the threads that should write
+                # into it wait five minutes and keep the process from exiting.
                 create_directories_asynchronously=False,
-                # Orbax counts its limit by the wall clock, which may be set while it writes.
-                # Several processes need one: they wait for each other.
-                timeout_secs=_YEAR if jax.process_count() == 1 else _MINUTES_20,
-                # In the background, in process 0.
-                post_finalization_callback=_orbax_private.before_commit(directory, _seal),
+                # Orbax measures its timeout by the wall clock, which may be changed during a write.
+                # Several processes need a timeout, as they wait for each other.
+                timeout_secs=_YEAR_SECONDS if jax.process_count() == 1 else _TWENTY_MINUTES_SECONDS,
+                # Runs in the background, in process 0.
+                post_finalization_callback=_orbax_private.before_commit(
+                    directory, _verify_and_write_manifest
+                ),
             ),
         )
 
 
-def _seal(folder: pathlib.Path) -> None:
-    """Reads a checkpoint back that is to get its name, and writes its manifest."""
+def _verify_and_write_manifest(folder: pathlib.Path) -> None:
+    """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
     _check_restorable(folder)
     integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Returns what reads and merges arrays in this process alone; the others are elsewhere."""
+def _local_handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns a handler that reads and merges arrays in this process only."""
     alone = ocp.options.MultiprocessingOptions(primary_host=None)
     return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
 
 
-def _merge_unmerged(directory: pathlib.Path) -> None:
-    """Finishes checkpoints that older versions left in a folder with brackets in its path."""
+def _finalize_unmerged(directory: pathlib.Path) -> None:
+    """Finalizes checkpoints that older versions left unmerged in paths with brackets."""
     for step in integrity.steps(directory):
         for item in integrity.unmerged(directory / str(step)):
             plain = paths.Plain(item)
-            with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
+            with contextlib.closing(plain), contextlib.closing(_local_handler()) as handler:
                 handler.finalize(plain.path)
 
 
 def _check_restorable(folder: pathlib.Path) -> None:
     """Reads a finished checkpoint as a restore would, array by array.
 
-    Checksums say that the files are those that were written, not that anything can be made of them:
-    where Orbax finds no files of its processes to merge, it leaves that out in silence.
+    Checksums prove that files are unchanged, not that they can be restored: if Orbax finds no
+    per-process files to merge, it silently skips the merge.
 
     Raises:
       WriteError: if an array cannot be read.
     """
     try:
-        with contextlib.closing(_handler()) as handler:
+        with contextlib.closing(_local_handler()) as handler:
             for item in integrity.ARRAYS:
                 arrays = handler.metadata(folder / item).tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
                 handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except Exception as error:
         raise WriteError(
-            f"{folder}: a checkpoint was written, but cannot be read back: "
+            f"{folder}: the checkpoint was written but cannot be read back: "
             f"{str(error).partition('[')[0].strip()}. Earlier checkpoints are intact. Use another "
             "--workdir, on another file system if this happens again"
         ) from error
@@ -386,17 +389,21 @@ def _wait_for_all_processes(name: str) -> None:
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics.item()}
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "metrics": state.metrics.checkpoint_item(),
+    }
 
 
 @contextlib.contextmanager
-def _without_leftovers() -> Iterator[None]:
-    """Keeps Python from reporting what Orbax leaves of a failed write, inside the `with` block.
+def _silence_failed_writes() -> Iterator[None]:
+    """Silences Python's reports about tasks and threads of failed Orbax writes in the block.
 
-    Orbax writes each array in a task of its own, and waits for the first that fails. When the
-    garbage is collected, Python would report the errors of all others, and those that never ran,
-    in pages of text behind the one message that says it. The threads' errors are raised again where
-    they are waited for.
+    Orbax writes each array in a separate task, and waits for the first failure. On garbage
+    collection, Python would report the errors of all other tasks, and those that never ran, in
+    pages of text after the one relevant message. Errors of threads are raised again where they are
+    joined.
     """
     show_thread, show_unraisable = threading.excepthook, sys.unraisablehook
     tasks = logging.getLogger("asyncio")
@@ -428,8 +435,8 @@ def _is_disk_failure(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what is safe and what to do."""
+def _as_write_error(directory: pathlib.Path) -> Iterator[None]:
+    """Turns a disk failure into a WriteError that says what is intact and what to do."""
     try:
         yield
     except UserError:
@@ -437,10 +444,10 @@ def _readable_errors(directory: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_failure(error):
             raise
-        # Their local variables would keep what is left of the write.
+        # Local variables in its frames would keep the objects of the failed write alive.
         traceback.clear_frames(error.__traceback__)
         raise WriteError(
             f"{directory}: a checkpoint could not be written: {disk_failure(error) or error}. "
-            "Earlier checkpoints are intact. Free disk space or fix the directory, and rerun the "
+            "Earlier checkpoints are intact. Free disk space or fix the directory, then rerun the "
             "same command"
         ) from error

@@ -1,8 +1,8 @@
-"""Exponential moving averages that evaluation uses: of parameters, and BatchNorm's statistics.
+"""Exponential moving averages of parameters and BatchNorm statistics, used for evaluation.
 
-Pure functions, so that an average is one more tree in the training state: saved, restored and
-sharded with the rest. Each is corrected for its start by a decay that depends on the step alone, so
-the correction needs no state of its own.
+Pure functions, so that an average is one more tree in the training state, saved, restored and
+sharded with the rest. The bias towards the start is corrected by a decay that depends on the step
+alone, so the correction needs no state.
 """
 
 from typing import TypeVar
@@ -14,18 +14,21 @@ Tree = TypeVar("Tree")
 
 
 def decay(step: int | jax.Array, time_constant_steps: int) -> jax.Array:
-    """Returns the share of the old average to keep: min(1 - 1 / T, (1 + step) / (10 + step)).
+    """Returns the decay of a moving average, min(1 - 1 / T, (1 + step) / (10 + step)).
 
-    The second term lets the average forget the initial values within the first steps, while a
-    constant decay would carry them for some T steps (TensorFlow's ExponentialMovingAverage with
+    The second term lets the average forget the initial values within the first steps; a constant
+    decay would carry them for about T steps (TensorFlow's ExponentialMovingAverage with
     num_updates).
 
     Args:
-      step: updates of the average made before, from 0.
+      step: number of previous updates of the average.
       time_constant_steps: T, at least 1; after T updates the weight of a value has fallen to 1/e.
 
     Returns:
-      float32 [].
+      float32 [], the weight of the old average.
+
+    >>> [round(float(decay(step, 100)), 2) for step in (0, 10, 10_000)]
+    [0.1, 0.55, 0.99]
     """
     return jnp.minimum(1 - 1 / time_constant_steps, _starting_decay(step))
 
@@ -40,8 +43,8 @@ def update(average: Tree, values: Tree, decay: jax.Array) -> Tree:
 
     Args:
       average: tree of float32 arrays.
-      values: tree of the same structure, shapes and types.
-      decay: float32 [], as the function `decay` gives it.
+      values: tree of the same structure, shapes and dtypes.
+      decay: float32 [], from the function `decay`.
 
     Returns:
       The new average.
@@ -50,24 +53,24 @@ def update(average: Tree, values: Tree, decay: jax.Array) -> Tree:
 
 
 def correct_start(before: Tree, after: Tree, step: jax.Array, momentum: float) -> Tree:
-    """Returns BatchNorm's running statistics after a step, corrected for the start of training.
+    """Corrects BatchNorm's running statistics after a step for the start of training.
 
     A constant momentum of 0.9 carries the initial zeros and ones, and the statistics of the first
-    and fastest-changing parameters, for tens of steps. Here the share kept follows `decay` instead:
-    it rises from 0.1 to the momentum, which it reaches after 80 steps for 0.9. From there on the
-    statistics are returned as they are.
+    and fastest-changing parameters, for tens of steps. Here the weight of the old statistics
+    follows `decay` instead: it rises from 0.1 to the momentum, which it reaches after 80 steps for
+    0.9. From then on the statistics are returned unchanged.
 
     Args:
       before: running statistics before the step, float32.
-      after: momentum * before + (1 - momentum) * those of the batch, as the network returns them.
-      step: steps finished before, int32 [].
-      momentum: share of the old statistics that is left in `after`, below 1.
+      after: momentum * before + (1 - momentum) * batch statistics, as returned by the network.
+      step: number of steps finished before, int32 [].
+      momentum: weight of the old statistics in `after`, below 1.
 
     Returns:
-      d * before + (1 - d) * those of the batch, with d = min(momentum, (1 + step) / (10 + step)).
+      d * before + (1 - d) * batch statistics, with d = min(momentum, (1 + step) / (10 + step)).
     """
     keep = _starting_decay(step)
-    # How much further than the network's own update.
+    # Relative to the network's own update.
     scale = (1 - keep) / (1 - momentum)
     return jax.tree.map(
         lambda old, new: jnp.where(keep < momentum, old + scale * (new - old), new), before, after

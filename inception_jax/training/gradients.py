@@ -1,4 +1,4 @@
-"""The gradient that a step hands to its update rule: of the batch, in parts, or of a neighbour."""
+"""Computes training gradients: plain, accumulated over micro-batches, or sharpness-aware (SAM)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ from inception_jax.training.state import Variables
 
 
 class GradOutput(NamedTuple):
-    """What comes of one batch of B examples.
+    """Gradient and forward results of one batch of B examples.
 
     Attributes:
-      grads: of the mean loss, float32, shaped like the parameters.
+      grads: gradient of the mean loss, float32, shaped like the parameters.
       batch_stats: BatchNorm's running statistics after the batch.
       loss: float32 [B].
       logits: float32 [B, K].
@@ -30,23 +30,23 @@ class GradOutput(NamedTuple):
     logits: jax.Array
 
 
-# Of each example, float32 [B], from what the network returns and targets float32 [B, K].
+# (network output, targets float32 [B, K]) → loss of each example, float32 [B]
 Loss = Callable[[ModelOutput, jax.Array], jax.Array]
-# (params, batch_stats, images float32 [B, H, W, 3], targets float32 [B, K], key of the dropout)
+# (params, batch_stats, images float32 [B, H, W, 3], targets float32 [B, K], dropout key)
 GradientFunction = Callable[[Variables, Variables, jax.Array, jax.Array, jax.Array], GradOutput]
 
 
 def make_gradient(
     model: nn.Module, loss: Loss, *, num_microbatches: int, sam_rho: float, mesh: Mesh
 ) -> GradientFunction:
-    """Returns the gradient of training: in micro-batches and sharpness-aware where asked for.
+    """Returns the gradient function for training, with micro-batches and SAM if requested.
 
     Args:
       model: the network.
-      loss: of each example.
-      num_microbatches: in how many parts a batch is computed, one after another.
-      sam_rho: radius of `sam_gradient`; 0: the plain gradient.
-      mesh: the devices that share a batch.
+      loss: computes the loss of each example.
+      num_microbatches: number of parts that a batch is split into, computed sequentially.
+      sam_rho: radius of `sam_gradient`; 0 disables SAM.
+      mesh: the devices that a batch is split over.
     """
 
     def objective(
@@ -63,12 +63,16 @@ def make_gradient(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        of_each = loss(output, targets)
-        return of_each.mean(), (updated.get("batch_stats", {}), of_each, output.logits)
+        per_example_loss = loss(output, targets)
+        return per_example_loss.mean(), (
+            updated.get("batch_stats", {}),
+            per_example_loss,
+            output.logits,
+        )
 
     def plain(params: Variables, *rest: Any) -> GradOutput:
-        grads, found = jax.grad(objective, has_aux=True)(params, *rest)
-        return GradOutput(grads, *found)
+        grads, aux = jax.grad(objective, has_aux=True)(params, *rest)
+        return GradOutput(grads, *aux)
 
     gradient: GradientFunction = plain
     if num_microbatches > 1:
@@ -79,17 +83,17 @@ def make_gradient(
 def accumulate_gradients(
     gradient: GradientFunction, num_microbatches: int, mesh: Mesh
 ) -> GradientFunction:
-    """Returns the mean gradient over equal parts of the batch, computed one after another.
+    """Returns a function that averages gradients over N micro-batches, computed sequentially.
 
-    Only one part's activations are in memory at a time. BatchNorm normalises each part by its own
-    statistics (over all devices), and its running statistics follow the parts in turn. Part i holds
-    the rows i, i + N, i + 2 N, ... of N parts, so that each device has its share of every part
-    already; its key is fold_in(key, i).
+    Only one micro-batch's activations are in memory at a time. BatchNorm normalizes each by its own
+    statistics (over all devices), and its running statistics are updated by each in turn.
+    Micro-batch i consists of the rows i, i + N, i + 2 N, ..., so that each device already has its
+    part of every micro-batch; its key is fold_in(key, i).
 
     Args:
-      gradient: of one part.
-      num_microbatches: how many; the batch must be divisible by them times the devices.
-      mesh: the devices that share each part.
+      gradient: gradient function for one micro-batch.
+      num_microbatches: N; the batch must be divisible by N times the number of devices.
+      mesh: the devices that each micro-batch is split over.
     """
 
     def divide(x: jax.Array) -> jax.Array:
@@ -111,8 +115,8 @@ def accumulate_gradients(
         ) -> tuple[tuple[Variables, Variables], tuple[jax.Array, jax.Array]]:
             total, batch_stats = carry
             index, images, targets = part
-            found = gradient(params, batch_stats, images, targets, jax.random.fold_in(key, index))
-            return (optax.tree.add(total, found.grads), found.batch_stats), found[2:]
+            output = gradient(params, batch_stats, images, targets, jax.random.fold_in(key, index))
+            return (optax.tree.add(total, output.grads), output.batch_stats), output[2:]
 
         (total, batch_stats), (loss, logits) = jax.lax.scan(
             add,
@@ -127,23 +131,22 @@ def accumulate_gradients(
 
 
 def sam_gradient(gradient: GradientFunction, rho: float) -> GradientFunction:
-    """Returns the gradient of SAM (Foret et al. 2021, arXiv:2010.01412, algorithm 1).
+    """Returns the SAM gradient function (Foret et al. 2021, arXiv:2010.01412, algorithm 1).
 
-    With g the gradient at the parameters p, it is the gradient at p + rho * g / ||g||, the norm
-    taken over all parameters, on the same batch with the same dropout. Loss, logits and BatchNorm's
-    running statistics are those of the first pass, at p itself. Experimental: no recorded run has
-    used it.
+    With g the gradient at the parameters p, it computes the gradient at p + rho * g / ||g||, using
+    the global norm, on the same batch with the same dropout. Loss, logits and BatchNorm's running
+    statistics come from the first pass, at p. Experimental: no recorded run has used it.
 
     Args:
-      gradient: of the loss; with micro-batches, the mean over all of them.
-      rho: radius of the neighbourhood, in the norm of all parameters together.
+      gradient: gradient function of the loss; with micro-batches, of their mean.
+      rho: radius of the neighborhood in the global norm.
     """
 
-    def at_neighbour(params: Variables, *rest: Any) -> GradOutput:
-        here = gradient(params, *rest)
-        # A gradient of zeros leaves the parameters where they are.
-        factor = rho / (optax.tree.norm(here.grads) + 1e-12)
-        neighbour = optax.tree.add_scale(params, factor, here.grads)
-        return here._replace(grads=gradient(neighbour, *rest).grads)
+    def perturbed(params: Variables, *rest: Any) -> GradOutput:
+        output = gradient(params, *rest)
+        # A zero gradient leaves the parameters unchanged.
+        factor = rho / (optax.tree.norm(output.grads) + 1e-12)
+        neighbor = optax.tree.add_scale(params, factor, output.grads)
+        return output._replace(grads=gradient(neighbor, *rest).grads)
 
-    return at_neighbour
+    return perturbed

@@ -1,4 +1,4 @@
-"""Weights of a file as the start of a run, and in the place of a run's own in an evaluation."""
+"""Initializes runs from weights files, and matches weights with a run for evaluation."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
 
-_SHOWN = 10
+_MAX_LISTED = 10
 
 
 class InitialWeights(NamedTuple):
-    """What a run starts from.
+    """Initial variables read from a weights file.
 
     Attributes:
-      values: the variables to take over, by path; the others are drawn as always.
-      notes: what is taken and what is not, for the user.
+      values: variables to use from the file, by path; all others are initialized at random.
+      notes: lines for the log on what is used and what is not.
     """
 
     values: dict[str, np.ndarray]
@@ -35,7 +35,7 @@ class InitialWeights(NamedTuple):
 def create_state(run: Run) -> TrainState:
     """Returns the state before a run's first step, on all devices.
 
-    Its parameters are drawn with config.seed, or read from config.init.pretrained.
+    Parameters are initialized at random from config.seed, or read from config.init.pretrained.
 
     Raises:
       UserError: if that file cannot be used.
@@ -47,150 +47,144 @@ def create_state(run: Run) -> TrainState:
 
 
 def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
-    """Returns what a new run takes from the file that config.init.pretrained names.
+    """Reads the variables for a new run from the file in config.init.pretrained.
 
-    The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
-    both sides have them and they fit, for their shapes depend on the size of the images.
+    The classifiers are re-initialized if the classes differ. Auxiliary heads are used if both sides
+    have them in the same shapes, which depend on the image size.
 
     Args:
-      run: with config.init.pretrained.
+      run: a run with config.init.pretrained.
       abstract_state: shapes of the state.
 
     Raises:
       DataError: if the file cannot be used.
-      ConfigError: if its weights are of another network.
+      ConfigError: if its weights belong to another network.
     """
     notes: list[str] = []
     path = paths.local(run.config.init.pretrained, "config.init.pretrained")
-    found = files.load(path, notes.append)
+    weights = files.load(path, notes.append)
     expected = files.flatten(
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
     )
-    values = files.flatten(found.variables)
-    notes.append(f"starts from {found.origin}: {found}")
-    notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
-    if reason := other_classes(found, run.dataset):
+    values = files.flatten(weights.variables)
+    notes.append(f"initialized from {weights.origin}: {weights}")
+    notes += [f"setting differs: {line}" for line in _setting_differences(weights, run.config)]
+    if reason := class_mismatch(weights, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
         classifiers = protocol.needed(
-            run.model, "classifiers", "starting from weights of other classes"
+            run.model, "classifiers", "initializing from weights for other classes"
         )
-        values, expected = (_without(tree, *classifiers) for tree in (values, expected))
-    for head in _heads_that_do_not_fit(values, expected, _heads(run)):
-        here = any(_is_inside(name, head) for name in expected)
+        values, expected = (_drop_modules(tree, *classifiers) for tree in (values, expected))
+    for head in _mismatched_heads(values, expected, _heads(run)):
+        in_network = any(_is_inside(name, head) for name in expected)
         notes.append(
-            f"the auxiliary head {head} starts anew: the file has none of its shape"
-            if here
-            else f"the auxiliary head {head} of the file is left out"
+            f"the auxiliary head {head} is re-initialized: the file has none of its shape"
+            if in_network
+            else f"the auxiliary head {head} of the file is ignored"
         )
-        values, expected = (_without(tree, head) for tree in (values, expected))
-    _check_fit(values, expected, found, run.config)
-    if not _same_normalisation(found, run.dataset):
+        values, expected = (_drop_modules(tree, head) for tree in (values, expected))
+    _check_fit(values, expected, weights, run.config)
+    if not _same_normalization(weights, run.dataset):
         notes.append("the first layer is adapted to this data set's mean and std")
-        values |= _renormalised(values, found, run)
+        values |= _adapt_first_layer(values, weights, run)
     return InitialWeights(values, notes)
 
 
-def other_classes(found: Weights, dataset: Dataset) -> str:
-    """Returns how the classes of weights differ from a data set's, or ''."""
-    if not found.num_classes:
+def class_mismatch(weights: Weights, dataset: Dataset) -> str:
+    """Returns a description of how the classes of weights and data set differ, or ''."""
+    if not weights.num_classes:
         return "the weights have no classifier"
-    if not found.class_names and found.num_classes != dataset.num_classes:
-        return f"the weights have {found.num_classes}, {dataset.name} {dataset.num_classes}"
-    # Weights of other programs may not say what their classes are called.
-    return class_changes(found.class_names or dataset.class_names, dataset.class_names)
+    if not weights.class_names and weights.num_classes != dataset.num_classes:
+        return (
+            f"the weights have {weights.num_classes} classes, {dataset.name} has "
+            f"{dataset.num_classes}"
+        )
+    # Weights of other programs may lack class names.
+    return class_changes(weights.class_names or dataset.class_names, dataset.class_names)
 
 
-def check_classes(found: Weights, dataset: Dataset) -> None:
-    """Checks that weights are of a data set's classes.
+def check_classes(weights: Weights, dataset: Dataset) -> None:
+    """Checks that weights are for the classes of a data set.
 
     Raises:
       ConfigError: if they are not.
     """
-    if reason := other_classes(found, dataset):
+    if reason := class_mismatch(weights, dataset):
         raise ConfigError(
-            f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
-            "were trained on, or train on this one from them: --config.init.pretrained"
+            f"{weights.origin}: the weights are for other classes: {reason}. Use the data set they "
+            "were trained on, or fine-tune them on this one with --config.init.pretrained"
         )
 
 
-def variables_for_eval(run: Run, found: Weights) -> Variables:
-    """Returns the variables that evaluating weights as a run's network takes.
+def variables_for_eval(run: Run, weights: Weights) -> Variables:
+    """Returns the variables for evaluating weights with a run's network.
 
     Args:
-      run: with the network and the data set.
-      found: the weights.
+      run: a run with the network and the classes of the weights.
+      weights: the weights.
 
     Raises:
-      ConfigError: if they are of another network or other classes.
+      ConfigError: if the weights belong to another network or other classes.
     """
-    check_classes(found, run.dataset)
+    check_classes(weights, run.dataset)
     state = states.abstract_state(run)
     expected = files.flatten({"params": state.params, "batch_stats": state.batch_stats})
-    # Evaluation needs no auxiliary heads.
-    values = _without(files.flatten(found.variables), *_heads(run))
-    _check_fit(values, _without(expected, *_heads(run)), found, run.config)
-    if lines := _other_settings(found, run.config):
+    # Evaluation does not need auxiliary heads.
+    values = _drop_modules(files.flatten(weights.variables), *_heads(run))
+    _check_fit(values, _drop_modules(expected, *_heads(run)), weights, run.config)
+    if lines := _setting_differences(weights, run.config):
         raise ConfigError(
-            f"{found.origin}: its weights are of another network:\n  "
+            f"{weights.origin}: the weights belong to another network:\n  "
             + "\n  ".join(lines)
-            + "\nGive the settings of the file's network"
+            + "\nUse the settings of the file's network"
         )
     return files.unflatten(values)
 
 
-def _other_settings(found: Weights, config: Config) -> list[str]:
-    """Returns the settings that make another network of the same weights, with both values.
+def _setting_differences(weights: Weights, config: Config) -> list[str]:
+    """Returns the network settings that differ between weights and config, with both values.
 
-    Heads are left out: evaluation needs none.
+    Except auxiliary heads, which evaluation does not need.
     """
     return [
         f"config.{path}: {theirs!r} in the file, {ours!r} here"
-        for path in _NETWORK
-        if (theirs := configs.get(found, path)) != (ours := configs.get(config, path))
+        for path in _NETWORK_SETTINGS
+        if (theirs := configs.get(weights, path)) != (ours := configs.get(config, path))
     ]
 
 
-# What decides the state's shape, and the one further setting that evaluation computes with.
-_NETWORK = [
+# Settings that determine the state's shapes, and the only other one that evaluation depends on.
+_NETWORK_SETTINGS = [
     path
     for path, _, field in configs.leaves()
     if path.startswith("model.") and not field.metadata["resumable"] and path != "model.aux_heads"
 ] + ["model.norm_epsilon"]
 
 
-def _same_normalisation(found: Weights, dataset: Dataset) -> bool:
-    """Whether images are normalised by the same numbers."""
-    return np.array_equal(found.mean, dataset.mean) and np.array_equal(found.std, dataset.std)
+def _same_normalization(weights: Weights, dataset: Dataset) -> bool:
+    """Whether images are normalized by the same mean and std."""
+    return np.array_equal(weights.mean, dataset.mean) and np.array_equal(weights.std, dataset.std)
 
 
 def _check_fit(
     values: Mapping[str, Any],
     expected: Mapping[str, Any],
-    found: Weights,
+    weights: Weights,
     config: Config,
 ) -> None:
-    """Checks that the variables of a file are those of a network.
-
-    Args:
-      values, expected: variables of the file and of the network, by path.
-      found: the whole file.
-      config: of the network.
-
-    Raises:
-      ConfigError: naming what is missing, unexpected or of another shape, and other settings.
-    """
+    """Raises a ConfigError naming the variables and settings of a file that do not match."""
     differences = list(_differences(values, expected))
     if not differences:
         return
-    lines = differences[:_SHOWN]
-    if len(differences) > _SHOWN:
-        lines.append(f"… and {len(differences) - _SHOWN} more")
-    lines += _other_settings(found, config)
+    lines = differences[:_MAX_LISTED]
+    if len(differences) > _MAX_LISTED:
+        lines.append(f"… and {len(differences) - _MAX_LISTED} more")
+    lines += _setting_differences(weights, config)
     raise ConfigError(
-        f"{found.origin}: its weights are of another network; "
+        f"{weights.origin}: the weights belong to another network; "
         f"{len(differences)} variables differ:\n  "
         + "\n  ".join(lines)
-        + "\nGive the settings of the file's network, or weights of this one"
+        + "\nUse the settings of the file's network, or weights of this one"
     )
 
 
@@ -199,28 +193,28 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
     yield from (f"unexpected: {name}" for name in values if name not in expected)
     for name in expected:
         if name in values and (theirs := values[name].shape) != (ours := expected[name].shape):
-            yield f"other shape: {name}: {theirs} in the file, {ours} here"
+            yield f"shape mismatch: {name}: {theirs} in the file, {ours} here"
 
 
 def _heads(run: Run) -> tuple[str, ...]:
-    """Returns the modules that only training computes, whether the network has them or not."""
+    """Returns the modules used only in training, whether this instance has them or not."""
     heads: tuple[str, ...] = protocol.said(run.model, "heads", ())
     return heads
 
 
 def _is_inside(name: str, *modules: str) -> bool:
-    """Whether a variable, of any collection, belongs to one of some modules."""
+    """Whether a variable of any collection belongs to one of the modules."""
     return protocol.is_inside(name.partition("/")[2], *modules)
 
 
-def _without(leaves: Mapping[str, Any], *modules: str) -> dict[str, Any]:
+def _drop_modules(leaves: Mapping[str, Any], *modules: str) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if not _is_inside(name, *modules)}
 
 
-def _heads_that_do_not_fit(
+def _mismatched_heads(
     values: Mapping[str, Any], expected: Mapping[str, Any], heads: tuple[str, ...]
 ) -> list[str]:
-    """Returns the heads that the two sides do not both have, or neither, in the same shapes."""
+    """Returns the heads that are on one side only or differ in their shapes."""
 
     def shapes(leaves: Mapping[str, Any], head: str) -> dict[str, tuple[int, ...]]:
         return {name: leaf.shape for name, leaf in leaves.items() if _is_inside(name, head)}
@@ -228,24 +222,24 @@ def _heads_that_do_not_fit(
     return [head for head in heads if shapes(values, head) != shapes(expected, head)]
 
 
-def _renormalised(
-    values: Mapping[str, np.ndarray], found: Weights, run: Run
+def _adapt_first_layer(
+    values: Mapping[str, np.ndarray], weights: Weights, run: Run
 ) -> dict[str, np.ndarray]:
-    """Returns the first layer's variables for images that are normalised by other numbers.
+    """Adapts the first layer's variables to images normalized by another mean and std.
 
-    With x = (p - mean) / std on both sides, theirs = scale * ours + shift. The convolution takes
-    the scale; the shift adds a constant to its output, which the running mean or the bias takes.
-    Only at the image's border is it not exact: the zeros around are another colour.
+    With x = (p - mean) / std on both sides, theirs = scale * ours + shift. The kernel absorbs the
+    scale; the shift adds a constant to the output, absorbed by the running mean or the bias. This
+    is exact except at the image's border, where the zero padding means another color.
     """
-    purpose = "starting from weights of images of another mean and deviation"
+    purpose = "initializing from weights for images with another mean or std"
     first = protocol.needed(run.model, "first_conv", purpose)
     norm = protocol.said(run.model, "first_norm", "")
-    scale = run.dataset.std / found.std
-    shift = (run.dataset.mean - found.mean) / found.std
+    scale = run.dataset.std / weights.std
+    shift = (run.dataset.mean - weights.mean) / weights.std
     kernel = values[f"params/{first}/kernel"]
     constant = np.einsum("hwio,i->o", kernel, shift)
-    renormalised = {f"params/{first}/kernel": kernel * scale[:, None]}
+    adapted = {f"params/{first}/kernel": kernel * scale[:, None]}
     for name, sign in ((f"batch_stats/{norm}/mean", -1), (f"params/{first}/bias", 1)):
         if name in values:
-            renormalised[name] = values[name] + np.float32(sign) * constant
-    return renormalised
+            adapted[name] = values[name] + np.float32(sign) * constant
+    return adapted

@@ -1,4 +1,4 @@
-"""The training loop: read it from top to bottom, it is the whole of what happens to a run."""
+"""The training loop: everything that happens during a run, from top to bottom."""
 
 import collections
 import contextlib
@@ -19,13 +19,13 @@ from inception_jax.training.reporter import EvalResults, OnEvaluation
 from inception_jax.training.run import Batch, Run, train_batches
 from inception_jax.training.startup import (
     TrainSteps,
+    background_thread,
     continue_on_write_error,
-    in_background,
-    started,
+    open_run,
 )
 from inception_jax.training.state import TrainState
 
-# Maps model variables and names of evaluations to what each of them gave, by its name.
+# Maps model variables and names of evaluations to the result of each, by name.
 Evaluate = Callable[[states.Variables, Collection[str]], EvalResults]
 
 
@@ -41,31 +41,32 @@ def train(
     """Trains a run to its end, resuming from the newest checkpoint if there is one.
 
     Args:
-      run: what to train.
-      workdir: where its checkpoints and metrics are and go.
-      evaluate: maps model variables and names of evaluations to what each of them gave. The run's
-        own is named as its split, the others as in `config.views`. If it has a method `compile`,
-        that is called ahead in the background, with shapes and types of the variables.
-      on_start: called by the lead process with the finished steps, once the state is there; returns
-        lines for the user.
-      on_evaluation: called by the lead process after the last evaluation, and after those before it
-        that leave it within `reporter.REPORT_SHARE` of the time; once all that it gave is on disk.
-      stop: asked after each step, by its number, whether the run must be saved and end there. Where
-        there are several processes, it says the same in all.
+      run: the run to train.
+      workdir: directory of its checkpoints and metrics.
+      evaluate: maps model variables and names of evaluations to the result of each. The main
+        evaluation is named after its split, the others as in `config.views`. If it has a method
+        `compile`, that is called in the background with shapes and dtypes of the variables.
+      on_start: called by the lead process with the number of finished steps once the state exists;
+        returns lines to log.
+      on_evaluation: called by the lead process once the evaluation's files are on disk: after the
+        last evaluation, and after earlier ones while it takes no more than
+        `reporter.REPORT_TIME_FRACTION` of the time.
+      stop: called with the number of each finished step; returns whether to save and stop there.
+        Must return the same in all processes.
 
     Returns:
-      The contents of result.json: the last evaluation, with the speed and time of the whole run.
+      The contents of result.json: the last evaluation, and the speed and time of the entire run.
 
     Raises:
-      RunError: at a loss or gradient that is not finite; the last checkpoint is from before it.
+      RunError: if a loss or gradient is not finite; the last checkpoint is from before that.
       UserError: if the workdir cannot be written to.
-      Preempted: if `stop` said so, once the checkpoint is on disk.
+      Preempted: if `stop` returned True, once the checkpoint is on disk.
     """
     config, timeline = run.config, run.timeline
-    last_step, main = run.total_steps, run.dataset.eval_split
+    last_step, main_eval = run.total_steps, run.dataset.eval_split
     preempted = False
     with (
-        started(run, workdir, on_start, on_evaluation) as (
+        open_run(run, workdir, on_start, on_evaluation) as (
             state,
             train_steps,
             checkpoints,
@@ -74,23 +75,23 @@ def train(
         contextlib.ExitStack() as cleanup,
     ):
         clock, step = reporter.clock, int(state.step)
-        ready = _ready_for_evaluation(run, state, evaluate, cleanup)
+        prepare_eval = _make_prepare_eval(run, state, evaluate, cleanup)
         results: EvalResults = {}
         if step >= last_step:
-            # Killed between its last checkpoint and its result, or shortened since.
+            # Killed between its last checkpoint and its result, or shortened since then.
             results = evaluate(state.eval_variables(), _due_evaluations(run, last_step))
             reporter.publish_eval(step, results)
 
         batches = _batches(run, step, train_steps, clock)
-        clear = states.empty_metrics(run)
+        reset_metrics = states.make_reset_metrics(run)
         in_flight: collections.deque[jax.Array] = collections.deque()
-        go_on = continue_on_write_error(config)
+        continue_on_error = continue_on_write_error(config)
         while step < last_step:
             step += 1
             with clock.phase("input"):
                 batch = next(batches)
             with clock.phase("compile"):
-                # Done already, but where the next image size begins too soon.
+                # Already compiled, unless the next image size starts too soon.
                 run_step = train_steps[run.train_image_size(step - 1)].result()
             with clock.phase("train"):
                 state, output = run_step(state, batch)
@@ -101,49 +102,51 @@ def train(
 
             last = step == last_step
             preempted = not last and stop(step)
-            due = _due_evaluations(run, step)
-            save = preempted or main in due or timeline.due(config.checkpoint.every, step)
+            due_evals = _due_evaluations(run, step)
+            save = (
+                preempted or main_eval in due_evals or timeline.due(config.checkpoint.every, step)
+            )
             if last or timeline.due(config.log.every, step):
                 reporter.report_later(step, state.metrics)
-                state = state.replace(metrics=clear(state.metrics))
-            if save or due:
+                state = state.replace(metrics=reset_metrics(state.metrics))
+            if save or due_evals:
                 with clock.phase("train"):
                     jax.block_until_ready(state)
                 in_flight.clear()
                 reporter.report_pending()
                 reporter.check_finite(step, state.metrics)
-            if due or (save and config.evaluation.norm_examples):
-                state = ready(state, clock)
-            if due:
+            if due_evals or (save and config.evaluation.norm_examples):
+                state = prepare_eval(state, clock)
+            if due_evals:
                 with clock.phase("evaluate"):
-                    results = evaluate(state.eval_variables(), due)
+                    results = evaluate(state.eval_variables(), due_evals)
                 reporter.report_eval(step, results)
             if save:
                 with clock.phase("save"):
-                    with integrity.log_write_errors(go_on, reporter.log):
+                    with integrity.log_write_errors(continue_on_error, reporter.log):
                         checkpoints.wait()
                     with integrity.log_write_errors(
-                        go_on and not (last or preempted), reporter.log
+                        continue_on_error and not (last or preempted), reporter.log
                     ):
-                        # Lines up to this step must be on disk before a checkpoint says they are.
+                        # Metrics up to this step must be on disk before its checkpoint is.
                         reporter.flush()
                         checkpoints.save(
                             state,
                             progress={"seconds": clock.state()},
-                            metrics=results[main].metrics if main in due else None,
+                            metrics=results[main_eval].metrics if main_eval in due_evals else None,
                         )
-            if main in due:
-                with integrity.log_write_errors(go_on and not last, reporter.log):
+            if main_eval in due_evals:
+                with integrity.log_write_errors(continue_on_error and not last, reporter.log):
                     reporter.publish_eval(step, results)
             if preempted:
                 break
         result = reporter.result(step, results)
 
-    # The last checkpoint is whole once the block above is left.
+    # Leaving the block above has completed the last checkpoint.
     if preempted:
         raise Preempted(
-            f"stopped as a signal asked, after step {step:,} of {last_step:,}, which is saved; the "
-            "same command goes on from it"
+            f"stopped by a signal after step {step:,} of {last_step:,}; the state is saved. Rerun "
+            "the same command to resume"
         )
     if run.is_lead:
         atomic.write_json(workdir.result, result)
@@ -151,19 +154,19 @@ def train(
 
 
 def _batches(run: Run, first: int, train_steps: TrainSteps, clock: Clock) -> Iterator[Batch]:
-    """Returns the batches after `first` finished steps, once there is a program that takes them."""
+    """Returns the batches after `first` finished steps, once the training step is compiled."""
     if first >= run.total_steps:
         return iter(())
     batches = train_batches(run, first)
     with clock.phase("compile"):
-        # The first batch is read while the step compiles.
+        # Read the first batch while the step compiles.
         batches = itertools.chain([next(batches)], batches)
         train_steps[run.train_image_size(first)].result()
     return batches
 
 
 def _due_evaluations(run: Run, step: int) -> list[str]:
-    """Returns the names of the evaluations that are due after a step; after the last, all."""
+    """Returns the names of the evaluations due after a step; all of them after the last step."""
     config = run.config
     every = {run.dataset.eval_split: config.evaluation.every}
     for name, view in configs.views(config).items():
@@ -173,43 +176,43 @@ def _due_evaluations(run: Run, step: int) -> list[str]:
     return [name for name, period in every.items() if run.timeline.due(period, step)]
 
 
-def _ready_for_evaluation(
+def _make_prepare_eval(
     run: Run, state: TrainState, evaluate: Evaluate, cleanup: contextlib.ExitStack
 ) -> Callable[[TrainState, Clock], TrainState]:
-    """Returns what an evaluation waits for: its programs, and BatchNorm's statistics.
+    """Returns a function that waits for the evaluation programs and re-estimates BatchNorm.
 
-    The programs are traced and compiled in the background, beside the training step: tracing is
-    free while that compiles, and would slow down training later.
+    The programs are traced and compiled in the background, while the training step compiles:
+    tracing costs nothing then, and would slow down training later.
     """
     estimate_norm = norm.NormEstimator(run)
     # Shapes only: the training step donates the arrays.
     variables = jax.eval_shape(state.eval_variables)
 
     def compile_all() -> None:
-        with during("train"):  # Its batches are those of training.
+        with during("train"):  # It uses training batches.
             estimate_norm.compile(variables)
         with during("evaluate"):
             getattr(evaluate, "compile", lambda variables: None)(variables)
 
-    # A finished run is evaluated at once, and waits for nothing.
+    # A finished run is evaluated immediately and waits for nothing.
     finished = int(state.step) >= run.total_steps
-    compiled = None if finished else in_background(cleanup).submit(compile_all)
+    compiled = None if finished else background_thread(cleanup).submit(compile_all)
 
-    def ready(state: TrainState, clock: Clock) -> TrainState:
+    def prepare_eval(state: TrainState, clock: Clock) -> TrainState:
         assert compiled is not None
         with clock.phase("compile"):
             compiled.result()
         with clock.phase("evaluate"), during("train"):
             return estimate_norm(state)
 
-    return ready
+    return prepare_eval
 
 
 def _max_in_flight() -> int:
-    """Returns how many steps the host may be ahead of the device.
+    """Returns how many steps the host may run ahead of the device.
 
-    Enough to hide the dispatch, few enough that batches do not pile up and the progress shown is
-    true. On the CPU none: a step that waits already holds its memory, which then is not at hand for
-    the step before it, at a tenth of the speed.
+    Enough to hide dispatch, few enough that batches do not pile up and the progress shown is
+    accurate. None on the CPU: a queued step already holds its memory, which the running step then
+    lacks, at a tenth of the speed.
     """
     return 0 if jax.default_backend() == "cpu" else 2

@@ -1,6 +1,6 @@
-"""The training objective, one value an example.
+"""The training objective, one value per example.
 
-Nothing here averages over the batch: the step weighs, sums and counts, so that training and masked
+Nothing here averages over the batch: callers weight, sum and count, so that training and masked
 evaluation share these functions.
 """
 
@@ -10,14 +10,17 @@ import optax
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -sum(targets * log softmax(logits)) of each example, in nats.
+    """Computes -sum(targets * log softmax(logits)) for each example, in nats.
 
     Args:
-      logits: float [B, K]; computed in float32 whatever their type.
+      logits: float [B, K]; cast to float32.
       targets: float32 [B, K], rows summing to 1.
 
     Returns:
       float32 [B].
+
+    >>> round(float(cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))[0]), 3)  # log 2
+    0.693
     """
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
@@ -30,17 +33,17 @@ def objective(
     label_smoothing: float,
     aux_weight: float,
 ) -> jax.Array:
-    """Returns the loss that training minimises: main + aux_weight * (the sum of the others).
+    """Computes the training loss: main + aux_weight * (sum over auxiliary heads).
 
     Szegedy et al. 2015, "Going Deeper with Convolutions", section 5, where aux_weight is 0.3. All
-    heads are held to the same smoothed targets. Weight decay is the optimizer's.
+    heads use the same smoothed targets. Weight decay is part of the optimizer.
 
     Args:
       logits: float [B, K].
-      aux_logits: float [B, K] of each auxiliary head; () without any.
+      aux_logits: float [B, K] for each auxiliary head; () if there are none.
       targets: float32 [B, K], rows summing to 1.
-      label_smoothing: share of the target spread evenly over the classes, in [0, 1) (Szegedy et al.
-        2016, "Rethinking the Inception Architecture", section 7, with u(k) = 1 / K).
+      label_smoothing: fraction of the target spread evenly over the classes, in [0, 1) (Szegedy et
+        al. 2016, "Rethinking the Inception Architecture", section 7, with u(k) = 1 / K).
       aux_weight: weight of each auxiliary head's loss.
 
     Returns:

@@ -1,8 +1,8 @@
-"""The learning-rate range test: one short training with a rising rate shows which rates work.
+"""The learning-rate range test: a short training run with an increasing learning rate.
 
 Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3;
-with the rate rising exponentially, and stopped where the loss diverges, as in Gugger 2018, "How Do
-You Find A Good Learning Rate" (the learning-rate finder of fastai).
+with an exponentially increasing rate, and stopped when the loss diverges, as in Gugger 2018, "How
+Do You Find A Good Learning Rate" (the learning-rate finder of fastai).
 """
 
 import copy
@@ -23,45 +23,48 @@ from inception_jax.training import initialization, optimizers
 from inception_jax.training.run import Run, train_batches
 from inception_jax.training.step import make_train_step
 
-# A smoothed loss above this multiple of its least has diverged (Gugger 2018).
-DIVERGED = 4.0
+# A smoothed loss above this multiple of its minimum has diverged (Gugger 2018).
+DIVERGENCE_FACTOR = 4.0
 
-# The average reaches over this share of the steps: long enough to even out batches, short against
-# the factor of ten in the rate that separates "learns" from "diverges".
-SMOOTHING = 1 / 20
+# Time constant of the smoothing as a fraction of the steps: long enough to even out batches, short
+# compared with the factor of ten in the rate that separates "learns" from "diverges".
+SMOOTHING_FRACTION = 1 / 20
 
-# The rate proposed is the one with the least smoothed loss divided by this. At the least the loss
-# is about to rise, so it is the edge; Smith takes the peak of a cycle just below it, and Gugger a
-# tenth of it for a constant rate. A third lies between, for a peak reached by a warm-up.
-BELOW_LEAST = 3.0
+# The proposed rate is the one with the lowest smoothed loss divided by this. At its minimum the
+# loss is about to rise, so it is the edge; Smith sets the peak of a cycle just below it, and Gugger
+# a tenth of it for a constant rate. A third lies in between, for a peak reached by a warm-up.
+PEAK_DIVISOR = 3.0
 
-# BatchNorm lets a loss stay flat over a factor of ten in the rate, and noise then decides where it
-# is least. The rate proposed is therefore none above the first that has this share of the fall.
-MOST_OF_FALL = 0.9
+# With BatchNorm the loss may stay flat over a factor of ten in the rate, and noise then decides
+# where its minimum is. So the proposed rate is at most the first one with this fraction of the
+# decrease.
+DECREASE_FRACTION = 0.9
 
-# A loss that never fell below this share of what guessing costs has learned next to nothing.
-CHANCE = 0.95
+# A loss that never fell below this fraction of a uniform guess's has learned next to nothing.
+MAX_CHANCE_FRACTION = 0.95
 
-# A loss that fell below this share of its start has learned its images by heart; whatever the rate
-# is after that, it stays there.
-BY_HEART = 0.05
+# A network whose loss fell below this fraction of its start has memorized the images; the loss then
+# stays there whatever the rate.
+MEMORIZED_FRACTION = 0.05
 
-# A smoothed loss that fell by less than this share of the first losses shows noise and no learning.
-LEAST_FALL = 0.05
+# A decrease of the smoothed loss below this fraction of the first losses is noise, not learning.
+MIN_DECREASE_FRACTION = 0.05
 
-# A rate shows its effect in the steps after it, some ten with a momentum of 0.9. With fewer steps
-# than that for each factor of ten in the rate, the edge is found too high.
-STEPS_PER_DECADE = 30
+# A rate takes effect over the following steps, about ten with a momentum of 0.9. With fewer steps
+# than this per factor of ten in the rate, the edge is overestimated.
+MIN_STEPS_PER_DECADE = 30
 
-# Past its least the smoothed loss must rise by this share of its fall, or it was not the edge.
-LEAST_RISE = 0.5
+# After its minimum the smoothed loss must rise by this fraction of its decrease, or the minimum was
+# not the edge.
+MIN_RISE_FRACTION = 0.5
 
-# Where the loss fell by this share of its fall within the first tenth of the steps,
-# rates below the range would have been needed, too.
-EARLY_FALL = 0.5
+# If the loss fell by this fraction of its decrease within the first tenth of the steps, the range
+# should have started lower.
+MAX_EARLY_FRACTION = 0.5
 
-# The fall must be that many deviations of the smoothed loss, or its least is where noise puts it.
-LEAST_DEVIATIONS = 8.0
+# The decrease must be this many standard deviations of the smoothed loss, or noise decides where
+# its minimum is.
+MIN_DECREASE_DEVIATIONS = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,9 @@ class Point:
       step: counted from 1.
       rate: learning rate of its update.
       loss: objective before the update; may be infinite or NaN in the last point.
-      smoothed_loss: exponential moving average of the loss up to here, without bias to its start.
-      smoothed_rate: geometric mean of the rates with the same weights, which is where on the axis
-        the smoothed loss belongs: at the newest rate it would lag.
+      smoothed_loss: bias-corrected exponential moving average of the loss so far.
+      smoothed_rate: geometric mean of the rates with the same weights, where the smoothed loss
+        belongs on the axis: at the newest rate it would lag.
     """
 
     step: int
@@ -86,12 +89,12 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """What a range test says; rates in the unit of config.schedule.learning_rate.
+    """The result of a range test; rates as in config.schedule.learning_rate.
 
     Attributes:
-      rate: proposed peak, to two digits: `least / BELOW_LEAST`, or the first rate at which the
-        loss has made `MOST_OF_FALL`, if that is less.
-      least: where the smoothed loss is least.
+      rate: proposed peak, to two digits: `least / PEAK_DIVISOR`, or the first rate with
+        `DECREASE_FRACTION` of the decrease, whichever is lower.
+      least: rate with the lowest smoothed loss.
       diverged: whether the test ended by divergence; if not, `least` may be the end of the range.
     """
 
@@ -100,8 +103,12 @@ class Proposal:
     diverged: bool
 
 
-def exponential_rise(low: float, high: float, steps: int) -> optax.Schedule:
-    """Returns rate(t) = low (high / low)^(t / (steps - 1)), t the updates already made."""
+def exponential_schedule(low: float, high: float, steps: int) -> optax.Schedule:
+    """Returns rate(t) = low (high / low)^(t / (steps - 1)), t the number of previous updates.
+
+    >>> [round(float(exponential_schedule(0.01, 1.0, 3)(t)), 3) for t in range(3)]
+    [0.01, 0.1, 1.0]
+    """
     exponent = math.log(high / low) / (steps - 1)
     return lambda count: low * jnp.exp(exponent * jnp.asarray(count, jnp.float32))
 
@@ -112,166 +119,166 @@ def range_test(
     low: float,
     high: float,
     steps: int,
-    stepped: Callable[[Point], None] = lambda point: None,
+    on_step: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
-    """Trains a run from its initial state with the rate rising from `low` to `high`.
+    """Trains a run from its initial state with the rate increasing from `low` to `high`.
 
-    All else is as the run has it when it begins: batches, augmentation, image size, optimizer. Only
-    labels are neither mixed nor smoothed: with such labels the loss cannot fall far, so that with
-    BatchNorm, which lets a network bear rates that teach it nothing, it hardly shows the edge.
-    Nothing is saved.
+    Everything else is as at the start of the run: batches, augmentation, image size, optimizer.
+    Except that labels are neither mixed nor smoothed: with such labels the loss cannot fall far, so
+    that it hardly shows the edge with BatchNorm, which tolerates rates that teach nothing. Nothing
+    is saved.
 
     Args:
-      run: what is tested; its own schedule and length are not used.
+      run: the run to test; its schedule and length are not used.
       low, high: first and last rate.
-      steps: how many rates, equally spaced on a logarithmic axis; at least 2.
-      stepped: takes each point as soon as it is known.
+      steps: number of rates, equally spaced on a logarithmic axis; at least 2.
+      on_step: called with each point as soon as it is known.
 
     Returns:
       A point for each step, up to the one at which the loss diverged or was not finite.
     """
-    schedule = exponential_rise(low, high, steps)
+    schedule = exponential_schedule(low, high, steps)
     optimizer = optimizers.make_optimizer(run.config.optimizer, schedule, run.model)
     config = copy.deepcopy(run.config)
     config.augment.mixup = config.augment.cutmix = config.train.label_smoothing = 0.0
-    rising = dataclasses.replace(
+    test_run = dataclasses.replace(
         run, config=config, schedule=schedule, total_steps=steps, optimizer=optimizer
     )
-    state, train_step = initialization.create_state(rising), make_train_step(rising)
+    state, train_step = initialization.create_state(test_run), make_train_step(test_run)
     smooth = _Smoothing(_time_constant(steps))
     points: list[Point] = []
-    for step, batch in enumerate(train_batches(rising), start=1):
+    for step, batch in enumerate(train_batches(test_run), start=1):
         state, output = train_step(state, batch)
         points.append(smooth(step, float(schedule(step - 1)), float(jax.device_get(output.loss))))
-        stepped(points[-1])
+        on_step(points[-1])
         if has_diverged(points):
             break
     return points
 
 
 def has_diverged(points: Sequence[Point]) -> bool:
-    """Whether the last smoothed loss is not finite, or above `DIVERGED` times the least before."""
+    """Whether the last smoothed loss is not finite, or `DIVERGENCE_FACTOR` times the lowest."""
     last = points[-1].smoothed_loss
     least = min((p.smoothed_loss for p in points[:-1]), default=last)
-    return not math.isfinite(last) or last > DIVERGED * least
+    return not math.isfinite(last) or last > DIVERGENCE_FACTOR * least
 
 
 def chance_loss(run: Run) -> float:
-    """Returns the objective of guessing uniformly among a run's classes, nats."""
+    """Returns the objective of a uniform guess among a run's classes, in nats."""
     heads = 2 if run.config.model.aux_heads else 0
     return math.log(run.dataset.num_classes) * (1 + heads * run.config.train.aux_weight)
 
 
-def doubts(
+def reliability_warnings(
     points: Sequence[Point], proposal: Proposal, *, steps: int, high: float, chance: float
 ) -> list[str]:
-    """Returns why a proposal cannot be relied on, each with a remedy; empty if it can.
+    """Returns the reasons why a proposal is unreliable, with remedies; empty if it is reliable.
 
     Args:
-      points: of the range test.
-      proposal: what `propose` made of them.
-      steps: how many the test was planned to have.
-      high: the last rate it was planned to have.
-      chance: loss of guessing, as `chance_loss` gives it.
+      points: points of the range test.
+      proposal: the result of `propose`.
+      steps: planned number of steps.
+      high: planned last rate.
+      chance: loss of a uniform guess, from `chance_loss`.
     """
-    found = []
+    reasons = []
     low = points[0].rate
     # Rounded, as rates are float32.
-    needed = math.ceil(round(STEPS_PER_DECADE * math.log10(high / low), 3))
+    needed = math.ceil(round(MIN_STEPS_PER_DECADE * math.log10(high / low), 3))
     if steps < needed:
-        found.append(
-            f"{steps} steps for rates from {low:g} to {high:g} are too few: a rate shows its "
-            f"effect some steps later, so the edge is found too high. Give --steps={needed}"
+        reasons.append(
+            f"{steps} steps are too few for rates from {low:g} to {high:g}: a rate takes effect "
+            f"some steps later, so the edge is overestimated. Use --steps={needed}"
         )
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
-    start = _start(points, finite)
+    start = _initial_loss(points, finite)
     least = min(finite, key=lambda p: p.smoothed_loss)
-    fall = start - least.smoothed_loss
+    decrease = start - least.smoothed_loss
     after = max(p.smoothed_loss for p in finite if p.step >= least.step)
-    rose = proposal.diverged or after - least.smoothed_loss >= LEAST_RISE * fall
-    if not rose and least.smoothed_loss < BY_HEART * start:
-        found.append(
-            "the few images were learned by heart before a rate was too high, so the edge does not "
-            "show. Keep the experiment's rate, or try with more images"
+    rose = proposal.diverged or after - least.smoothed_loss >= MIN_RISE_FRACTION * decrease
+    if not rose and least.smoothed_loss < MEMORIZED_FRACTION * start:
+        reasons.append(
+            "the network memorized the few images before any rate was too high, so the edge does "
+            "not show. Keep the experiment's rate, or use more images"
         )
     elif not rose:
-        found.append(
-            f"the loss did not rise again up to the rate {finite[-1].rate:.3g}, so the edge is "
-            "somewhere beyond. Give a larger --high"
+        reasons.append(
+            f"the loss did not rise again up to a rate of {finite[-1].rate:.3g}, so the edge lies "
+            "beyond it. Use a larger --high"
         )
-    if least.smoothed_loss > CHANCE * chance:
-        found.append(
-            f"the loss fell to {least.smoothed_loss:.3g} only, and guessing costs {chance:.3g}: "
-            "nothing was learned at any rate. Give more --steps, or check that the labels match "
-            "the images"
+    if least.smoothed_loss > MAX_CHANCE_FRACTION * chance:
+        reasons.append(
+            f"the loss fell only to {least.smoothed_loss:.3g}, and a uniform guess has "
+            f"{chance:.3g}: nothing was learned at any rate. Use more --steps, or check that the "
+            "labels match the images"
         )
-    early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING * steps))]
-    if start - early.smoothed_loss > EARLY_FALL * fall:
-        found.append(
-            f"the loss fell most at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
-            "little of the higher ones. Give a smaller --low"
+    early = finite[min(len(finite) - 1, math.ceil(2 * SMOOTHING_FRACTION * steps))]
+    if start - early.smoothed_loss > MAX_EARLY_FRACTION * decrease:
+        reasons.append(
+            f"the loss fell mostly at the first rates, {low:.3g} to {early.rate:.3g}, so it shows "
+            "little about higher ones. Use a smaller --low"
         )
-    deviation = _deviation([p.loss for p in finite if p.step <= least.step], steps)
-    if fall < LEAST_DEVIATIONS * deviation:
-        found.append(
-            f"the loss fell by {fall:.3g}, which is little against its noise from batch to batch "
-            f"({deviation:.2g} when smoothed). Give more --steps, or a larger "
+    deviation = _smoothed_loss_std([p.loss for p in finite if p.step <= least.step], steps)
+    if decrease < MIN_DECREASE_DEVIATIONS * deviation:
+        reasons.append(
+            f"the loss fell by only {decrease:.3g}, too little compared with its batch-to-batch "
+            f"noise ({deviation:.2g} after smoothing). Use more --steps or a larger "
             "--config.train.batch_size"
         )
-    return found
+    return reasons
 
 
-def _deviation(losses: Sequence[float], steps: int) -> float:
-    """Returns the standard deviation of the smoothed loss around its course; jumps do not count."""
+def _smoothed_loss_std(losses: Sequence[float], steps: int) -> float:
+    """Returns the standard deviation of the smoothed loss around its trend, ignoring jumps."""
     if len(losses) < 3:
         return 0.0
-    # 1.4826 median(|x|) is the deviation of a normal x; a second difference has √(1 + 4 + 1) of it,
-    # and an average with the time constant T √(1 / (2T - 1)).
+    # 1.4826 median(|x|) is the standard deviation of a normal x; a second difference has √(1 + 4 +
+    # 1) times that, and an average with the time constant T √(1 / (2T - 1)) times that.
     one = 1.4826 / math.sqrt(6) * np.median(np.abs(np.diff(losses, 2)))
     return float(one / math.sqrt(2 * _time_constant(steps) - 1))
 
 
 def _time_constant(steps: int) -> float:
-    return max(2.0, SMOOTHING * steps)
+    return max(2.0, SMOOTHING_FRACTION * steps)
 
 
-def _start(points: Sequence[Point], finite: Sequence[Point]) -> float:
-    """Returns the loss that a test began with; one batch alone would be a noisy start."""
-    return float(np.mean([p.loss for p in finite[: math.ceil(SMOOTHING * len(points))]]))
+def _initial_loss(points: Sequence[Point], finite: Sequence[Point]) -> float:
+    """Returns the initial loss, averaged over several steps, as a single batch is noisy."""
+    return float(np.mean([p.loss for p in finite[: math.ceil(SMOOTHING_FRACTION * len(points))]]))
 
 
 def propose(points: Sequence[Point]) -> Proposal | None:
-    """Returns what a range test proposes, or None if the loss did not fall in its range."""
+    """Returns the rate that a range test proposes, or None if the loss did not fall."""
     finite = [p for p in points if math.isfinite(p.smoothed_loss)]
     if not finite:
         return None
-    start, least = _start(points, finite), min(finite, key=lambda p: p.smoothed_loss)
-    fall = start - least.smoothed_loss
-    if fall < LEAST_FALL * start:
+    start, least = _initial_loss(points, finite), min(finite, key=lambda p: p.smoothed_loss)
+    decrease = start - least.smoothed_loss
+    if decrease < MIN_DECREASE_FRACTION * start:
         return None
-    flat = next(p for p in finite if start - p.smoothed_loss >= MOST_OF_FALL * fall)
-    rate = min(least.smoothed_rate / BELOW_LEAST, flat.smoothed_rate)
+    flat = next(p for p in finite if start - p.smoothed_loss >= DECREASE_FRACTION * decrease)
+    rate = min(least.smoothed_rate / PEAK_DIVISOR, flat.smoothed_rate)
     return Proposal(
         rate=float(f"{rate:.2g}"), least=least.smoothed_rate, diverged=has_diverged(points)
     )
 
 
 def record(
-    config: Config, points: Sequence[Point], proposal: Proposal | None, found: Sequence[str]
+    config: Config, points: Sequence[Point], proposal: Proposal | None, reasons: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns what find_lr.json holds.
+    """Returns the contents of find_lr.json.
 
     Args:
-      config: of the run that was tested.
-      points: of the range test.
-      proposal: what `propose` made of them.
-      found: the `doubts`, with which nothing is proposed.
+      config: configuration of the tested run.
+      points: points of the range test.
+      proposal: the result of `propose`.
+      reasons: the result of `reliability_warnings`; if not empty, no rate is proposed.
     """
     return {
-        "proposal": dataclasses.asdict(proposal) if proposal and not found else None,
-        "doubts": list(found),
-        "rule": f"the rate with the least smoothed loss, divided by {BELOW_LEAST:g}, or the first "
-        f"with {MOST_OF_FALL:.0%} of its fall, if that is less",
+        "proposal": dataclasses.asdict(proposal) if proposal and not reasons else None,
+        "doubts": list(reasons),
+        "rule": f"the rate with the lowest smoothed loss divided by {PEAK_DIVISOR:g}, or the first "
+        f"rate with {DECREASE_FRACTION:.0%} of the decrease, whichever is lower",
         "points": [dataclasses.asdict(point) for point in points],
         "config": configs.to_dict(config),
         "environment": environment.environment(),

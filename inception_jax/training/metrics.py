@@ -1,9 +1,9 @@
-"""Metrics by name: what they are, their sums on the device, and one division on the host.
+"""Metrics by name: definitions, sums on the device, and a single division on the host.
 
-Training metrics live in the train state: each step adds to them inside the jitted function, so that
-no step waits for the host, and a checkpoint carries the sums of an unfinished logging interval. The
-base is `clu.metrics`; its `Average` holds a float32 total and an int32 count, of fixed shape and
-type, as donation and checkpoints need.
+Training metrics are part of the train state: each step adds to them inside the jitted function, so
+that no step waits for the host, and a checkpoint includes the sums of an unfinished logging
+interval. They are based on `clu.metrics`, whose `Average` consists of a float32 total and an int32
+count, of fixed shape and dtype as required by donation and checkpoints.
 """
 
 import collections
@@ -27,25 +27,25 @@ from inception_jax.training import losses
 NEVER = -1
 
 # Evaluation batches that may be dispatched before the host waits for an older one.
-_BATCHES_AHEAD = 2
+_MAX_BATCHES_IN_FLIGHT = 2
 
 Arrays = TypeVar("Arrays")
 
 
 @register_metric("loss")
 def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of each example in nats: float32 [B]."""
+    """Computes the cross-entropy of each example in nats: float32 [B]."""
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
     return losses.cross_entropy(logits, targets)
 
 
 @register_metric("top1", percent=True)
 def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns whether the most probable class is right: bool [B]."""
+    """Returns whether the most probable class is correct: bool [B]."""
     return top_k_correct(logits, labels, 1)
 
 
-# Of five classes and fewer it is always 100%.
+# With five classes or fewer it is always 100%.
 @register_metric("top5", percent=True, min_classes=6)
 def top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns whether the label is among the five most probable classes: bool [B]."""
@@ -55,9 +55,9 @@ def top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Returns whether each label is among the k classes with the largest logits.
 
-    Of equal logits the lower class number comes first, as in argmax and in a stable sort; a network
-    that says the same for all classes thus scores one class, not every example. An example with a
-    NaN among its logits counts as wrong. With k >= K every other example counts as right.
+    Among equal logits the lower class number comes first, as in argmax and in a stable sort, so a
+    network with constant logits is correct on one class, not on every example. An example with a
+    NaN among its logits counts as wrong. With k >= K every other example counts as correct.
 
     Args:
       logits: float [B, K].
@@ -66,28 +66,31 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
     Returns:
       bool [B].
+
+    >>> logits = jnp.array([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
+    >>> top_k_correct(logits, jnp.array([2, 0]), k=2).tolist()
+    [True, False]
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    true_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
     classes = jnp.arange(logits.shape[1])[None, :]
-    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    ahead = (logits > true_logit) | ((logits == true_logit) & (classes < labels[:, None]))
     rank = jnp.sum(ahead, axis=1)
     return (rank < k) & ~jnp.any(jnp.isnan(logits), axis=1)
 
 
 class MetricSet:
-    """The metrics that a run's settings name, checked and ready to call; loss is always one.
+    """The configured metrics, checked and ready to call; always includes loss.
 
     Args:
-      settings: with the names, and the options of those that have any.
-      num_classes: K; metrics that say nothing of so few are left out.
+      settings: names of the metrics, and options of those that have any.
+      num_classes: K; metrics that are meaningless for so few classes are skipped.
 
     Attributes:
-      scale: by the names of those that are averaged over examples, what their means are multiplied
-        by: 100 where they are to be percent.
+      scale: factor for the mean of each metric that is averaged over examples, by name: 100 for
+        percent, else 1.
 
     Raises:
-      ConfigError: if a metric fails, or returns what is no metric: which, what, and what is
-        expected.
+      ConfigError: if a metric fails or returns an invalid value.
     """
 
     def __init__(self, settings: Evaluation, num_classes: int) -> None:
@@ -105,11 +108,11 @@ class MetricSet:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether one of them takes the logits of a whole split."""
+        """Whether any metric is computed from the logits of an entire split."""
         return bool(self._over_split)
 
     def per_example(self, logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        """Returns by name what is averaged over examples: bool or float [B] each.
+        """Computes the metrics that are averaged over examples: bool or float [B] by name.
 
         Args:
           logits: float [B, K].
@@ -119,52 +122,50 @@ class MetricSet:
         return {name: function(logits, labels) for name, function in self._over_examples.items()}
 
     def over_split(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Returns by name what a whole split gives, as the functions return it.
+        """Computes the metrics that need an entire split, in the units that they return.
 
         Args:
-          logits: float32 [N, K], of all its examples in order.
+          logits: float32 [N, K], for all examples in order.
           labels: int32 [N].
         """
         return {name: float(each(logits, labels)) for name, each in self._over_split.items()}
 
     def in_units(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Returns means in the order of the settings, in percent where they are to be, then others.
-
-        Args:
-          means: by name.
-        """
-        return _scaled(means, self._scale)
+        """Converts means to percent where required; sorts them as configured, then all others."""
+        return _scale_means(means, self._scale)
 
 
 def _check(part: Metric, function: Any, num_classes: int) -> None:
-    """Raises ConfigError if a metric does not return what it should, for examples made up here."""
-    # Two of each class, but no more than 40 MB.
+    """Raises ConfigError if a metric fails or returns an invalid value for synthetic examples."""
+    # Two examples per class, but at most 40 MB.
     examples = min(2 * num_classes + 1, max(10**7 // num_classes, 3))
     labels = np.arange(examples, dtype=np.int32) % num_classes
     logits = np.zeros((examples, num_classes), np.float32)
     logits[np.arange(examples), labels] = 1
-    given = f"logits float32 [{examples}, {num_classes}] and labels int32 [{examples}]"
+    inputs = f"logits float32 [{examples}, {num_classes}] and labels int32 [{examples}]"
     try:
         if part.over == "split":
-            found = function(logits, labels)
+            result = function(logits, labels)
         else:
-            found = jax.eval_shape(function, logits, labels)
+            result = jax.eval_shape(function, logits, labels)
     except Exception as error:
-        what = "inside jit, as JAX arrays" if part.over == "example" else "as NumPy arrays"
+        kind = "inside jit, as JAX arrays" if part.over == "example" else "as NumPy arrays"
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): failed on {given}, {what}: "
+            f"metric {part.name!r} ({part.place}): failed on {inputs}, {kind}: "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
     if part.over == "split":
         expected = "a number"
-        fits = np.ndim(found) == 0 and np.asarray(found).dtype.kind in "bif"
+        is_valid = np.ndim(result) == 0 and np.asarray(result).dtype.kind in "bif"
     else:
-        expected = f"float or bool [{examples}], a value for each example"
-        shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(object))
-        fits = shape == (examples,) and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating))
-    if not fits:
+        expected = f"float or bool [{examples}], one value per example"
+        shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", np.dtype(object))
+        is_valid = shape == (examples,) and (
+            dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating)
+        )
+    if not is_valid:
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): returned {described(found)} for {given}; "
+            f"metric {part.name!r} ({part.place}): returned {described(result)} for {inputs}; "
             f"expected {expected}"
         )
 
@@ -181,12 +182,12 @@ class FirstStep(metrics.Metric):
 
     @classmethod
     def empty(cls) -> Self:
-        """Returns the metric of no step at all."""
+        """Returns the metric for zero steps."""
         return cls(step=jnp.array(NEVER, jnp.int32))
 
     @classmethod
     def from_model_output(cls, *, step: jax.typing.ArrayLike, happened: jax.Array) -> Self:
-        """Returns the metric of one step.
+        """Returns the metric for one step.
 
         Args:
           step: integer scalar.
@@ -195,7 +196,7 @@ class FirstStep(metrics.Metric):
         return cls(step=jnp.where(happened, jnp.asarray(step, jnp.int32), jnp.int32(NEVER)))
 
     def merge(self, other: Self) -> Self:
-        """Returns the metric of these steps followed by those of `other`."""
+        """Returns the metric for these steps followed by those of `other`."""
         return type(self)(step=jnp.where(self.step == NEVER, other.step, self.step))
 
     def compute(self) -> int:
@@ -208,9 +209,10 @@ class TrainMetrics:
     """Training metrics since the last report, a pytree of scalars on the device.
 
     Attributes:
-      averages: by name; those of a `MetricSet` over examples, loss among them, and gradient_norm.
-      first_nonfinite_step: the first step with a loss or gradient that is not finite.
-      scale: what `compute` multiplies means by, by name, in the order of their report.
+      averages: averages by name: the per-example metrics of a `MetricSet`, including loss, and
+        gradient_norm.
+      first_nonfinite_step: the first step with a non-finite loss or gradient.
+      scale: factor for each mean in `compute`, by name, in the order of the report.
     """
 
     averages: dict[str, metrics.Average]
@@ -219,10 +221,10 @@ class TrainMetrics:
 
     @classmethod
     def empty(cls, scale: Mapping[str, int]) -> Self:
-        """Returns the metrics of no step at all.
+        """Returns the metrics for zero steps.
 
         Args:
-          scale: of a `MetricSet`: its names, and what their means are multiplied by.
+          scale: from a `MetricSet`.
         """
         averages = {name: metrics.Average.empty() for name in ("loss", *scale, "gradient_norm")}
         return cls(
@@ -238,12 +240,12 @@ class TrainMetrics:
         scale: Mapping[str, int],
         gradient_norm: jax.Array,
     ) -> Self:
-        """Returns the metrics of one step.
+        """Returns the metrics for one step.
 
         Args:
           step: integer scalar, counted from 1.
-          values: by name, bool or float [B] each; loss, each example's, among them.
-          scale: of a `MetricSet`.
+          values: per-example values by name, bool or float [B] each, including loss.
+          scale: from a `MetricSet`.
           gradient_norm: float32 scalar, global norm of the gradients.
         """
         finite = jnp.isfinite(gradient_norm) & jnp.all(jnp.isfinite(values["loss"]))
@@ -257,7 +259,7 @@ class TrainMetrics:
         )
 
     def merge(self, other: Self) -> Self:
-        """Returns the metrics of these steps followed by those of `other`, of the same names."""
+        """Returns the metrics for these steps followed by those of `other`, with equal names."""
         return type(self)(
             averages={
                 name: each.merge(other.averages[name]) for name, each in self.averages.items()
@@ -266,10 +268,10 @@ class TrainMetrics:
             scale=self.scale,
         )
 
-    def cleared(self) -> Self:
-        """Returns the metrics of no step; it still knows of steps that were not finite.
+    def reset(self) -> Self:
+        """Returns the metrics for zero steps, but keeps `first_nonfinite_step`.
 
-        That takes a copy: the next step donates these, and the reported ones are still to be read.
+        It is copied: the next step donates these metrics, and the old ones are yet to be reported.
         """
         first = jax.tree.map(jnp.copy, self.first_nonfinite_step)
         return dataclasses.replace(
@@ -279,25 +281,26 @@ class TrainMetrics:
         )
 
     def compute(self) -> dict[str, float]:
-        """Returns the means on the host; waits for the steps they come from.
+        """Returns the means on the host, after waiting for their steps.
 
         Returns:
-          By name, in the units of the metric: the mean over examples, of gradient_norm over steps.
-          NaN when there was no step.
+          Means by name, in the units of each metric: over examples, or over steps for
+          gradient_norm. NaN if there were no steps.
         """
         host = jax.device_get(self.averages)
         means = {name: _mean(each.total, each.count) for name, each in host.items()}
-        return _scaled(means, dict(self.scale))
+        return _scale_means(means, dict(self.scale))
 
-    def item(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds: each sum by its name."""
+    def checkpoint_item(self) -> dict[str, Any]:
+        """Returns the sums to store in a checkpoint, by name."""
         return {**self.averages, "first_nonfinite_step": self.first_nonfinite_step}
 
-    def with_item(self, saved: Mapping[str, Any]) -> Self:
-        """Returns the metrics of a checkpoint, which may have been of a run with other metrics.
+    def with_checkpoint_item(self, saved: Mapping[str, Any]) -> Self:
+        """Returns the metrics with sums from a checkpoint, which may have other metrics.
 
         Args:
-          saved: of `item`; sums that it lacks are as here, those that it has besides are left out.
+          saved: from `checkpoint_item`; missing sums keep their values here, extra ones are
+            ignored.
         """
         return dataclasses.replace(
             self,
@@ -310,13 +313,12 @@ class TrainMetrics:
 class EvalMetrics:
     """Sums over evaluated examples.
 
-    From `single_batch` the leaves are scalars on the device; `plus` adds them on the host in double
-    precision, where sums do not depend on how the examples were cut into batches beyond the
-    rounding inside one batch.
+    `single_batch` returns scalars on the device; `add` adds them on the host in double precision,
+    so that sums depend on the batch size only through rounding within a batch.
 
     Attributes:
-      sums: by name: float32 (on the host: float64), or of a metric that is a bool int32 (int64).
-      count: int32 (int64), how many examples.
+      sums: sums by name: float32 (float64 on the host), or int32 (int64) for bool metrics.
+      count: number of examples, int32 (int64 on the host).
     """
 
     sums: dict[str, Any]
@@ -324,17 +326,17 @@ class EvalMetrics:
 
     @classmethod
     def single_batch(cls, values: Mapping[str, jax.Array], mask: jax.Array) -> Self:
-        """Returns the sums of one batch; meant for use inside jit.
+        """Computes the sums of one batch, for use inside jit.
 
         Args:
-          values: by name, bool or float [B] each.
-          mask: bool [B], False for the padding of a last batch, which then counts nowhere.
+          values: per-example values by name, bool or float [B] each.
+          mask: bool [B], False for padding in the last batch, which is not counted.
         """
 
         def total(each: jax.Array) -> jax.Array:
             if each.dtype == bool:
                 return (each & mask).sum(dtype=jnp.int32)
-            # A padded example may have any value, NaN too, so it is replaced, not multiplied by 0.
+            # Padding may have any value, even NaN, so it is replaced, not multiplied by 0.
             return jnp.where(mask, each.astype(jnp.float32), jnp.float32(0)).sum()
 
         return cls(
@@ -342,15 +344,15 @@ class EvalMetrics:
             count=mask.sum(dtype=jnp.int32),
         )
 
-    def plus(self, batch: Self) -> Self:
-        """Returns the sums with those of one more batch, on the host."""
-        return jax.tree.map(lambda a, b: _widened(a) + _widened(b), self, batch)
+    def add(self, batch: Self) -> Self:
+        """Returns the sums including one more batch, on the host."""
+        return jax.tree.map(lambda a, b: _widen(a) + _widen(b), self, batch)
 
     def compute(self) -> dict[str, float]:
         """Returns the metrics on the host.
 
         Returns:
-          By name the mean over examples, NaN when there was none; count: how many (an int).
+          The mean over examples by name (NaN if there are none), and count, their number (int).
         """
         host = jax.device_get(self)
         means = {name: _mean(total, host.count) for name, total in host.sums.items()}
@@ -358,34 +360,34 @@ class EvalMetrics:
 
 
 def to_host(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Yields what is computed batch by batch, on the host.
+    """Yields the results of batches on the host.
 
     Args:
-      batches: trees of arrays. An iterator that dispatches them is asked for the next one before
-        this waits for an earlier one, and is never more than a few ahead of the device, so that the
-        images of a large split do not pile up there.
+      batches: trees of arrays on the device. The next one is dispatched before waiting for an
+        earlier one, but at most a few ahead of the device, so that images of a large split do not
+        pile up there.
     """
     in_flight: collections.deque[Arrays] = collections.deque()
     for batch in batches:
         in_flight.append(batch)
-        if len(in_flight) > _BATCHES_AHEAD:
+        if len(in_flight) > _MAX_BATCHES_IN_FLIGHT:
             yield jax.device_get(in_flight.popleft())
     while in_flight:
         yield jax.device_get(in_flight.popleft())
 
 
-def _widened(value: Any) -> Any:
-    """Returns a scalar of NumPy in double precision."""
+def _widen(value: Any) -> Any:
+    """Converts to a NumPy scalar in double precision."""
     value = np.asarray(value)
     return value.astype(np.float64 if value.dtype.kind == "f" else np.int64)
 
 
-def _scaled(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
-    """Returns means in the order of a scale, each multiplied by its own, then the others."""
-    own = {name: factor * means[name] for name, factor in scale.items() if name in means}
-    return own | {name: mean for name, mean in means.items() if name not in own}
+def _scale_means(means: Mapping[str, float], scale: Mapping[str, int]) -> dict[str, float]:
+    """Multiplies means by their factors, in the order of `scale`; others follow unchanged."""
+    scaled = {name: factor * means[name] for name, factor in scale.items() if name in means}
+    return scaled | {name: mean for name, mean in means.items() if name not in scaled}
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> float:
-    """Returns total / count in double precision; NaN for a count of zero."""
+    """Computes total / count in double precision; NaN for a count of zero."""
     return float(total) / int(count) if count else math.nan

@@ -1,9 +1,9 @@
 """Re-estimates BatchNorm's statistics before an evaluation.
 
 Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3. Running
-statistics average over steps between which the weights moved, in a run of some hundred steps too
-far: 32 pictures of two colors, which training had at 100%, were told apart at 50 to 100% with
-running statistics, corrected for their start or not, and at 100% with these.
+statistics average over steps while the weights move, too far in a run of a few hundred steps: 32
+images of two colors with 100% training accuracy were classified with 50 to 100% accuracy using
+running statistics, corrected for their start or not, and with 100% using these.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from inception_jax.training.state import TrainState, Variables
 
 
 class NormEstimator:
-    """Replaces the statistics that evaluation uses by new ones.
+    """Re-estimates the BatchNorm statistics used for evaluation.
 
-    They become the mean of those of the first `evaluation.norm_examples` that training sees, in its
-    batches, with the parameters that evaluation uses and images as it has them. Training normalises
-    by each batch's own, so it goes on as it would have. Where the setting is 0, or the network has
-    no BatchNorm, or does not say its momentum, a state stays as it is.
+    They become the mean over the training batches of the first `evaluation.norm_examples`, with the
+    parameters and the image preprocessing of evaluation. Training normalizes by batch statistics,
+    so it is not affected. The state stays unchanged if the setting is 0, or the network has no
+    BatchNorm or does not declare its momentum.
     """
 
     def __init__(self, run: Run) -> None:
@@ -46,11 +46,7 @@ class NormEstimator:
         self._compute: Callable[..., Variables] = self._jitted
 
     def compile(self, variables: Variables) -> None:
-        """Compiles ahead what the first estimate would.
-
-        Args:
-          variables: shapes and types of those for evaluation.
-        """
+        """Compiles the program for variables of these shapes and dtypes in advance."""
         if self._batches and variables["batch_stats"]:
             batch = pipeline.abstract_train_batch(
                 self._run.dataset.train_evaluated,
@@ -62,7 +58,7 @@ class NormEstimator:
             ).compile()
 
     def __call__(self, state: TrainState) -> TrainState:
-        """Returns a state with new statistics, on all devices."""
+        """Returns the state with re-estimated statistics, on all devices."""
         variables, run = state.eval_variables(), self._run
         if not self._batches or not variables["batch_stats"]:
             return state
@@ -77,20 +73,20 @@ class NormEstimator:
         mean = jax.tree.map(lambda old: np.zeros(old.shape, old.dtype), variables["batch_stats"])
         for batch in batches:
             mean = self._compute(variables, mean, batch["image"])
-        return state.with_norm(mean)
+        return state.with_eval_batch_stats(mean)
 
     def _add_statistics(self, variables: Variables, mean: Any, images: jax.Array) -> Any:
-        """Returns the mean over all batches, as far as it is known, with one batch more."""
+        """Adds one batch's part to the mean over all batches."""
         config, dataset = self._run.config, self._run.dataset
         size = config.evaluation.image_size or dataset.image_size
         _, updated = self._run.model.apply(
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
             augment.normalise(augment.resize(images, size), dataset.mean, dataset.std),
             train=True,
-            rngs={"dropout": keys.derive(config.seed, "norm")},
+            rngs={"dropout": keys.key_for(config.seed, "norm")},
             mutable=["batch_stats"],
         )
-        # The network keeps its momentum's share of the zeros.
+        # The update from zeros is (1 - momentum) times the batch's statistics.
         momentum = protocol.said(self._run.model, "norm_momentum")
-        share = 1 / (1 - momentum) / self._batches
-        return jax.tree.map(lambda old, new: old + share * new, mean, updated["batch_stats"])
+        weight = 1 / (1 - momentum) / self._batches
+        return jax.tree.map(lambda old, new: old + weight * new, mean, updated["batch_stats"])

@@ -1,7 +1,7 @@
-"""Update rules.
+"""Optimizers, as chains of optax transformations.
 
-The package's optimizers are always the same chain of transformations: settings that are switched
-off leave their place in the chain, and with it the structure of a checkpoint, as it is.
+Settings that are disabled keep their place in the chain, so that the structure of a checkpoint does
+not depend on them.
 """
 
 import dataclasses
@@ -22,48 +22,50 @@ from inception_jax.training import muon as muon_rule
 
 @dataclasses.dataclass
 class Settings(Optimizer):
-    """The settings of an optimizer, with what it may have to know of the network.
+    """The settings of an optimizer, and the network for optimizers that depend on it.
 
     Attributes:
-      network: whose parameters it updates; None: it is not known.
+      network: the network being trained; None if unknown.
     """
 
     network: nn.Module | None = None
 
     def decay_mask(self, params: optax.Params) -> optax.Params:
-        """Returns a tree of bools, true for the parameters that weight decay takes."""
+        """Returns a tree of bools, True for parameters subject to weight decay."""
         if self.decay_norm_and_bias:
             return jax.tree.map(lambda _: True, params)
         return protocol.decay_mask(self.network)(params)
 
     def decay(self) -> optax.GradientTransformation:
-        """Returns what adds weight_decay times the weights that it takes."""
+        """Returns the transformation that adds weight_decay times the masked parameters."""
         return optax.add_decayed_weights(self.weight_decay, mask=self.decay_mask)
 
 
 def make_optimizer(
     optimizer: Optimizer, schedule: optax.Schedule, network: nn.Module | None = None
 ) -> optax.GradientTransformation:
-    """Returns the update rule: clip, weight decay, momentum or Adam, learning rate.
+    """Builds the optimizer: clipping, weight decay, momentum or Adam, learning rate.
 
-    First the gradient is scaled down to a global norm of clip_norm, where it is larger (Pascanu et
-    al. 2013). Then comes what is registered under the name: a whole rule, or a direction between
-    decay and rate (`registry.register_optimizer`). Only the parameters that `protocol` names decay
-    (kernels; not biases and norm scales), unless decay_norm_and_bias.
+    The gradient is first clipped to a global norm of clip_norm (Pascanu et al. 2013). Then comes
+    the optimizer registered under the name: a complete update rule, or a direction between decay
+    and learning rate (`registry.register_optimizer`). Only the parameters selected by
+    `models.protocol` decay (kernels, not biases and norm scales), unless decay_norm_and_bias is
+    set.
 
-    The state's structure depends on the name alone (sgd and sgd_nesterov share theirs), so a run
-    can be resumed with any other setting changed.
+    The state's structure depends on the name alone (sgd and sgd_nesterov share theirs), so any
+    other setting can be changed when a run is resumed.
 
     Args:
       optimizer: the settings.
-      schedule: learning rate as a function of the updates already made.
-      network: whose parameters are updated; None: one that follows no Protocol.
+      schedule: learning rate as a function of the number of previous updates.
+      network: the network being trained; None for one that does not follow the Protocol.
 
     Returns:
-      A transformation whose `update` needs the parameters.
+      A transformation whose `update` requires the parameters.
 
     Raises:
-      ConfigError: if what was registered returns none, or needs to know more of the network.
+      ConfigError: if the registered function does not return a transformation, or needs more
+        information about the network.
     """
     part = registry.OPTIMIZERS.get(optimizer.name)
     settings = Settings(**vars(registry.fill(part, optimizer)), network=network)
@@ -72,7 +74,7 @@ def make_optimizer(
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(
             f"{part.place}: the optimizer {part.name!r} returned {built!r}, a "
-            f"{type(built).__name__}; it has to return an optax.GradientTransformation"
+            f"{type(built).__name__}; it must return an optax.GradientTransformation"
         )
     clip = (
         optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
@@ -89,19 +91,19 @@ def make_optimizer(
 _ADAM = ("beta1", "beta2", "epsilon")
 _DECAY = ("weight_decay", "decay_norm_and_bias")
 
-# Directions by name: where the weight decay stands, the settings that they read, and the rule.
+# Directions by name: the kind of weight decay, the settings that they read, and the rule.
 _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any]]] = {
     # torch.optim.SGD: g += wd * p; v = momentum * v + g; p -= rate * v
     "sgd": ("l2", ("momentum",), lambda s, _: optax.trace(s.momentum)),
     "sgd_nesterov": ("l2", ("momentum",), lambda s, _: optax.trace(s.momentum, nesterov=True)),
-    # torch.optim.Adam: wd * p is added to the gradient, so rescaled with it.
+    # torch.optim.Adam: wd * p is added to the gradient and rescaled with it.
     "adam": ("l2", _ADAM, lambda s, _: optax.scale_by_adam(s.beta1, s.beta2, s.epsilon)),
-    # torch.optim.AdamW: p -= rate * wd * p besides (Loshchilov & Hutter 2019).
+    # torch.optim.AdamW: p -= rate * wd * p in addition (Loshchilov & Hutter 2019).
     "adamw": ("decoupled", _ADAM, lambda s, _: optax.scale_by_adam(s.beta1, s.beta2, s.epsilon)),
-    # Chen et al. 2023, arXiv:2302.06675; its authors take a beta2 of 0.99, a rate of 1/10 to 1/3 of
-    # AdamW's and a decay as many times larger.
+    # Chen et al. 2023, arXiv:2302.06675; the authors use a beta2 of 0.99, a rate of 1/10 to 1/3 of
+    # AdamW's, and a decay that is larger by the same factor.
     "lion": ("decoupled", _ADAM[:2], lambda s, _: optax.scale_by_lion(s.beta1, s.beta2)),
-    # torch.optim.RMSprop: beta2 is its alpha.
+    # torch.optim.RMSprop, with beta2 as its alpha.
     "rmsprop": (
         "l2",
         ("beta2", "epsilon", "momentum"),
@@ -109,8 +111,8 @@ _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any
             optax.scale_by_rms(s.beta2, s.epsilon, eps_in_sqrt=False), optax.trace(s.momentum)
         ),
     ),
-    # Shazeer & Stern 2018, arXiv:1804.04235, without momentum: the rate is relative to the root
-    # mean square of each parameter.
+    # Shazeer & Stern 2018, arXiv:1804.04235, without momentum: the rate is relative to the RMS of
+    # each parameter.
     "adafactor": (
         "decoupled",
         (),
@@ -120,7 +122,7 @@ _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any
             optax.scale_by_param_block_rms(),
         ),
     ),
-    # You et al. 2020, arXiv:1904.00962: the decay is part of what the trust ratio scales.
+    # You et al. 2020, arXiv:1904.00962: the trust ratio also scales the decay.
     "lamb": (
         "own",
         _ADAM,
@@ -129,10 +131,10 @@ _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any
         ),
     ),
 }
-for _name, (_place, _settings, _rule) in _DIRECTIONS.items():
+for _name, (_decay, _settings, _rule) in _DIRECTIONS.items():
     register_optimizer(
         _name,
-        decay=_place,
+        decay=_decay,
         settings=(*_settings, *_DECAY),
         auto_rate=_name.startswith("sgd"),
     )(_rule)
@@ -143,11 +145,13 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
     """Returns Muon for the kernels of hidden layers and AdamW for the rest."""
     network = settings.network
     if network is None:
-        raise ConfigError("config.optimizer.name = 'muon': needs to know the network")
+        raise ConfigError("config.optimizer.name = 'muon': needs the network; pass network=…")
     decay = settings.decay()
     rules = {
         "muon": optax.chain(
-            muon_rule.direction(settings.momentum), decay, optax.scale_by_learning_rate(schedule)
+            muon_rule.scale_by_muon(settings.momentum),
+            decay,
+            optax.scale_by_learning_rate(schedule),
         ),
         "adam": optax.chain(
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
@@ -157,4 +161,4 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
             ),
         ),
     }
-    return optax.partition(rules, lambda params: muon_rule.split(network, params))
+    return optax.partition(rules, lambda params: muon_rule.param_labels(network, params))

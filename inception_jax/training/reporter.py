@@ -1,4 +1,4 @@
-"""Logs the progress of a run, and writes its metrics."""
+"""Logs the progress of a run and writes its metrics."""
 
 import collections
 import math
@@ -20,34 +20,34 @@ from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState
 
-# The report is written after each evaluation, unless those before took more than 0.1 s plus this
-# share of the time, and always at the end. With 40 pictures it takes longer than evaluating.
-REPORT_SHARE = 0.02
+# The report is written after each evaluation, unless earlier reports took more than 0.1 s plus this
+# fraction of the time, and always at the end. With 40 images it takes longer than evaluating.
+REPORT_TIME_FRACTION = 0.02
 
 
 class EvalResult(Protocol):
-    """What an evaluation gave, of which the metrics are read here."""
+    """The part of an evaluation's result that is reported."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name: loss, top1, count and others."""
+        """Metrics by name: loss, top1, count and others."""
 
 
-# What several evaluations gave, by their names.
+# Results by name of the evaluation.
 EvalResults = Mapping[str, EvalResult]
-# Takes what result.json would hold if the run ended there, and what the run's own evaluation gave.
+# Called with the result.json that the run would write if it ended now, and the main evaluation.
 OnEvaluation = Callable[[dict[str, Any], Any], None]
 
 
 class Reporter:
-    """Logs what the loop does, and writes its metrics.
+    """Logs progress and writes metrics.
 
     Args:
-      run: that is trained.
-      writer: of the metrics.
-      progress: shows lines and the step.
-      clock: of the run.
-      path: of the run's folder.
+      run: the run being trained.
+      writer: writes the metrics.
+      progress: shows log lines and the current step.
+      clock: the run's clock.
+      path: the run's directory.
       on_evaluation: called by the lead process after evaluations.
     """
 
@@ -71,25 +71,20 @@ class Reporter:
         self._laps = Laps(clock)
         self._last_report = 0
         self._modules: list[str] = []
-        # Of the steps since the last look; not all of them where reports are very rare.
+        # Flags of the steps since the last check; only the newest where reports are very rare.
         self._finite: collections.deque[tuple[int, jax.Array]] = collections.deque(maxlen=1000)
         self._pending: tuple[int, TrainMetrics, dict[str, float]] | None = None
 
     def log(self, line: str) -> None:
-        """Shows a line."""
+        """Logs a line."""
         self._progress.note(line)
 
     def flush(self) -> None:
-        """Puts all that was written on disk."""
+        """Flushes everything written so far to disk."""
         self._writer.flush()
 
     def on_start(self, state: TrainState, notes: Sequence[str]) -> None:
-        """Logs what is trained, on what, and from where.
-
-        Args:
-          state: before the first step of this process.
-          notes: more lines.
-        """
+        """Logs the model, data, devices, starting point and further notes."""
         run, first = self._run, int(state.step)
         if not first:
             self.log(environment.parameter_table(state.params))
@@ -114,7 +109,7 @@ class Reporter:
 
         Args:
           step: its number.
-          finite: bool [1 + M], as of `StepOutput`; still being computed.
+          finite: bool [1 + M], as in `StepOutput`; may still be computing.
         """
         self._finite.append((step, finite))
         self._progress.step(step)
@@ -122,17 +117,17 @@ class Reporter:
             self.report_pending()
 
     def report_later(self, step: int, metrics: TrainMetrics) -> None:
-        """Keeps metrics until the next step is dispatched, so that the device does not wait."""
+        """Holds metrics until the next step is dispatched, so that the device does not wait."""
         images = (step - self._last_report) * self._run.config.train.batch_size
         self._last_report = step
         self._pending = (step, metrics, self._timing(images))
 
     def report_pending(self) -> None:
-        """Reports the metrics that were kept."""
+        """Reports the metrics held by `report_later`."""
         if self._pending is None:
             return
         (step, metrics, timing), self._pending = self._pending, None
-        # Where the device is still at that step, the wait for it is part of training.
+        # If the device is still running that step, waiting for it counts as training.
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
         self.check_finite(step, metrics)
@@ -142,11 +137,14 @@ class Reporter:
         self._progress.status({"loss": values["loss"], "top1": values["top1"], **rate})
 
     def check_finite(self, step: int, metrics: TrainMetrics) -> None:
-        """Stops the run at a loss or gradient that is not finite, or at too many in a row.
+        """Logs skipped steps; raises at a non-finite loss or gradient, or at too many in a row.
 
         Args:
-          step: the last that the metrics contain.
-          metrics: of all steps since the last call.
+          step: the last step included in the metrics.
+          metrics: metrics of all steps since the last call.
+
+        Raises:
+          RunError: naming the step and the modules.
         """
         train = self._run.config.train
         bad = {n: np.asarray(finite) for n, finite in self._finite if n <= step}
@@ -157,41 +155,41 @@ class Reporter:
         skip = train.on_nonfinite == "skip"
         for n, finite in bad.items() if skip else ():
             what = nonfinite.describe(finite, self._modules)
-            self.log(f"step {n:,} was left out: {what} not finite")
+            self.log(f"step {n:,} skipped: {what} not finite")
         if first < 0 or (skip and step - first + 1 < train.nonfinite_limit):
             return
         self._write(first, "train", {"loss": math.nan, **self._learning_rate(first)})
         what = "the loss or the gradient was"
         if first in bad:
             what = nonfinite.describe(bad[first], self._modules)
-        raise self._not_finite(what, first, train.nonfinite_limit if skip else 1)
+        raise self._nonfinite_error(what, first, train.nonfinite_limit if skip else 1)
 
     def _learning_rate(self, step: int) -> dict[str, float]:
-        """Returns the rate that a step applied; nothing where an optimizer of the caller's does."""
+        """Returns the learning rate of a step; empty with an optimizer passed by the caller."""
         # The schedule counts finished steps.
-        found = float(self._run.schedule(step - 1))
-        return {"learning_rate": found} if self._run.applies_schedule else {}
+        rate = float(self._run.schedule(step - 1))
+        return {"learning_rate": rate} if self._run.applies_schedule else {}
 
-    def _not_finite(self, what: str, step: int, times: int = 1) -> RunError:
-        remedies = "Try a lower learning rate of the optimizer, or"
+    def _nonfinite_error(self, what: str, step: int, times: int = 1) -> RunError:
+        remedies = "Lower the optimizer's learning rate, or set"
         if rate := self._learning_rate(step):
             remedies = (
-                "Try a lower config.schedule.learning_rate (it was "
+                "Set a lower config.schedule.learning_rate (it was "
                 f"{rate['learning_rate']:.4g}), a longer config.schedule.warmup, "
                 "config.optimizer.clip_norm=1, or"
             )
-        row = f", the first of {times} in a row" if times > 1 else ""
+        streak = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
-            f"{row}. The last checkpoint is from before that, and the same command goes on from "
-            f"it. {remedies} config.train.on_nonfinite=skip, which leaves single steps out"
+            f"{streak}. The last checkpoint is from before that; the same command resumes from it. "
+            f"{remedies} config.train.on_nonfinite=skip to skip single steps"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:
-        """Reports evaluations, the run's own first, each by a line of metrics under its name.
+        """Writes the metrics of each evaluation under its name, the main one first, and logs it.
 
         Raises:
-          RunError: if the loss of the run's own is not finite; nothing was saved since then.
+          RunError: if the main evaluation's loss is not finite; nothing was saved since then.
         """
         for name in sorted(results, key=lambda name: name != self._main):
             metrics = results[name].metrics
@@ -200,7 +198,7 @@ class Reporter:
                 continue
             self._write(step, name, {**metrics, "seconds": round(self.clock.total(), 3)})
             if not math.isfinite(metrics["loss"]):
-                raise self._not_finite(f"the {name} loss was", step)
+                raise self._nonfinite_error(f"the {name} loss was", step)
             self.log(
                 f"epoch {self._run.timeline.epoch(step):.2f}, step {step:,}: {self._main} loss "
                 f"{metrics['loss']:.4f}, top-1 {metrics['top1']:.2f}%"
@@ -208,29 +206,29 @@ class Reporter:
             )
 
     def publish_eval(self, step: int, results: EvalResults) -> None:
-        """Hands an evaluation on, for a report that is read while the run goes on.
+        """Passes an evaluation to `on_evaluation`, for a report to read during training.
 
-        Not every one, where reports would take more than their share of the time.
+        Skipped if reports would exceed `REPORT_TIME_FRACTION`, except at the end.
         """
         last = step >= self._run.total_steps
-        too_often = self.clock.seconds("report") > 0.1 + REPORT_SHARE * self.clock.total()
+        too_often = self.clock.seconds("report") > 0.1 + REPORT_TIME_FRACTION * self.clock.total()
         if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, results), results[self._main])
 
     def result(self, step: int, results: EvalResults) -> dict[str, Any]:
-        """Returns what result.json holds if the run ends at a step, with its evaluations."""
+        """Returns the contents of result.json for a run that ends at a step."""
         run, clock = self._run, self.clock
         busy = clock.seconds("train") + clock.seconds("input")
         metrics = {name: each.metrics for name, each in results.items()}
-        own = metrics.pop(self._main, {})
+        main_metrics = metrics.pop(self._main, {})
         return {
             "name": run.config.name,
             "checkpoint": "last",
             "step": step,
             "epoch": run.timeline.epoch(step),
             "split": self._main,
-            **own,
+            **main_metrics,
             **({"evaluations": metrics} if metrics else {}),
             "images_per_second": round(step * run.config.train.batch_size / busy, 2),
             "seconds": round(clock.total(), 3),
@@ -240,7 +238,7 @@ class Reporter:
 
     def _timing(self, images: int) -> dict[str, float]:
         rate, input_wait = self._laps.since_last(images)
-        found = {
+        timing = {
             "images_per_second": round(rate, 2),
             "seconds": round(self.clock.total(), 3),
             "input_wait": round(input_wait, 4),
@@ -250,8 +248,8 @@ class Reporter:
             ("free_disk", resources.free_disk(self._path)),
         ):
             if value is not None:
-                found[name] = round(value, 3)
-        return found
+                timing[name] = round(value, 3)
+        return timing
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)

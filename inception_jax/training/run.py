@@ -1,4 +1,4 @@
-"""Everything that a run is made of, built once from its configuration."""
+"""Builds everything that a run consists of from its configuration."""
 
 import bisect
 import copy
@@ -29,18 +29,18 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A configuration with what follows from it.
+    """A configuration and everything built from it.
 
     Args:
       config: the validated settings.
-      dataset: the prepared examples.
+      dataset: the prepared data set.
       mesh: the devices.
       model: the network; returns logits and auxiliary logits.
       timeline: converts durations to steps.
-      total_steps: length of training, optimizer steps.
-      schedule: learning rate by finished steps.
+      total_steps: length of training in optimizer steps.
+      schedule: learning rate as a function of finished steps.
       optimizer: the update rule.
-      applies_schedule: whether its rate is that of the schedule; a caller's own has another.
+      applies_schedule: whether the optimizer uses the schedule; False for one passed by the caller.
     """
 
     config: Config
@@ -59,37 +59,37 @@ class Run:
         return jax.process_index() == 0
 
     def train_image_size(self, step: int) -> int:
-        """Returns the side of the training images after `step` finished steps, pixels."""
+        """Returns the side of the training images in pixels after `step` finished steps."""
         sizes = self.config.train.image_sizes or (self.dataset.image_size,)
-        return sizes[bisect.bisect_right(self._image_size_begins, step)]
+        return sizes[bisect.bisect_right(self._image_size_starts, step)]
 
     def train_image_sizes(self, step: int) -> list[int]:
-        """Returns the sides, in order, that are left to train on after `step` finished steps."""
-        begins = [step, *(begin for begin in self._image_size_begins if begin > step)]
-        return [self.train_image_size(begin) for begin in begins if begin < self.total_steps]
+        """Returns the image sizes, in order, that remain to be trained on after `step` steps."""
+        starts = [step, *(start for start in self._image_size_starts if start > step)]
+        return [self.train_image_size(start) for start in starts if start < self.total_steps]
 
     @functools.cached_property
-    def _image_size_begins(self) -> list[int]:
+    def _image_size_starts(self) -> list[int]:
         return [self.timeline.steps(each) for each in self.config.train.image_size_boundaries]
 
     @functools.cached_property
     def metric_set(self) -> MetricSet:
-        """The metrics that the settings name, once they are checked.
+        """The configured metrics, after checking them.
 
         Raises:
-          ConfigError: if one of them returns what is no metric.
+          ConfigError: if one of them does not return a valid metric.
         """
         return MetricSet(self.config.evaluation, self.dataset.num_classes)
 
     @property
     def model_name(self) -> str:
-        """What the network is called in messages."""
+        """The network's name in messages."""
         if isinstance(self.model, protocol.Adapter):
             return self.model.called
         return self.config.model.name
 
-    def compile_kind(self) -> str:
-        """Returns what decides how long this run's programs take to compile, in words."""
+    def compilation_key(self) -> str:
+        """Returns a description of everything that affects this run's compilation time."""
         model, train = self.config.model, self.config.train
         layers = (self.model_name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
         device = f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
@@ -99,29 +99,29 @@ class Run:
 def check_settings(
     config: Config, recorded: Config | None = None, log: Callable[[str], None] = print
 ) -> None:
-    """Checks all that can be checked before anything is written or computed.
+    """Checks everything that can be checked before anything is written or computed.
 
     Args:
-      config: of a start.
-      recorded: settings of the run that goes on, or is evaluated; None: it is a new one.
-      log: takes a line for each setting that today's rules would refuse in a new run.
+      config: settings of this start.
+      recorded: settings of the run that is resumed or evaluated; None for a new run.
+      log: called with a line for each setting that current rules would reject in a new run.
 
     Raises:
-      ConfigError: naming every setting that is wrong.
-      UserError: if prepared data cannot be kept where the settings say.
+      ConfigError: naming every invalid setting.
+      UserError: if prepared data cannot be stored in config.data.directory.
     """
     for problem in configs.validate(config, recorded=recorded):
-        log(f"{problem}; as the run was started so, it goes on")
+        log(f"{problem}; kept, because the run was started with this value")
     data_directory(config.data.directory)
 
 
-def adapted(config: Config, dataset: Dataset) -> Config:
-    """Returns the settings for a data set of the caller's, which has an image size of its own.
+def config_for_dataset(config: Config, dataset: Dataset) -> Config:
+    """Returns the settings with the image size of a data set passed by the caller.
 
     Raises:
-      ConfigError: if it is no data set.
+      ConfigError: if `dataset` is not a Dataset.
     """
-    _check_kind("dataset", dataset, Dataset, "of inception_jax.datasets.dataset")
+    _check_kind("dataset", dataset, Dataset, "an inception_jax.datasets.dataset.Dataset")
     config = copy.deepcopy(config)
     config.data.image_size = dataset.image_size
     return config
@@ -135,18 +135,17 @@ def assemble(
     *,
     log: Callable[[str], None] = print,
 ) -> Run:
-    """Returns what a configuration makes, preparing its data first where that was not done before.
+    """Builds a run from its configuration, preparing the data set if necessary.
 
     Args:
-      config: validated settings; the run has them with what they leave open filled in.
-      dataset, model, optimizer: in place of those that the settings name, as `api.assemble`
-        describes them.
-      log: receives lines about the preparation, and a warning where the dtype is slow here.
+      config: validated settings; the run's copy has automatic settings filled in.
+      dataset, model, optimizer: used in place of the configured ones, as in `api.assemble`.
+      log: called with lines about the preparation, and a warning if the dtype is slow here.
 
     Raises:
       UserError: if the data cannot be prepared, a setting does not fit the data or the devices, or
-        the processes of the run have other data.
-      ConfigError: if an object is of another kind, or the network returns something else.
+        processes of the run have different data.
+      ConfigError: if an object has the wrong type, or the network's output is invalid.
     """
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)
@@ -154,24 +153,24 @@ def assemble(
         with during("prepare"):
             dataset = prepare(config.data, log=log)
     else:
-        config = adapted(config, dataset)
-    hosts.check_consistent("data set", lambda: content(dataset))
-    config = _sized(config, dataset, mesh.size, log)
+        config = config_for_dataset(config, dataset)
+    hosts.check_consistent("data set", lambda: dataset_fingerprint(dataset))
+    config = _resolve_auto_settings(config, dataset, mesh.size, log)
     if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
         log(
-            f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
+            f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; set "
             "--config.model.dtype=float32"
         )
     if model is None:
         network = networks.create(config.model, dataset.num_classes)
     else:
-        _check_kind("model", model, nn.Module, "of flax.linen, not its class")
+        _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")
         network = protocol.adapted(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
     if config.evaluation.norm_examples and protocol.said(network, "norm_momentum") is None:
         log(
             f"config.evaluation.norm_examples = {config.evaluation.norm_examples}: the network "
-            "does not say its norm_momentum, so BatchNorm's running statistics are used"
+            "does not declare norm_momentum, so BatchNorm's running statistics are used"
         )
     augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
@@ -181,9 +180,14 @@ def assemble(
     if optimizer is None:
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, network)
     else:
-        log("optimizer: the one given; config.optimizer and config.schedule are not used")
+        log(
+            "optimizer: using the object passed in; config.optimizer and config.schedule are unused"
+        )
         _check_kind(
-            "optimizer", optimizer, optax.GradientTransformation, "such as optax.adam(1e-3)"
+            "optimizer",
+            optimizer,
+            optax.GradientTransformation,
+            "an optax.GradientTransformation such as optax.adam(1e-3)",
         )
     return Run(
         config=config,
@@ -198,30 +202,32 @@ def assemble(
     )
 
 
-def _check_kind(name: str, value: object, kind: type, hint: str) -> None:
+def _check_kind(name: str, value: Any, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
-        found = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise ConfigError(f"{name}: must be a {kind.__name__} {hint}, got {found}")
+        is_class = isinstance(value, type)
+        got = f"the class {value.__name__}" if is_class else type(value).__name__
+        raise ConfigError(f"{name}: must be {expected}, got {got}")
 
 
 def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Yields the batches of a run's steps, as its loop sees them: a function of the step alone.
+    """Yields the training batches of a run, each a function of its step alone.
 
     Args:
-      run: what is trained.
-      start: finished steps before the first.
-      stop: finished steps after the last; None: all of the run.
+      run: the run, from `assemble`.
+      start: number of finished steps before the first batch.
+      stop: number of finished steps after the last batch; None: the run's total.
 
     Yields:
-      image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices.
+      image: uint8 [B, H, W, 3] and label: int32 [B], sharded over the devices.
+
+    Raises:
+      UserError: if an argument is invalid.
     """
     if not isinstance(run, Run):
-        raise UserError(f"run: must be what assemble(config) returned, got {type(run).__name__}")
+        raise UserError(f"run: must be a Run from assemble(config), got {type(run).__name__}")
     stop = run.total_steps if stop is None else stop
     if not 0 <= start <= stop or start != int(start):
-        raise UserError(
-            f"start = {start}, stop = {stop}: must be whole numbers, 0 <= start <= stop"
-        )
+        raise UserError(f"start = {start}, stop = {stop}: must be integers with 0 <= start <= stop")
     config = run.config
     return pipeline.train_batches(
         run.dataset.train,
@@ -234,45 +240,47 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
     )
 
 
-def _sized(config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]) -> Config:
-    """Returns the settings with what they left open, and logs it."""
-    sized = auto_settings.resolve(
+def _resolve_auto_settings(
+    config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]
+) -> Config:
+    """Returns the settings with automatic ones filled in, and logs those."""
+    resolved = auto_settings.resolve(
         config,
         train_examples=len(dataset.train),
         eval_examples=len(dataset.evaluation),
         devices=devices,
         dtype=ops.auto_dtype(),
     )
-    if chosen := auto_settings.describe(config, sized):
+    if chosen := auto_settings.describe(config, resolved):
         log(
-            f"{config.name}: chosen for {len(dataset.train):,} training images: {chosen}; "
+            f"{config.name}: settings chosen for {len(dataset.train):,} training images: {chosen}; "
             "override any with --config.NAME=VALUE"
         )
-        configs.validate(sized)
-        hosts.check_consistent("settings", lambda: configs.shared(sized))
-    return sized
+        configs.validate(resolved)
+        hosts.check_consistent("settings", lambda: configs.shared(resolved))
+    return resolved
 
 
-def content(dataset: Dataset) -> dict[str, Any]:
-    """Returns what tells a data set from others, for JSON: its facts, and digests of its content.
+def dataset_fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Returns a data set's properties and digests of its content, for JSON.
 
-    Of the pixels it has the training split's mean and standard deviation, which are measured over
-    all of them, and a few images of each split.
+    Pixels are represented by the training split's mean and standard deviation, measured over all of
+    them, and by a few images of each split.
     """
-    facts: dict[str, Any] = {
+    fingerprint: dict[str, Any] = {
         "data set": f"{dataset.name} {dataset.version}, {dataset.image_size} px",
         "class names": _digest("\n".join(dataset.class_names).encode()),
         "mean and standard deviation": [*dataset.mean.tolist(), *dataset.std.tolist()],
     }
     for name, split in dataset.splits.items():
         some = np.unique(np.linspace(0, len(split) - 1, 8, dtype=np.int64))
-        facts |= {
+        fingerprint |= {
             f"{name} examples": len(split),
             f"{name} labels": _digest(split.labels.tobytes()),
             f"{name} file names": split.names_checksum,
             f"some {name} images": _digest(split.read(some).tobytes()),
         }
-    return facts
+    return fingerprint
 
 
 def _digest(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Opens what a run reads and writes, and makes or restores what training starts from."""
+"""Opens the files of a run, and creates or restores its state."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +26,10 @@ TrainSteps = Mapping[int, CompiledStep]
 
 
 @contextlib.contextmanager
-def started(
+def open_run(
     run: Run, workdir: Workdir, on_start: Callable[[int], list[str]], on_evaluation: OnEvaluation
 ) -> Iterator[tuple[TrainState, TrainSteps, Checkpoints, Reporter]]:
-    """Opens all that a run writes, and yields its state, steps, checkpoints and reporter."""
+    """Opens everything a run writes; yields its state, steps, checkpoints and reporter."""
     config = run.config
     with (
         Checkpoints(
@@ -39,7 +39,7 @@ def started(
         ) as checkpoints,
         contextlib.ExitStack() as cleanup,
     ):
-        state, clock, train_steps, notes = _initial(run, checkpoints, cleanup)
+        state, clock, train_steps, notes = _restore_or_initialize(run, checkpoints, cleanup)
         first = int(state.step)
         if run.is_lead:
             notes += on_start(first)
@@ -56,7 +56,7 @@ def started(
                 initial_step=first,
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
-                # Of the training step, and in this thread of the first evaluation.
+                # Compiling the training step and, in this thread, the first evaluation.
                 pauses=lambda: clock.seconds("compile") + compilations.seconds(),
             ) as progress,
             Watchdog(
@@ -79,23 +79,23 @@ def started(
             yield state, train_steps, checkpoints, reporter
 
 
-def _initial(
+def _restore_or_initialize(
     run: Run, checkpoints: Checkpoints, cleanup: contextlib.ExitStack
 ) -> tuple[TrainState, Clock, TrainSteps, list[str]]:
-    """Returns the state and the clock of the newest checkpoint, or new ones; the steps; and notes.
+    """Returns state and clock (restored from the newest checkpoint or new), steps, and notes.
 
-    The steps, one for each image size, compile in the background, while the state is made or read
-    and all else gets ready.
+    The steps, one per image size, compile in the background while the state is created or restored
+    and everything else gets ready.
     """
     abstract_state, create = states.lower_init(run)
     first = checkpoints.latest_step()
-    # Read before anything is compiled, as it may be refused.
+    # Load before anything is compiled, as the file may be rejected.
     weights = None
     if first is None and run.config.init.pretrained:
         weights = initialization.initialize_from(run, abstract_state)
     log = console.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(
-        run, abstract_state, in_background(cleanup), first=first or 0, log=log
+        run, abstract_state, background_thread(cleanup), first=first or 0, log=log
     )
     if weights:
         return (
@@ -110,16 +110,16 @@ def _initial(
     return state, Clock(initial=progress["seconds"]), train_steps, []
 
 
-def in_background(cleanup: contextlib.ExitStack) -> futures.Executor:
-    """Returns a thread; an error does not wait for what that has not begun."""
+def background_thread(cleanup: contextlib.ExitStack) -> futures.Executor:
+    """Returns a background thread; on exit, its pending tasks are canceled."""
     thread = futures.ThreadPoolExecutor(1)
     cleanup.callback(thread.shutdown, cancel_futures=True)
     return thread
 
 
 def continue_on_write_error(config: Config) -> bool:
-    """Whether a run survives a failure to write.
+    """Whether training continues after a failed write.
 
-    Several processes do not: the others are waiting for the one that failed.
+    Not with several processes: the others would wait for the one that failed.
     """
     return config.checkpoint.on_write_error == "continue" and jax.process_count() == 1

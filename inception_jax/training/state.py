@@ -1,4 +1,4 @@
-"""The state of training: all that a step reads and writes, and all that a checkpoint holds."""
+"""The training state: everything that a step reads and writes and a checkpoint stores."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,16 +20,16 @@ Variables = dict[str, Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """State after `step` finished steps; every leaf is an array on all devices.
+    """State after `step` finished steps; each leaf is an array on all devices.
 
     Args:
       step: int32 scalar.
       params: float32 parameters.
       batch_stats: float32 BatchNorm statistics; empty for a model without BatchNorm.
-      average: moving averages {"params", "batch_stats"}; empty when the run keeps none.
-      opt_state: of the optimizer.
-      metrics: sums of the training metrics since they were last reported. They are part of the
-        state so that a run killed between two reports goes on to report the same numbers.
+      average: moving averages {"params", "batch_stats"}; empty if config.train.ema is disabled.
+      opt_state: the optimizer's state.
+      metrics: sums of the training metrics since the last report. They are part of the state so
+        that a run killed between two reports resumes with the same numbers.
     """
 
     step: jax.Array
@@ -40,7 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
     metrics: TrainMetrics
 
     def model_item(self) -> dict[str, Variables]:
-        """All that evaluation needs: a checkpoint's item "model"."""
+        """Returns everything that evaluation needs: a checkpoint's item "model"."""
         return {
             "params": self.params,
             "batch_stats": self.batch_stats,
@@ -48,39 +48,39 @@ class TrainState(flax.struct.PyTreeNode):
         }
 
     def eval_variables(self) -> Variables:
-        """The variables that evaluation uses: the averages where the run keeps them."""
+        """Returns the variables for evaluation: the averages if the run keeps them."""
         return eval_variables(self.params, self.batch_stats, self.average)
 
-    def with_norm(self, batch_stats: Variables) -> "TrainState":
-        """Returns the state with other BatchNorm statistics in the variables for evaluation."""
+    def with_eval_batch_stats(self, batch_stats: Variables) -> "TrainState":
+        """Returns the state with its BatchNorm statistics for evaluation replaced."""
         if self.average:
             return self.replace(average=self.average | {"batch_stats": batch_stats})
         return self.replace(batch_stats=batch_stats)
 
 
 def eval_variables(params: Variables, batch_stats: Variables, average: Variables) -> Variables:
-    """Returns the variables that evaluation uses: the averages where there are any."""
+    """Returns the variables for evaluation: the averages if there are any."""
     return average or {"params": params, "batch_stats": batch_stats}
 
 
-def _initial_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Variables, Variables]:
-    """Returns parameters and BatchNorm statistics; the latter are empty without BatchNorm."""
+def _init_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Variables, Variables]:
+    """Returns initial parameters and BatchNorm statistics, the latter empty without BatchNorm."""
     variables = model.init(
-        {"params": keys.derive(seed, "init"), "dropout": keys.derive(seed, "init dropout")},
+        {"params": keys.key_for(seed, "init"), "dropout": keys.key_for(seed, "init dropout")},
         jnp.zeros((1, image_size, image_size, 3)),
         train=True,
     )
     return variables["params"], variables.get("batch_stats", {})
 
 
-def _initial_state(run: Run) -> TrainState:
-    params, batch_stats = _initial_variables(run.model, run.dataset.image_size, run.config.seed)
+def _init_state(run: Run) -> TrainState:
+    params, batch_stats = _init_variables(run.model, run.dataset.image_size, run.config.seed)
     has_average = bool(configs.parse_duration(run.config.train.ema))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        # A copy, not the same buffers: the step donates each of them.
+        # Copies, as the step donates each buffer.
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
         if has_average
         else {},
@@ -90,19 +90,20 @@ def _initial_state(run: Run) -> TrainState:
 
 
 def lower_init(run: Run) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Returns the abstract state, and what makes the first; nothing is compiled or computed yet.
+    """Traces the initialization; nothing is compiled or computed yet.
 
     Returns:
-      Shapes, types and shardings of the state; and a function that returns the state before the
+      Shapes, dtypes and shardings of the state; and a function that returns the state before the
       first step, on all devices.
     """
-    placed = sharding.replicated(run.mesh)
-    traced = jax.jit(lambda: _initial_state(run), out_shardings=placed).trace()
+    replicated = sharding.replicated(run.mesh)
+    traced = jax.jit(lambda: _init_state(run), out_shardings=replicated).trace()
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), traced.out_info
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        traced.out_info,
     )
-    # It runs once, and at full effort LLVM takes 12 s for 57 drawings of random numbers. The values
-    # are the same.
+    # It runs once, and at full optimization LLVM takes 12 s for 57 random draws. The values are the
+    # same.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return abstract, lambda: traced.lower().compile(options)()
 
@@ -113,12 +114,12 @@ def create(run: Run) -> TrainState:
 
 
 def with_initial_weights(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
-    """Returns the state before the first step with other initial variables.
+    """Replaces initial variables in the state before the first step.
 
     Args:
-      state: as `create` returns it.
-      values: parameters and BatchNorm statistics by path ("params/conv1/conv/kernel"); those that
-        are not named keep their values. The averages start from the same as they.
+      state: the state from `create`.
+      values: parameters and BatchNorm statistics by path ("params/conv1/conv/kernel"); all others
+        keep their values. The averages start from the same values.
     """
 
     def replaced(state: TrainState, values: Mapping[str, jax.Array]) -> TrainState:
@@ -131,29 +132,29 @@ def with_initial_weights(state: TrainState, values: Mapping[str, np.ndarray]) ->
 
 
 def abstract_state(run: Run) -> TrainState:
-    """Returns shapes, types and shardings of the state, without computing it."""
+    """Returns shapes, dtypes and shardings of the state without computing it."""
     return lower_init(run)[0]
 
 
 def abstract_model_item(
     model: nn.Module, *, image_size: int, has_average: bool
 ) -> dict[str, Variables]:
-    """Returns shapes and types of `TrainState.model_item`, for the first device alone.
+    """Returns shapes and dtypes of `TrainState.model_item`, for the first device only.
 
     Args:
       model: the network.
-      image_size: side of its images, pixels, on which the auxiliary heads' shapes depend.
+      image_size: side of its images in pixels, which the auxiliary heads' shapes depend on.
       has_average: whether the run keeps moving averages.
     """
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    on_first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params, batch_stats = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        jax.eval_shape(lambda: _initial_variables(model, image_size, seed=0)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_first_device),
+        jax.eval_shape(lambda: _init_variables(model, image_size, seed=0)),
     )
     variables = {"params": params, "batch_stats": batch_stats}
     return variables | {"average": variables if has_average else {}}
 
 
-def empty_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
-    """Returns a function that makes empty metrics on all devices, to follow reported ones."""
-    return jax.jit(TrainMetrics.cleared, out_shardings=sharding.replicated(run.mesh))
+def make_reset_metrics(run: Run) -> Callable[[TrainMetrics], TrainMetrics]:
+    """Returns a jitted function that resets metrics after they were reported."""
+    return jax.jit(TrainMetrics.reset, out_shardings=sharding.replicated(run.mesh))

@@ -1,4 +1,4 @@
-"""One training step: augment → forward → loss → gradient → update → averages → metrics."""
+"""The training step: augment → forward → loss → gradient → update → averages → metrics."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -21,19 +21,19 @@ from inception_jax.training.run import Batch, Run
 from inception_jax.training.state import TrainState
 
 CompiledStep = futures.Future[jax.stages.Compiled]
-# From a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees: images float32
-# [B, h, w, 3], normalized, and targets float32 [B, K].
+# (key, images uint8 [B, H, W, 3], labels int32 [B]) → (normalized images float32 [B, h, w, 3],
+# targets float32 [B, K])
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class StepOutput(NamedTuple):
-    """What a step says of its batch, besides the state after it.
+    """The output of a step in addition to the new state.
 
     Attributes:
       loss: float32 scalar, the mean over the batch.
-      metrics: of this batch alone: `metrics.compute()` gives them by name.
-      finite: bool [1 + M], whether the loss of each example is finite, and the gradient of each of
-        the M top-level modules, in the order of their names.
+      metrics: metrics of this batch only; `metrics.compute()` returns them by name.
+      finite: bool [1 + M], whether all losses are finite, and the gradient of each of the M
+        top-level modules, sorted by name.
     """
 
     loss: jax.Array
@@ -49,21 +49,21 @@ def compile_train_steps(
     first: int,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[int, CompiledStep]:
-    """Returns the training step for each image size that a run still needs.
+    """Compiles the training step in the background for each image size that a run still needs.
 
-    They compile in the background, one after another in the order of their use. The first is traced
-    before this returns: XLA lets other threads run, tracing does not.
+    They compile one after another in the order of their use. The first is traced before this
+    returns: XLA lets other threads run, tracing does not.
 
     Args:
-      run: what is trained.
-      abstract_state: shapes, types and shardings of the state.
-      background: where they are compiled, in the order in which they are handed in.
-      first: how many steps are finished already.
-      log: takes a line before and after each compilation, from the thread that compiles.
+      run: the run to train.
+      abstract_state: shapes, dtypes and shardings of the state.
+      background: compiles them in the order of submission.
+      first: number of finished steps.
+      log: called with a line before and after each compilation, from the compiling thread.
 
     Returns:
-      By image size in pixels, what is to be called as `make_train_step` describes; empty if no step
-      is left.
+      Futures of compiled steps, called as described in `make_train_step`, by image size in pixels;
+      empty if no step remains.
     """
     batch = pipeline.abstract_train_batch(
         run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
@@ -74,10 +74,10 @@ def compile_train_steps(
 
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
-        kind = f"{what}, {run.compile_kind()}"
-        known = compilations.expected(kind)
-        about = "" if known is None else f" (the first time about {known:.0f} s, as last measured)"
-        log(f"{what}: compiling{about}, or loading it from the compilation cache")
+        kind = f"{what}, {run.compilation_key()}"
+        seconds = compilations.expected(kind)
+        estimate = "" if seconds is None else f" (about {seconds:.0f} s last time)"
+        log(f"{what}: compiling{estimate}, or loading from the compilation cache")
         return compilations.compile_and_say(lowered, what, kind, log)
 
     def trace_and_compile(image_size: int) -> jax.stages.Compiled:
@@ -101,17 +101,16 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted training step of a run: step(state, batch) → (state, output).
 
-    A batch holds image: uint8 [B, H, W, 3] and label: int32 [B], split over the devices. The input
-    state is donated: it can no longer be used. The output is a `StepOutput`.
+    A batch has image: uint8 [B, H, W, 3] and label: int32 [B], sharded over the devices. The input
+    state is donated and cannot be used afterwards. The output is a `StepOutput`.
 
     Args:
-      run: what is trained.
-      image_size: that images are resized to, pixels; 0: what the run begins with.
-      loss: of each example, float32 [B], from the network's `ModelOutput` and targets float32
-        [B, K]; None: that of the settings (`losses.objective`).
-      augment: from a key, images uint8 [B, H, W, 3] and labels int32 [B], what the network sees:
-        normalized images float32 [B, h, w, 3] and targets float32 [B, K]; None: that of the
-        settings (`augment.augment`).
+      run: the run to train.
+      image_size: side in pixels that images are resized to; 0: the run's first one.
+      loss: computes the loss of each example, float32 [B], from the network's `ModelOutput` and
+        targets float32 [B, K]; None: as configured (`losses.objective`).
+      augment: maps a key, images uint8 [B, H, W, 3] and labels int32 [B] to normalized images
+        float32 [B, h, w, 3] and targets float32 [B, K]; None: as configured (`augment.augment`).
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
@@ -128,7 +127,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         key, pixels, labels = (
-            keys.derive(seed, "augment", state.step),
+            keys.key_for(seed, "augment", state.step),
             batch["image"],
             batch["label"],
         )
@@ -136,17 +135,19 @@ def make_train_step(
             images, targets = settings_augmentation(key, pixels, labels, state.step)
         else:
             images, targets = augment(key, pixels, labels)
-        grads, batch_stats, of_each, logits = gradient(
+        grads, batch_stats, per_example_loss, logits = gradient(
             state.params,
             state.batch_stats,
             images,
             targets,
-            keys.derive(seed, "dropout", state.step),
+            keys.key_for(seed, "dropout", state.step),
         )
         if momentum is not None:
             # Each micro-batch updates the running statistics once.
-            kept = momentum**config.train.grad_accum_steps
-            batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, kept)
+            step_momentum = momentum**config.train.grad_accum_steps
+            batch_stats = ema.correct_start(
+                state.batch_stats, batch_stats, state.step, step_momentum
+            )
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
@@ -154,15 +155,15 @@ def make_train_step(
             decay = ema.decay(state.step, time_constant)
             current = {"params": params, "batch_stats": batch_stats}
             average = ema.update(state.average, current, decay)
-        # With mixed images, the label that has the larger share counts as right.
+        # For mixed images, the label with the larger weight counts as correct.
         labels = jnp.argmax(targets, axis=-1)
         metrics = TrainMetrics.single_step(
             step=state.step + 1,
-            values={**metric_fns.per_example(logits, labels), "loss": of_each},
+            values={**metric_fns.per_example(logits, labels), "loss": per_example_loss},
             scale=metric_fns.scale,
             gradient_norm=optax.tree.norm(grads),
         )
-        after = TrainState(
+        new_state = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
@@ -170,12 +171,12 @@ def make_train_step(
             opt_state=opt_state,
             metrics=state.metrics.merge(metrics),
         )
-        finite = nonfinite.finite_flags(of_each, grads)
+        finite = nonfinite.finite_flags(per_example_loss, grads)
         if config.train.on_nonfinite == "skip":
-            after = nonfinite.skip_if_nonfinite(
-                state, after, finite.all(), config.train.nonfinite_limit
+            new_state = nonfinite.skip_if_nonfinite(
+                state, new_state, finite.all(), config.train.nonfinite_limit
             )
-        return after, StepOutput(of_each.mean(), metrics, finite)
+        return new_state, StepOutput(per_example_loss.mean(), metrics, finite)
 
     replicated = sharding.replicated(run.mesh)
     return jax.jit(
@@ -188,7 +189,7 @@ def make_train_step(
 
 
 def _settings_loss(train: Train) -> Loss:
-    """Returns the loss that settings ask for."""
+    """Returns the configured loss."""
     return lambda output, targets: losses.objective(
         output.logits,
         output.aux,
@@ -201,7 +202,7 @@ def _settings_loss(train: Train) -> Loss:
 def _settings_augmentation(
     run: Run, image_size: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns the augmentation that settings ask for, which also takes the finished steps."""
+    """Returns the configured augmentation, whose last argument is the number of finished steps."""
     settings, dataset = run.config.augment, run.dataset
     mixed_steps = run.timeline.steps(settings.mix_end)
     return lambda key, pixels, labels, step: augment.augment(
@@ -217,12 +218,12 @@ def _settings_augmentation(
     )
 
 
-def mix_probability(step: jax.Array, share: float, mixed_steps: int) -> ArrayLike:
-    """Returns the share of batches mixed at a step, traced where mixing ends.
+def mix_probability(step: jax.Array, probability: float, mixed_steps: int) -> ArrayLike:
+    """Returns the probability that a step's batch is mixed, traced if mixing ends.
 
     Args:
       step: int32 scalar, counted from 0.
-      share: of batches, as long as they are mixed.
-      mixed_steps: how many steps mix; 0: all.
+      probability: the probability while batches are mixed.
+      mixed_steps: number of steps with mixing; 0: all.
     """
-    return jnp.where(step < mixed_steps, share, 0.0) if mixed_steps else share
+    return jnp.where(step < mixed_steps, probability, 0.0) if mixed_steps else probability

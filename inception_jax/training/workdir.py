@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, and what was changed when it was resumed.
+"""Checks that a workdir matches the run, and records each start in it.
 
-`config.json` holds the resolved configuration, what the data set was, the environment, and the
-settings that later starts changed. A folder is used by one model on one data set; a start that
+`config.json` holds the resolved configuration, the identity of the data set, the environment, and
+the settings changed by later starts. A workdir belongs to one model on one data set; a start that
 would mix two is refused.
 """
 
@@ -23,25 +23,25 @@ from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
 from inception_jax.storage.workdir import Workdir
 
-# What the record of a data set calls them.
-_NAMES = "class names"
-_NONE: Mapping[str, str] = {}
+# Key of the class names in a data set's record.
+_CLASS_NAMES = "class names"
+_EMPTY: Mapping[str, str] = {}
 
 
-def check_writable(folder: pathlib.Path, *, flag: str = "workdir", own: bool = True) -> None:
-    """Makes the folder and checks that files can be written in it.
+def check_writable(folder: pathlib.Path, *, flag: str = "workdir", dedicated: bool = True) -> None:
+    """Creates a directory and checks that files can be written in it.
 
     Args:
-      folder: to write in.
-      flag: that named it, for the message.
-      own: whether all in it is to be this program's, as of a run.
+      folder: the directory.
+      flag: the flag that named it, for the message.
+      dedicated: whether it is for this program's output alone, like a workdir.
 
     Raises:
-      UserError: if they cannot.
+      UserError: if it cannot be created or written to.
     """
     probe = folder / f".probe.{os.getpid()}"
     try:
-        if own:
+        if dedicated:
             atomic.make_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
@@ -49,34 +49,34 @@ def check_writable(folder: pathlib.Path, *, flag: str = "workdir", own: bool = T
     except OSError as error:
         raise UserError(
             f"--{flag}={folder}: cannot be written to: {error.strerror}. "
-            "Give a folder on a disk with room that you may write to"
+            "Use a writable directory on a disk with free space"
         ) from error
 
 
 def check_shared(workdir: Workdir) -> None:
-    """Checks that all processes of a run see the same folder; nothing to do for one alone.
+    """Checks that all processes of a run see the same workdir; does nothing for a single process.
 
     Raises:
-      UserError: in all of them, naming those that do not.
+      UserError: in all processes, naming those that see another one.
     """
     if not hosts.is_multi_process():
         return
-    own = workdir.path / f".probe.{secrets.token_hex(8)}"
-    own.touch()
+    probe = workdir.path / f".probe.{secrets.token_hex(8)}"
+    probe.touch()
     try:
-        # A name that no process has asked for before, as network file systems remember answers.
-        written = workdir.path / hosts.gather("folder", own.name)[0]
-        what = f"--workdir={workdir.path} holds what process 0 wrote there"
+        # A name that no process has looked up before, as network file systems cache lookups.
+        written = workdir.path / hosts.gather("folder", probe.name)[0]
+        what = f"--workdir={workdir.path} contains the file that process 0 wrote"
         hosts.check_consistent("shared folder", lambda: {what: written.exists()})
     finally:
-        own.unlink()
+        probe.unlink()
 
 
-def recorded(workdir: Workdir) -> Record | None:
-    """Returns what config.json holds, or None in a new folder.
+def load_record(workdir: Workdir) -> Record | None:
+    """Returns the contents of config.json, or None in a new workdir.
 
     Raises:
-      CheckpointError: if the file cannot be read as that.
+      CheckpointError: if the file is not readable.
     """
     try:
         return configs.read_record(workdir.config)
@@ -86,153 +86,159 @@ def recorded(workdir: Workdir) -> Record | None:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_run(workdir: Workdir, *, has_model: bool = False) -> Record:
-    """Returns what a folder's config.json holds, once the parts that its run uses are registered.
+def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
+    """Registers the parts that a run uses and returns the contents of its config.json.
 
-    Says which files are run for that.
+    Logs which files are executed for that.
 
     Args:
-      workdir: of the run.
-      has_model: whether the caller has the run's network, if that is an object of a program's own.
+      workdir: the run's workdir.
+      has_model: whether the caller provides the network, for runs whose network is a Python object.
 
     Raises:
-      CheckpointError: if there is no run, its record cannot be read, an older version wrote it, or
-        its network cannot be had.
+      CheckpointError: if there is no run, its record is not readable or written by an older
+        version, or its network is not available.
     """
-    record = recorded(workdir)
+    record = load_record(workdir)
     if record is None:
-        raise CheckpointError(f"--workdir={workdir.path}: there is no run here (no config.json)")
-    if _NAMES not in record.dataset:
+        raise CheckpointError(f"--workdir={workdir.path}: no run found here (no config.json)")
+    if _CLASS_NAMES not in record.dataset:
         raise CheckpointError(
-            f"{workdir.config}: an older version wrote it, without the names of the classes. Start "
-            "the training's command once more: it adds them, and ends at once where it is finished"
+            f"{workdir.config}: written by an older version, without class names. Rerun the "
+            "training command once to add them; a finished run exits immediately"
         )
     network = record.own.get("model")
     if network and not has_model:
         raise CheckpointError(
-            f"--workdir={workdir.path}: its network is an object that a program gave ({network}). "
-            "That program has it: inception_jax.load_weights(PATH, model=…). For commands, "
-            "register it with inception_jax.register_model, and train by its name"
+            f"--workdir={workdir.path}: its network is an object passed by a program ({network}). "
+            "Load it in that program with inception_jax.load_weights(PATH, model=…). To use "
+            "commands, register it with inception_jax.register_model and train by its name"
         )
     import_parts(record.parts, str(workdir.config), console.say_once)
     return record
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
-    """Whether a finished checkpoint is in the folder. Orbax gives it its plain name at the end."""
+    """Whether there is a finished checkpoint; Orbax renames it to its number at the end."""
     return workdir.checkpoints.is_dir() and any(
         child.name.isdecimal() for child in workdir.checkpoints.iterdir()
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Previous:
-    """What earlier starts left in a folder, read once a start.
+class PreviousRun:
+    """Record of earlier starts in a workdir, read once per start.
 
     Attributes:
-      workdir: the folder.
-      record: what config.json holds; None as long as there is no checkpoint: such a folder holds
-        nothing that could be mixed up, and belongs to nobody.
+      workdir: the workdir.
+      record: the contents of config.json; None without a checkpoint, as such a workdir is
+        compatible with any config.
     """
 
     workdir: Workdir
     record: Record | None = None
 
 
-def previous(workdir: Workdir) -> Previous:
-    """Returns what earlier starts left in a folder, once the parts that they used are registered.
+def load_previous_run(workdir: Workdir) -> PreviousRun:
+    """Registers the parts that earlier starts used and returns their record.
 
-    Says which files are run for that, and which settings are left out.
+    Logs which files are executed for that, and which settings are ignored.
 
     Raises:
-      CheckpointError: if config.json cannot be read, or a part cannot be had.
+      CheckpointError: if config.json is not readable, or a part is not available.
     """
-    record = recorded(workdir) if has_checkpoint(workdir) else None
+    record = load_record(workdir) if has_checkpoint(workdir) else None
     if record:
         for note in record.notes:
             console.say_once(note)
         import_parts(record.parts, str(workdir.config), console.say_once)
-    return Previous(workdir, record)
+    return PreviousRun(workdir, record)
 
 
-def check_compatible(before: Previous, config: Config, own: Mapping[str, str] = _NONE) -> list[str]:
-    """Checks that a folder belongs to this model and data set, or to none yet.
+def check_compatible(
+    previous: PreviousRun, config: Config, custom_objects: Mapping[str, str] = _EMPTY
+) -> list[str]:
+    """Checks that a workdir belongs to this model and data set; an empty one fits any config.
 
     Args:
-      before: what earlier starts left in the folder.
-      config: of this start.
-      own: what objects the caller of this start gave, as `record_start` takes them.
+      previous: record of earlier starts.
+      config: settings of this start.
+      custom_objects: objects passed by the caller, as in `record_start`.
 
     Returns:
-      'path: old → new' of the settings that differ and may.
+      'path: old → new' for each setting that differs and may be changed on resume.
 
     Raises:
-      CheckpointError: naming the settings and objects that differ and may not.
+      CheckpointError: naming the settings and objects that differ and must not.
     """
-    record = before.record
+    record = previous.record
     if record is None:
         return []
-    if missing := [f"{kind} ({name})" for kind, name in record.own.items() if kind not in own]:
+    if missing := [
+        f"{kind} ({name})" for kind, name in record.own.items() if kind not in custom_objects
+    ]:
         raise CheckpointError(
-            f"--workdir={before.workdir.path}: this run has objects that its program gave: "
-            f"{', '.join(missing)}. Start it from that program: inception_jax.train(config, "
+            f"--workdir={previous.workdir.path}: this run uses objects passed by its program: "
+            f"{', '.join(missing)}. Resume it from that program: inception_jax.train(config, "
             "workdir, …) with the same objects"
         )
     refused, allowed = configs.changes(record.config, config)
     refused += [
-        f"{kind}: {old or 'that of the settings'} → {name}, an object of the program's"
-        for kind, name in own.items()
+        f"{kind}: {old or 'as configured'} → {name}, an object passed by the program"
+        for kind, name in custom_objects.items()
         if (old := record.own.get(kind)) != name
     ]
     if refused:
-        raise _other_run(
-            before.workdir,
+        raise _other_run_error(
+            previous.workdir,
             refused,
-            "Give --workdir alone to use the run's own settings, or another --workdir",
+            "Pass only --workdir to use the run's own settings, or use another --workdir",
         )
     return allowed
 
 
-def recall(
-    before: Previous,
+def restore_overrides(
+    previous: PreviousRun,
     config: Config,
     experiment: Mapping[str, Any],
     given: Collection[str],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Changes settings to what earlier starts of the run overrode and this one leaves out.
+    """Applies the overrides of earlier starts that this start does not repeat.
 
-    So the command that resumes or evaluates a run need not repeat them. Only where both took the
-    same experiment: the same file, or one of the same settings.
+    So the command that resumes or evaluates a run need not repeat them. Applies only if both use
+    the same experiment: the same file, or one with the same settings.
 
     Args:
-      before: what earlier starts left.
-      config: of this start; changed in place.
-      experiment: where it is from, as `cli.experiment` says it.
-      given: paths of the settings that this start overrides itself.
-      log: takes a line that names what is changed, and those on the record itself.
+      previous: record of earlier starts.
+      config: settings of this start; changed in place.
+      experiment: origin of the settings, as returned by `cli.experiment`.
+      given: paths of the settings that this start overrides.
+      log: called with a line that names the changed settings.
 
     Returns:
-      Where the settings are from now, as `experiment`.
+      The updated `experiment`.
     """
     own = dict(experiment["own"])
-    if before.record is None:
+    if previous.record is None:
         return {**experiment, "own": own}
-    old, origin = before.record.config, before.record.experiment
+    old, origin = previous.record.config, previous.record.experiment
     if not origin:
         return {**experiment, "own": own}
-    recalled: list[str] = []
+    restored: list[str] = []
     same_file = _resolved(origin["file"]) == _resolved(experiment["file"])
     chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
-    if same_file or _as_written(old, origin, chosen) == _as_written(config, experiment, chosen):
+    if same_file or _experiment_settings(old, origin, chosen) == _experiment_settings(
+        config, experiment, chosen
+    ):
         for path in origin["own"]:
             value, here = configs.get(old, path), configs.get(config, path)
             if path not in given and value != here:
                 configs.put(config, path, value)
                 own[path] = configs.plain(here)
-                recalled.append(f"config.{path} = {value!r}")
-    if recalled:
-        log(f"not given, so as the run was started: {', '.join(recalled)}")
+                restored.append(f"config.{path} = {value!r}")
+    if restored:
+        log(f"not given, so kept from the start of the run: {', '.join(restored)}")
     return {**experiment, "own": own}
 
 
@@ -240,122 +246,122 @@ def _resolved(file: str) -> pathlib.Path:
     return paths.local(file, file).resolve()
 
 
-def _as_written(
+def _experiment_settings(
     config: Config, experiment: Mapping[str, Any], chosen: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Returns all settings as the experiment itself has them, by path, but for those left open."""
+    """Returns the experiment's own value of each setting by path, except those in `chosen`."""
     values = {path: configs.plain(configs.get(config, path)) for path, _, _ in configs.leaves()}
     values |= dict(experiment["own"])
     return {path: value for path, value in values.items() if path not in chosen}
 
 
-def with_recorded(before: Previous, config: Config) -> Config:
-    """Returns the settings, with what they leave open as it was when the folder's run began."""
-    if before.record is None:
+def with_recorded_auto_settings(previous: PreviousRun, config: Config) -> Config:
+    """Returns the settings with automatic ones as resolved when the run started."""
+    if previous.record is None:
         return config
-    old = before.record.config
+    old = previous.record.config
     return configs.fill_open(config, {path: configs.get(old, path) for path in configs.OPEN})
 
 
 def dataset_identity(dataset: Dataset) -> dict[str, Any]:
-    """Returns what must stay the same for a resumed run to see the same examples and classes."""
+    """Returns what must stay the same for a resumed run to use the same examples and classes."""
     return {
         "name": dataset.name,
         "version": dataset.version,
         "classes": dataset.num_classes,
         "training examples": len(dataset.train),
         f"{dataset.eval_split} examples": len(dataset.evaluation),
-        _NAMES: list(dataset.class_names),
+        _CLASS_NAMES: list(dataset.class_names),
         "bit depth": dataset.bit_depth,
     }
 
 
 def dataset_record(dataset: Dataset) -> dict[str, Any]:
-    """Returns what config.json says of a data set: its identity, and what else a reader needs."""
+    """Returns a data set's entry in config.json: its identity, and what else readers need."""
     record = dataset_identity(dataset)
-    if (found := dataset.trained_on) is not None:
-        record["evaluated and trained on"] = dataclasses.asdict(found)
-    # Every float32 is a double too, so the text gives back the same bits.
+    if (overlap := dataset.trained_on) is not None:
+        record["evaluated and trained on"] = dataclasses.asdict(overlap)
+    # Every float32 is exact as a double, so reading the text gives the same bits.
     return record | {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
 
 
-def check_dataset(before: Previous, dataset: Mapping[str, Any]) -> None:
-    """Checks that a folder's run was trained on these examples.
+def check_dataset(previous: PreviousRun, dataset: Mapping[str, Any]) -> None:
+    """Checks that a run was trained on these examples.
 
-    Two sources may have the same name and other contents: other counts, or classes of other names
-    or in another order, whose labels the network would mix up.
+    Two sources of the same name may differ in their counts or in the names or order of their
+    classes, in which case the network would confuse labels.
 
     Args:
-      before: what earlier starts left in the folder.
-      dataset: of this start, as `dataset_identity` gives it.
+      previous: record of earlier starts.
+      dataset: this start's data set, from `dataset_identity`.
 
     Raises:
-      CheckpointError: naming what differs.
+      CheckpointError: naming the differences.
     """
-    if before.record is None:
+    if previous.record is None:
         return
-    # Where there is no file of 16 bits a channel, it does not matter what was taken for theirs.
+    # Without files of 16 bits per channel, the bit depth assumed for them does not matter.
     implied = dataset.get("bit depth") and configs.unrecorded_bit_depth(dataset["name"])
-    old: dict[str, Any] = {"bit depth": implied, **before.record.dataset}
+    old: dict[str, Any] = {"bit depth": implied, **previous.record.dataset}
     differing = [
         f"data set's {key}: {old.get(key)!r} → {value!r}"
         for key, value in dataset.items()
-        if key != _NAMES and old.get(key) != value
+        if key != _CLASS_NAMES and old.get(key) != value
     ]
     # Older versions did not record them.
-    if _NAMES in old and (changes := class_changes(old[_NAMES], dataset[_NAMES])):
-        differing.append(f"data set's {_NAMES}: {changes}")
+    if _CLASS_NAMES in old and (changes := class_changes(old[_CLASS_NAMES], dataset[_CLASS_NAMES])):
+        differing.append(f"data set's {_CLASS_NAMES}: {changes}")
     if differing:
-        raise _other_run(
-            before.workdir,
+        raise _other_run_error(
+            previous.workdir,
             differing,
             "Use the data set that it was trained on, or another --workdir",
         )
 
 
-def _other_run(workdir: Workdir, differing: list[str], remedy: str) -> CheckpointError:
+def _other_run_error(workdir: Workdir, differing: list[str], remedy: str) -> CheckpointError:
     lines = "\n  ".join(differing)
     return CheckpointError(
-        f"--workdir={workdir.path}: belongs to another run; what differs:\n  {lines}\n{remedy}"
+        f"--workdir={workdir.path}: belongs to another run; differences:\n  {lines}\n{remedy}"
     )
 
 
 def record_start(
-    before: Previous,
+    previous: PreviousRun,
     config: Config,
     *,
     step: int,
     changed: Sequence[str],
     dataset: Mapping[str, Any],
     experiment: Mapping[str, Any] | None = None,
-    own: Mapping[str, str] = _NONE,
+    custom_objects: Mapping[str, str] = _EMPTY,
 ) -> None:
     """Writes config.json at the start of a process.
 
     Args:
-      before: what earlier starts left in the folder of the run.
-      config: of this start.
-      step: finished steps at this start.
-      changed: what `check_compatible` returned.
-      dataset: what the examples are, as `dataset_record` gives it.
-      experiment: where the settings are from; None: not known.
-      own: the names of objects that a program gave in place of what the settings name: of a
-        "model", an "optimizer" or a "dataset".
+      previous: record of earlier starts.
+      config: settings of this start.
+      step: number of finished steps.
+      changed: lines returned by `check_compatible`.
+      dataset: the data set, from `dataset_record`.
+      experiment: origin of the settings; None if unknown.
+      custom_objects: names of objects passed in place of configured ones, keyed by "model",
+        "optimizer" or "dataset".
     """
-    changes = list(before.record.changes) if before.record else []
+    changes = list(previous.record.changes) if previous.record else []
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         changes.append({"step": step, "date": now, "settings": list(changed)})
     values = configs.to_dict(config)
-    # To prepare changed data again is asked for once: no later start may do so unasked.
+    # Preparing changed data again is requested per start: a later start must not inherit it.
     values["data"]["on_change"] = configs.Data().on_change
     record = {
         "changes": changes,
         "config": values,
         "experiment": experiment,
         "parts": used_parts(config),
-        "own": dict(own),
+        "own": dict(custom_objects),
         "dataset": dataset,
         "environment": environment.environment(),
     }
-    atomic.write_json(before.workdir.config, record)
+    atomic.write_json(previous.workdir.config, record)

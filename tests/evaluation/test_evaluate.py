@@ -17,16 +17,16 @@ from inception_jax.training import run, state
 from tests import small
 
 
-def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Path) -> None:
+def test_evaluation_equals_counting_by_hand(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
     this.config.evaluation.train_eval_examples = 150
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
-    found = evaluator(variables)
-    assert list(found) == ["test", "train_eval"]
-    check(found["test"].metrics, this, variables, this.dataset.evaluation, 360)
-    # One full batch of 100 and a half one.
-    check(found["train_eval"].metrics, this, variables, this.dataset.train, 150)
+    results = evaluator(variables)
+    assert list(results) == ["test", "train_eval"]
+    check(results["test"].metrics, this, variables, this.dataset.evaluation, 360)
+    # One full batch of 100 and half of another.
+    check(results["train_eval"].metrics, this, variables, this.dataset.train, 150)
     assert list(evaluator(variables, ["train_eval"])) == ["train_eval"]
     this.config.evaluation.train_eval_examples = 10**6
     assert len(Evaluator(this).splits["train_eval"]) == len(this.dataset.train)
@@ -38,41 +38,41 @@ def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Pa
     ("examples", "limit", "batch"),
     [(8, 250, 8), (1, 250, 1), (250, 250, 250), (251, 250, 126), (500, 250, 250), (10, 1, 1)],
 )
-def test_an_evaluation_batch_is_no_larger_than_it_needs(
+def test_evaluation_batch_is_no_larger_than_necessary(
     examples: int, limit: int, batch: int
 ) -> None:
     assert pipeline.eval_batch_size(examples, limit=limit) == batch
 
 
-def test_small_splits_are_not_filled_up_to_the_largest_batch(
+def test_small_splits_are_not_padded_to_batch_size(
     data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     this = small.build(small.config(data_directory))
     variables = state.create(this).eval_variables()
     expected = Evaluator(this)(variables)["test"].metrics
-    whole, sizes = pipeline.eval_batches, set()
+    eval_batches, sizes = pipeline.eval_batches, set()
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[dict[str, jax.Array]]:
-        for batch in whole(*args, **kwargs):
+        for batch in eval_batches(*args, **kwargs):
             sizes.add(len(batch["label"]))
             yield batch
 
     monkeypatch.setattr(pipeline, "eval_batches", batches)
     this.config.evaluation.batch_size = 1000
     this.config.evaluation.train_eval_examples = 100
-    # Both splits by one program.
-    found = Evaluator(this)(variables)
+    # One program for both splits.
+    results = Evaluator(this)(variables)
     assert sizes == {360}
-    assert found["test"].metrics == pytest.approx(expected, rel=1e-6)
+    assert results["test"].metrics == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_left_of_each_example_is_what_plain_numpy_finds(
+def test_predictions_equal_numpy(
     data_directory: pathlib.Path,
 ) -> None:
     this = small.build(small.config(data_directory))
     variables = state.create(this).eval_variables()
     result = Evaluator(this)(variables)["test"]
-    metrics, found = result.metrics, result.predictions
+    metrics, predictions = result.metrics, result.predictions
 
     split, dataset = this.dataset.evaluation, this.dataset
     images = (split.read(np.arange(len(split))) / np.float32(255) - dataset.mean) / dataset.std
@@ -80,21 +80,21 @@ def test_what_is_left_of_each_example_is_what_plain_numpy_finds(
     logits = np.asarray(output.logits, np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     rows = np.arange(len(split))
-    np.testing.assert_array_equal(found.labels, split.labels)
-    np.testing.assert_array_equal(found.guesses, np.argsort(-logits, axis=1)[:, :5])
-    best = np.take_along_axis(probabilities, found.guesses, axis=1)
-    np.testing.assert_allclose(found.probabilities, best, rtol=1e-4)
-    np.testing.assert_allclose(found.own, probabilities[rows, split.labels], rtol=1e-4)
+    np.testing.assert_array_equal(predictions.labels, split.labels)
+    np.testing.assert_array_equal(predictions.top_classes, np.argsort(-logits, axis=1)[:, :5])
+    best = np.take_along_axis(probabilities, predictions.top_classes, axis=1)
+    np.testing.assert_allclose(predictions.top_probs, best, rtol=1e-4)
+    np.testing.assert_allclose(predictions.true_prob, probabilities[rows, split.labels], rtol=1e-4)
 
-    # And it is what the metrics are made of.
-    assert metrics["top1"] == pytest.approx(100 * found.right.mean())
-    among = (found.guesses == found.labels[:, None]).any(axis=1)
-    assert metrics["top5"] == pytest.approx(100 * among.mean())
-    assert metrics["loss"] == pytest.approx(-np.log(found.own).mean(), rel=1e-4)
+    # The metrics follow from them.
+    assert metrics["top1"] == pytest.approx(100 * predictions.correct.mean())
+    in_top5 = (predictions.top_classes == predictions.labels[:, None]).any(axis=1)
+    assert metrics["top5"] == pytest.approx(100 * in_top5.mean())
+    assert metrics["loss"] == pytest.approx(-np.log(predictions.true_prob).mean(), rel=1e-4)
 
 
 def check(
-    found: dict[str, float], this: run.Run, variables: state.Variables, split: Split, count: int
+    metrics: dict[str, float], this: run.Run, variables: state.Variables, split: Split, count: int
 ) -> None:
     """Checks metrics against plain NumPy on the first `count` examples of a split."""
     dataset = this.dataset
@@ -103,15 +103,15 @@ def check(
         this.model.apply(jax.device_get(variables), images, train=False).logits, np.float64
     )
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    own = log_p[np.arange(count), split.labels[:count]]
-    rank = (log_p > own[:, None]).sum(1)
-    assert found["count"] == count
-    assert found["loss"] == pytest.approx(-own.mean(), rel=1e-5)
-    assert found["top1"] == pytest.approx(100 * (rank < 1).mean())
-    assert found["top5"] == pytest.approx(100 * (rank < 5).mean())
+    true_log_p = log_p[np.arange(count), split.labels[:count]]
+    rank = (log_p > true_log_p[:, None]).sum(1)
+    assert metrics["count"] == count
+    assert metrics["loss"] == pytest.approx(-true_log_p.mean(), rel=1e-5)
+    assert metrics["top1"] == pytest.approx(100 * (rank < 1).mean())
+    assert metrics["top5"] == pytest.approx(100 * (rank < 5).mean())
 
 
-def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> None:
+def test_evaluations_use_their_own_images(data_directory: pathlib.Path) -> None:
     plain = Evaluator(small.build(small.config(data_directory)))
     config = small.config(data_directory)
     config.evaluation.flip_tta = True
@@ -123,15 +123,15 @@ def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> N
     this = small.build(config)
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
-    found = evaluator(variables)
-    assert found.keys() == {"test", "flip", *config.evaluations}
-    assert found["test"].metrics == plain(variables)["test"].metrics
-    # Compiled ahead, and one program for each size.
+    results = evaluator(variables)
+    assert results.keys() == {"test", "flip", *config.evaluations}
+    assert results["test"].metrics == plain(variables)["test"].metrics
+    # Compiled in advance, with one program per size.
     evaluator.compile(jax.eval_shape(lambda: variables))
     assert set(evaluator._forward) == {4, 8}
     again = evaluator(variables)
     assert {n: each.metrics for n, each in again.items()} == {
-        n: each.metrics for n, each in found.items()
+        n: each.metrics for n, each in results.items()
     }
 
     def expected(split: Split, count: int, size: int, flip: bool) -> tuple[float, float]:
@@ -145,8 +145,8 @@ def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> N
         )
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         labels = split.labels[:count]
-        own = log_p[np.arange(count), labels]
-        return -own.mean(), 100 * (log_p.argmax(1) == labels).mean()
+        true_log_p = log_p[np.arange(count), labels]
+        return -true_log_p.mean(), 100 * (log_p.argmax(1) == labels).mean()
 
     test, train = this.dataset.evaluation, this.dataset.train
     for name, inputs in {
@@ -155,15 +155,15 @@ def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> N
         "small_mirror": (test, 50, 4, True),
         "all_train": (train, 1437, 8, False),
     }.items():
-        metrics = found[name].metrics
+        metrics = results[name].metrics
         loss, top1 = expected(*inputs)
         assert metrics["count"] == inputs[1]
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5), name
         assert metrics["top1"] == pytest.approx(top1), name
-    assert found["flip"].metrics["loss"] != found["test"].metrics["loss"]
+    assert results["flip"].metrics["loss"] != results["test"].metrics["loss"]
 
 
-def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
+def test_evaluation_of_missing_split_is_rejected(
     data_directory: pathlib.Path,
 ) -> None:
     config = small.config(data_directory)
@@ -176,7 +176,7 @@ def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
         Evaluator(this)
 
 
-def test_an_evaluation_cuts_its_own_square(data_directory: pathlib.Path) -> None:
+def test_evaluation_uses_its_own_crop(data_directory: pathlib.Path) -> None:
     config = small.config(data_directory)
     config.data.storage, config.data.holdout = "records", 100
     config.evaluations = {"cut": View(crop=0.5, examples=10), "cut_train": View("train", crop=0.5)}
@@ -187,12 +187,12 @@ def test_an_evaluation_cuts_its_own_square(data_directory: pathlib.Path) -> None
         while isinstance(inside, SubsetSplit):
             inside = inside.whole
         assert isinstance(inside, RecordSplit) and inside.crop == 0.5
-        own = evaluator._run.dataset.splits[source]
-        assert split.names == own.names[: len(split)]
-        assert (split.read(np.arange(5)) != own.read(np.arange(5))).any()
+        full_crop = evaluator._run.dataset.splits[source]
+        assert split.names == full_crop.names[: len(split)]
+        assert (split.read(np.arange(5)) != full_crop.read(np.arange(5))).any()
 
 
-def test_a_metric_over_the_split_is_exact(
+def test_split_metric_is_exact(
     data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.METRICS.names()
@@ -200,16 +200,16 @@ def test_a_metric_over_the_split_is_exact(
 
     @registry.register_metric("macro", over="split", percent=True)
     def macro(logits: np.ndarray, labels: np.ndarray) -> float:
-        right = logits.argmax(axis=1) == labels
-        return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+        correct = logits.argmax(axis=1) == labels
+        return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
     config = small.config(data_directory)
     config.evaluation.metrics = ("top1", "macro")
     this = small.build(config)
     result = Evaluator(this)(state.create(this).eval_variables())["test"]
     assert list(result.metrics) == ["loss", "top1", "macro", "count"]
-    found = result.predictions
-    by_class = [found.right[found.labels == label].mean() for label in range(10)]
+    predictions = result.predictions
+    by_class = [predictions.correct[predictions.labels == label].mean() for label in range(10)]
     assert result.metrics["macro"] == pytest.approx(100 * np.mean(by_class))
 
 
@@ -224,13 +224,13 @@ def test_images_are_resized_for_evaluation(data_directory: pathlib.Path) -> None
     images = (np.asarray(resized) / np.float32(255) - dataset.mean) / dataset.std
     logits = this.model.apply(jax.device_get(variables), images, train=False).logits
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
-    # Not top-1: a network that was not trained may say one class to all images of any size.
+    # Not top-1: an untrained network may predict the same class for all images of any size.
     assert Evaluator(this)(variables)["test"].metrics["loss"] == pytest.approx(
         float(loss), rel=1e-5
     )
 
 
-def test_the_average_is_evaluated_where_there_is_one(data_directory: pathlib.Path) -> None:
+def test_average_is_evaluated_if_available(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
     now = state.create(this)
     average = small.draw(this.model, this.dataset.image_size, seed=1)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves of each example, and its file."""
+"""Stored predictions and their file."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ from tests import run_folders
 
 
 def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
-    """A split of plain pictures, each of a grey of its own."""
+    """Returns a split of uniform images, each with a different gray level."""
     pixels = np.broadcast_to(
         np.arange(count, dtype=np.uint8)[:, None, None, None], (count, size, size, 3)
     )
@@ -26,58 +26,63 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
     return DecodedSplit(labels, size, folder / "names.txt", folder / "images.npy")
 
 
-def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None:
-    made = run_folders.predicted(10, count=200)
-    shown = predictions.choose(made)
-    mistakes, right = shown[: predictions.MISTAKES], shown[predictions.MISTAKES :]
-    wrong = [n for n in range(200) if made.guesses[n, 0] != made.labels[n]]
-    expected = sorted(wrong, key=lambda n: -made.probabilities[n, 0])[: predictions.MISTAKES]
+def test_confident_mistakes_come_first_then_spaced_correct_examples() -> None:
+    predicted = run_folders.predicted(10, count=200)
+    indices = predictions.select_examples(predicted)
+    mistakes, correct = indices[: predictions.MAX_MISTAKES], indices[predictions.MAX_MISTAKES :]
+    wrong = [n for n in range(200) if predicted.top_classes[n, 0] != predicted.labels[n]]
+    expected = sorted(wrong, key=lambda n: -predicted.top_probs[n, 0])[: predictions.MAX_MISTAKES]
     assert mistakes.tolist() == expected
-    assert len(right) == predictions.RIGHT
-    assert made.right[right].all()
-    assert right[0] == np.flatnonzero(made.right)[0] and right[-1] == np.flatnonzero(made.right)[-1]
+    assert len(correct) == predictions.MAX_CORRECT
+    assert predicted.correct[correct].all()
+    assert (
+        correct[0] == np.flatnonzero(predicted.correct)[0]
+        and correct[-1] == np.flatnonzero(predicted.correct)[-1]
+    )
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_split_may_be_all_right_or_all_wrong(right: bool) -> None:
+@pytest.mark.parametrize("correct", [True, False])
+def test_split_may_be_all_correct_or_all_wrong(correct: bool) -> None:
     one = np.ones(3, np.float32)
-    guesses = np.full((3, 1), 0 if right else 1, np.int32)
-    shown = predictions.choose(Predictions(np.zeros(3, np.int32), guesses, one[:, None], one))
-    assert shown.tolist() == [0, 1, 2]
+    guesses = np.full((3, 1), 0 if correct else 1, np.int32)
+    indices = predictions.select_examples(
+        Predictions(np.zeros(3, np.int32), guesses, one[:, None], one)
+    )
+    assert indices.tolist() == [0, 1, 2]
 
 
-def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
-    made = run_folders.predicted(7, count=60)
+def test_file_round_trip(tmp_path: pathlib.Path) -> None:
+    predicted = run_folders.predicted(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
-    written = predictions.gather(result, made, split(tmp_path, 60, 8))
+    written = predictions.with_images(result, predicted, split(tmp_path, 60, 8))
     predictions.write(tmp_path, written)
-    found = predictions.read(tmp_path)
-    assert found is not None
-    assert found.result == result
+    saved = predictions.read(tmp_path)
+    assert saved is not None
+    assert saved.result == result
     for field in dataclasses.fields(Predictions):
-        before, after = (getattr(each, field.name) for each in (made, found.predictions))
+        before, after = (getattr(each, field.name) for each in (predicted, saved.predictions))
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
-    assert found.names == tuple(f"{index}.png" for index in found.shown)
-    assert found.pictures.shape[1:] == (8, 8, 3)
-    assert found.pictures[:, 0, 0, 0].tolist() == found.shown.tolist()
+    assert saved.names == tuple(f"{index}.png" for index in saved.indices)
+    assert saved.images.shape[1:] == (8, 8, 3)
+    assert saved.images[:, 0, 0, 0].tolist() == saved.indices.tolist()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_large_pictures_are_kept_small(tmp_path: pathlib.Path) -> None:
-    made = run_folders.predicted(7, count=60)
-    found = predictions.gather({}, made, split(tmp_path, 60, 160))
-    side = predictions.MOST_PIXELS
-    assert found.pictures.shape[1:] == (side, side, 3)
-    assert found.pictures[:, 5, 5, 1].tolist() == found.shown.tolist()
+def test_large_images_are_downscaled(tmp_path: pathlib.Path) -> None:
+    predicted = run_folders.predicted(7, count=60)
+    saved = predictions.with_images({}, predicted, split(tmp_path, 60, 160))
+    side = predictions.MAX_IMAGE_SIZE
+    assert saved.images.shape[1:] == (side, side, 3)
+    assert saved.images[:, 5, 5, 1].tolist() == saved.indices.tolist()
 
 
-def test_a_folder_without_the_file_has_none(tmp_path: pathlib.Path) -> None:
+def test_missing_file_gives_none(tmp_path: pathlib.Path) -> None:
     assert predictions.read(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "pickle"])
-def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) -> None:
+def test_corrupt_file_is_a_user_error(damage: str, tmp_path: pathlib.Path) -> None:
     path = run_folders.write(tmp_path) / "predictions.npz"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-300])
@@ -87,28 +92,28 @@ def test_a_damaged_file_is_the_users_error(damage: str, tmp_path: pathlib.Path) 
         np.savez(path, labels=np.zeros(3))
     else:
         np.savez(path, result=np.array([object()], object))
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: cannot be read"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: not a readable"):
         predictions.read(tmp_path)
 
 
-def test_a_full_disk_is_the_users_error_and_keeps_the_old_file(tmp_path: pathlib.Path) -> None:
-    found = predictions.read(run_folders.write(tmp_path))
-    assert found is not None
+def test_full_disk_is_a_user_error_and_keeps_old_file(tmp_path: pathlib.Path) -> None:
+    saved = predictions.read(run_folders.write(tmp_path))
+    assert saved is not None
     before = (tmp_path / "predictions.npz").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A limit on the size of a file fails a write as a full disk does.
+    # A limit on the file size makes writes fail like a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     try:
         with pytest.raises(UserError, match="File too large"):
-            predictions.write(tmp_path, found)
+            predictions.write(tmp_path, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "predictions.npz").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
-    found = predictions.read(run_folders.write(tmp_path / "run"))
-    assert found is not None
+def test_unwritable_directory_is_a_user_error(tmp_path: pathlib.Path) -> None:
+    saved = predictions.read(run_folders.write(tmp_path / "run"))
+    assert saved is not None
     with pytest.raises(UserError, match="cannot be written"):
-        predictions.write(tmp_path / "none", found)
+        predictions.write(tmp_path / "none", saved)

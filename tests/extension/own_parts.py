@@ -1,4 +1,4 @@
-"""Parts of a user's own, as any file outside the package registers them."""
+"""Custom parts, registered from a file outside the package."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def inception_bn(settings: Any, num_classes: int) -> nn.Module:
 
 @register_model("linear")
 def linear(settings: Any, num_classes: int) -> nn.Module:
-    """Neither told whether it trains, nor with statistics or dropout."""
+    """A network without a train argument, statistics or dropout."""
 
     class Linear(nn.Module):
         @nn.compact

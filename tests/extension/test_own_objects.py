@@ -1,4 +1,4 @@
-"""Networks, data and calls of a program's own: what is refused before it trains."""
+"""Networks, data and calls of a user's program that are rejected before training."""
 
 import dataclasses
 import pathlib
@@ -23,20 +23,20 @@ class Named(nn.Module):
         return nn.Dense(10, name="network")(x.reshape(x.shape[0], -1))
 
 
-class ToldOtherwise(nn.Module):
+class TrainingArgument(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, training: bool = True) -> jax.Array:
         x = nn.BatchNorm(use_running_average=not training)(x.reshape(x.shape[0], -1))
         return nn.Dense(10)(x)
 
 
-class Whole(nn.Module):
+class IntegerLogits(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.Dense(10)(x.reshape(x.shape[0], -1)).astype(jnp.int32)
 
 
-class Fixed(nn.Module):
+class NoParameters(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1)[:, :10]
@@ -48,15 +48,15 @@ class Misspelled(nn.Module):
         return nn.Dens(10)(x)  # type: ignore[attr-defined]
 
 
-def test_a_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -> None:
+def test_network_may_have_a_module_of_any_name(data_directory: pathlib.Path) -> None:
     setup = ij.assemble(small.config(data_directory), model=Named())
     assert set(ij.create_state(setup).params) == {"network"}
-    # What was assembled can be given again.
+    # The model of an assembled run can be passed again.
     again = ij.assemble(small.config(data_directory), model=setup.model)
     assert set(ij.create_state(again).params) == {"network"}
 
 
-def test_layers_in_a_row_are_a_network(data_directory: pathlib.Path) -> None:
+def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
     layers = nn.Sequential([lambda x: x.reshape(x.shape[0], -1), nn.Dense(10)])
     assert ij.create_state(ij.assemble(small.config(data_directory), model=layers)).params
 
@@ -64,14 +64,17 @@ def test_layers_in_a_row_are_a_network(data_directory: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (ToldOtherwise(), "'ToldOtherwise' failed .* ModifyScopeVariableError"),
-        (Whole(), r"'Whole' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]"),
-        (Fixed(), "'Fixed' has no parameters, so there is nothing to train"),
+        (TrainingArgument(), "'TrainingArgument' failed .* ModifyScopeVariableError"),
+        (
+            IntegerLogits(),
+            r"'IntegerLogits' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]",
+        ),
+        (NoParameters(), "'NoParameters' has no parameters, so there is nothing to train"),
         (Misspelled(), "'Misspelled' failed .* AttributeError: .* has no attribute 'Dens'"),
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_a_network_that_could_not_be_evaluated_is_refused_before_it_trains(
+def test_network_that_cannot_be_evaluated_is_rejected_before_training(
     model: nn.Module, words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -86,7 +89,7 @@ def test_a_network_that_could_not_be_evaluated_is_refused_before_it_trains(
         ([0] * 16, "one class alone"),
     ],
 )
-def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str) -> None:
+def test_invalid_label_numbering_is_rejected(labels: list[int], words: str) -> None:
     with pytest.raises(DataError, match=words):
         Dataset.from_arrays(np.zeros((16, 8, 8), np.uint8), labels)
 
@@ -95,22 +98,20 @@ def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str)
     ("call", "words"),
     [
         (lambda c, s: ij.train(c, ""), "workdir: is empty"),
-        (lambda c, s: ij.train_batches(c), "run: must be what assemble.* returned, got Config"),
-        (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be whole"),
-        (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be whole"),
+        (lambda c, s: ij.train_batches(c), "run: must be a Run from assemble.*, got Config"),
+        (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be integers"),
+        (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be integers"),
     ],
     ids=["folder", "run", "negative", "backwards"],
 )
-def test_calls_that_cannot_be_meant_are_answered(
-    call: Any, words: str, data_directory: pathlib.Path
-) -> None:
+def test_invalid_calls_are_rejected(call: Any, words: str, data_directory: pathlib.Path) -> None:
     config = small.config(data_directory)
     setup = ij.assemble(config, model=small.Linear())
     with pytest.raises(UserError, match=words):
         call(config, setup)
 
 
-def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path) -> None:
+def test_file_imported_for_its_parts_does_not_train(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
         "import inception_jax as ij\n"
@@ -124,13 +125,13 @@ def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path)
         experiment.register_parts(tmp_path / "none.py")
 
 
-def test_what_training_uses_is_called_train_whatever_the_splits_are_called() -> None:
-    made = Dataset.from_arrays(np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8), [0, 1] * 8)
+def test_training_split_is_called_train_whatever_its_source_name() -> None:
+    base = Dataset.from_arrays(np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8), [0, 1] * 8)
     other = Dataset.from_arrays(np.ones((4, 8, 8), np.uint8), [0, 1] * 2).train
     dataset = dataclasses.replace(
-        made, splits={"extra": made.train, "train": other, "test": made.evaluation},
+        base, splits={"extra": base.train, "train": other, "test": base.evaluation},
         train_split="extra", eval_split="test",
     )  # fmt: skip
     for split in (dataset.train_evaluated, dataset.view("train")):
-        np.testing.assert_array_equal(split.labels, made.train.labels)
-        assert len(split) == len(made.train) != len(other)
+        np.testing.assert_array_equal(split.labels, base.train.labels)
+        assert len(split) == len(base.train) != len(other)

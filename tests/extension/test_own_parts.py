@@ -47,7 +47,7 @@ def standard_promotion() -> Any:
         yield
 
 
-def own_config(directory: pathlib.Path, **changes: Any) -> Config:
+def custom_config(directory: pathlib.Path, **changes: Any) -> Config:
     groups: dict[str, Any] = {
         "model": Model(name="inception_bn", options={"width": 4}),
         "optimizer": Optimizer(name="my_lion", weight_decay=0.1, clip_norm=1.0),
@@ -64,7 +64,7 @@ def own_config(directory: pathlib.Path, **changes: Any) -> Config:
 
 
 def trained(config: Config) -> tuple[run.Run, Any, list[float]]:
-    """Returns a run of some settings, its state after all of its steps, and their losses."""
+    """Returns a run, its state after all steps, and the losses."""
     configs.validate(config)
     this = run.assemble(config, log=lambda _: None)
     make = step.make_train_step(this, this.dataset.image_size)
@@ -77,15 +77,15 @@ def trained(config: Config) -> tuple[run.Run, Any, list[float]]:
         stop=this.total_steps,
         mesh=this.mesh,
     ):
-        now, found = make(now, batch)
-        losses.append(float(found.loss))
+        now, output = make(now, batch)
+        losses.append(float(output.loss))
     return this, now, losses
 
 
 @pytest.fixture(scope="module")
 def finished(data_directory: pathlib.Path) -> tuple[run.Run, Any, list[float]]:
     with jax.numpy_dtype_promotion("standard"):
-        return trained(own_config(data_directory))
+        return trained(custom_config(data_directory))
 
 
 def weights_of(this: run.Run, now: Any) -> Weights:
@@ -100,19 +100,19 @@ def weights_of(this: run.Run, now: Any) -> Weights:
     )
 
 
-def test_an_own_network_learns_and_evaluates(finished: Any) -> None:
+def test_custom_network_learns_and_evaluates(finished: Any) -> None:
     this, now, losses = finished
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     metrics = Evaluator(this)(now.eval_variables())["test"].metrics
     assert metrics["count"] == len(this.dataset.evaluation)
-    assert metrics["top1"] > 20  # Of ten classes.
-    # Variables have the paths that they have without the package.
+    assert metrics["top1"] > 20  # Chance is 10.
+    # Variables have the same paths as outside the package.
     own = own_parts.InceptionBN(10, 4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert set(flatten(own["params"])) == set(flatten(now.params))
 
 
 @pytest.mark.parametrize("form", ["stablehlo", "onnx"])
-def test_an_own_network_is_exported(form: str, finished: Any) -> None:
+def test_custom_network_is_exported(form: str, finished: Any) -> None:
     weights = weights_of(*finished[:2])
     if form == "stablehlo":
         classify = stablehlo.load(stablehlo.export(weights))
@@ -123,19 +123,19 @@ def test_an_own_network_is_exported(form: str, finished: Any) -> None:
     np.testing.assert_allclose(classify(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_own_network_is_looked_into(finished: Any) -> None:
+def test_custom_network_is_inspected(finished: Any) -> None:
     weights = weights_of(*finished[:2])
     assert Explainer(Predictor(weights)).layer == "Module_2"
-    found = structure.describe(finished[0].model, 8)
-    assert [block.name for block in found.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
+    description = structure.describe(finished[0].model, 8)
+    assert [block.name for block in description.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
     params = finished[1].params
-    assert sum(layer.parameters for layer in found.layers) == sum(
+    assert sum(layer.parameters for layer in description.layers) == sum(
         leaf.size for leaf in jax.tree.leaves(params)
     )
 
 
-def test_a_network_that_is_not_told_whether_it_trains(data_directory: pathlib.Path) -> None:
-    config = own_config(
+def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
+    config = custom_config(
         data_directory,
         model=Model(name="linear"),
         optimizer=Optimizer(name="whole_sgd", weight_decay=1e-3),
@@ -148,7 +148,7 @@ def test_a_network_that_is_not_told_whether_it_trains(data_directory: pathlib.Pa
         Explainer(Predictor(weights_of(this, now)))
 
 
-def test_what_needs_more_of_a_network_says_what_is_missing(finished: Any) -> None:
+def test_missing_protocol_attribute_is_named(finished: Any) -> None:
     this, now, _ = finished
     muon = optimizers.make_optimizer(Optimizer(name="muon"), this.schedule, this.model)
     words = r"'muon' needs to know the network's first_conv, and InceptionBN does not say"
@@ -158,7 +158,7 @@ def test_what_needs_more_of_a_network_says_what_is_missing(finished: Any) -> Non
         protocol.num_classes(this.model, now.params)
 
 
-def test_kernels_decay_whatever_the_network(finished: Any) -> None:
+def test_kernels_of_custom_networks_decay(finished: Any) -> None:
     mask = protocol.decay_mask(finished[0].model)(finished[1].params)
     decaying = {
         jax.tree_util.keystr(path[-1:], simple=True)
@@ -178,7 +178,7 @@ def test_kernels_decay_whatever_the_network(finished: Any) -> None:
     }
 
 
-def test_an_own_schedule_comes_after_the_warm_up() -> None:
+def test_custom_schedule_follows_warmup() -> None:
     settings = Schedule(name="triangle", learning_rate=2.0, warmup="4 steps", options={"top": 0.25})
     rate = schedules.make_schedule(settings, timeline=Timeline(1, 100), total_steps=12)
     expected = [0, 0.5, 1, 1.5, 0, 1, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0]
@@ -199,7 +199,7 @@ def varied(settings: Augment, image: np.ndarray) -> np.ndarray:
     return np.asarray(images)
 
 
-def test_own_augmentations_leave_the_draws_of_others_alone() -> None:
+def test_custom_augmentation_does_not_change_random_draws_of_others() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     plain = Augment(crop="pad", flip=True, cutout=3)
     without = varied(plain, images)
@@ -217,7 +217,7 @@ def test_own_augmentations_leave_the_draws_of_others_alone() -> None:
     np.testing.assert_allclose(varied(both, images), blurred / 2, atol=1e-6)
 
 
-def test_an_own_augmentation_can_be_the_policy() -> None:
+def test_custom_augmentation_can_be_the_policy() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     settings = Augment(crop="none", flip=False, policy="blur", options={"probability": 1.0})
     levels = 255 * varied(settings, images)
@@ -226,7 +226,7 @@ def test_an_own_augmentation_can_be_the_policy() -> None:
 
 
 def registered(kind: Callable[..., Any], **facts: Any) -> Callable[[Any], str]:
-    """Returns what registers a function under a name that is free in this test."""
+    """Returns a decorator that registers a function under an unused name."""
 
     def register(function: Any) -> str:
         kind("broken", **facts)(function)
@@ -236,9 +236,9 @@ def registered(kind: Callable[..., Any], **facts: Any) -> Callable[[Any], str]:
 
 
 @pytest.fixture
-def forgotten() -> Any:
-    """Lets a test register parts that no other sees."""
-    # The package's own are loaded when they are first asked for.
+def temporary_registry() -> Any:
+    """Restores the registries after a test."""
+    # Built-in parts are registered on first use.
     before = {
         known.kind: {name: known.get(name) for name in known.names()}
         for known in registry.REGISTRIES.values()
@@ -266,7 +266,7 @@ class Caching(nn.Module):
         return ModelOutput(nn.Dense(10)(x.mean((1, 2))))
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -276,38 +276,38 @@ class Caching(nn.Module):
         (lambda s, n: Caching(), r"has variables cache, which training would not keep"),
     ],
 )
-def test_a_network_that_gives_no_logits_is_named(
+def test_network_without_logits_is_named(
     build: Any, words: str, data_directory: pathlib.Path
 ) -> None:
     name = registered(registry.register_model)(build)
     with pytest.raises(ConfigError, match=rf"{pathlib.Path(__file__).name}, line \d+: .*{words}"):
-        run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
+        run.assemble(custom_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
-@pytest.mark.usefixtures("forgotten")
-def test_images_too_small_for_an_own_network_are_refused(data_directory: pathlib.Path) -> None:
+@pytest.mark.usefixtures("temporary_registry")
+def test_images_too_small_for_custom_network_are_rejected(data_directory: pathlib.Path) -> None:
     name = registered(registry.register_model, min_image_size=9)(lambda s, n: Wide())
     with pytest.raises(ConfigError, match=r"data\.image_size = 8: broken needs at least 9 px"):
-        run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
+        run.assemble(custom_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda s, n: 0.1, "schedule 'broken' returned 0.1; it has to return a function"),
-        (lambda s, n: lambda t: jnp.stack([t, t]), r"gives int32 \[2\]; it has to return"),
-        (lambda s, n: lambda t: t, r"gives int32 \[\]; it has to return"),
+        (lambda s, n: 0.1, "schedule 'broken' returned 0.1; it must return a function"),
+        (lambda s, n: lambda t: jnp.stack([t, t]), r"returns int32 \[2\]; it must return"),
+        (lambda s, n: lambda t: t, r"returns int32 \[\]; it must return"),
     ],
 )
-def test_a_schedule_that_gives_no_rate_is_named(build: Any, words: str) -> None:
+def test_schedule_without_rate_is_named(build: Any, words: str) -> None:
     name = registered(registry.register_schedule)(build)
     with pytest.raises(ConfigError, match=words):
         schedules.make_schedule(Schedule(name=name), timeline=Timeline(1, 9), total_steps=9)
 
 
-@pytest.mark.usefixtures("forgotten")
-def test_an_optimizer_that_is_none_is_named() -> None:
+@pytest.mark.usefixtures("temporary_registry")
+def test_invalid_optimizer_is_named() -> None:
     name = registered(registry.register_optimizer)(lambda s, rate: optax.sgd)
     with pytest.raises(ConfigError, match=r"'broken' returned <function sgd.*GradientTransform"):
         optimizers.make_optimizer(Optimizer(name=name), optax.constant_schedule(0.1))
@@ -315,7 +315,7 @@ def test_an_optimizer_that_is_none_is_named() -> None:
         registry.register_optimizer("other", decay="L2")
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("temporary_registry")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -324,11 +324,11 @@ def test_an_optimizer_that_is_none_is_named() -> None:
         (lambda key, images: None, r"returned None; it has to return images"),
     ],
 )
-def test_an_augmentation_that_gives_no_images_is_named(
+def test_augmentation_without_images_is_named(
     build: Any, words: str, data_directory: pathlib.Path
 ) -> None:
     name = registered(registry.register_augmentation)(build)
-    config = own_config(data_directory, augment=Augment(crop="none", extra=(name,)))
+    config = custom_config(data_directory, augment=Augment(crop="none", extra=(name,)))
     with pytest.raises(ConfigError, match=f"augmentation 'broken' {words}"):
         run.assemble(config, log=lambda _: None)
 
@@ -346,13 +346,13 @@ def test_an_augmentation_that_gives_no_images_is_named(
         ({"optimizer": Optimizer(name="my_lion", epsilon=0.5)}, "'my_lion' does not have this"),
     ],
 )
-def test_a_wrong_name_option_or_setting_is_refused(
+def test_unknown_name_option_or_setting_is_rejected(
     changes: dict[str, Any], words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        configs.validate(own_config(data_directory, **changes))
+        configs.validate(custom_config(data_directory, **changes))
 
 
-def test_the_names_of_the_package_are_taken() -> None:
+def test_builtin_names_cannot_be_registered_again() -> None:
     with pytest.raises(ConfigError, match=r"registers the model 'googlenet', which .*networks\.py"):
         registry.register_model("googlenet")(lambda settings, num_classes: Wide())

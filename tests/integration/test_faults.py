@@ -26,8 +26,8 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Campai
 def saved_step(messages: str) -> int:
     """Returns the step that a stopped process says it has saved."""
     found = re.findall(
-        r"^stopped as a signal asked, after step ([\d,]+) of [\d,]+, which is saved; "
-        r"the same command goes on from it$",
+        r"^stopped by a signal after step ([\d,]+) of [\d,]+; the state is saved\. "
+        r"Rerun the same command to resume$",
         messages,
         re.MULTILINE,
     )

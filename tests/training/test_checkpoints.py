@@ -1,4 +1,4 @@
-"""Checkpoints on disks that lie, fill up and vanish; the state is a small one of a few arrays."""
+"""Checkpoints on disks that corrupt, fill up and disappear; with a small state of a few arrays."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.state import TrainState
 from tests import disks, names
 
-# Orbax leaves coroutines behind that never ran, which show whenever the garbage is collected.
+# Orbax leaves coroutines that never ran, which are reported on garbage collection.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STEPS = {2: 50.0, 4: 90.0, 6: 80.0}
@@ -68,13 +68,13 @@ def metrics_of(*names: str) -> TrainMetrics:
     return TrainMetrics.empty(scale).merge(step)
 
 
-def test_metrics_may_be_added_to_a_run_and_taken_away(
+def test_restore_tolerates_added_and_removed_metrics(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    item = TrainMetrics.item
-    # Revision 56edb8b wrote one value more.
+    item = TrainMetrics.checkpoint_item
+    # Revision 56edb8b wrote one more value.
     older = {"_reduction_counter": {"value": jnp.int32(1)}}
-    monkeypatch.setattr(TrainMetrics, "item", lambda self: item(self) | older)
+    monkeypatch.setattr(TrainMetrics, "checkpoint_item", lambda self: item(self) | older)
     saved = state(2).replace(metrics=metrics_of("top1", "top5"))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(saved, progress={}, metrics=None)
@@ -87,7 +87,7 @@ def test_metrics_may_be_added_to_a_run_and_taken_away(
             if "top10" in names:
                 expected["top10"] = TrainMetrics.empty(dict.fromkeys(names, 100)).averages["top10"]
             expected = {name: expected[name] for name in target.metrics.averages}
-            jax.tree.map(lambda a, b: None, restored, target)  # Raises where structures differ.
+            jax.tree.map(lambda a, b: None, restored, target)  # Raises if structures differ.
             jax.tree.map(np.testing.assert_array_equal, restored.metrics.averages, expected)
             assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
             jax.tree.map(
@@ -108,13 +108,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def folder(template: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """Checkpoints of the steps 2, 4 (the best) and 6, to be damaged."""
+    """Checkpoints of steps 2, 4 (the best) and 6, to be corrupted."""
     return pathlib.Path(shutil.copytree(template, tmp_path / "checkpoints"))
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
@@ -173,7 +173,7 @@ by_name = pytest.mark.parametrize(
 
 
 @by_name
-def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
+def test_training_quarantines_corrupt_checkpoint_and_resumes_from_previous(
     folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
 ) -> None:
     damage(folder / "6")
@@ -191,7 +191,7 @@ def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
         check_restores(checkpoints, 6)
     assert files(folder / "6.damaged") == before
     assert integrity.find_corruption(folder / "6") == ""
-    # A second time, too.
+    # And once more.
     damage(folder / "6")
     with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
         assert checkpoints.latest_step() == 4
@@ -200,7 +200,7 @@ def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
 
 
 @by_name
-def test_reading_takes_the_one_before_and_changes_nothing(
+def test_read_only_uses_previous_checkpoint_and_changes_nothing(
     folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
 ) -> None:
     damage(folder / "4")
@@ -212,17 +212,17 @@ def test_reading_takes_the_one_before_and_changes_nothing(
         assert [line.split(":")[0] for line in lines] == [str(folder / "6"), str(folder / "4")]
         assert checkpoints.resolve("best") == 2
         assert checkpoints.resolve("2") == 2
-        with pytest.raises(CheckpointError, match=r"no intact checkpoint '6'; .* 2, 4, 6"):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint '6' found; .* 2, 4, 6"):
             checkpoints.resolve("6")
         check_restores(checkpoints, 2)
     assert files(folder) == before
 
 
-# What Orbax writes after the manifest, and reads for no restore.
+# Files that Orbax writes after the manifest and does not read on restore.
 UNLISTED = {_orbax_private.STEP_METADATA, "commit_success.txt"}
 
 
-def test_a_checkpoint_is_whole_without_what_its_manifest_does_not_list(
+def test_checkpoint_is_intact_whatever_unlisted_files_contain(
     folder: pathlib.Path,
 ) -> None:
     for name in UNLISTED:
@@ -236,21 +236,21 @@ def test_a_checkpoint_is_whole_without_what_its_manifest_does_not_list(
         save(checkpoints, 8)
 
 
-def test_a_flipped_bit_in_any_file_is_found(folder: pathlib.Path) -> None:
-    found = sorted(
+def test_flipped_bit_in_any_file_is_detected(folder: pathlib.Path) -> None:
+    listed = sorted(
         name for name, content in files(folder / "6").items() if content and name not in UNLISTED
     )
-    assert len(found) > 15
-    for name in found:
+    assert len(listed) > 15
+    for name in listed:
         flip(folder / "6" / name)
         problem = integrity.find_corruption(folder / "6")
-        # In the manifest itself it is another file's checksum that changes.
+        # A flipped bit in the manifest changes another file's checksum.
         assert name in problem or (name == integrity.MANIFEST and problem), name
         flip(folder / "6" / name)
     assert integrity.find_corruption(folder / "6") == ""
 
 
-def test_nothing_is_changed_where_no_checkpoint_is_whole(folder: pathlib.Path) -> None:
+def test_nothing_is_changed_without_an_intact_checkpoint(folder: pathlib.Path) -> None:
     for step in STEPS:
         flip_bit(folder / str(step))
     before = files(folder)
@@ -264,7 +264,7 @@ def test_nothing_is_changed_where_no_checkpoint_is_whole(folder: pathlib.Path) -
     assert files(folder) == before
 
 
-def test_a_damaged_one_does_not_drive_out_a_whole_one(folder: pathlib.Path) -> None:
+def test_corrupt_checkpoint_does_not_displace_intact_one(folder: pathlib.Path) -> None:
     for step in (4, 6):
         flip_bit(folder / str(step))
     with Checkpoints(folder, keep_last=2, keep_best=0, log=lambda _: None) as checkpoints:
@@ -274,14 +274,14 @@ def test_a_damaged_one_does_not_drive_out_a_whole_one(folder: pathlib.Path) -> N
     assert {path.name for path in folder.iterdir()} == {"3", "5", "4.damaged", "6.damaged"}
 
 
-def test_checkpoints_without_a_manifest_are_read(folder: pathlib.Path) -> None:
+def test_checkpoint_without_manifest_is_restored(folder: pathlib.Path) -> None:
     for step in STEPS:
         (folder / str(step) / integrity.MANIFEST).unlink()
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.latest_step() == 6
         check_restores(checkpoints, 6)
     truncate(folder / "6")
-    # TensorStore leaves a coroutine behind, of which Python warns when it is collected.
+    # TensorStore leaves a coroutine that Python warns about on garbage collection.
     with (
         Checkpoints(folder) as checkpoints,
         pytest.raises(CheckpointError, match=r"(?s)6: cannot be restored.*without checksums"),
@@ -290,15 +290,15 @@ def test_checkpoints_without_a_manifest_are_read(folder: pathlib.Path) -> None:
     gc.collect()
 
 
-def test_a_checkpoint_bears_its_name_only_with_its_manifest(
+def test_checkpoint_is_renamed_after_its_manifest_is_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = integrity.write_manifest
+    write_manifest = integrity.write_manifest
     seen: list[set[str]] = []
 
     def write(folder: pathlib.Path, **options: Any) -> None:
         seen.append({path.name for path in tmp_path.iterdir()})
-        whole(folder, **options)
+        write_manifest(folder, **options)
 
     monkeypatch.setattr(integrity, "write_manifest", write)
     with Checkpoints(tmp_path, keep_last=9) as checkpoints:
@@ -310,22 +310,22 @@ def test_a_checkpoint_bears_its_name_only_with_its_manifest(
     assert set(listed) == set(files(tmp_path / "2")) - UNLISTED - {integrity.MANIFEST}
 
 
-# Disks that are full, and worse.
+# Disk failures.
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the next checkpoint fail when all of it but the manifest is written."""
-    whole, failures = integrity.write_manifest, iter([True])
+    """Makes the next checkpoint fail when everything but the manifest is written."""
+    write_manifest, failures = integrity.write_manifest, iter([True])
 
     def write(folder: pathlib.Path, **options: Any) -> None:
         if next(failures, False):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        whole(folder, **options)
+        write_manifest(folder, **options)
 
     monkeypatch.setattr(integrity, "write_manifest", write)
 
 
-def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
+def test_failed_write_is_raised_by_next_call_and_keeps_earlier_checkpoints(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(folder)
@@ -334,10 +334,10 @@ def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
         save(checkpoints, 8)
         with pytest.raises(WriteError, match=r"could not be written: No space left on device"):
             checkpoints.wait()
-        # It is as if it had not been tried, and what came before counts again.
+        # As if it had not been attempted: the previous checkpoint is the latest again.
         assert checkpoints.latest_step() == 6
         check_restores(checkpoints, 6)
-        # Orbax removes what is left of it in the background.
+        # Orbax deletes its partial files in the background.
         while any("tmp" in path.name for path in folder.iterdir()):
             time.sleep(0.01)
         assert files(folder) == before
@@ -348,7 +348,7 @@ def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
     assert integrity.steps(folder) == [4, 8]
 
 
-def test_a_failure_of_the_last_write_shows_at_the_end(
+def test_failure_of_last_write_is_raised_at_the_end(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_once(monkeypatch)
@@ -359,7 +359,7 @@ def test_a_failure_of_the_last_write_shows_at_the_end(
 
 
 def hooks() -> list[Any]:
-    """Returns what of Python's reports of errors a library may have changed."""
+    """Returns the hooks and filters of Python's error reports that a library may change."""
     return [
         threading.excepthook,
         sys.unraisablehook,
@@ -370,7 +370,7 @@ def hooks() -> list[Any]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_reports_of_errors_are_as_before_when_it_is_closed(
+def test_error_hooks_are_restored_on_close(
     fails: bool,
     folder: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -384,7 +384,7 @@ def test_reports_of_errors_are_as_before_when_it_is_closed(
         if fails:
             fail_once(monkeypatch)
         save(checkpoints, 8)
-        # A bug in a thread of the user's own is still reported.
+        # A bug in a user's thread is still reported.
         bug = threading.Thread(target=lambda: [][1])
         bug.start()
         bug.join()
@@ -392,7 +392,7 @@ def test_reports_of_errors_are_as_before_when_it_is_closed(
     assert [type(error) for error in shown] == [IndexError]
 
 
-def test_too_little_space_is_found_before_anything_is_written(
+def test_low_disk_space_is_detected_before_writing(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(folder)
@@ -404,16 +404,14 @@ def test_too_little_space_is_found_before_anything_is_written(
         assert files(folder) == before
 
 
-def test_a_disk_that_is_full_and_then_is_not(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_and_recovery(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with disks.mounted(tmp_path / "disk", kilobytes=1200) as disk:
         folder = disk / "checkpoints"
         with Checkpoints(folder, keep_last=9) as checkpoints:
             save(checkpoints, 2)
             checkpoints.wait()
             before = files(folder)
-            # There is room for the numbers, as the check beforehand finds, but not for all.
+            # Enough space for the arrays, which is checked beforehand, but not for everything.
             free = shutil.disk_usage(disk).free
             (disk / "other").write_bytes(bytes(free - 50_000))
             save(checkpoints, 4)
@@ -426,12 +424,12 @@ def test_a_disk_that_is_full_and_then_is_not(
             checkpoints.wait()
             check_restores(checkpoints, 4)
         assert {n: c for n, c in files(folder).items() if n.startswith("2/")} == before
-    # Each array's own failure is said by none of asyncio's tasks, which it would be now.
+    # asyncio does not report the failure of each array's task, which it would do now.
     gc.collect()
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
-def test_a_disk_that_turns_read_only(tmp_path: pathlib.Path) -> None:
+def test_disk_becomes_read_only(tmp_path: pathlib.Path) -> None:
     with disks.mounted(tmp_path / "disk", kilobytes=4000) as disk:
         folder = disk / "checkpoints"
         with Checkpoints(folder) as checkpoints:
@@ -441,7 +439,7 @@ def test_a_disk_that_turns_read_only(tmp_path: pathlib.Path) -> None:
             disks.make_read_only(disk)
             with pytest.raises(WriteError, match="Read-only file system"):
                 save(checkpoints, 4)
-            # No thread is left that would keep the process from ending.
+            # No thread remains that would keep the process from exiting.
             deadline = time.monotonic() + 30
             while threading.active_count() > threads and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -454,12 +452,12 @@ def test_a_disk_that_turns_read_only(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "disk" / "checkpoints").exists()
 
 
-def test_a_folder_that_vanishes_is_not_made_anew(folder: pathlib.Path) -> None:
+def test_removed_directory_is_not_recreated(folder: pathlib.Path) -> None:
     elsewhere = folder.with_name("elsewhere")
     with Checkpoints(folder) as checkpoints:
         folder.rename(elsewhere)
         for _ in range(2):
-            with pytest.raises(WriteError, match=r"checkpoints: is gone: removed, renamed or unm"):
+            with pytest.raises(WriteError, match=r"checkpoints: was removed, renamed or unmounted"):
                 save(checkpoints, 8)
         assert not folder.exists()
         elsewhere.rename(folder)
@@ -468,7 +466,7 @@ def test_a_folder_that_vanishes_is_not_made_anew(folder: pathlib.Path) -> None:
         check_restores(checkpoints, 8)
 
 
-def test_a_clock_that_is_set_back_loses_nothing(
+def test_clock_set_back_loses_no_checkpoint(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
@@ -481,20 +479,20 @@ def test_a_clock_that_is_set_back_loses_nothing(
         assert checkpoints.resolve("last") == 8
 
 
-def test_the_metrics_of_a_step_are_those_it_was_saved_with(folder: pathlib.Path) -> None:
+def test_metrics_are_saved_with_each_step(folder: pathlib.Path) -> None:
     with Checkpoints(folder, keep_last=9) as checkpoints:
         save(checkpoints, 8, top1=None)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        found: dict[int, Any] = {step: checkpoints.metrics(step) for step in (2, 4, 6, 8)}
-        assert found == {step: {"top1": top1} for step, top1 in STEPS.items()} | {8: {}}
+        metrics: dict[int, Any] = {step: checkpoints.metrics(step) for step in (2, 4, 6, 8)}
+        assert metrics == {step: {"top1": top1} for step, top1 in STEPS.items()} | {8: {}}
         assert checkpoints.resolve("best") == 4
 
 
 @pytest.mark.parametrize("name", names.ODD, ids=ascii)
-def test_a_folder_of_any_name_keeps_checkpoints(name: str, tmp_path: pathlib.Path) -> None:
-    # Of the same pattern: another run's, which must not be mixed in.
-    for neighbour in ("run1", "axb", "qx"):
-        with Checkpoints(tmp_path / neighbour / "checkpoints") as checkpoints:
+def test_directory_names_with_special_characters(name: str, tmp_path: pathlib.Path) -> None:
+    # Other runs whose names match the same glob pattern must not be mixed in.
+    for neighbor in ("run1", "axb", "qx"):
+        with Checkpoints(tmp_path / neighbor / "checkpoints") as checkpoints:
             save(checkpoints, 4)
     before = {folder.name for folder in tmp_path.iterdir()}
     folder = tmp_path / name / "checkpoints"
@@ -505,14 +503,14 @@ def test_a_folder_of_any_name_keeps_checkpoints(name: str, tmp_path: pathlib.Pat
         save(checkpoints, 6)
     with Checkpoints(folder, read_only=True) as checkpoints:
         check_restores(checkpoints, checkpoints.resolve("last"))
-    # Nor was anything written elsewhere.
+    # Nothing was written elsewhere.
     assert {folder.name for folder in tmp_path.iterdir()} - before == {name}
 
 
-def test_a_checkpoint_that_cannot_be_read_back_is_none(
+def test_checkpoint_that_cannot_be_read_back_is_discarded(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where Orbax finds none of the files that it is to merge, of which it says nothing."""
+    """Simulates that Orbax silently finds none of the files to merge."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         save(checkpoints, 2)
         checkpoints.wait()
@@ -529,10 +527,10 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(
 
 
 @pytest.mark.parametrize("name", ["run", "run[1]"])
-def test_what_older_versions_left_unmerged_is_merged(
+def test_unmerged_checkpoints_of_older_versions_are_finalized(
     name: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """As they did where the path had brackets; a checkpoint was hashed and never read."""
+    """They left them unmerged if the path had brackets: checkpoints were hashed but not read."""
     damaged = folder.rename(tmp_path / name)
     for step in STEPS:
         for item in integrity.ARRAYS:

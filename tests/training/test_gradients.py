@@ -1,4 +1,4 @@
-"""Micro-batches and sharpness-aware gradients against formulas, on networks of a layer or two."""
+"""Micro-batches and SAM gradients against formulas, on networks of one or two layers."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ KEY = jax.random.key(3)
 
 
 class Net(nn.Module):
-    """BatchNorm, a hidden layer and dropout, each where asked for, and a linear layer."""
+    """Optional BatchNorm, hidden layer and dropout, and a linear layer."""
 
     norm: bool = False
     hidden: int = 0
@@ -64,58 +64,58 @@ def make(net: Net, parts: int, rho: float, mesh: Mesh) -> gradients.GradientFunc
 def gradient_of(
     net: Net, *, parts: int = 1, rho: float = 0.0, devices: int = 1, at: Any = None
 ) -> gradients.GradOutput:
-    """The gradient at the initial parameters, or at others, of the batch split over devices."""
+    """Returns the gradient at the initial or given parameters, the batch split over devices."""
     params, batch_stats = variables_of(net)
     mesh = mesh_of(devices)
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    replicated, sharded = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     gradient = make(net, parts, rho, mesh)
-    placed = jax.device_put((params if at is None else at, batch_stats), whole)
-    return jax.jit(gradient)(*placed, *jax.device_put(data(), rows), jax.device_put(KEY, whole))
+    placed = jax.device_put((params if at is None else at, batch_stats), replicated)
+    return jax.jit(gradient)(
+        *placed, *jax.device_put(data(), sharded), jax.device_put(KEY, replicated)
+    )
 
 
 @functools.cache
-def gradient_of_the_whole(net: Net, rho: float) -> gradients.GradOutput:
+def full_batch_gradient(net: Net, rho: float) -> gradients.GradOutput:
     return gradient_of(net, rho=rho)
 
 
-def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
+def assert_close(actual: Any, expected: Any, **tolerance: float) -> None:
     limits = {"rtol": 1e-5, "atol": 1e-6} | tolerance
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **limits), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **limits), actual, expected)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(
-    parts: int, rho: float, devices: int
-) -> None:
+def test_microbatches_give_gradient_of_full_batch(parts: int, rho: float, devices: int) -> None:
     net = Net(hidden=4)
-    found = gradient_of(net, parts=parts, rho=rho, devices=devices)
-    assert_close(found, gradient_of_the_whole(net, rho))
+    result = gradient_of(net, parts=parts, rho=rho, devices=devices)
+    assert_close(result, full_batch_gradient(net, rho))
 
 
-def test_no_device_sends_its_images_to_another() -> None:
+def test_devices_do_not_exchange_images() -> None:
     net, mesh = Net(hidden=4), mesh_of(8)
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    replicated, sharded = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     gradient = make(net, 2, 0.0, mesh)
-    jitted = jax.jit(gradient, in_shardings=(whole, whole, rows, rows, whole))
+    jitted = jax.jit(gradient, in_shardings=(replicated, replicated, sharded, sharded, replicated))
     program = jitted.lower(*variables_of(net), *data(), KEY).compile().as_text()
     assert program and "all-reduce" in program
     for exchange in ("all-gather", "all-to-all", "collective-permute"):
         assert exchange not in program
 
 
-def test_running_statistics_follow_the_parts_in_turn() -> None:
+def test_running_statistics_are_updated_by_each_microbatch() -> None:
     images = data()[0].reshape(BATCH, -1).astype(np.float64)
     mean, variance = np.zeros(12), np.ones(12)
     for part in range(4):
         mean = 0.9 * mean + 0.1 * images[part::4].mean(0)
         variance = 0.9 * variance + 0.1 * images[part::4].var(0)
-    found = gradient_of(Net(norm=True), parts=4, devices=8).batch_stats["norm"]
-    assert_close(found, {"mean": mean, "var": variance})
+    result = gradient_of(Net(norm=True), parts=4, devices=8).batch_stats["norm"]
+    assert_close(result, {"mean": mean, "var": variance})
 
 
-def test_each_part_has_a_dropout_of_its_own() -> None:
+def test_each_microbatch_has_independent_dropout() -> None:
     net = Net(dropout=0.5)
     images, targets = data()
     plain = make(net, 1, 0.0, mesh_of(1))
@@ -124,12 +124,12 @@ def test_each_part_has_a_dropout_of_its_own() -> None:
         for i in range(2)
     ]
     expected = jax.tree.map(lambda a, b: (a + b) / 2, parts[0].grads, parts[1].grads)
-    found = gradient_of(net, parts=2)
-    assert_close(found.grads, expected)
-    assert_close(found.logits[1::2], parts[1].logits)
+    result = gradient_of(net, parts=2)
+    assert_close(result.grads, expected)
+    assert_close(result.logits[1::2], parts[1].logits)
 
 
-def test_sharpness_aware_gradient_equals_its_formula() -> None:
+def test_sam_gradient_equals_formula() -> None:
     images, targets = data()
     images = images.reshape(BATCH, -1).astype(np.float64)
     start = jax.tree.map(lambda p: np.asarray(p, np.float64), variables_of(Net())[0]["last"])
@@ -147,7 +147,7 @@ def test_sharpness_aware_gradient_equals_its_formula() -> None:
     assert abs(expected["kernel"] - here["kernel"]).max() > 0.01
 
 
-def test_sharpness_aware_step_equals_optax() -> None:
+def test_sam_step_equals_optax() -> None:
     net = Net(hidden=4)
     params = variables_of(net)[0]
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.3))
@@ -158,25 +158,25 @@ def test_sharpness_aware_step_equals_optax() -> None:
         params,
         grad_fn=lambda at, _: gradient_of(net, at=at).grads,
     )
-    found = gradient_of(net, rho=0.3).grads
-    assert_close(jax.tree.map(lambda g: -0.1 * g, found), updates)
+    result = gradient_of(net, rho=0.3).grads
+    assert_close(jax.tree.map(lambda g: -0.1 * g, result), updates)
 
 
-def test_second_pass_has_the_same_dropout_and_leaves_the_statistics() -> None:
+def test_second_sam_pass_reuses_dropout_and_keeps_statistics() -> None:
     net = Net(norm=True, hidden=4, dropout=0.5)
-    plain, found = gradient_of(net), gradient_of(net, rho=0.3)
-    assert_close(found[1:], plain[1:])
+    plain, result = gradient_of(net), gradient_of(net, rho=0.3)
+    assert_close(result[1:], plain[1:])
     factor = 0.3 / optax.tree.norm(plain.grads)
-    neighbour = jax.tree.map(lambda p, g: p + factor * g, variables_of(net)[0], plain.grads)
-    assert_close(found.grads, gradient_of(net, at=neighbour).grads)
+    neighbor = jax.tree.map(lambda p, g: p + factor * g, variables_of(net)[0], plain.grads)
+    assert_close(result.grads, gradient_of(net, at=neighbor).grads)
 
 
-def test_a_gradient_of_zero_stays_where_it_is() -> None:
+def test_zero_gradient_does_not_perturb_parameters() -> None:
     net = Net()
     params, _ = variables_of(net)
     mesh = mesh_of(1)
     gradient = make(net, 1, 0.5, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     uniform = jnp.full((BATCH, CLASSES), 1 / CLASSES)
-    found = gradient(zeros, {}, jnp.asarray(data()[0]), uniform, KEY)
-    assert_close(found.grads, zeros)
+    result = gradient(zeros, {}, jnp.asarray(data()[0]), uniform, KEY)
+    assert_close(result.grads, zeros)

@@ -1,4 +1,4 @@
-"""Exported weights: evaluated as their checkpoint was, and as the start of another run."""
+"""Exported weights: evaluated like their checkpoint, and used to initialize another run."""
 
 import dataclasses
 import pathlib
@@ -43,7 +43,7 @@ def build(config: Config) -> run.Run:
     return run.assemble(config, log=lambda _: None)
 
 
-def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
+def initialize(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], list[str]]:
     """Returns the state before the first step, its leaves by path, and the notes."""
     start = initialization.initialize_from(this, state.abstract_state(this))
     first = state.with_initial_weights(state.create(this), start.values)
@@ -51,7 +51,7 @@ def started(this: run.Run) -> tuple[state.TrainState, dict[str, np.ndarray], lis
     return first, weights.flatten(jax.device_get(variables)), start.notes
 
 
-def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
+def test_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
     expected = evaluate_checkpoint(source.run, source.workdir, "last")
     assert evaluate_weights(source.run, weights.load(source.path)) == expected
     assert source.weights.is_average
@@ -61,7 +61,7 @@ def test_a_file_evaluates_exactly_as_its_checkpoint(source: Source) -> None:
     )
 
 
-def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.Path) -> None:
+def test_evaluation_uses_normalization_of_weights(source: Source, tmp_path: pathlib.Path) -> None:
     expected = evaluate_weights(source.run, weights.load(source.path))
     dataset = dataclasses.replace(source.run.dataset, mean=np.full(3, 0.9, np.float32))
     other = dataclasses.replace(source.run, dataset=dataset)
@@ -69,7 +69,7 @@ def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.P
 
 
 def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
-    """Returns settings of a run from a file; its first step has rate 0 and changes no parameter."""
+    """Returns settings of a run from a file; its first step has rate 0 and changes nothing."""
     groups = {
         "init": Init(pretrained=str(path)),
         "checkpoint": Checkpoint(every="1 step", keep_last=20),
@@ -77,7 +77,7 @@ def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> 
     return small.config(directory, **(groups | changes))
 
 
-def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
+def test_new_run_starts_from_file_and_resume_does_not_need_it(
     source: Source,
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -90,14 +90,14 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))
     folder = Workdir(tmp_path / "run")
     small.train(this, folder, Evaluator(this), changed=[])
-    assert f"starts from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
+    assert f"initialized from {path}: mini_googlenet, 10 classes, step 11" in capfd.readouterr().err
 
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        like = state.abstract_state(this).model_item()
-        model = jax.device_get(checkpoints.restore_model(1, like))
+        abstract_model = state.abstract_state(this).model_item()
+        model = jax.device_get(checkpoints.restore_model(1, abstract_model))
     expected = drawn["params"]
     jax.tree.map(np.testing.assert_array_equal, model["params"], expected)
-    # The average is of the same values, so rounding is all that it adds.
+    # The average is of equal values, so it adds only rounding errors.
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
         model["average"]["params"],
@@ -109,11 +109,11 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     assert resumed["step"] == 3
 
 
-def test_the_state_starts_from_parameters_statistics_and_average(
+def test_state_starts_from_parameters_statistics_and_average(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     this = build(fine_tuning(data_directory, source.path))
-    first, leaves, notes = started(this)
+    first, leaves, notes = initialize(this)
     expected = weights.flatten(source.weights.variables)
     for name, leaf in leaves.items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
@@ -124,7 +124,7 @@ def test_the_state_starts_from_parameters_statistics_and_average(
 
 
 @pytest.mark.parametrize("classes", [10, 7], ids=["other-names", "other-number"])
-def test_the_last_layer_starts_anew_for_other_classes(
+def test_classifier_is_reinitialized_for_other_classes(
     classes: int, source: Source, data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     leaves = {
@@ -139,9 +139,9 @@ def test_the_last_layer_starts_anew_for_other_classes(
     path = tmp_path / "other.safetensors"
     weights.save(path, other)
     this = build(fine_tuning(data_directory, path))
-    _, found, notes = started(this)
+    _, initial, notes = initialize(this)
     fresh = weights.flatten(jax.device_get({"params": state.create(this).params}))
-    for name, leaf in found.items():
+    for name, leaf in initial.items():
         expected = fresh if "/classifier/" in name else leaves
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
     assert any("the classifier is re-initialized" in note for note in notes)
@@ -149,20 +149,20 @@ def test_the_last_layer_starts_anew_for_other_classes(
         evaluate_weights(this, weights.load(path))
 
 
-def test_another_normalisation_is_folded_into_the_first_layer(
+def test_other_normalization_is_folded_into_first_layer(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     this = build(fine_tuning(data_directory, source.path))
     mean, std = np.float32([0.2, 0.4, 0.5]), np.float32([0.5, 0.2, 0.3])
     other = dataclasses.replace(this, dataset=dataclasses.replace(this.dataset, mean=mean, std=std))
-    _, leaves, notes = started(other)
+    _, leaves, notes = initialize(other)
     assert "adapted" in notes[-1]
 
-    # Of an image of one colour, the first layer's output inside is what it was before.
+    # For an image of a single color, the first layer's output is unchanged away from the border.
     def inside(variables: Any, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
         image = (np.full((1, 8, 8, 3), [0.3, 0.6, 0.9], np.float32) - mean) / std
 
-        # Compiled, and so without the layers behind the first.
+        # Compiled, so that later layers are removed as dead code.
         @jax.jit
         def first(variables: Any, image: np.ndarray) -> jax.Array:
             _, outputs = this.model.apply(variables, image, capture_intermediates=True)
@@ -171,12 +171,12 @@ def test_another_normalisation_is_folded_into_the_first_layer(
         return np.asarray(first(variables, image))[:, 2:-2, 2:-2]
 
     expected = inside(source.weights.variables, source.weights.mean, source.weights.std)
-    found = inside(weights.unflatten(leaves), mean, std)
+    result = inside(weights.unflatten(leaves), mean, std)
     assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
-def test_weights_of_another_network_are_refused_with_the_differences(
+def test_weights_of_another_network_are_rejected_with_differences(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     wide = Model(name="mini_googlenet", width=0.25, dropout=0.1)
@@ -184,25 +184,25 @@ def test_weights_of_another_network_are_refused_with_the_differences(
     with pytest.raises(ConfigError) as error:
         initialization.initialize_from(this, state.abstract_state(this))
     message = str(error.value)
-    assert f"{source.path}: its weights are of another network" in message
-    assert "other shape: params/" in message and "(3, 3, 3, 12) in the file" in message
-    assert message.count("other shape") == 10 and "more\n" in message
+    assert f"{source.path}: the weights belong to another network" in message
+    assert "shape mismatch: params/" in message and "(3, 3, 3, 12) in the file" in message
+    assert message.count("shape mismatch") == 10 and "more\n" in message
     assert "config.model.width: 0.125 in the file, 0.25 here" in message
     with pytest.raises(ConfigError, match="another network"):
         evaluate_weights(this, source.weights)
 
 
-def test_a_network_that_only_computes_otherwise_is_not_evaluated(
+def test_weights_with_other_norm_epsilon_are_not_evaluated(
     source: Source, data_directory: pathlib.Path
 ) -> None:
     other = Model(name="mini_googlenet", width=0.125, dropout=0.1, norm_epsilon=0.1)
     this = build(fine_tuning(data_directory, source.path, model=other))
     with pytest.raises(ConfigError, match=r"norm_epsilon: 0\.001 in the file, 0\.1 here"):
         evaluate_weights(this, source.weights)
-    assert any("norm_epsilon" in note for note in started(this)[2])
+    assert any("norm_epsilon" in note for note in initialize(this)[2])
 
 
-@pytest.mark.parametrize("theirs", [True, False], ids=["left-out", "anew"])
+@pytest.mark.parametrize("theirs", [True, False], ids=["ignored", "re-initialized"])
 def test_auxiliary_heads_may_be_on_one_side_only(
     theirs: bool, data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -231,4 +231,4 @@ def test_auxiliary_heads_may_be_on_one_side_only(
     assert set(start.values) == {name for name in weights.flatten(variables) if "/aux_" not in name}
     notes = [note for note in start.notes if "auxiliary head aux_4a" in note]
     assert len(notes) == 1
-    assert ("left out" if theirs else "starts anew") in notes[0]
+    assert ("ignored" if theirs else "re-initialized") in notes[0]

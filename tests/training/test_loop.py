@@ -1,7 +1,7 @@
-"""Training as a whole, on eight simulated devices: resume, evaluation, faults.
+"""The training loop on eight simulated devices: resume, evaluation, faults.
 
 The network is `small.Network`: the loop is the same for every network, and the integration tests
-run it with one of the package's own.
+run it with a built-in one.
 """
 
 import dataclasses
@@ -44,12 +44,12 @@ from tests import small
 
 
 class Stopped(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
+    """Simulates a kill: nothing in the package catches it."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once() -> Iterator[None]:
-    """Compiles the step of each run once, however often the run is started."""
+    """Compiles the step of each run once, no matter how often the run is started."""
     compiled: dict[run.Run, Any] = {}
 
     def compile_or_reuse(this: run.Run, *arguments: Any, first: int, **log: Any) -> Any:
@@ -77,7 +77,7 @@ def reference(
 
 
 def train_again(this: run.Run, folder: Workdir) -> dict[str, Any]:
-    changed = workdir.check_compatible(workdir.previous(folder), this.config)
+    changed = workdir.check_compatible(workdir.load_previous_run(folder), this.config)
     return small.train(this, folder, evaluator_of(this), changed=changed)
 
 
@@ -96,31 +96,31 @@ def lines_without_timing(folder: Workdir) -> list[dict[str, Any]]:
 
 def assert_same(this: run.Run, folder: Workdir, reference: Workdir) -> None:
     expected = final_leaves(this, reference)
-    found = final_leaves(this, folder)
-    kinds = {re.split(r"\W", path)[1] for path, _ in found}
+    leaves = final_leaves(this, folder)
+    kinds = {re.split(r"\W", path)[1] for path, _ in leaves}
     assert kinds == {field.name for field in dataclasses.fields(state.TrainState)}
-    for (path, left), (_, right) in zip(expected, found, strict=True):
+    for (path, left), (_, right) in zip(expected, leaves, strict=True):
         assert left.tobytes() == right.tobytes(), path
     assert lines_without_timing(folder) == lines_without_timing(reference)
 
 
 def stop_before_step(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the input of the training step after so many finished ones stop the process."""
-    whole = pipeline.train_batches
+    """Makes the input stop the process after a number of finished steps."""
+    train_batches = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        left = max(0, finished - kwargs["start"])
-        yield from itertools.islice(whole(*args, **kwargs), left)
+        remaining = max(0, finished - kwargs["start"])
+        yield from itertools.islice(train_batches(*args, **kwargs), remaining)
         raise Stopped
 
     monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
-def test_the_run_is_recorded(reference: tuple[run.Run, Workdir]) -> None:
+def test_metrics_and_result_are_written(reference: tuple[run.Run, Workdir]) -> None:
     _, folder = reference
     lines = read_lines(folder.path / "metrics.jsonl")
     at = [(line["step"], line["split"]) for line in lines]
-    # 11 steps of 64: a report each 3 and at the end, an evaluation each 5 and at the end.
+    # 11 steps of 64: a report every 3 and at the end, an evaluation every 5 and at the end.
     train, test = "train", "test"
     expected = [(3, train), (5, test), (6, train), (9, train), (10, test), (11, train), (11, test)]
     assert at == expected
@@ -141,13 +141,13 @@ def test_the_run_is_recorded(reference: tuple[run.Run, Workdir]) -> None:
     assert result["seconds"] >= sum(result["seconds_by_phase"].values()) * 0.99
 
 
-def test_each_evaluation_is_handed_on_once_it_is_on_disk(
+def test_each_evaluation_is_published_once_it_is_on_disk(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    monkeypatch.setattr(reporter, "REPORT_SHARE", 1)  # However slow the machine is.
+    monkeypatch.setattr(reporter, "REPORT_TIME_FRACTION", 1)  # Even on a slow machine.
     seen = []
 
     def look(result: dict[str, Any], evaluated: EvalResult) -> None:
@@ -158,7 +158,9 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
         same = ("step", "epoch", "split", "loss", "top1", "top5", "count")
         assert {key: result[key] for key in same} == {key: last[key] for key in same}
         assert result["seconds_by_phase"]["train"] > 0
-        assert evaluated.metrics["top1"] == pytest.approx(100 * evaluated.predictions.right.mean())
+        assert evaluated.metrics["top1"] == pytest.approx(
+            100 * evaluated.predictions.correct.mean()
+        )
         seen.append(result["step"])
 
     folder = Workdir(tmp_path)
@@ -166,13 +168,13 @@ def test_each_evaluation_is_handed_on_once_it_is_on_disk(
     assert seen == [5, 10, 11]
     assert "report" in json.loads(folder.result.read_text())["seconds_by_phase"]
 
-    # Started once more it is finished: it evaluates again, and says so.
+    # A finished run started again evaluates and publishes once more.
     folder.result.unlink()
     small.train(this, folder, evaluator_of(this), changed=[], on_evaluation=look)
     assert seen == [5, 10, 11, 11]
 
 
-def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
+def test_evaluation_with_own_period_is_resumed(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -181,27 +183,27 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
     rare = View(split="train", examples=50, every="4 steps")
     monkeypatch.setattr(this.config, "evaluations", {"rare": rare})
     evaluator = Evaluator(this)
-    whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
-    result = small.train(this, whole, evaluator, changed=[])
-    lines = lines_without_timing(whole)
-    found = [line for line in lines if line["split"] == "rare"]
-    assert [line["step"] for line in found] == [4, 8, 11]
-    # The run's own are as they were.
+    full, resumed = Workdir(tmp_path / "full"), Workdir(tmp_path / "resumed")
+    result = small.train(this, full, evaluator, changed=[])
+    lines = lines_without_timing(full)
+    rare_lines = [line for line in lines if line["split"] == "rare"]
+    assert [line["step"] for line in rare_lines] == [4, 8, 11]
+    # The main evaluations are unchanged.
     assert [line for line in lines if line["split"] != "rare"] == lines_without_timing(without)
     assert result["evaluations"] == {
-        "rare": {name: found[-1][name] for name in ("loss", "top1", "top5", "count")}
+        "rare": {name: rare_lines[-1][name] for name in ("loss", "top1", "top5", "count")}
     }
     assert result["evaluations"]["rare"]["count"] == 50
     with monkeypatch.context() as patch:
         stop_before_step(9, patch)
         with pytest.raises(Stopped):
-            small.train(this, parts, evaluator, changed=[])
-    small.train(this, parts, evaluator, changed=[])
-    assert_same(this, parts, whole)
-    assert evaluate_checkpoint(this, parts, "last")["evaluations"] == result["evaluations"]
+            small.train(this, resumed, evaluator, changed=[])
+    small.train(this, resumed, evaluator, changed=[])
+    assert_same(this, resumed, full)
+    assert evaluate_checkpoint(this, resumed, "last")["evaluations"] == result["evaluations"]
 
 
-def test_reports_that_take_long_are_written_less_often_and_at_the_end(
+def test_slow_reports_are_written_less_often_and_at_the_end(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -236,10 +238,10 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
         line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
     ]
     assert losses[-1] < losses[0] / 2
-    assert result["top1"] > 50  # A guess is 10.
+    assert result["top1"] > 50  # Chance is 10.
 
 
-def test_a_run_goes_on_from_records_to_the_same_bits(
+def test_resume_from_records_is_bit_identical(
     reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -258,10 +260,10 @@ def test_a_run_goes_on_from_records_to_the_same_bits(
     assert_same(streamed, folder, uninterrupted)
 
 
-# Before the first checkpoint (2), inside and at the edges of the intervals of checkpoints (2),
-# reports (3), evaluations (5) and epochs (22.5), and with nothing left to do.
+# Before the first checkpoint (2), within and at the boundaries of the intervals of checkpoints (2),
+# reports (3), evaluations (5) and epochs (22.5), and with no steps remaining.
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7, 10])
-def test_a_stopped_run_ends_the_same(
+def test_resume_is_bit_identical_at_every_kind_of_step(
     step: int,
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
@@ -279,12 +281,12 @@ def test_a_stopped_run_ends_the_same(
 
 # The first step, one with nothing due, one with a checkpoint due, and one with an evaluation due.
 @pytest.mark.parametrize("step", [1, 7, 8, 5])
-def test_a_run_that_is_asked_to_stop_saves_the_step(
+def test_preempted_run_saves_its_step(
     step: int, reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
     folder = Workdir(tmp_path)
-    with pytest.raises(Preempted, match=f"after step {step} of 11, which is saved"):
+    with pytest.raises(Preempted, match=f"after step {step} of 11; the state is saved"):
         small.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == step)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
         assert saved.latest_step() == step
@@ -293,7 +295,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step(
     assert_same(this, folder, expected)
 
 
-def test_the_last_step_is_not_asked_to_stop(
+def test_stop_is_not_queried_after_last_step(
     reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
@@ -305,7 +307,7 @@ def test_the_last_step_is_not_asked_to_stop(
     assert_same(this, folder, expected)
 
 
-def test_saving_does_not_tell_the_preemption_service_an_old_step(
+def test_saving_does_not_query_preemption_service(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -317,7 +319,7 @@ def test_saving_does_not_tell_the_preemption_service_an_old_step(
     assert asked == []
 
 
-def test_a_run_stopped_in_a_save_ends_the_same(
+def test_resume_after_kill_during_save_is_bit_identical(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -335,13 +337,13 @@ def test_a_run_stopped_in_a_save_ends_the_same(
         patch.setattr(checkpointing.Checkpoints, "save", stop_at_5)
         with pytest.raises(Stopped):
             train_again(this, folder)
-    # The evaluation at step 5 was written already; resuming from step 4 must not write it twice.
+    # The evaluation at step 5 is already written; resuming from step 4 must not write it twice.
     assert lines_without_timing(folder)[-1]["step"] == 5
     train_again(this, folder)
     assert_same(this, folder, expected)
 
 
-def test_a_finished_run_is_not_trained_again(
+def test_finished_run_is_not_trained_again(
     reference: tuple[run.Run, Workdir],
 ) -> None:
     this, folder = reference
@@ -356,14 +358,14 @@ def test_a_finished_run_is_not_trained_again(
 
 
 @pytest.mark.parametrize("which", ["best", "last", "5"])
-def test_a_checkpoint_evaluates_as_training_did(
+def test_checkpoint_evaluation_equals_evaluation_in_training(
     which: str, reference: tuple[run.Run, Workdir]
 ) -> None:
     this, folder = reference
     result = evaluate_checkpoint(this, folder, which)
     evaluations = [line for line in lines_without_timing(folder) if line["split"] == "test"]
     most = max(line["top1"] for line in evaluations)
-    # Of several that are equally good, any is the best.
+    # Among ties, any is the best.
     best = [line["step"] for line in evaluations if line["top1"] == most]
     assert result["step"] in {"best": best, "last": [11], "5": [5]}[which]
     role = result.pop("checkpoint")
@@ -371,19 +373,19 @@ def test_a_checkpoint_evaluates_as_training_did(
     assert result == next(line for line in evaluations if line["step"] == result["step"])
 
 
-def test_a_checkpoint_that_is_not_there_is_named(
+def test_missing_checkpoint_is_named(
     reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, folder = reference
     with pytest.raises(CheckpointError, match=r"no checkpoint '7'.*2, 4, 5, 6, 8, 10, 11"):
         evaluate_checkpoint(this, folder, "7")
-    with pytest.raises(UserError, match="best, last or the number"):
+    with pytest.raises(UserError, match="best, last or a step number"):
         evaluate_checkpoint(this, folder, "worst")
-    with pytest.raises(CheckpointError, match="no checkpoints here"):
+    with pytest.raises(CheckpointError, match="no checkpoints found"):
         evaluate_checkpoint(this, Workdir(tmp_path), "last")
 
 
-def test_the_last_and_the_best_checkpoints_are_kept(
+def test_last_and_best_checkpoints_are_kept(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(
@@ -408,7 +410,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(
     assert sample == [(5, 70), (10, 70), (11, 70)]
 
 
-def test_another_rate_and_length_go_on_and_are_recorded(
+def test_changed_rate_and_length_are_used_and_recorded_on_resume(
     reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -431,15 +433,15 @@ def test_another_rate_and_length_go_on_and_are_recorded(
     assert record["changes"][0]["step"] == 4
     expected = "config.schedule.learning_rate: 0.05 → 0.01"
     assert expected in record["changes"][0]["settings"]
-    said = capsys.readouterr().err
-    assert expected in said
-    # A lower rate is no reason to warn. And the parameters are listed where the run begins only.
-    assert "warning" not in said
-    assert said.count("Total: ") == 1
+    log = capsys.readouterr().err
+    assert expected in log
+    # A lower rate gives no warning, and parameters are listed only at the start of a run.
+    assert "warning" not in log
+    assert log.count("Total: ") == 1
 
 
 @pytest.mark.slow
-def test_a_finished_schedule_that_is_stretched_is_warned_of(
+def test_stretching_a_finished_schedule_logs_warning(
     reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -453,12 +455,12 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
     train_again(this, Workdir(tmp_path / "run"))
     before, now = (f"{float(each.schedule(n)):.2g}" for each, n in ((reference[0], 10), (this, 11)))
     assert float(now) > 2 * float(before)
-    said = capsys.readouterr().err
-    assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in said
+    log = capsys.readouterr().err
+    assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in log
 
 
 @pytest.mark.slow
-def test_compiling_is_said_with_what_it_takes(
+def test_compilation_is_logged_with_its_time(
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -466,28 +468,28 @@ def test_compiling_is_said_with_what_it_takes(
     monkeypatch.setattr(compilations, "_file", lambda: tmp_path / "seconds.json")
     config = small.config(data_directory)
     this = dataclasses.replace(small.build(config), model=small.Linear())
-    like, _ = state.lower_init(this)
-    said: list[str] = []
+    abstract, _ = state.lower_init(this)
+    log: list[str] = []
     with futures.ThreadPoolExecutor(1) as background:
         for _ in range(2):
-            steps = step.compile_train_steps(this, like, background, first=0, log=said.append)
+            steps = step.compile_train_steps(this, abstract, background, first=0, log=log.append)
             steps[8].result()
-    assert said[0].startswith("training step for 8 px: compiling, or loading it from the")
+    assert log[0].startswith("training step for 8 px: compiling, or loading from the")
     assert re.fullmatch(
         r"training step for 8 px: (compiled|loaded from the compilation cache) in \d+\.\d s",
-        said[1],
+        log[1],
     )
-    # The program was kept, or is not worth it.
+    # The second time it is loaded from the cache, or compiles too fast to be cached.
     (tmp_path / "seconds.json").write_text(
-        json.dumps({f"training step for 8 px, {this.compile_kind()}": 33.3})
+        json.dumps({f"training step for 8 px, {this.compilation_key()}": 33.3})
     )
     with futures.ThreadPoolExecutor(1) as background:
-        step.compile_train_steps(this, like, background, first=0, log=said.append)
-    assert "compiling (the first time about 33 s, as last measured), or" in "\n".join(said[4:])
+        step.compile_train_steps(this, abstract, background, first=0, log=log.append)
+    assert "compiling (about 33 s last time), or" in "\n".join(log[4:])
 
 
 @pytest.mark.slow
-def test_a_run_that_is_made_shorter_than_it_is_just_reports(
+def test_run_shortened_below_its_step_only_reports(
     reference: tuple[run.Run, Workdir], data_directory: pathlib.Path
 ) -> None:
     _, folder = reference
@@ -499,20 +501,18 @@ def test_a_run_that_is_made_shorter_than_it_is_just_reports(
     assert lines_without_timing(folder) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_nonfinite_loss_stops_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = small.build(config)
     with pytest.raises(RunError, match=r"not finite at step [12],") as error:
         small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
-    # The curves show it, too.
+    # The curves also show it.
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
-def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
+def test_last_finite_checkpoint_survives_nonfinite_loss(
     reference: tuple[run.Run, Workdir],
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -525,7 +525,7 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
         with pytest.raises(Stopped):
             train_again(this, folder)
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
-    # The first update leaves finite but senseless parameters, which the evaluation shows.
+    # The first update gives finite but useless parameters, which the evaluation reveals.
     with pytest.raises(RunError, match=r"the test loss was not finite at step 5,"):
         train_again(small.build(config), folder)
     with checkpointing.Checkpoints(folder.checkpoints, read_only=True) as saved:
@@ -534,20 +534,20 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
-# Storage that fails while a run is going on.
+# Storage failures during a run.
 
 
 def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
-    """Makes writes fail while the training steps after so many finished ones are going on.
+    """Makes writes fail during the given training steps.
 
     Returns:
-      A list that fills with the steps at which writing failed.
+      A list that receives the steps at which writing failed.
     """
     now, failed = [0], list[int]()
-    whole = pipeline.train_batches
+    train_batches = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, batch in enumerate(whole(*args, **kwargs), kwargs["start"]):
+        for number, batch in enumerate(train_batches(*args, **kwargs), kwargs["start"]):
             now[0] = number
             yield batch
 
@@ -561,7 +561,7 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
         return write_or_fail
 
     patch.setattr(pipeline, "train_batches", batches)
-    # A checkpoint is written in the background, while later steps are going on.
+    # A checkpoint is written in the background, during later steps.
     saved = failing(integrity.write_manifest, lambda path: int(path.name.partition(".")[0]) - 1)
     patch.setattr(integrity, "write_manifest", saved)
     appended = append_only.AppendOnlyFile
@@ -569,7 +569,7 @@ def fill_disk(patch: pytest.MonkeyPatch, *, steps: range) -> list[int]:
     return failed
 
 
-def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
+def test_resume_after_full_disk_is_bit_identical(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -586,7 +586,7 @@ def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(
     assert_same(this, folder, expected)
 
 
-def test_a_run_outlives_a_full_disk_where_it_is_told_to(
+def test_run_continues_on_full_disk_if_configured(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -599,10 +599,10 @@ def test_a_run_outlives_a_full_disk_where_it_is_told_to(
         failed = fill_disk(patch, steps=range(3, 8))
         small.train(this, folder, evaluator_of(this), changed=[])
     assert {3, 5, 7} <= set(failed)
-    said = capsys.readouterr().err
-    assert "No space left on device" in said and "Training goes on" in said
-    there = sorted(int(path.name) for path in folder.checkpoints.iterdir())
-    assert there == [2, 10, 11]
+    log = capsys.readouterr().err
+    assert "No space left on device" in log and "Training goes on" in log
+    steps = sorted(int(path.name) for path in folder.checkpoints.iterdir())
+    assert steps == [2, 10, 11]
     assert_same(this, folder, expected)
 
 
@@ -624,13 +624,13 @@ def test_the_last_checkpoint_must_be_written(
 
 
 @pytest.mark.parametrize("stop_at", [7, 11])
-def test_a_run_that_ends_without_its_checkpoint_says_so(
+def test_failed_final_checkpoint_is_raised(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     stop_at: int,
 ) -> None:
-    """Stopped by a signal or done: that it outlives failures in between does not help it then."""
+    """Whether stopped by a signal or finished, even if earlier failures are tolerated."""
     this, _ = reference
     monkeypatch.setattr(this.config.checkpoint, "on_write_error", "continue")
     save = checkpointing.Checkpoints.save
@@ -651,13 +651,13 @@ def test_a_run_that_ends_without_its_checkpoint_says_so(
         )
 
 
-def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
+def test_failed_report_does_not_stop_run_if_configured(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, _ = reference
-    monkeypatch.setattr(reporter, "REPORT_SHARE", 1)  # However slow the machine is.
+    monkeypatch.setattr(reporter, "REPORT_TIME_FRACTION", 1)  # Even on a slow machine.
     steps = []
 
     def show(result: dict[str, Any], _: EvalResult) -> None:
@@ -679,17 +679,17 @@ def test_a_report_that_cannot_be_written_stops_no_run_that_is_told_to_go_on(
     assert steps == [5, 5, 10, 11]
 
 
-def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
+def test_removed_workdir_stops_run_and_is_not_recreated(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, expected = reference
     folder, elsewhere = Workdir(tmp_path / "run"), tmp_path / "elsewhere"
-    whole = pipeline.train_batches
+    train_batches = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, batch in enumerate(whole(*args, **kwargs)):
+        for number, batch in enumerate(train_batches(*args, **kwargs)):
             if number == 4:
                 while not (folder.checkpoints / "4").exists():
                     time.sleep(0.01)
@@ -706,7 +706,7 @@ def test_a_folder_that_vanishes_stops_the_run_and_is_not_made_anew(
     assert_same(this, folder, expected)
 
 
-def test_a_damaged_checkpoint_costs_steps_and_no_bits(
+def test_resume_after_corrupt_checkpoint_is_bit_identical(
     reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
@@ -721,7 +721,7 @@ def test_a_damaged_checkpoint_costs_steps_and_no_bits(
     assert_same(this, folder, expected)
 
 
-def test_a_clock_that_jumps_changes_no_line(
+def test_clock_jumps_change_no_metrics(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -729,12 +729,12 @@ def test_a_clock_that_jumps_changes_no_line(
     this, expected = reference
     folder = Workdir(tmp_path)
     clock, offset = time.time, [0.0]
-    whole = pipeline.train_batches
+    train_batches = pipeline.train_batches
 
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, batch in enumerate(whole(*args, **kwargs)):
+        for number, batch in enumerate(train_batches(*args, **kwargs)):
             if number in (4, 8):
-                # Orbax opens its folders within a limit of its own.
+                # Orbax has its own timeout for creating directories.
                 time.sleep(0.2)
                 offset[0] = 1e5 if number == 4 else -1e5
             yield batch
@@ -749,7 +749,7 @@ def test_a_clock_that_jumps_changes_no_line(
     assert seconds == sorted(seconds) and 0 < seconds[-1] < 300
 
 
-def test_a_second_trainer_is_refused(
+def test_second_trainer_is_rejected(
     reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     this, expected = reference
@@ -779,7 +779,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(
         assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
 
 
-def test_a_run_without_average_trains_and_evaluates(
+def test_run_without_ema_trains_and_evaluates(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -791,7 +791,7 @@ def test_a_run_without_average_trains_and_evaluates(
 
 
 @pytest.mark.slow
-def test_progressive_resizing_goes_on_to_the_same_bits(
+def test_resume_with_progressive_resizing_is_bit_identical(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small.config(data_directory)
@@ -802,17 +802,17 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
     assert this.train_image_sizes(0) == [12, 8]
     assert (this.train_image_sizes(7), this.train_image_sizes(11)) == ([8], [])
 
-    whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
-    small.train(this, whole, evaluator_of(this), changed=[])
+    full, resumed = Workdir(tmp_path / "full"), Workdir(tmp_path / "resumed")
+    small.train(this, full, evaluator_of(this), changed=[])
     with monkeypatch.context() as patch:
         stop_before_step(7, patch)
         with pytest.raises(Stopped):
-            train_again(this, parts)
-    train_again(this, parts)
-    assert_same(this, parts, whole)
+            train_again(this, resumed)
+    train_again(this, resumed)
+    assert_same(this, resumed, full)
 
 
-def test_an_image_size_that_is_too_small_is_refused_before_it_is_reached(
+def test_too_small_image_size_is_rejected_at_start(
     data_directory: pathlib.Path,
 ) -> None:
     config = small.config(data_directory)

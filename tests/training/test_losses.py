@@ -17,7 +17,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def test_cross_entropy_is_minus_the_log_probability_of_the_target() -> None:
+def test_cross_entropy_is_negative_log_probability() -> None:
     logits = logits_of((6, 5))
     labels = np.array([0, 1, 2, 3, 4, 0])
     result = losses.cross_entropy(jnp.asarray(logits), jax.nn.one_hot(labels, 5))
@@ -25,7 +25,7 @@ def test_cross_entropy_is_minus_the_log_probability_of_the_target() -> None:
     np.testing.assert_allclose(result, -log_softmax(logits)[np.arange(6), labels], rtol=1e-5)
 
 
-def test_cross_entropy_of_mixed_targets_is_the_mix_of_the_losses() -> None:
+def test_cross_entropy_is_linear_in_targets() -> None:
     logits = logits_of((4, 3))
     targets = np.array([[0.3, 0.7, 0], [1, 0, 0], [0.2, 0.2, 0.6], [0, 0, 1]], np.float32)
     result = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
@@ -41,7 +41,7 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
     np.testing.assert_allclose(result, exact, rtol=1e-5)
 
 
-def test_cross_entropy_survives_large_logits() -> None:
+def test_cross_entropy_is_finite_for_large_logits() -> None:
     logits = jnp.asarray([[1e4, -1e4], [-1e4, 1e4]])
     result = losses.cross_entropy(logits, jnp.asarray([[1.0, 0.0], [1.0, 0.0]]))
     np.testing.assert_allclose(result, [0, 2e4])

@@ -1,4 +1,4 @@
-"""The range test on a linear classifier of the digits, which compiles in a moment."""
+"""The range test on a linear classifier of digits, which compiles fast."""
 
 import copy
 import dataclasses
@@ -15,7 +15,13 @@ from inception_jax.config import Augment, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
 from inception_jax.models import weights
 from inception_jax.training import lr_range_test, run, state, step
-from inception_jax.training.lr_range_test import Point, Proposal, doubts, has_diverged, propose
+from inception_jax.training.lr_range_test import (
+    Point,
+    Proposal,
+    has_diverged,
+    propose,
+    reliability_warnings,
+)
 from tests import small
 
 HERE = pathlib.Path(__file__).parent
@@ -34,27 +40,25 @@ def linear(data_directory: pathlib.Path) -> run.Run:
 
 
 def losses_of_training(this: run.Run, steps: int) -> list[float]:
-    """The losses of a run's own training."""
+    """Returns the losses of ordinary training."""
     train_step, current = step.make_train_step(this, this.dataset.image_size), state.create(this)
     losses: list[float] = []
     batches = pipeline.train_batches(
         this.dataset.train, batch_size=64, seed=0, start=0, stop=steps, mesh=this.mesh
     )
     for batch in batches:
-        current, found = train_step(current, batch)
-        losses.append(float(found.loss))
+        current, output = train_step(current, batch)
+        losses.append(float(output.loss))
     return losses
 
 
-def test_at_one_rate_it_is_the_runs_own_training(linear: run.Run) -> None:
+def test_constant_rate_equals_ordinary_training(linear: run.Run) -> None:
     points = lr_range_test.range_test(linear, low=0.01, high=0.01, steps=8)
     assert [p.rate for p in points] == pytest.approx([0.01] * 8)
     np.testing.assert_allclose([p.loss for p in points], losses_of_training(linear, 8), rtol=1e-5)
 
 
-def test_it_starts_from_the_weights_that_the_run_starts_from(
-    linear: run.Run, tmp_path: pathlib.Path
-) -> None:
+def test_range_test_starts_from_pretrained_weights(linear: run.Run, tmp_path: pathlib.Path) -> None:
     nothing = jax.tree.map(np.zeros_like, jax.device_get(state.create(linear).params))
     path = tmp_path / "zeros.safetensors"
     dataset = linear.dataset
@@ -85,28 +89,30 @@ def test_labels_are_neither_mixed_nor_smoothed(linear: run.Run) -> None:
     assert mixing.config.augment.mixup == 1.0
 
 
-def test_a_range_that_diverges_ends_there_without_an_error(linear: run.Run) -> None:
-    heard: list[Point] = []
-    points = lr_range_test.range_test(linear, low=1e-4, high=1e4, steps=160, stepped=heard.append)
-    assert heard == points
+def test_divergence_ends_test_without_error(linear: run.Run) -> None:
+    received: list[Point] = []
+    points = lr_range_test.range_test(
+        linear, low=1e-4, high=1e4, steps=160, on_step=received.append
+    )
+    assert received == points
     assert len(points) < 160
     rates = [p.rate for p in points]
     np.testing.assert_allclose(rates, 1e-4 * 10 ** (8 * np.arange(len(points)) / 159), rtol=1e-4)
     assert has_diverged(points)
     assert not any(has_diverged(points[:n]) for n in range(1, len(points)))
-    found = propose(points)
-    assert found is not None
-    assert found.diverged
-    assert found.rate < found.least < rates[-1]
-    # What it proposes learns, and a thousand times that does not.
+    proposal = propose(points)
+    assert proposal is not None
+    assert proposal.diverged
+    assert proposal.rate < proposal.least < rates[-1]
+    # The proposed rate learns, and a thousand times that does not.
     ends = []
-    for rate in (found.rate, 1000 * found.rate):
+    for rate in (proposal.rate, 1000 * proposal.rate):
         losses = lr_range_test.range_test(linear, low=rate, high=rate, steps=20)
         ends.append(losses[-1].loss)
     assert ends[0] < 0.5 * points[0].loss < ends[1]
 
 
-def test_a_loss_that_is_not_finite_ends_it(linear: run.Run) -> None:
+def test_nonfinite_loss_ends_test(linear: run.Run) -> None:
     points = lr_range_test.range_test(linear, low=1e30, high=1e38, steps=12)
     assert not math.isfinite(points[-1].loss) or points[-1].loss > 4 * points[0].loss
     assert len(points) < 12
@@ -114,45 +120,45 @@ def test_a_loss_that_is_not_finite_ends_it(linear: run.Run) -> None:
 
 
 def synthetic(loss: Any, steps: int = 200) -> list[Point]:
-    """Points from 1e-5 to 10 with a given loss by log10 of the rate, no smoothing needed."""
+    """Returns points from 1e-5 to 10 with a given loss as a function of log10 of the rate."""
     exponents = np.linspace(-5, 1, steps)
     return [Point(n, 10**x, loss(x), 10**x, loss(x)) for n, x in enumerate(exponents, start=1)]
 
 
-def test_the_rate_proposed_is_a_third_of_that_of_the_least_loss() -> None:
-    # A fall from 10^-3.5 on to the least at 10^-1, then a steep rise.
+def test_proposed_rate_is_a_third_of_rate_with_lowest_loss() -> None:
+    # Falls from 10^-3.5 to its minimum at 10^-1, then rises steeply.
     points = synthetic(
         lambda x: 2.3 - min(max(0.0, x + 3.5), 2.5) * 0.6 + (50 * (x + 1) ** 2 if x > -1 else 0)
     )
-    found = propose(points)
-    assert found is not None
-    assert found.least == pytest.approx(0.1, rel=0.1)
-    assert found.rate == pytest.approx(found.least / 3, rel=0.05)
-    assert found.diverged
+    proposal = propose(points)
+    assert proposal is not None
+    assert proposal.least == pytest.approx(0.1, rel=0.1)
+    assert proposal.rate == pytest.approx(proposal.least / 3, rel=0.05)
+    assert proposal.diverged
 
 
-def test_where_the_loss_is_flat_the_least_rate_of_the_flat_part_is_proposed() -> None:
-    # Flat from 10^-2 on, and at its least at 1 by next to nothing.
+def test_lowest_rate_of_flat_minimum_is_proposed() -> None:
+    # Flat from 10^-2, with a marginal minimum at 1.
     points = synthetic(lambda x: 2.3 - 1.5 / (1 + math.exp(-8 * (x + 2.2))) - 0.001 * (x < 0))
-    found = propose(points)
-    assert found is not None
-    assert found.least == pytest.approx(1, rel=0.2)
-    assert found.rate == pytest.approx(10**-1.93, rel=0.1)
+    proposal = propose(points)
+    assert proposal is not None
+    assert proposal.least == pytest.approx(1, rel=0.2)
+    assert proposal.rate == pytest.approx(10**-1.93, rel=0.1)
 
 
 @pytest.mark.parametrize(("fall", "proposed"), [(0.049, False), (0.053, True)])
-def test_a_fall_of_less_than_a_twentieth_is_none(fall: float, proposed: bool) -> None:
+def test_decrease_below_a_twentieth_gives_no_proposal(fall: float, proposed: bool) -> None:
     points = synthetic(lambda x: 2 * (1 - fall * (x + 5) / 6))
     assert isinstance(propose(points), Proposal) == proposed
 
 
 @pytest.mark.parametrize(("last", "diverged"), [(3.99, False), (4.01, True), (math.nan, True)])
-def test_four_times_the_least_is_divergence(last: float, diverged: bool) -> None:
+def test_four_times_the_minimum_is_divergence(last: float, diverged: bool) -> None:
     points = [Point(n, 0.1, loss, 0.1, loss) for n, loss in enumerate([2.0, 1.0, last])]
     assert has_diverged(points) == diverged
 
 
-def test_the_smoothed_curve_does_not_lag() -> None:
+def test_smoothed_curve_does_not_lag() -> None:
     smooth = lr_range_test._Smoothing(10.0)
     points = [smooth(n, math.exp(n / 10), 5 - n / 10) for n in range(100)]
     # On a straight line over the log rate, the averages lie on the line.
@@ -162,8 +168,8 @@ def test_the_smoothed_curve_does_not_lag() -> None:
     assert points[-1].smoothed_rate < 0.6 * points[-1].rate
 
 
-def recorded(name: str) -> tuple[list[Point], Proposal | None]:
-    """Returns a range test of 200 steps from 1e-5 to 10 that was measured, and its proposal."""
+def measured(name: str) -> tuple[list[Point], Proposal | None]:
+    """Returns a measured range test of 200 steps from 1e-5 to 10, and its proposal."""
     smooth = lr_range_test._Smoothing(10.0)
     losses = json.loads((HERE / "curves" / "range_tests.json").read_text())[name]
     rates = 1e-5 * 10 ** (6 * np.arange(200) / 199)
@@ -182,18 +188,20 @@ def recorded(name: str) -> tuple[list[Point], Proposal | None]:
         ("digits", 10, 0.05, 0.2),
     ],
 )
-def test_a_measured_curve_that_shows_the_edge_gives_a_rate_that_works(
+def test_measured_curve_with_edge_gives_working_rate(
     name: str, classes: int, low: float, high: float
 ) -> None:
-    points, found = recorded(name)
-    assert found is not None
-    assert low < found.rate < high
-    assert not doubts(points, found, steps=200, high=10.0, chance=math.log(classes))
+    points, proposal = measured(name)
+    assert proposal is not None
+    assert low < proposal.rate < high
+    assert not reliability_warnings(
+        points, proposal, steps=200, high=10.0, chance=math.log(classes)
+    )
 
 
-def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
-    """The same images and network as "pictures", with mixup of 0.2 and smoothing of 0.1."""
-    (_, plain), (_, mixed) = recorded("pictures"), recorded("mixed")
+def test_mixed_and_smoothed_labels_would_hide_edge() -> None:
+    """Compares "pictures" with the same images and network, mixup 0.2 and label smoothing 0.1."""
+    (_, plain), (_, mixed) = measured("pictures"), measured("mixed")
     assert plain is not None
     assert mixed is not None
     assert mixed.least > 5 * plain.least
@@ -202,34 +210,32 @@ def test_mixed_and_smoothed_labels_would_hide_the_edge() -> None:
 @pytest.mark.parametrize(
     ("name", "classes", "words"),
     [
-        ("forty", 2, "the few images were learned by heart before a rate was too high"),
-        ("shuffled", 3, "guessing costs 1.1: nothing was learned at any rate"),
-        ("shuffled", 3, "which is little against its noise from batch to batch"),
+        ("forty", 2, "the network memorized the few images before any rate was too high"),
+        ("shuffled", 3, "a uniform guess has 1.1: nothing was learned at any rate"),
+        ("shuffled", 3, "too little compared with its batch-to-batch noise"),
     ],
 )
-def test_a_measured_curve_that_does_not_show_the_edge_is_doubted(
-    name: str, classes: int, words: str
-) -> None:
-    points, found = recorded(name)
-    assert found is not None
-    said = doubts(points, found, steps=200, high=10.0, chance=math.log(classes))
-    assert any(words in doubt for doubt in said), said
+def test_measured_curve_without_edge_is_unreliable(name: str, classes: int, words: str) -> None:
+    points, proposal = measured(name)
+    assert proposal is not None
+    reasons = reliability_warnings(points, proposal, steps=200, high=10.0, chance=math.log(classes))
+    assert any(words in reason for reason in reasons), reasons
 
 
 @pytest.mark.parametrize(
     ("loss", "steps", "words"),
     [
         # Still falling at the end of the range.
-        (lambda x: 2.3 - 0.3 * max(0.0, x + 2), 200, "Give a larger --high"),
-        # Down at once.
+        (lambda x: 2.3 - 0.3 * max(0.0, x + 2), 200, "Use a larger --high"),
+        # Falls immediately.
         (lambda x: 2.3 - 1.5 * min(1.0, 4 * (x + 5)) + 3 * max(0.0, x), 200, "a smaller --low"),
-        (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 179, "Give --steps=180"),
+        (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 179, "Use --steps=180"),
         (lambda x: 2.3 - 0.3 * max(0.0, x + 4) + 4 * max(0.0, x), 180, ""),
     ],
 )
-def test_each_condition_that_is_not_met_is_said(loss: Any, steps: int, words: str) -> None:
+def test_each_unmet_condition_is_reported(loss: Any, steps: int, words: str) -> None:
     points = synthetic(loss, steps)
-    found = propose(points)
-    assert found is not None
-    said = doubts(points, found, steps=steps, high=10.0, chance=2.3)
-    assert [words in doubt for doubt in said] == ([True] if words else []), said
+    proposal = propose(points)
+    assert proposal is not None
+    reasons = reliability_warnings(points, proposal, steps=steps, high=10.0, chance=2.3)
+    assert [words in reason for reason in reasons] == ([True] if words else []), reasons

@@ -26,7 +26,7 @@ def _add(metrics: TrainMetrics, **step: jax.Array) -> TrainMetrics:
     return metrics.merge(TrainMetrics.single_step(**step))
 
 
-# As in training: compiled, and the old metrics' memory is given up.
+# As in training: compiled, with the old metrics donated.
 _add_jit = jax.jit(_add, donate_argnums=0, static_argnames="scale")
 
 
@@ -53,19 +53,19 @@ def test_train_metrics_are_means_over_examples_and_steps() -> None:
         name: float(np.mean([np.asarray(step["values"][name], np.float64) for step in steps]))
         for name in SCALE
     }
-    found = metrics.compute()
-    assert list(found) == ["loss", "top1", "top5", "gradient_norm"]
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    assert found["top1"] == pytest.approx(100 * expected["top1"], rel=1e-12)
-    assert found["top5"] == pytest.approx(100 * expected["top5"], rel=1e-12)
-    assert found["gradient_norm"] == 4.0
+    result = metrics.compute()
+    assert list(result) == ["loss", "top1", "top5", "gradient_norm"]
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert result["top1"] == pytest.approx(100 * expected["top1"], rel=1e-12)
+    assert result["top5"] == pytest.approx(100 * expected["top5"], rel=1e-12)
+    assert result["gradient_norm"] == 4.0
     assert metrics.first_nonfinite_step.compute() == -1
-    assert all(isinstance(value, int | float) for value in found.values())
+    assert all(isinstance(value, int | float) for value in result.values())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient_norm"])
-def test_the_first_non_finite_step_is_kept(bad: float, where: str) -> None:
+def test_first_nonfinite_step_is_kept(bad: float, where: str) -> None:
     rng = np.random.default_rng(0)
     metrics = TrainMetrics.empty(SCALE)
     for i in range(1, 8):
@@ -74,13 +74,13 @@ def test_the_first_non_finite_step_is_kept(bad: float, where: str) -> None:
             loss[2], norm = (bad, norm) if where == "loss" else (loss[2], bad)
         metrics = _add_jit(metrics, **_step(i, loss, norm, rng))
     assert metrics.first_nonfinite_step.compute() == 3
-    # What follows a report still knows.
-    assert metrics.cleared().first_nonfinite_step.compute() == 3
-    assert np.isnan(metrics.cleared().compute()["loss"])
+    # It is kept after a report.
+    assert metrics.reset().first_nonfinite_step.compute() == 3
+    assert np.isnan(metrics.reset().compute()["loss"])
 
 
-def test_merging_keeps_structure_shapes_and_types() -> None:
-    # A checkpoint and a compiled step take the metrics of any step.
+def test_merge_keeps_structure_shapes_and_dtypes() -> None:
+    # Checkpoints and compiled steps need the same structure at every step.
     rng = np.random.default_rng(0)
     empty = TrainMetrics.empty(SCALE)
     merged = _add_jit(TrainMetrics.empty(SCALE), **_step(1, rng.random(4, np.float32), 1.0, rng))
@@ -94,22 +94,22 @@ def test_merging_keeps_structure_shapes_and_types() -> None:
         }
 
     assert avals(merged) == avals(empty)
-    jax.tree.map(lambda a, b: None, merged, empty)  # Raises where structures differ.
+    jax.tree.map(lambda a, b: None, merged, empty)  # Raises if structures differ.
 
 
-def test_metrics_of_no_step_are_nan() -> None:
-    found = TrainMetrics.empty(SCALE).compute()
-    assert all(np.isnan(value) for value in found.values())
+def test_metrics_of_zero_steps_are_nan() -> None:
+    result = TrainMetrics.empty(SCALE).compute()
+    assert all(np.isnan(value) for value in result.values())
 
 
-def test_shared_labels_count_by_their_share() -> None:
+def test_mixed_labels_count_by_their_weight() -> None:
     step = _step(1, np.ones(2, np.float32), 1.0, np.random.default_rng(0))
     step["values"]["top1"] = jnp.asarray([0.75, 0.0], jnp.float32)
     assert TrainMetrics.single_step(**step).compute()["top1"] == 37.5
 
 
 def _total(batches: Iterable[EvalMetrics]) -> dict[str, float]:
-    return functools.reduce(EvalMetrics.plus, to_host(batches)).compute()
+    return functools.reduce(EvalMetrics.add, to_host(batches)).compute()
 
 
 def _evaluate(
@@ -137,29 +137,29 @@ def test_evaluation_counts_every_example_once(batch_size: int) -> None:
     rng = np.random.default_rng(0)
     loss = rng.random(103, np.float32)
     top1, top5 = rng.random(103) < 0.3, rng.random(103) < 0.6
-    found = _evaluate(loss, top1, top5, batch_size)
-    assert found["loss"] == pytest.approx(loss.mean(dtype=np.float64), rel=1e-6)
-    assert found["top1"] == int(top1.sum()) / 103
-    assert found["top5"] == int(top5.sum()) / 103
-    assert found["count"] == 103 and isinstance(found["count"], int)
+    result = _evaluate(loss, top1, top5, batch_size)
+    assert result["loss"] == pytest.approx(loss.mean(dtype=np.float64), rel=1e-6)
+    assert result["top1"] == int(top1.sum()) / 103
+    assert result["top5"] == int(top5.sum()) / 103
+    assert result["count"] == 103 and isinstance(result["count"], int)
 
 
-def test_totals_are_in_double_precision() -> None:
-    # 2^24 + 1 is no float32: added up in single precision the ones would vanish.
-    found = _total(
+def test_totals_use_double_precision() -> None:
+    # 2^24 + 1 is not a float32: in single precision the ones would be lost.
+    result = _total(
         EvalMetrics.single_batch({"loss": jnp.full(1, x, jnp.float32)}, jnp.ones(1, bool))
         for x in (2.0**24, 1.0, 1.0, 1.0)
     )
-    assert found["loss"] == (2**24 + 3) / 4
+    assert result["loss"] == (2**24 + 3) / 4
 
 
-def test_a_batch_of_padding_alone_is_nan() -> None:
+def test_batch_of_only_padding_is_nan() -> None:
     nothing = jnp.zeros(1)
-    found = _total([EvalMetrics.single_batch({"loss": nothing}, nothing > 0)])
-    assert found["count"] == 0 and np.isnan(found["loss"])
+    result = _total([EvalMetrics.single_batch({"loss": nothing}, nothing > 0)])
+    assert result["count"] == 0 and np.isnan(result["loss"])
 
 
-def test_few_batches_are_in_flight() -> None:
+def test_number_of_batches_in_flight_is_limited() -> None:
     # Each dispatched batch holds its images on the device until the host waits for it.
     read: list[int] = []
     ahead: list[int] = []
@@ -182,7 +182,7 @@ def test_few_batches_are_in_flight() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_k_correct_equals_a_stable_sort(k: int) -> None:
+def test_top_k_correct_equals_stable_sort(k: int) -> None:
     # Few distinct values, so that ties are common.
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 4, (300, 8)).astype(np.float32)
@@ -194,7 +194,7 @@ def test_top_k_correct_equals_a_stable_sort(k: int) -> None:
     np.testing.assert_array_equal(result, expected)
 
 
-def test_top_k_correct_of_equal_logits_scores_the_first_classes() -> None:
+def test_top_k_correct_breaks_ties_by_class_number() -> None:
     labels = jnp.arange(10, dtype=jnp.int32)
     result = top_k_correct(jnp.zeros((10, 10)), labels, 3)
     np.testing.assert_array_equal(result, [True] * 3 + [False] * 7)
@@ -207,25 +207,25 @@ def test_top_k_correct_counts_nan_as_wrong() -> None:
         np.testing.assert_array_equal(top_k_correct(logits, labels, k), [False, False, True])
 
 
-def test_top_5_of_three_classes_is_always_right() -> None:
+def test_top_5_of_three_classes_is_always_correct() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (9, 3)), jnp.float32)
     labels = jnp.arange(9, dtype=jnp.int32) % 3
     assert top_k_correct(logits, labels, 5).all()
     assert not top_k_correct(logits, labels, 2).all()
 
 
-# Metrics of one's own.
+# Custom metrics.
 
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Registers metrics for one test."""
-    registry.METRICS.names()  # The package's own are there.
+    registry.METRICS.names()  # Registers the built-in ones.
     monkeypatch.setattr(registry.METRICS, "_parts", dict(registry.METRICS._parts))
     return registry.register_metric
 
 
-def test_a_metric_of_ones_own_is_averaged_with_its_options(register: Callable[..., Any]) -> None:
+def test_custom_metric_is_averaged_with_its_options(register: Callable[..., Any]) -> None:
     @register("among", options={"k": 3}, percent=True)
     def among(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
         return top_k_correct(logits, labels, k)
@@ -241,20 +241,20 @@ def test_a_metric_of_ones_own_is_averaged_with_its_options(register: Callable[..
         assert metrics.in_units(sums.compute())["among"] == pytest.approx(100 * expected)
 
 
-def test_a_metric_over_the_split_takes_its_logits(register: Callable[..., Any]) -> None:
+def test_split_metric_receives_all_logits(register: Callable[..., Any]) -> None:
     @register("macro", over="split", percent=True)
     def macro(logits: np.ndarray, labels: np.ndarray) -> float:
-        right = logits.argmax(axis=1) == labels
-        return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+        correct = logits.argmax(axis=1) == labels
+        return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
     metrics = MetricSet(Evaluation(metrics=("top1", "macro")), 3)
     assert metrics.needs_logits and metrics.scale == {"loss": 1, "top1": 100}
     logits = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 0]]
-    found = metrics.over_split(logits, np.array([0, 0, 0, 1, 2], np.int32))
-    assert metrics.in_units(found) == {"macro": pytest.approx(200 / 3)}
+    result = metrics.over_split(logits, np.array([0, 0, 0, 1, 2], np.int32))
+    assert metrics.in_units(result) == {"macro": pytest.approx(200 / 3)}
 
 
-def test_metrics_that_say_nothing_of_few_classes_are_left_out() -> None:
+def test_metrics_meaningless_for_few_classes_are_skipped() -> None:
     assert list(MetricSet(Evaluation(), 5).scale) == ["loss", "top1"]
     assert list(MetricSet(Evaluation(), 6).scale) == ["loss", "top1", "top5"]
 
@@ -277,7 +277,7 @@ def test_metrics_that_say_nothing_of_few_classes_are_left_out() -> None:
         (lambda logits: 1.0, "split", "failed on logits .* NumPy arrays: TypeError"),
     ],
 )
-def test_a_function_that_is_no_metric_is_named_with_what_it_returned(
+def test_invalid_metric_is_named_with_its_return_value(
     register: Callable[..., Any], function: Callable[..., Any], over: str, words: str
 ) -> None:
     register("wrong", over=over)(function)
@@ -285,7 +285,7 @@ def test_a_function_that_is_no_metric_is_named_with_what_it_returned(
         MetricSet(Evaluation(metrics=("top1", "wrong")), 4)
 
 
-def test_a_metric_has_a_name_of_its_own(register: Callable[..., Any]) -> None:
+def test_metric_name_must_be_unique(register: Callable[..., Any]) -> None:
     for name in ("seconds", "a/b", "gradient_norm"):
         with pytest.raises(ConfigError, match="stands for something else"):
             register(name)

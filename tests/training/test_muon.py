@@ -17,7 +17,7 @@ from tests.training.test_optimizers import STEPS, rate
 
 
 def newton_schulz(values: np.ndarray) -> np.ndarray:
-    """What Muon's five iterations make of singular values, by their polynomial."""
+    """Applies the polynomial of Muon's five iterations to singular values."""
     values = values / np.sqrt((values**2).sum())
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
@@ -33,28 +33,28 @@ def muon_direction(kernel: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(48, 12), (12, 48), (20, 20), (6, 1)])
 @pytest.mark.parametrize("decades", [0, 8])
-def test_orthogonalized_brings_singular_values_near_one(
+def test_orthogonalize_brings_singular_values_near_one(
     shape: tuple[int, int], decades: int
 ) -> None:
     rng = np.random.default_rng(0)
-    # Columns that fall to 1e-8 make a matrix of low rank: its rounding errors grow most.
+    # Columns decreasing to 1e-8 give a low-rank matrix, for which rounding errors grow most.
     matrix = (rng.normal(size=shape) * np.logspace(0, -decades, shape[1])).astype(np.float32)
-    result = np.asarray(jax.jit(muon.orthogonalized)(matrix))
+    result = np.asarray(jax.jit(muon.orthogonalize)(matrix))
     u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(result, (u * newton_schulz(values)) @ v, atol=2e-3)
-    found = np.linalg.svd(result, compute_uv=False)
+    singular_values = np.linalg.svd(result, compute_uv=False)
     large = values > 0.002 * np.linalg.norm(matrix)
-    assert (found[large] > 0.68).all() and (found < 1.21).all() and large.any()
+    assert (singular_values[large] > 0.68).all() and (singular_values < 1.21).all() and large.any()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-10, 1e15])
-def test_orthogonalized_is_finite_at_any_scale(scale: float) -> None:
+def test_orthogonalize_is_finite_at_any_scale(scale: float) -> None:
     matrix = np.float32(scale) * np.arange(1, 13, dtype=np.float32).reshape(4, 3)
-    assert np.isfinite(muon.orthogonalized(jnp.asarray(matrix))).all()
+    assert np.isfinite(muon.orthogonalize(jnp.asarray(matrix))).all()
 
 
 class Ends(nn.Module):
-    """Says which of `MUON_PARAMS` are the ends."""
+    """Declares which of `MUON_PARAMS` are the first and last layers."""
 
     first_conv = "conv1/conv"
     classifiers = ("classifier/dense",)
@@ -119,7 +119,7 @@ def test_muon_equals_numpy_on_hidden_kernels_and_adamw_elsewhere(
 
 
 @pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
-def test_muon_takes_all_kernels_but_the_first_and_the_last(name: str) -> None:
+def test_muon_updates_all_kernels_except_first_and_last(name: str) -> None:
     aux = name.startswith("googlenet")
     model = networks.create(config.Model(name=name, aux_heads=aux, width=0.5), num_classes=7)
     key = jax.random.key(0)
@@ -138,10 +138,10 @@ def test_muon_takes_all_kernels_but_the_first_and_the_last(name: str) -> None:
         for path, shape in paths.items()
         if path.endswith("kernel") and shape[-2] != 3 and shape[-1] != 7
     }
-    found = {
+    updated = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for _, trace in momentum
         for path, _ in jax.tree_util.tree_leaves_with_path(trace)
     }
-    assert found == hidden
+    assert updated == hidden
     assert len(hidden) >= 18

@@ -1,4 +1,4 @@
-"""What is done about losses and gradients that are not finite."""
+"""Handling of non-finite losses and gradients."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ LIMIT = 3
 
 
 class TwoModules(nn.Module):
-    """A network with two top-level modules, one of them with BatchNorm's statistics."""
+    """A network with two top-level modules, one of them with BatchNorm statistics."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -50,7 +50,7 @@ Build = Callable[..., run.Run]
 
 @pytest.fixture
 def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Builds a run of 12 steps, at some of which the gradient of `last` is broken."""
+    """Builds runs of 12 steps; the gradient of `last` is infinite at the `bad` ones."""
 
     def build(
         *bad: int, optimizer: str = "sgd_nesterov", loss: bool = False, **train: Any
@@ -61,13 +61,13 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
             gradient = plain(*args, **kwargs)
 
             def broken(*inputs: Any) -> Any:
-                found, key = gradient(*inputs), jax.random.key_data(inputs[-1])
-                at = [keys.derive(0, "dropout", number - 1) for number in bad]
+                output, key = gradient(*inputs), jax.random.key_data(inputs[-1])
+                at = [keys.key_for(0, "dropout", number - 1) for number in bad]
                 now = [jnp.all(key == jax.random.key_data(each)) for each in at]
                 here = functools.reduce(jnp.logical_or, now, jnp.bool_(False))
-                last = jax.tree.map(lambda g: jnp.where(here, jnp.inf, g), found.grads["last"])
-                value = jnp.where(here & loss, jnp.nan, found.loss)
-                return found._replace(grads=found.grads | {"last": last}, loss=value)
+                last = jax.tree.map(lambda g: jnp.where(here, jnp.inf, g), output.grads["last"])
+                value = jnp.where(here & loss, jnp.nan, output.loss)
+                return output._replace(grads=output.grads | {"last": last}, loss=value)
 
             return broken
 
@@ -93,7 +93,7 @@ def evaluate(_: Any, names: Collection[str]) -> dict[str, EvalResult]:
 
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Trains and returns the lines of metrics, without their times."""
+    """Trains and returns the lines of metrics without timings."""
     small.train(this, Workdir(folder), evaluate, changed=[])
     return [
         {name: value for name, value in line.items() if name not in MEASURED}
@@ -101,16 +101,16 @@ def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
-whole_batches = pipeline.train_batches
+train_batches = pipeline.train_batches
 
 
 class Stopped(BaseException):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        yield from itertools.islice(whole_batches(*args, **kwargs), step - 1 - kwargs["start"])
+        yield from itertools.islice(train_batches(*args, **kwargs), step - 1 - kwargs["start"])
         raise Stopped
 
     monkeypatch.setattr(pipeline, "train_batches", batches)
@@ -122,9 +122,7 @@ def last_state(this: run.Run, folder: pathlib.Path) -> state.TrainState:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "muon"])
-def test_a_step_that_is_left_out_changes_nothing_but_the_count(
-    optimizer: str, build: Build
-) -> None:
+def test_skipped_step_changes_only_counters(optimizer: str, build: Build) -> None:
     this = build(3, optimizer=optimizer)
     current, train_step = state.create(this), step.make_train_step(this, 8)
     batches = pipeline.train_batches(
@@ -134,10 +132,10 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
         before = jax.device_get(current)
         # optax.scale_by_adam relies on promotion.
         with jax.numpy_dtype_promotion("standard"):
-            current, found = train_step(current, batch)
+            current, output = train_step(current, batch)
         after = jax.device_get(current)
         assert after.step == number
-        assert found.finite.tolist() == [True, True, number != 3]
+        assert output.finite.tolist() == [True, True, number != 3]
         pairs = zip(
             jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
         )
@@ -148,7 +146,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
         if number != 3:
             assert any("params" in path for path in changed)
             continue
-        # The schedule goes on: the rate is a function of the step.
+        # The schedule's count advances: the rate is a function of the step.
         assert {path for path in changed if "opt_state" not in path} == {
             ".step", ".metrics.first_nonfinite_step.step"
         }  # fmt: skip
@@ -156,34 +154,34 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
         assert counts and all(path.endswith(".count") for path in counts)
     rates = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(after.opt_state)
              if jax.tree_util.keystr(path).endswith(".count")]  # fmt: skip
-    # Adam's own count is of its updates, the schedule's of the steps.
+    # Adam counts its updates, the schedule the steps.
     assert 4 in rates and (3 in rates) == (optimizer != "sgd_nesterov")
 
 
-def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
+def test_resume_with_skipped_steps_is_bit_identical(
     build: Build,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Two in a row, across a checkpoint (6) and beside a report (4, 8); and one in a report's step.
+    # Two in a row, across a checkpoint (6) and between reports (4, 8), and one at a report's step.
     this = build(6, 7, 12)
-    lines = train(this, tmp_path / "whole")
-    said = capsys.readouterr().err
+    lines = train(this, tmp_path / "full")
+    log = capsys.readouterr().err
     for number in (6, 7, 12):
-        assert f"step {number} was left out: the gradient of last was not finite" in said
-    assert said.count("was left out") == 3
+        assert f"step {number} skipped: the gradient of last was not finite" in log
+    assert log.count("skipped") == 3
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert len(losses) == 3 and np.isfinite(losses).all()
 
-    # Behind the first of two in a row, with its checkpoint, and behind both.
+    # After the first of two in a row, with its checkpoint, and after both.
     for number in (7, 8):
         with monkeypatch.context() as patch:
             stop_before_step(number, patch)
             with pytest.raises(Stopped):
-                train(this, tmp_path / "parts")
-    assert train(this, tmp_path / "parts") == lines
-    left, right = (last_state(this, tmp_path / name) for name in ("whole", "parts"))
+                train(this, tmp_path / "resumed")
+    assert train(this, tmp_path / "resumed") == lines
+    left, right = (last_state(this, tmp_path / name) for name in ("full", "resumed"))
     for (path, old), new in zip(
         jax.tree_util.tree_leaves_with_path(left.model_item()),
         jax.tree.leaves(right.model_item()),
@@ -192,7 +190,7 @@ def test_a_run_with_steps_left_out_goes_on_to_the_same_bits(
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), path
 
 
-def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
+def test_too_many_skipped_steps_stop_run_even_after_resume(
     build: Build, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     this = build(5, 6, 7, 8, loss=True)
@@ -200,7 +198,7 @@ def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
         stop_before_step(7, patch)
         with pytest.raises(Stopped):
             train(this, tmp_path)
-    # Two of the row are behind the checkpoint; the third ends the run, and is not saved.
+    # Two of them are before the checkpoint; the third ends the run and is not saved.
     with pytest.raises(RunError, match=r"not finite at step 5, .*the first of 3 in a row"):
         train(this, tmp_path)
     with checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
@@ -208,8 +206,8 @@ def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
-def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
-    """A report may come long after it."""
+def test_streak_that_reached_limit_is_kept() -> None:
+    """The next report may come much later."""
     current = state.TrainState(
         step=jnp.int32(0),
         params={},
@@ -218,25 +216,25 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
         opt_state=(),
         metrics=TrainMetrics.empty({}),
     )
-    good = {1, 4, 5, 10, 11}
-    rows = []
+    finite = {1, 4, 5, 10, 11}
+    starts = []
     for number in range(1, 12):
         after = current.replace(step=jnp.int32(number))
-        current = nonfinite.skip_if_nonfinite(current, after, jnp.bool_(number in good), LIMIT)
-        rows.append(current.metrics.first_nonfinite_step.compute())
-    assert rows == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
+        current = nonfinite.skip_if_nonfinite(current, after, jnp.bool_(number in finite), LIMIT)
+        starts.append(current.metrics.first_nonfinite_step.compute())
+    assert starts == [-1, 2, 2, -1, -1, 6, 6, 6, 6, 6, 6]
 
 
-def test_the_stop_names_the_layers(build: Build, tmp_path: pathlib.Path) -> None:
+def test_error_names_layers(build: Build, tmp_path: pathlib.Path) -> None:
     this = build(2, on_nonfinite="stop")
     with pytest.raises(RunError, match=r"the gradient of last was not finite at step 2,"):
         train(this, tmp_path)
     assert not (tmp_path / "checkpoints" / "3").exists()
 
 
-def test_what_was_not_finite_is_said_in_words() -> None:
-    say = functools.partial(nonfinite.describe, modules=["a", "b", "c"])
-    assert say(np.array([True] * 4)) == ""
-    assert say(np.array([False, True, True, True])) == "the loss was"
-    assert say(np.array([True, False, True, False])) == "the gradient of a, c was"
-    assert say(np.array([False] * 4)) == "the loss and the gradient of all modules were"
+def test_describe_nonfinite() -> None:
+    describe = functools.partial(nonfinite.describe, modules=["a", "b", "c"])
+    assert describe(np.array([True] * 4)) == ""
+    assert describe(np.array([False, True, True, True])) == "the loss was"
+    assert describe(np.array([True, False, True, False])) == "the gradient of a, c was"
+    assert describe(np.array([False] * 4)) == "the loss and the gradient of all modules were"

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics before an evaluation: what they are, where they go, what they leave."""
+"""Re-estimated BatchNorm statistics: their values, where they are stored, what stays unchanged."""
 
 import dataclasses
 import pathlib
@@ -27,7 +27,7 @@ def settings(data_directory: pathlib.Path, *, examples: int, ema: int = 5) -> An
 
 @pytest.mark.parametrize("ema", [0, 5])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_they_are_the_mean_over_batches_of_the_training_images(
+def test_statistics_are_mean_over_training_batches(
     ema: int, compiled: bool, data_directory: pathlib.Path
 ) -> None:
     this = small.build(settings(data_directory, examples=100, ema=ema))
@@ -40,7 +40,7 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
     after = estimate(before)
 
     variables = jax.device_get(before.eval_variables())
-    found = []
+    batch_stats = []
     for step in range(2):
         indices = pipeline.train_indices(step, batch_size=64, examples=1437, seed=0)
         images = this.dataset.train.read(indices) / np.float32(255)
@@ -51,15 +51,15 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
             rngs={"dropout": jax.random.key(0)},
             mutable=["batch_stats"],
         )
-        # The network moves its statistics by a tenth towards those of the batch.
-        found.append(
+        # The network moves its statistics a tenth of the way to those of the batch.
+        batch_stats.append(
             jax.tree.map(
                 lambda new, old: (new - 0.9 * old) / 0.1,
                 updated["batch_stats"],
                 variables["batch_stats"],
             )
         )
-    expected = jax.tree.map(lambda *each: sum(each) / 2, *found)
+    expected = jax.tree.map(lambda *each: sum(each) / 2, *batch_stats)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4),
         after.eval_variables()["batch_stats"],
@@ -72,20 +72,20 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
         assert after.batch_stats is before.batch_stats
 
 
-def test_they_are_of_images_of_the_size_that_is_evaluated(data_directory: pathlib.Path) -> None:
-    found = []
+def test_statistics_use_evaluation_image_size(data_directory: pathlib.Path) -> None:
+    estimates = []
     for size in (0, 16, 0):
         config = settings(data_directory, examples=64)
         config.evaluation.image_size = size
         this = small.build(config)
         estimate = norm.NormEstimator(this)
-        found.append(estimate(state.create(this)).eval_variables()["batch_stats"])
-    first, larger, again = (each["conv1"]["norm"]["var"] for each in found)
+        estimates.append(estimate(state.create(this)).eval_variables()["batch_stats"])
+    first, larger, again = (each["conv1"]["norm"]["var"] for each in estimates)
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, larger, rtol=1e-3)
 
 
-def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
+def test_statistics_are_kept_if_disabled_or_without_batchnorm(
     data_directory: pathlib.Path,
 ) -> None:
     for examples, model in ((0, small.Network()), (100, small.Linear())):
@@ -97,7 +97,7 @@ def test_none_are_estimated_where_none_are_asked_for_or_there_are_none(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_on_as_without(
+def test_checkpoint_has_evaluated_statistics_and_training_is_unaffected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     ends = []
@@ -108,8 +108,8 @@ def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_o
         lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]
         for line in lines:
-            found = evaluate_checkpoint(this, folder, str(line["step"]))
-            assert found["loss"] == pytest.approx(line["loss"], rel=1e-6)
+            result = evaluate_checkpoint(this, folder, str(line["step"]))
+            assert result["loss"] == pytest.approx(line["loss"], rel=1e-6)
         with checkpoints.Checkpoints(folder.checkpoints, read_only=True) as saved:
             ends.append(saved.restore(6, state.abstract_state(this))[0])
     without, estimated = ends

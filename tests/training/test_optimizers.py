@@ -165,7 +165,7 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     ],
     ids=["lamb", "adafactor"],
 )
-def test_rule_equals_that_of_optax(settings: config.Optimizer, reference: Any) -> None:
+def test_update_rule_equals_optax(settings: config.Optimizer, reference: Any) -> None:
     mask = {"conv": {"kernel": True, "bias": False}, "norm": {"scale": False}}
     expected = by_optax(reference(mask))
     jax.tree.map(
@@ -173,7 +173,7 @@ def test_rule_equals_that_of_optax(settings: config.Optimizer, reference: Any) -
     )
 
 
-def test_adafactor_decays_apart_from_its_direction() -> None:
+def test_adafactor_decay_is_decoupled() -> None:
     plain, decaying = (
         trained(config.Optimizer(name="adafactor", weight_decay=decay)) for decay in (0.0, 0.1)
     )
@@ -182,7 +182,7 @@ def test_adafactor_decays_apart_from_its_direction() -> None:
 
 
 @pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_own])
-def test_state_has_one_structure_whatever_the_settings(name: str) -> None:
+def test_state_structure_does_not_depend_on_settings(name: str) -> None:
     plain = config.Optimizer(name=name)
     variants = [
         dataclasses.replace(plain, **changes)

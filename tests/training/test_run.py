@@ -1,4 +1,4 @@
-"""What tells the data sets of two hosts apart."""
+"""The fingerprint that distinguishes the data sets of hosts."""
 
 import dataclasses
 import pathlib
@@ -9,14 +9,16 @@ from inception_jax.training import run
 from tests import small
 
 
-def test_the_content_of_a_data_set_is_told_apart(data_directory: pathlib.Path) -> None:
+def test_dataset_fingerprint_distinguishes_content(data_directory: pathlib.Path) -> None:
     dataset = run.assemble(small.config(data_directory), log=lambda _: None).dataset
-    content = run.content(dataset)
-    assert content == run.content(dataset)
+    content = run.dataset_fingerprint(dataset)
+    assert content == run.dataset_fingerprint(dataset)
     assert content["train examples"] == 1437 and content["test examples"] == 360
 
     def differing(other: object) -> set[str]:
-        return {what for what, value in run.content(other).items() if value != content[what]}
+        return {
+            name for name, value in run.dataset_fingerprint(other).items() if value != content[name]
+        }
 
     labels = dataset.train.labels.copy()
     labels[700] = (labels[700] + 1) % 10

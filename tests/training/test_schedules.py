@@ -12,7 +12,7 @@ from inception_jax import config
 from inception_jax.errors import ConfigError
 from inception_jax.training import schedules
 
-# 12.5 steps an epoch, so that boundaries in epochs fall between steps.
+# 12.5 steps per epoch, so that boundaries in epochs fall between steps.
 TIMELINE = config.Timeline(batch_size=8, train_examples=100)
 TOTAL = 100
 PEAK = 0.4
@@ -79,7 +79,7 @@ SHAPES: list[tuple[str, dict[str, object], Callable[[int, int], float]]] = [
 
 @pytest.mark.parametrize(("warmup", "warmup_steps"), [("", 0), ("1 epoch", 13), ("1 step", 1)])
 @pytest.mark.parametrize(("name", "changes", "factor"), SHAPES)
-def test_schedule_follows_its_formula_at_every_step(
+def test_schedule_equals_formula_at_every_step(
     name: str,
     changes: dict[str, object],
     factor: Callable[[int, int], float],
@@ -97,7 +97,7 @@ def test_schedule_follows_its_formula_at_every_step(
 
 @pytest.mark.parametrize("final_lr_ratio", [0.0, 0.001, 0.1, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])
-def test_schedule_ends_at_the_end_factor_and_stays(name: str, final_lr_ratio: float) -> None:
+def test_schedule_ends_at_final_lr_ratio_and_stays(name: str, final_lr_ratio: float) -> None:
     result = rates(schedule_of(name, final_lr_ratio=final_lr_ratio, warmup="10 steps"))
     assert result[10] == np.float32(PEAK)
     np.testing.assert_allclose(result[TOTAL:], PEAK * final_lr_ratio, rtol=1e-6)
@@ -105,13 +105,13 @@ def test_schedule_ends_at_the_end_factor_and_stays(name: str, final_lr_ratio: fl
         assert result[TOTAL - 1] > result[TOTAL]
 
 
-def test_last_update_of_a_linear_schedule_is_one_step_above_the_end() -> None:
+def test_last_update_of_linear_schedule_is_one_step_above_end() -> None:
     result = rates(schedule_of("linear", warmup="20 steps"))
     np.testing.assert_allclose(result[TOTAL - 1], PEAK / 80, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "changes", "_"), SHAPES)
-def test_schedule_of_one_step_is_that_of_many(
+def test_scalar_and_array_steps_give_equal_rates(
     name: str, changes: dict[str, object], _: object
 ) -> None:
     schedule = schedule_of(name, warmup="3 steps", **changes)
@@ -131,7 +131,7 @@ def test_warmup_must_be_shorter_than_the_run(steps: int) -> None:
 
 
 @pytest.mark.parametrize(("boundary", "warmup"), [(0.5, 7), (0.0, 0)])
-def test_a_boundary_in_the_warmup_is_refused(boundary: float, warmup: int) -> None:
+def test_boundary_within_warmup_is_rejected(boundary: float, warmup: int) -> None:
     boundaries = (f"{boundary} epochs", "4 epochs")
     with pytest.raises(ConfigError, match=r"boundaries.*after the warm-up"):
         rates(schedule_of("steps", boundaries=boundaries, warmup=f"{warmup} steps"))

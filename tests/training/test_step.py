@@ -20,7 +20,7 @@ from tests import small
 
 
 def build(data_directory: pathlib.Path, devices: int) -> run.Run:
-    """A run without randomness but for its initialisation, on the first `devices` devices."""
+    """Returns a run whose only randomness is initialization, on the first `devices` devices."""
     config = small.config(
         data_directory,
         augment=Augment(crop="none", flip=False),
@@ -48,7 +48,7 @@ def batches(this: run.Run, stop: int) -> list[dict[str, jax.Array]]:
     )
 
 
-def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
+def test_step_equals_its_parts(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 1)
     before = jax.device_get(state.create(this))
     batch = batches(this, 1)[0]
@@ -68,45 +68,45 @@ def test_a_step_is_what_its_parts_make(data_directory: pathlib.Path) -> None:
     with jax.numpy_rank_promotion("allow"):
         gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (expected, (logits, batch_stats)), grads = gradient(before.params)
-    after, found = make_train_step(this)(state.create(this), batch)
+    after, output = make_train_step(this)(state.create(this), batch)
 
-    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
-    assert found.finite.shape == (1 + len(grads),) and found.finite.all()
+    assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert output.finite.shape == (1 + len(grads),) and output.finite.all()
     assert int(after.step) == 1
     close = {"rtol": 1e-3, "atol": 1e-5}
     for old, new, grad in zip(
         *map(jax.tree.leaves, (before.params, after.params, grads)), strict=True
     ):
         np.testing.assert_allclose(new, old - 0.1 * grad, **close)
-    # At the first step the running statistics keep 0.1 of the old in place of the momentum's 0.9.
+    # At the first step the running statistics keep 0.1 of the old ones instead of 0.9.
     for old, new, model in zip(
         *map(jax.tree.leaves, (before.batch_stats, after.batch_stats, batch_stats)), strict=True
     ):
-        of_the_batch = (model - 0.9 * old) / 0.1
-        np.testing.assert_allclose(new, 0.1 * old + 0.9 * of_the_batch, **close)
-    # The first update of an average with the time constant 2 keeps min(1/2, 1/10) of the old.
+        batch_statistic = (model - 0.9 * old) / 0.1
+        np.testing.assert_allclose(new, 0.1 * old + 0.9 * batch_statistic, **close)
+    # The first update of an average with time constant 2 keeps min(1/2, 1/10) of the old one.
     for old, new, mean in zip(
         *map(jax.tree.leaves, (before.params, after.params, after.average["params"])), strict=True
     ):
         np.testing.assert_allclose(mean, 0.1 * old + 0.9 * np.asarray(new), **close)
     metrics = after.metrics.compute()
-    right = np.asarray(logits).argmax(1) == np.asarray(batch["label"])
-    assert metrics["top1"] == pytest.approx(100 * right.mean())
+    correct = np.asarray(logits).argmax(1) == np.asarray(batch["label"])
+    assert metrics["top1"] == pytest.approx(100 * correct.mean())
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
-    share = jax.jit(step.mix_probability, static_argnums=(1, 2))
-    assert [float(share(number, 0.75, 2)) for number in range(4)] == [0.75, 0.75, 0, 0]
-    assert [float(share(number, 0.75, 0)) for number in range(4)] == [0.75] * 4
+def test_batches_are_mixed_until_mix_end(data_directory: pathlib.Path) -> None:
+    probability = jax.jit(step.mix_probability, static_argnums=(1, 2))
+    assert [float(probability(number, 0.75, 2)) for number in range(4)] == [0.75, 0.75, 0, 0]
+    assert [float(probability(number, 0.75, 0)) for number in range(4)] == [0.75] * 4
 
     plain = dataclasses.replace(build(data_directory, 1), model=small.Linear())
     config = copy.deepcopy(plain.config)
     config.augment.mixup, config.augment.mix_end = 1.0, "129 examples"
     mixed = dataclasses.replace(plain, config=config)
     batch = batches(plain, 1)[0]
-    # At step 2 of 64 the third batch is still to come, which ends after 129 examples.
+    # 129 examples end within the third batch of 64, the one after 2 finished steps.
     for finished, is_mixed in ((2, True), (3, False)):
         first, second = (
             make_train_step(this)(state.create(this).replace(step=jnp.int32(finished)), batch)[0]
@@ -116,22 +116,22 @@ def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
         assert np.allclose(kernels[0], kernels[1], rtol=1e-4) != is_mixed
 
 
-def test_eight_devices_train_as_one(data_directory: pathlib.Path) -> None:
+def test_eight_devices_equal_one(data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
         this = build(data_directory, devices)
         current, train_step = state.create(this), make_train_step(this)
         run_losses = []
         for batch in batches(this, 4):
-            current, found = train_step(current, batch)
-            run_losses.append(float(found.loss))
+            current, output = train_step(current, batch)
+            run_losses.append(float(output.loss))
         losses.append(run_losses)
         assert len(jax.tree.leaves(current.params)[0].sharding.device_set) == devices
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[0][3] < losses[0][0]
 
 
-def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
+def test_input_state_is_donated(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 1)
     before = state.create(this)
     after, _ = make_train_step(this)(before, batches(this, 1)[0])
@@ -139,7 +139,7 @@ def test_the_state_passed_in_is_given_up(data_directory: pathlib.Path) -> None:
     assert not jnp.isnan(jax.tree.leaves(after.params)[0]).any()
 
 
-def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -> None:
+def test_restored_state_matches_new_state(data_directory: pathlib.Path) -> None:
     this = build(data_directory, 8)
     new, described = state.create(this), state.abstract_state(this)
     names = [
@@ -153,7 +153,7 @@ def test_a_restored_state_fits_what_a_new_one_is(data_directory: pathlib.Path) -
 
 
 @pytest.mark.parametrize("norm", ["batch", "lrn"])
-def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
+def test_step_of_every_network_keeps_state_structure(
     norm: str, data_directory: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -165,8 +165,8 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
     # Flax's BatchNorm relies on promotion from bfloat16.
     with jax.numpy_dtype_promotion("standard"):
         before = state.abstract_state(this)
-        after, found = jax.eval_shape(make_train_step(this), before, batch)
-    assert (found.loss.shape, found.loss.dtype) == ((), jnp.float32)
+        after, output = jax.eval_shape(make_train_step(this), before, batch)
+    assert (output.loss.shape, output.loss.dtype) == ((), jnp.float32)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
     assert bool(before.batch_stats) == (norm == "batch")
@@ -174,7 +174,7 @@ def test_a_step_of_the_whole_family_keeps_the_shape_of_its_state(
 
 
 class Linear(nn.Module):
-    """A network of one layer, which neither micro-batches nor their order change."""
+    """A single layer, whose results depend neither on micro-batches nor on their order."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> ModelOutput:
@@ -182,7 +182,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
+def test_microbatches_do_not_change_steps_and_metrics(
     devices: int, data_directory: pathlib.Path
 ) -> None:
     ends = []
@@ -198,7 +198,7 @@ def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
 
 
-def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> None:
+def test_sam_rho_reaches_step(data_directory: pathlib.Path) -> None:
     ends = []
     for rho in (0.0, 0.5):
         this = dataclasses.replace(build(data_directory, 1), model=Linear())
@@ -210,7 +210,7 @@ def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> Non
     assert not np.allclose(*(end.params["Dense_0"]["kernel"] for end in ends))
 
 
-def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathlib.Path) -> None:
+def test_batch_not_divisible_into_microbatches_is_rejected(tmp_path: pathlib.Path) -> None:
     config = small.config(tmp_path)
     config.train.grad_accum_steps = 3
     with pytest.raises(ConfigError, match=r"batch_size = 64.*grad_accum_steps.*48 and 72"):

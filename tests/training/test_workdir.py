@@ -14,46 +14,54 @@ from inception_jax.training import workdir as workdirs
 DATASET: dict[str, Any] = {"name": "digits", "classes": 10, "class names": list("0123456789")}
 
 
-def started(
+def start_run(
     path: pathlib.Path, config: Config, *, steps: int = 5, dataset: dict[str, Any] = DATASET
 ) -> Workdir:
-    """A folder in which a run has saved a checkpoint."""
+    """Returns a workdir in which a run has saved a checkpoint."""
     folder = Workdir(path)
-    workdirs.record_start(workdirs.previous(folder), config, step=0, changed=[], dataset=dataset)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=dataset
+    )
     (folder.checkpoints / str(steps)).mkdir(parents=True)
     return folder
 
 
-def test_a_new_folder_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
-    assert workdirs.check_compatible(workdirs.previous(Workdir(tmp_path / "new")), Config()) == []
-
-
-def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path: pathlib.Path) -> None:
-    folder = Workdir(tmp_path)
-    workdirs.record_start(workdirs.previous(folder), Config(), step=0, changed=[], dataset=DATASET)
-    (folder.checkpoints / "5.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert workdirs.check_compatible(workdirs.previous(folder), Config(seed=1)) == []
-    workdirs.check_dataset(
-        workdirs.previous(folder), {"name": "other", "classes": 3, "class names": ["a", "b", "c"]}
+def test_new_workdir_is_compatible_with_any_config(tmp_path: pathlib.Path) -> None:
+    assert (
+        workdirs.check_compatible(workdirs.load_previous_run(Workdir(tmp_path / "new")), Config())
+        == []
     )
 
 
-def test_another_model_and_data_set_are_refused_by_field(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+def test_workdir_without_checkpoint_is_compatible_with_any_config(tmp_path: pathlib.Path) -> None:
+    folder = Workdir(tmp_path)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), Config(), step=0, changed=[], dataset=DATASET
+    )
+    (folder.checkpoints / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), Config(seed=1)) == []
+    workdirs.check_dataset(
+        workdirs.load_previous_run(folder),
+        {"name": "other", "classes": 3, "class names": ["a", "b", "c"]},
+    )
+
+
+def test_other_model_and_data_set_are_rejected_by_field(tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config())
     other = Config()
     other.model.width, other.data.name = 0.5, "digits"
     with pytest.raises(CheckpointError) as error:
-        workdirs.check_compatible(workdirs.previous(folder), other)
+        workdirs.check_compatible(workdirs.load_previous_run(folder), other)
     assert "config.model.width: 1.0 → 0.5" in str(error.value)
     assert "config.data.name: 'tiny_imagenet' → 'digits'" in str(error.value)
     assert "schedule" not in str(error.value)
 
 
-def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
-    workdirs.check_dataset(workdirs.previous(folder), DATASET)
+def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config())
+    workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
     with pytest.raises(CheckpointError, match=r"classes: 10 → 12"):
-        workdirs.check_dataset(workdirs.previous(folder), DATASET | {"classes": 12})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET | {"classes": 12})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,7 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
             r"names: without 'apple', with 'zapple'; the first that differs is class 0: "
             r"'apple' → 'pear'",
         ),
-        # The same places, but other words for them.
+        # The same order, but another name.
         (
             ["apple", "pears", "plum"],
             r"without 'pear', with 'pears'; the first that differs is class 1: 'pear' → 'pears'",
@@ -73,41 +81,41 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
         (["apple", "fig", "pear", "plum"], r"3 classes → 4, with 'fig'; .* class 1"),
     ],
 )
-def test_other_classes_are_refused(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
+def test_other_classes_are_rejected(tmp_path: pathlib.Path, names: list[str], message: str) -> None:
     before = {"name": "image_folder", "class names": ["apple", "pear", "plum"]}
-    folder = started(tmp_path, Config(), dataset=before)
-    workdirs.check_dataset(workdirs.previous(folder), before)
+    folder = start_run(tmp_path, Config(), dataset=before)
+    workdirs.check_dataset(workdirs.load_previous_run(folder), before)
     with pytest.raises(CheckpointError, match=message):
-        workdirs.check_dataset(workdirs.previous(folder), before | {"class names": names})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), before | {"class names": names})
 
 
-def test_a_record_without_class_names_is_taken(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
-    workdirs.check_dataset(workdirs.previous(folder), DATASET)
+def test_record_without_class_names_is_accepted(tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config(), dataset={"name": "digits", "classes": 10})
+    workdirs.check_dataset(workdirs.load_previous_run(folder), DATASET)
 
 
-def test_runs_of_older_versions_have_the_bit_depth_of_their_images(tmp_path: pathlib.Path) -> None:
-    """They took all of 16 bits for used, and recorded nothing of it."""
-    folder, pictures = started(tmp_path, Config()), DATASET | {"name": "image_folder"}
+def test_records_of_older_versions_imply_bit_depth(tmp_path: pathlib.Path) -> None:
+    """They assumed that all 16 bits were used, without recording it."""
+    folder, pictures = start_run(tmp_path, Config()), DATASET | {"name": "image_folder"}
     record = json.loads(folder.config.read_text())
     atomic.write_json(folder.config, record | {"dataset": pictures})
     for depth in (0, 16):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": depth})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": depth})
     with pytest.raises(CheckpointError, match="data set's bit depth: 16 → 12"):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 12})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": 12})
     atomic.write_json(folder.config, record | {"dataset": pictures | {"bit depth": 12}})
     with pytest.raises(CheckpointError, match="data set's bit depth: 12 → 0"):
-        workdirs.check_dataset(workdirs.previous(folder), pictures | {"bit depth": 0})
+        workdirs.check_dataset(workdirs.load_previous_run(folder), pictures | {"bit depth": 0})
 
 
-def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+def test_changed_settings_are_recorded_with_step(tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config())
     for step, rate in ((5, 0.2), (9, 0.3)):
         config = Config(train=Config().train)
         config.schedule.learning_rate = rate
-        changed = workdirs.check_compatible(workdirs.previous(folder), config)
+        changed = workdirs.check_compatible(workdirs.load_previous_run(folder), config)
         workdirs.record_start(
-            workdirs.previous(folder), config, step=step, changed=changed, dataset=DATASET
+            workdirs.load_previous_run(folder), config, step=step, changed=changed, dataset=DATASET
         )
     record = json.loads(folder.config.read_text())
     assert [(change["step"], change["settings"]) for change in record["changes"]] == [
@@ -118,11 +126,11 @@ def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -
     assert record["environment"]["packages"]["jax"]
 
 
-def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
+def test_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
     experiment = {"file": "experiments/digits.py", "own": {"train.duration": "12 epochs"}}
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         Config(),
         step=0,
         changed=[],
@@ -132,58 +140,65 @@ def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     assert json.loads(folder.config.read_text())["experiment"] == experiment
 
 
-def test_preparing_changed_data_again_is_asked_for_once(tmp_path: pathlib.Path) -> None:
-    folder, config = started(tmp_path, Config()), Config()
+def test_on_change_prepare_is_not_recorded(tmp_path: pathlib.Path) -> None:
+    folder, config = start_run(tmp_path, Config()), Config()
     config.data.on_change = "prepare"
-    workdirs.record_start(workdirs.previous(folder), config, step=0, changed=[], dataset=DATASET)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=DATASET
+    )
     assert json.loads(folder.config.read_text())["config"]["data"]["on_change"] == "refuse"
     assert config.data.on_change == "prepare"
 
 
-def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path) -> None:
-    folder, own = started(tmp_path, Config()), {"model": "Net"}
-    with pytest.raises(CheckpointError, match="model: that of the settings → Net, an object"):
-        workdirs.check_compatible(workdirs.previous(folder), Config(), own)
+def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> None:
+    folder, own = start_run(tmp_path, Config()), {"model": "Net"}
+    with pytest.raises(CheckpointError, match="model: as configured → Net, an object"):
+        workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own)
     workdirs.record_start(
-        workdirs.Previous(folder), Config(), step=0, changed=[], dataset=DATASET, own=own
+        workdirs.PreviousRun(folder),
+        Config(),
+        step=0,
+        changed=[],
+        dataset=DATASET,
+        custom_objects=own,
     )
-    assert workdirs.check_compatible(workdirs.previous(folder), Config(), own) == []
-    with pytest.raises(CheckpointError, match=r"objects that its program gave: model \(Net\)"):
-        workdirs.check_compatible(workdirs.previous(folder), Config())
-    with pytest.raises(CheckpointError, match=r"an object that a program gave \(Net\)"):
-        workdirs.recorded_run(folder)
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), Config(), own) == []
+    with pytest.raises(CheckpointError, match=r"objects passed by its program: model \(Net\)"):
+        workdirs.check_compatible(workdirs.load_previous_run(folder), Config())
+    with pytest.raises(CheckpointError, match=r"an object passed by a program \(Net\)"):
+        workdirs.require_record(folder)
 
 
-def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+def test_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config())
     config = Config()
     config.train.duration = "60 epochs"
-    assert workdirs.check_compatible(workdirs.previous(folder), config) == []
+    assert workdirs.check_compatible(workdirs.load_previous_run(folder), config) == []
 
 
-def recall(
+def restore_overrides(
     folder: Workdir, config: Config, file: str, given: dict[str, object]
 ) -> tuple[dict[str, object], list[str]]:
-    """What a start with some overrides is given back, and what is said of it."""
+    """Returns the experiment after a start with some overrides, and the log."""
     own = {}
     for path, value in given.items():
         own[path] = configs.get(config, path)
         configs.put(config, path, value)
     experiment = {"file": file, "own": own}
-    said: list[str] = []
-    return workdirs.recall(
-        workdirs.previous(folder), config, experiment, given.keys(), said.append
-    ), said
+    log: list[str] = []
+    return workdirs.restore_overrides(
+        workdirs.load_previous_run(folder), config, experiment, given.keys(), log.append
+    ), log
 
 
 def overridden(path: pathlib.Path) -> Workdir:
-    """The folder of a run that overrode two settings of an experiment."""
+    """Returns the workdir of a run that overrode two settings of an experiment."""
     config = Config()
     config.model.width, config.train.image_sizes = 0.5, (16,)
     experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
-    folder = started(path, config)
+    folder = start_run(path, config)
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         config,
         step=0,
         changed=[],
@@ -193,15 +208,15 @@ def overridden(path: pathlib.Path) -> Workdir:
     return folder
 
 
-def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
+def test_duration_in_another_unit_replaces_recorded_one(
     tmp_path: pathlib.Path,
 ) -> None:
     config = Config()
     config.train.duration = "20 epochs"
-    folder = started(tmp_path, config)
+    folder = start_run(tmp_path, config)
     experiment: dict[str, object] = {"file": "a.py", "own": {"train.duration": "60 epochs"}}
     workdirs.record_start(
-        workdirs.previous(folder),
+        workdirs.load_previous_run(folder),
         config,
         step=0,
         changed=[],
@@ -209,16 +224,16 @@ def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
         experiment=experiment,
     )
     now = Config()
-    found, said = recall(folder, now, "a.py", {"train.duration": "300 steps"})
-    assert now.train.duration == "300 steps" and not said
-    assert found["own"] == {"train.duration": "60 epochs"}
+    restored, log = restore_overrides(folder, now, "a.py", {"train.duration": "300 steps"})
+    assert now.train.duration == "300 steps" and not log
+    assert restored["own"] == {"train.duration": "60 epochs"}
     configs.validate(now)
 
 
-def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> None:
+def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
-    experiment, said = recall(folder, config, "a.py", {"schedule.learning_rate": 0.2})
+    experiment, log = restore_overrides(folder, config, "a.py", {"schedule.learning_rate": 0.2})
     assert (config.model.width, config.train.image_sizes) == (0.5, (16,))
     assert config.schedule.learning_rate == 0.2
     assert experiment["own"] == {
@@ -226,50 +241,50 @@ def test_what_the_run_overrode_needs_no_second_time(tmp_path: pathlib.Path) -> N
         "model.width": 1.0,
         "train.image_sizes": [],
     }
-    assert said == [
-        "not given, so as the run was started: config.model.width = 0.5, "
+    assert log == [
+        "not given, so kept from the start of the run: config.model.width = 0.5, "
         "config.train.image_sizes = (16,)"
     ]
-    assert len(workdirs.check_compatible(workdirs.previous(folder), config)) == 1
+    assert len(workdirs.check_compatible(workdirs.load_previous_run(folder), config)) == 1
 
 
-def test_what_is_given_counts_even_where_it_is_the_experiments_own(tmp_path: pathlib.Path) -> None:
+def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     config = Config()
-    recall(folder, config, "a.py", {"model.width": 1.0})
+    restore_overrides(folder, config, "a.py", {"model.width": 1.0})
     assert config.model.width == 1.0
     with pytest.raises(CheckpointError, match=r"config\.model\.width: 0\.5 → 1\.0"):
-        workdirs.check_compatible(workdirs.previous(folder), config)
+        workdirs.check_compatible(workdirs.load_previous_run(folder), config)
 
 
-def test_another_experiment_is_compared_as_it_is(tmp_path: pathlib.Path) -> None:
+def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)
-    assert recall(folder, other, "b.py", {})[1] == []
+    assert restore_overrides(folder, other, "b.py", {})[1] == []
     assert other.model.width == 1.0
-    # Of another name, but with the same settings, it is the same.
+    # An experiment with another name but the same settings counts as the same.
     copied = Config()
-    recall(folder, copied, "b.py", {})
+    restore_overrides(folder, copied, "b.py", {})
     assert copied.model.width == 0.5
 
 
-def test_a_folder_without_a_checkpoint_gives_nothing_back(tmp_path: pathlib.Path) -> None:
+def test_workdir_without_checkpoint_restores_no_overrides(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     (folder.checkpoints / "5").rmdir()
     config = Config()
-    assert recall(folder, config, "a.py", {})[1] == []
+    assert restore_overrides(folder, config, "a.py", {})[1] == []
     assert config == Config()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"seed": "1"}}'])
-def test_an_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
-    folder = started(tmp_path, Config())
+def test_unreadable_record_is_an_error(text: str, tmp_path: pathlib.Path) -> None:
+    folder = start_run(tmp_path, Config())
     folder.config.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        workdirs.previous(folder)
+        workdirs.load_previous_run(folder)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
+def test_json_is_written_atomically(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "result.json"
     atomic.write_json(path, {"top1": 1.5})
     with pytest.raises(TypeError):
@@ -277,10 +292,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
     assert json.loads(path.read_text()) == {"top1": 1.5}
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: pathlib.Path) -> None:
+def test_directory_that_cannot_be_created_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir="):
         workdirs.check_writable(tmp_path / "file" / "run")
     workdirs.check_writable(tmp_path / "a" / "b")
-    # Marked, as pictures may lie in folders beside it.
+    # Marked as output, as directories of images may be next to it.
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".inception_jax"]
