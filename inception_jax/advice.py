@@ -32,28 +32,27 @@ _BYTES = re.compile(r"\b(\d{7,}) ?bytes")
 
 # By what was going on: a phase of training or a command.
 _TRAIN = (
-    "give a smaller config.train.batch_size{train.batch_size}, or compute it in parts by "
-    "config.train.grad_accum_steps{train.grad_accum_steps} (2, 4, …)"
+    "reduce config.train.batch_size{train.batch_size}, or split each batch with "
+    "config.train.grad_accum_steps{train.grad_accum_steps} = 2, 4, …"
 )
-_EVALUATE = "give a smaller config.evaluation.batch_size{evaluation.batch_size}"
+_EVALUATE = "reduce config.evaluation.batch_size{evaluation.batch_size}"
 _WHAT_TO_DO = {
     "train": ("training", _TRAIN),
     "compile": ("compiling the training step", _TRAIN),
-    "input": ("reading training images", f"{_TRAIN}, or fewer config.data.workers"),
+    "input": ("reading training images", f"{_TRAIN}, or use fewer config.data.workers"),
     "find_lr": ("finding a learning rate", _TRAIN),
     "evaluate": ("evaluating", _EVALUATE),
-    "predict": ("predicting", "give fewer pictures at a time: up to a batch is computed together"),
+    "predict": ("predicting", "pass fewer images at a time; up to a batch is computed together"),
     "export": (
         "exporting",
-        "with --quantize give a smaller --calibration; else use a machine with more memory",
+        "with --quantize, reduce --calibration; otherwise use a machine with more memory",
     ),
-    "serve": ("serving", "give a smaller --max_megapixels, or use --platform=cpu"),
-    "view": ("inspecting a network", "give a smaller config.data.image_size"),
-    "prepare": ("preparing data", "free memory on this machine; pictures are decoded in parallel"),
+    "serve": ("serving", "reduce --max_megapixels, or use --platform=cpu"),
+    "summarize": ("inspecting a network", "reduce config.data.image_size"),
+    "prepare": ("preparing data", "free memory on this machine; images are decoded in parallel"),
 }
 _ANY = (
-    f"In training, {_TRAIN}; in evaluation, {_EVALUATE}; in prediction, give fewer pictures at a "
-    "time"
+    f"In training, {_TRAIN}; in evaluation, {_EVALUATE}; in prediction, pass fewer images at a time"
 )
 
 
@@ -83,11 +82,11 @@ def in_use(text: str) -> str | None:
     if not _IN_USE.search(text):
         return None
     return (
-        f"the device cannot be used, it seems because another process is using it: "
-        f"{_shortened(text)}. End that process (nvidia-smi lists those on GPUs; on a TPU VM: sudo "
-        "lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile; where none is left, remove "
-        "/tmp/libtpu_lockfile), or give --platform=cpu. JAX reserves three quarters of a GPU's "
-        "memory: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each, two processes can share one"
+        "the device is unavailable, probably because another process is using it: "
+        f"{_shortened(text)}. Stop that process (on GPUs, nvidia-smi lists them; on a TPU VM, run "
+        "sudo lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile, and if none is left, remove "
+        "/tmp/libtpu_lockfile), or use --platform=cpu. JAX reserves 75% of a GPU's memory; to run "
+        "two processes on one GPU, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each"
     )
 
 
@@ -106,15 +105,13 @@ def _no_memory(
 ) -> str:
     what = _BYTES.sub(lambda found: f"{found[0]} ({int(found[1]) / 1e9:,.1f} GB)", what)
     for path in ("train.batch_size", "train.grad_accum_steps", "evaluation.batch_size"):
-        now = f" (now {settings[path]})" if path in settings else ""
+        now = f" (currently {settings[path]})" if path in settings else ""
         todo = todo.replace(f"{{{path}}}", now)
     todo = todo[0].upper() + todo[1:]
     if isinstance(error, MemoryError) or _OWN_MEMORY.search(what):
-        others = "Other programs, or a limit (ulimit, a container's), may leave too little"
+        others = "Other programs or a limit (ulimit, container) may also be the cause"
     else:
-        others = (
-            "Another process on the device may leave too little: nvidia-smi lists those on GPUs"
-        )
+        others = "Another process may be using the device's memory; on GPUs, nvidia-smi lists them"
     during = f" while {doing}" if doing else ""
     return f"out of memory{during}: {what}. {todo}. {others}"
 

@@ -73,8 +73,8 @@ def train(
     check_not_registering("trains")
     if jax.process_count() > 1:
         raise UserError(
-            f"inception_jax.train: this is one of {jax.process_count()} processes, which it does "
-            "not keep together; start the command in each: python -m inception_jax.main"
+            f"inception_jax.train: runs in a single process, but this is one of "
+            f"{jax.process_count()}; use python -m inception_jax.main in each of them"
         )
     path = paths.local(_checked_path(workdir, "workdir", "a run's folder"), str(workdir))
     own = {"dataset": _dataset(dataset), "model": model, "optimizer": optimizer}
@@ -199,7 +199,7 @@ def evaluate(what: Weights | Run, how: Config | TrainState) -> dict[str, Any]:
     if isinstance(what, Run):
         if not isinstance(how, TrainState):
             raise UserError(
-                f"state: must be a TrainState, as create_state and a step return it, got "
+                f"state: must be a TrainState from create_state or a training step, got "
                 f"{type(how).__name__}"
             )
         estimate_norm, evaluator = _evaluation(what)
@@ -220,9 +220,7 @@ def _dataset(given: Dataset | Arrays | None) -> Dataset | None:
     """Returns the data set that a caller gave, made of arrays where it is a pair of them."""
     if isinstance(given, tuple):
         if len(given) != 2:
-            raise UserError(
-                f"dataset: must be a pair of images and labels, got {len(given)} values"
-            )
+            raise UserError(f"dataset: must be a pair (images, labels), got {len(given)} values")
         return Dataset.from_arrays(*given)
     return given
 
@@ -232,7 +230,7 @@ def _checked_path(path: object, name: str, what: str) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{name}: must be the path of {what}, got {type(path).__name__}")
     if not os.fspath(path):
-        raise UserError(f"{name}: is empty; give the path of {what}")
+        raise UserError(f"{name}: must not be empty; pass the path of {what}")
     return path
 
 

@@ -63,7 +63,7 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         configs.check_path(name)
         configs.put(config, name, value)
     for problem in configs.validate(config, recorded=recorded):
-        console.say_once(f"{path}: {problem}; it was recorded so")
+        console.say_once(f"{path}: {problem}; accepted because the run recorded it")
     return config
 
 
@@ -95,7 +95,7 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
     try:
         with _running(path) as module:
             if not hasattr(module, "get_config"):
-                raise UserError(f"{prefix}{place}: has no get_config() that returns a Config")
+                raise UserError(f"{prefix}{place}: must define get_config() returning a Config")
             config = module.get_config(*arguments)
     except UserError:
         raise
@@ -105,8 +105,8 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
         raise UserError(f"{prefix}{place}: {_failure(error, path)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
-            f"{prefix}{place}: get_config() returned {type(config).__name__}; it must return "
-            "inception_jax.config.Config"
+            f"{prefix}{place}: get_config() must return an inception_jax.config.Config, got "
+            f"{type(config).__name__}"
         )
     return config
 
@@ -136,22 +136,22 @@ def import_parts(
     for part in parts:
         kind, name, path = part["kind"], part["name"], pathlib.Path(part["file"])
         if kind not in registry.REGISTRIES:
-            log(f"{record}: {kind} {name!r}: no kind of part of this version; it is left out")
+            log(f"{record}: {kind} {name!r}: unknown kind of part; ignored")
             continue
         known = registry.REGISTRIES[kind]
         if name in known:
             continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
-        remedy = "Give the experiment that registers it as --config=FILE, or import its module"
+        remedy = "Use --config=FILE with the experiment that registers it, or import its module"
         if not path.is_file():
-            raise CheckpointError(f"{what}, which is not there. {remedy}")
+            raise CheckpointError(f"{what}, which does not exist. {remedy}")
         log(f"running {path}, which registers the {kind} {name!r} of this run")
         try:
             register_parts(path)
         except UserError as error:
             raise CheckpointError(f"{what}: {error}. {remedy}") from error
         if name not in known:
-            raise CheckpointError(f"{what}, which no longer does. {remedy}")
+            raise CheckpointError(f"{what}, which no longer registers it. {remedy}")
 
 
 def _find(place: str, prefix: str) -> pathlib.Path:
@@ -194,8 +194,8 @@ def check_not_registering(what: str) -> None:
     """
     if file := _registering.get():
         raise UserError(
-            f"{file} {what} whenever it is run, and it is run to register the parts of a run. Put "
-            "that below if __name__ == '__main__':, or the parts in a file of their own"
+            f"{file}: {what} whenever it is run, but here it is run only to register the parts of "
+            "a run. Move that code below if __name__ == '__main__':, or the parts to another file"
         )
 
 
@@ -246,17 +246,17 @@ def _place(module: types.ModuleType) -> str:
 def _no_experiment(path: pathlib.Path) -> str:
     """Returns why a path is no file to take settings from, and what may be meant."""
     if (path / "config.json").exists():
-        return f"is the folder of a run: give it as --workdir, or --config={path}/config.json"
+        return f"is the folder of a run; use --workdir={path} or --config={path}/config.json"
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*.py"))
     if path.is_dir():
         some = f", such as {found[0]}" if found else ""
-        return f"is a folder; give an experiment file{some}"
+        return f"is a folder; use an experiment file{some}"
     names = {each.stem: f"{_NAME}/{each.name}" for at in _SHIPPED for each in at.glob("*.py")}
     names |= {each.stem: str(each) for each in found}
     meant = difflib.get_close_matches(path.stem, list(names), n=1)
     hint = f" Did you mean {names[meant[0]]}?" if meant else ""
-    return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
+    return f"file not found.{hint} Use an experiment file, such as experiments/tiny.py"
 
 
 def _failure(error: Exception, path: pathlib.Path) -> str:
@@ -270,5 +270,5 @@ def _failure(error: Exception, path: pathlib.Path) -> str:
         hint = configs.did_you_mean(found[1])
     elif isinstance(error, ImportError) and (found := _MISSING.search(str(error))):
         name = found[1] or found[2]
-        hint = f" Put a copy of {name}.py into {path.resolve().parent}"
+        hint = f" Copy {name}.py to {path.resolve().parent}"
     return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"

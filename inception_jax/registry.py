@@ -128,20 +128,20 @@ class DatasetPart(Part):
         # They are names of folders, and what TFDS takes for such.
         if not re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII):
             raise ConfigError(
-                f"{self.place}: registers the dataset {self.name!r}: a name must be of letters, "
-                'digits and underscores, and begin with a letter, such as "my_set"'
+                f"{self.place}: register_dataset({self.name!r}): the name must consist of letters, "
+                'digits and underscores and start with a letter, such as "my_set"'
             )
         if not re.fullmatch(r"\d+\.\d+\.\d+", self.version):
             raise ConfigError(
-                f"{self.place}: registers the dataset {self.name!r} with version = "
-                f'{self.version!r}: must be three numbers, such as "1.0.0"'
+                f"{self.place}: register_dataset({self.name!r}, version={self.version!r}): the "
+                'version must be three numbers, such as "1.0.0"'
             )
 
     def source_problem(self, data: Any) -> str:
         """Returns what is wrong with a source for a data set that takes none, or ''."""
         if not data.source or self.takes_source:
             return ""
-        return f"config.data.source = {data.source!r}: {self.name!r} needs none; leave it empty"
+        return f"config.data.source = {data.source!r}: must be empty for {self.name!r}"
 
     def problems(self, data: Any, default: Any) -> Iterator[str]:
         """Yields what is wrong with settings for this data set.
@@ -160,8 +160,8 @@ class DatasetPart(Part):
             value, usual = getattr(data, name), getattr(default, name)
             if value != usual:
                 yield (
-                    f"config.data.{name} = {value!r}: only {' and '.join(map(repr, takers[name]))} "
-                    f"has this setting; leave it at {usual!r} for {self.name!r}"
+                    f"config.data.{name} = {value!r}: must be {usual!r} for {self.name!r}; only "
+                    f"{' and '.join(map(repr, takers[name]))} can change it"
                 )
         if self.check is not None:
             yield from self.check(data)
@@ -216,14 +216,14 @@ class Registry(Generic[AnyPart]):
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(
-                f"register_{self.kind}({name!r}): give a name, such as "
-                f'register_{self.kind}("my_{self.kind}")'
+                f"register_{self.kind}({name!r}): the name must be a non-empty string, such as "
+                f'"my_{self.kind}"'
             )
 
         if not isinstance(options or {}, Mapping):
             raise ConfigError(
-                f"register_{self.kind}({name!r}): options must be a mapping of names to defaults, "
-                f"got {type(options).__name__}"
+                f"register_{self.kind}({name!r}): options must map names to defaults, got "
+                f"{type(options).__name__}"
             )
 
         def decorate(function: Function) -> Function:
@@ -246,8 +246,8 @@ class Registry(Generic[AnyPart]):
             before = self._parts.get(name)
             if before is not None and _is_another(before, part):
                 raise ConfigError(
-                    f"{part.place}: registers the {self.kind} {name!r}, which {before.place} has "
-                    "registered already; give it another name"
+                    f"{part.place}: the {self.kind} {name!r} is already registered by "
+                    f"{before.place}; use another name"
                 )
             self._parts[name] = part
             return function
@@ -268,9 +268,9 @@ class Registry(Generic[AnyPart]):
     def unknown(self, name: str) -> str:
         """Returns what is wrong with a name that nothing registered."""
         return (
-            f"no {self.kind} is registered under this name.{nearest(name, self.names())} "
-            f"Registered: {', '.join(self.names())}. One of your own is known once the file that "
-            "registers it is imported, such as by the experiment file"
+            f"no such {self.kind}.{nearest(name, self.names())} Registered: "
+            f"{', '.join(self.names())}. To use a custom {self.kind}, import the file that "
+            "registers it, for example in the experiment file"
         )
 
     def names(self) -> tuple[str, ...]:
@@ -367,10 +367,10 @@ def option_problems(parts: Sequence[Part], options: Mapping[str, Any], path: str
         takers = [part for part in parts if name in part.options]
         if not takers:
             known = sorted({option for part in parts for option in part.options})
-            names = " and ".join(repr(part.name) for part in parts) or "nothing that is named"
-            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
+            names = " and ".join(repr(part.name) for part in parts) or "none of these parts"
+            allowed = f"Options: {', '.join(known)}" if known else "It has no options"
             hint = nearest(name, known)
-            yield f"config.{path}.{name}: {names} has no such option; {allowed}.{hint}"
+            yield f"config.{path}.{name}: no such option of {names}.{hint} {allowed}"
         for part in takers:
             default = part.options[name]
             if default is not None and not _fits(value, default):
@@ -447,13 +447,12 @@ def register_metric(
     """
     if name in _RESERVED or (isinstance(name, str) and not re.fullmatch(r"\w+", name)):
         raise ConfigError(
-            f"register_metric({name!r}): this stands for something else in a line of metrics, or "
-            "is not a word; give it another name, of letters, digits and _"
+            f"register_metric({name!r}): the name must be a word of letters, digits and "
+            "underscores, and not one that lines of metrics already use; choose another name"
         )
     if over not in ("example", "split"):
         raise ConfigError(
-            f"register_metric({name!r}, over={over!r}): must be one of example, split."
-            f"{nearest(over, ('example', 'split'))}"
+            f"register_metric({name!r}, over={over!r}): over must be 'example' or 'split'"
         )
     return METRICS.register(
         name, options=options, over=over, percent=percent, min_classes=min_classes
@@ -587,8 +586,8 @@ def register_optimizer(
     """
     if decay not in ("own", "l2", "decoupled"):
         raise ConfigError(
-            f"register_optimizer({name!r}, decay={decay!r}): decay must be one of own, l2 and "
-            "decoupled"
+            f"register_optimizer({name!r}, decay={decay!r}): decay must be 'own', 'l2' or "
+            "'decoupled'"
         )
     return OPTIMIZERS.register(
         name, options=options, decay=decay, auto_rate=auto_rate, settings=settings, check=check
@@ -690,7 +689,8 @@ def register_dataset(
     """
     if isinstance(class_names, str):
         raise ConfigError(
-            f"register_dataset({name!r}, class_names={class_names!r}): is a text; give a list"
+            f"register_dataset({name!r}, class_names={class_names!r}): class_names must be a list "
+            "of names, not a string"
         )
     return DATASETS.register(
         name,

@@ -115,7 +115,7 @@ def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin
         if name in origin.given:
             origins[name] = "command line"
         elif configs.is_open(config, name):
-            origins[name] = "chosen at the start, from the data or the hardware"
+            origins[name] = "chosen at startup from the data or hardware"
         elif name in opened or name in experiment["own"]:
             origins[name] = recorded
         elif configs.get(config, name) != configs.get(Config(), name):
@@ -262,7 +262,7 @@ def _rate_rise(setup: Run, old: Config, first: int) -> list[str]:
     if now <= 1.01 * before:
         return []
     return [
-        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,}, as "
-        "the schedule or the length was changed. Accuracy may fall before it rises; for a lower "
-        "rate give --config.schedule.learning_rate too"
+        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,} "
+        "because the schedule or duration changed. Accuracy may drop at first; for a lower rate, "
+        "also set --config.schedule.learning_rate"
     ]

@@ -14,17 +14,18 @@ SETTINGS = {"train.batch_size": 4096, "train.grad_accum_steps": 1, "evaluation.b
     ("doing", "words"),
     [
         ("train", "while training: "),
-        ("train", "Give a smaller config.train.batch_size (now 4096), or compute it in parts by"),
-        ("compile", "config.train.grad_accum_steps (now 1) (2, 4, …)"),
+        ("train", "Reduce config.train.batch_size (currently 4096), or split each batch with"),
+        ("compile", "config.train.grad_accum_steps (currently 1) = 2, 4, …"),
         ("evaluate", "while evaluating: "),
-        ("evaluate", "Give a smaller config.evaluation.batch_size (now 3000). "),
-        ("predict", "Give fewer pictures at a time"),
-        ("export", "a smaller --calibration"),
-        ("serve", "a smaller --max_megapixels"),
+        ("evaluate", "Reduce config.evaluation.batch_size (currently 3000). "),
+        ("predict", "Pass fewer images at a time"),
+        ("export", "reduce --calibration"),
+        ("serve", "Reduce --max_megapixels"),
+        ("summarize", "Reduce config.data.image_size"),
         ("prepare", "while preparing data: "),
         ("find_lr", "config.train.batch_size"),
-        ("other", "In training, give a smaller config.train.batch_size (now 4096)"),
-        ("other", "in evaluation, give a smaller config.evaluation.batch_size"),
+        ("other", "In training, reduce config.train.batch_size (currently 4096)"),
+        ("other", "in evaluation, reduce config.evaluation.batch_size"),
     ],
 )
 def test_the_advice_names_the_setting_that_matters(doing: str, words: str) -> None:
@@ -54,7 +55,7 @@ def test_evaluation_is_not_advised_on_training() -> None:
 def test_the_machines_own_memory_is_not_the_devices(error: Exception) -> None:
     message = advice.explain(error, ["train"], {})
     assert message is not None and message.startswith("out of memory while training: ")
-    assert "nvidia-smi" not in message and "Other programs, or a limit" in message
+    assert "nvidia-smi" not in message and "Other programs or a limit" in message
 
 
 @pytest.mark.parametrize(

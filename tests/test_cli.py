@@ -66,7 +66,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
         (["--mode=evaluate"], "train"),
         (["stray"], "'stray'"),
-        (["--platform=gpu"], "no device of the platform 'gpu'"),
+        (["--platform=gpu"], "platform 'gpu': not available"),
         (["--platform=gpo"], "Did you mean gpu"),
         (["--coordinator_address=localhost:1"], "--process_count"),
     ],
@@ -177,7 +177,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("none.py", "none.py: there is no such file"),
+        ("none.py", "none.py: file not found"),
         ("tiny", "Did you mean experiments/tiny.py"),
         ("digits.yp", "Did you mean experiments/digits.py"),
         ("experiments", "is a folder; give an experiment file, such as experiments/"),
@@ -271,7 +271,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
     ("failure", "code", "words"),
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'. Unexpected error"),
-        ("MemoryError()", 1, "smaller config.train.batch_size"),
+        ("MemoryError()", 1, "Reduce config.train.batch_size"),
         ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.grad_accum_steps"),
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
         ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),
@@ -345,7 +345,7 @@ def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> No
     (tmp_path / "tiny_base.py").unlink()
     done = run_in(place, *arguments, PYTHONPATH=str(install))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"Put a copy of tiny_base.py into {tmp_path}" in done.stderr
+    assert f"Copy tiny_base.py to {tmp_path}" in done.stderr
 
 
 LISTS = r"""

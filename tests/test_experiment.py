@@ -91,7 +91,7 @@ def test_an_experiment_that_is_missing_a_neighbour_says_where_to_put_it(
     tmp_path: pathlib.Path,
 ) -> None:
     path = write(tmp_path / "one.py", "from experiments import none", "def get_config(): ...")
-    with pytest.raises(UserError, match=rf"Put a copy of none\.py into {tmp_path}"):
+    with pytest.raises(UserError, match=rf"Copy none\.py to {tmp_path}"):
         ij.load_config(path)
 
 
@@ -131,9 +131,9 @@ def test_the_file_of_a_part_is_recorded_and_run_again(
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (None, "which is not there"),
+        (None, "which does not exist"),
         ("1 / 0", "ZeroDivisionError"),
-        ("x = 1", "no longer does"),
+        ("x = 1", "no longer registers it"),
     ],
 )
 def test_a_part_that_cannot_be_had_again_is_named(

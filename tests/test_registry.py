@@ -55,11 +55,11 @@ def test_a_name_twice_in_one_file_or_in_two_is_refused(tmp_path: pathlib.Path) -
     for path in (one, other):
         path.write_text(METRIC.format(value=1))
     run(str(one), METRIC.format(value=1))
-    words = rf"{other}, line 4: registers the metric 'mine', which {one}, line 4 has registered"
+    words = rf"{other}, line 4: the metric 'mine' is already registered by {one}, line 4"
     with pytest.raises(ConfigError, match=words):
         run(str(other), METRIC.format(value=1))
     one.write_text(METRIC.format(value=1) * 2)
-    with pytest.raises(ConfigError, match=rf"{one}, line 10: .* {one}, line 4 has registered"):
+    with pytest.raises(ConfigError, match=rf"{one}, line 10: .* registered by {one}, line 4"):
         run(str(one), METRIC.format(value=1) * 2)
 
 
@@ -77,9 +77,9 @@ def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
     ("register", "words"),
     [
         (lambda: registry.register_metric("x")(NOT_A_FUNCTION), "must decorate a function, got 3"),
-        (lambda: registry.register_metric("x", options=["a"]), "options must be a mapping"),
-        (lambda: registry.register_metric("a.b c"), "of letters, digits and _"),
-        (lambda: registry.register_optimizer(""), "give a name"),
+        (lambda: registry.register_metric("x", options=["a"]), "options must map names"),
+        (lambda: registry.register_metric("a.b c"), "of letters, digits and underscores"),
+        (lambda: registry.register_optimizer(""), "must be a non-empty string"),
     ],
 )
 def test_what_cannot_be_registered_is_named(register: Any, words: str) -> None:

@@ -44,7 +44,7 @@ def use(log: Log) -> None:
             folder = _own_folder()
             _remove_oldest(folder, MAX_BYTES)
         except (OSError, RuntimeError) as error:
-            log(f"compiled programs are not kept for the next start: {error}")
+            log(f"compilation cache disabled; programs are recompiled at every start: {error}")
             return
         import jax
 
@@ -65,7 +65,7 @@ def _own_folder() -> pathlib.Path:
     folder = cache / "inception_jax" / "xla"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{folder} belongs to another user")
+        raise PermissionError(f"{folder}: owned by another user")
     return folder
 
 
@@ -113,8 +113,8 @@ def explained_problems(log: Log) -> Iterator[None]:
                 path.unlink(missing_ok=True)
         # Where one cannot be written, none can.
         if problem["what"] not in logged:
-            done = "read" if problem["what"] == "reading" else "kept for the next start"
-            log(f"{folder}: compiled programs could not be {done}: {problem['reason']}")
+            verb = "read" if problem["what"] == "reading" else "write"
+            log(f"{folder}: cannot {verb} compiled programs: {problem['reason']}")
         logged.add(problem["what"])
 
     with warnings.catch_warnings():

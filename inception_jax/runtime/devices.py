@@ -64,8 +64,8 @@ def initialize(
     """
     if platform and platform not in PLATFORMS:
         raise UserError(
-            f"--platform={platform}: must be one of {', '.join(PLATFORMS)}."
-            f"{nearest(platform, PLATFORMS)}"
+            f"--platform={platform}: no such platform.{nearest(platform, PLATFORMS)} Use cpu, gpu "
+            "or tpu"
         )
     _fix_settings(log)
     if platform == "cpu":
@@ -76,15 +76,16 @@ def initialize(
         count, index = _numbered(process_count, process_index)
         if not (count > 0 and 0 <= index < count):
             raise UserError(
-                f"--coordinator_address={coordinator_address}: needs --process_count (found "
-                f"{process_count}) and --process_index from 0 to it (found {process_index})"
+                f"--coordinator_address={coordinator_address}: requires --process_count ≥ 1 (got "
+                f"{process_count}) and --process_index from 0 to --process_count − 1 (got "
+                f"{process_index})"
             )
         _join(heartbeat_timeout, log, address=coordinator_address, count=count, index=index)
     elif distributed:
         _join(heartbeat_timeout, log, cluster=cluster or None)
     handler = _jax_private.sigterm_handler()
     # Before the devices are looked for, which other versions might do in another way.
-    hosts.check_consistent("start", fingerprint)
+    hosts.check_consistent("startup settings", fingerprint)
     _check_platform(platform)
     hosts.check_consistent("devices", _devices)
     return None if handler == before else _jax_private.preemption_notifier(handler)
@@ -95,7 +96,7 @@ def _fix_settings(log: Callable[[str], None]) -> None:
     for name, value in _FIXED.items():
         # None stands for JAX's own default, which is the same.
         if (found := getattr(jax.config, name)) not in (None, value):
-            log(f"{name.upper()}={found}: is ignored; this program always runs with {value}")
+            log(f"{name.upper()}={found}: ignored; this program always uses {value}")
             jax.config.update(name, value)
 
 
@@ -149,10 +150,10 @@ def _join(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes could not be joined: {error}. Were all of them started? Under a TPU "
-            "pod slice, SLURM or Open MPI give --distributed (with Open MPI 5 and mpi4py also "
-            "--cluster=mpi4py); elsewhere --coordinator_address, --process_count and "
-            "--process_index; for one process none of them"
+            f"cannot connect to the other processes: {error}. Check that all of them were "
+            "started. On a TPU pod slice, SLURM or Open MPI, use --distributed (with Open MPI 5 "
+            "and mpi4py, also --cluster=mpi4py); elsewhere, use --coordinator_address, "
+            "--process_count and --process_index; for a single process, use none of these"
         ) from error
     process, count = _jax_private.process_place()
     if count > 1:
@@ -164,7 +165,7 @@ def _devices() -> dict[str, Any]:
     """Returns which devices this process has, and in what way it is to use them."""
     return {
         "device": jax.local_devices()[0].device_kind,
-        "devices a process": jax.local_device_count(),
+        "devices per process": jax.local_device_count(),
     }
 
 
@@ -182,9 +183,9 @@ def _check_platform(platform: str) -> None:
         raise UserError(message)
     if found == "none" or platform not in ("", found):
         raise UserError(
-            f"no device of the platform {platform!r} can be used; found: {found}{reason}. Check "
-            "its driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), "
-            "or use --platform=cpu"
+            f"platform {platform!r}: not available; JAX found {found}{reason}. Check the driver, "
+            "install the package with its extra (pip install -e '.[cuda]' or '.[tpu]'), or use "
+            "--platform=cpu"
         )
 
 

@@ -85,7 +85,7 @@ def software() -> dict[str, Any]:
       commit; a SHA-256 over its files, which also tells changed files apart; and the environment
       variables that JAX and its compilers read, but for those that tell the processes apart.
     """
-    versions = {f"{name}'s version": _version(name) for name in _PACKAGES}
+    versions = {f"{name} version": _version(name) for name in _PACKAGES}
     variables = {
         f"${name}": value
         for name, value in sorted(os.environ.items())

@@ -75,7 +75,7 @@ def join(hosts: Hosts, name: str) -> None:
         names = ", ".join(f"{number} on {host}" for number, host in enumerate(hosts.names))
         hosts.log(
             f"{hosts.count} processes: {names}. If one dies, JAX stops the others within "
-            f"{hosts.heartbeat_timeout:g} s and gives its number as the task"
+            f"{hosts.heartbeat_timeout:g} s and reports its number as the task"
         )
 
 
@@ -122,12 +122,12 @@ def peer_failure(error: BaseException) -> str:
         if failures := _joined.store.under(_FAILURES):
             process = min(map(int, failures))
             return (
-                f"{_joined.describe(process)} failed: {failures[str(process)]}. The run cannot go "
-                f"on without it, so {_joined.describe(_joined.process)} stops too. Fix this and "
-                "rerun the same command on all hosts: it resumes from the last checkpoint"
+                f"{_joined.describe(process)} failed: {failures[str(process)]}. The run cannot "
+                f"continue without it, so {_joined.describe(_joined.process)} exits too. Fix this "
+                "and rerun the same command on all hosts to resume from the last checkpoint"
             )
     patience = _joined.heartbeat_timeout + GRACE
-    _joined.log(f"an operation over all processes failed; JAX says why within {patience:g} s")
+    _joined.log(f"a collective operation failed; JAX reports the cause within {patience:g} s")
     time.sleep(patience)
     return ""
 
@@ -153,7 +153,7 @@ def gather(what: str, value: Any) -> list[Any]:
     values = []
     for process in range(_joined.count):
         while (text := _joined.store.wait(f"{key}{process}", _WAIT)) is None:
-            _joined.log(f"waiting for {_joined.describe(process)}: it has not reached its {what}")
+            _joined.log(f"waiting for {_joined.describe(process)} to report its {what}")
         values.append(json.loads(text))
     return values
 
@@ -173,7 +173,7 @@ def check_consistent(what: str, fingerprint: Callable[[], Mapping[str, Any]]) ->
     found = gather(what, dict(fingerprint()))
     if lines := differences(found, [_joined.describe(number) for number in range(_joined.count)]):
         raise UserError(
-            "the processes of this run do not agree:\n  "
+            "the processes of this run are inconsistent:\n  "
             + "\n  ".join(lines)
             + "\nStart all of them with the same command, settings, software and data"
         )

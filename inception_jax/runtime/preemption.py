@@ -97,13 +97,16 @@ class Preemption:
         now = time.monotonic()
         if self._first is None:
             if not (self._stepped and self._can_save):
-                _end(f"{received.name}: ended at once. {_GOES_ON}", EXIT_PREEMPTED)
+                _end(f"{received.name}: exiting immediately. {_RESUME}", EXIT_PREEMPTED)
             self._first, self._first_time = received, now
-            _say(f"{received.name}: ends once this step is saved; a second signal ends it at once")
+            _say(
+                f"{received.name}: saving after the current step, then exiting; a second signal "
+                "exits immediately"
+            )
             if self._notify_preemption:
                 self._notify_preemption()
         elif now - self._first_time >= SIGNAL_DEBOUNCE_SECONDS:
-            _end(f"{received.name} again: ended at once. {_GOES_ON}", 128 + received)
+            _end(f"{received.name} again: exiting immediately. {_RESUME}", 128 + received)
 
 
 @contextlib.contextmanager
@@ -133,7 +136,10 @@ def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], b
             before(number, frame)
             return
         asked = True
-        log("interrupted: ends once this step is saved; a second interrupt ends it at once")
+        log(
+            "interrupted: saving after the current step, then stopping; a second interrupt stops "
+            "immediately"
+        )
 
     def requested(step: int) -> bool:
         nonlocal stepped
@@ -147,7 +153,7 @@ def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], b
         signal.signal(signal.SIGINT, before)
 
 
-_GOES_ON = "What is saved is whole; the same command goes on from the last checkpoint"
+_RESUME = "Saved files are intact; rerun the same command to resume from the last checkpoint"
 
 
 def _take_signals() -> dict[signal.Signals, Any]:

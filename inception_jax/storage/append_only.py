@@ -54,4 +54,4 @@ class AppendOnlyFile:
     def _check_there(self) -> None:
         # Writing to a removed file succeeds, and everything written is lost.
         if not self._path.exists():
-            raise FileNotFoundError("the file was removed while the run was writing to it")
+            raise FileNotFoundError("removed while the run was writing to it")

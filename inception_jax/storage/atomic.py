@@ -20,7 +20,7 @@ def make_output_folder(folder: pathlib.Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        (folder / MARKER).write_text("Written by inception_jax: no part of a data set.\n")
+        (folder / MARKER).write_text("Written by inception_jax; not part of a data set.\n")
 
 
 @contextlib.contextmanager
@@ -47,8 +47,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         if error.filename not in (None, *map(str, (temporary, path))):
             raise  # Of another file, which the block reads.
         raise WriteError(
-            f"{path}: cannot be written: {error.strerror or error}. Give a folder that is there "
-            "and that you may write to, on a disk with room"
+            f"{path}: cannot be written: {error.strerror or error}. Use an existing, writable "
+            "folder on a disk with free space"
         ) from error
     finally:
         with contextlib.suppress(OSError):

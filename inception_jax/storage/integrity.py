@@ -68,7 +68,7 @@ def verify(folder: pathlib.Path) -> list[str] | None:
     except OSError as error:
         return [f"{MANIFEST} cannot be read ({error.strerror})"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} is not a manifest"]
+        return [f"{MANIFEST} is not a valid manifest"]
 
 
 def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str:
         if found != size:
             return f"has {found:,} bytes instead of {size:,}"
         if _size_and_checksum(path)["sha256"] != checksum:
-            return "has changed (its SHA-256 is another)"
+            return "has changed (SHA-256 mismatch)"
         return ""
     except FileNotFoundError:
         return "is missing"
@@ -114,8 +114,8 @@ def find_corruption(checkpoint: pathlib.Path) -> str:
     found = verify(checkpoint)
     if found == [] and unmerged(checkpoint):
         found = [
-            "its arrays were not merged, as older versions left it in a folder with brackets in "
-            "its path; the training's command, started again, does it"
+            "its arrays are not merged, because an older version wrote it to a path with "
+            "brackets; rerun the training command to merge them"
         ]
     if found is None:
         parts = (checkpoint / item for item in ITEMS)
@@ -148,7 +148,7 @@ def quarantine_corrupt(directory: pathlib.Path, log: Log) -> None:
     if damaged and not whole:
         lines = "\n  ".join(f"{step}: {text}" for step, text in damaged.items())
         raise CheckpointError(
-            f"{directory}: none of the checkpoints is intact; nothing was changed:\n  {lines}\n"
+            f"{directory}: no checkpoint is intact; nothing was changed:\n  {lines}\n"
             "Restore one from a backup, or use a new --workdir"
         )
     for step, text in damaged.items():
@@ -156,8 +156,8 @@ def quarantine_corrupt(directory: pathlib.Path, log: Log) -> None:
         aside = _unused(directory / f"{step}.damaged")
         folder.rename(aside)
         log(
-            f"{folder}: this checkpoint is damaged: {text}. It is kept as {aside.name}; the newest "
-            f"intact one is of step {max(whole)}"
+            f"{folder}: corrupt checkpoint: {text}. Renamed it to {aside.name}; the newest intact "
+            f"checkpoint is of step {max(whole)}"
         )
 
 
@@ -180,4 +180,4 @@ def log_write_errors(go_on: bool, log: Log) -> Iterator[None]:
     except WriteError as error:
         if not go_on:
             raise
-        log(f"{error}\nTraining goes on, as config.checkpoint.on_write_error = 'continue' says")
+        log(f"{error}\nTraining continues (config.checkpoint.on_write_error = 'continue')")

@@ -40,11 +40,11 @@ def lock_workdir(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[N
             if error.errno in _HELD:
                 raise UserError(
                     f"--workdir={folder}: another process is training in this folder "
-                    f"({_holder(folder)}). Wait for its end, end it, or give another --workdir"
+                    f"({_holder(folder)}). Wait for it to finish, stop it, or use another --workdir"
                 ) from error
             log(
-                f"{folder}: this file system has no locks ({error.strerror}); see to it that no "
-                "other process trains in this folder"
+                f"{folder}: this file system does not support locks ({error.strerror}); make sure "
+                "that no other process trains in this folder"
             )
         # A full disk need not take it.
         with contextlib.suppress(OSError):
@@ -54,4 +54,4 @@ def lock_workdir(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[N
 
 
 def _holder(folder: pathlib.Path) -> str:
-    return (folder / NAME).read_text(encoding="utf-8").strip() or "which has just begun"
+    return (folder / NAME).read_text(encoding="utf-8").strip() or "just started"

@@ -22,19 +22,19 @@ _PLAIN = re.compile(r"[\w./ =,+-]*")
 def problem(typed: str) -> str:
     """Returns why a text cannot be taken for the path of a local file or folder, or ''."""
     if "\0" in typed:
-        return "has a NUL character, which no path may have"
-    literal = f"A local path of this name is written ./{typed}"
+        return "must not contain a NUL character"
+    literal = f"For a local path with this name, write ./{typed}"
     if _WINDOWS.match(typed):
-        return f"is a path of Windows; give the path by its name on this system. {literal}"
+        return f"is a Windows path; use a path on this system. {literal}"
     if url := _URL.match(typed):
         if url[1].lower() == "file":
-            return "is a URL; give the path alone, without file:"
+            return "is a URL; use the path alone, without file:"
         return (
-            f"is a URL ({url[1]}:); only paths on this machine's file systems are supported so "
-            f"far, not buckets or other remote storage: copy or mount it. {literal}"
+            f"is a URL ({url[1]}:); only local paths are supported. Copy the data from its bucket "
+            f"or other remote storage, or mount it. {literal}"
         )
     if re.match(r"~(/|$)", typed) and os.path.expanduser(typed) == typed:
-        return "this user has no home folder: set HOME, or give a path without ~"
+        return "the home folder is unknown; set HOME, or use a path without ~"
     return ""
 
 
@@ -84,8 +84,8 @@ class Plain:
         if not self.path.is_dir():
             self.close()
             raise UserError(
-                f"{folder}: has characters in its path that checkpoints cannot be kept under on "
-                "this system; give a folder of letters, digits, '.', '-' and '_'"
+                f"{folder}: on this system, checkpoints cannot be written to a path with these "
+                "characters; use letters, digits, '.', '-' and '_' only"
             )
 
     def close(self) -> None:

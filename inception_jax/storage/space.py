@@ -27,8 +27,8 @@ def check_space(
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise error(
-            f"{path}: {what} takes up to {_in_words(needed_bytes)}, and {_in_words(free)} are "
-            "free. Free disk space, or give a folder on another disk"
+            f"{path}: {what} needs up to {_in_words(needed_bytes)}, but only {_in_words(free)} is "
+            "free. Free disk space, or use a folder on another disk"
         )
 
 

@@ -120,7 +120,7 @@ def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path)
     with pytest.raises(UserError, match=r"script\.py trains whenever it is run, and .* registe"):
         experiment.register_parts(path)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="file not found"):
         experiment.register_parts(tmp_path / "none.py")
 
 

@@ -354,5 +354,5 @@ def test_a_wrong_name_option_or_setting_is_refused(
 
 
 def test_the_names_of_the_package_are_taken() -> None:
-    with pytest.raises(ConfigError, match=r"registers the model 'googlenet', which .*networks\.py"):
+    with pytest.raises(ConfigError, match=r"model 'googlenet' is already registered by .*networks"):
         registry.register_model("googlenet")(lambda settings, num_classes: Wide())

@@ -97,7 +97,7 @@ def test_a_damaged_entry_is_said_once_and_made_again(damage: int, tmp_path: path
     for entry in entries(tmp_path):
         entry.write_bytes(entry.read_bytes()[:damage])
     folder, said, result = compile_in(**where)
-    assert said.startswith(f"said: {folder}: compiled programs could not be read: ")
+    assert said.startswith(f"said: {folder}: cannot read compiled programs: ")
     assert result == "41 compiled"
     assert compile_in(**where) == [folder, "41 kept"]
 
@@ -117,9 +117,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_no_part(tmp_path: pathlib.Pa
     done = run(script, **where)
     assert not done.stderr
     folder, said, *results = done.stdout.splitlines()
-    assert said.startswith(
-        f"said: {folder}: compiled programs could not be kept for the next start"
-    )
+    assert said.startswith(f"said: {folder}: cannot write compiled programs: ")
     assert "File too large" in said
     assert results == ["41 compiled", "19"]
     assert not entries(tmp_path)
@@ -134,7 +132,7 @@ def test_a_folder_that_cannot_be_made_is_said_and_the_run_goes_on(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     said, folder, result = compile_in(HOME=str(tmp_path))
-    assert said.startswith("said: compiled programs are not kept for the next start: ")
+    assert said.startswith("said: compilation cache disabled; ")
     assert str(path) in said
     assert (folder, result) == ("None", "41 compiled")
 
@@ -149,7 +147,8 @@ def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     said: list[str] = []
     compilation_cache.use(said.append)
     assert said == [
-        "compiled programs are not kept for the next start: Could not determine home directory."
+        "compilation cache disabled; programs are recompiled at every start: Could not determine "
+        "home directory."
     ]
 
 
@@ -163,7 +162,7 @@ def test_another_users_folder_is_not_used(
     said: list[str] = []
     compilation_cache.use(said.append)
     assert len(said) == 1
-    assert "belongs to another user" in said[0]
+    assert "owned by another user" in said[0]
 
 
 def test_the_entries_used_longest_ago_make_room(
@@ -222,6 +221,6 @@ def test_warnings_are_as_before_after_the_block(fails: bool) -> None:
             if fails:
                 raise KeyError
         assert (list(warnings.filters), warnings.showwarning) == inside
-    assert len(lines) == 1 and lines[0].endswith("compiled programs could not be read: no")
+    assert len(lines) == 1 and lines[0].endswith("cannot read compiled programs: no")
     assert shown == ["another"] * 2
     assert (list(warnings.filters), warnings.showwarning) == before

@@ -69,7 +69,7 @@ def test_the_software_is_told_apart(
     found = environment.software()
     assert found["$XLA_FLAGS"] == "--one"
     assert "$JAX_PROCESS_ID" not in found
-    assert found["python"] and found["jax's version"] and found["source files"]
+    assert found["python"] and found["jax version"] and found["source files"]
     monkeypatch.setenv("XLA_FLAGS", "--other")
     assert {what for what, value in environment.software().items() if found[what] != value} == {
         "$XLA_FLAGS"

@@ -115,8 +115,8 @@ def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.Mon
     hosts.join(hosts.Hosts(store, 0, 2, 60, lines.append), "a")
     assert hosts.is_multi_process()
     assert lines == [
-        "2 processes: 0 on a, 1 on b. If one dies, JAX stops the others within 60 s and gives its "
-        "number as the task"
+        "2 processes: 0 on a, 1 on b. If one dies, JAX stops the others within 60 s and reports "
+        "its number as the task"
     ]
 
 
@@ -136,9 +136,7 @@ def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         return hosts.gather("data set", number)
 
     assert machines.each(come) == [[0, 1]] * 2
-    assert machines.logs[0][0] == (
-        "waiting for process 1 (host host1): it has not reached its data set"
-    )
+    assert machines.logs[0][0] == ("waiting for process 1 (host host1) to report its data set")
 
 
 GLOO = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
@@ -160,7 +158,7 @@ def test_a_failure_is_what_the_others_say_of_their_own_error(
     assert machines.each(seen, 0, 2) == ["exit 1"] * 2
     (message,) = machines.each(lambda _: hosts.peer_failure(GLOO), 2)
     assert message.startswith("process 1 (host host1) failed: KeyError: 'a bug'. The run cannot")
-    assert "process 2 (host host2) stops too" in message
+    assert "process 2 (host host2) exits too" in message
 
 
 def test_process_0_serves_the_store_until_the_others_have_ended(
@@ -201,7 +199,7 @@ def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.M
         machines.store.gone = error is wrapped
         assert machines.each(functools.partial(seen, error), 0) == [""]
     assert len(slept) == 2 and min(slept) > 60
-    assert "JAX says why within 60.3 s" in machines.logs[0][0]
+    assert "JAX reports the cause within 60.3 s" in machines.logs[0][0]
 
 
 def test_differences_name_each_fact_and_its_processes() -> None:

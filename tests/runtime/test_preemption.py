@@ -114,8 +114,8 @@ def test_before_the_first_step_it_ends_at_once(
     process.send(number)
     code, _, messages = process.end()
     assert code == EXIT_PREEMPTED == 75
-    assert messages.startswith(f"{number.name}: ended at once.")
-    assert "the same command goes on" in messages
+    assert messages.startswith(f"{number.name}: exiting immediately.")
+    assert "rerun the same command to resume" in messages
     assert messages.count("\n") == 1
 
 
@@ -125,12 +125,12 @@ def test_a_second_signal_ends_it_wherever_it_hangs(
 ) -> None:
     processes.append(process := Process(STUCK, LISTEN))
     process.send(signal.SIGTERM)
-    assert process.message().startswith("SIGTERM: ends once this step is saved")
+    assert process.message().startswith("SIGTERM: saving after the current step")
     time.sleep(preemption.SIGNAL_DEBOUNCE_SECONDS)
     process.send(number)
     code, _, messages = process.end()
     assert code == 128 + number
-    assert messages.startswith(f"{number.name} again: ended at once.")
+    assert messages.startswith(f"{number.name} again: exiting immediately.")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_training_ends_with_a_step(number: signal.Signals, processes: list[Proce
     process.send(number)
     code, output, messages = process.end()
     assert code == 0 and "saved step" in output
-    assert messages.startswith(f"{number.name}: ends once this step is saved; a second signal")
+    assert messages.startswith(f"{number.name}: saving after the current step, then exiting")
 
 
 def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> None:

@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with (
-        pytest.raises(UserError, match=r"file: cannot be written: No space left on device\. Give"),
+        pytest.raises(UserError, match=r"file: cannot be written: No space left on device\. Use"),
         atomic.replacing(path) as temporary,
     ):
         temporary.write_text("half")

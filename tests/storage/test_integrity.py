@@ -52,7 +52,7 @@ def replace_by_folder(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip, "has changed (its SHA-256 is another)"),
+        (flip, "has changed (SHA-256 mismatch)"),
         (cut, "has 76,799 bytes instead of 76,800"),
         (empty, "has 0 bytes instead of 76,800"),
         (pathlib.Path.unlink, "is missing"),
@@ -81,7 +81,7 @@ def test_a_damaged_manifest_is_damage_and_none_is_nothing_known(folder: pathlib.
     whole = path.read_bytes()
     for content in (b"", whole[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
         path.write_bytes(content)
-        assert integrity.verify(folder) == ["manifest.json is not a manifest"]
+        assert integrity.verify(folder) == ["manifest.json is not a valid manifest"]
     # Wherever its bytes change, it is seen, or no file's checksum is concerned.
     listed = json.loads(whole)["files"]
     for place in range(len(whole)):

@@ -25,16 +25,16 @@ def test_a_url_is_refused(typed: str) -> None:
         paths.local(typed, f"--workdir={typed}")
     message = str(refused.value)
     assert message.startswith(f"--workdir={typed}: is a URL")
-    assert f"written ./{typed}" in message and "buckets" in message
+    assert f"write ./{typed}" in message and "bucket" in message
 
 
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
         ("file:///data", "without file:"),
-        (r"C:\runs\x", "a path of Windows"),
-        ("C:/runs/x", "a path of Windows"),
-        ("\\\\server\\share", "a path of Windows"),
+        (r"C:\runs\x", "a Windows path"),
+        ("C:/runs/x", "a Windows path"),
+        ("\\\\server\\share", "a Windows path"),
         ("a\0b", "NUL"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
         lambda: data_directory(""),
         lambda: prepare(Data(name="digits"), log=print),
     ):
-        with pytest.raises(UserError, match="no home folder: set HOME"):
+        with pytest.raises(UserError, match="home folder is unknown; set HOME"):
             call()
 
 

@@ -454,7 +454,7 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
     before, now = (f"{float(each.schedule(n)):.2g}" for each, n in ((reference[0], 10), (this, 11)))
     assert float(now) > 2 * float(before)
     said = capsys.readouterr().err
-    assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in said
+    assert f"warning: the learning rate rises from {before} to {now} at step 11 because" in said
 
 
 @pytest.mark.slow
@@ -600,7 +600,7 @@ def test_a_run_outlives_a_full_disk_where_it_is_told_to(
         small.train(this, folder, evaluator_of(this), changed=[])
     assert {3, 5, 7} <= set(failed)
     said = capsys.readouterr().err
-    assert "No space left on device" in said and "Training goes on" in said
+    assert "No space left on device" in said and "Training continues" in said
     there = sorted(int(path.name) for path in folder.checkpoints.iterdir())
     assert there == [2, 10, 11]
     assert_same(this, folder, expected)
