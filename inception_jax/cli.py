@@ -64,7 +64,7 @@ def define_config() -> flags.FlagHolder[Config]:
         Config(),
         "experiment file with a get_config() that returns a Config. It is a Python program, which "
         "is run: give none that you would not run. Or the config.json of a run",
-        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.say_once),
+        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.log_once),
         sys_argv=_config_argv,
     )
     # It has a value only where --config is given.
@@ -85,7 +85,7 @@ class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
         self._name = name
 
     def parse(self, argument: str) -> pathlib.Path | None:
-        return paths.local(argument, f"--{self._name}={argument}") if argument else None
+        return paths.local_path(argument, f"--{self._name}={argument}") if argument else None
 
 
 def define_path(
@@ -218,7 +218,7 @@ def experiment() -> dict[str, Any]:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
     if file.endswith(".json"):
-        record = configs.read_record(paths.local(file, f"--config={file}"))
+        record = configs.read_record(paths.local_path(file, f"--config={file}"))
         before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
@@ -244,7 +244,7 @@ def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
     Raises:
       UserError: if one of them is a URL, or has no meaning for this user.
     """
-    return [paths.local(argument, argument) for argument in positional]
+    return [paths.local_path(argument, argument) for argument in positional]
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
@@ -259,7 +259,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     # Imports and tracing make millions of objects that stay. Looking for garbage among them as
     # often as Python does by default takes a sixth of a start.
     gc.set_threshold(100_000)
-    console.prepare()
+    console.prepare_streams()
     # The libraries log much that is of no use to a user, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
     # Such as that it found no folder for its cache.
@@ -271,7 +271,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
         else:
-            with compilation_cache.explained_problems(console.say):
+            with compilation_cache.log_cache_errors(console.log):
                 main(_parse(sys.argv, settings_of))
         # What a pipe has not taken shows here, and not while Python shuts down.
         sys.stdout.flush()
@@ -280,7 +280,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except RunError as error:
         _fail(str(error), 1)
     except Preempted as end:
-        console.say(str(end))
+        console.log(str(end))
         sys.exit(EXIT_PREEMPTED)
     except BrokenPipeError:
         _end_with_reader()
@@ -308,7 +308,7 @@ def _end_with_reader() -> NoReturn:
 def _fail_unexpectedly(error: Exception) -> NoReturn:
     """Ends with a bug, or what another process's failure looks like here, which is then named."""
     if message := hosts.peer_failure(error):
-        console.say(f"error: {message}")
+        console.log(f"error: {message}")
         hosts.fail("", 1)
     traceback.print_exception(error)
     _fail(_unexpected(error), 1)
@@ -331,7 +331,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    console.say(f"error: {message}")
+    console.log(f"error: {message}")
     hosts.fail(message, code)
     sys.exit(code)
 
@@ -418,7 +418,7 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         raise UserError(f"--config: is given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
-        folder = paths.local(folders[-1], f"--{settings_of}={folders[-1]}")
+        folder = paths.local_path(folders[-1], f"--{settings_of}={folders[-1]}")
         record = folder / "config.json"
         if not record.exists():
             raise UserError(

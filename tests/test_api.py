@@ -395,7 +395,7 @@ def test_jax_s_settings_hold_for_a_run_alone() -> None:
     said: list[str] = []
     jax.config.update("jax_enable_x64", True)
     try:
-        with devices.settings_of_a_run(said.append):
+        with devices.run_settings(said.append):
             assert jnp.arange(3).dtype == jnp.int32
         assert jnp.arange(3).dtype == jnp.int64
     finally:
@@ -406,7 +406,7 @@ def test_jax_s_settings_hold_for_a_run_alone() -> None:
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_ends_it_at_once() -> None:
     said: list[str] = []
-    with preemption.saved_on_interrupt(said.append) as stop:
+    with preemption.save_on_interrupt(said.append) as stop:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not stop(1)

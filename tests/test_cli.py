@@ -351,11 +351,11 @@ def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> No
 LISTS = r"""
 from inception_jax import cli, console
 def main(_):
-    console.say("gr\xfcn")
+    console.log("gr\xfcn")
     print("gr\xfcn", flush=True)
     import matplotlib.figure
     matplotlib.figure.Figure().savefig("plot.png")
-    console.say("drawn")
+    console.log("drawn")
 cli.run(main, "")
 """
 

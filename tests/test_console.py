@@ -11,10 +11,10 @@ def test_off_a_terminal_it_logs_few_plain_lines(monkeypatch: pytest.MonkeyPatch)
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
-    with console.Progress("reading", 1000, log=lines.append) as shown:
+    with console.Progress("reading", 1000, log=lines.append) as progress:
         for _ in range(100):
             now[0] += 0.3
-            shown.update(10)
+            progress.update(10)
     assert lines[0] == "reading: 1,000 images"
     # 30 seconds, a line at most every 5.
     assert lines[1:] == [f"reading: {done} of 1,000 images" for done in (170, 340, 510, 680, 850)]
@@ -29,8 +29,8 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     lines: list[str] = []
-    with console.Progress("reading", 50, log=lines.append) as shown:
-        shown.update(50)
+    with console.Progress("reading", 50, log=lines.append) as progress:
+        progress.update(50)
     assert not lines
     assert "reading: 100%" in terminal.getvalue()
 
@@ -38,9 +38,9 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notes_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with console.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as shown:
-        shown.note("x.jpg is damaged")
-        shown.update(50)
+    with console.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as progress:
+        progress.log("x.jpg is damaged")
+        progress.update(50)
     written = terminal.getvalue().replace("\r", "\n").splitlines()
     assert "x.jpg is damaged" in written
 
@@ -51,9 +51,9 @@ def test_it_may_show_notes_alone(
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
-    with console.Progress("reading", 50, log=lines.append, shown=False) as shown:
+    with console.Progress("reading", 50, log=lines.append, visible=False) as progress:
         now[0] += 60
-        shown.update(25)
-        shown.note("x.jpg is damaged")
+        progress.update(25)
+        progress.log("x.jpg is damaged")
     assert lines == ["x.jpg is damaged"]
     assert capsys.readouterr() == ("", "")

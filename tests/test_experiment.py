@@ -62,7 +62,7 @@ def test_a_wheel_puts_the_shipped_ones_where_they_are_looked_for() -> None:
     text = (command.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     ((place, files),) = tomllib.loads(text)["tool"]["setuptools"]["data-files"].items()
     assert files == ["experiments/*.py"]
-    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED
+    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED_FOLDERS
 
 
 def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
@@ -119,7 +119,7 @@ def test_the_file_of_a_part_is_recorded_and_run_again(
     monkeypatch.chdir(blur.parent)
     said: list[str] = []
     ij.load_config("blur.py")
-    assert experiment.used_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
+    assert experiment.custom_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
     experiment.import_parts(part(blur), "config.json", said.append)
     assert said == []
     del registry.AUGMENTATIONS._parts["test_blur"]

@@ -41,7 +41,7 @@ SHORT = {"train.duration": "", "train.batch_size": 20, "schedule.warmup": "0.01 
 def only_the_packages_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user's process begins, whatever other tests have registered in this one."""
     for known in registry.REGISTRIES.values():
-        own = {name: part for name in known.names() if (part := known.get(name)).is_own}
+        own = {name: part for name in known.names() if (part := known.get(name)).is_builtin}
         monkeypatch.setattr(known, "_parts", own)
 
 

@@ -90,12 +90,12 @@ def test_what_cannot_be_registered_is_named(register: Any, words: str) -> None:
 def test_a_home_that_failed_once_is_tried_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Registry("thing", setting="thing.name", part=Part, home="home_of_things")
+    known = Registry("thing", setting="thing.name", part=Part, module="builtin_things")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "home_of_things.py").write_text("raise OSError")
+    (tmp_path / "builtin_things.py").write_text("raise OSError")
     with pytest.raises(OSError):
         known.names()
-    (tmp_path / "home_of_things.py").write_text("")
+    (tmp_path / "builtin_things.py").write_text("")
     assert known.names() == ()
 
 
@@ -105,11 +105,17 @@ def test_what_a_part_raises_is_said_with_its_line(tmp_path: pathlib.Path) -> Non
     build = run(str(path), path.read_text())["build"]
     part = Part(name="mine", build=build, file=str(path), line=1)
     words = rf"{path}, line 1: the thing 'mine' failed \(line 2\): KeyError: 'learning_rate'"
-    with pytest.raises(ConfigError, match=words), registry.explained(part, "the thing 'mine'"):
+    with (
+        pytest.raises(ConfigError, match=words),
+        registry.as_config_error(part, "the thing 'mine'"),
+    ):
         build()
-    with pytest.raises(UserError, match=r"^as it is$"), registry.explained(part, "the thing"):
+    with (
+        pytest.raises(UserError, match=r"^as it is$"),
+        registry.as_config_error(part, "the thing"),
+    ):
         raise UserError("as it is")
     # A mistake of the package's own is no mistake of the user's.
     own = OPTIMIZERS.get("sgd")
-    with pytest.raises(ZeroDivisionError), registry.explained(own, "the optimizer"):
+    with pytest.raises(ZeroDivisionError), registry.as_config_error(own, "the optimizer"):
         1 / 0  # noqa: B018

@@ -73,7 +73,7 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
-        log: integrity.Log = console.say,
+        log: integrity.Log = console.log,
     ) -> None:
         self._directory = directory
         self._log = log
@@ -96,7 +96,7 @@ class Checkpoints:
 
     def _open(self) -> _Manager:
         with _readable_errors(self._directory):
-            self._plain = paths.Plain(self._directory)
+            self._plain = paths.PlainPath(self._directory)
             return _Manager(self._plain.path, options=self._options(self._plain.path))
 
     def __enter__(self) -> Self:
@@ -129,7 +129,7 @@ class Checkpoints:
           UserError: if it is none of them.
           CheckpointError: if there is no such checkpoint, or the one of that number is damaged.
         """
-        steps = integrity.steps(self._directory)
+        steps = integrity.list_steps(self._directory)
         if which in ("best", "last"):
             candidates = self._ranked(which)
         elif which.isdecimal():
@@ -153,7 +153,7 @@ class Checkpoints:
 
     def _ranked(self, which: str) -> list[int]:
         """Returns all steps, the last first, or those that were evaluated, the best first."""
-        steps = integrity.steps(self._directory)
+        steps = integrity.list_steps(self._directory)
         if which == "last":
             return steps[::-1]
         top1 = {step: _top1(found) for step in steps if (found := self.metrics(step))}
@@ -339,7 +339,7 @@ class Checkpoints:
 def _seal(folder: pathlib.Path) -> None:
     """Reads a checkpoint back that is to get its name, and writes its manifest."""
     _check_restorable(folder)
-    integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
+    integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -350,9 +350,9 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _merge_unmerged(directory: pathlib.Path) -> None:
     """Finishes checkpoints that older versions left in a folder with brackets in its path."""
-    for step in integrity.steps(directory):
-        for item in integrity.unmerged(directory / str(step)):
-            plain = paths.Plain(item)
+    for step in integrity.list_steps(directory):
+        for item in integrity.unmerged_items(directory / str(step)):
+            plain = paths.PlainPath(item)
             with contextlib.closing(plain), contextlib.closing(_handler()) as handler:
                 handler.finalize(plain.path)
 

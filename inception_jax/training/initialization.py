@@ -61,7 +61,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
       ConfigError: if its weights are of another network.
     """
     notes: list[str] = []
-    path = paths.local(run.config.init.pretrained, "config.init.pretrained")
+    path = paths.local_path(run.config.init.pretrained, "config.init.pretrained")
     found = files.load(path, notes.append)
     expected = files.flatten(
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}

@@ -21,7 +21,13 @@ from clu import metrics
 
 from inception_jax.config import Evaluation
 from inception_jax.errors import ConfigError
-from inception_jax.registry import METRICS, Metric, described, register_metric, with_defaults
+from inception_jax.registry import (
+    METRICS,
+    MetricPart,
+    describe_value,
+    options_with_defaults,
+    register_metric,
+)
 from inception_jax.training import losses
 
 NEVER = -1
@@ -97,7 +103,9 @@ class MetricSet:
         self._over_split: dict[str, Any] = {}
         self._scale = {name: 100 if part.percent else 1 for name, part in parts.items()}
         for name, part in parts.items():
-            function = functools.partial(part.build, **with_defaults(part, settings.options))
+            function = functools.partial(
+                part.build, **options_with_defaults(part, settings.options)
+            )
             _check(part, function, num_classes)
             group = self._over_split if part.over == "split" else self._over_examples
             group[name] = function
@@ -136,7 +144,7 @@ class MetricSet:
         return _scaled(means, self._scale)
 
 
-def _check(part: Metric, function: Any, num_classes: int) -> None:
+def _check(part: MetricPart, function: Any, num_classes: int) -> None:
     """Raises ConfigError if a metric does not return what it should, for examples made up here."""
     # Two of each class, but no more than 40 MB.
     examples = min(2 * num_classes + 1, max(10**7 // num_classes, 3))
@@ -152,7 +160,7 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
     except Exception as error:
         what = "inside jit, as JAX arrays" if part.over == "example" else "as NumPy arrays"
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): failed on {given}, {what}: "
+            f"metric {part.name!r} ({part.location}): failed on {given}, {what}: "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
     if part.over == "split":
@@ -164,8 +172,8 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
         fits = shape == (examples,) and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.floating))
     if not fits:
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): returned {described(found)} for {given}; "
-            f"expected {expected}"
+            f"metric {part.name!r} ({part.location}): returned {describe_value(found)} for "
+            f"{given}; expected {expected}"
         )
 
 

@@ -66,12 +66,12 @@ def make_optimizer(
       ConfigError: if what was registered returns none, or needs to know more of the network.
     """
     part = registry.OPTIMIZERS.get(optimizer.name)
-    settings = Settings(**vars(registry.fill(part, optimizer)), network=network)
-    with registry.explained(part, f"the optimizer {part.name!r}"):
+    settings = Settings(**vars(registry.settings_with_defaults(part, optimizer)), network=network)
+    with registry.as_config_error(part, f"the optimizer {part.name!r}"):
         built = part.build(settings, schedule)
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(
-            f"{part.place}: the optimizer {part.name!r} returned {built!r}, a "
+            f"{part.location}: the optimizer {part.name!r} returned {built!r}, a "
             f"{type(built).__name__}; it has to return an optax.GradientTransformation"
         )
     clip = (

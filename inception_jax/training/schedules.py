@@ -80,9 +80,9 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
             f"config.schedule.warmup = {schedule.warmup!r} ({warmup} steps): must be shorter than "
             f"the run ({total_steps} steps); shorten it, or lengthen config.train.duration"
         )
-    filled = registry.fill(part, schedule)
+    filled = registry.settings_with_defaults(part, schedule)
     settings = Settings(**vars(filled), timeline=timeline, warmup_steps=warmup)
-    with registry.explained(part, f"the schedule {part.name!r}"):
+    with registry.as_config_error(part, f"the schedule {part.name!r}"):
         after = part.build(settings, total_steps - warmup)
         _check_rate(part, after)
     peak = schedule.learning_rate
@@ -99,8 +99,8 @@ def _check_rate(part: registry.Part, schedule: Any) -> None:
         rate = jax.eval_shape(lambda step: jnp.asarray(schedule(step)), step)
         if not rate.shape and jnp.issubdtype(rate.dtype, jnp.floating):
             return
-        found = f"a function that gives {registry.described(rate)}"
-    raise ConfigError(f"{part.place}: the schedule {part.name!r} returned {found}; {expected}")
+        found = f"a function that gives {registry.describe_value(rate)}"
+    raise ConfigError(f"{part.location}: the schedule {part.name!r} returned {found}; {expected}")
 
 
 @register_schedule("constant", settings=())

@@ -18,7 +18,7 @@ from inception_jax import console
 from inception_jax.config import Config, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
-from inception_jax.experiment import import_parts, used_parts
+from inception_jax.experiment import custom_parts, import_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
 from inception_jax.storage.workdir import Workdir
@@ -114,7 +114,7 @@ def recorded_run(workdir: Workdir, *, has_model: bool = False) -> Record:
             "That program has it: inception_jax.load_weights(PATH, model=…). For commands, "
             "register it with inception_jax.register_model, and train by its name"
         )
-    import_parts(record.parts, str(workdir.config), console.say_once)
+    import_parts(record.parts, str(workdir.config), console.log_once)
     return record
 
 
@@ -150,8 +150,8 @@ def previous(workdir: Workdir) -> Previous:
     record = recorded(workdir) if has_checkpoint(workdir) else None
     if record:
         for note in record.notes:
-            console.say_once(note)
-        import_parts(record.parts, str(workdir.config), console.say_once)
+            console.log_once(note)
+        import_parts(record.parts, str(workdir.config), console.log_once)
     return Previous(workdir, record)
 
 
@@ -237,7 +237,7 @@ def recall(
 
 
 def _resolved(file: str) -> pathlib.Path:
-    return paths.local(file, file).resolve()
+    return paths.local_path(file, file).resolve()
 
 
 def _as_written(
@@ -353,7 +353,7 @@ def record_start(
         "changes": changes,
         "config": values,
         "experiment": experiment,
-        "parts": used_parts(config),
+        "parts": custom_parts(config),
         "own": dict(own),
         "dataset": dataset,
         "environment": environment.environment(),

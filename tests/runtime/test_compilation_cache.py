@@ -21,7 +21,7 @@ from inception_jax.runtime import compilation_cache, devices
 def say(line):
     print("said:", line)
 devices.initialize(platform="cpu", log=say)
-explained = compilation_cache.explained_problems(say)
+explained = compilation_cache.log_cache_errors(say)
 explained.__enter__()
 import atexit
 atexit.register(explained.__exit__, None, None, None)
@@ -145,7 +145,7 @@ def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "home", no_home)
     said: list[str] = []
-    compilation_cache.use(said.append)
+    compilation_cache.enable(said.append)
     assert said == [
         "compilation cache disabled; programs are recompiled at every start: Could not determine "
         "home directory."
@@ -160,7 +160,7 @@ def test_another_users_folder_is_not_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     said: list[str] = []
-    compilation_cache.use(said.append)
+    compilation_cache.enable(said.append)
     assert len(said) == 1
     assert "owned by another user" in said[0]
 
@@ -180,7 +180,7 @@ def test_the_entries_used_longest_ago_make_room(
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
     # The settings of this process stay as they are.
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    compilation_cache.use(said.append)
+    compilation_cache.enable(said.append)
     assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]
     assert not said
 
@@ -214,7 +214,7 @@ def test_warnings_are_as_before_after_the_block(fails: bool) -> None:
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
         inside = (list(warnings.filters), warnings.showwarning)
-        with contextlib.suppress(KeyError), compilation_cache.explained_problems(lines.append):
+        with contextlib.suppress(KeyError), compilation_cache.log_cache_errors(lines.append):
             for _ in range(2):
                 warnings.warn(READING, stacklevel=1)
                 warnings.warn("another", stacklevel=1)

@@ -23,19 +23,19 @@ class Memory:
         self._changed = threading.Condition()
         self.gone = False
 
-    def put(self, key: str, text: str) -> None:
+    def set(self, key: str, text: str) -> None:
         if self.gone:
             raise RuntimeError("UNAVAILABLE")
         with self._changed:
             self._texts[key] = text
             self._changed.notify_all()
 
-    def wait(self, key: str, seconds: float) -> str | None:
+    def wait_for(self, key: str, seconds: float) -> str | None:
         with self._changed:
             self._changed.wait_for(lambda: key in self._texts, seconds)
             return self._texts.get(key)
 
-    def under(self, prefix: str) -> dict[str, str]:
+    def get_all(self, prefix: str) -> dict[str, str]:
         if self.gone:
             raise RuntimeError("UNAVAILABLE")
         return {
@@ -89,13 +89,13 @@ class Machines:
 
     def name(self) -> None:
         for machine in self.all:
-            machine.names = [f"host{number}" for number in range(len(self.all))]
+            machine.host_names = [f"host{number}" for number in range(len(self.all))]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "GRACE", 0.3)
-    monkeypatch.setattr(hosts, "SETTLE", 0.01)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(hosts, "SETTLE_SECONDS", 0.01)
 
 
 def test_one_process_alone_has_nobody_to_ask() -> None:
@@ -111,7 +111,7 @@ def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.Mon
     store = Memory()
     lines: list[str] = []
     monkeypatch.setattr(hosts, "_joined", None)
-    store.put("inception_jax/host name/1", '"b"')
+    store.set("inception_jax/host name/1", '"b"')
     hosts.join(hosts.Hosts(store, 0, 2, 60, lines.append), "a")
     assert hosts.is_multi_process()
     assert lines == [
@@ -128,7 +128,7 @@ def test_gathered_values_are_in_the_order_of_the_processes(monkeypatch: pytest.M
 def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(2, monkeypatch)
     machines.name()
-    monkeypatch.setattr(hosts, "_WAIT", 0.02)
+    monkeypatch.setattr(hosts, "_LOG_WAIT_SECONDS", 0.02)
 
     def come(number: int) -> list[int]:
         while number == 1 and not machines.logs[0]:
@@ -164,7 +164,7 @@ def test_a_failure_is_what_the_others_say_of_their_own_error(
 def test_process_0_serves_the_store_until_the_others_have_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hosts, "GRACE", 30)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 30)
     machines = Machines(3, monkeypatch)
     ended = []
 
@@ -178,7 +178,7 @@ def test_process_0_serves_the_store_until_the_others_have_ended(
     assert machines.each(end) == ["exit 1"] * 3
     assert ended[-1] == 0
     # And no longer than that, where they never end.
-    monkeypatch.setattr(hosts, "GRACE", 0.05)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.05)
     assert Machines(3, monkeypatch).each(lambda _: hosts.fail("a bug", 1), 0) == ["exit 1"]
 
 

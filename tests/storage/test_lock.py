@@ -38,10 +38,10 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib
         finally:
             os.kill(process.pid, signal.SIGKILL)
     # The file it left is nobody's.
-    assert (tmp_path / lock.NAME).exists()
+    assert (tmp_path / lock.LOCK_FILE).exists()
     for _ in range(2):
         with lock.lock_workdir(tmp_path, quiet):
-            assert str(os.getpid()) in (tmp_path / lock.NAME).read_text()
+            assert str(os.getpid()) in (tmp_path / lock.LOCK_FILE).read_text()
 
 
 def test_an_error_inside_releases_it(tmp_path: pathlib.Path) -> None:

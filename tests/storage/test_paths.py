@@ -22,7 +22,7 @@ URLS = ["gs://bucket/run", "gs:/bucket/run", "s3://b/x", "https://host/x.zip", "
 @pytest.mark.parametrize("typed", URLS)
 def test_a_url_is_refused(typed: str) -> None:
     with pytest.raises(UserError) as refused:
-        paths.local(typed, f"--workdir={typed}")
+        paths.local_path(typed, f"--workdir={typed}")
     message = str(refused.value)
     assert message.startswith(f"--workdir={typed}: is a URL")
     assert f"write ./{typed}" in message and "bucket" in message
@@ -40,22 +40,22 @@ def test_a_url_is_refused(typed: str) -> None:
 )
 def test_what_is_no_path_here_is_refused(typed: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        paths.local(typed, "--output")
+        paths.local_path(typed, "--output")
 
 
 @pytest.mark.parametrize(
     "name", ["./gs:/x", "a:b", "12:30", "lr=1e-3", "a b", "x~", "~nobody-here/x"]
 )
 def test_what_may_be_a_name_is_one(name: str) -> None:
-    assert paths.local(name, "--workdir") == pathlib.Path(name)
+    assert paths.local_path(name, "--workdir") == pathlib.Path(name)
 
 
 def test_a_tilde_is_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/homes/me")
-    assert paths.local("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
-    assert paths.local(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
+    assert paths.local_path("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
+    assert paths.local_path(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
     # Only once: here it is a letter of a name.
-    assert paths.local("./~/x", "--workdir") == pathlib.Path("~/x")
+    assert paths.local_path("./~/x", "--workdir") == pathlib.Path("~/x")
 
 
 def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for call in (
-        lambda: paths.local("~/x", "--workdir=~/x"),
+        lambda: paths.local_path("~/x", "--workdir=~/x"),
         lambda: data_directory(""),
         lambda: prepare(Data(name="digits"), log=print),
     ):
@@ -135,14 +135,14 @@ def test_every_command_refuses_urls_before_it_writes(
 def test_a_folder_is_the_same_under_its_plain_name(name: str, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    plain = paths.Plain(folder)
+    plain = paths.PlainPath(folder)
     (plain.path / "file").write_bytes(b"content")
     (plain.path / "file").rename(plain.path / "renamed")
     assert (folder / "renamed").read_bytes() == b"content"
     # Of what a pattern, a URL or an encoding could take for something else, nothing is left.
     assert str(plain.path).isascii() and not set(str(plain.path)) & set("[]*?{}~:@%$#\\\n\t")
     plain.close()
-    assert paths.Plain(tmp_path).path == tmp_path
+    assert paths.PlainPath(tmp_path).path == tmp_path
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])

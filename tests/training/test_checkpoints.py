@@ -270,7 +270,7 @@ def test_a_damaged_one_does_not_drive_out_a_whole_one(folder: pathlib.Path) -> N
     with Checkpoints(folder, keep_last=2, keep_best=0, log=lambda _: None) as checkpoints:
         save(checkpoints, 3)
         save(checkpoints, 5)
-    assert integrity.steps(folder) == [3, 5]
+    assert integrity.list_steps(folder) == [3, 5]
     assert {path.name for path in folder.iterdir()} == {"3", "5", "4.damaged", "6.damaged"}
 
 
@@ -345,7 +345,7 @@ def test_a_failed_write_shows_at_the_next_call_and_leaves_the_others(
         checkpoints.wait()
         check_restores(checkpoints, 8)
     # The newest and the best.
-    assert integrity.steps(folder) == [4, 8]
+    assert integrity.list_steps(folder) == [4, 8]
 
 
 def test_a_failure_of_the_last_write_shows_at_the_end(
@@ -476,7 +476,7 @@ def test_a_clock_that_is_set_back_loses_nothing(
     monkeypatch.setattr(time, "time_ns", lambda: int((now - 1e6) * 1e9))
     with Checkpoints(folder, keep_last=2, keep_best=0) as checkpoints:
         save(checkpoints, 8)
-    assert integrity.steps(folder) == [6, 8]
+    assert integrity.list_steps(folder) == [6, 8]
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 8
 
@@ -525,7 +525,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 6
         check_restores(checkpoints, 6)
-    assert integrity.steps(tmp_path / "checkpoints") == [6]
+    assert integrity.list_steps(tmp_path / "checkpoints") == [6]
 
 
 @pytest.mark.parametrize("name", ["run", "run[1]"])

@@ -181,7 +181,7 @@ def test_adafactor_decays_apart_from_its_direction() -> None:
     assert np.linalg.norm(decaying["conv"]["kernel"]) < np.linalg.norm(plain["conv"]["kernel"])
 
 
-@pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_own])
+@pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_builtin])
 def test_state_has_one_structure_whatever_the_settings(name: str) -> None:
     plain = config.Optimizer(name=name)
     variants = [
