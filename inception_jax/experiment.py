@@ -197,8 +197,8 @@ def check_not_registering(what: str) -> None:
     """
     if file := _registering_file.get():
         raise UserError(
-            f"{file}: {what} whenever it is run, but here it is run only to register the parts of "
-            "a run. Move that code below if __name__ == '__main__':, or the parts to another file"
+            f"{file}: {what} when it is run, but here it is run only to register parts. Move that "
+            "code below if __name__ == '__main__':, or the parts to another file"
         )
 
 

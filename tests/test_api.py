@@ -48,14 +48,14 @@ def finished(
     return small.finished(small.config(data_directory), tmp_path_factory.mktemp("run"))
 
 
-def test_weights_of_a_run_evaluate_as_its_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
+def test_weights_evaluate_like_the_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     weights = inception_jax.load_weights(folder.path, "last")
     expected = evaluate_checkpoint(this, folder, "last")
     assert inception_jax.evaluate(weights, this.config) == expected
 
 
-def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:
+def test_predictor_returns_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:
     weights = inception_jax.load_weights(finished[1].path)
     predictor = inception_jax.Predictor(weights, batch_size=4)
     dataset = inception_jax.load_dataset(finished[0].config)
@@ -74,7 +74,7 @@ def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Wo
         np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-5)
 
 
-def test_an_experiment_is_loaded_with_changed_settings() -> None:
+def test_load_config_applies_overrides() -> None:
     config = inception_jax.load_config(DIGITS, {"train.batch_size": 32, "seed": 3})
     assert (config.name, config.train.batch_size, config.seed) == ("digits", 32, 3)
     with pytest.raises(ConfigError, match="batch_size"):
@@ -83,7 +83,7 @@ def test_an_experiment_is_loaded_with_changed_settings() -> None:
         inception_jax.load_config(DIGITS, {"train.batch_size": -1})
 
 
-def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
+def test_invalid_experiments_and_workdirs_are_rejected(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="file not found"):
         inception_jax.load_config(tmp_path / "none.py")
     other = tmp_path / "other.py"
@@ -94,7 +94,7 @@ def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
         inception_jax.load_weights(tmp_path)
 
 
-def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir]) -> None:
+def test_arguments_of_the_wrong_type_are_rejected(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     weights = inception_jax.load_weights(str(folder.path), 11)
     assert (weights.step, weights.checkpoint) == (11, "best and last")
@@ -109,7 +109,7 @@ def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir
             call()
 
 
-def test_every_name_is_there_and_documented() -> None:
+def test_exported_names_exist_and_are_documented() -> None:
     for name in inception_jax.__all__:
         if name.startswith("register_") and not hasattr(registry, name):
             continue
@@ -119,7 +119,7 @@ def test_every_name_is_there_and_documented() -> None:
         inception_jax.nothing  # noqa: B018
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_package_import_is_light() -> None:
     script = "import sys, inception_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=command.ROOT
@@ -183,7 +183,7 @@ def again(mine: tuple[pathlib.Path, dict[str, Any]], **changes: Any) -> dict[str
     return inception_jax.train(names["config"], folder, **(own | changes))
 
 
-def test_one_s_own_network_trains_on_arrays_in_15_lines(
+def test_custom_network_trains_on_arrays_in_15_lines(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     folder, names = mine
@@ -199,7 +199,7 @@ def test_one_s_own_network_trains_on_arrays_in_15_lines(
     assert set(inception_jax.create_state(setup).params) == {"Conv_0", "Dense_0"}
 
 
-def test_a_second_call_goes_on_where_the_first_ended(
+def test_second_call_resumes_the_run(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     found = again(mine)
@@ -217,14 +217,14 @@ def test_a_second_call_goes_on_where_the_first_ended(
         ({"optimizer": optax.sgd(0.1)}, "optimizer: that of the settings → GradientTransformation"),
     ],
 )
-def test_a_run_with_own_objects_needs_them_again(
+def test_run_with_custom_objects_requires_them_again(
     changes: dict[str, Any], words: str, mine: tuple[pathlib.Path, dict[str, Any]]
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
         again(mine, **changes)
 
 
-def test_the_program_that_has_the_object_uses_what_it_trained(
+def test_weights_of_a_custom_network_are_usable_with_it(
     mine: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     folder, names = mine
@@ -237,7 +237,7 @@ def test_the_program_that_has_the_object_uses_what_it_trained(
         save_weights(tmp_path / "x.safetensors", weights)
 
 
-def test_a_command_says_that_it_needs_the_object(
+def test_commands_report_missing_custom_objects(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_a_command_says_that_it_needs_the_object(
     )
 
 
-def test_a_loop_of_one_s_own_makes_the_same_state(
+def test_custom_loop_gives_the_same_state(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory, log=Log(every="30 steps"))
@@ -282,7 +282,7 @@ def test_a_loop_of_one_s_own_makes_the_same_state(
     step(state, batch)
 
 
-def test_a_loss_and_an_augmentation_of_one_s_own_are_used(data_directory: pathlib.Path) -> None:
+def test_custom_loss_and_augmentation_are_used(data_directory: pathlib.Path) -> None:
     setup = inception_jax.assemble(small.config(data_directory), model=small.Linear())
     batch = next(iter(inception_jax.train_batches(setup)))
 
@@ -324,20 +324,20 @@ def net(call: Any) -> nn.Module:
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8), np.arange(3))}, "labels: "),
     ],
 )
-def test_an_object_of_another_kind_is_named(
+def test_custom_objects_of_the_wrong_type_are_rejected(
     own: dict[str, Any], words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(UserError, match=words):
         inception_jax.assemble(small.config(data_directory), **own)
 
 
-def test_a_network_need_not_know_that_it_trains(data_directory: pathlib.Path) -> None:
+def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
     model = net(lambda self, x: nn.Dense(10)(x.mean((1, 2))))
     setup = inception_jax.assemble(small.config(data_directory), model=model)
     assert set(inception_jax.create_state(setup).params) == {"Dense_0"}
 
 
-def test_what_train_cannot_take_is_named(
+def test_invalid_arguments_of_train_are_rejected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -348,7 +348,7 @@ def test_what_train_cannot_take_is_named(
         (lambda: inception_jax.load_config(config), "path: must be the path of an experiment"),
         (
             lambda: inception_jax.evaluate(setup, config),
-            "state: must be a TrainState, .* got Config",
+            "state: must be a TrainState .* got Config",
         ),
     ):
         with pytest.raises(UserError, match=words):
@@ -368,7 +368,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, log=Log(every="1 step"))
     config.train.duration = config.evaluation.every = config.checkpoint.every = "5000 steps"
     own = {"model": small.Linear()}
@@ -391,36 +391,34 @@ def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: path
     assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
 
 
-def test_jax_s_settings_hold_for_a_run_alone() -> None:
-    said: list[str] = []
+def test_jax_settings_are_restored_after_a_run() -> None:
+    logged: list[str] = []
     jax.config.update("jax_enable_x64", True)
     try:
-        with devices.run_settings(said.append):
+        with devices.run_settings(logged.append):
             assert jnp.arange(3).dtype == jnp.int32
         assert jnp.arange(3).dtype == jnp.int64
     finally:
         jax.config.update("jax_enable_x64", False)
-    assert said == ["JAX_ENABLE_X64=True: ignored; this program always uses False"]
+    assert logged == ["JAX_ENABLE_X64=True: ignored; this program always uses False"]
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_interrupt_ends_it_at_once() -> None:
-    said: list[str] = []
-    with preemption.save_on_interrupt(said.append) as stop:
+def test_second_interrupt_stops_immediately() -> None:
+    logged: list[str] = []
+    with preemption.save_on_interrupt(logged.append) as stop:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not stop(1)
         signal.raise_signal(signal.SIGINT)
-        assert stop(2) and len(said) == 1
+        assert stop(2) and len(logged) == 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_the_documented_examples_run_as_they_stand(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documented_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one program, but with less of everything, and the data in a folder of the test."""
     text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
@@ -464,7 +462,7 @@ def get_config():
 
 
 @pytest.mark.skipif(not hasattr(registry, "register_model"), reason="no door for networks yet")
-def test_a_run_of_a_registered_network_needs_its_folder_alone(
+def test_run_of_a_registered_network_needs_only_its_folder(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     before = dict(registry.MODELS._parts)

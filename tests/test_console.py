@@ -7,7 +7,7 @@ import pytest
 from inception_jax import console
 
 
-def test_off_a_terminal_it_logs_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_terminal_logs_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_terminal_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     lines: list[str] = []
@@ -35,7 +35,7 @@ def test_on_a_terminal_it_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reading: 100%" in terminal.getvalue()
 
 
-def test_notes_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_are_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with console.Progress("reading", 50, log=lambda line: print(line, file=terminal)) as progress:
@@ -45,7 +45,7 @@ def test_notes_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "x.jpg is damaged" in written
 
 
-def test_it_may_show_notes_alone(
+def test_invisible_progress_only_logs_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]

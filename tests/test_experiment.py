@@ -22,7 +22,7 @@ def write(path: pathlib.Path, *lines: str) -> pathlib.Path:
     return path
 
 
-def test_an_own_experiment_starts_from_a_shipped_one_anywhere(tmp_path: pathlib.Path) -> None:
+def test_custom_experiment_extends_a_shipped_one_from_any_folder(tmp_path: pathlib.Path) -> None:
     path = write(
         tmp_path / "mine" / "photos.py",
         "import inception_jax as ij",
@@ -47,7 +47,7 @@ def test_an_own_experiment_starts_from_a_shipped_one_anywhere(tmp_path: pathlib.
     assert done.stdout.split() == ["7", "s16", "tiny_base"], done.stderr
 
 
-def test_a_file_of_one_s_own_comes_before_the_shipped_one(
+def test_local_file_takes_precedence_over_the_shipped_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,14 +58,14 @@ def test_a_file_of_one_s_own_comes_before_the_shipped_one(
         ij.load_config("experiments/digit.py")
 
 
-def test_a_wheel_puts_the_shipped_ones_where_they_are_looked_for() -> None:
+def test_wheel_installs_experiments_where_they_are_searched() -> None:
     text = (command.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     ((place, files),) = tomllib.loads(text)["tool"]["setuptools"]["data-files"].items()
     assert files == ["experiments/*.py"]
     assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED_FOLDERS
 
 
-def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
+def test_sys_path_and_modules_are_restored(tmp_path: pathlib.Path) -> None:
     paths, modules = list(sys.path), dict(sys.modules)
     seeds = []
     for number in (1, 2):
@@ -87,7 +87,7 @@ def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
     assert sys.modules == modules
 
 
-def test_an_experiment_that_is_missing_a_neighbour_says_where_to_put_it(
+def test_missing_import_says_where_to_copy_the_file(
     tmp_path: pathlib.Path,
 ) -> None:
     path = write(tmp_path / "one.py", "from experiments import none", "def get_config(): ...")
@@ -113,19 +113,19 @@ def part(path: pathlib.Path) -> list[dict[str, str]]:
     return [{"kind": "augmentation", "name": "test_blur", "file": str(path)}]
 
 
-def test_the_file_of_a_part_is_recorded_and_run_again(
+def test_file_of_a_part_is_recorded_and_rerun(
     blur: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(blur.parent)
-    said: list[str] = []
+    logged: list[str] = []
     ij.load_config("blur.py")
     assert experiment.custom_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
-    experiment.import_parts(part(blur), "config.json", said.append)
-    assert said == []
+    experiment.import_parts(part(blur), "config.json", logged.append)
+    assert logged == []
     del registry.AUGMENTATIONS._parts["test_blur"]
-    experiment.import_parts(part(blur), "config.json", said.append)
+    experiment.import_parts(part(blur), "config.json", logged.append)
     assert "test_blur" in registry.AUGMENTATIONS
-    assert said == [f"running {blur}, which registers the augmentation 'test_blur' of this run"]
+    assert logged == [f"running {blur}, which registers the augmentation 'test_blur' of this run"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_file_of_a_part_is_recorded_and_run_again(
         ("x = 1", "no longer registers it"),
     ],
 )
-def test_a_part_that_cannot_be_had_again_is_named(
+def test_unavailable_part_is_reported(
     lines: str | None, words: str, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "blur.py"

@@ -146,7 +146,7 @@ def test_every_file_is_short() -> None:
         assert not set(re.findall(r"inception_jax\.(\w+)", text)), name
 
 
-def test_the_table_counts_the_files() -> None:
+def test_table_has_the_line_counts_of_the_files() -> None:
     rows = re.findall(r"\| (\d+), `(\S+)` \|$", PAGE, re.MULTILINE)
     assert {name: int(lines) for lines, name in rows} == {
         name: len(text.splitlines())
@@ -160,15 +160,13 @@ def test_the_table_counts_the_files() -> None:
     [each for each in COMMANDS if "--config" in each],
     ids=lambda each: each[each.index("--workdir") + 1],
 )
-def test_every_experiment_and_its_settings_are_understood(
-    arguments: list[str], here: pathlib.Path
-) -> None:
+def test_experiments_and_settings_load(arguments: list[str], here: pathlib.Path) -> None:
     assert arguments[:3] == ["python", "-m", "inception_jax.main"]
     path, overrides = settings(arguments)
     ij.load_config(path, overrides)
 
 
-def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
+def test_combined_parts_train_resume_and_export(folder: pathlib.Path) -> None:
     """A network, data set, optimizer, schedule, augmentation and three writers, in one run."""
     train = said("together.py")
     small = SHORT | {"model.options.width": 4, "data.options.count": 100, "log.every": "1 step"}
@@ -209,7 +207,7 @@ def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
     assert "name='square'" in run(folder, said("use_weights.py"))
 
 
-def test_metrics_of_one_s_own_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
+def test_custom_metrics_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
     arguments = said("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
     less = {"model.width": 0.125, "data.image_size": 16, "evaluations.seen.examples": 50}
     run(folder, arguments, SHORT | less | {"train.duration": "2 steps", "optimizer.name": "lion"})
@@ -223,7 +221,7 @@ def test_metrics_of_one_s_own_on_cifar100_from_tfds(folder: pathlib.Path) -> Non
     assert found["macro"] == pytest.approx(found["top1"])
 
 
-def test_a_program_of_one_s_own_trains(folder: pathlib.Path) -> None:
+def test_custom_programs_train(folder: pathlib.Path) -> None:
     loop = run(folder, ["python", "own_loop.py"]).splitlines()
     assert [line.split()[0] for line in loop[:6]] == ["15", "30", "45", "60", "75", "90"]
     result = ast.literal_eval(loop[6])
@@ -251,7 +249,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("number", "wrong"), [*enumerate(WRONG)])
-def test_the_messages_are_what_the_program_says(
+def test_quoted_messages_are_accurate(
     number: int, wrong: tuple[str, dict[str, Any]], here: pathlib.Path
 ) -> None:
     assert len(MESSAGES) == len(WRONG)
@@ -263,7 +261,7 @@ def test_the_messages_are_what_the_program_says(
     assert str(found.value).replace(f"{here}{os.sep}", "") == MESSAGES[number]
 
 
-def test_every_file_of_the_page_is_run() -> None:
+def test_every_file_of_the_page_is_used() -> None:
     imported = {
         f"{name}.py" for name in re.findall(r"\w+", FILES["together.py"].split("\n")[0][6:])
     }

@@ -31,7 +31,7 @@ def pins() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
-def test_the_installed_and_the_pinned_versions_are_those_it_was_tried_with(
+def test_installed_and_pinned_versions_are_tested_ones(
     path: pathlib.Path,
 ) -> None:
     for package, versions in versions_known_to(path).items():
@@ -42,7 +42,7 @@ def test_the_installed_and_the_pinned_versions_are_those_it_was_tried_with(
         assert pinned <= set(versions), f"requirements/ pins {package} {pinned}: {remedy}"
 
 
-def test_each_private_interface_is_known_to_one_module() -> None:
+def test_private_interfaces_are_confined_to_their_modules() -> None:
     assert {path.stem for path in MODULES} >= {
         "_clu_private",
         "_jax_private",

@@ -34,13 +34,13 @@ def run(path: str, source: str) -> dict[str, Any]:
     return names
 
 
-def test_a_changed_cell_of_a_notebook_takes_the_place_of_what_it_registered() -> None:
+def test_edited_notebook_cell_replaces_its_part() -> None:
     run("/tmp/ipykernel_1/1.py", METRIC.format(value=1))
     names = run("/tmp/ipykernel_1/2.py", "\n" + METRIC.format(value=2))
     assert METRICS.get("mine").build is names["mine"]
 
 
-def test_a_file_that_is_run_again_takes_the_place_of_what_it_registered(
+def test_rerun_file_replaces_its_part(
     tmp_path: pathlib.Path,
 ) -> None:
     path = tmp_path / "mine.py"
@@ -50,7 +50,7 @@ def test_a_file_that_is_run_again_takes_the_place_of_what_it_registered(
         assert METRICS.get("mine").build is names["mine"]
 
 
-def test_a_name_twice_in_one_file_or_in_two_is_refused(tmp_path: pathlib.Path) -> None:
+def test_duplicate_names_are_rejected(tmp_path: pathlib.Path) -> None:
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     for path in (one, other):
         path.write_text(METRIC.format(value=1))
@@ -64,7 +64,7 @@ def test_a_name_twice_in_one_file_or_in_two_is_refused(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, functools.partial, functools.cache])
-def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
+def test_location_of_wrapped_functions(wrap: Any) -> None:
     def wrapped(logits: Any, labels: Any) -> Any:
         return jnp.zeros(len(labels))
 
@@ -82,12 +82,12 @@ def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
         (lambda: registry.register_optimizer(""), "must be a non-empty string"),
     ],
 )
-def test_what_cannot_be_registered_is_named(register: Any, words: str) -> None:
+def test_invalid_registrations_are_rejected(register: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         register()
 
 
-def test_a_home_that_failed_once_is_tried_again(
+def test_failed_import_of_builtin_parts_is_retried(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = Registry("thing", setting="thing.name", part=Part, module="builtin_things")
@@ -99,7 +99,7 @@ def test_a_home_that_failed_once_is_tried_again(
     assert known.names() == ()
 
 
-def test_what_a_part_raises_is_said_with_its_line(tmp_path: pathlib.Path) -> None:
+def test_errors_of_custom_parts_name_the_line(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def build():\n    raise KeyError('learning_rate')\n")
     build = run(str(path), path.read_text())["build"]

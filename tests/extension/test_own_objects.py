@@ -94,7 +94,7 @@ def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str)
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda c, s: ij.train(c, ""), "workdir: is empty"),
+        (lambda c, s: ij.train(c, ""), "workdir: must not be empty"),
         (lambda c, s: ij.train_batches(c), "run: must be what assemble.* returned, got Config"),
         (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be whole"),
         (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be whole"),
@@ -117,7 +117,7 @@ def test_a_file_that_is_run_for_its_parts_does_not_train(tmp_path: pathlib.Path)
         "config = ij.load_config('experiments/digits.py')\n"
         f"ij.train(config, {str(tmp_path / 'run')!r})\n"
     )
-    with pytest.raises(UserError, match=r"script\.py trains whenever it is run, and .* registe"):
+    with pytest.raises(UserError, match=r"script\.py: trains when it is run, .* to register"):
         experiment.register_parts(path)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="file not found"):

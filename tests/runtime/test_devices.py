@@ -52,12 +52,14 @@ def usual() -> list:
         ("JAX_TRANSFER_GUARD", "disallow"),
     ],
 )
-def test_what_would_change_a_run_is_ignored_and_said(name: str, value: str, usual: list) -> None:
+def test_settings_that_would_change_a_run_are_ignored_and_logged(
+    name: str, value: str, usual: list
+) -> None:
     lines, *found = drawn(**{name: value})
     assert usual[0] == [] and found == usual[1:]
     assert len(lines) == 1 and lines[0].startswith(f"{name}=") and ": ignored; " in lines[0]
 
 
 @pytest.mark.parametrize("name", ["JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_CHECK_TRACER_LEAKS"])
-def test_what_helps_to_find_faults_is_left_on(name: str, usual: list) -> None:
+def test_debugging_settings_stay_on(name: str, usual: list) -> None:
     assert drawn(**{name: "1"}) == usual

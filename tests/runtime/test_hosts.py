@@ -98,7 +98,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "SETTLE_SECONDS", 0.01)
 
 
-def test_one_process_alone_has_nobody_to_ask() -> None:
+def test_single_process_is_a_no_op() -> None:
     assert not hosts.is_multi_process()
     assert hosts.gather("number", 7) == [7]
     assert hosts.peer_failure(ValueError("UNKNOWN: Gloo all-reduce failed")) == ""
@@ -106,7 +106,7 @@ def test_one_process_alone_has_nobody_to_ask() -> None:
     hosts.fail("a bug", 1)
 
 
-def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_join_exchanges_host_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     # `join` sets what the threads share; they have the same count and store.
     store = Memory()
     lines: list[str] = []
@@ -120,12 +120,12 @@ def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.Mon
     ]
 
 
-def test_gathered_values_are_in_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_orders_values_by_process_index(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(3, monkeypatch)
     assert machines.each(lambda number: hosts.gather("number", number**2)) == [[0, 1, 4]] * 3
 
 
-def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_logs_the_process_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(2, monkeypatch)
     machines.name()
     monkeypatch.setattr(hosts, "_LOG_WAIT_SECONDS", 0.02)
@@ -142,7 +142,7 @@ def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 GLOO = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
 
 
-def test_a_failure_is_what_the_others_say_of_their_own_error(
+def test_peer_failure_reports_the_first_failed_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = Machines(3, monkeypatch)
@@ -161,7 +161,7 @@ def test_a_failure_is_what_the_others_say_of_their_own_error(
     assert "process 2 (host host2) exits too" in message
 
 
-def test_process_0_serves_the_store_until_the_others_have_ended(
+def test_process_0_serves_the_store_until_the_others_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hosts, "GRACE_SECONDS", 30)
@@ -182,7 +182,7 @@ def test_process_0_serves_the_store_until_the_others_have_ended(
     assert Machines(3, monkeypatch).each(lambda _: hosts.fail("a bug", 1), 0) == ["exit 1"]
 
 
-def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_failure_without_reason_waits_for_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     machines = Machines(2, monkeypatch)
@@ -202,7 +202,7 @@ def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.M
     assert "JAX reports the cause within 60.3 s" in machines.logs[0][0]
 
 
-def test_differences_name_each_fact_and_its_processes() -> None:
+def test_differences_list_values_and_processes() -> None:
     facts = [{"seed": 0, "jax": "1", "same": [1]} for _ in range(4)]
     facts[2] = {"seed": 1, "jax": None, "same": [1]}
     del facts[1]["jax"]
@@ -213,7 +213,7 @@ def test_differences_name_each_fact_and_its_processes() -> None:
     assert hosts.differences(facts[:1], ["a"]) == []
 
 
-def test_processes_that_disagree_are_all_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inconsistent_processes_all_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(3, monkeypatch)
     machines.name()
 

@@ -107,7 +107,7 @@ LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_before_the_first_step_it_ends_at_once(
+def test_signal_before_first_step_exits_immediately(
     number: signal.Signals, processes: list[Process]
 ) -> None:
     processes.append(process := Process(WAITS, LISTEN))
@@ -120,7 +120,7 @@ def test_before_the_first_step_it_ends_at_once(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_wherever_it_hangs(
+def test_second_signal_exits_even_if_main_thread_hangs(
     number: signal.Signals, processes: list[Process]
 ) -> None:
     processes.append(process := Process(STUCK, LISTEN))
@@ -136,7 +136,9 @@ def test_a_second_signal_ends_it_wherever_it_hangs(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 )
-def test_training_ends_with_a_step(number: signal.Signals, processes: list[Process]) -> None:
+def test_signal_stops_training_after_a_step(
+    number: signal.Signals, processes: list[Process]
+) -> None:
     processes.append(process := Process(TRAINS, LISTEN))
     process.send(number)
     code, output, messages = process.end()
@@ -144,7 +146,7 @@ def test_training_ends_with_a_step(number: signal.Signals, processes: list[Proce
     assert messages.startswith(f"{number.name}: saving after the current step, then exiting")
 
 
-def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> None:
+def test_signal_works_without_a_terminal(processes: list[Process]) -> None:
     processes.append(process := Process(TRAINS))
     process.hang_up()
     process.send(signal.SIGHUP)
@@ -152,7 +154,7 @@ def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> N
     assert code == 0 and "saved step" in output
 
 
-def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> None:
+def test_duplicate_signal_counts_once(processes: list[Process]) -> None:
     """As coreutils' timeout does, to the process and then to its group."""
     processes.append(process := Process(TRAINS))
     process.send(signal.SIGTERM)
@@ -163,7 +165,7 @@ def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> Non
     assert not messages
 
 
-def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
+def test_ignored_signals_stay_ignored(processes: list[Process]) -> None:
     # nohup has a closed terminal ignored, a shell has Ctrl-C ignored by what is in the background.
     before = "for n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)"
     processes.append(process := Process(WAITS, before))
@@ -175,7 +177,7 @@ def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
     assert messages.startswith("SIGTERM")
 
 
-def test_it_gives_the_signals_back_at_the_end_of_the_block() -> None:
+def test_handlers_are_restored_after_the_block() -> None:
     def handlers() -> list[object]:
         return [signal.getsignal(number) for number in preemption.SIGNALS]
 

@@ -19,7 +19,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_a_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> None:
+def test_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> None:
     listed = json.loads((folder / integrity.MANIFEST).read_text())["files"]
     assert listed == {
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -58,25 +58,25 @@ def replace_by_folder(path: pathlib.Path) -> None:
         (pathlib.Path.unlink, "is missing"),
     ],
 )
-def test_damage_is_named(
+def test_corruption_is_described(
     folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
 ) -> None:
     damage(folder / "d" / "b")
     assert integrity.verify(folder) == [f"d/b {words}"]
 
 
-def test_a_folder_in_a_files_place_is_damage(folder: pathlib.Path) -> None:
+def test_folder_in_place_of_a_file_is_corruption(folder: pathlib.Path) -> None:
     replace_by_folder(folder / "a")
     (found,) = integrity.verify(folder) or []
     assert found.startswith("a ")
 
 
-def test_more_files_are_no_damage(folder: pathlib.Path) -> None:
+def test_additional_files_are_ignored(folder: pathlib.Path) -> None:
     (folder / "note").write_text("x")
     assert integrity.verify(folder) == []
 
 
-def test_a_damaged_manifest_is_damage_and_none_is_nothing_known(folder: pathlib.Path) -> None:
+def test_corrupt_and_missing_manifests(folder: pathlib.Path) -> None:
     path = folder / integrity.MANIFEST
     whole = path.read_bytes()
     for content in (b"", whole[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
