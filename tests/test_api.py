@@ -1,4 +1,4 @@
-"""The names for notebooks: a run's weights, evaluated and used, without the command line."""
+"""The Python API: training, evaluation and use of weights without the command line."""
 
 import contextlib
 import importlib
@@ -70,8 +70,8 @@ def test_predictor_returns_the_logits_of_the_network(finished: tuple[run.Run, Wo
     for row, predictions in zip(probabilities, predictor.predict(pixels, 3), strict=True):
         assert [each.label for each in predictions] == list(np.argsort(-row)[:3])
         assert predictions[0].name == dataset.class_names[predictions[0].label]
-        found = [each.probability for each in predictions]
-        np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-5)
+        actual = [each.probability for each in predictions]
+        np.testing.assert_allclose(actual, np.sort(row)[:-4:-1], rtol=1e-5)
 
 
 def test_load_config_applies_overrides() -> None:
@@ -111,8 +111,6 @@ def test_arguments_of_the_wrong_type_are_rejected(finished: tuple[run.Run, Workd
 
 def test_exported_names_exist_and_are_documented() -> None:
     for name in inception_jax.__all__:
-        if name.startswith("register_") and not hasattr(registry, name):
-            continue
         assert inspect.getdoc(getattr(inception_jax, name))
         assert name in dir(inception_jax)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -121,10 +119,10 @@ def test_exported_names_exist_and_are_documented() -> None:
 
 def test_package_import_is_light() -> None:
     script = "import sys, inception_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=command.ROOT
     )
-    assert found.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["False", "False"]
 
 
 FIFTEEN_LINES = """
@@ -145,8 +143,8 @@ result = ij.train(config, "runs/mine", dataset=(images, digits.target), model=Ne
 """
 
 
-def surroundings() -> list[Any]:
-    """What a call in a notebook must leave as it was."""
+def global_state() -> list[Any]:
+    """Returns the global state that a call in a notebook must not change."""
     jax_settings = [
         getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_prng_impl")
     ]
@@ -163,24 +161,24 @@ def surroundings() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder of a run of one's own network and arrays, and the names of its program."""
+    """The folder of a run with a custom network and arrays, and the variables of its program."""
     folder, names = tmp_path_factory.mktemp("notebook"), {"__name__": "notebook"}
-    importlib.import_module("sklearn.datasets")  # SciPy has a warning of its own shown.
+    importlib.import_module("sklearn.datasets")  # SciPy emits a warning on import.
     with contextlib.chdir(folder):
-        before = surroundings()
+        before = global_state()
         exec(FIFTEEN_LINES, names)
-        assert surroundings() == before
+        assert global_state() == before
     return folder / "runs" / "mine", names
 
 
 def again(mine: tuple[pathlib.Path, dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """Calls train in the same folder once more."""
+    """Calls train again in the same folder."""
     folder, names = mine
-    own: dict[str, Any] = {
+    objects: dict[str, Any] = {
         "dataset": (names["images"], names["digits"].target),
         "model": names["Net"](),
     }
-    return inception_jax.train(names["config"], folder, **(own | changes))
+    return inception_jax.train(names["config"], folder, **(objects | changes))
 
 
 def test_custom_network_trains_on_arrays_in_15_lines(
@@ -192,7 +190,7 @@ def test_custom_network_trains_on_arrays_in_15_lines(
     assert {"report.html", "metrics.jsonl", "result.json"} <= {p.name for p in folder.iterdir()}
     record = json.loads((folder / "config.json").read_text())
     assert record["own"] == {"dataset": "Dataset", "model": "Net"}
-    # The network's own names, as without us.
+    # The parameters have the network's own names.
     setup = inception_jax.assemble(
         names["config"], (names["images"], names["digits"].target), names["Net"]()
     )
@@ -202,11 +200,10 @@ def test_custom_network_trains_on_arrays_in_15_lines(
 def test_second_call_resumes_the_run(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
-    found = again(mine)
-    for name in ("step", "loss", "top1", "seconds_by_phase"):
-        if name != "seconds_by_phase":
-            assert found[name] == mine[1]["result"][name]
-    assert found["seconds_by_phase"]["train"] == mine[1]["result"]["seconds_by_phase"]["train"]
+    result = again(mine)
+    for name in ("step", "loss", "top1"):
+        assert result[name] == mine[1]["result"][name]
+    assert result["seconds_by_phase"]["train"] == mine[1]["result"]["seconds_by_phase"]["train"]
 
 
 @pytest.mark.parametrize(
@@ -231,8 +228,8 @@ def test_weights_of_a_custom_network_are_usable_with_it(
     weights = inception_jax.load_weights(folder, "last", model=names["Net"]())
     assert str(weights).startswith("Net, 10 classes, step ")
     images = names["images"][:300]
-    found = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
-    assert np.mean(np.array(found) == names["digits"].target[:300]) > 0.6
+    labels = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
+    assert np.mean(np.array(labels) == names["digits"].target[:300]) > 0.6
     with pytest.raises(UserError, match=r"an object of a program \(Net\)\. Register it"):
         save_weights(tmp_path / "x.safetensors", weights)
 
@@ -278,7 +275,7 @@ def test_custom_loop_gives_the_same_state(
     metrics = inception_jax.evaluate(setup, state)
     assert metrics == {name: result[name] for name in metrics}
     assert float(output.loss) == pytest.approx(output.metrics.compute()["loss"])
-    # The state was not given up.
+    # The state was not donated.
     step(state, batch)
 
 
@@ -361,7 +358,7 @@ def test_invalid_arguments_of_train_are_rejected(
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Python's own handler: a shell has what it runs in the background ignore Ctrl-C."""
+    """Installs Python's handler, because shells make background jobs ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -379,12 +376,12 @@ def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = surroundings()
+    before = global_state()
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(KeyboardInterrupt, match="which is saved"):
         inception_jax.train(config, tmp_path, **own)
-    assert surroundings() == before
+    assert global_state() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert 5 < step < 5000
     config.train.duration = f"{step + 2} steps"
@@ -419,7 +416,7 @@ def test_second_interrupt_stops_immediately() -> None:
 
 
 def test_documented_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one program, but with less of everything, and the data in a folder of the test."""
+    """As one program, with small settings and the data in a temporary folder."""
     text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
     code = "\n".join(textwrap.dedent(block) for block in blocks)
@@ -461,7 +458,6 @@ def get_config():
 """
 
 
-@pytest.mark.skipif(not hasattr(registry, "register_model"), reason="no door for networks yet")
 def test_run_of_a_registered_network_needs_only_its_folder(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

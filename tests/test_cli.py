@@ -88,7 +88,7 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
     [
         ("return Config(batch=3)", "Did you mean train.batch_size"),
         ("config = Config(); config.train.lr = 3; return config", "config.train.lr: no such"),
-        ("return 3", "must return inception_jax.config.Config"),
+        ("return 3", "must return an inception_jax.config.Config"),
         ("return nothing", "line 3"),
     ],
 )
@@ -180,7 +180,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         ("none.py", "none.py: file not found"),
         ("tiny", "Did you mean experiments/tiny.py"),
         ("digits.yp", "Did you mean experiments/digits.py"),
-        ("experiments", "is a folder; give an experiment file, such as experiments/"),
+        ("experiments", "is a folder; use an experiment file, such as experiments/"),
         ("README.md", "the experiment file failed: SyntaxError"),
         ("", "--config: needs a value"),
     ],
@@ -271,7 +271,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
     ("failure", "code", "words"),
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'. Unexpected error"),
-        ("MemoryError()", 1, "Reduce config.train.batch_size"),
+        ("MemoryError()", 1, "reduce config.train.batch_size"),
         ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.grad_accum_steps"),
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
         ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),

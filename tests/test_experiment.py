@@ -1,4 +1,4 @@
-"""Experiment files: found, run, and forgotten; the parts that they register."""
+"""Experiment files: search, execution and cleanup; the parts that they register."""
 
 import os
 import pathlib
@@ -97,7 +97,7 @@ def test_missing_import_says_where_to_copy_the_file(
 
 @pytest.fixture
 def blur(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file that registers an augmentation, which is forgotten after the test."""
+    """A file that registers an augmentation, which is unregistered after the test."""
     before = dict(registry.AUGMENTATIONS._parts)
     yield write(
         tmp_path / "blur.py",

@@ -1,4 +1,4 @@
-"""Parts by name: what is registered again, from where, and what a user's function raises."""
+"""Registries: repeated registration, locations, and errors of custom parts."""
 
 import functools
 import pathlib
@@ -12,7 +12,7 @@ from inception_jax import registry
 from inception_jax.errors import ConfigError, UserError
 from inception_jax.registry import METRICS, OPTIMIZERS, Part, Registry
 
-# Of a type that mypy lets pass.
+# Of a type that mypy accepts.
 NOT_A_FUNCTION: Any = 3
 METRIC = """
 from inception_jax.registry import register_metric
@@ -24,7 +24,7 @@ def mine(logits, labels):
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METRICS, "_parts", {name: METRICS.get(name) for name in METRICS.names()})
 
 
@@ -115,7 +115,7 @@ def test_errors_of_custom_parts_name_the_line(tmp_path: pathlib.Path) -> None:
         registry.as_config_error(part, "the thing"),
     ):
         raise UserError("as it is")
-    # A mistake of the package's own is no mistake of the user's.
-    own = OPTIMIZERS.get("sgd")
-    with pytest.raises(ZeroDivisionError), registry.as_config_error(own, "the optimizer"):
+    # Errors of built-in parts are bugs, not mistakes of the user.
+    builtin = OPTIMIZERS.get("sgd")
+    with pytest.raises(ZeroDivisionError), registry.as_config_error(builtin, "the optimizer"):
         1 / 0  # noqa: B018

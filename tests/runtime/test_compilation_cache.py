@@ -1,4 +1,4 @@
-"""The cache of compiled programs, in processes of their own, as JAX opens it once in each."""
+"""The compilation cache, in subprocesses, because JAX opens it once per process."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ jax.monitoring.register_event_listener(
 print(jax.config.jax_compilation_cache_dir)
 print(jax.jit(lambda x: x * 2 + 1)(20), "cached" if hits else "compiled")
 """
-# Asks for the program once more, as a later start does: from what is on disk.
+# Requests the program again, as a later start does, from disk.
 AGAIN = """
 hits.clear()
 jax.clear_caches()
@@ -40,7 +40,7 @@ print(jax.jit(lambda x: x * 2 + 1)(20), "cached" if hits else "compiled")
 """
 # A file that grows beyond this fails as on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-# The same, but the system ends the process there, in the middle of writing the entry.
+# The same, but the system kills the process in the middle of the write.
 KILLED = FULL + "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
 
 
@@ -58,7 +58,7 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def compile_in(script: str = COMPILE, **environment: str) -> list[str]:
-    """Returns what a process that compiles one program printed, after nothing on stderr."""
+    """Returns the output of a process that compiles a program; stderr must be empty."""
     done = run(script, **environment)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -112,7 +112,7 @@ def test_kill_during_write_does_not_affect_later_starts(tmp_path: pathlib.Path) 
 
 def test_full_disk_is_logged_once_and_leaves_no_partial_entry(tmp_path: pathlib.Path) -> None:
     where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
-    # Two programs that cannot be kept.
+    # Two programs that cannot be cached.
     script = FULL + COMPILE + "print(jax.jit(lambda x: x - 1)(20))"
     done = run(script, **where)
     assert not done.stderr
@@ -127,7 +127,7 @@ def test_full_disk_is_logged_once_and_leaves_no_partial_entry(tmp_path: pathlib.
 def test_unwritable_folder_is_logged_and_the_run_continues(
     name: str, tmp_path: pathlib.Path
 ) -> None:
-    # A file is in the way; permissions would not keep root out.
+    # A file is in the way; permissions would not stop root.
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -155,7 +155,7 @@ def test_unknown_home_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folder_of_another_user_is_not_used(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may write there could make this process run programs of theirs."""
+    """Its owner could make this process run arbitrary programs."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
@@ -178,7 +178,7 @@ def test_least_recently_used_entries_are_evicted(
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
-    # The settings of this process stay as they are.
+    # Do not change the settings of this process.
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     compilation_cache.enable(logged.append)
     assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]

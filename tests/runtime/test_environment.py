@@ -28,14 +28,14 @@ def test_parameter_table_of_abstract_arrays() -> None:
 
 
 def test_environment_has_versions_and_devices() -> None:
-    found = environment.environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["python"] == platform.python_version()
-    assert found["packages"]["jax"] == jax.__version__
-    assert None not in found["packages"].values()
-    assert found["device_count"] == jax.device_count() and found["backend"] == "cpu"
-    # It goes into files that are published.
-    assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(found)
+    values = environment.environment()
+    assert json.loads(json.dumps(values)) == values
+    assert values["python"] == platform.python_version()
+    assert values["packages"]["jax"] == jax.__version__
+    assert None not in values["packages"].values()
+    assert values["device_count"] == jax.device_count() and values["backend"] == "cpu"
+    # It is written to files that users may publish.
+    assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(values)
 
 
 def test_revision_is_the_commit_of_the_checkout(
@@ -66,14 +66,13 @@ def test_software_detects_differences(
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--one")
     monkeypatch.setenv("JAX_PROCESS_ID", "3")
-    found = environment.software()
-    assert found["$XLA_FLAGS"] == "--one"
-    assert "$JAX_PROCESS_ID" not in found
-    assert found["python"] and found["jax version"] and found["source files"]
+    before = environment.software()
+    assert before["$XLA_FLAGS"] == "--one"
+    assert "$JAX_PROCESS_ID" not in before
+    assert before["python"] and before["jax version"] and before["source files"]
     monkeypatch.setenv("XLA_FLAGS", "--other")
-    assert {what for what, value in environment.software().items() if found[what] != value} == {
-        "$XLA_FLAGS"
-    }
+    after = environment.software()
+    assert {name for name, value in after.items() if before[name] != value} == {"$XLA_FLAGS"}
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.py").write_text("x = 1\n")
     digests = {environment.source_digest(tmp_path)}

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, without JAX: each in a thread of its own."""
+"""Multi-process checks and failures without JAX, with a thread for each process."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from inception_jax.runtime import hosts
 
 
 class Memory:
-    """A store inside one process."""
+    """A key-value store within one process."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -46,11 +46,11 @@ class Memory:
 
 
 class Exit(Exception):
-    """In place of the end of a process."""
+    """Replaces the exit of a process."""
 
 
 class Machines:
-    """Several hosts; what each does runs in a thread where `hosts` knows it alone."""
+    """Several hosts; each runs in a thread in which it is the current one for `hosts`."""
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.store = Memory()
@@ -62,7 +62,7 @@ class Machines:
         here = threading.local()
 
         class Here:
-            """The hosts of this thread, in place of those of the process."""
+            """Redirects to the hosts of the current thread."""
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(here.hosts, name)
@@ -75,7 +75,7 @@ class Machines:
         self._here = here
 
     def each(self, work: Callable[[int], Any], *numbers: int) -> list[Any]:
-        """Returns what each machine's work returns, or how it exits."""
+        """Returns the result of `work` for each machine, or its exit."""
 
         def run(number: int) -> Any:
             self._here.hosts = self.all[number]
@@ -107,7 +107,7 @@ def test_single_process_is_a_no_op() -> None:
 
 
 def test_join_exchanges_host_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `join` sets what the threads share; they have the same count and store.
+    # `join` sets a global that the threads share.
     store = Memory()
     lines: list[str] = []
     monkeypatch.setattr(hosts, "_joined", None)
@@ -130,12 +130,12 @@ def test_gather_logs_the_process_it_waits_for(monkeypatch: pytest.MonkeyPatch) -
     machines.name()
     monkeypatch.setattr(hosts, "_LOG_WAIT_SECONDS", 0.02)
 
-    def come(number: int) -> list[int]:
+    def arrive_late(number: int) -> list[int]:
         while number == 1 and not machines.logs[0]:
             time.sleep(0.001)
         return hosts.gather("data set", number)
 
-    assert machines.each(come) == [[0, 1]] * 2
+    assert machines.each(arrive_late) == [[0, 1]] * 2
     assert machines.logs[0][0] == ("waiting for process 1 (host host1) to report its data set")
 
 
@@ -154,7 +154,7 @@ def test_peer_failure_reports_the_first_failed_process(
         hosts.fail("", 1)
         return message
 
-    # Their own end is no cause: whoever looks later still finds the first.
+    # Their own exits are not causes: later calls still report the first failure.
     assert machines.each(seen, 0, 2) == ["exit 1"] * 2
     (message,) = machines.each(lambda _: hosts.peer_failure(GLOO), 2)
     assert message.startswith("process 1 (host host1) failed: KeyError: 'a bug'. The run cannot")
@@ -177,7 +177,7 @@ def test_process_0_serves_the_store_until_the_others_exit(
 
     assert machines.each(end) == ["exit 1"] * 3
     assert ended[-1] == 0
-    # And no longer than that, where they never end.
+    # But no longer than the grace period if they never exit.
     monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.05)
     assert Machines(3, monkeypatch).each(lambda _: hosts.fail("a bug", 1), 0) == ["exit 1"]
 
@@ -190,8 +190,12 @@ def test_peer_failure_without_reason_waits_for_heartbeat(monkeypatch: pytest.Mon
     def seen(error: BaseException, _: int) -> str:
         return hosts.peer_failure(error)
 
-    for own in (KeyError("a bug"), ValueError("No: bug"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")):
-        assert machines.each(functools.partial(seen, own), 0) == [""]
+    for error in (
+        KeyError("a bug"),
+        ValueError("No: bug"),
+        RuntimeError("RESOURCE_EXHAUSTED: 8 GB"),
+    ):
+        assert machines.each(functools.partial(seen, error), 0) == [""]
     assert not slept
     wrapped = ValueError("a save failed")
     wrapped.__cause__ = GLOO

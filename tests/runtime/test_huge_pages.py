@@ -1,4 +1,4 @@
-"""The new start with huge pages."""
+"""The restart with huge pages."""
 
 import json
 import os

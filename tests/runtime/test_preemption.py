@@ -1,4 +1,4 @@
-"""Signals, in small processes of their own that listen for them as training does."""
+"""Signals, in small subprocesses that handle them as training does."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from inception_jax.runtime import preemption
 ROOT = pathlib.Path(__file__).parents[2]
 
 WAITS = "print('ready', flush=True); time.sleep(600)"
-# What XLA does where another host is gone: the main thread never comes back to Python.
+# Simulates XLA when another host is gone: the main thread never returns to Python.
 STUCK = """
 mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
 stop(1)
@@ -39,7 +39,7 @@ print(f'saved step {step}')
 
 
 class Process:
-    """Runs a script that has `stop`, what training asks after each step."""
+    """Runs a script with `stop`, the function that training calls after each step."""
 
     def __init__(self, script: str, before: str = "") -> None:
         lines = [
@@ -63,12 +63,12 @@ class Process:
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
-        """Returns the next line on stderr; an empty one if none comes in a minute."""
+        """Returns the next line on stderr; empty if there is none within a minute."""
         with self._killed_after(60):
             return self._messages.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Returns exit code, output and messages; kills what has not ended in a minute."""
+        """Returns exit code, stdout and stderr; kills the process after a minute."""
         with self._killed_after(60):
             output, messages = self._output.read(), self._messages.read()
             return self._process.wait(), output, messages
@@ -83,7 +83,7 @@ class Process:
             timer.cancel()
 
     def hang_up(self) -> None:
-        """Closes the other end of its messages: a write of it fails from now on."""
+        """Closes the read end of its stderr, so that its writes fail from now on."""
         self._messages.close()
         self._messages = io.StringIO()
 
@@ -102,7 +102,7 @@ def processes() -> Iterator[list[Process]]:
         process.close()
 
 
-# A parent that ignores Ctrl-C, as shells have what runs in the background do, hands that on.
+# A parent that ignores Ctrl-C, such as a shell with a background job, passes that on.
 LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
@@ -155,7 +155,7 @@ def test_signal_works_without_a_terminal(processes: list[Process]) -> None:
 
 
 def test_duplicate_signal_counts_once(processes: list[Process]) -> None:
-    """As coreutils' timeout does, to the process and then to its group."""
+    """coreutils' timeout signals the process and then its group."""
     processes.append(process := Process(TRAINS))
     process.send(signal.SIGTERM)
     process.message()
@@ -166,7 +166,7 @@ def test_duplicate_signal_counts_once(processes: list[Process]) -> None:
 
 
 def test_ignored_signals_stay_ignored(processes: list[Process]) -> None:
-    # nohup has a closed terminal ignored, a shell has Ctrl-C ignored by what is in the background.
+    # nohup ignores SIGHUP; shells make background jobs ignore Ctrl-C.
     before = "for n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)"
     processes.append(process := Process(WAITS, before))
     process.send(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Files that take their place whole or not at all."""
+"""Atomic replacement of files."""
 
 import errno
 import os

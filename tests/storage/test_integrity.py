@@ -27,7 +27,7 @@ def test_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> No
     }
     assert integrity.verify(folder) == []
     integrity.write_manifest(folder)
-    assert integrity.verify(folder) == [], "it does not list itself"
+    assert integrity.verify(folder) == [], "the manifest must not list itself"
 
 
 def flip(path: pathlib.Path) -> None:
@@ -67,8 +67,8 @@ def test_corruption_is_described(
 
 def test_folder_in_place_of_a_file_is_corruption(folder: pathlib.Path) -> None:
     replace_by_folder(folder / "a")
-    (found,) = integrity.verify(folder) or []
-    assert found.startswith("a ")
+    (problem,) = integrity.verify(folder) or []
+    assert problem.startswith("a ")
 
 
 def test_additional_files_are_ignored(folder: pathlib.Path) -> None:
@@ -78,14 +78,14 @@ def test_additional_files_are_ignored(folder: pathlib.Path) -> None:
 
 def test_corrupt_and_missing_manifests(folder: pathlib.Path) -> None:
     path = folder / integrity.MANIFEST
-    whole = path.read_bytes()
-    for content in (b"", whole[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
+    intact = path.read_bytes()
+    for content in (b"", intact[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
         path.write_bytes(content)
         assert integrity.verify(folder) == ["manifest.json is not a valid manifest"]
-    # Wherever its bytes change, it is seen, or no file's checksum is concerned.
-    listed = json.loads(whole)["files"]
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
+    # A flipped bit is detected anywhere, unless it changes no entry.
+    listed = json.loads(intact)["files"]
+    for index in range(len(intact)):
+        path.write_bytes(intact[:index] + bytes([intact[index] ^ 0x01]) + intact[index + 1 :])
         if not integrity.verify(folder):
             assert json.loads(path.read_bytes())["files"] == listed
     path.unlink()

@@ -37,7 +37,7 @@ def test_second_process_is_rejected_until_the_first_is_killed(tmp_path: pathlib.
                     pass
         finally:
             os.kill(process.pid, signal.SIGKILL)
-    # The file it left is nobody's.
+    # It left an unlocked file.
     assert (tmp_path / lock.LOCK_FILE).exists()
     for _ in range(2):
         with lock.lock_workdir(tmp_path, quiet):

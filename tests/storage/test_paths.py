@@ -1,4 +1,4 @@
-"""Paths as users type them: what they stand for, and names that nobody would choose."""
+"""Paths as users type them, and unusual names."""
 
 import os
 import pathlib
@@ -54,7 +54,7 @@ def test_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/homes/me")
     assert paths.local_path("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
     assert paths.local_path(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
-    # Only once: here it is a letter of a name.
+    # Only once: here it is part of a name.
     assert paths.local_path("./~/x", "--workdir") == pathlib.Path("~/x")
 
 
@@ -139,7 +139,7 @@ def test_plain_path_is_the_same_folder(name: str, tmp_path: pathlib.Path) -> Non
     (plain.path / "file").write_bytes(b"content")
     (plain.path / "file").rename(plain.path / "renamed")
     assert (folder / "renamed").read_bytes() == b"content"
-    # Of what a pattern, a URL or an encoding could take for something else, nothing is left.
+    # No character that patterns, URLs or encodings treat specially is left.
     assert str(plain.path).isascii() and not set(str(plain.path)) & set("[]*?{}~:@%$#\\\n\t")
     plain.close()
     assert paths.PlainPath(tmp_path).path == tmp_path
@@ -147,7 +147,7 @@ def test_plain_path_is_the_same_folder(name: str, tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
 def test_data_directory_can_have_any_name(storage: str, tmp_path: pathlib.Path) -> None:
-    # All at once: TFDS alone takes a second.
+    # All characters in one name, because TFDS alone takes a second.
     folder = tmp_path / "".join(name for name in names.ODD if name.isprintable()).replace("/", "")
     data = Data(name="digits", directory=str(folder), image_size=4, storage=storage)
     prepare(data, log=lambda _: None)

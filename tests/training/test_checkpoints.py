@@ -181,7 +181,7 @@ def test_training_goes_on_from_the_one_before_and_keeps_the_damaged_one(
     lines: list[str] = []
     with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
         (line,) = lines
-        assert line.startswith(f"{folder / '6'}: this checkpoint is damaged: ")
+        assert line.startswith(f"{folder / '6'}: corrupt checkpoint: ")
         assert re.search(words, line), line
         assert "6.damaged" in line and "of step 4" in line
         assert checkpoints.latest_step() == 4
@@ -254,7 +254,9 @@ def test_nothing_is_changed_where_no_checkpoint_is_whole(folder: pathlib.Path) -
     for step in STEPS:
         flip_bit(folder / str(step))
     before = files(folder)
-    with pytest.raises(CheckpointError, match=r"none .* is intact; nothing was changed(.|\n)*6: "):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is intact; nothing was changed(.|\n)*6: "
+    ):
         Checkpoints(folder)
     with (
         Checkpoints(folder, read_only=True, log=lambda _: None) as checkpoints,
