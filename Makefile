@@ -1,6 +1,6 @@
-# The commands of the project; `make` alone lists them.
+# Commands of the project; `make` without arguments lists them.
 
-# The Python that the environment is made with, 3.11 or 3.12, and where the environment lies.
+# The Python of the environment, 3.11 or 3.12, and the location of the environment.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -18,7 +18,7 @@ help: ## list the commands
 
 setup: $(STAMP) ## create the environment in .venv with pinned versions
 
-# The stamp is new once everything is in place, so an interrupted set-up starts again.
+# The stamp is updated last, so an interrupted setup starts again.
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "make: $(PYTHON) not found. Use Python 3.11 or 3.12: make setup PYTHON=python3.12" >&2; exit 2; }
@@ -55,7 +55,7 @@ test-slow: setup ## run the slow tests, which repeat the checks on full runs
 bench: setup ## compare speed with the stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
-docs: setup ## build the reference pages from the docstrings, with Sphinx, in build/docs
+docs: setup ## build the documentation with Sphinx in build/docs
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
@@ -70,9 +70,9 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# In a new environment, with the newest versions that pyproject.toml allows. pip freeze writes no
-# hashes and no addresses, so the file says nothing about the index that made it. --all keeps
-# setuptools, which TensorBoard needs and which builds this package.
+# In a new environment, with the latest versions that pyproject.toml allows. pip freeze writes no
+# hashes or URLs, so the file does not depend on the package index. --all keeps setuptools, which
+# TensorBoard needs and which builds this package.
 pins: ## update the pinned versions for one Python: make pins PYTHON=python3.12
 	@rm -rf build/pins
 	@$(PYTHON) -m venv --upgrade-deps build/pins
