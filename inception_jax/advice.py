@@ -56,21 +56,23 @@ _DEFAULT_REMEDY = (
 )
 
 
-def explain(error: BaseException, doing: Sequence[str], settings: Mapping[str, Any]) -> str | None:
+def explain(
+    error: BaseException, contexts: Sequence[str], settings: Mapping[str, Any]
+) -> str | None:
     """Returns what an error means and what to do about it; None for any other error.
 
     Args:
       error: the exception; its causes are checked, too.
-      doing: phase of training and command in which it was raised; the first with an entry is used.
+      contexts: training phase and command in which it was raised; the first known one is used.
       settings: known values of settings, by path.
     """
     for each in _exception_chain(error):
         what = first_line(each)
         text = f"{type(each).__name__}: {each}"
         if isinstance(each, MemoryError) or _OUT_OF_MEMORY.search(text):
-            known = [name for name in doing if name in _REMEDIES]
-            words, remedy = _REMEDIES[known[0]] if known else ("", _DEFAULT_REMEDY)
-            return _out_of_memory_advice(each, what, words, remedy, settings)
+            known = [name for name in contexts if name in _REMEDIES]
+            activity, remedy = _REMEDIES[known[0]] if known else ("", _DEFAULT_REMEDY)
+            return _out_of_memory_advice(each, what, activity, remedy, settings)
         if message := device_in_use(text):
             return message
     return None
@@ -100,7 +102,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _out_of_memory_advice(
-    error: BaseException, what: str, doing: str, remedy: str, settings: Mapping[str, Any]
+    error: BaseException, what: str, activity: str, remedy: str, settings: Mapping[str, Any]
 ) -> str:
     what = _BYTES.sub(lambda match: f"{match[0]} ({int(match[1]) / 1e9:,.1f} GB)", what)
     for path in ("train.batch_size", "train.grad_accum_steps", "evaluation.batch_size"):
@@ -111,7 +113,7 @@ def _out_of_memory_advice(
         cause = "Other programs or a limit (ulimit, container) may also be the cause"
     else:
         cause = "Another process may be using the device's memory; on GPUs, nvidia-smi lists them"
-    during = f" while {doing}" if doing else ""
+    during = f" while {activity}" if activity else ""
     return f"out of memory{during}: {what}. {remedy}. {cause}"
 
 

@@ -70,11 +70,11 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     return config
 
 
-def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line: None) -> Config:
+def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line: None) -> Config:
     """Returns the settings of an experiment, or those in a run's config.json.
 
     Args:
-      place: path of the file. If it does not exist and has a colon, the text after the last colon
+      source: path of the file. If it does not exist and has a colon, the text after the last colon
         is passed to the experiment's get_config().
       prefix: text before the path in messages.
       log: called with a line for each other file that is run.
@@ -82,13 +82,13 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
     Raises:
       UserError: if the file does not exist, fails, or returns no settings.
     """
-    path = _resolve(place, prefix)
+    path = _resolve(source, prefix)
     arguments: list[str] = []
-    if not path.exists() and ":" in place:
-        name, _, argument = place.rpartition(":")
+    if not path.exists() and ":" in source:
+        name, _, argument = source.rpartition(":")
         path, arguments = _resolve(name, prefix), [argument]
     if not path.exists() or path.is_dir():
-        raise UserError(f"{prefix}{place}: {_describe_missing(path)}")
+        raise UserError(f"{prefix}{source}: {_describe_missing(path)}")
     if path.suffix == ".json":
         record = configs.read_record(path)
         for note in record.notes:
@@ -98,17 +98,17 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
     try:
         with _imported(path) as module:
             if not hasattr(module, "get_config"):
-                raise UserError(f"{prefix}{place}: must define get_config() returning a Config")
+                raise UserError(f"{prefix}{source}: must define get_config() returning a Config")
             config = module.get_config(*arguments)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{prefix}{place}: {error}") from error
+        raise UserError(f"{prefix}{source}: {error}") from error
     except Exception as error:
-        raise UserError(f"{prefix}{place}: {_describe_failure(error, path)}") from error
+        raise UserError(f"{prefix}{source}: {_describe_failure(error, path)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
-            f"{prefix}{place}: get_config() must return an inception_jax.config.Config, got "
+            f"{prefix}{source}: get_config() must return an inception_jax.config.Config, got "
             f"{type(config).__name__}"
         )
     return config
@@ -141,8 +141,8 @@ def import_parts(
         if kind not in registry.REGISTRIES:
             log(f"{record}: {kind} {name!r}: unknown kind of part; ignored")
             continue
-        known = registry.REGISTRIES[kind]
-        if name in known:
+        registered = registry.REGISTRIES[kind]
+        if name in registered:
             continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
         remedy = "Use --config=FILE with the experiment that registers it, or import its module"
@@ -153,13 +153,13 @@ def import_parts(
             register_parts(path)
         except UserError as error:
             raise CheckpointError(f"{what}: {error}. {remedy}") from error
-        if name not in known:
+        if name not in registered:
             raise CheckpointError(f"{what}, which no longer registers it. {remedy}")
 
 
-def _resolve(place: str, prefix: str) -> pathlib.Path:
+def _resolve(source: str, prefix: str) -> pathlib.Path:
     """Returns the path that a user typed; experiments/… falls back to this project's files."""
-    path = paths.local_path(place, f"{prefix}{place}")
+    path = paths.local_path(source, f"{prefix}{source}")
     if path.exists() or path.parts[:1] != (_EXPERIMENTS,):
         return path
     shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED_FOLDERS]

@@ -55,9 +55,8 @@ class Hosts:
 
     def describe(self, process: int) -> str:
         """Returns a process and its host for messages: 'process 1 (host a)'."""
-        return (
-            f"process {process} (host {self.host_names[process] if self.host_names else 'unknown'})"
-        )
+        host = self.host_names[process] if self.host_names else "unknown"
+        return f"process {process} (host {host})"
 
 
 _joined: Hosts | None = None

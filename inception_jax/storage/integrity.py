@@ -72,9 +72,9 @@ def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str:
     """Returns how a file differs from its manifest entry; '' if it does not."""
     size, checksum = expected["size"], expected["sha256"]
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes instead of {size:,}"
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            return f"has {actual_size:,} bytes instead of {size:,}"
         if _size_and_checksum(path)["sha256"] != checksum:
             return "has changed (SHA-256 mismatch)"
         return ""
@@ -108,17 +108,17 @@ def unmerged_items(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 def find_corruption(checkpoint: pathlib.Path) -> str:
     """Returns what is corrupt in a checkpoint; '' if nothing is known to be."""
-    found = verify(checkpoint)
-    if found == [] and unmerged_items(checkpoint):
-        found = [
+    problems = verify(checkpoint)
+    if problems == [] and unmerged_items(checkpoint):
+        problems = [
             "its arrays are not merged, because an older version wrote it to a path with "
             "brackets; rerun the training command to merge them"
         ]
-    if found is None:
+    if problems is None:
         parts = (checkpoint / item for item in ITEMS)
-        found = [f"{part.name} is missing" for part in parts if not _has_files(part)]
-    more = [f"and {len(found) - _MAX_LISTED} more"] if len(found) > _MAX_LISTED else []
-    return ", ".join(found[:_MAX_LISTED] + more)
+        problems = [f"{part.name} is missing" for part in parts if not _has_files(part)]
+    more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    return ", ".join(problems[:_MAX_LISTED] + more)
 
 
 def _has_files(folder: pathlib.Path) -> bool:
