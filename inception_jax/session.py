@@ -35,11 +35,11 @@ class Origin(NamedTuple):
 
     Attributes:
       experiment: the file, and its values of the overridden settings, as in `cli.experiment`.
-      given: paths of the settings overridden on the command line.
+      overridden: paths of the settings overridden on the command line.
     """
 
     experiment: Mapping[str, Any]
-    given: Collection[str] = ()
+    overridden: Collection[str] = ()
 
 
 def train_and_evaluate(
@@ -113,7 +113,7 @@ def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin
     assert experiment is not None, "its origin is known"
     origins: dict[str, str] = {}
     for name, _, _ in configs.leaves():
-        if name in origin.given:
+        if name in origin.overridden:
             origins[name] = "command line"
         elif configs.is_open(config, name):
             origins[name] = "chosen at startup from the data or hardware"
@@ -203,14 +203,14 @@ def train_run(
       changed, experiment, own: as for `workdir.record_start`.
     """
 
-    def record(first: int) -> list[str]:
+    def record(start_step: int) -> list[str]:
         lines: list[str] = []
-        if first and before.record and setup.applies_schedule:
-            lines = _learning_rate_increase(setup, before.record.config, first)
+        if start_step and before.record and setup.applies_schedule:
+            lines = _learning_rate_increase(setup, before.record.config, start_step)
         workdirs.record_start(
             before,
             setup.config,
-            step=first,
+            step=start_step,
             changed=changed,
             dataset=workdirs.dataset_record(setup.dataset),
             experiment=experiment,
@@ -251,24 +251,24 @@ def _assemble(config: Config, before: Previous, objects: Mapping[str, Any]) -> R
     return setup
 
 
-def _learning_rate_increase(setup: Run, old: Config, first: int) -> list[str]:
+def _learning_rate_increase(setup: Run, old: Config, start_step: int) -> list[str]:
     """Returns a warning if a changed schedule increases the learning rate of a resumed run.
 
     Args:
       setup: the run with the new settings.
       old: its previous settings.
-      first: number of finished steps.
+      start_step: number of finished steps.
     """
     schedule = schedules.make_schedule(
         old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.duration)
     )
     # An increase that the old schedule would have made too, as in its warm-up, is not reported.
-    before = max(float(schedule(first - 1)), float(schedule(first)))
-    now = float(setup.schedule(first))
+    before = max(float(schedule(start_step - 1)), float(schedule(start_step)))
+    now = float(setup.schedule(start_step))
     if now <= 1.01 * before:
         return []
     return [
-        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,} "
+        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {start_step:,} "
         "because the schedule or duration changed. Accuracy may drop at first; for a lower rate, "
         "also set --config.schedule.learning_rate"
     ]
