@@ -258,10 +258,10 @@ def test_custom_loop_gives_the_same_state(
 ) -> None:
     config = small.config(data_directory, log=Log(every="30 steps"))
     config.train.duration = "20 steps"
-    own = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
-    result = inception_jax.train(config, tmp_path, **own)
+    objects = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
+    result = inception_jax.train(config, tmp_path, **objects)
 
-    setup = inception_jax.assemble(config, **own)
+    setup = inception_jax.assemble(config, **objects)
     state, step = inception_jax.create_state(setup), inception_jax.make_train_step(setup)
     for batch in inception_jax.train_batches(setup, start=0, stop=20):
         state, output = step(state, batch)
@@ -299,7 +299,7 @@ def net(call: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("own", "words"),
+    ("objects", "words"),
     [
         (
             {"model": small.Linear},
@@ -322,10 +322,10 @@ def net(call: Any) -> nn.Module:
     ],
 )
 def test_custom_objects_of_the_wrong_type_are_rejected(
-    own: dict[str, Any], words: str, data_directory: pathlib.Path
+    objects: dict[str, Any], words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        inception_jax.assemble(small.config(data_directory), **own)
+        inception_jax.assemble(small.config(data_directory), **objects)
 
 
 def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
@@ -368,7 +368,7 @@ def interruptible() -> Iterator[None]:
 def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, log=Log(every="1 step"))
     config.train.duration = config.evaluation.every = config.checkpoint.every = "5000 steps"
-    own = {"model": small.Linear()}
+    objects = {"model": small.Linear()}
 
     def interrupt() -> None:
         metrics = tmp_path / "metrics.jsonl"
@@ -380,12 +380,12 @@ def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(KeyboardInterrupt, match="which is saved"):
-        inception_jax.train(config, tmp_path, **own)
+        inception_jax.train(config, tmp_path, **objects)
     assert global_state() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert 5 < step < 5000
     config.train.duration = f"{step + 2} steps"
-    assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
+    assert inception_jax.train(config, tmp_path, **objects)["step"] == step + 2
 
 
 def test_jax_settings_are_restored_after_a_run() -> None:

@@ -41,8 +41,8 @@ SHORT = {"train.duration": "", "train.batch_size": 20, "schedule.warmup": "0.01 
 def only_builtin_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unregisters the parts of other tests, as in a new process."""
     for known in registry.REGISTRIES.values():
-        own = {name: part for name in known.names() if (part := known.get(name)).is_builtin}
-        monkeypatch.setattr(known, "_parts", own)
+        builtin = {name: part for name in known.names() if (part := known.get(name)).is_builtin}
+        monkeypatch.setattr(known, "_parts", builtin)
 
 
 # Fakes of the services' libraries that write their calls to a file.
