@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 from inception_jax.version import __version__ as __version__
 
-_REGISTER_FUNCTIONS = (
+_REGISTRARS = (
     "register_augmentation",
     "register_dataset",
     "register_metric",
@@ -49,7 +49,7 @@ __all__ = [
     "make_train_step",
     "train",
     "train_batches",
-    *_REGISTER_FUNCTIONS,
+    *_REGISTRARS,
 ]
 
 
@@ -57,13 +57,9 @@ def __getattr__(name: str) -> Any:
     """Imports an exported name on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = (
-        "registry"
-        if name in _REGISTER_FUNCTIONS
-        else "experiment"
-        if name == "load_config"
-        else "api"
-    )
+    module = "registry" if name in _REGISTRARS else "api"
+    if name == "load_config":
+        module = "experiment"
     return getattr(importlib.import_module(f"inception_jax.{module}"), name)
 
 
