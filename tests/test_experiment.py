@@ -98,6 +98,7 @@ def test_missing_import_says_where_to_copy_the_file(
 @pytest.fixture
 def blur(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file that registers an augmentation, which is unregistered after the test."""
+    registry.AUGMENTATIONS.names()  # Registers the built-in parts.
     before = dict(registry.AUGMENTATIONS._parts)
     yield write(
         tmp_path / "blur.py",

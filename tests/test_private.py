@@ -15,7 +15,7 @@ PRIVATE = re.compile(r"\bjax\._src\b|\borbax\S*\._src\b|atomicity|TMP_DIR_SUFFIX
 CHANGES_MODULES = {"experiment.py"}
 
 
-def tested_versions(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
+def read_tested_versions(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
     """Returns the TESTED_WITH of a module without importing it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED_WITH":
@@ -34,7 +34,7 @@ def pins() -> list[dict[str, str]]:
 def test_installed_and_pinned_versions_are_tested_ones(
     path: pathlib.Path,
 ) -> None:
-    for package, versions in tested_versions(path).items():
+    for package, versions in read_tested_versions(path).items():
         installed = importlib.metadata.version(package)
         remedy = f"run the tests of {path.name}, then add the version to its TESTED_WITH"
         assert installed in versions, f"{package} {installed} is installed: {remedy}"

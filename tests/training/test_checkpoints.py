@@ -548,7 +548,7 @@ def test_what_older_versions_left_unmerged_is_merged(
         pytest.raises(CheckpointError, match="no intact checkpoint"),
     ):
         checkpoints.resolve("last")
-    assert "not merged" in lines[0] and "started again" in lines[0]
+    assert "not merged" in lines[0] and "rerun the training command" in lines[0]
     with Checkpoints(damaged, log=lines.append) as checkpoints:
         check_restores(checkpoints, checkpoints.resolve("last"))
     assert len(lines) == 3
