@@ -1,6 +1,6 @@
-# The commands of the project; `make` alone lists them.
+# Commands of the project; `make` without arguments lists them.
 
-# The Python that the environment is made with, 3.11 or 3.12, and where the environment lies.
+# The Python of the environment, 3.11 or 3.12, and the location of the environment.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -16,14 +16,14 @@ help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make the environment in .venv, with pinned versions
+setup: $(STAMP) ## create the environment in .venv with pinned versions
 
-# The stamp is new once everything is in place, so an interrupted set-up starts again.
+# The stamp is updated last, so an interrupted setup starts again.
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) > /dev/null || \
-	  { echo "make: there is no $(PYTHON). Name a Python 3.11 or 3.12: make setup PYTHON=..." >&2; exit 2; }
+	  { echo "make: $(PYTHON) not found. Use Python 3.11 or 3.12: make setup PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit( \
-	  "make: $(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed: make setup PYTHON=python3.12" % v)'
+	  "make: $(PYTHON) is Python %d.%d; must be 3.11 or 3.12. Use: make setup PYTHON=python3.12" % v)'
 	@echo "Installing the pinned packages in $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -r requirements/python$$($(BIN)/python -c \
@@ -32,9 +32,9 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 	@echo "Ready: $(BIN)/python -m inception_jax.main --help"
 
-demo: setup ## train on the embedded digits, evaluate and plot: data, curves and result
-	@if [ -d $(DEMO) ]; then echo "$(DEMO) holds an earlier run, which goes on or is finished" \
-	  "already; to start again: rm -r $(DEMO)"; fi
+demo: setup ## train on the built-in digits, evaluate and plot
+	@if [ -d $(DEMO) ]; then echo "$(DEMO) contains an earlier run, which is resumed unless it is" \
+	  "finished; to start over: rm -r $(DEMO)"; fi
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
 	  --config.data.directory=runs/data
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
@@ -46,34 +46,34 @@ demo: setup ## train on the embedded digits, evaluate and plot: data, curves and
 	@echo "Plots:       $(DEMO)/plots/"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)/tensorboard"
 
-test: setup ## run the tests, but for the slow ones; some of them: make test ARGS="tests/models -k norm"
+test: setup ## run all but the slow tests; a selection: make test ARGS="tests/models -k norm"
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: setup ## run the slow tests, which repeat on whole runs what the others check
+test-slow: setup ## run the slow tests, which repeat the checks on full runs
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
+bench: setup ## compare speed with the stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
-docs: setup ## build the reference pages from the docstrings, with Sphinx, in build/docs
+docs: setup ## build the documentation with Sphinx in build/docs
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 	@echo "Reference: build/docs/index.html"
 
-lint: setup ## check style, format and types
+lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup ## put the code in format
+format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# In a new environment, with the newest versions that pyproject.toml allows. pip freeze writes no
-# hashes and no addresses, so the file says nothing about the index that made it. --all keeps
-# setuptools, which TensorBoard needs and which builds this package.
-pins: ## renew the pins of one Python: make pins PYTHON=python3.12
+# In a new environment, with the latest versions that pyproject.toml allows. pip freeze writes no
+# hashes or URLs, so the file does not depend on the package index. --all keeps setuptools, which
+# TensorBoard needs and which builds this package.
+pins: ## update the pinned versions for one Python: make pins PYTHON=python3.12
 	@rm -rf build/pins
 	@$(PYTHON) -m venv --upgrade-deps build/pins
 	@build/pins/bin/python -m pip -qq --disable-pip-version-check install '.[dev]'
@@ -81,6 +81,6 @@ pins: ## renew the pins of one Python: make pins PYTHON=python3.12
 	  build/pins/bin/python -m pip freeze --all --exclude pip --exclude inception-jax > \
 	  $$pins && echo "Wrote $$pins"
 
-clean: ## remove the environment and the caches; runs/ stays
+clean: ## remove the environment and caches; keep runs/
 	rm -rf $(VENV) build docs/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv\* -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,11 +1,11 @@
 """inception_jax: training the GoogLeNet family (Inception v1) with JAX and Flax.
 
-The names of `inception_jax.api` are here too, and the doors for parts of one's own::
+The package exports the functions of `inception_jax.api` and those that register custom parts::
 
     import inception_jax as ij
 
-They are imported when they are first used: a command's start does not wait for all of them, and an
-experiment file that registers a part imports no JAX by that.
+They are imported on first use, so that commands start fast and an experiment file can register a
+part without importing JAX.
 """
 
 import importlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 from inception_jax.version import __version__ as __version__
 
-_DOORS = (
+_REGISTRARS = (
     "register_augmentation",
     "register_dataset",
     "register_metric",
@@ -49,16 +49,18 @@ __all__ = [
     "make_train_step",
     "train",
     "train_batches",
-    *_DOORS,
+    *_REGISTRARS,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a name of the modules that hold them (PEP 562)."""
+    """Imports an exported name on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "registry" if name in _DOORS else "experiment" if name == "load_config" else "api"
-    return getattr(importlib.import_module(f"inception_jax.{home}"), name)
+    module = "registry" if name in _REGISTRARS else "api"
+    if name == "load_config":
+        module = "experiment"
+    return getattr(importlib.import_module(f"inception_jax.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,25 +1,25 @@
-"""What to do about failures that no module explains: too little memory, a device in other hands.
+"""Advice on errors of the hardware: out of memory, or a device that another process uses.
 
-JAX, its compilers and the drivers report them as errors of many types, so it is their text that
-tells them apart.
+JAX, its compilers and the drivers raise exceptions of many types for these, so the errors are
+recognized by their text.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_LONGEST = 300
+_MAX_LENGTH = 300
 
-# Of memory, the device's or the machine's own.
-_NO_MEMORY = re.compile(
+# Out of memory, on the device or the host.
+_OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|cannot allocate memory|unable to allocate|"
     r"failed to allocate|CUDA_ERROR_OUT_OF_MEMORY|STATUS_ALLOC_FAILED|ran out of memory",
     re.IGNORECASE,
 )
-_OWN_MEMORY = re.compile(
+_HOST_MEMORY = re.compile(
     r"out of memory allocating|bad_alloc|cannot allocate memory|unable to allocate", re.IGNORECASE
 )
-# cuDNN and cuBLAS fail to start where another process has left them no memory.
+# cuDNN and cuBLAS fail to initialize if another process has left them no memory.
 _IN_USE = re.compile(
     r"already in use by|libtpu_lockfile|libtpu multi-process lockfile|"
     r"Device or resource busy|CUDA_ERROR_DEVICE_UNAVAILABLE|"
@@ -30,97 +30,95 @@ _IN_USE = re.compile(
 )
 _BYTES = re.compile(r"\b(\d{7,}) ?bytes")
 
-# By what was going on: a phase of training or a command.
+# By phase of training or name of the command: what was being done, and the remedy.
 _TRAIN = (
-    "give a smaller config.train.batch_size{train.batch_size}, or compute it in parts by "
-    "config.train.grad_accum_steps{train.grad_accum_steps} (2, 4, …)"
+    "reduce config.train.batch_size{train.batch_size}, or split each batch with "
+    "config.train.grad_accum_steps{train.grad_accum_steps} = 2, 4, …"
 )
-_EVALUATE = "give a smaller config.evaluation.batch_size{evaluation.batch_size}"
-_WHAT_TO_DO = {
+_EVALUATE = "reduce config.evaluation.batch_size{evaluation.batch_size}"
+_REMEDIES = {
     "train": ("training", _TRAIN),
     "compile": ("compiling the training step", _TRAIN),
-    "input": ("reading training images", f"{_TRAIN}, or fewer config.data.workers"),
+    "input": ("reading training images", f"{_TRAIN}, or use fewer config.data.workers"),
     "find_lr": ("finding a learning rate", _TRAIN),
     "evaluate": ("evaluating", _EVALUATE),
-    "predict": ("predicting", "give fewer pictures at a time: up to a batch is computed together"),
+    "predict": ("predicting", "pass fewer images at a time; up to a batch is computed together"),
     "export": (
         "exporting",
-        "with --quantize give a smaller --calibration; else use a machine with more memory",
+        "with --quantize, reduce --calibration; otherwise use a machine with more memory",
     ),
-    "serve": ("serving", "give a smaller --max_megapixels, or use --platform=cpu"),
-    "view": ("inspecting a network", "give a smaller config.data.image_size"),
-    "prepare": ("preparing data", "free memory on this machine; pictures are decoded in parallel"),
+    "serve": ("serving", "reduce --max_megapixels, or use --platform=cpu"),
+    "summarize": ("inspecting a network", "reduce config.data.image_size"),
+    "prepare": ("preparing data", "free memory on this machine; images are decoded in parallel"),
 }
-_ANY = (
-    f"In training, {_TRAIN}; in evaluation, {_EVALUATE}; in prediction, give fewer pictures at a "
-    "time"
+_DEFAULT_REMEDY = (
+    f"In training, {_TRAIN}; in evaluation, {_EVALUATE}; in prediction, pass fewer images at a time"
 )
 
 
-def explain(error: BaseException, doing: Sequence[str], settings: Mapping[str, Any]) -> str | None:
-    """Returns what an error means and what to do about it; None if it is none of those known here.
+def explain(
+    error: BaseException, contexts: Sequence[str], settings: Mapping[str, Any]
+) -> str | None:
+    """Returns what an error means and what to do about it; None for any other error.
 
     Args:
-      error: as it was raised; what it was raised from counts too.
-      doing: the phase of training and the command in which it was raised; the first one that there
-        is advice for counts.
-      settings: the values of settings by path, as far as they are known.
+      error: the exception; its causes are checked, too.
+      contexts: training phase and command in which it was raised; the first known one is used.
+      settings: known values of settings, by path.
     """
-    for each in _chain(error):
+    for each in _exception_chain(error):
         what = first_line(each)
         text = f"{type(each).__name__}: {each}"
-        if isinstance(each, MemoryError) or _NO_MEMORY.search(text):
-            known = [name for name in doing if name in _WHAT_TO_DO]
-            words, todo = _WHAT_TO_DO[known[0]] if known else ("", _ANY)
-            return _no_memory(each, what, words, todo, settings)
-        if message := in_use(text):
+        if isinstance(each, MemoryError) or _OUT_OF_MEMORY.search(text):
+            known = [name for name in contexts if name in _REMEDIES]
+            activity, remedy = _REMEDIES[known[0]] if known else ("", _DEFAULT_REMEDY)
+            return _out_of_memory_advice(each, what, activity, remedy, settings)
+        if message := device_in_use(text):
             return message
     return None
 
 
-def in_use(text: str) -> str | None:
-    """Returns what to do where an error's text says that another process has the device."""
+def device_in_use(text: str) -> str | None:
+    """Returns advice if an error's text says that another process uses the device, else None."""
     if not _IN_USE.search(text):
         return None
     return (
-        f"the device cannot be used, it seems because another process is using it: "
-        f"{_shortened(text)}. End that process (nvidia-smi lists those on GPUs; on a TPU VM: sudo "
-        "lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile; where none is left, remove "
-        "/tmp/libtpu_lockfile), or give --platform=cpu. JAX reserves three quarters of a GPU's "
-        "memory: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each, two processes can share one"
+        "the device is unavailable, probably because another process is using it: "
+        f"{_truncated_first_line(text)}. Stop that process (on GPUs, nvidia-smi lists them; on a "
+        "TPU VM, run sudo lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile, and if none is "
+        "left, remove /tmp/libtpu_lockfile), or use --platform=cpu. JAX reserves 75% of a GPU's "
+        "memory; to run two processes on one GPU, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each"
     )
 
 
 def first_line(error: BaseException) -> str:
-    """Returns an error's type and the first line of its text, without the notes added to it."""
+    """Returns the type and first line of an exception, without its notes."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__"):
         name = f"{kind.__module__}.{name}"
-    text = _shortened(str(error))
+    text = _truncated_first_line(str(error))
     return f"{name}: {text}" if text else name
 
 
-def _no_memory(
-    error: BaseException, what: str, doing: str, todo: str, settings: Mapping[str, Any]
+def _out_of_memory_advice(
+    error: BaseException, what: str, activity: str, remedy: str, settings: Mapping[str, Any]
 ) -> str:
-    what = _BYTES.sub(lambda found: f"{found[0]} ({int(found[1]) / 1e9:,.1f} GB)", what)
+    what = _BYTES.sub(lambda match: f"{match[0]} ({int(match[1]) / 1e9:,.1f} GB)", what)
     for path in ("train.batch_size", "train.grad_accum_steps", "evaluation.batch_size"):
-        now = f" (now {settings[path]})" if path in settings else ""
-        todo = todo.replace(f"{{{path}}}", now)
-    todo = todo[0].upper() + todo[1:]
-    if isinstance(error, MemoryError) or _OWN_MEMORY.search(what):
-        others = "Other programs, or a limit (ulimit, a container's), may leave too little"
+        current = f" (currently {settings[path]})" if path in settings else ""
+        remedy = remedy.replace(f"{{{path}}}", current)
+    remedy = remedy[0].upper() + remedy[1:]
+    if isinstance(error, MemoryError) or _HOST_MEMORY.search(what):
+        cause = "Other programs or a limit (ulimit, container) may also be the cause"
     else:
-        others = (
-            "Another process on the device may leave too little: nvidia-smi lists those on GPUs"
-        )
-    during = f" while {doing}" if doing else ""
-    return f"out of memory{during}: {what}. {todo}. {others}"
+        cause = "Another process may be using the device's memory; on GPUs, nvidia-smi lists them"
+    during = f" while {activity}" if activity else ""
+    return f"out of memory{during}: {what}. {remedy}. {cause}"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that it was raised from."""
+def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -128,7 +126,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _shortened(text: str) -> str:
-    """Returns the first line that says anything, without the full stop that ends it."""
+def _truncated_first_line(text: str) -> str:
+    """Returns the first nonempty line, truncated, without a final full stop."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…").rstrip(".")
+    return (line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]}…").rstrip(".")

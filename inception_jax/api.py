@@ -1,6 +1,6 @@
-"""The trainer from one's own program: docs/notebook.rst shows how; `inception_jax.NAME` is shorter.
+"""The Python API, also available as `inception_jax.NAME`; see docs/notebook.rst.
 
-A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to fix it.
+A user's mistake raises an `inception_jax.errors.UserError` with a message that says how to fix it.
 """
 
 import contextlib
@@ -38,54 +38,54 @@ from inception_jax.training.run import train_batches as train_batches
 from inception_jax.training.state import TrainState, Variables
 from inception_jax.training.step import make_train_step as make_train_step
 
-Path = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 # Images uint8 [N, H, W, 3] and labels int [N].
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: PathLike,
     *,
     dataset: Dataset | Arrays | None = None,
     model: nn.Module | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> dict[str, Any]:
-    """Trains to the end, as the command does: goes on from the newest checkpoint, leaves a report.
+    """Trains to the end, like the command: resumes from the latest checkpoint, writes a report.
 
-    Ctrl-C, or a notebook's stop button, saves the run and then raises KeyboardInterrupt; the same
-    call goes on from there. Nothing that is set up for the run stays after the call.
+    Ctrl-C or a notebook's stop button saves the run and raises KeyboardInterrupt; the same call
+    resumes it. Signal handlers, JAX settings and logging are restored after the call.
 
     Args:
-      config: the settings, as `load_config` returns them.
-      workdir: folder of the run; made if missing.
-      dataset, model, optimizer: as `assemble` takes them. config.json records that the run has
-        them, so that it goes on by the same call alone.
+      config: settings, as returned by `load_config`.
+      workdir: folder of the run; created if missing.
+      dataset, model, optimizer: as for `assemble`. config.json records their use, so that only a
+        call that passes them again can resume the run.
 
     Returns:
-      The contents of result.json: the last evaluation, with the speed and time of the whole run.
+      The contents of result.json: the last evaluation, with the speed and duration of the run.
 
     Raises:
-      UserError: if a setting is wrong, the folder is another run's, or data are missing.
+      UserError: if a setting is invalid, the folder belongs to another run, or data is missing.
       RunError: if the loss or gradient is not finite.
     """
     _check_config(config)
     check_not_registering("trains")
     if jax.process_count() > 1:
         raise UserError(
-            f"inception_jax.train: this is one of {jax.process_count()} processes, which it does "
-            "not keep together; start the command in each: python -m inception_jax.main"
+            f"inception_jax.train: runs in a single process, but this is one of "
+            f"{jax.process_count()}; use python -m inception_jax.main in each of them"
         )
-    path = paths.local(_checked_path(workdir, "workdir", "a run's folder"), str(workdir))
-    own = {"dataset": _dataset(dataset), "model": model, "optimizer": optimizer}
+    path = paths.local_path(_require_path(workdir, "workdir", "a run's folder"), str(workdir))
+    objects = {"dataset": _as_dataset(dataset), "model": model, "optimizer": optimizer}
     with (
         _quiet_libraries(),
-        devices.settings_of_a_run(console.say),
-        preemption.saved_on_interrupt(console.say) as stop,
+        devices.run_settings(console.log),
+        preemption.save_on_interrupt(console.log) as stop,
     ):
         try:
             return session.train_and_evaluate(
-                copy.deepcopy(config), path, own=own, join=lambda config: stop
+                copy.deepcopy(config), path, objects=objects, join=lambda config: stop
             )
         except Preempted as end:
             raise KeyboardInterrupt(str(end)) from end
@@ -93,7 +93,7 @@ def train(
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Silences library logging, as the commands do; errors are still raised."""
+    """Silences the logging of libraries, as the commands do."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
@@ -108,136 +108,135 @@ def assemble(
     model: nn.Module | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Run:
-    """Returns what a configuration makes: for `create_state`, `make_train_step` and the others.
+    """Builds the parts of a run, for `create_state`, `make_train_step` and the other functions.
 
     Args:
-      config: the settings, as `load_config` returns them.
-      dataset: in place of the one that they name: a `Dataset`, or a pair of images, uint8
-        [N, H, W, 3], and labels, int [N], of which a fifth is held out for evaluation.
-      model: a network in place of the one that they name: called as `model(images, train=train)`
-        with float32 images [B, H, W, 3], normalized by the data set's mean and std, it returns
-        float32 logits [B, K] or a `models.layers.ModelOutput`.
-      optimizer: in place of the one that they name.
+      config: settings, as returned by `load_config`.
+      dataset: replaces the configured one: a `Dataset`, or a pair of images, uint8 [N, H, W, 3],
+        and labels, int [N], of which a fifth is held out for evaluation.
+      model: replaces the configured network: called as `model(images, train=train)` with float32
+        images [B, H, W, 3], normalized by the data set's mean and std, it returns float32 logits
+        [B, K] or a `models.layers.ModelOutput`.
+      optimizer: replaces the configured one.
 
     Returns:
-      A `Run`: config, dataset, model, optimizer, schedule, mesh, timeline and total_steps.
+      A `Run` with config, dataset, model, optimizer, schedule, mesh, timeline and total_steps.
 
     Raises:
-      ConfigError: if a setting is wrong, or an object is not what it must be.
+      ConfigError: if a setting is invalid, or an object has the wrong type.
       DataError: if the data set cannot be prepared.
     """
     _check_config(config)
     config = copy.deepcopy(config)
     run.check_settings(config)
-    return run.assemble(config, _dataset(dataset), model, optimizer, log=console.say)
+    return run.assemble(config, _as_dataset(dataset), model, optimizer, log=console.log)
 
 
 def load_weights(
-    path: Path, checkpoint: str | int = "best", *, model: nn.Module | None = None
+    path: PathLike, checkpoint: str | int = "best", *, model: nn.Module | None = None
 ) -> Weights:
-    """Returns the weights of a run, or those in a file.
+    """Returns the weights of a run or from a file.
 
     Args:
-      path: of a run's folder, or of a file that `tools.export --to=savedweights` wrote.
-      checkpoint: of a run: "best", "last" or the number of a step.
-      model: the network, of a run that `train` was given one.
+      path: the folder of a run, or a file written by `tools.export --to=savedweights`.
+      checkpoint: checkpoint of the run: "best", "last" or a step.
+      model: the network, if it was passed to `train`.
 
     Raises:
-      UserError: if it is no path.
-      CheckpointError: if there is no run or no such checkpoint in the folder.
+      UserError: if `path` is not a path.
+      CheckpointError: if the folder contains no run or no such checkpoint.
       DataError: if the file cannot be used.
     """
-    place = paths.local(_checked_path(path, "path", "a run's folder or of a file"), str(path))
-    if not place.is_dir():
-        return weight_files.load(place, console.say)
+    local = paths.local_path(_require_path(path, "path", "a run's folder or of a file"), str(path))
+    if not local.is_dir():
+        return weight_files.load(local, console.log)
     with _quiet_libraries():
-        return load.from_checkpoint(Workdir(place), str(checkpoint), console.say, model=model)
+        return load.from_checkpoint(Workdir(local), str(checkpoint), console.log, model=model)
 
 
 def load_model(weights: Weights) -> tuple[nn.Module, Variables]:
-    """Returns the network that weights are of, and its variables.
+    """Returns the network of some weights, and its variables.
 
-    Call it as `network.apply(variables, images, train=False).logits`, with float32 images
-    [B, H, W, 3] that are normalized: (pixel / 255 - weights.mean) / weights.std.
+    Call it as `network.apply(variables, images, train=False).logits`, with normalized float32
+    images [B, H, W, 3]: (pixel / 255 - weights.mean) / weights.std.
     """
     check_weights(weights)
     return weights.network, weights.variables
 
 
 def load_dataset(config: Config) -> Dataset:
-    """Returns the data set of an experiment, prepared now if it was not before.
+    """Returns the data set of an experiment; prepares it first if necessary.
 
     Raises:
-      DataError: if the source is damaged or missing, or the disk full.
+      DataError: if the source is corrupt or missing, or the disk is full.
     """
     _check_config(config)
-    return prepare(config.data, log=console.say)
+    return prepare(config.data, log=console.log)
 
 
 @overload
-def evaluate(what: Weights, how: Config) -> dict[str, Any]: ...
+def evaluate(subject: Weights, context: Config, /) -> dict[str, Any]: ...
 @overload
-def evaluate(what: Run, how: TrainState) -> dict[str, Any]: ...
-def evaluate(what: Weights | Run, how: Config | TrainState) -> dict[str, Any]:
-    """Evaluates on a data set's evaluation split, each example counted once.
+def evaluate(subject: Run, context: TrainState, /) -> dict[str, Any]: ...
+def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[str, Any]:
+    """Evaluates weights or the state of a custom loop on the evaluation split, each example once.
+
+    Call it as `evaluate(weights, config)` or, in a custom loop, `evaluate(setup, state)`.
 
     Args:
-      what: weights of the network that the settings describe; or, in a loop of one's own, what
-        `assemble` returned.
-      how: for weights, the settings, which say the data set and its split, the batch size, and
-        whether to average mirror images; in a loop, its state, which it can go on with.
+      subject: weights of the configured network; or the `Run` that `assemble` returned.
+      context: for weights, the settings, which determine the data set, its split, the batch size
+        and whether to average mirror images; for a `Run`, its state, which stays valid.
 
     Returns:
-      count, loss (mean cross-entropy), top1 and, of more than five classes, top5 (percent); of
-      weights also checkpoint ("best", "last", "best and last", or "": neither or unknown), step and
-      epoch (None: unknown) and split.
+      count, loss (mean cross-entropy), top1 and, with more than five classes, top5 (percent). For
+      weights also checkpoint ("best", "last", "best and last", or "": neither or unknown), step
+      and epoch (None: unknown) and split.
 
     Raises:
-      ConfigError: if the weights are of another network or other classes.
+      ConfigError: if the weights belong to another network or other classes.
       DataError: if the data set cannot be prepared.
     """
-    if isinstance(what, Run):
-        if not isinstance(how, TrainState):
+    if isinstance(subject, Run):
+        if not isinstance(context, TrainState):
             raise UserError(
-                f"state: must be a TrainState, as create_state and a step return it, got "
-                f"{type(how).__name__}"
+                f"state: must be a TrainState from create_state or a training step, got "
+                f"{type(context).__name__}"
             )
-        estimate_norm, evaluator = _evaluation(what)
-        return summary(evaluator(estimate_norm(how).eval_variables()))
-    check_weights(what)
-    _check_config(how)
-    assert isinstance(how, Config)
-    return evaluate_weights(run.assemble(how, log=console.say), what)
+        estimate_norm, evaluator = _cached_evaluator(subject)
+        return summary(evaluator(estimate_norm(context).eval_variables()))
+    check_weights(subject)
+    _check_config(context)
+    assert isinstance(context, Config)
+    return evaluate_weights(run.assemble(context, log=console.log), subject)
 
 
 @functools.lru_cache(maxsize=2)
-def _evaluation(setup: Run) -> tuple[NormEstimator, Evaluator]:
-    """Returns what evaluates a run's states, kept so that it is compiled once."""
+def _cached_evaluator(setup: Run) -> tuple[NormEstimator, Evaluator]:
+    """Returns the evaluator of a run, cached so that it is compiled only once."""
     return NormEstimator(setup), Evaluator(setup)
 
 
-def _dataset(given: Dataset | Arrays | None) -> Dataset | None:
-    """Returns the data set that a caller gave, made of arrays where it is a pair of them."""
+def _as_dataset(given: Dataset | Arrays | None) -> Dataset | None:
+    """Returns the data set passed by a caller, built from arrays if it is a pair of them."""
     if isinstance(given, tuple):
         if len(given) != 2:
-            raise UserError(
-                f"dataset: must be a pair of images and labels, got {len(given)} values"
-            )
+            raise UserError(f"dataset: must be a pair (images, labels), got {len(given)} values")
         return Dataset.from_arrays(*given)
     return given
 
 
-def _checked_path(path: object, name: str, what: str) -> Path:
-    """Checks that a caller gave a path, not what could be loaded from one."""
+def _require_path(path: object, name: str, what: str) -> PathLike:
+    """Checks that a caller passed a path, not an object loaded from one."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{name}: must be the path of {what}, got {type(path).__name__}")
     if not os.fspath(path):
-        raise UserError(f"{name}: is empty; give the path of {what}")
+        raise UserError(f"{name}: must not be empty; pass the path of {what}")
     return path
 
 
 def _check_config(config: object) -> None:
-    """Checks that a caller gave settings, not the path of an experiment."""
+    """Checks that a caller passed settings, not the path of an experiment."""
     if not isinstance(config, Config):
         raise UserError(
             f"config: must be a Config, got {type(config).__name__}; load an experiment with "

@@ -86,7 +86,7 @@ class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
         self._name = name
 
     def parse(self, argument: str) -> pathlib.Path | None:
-        return paths.local(argument, f"--{self._name}={argument}") if argument else None
+        return paths.local_path(argument, f"--{self._name}={argument}") if argument else None
 
 
 def define_path(
@@ -227,7 +227,7 @@ def experiment() -> dict[str, Any]:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
     if file.endswith(".json"):
-        record = configs.read_record(paths.local(file, f"--config={file}"))
+        record = configs.read_record(paths.local_path(file, f"--config={file}"))
         before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
@@ -253,7 +253,7 @@ def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
     Raises:
       UserError: if one of them is a URL, or the home folder of an unknown user.
     """
-    return [paths.local(argument, argument) for argument in positional]
+    return [paths.local_path(argument, argument) for argument in positional]
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
@@ -280,7 +280,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
         else:
-            with compilation_cache.explained_problems(console.say):
+            with compilation_cache.log_cache_errors(console.log):
                 main(_parse(sys.argv, settings_of))
         # A closed pipe raises here rather than while Python shuts down.
         sys.stdout.flush()
@@ -289,7 +289,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except RunError as error:
         _fail(str(error), 1)
     except Preempted as end:
-        console.say(str(end))
+        console.log(str(end))
         sys.exit(EXIT_PREEMPTED)
     except BrokenPipeError:
         _end_with_reader()
@@ -317,7 +317,7 @@ def _end_with_reader() -> NoReturn:
 def _fail_unexpectedly(error: Exception) -> NoReturn:
     """Exits after an unexpected error, or after another process's failure, which is named."""
     if message := hosts.peer_failure(error):
-        console.say(f"error: {message}")
+        console.log(f"error: {message}")
         hosts.fail("", 1)
     traceback.print_exception(error)
     _fail(_unexpected(error), 1)
@@ -340,7 +340,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    console.say(f"error: {message}")
+    console.log(f"error: {message}")
     hosts.fail(message, code)
     sys.exit(code)
 
@@ -433,7 +433,7 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         raise UserError(f"--config: given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
-        folder = paths.local(folders[-1], f"--{settings_of}={folders[-1]}")
+        folder = paths.local_path(folders[-1], f"--{settings_of}={folders[-1]}")
         record = folder / "config.json"
         if not record.exists():
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a command shows: its standard streams made fit for it, lines for the user, progress."""
+"""Output for the user: standard streams, log lines and progress bars."""
 
 import functools
 import io
@@ -12,45 +12,43 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# Seconds between two plain lines about progress.
-_PAUSE = 5.0
+_LOG_INTERVAL_SECONDS = 5.0
 
 
 @functools.cache
-def say_once(line: str) -> None:
-    """Prints a line for the user as `say` does, unless this process has done so before."""
-    say(line)
+def log_once(line: str) -> None:
+    """Logs a line, unless this process has logged it before."""
+    log(line)
 
 
-def prepare() -> None:
-    """Lets no message end a run, and none land in another file. To be called first of all.
+def prepare_streams() -> None:
+    """Makes writing to the standard streams safe. Call first of all.
 
-    A name may have letters that the terminal's encoding lacks: they are written as escapes. Who
-    reads the messages (a terminal, ssh, tee, head) may be gone before the run ends: they are
-    dropped then. And where a stream is closed, the next file that is opened would get its number,
-    and with that all that libraries write to the stream.
+    Characters that the terminal's encoding lacks are escaped. Messages are dropped if their reader
+    (a terminal, ssh, tee, head) is gone. And closed streams are opened to /dev/null: otherwise the
+    next file opened would get their number, and with it everything that libraries write to them.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # Gets the lowest number that is free.
+            os.open(os.devnull, os.O_RDWR)  # Gets the lowest free number.
     if sys.stdout is None:
-        # Open until the process ends, as the stream it stands for.
+        # Stays open until the process ends, like the stream it replaces.
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(_Messages(2, "w", closefd=False)),
+            io.BufferedWriter(_DetachableStream(2, "w", closefd=False)),
             encoding=sys.stderr.encoding if sys.stderr else "utf-8",
             errors="backslashreplace",
             line_buffering=True,
         )
 
 
-class _Messages(io.FileIO):
-    """A stream whose reader may be gone."""
+class _DetachableStream(io.FileIO):
+    """A stream that ignores errors if its reader is gone."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -59,9 +57,9 @@ class _Messages(io.FileIO):
             return memoryview(data).nbytes
 
 
-def say(line: str) -> None:
-    """Prints a line for the user on stderr, above a bar if there is one; stdout is for results."""
-    # Only what imported it can have drawn a bar.
+def log(line: str) -> None:
+    """Prints a line to stderr, above a progress bar if there is one; stdout is for results."""
+    # There is no bar unless tqdm has been imported.
     if tqdm := sys.modules.get("tqdm"):
         tqdm.tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
@@ -70,17 +68,16 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Shows how far some work is: a bar on a terminal, a few plain lines elsewhere.
+    """Shows progress: a bar on a terminal, otherwise a plain line every few seconds.
 
-    In a log file or a batch system's console a bar is a mess of control characters: there a line
-    goes to `log` at the start, and then every few seconds.
+    In log files and batch consoles, a bar would be a mess of control characters.
 
     Args:
-      label: what is being done, such as "reading images".
-      total: how much there is to do.
-      unit: what is counted.
-      log: takes one line of text.
-      shown: whether to show anything besides the notes.
+      label: description of the work, such as "reading images".
+      total: total amount of work.
+      unit: unit of the amount.
+      log: called with each plain line.
+      visible: whether to show progress; `log` works in any case.
     """
 
     def __init__(
@@ -90,24 +87,24 @@ class Progress:
         *,
         unit: str = "images",
         log: Callable[[str], None] = print,
-        shown: bool = True,
+        visible: bool = True,
     ) -> None:
         self._label, self._total, self._unit, self._log = label, total, unit, log
-        self._shown = shown
+        self._visible = visible
         self._done = 0
         self._bar: tqdm | None = None
         self._next_line = math.inf
 
     def __enter__(self) -> Self:
-        if self._shown and sys.stderr.isatty():
+        if self._visible and sys.stderr.isatty():
             self._bar = self.draw(desc=self._label)
-        elif self._shown:
+        elif self._visible:
             self._log(f"{self._label}: {self._total:,} {self._unit}")
-            self._next_line = time.monotonic() + _PAUSE
+            self._next_line = time.monotonic() + _LOG_INTERVAL_SECONDS
         return self
 
     def draw(self, **arguments: Any) -> "tqdm":
-        """Returns a bar; `arguments` are tqdm's besides total and unit."""
+        """Returns a bar; `arguments` are passed to tqdm."""
         from tqdm import tqdm
 
         return tqdm(total=self._total, unit=f" {self._unit}", unit_scale=True, **arguments)
@@ -116,21 +113,21 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Ends the bar, whose last state stays visible."""
+        """Closes the bar; its last state stays visible."""
         if self._bar is not None:
             self._bar.close()
 
     def update(self, count: int) -> None:
-        """Adds `count` to the work done."""
+        """Adds `count` to the amount of work done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() >= self._next_line:
             self._log(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}")
-            self._next_line = time.monotonic() + _PAUSE
+            self._next_line = time.monotonic() + _LOG_INTERVAL_SECONDS
 
-    def note(self, line: str) -> None:
-        """Hands a line to `log`, above the bar if there is one."""
+    def log(self, line: str) -> None:
+        """Logs a line, above the bar if there is one."""
         if self._bar is not None:
             with self._bar.external_write_mode(file=sys.stderr):
                 self._log(line)

@@ -1,7 +1,8 @@
-"""Experiment files: Python programs with a get_config(), run to get settings and register parts.
+"""Experiment files: Python files with get_config(), run to get settings and register parts.
 
-An experiment may import what lies beside it, and those of this project as `experiments.NAME`,
-wherever it lies itself and wherever the program runs. Nothing of that is left behind.
+An experiment can import files from its own folder, and the experiments of this project as
+`experiments.NAME`, regardless of its location and the current directory. Afterwards, sys.path and
+sys.modules are as before.
 """
 
 import contextlib
@@ -25,67 +26,69 @@ from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.storage import paths
 
-# The file that is being run to register the parts of a run, or ''.
-_registering = contextvars.ContextVar("registering", default="")
-# The name by which experiments import each other.
-_NAME = "experiments"
-# Beside the package in a checkout, or where a wheel puts them (pyproject.toml, data-files).
-_SHIPPED = (
-    pathlib.Path(__file__).parents[1] / _NAME,
+# The file being run to register the parts of a run; '' if none.
+_registering_file = contextvars.ContextVar("registering", default="")
+# The package name under which experiments import each other.
+_EXPERIMENTS = "experiments"
+# Next to the package in a checkout, or where a wheel installs them (pyproject.toml, data-files).
+_SHIPPED_FOLDERS = (
+    pathlib.Path(__file__).parents[1] / _EXPERIMENTS,
     *(
-        pathlib.Path(sysconfig.get_path("data", scheme), "share", "inception_jax", _NAME)
+        pathlib.Path(sysconfig.get_path("data", scheme), "share", "inception_jax", _EXPERIMENTS)
         for scheme in (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
     ),
 )
 _UNEXPECTED_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
-_MISSING = re.compile(rf"'?(\w+)' from '{_NAME}'|No module named '{_NAME}\.(\w+)'")
+_MISSING_MODULE = re.compile(
+    rf"'?(\w+)' from '{_EXPERIMENTS}'|No module named '{_EXPERIMENTS}\.(\w+)'"
+)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the settings of an experiment, checked as a whole, or those of a run as they were.
+    """Returns the validated settings of an experiment or of a run.
 
     Args:
-      path: of the experiment, a Python file with a get_config(), which is run; or of the
-        config.json of a run. One of this project's, such as "experiments/tiny.py", is found
-        wherever the program runs.
+      path: the experiment, a Python file with get_config(), which is executed; or the config.json
+        of a run. The experiments of this project, such as "experiments/tiny.py", are found from
+        any directory.
       overrides: settings to change, by path: {"train.batch_size": 256}.
 
     Raises:
-      UserError: if there is no such file, or it is no experiment.
-      ConfigError: if a setting is unknown or wrong, or contradicts another.
+      UserError: if the file does not exist or is not an experiment.
+      ConfigError: if a setting is unknown, invalid, or contradicts another.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path: must be the path of an experiment, got {type(path).__name__}")
-    config = load(os.fspath(path), log=console.say_once)
-    # Other rules may have let a recorded run start.
+    config = load(os.fspath(path), log=console.log_once)
+    # The run may have started under the rules of another version.
     recorded = copy.deepcopy(config) if os.fspath(path).endswith(".json") else None
     for name, value in (overrides or {}).items():
         configs.check_path(name)
         configs.put(config, name, value)
     for problem in configs.validate(config, recorded=recorded):
-        console.say_once(f"{path}: {problem}; it was recorded so")
+        console.log_once(f"{path}: {problem}; accepted because the run recorded it")
     return config
 
 
-def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line: None) -> Config:
-    """Returns the settings of an experiment, or those that a run's config.json holds.
+def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line: None) -> Config:
+    """Returns the settings of an experiment, or those in a run's config.json.
 
     Args:
-      place: path of the file. What follows its last colon, where no file has the whole name, is
-        handed to an experiment's get_config().
-      prefix: what messages put before the path.
-      log: takes a line about each file that is run besides.
+      source: path of the file. If it does not exist and has a colon, the text after the last colon
+        is passed to the experiment's get_config().
+      prefix: text before the path in messages.
+      log: called with a line for each other file that is run.
 
     Raises:
-      UserError: if there is no such file, or it gives no settings.
+      UserError: if the file does not exist, fails, or returns no settings.
     """
-    path = _find(place, prefix)
+    path = _resolve(source, prefix)
     arguments: list[str] = []
-    if not path.exists() and ":" in place:
-        name, _, argument = place.rpartition(":")
-        path, arguments = _find(name, prefix), [argument]
+    if not path.exists() and ":" in source:
+        name, _, argument = source.rpartition(":")
+        path, arguments = _resolve(name, prefix), [argument]
     if not path.exists() or path.is_dir():
-        raise UserError(f"{prefix}{place}: {_no_experiment(path)}")
+        raise UserError(f"{prefix}{source}: {_describe_missing(path)}")
     if path.suffix == ".json":
         record = configs.read_record(path)
         for note in record.notes:
@@ -93,182 +96,186 @@ def load(place: str, prefix: str = "", log: Callable[[str], None] = lambda line:
         import_parts(record.parts, str(path), log)
         return record.config
     try:
-        with _running(path) as module:
+        with _imported(path) as module:
             if not hasattr(module, "get_config"):
-                raise UserError(f"{prefix}{place}: has no get_config() that returns a Config")
+                raise UserError(f"{prefix}{source}: must define get_config() returning a Config")
             config = module.get_config(*arguments)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{prefix}{place}: {error}") from error
+        raise UserError(f"{prefix}{source}: {error}") from error
     except Exception as error:
-        raise UserError(f"{prefix}{place}: {_failure(error, path)}") from error
+        raise UserError(f"{prefix}{source}: {_describe_failure(error, path)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
-            f"{prefix}{place}: get_config() returned {type(config).__name__}; it must return "
-            "inception_jax.config.Config"
+            f"{prefix}{source}: get_config() must return an inception_jax.config.Config, got "
+            f"{type(config).__name__}"
         )
     return config
 
 
-def used_parts(config: Config) -> list[dict[str, str]]:
-    """Returns which parts that are not the package's own a configuration names, for config.json."""
+def custom_parts(config: Config) -> list[dict[str, str]]:
+    """Returns the custom parts that a configuration names, for config.json."""
     return [
         {"kind": known.kind, "name": part.name, "file": str(pathlib.Path(part.file).resolve())}
         for _, known, name in configs.named_parts(config)
-        if name in known and not (part := known.get(name)).is_own
+        if name in known and not (part := known.get(name)).is_builtin
     ]
 
 
 def import_parts(
     parts: Sequence[Mapping[str, str]], record: str, log: Callable[[str], None]
 ) -> None:
-    """Runs the files that registered a run's parts, where that was not done in this process.
+    """Runs the files that register a run's custom parts, unless they are registered already.
 
     Args:
-      parts: as `used_parts` returned them.
-      record: the run they are of, for messages.
-      log: takes a line about each file.
+      parts: the parts, as returned by `custom_parts`.
+      record: path of the run's record, for messages.
+      log: called with a line for each file that is run.
 
     Raises:
-      CheckpointError: if a file is gone, fails, or no longer registers its part.
+      CheckpointError: if a file is missing, fails, or no longer registers its part.
     """
     for part in parts:
         kind, name, path = part["kind"], part["name"], pathlib.Path(part["file"])
         if kind not in registry.REGISTRIES:
-            log(f"{record}: {kind} {name!r}: no kind of part of this version; it is left out")
+            log(f"{record}: {kind} {name!r}: unknown kind of part; ignored")
             continue
-        known = registry.REGISTRIES[kind]
-        if name in known:
+        registered = registry.REGISTRIES[kind]
+        if name in registered:
             continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
-        remedy = "Give the experiment that registers it as --config=FILE, or import its module"
+        remedy = "Use --config=FILE with the experiment that registers it, or import its module"
         if not path.is_file():
-            raise CheckpointError(f"{what}, which is not there. {remedy}")
+            raise CheckpointError(f"{what}, which does not exist. {remedy}")
         log(f"running {path}, which registers the {kind} {name!r} of this run")
         try:
             register_parts(path)
         except UserError as error:
             raise CheckpointError(f"{what}: {error}. {remedy}") from error
-        if name not in known:
-            raise CheckpointError(f"{what}, which no longer does. {remedy}")
+        if name not in registered:
+            raise CheckpointError(f"{what}, which no longer registers it. {remedy}")
 
 
-def _find(place: str, prefix: str) -> pathlib.Path:
-    """Returns the path that a user typed; of one below experiments/, this project's if need be."""
-    path = paths.local(place, f"{prefix}{place}")
-    if path.exists() or path.parts[:1] != (_NAME,):
+def _resolve(source: str, prefix: str) -> pathlib.Path:
+    """Returns the path that a user typed; experiments/… falls back to this project's files."""
+    path = paths.local_path(source, f"{prefix}{source}")
+    if path.exists() or path.parts[:1] != (_EXPERIMENTS,):
         return path
-    shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED]
+    shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED_FOLDERS]
     return next((each for each in shipped if each.is_file()), path)
 
 
 def register_parts(path: pathlib.Path) -> None:
-    """Runs a file for the parts that it registers.
+    """Runs a file that registers parts.
 
     Raises:
-      UserError: if it is not there, or fails.
+      UserError: if it does not exist or fails.
     """
     if not path.is_file():
-        raise UserError(f"{path}: {_no_experiment(path)}")
-    token = _registering.set(str(path))
+        raise UserError(f"{path}: {_describe_missing(path)}")
+    token = _registering_file.set(str(path))
     try:
-        with _running(path):
+        with _imported(path):
             pass
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: {_failure(error, path)}") from error
+        raise UserError(f"{path}: {_describe_failure(error, path)}") from error
     finally:
-        _registering.reset(token)
+        _registering_file.reset(token)
 
 
 def check_not_registering(what: str) -> None:
-    """Refuses to do what a program does when it is run only to register its parts.
+    """Checks that the calling file is not being run only to register its parts.
 
     Args:
-      what: that is, for the message: "trains".
+      what: what the file does, for the message: "trains".
 
     Raises:
-      UserError: if a file is being run for that.
+      UserError: if a file is being run by `register_parts`.
     """
-    if file := _registering.get():
+    if file := _registering_file.get():
         raise UserError(
-            f"{file} {what} whenever it is run, and it is run to register the parts of a run. Put "
-            "that below if __name__ == '__main__':, or the parts in a file of their own"
+            f"{file}: {what} when it is run, but here it is run only to register parts. Move that "
+            "code below if __name__ == '__main__':, or the parts to another file"
         )
 
 
 @contextlib.contextmanager
-def _running(path: pathlib.Path) -> Iterator[types.ModuleType]:
-    """Runs a file, and yields its module as long as it can import what lies beside it.
+def _imported(path: pathlib.Path) -> Iterator[types.ModuleType]:
+    """Runs a file and yields its module; during the block it can import files from its folder.
 
-    That is by its own name, by that of its folder, or as `experiments.NAME`; nothing of it hides a
-    module found elsewhere, or stays importable.
+    They can be imported by their own name, as FOLDER.NAME or as `experiments.NAME`. They never
+    shadow other modules, and they do not stay importable.
     """
     folder = path.resolve().parent
-    here = {os.path.realpath(each) for each in sys.path}
-    beside = [str(each) for each in (folder, folder.parent) if str(each) not in here]
+    known = {os.path.realpath(each) for each in sys.path}
+    added = [str(each) for each in (folder, folder.parent) if str(each) not in known]
     before = dict(sys.modules)
-    package, module = types.ModuleType(_NAME), types.ModuleType(f"_experiment_{path.stem}")
-    package.__path__, module.__file__ = list(map(str, (folder, *_SHIPPED))), str(path)
-    sys.path += beside
-    _forget(_is_experiment)
-    sys.modules |= {_NAME: package, module.__name__: module}
+    package, module = types.ModuleType(_EXPERIMENTS), types.ModuleType(f"_experiment_{path.stem}")
+    package.__path__, module.__file__ = list(map(str, (folder, *_SHIPPED_FOLDERS))), str(path)
+    sys.path += added
+    _drop_modules(_is_experiment)
+    sys.modules |= {_EXPERIMENTS: package, module.__name__: module}
     try:
         importlib.machinery.SourceFileLoader(module.__name__, str(path)).exec_module(module)
         yield module
     finally:
-        for each in beside:
+        for each in added:
             sys.path.remove(each)
         new = {name: each for name, each in sys.modules.items() if before.get(name) is not each}
-        mine = {name for name, each in new.items() if _place(each) in beside}
-        _forget(lambda name: _is_experiment(name) or name.partition(".")[0] in mine)
+        mine = {name for name, each in new.items() if _module_folder(each) in added}
+        _drop_modules(lambda name: _is_experiment(name) or name.partition(".")[0] in mine)
         sys.modules |= {name: each for name, each in before.items() if _is_experiment(name)}
 
 
 def _is_experiment(name: str) -> bool:
-    return name.partition(".")[0] == _NAME
+    return name.partition(".")[0] == _EXPERIMENTS
 
 
-def _forget(unwanted: Callable[[str], bool]) -> None:
-    """Lets the next import of some modules read their files again."""
+def _drop_modules(unwanted: Callable[[str], bool]) -> None:
+    """Removes modules from sys.modules, so that the next import reads their files again."""
     for name in [name for name in sys.modules if unwanted(name)]:
         del sys.modules[name]
 
 
-def _place(module: types.ModuleType) -> str:
-    """Returns the folder that a module, or a whole package, was found in; '' of one without."""
-    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
-    return os.path.dirname(os.path.realpath(places[0])) if places[0] else ""
+def _module_folder(module: types.ModuleType) -> str:
+    """Returns the folder of a module or package; '' for one without a file."""
+    paths = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    return os.path.dirname(os.path.realpath(paths[0])) if paths[0] else ""
 
 
-def _no_experiment(path: pathlib.Path) -> str:
-    """Returns why a path is no file to take settings from, and what may be meant."""
+def _describe_missing(path: pathlib.Path) -> str:
+    """Returns why settings cannot be read from a path, with a suggestion."""
     if (path / "config.json").exists():
-        return f"is the folder of a run: give it as --workdir, or --config={path}/config.json"
+        return f"is the folder of a run; use --workdir={path} or --config={path}/config.json"
     folder = path if path.is_dir() else path.parent
-    found = sorted(folder.glob("*.py"))
+    files = sorted(folder.glob("*.py"))
     if path.is_dir():
-        some = f", such as {found[0]}" if found else ""
-        return f"is a folder; give an experiment file{some}"
-    names = {each.stem: f"{_NAME}/{each.name}" for at in _SHIPPED for each in at.glob("*.py")}
-    names |= {each.stem: str(each) for each in found}
-    meant = difflib.get_close_matches(path.stem, list(names), n=1)
-    hint = f" Did you mean {names[meant[0]]}?" if meant else ""
-    return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
+        example = f", such as {files[0]}" if files else ""
+        return f"is a folder; use an experiment file{example}"
+    names = {
+        each.stem: f"{_EXPERIMENTS}/{each.name}"
+        for shipped in _SHIPPED_FOLDERS
+        for each in shipped.glob("*.py")
+    }
+    names |= {each.stem: str(each) for each in files}
+    matches = difflib.get_close_matches(path.stem, list(names), n=1)
+    hint = f" Did you mean {names[matches[0]]}?" if matches else ""
+    return f"file not found.{hint} Use an experiment file, such as experiments/tiny.py"
 
 
-def _failure(error: Exception, path: pathlib.Path) -> str:
-    """Returns what went wrong in an experiment file, which is the user's own code, and where."""
+def _describe_failure(error: Exception, path: pathlib.Path) -> str:
+    """Returns what failed in an experiment file, and where."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    # A get_config() that takes other arguments fails here, and a syntax error says itself where.
+    # A get_config() with other arguments fails in this file; a syntax error contains its location.
     inside = last.filename != __file__ and not isinstance(error, SyntaxError)
     where = f" ({last.filename}, line {last.lineno})" if inside else ""
     hint = ""
-    if isinstance(error, TypeError) and (found := _UNEXPECTED_KEYWORD.search(str(error))):
-        hint = configs.did_you_mean(found[1])
-    elif isinstance(error, ImportError) and (found := _MISSING.search(str(error))):
-        name = found[1] or found[2]
-        hint = f" Put a copy of {name}.py into {path.resolve().parent}"
+    if isinstance(error, TypeError) and (match := _UNEXPECTED_KEYWORD.search(str(error))):
+        hint = configs.did_you_mean(match[1])
+    elif isinstance(error, ImportError) and (match := _MISSING_MODULE.search(str(error))):
+        name = match[1] or match[2]
+        hint = f" Copy {name}.py to {path.resolve().parent}"
     return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"

@@ -1,4 +1,4 @@
-"""What all plots have in common: names in them as they are, and files whole."""
+"""Helpers shared by all plots."""
 
 import pathlib
 import warnings
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def save(figure: "Figure", path: pathlib.Path, *, dpi: int = 150) -> None:
-    """Writes a figure as a PNG file, with all names in it as they are.
+    """Writes a figure as a PNG file, with all names in it shown literally.
 
-    A class, a run or a file may be called $x$, which is no formula here. Only the ticks of an axis
-    keep theirs, such as powers of ten.
+    A class, run or file may be called $x$, which must not be rendered as a formula. Only axis ticks
+    keep math text, such as powers of ten.
 
     Raises:
       OSError: if the file cannot be written.
     """
-    # Imported late: most commands draw nothing.
+    # Imported here, because most commands draw nothing.
     from matplotlib.axis import Axis
     from matplotlib.text import Text
 
@@ -28,12 +28,12 @@ def save(figure: "Figure", path: pathlib.Path, *, dpi: int = 150) -> None:
         if text not in in_axes:
             text.set_parse_math(False)
     with warnings.catch_warnings():
-        # A letter of a class's name that the font lacks is drawn as a box.
+        # Characters of class names that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(path, format="png", dpi=dpi)
 
 
-def short(name: str, length: int) -> str:
-    """Returns a name as text of one line of at most so many characters, for a plot."""
+def truncate(name: str, length: int) -> str:
+    """Returns a name for a plot, on one line of at most `length` characters."""
     name = folders.shown(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,7 +1,7 @@
-"""A run from its settings to its report: what a start checks, reads and writes, in which order.
+"""A run from settings to report: what is checked, read and written, and in which order.
 
-The training command and `inception_jax.train` are this with other surroundings. What can be refused
-is refused before anything is written or computed, and config.json is read once.
+The training command and `inception_jax.train` are thin wrappers around this module. All checks that
+can fail early run before anything is written or computed, and config.json is read once.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from inception_jax import config as configs
+from inception_jax import console
 from inception_jax.config import Config, reference
-from inception_jax.console import say
 from inception_jax.evaluation import evaluate
-from inception_jax.experiment import used_parts
+from inception_jax.experiment import custom_parts
 from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
@@ -26,20 +26,20 @@ from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
 from inception_jax.training.workdir import PreviousRun
 
-# Asked after each step, by its number, whether the run must be saved and end there.
-Stop = Callable[[int], bool]
+# Returns, given the number of finished steps, whether the run must be saved and stopped.
+ShouldStop = Callable[[int], bool]
 
 
 class Origin(NamedTuple):
-    """Where the settings of a start are from.
+    """The origin of the settings of a start.
 
     Attributes:
-      experiment: the file, and its own values of what was overridden, as `cli.experiment` says it.
-      given: paths of the settings that this start overrides.
+      experiment: the file, and its values of the overridden settings, as in `cli.experiment`.
+      overridden: paths of the settings overridden on the command line.
     """
 
     experiment: Mapping[str, Any]
-    given: Collection[str] = ()
+    overridden: Collection[str] = ()
 
 
 def train_and_evaluate(
@@ -47,34 +47,35 @@ def train_and_evaluate(
     path: pathlib.Path,
     *,
     origin: Origin | None = None,
-    own: Mapping[str, Any] | None = None,
-    join: Callable[[Config], Stop],
+    objects: Mapping[str, Any] | None = None,
+    join: Callable[[Config], ShouldStop],
 ) -> dict[str, Any]:
-    """Trains to the end, going on from the newest checkpoint, and leaves all that a run leaves.
+    """Trains to the end, from the latest checkpoint if there is one, and writes all results.
 
     Args:
-      config: the settings; changed to what the run had where this start leaves it out.
+      config: settings; those that this start does not set are replaced by the run's recorded ones.
       path: folder of the run.
-      origin: where the settings are from; None: it is not known, and all of them are meant.
-      own: objects in place of what the settings name, as `run.assemble` takes them.
-      join: starts the devices, and returns what says when to stop.
+      origin: origin of the settings; None: unknown, and all of them count as set.
+      objects: objects that replace what the settings name, as for `run.assemble`.
+      join: initializes the devices, and returns the function that tells when to stop.
 
     Returns:
       The contents of result.json.
 
     Raises:
-      UserError, RunError, Preempted: as `loop.train`; and if this start does not fit the folder.
+      UserError, RunError, Preempted: as `loop.train`; UserError also if the settings are not
+        compatible with the folder.
     """
-    own = {kind: each for kind, each in (own or {}).items() if each is not None}
-    names = {kind: type(each).__qualname__ for kind, each in own.items()}
-    folder = Workdir(path)
-    if "dataset" in own:
-        config = run.config_for_dataset(config, own["dataset"])
-    before, config, changed, experiment = _settle(folder, config, origin, names)
-    workdirs.check_writable(folder.path)
+    objects = {kind: each for kind, each in (objects or {}).items() if each is not None}
+    names = {kind: type(each).__qualname__ for kind, each in objects.items()}
+    workdir = Workdir(path)
+    if "dataset" in objects:
+        config = run.adapted(config, objects["dataset"])
+    before, config, changed, experiment = _resolve_settings(workdir, config, origin, names)
+    workdirs.check_writable(workdir.path)
     stop = join(config)
-    workdirs.check_shared(folder)
-    setup = _assemble(config, before, own)
+    workdirs.check_shared(workdir)
+    setup = _assemble(config, before, objects)
     evaluator = evaluate.Evaluator(setup)
     result = train_run(
         setup,
@@ -89,33 +90,33 @@ def train_and_evaluate(
         stop=stop,
     )
     if setup.is_lead:
-        report.finish(path, log=say)
+        report.finish(path, log=console.log)
     return result
 
 
 def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin) -> str:
-    """Returns the value of every setting that a start would use and its origin, a line each.
+    """Returns a line with the value and origin of each setting that a start would use.
 
     Args:
-      config: the settings of this start; changed to those the run has where this start omits them.
+      config: settings; those that this start does not set are replaced by the run's recorded ones.
       path: folder of the run, if any.
-      origin: where the settings come from.
+      origin: origin of the settings.
     """
     experiment: Mapping[str, Any] | None = origin.experiment
     recorded = ""
     opened = {name for name, _, _ in configs.leaves() if configs.is_open(config, name)}
     if path is None:
-        run.check_settings(config, log=say)
+        run.check_settings(config, log=console.log)
     else:
-        before, config, _, experiment = _settle(Workdir(path), config, origin, {})
+        before, config, _, experiment = _resolve_settings(Workdir(path), config, origin, {})
         recorded = str(before.workdir.config)
     assert experiment is not None, "its origin is known"
     origins: dict[str, str] = {}
     for name, _, _ in configs.leaves():
-        if name in origin.given:
+        if name in origin.overridden:
             origins[name] = "command line"
         elif configs.is_open(config, name):
-            origins[name] = "chosen at the start, from the data or the hardware"
+            origins[name] = "chosen at startup from the data or hardware"
         elif name in opened or name in experiment["own"]:
             origins[name] = recorded
         elif configs.get(config, name) != configs.get(Config(), name):
@@ -129,35 +130,39 @@ def evaluate_checkpoint(
     checkpoint: str,
     *,
     origin: Origin,
-    join: Callable[[Config], Stop],
+    join: Callable[[Config], ShouldStop],
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run: "best", "last" or the number of a step."""
-    folder = Workdir(path)
-    before, config, _, _ = _settle(folder, config, origin, {})
+    """Evaluates a checkpoint of a run: "best", "last" or a step."""
+    workdir = Workdir(path)
+    before, config, _, _ = _resolve_settings(workdir, config, origin, {})
     join(config)
-    return evaluate.evaluate_checkpoint(_assemble(config, before, {}), folder, checkpoint, say)
+    return evaluate.evaluate_checkpoint(
+        _assemble(config, before, {}), workdir, checkpoint, console.log
+    )
 
 
 def evaluate_weights(
-    config: Config, path: pathlib.Path, *, join: Callable[[Config], Stop]
+    config: Config, path: pathlib.Path, *, join: Callable[[Config], ShouldStop]
 ) -> dict[str, Any]:
-    """Evaluates a file of weights on the data set of some settings."""
-    run.check_settings(config, log=say)
+    """Evaluates a file of weights on the configured data set."""
+    run.check_settings(config, log=console.log)
     join(config)
-    return evaluate.evaluate_weights(run.assemble(config, log=say), weights.load(path, say))
+    return evaluate.evaluate_weights(
+        run.assemble(config, log=console.log), weights.load(path, console.log)
+    )
 
 
 def join_processes(
     config: Config, *, processes: Mapping[str, Any], command: Mapping[str, Any]
-) -> Stop:
-    """Starts the devices, joins the other processes, and listens for signals from then on.
+) -> ShouldStop:
+    """Initializes the devices, connects to the other processes, and starts signal handling.
 
     Args:
-      config: of the run.
-      processes: on which devices, and with which other processes, as `devices.initialize` takes it.
-      command: what else must be the same in all processes.
+      config: settings of the run.
+      processes: arguments of `devices.initialize` that select devices and processes.
+      command: other JSON values that must be equal in all processes.
     """
-    parts = used_parts(config)
+    parts = custom_parts(config)
     notify_preemption = devices.initialize(
         **processes,
         heartbeat_timeout=config.watch.heartbeat_timeout_seconds,
@@ -167,13 +172,13 @@ def join_processes(
             | {f"{each['kind']} {each['name']}": _checksum(each["file"]) for each in parts}
             | dict(command)
         ),
-        log=say,
+        log=console.log,
     )
     return preemption.Preemption(notify_preemption).requested
 
 
 def _checksum(file: str) -> str:
-    """Returns that of a file that registers a part, or '' of what is none."""
+    """Returns the start of the SHA-256 of a file that registers a part; '' if it does not exist."""
     path = pathlib.Path(file)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
@@ -187,25 +192,25 @@ def train_run(
     experiment: Mapping[str, Any] | None = None,
     own: Mapping[str, str] | None = None,
     on_evaluation: OnEvaluation = lambda result, evaluated: None,
-    stop: Stop = lambda step: False,
+    stop: ShouldStop = lambda step: False,
 ) -> dict[str, Any]:
-    """Trains in a folder that no other process trains in meanwhile, and records the start there.
+    """Trains with the folder locked, and records the start in it.
 
     Args:
-      setup: what to train.
-      before: what earlier starts left in the folder.
-      evaluator, on_evaluation, stop: as `loop.train` takes them.
-      changed, experiment, own: as `workdir.record_start` takes them.
+      setup: the run to train.
+      before: the state that earlier starts left in the folder.
+      evaluator, on_evaluation, stop: as for `loop.train`.
+      changed, experiment, own: as for `workdir.record_start`.
     """
 
-    def record(first: int) -> list[str]:
+    def record(start_step: int) -> list[str]:
         lines: list[str] = []
-        if first and before.record and setup.applies_schedule:
-            lines = _rate_rise(setup, before.record.config, first)
+        if start_step and before.record and setup.applies_schedule:
+            lines = _learning_rate_increase(setup, before.record.config, start_step)
         workdirs.record_start(
             before,
             setup.config,
-            step=first,
+            step=start_step,
             changed=changed,
             dataset=workdirs.dataset_record(setup.dataset),
             experiment=experiment,
@@ -213,56 +218,57 @@ def train_run(
         )
         return lines + [f"changed since the run began: {line}" for line in changed]
 
-    folder = before.workdir
-    with lock.lock_workdir(folder.path, say) if setup.is_lead else contextlib.nullcontext():
+    workdir = before.workdir
+    locked = lock.lock_workdir(workdir.path, console.log)
+    with locked if setup.is_lead else contextlib.nullcontext():
         return loop.train(
-            setup, folder, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop
+            setup, workdir, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop
         )
 
 
-def _settle(
-    folder: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
-) -> tuple[PreviousRun, Config, list[str], Mapping[str, Any] | None]:
-    """Returns what a folder held, the settings of this start, what they change, and their origin.
+def _resolve_settings(
+    workdir: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
+) -> tuple[Previous, Config, list[str], Mapping[str, Any] | None]:
+    """Returns the earlier state of a folder, the settings to use, their changes and their origin.
 
     Raises:
-      UserError: if a setting is wrong, or the folder is another run's.
+      UserError: if a setting is invalid, or the folder belongs to another run.
     """
-    before = workdirs.load_previous_run(folder)
+    before = workdirs.previous(workdir)
     experiment: Mapping[str, Any] | None
     if origin:
-        experiment = workdirs.restore_overrides(before, config, *origin, say)
+        experiment = workdirs.recall(before, config, *origin, console.log)
     else:
         experiment = before.record.experiment if before.record else None
-    run.check_settings(config, before.record.config if before.record else None, say)
-    config = workdirs.with_recorded_auto_settings(before, config)
+    run.check_settings(config, before.record.config if before.record else None, console.log)
+    config = workdirs.with_recorded(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 
 
-def _assemble(config: Config, before: PreviousRun, own: Mapping[str, Any]) -> Run:
-    setup = run.assemble(config, **own, log=say)
+def _assemble(config: Config, before: Previous, objects: Mapping[str, Any]) -> Run:
+    setup = run.assemble(config, **objects, log=console.log)
     workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
     return setup
 
 
-def _rate_rise(setup: Run, old: Config, first: int) -> list[str]:
-    """Returns a warning where a changed schedule raises the rate of a run that is resumed.
+def _learning_rate_increase(setup: Run, old: Config, start_step: int) -> list[str]:
+    """Returns a warning if a changed schedule increases the learning rate of a resumed run.
 
     Args:
-      setup: as it is now.
-      old: its settings before.
-      first: finished steps.
+      setup: the run with the new settings.
+      old: its previous settings.
+      start_step: number of finished steps.
     """
     schedule = schedules.make_schedule(
         old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.duration)
     )
-    # Where the old schedule would have gone on to is no change, such as in its warm-up.
-    before = max(float(schedule(first - 1)), float(schedule(first)))
-    now = float(setup.schedule(first))
+    # An increase that the old schedule would have made too, as in its warm-up, is not reported.
+    before = max(float(schedule(start_step - 1)), float(schedule(start_step)))
+    now = float(setup.schedule(start_step))
     if now <= 1.01 * before:
         return []
     return [
-        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {first:,}, as "
-        "the schedule or the length was changed. Accuracy may fall before it rises; for a lower "
-        "rate give --config.schedule.learning_rate too"
+        f"warning: the learning rate rises from {before:.2g} to {now:.2g} at step {start_step:,} "
+        "because the schedule or duration changed. Accuracy may drop at first; for a lower rate, "
+        "also set --config.schedule.learning_rate"
     ]

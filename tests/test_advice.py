@@ -14,20 +14,21 @@ SETTINGS = {"train.batch_size": 4096, "train.grad_accum_steps": 1, "evaluation.b
     ("doing", "words"),
     [
         ("train", "while training: "),
-        ("train", "Give a smaller config.train.batch_size (now 4096), or compute it in parts by"),
-        ("compile", "config.train.grad_accum_steps (now 1) (2, 4, …)"),
+        ("train", "Reduce config.train.batch_size (currently 4096), or split each batch with"),
+        ("compile", "config.train.grad_accum_steps (currently 1) = 2, 4, …"),
         ("evaluate", "while evaluating: "),
-        ("evaluate", "Give a smaller config.evaluation.batch_size (now 3000). "),
-        ("predict", "Give fewer pictures at a time"),
-        ("export", "a smaller --calibration"),
-        ("serve", "a smaller --max_megapixels"),
+        ("evaluate", "Reduce config.evaluation.batch_size (currently 3000). "),
+        ("predict", "Pass fewer images at a time"),
+        ("export", "reduce --calibration"),
+        ("serve", "Reduce --max_megapixels"),
+        ("summarize", "Reduce config.data.image_size"),
         ("prepare", "while preparing data: "),
         ("find_lr", "config.train.batch_size"),
-        ("other", "In training, give a smaller config.train.batch_size (now 4096)"),
-        ("other", "in evaluation, give a smaller config.evaluation.batch_size"),
+        ("other", "In training, reduce config.train.batch_size (currently 4096)"),
+        ("other", "in evaluation, reduce config.evaluation.batch_size"),
     ],
 )
-def test_the_advice_names_the_setting_that_matters(doing: str, words: str) -> None:
+def test_out_of_memory_advice_names_the_setting(doing: str, words: str) -> None:
     message = advice.explain(RuntimeError(GPU), [doing], SETTINGS)
     assert message is not None
     assert words in message
@@ -35,7 +36,7 @@ def test_the_advice_names_the_setting_that_matters(doing: str, words: str) -> No
     assert "nvidia-smi" in message
 
 
-def test_evaluation_is_not_advised_on_training() -> None:
+def test_advice_for_evaluation_omits_training() -> None:
     message = advice.explain(RuntimeError(GPU), ["evaluate", "main"], {})
     assert message is not None and "train.batch_size" not in message
 
@@ -51,10 +52,10 @@ def test_evaluation_is_not_advised_on_training() -> None:
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 120984000080 bytes."),
     ],
 )
-def test_the_machines_own_memory_is_not_the_devices(error: Exception) -> None:
+def test_host_out_of_memory(error: Exception) -> None:
     message = advice.explain(error, ["train"], {})
     assert message is not None and message.startswith("out of memory while training: ")
-    assert "nvidia-smi" not in message and "Other programs, or a limit" in message
+    assert "nvidia-smi" not in message and "Other programs or a limit" in message
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_machines_own_memory_is_not_the_devices(error: Exception) -> None:
         "CUBLAS_STATUS_ALLOC_FAILED",
     ],
 )
-def test_every_wording_of_the_drivers_is_known(text: str) -> None:
+def test_device_out_of_memory_wordings(text: str) -> None:
     message = advice.explain(RuntimeError(text), ["train"], {})
     assert message is not None and "config.train.batch_size" in message
 
@@ -83,14 +84,14 @@ def test_every_wording_of_the_drivers_is_known(text: str) -> None:
         "UNKNOWN: TPU initialization failed: open(/dev/accel0): Device or resource busy",
     ],
 )
-def test_a_device_that_another_process_uses_is_said_to_be(text: str) -> None:
+def test_device_in_use_by_another_process(text: str) -> None:
     message = advice.explain(RuntimeError(text), ["train"], {})
     assert message is not None
     assert "another process is using it" in message and text[:40] in message
     assert "batch_size" not in message
 
 
-def test_the_cause_of_an_error_counts() -> None:
+def test_causes_of_an_error_are_checked() -> None:
     try:
         try:
             raise RuntimeError(GPU)
@@ -105,7 +106,7 @@ def test_other_errors_get_no_advice() -> None:
     assert advice.explain(RuntimeError("INTERNAL: Failed to execute"), ["train"], {}) is None
 
 
-def test_a_note_is_no_errors_text() -> None:
+def test_notes_are_not_part_of_the_text() -> None:
     with pytest.raises(TypeError) as raised:
         jax.jit(lambda x: jnp.dot(x, jnp.ones((3, 4))))(jnp.ones((2, 2)))
     raised.value.add_note("For simplicity, JAX has removed its internal frames")
@@ -116,7 +117,7 @@ def test_a_note_is_no_errors_text() -> None:
     assert message is not None and "For simplicity" not in message and "6.7 GB" in message
 
 
-def test_an_error_knows_its_innermost_phase() -> None:
+def test_innermost_phase_is_recorded() -> None:
     clock = Clock()
     with pytest.raises(RuntimeError) as raised, clock.phase("other"), clock.phase("evaluate"):
         raise RuntimeError(GPU)

@@ -1,4 +1,4 @@
-"""The names for notebooks: a run's weights, evaluated and used, without the command line."""
+"""The Python API: training, evaluation and use of weights without the command line."""
 
 import contextlib
 import importlib
@@ -48,14 +48,14 @@ def finished(
     return small.finished(small.config(data_directory), tmp_path_factory.mktemp("run"))
 
 
-def test_weights_of_a_run_evaluate_as_its_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
+def test_weights_evaluate_like_the_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     weights = inception_jax.load_weights(folder.path, "last")
     expected = evaluate_checkpoint(this, folder, "last")
     assert inception_jax.evaluate(weights, this.config) == expected
 
 
-def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:
+def test_predictor_returns_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:
     weights = inception_jax.load_weights(finished[1].path)
     predictor = inception_jax.Predictor(weights, batch_size=4)
     dataset = inception_jax.load_dataset(finished[0].config)
@@ -70,11 +70,11 @@ def test_a_predictor_gives_the_logits_of_the_network(finished: tuple[run.Run, Wo
     for row, predictions in zip(probabilities, predictor.predict(pixels, 3), strict=True):
         assert [each.label for each in predictions] == list(np.argsort(-row)[:3])
         assert predictions[0].name == dataset.class_names[predictions[0].label]
-        found = [each.probability for each in predictions]
-        np.testing.assert_allclose(found, np.sort(row)[:-4:-1], rtol=1e-5)
+        actual = [each.probability for each in predictions]
+        np.testing.assert_allclose(actual, np.sort(row)[:-4:-1], rtol=1e-5)
 
 
-def test_an_experiment_is_loaded_with_changed_settings() -> None:
+def test_load_config_applies_overrides() -> None:
     config = inception_jax.load_config(DIGITS, {"train.batch_size": 32, "seed": 3})
     assert (config.name, config.train.batch_size, config.seed) == ("digits", 32, 3)
     with pytest.raises(ConfigError, match="batch_size"):
@@ -83,8 +83,8 @@ def test_an_experiment_is_loaded_with_changed_settings() -> None:
         inception_jax.load_config(DIGITS, {"train.batch_size": -1})
 
 
-def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+def test_invalid_experiments_and_workdirs_are_rejected(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="file not found"):
         inception_jax.load_config(tmp_path / "none.py")
     other = tmp_path / "other.py"
     other.write_text("x = 1\n")
@@ -94,7 +94,7 @@ def test_what_is_no_experiment_is_refused(tmp_path: pathlib.Path) -> None:
         inception_jax.load_weights(tmp_path)
 
 
-def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir]) -> None:
+def test_arguments_of_the_wrong_type_are_rejected(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     weights = inception_jax.load_weights(str(folder.path), 11)
     assert (weights.step, weights.checkpoint) == (11, "best and last")
@@ -109,22 +109,20 @@ def test_arguments_of_another_kind_are_answered(finished: tuple[run.Run, Workdir
             call()
 
 
-def test_every_name_is_there_and_documented() -> None:
+def test_exported_names_exist_and_are_documented() -> None:
     for name in inception_jax.__all__:
-        if name.startswith("register_") and not hasattr(registry, name):
-            continue
         assert inspect.getdoc(getattr(inception_jax, name))
         assert name in dir(inception_jax)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         inception_jax.nothing  # noqa: B018
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_package_import_is_light() -> None:
     script = "import sys, inception_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=command.ROOT
     )
-    assert found.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["False", "False"]
 
 
 FIFTEEN_LINES = """
@@ -145,8 +143,8 @@ result = ij.train(config, "runs/mine", dataset=(images, digits.target), model=Ne
 """
 
 
-def surroundings() -> list[Any]:
-    """What a call in a notebook must leave as it was."""
+def global_state() -> list[Any]:
+    """Returns the global state that a call in a notebook must not change."""
     jax_settings = [
         getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_prng_impl")
     ]
@@ -163,27 +161,27 @@ def surroundings() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder of a run of one's own network and arrays, and the names of its program."""
+    """The folder of a run with a custom network and arrays, and the variables of its program."""
     folder, names = tmp_path_factory.mktemp("notebook"), {"__name__": "notebook"}
-    importlib.import_module("sklearn.datasets")  # SciPy has a warning of its own shown.
+    importlib.import_module("sklearn.datasets")  # SciPy emits a warning on import.
     with contextlib.chdir(folder):
-        before = surroundings()
+        before = global_state()
         exec(FIFTEEN_LINES, names)
-        assert surroundings() == before
+        assert global_state() == before
     return folder / "runs" / "mine", names
 
 
 def again(mine: tuple[pathlib.Path, dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """Calls train in the same folder once more."""
+    """Calls train again in the same folder."""
     folder, names = mine
-    own: dict[str, Any] = {
+    objects: dict[str, Any] = {
         "dataset": (names["images"], names["digits"].target),
         "model": names["Net"](),
     }
-    return inception_jax.train(names["config"], folder, **(own | changes))
+    return inception_jax.train(names["config"], folder, **(objects | changes))
 
 
-def test_one_s_own_network_trains_on_arrays_in_15_lines(
+def test_custom_network_trains_on_arrays_in_15_lines(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     folder, names = mine
@@ -192,21 +190,20 @@ def test_one_s_own_network_trains_on_arrays_in_15_lines(
     assert {"report.html", "metrics.jsonl", "result.json"} <= {p.name for p in folder.iterdir()}
     record = json.loads((folder / "config.json").read_text())
     assert record["own"] == {"dataset": "Dataset", "model": "Net"}
-    # The network's own names, as without us.
+    # The parameters have the network's own names.
     setup = inception_jax.assemble(
         names["config"], (names["images"], names["digits"].target), names["Net"]()
     )
     assert set(inception_jax.create_state(setup).params) == {"Conv_0", "Dense_0"}
 
 
-def test_a_second_call_goes_on_where_the_first_ended(
+def test_second_call_resumes_the_run(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
-    found = again(mine)
-    for name in ("step", "loss", "top1", "seconds_by_phase"):
-        if name != "seconds_by_phase":
-            assert found[name] == mine[1]["result"][name]
-    assert found["seconds_by_phase"]["train"] == mine[1]["result"]["seconds_by_phase"]["train"]
+    result = again(mine)
+    for name in ("step", "loss", "top1"):
+        assert result[name] == mine[1]["result"][name]
+    assert result["seconds_by_phase"]["train"] == mine[1]["result"]["seconds_by_phase"]["train"]
 
 
 @pytest.mark.parametrize(
@@ -217,27 +214,27 @@ def test_a_second_call_goes_on_where_the_first_ended(
         ({"optimizer": optax.sgd(0.1)}, "optimizer: as configured → GradientTransformation"),
     ],
 )
-def test_a_run_with_own_objects_needs_them_again(
+def test_run_with_custom_objects_requires_them_again(
     changes: dict[str, Any], words: str, mine: tuple[pathlib.Path, dict[str, Any]]
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
         again(mine, **changes)
 
 
-def test_the_program_that_has_the_object_uses_what_it_trained(
+def test_weights_of_a_custom_network_are_usable_with_it(
     mine: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     folder, names = mine
     weights = inception_jax.load_weights(folder, "last", model=names["Net"]())
     assert str(weights).startswith("Net, 10 classes, step ")
     images = names["images"][:300]
-    found = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
-    assert np.mean(np.array(found) == names["digits"].target[:300]) > 0.6
+    labels = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
+    assert np.mean(np.array(labels) == names["digits"].target[:300]) > 0.6
     with pytest.raises(UserError, match=r"an object of a program \(Net\)\. Register it"):
         save_weights(tmp_path / "x.safetensors", weights)
 
 
-def test_a_command_says_that_it_needs_the_object(
+def test_commands_report_missing_custom_objects(
     mine: tuple[pathlib.Path, dict[str, Any]],
 ) -> None:
     with pytest.raises(
@@ -256,15 +253,15 @@ def test_a_command_says_that_it_needs_the_object(
     )
 
 
-def test_a_loop_of_one_s_own_makes_the_same_state(
+def test_custom_loop_gives_the_same_state(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory, log=Log(every="30 steps"))
     config.train.duration = "20 steps"
-    own = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
-    result = inception_jax.train(config, tmp_path, **own)
+    objects = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
+    result = inception_jax.train(config, tmp_path, **objects)
 
-    setup = inception_jax.assemble(config, **own)
+    setup = inception_jax.assemble(config, **objects)
     state, step = inception_jax.create_state(setup), inception_jax.make_train_step(setup)
     for batch in inception_jax.train_batches(setup, start=0, stop=20):
         state, output = step(state, batch)
@@ -278,11 +275,11 @@ def test_a_loop_of_one_s_own_makes_the_same_state(
     metrics = inception_jax.evaluate(setup, state)
     assert metrics == {name: result[name] for name in metrics}
     assert float(output.loss) == pytest.approx(output.metrics.compute()["loss"])
-    # The state was not given up.
+    # The state was not donated.
     step(state, batch)
 
 
-def test_a_loss_and_an_augmentation_of_one_s_own_are_used(data_directory: pathlib.Path) -> None:
+def test_custom_loss_and_augmentation_are_used(data_directory: pathlib.Path) -> None:
     setup = inception_jax.assemble(small.config(data_directory), model=small.Linear())
     batch = next(iter(inception_jax.train_batches(setup)))
 
@@ -302,7 +299,7 @@ def net(call: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("own", "words"),
+    ("objects", "words"),
     [
         (
             {"model": small.Linear},
@@ -317,27 +314,27 @@ def net(call: Any) -> nn.Module:
             {"model": net(lambda self, x, train=False: [nn.Dense(10)(x.mean((1, 2)))])},
             "Net.* returned ",
         ),
-        ({"optimizer": "adam"}, "optimizer: must be an optax.Gradient.* such as .* got str"),
-        ({"dataset": "digits"}, "dataset: must be an .*Dataset, got str"),
-        ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8),)}, "pair of images and labels, got 1"),
+        ({"optimizer": "adam"}, "optimizer: must be a GradientTransformation such as .* got str"),
+        ({"dataset": "digits"}, "dataset: must be a Dataset .* got str"),
+        ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8),)}, r"pair \(images, labels\), got 1"),
         ({"dataset": (np.zeros((4, 8, 8, 3)), np.arange(4))}, "images: .*float64"),
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8), np.arange(3))}, "labels: "),
     ],
 )
-def test_an_object_of_another_kind_is_named(
-    own: dict[str, Any], words: str, data_directory: pathlib.Path
+def test_custom_objects_of_the_wrong_type_are_rejected(
+    objects: dict[str, Any], words: str, data_directory: pathlib.Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        inception_jax.assemble(small.config(data_directory), **own)
+        inception_jax.assemble(small.config(data_directory), **objects)
 
 
-def test_a_network_need_not_know_that_it_trains(data_directory: pathlib.Path) -> None:
+def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
     model = net(lambda self, x: nn.Dense(10)(x.mean((1, 2))))
     setup = inception_jax.assemble(small.config(data_directory), model=model)
     assert set(inception_jax.create_state(setup).params) == {"Dense_0"}
 
 
-def test_what_train_cannot_take_is_named(
+def test_invalid_arguments_of_train_are_rejected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
@@ -348,7 +345,7 @@ def test_what_train_cannot_take_is_named(
         (lambda: inception_jax.load_config(config), "path: must be the path of an experiment"),
         (
             lambda: inception_jax.evaluate(setup, config),
-            "state: must be a TrainState, .* got Config",
+            "state: must be a TrainState .* got Config",
         ),
     ):
         with pytest.raises(UserError, match=words):
@@ -361,17 +358,17 @@ def test_what_train_cannot_take_is_named(
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Python's own handler: a shell has what it runs in the background ignore Ctrl-C."""
+    """Installs Python's handler, because shells make background jobs ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, log=Log(every="1 step"))
     config.train.duration = config.evaluation.every = config.checkpoint.every = "5000 steps"
-    own = {"model": small.Linear()}
+    objects = {"model": small.Linear()}
 
     def interrupt() -> None:
         metrics = tmp_path / "metrics.jsonl"
@@ -379,49 +376,47 @@ def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: path
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = surroundings()
+    before = global_state()
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match="the state is saved"):
-        inception_jax.train(config, tmp_path, **own)
-    assert surroundings() == before
+    with pytest.raises(KeyboardInterrupt, match="which is saved"):
+        inception_jax.train(config, tmp_path, **objects)
+    assert global_state() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert 5 < step < 5000
     config.train.duration = f"{step + 2} steps"
-    assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
+    assert inception_jax.train(config, tmp_path, **objects)["step"] == step + 2
 
 
-def test_jax_s_settings_hold_for_a_run_alone() -> None:
-    said: list[str] = []
+def test_jax_settings_are_restored_after_a_run() -> None:
+    logged: list[str] = []
     jax.config.update("jax_enable_x64", True)
     try:
-        with devices.settings_of_a_run(said.append):
+        with devices.run_settings(logged.append):
             assert jnp.arange(3).dtype == jnp.int32
         assert jnp.arange(3).dtype == jnp.int64
     finally:
         jax.config.update("jax_enable_x64", False)
-    assert said == ["JAX_ENABLE_X64=True: is ignored; this program always runs with False"]
+    assert logged == ["JAX_ENABLE_X64=True: ignored; this program always uses False"]
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_interrupt_ends_it_at_once() -> None:
-    said: list[str] = []
-    with preemption.saved_on_interrupt(said.append) as stop:
+def test_second_interrupt_stops_immediately() -> None:
+    logged: list[str] = []
+    with preemption.save_on_interrupt(logged.append) as stop:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not stop(1)
         signal.raise_signal(signal.SIGINT)
-        assert stop(2) and len(said) == 1
+        assert stop(2) and len(logged) == 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_the_documented_examples_run_as_they_stand(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one program, but with less of everything, and the data in a folder of the test."""
+def test_documented_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one program, with small settings and the data in a temporary folder."""
     text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
     code = "\n".join(textwrap.dedent(block) for block in blocks)
@@ -463,8 +458,7 @@ def get_config():
 """
 
 
-@pytest.mark.skipif(not hasattr(registry, "register_model"), reason="no door for networks yet")
-def test_a_run_of_a_registered_network_needs_its_folder_alone(
+def test_run_of_a_registered_network_needs_only_its_folder(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     before = dict(registry.MODELS._parts)
@@ -497,5 +491,5 @@ def test_a_run_of_a_registered_network_needs_its_folder_alone(
     assert f"running {path}, which registers the model 'test_net' of this run" in done.stderr
     path.unlink()
     registry.MODELS._parts = dict(before)
-    with pytest.raises(CheckpointError, match=rf"{path}, which is not there. Give the experiment"):
+    with pytest.raises(CheckpointError, match=rf"{path}, which does not exist. Use --config=FILE"):
         inception_jax.load_weights(tmp_path / "run")

@@ -179,7 +179,7 @@ def test_every_setting_is_read_somewhere() -> None:
     # And those of a registered part by the part.
     for known in REGISTRIES.values():
         read.update(*(part.settings or () for part in known))
-    read.update(*(part.takes for part in DATASETS))
+    read.update(*(part.extra_settings for part in DATASETS))
     settings = set()
     for path, _, _ in config.leaves():
         settings.add(path.rpartition(".")[2])

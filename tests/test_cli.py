@@ -69,7 +69,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
         (["--mode=evaluate"], "train"),
         (["stray"], "'stray'"),
-        (["--platform=gpu"], "no device of the platform 'gpu'"),
+        (["--platform=gpu"], "platform 'gpu': not available"),
         (["--platform=gpo"], "Did you mean gpu"),
         (["--coordinator_address=localhost:1"], "--process_count"),
     ],
@@ -91,7 +91,7 @@ def test_usage_error_gives_one_message_and_exit_code_2(
     [
         ("return Config(batch=3)", "Did you mean train.batch_size"),
         ("config = Config(); config.train.lr = 3; return config", "config.train.lr: no such"),
-        ("return 3", "must return inception_jax.config.Config"),
+        ("return 3", "must return an inception_jax.config.Config"),
         ("return nothing", "line 3"),
     ],
 )
@@ -178,10 +178,10 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("none.py", "none.py: there is no such file"),
+        ("none.py", "none.py: file not found"),
         ("tiny", "Did you mean experiments/tiny.py"),
         ("digits.yp", "Did you mean experiments/digits.py"),
-        ("experiments", "is a folder; give an experiment file, such as experiments/"),
+        ("experiments", "is a folder; use an experiment file, such as experiments/"),
         ("README.md", "the experiment file failed: SyntaxError"),
         ("", "--config: needs a value"),
     ],
@@ -275,7 +275,7 @@ def test_unwritable_workdir_is_refused(workdir: str, tmp_path: pathlib.Path) -> 
     ("failure", "code", "words"),
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'. Unexpected error"),
-        ("MemoryError()", 1, "smaller config.train.batch_size"),
+        ("MemoryError()", 1, "reduce config.train.batch_size"),
         ("RuntimeError('RESOURCE_EXHAUSTED: 80 GB')", 1, "config.train.grad_accum_steps"),
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
         ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),
@@ -349,17 +349,17 @@ def test_experiment_works_when_copied_with_its_base(tmp_path: pathlib.Path) -> N
     (tmp_path / "tiny_base.py").unlink()
     done = run_in(place, *arguments, PYTHONPATH=str(install))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"Put a copy of tiny_base.py into {tmp_path}" in done.stderr
+    assert f"Copy tiny_base.py to {tmp_path}" in done.stderr
 
 
 LISTS = r"""
 from inception_jax import cli, console
 def main(_):
-    console.say("gr\xfcn")
+    console.log("gr\xfcn")
     print("gr\xfcn", flush=True)
     import matplotlib.figure
     matplotlib.figure.Figure().savefig("plot.png")
-    console.say("drawn")
+    console.log("drawn")
 cli.run(main, "")
 """
 

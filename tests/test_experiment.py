@@ -1,4 +1,4 @@
-"""Experiment files: found, run, and forgotten; the parts that they register."""
+"""Experiment files: search, execution and cleanup; the parts that they register."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ def write(path: pathlib.Path, *lines: str) -> pathlib.Path:
     return path
 
 
-def test_an_own_experiment_starts_from_a_shipped_one_anywhere(tmp_path: pathlib.Path) -> None:
+def test_custom_experiment_extends_a_shipped_one_from_any_folder(tmp_path: pathlib.Path) -> None:
     path = write(
         tmp_path / "mine" / "photos.py",
         "import inception_jax as ij",
@@ -47,7 +47,7 @@ def test_an_own_experiment_starts_from_a_shipped_one_anywhere(tmp_path: pathlib.
     assert done.stdout.split() == ["7", "s16", "tiny_base"], done.stderr
 
 
-def test_a_file_of_one_s_own_comes_before_the_shipped_one(
+def test_local_file_takes_precedence_over_the_shipped_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,14 +58,14 @@ def test_a_file_of_one_s_own_comes_before_the_shipped_one(
         ij.load_config("experiments/digit.py")
 
 
-def test_a_wheel_puts_the_shipped_ones_where_they_are_looked_for() -> None:
+def test_wheel_installs_experiments_where_they_are_searched() -> None:
     text = (command.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     ((place, files),) = tomllib.loads(text)["tool"]["setuptools"]["data-files"].items()
     assert files == ["experiments/*.py"]
-    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED
+    assert pathlib.Path(sys.prefix, place) in experiment._SHIPPED_FOLDERS
 
 
-def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
+def test_sys_path_and_modules_are_restored(tmp_path: pathlib.Path) -> None:
     paths, modules = list(sys.path), dict(sys.modules)
     seeds = []
     for number in (1, 2):
@@ -87,17 +87,18 @@ def test_nothing_is_left_behind(tmp_path: pathlib.Path) -> None:
     assert sys.modules == modules
 
 
-def test_an_experiment_that_is_missing_a_neighbour_says_where_to_put_it(
+def test_missing_import_says_where_to_copy_the_file(
     tmp_path: pathlib.Path,
 ) -> None:
     path = write(tmp_path / "one.py", "from experiments import none", "def get_config(): ...")
-    with pytest.raises(UserError, match=rf"Put a copy of none\.py into {tmp_path}"):
+    with pytest.raises(UserError, match=rf"Copy none\.py to {tmp_path}"):
         ij.load_config(path)
 
 
 @pytest.fixture
 def blur(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file that registers an augmentation, which is forgotten after the test."""
+    """A file that registers an augmentation, which is unregistered after the test."""
+    registry.AUGMENTATIONS.names()  # Registers the built-in parts.
     before = dict(registry.AUGMENTATIONS._parts)
     yield write(
         tmp_path / "blur.py",
@@ -113,30 +114,30 @@ def part(path: pathlib.Path) -> list[dict[str, str]]:
     return [{"kind": "augmentation", "name": "test_blur", "file": str(path)}]
 
 
-def test_the_file_of_a_part_is_recorded_and_run_again(
+def test_file_of_a_part_is_recorded_and_rerun(
     blur: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(blur.parent)
-    said: list[str] = []
+    logged: list[str] = []
     ij.load_config("blur.py")
-    assert experiment.used_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
-    experiment.import_parts(part(blur), "config.json", said.append)
-    assert said == []
+    assert experiment.custom_parts(Config(augment=Augment(extra=("test_blur",)))) == part(blur)
+    experiment.import_parts(part(blur), "config.json", logged.append)
+    assert logged == []
     del registry.AUGMENTATIONS._parts["test_blur"]
-    experiment.import_parts(part(blur), "config.json", said.append)
+    experiment.import_parts(part(blur), "config.json", logged.append)
     assert "test_blur" in registry.AUGMENTATIONS
-    assert said == [f"running {blur}, which registers the augmentation 'test_blur' of this run"]
+    assert logged == [f"running {blur}, which registers the augmentation 'test_blur' of this run"]
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (None, "which is not there"),
+        (None, "which does not exist"),
         ("1 / 0", "ZeroDivisionError"),
-        ("x = 1", "no longer does"),
+        ("x = 1", "no longer registers it"),
     ],
 )
-def test_a_part_that_cannot_be_had_again_is_named(
+def test_unavailable_part_is_reported(
     lines: str | None, words: str, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "blur.py"

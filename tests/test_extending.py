@@ -1,4 +1,4 @@
-"""docs/extending.md: its files run outside the package, its messages and table are true."""
+"""docs/extending.md: its files run outside the package; its messages and table are accurate."""
 
 import ast
 import csv
@@ -32,20 +32,20 @@ MESSAGES = [
     for block in re.findall(r"^```text\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
 ]
-MOST_LINES = {"inception_bn.py": 40, "to_wandb.py": 10, "to_mlflow.py": 10, "notebook.py": 15}
-# A run of a few steps, and of narrow layers where the command says nothing of them.
+MAX_LINES = {"inception_bn.py": 40, "to_wandb.py": 10, "to_mlflow.py": 10, "notebook.py": 15}
+# Short runs; narrow layers unless the command sets them.
 SHORT = {"train.duration": "", "train.batch_size": 20, "schedule.warmup": "0.01 epochs"}
 
 
 @pytest.fixture(autouse=True)
-def only_the_packages_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user's process begins, whatever other tests have registered in this one."""
+def only_builtin_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unregisters the parts of other tests, as in a new process."""
     for known in registry.REGISTRIES.values():
-        own = {name: part for name in known.names() if (part := known.get(name)).is_own}
-        monkeypatch.setattr(known, "_parts", own)
+        builtin = {name: part for name in known.names() if (part := known.get(name)).is_builtin}
+        monkeypatch.setattr(known, "_parts", builtin)
 
 
-# Stand-ins for the services' libraries, which say in a file what they were called with.
+# Fakes of the services' libraries that write their calls to a file.
 WANDB = """
 import types
 
@@ -73,7 +73,7 @@ def end_run(): say("end")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A user's folder with the files of the page, and with records of TFDS."""
+    """A user's folder with the files of the page and records of TFDS."""
     path = tmp_path_factory.mktemp("user").resolve()
     for name, text in (FILES | {"wandb.py": WANDB, "mlflow.py": MLFLOW}).items():
         (path / name).write_text(text, encoding="utf-8")
@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def here(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """The user's folder, as the current one, of a test that forgets what it registers."""
+    """The user's folder as the current directory; parts are unregistered after the test."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "data"))
     for known in registry.REGISTRIES.values():
@@ -95,16 +95,16 @@ def here(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
 def run(
     folder: pathlib.Path, arguments: list[str], changes: Mapping[str, Any] | None = None
 ) -> str:
-    """Runs a command of the page in the user's folder, with other settings, and returns its output.
+    """Runs a command of the page in the user's folder with other settings; returns its output.
 
-    Its messages go on to the output as well, after what it prints.
+    stderr follows stdout in the result.
     """
     assert arguments[0] == "python" and arguments in COMMANDS
     more = [f"--config.{name}={value}" for name, value in (changes or {}).items()]
     environment = {
         "PYTHONPATH": str(command.ROOT),
         "JAX_NUM_CPU_DEVICES": "1",
-        # As a user has it; the package's own rules are those of its own tests.
+        # As for a user; the stricter rules are only for the package's tests.
         "JAX_NUMPY_RANK_PROMOTION": "allow",
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
         "TFDS_DATA_DIR": str(folder / "data"),
@@ -121,14 +121,14 @@ def run(
     return done.stdout + done.stderr
 
 
-def said(*words: str) -> list[str]:
-    """Returns the last command of the page that has some words."""
-    (*_, found) = (each for each in COMMANDS if set(words) <= set(each))
-    return found
+def quoted(*words: str) -> list[str]:
+    """Returns the last command of the page that contains some words."""
+    (*_, last) = (each for each in COMMANDS if set(words) <= set(each))
+    return last
 
 
 def settings(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """Returns the experiment that a command names, and its settings."""
+    """Returns the experiment and the settings of a command."""
     values = dict(each[len("--config.") :].split("=", 1) for each in arguments if "=" in each)
     return arguments[arguments.index("--config") + 1], {k: literal(v) for k, v in values.items()}
 
@@ -142,11 +142,11 @@ def literal(text: str) -> Any:
 
 def test_every_file_is_short() -> None:
     for name, text in FILES.items():
-        assert len(text.splitlines()) <= MOST_LINES.get(name, 25), name
+        assert len(text.splitlines()) <= MAX_LINES.get(name, 25), name
         assert not set(re.findall(r"inception_jax\.(\w+)", text)), name
 
 
-def test_the_table_counts_the_files() -> None:
+def test_table_has_the_line_counts_of_the_files() -> None:
     rows = re.findall(r"\| (\d+), `(\S+)` \|$", PAGE, re.MULTILINE)
     assert {name: int(lines) for lines, name in rows} == {
         name: len(text.splitlines())
@@ -160,30 +160,28 @@ def test_the_table_counts_the_files() -> None:
     [each for each in COMMANDS if "--config" in each],
     ids=lambda each: each[each.index("--workdir") + 1],
 )
-def test_every_experiment_and_its_settings_are_understood(
-    arguments: list[str], here: pathlib.Path
-) -> None:
+def test_experiments_and_settings_load(arguments: list[str], here: pathlib.Path) -> None:
     assert arguments[:3] == ["python", "-m", "inception_jax.main"]
     path, overrides = settings(arguments)
     ij.load_config(path, overrides)
 
 
-def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
+def test_combined_parts_train_resume_and_export(folder: pathlib.Path) -> None:
     """A network, data set, optimizer, schedule, augmentation and three writers, in one run."""
-    train = said("together.py")
+    train = quoted("together.py")
     small = SHORT | {"model.options.width": 4, "data.options.count": 100, "log.every": "1 step"}
     run(folder, train, small | {"train.duration": "3 steps"})
-    found = folder / "runs" / "together"
-    first = json.loads((found / "result.json").read_text())
-    # From the folder alone.
+    workdir = folder / "runs" / "together"
+    first = json.loads((workdir / "result.json").read_text())
+    # With only the folder.
     resumed = run(folder, ["python", "-m", "inception_jax.main", "--workdir", "runs/together"])
     assert "signum.py, which registers the optimizer 'signum' of this run" in resumed
-    # Further, by the same command.
+    # Longer, with the same command.
     run(folder, train, small | {"train.duration": "5 steps"})
-    result = json.loads((found / "result.json").read_text())
+    result = json.loads((workdir / "result.json").read_text())
     assert (first["step"], result["step"], result["count"]) == (3, 5, 200)
     assert result["evaluations"]["mirrored"]["count"] == 200
-    config = json.loads((found / "config.json").read_text())
+    config = json.loads((workdir / "config.json").read_text())
     assert {(part["kind"], part["name"]) for part in config["parts"]} == {
         ("dataset", "shapes"),
         ("model", "inception_bn"),
@@ -192,7 +190,7 @@ def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
         ("augmentation", "blur"),
         *(("writer", name) for name in ("csv", "wandb", "mlflow")),
     }
-    with (found / "metrics.csv").open(newline="") as file:
+    with (workdir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.reader(file) if row[2:4] == ["train", "loss"]]
     assert [int(row[0]) for row in rows] == [1, 2, 3, 4, 5]
     wandb = (folder / "wandb.txt").read_text().splitlines()
@@ -203,27 +201,27 @@ def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
         steps = [int(line.split()[0]) for line in lines if "'train/loss'" in line]
         assert steps == [1, 2, 3, 4, 5]
 
-    evaluated = run(folder, said("--mode=eval"))
+    evaluated = run(folder, quoted("--mode=eval"))
     assert json.loads(evaluated.splitlines()[0])["loss"] == pytest.approx(result["loss"])
-    run(folder, said("--to=savedweights"))
-    assert "name='square'" in run(folder, said("use_weights.py"))
+    run(folder, quoted("--to=savedweights"))
+    assert "name='square'" in run(folder, quoted("use_weights.py"))
 
 
-def test_metrics_of_one_s_own_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
-    arguments = said("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
+def test_custom_metrics_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
+    arguments = quoted("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
     less = {"model.width": 0.125, "data.image_size": 16, "evaluations.seen.examples": 50}
     run(folder, arguments, SHORT | less | {"train.duration": "2 steps", "optimizer.name": "lion"})
-    found = json.loads((folder / "runs" / "ranks" / "result.json").read_text())
-    seen, mirrored = found["evaluations"]["seen"], found["evaluations"]["mirrored"]
-    assert (found["count"], mirrored["count"], seen["count"]) == (100, 100, 50)
-    for each in (found, seen, mirrored):
+    result = json.loads((folder / "runs" / "ranks" / "result.json").read_text())
+    seen, mirrored = result["evaluations"]["seen"], result["evaluations"]["mirrored"]
+    assert (result["count"], mirrored["count"], seen["count"]) == (100, 100, 50)
+    for each in (result, seen, mirrored):
         assert {"loss", "top1", "top10", "macro"} <= set(each) and "top5" not in each
         assert each["top1"] <= each["top10"]
     # One test image of each class.
-    assert found["macro"] == pytest.approx(found["top1"])
+    assert result["macro"] == pytest.approx(result["top1"])
 
 
-def test_a_program_of_one_s_own_trains(folder: pathlib.Path) -> None:
+def test_custom_programs_train(folder: pathlib.Path) -> None:
     loop = run(folder, ["python", "own_loop.py"]).splitlines()
     assert [line.split()[0] for line in loop[:6]] == ["15", "30", "45", "60", "75", "90"]
     result = ast.literal_eval(loop[6])
@@ -251,19 +249,19 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("number", "wrong"), [*enumerate(WRONG)])
-def test_the_messages_are_what_the_program_says(
+def test_quoted_messages_are_accurate(
     number: int, wrong: tuple[str, dict[str, Any]], here: pathlib.Path
 ) -> None:
     assert len(MESSAGES) == len(WRONG)
     path, overrides = wrong
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         setup = ij.assemble(ij.load_config(path, overrides))
         ij.make_train_step(setup)
-        raise AssertionError("nothing was wrong")
-    assert str(found.value).replace(f"{here}{os.sep}", "") == MESSAGES[number]
+        raise AssertionError("no error was raised")
+    assert str(error.value).replace(f"{here}{os.sep}", "") == MESSAGES[number]
 
 
-def test_every_file_of_the_page_is_run() -> None:
+def test_every_file_of_the_page_is_used() -> None:
     imported = {
         f"{name}.py" for name in re.findall(r"\w+", FILES["together.py"].split("\n")[0][6:])
     }

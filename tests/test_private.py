@@ -1,4 +1,4 @@
-"""Private interfaces of libraries: each in one module that names the versions it was tried with."""
+"""Private interfaces of libraries: each in one module, which lists the tested versions."""
 
 import ast
 import importlib.metadata
@@ -9,18 +9,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = sorted((ROOT / "inception_jax").rglob("_*_private.py"))
-# What is not to be seen anywhere else: private packages, CPython's signal table, and the table of
-# modules, where an experiment file of the user's is entered while it runs.
+# Must not be used anywhere else: private packages, CPython's signal table, and sys.modules, which
+# only experiment.py changes while it runs an experiment file.
 PRIVATE = re.compile(r"\bjax\._src\b|\borbax\S*\._src\b|atomicity|TMP_DIR_SUFFIX|PyOS_getsig")
-TABLE = {"experiment.py"}
+CHANGES_MODULES = {"experiment.py"}
 
 
-def versions_known_to(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
-    """Returns a module's TESTED_WITH, without importing what it imports."""
+def read_tested_versions(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """Returns the TESTED_WITH of a module without importing it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED_WITH":
             return ast.literal_eval(node.value)
-    raise AssertionError(f"{path.name}: has no TESTED_WITH, a mapping of package to versions")
+    raise AssertionError(f"{path.name}: must define TESTED_WITH, a mapping of packages to versions")
 
 
 def pins() -> list[dict[str, str]]:
@@ -31,18 +31,18 @@ def pins() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
-def test_the_installed_and_the_pinned_versions_are_those_it_was_tried_with(
+def test_installed_and_pinned_versions_are_tested_ones(
     path: pathlib.Path,
 ) -> None:
-    for package, versions in versions_known_to(path).items():
+    for package, versions in read_tested_versions(path).items():
         installed = importlib.metadata.version(package)
-        remedy = f"run the tests of what {path.name} does, and add the version to its TESTED_WITH"
+        remedy = f"run the tests of {path.name}, then add the version to its TESTED_WITH"
         assert installed in versions, f"{package} {installed} is installed: {remedy}"
         pinned = {each[package.lower()] for each in pins()}
         assert pinned <= set(versions), f"requirements/ pins {package} {pinned}: {remedy}"
 
 
-def test_each_private_interface_is_known_to_one_module() -> None:
+def test_private_interfaces_are_confined_to_their_modules() -> None:
     assert {path.stem for path in MODULES} >= {
         "_clu_private",
         "_jax_private",
@@ -53,5 +53,7 @@ def test_each_private_interface_is_known_to_one_module() -> None:
     for path in sorted((ROOT / "inception_jax").rglob("*.py")):
         if path not in MODULES:
             text = path.read_text(encoding="utf-8")
-            assert not (found := PRIVATE.search(text)), f"{path}: {found}"
-            assert path.name in TABLE or not re.search(r"sys\.modules\b(?!\.get)", text), path
+            assert not (match := PRIVATE.search(text)), f"{path}: {match}"
+            assert path.name in CHANGES_MODULES or not re.search(
+                r"sys\.modules\b(?!\.get)", text
+            ), path

@@ -1,4 +1,4 @@
-"""Parts by name: what is registered again, from where, and what a user's function raises."""
+"""Registries: repeated registration, locations, and errors of custom parts."""
 
 import functools
 import pathlib
@@ -12,7 +12,7 @@ from inception_jax import registry
 from inception_jax.errors import ConfigError, UserError
 from inception_jax.registry import METRICS, OPTIMIZERS, Part, Registry
 
-# Of a type that mypy lets pass.
+# Of a type that mypy accepts.
 NOT_A_FUNCTION: Any = 3
 METRIC = """
 from inception_jax.registry import register_metric
@@ -24,7 +24,7 @@ def mine(logits, labels):
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METRICS, "_parts", {name: METRICS.get(name) for name in METRICS.names()})
 
 
@@ -34,13 +34,13 @@ def run(path: str, source: str) -> dict[str, Any]:
     return names
 
 
-def test_a_changed_cell_of_a_notebook_takes_the_place_of_what_it_registered() -> None:
+def test_edited_notebook_cell_replaces_its_part() -> None:
     run("/tmp/ipykernel_1/1.py", METRIC.format(value=1))
     names = run("/tmp/ipykernel_1/2.py", "\n" + METRIC.format(value=2))
     assert METRICS.get("mine").build is names["mine"]
 
 
-def test_a_file_that_is_run_again_takes_the_place_of_what_it_registered(
+def test_rerun_file_replaces_its_part(
     tmp_path: pathlib.Path,
 ) -> None:
     path = tmp_path / "mine.py"
@@ -50,21 +50,21 @@ def test_a_file_that_is_run_again_takes_the_place_of_what_it_registered(
         assert METRICS.get("mine").build is names["mine"]
 
 
-def test_a_name_twice_in_one_file_or_in_two_is_refused(tmp_path: pathlib.Path) -> None:
+def test_duplicate_names_are_rejected(tmp_path: pathlib.Path) -> None:
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     for path in (one, other):
         path.write_text(METRIC.format(value=1))
     run(str(one), METRIC.format(value=1))
-    words = rf"{other}, line 4: registers the metric 'mine', which {one}, line 4 has registered"
+    words = rf"{other}, line 4: the metric 'mine' is already registered by {one}, line 4"
     with pytest.raises(ConfigError, match=words):
         run(str(other), METRIC.format(value=1))
     one.write_text(METRIC.format(value=1) * 2)
-    with pytest.raises(ConfigError, match=rf"{one}, line 10: .* {one}, line 4 has registered"):
+    with pytest.raises(ConfigError, match=rf"{one}, line 10: .* registered by {one}, line 4"):
         run(str(one), METRIC.format(value=1) * 2)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, functools.partial, functools.cache])
-def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
+def test_location_of_wrapped_functions(wrap: Any) -> None:
     def wrapped(logits: Any, labels: Any) -> Any:
         return jnp.zeros(len(labels))
 
@@ -77,39 +77,45 @@ def test_a_wrapped_function_is_where_it_was_written(wrap: Any) -> None:
     ("register", "words"),
     [
         (lambda: registry.register_metric("x")(NOT_A_FUNCTION), "must decorate a function, got 3"),
-        (lambda: registry.register_metric("x", options=["a"]), "options must be a mapping"),
-        (lambda: registry.register_metric("a.b c"), "of letters, digits and _"),
-        (lambda: registry.register_optimizer(""), "give a name"),
+        (lambda: registry.register_metric("x", options=["a"]), "options must map names"),
+        (lambda: registry.register_metric("a.b c"), "of letters, digits and underscores"),
+        (lambda: registry.register_optimizer(""), "must be a non-empty string"),
     ],
 )
-def test_what_cannot_be_registered_is_named(register: Any, words: str) -> None:
+def test_invalid_registrations_are_rejected(register: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         register()
 
 
-def test_a_home_that_failed_once_is_tried_again(
+def test_failed_import_of_builtin_parts_is_retried(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Registry("thing", setting="thing.name", part=Part, home="home_of_things")
+    known = Registry("thing", setting="thing.name", part=Part, module="builtin_things")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "home_of_things.py").write_text("raise OSError")
+    (tmp_path / "builtin_things.py").write_text("raise OSError")
     with pytest.raises(OSError):
         known.names()
-    (tmp_path / "home_of_things.py").write_text("")
+    (tmp_path / "builtin_things.py").write_text("")
     assert known.names() == ()
 
 
-def test_what_a_part_raises_is_said_with_its_line(tmp_path: pathlib.Path) -> None:
+def test_errors_of_custom_parts_name_the_line(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def build():\n    raise KeyError('learning_rate')\n")
     build = run(str(path), path.read_text())["build"]
     part = Part(name="mine", build=build, file=str(path), line=1)
     words = rf"{path}, line 1: the thing 'mine' failed \(line 2\): KeyError: 'learning_rate'"
-    with pytest.raises(ConfigError, match=words), registry.explained(part, "the thing 'mine'"):
+    with (
+        pytest.raises(ConfigError, match=words),
+        registry.as_config_error(part, "the thing 'mine'"),
+    ):
         build()
-    with pytest.raises(UserError, match=r"^as it is$"), registry.explained(part, "the thing"):
+    with (
+        pytest.raises(UserError, match=r"^as it is$"),
+        registry.as_config_error(part, "the thing"),
+    ):
         raise UserError("as it is")
-    # A mistake of the package's own is no mistake of the user's.
-    own = OPTIMIZERS.get("sgd")
-    with pytest.raises(ZeroDivisionError), registry.explained(own, "the optimizer"):
+    # Errors of built-in parts are bugs, not mistakes of the user.
+    builtin = OPTIMIZERS.get("sgd")
+    with pytest.raises(ZeroDivisionError), registry.as_config_error(builtin, "the optimizer"):
         1 / 0  # noqa: B018

@@ -75,7 +75,7 @@ def add() -> None:
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
-    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=console.say)
+    devices.initialize(**_PROCESSES(), heartbeat_timeout=_SILENCE.value, log=console.log)
     if _DATA.value:
         train()
     else:

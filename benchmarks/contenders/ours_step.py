@@ -71,7 +71,7 @@ def noise(settings: dict[str, Any]) -> Dataset:
 
 def make_run(settings: dict[str, Any]) -> Run:
     """Returns a run on noise."""
-    return assemble(make_config(settings), noise(settings), log=console.say)
+    return assemble(make_config(settings), noise(settings), log=console.log)
 
 
 def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:

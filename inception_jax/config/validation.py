@@ -29,7 +29,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     if metadata["choices"] and not metadata["registry"] and value not in metadata["choices"]:
         choices = [str(choice) for choice in metadata["choices"]]
         return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
-    if metadata["path"] and (problem := paths.problem(value)):
+    if metadata["path"] and (problem := paths.find_problem(value)):
         return problem
     if metadata["duration"]:
         return _duration_problem(value)
@@ -187,7 +187,7 @@ def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
       ConfigError: naming every invalid setting, its value and what is allowed.
     """
     unknown = [
-        f"config.{path} = {name!r}: {known.unknown(name)}"
+        f"config.{path} = {name!r}: {known.unknown_message(name)}"
         for path, known, name in named_parts(config)
         if name not in known
     ]
@@ -218,7 +218,7 @@ def _field_problems(config: Config) -> Iterator[str]:
             yield f"config.{path} = {value!r}: {problem}"
     for path, known, name in named_parts(config):
         if name not in known:
-            yield f"config.{path} = {name!r}: {known.unknown(name)}"
+            yield f"config.{path} = {name!r}: {known.unknown_message(name)}"
 
 
 def named_parts(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:

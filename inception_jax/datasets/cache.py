@@ -220,7 +220,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
     }
     if source.code:
         info["source"]["code"] = source.code
-    if "train_split" in part.takes:
+    if "train_split" in part.extra_settings:
         info["statistics"] = statistics
     if builder.fields is not None:
         info["fields"] = builder.fields._asdict()

@@ -52,7 +52,7 @@ _register(
     "tiny_imagenet.TinyImagenet",
     eval_split="validation",
     classes=200,
-    fixed_content=True,
+    content_is_canonical=True,
 )
 _register(
     "tiny_imagenet_subset",
@@ -60,12 +60,12 @@ _register(
     eval_split="validation",
     contents=_late("tiny_imagenet_layout.contents"),
 )
-_register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, fixed_content=True)
+_register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, content_is_canonical=True)
 _register(
     "image_folder",
     "image_folder.ImageFolder",
     eval_split="validation",
-    takes=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
+    extra_settings=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
     contents=_late("folders.contents"),
     check=_check_encoding,
 )
@@ -74,8 +74,8 @@ _register(
     "digits.Digits",
     eval_split="test",
     classes=10,
-    takes_source=False,
-    fixed_content=True,
+    accepts_source=False,
+    content_is_canonical=True,
 )
 _register(
     "imagenet2012",
@@ -86,15 +86,15 @@ _register(
     # As in torchvision's documentation of its pretrained models.
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    fixed_content=True,
+    content_is_canonical=True,
 )
 # What TFDS's own commands prepared.
 _register(
     "tfds",
     "tfds_prepared.PreparedTfds",
-    takes=("tfds", "train_split", "eval_split"),
-    takes_source=False,
-    fixed_content=True,
+    extra_settings=("tfds", "train_split", "eval_split"),
+    accepts_source=False,
+    content_is_canonical=True,
     check=_late("tfds_folders.problems"),
     locate=_late("tfds_folders.locate"),
 )

@@ -322,7 +322,7 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
     found = f"it has {', '.join(others)} besides" if others else "it has no other"
     remedy = (
         "set config.data.eval_split"
-        if "eval_split" in recipe.part.takes
+        if "eval_split" in recipe.part.extra_settings
         else ("name one in register_dataset(..., eval_split=...)")
     )
     raise ConfigError(

@@ -57,8 +57,8 @@ def make_builder(recipe: Recipe) -> Any:
     # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
     directory, source = recipe.directory.absolute(), str(recipe.source or "")
     if part.is_builder:
-        make = part.build(registry.fill(part, data))
-        arguments = {name: getattr(data, name) for name in part.takes}
+        make = part.build(registry.settings_with_defaults(part, data))
+        arguments = {name: getattr(data, name) for name in part.extra_settings}
     else:
         from inception_jax.datasets.builders import from_function
 

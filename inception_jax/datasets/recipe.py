@@ -36,7 +36,7 @@ def data_directory(directory: str) -> pathlib.Path:
         default = os.environ.get("TFDS_DATA_DIR", "")
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
-    found = paths.local(directory, what)
+    found = paths.local_path(directory, what)
     try:
         str(found.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -126,14 +126,14 @@ class Recipe:
         """Where the original files are, or None where they are downloaded or there are none."""
         if not self.data.source:
             return None
-        return paths.local(self.data.source, f"config.data.source = {self.data.source!r}")
+        return paths.local_path(self.data.source, f"config.data.source = {self.data.source!r}")
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of those settings that it alone takes, by name, as JSON gives them back."""
-        found = {name: getattr(self.data, name) for name in self.part.takes}
+        found = {name: getattr(self.data, name) for name in self.part.extra_settings}
         if self.part.options or not self.part.is_builder:
-            options = registry.with_defaults(self.part, self.data.options)
+            options = registry.options_with_defaults(self.part, self.data.options)
             found["options"] = json.loads(json.dumps(options))
         return found
 
@@ -189,11 +189,12 @@ class Recipe:
                 )
         if self.code and prepared.code and self.code != prepared.code:
             return Change(
-                f"{self.part.place}: {self.name!r} is no longer the function that prepared {where}",
+                f"{self.part.location}: {self.name!r} is no longer the function that prepared "
+                f"{where}",
                 "Put it back as it was",
             )
         path = self.source
-        if self.part.fixed_content or path is None:
+        if self.part.content_is_canonical or path is None:
             return None
         path = path.absolute()
         # Removing the original once it is prepared is no mistake. A path may lead into an archive.

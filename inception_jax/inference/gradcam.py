@@ -241,8 +241,8 @@ class HeatmapWriter:
                 self._folder / self._unused_name(picture.name),
                 picture.view,
                 heat,
-                title=f"{figures.short(prediction.name, 60)}: {prediction.probability:.1%}",
-                captions=(figures.short(os.path.basename(picture.name), 40), about),
+                title=f"{figures.truncate(prediction.name, 60)}: {prediction.probability:.1%}",
+                captions=(figures.truncate(os.path.basename(picture.name), 40), about),
             )
 
     def _unused_name(self, picture: str) -> str:

@@ -43,7 +43,7 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     Raises:
       DataError: if a path leads nowhere, a folder cannot be read, or there is no file at all.
     """
-    arguments = [path if path == STDIN else str(paths.local(path, path)) for path in arguments]
+    arguments = [path if path == STDIN else str(paths.local_path(path, path)) for path in arguments]
     if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
         raise DataError(
             f"{folders.quoted([folders.shown(path) for path in missing])}: no such file or folder. "

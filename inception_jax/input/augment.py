@@ -143,12 +143,15 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
     """
     part = registry.AUGMENTATIONS.get(name)
     given = {setting: getattr(settings, setting) for setting in part.settings or ()}
-    with registry.explained(part, f"the augmentation {name!r}"):
-        result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
+    with registry.as_config_error(part, f"the augmentation {name!r}"):
+        result = part.build(
+            key, images, **given, **registry.options_with_defaults(part, settings.options)
+        )
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
-            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; it "
-            f"has to return images as it was given them, float32 {list(images.shape)}"
+            f"{part.location}: the augmentation {name!r} returned "
+            f"{registry.describe_value(result)}; it has to return images as it was given them, "
+            f"float32 {list(images.shape)}"
         )
     return result
 

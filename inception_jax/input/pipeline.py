@@ -71,7 +71,7 @@ def train_batches(
     Yields:
       image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
     """
-    rows = sharding.process_rows(batch_size)
+    rows = sharding.local_rows(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
@@ -131,7 +131,7 @@ def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[
       image: uint8 [B, H, W, 3], label: int32 [B] and mask: bool [B], True for real examples.
     """
     batch_size += -batch_size % mesh.size
-    rows = sharding.process_rows(batch_size)
+    rows = sharding.local_rows(batch_size)
 
     def load(batch: int) -> dict[str, np.ndarray]:
         indices = np.arange(batch * batch_size, (batch + 1) * batch_size)[rows]
@@ -162,7 +162,7 @@ def _to_devices_ahead(
     """Yields batches on the devices, the next one already on its way."""
     ahead: dict[str, jax.Array] | None = None
     for batch in batches:
-        current, ahead = ahead, sharding.to_devices(batch, mesh)
+        current, ahead = ahead, sharding.make_global_batch(batch, mesh)
         if current is not None:
             yield current
     if ahead is not None:

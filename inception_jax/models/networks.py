@@ -123,20 +123,20 @@ def create(
         )
     part = registry.MODELS.get(settings.name)
     dtype = ops.auto_dtype() if settings.dtype == "auto" else settings.dtype
-    filled = dataclasses.replace(registry.fill(part, settings), dtype=dtype)
-    with registry.explained(part, f"the model {part.name!r}"):
+    filled = dataclasses.replace(registry.settings_with_defaults(part, settings), dtype=dtype)
+    with registry.as_config_error(part, f"the model {part.name!r}"):
         network = part.build(filled, num_classes)
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"{part.place}: the model {part.name!r} returned {network!r}, a "
+            f"{part.location}: the model {part.name!r} returned {network!r}, a "
             f"{type(network).__name__}; it has to return a flax.linen.Module"
         )
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
-    if part.is_own:
+    if part.is_builtin:
         return network
     return protocol.adapted(
-        network, name=part.name, place=part.place, min_image_size=part.min_image_size
+        network, name=part.name, place=part.location, min_image_size=part.min_image_size
     )
 
 
@@ -205,7 +205,7 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
-            found = type(logits).__name__ if shape is None else registry.described(logits)
+            found = type(logits).__name__ if shape is None else registry.describe_value(logits)
             raise ConfigError(f"{what} returned {found} for 2 images of {image_size} px; {wanted}")
     if "params" not in variables:
         raise ConfigError(f"{what} has no parameters, so there is nothing to train")

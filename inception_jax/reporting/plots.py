@@ -125,7 +125,7 @@ def _run_curves(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
 
 def _title(record: RunRecord) -> str:
     """Returns the experiment's name, with its last and its best accuracy outside training."""
-    name = figures.short(record.name, _NAME_LENGTH)
+    name = figures.truncate(record.name, _NAME_LENGTH)
     result = context.result(record)
     if result is None:
         return name
@@ -198,13 +198,13 @@ def plot_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     if points:
         axes.set_ylim(0, 1.5 * max(smoothed[: len(points) // 2 + 1]))
     found = f"proposed rate {proposal['rate']:g}" if proposal else "no rate to propose"
-    title = f"{figures.short(values['config']['name'], _NAME_LENGTH)}: {found}"
+    title = f"{figures.truncate(values['config']['name'], _NAME_LENGTH)}: {found}"
     _finish_curves(axes, title, "learning rate", "loss")
     figures.save(figure, path)
 
 
 def _predictions(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
-    name = figures.short(record.name, _NAME_LENGTH)
+    name = figures.truncate(record.name, _NAME_LENGTH)
     title = name
     if evaluated := context.evaluated(record):
         title += f", step {evaluated['step']:,}"
@@ -227,7 +227,7 @@ def _classes(classes: dict[str, Any], title: str) -> "Figure":
     # The worst are listed from the worst on; the plot has all from the best on.
     rows = rows[:count] + rows[count:][::-1]
     figure, axes = _canvas(height=1.6 + 0.32 * len(rows))
-    names = [figures.short(row["name"], _CLASS_LENGTH) for row in rows]
+    names = [figures.truncate(row["name"], _CLASS_LENGTH) for row in rows]
     places = range(len(rows), 0, -1)
     bars = axes.barh(places, [row["accuracy"] for row in rows], color=_BLUE, height=0.7)
     axes.bar_label(bars, [f"{row['accuracy']:.1f}" for row in rows], padding=4, fontsize=11)
@@ -243,7 +243,7 @@ def _classes(classes: dict[str, Any], title: str) -> "Figure":
 
 def _confusion(confusion: dict[str, Any], title: str) -> "Figure":
     """Returns the confusion matrix, coloured by the share of the true class."""
-    names = [figures.short(name, _CLASS_LENGTH) for name in confusion["names"]]
+    names = [figures.truncate(name, _CLASS_LENGTH) for name in confusion["names"]]
     side = 3.0 + 0.5 * len(names)
     figure, axes = _canvas(width=side + 1, height=side)
     shares = [[cell["share"] for cell in row["cells"]] for row in confusion["rows"]]
@@ -339,7 +339,7 @@ def _curve(
         marker="" if dense else "o",
         markersize=5,
         markerfacecolor="white" if style == "--" else None,
-        label=f"{figures.short(name, _NAME_LENGTH)}, last {last:.4g}",
+        label=f"{figures.truncate(name, _NAME_LENGTH)}, last {last:.4g}",
     )
 
 

@@ -1,1 +1,1 @@
-"""The machine: devices, processes, signals, sharding, compilation cache and environment."""
+"""Devices, processes, signals, sharding, the compilation cache and the environment."""

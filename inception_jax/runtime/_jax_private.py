@@ -1,11 +1,11 @@
-"""What the package takes of JAX's private interface, and of it alone.
+"""The only uses of JAX's private interface in the package.
 
 - The key-value store of the coordination service (`jax._src.distributed.global_state.client`).
-- That JAX's preemption service installs a C function for SIGTERM: the only way to tell it that this
-  process must end is to call that.
+- JAX's preemption service installs a C function for SIGTERM. Calling it is the only way to tell the
+  service that this process must exit.
 
-Whoever raises a pin to a version that is not in `TESTED_WITH` runs the tests of several processes
-(tests/integration/test_hosts.py, test_faults.py), and then adds it here.
+Before raising a pin to a version that is not in `TESTED_WITH`, run the multi-process tests
+(tests/integration/test_hosts.py, test_faults.py), then add the version here.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ class KeyValueStore:
     def __init__(self) -> None:
         self._client: Any = distributed.global_state.client
 
-    def put(self, key: str, text: str) -> None:
-        """Writes a text, over an earlier one."""
+    def set(self, key: str, text: str) -> None:
+        """Sets the text of a key, replacing any earlier one."""
         self._client.key_value_set(key, text, allow_overwrite=True)
 
-    def wait(self, key: str, seconds: float) -> str | None:
-        """Returns a text as soon as it is there, or None if it is not there in time."""
+    def wait_for(self, key: str, seconds: float) -> str | None:
+        """Returns the text of a key once it is set, or None after a timeout in seconds."""
         try:
             return self._client.blocking_key_value_get(key, round(1000 * seconds))
         except jax.errors.JaxRuntimeError as error:
@@ -38,22 +38,22 @@ class KeyValueStore:
                 return None
             raise
 
-    def under(self, prefix: str) -> dict[str, str]:
-        """Returns all texts whose keys begin so, by the rest of their keys."""
-        found = self._client.key_value_dir_get(prefix)
-        return {key.rpartition("/")[2]: text for key, text in found}
+    def get_all(self, prefix: str) -> dict[str, str]:
+        """Returns the texts of all keys that start with `prefix`, by the last part of the key."""
+        entries = self._client.key_value_dir_get(prefix)
+        return {key.rpartition("/")[2]: text for key, text in entries}
 
 
-def process_place() -> tuple[int, int]:
-    """Returns the number of this process and how many there are; asks for no device."""
+def process_index_and_count() -> tuple[int, int]:
+    """Returns the index of this process and the process count, without initializing devices."""
     return distributed.global_state.process_id, distributed.global_state.num_processes
 
 
 def sigterm_handler() -> int:
-    """Returns the address of the C function that SIGTERM calls; 0: the default.
+    """Returns the address of the C function that handles SIGTERM; 0: the default action.
 
-    JAX's preemption service puts its own in the place of Python's, so whoever takes the signal
-    after that has to hand it on.
+    JAX's preemption service replaces Python's handler with its own, so a handler installed later
+    has to forward the signal.
     """
     getsig = ctypes.pythonapi.PyOS_getsig
     getsig.argtypes, getsig.restype = [ctypes.c_int], ctypes.c_void_p
@@ -61,6 +61,6 @@ def sigterm_handler() -> int:
 
 
 def preemption_notifier(handler: int) -> Callable[[], None]:
-    """Returns what calls a function that `sigterm_handler` gave, as SIGTERM would."""
+    """Returns a function that calls the handler at an address, as SIGTERM would."""
     call = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     return lambda: call(signal.SIGTERM)

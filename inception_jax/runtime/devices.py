@@ -1,4 +1,4 @@
-"""JAX's processes, devices and caches, set up before anything is computed."""
+"""Initialization of JAX: processes, devices, settings and the compilation cache."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from inception_jax.errors import UserError, nearest
 from inception_jax.runtime import _jax_private, compilation_cache, hosts
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-# Of launchers that number their processes: what holds their count, and the number of each.
+# Environment variables in which MPI launchers set the process count and the process index.
 _LAUNCHER_ENV_VARS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
-# What random bits, and so a resumed run, depend on, and what the programs are written for.
-_FIXED = {
+# Settings that random bits, and so resumed runs, depend on, and that the code assumes.
+_FIXED_SETTINGS = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -38,80 +38,81 @@ def initialize(
     fingerprint: Callable[[], Mapping[str, Any]] = dict,
     log: Callable[[str], None] = print,
 ) -> Callable[[], None] | None:
-    """Chooses the devices and joins the other processes. Call before any other use of JAX.
+    """Selects the devices and connects to the other processes. Call before any other use of JAX.
 
     Args:
-      platform: "cpu", "gpu" or "tpu": use this one or fail; empty: the best there is.
-      distributed: join the other processes of a TPU pod slice, a SLURM or an Open MPI job, which
-        JAX finds by itself.
-      cluster: the only one of JAX's ways of finding them to use, such as "mpi4py"; empty: the first
-        that fits.
-      coordinator_address: host:port of process 0, where the processes are not found by themselves.
-      process_count: how many processes there are, with `coordinator_address`; 0: an MPI launcher's
-        variables say it.
-      process_index: which of them this one is, with `coordinator_address`; -1: as the count.
-      heartbeat_timeout: seconds without a heartbeat after which JAX takes another process for dead,
-        and ends this one.
-      fingerprint: returns what must be the same in all processes, by what it is, for JSON.
-      log: takes a line where compiled programs cannot be kept, or others are waited for.
+      platform: "cpu", "gpu" or "tpu": use this one or fail; empty: the best available.
+      distributed: join the other processes of a TPU pod slice or a SLURM or Open MPI job, which
+        JAX detects automatically.
+      cluster: the only detection method to use, such as "mpi4py"; empty: the first that applies.
+      coordinator_address: host:port of process 0, for processes that JAX cannot detect.
+      process_count: number of processes, with `coordinator_address`; 0: from an MPI launcher's
+        environment variables.
+      process_index: index of this process, with `coordinator_address`; -1: from the same variables.
+      heartbeat_timeout: seconds without a heartbeat after which JAX considers another process dead
+        and terminates this one.
+      fingerprint: returns JSON values, by name, that must be equal in all processes.
+      log: called with a line if the compilation cache is disabled or another process is slow.
 
     Returns:
-      What tells JAX's preemption service, and so all processes, that this one must end; None where
-      there is no such service, as in a process of its own.
+      A function that tells JAX's preemption service, and so all processes, that this process must
+      exit; None without such a service, as in a single process.
 
     Raises:
-      UserError: if the platform is not there, the processes cannot be joined or do not agree.
+      UserError: if the platform is not available, the processes cannot connect, or they are
+        inconsistent.
     """
     if platform and platform not in PLATFORMS:
         raise UserError(
-            f"--platform={platform}: must be one of {', '.join(PLATFORMS)}."
-            f"{nearest(platform, PLATFORMS)}"
+            f"--platform={platform}: no such platform.{nearest(platform, PLATFORMS)} Use cpu, gpu "
+            "or tpu"
         )
     _fix_settings(log)
     if platform == "cpu":
         jax.config.update("jax_platforms", platform)
-    compilation_cache.use(log)
+    compilation_cache.enable(log)
     before = _jax_private.sigterm_handler()
     if coordinator_address:
-        count, index = _numbered(process_count, process_index)
+        count, index = _process_count_and_index(process_count, process_index)
         if not (count > 0 and 0 <= index < count):
             raise UserError(
-                f"--coordinator_address={coordinator_address}: needs --process_count (found "
-                f"{process_count}) and --process_index from 0 to it (found {process_index})"
+                f"--coordinator_address={coordinator_address}: requires --process_count ≥ 1 (got "
+                f"{process_count}) and --process_index from 0 to --process_count − 1 (got "
+                f"{process_index})"
             )
         _join(heartbeat_timeout, log, address=coordinator_address, count=count, index=index)
     elif distributed:
         _join(heartbeat_timeout, log, cluster=cluster or None)
     handler = _jax_private.sigterm_handler()
-    # Before the devices are looked for, which other versions might do in another way.
-    hosts.check_consistent("start", fingerprint)
+    # Before the devices are initialized, which other versions of JAX might do differently.
+    hosts.check_consistent("startup settings", fingerprint)
     _check_platform(platform)
-    hosts.check_consistent("devices", _devices)
+    hosts.check_consistent("devices", _device_info)
     return None if handler == before else _jax_private.preemption_notifier(handler)
 
 
 def _fix_settings(log: Callable[[str], None]) -> None:
-    """Sets what the environment, such as JAX_ENABLE_X64, may have set to something else."""
-    for name, value in _FIXED.items():
-        # None stands for JAX's own default, which is the same.
-        if (found := getattr(jax.config, name)) not in (None, value):
-            log(f"{name.upper()}={found}: is ignored; this program always runs with {value}")
+    """Resets what environment variables such as JAX_ENABLE_X64 may have changed."""
+    for name, value in _FIXED_SETTINGS.items():
+        # None means JAX's default, which is the same value.
+        if (current := getattr(jax.config, name)) not in (None, value):
+            log(f"{name.upper()}={current}: ignored; this program always uses {value}")
             jax.config.update(name, value)
 
 
 @contextlib.contextmanager
-def settings_of_a_run(log: Callable[[str], None]) -> Iterator[None]:
-    """Gives JAX the settings that a run depends on, and its cache, in the block alone.
+def run_settings(log: Callable[[str], None]) -> Iterator[None]:
+    """Applies the JAX settings that a run depends on, and the cache, within the block only.
 
     Args:
-      log: takes a line where a setting was another, or compiled programs cannot be kept.
+      log: called with a line if a setting is overridden or the compilation cache is disabled.
     """
     cache = "jax_compilation_cache_dir"
-    before = {name: getattr(jax.config, name) for name in (*_FIXED, cache)}
-    with compilation_cache.explained_problems(log):
+    before = {name: getattr(jax.config, name) for name in (*_FIXED_SETTINGS, cache)}
+    with compilation_cache.log_cache_errors(log):
         _fix_settings(log)
         if not before[cache]:
-            compilation_cache.use(log)
+            compilation_cache.enable(log)
         try:
             yield
         finally:
@@ -121,8 +122,8 @@ def settings_of_a_run(log: Callable[[str], None]) -> Iterator[None]:
                 jax_compilation_cache.reset_cache()
 
 
-def _numbered(count: int, index: int) -> tuple[int, int]:
-    """Returns how many processes there are and which this one is, as given or by the launcher."""
+def _process_count_and_index(count: int, index: int) -> tuple[int, int]:
+    """Returns the process count and index as given, or as set by an MPI launcher."""
     for count_name, index_name in _LAUNCHER_ENV_VARS:
         if count == 0 and index == -1 and {count_name, index_name} <= os.environ.keys():
             return int(os.environ[count_name]), int(os.environ[index_name])
@@ -138,7 +139,7 @@ def _join(
     index: int | None = None,
     cluster: str | None = None,
 ) -> None:
-    """Joins the other processes, over which JAX watches from then on; it finds what is None."""
+    """Connects to the other processes, which JAX monitors from then on; it detects what is None."""
     try:
         jax.distributed.initialize(
             address,
@@ -149,49 +150,49 @@ def _join(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes could not be joined: {error}. Were all of them started? Under a TPU "
-            "pod slice, SLURM or Open MPI give --distributed (with Open MPI 5 and mpi4py also "
-            "--cluster=mpi4py); elsewhere --coordinator_address, --process_count and "
-            "--process_index; for one process none of them"
+            f"cannot connect to the other processes: {error}. Check that all of them were "
+            "started. On a TPU pod slice, SLURM or Open MPI, use --distributed (with Open MPI 5 "
+            "and mpi4py, also --cluster=mpi4py); elsewhere, use --coordinator_address, "
+            "--process_count and --process_index; for a single process, use none of these"
         ) from error
-    process, count = _jax_private.process_place()
+    process, count = _jax_private.process_index_and_count()
     if count > 1:
         store = _jax_private.KeyValueStore()
         hosts.join(hosts.Hosts(store, process, count, heartbeat_timeout, log), socket.gethostname())
 
 
-def _devices() -> dict[str, Any]:
-    """Returns which devices this process has, and in what way it is to use them."""
+def _device_info() -> dict[str, Any]:
+    """Returns the kind and number of local devices, which must be equal in all processes."""
     return {
         "device": jax.local_devices()[0].device_kind,
-        "devices a process": jax.local_device_count(),
+        "devices per process": jax.local_device_count(),
     }
 
 
 def _check_platform(platform: str) -> None:
-    """Checks that JAX found the devices that were asked for, here or by JAX_PLATFORMS."""
+    """Checks that JAX uses the platform requested by the argument or by JAX_PLATFORMS."""
     try:
-        found, reason = jax.default_backend(), ""
+        backend, reason = jax.default_backend(), ""
     # With JAX_PLATFORMS=cuda and no NVIDIA device, JAX fails by an assertion.
     except (RuntimeError, AssertionError) as error:
-        if message := advice.in_use(str(error)):
+        if message := advice.device_in_use(str(error)):
             raise UserError(message) from error
-        found, reason = "none", f" ({str(error).splitlines()[0]})" if str(error) else ""
+        backend, reason = "none", f" ({str(error).splitlines()[0]})" if str(error) else ""
         platform = platform or os.environ.get("JAX_PLATFORMS", "")
-    if found not in ("none", platform) and platform and (message := _in_use(platform)):
+    if backend not in ("none", platform) and platform and (message := _device_in_use(platform)):
         raise UserError(message)
-    if found == "none" or platform not in ("", found):
+    if backend == "none" or platform not in ("", backend):
         raise UserError(
-            f"no device of the platform {platform!r} can be used; found: {found}{reason}. Check "
-            "its driver and that its extra is installed (pip install -e '.[cuda]' or '.[tpu]'), "
-            "or use --platform=cpu"
+            f"platform {platform!r}: not available; JAX found {backend}{reason}. Check the driver, "
+            "install the package with its extra (pip install -e '.[cuda]' or '.[tpu]'), or use "
+            "--platform=cpu"
         )
 
 
-def _in_use(platform: str) -> str | None:
-    """Returns what to do where JAX passed a platform over because others use its devices."""
+def _device_in_use(platform: str) -> str | None:
+    """Returns advice if JAX skipped a platform because another process uses its devices."""
     try:
         jax.devices(platform)
     except (RuntimeError, AssertionError) as error:
-        return advice.in_use(str(error))
+        return advice.device_in_use(str(error))
     return None

@@ -1,6 +1,6 @@
-"""What ran, and on what: the parameters of a model and the software and hardware of a run.
+"""The software and hardware of a run, and a table of a model's parameters.
 
-A result can be told from another, and had again, only with the versions and devices beside it.
+Results can only be compared and reproduced together with the versions and devices they came from.
 """
 
 import datetime
@@ -32,10 +32,10 @@ _PACKAGES = (
     "safetensors",
 )
 
-# Environment variables that change what is computed, by the beginnings of their names, and those
-# among them that each process has for itself.
-_COMPILERS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_PER_PROCESS = (
+# Prefixes of environment variables that change what is computed, and of those among them that
+# differ between processes.
+_COMPILER_VARIABLES = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_PER_PROCESS_VARIABLES = (
     "JAX_COMPILATION_CACHE_DIR",
     "JAX_COORDINATOR",
     "JAX_LOCAL_DEVICE_IDS",
@@ -46,10 +46,10 @@ _PER_PROCESS = (
 
 
 def parameter_table(params: Mapping[str, Any]) -> str:
-    """Returns each parameter's name, shape, type and size, and the total, as a table.
+    """Returns a table of each parameter's name, shape, dtype and size, with the total.
 
     Args:
-      params: nested mapping of arrays (or of anything with a shape and a dtype).
+      params: nested mapping of arrays, or of anything with a shape and a dtype.
     """
     return parameter_overview.get_parameter_overview(dict(params), include_stats=False)
 
@@ -58,9 +58,9 @@ def environment() -> dict[str, Any]:
     """Returns the software and hardware of this process, for config.json and result.json.
 
     Returns:
-      Values for JSON: date (UTC), python, packages (version by name), platform, cpu, cpu_count,
+      JSON values: date (UTC), python, packages (version by name), platform, cpu, cpu_count,
       backend, device, device_count, process_count, and revision: the commit of the source, with
-      "+changes" if files differ from it, or None where it is no git checkout.
+      "+changes" if files were modified, or None outside a git checkout.
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -78,18 +78,18 @@ def environment() -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """Returns what decides which program the devices run, to compare the processes of a run.
+    """Returns everything that determines the compiled program, to compare the processes of a run.
 
     Returns:
-      Values for JSON, by what they are: the versions of python and of each package; the source's
-      commit; a SHA-256 over its files, which also tells changed files apart; and the environment
-      variables that JAX and its compilers read, but for those that tell the processes apart.
+      JSON values by name: the versions of Python and of each package; the commit of the source; a
+      SHA-256 over its files, which also detects modified files; and the environment variables that
+      JAX and its compilers read, except those that differ between processes.
     """
-    versions = {f"{name}'s version": _version(name) for name in _PACKAGES}
+    versions = {f"{name} version": _version(name) for name in _PACKAGES}
     variables = {
         f"${name}": value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_COMPILERS) and not name.startswith(_PER_PROCESS)
+        if name.startswith(_COMPILER_VARIABLES) and not name.startswith(_PER_PROCESS_VARIABLES)
     }
     return {
         "python": platform.python_version(),
@@ -101,7 +101,7 @@ def software() -> dict[str, Any]:
 
 
 def source_digest(package: pathlib.Path) -> str:
-    """Returns the start of a SHA-256 over the names and contents of a package's Python files."""
+    """Returns 16 hex digits of a SHA-256 over the names and contents of a package's .py files."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
@@ -111,7 +111,7 @@ def source_digest(package: pathlib.Path) -> str:
 
 
 def revision() -> str | None:
-    """Returns the commit of the source, as in `environment`."""
+    """Returns the commit of the source, as described in `environment`."""
     return _git_revision(pathlib.Path(__file__).parents[2])
 
 
@@ -123,7 +123,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """Returns the processor's model, which Linux knows and Python's platform module does not."""
+    """Returns the processor model from /proc/cpuinfo; Python's platform module lacks it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -133,11 +133,11 @@ def _cpu_name() -> str:
 
 
 def _git_revision(folder: pathlib.Path) -> str | None:
-    """Returns the commit that `folder`, the root of a checkout, is at; None if it is no such."""
-    # A package inside another project's checkout (site-packages) is not at that project's commit.
+    """Returns the commit of a checkout with root `folder`; None if it is not one."""
+    # A package in site-packages inside another project's checkout is not part of that commit.
     if not (folder / ".git").exists():
         return None
-    # Without optional locks, so that asking never disturbs a git command of the user's.
+    # Without optional locks, so that this never interferes with the user's git commands.
     git = ["git", "--no-optional-locks", "-C", str(folder)]
     try:
         commit, status = (

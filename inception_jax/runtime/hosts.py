@@ -1,10 +1,10 @@
-"""The other processes of a run: whether they agree, and what this one does when one is gone.
+"""Multi-process runs: peer failures and start-up consistency.
 
-Liveness is JAX's own: a process that sends its coordination service, in process 0, no heartbeat for
-`config.watch.heartbeat_timeout_seconds` counts as dead, and JAX ends all others from C++ (SIGABRT),
-with the dead one's number ("task") in the message. Python adds, through the service's store of
-texts, what JAX does not know: names of hosts, differences between the processes before a collective
-operation could hang on them, and the reason why a process fails. One alone has nobody to ask.
+JAX detects dead processes: if the coordination service in process 0 gets no heartbeat from a
+process for `config.watch.heartbeat_timeout_seconds`, JAX terminates all others from C++ (SIGABRT)
+and reports the dead process's number as the "task". This module adds what JAX does not know, using
+the service's key-value store: host names, inconsistencies between the processes that a collective
+operation would hang on, and the reason for a failure. In a single process all of it is a no-op.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from inception_jax.errors import UserError
 if TYPE_CHECKING:
     from inception_jax.runtime._jax_private import KeyValueStore
 
-# Seconds that process 0, which serves the store, leaves the others to end by themselves with a
-# message of their own: all fail alike where a loss is not finite.
-GRACE = 10.0
-SETTLE = 1.0  # Seconds from a process's last word in the store to its end.
+# How long process 0, which serves the store, lets the others exit with their own messages: all of
+# them fail in the same way if a loss is not finite.
+GRACE_SECONDS = 10.0
+SETTLE_SECONDS = 1.0  # From the last write of a process to its exit.
 _ROOT = "inception_jax"
 _FAILURES, _ENDED = f"{_ROOT}/failures/", f"{_ROOT}/ended/"
-_WAIT = 30.0  # Seconds until a process that is waited for is named.
-# How the errors of XLA and its collectives begin, in several types; memory is each process's own.
+_LOG_WAIT_SECONDS = 30.0  # Between lines that name the process being waited for.
+# Start of the errors of XLA and its collectives. Out of memory concerns this process only.
 _STATUS = re.compile(r"(?!RESOURCE_EXHAUSTED)[A-Z]+(_[A-Z]+)*: ")
 
 
@@ -38,167 +38,172 @@ class Hosts:
     """The processes of a run.
 
     Attributes:
-      store: of texts that all of them read and write; each method may raise RuntimeError.
-      process: the number of this one.
-      count: of processes.
-      heartbeat_timeout: seconds of silence after which JAX takes a process for dead.
-      log: takes a line for the user.
-      names: of the processes' machines.
+      store: key-value store shared by all processes; each method may raise RuntimeError.
+      process_index: index of this process.
+      process_count: number of processes.
+      heartbeat_timeout: seconds without a heartbeat after which JAX considers a process dead.
+      log: called with a line for the user.
+      host_names: host name of each process; empty before `join`.
     """
 
     store: "KeyValueStore"
-    process: int
-    count: int
+    process_index: int
+    process_count: int
     heartbeat_timeout: float
     log: Callable[[str], None] = print
-    names: Sequence[str] = ()
+    host_names: Sequence[str] = ()
 
     def describe(self, process: int) -> str:
-        """Returns 'process 1 (host a)'."""
-        return f"process {process} (host {self.names[process] if self.names else 'unknown'})"
+        """Returns a process and its host for messages: 'process 1 (host a)'."""
+        host = self.host_names[process] if self.host_names else "unknown"
+        return f"process {process} (host {host})"
 
 
 _joined: Hosts | None = None
 
 
-def join(hosts: Hosts, name: str) -> None:
-    """Makes `hosts` those of this process; process 0 logs which they are.
+def join(hosts: Hosts, host_name: str) -> None:
+    """Registers the processes of the run and exchanges host names; process 0 logs them.
 
     Args:
-      hosts: of this run.
-      name: of this machine.
+      hosts: the processes of this run.
+      host_name: name of this machine.
     """
     global _joined
     _joined = hosts
-    hosts.names = gather("host name", name)
-    if hosts.process == 0:
-        names = ", ".join(f"{number} on {host}" for number, host in enumerate(hosts.names))
+    hosts.host_names = gather("host name", host_name)
+    if hosts.process_index == 0:
+        names = ", ".join(f"{number} on {host}" for number, host in enumerate(hosts.host_names))
         hosts.log(
-            f"{hosts.count} processes: {names}. If one dies, JAX stops the others within "
-            f"{hosts.heartbeat_timeout:g} s and gives its number as the task"
+            f"{hosts.process_count} processes: {names}. If one dies, JAX stops the others within "
+            f"{hosts.heartbeat_timeout:g} s and reports its number as the task"
         )
 
 
 def is_multi_process() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process is one of several."""
     return _joined is not None
 
 
 def fail(reason: str, code: int) -> None:
-    """Ends this process without waiting for the others, which are told why; one alone goes on.
+    """Exits without waiting for the other processes and tells them why; a no-op in a single one.
 
     After sys.exit, JAX would wait minutes for processes that hang in a collective.
 
     Args:
-      reason: what failed; empty if that is another process, whose reason it would hide.
-      code: the exit code.
+      reason: what failed; empty if another process did, so that its reason is not hidden.
+      code: exit code.
     """
     if not _joined:
         return
-    store, process = _joined.store, _joined.process
+    store, process = _joined.store, _joined.process_index
     with contextlib.suppress(RuntimeError):
         if reason:
-            store.put(f"{_FAILURES}{process}", reason)
-        store.put(f"{_ENDED}{process}", "")
+            store.set(f"{_FAILURES}{process}", reason)
+        store.set(f"{_ENDED}{process}", "")
         if process == 0:
-            until = time.monotonic() + GRACE
-            for other in range(1, _joined.count):
-                store.wait(f"{_ENDED}{other}", max(0.001, until - time.monotonic()))
-            time.sleep(SETTLE)
+            deadline = time.monotonic() + GRACE_SECONDS
+            for other in range(1, _joined.process_count):
+                store.wait_for(f"{_ENDED}{other}", max(0.001, deadline - time.monotonic()))
+            time.sleep(SETTLE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def peer_failure(error: BaseException) -> str:
-    """Returns which other process failed and why, if an error here comes from that; else ''.
+    """Returns which other process failed and why, if that caused this error; otherwise ''.
 
-    Where another was killed, and so gave no reason, this waits for JAX's heartbeat, which then ends
-    this process and names the other.
+    If the other process was killed and gave no reason, this waits for JAX's heartbeat timeout,
+    which terminates this process and names the other.
     """
     if not _joined or not _is_collective_error(error):
         return ""
     with contextlib.suppress(RuntimeError):
-        if failures := _joined.store.under(_FAILURES):
+        if failures := _joined.store.get_all(_FAILURES):
             process = min(map(int, failures))
             return (
-                f"{_joined.describe(process)} failed: {failures[str(process)]}. The run cannot go "
-                f"on without it, so {_joined.describe(_joined.process)} stops too. Fix this and "
-                "rerun the same command on all hosts: it resumes from the last checkpoint"
+                f"{_joined.describe(process)} failed: {failures[str(process)]}. The run cannot "
+                f"continue without it, so {_joined.describe(_joined.process_index)} exits too. "
+                "Fix this and rerun the same command on all hosts to resume from the last "
+                "checkpoint"
             )
-    patience = _joined.heartbeat_timeout + GRACE
-    _joined.log(f"an operation over all processes failed; JAX says why within {patience:g} s")
-    time.sleep(patience)
+    timeout = _joined.heartbeat_timeout + GRACE_SECONDS
+    _joined.log(f"a collective operation failed; JAX reports the cause within {timeout:g} s")
+    time.sleep(timeout)
     return ""
 
 
 def _is_collective_error(error: BaseException | None) -> bool:
-    """Whether an error, or what it comes from, may be another process's death seen from here."""
+    """Whether an error or one of its causes may be the failure of another process."""
     while error is not None and not _STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def gather(what: str, value: Any) -> list[Any]:
-    """Returns the values that all processes give, in their order; waits for all of them.
+def gather(name: str, value: Any) -> list[Any]:
+    """Returns the values of all processes, by process index; waits for all of them.
 
     Args:
-      what: a name for them, used once in a run.
-      value: this process's, for JSON; the only one where there is one process.
+      name: name of the values, used once per run.
+      value: JSON value of this process; the only one in a single process.
     """
     if not _joined:
         return [value]
-    key = f"{_ROOT}/{what}/"
-    _joined.store.put(f"{key}{_joined.process}", json.dumps(value))
+    key = f"{_ROOT}/{name}/"
+    _joined.store.set(f"{key}{_joined.process_index}", json.dumps(value))
     values = []
-    for process in range(_joined.count):
-        while (text := _joined.store.wait(f"{key}{process}", _WAIT)) is None:
-            _joined.log(f"waiting for {_joined.describe(process)}: it has not reached its {what}")
+    for process in range(_joined.process_count):
+        while (text := _joined.store.wait_for(f"{key}{process}", _LOG_WAIT_SECONDS)) is None:
+            _joined.log(f"waiting for {_joined.describe(process)} to report its {name}")
         values.append(json.loads(text))
     return values
 
 
-def check_consistent(what: str, fingerprint: Callable[[], Mapping[str, Any]]) -> None:
-    """Checks that all processes know the same facts; does nothing where there is only one.
+def check_consistent(name: str, fingerprint: Callable[[], Mapping[str, Any]]) -> None:
+    """Checks that all processes have equal fingerprints; a no-op in a single process.
 
     Args:
-      what: a name for them, used once in a run.
-      fingerprint: returns them by what they are, as values for JSON.
+      name: name of the check, used once per run.
+      fingerprint: returns JSON values by name.
 
     Raises:
-      UserError: in all processes alike, naming each fact that differs, with processes and hosts.
+      UserError: in all processes, with each value that differs, the processes and their hosts.
     """
     if not _joined:
         return
-    found = gather(what, dict(fingerprint()))
-    if lines := differences(found, [_joined.describe(number) for number in range(_joined.count)]):
+    fingerprints = gather(name, dict(fingerprint()))
+    if lines := differences(
+        fingerprints, [_joined.describe(number) for number in range(_joined.process_count)]
+    ):
         raise UserError(
-            "the processes of this run do not agree:\n  "
+            "the processes of this run are inconsistent:\n  "
             + "\n  ".join(lines)
             + "\nStart all of them with the same command, settings, software and data"
         )
 
 
-def differences(fingerprints: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Returns what processes do not agree on, a line for each fact.
+def differences(fingerprints: Sequence[Mapping[str, Any]], processes: Sequence[str]) -> list[str]:
+    """Returns the differences between processes, a line for each value that differs.
+
+    Values are listed from the rarest to the most common; for the last, only one process is named.
+
+    >>> differences([{"seed": 0}, {"seed": 0}, {"seed": 1}], ["a", "b", "c"])
+    ['seed: 1 on c; 0 on a and 1 more']
 
     Args:
-      fingerprints: facts of each process, by what they are; one that is missing has the value None.
-      names: of the processes, in the same order.
-
-    Returns:
-      Such as "config.seed: 1 on process 2 (host c); 0 on the other 2": the values from the rarest
-      to the commonest, of which the last names the first of its processes only.
+      fingerprints: the JSON values of each process, by name; a missing one counts as None.
+      processes: names of the processes, in the same order.
     """
     lines = []
-    for what in dict.fromkeys(what for each in fingerprints for what in each):
-        holders: dict[str, list[str]] = {}
-        for each, name in zip(fingerprints, names, strict=True):
-            holders.setdefault(json.dumps(each.get(what)), []).append(name)
-        if len(holders) > 1:
-            *rare, (common, others) = sorted(holders.items(), key=lambda item: len(item[1]))
+    for name in dict.fromkeys(name for each in fingerprints for name in each):
+        by_value: dict[str, list[str]] = {}
+        for each, process in zip(fingerprints, processes, strict=True):
+            by_value.setdefault(json.dumps(each.get(name)), []).append(process)
+        if len(by_value) > 1:
+            *rare, (common, others) = sorted(by_value.items(), key=lambda item: len(item[1]))
             parts = [f"{value} on {', '.join(on)}" for value, on in rare]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             parts.append(f"{common} on {others[0]}{more}")
-            lines.append(f"{what}: {'; '.join(parts)}")
+            lines.append(f"{name}: {'; '.join(parts)}")
     return lines

@@ -1,4 +1,4 @@
-"""How the C library gets its memory. Imports nothing heavy: it comes before all else."""
+"""Huge pages for the C library's memory. Imports nothing heavy, because it runs first of all."""
 
 import os
 import pathlib
@@ -10,13 +10,13 @@ _MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages() -> None:
-    """Starts the process anew with memory in pages of 2 MiB, where the system gives them on demand.
+    """Restarts the process with 2 MiB memory pages where the system provides them on request.
 
-    XLA's CPU backend allocates some hundred megabytes for each step and frees them. In pages
-    of 4 KiB a fifth of the step is spent on getting them. glibc asks for larger ones only if an
-    environment variable says so when a process starts, hence the new start (0.1 s). Nothing is done
-    where the variable is set already, where all memory is in huge pages anyway or none may be, and
-    without glibc. Call before threads are started or files opened.
+    XLA's CPU backend allocates and frees some hundred megabytes in each step. With 4 KiB pages,
+    a fifth of the step is spent on page faults. glibc requests larger pages only if an environment
+    variable is set when a process starts, hence the restart (0.1 s). Does nothing if the variable
+    is already set, if huge pages are always or never used, or without glibc. Call before starting
+    threads or opening files.
     """
     try:
         on_demand = "[madvise]" in _MODE.read_text()
@@ -25,5 +25,5 @@ def use_huge_pages() -> None:
         return
     if on_demand and glibc and _TUNABLES not in os.environ:
         os.environ[_TUNABLES] = HUGE_PAGES
-        # Not sys.argv: the interpreter's own options belong to the command, too.
+        # Not sys.argv, which lacks the interpreter's own options.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,12 +1,12 @@
-"""Graceful shutdown on SIGTERM, SIGINT and their kin.
+"""Graceful shutdown on SIGTERM, SIGINT and similar signals.
 
-SIGTERM comes from a scheduler that needs the machine, as do SIGUSR1 and SIGUSR2, by which SLURM
-announces it (--signal=USR1@120), and SIGXCPU, at a limit of CPU time. SIGINT is a person who
-presses Ctrl-C, SIGHUP a terminal or connection that closes. All mean the same here. Until the first
-step is done there is nothing to save, and the process ends at once: what is on disk is whole at any
-moment, as a kill must find it so, too. From then on the step in hand ends, and so does an
-evaluation that is due at it; a checkpoint is written, and the loop ends the run. A second signal
-ends the process at once. One that is ignored at the start, as nohup has SIGHUP ignored, stays so.
+SIGTERM comes from a scheduler that needs the machine, as do SIGUSR1 and SIGUSR2, with which SLURM
+announces it (--signal=USR1@120), and SIGXCPU, at a CPU time limit. SIGINT is Ctrl-C; SIGHUP is a
+terminal or connection that closes. All are handled in the same way. Before the first step there is
+nothing to save and the process exits immediately; files on disk are intact at any time, as they
+must be for a kill. Afterwards, the current step and any evaluation due after it are finished, a
+checkpoint is saved, and the loop ends the run. A second signal exits immediately. Signals that are
+ignored at the start, such as SIGHUP under nohup, stay ignored.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-# coreutils' timeout, for one, signals a process and then its group, and so the process twice: that
-# is one wish.
+# For example, coreutils' timeout signals a process and then its group, so the process gets the
+# signal twice. That must not count as a second signal.
 SIGNAL_DEBOUNCE_SECONDS = 1.0
 
 
 class Preemption:
     """Starts listening for signals on construction; create exactly one, in the main thread.
 
-    Used with `with`, it gives the signals back to those who had them before. They are looked at in
-    a thread of their own: Python runs handlers in the main thread only, which may be inside XLA for
-    minutes, or for ever where another host is gone.
+    As a context manager, it restores the previous handlers at the end. Signals are processed in a
+    separate thread: Python runs handlers only in the main thread, which may be inside XLA for
+    minutes, or forever if another host is gone.
 
     Args:
-      notify_preemption: tells JAX's preemption service, as `devices.initialize` returns it; None:
-        there is none. Of several processes one that is signaled must not stop alone: with the
-        service they agree on a step, without it nothing is saved.
+      notify_preemption: notifies JAX's preemption service, as returned by `devices.initialize`;
+        None: there is no service. With several processes, a signaled one must not stop alone: with
+        the service they agree on a step; without it, nothing is saved.
     """
 
     def __init__(self, notify_preemption: Callable[[], None] | None = None) -> None:
@@ -57,9 +57,9 @@ class Preemption:
         self._first_time = 0.0
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        # Python's part of the handler that runs at once, in any thread, writes the number here.
+        # Python's C handler, which runs immediately in any thread, writes the signal number here.
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._handlers_before = _take_signals()
+        self._handlers_before = _install_handlers()
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -68,19 +68,19 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._handlers_before.items():
-            # None: one that is not Python's, such as JAX's preemption service has.
+            # None: a handler not installed by Python, such as that of JAX's preemption service.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        os.close(self._writer)  # Which ends the thread.
+        os.close(self._writer)  # Ends the thread.
 
     def requested(self, step: int) -> bool:
-        """Returns whether training must end with this step, at which all processes say the same.
+        """Returns whether training must stop after this step; the same in all processes.
 
         Args:
-          step: finished steps of the whole run; to be asked after each of them.
+          step: number of finished steps of the run. Call after each step.
         """
         if not self._stepped:
-            # A device's driver may have put a handler of its own in the place of ours.
-            _take_signals()
+            # A device driver may have replaced our handlers.
+            _install_handlers()
             self._stepped = True
         if self._notify_preemption is None:
             return self._can_save and self._first is not None
@@ -88,8 +88,8 @@ class Preemption:
 
     def _watch(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as numbers:
-            while found := numbers.read(64):
-                for number in found:
+            while received := numbers.read(64):
+                for number in received:
                     if number in SIGNALS:
                         self._receive(signal.Signals(number))
 
@@ -97,28 +97,31 @@ class Preemption:
         now = time.monotonic()
         if self._first is None:
             if not (self._stepped and self._can_save):
-                _end(f"{received.name}: ended at once. {_GOES_ON}", EXIT_PREEMPTED)
+                _exit(f"{received.name}: exiting immediately. {_RESUME}", EXIT_PREEMPTED)
             self._first, self._first_time = received, now
-            _say(f"{received.name}: ends once this step is saved; a second signal ends it at once")
+            _log(
+                f"{received.name}: saving after the current step, then exiting; a second signal "
+                "exits immediately"
+            )
             if self._notify_preemption:
                 self._notify_preemption()
         elif now - self._first_time >= SIGNAL_DEBOUNCE_SECONDS:
-            _end(f"{received.name} again: ended at once. {_GOES_ON}", 128 + received)
+            _exit(f"{received.name} again: exiting immediately. {_RESUME}", 128 + received)
 
 
 @contextlib.contextmanager
-def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], bool]]:
-    """Lets Ctrl-C, or a notebook's stop button, save a run before it ends, in the block alone.
+def save_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], bool]]:
+    """Makes Ctrl-C or a notebook's stop button save the run before it stops, within the block.
 
-    The first ends the run once its step is saved; before the first step, and a second time, it is
-    a KeyboardInterrupt at once. Outside the main thread, or with several processes, of which one
-    must not stop alone, nothing changes.
+    The first interrupt stops the run after saving the current step. A second one, or one before the
+    first step, raises KeyboardInterrupt immediately. Does nothing outside the main thread or with
+    several processes, one of which must not stop alone.
 
     Args:
-      log: takes a line when that happens.
+      log: called with a line on the first interrupt.
 
     Yields:
-      What says, after a step, whether the run must be saved and end.
+      A function of the finished steps that returns whether the run must be saved and stopped.
     """
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
@@ -133,7 +136,10 @@ def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], b
             before(number, frame)
             return
         asked = True
-        log("interrupted: ends once this step is saved; a second interrupt ends it at once")
+        log(
+            "interrupted: saving after the current step, then stopping; a second interrupt stops "
+            "immediately"
+        )
 
     def requested(step: int) -> bool:
         nonlocal stepped
@@ -147,30 +153,30 @@ def saved_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], b
         signal.signal(signal.SIGINT, before)
 
 
-_GOES_ON = "What is saved is whole; the same command goes on from the last checkpoint"
+_RESUME = "Saved files are intact; rerun the same command to resume from the last checkpoint"
 
 
-def _take_signals() -> dict[signal.Signals, Any]:
-    """Takes the signals that are not ignored, and returns who had them before."""
-    # A shell has what it runs in the background ignore Ctrl-C, and nohup and others may.
-    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, _handle) for number in taken}
+def _install_handlers() -> dict[signal.Signals, Any]:
+    """Installs handlers for the signals that are not ignored; returns the previous handlers."""
+    # Shells make background jobs ignore Ctrl-C, and nohup ignores SIGHUP.
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, _noop_handler) for number in numbers}
 
 
-def _handle(number: int, frame: object) -> None:
-    """Does nothing: Python only wakes the thread for signals that have a handler."""
+def _noop_handler(number: int, frame: object) -> None:
+    """Does nothing; Python wakes the thread only for signals that have a handler."""
 
 
-def _say(line: str) -> None:
-    """Writes a line past sys.stderr, on which the main thread may hold a lock."""
-    # The terminal may be gone: that may be what the signal is about.
+def _log(line: str) -> None:
+    """Writes a line directly to stderr, because the main thread may hold the lock of sys.stderr."""
+    # The terminal may be gone, which may be the reason for the signal.
     with contextlib.suppress(OSError):
-        # Not behind the progress bar.
+        # Not on the line of the progress bar.
         start = "\n" if os.isatty(2) else ""
         os.write(2, f"{start}{line}\n".encode())
 
 
-def _end(line: str, code: int) -> NoReturn:
-    """Ends the process from any thread, without waiting for anything."""
-    _say(line)
+def _exit(line: str, code: int) -> NoReturn:
+    """Exits from any thread, without waiting for anything."""
+    _log(line)
     os._exit(code)

@@ -1,9 +1,9 @@
-"""How arrays lie on the devices: the state on all of them, a batch split along its first axis.
+"""Data parallelism: the state is replicated, batches are split along their first axis.
 
-One mesh axis, `data`, over every device of every process. Its type is Auto: under the Explicit axes
-that `jax.make_mesh` takes by default, a linen convolution with BatchNorm fails to type-check its
-shardings. Under Auto the compiler inserts the sums between devices, so BatchNorm's statistics, the
-loss and the gradients are those of the global batch.
+One mesh axis, `data`, spans every device of every process. Its type is Auto: with the Explicit axes
+that `jax.make_mesh` uses by default, a linen convolution with BatchNorm fails to type-check its
+shardings. With Auto the compiler inserts the cross-device sums, so BatchNorm's statistics, the loss
+and the gradients are those of the global batch.
 """
 
 from collections.abc import Iterable
@@ -16,69 +16,69 @@ from inception_jax.errors import ConfigError
 
 
 def make_mesh() -> Mesh:
-    """Returns the mesh of all devices of all processes, with the one axis `data`.
+    """Returns the mesh of all devices of all processes, with the single axis `data`.
 
-    Not jax.make_mesh: on some TPU slices it orders the devices as a ring through all hosts, and a
-    process's rows of a batch would not be neighbours. Sums over all devices do not depend on it.
+    Unlike jax.make_mesh, which on some TPU slices orders the devices in a ring through all hosts,
+    this keeps a process's rows of a batch contiguous. Sums over all devices do not depend on it.
     """
     devices = np.array(in_process_order(jax.devices()))
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
 
 def in_process_order(devices: Iterable[jax.Device]) -> list[jax.Device]:
-    """Returns devices with those of a process beside each other, in the order of the processes."""
+    """Returns the devices sorted by process index, then by id."""
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the train state: a whole copy on each device."""
+    """Returns the sharding of the train state: a full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis split over the devices."""
+    """Returns the sharding of a batch: its first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def parts_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch in parts, [parts, B, ...]: each part split over the devices."""
+def microbatch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of micro-batches [M, B, ...]: the second axis is split over devices."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
-def check_batch_size(batch_size: int, device_count: int, parts: int = 1) -> None:
-    """Checks that a training batch can be split evenly, over the devices and each share in parts.
+def check_batch_size(batch_size: int, device_count: int, num_microbatches: int = 1) -> None:
+    """Checks that a training batch can be split evenly over the devices and micro-batches.
 
     Raises:
-      ConfigError: naming the nearest batch sizes that can.
+      ConfigError: with the nearest valid batch sizes.
     """
-    unit = device_count * parts
-    if batch_size % unit:
-        below = batch_size // unit * unit
-        nearest = [str(size) for size in (below, below + unit) if size]
-        in_parts = (
-            f" in {parts} micro-batches each (config.train.grad_accum_steps)" if parts > 1 else ""
-        )
+    divisor = device_count * num_microbatches
+    if batch_size % divisor:
+        below = batch_size // divisor * divisor
+        nearest = [str(size) for size in (below, below + divisor) if size]
+        factors = f"{device_count} devices"
+        if num_microbatches > 1:
+            factors += f" × {num_microbatches} micro-batches (config.train.grad_accum_steps)"
         raise ConfigError(
-            f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it "
-            f"evenly{in_parts}; the nearest sizes that they can are {' and '.join(nearest)}"
+            f"config.train.batch_size = {batch_size}: must be a multiple of {divisor}: {factors}. "
+            f"Set it to {' or '.join(nearest)}"
         )
 
 
-def process_rows(batch_size: int) -> slice:
-    """Returns which rows of a global batch this process must provide.
+def local_rows(batch_size: int) -> slice:
+    """Returns the rows of a global batch that this process must provide.
 
-    The devices of a process are neighbours in the mesh, so its rows are contiguous.
+    They are contiguous, because the devices of a process are adjacent in the mesh.
     """
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows = batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes one global array of the rows that each process holds.
+def make_global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Combines the rows of each process into global arrays.
 
     Args:
       batch: this process's rows of each array.
-      mesh: of all devices.
+      mesh: mesh of all devices.
 
     Returns:
       The global batch, split over the `data` axis.

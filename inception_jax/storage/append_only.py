@@ -1,32 +1,32 @@
-"""Files that grow by whole records, such as metrics.jsonl and TensorBoard's events."""
+"""Append-only files, such as metrics.jsonl and TensorBoard's events."""
 
 import os
 import pathlib
 
 
 class AppendOnlyFile:
-    """A file that grows by whole records, each handed to the operating system at once.
+    """A file to which complete records are appended, each written to the system immediately.
 
-    What was appended outlives a kill of the process; after `sync`, a crash of the machine too.
+    Appended records survive a kill of the process, and after `sync` also a crash of the machine.
 
     Args:
-      path: the file; made if it is missing.
+      path: the file; created if missing.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        # Unbuffered, so that a write that fails (disk full) fails here and not in a later close.
+        # Unbuffered, so that a full disk fails in the write and not in a later close.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
         self._size = self._file.tell()
         self._is_torn = False
 
     def append(self, record: bytes) -> None:
-        """Writes a record whole; where that fails, nothing of it stays for the next call.
+        """Appends a record completely; the next call removes what a failed one left.
 
         Raises:
-          OSError: if it cannot be written whole, or the file has been removed.
+          OSError: if it cannot be written completely, or the file has been removed.
         """
-        self._check_there()
+        self._check_exists()
         if self._is_torn:
             self._file.truncate(self._size)
         self._is_torn = True
@@ -37,21 +37,21 @@ class AppendOnlyFile:
         self._is_torn = False
 
     def sync(self) -> None:
-        """Returns when everything appended is on the disk.
+        """Flushes everything appended to disk (fsync).
 
         Raises:
           OSError: if that fails, or the file has been removed.
         """
-        self._check_there()
+        self._check_exists()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file; without a record that could not be written whole."""
+        """Closes the file and removes a partially written record."""
         with self._file:
             if self._is_torn:
                 self._file.truncate(self._size)
 
-    def _check_there(self) -> None:
-        # Writing to a removed file succeeds, and everything written is lost.
+    def _check_exists(self) -> None:
+        # Writes to a removed file succeed, but the data is lost.
         if not self._path.exists():
-            raise FileNotFoundError("the file was removed while the run was writing to it")
+            raise FileNotFoundError("removed while the run was writing to it")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process ends; folders that are marked."""
+"""Atomic file writes, safe against a kill at any time; marked output folders."""
 
 import contextlib
 import json
@@ -9,34 +9,34 @@ from typing import Any
 
 from inception_jax.errors import WriteError
 
-# In a folder: what lies there was written by this program, and is no part of a data set.
+# Marks a folder whose files were written by this program and are not part of a data set.
 MARKER = ".inception_jax"
 
 
 def make_output_folder(folder: pathlib.Path) -> None:
-    """Makes a folder for files that are written, and marks it, so that no data set takes them in.
+    """Creates a folder for output files and marks it, so that no data set includes them.
 
-    A folder that holds something already gets no mark: it may be one of images.
+    A folder that is not empty gets no mark, because it may contain a user's images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        (folder / MARKER).write_text("Written by inception_jax: no part of a data set.\n")
+        (folder / MARKER).write_text("Written by inception_jax; not part of a data set.\n")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a name to write a file under, which takes the place of `path` at the end.
+    """Yields a temporary path to write to, which replaces `path` at the end of the block.
 
-    The contents are on the disk before they take the place. An error leaves what was there before,
-    and nothing besides.
+    The contents are flushed to disk before the replacement. On an error, an earlier file stays as
+    it was and the temporary one is removed.
 
     Args:
-      path: of the file.
+      path: the file to write.
 
     Raises:
       WriteError: if it cannot be written.
     """
-    # A name may be as long as the file system allows: 255 bytes, of which a letter takes up to 4.
+    # File systems limit names to 255 bytes, and a character has up to 4.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
     try:
         yield temporary
@@ -45,10 +45,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.replace(path)
     except OSError as error:
         if error.filename not in (None, *map(str, (temporary, path))):
-            raise  # Of another file, which the block reads.
+            raise  # About another file, which the block reads.
         raise WriteError(
-            f"{path}: cannot be written: {error.strerror or error}. Give a folder that is there "
-            "and that you may write to, on a disk with room"
+            f"{path}: cannot be written: {error.strerror or error}. Use an existing, writable "
+            "folder on a disk with free space"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all.
+    """Writes a JSON file atomically.
 
     Raises:
       WriteError: if it cannot be written.

@@ -1,9 +1,8 @@
-"""Damage to checkpoints on disk: found by checksums, named, and set aside.
+"""Detection of corrupt checkpoints by checksums; corrupt ones are renamed.
 
-A checkpoint has a manifest, which lists for each of its files the size and the SHA-256, as
-`sha256sum` gives it. Reading a checkpoint of 50 MB for it takes some 0.05 s (BUILD_NOTES.md,
-"Damaged storage"). Of one without a manifest, which an older version wrote, all that can be told is
-whether its parts are there.
+A checkpoint has a manifest with the size and SHA-256 (as `sha256sum` prints it) of each file.
+Checking a 50 MB checkpoint takes about 0.05 s (BUILD_NOTES.md, "Damaged storage"). For a checkpoint
+without a manifest, written by an older version, only missing parts can be detected.
 """
 
 import contextlib
@@ -21,25 +20,25 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 ARRAYS = ("model", "training")
 ITEMS = (*ARRAYS, "progress")
-_SHOWN = 3
+_MAX_LISTED = 3
 
 Log = Callable[[str], None]
 
 
-def write_manifest(folder: pathlib.Path, leave_out: Collection[str] = ()) -> None:
-    """Writes the manifest of a folder, and sees it safely on disk.
+def write_manifest(folder: pathlib.Path, exclude: Collection[str] = ()) -> None:
+    """Writes the manifest of a folder and flushes it to disk.
 
     Args:
-      folder: whose files nobody changes any more.
-      leave_out: paths below it of files that are not listed.
+      folder: a folder whose files no longer change.
+      exclude: relative paths of files to omit.
 
     Raises:
-      OSError: if a file cannot be read, or the manifest not be written.
+      OSError: if a file cannot be read, or the manifest cannot be written.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name != MANIFEST and name not in leave_out:
+        if name != MANIFEST and name not in exclude:
             files[name] = _size_and_checksum(path)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, "files": files}, file, indent=1)
@@ -48,13 +47,11 @@ def write_manifest(folder: pathlib.Path, leave_out: Collection[str] = ()) -> Non
 
 
 def verify(folder: pathlib.Path) -> list[str] | None:
-    """Returns what is wrong with the files of a folder, by the manifest in it.
-
-    Files that the manifest does not list are of no interest.
+    """Checks the files of a folder against its manifest, ignoring files that it does not list.
 
     Returns:
-      For each damaged file, its path with what was found and what is right; empty: all is whole;
-      None: there is no manifest, so nothing is known.
+      A description of each corrupt file, with the actual and expected state; empty: all files are
+      intact; None: there is no manifest.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -68,18 +65,18 @@ def verify(folder: pathlib.Path) -> list[str] | None:
     except OSError as error:
         return [f"{MANIFEST} cannot be read ({error.strerror})"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} is not a manifest"]
+        return [f"{MANIFEST} is not a valid manifest"]
 
 
 def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str:
-    """Returns how a file differs from what is known of it; '' if it does not."""
+    """Returns how a file differs from its manifest entry; '' if it does not."""
     size, checksum = expected["size"], expected["sha256"]
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes instead of {size:,}"
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            return f"has {actual_size:,} bytes instead of {size:,}"
         if _size_and_checksum(path)["sha256"] != checksum:
-            return "has changed (its SHA-256 is another)"
+            return "has changed (SHA-256 mismatch)"
         return ""
     except FileNotFoundError:
         return "is missing"
@@ -93,14 +90,14 @@ def _size_and_checksum(path: pathlib.Path) -> dict[str, Any]:
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
-def steps(directory: pathlib.Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder, rising; none where it is missing."""
+def list_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, ascending; [] if it does not exist."""
     children = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(each.name) for each in children if each.name.isdecimal() and each.is_dir())
 
 
-def unmerged(checkpoint: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the items of a checkpoint whose arrays are there, but not in one database."""
+def unmerged_items(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the items of a checkpoint whose arrays are not merged into one database."""
     items = (checkpoint / item for item in ARRAYS)
     return [
         item
@@ -110,74 +107,74 @@ def unmerged(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 
 def find_corruption(checkpoint: pathlib.Path) -> str:
-    """Returns what is damaged of a checkpoint, or '' if nothing is known to be."""
-    found = verify(checkpoint)
-    if found == [] and unmerged(checkpoint):
-        found = [
-            "its arrays were not merged, as older versions left it in a folder with brackets in "
-            "its path; the training's command, started again, does it"
+    """Returns what is corrupt in a checkpoint; '' if nothing is known to be."""
+    problems = verify(checkpoint)
+    if problems == [] and unmerged_items(checkpoint):
+        problems = [
+            "its arrays are not merged, because an older version wrote it to a path with "
+            "brackets; rerun the training command to merge them"
         ]
-    if found is None:
+    if problems is None:
         parts = (checkpoint / item for item in ITEMS)
-        found = [f"{part.name} is missing" for part in parts if not _holds_files(part)]
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return ", ".join(found[:_SHOWN] + more)
+        problems = [f"{part.name} is missing" for part in parts if not _has_files(part)]
+    more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    return ", ".join(problems[:_MAX_LISTED] + more)
 
 
-def _holds_files(folder: pathlib.Path) -> bool:
+def _has_files(folder: pathlib.Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
 def quarantine_corrupt(directory: pathlib.Path, log: Log) -> None:
-    """Renames the damaged checkpoints of a folder, so that training can save their steps again.
+    """Renames the corrupt checkpoints of a folder, so that training can save their steps again.
 
-    Orbax refuses to save a step that it lists, and replaces the folder of one that it does not. And
-    a damaged one that counted among the last that are kept would drive out a whole one. Nothing
-    is deleted.
+    Orbax refuses to save a step that it lists, and overwrites the folder of one that it does not.
+    And a corrupt checkpoint that counted among the most recent ones to keep would displace an
+    intact one. Nothing is deleted.
 
     Args:
-      directory: of the checkpoints; it need not exist.
-      log: takes one line of text about each.
+      directory: folder of the checkpoints; need not exist.
+      log: called with a line about each corrupt checkpoint.
 
     Raises:
-      CheckpointError: if none is whole; then nothing is renamed.
+      CheckpointError: if no checkpoint is intact; then nothing is renamed.
     """
-    there = steps(directory)
-    damaged = {step: text for step in there if (text := find_corruption(directory / str(step)))}
-    whole = [step for step in there if step not in damaged]
-    if damaged and not whole:
-        lines = "\n  ".join(f"{step}: {text}" for step, text in damaged.items())
+    steps = list_steps(directory)
+    corrupt = {step: text for step in steps if (text := find_corruption(directory / str(step)))}
+    intact = [step for step in steps if step not in corrupt]
+    if corrupt and not intact:
+        lines = "\n  ".join(f"{step}: {text}" for step, text in corrupt.items())
         raise CheckpointError(
-            f"{directory}: none of the checkpoints is intact; nothing was changed:\n  {lines}\n"
+            f"{directory}: no checkpoint is intact; nothing was changed:\n  {lines}\n"
             "Restore one from a backup, or use a new --workdir"
         )
-    for step, text in damaged.items():
+    for step, text in corrupt.items():
         folder = directory / str(step)
-        aside = _unused(directory / f"{step}.damaged")
+        aside = _unused_path(directory / f"{step}.damaged")
         folder.rename(aside)
         log(
-            f"{folder}: this checkpoint is damaged: {text}. It is kept as {aside.name}; the newest "
-            f"intact one is of step {max(whole)}"
+            f"{folder}: corrupt checkpoint: {text}. Renamed it to {aside.name}; the newest intact "
+            f"checkpoint is of step {max(intact)}"
         )
 
 
-def _unused(path: pathlib.Path) -> pathlib.Path:
-    """Returns a path, or the first of path-2, path-3, … that is not there yet."""
+def _unused_path(path: pathlib.Path) -> pathlib.Path:
+    """Returns the first of path, path-2, path-3, … that does not exist."""
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([path], others) if not each.exists())
 
 
 @contextlib.contextmanager
-def log_write_errors(go_on: bool, log: Log) -> Iterator[None]:
-    """Makes a line of text of a failure to write.
+def log_write_errors(continue_on_error: bool, log: Log) -> Iterator[None]:
+    """Logs a `WriteError` raised in the block.
 
     Args:
-      go_on: whether that is enough; if not, the error is raised.
-      log: takes the line.
+      continue_on_error: log the error and continue; otherwise it is raised.
+      log: called with the message.
     """
     try:
         yield
     except WriteError as error:
-        if not go_on:
+        if not continue_on_error:
             raise
-        log(f"{error}\nTraining goes on, as config.checkpoint.on_write_error = 'continue' says")
+        log(f"{error}\nTraining continues (config.checkpoint.on_write_error = 'continue')")

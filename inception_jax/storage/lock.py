@@ -1,4 +1,4 @@
-"""One trainer a folder: a lock that ends with its process, however that ends."""
+"""A lock that allows one training process per workdir, released however the process ends."""
 
 import contextlib
 import errno
@@ -10,43 +10,43 @@ from collections.abc import Callable, Iterator
 
 from inception_jax.errors import UserError
 
-NAME = "run.lock"
-# What file systems answer where another process holds it; those that have no locks, such as NFS
-# without its lock service, answer all kinds of things.
-_HELD = (errno.EAGAIN, errno.EACCES)
+LOCK_FILE = "run.lock"
+# Errors if another process has the lock. File systems without locks, such as NFS without its lock
+# service, return various other ones.
+_HELD_ERRNOS = (errno.EAGAIN, errno.EACCES)
 
 
 @contextlib.contextmanager
 def lock_workdir(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds a folder for this process, so that no other trains in it.
+    """Locks a workdir during the block, so that no other process trains in it.
 
-    The lock is the system's (flock), on a file that stays: a killed process leaves a file that
-    nobody holds. Locks reach across hosts on NFS from version 4 on; where a file system has none,
-    that is said, and the run goes on without.
+    Uses flock on a file that is never removed; a killed process leaves an unlocked file. On NFS,
+    locks work across hosts from version 4 on. If the file system does not support locks, that is
+    logged, and training continues without one.
 
     Args:
-      folder: of the run; made if it is missing.
-      log: takes one line of text.
+      folder: the workdir; created if missing.
+      log: called with a line if locks are not supported.
 
     Raises:
-      UserError: if another process holds it, naming that.
+      UserError: if another process has the lock, with its process ID and host.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Opened for appending: who holds the lock is to be read by those who do not get it.
-    with (folder / NAME).open("ab", buffering=0) as file:
+    # Opened for appending, because a process that does not get the lock reads who has it.
+    with (folder / LOCK_FILE).open("ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD:
+            if error.errno in _HELD_ERRNOS:
                 raise UserError(
                     f"--workdir={folder}: another process is training in this folder "
-                    f"({_holder(folder)}). Wait for its end, end it, or give another --workdir"
+                    f"({_holder(folder)}). Wait for it to finish, stop it, or use another --workdir"
                 ) from error
             log(
-                f"{folder}: this file system has no locks ({error.strerror}); see to it that no "
-                "other process trains in this folder"
+                f"{folder}: this file system does not support locks ({error.strerror}); make sure "
+                "that no other process trains in this folder"
             )
-        # A full disk need not take it.
+        # Not essential if the disk is full.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -54,4 +54,4 @@ def lock_workdir(folder: pathlib.Path, log: Callable[[str], None]) -> Iterator[N
 
 
 def _holder(folder: pathlib.Path) -> str:
-    return (folder / NAME).read_text(encoding="utf-8").strip() or "which has just begun"
+    return (folder / LOCK_FILE).read_text(encoding="utf-8").strip() or "just started"

@@ -1,22 +1,22 @@
-"""The folder of a run, and the name of everything that a run leaves in it."""
+"""The folder of a run, with the paths of all files that a run writes."""
 
 import pathlib
 
 
 class Workdir:
-    """Names what lies in a run's folder; nothing of it need be there.
+    """Paths of the files in the folder of a run; they need not exist.
 
     Attributes:
       path: the folder.
-      config: JSON: the settings, the data set, the environment, what later starts changed.
-      checkpoints: the folder of the checkpoints, each named by its step.
-      metrics: JSON lines: a row of metrics each.
-      tensorboard: the folder of TensorBoard's event files.
-      plots: the folder of the plots, PNG files.
-      report: the page for a browser.
-      predictions: NumPy archive: what the newest evaluation said of each example.
-      diagnosis: JSON: what the evaluations mean.
-      result: JSON: the last evaluation, with the speed and time of the whole run.
+      config: JSON: settings, data set, environment, and the changes of later starts.
+      checkpoints: folder of the checkpoints, each named by its step.
+      metrics: JSON lines with a row of metrics each.
+      tensorboard: folder of TensorBoard's event files.
+      plots: folder of the plots, as PNG files.
+      report: HTML report.
+      predictions: NumPy archive with the latest evaluation's predictions for each example.
+      diagnosis: JSON: diagnosis of the training from its evaluations.
+      result: JSON: the last evaluation, with the speed and duration of the whole run.
     """
 
     def __init__(self, path: pathlib.Path) -> None:

@@ -131,14 +131,16 @@ class _Guarded:
     ) -> None:
         self._part, self._workdir, self._patient = part, workdir, patient
         self._tolerated = functools.partial(
-            integrity.log_write_errors, patient and not part.is_own, log
+            integrity.log_write_errors, patient and not part.is_builtin, log
         )
         self._waiting = collections.deque[_Row]()
         with self._explained("opened"):
-            self._writer: Writer = part.build(registry.fill(part, settings), workdir)
+            self._writer: Writer = part.build(
+                registry.settings_with_defaults(part, settings), workdir
+            )
         if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
             raise ConfigError(
-                f"writer {part.name!r} ({part.place}): returned {self._writer!r}, which has no "
+                f"writer {part.name!r} ({part.location}): returned {self._writer!r}, which has no "
                 f"{', '.join(f'{name}()' for name in missing)}. Return an object with the methods "
                 "write(step, *, epoch, split, values), flush() and close()"
             )
@@ -180,7 +182,7 @@ class _Guarded:
             yield
         except Exception as error:
             resumes = "and rerun the same command: it resumes from the last checkpoint"
-            if not self._part.is_own:
+            if not self._part.is_builtin:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
                     f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
@@ -225,7 +227,7 @@ class RunWriter:
         resume_step: int,
         is_lead: bool = True,
         patient: bool = False,
-        log: Callable[[str], None] = console.say,
+        log: Callable[[str], None] = console.log,
     ) -> None:
         self._writers: list[_Guarded] = []
         self._opened = contextlib.ExitStack()

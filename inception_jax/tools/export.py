@@ -69,8 +69,8 @@ def main(positional: Sequence[str]) -> None:
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
-    devices.initialize(platform="cpu", log=console.say)
-    trained = load.load(**_TRAINED.values(), log=console.say)
+    devices.initialize(platform="cpu", log=console.log)
+    trained = load.load(**_TRAINED.values(), log=console.log)
     path = cli.given(_OUTPUT)
     workdir.check_writable(path.parent, flag="output", dedicated=False)
     form = f"{_TO.value}, {_DTYPE.value}"
@@ -143,7 +143,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantize=none)")
     if warning := quantization.loss_warning(before, after, remedies):
-        console.say(warning)
+        console.log(warning)
     return quantized
 
 
@@ -172,8 +172,8 @@ def _dataset(weights: "Weights") -> "Dataset":
     folder = _TRAINED.workdir.value
     before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
-        console.say(problem)
-    found = dataset.prepare(given.data, log=console.say)
+        console.log(problem)
+    found = dataset.prepare(given.data, log=console.log)
     initialization.check_classes(weights, found)
     return found
 
@@ -190,7 +190,7 @@ def _check(weights: "Weights", classify: "Classify") -> None:
     from inception_jax.export import program
 
     difference = program.largest_difference(weights, classify)
-    console.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+    console.log(f"checked: on images of noise the logits differ by at most {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def main(positional: Sequence[str]) -> None:
         )
     output = cli.given(_OUTPUT)
     workdir.check_writable(output, flag="output")
-    devices.initialize(platform=_PLATFORM.value, log=console.say)
-    this_run = run.assemble(_CONFIG.value, log=console.say)
+    devices.initialize(platform=_PLATFORM.value, log=console.log)
+    this_run = run.assemble(_CONFIG.value, log=console.log)
     points = range_test(
         this_run,
         low=_LOW.value,
@@ -103,7 +103,7 @@ def main(positional: Sequence[str]) -> None:
 def _say(point: "Point") -> None:
     """Says where the test is, at a twentieth of its steps."""
     if point.step % max(1, _STEPS.value // 20) == 0:
-        console.say(
+        console.log(
             f"step {point.step}/{_STEPS.value}: rate {point.rate:.3g}, loss {point.loss:.4g}, "
             f"smoothed {point.smoothed_loss:.4g}"
         )

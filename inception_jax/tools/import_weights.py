@@ -59,7 +59,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.runtime import devices, environment
     from inception_jax.training import workdir
 
-    devices.initialize(platform="cpu", log=console.say)
+    devices.initialize(platform="cpu", log=console.log)
     source, target = cli.given(_INPUT), cli.given(_OUTPUT)
     state = read_state_dict(source)
     try:
@@ -69,7 +69,7 @@ def main(positional: Sequence[str]) -> None:
     except DataError as error:
         raise DataError(f"--input={source}: {error}") from error
     for note in notes:
-        console.say(f"{source}: {note}")
+        console.log(f"{source}: {note}")
     mean, std = _TRANSFORMED if _TRANSFORM_INPUT.value else _IMAGENET
     imported = weights.Weights(
         variables=variables,

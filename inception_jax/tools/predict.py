@@ -82,9 +82,9 @@ def main(positional: Sequence[str]) -> None:
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
-    devices.initialize(platform=_PLATFORM.value, log=console.say)
-    weights = load.load(**_TRAINED.values(), log=console.say)
-    console.say(f"network: {weights}")
+    devices.initialize(platform=_PLATFORM.value, log=console.log)
+    weights = load.load(**_TRAINED.values(), log=console.log)
+    console.log(f"network: {weights}")
     if found is None:
         _predict_split(weights)
     else:
@@ -114,9 +114,9 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
 
     if found.left_out:
         left_out = folders.listed([folders.shown(path) for path in found.left_out])
-        console.say(f"left out, as not named as pictures: {left_out}")
+        console.log(f"left out, as not named as pictures: {left_out}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
-    console.say(f"pictures: {predictor.preparation}, as in evaluation")
+    console.log(f"pictures: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
     read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
@@ -125,7 +125,7 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
         for batch in classify(predictor, read):
             for each in batch:
                 if isinstance(each, DataError):
-                    progress.note(str(each))
+                    progress.log(str(each))
                     failed += 1
                 else:
                     predictions = predictor.top_k(each.logits, _TOP.value)
@@ -135,7 +135,7 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
             file.flush()
             progress.update(len(batch))
     if heat_maps:
-        console.say(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
+        console.log(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
     if failed:
         raise RunError(f"{failed:,} of {len(found.files):,} files could not be read; see above")
 
@@ -149,7 +149,7 @@ def _heat_maps(predictor: "Predictor") -> "HeatmapWriter | None":
 
     explainer = Explainer(predictor, _LAYER.value or "")
     height, width = explainer.grid
-    console.say(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
+    console.log(f"heat maps: Grad-CAM of {explainer.layer}, {height} × {width}")
     label = None if _EXPLAIN_CLASS.value is None else predictor.label(_EXPLAIN_CLASS.value)
     return HeatmapWriter(_EXPLAIN.value, explainer, label)
 
@@ -212,7 +212,7 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
     from inception_jax.datasets.dataset import prepare
     from inception_jax.training import initialization
 
-    dataset = prepare(data, log=console.say)
+    dataset = prepare(data, log=console.log)
     initialization.check_classes(weights, dataset)
     if _SPLIT.value == dataset.train_split:
         return dataset.train_evaluated
@@ -240,7 +240,7 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
     seen = _OUTPUT.value is None and sys.stdout.isatty()
     shown = total > predictor.batch_size and not seen
-    return Progress("classifying", total, log=console.say, shown=shown)
+    return Progress("classifying", total, log=console.log, visible=shown)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.datasets.dataset import prepare
 
     configs.validate(_CONFIG.value)
-    dataset = prepare(_CONFIG.value.data, log=console.say)
+    dataset = prepare(_CONFIG.value.data, log=console.log)
     for name, split in dataset.splits.items():
         print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")
 

@@ -56,9 +56,9 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.runtime import devices
 
     with server.bind(_HOST.value, _PORT.value) as bound:
-        devices.initialize(platform=_PLATFORM.value, log=console.say)
-        weights = load.load(**_TRAINED.values(), log=console.say)
-        console.say(f"network: {weights}; compiling")
+        devices.initialize(platform=_PLATFORM.value, log=console.log)
+        weights = load.load(**_TRAINED.values(), log=console.log)
+        console.log(f"network: {weights}; compiling")
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
         classifier = ImageClassifier(predictor, Explainer(predictor, _LAYER.value), limits)

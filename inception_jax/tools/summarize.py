@@ -59,14 +59,14 @@ def main(positional: Sequence[str]) -> None:
             "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
         )
     # Tracing needs no accelerator, and another command may be using it.
-    devices.initialize(platform="cpu", log=console.say)
+    devices.initialize(platform="cpu", log=console.log)
     if given is not None:
         configs.validate(given)
         weights, classes = None, _classes(given.data.name)
         name, size = given.model.name, given.data.image_size
         network = networks.create(given.model, classes, rewrite=False)
     else:
-        weights = load.load(**_TRAINED.values(), log=console.say)
+        weights = load.load(**_TRAINED.values(), log=console.log)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
     found = structure.describe(network, size)
@@ -76,7 +76,7 @@ def main(positional: Sequence[str]) -> None:
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
-    written += drawing.write(drawing.draw(found, title), folder, log=console.say)
+    written += drawing.write(drawing.draw(found, title), folder, log=console.log)
     if weights is not None:
         written += _draw_weights(folder, weights, found)
     for path in written:
@@ -111,7 +111,7 @@ def _draw_weights(
         written.append(folder / "filters.png")
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
     else:
-        console.say(f"{first}: the first layer is no convolution, so it has no filters to draw")
+        console.log(f"{first}: the first layer is no convolution, so it has no filters to draw")
     if _IMAGE.value is None:
         return written
     written.append(folder / "activations.png")

@@ -73,7 +73,7 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
-        log: integrity.Log = console.say,
+        log: integrity.Log = console.log,
     ) -> None:
         self._directory = directory
         self._log = log
@@ -129,7 +129,7 @@ class Checkpoints:
           UserError: if `which` is neither.
           CheckpointError: if the checkpoint does not exist or is corrupt.
         """
-        steps = integrity.steps(self._directory)
+        steps = integrity.list_steps(self._directory)
         if which in ("best", "last"):
             candidates = self._ranked(which)
         elif which.isdecimal():
@@ -342,7 +342,7 @@ class Checkpoints:
 def _verify_and_write_manifest(folder: pathlib.Path) -> None:
     """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
     _check_restorable(folder)
-    integrity.write_manifest(folder, leave_out=(_orbax_private.STEP_METADATA,))
+    integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
 
 
 def _local_handler() -> ocp.PyTreeCheckpointHandler:

@@ -98,7 +98,7 @@ def accumulate_gradients(
 
     def divide(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, sharding.parts_sharding(mesh))
+        return jax.lax.with_sharding_constraint(x, sharding.microbatch_sharding(mesh))
 
     def join(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -21,7 +21,13 @@ from clu import metrics
 
 from inception_jax.config import Evaluation
 from inception_jax.errors import ConfigError
-from inception_jax.registry import METRICS, Metric, described, register_metric, with_defaults
+from inception_jax.registry import (
+    METRICS,
+    MetricPart,
+    describe_value,
+    options_with_defaults,
+    register_metric,
+)
 from inception_jax.training import losses
 
 NEVER = -1
@@ -100,7 +106,9 @@ class MetricSet:
         self._over_split: dict[str, Any] = {}
         self._scale = {name: 100 if part.percent else 1 for name, part in parts.items()}
         for name, part in parts.items():
-            function = functools.partial(part.build, **with_defaults(part, settings.options))
+            function = functools.partial(
+                part.build, **options_with_defaults(part, settings.options)
+            )
             _check(part, function, num_classes)
             group = self._over_split if part.over == "split" else self._over_examples
             group[name] = function

@@ -68,8 +68,8 @@ def make_optimizer(
         information about the network.
     """
     part = registry.OPTIMIZERS.get(optimizer.name)
-    settings = Settings(**vars(registry.fill(part, optimizer)), network=network)
-    with registry.explained(part, f"the optimizer {part.name!r}"):
+    settings = Settings(**vars(registry.settings_with_defaults(part, optimizer)), network=network)
+    with registry.as_config_error(part, f"the optimizer {part.name!r}"):
         built = part.build(settings, schedule)
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(

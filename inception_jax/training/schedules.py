@@ -84,9 +84,9 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
             f"config.schedule.warmup = {schedule.warmup!r} ({warmup} steps): must be shorter than "
             f"the run ({total_steps} steps); shorten it or lengthen config.train.duration"
         )
-    filled = registry.fill(part, schedule)
+    filled = registry.settings_with_defaults(part, schedule)
     settings = Settings(**vars(filled), timeline=timeline, warmup_steps=warmup)
-    with registry.explained(part, f"the schedule {part.name!r}"):
+    with registry.as_config_error(part, f"the schedule {part.name!r}"):
         after = part.build(settings, total_steps - warmup)
         _check_rate(part, after)
     peak = schedule.learning_rate

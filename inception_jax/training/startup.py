@@ -63,7 +63,7 @@ def open_run(
                 clock,
                 limit=60 * config.watch.stall_minutes,
                 long_limit=60 * config.watch.long_stall_minutes,
-                log=console.say,
+                log=console.log,
             ),
             clock.phase("other"),
         ):
@@ -93,7 +93,7 @@ def _restore_or_initialize(
     weights = None
     if first is None and run.config.init.pretrained:
         weights = initialization.initialize_from(run, abstract_state)
-    log = console.say if run.is_lead else lambda line: None
+    log = console.log if run.is_lead else lambda line: None
     train_steps = compile_train_steps(
         run, abstract_state, background_thread(cleanup), first=first or 0, log=log
     )

@@ -18,7 +18,7 @@ from inception_jax import console
 from inception_jax.config import Config, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
-from inception_jax.experiment import import_parts, used_parts
+from inception_jax.experiment import custom_parts, import_parts
 from inception_jax.runtime import environment, hosts
 from inception_jax.storage import atomic, paths
 from inception_jax.storage.workdir import Workdir
@@ -114,7 +114,7 @@ def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
             "Load it in that program with inception_jax.load_weights(PATH, model=…). To use "
             "commands, register it with inception_jax.register_model and train by its name"
         )
-    import_parts(record.parts, str(workdir.config), console.say_once)
+    import_parts(record.parts, str(workdir.config), console.log_once)
     return record
 
 
@@ -243,7 +243,7 @@ def restore_overrides(
 
 
 def _resolved(file: str) -> pathlib.Path:
-    return paths.local(file, file).resolve()
+    return paths.local_path(file, file).resolve()
 
 
 def _experiment_settings(

@@ -26,17 +26,16 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Data(name="digits", source="x"), r"source = 'x': 'digits' needs none"),
+        (Data(name="digits", source="x"), r"source = 'x': must be empty for 'digits'"),
         (
             Data(name="digits", layout="classes"),
-            r"config\.data\.layout = 'classes': only 'image_folder' has this setting; leave it at "
-            r"'auto' for 'digits'",
+            r"config\.data\.layout = 'classes': must be 'auto' for 'digits'; only 'image_folder' ",
         ),
-        (Data(name="cifar10", tfds="cifar100"), r"config\.data\.tfds = 'cifar100': only 'tfds'"),
+        (Data(name="cifar10", tfds="cifar100"), r"config\.data\.tfds = 'cifar100': must be ''"),
         (Data(name="tfds"), r"config\.data\.tfds = '': give the name of a data set that TFDS"),
         (Data(name="tfds", tfds="a/b/c"), r"config\.data\.tfds = 'a/b/c': give the name"),
         (Data(name="image_folder", archive_encoding="utf-16"), r"archive_encoding = 'utf-16'"),
-        (Data(name="digits", options={"depth": 3}), r"'digits' has no such option"),
+        (Data(name="digits", options={"depth": 3}), r"no such option of 'digits'"),
     ],
 )
 def test_settings_that_a_data_set_does_not_take_are_refused(data: Data, message: str) -> None:

@@ -192,7 +192,7 @@ def test_the_default_directory_is_that_of_tfds(
 
 
 def test_a_source_that_its_data_set_does_not_take_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs none"):
+    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': must be empty for"):
         prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 
@@ -419,7 +419,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(DataError, match=r"takes up to \d\.\d MB, and 0\.0 MB are free"):
+    with pytest.raises(DataError, match=r"needs up to \d\.\d MB, but only 0\.0 MB is free"):
         prepare(subset(source, tmp_path), log=quiet)
     assert not (tmp_path / "tiny_imagenet_subset").exists()
 

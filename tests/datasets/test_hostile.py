@@ -159,7 +159,7 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
     data = config.Data(
         name="tiny_imagenet_subset", source=str(path), directory=str(tmp_path / "data")
     )
-    with pytest.raises(DataError, match=r"takes up to 1\d\d,\d{3}\.\d\d GB, and"):
+    with pytest.raises(DataError, match=r"needs up to 1\d\d,\d{3}\.\d\d GB, but"):
         prepare(data, log=quiet)
 
 

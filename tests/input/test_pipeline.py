@@ -72,7 +72,7 @@ def test_processes_together_read_the_whole_batch(
     rows: list[int] = []
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        rows += range(8)[sharding.process_rows(8)]
+        rows += range(8)[sharding.local_rows(8)]
     assert rows == list(range(8))
 
 

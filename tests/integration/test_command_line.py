@@ -218,7 +218,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(
         "main", *training, "--config.train.batch_size=12", f"--workdir={tmp_path}", devices=8
     )
     assert done.returncode == 2
-    assert "8 devices cannot share it evenly" in done.stderr
+    assert "must be a multiple of 8: 8 devices" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])

@@ -58,7 +58,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_to_the_same_bits(
         life = lives.Life(place)
         life.watch(lambda phase: phase in ("steps", "save"))
         assert life.stop(number) == EXIT_PREEMPTED, life.messages
-        assert f"{number.name}: ends once this step is saved" in life.messages
+        assert f"{number.name}: saving after the current step" in life.messages
         step = saved_step(life.messages)
         assert before < step < STEPS
         assert step == max(lives.finished_steps(place.workdir)) == life.step
@@ -102,5 +102,5 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     # One of them alone speaks of the training. (The collectives' library prints lines of its own.)
     assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
     # The signal came to the other.
-    said = ["SIGUSR1: ends once this step is saved" in each.stderr for each in done]
+    said = ["SIGUSR1: saving after the current step" in each.stderr for each in done]
     assert said == [False, True]

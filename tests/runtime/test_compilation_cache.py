@@ -1,4 +1,4 @@
-"""The cache of compiled programs, in processes of their own, as JAX opens it once in each."""
+"""The compilation cache, in subprocesses, because JAX opens it once per process."""
 
 import contextlib
 import os
@@ -18,29 +18,29 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Prints the result and whether it came from the cache.
 COMPILE = """
 from inception_jax.runtime import compilation_cache, devices
-def say(line):
-    print("said:", line)
-devices.initialize(platform="cpu", log=say)
-explained = compilation_cache.explained_problems(say)
-explained.__enter__()
+def log(line):
+    print("log:", line)
+devices.initialize(platform="cpu", log=log)
+errors = compilation_cache.log_cache_errors(log)
+errors.__enter__()
 import atexit
-atexit.register(explained.__exit__, None, None, None)
+atexit.register(errors.__exit__, None, None, None)
 import jax
 hits = []
 jax.monitoring.register_event_listener(
     lambda event, **_: event.endswith("cache_hits") and hits.append(event))
 print(jax.config.jax_compilation_cache_dir)
-print(jax.jit(lambda x: x * 2 + 1)(20), "kept" if hits else "compiled")
+print(jax.jit(lambda x: x * 2 + 1)(20), "cached" if hits else "compiled")
 """
-# Asks for the program once more, as a later start does: from what is on disk.
+# Requests the program again, as a later start does, from disk.
 AGAIN = """
 hits.clear()
 jax.clear_caches()
-print(jax.jit(lambda x: x * 2 + 1)(20), "kept" if hits else "compiled")
+print(jax.jit(lambda x: x * 2 + 1)(20), "cached" if hits else "compiled")
 """
 # A file that grows beyond this fails as on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-# The same, but the system ends the process there, in the middle of writing the entry.
+# The same, but the system kills the process in the middle of the write.
 KILLED = FULL + "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
 
 
@@ -58,7 +58,7 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def compile_in(script: str = COMPILE, **environment: str) -> list[str]:
-    """Returns what a process that compiles one program printed, after nothing on stderr."""
+    """Returns the output of a process that compiles a program; stderr must be empty."""
     done = run(script, **environment)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -79,94 +79,93 @@ def entries(folder: pathlib.Path) -> list[pathlib.Path]:
         ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": ""}, ""),
     ],
 )
-def test_programs_are_kept_in_the_users_cache(
+def test_programs_are_cached_in_the_user_folder(
     environment: dict[str, str], folder: str, tmp_path: pathlib.Path
 ) -> None:
     filled = {name: value.format(tmp_path) for name, value in environment.items()}
     where = folder.format(tmp_path)
-    again = "41 kept" if where else "41 compiled"
+    again = "41 cached" if where else "41 compiled"
     assert compile_in(COMPILE + AGAIN, **filled) == [where, "41 compiled", again]
     if where and "JAX_COMPILATION_CACHE_DIR" not in environment:
         assert pathlib.Path(where).stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("damage", [0, 1, 100])
-def test_a_damaged_entry_is_said_once_and_made_again(damage: int, tmp_path: pathlib.Path) -> None:
+def test_corrupt_entry_is_logged_once_and_rewritten(damage: int, tmp_path: pathlib.Path) -> None:
     where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     compile_in(**where)
     for entry in entries(tmp_path):
         entry.write_bytes(entry.read_bytes()[:damage])
-    folder, said, result = compile_in(**where)
-    assert said.startswith(f"said: {folder}: compiled programs could not be read: ")
+    folder, logged, result = compile_in(**where)
+    assert logged.startswith(f"log: {folder}: cannot read compiled programs: ")
     assert result == "41 compiled"
-    assert compile_in(**where) == [folder, "41 kept"]
+    assert compile_in(**where) == [folder, "41 cached"]
 
 
-def test_a_kill_while_writing_harms_no_later_start(tmp_path: pathlib.Path) -> None:
+def test_kill_during_write_does_not_affect_later_starts(tmp_path: pathlib.Path) -> None:
     where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     assert run(KILLED + COMPILE, **where).returncode == -signal.SIGXFSZ
     assert [entry.stat().st_size for entry in entries(tmp_path)] == [500]
     assert compile_in(**where)[-1] == "41 compiled"
-    assert compile_in(**where) == [str(tmp_path), "41 kept"]
+    assert compile_in(**where) == [str(tmp_path), "41 cached"]
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_no_part(tmp_path: pathlib.Path) -> None:
+def test_full_disk_is_logged_once_and_leaves_no_partial_entry(tmp_path: pathlib.Path) -> None:
     where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
-    # Two programs that cannot be kept.
+    # Two programs that cannot be cached.
     script = FULL + COMPILE + "print(jax.jit(lambda x: x - 1)(20))"
     done = run(script, **where)
     assert not done.stderr
-    folder, said, *results = done.stdout.splitlines()
-    assert said.startswith(
-        f"said: {folder}: compiled programs could not be kept for the next start"
-    )
-    assert "File too large" in said
+    folder, logged, *results = done.stdout.splitlines()
+    assert logged.startswith(f"log: {folder}: cannot write compiled programs: ")
+    assert "File too large" in logged
     assert results == ["41 compiled", "19"]
     assert not entries(tmp_path)
 
 
 @pytest.mark.parametrize("name", [".cache", ".cache/inception_jax/xla"])
-def test_a_folder_that_cannot_be_made_is_said_and_the_run_goes_on(
+def test_unwritable_folder_is_logged_and_the_run_continues(
     name: str, tmp_path: pathlib.Path
 ) -> None:
-    # A file is in the way; permissions would not keep root out.
+    # A file is in the way; permissions would not stop root.
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    said, folder, result = compile_in(HOME=str(tmp_path))
-    assert said.startswith("said: compiled programs are not kept for the next start: ")
-    assert str(path) in said
+    logged, folder, result = compile_in(HOME=str(tmp_path))
+    assert logged.startswith("log: compilation cache disabled; ")
+    assert str(path) in logged
     assert (folder, result) == ("None", "41 compiled")
 
 
-def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_home_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> pathlib.Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "home", no_home)
-    said: list[str] = []
-    compilation_cache.use(said.append)
-    assert said == [
-        "compiled programs are not kept for the next start: Could not determine home directory."
+    logged: list[str] = []
+    compilation_cache.enable(logged.append)
+    assert logged == [
+        "compilation cache disabled; programs are recompiled at every start: Could not determine "
+        "home directory."
     ]
 
 
-def test_another_users_folder_is_not_used(
+def test_folder_of_another_user_is_not_used(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may write there could make this process run programs of theirs."""
+    """Its owner could make this process run arbitrary programs."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    said: list[str] = []
-    compilation_cache.use(said.append)
-    assert len(said) == 1
-    assert "belongs to another user" in said[0]
+    logged: list[str] = []
+    compilation_cache.enable(logged.append)
+    assert len(logged) == 1
+    assert "owned by another user" in logged[0]
 
 
-def test_the_entries_used_longest_ago_make_room(
+def test_least_recently_used_entries_are_evicted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "inception_jax" / "xla"
@@ -175,18 +174,18 @@ def test_the_entries_used_longest_ago_make_room(
         path = folder / f"{name}-cache"
         path.write_bytes(bytes(100))
         os.utime(path, (read, written))
-    said: list[str] = []
+    logged: list[str] = []
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
-    # The settings of this process stay as they are.
+    # Do not change the settings of this process.
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    compilation_cache.use(said.append)
+    compilation_cache.enable(logged.append)
     assert [path.name for path in entries(folder)] == ["a-cache", "d-cache"]
-    assert not said
+    assert not logged
 
 
-def test_processes_that_start_together_share_it(tmp_path: pathlib.Path) -> None:
+def test_concurrent_processes_share_the_cache(tmp_path: pathlib.Path) -> None:
     where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     base = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
     base |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | where
@@ -200,14 +199,14 @@ def test_processes_that_start_together_share_it(tmp_path: pathlib.Path) -> None:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         assert "\n41 " in output
-    assert compile_in(**where) == [str(tmp_path), "41 kept"]
+    assert compile_in(**where) == [str(tmp_path), "41 cached"]
 
 
 READING = "Error reading persistent compilation cache entry for 'x': no"
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_warnings_are_as_before_after_the_block(fails: bool) -> None:
+def test_warnings_are_restored_after_the_block(fails: bool) -> None:
     before = (list(warnings.filters), warnings.showwarning)
     lines: list[str] = []
     shown: list[str] = []
@@ -215,13 +214,13 @@ def test_warnings_are_as_before_after_the_block(fails: bool) -> None:
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
         inside = (list(warnings.filters), warnings.showwarning)
-        with contextlib.suppress(KeyError), compilation_cache.explained_problems(lines.append):
+        with contextlib.suppress(KeyError), compilation_cache.log_cache_errors(lines.append):
             for _ in range(2):
                 warnings.warn(READING, stacklevel=1)
                 warnings.warn("another", stacklevel=1)
             if fails:
                 raise KeyError
         assert (list(warnings.filters), warnings.showwarning) == inside
-    assert len(lines) == 1 and lines[0].endswith("compiled programs could not be read: no")
+    assert len(lines) == 1 and lines[0].endswith("cannot read compiled programs: no")
     assert shown == ["another"] * 2
     assert (list(warnings.filters), warnings.showwarning) == before

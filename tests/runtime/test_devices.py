@@ -1,4 +1,4 @@
-"""What the environment may say of JAX, in processes of their own."""
+"""JAX settings in environment variables, in subprocesses."""
 
 import json
 import os
@@ -18,13 +18,13 @@ devices.initialize(platform="cpu", log=lines.append)
 import jax, jax.numpy as jnp, numpy as np
 from inception_jax.input import augment
 images = jnp.asarray(np.arange(2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3))
-found = jax.jit(lambda key: augment.pad_crop(key, images, 2))(jax.random.key(3))
-digest = hashlib.sha256(np.asarray(found).tobytes()).hexdigest()
-print(json.dumps([lines, str(found.dtype), digest]))
+cropped = jax.jit(lambda key: augment.pad_crop(key, images, 2))(jax.random.key(3))
+digest = hashlib.sha256(np.asarray(cropped).tobytes()).hexdigest()
+print(json.dumps([lines, str(cropped.dtype), digest]))
 """
 
 
-def drawn(**environment: str) -> list:
+def draw(**environment: str) -> list:
     done = subprocess.run(
         [sys.executable, "-c", DRAWS],
         cwd=ROOT,
@@ -39,7 +39,7 @@ def drawn(**environment: str) -> list:
 
 @pytest.fixture(scope="module")
 def usual() -> list:
-    return drawn()
+    return draw()
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,14 @@ def usual() -> list:
         ("JAX_TRANSFER_GUARD", "disallow"),
     ],
 )
-def test_what_would_change_a_run_is_ignored_and_said(name: str, value: str, usual: list) -> None:
-    lines, *found = drawn(**{name: value})
-    assert usual[0] == [] and found == usual[1:]
-    assert len(lines) == 1 and lines[0].startswith(f"{name}=") and "is ignored" in lines[0]
+def test_settings_that_would_change_a_run_are_ignored_and_logged(
+    name: str, value: str, usual: list
+) -> None:
+    lines, *result = draw(**{name: value})
+    assert usual[0] == [] and result == usual[1:]
+    assert len(lines) == 1 and lines[0].startswith(f"{name}=") and ": ignored; " in lines[0]
 
 
 @pytest.mark.parametrize("name", ["JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_CHECK_TRACER_LEAKS"])
-def test_what_helps_to_find_faults_is_left_on(name: str, usual: list) -> None:
-    assert drawn(**{name: "1"}) == usual
+def test_debugging_settings_stay_on(name: str, usual: list) -> None:
+    assert draw(**{name: "1"}) == usual

@@ -11,7 +11,7 @@ import pytest
 from inception_jax.runtime import environment
 
 
-def test_the_parameter_table_lists_and_adds_up() -> None:
+def test_parameter_table_lists_parameters_and_total() -> None:
     params = {
         "stem": {"kernel": jnp.zeros([7, 7, 3, 64]), "bias": jnp.zeros([64])},
         "head": {"kernel": jnp.zeros([1024, 10])},
@@ -22,23 +22,23 @@ def test_the_parameter_table_lists_and_adds_up() -> None:
     assert f"Total: {9408 + 64 + 10240:,} " in table
 
 
-def test_parameters_need_not_exist_to_be_listed() -> None:
+def test_parameter_table_of_abstract_arrays() -> None:
     shapes = jax.eval_shape(lambda: {"a": {"kernel": jnp.zeros([3, 5])}})
     assert "Total: 15 " in environment.parameter_table(shapes)
 
 
-def test_the_environment_names_versions_and_devices() -> None:
-    found = environment.environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["python"] == platform.python_version()
-    assert found["packages"]["jax"] == jax.__version__
-    assert None not in found["packages"].values()
-    assert found["device_count"] == jax.device_count() and found["backend"] == "cpu"
-    # It goes into files that are published.
-    assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(found)
+def test_environment_has_versions_and_devices() -> None:
+    values = environment.environment()
+    assert json.loads(json.dumps(values)) == values
+    assert values["python"] == platform.python_version()
+    assert values["packages"]["jax"] == jax.__version__
+    assert None not in values["packages"].values()
+    assert values["device_count"] == jax.device_count() and values["backend"] == "cpu"
+    # It is written to files that users may publish.
+    assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(values)
 
 
-def test_the_revision_is_that_of_the_checkout(
+def test_revision_is_the_commit_of_the_checkout(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*arguments: str) -> str:
@@ -61,19 +61,18 @@ def test_the_revision_is_that_of_the_checkout(
     assert environment.environment()["revision"] == f"{commit}+changes"
 
 
-def test_the_software_is_told_apart(
+def test_software_detects_differences(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--one")
     monkeypatch.setenv("JAX_PROCESS_ID", "3")
-    found = environment.software()
-    assert found["$XLA_FLAGS"] == "--one"
-    assert "$JAX_PROCESS_ID" not in found
-    assert found["python"] and found["jax's version"] and found["source files"]
+    before = environment.software()
+    assert before["$XLA_FLAGS"] == "--one"
+    assert "$JAX_PROCESS_ID" not in before
+    assert before["python"] and before["jax version"] and before["source files"]
     monkeypatch.setenv("XLA_FLAGS", "--other")
-    assert {what for what, value in environment.software().items() if found[what] != value} == {
-        "$XLA_FLAGS"
-    }
+    after = environment.software()
+    assert {name for name, value in after.items() if before[name] != value} == {"$XLA_FLAGS"}
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.py").write_text("x = 1\n")
     digests = {environment.source_digest(tmp_path)}

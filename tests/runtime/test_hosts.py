@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, without JAX: each in a thread of its own."""
+"""Multi-process checks and failures without JAX, with a thread for each process."""
 
 import functools
 import json
@@ -16,26 +16,26 @@ from inception_jax.runtime import hosts
 
 
 class Memory:
-    """A store inside one process."""
+    """A key-value store within one process."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
         self._changed = threading.Condition()
         self.gone = False
 
-    def put(self, key: str, text: str) -> None:
+    def set(self, key: str, text: str) -> None:
         if self.gone:
             raise RuntimeError("UNAVAILABLE")
         with self._changed:
             self._texts[key] = text
             self._changed.notify_all()
 
-    def wait(self, key: str, seconds: float) -> str | None:
+    def wait_for(self, key: str, seconds: float) -> str | None:
         with self._changed:
             self._changed.wait_for(lambda: key in self._texts, seconds)
             return self._texts.get(key)
 
-    def under(self, prefix: str) -> dict[str, str]:
+    def get_all(self, prefix: str) -> dict[str, str]:
         if self.gone:
             raise RuntimeError("UNAVAILABLE")
         return {
@@ -46,11 +46,11 @@ class Memory:
 
 
 class Exit(Exception):
-    """In place of the end of a process."""
+    """Replaces the exit of a process."""
 
 
 class Machines:
-    """Several hosts; what each does runs in a thread where `hosts` knows it alone."""
+    """Several hosts; each runs in a thread in which it is the current one for `hosts`."""
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.store = Memory()
@@ -62,7 +62,7 @@ class Machines:
         here = threading.local()
 
         class Here:
-            """The hosts of this thread, in place of those of the process."""
+            """Redirects to the hosts of the current thread."""
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(here.hosts, name)
@@ -75,7 +75,7 @@ class Machines:
         self._here = here
 
     def each(self, work: Callable[[int], Any], *numbers: int) -> list[Any]:
-        """Returns what each machine's work returns, or how it exits."""
+        """Returns the result of `work` for each machine, or its exit."""
 
         def run(number: int) -> Any:
             self._here.hosts = self.all[number]
@@ -89,16 +89,16 @@ class Machines:
 
     def name(self) -> None:
         for machine in self.all:
-            machine.names = [f"host{number}" for number in range(len(self.all))]
+            machine.host_names = [f"host{number}" for number in range(len(self.all))]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "GRACE", 0.3)
-    monkeypatch.setattr(hosts, "SETTLE", 0.01)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(hosts, "SETTLE_SECONDS", 0.01)
 
 
-def test_one_process_alone_has_nobody_to_ask() -> None:
+def test_single_process_is_a_no_op() -> None:
     assert not hosts.is_multi_process()
     assert hosts.gather("number", 7) == [7]
     assert hosts.peer_failure(ValueError("UNKNOWN: Gloo all-reduce failed")) == ""
@@ -106,45 +106,43 @@ def test_one_process_alone_has_nobody_to_ask() -> None:
     hosts.fail("a bug", 1)
 
 
-def test_joining_tells_the_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `join` sets what the threads share; they have the same count and store.
+def test_join_exchanges_host_names_and_process_0_logs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `join` sets a global that the threads share.
     store = Memory()
     lines: list[str] = []
     monkeypatch.setattr(hosts, "_joined", None)
-    store.put("inception_jax/host name/1", '"b"')
+    store.set("inception_jax/host name/1", '"b"')
     hosts.join(hosts.Hosts(store, 0, 2, 60, lines.append), "a")
     assert hosts.is_multi_process()
     assert lines == [
-        "2 processes: 0 on a, 1 on b. If one dies, JAX stops the others within 60 s and gives its "
-        "number as the task"
+        "2 processes: 0 on a, 1 on b. If one dies, JAX stops the others within 60 s and reports "
+        "its number as the task"
     ]
 
 
-def test_gathered_values_are_in_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_orders_values_by_process_index(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(3, monkeypatch)
     assert machines.each(lambda number: hosts.gather("number", number**2)) == [[0, 1, 4]] * 3
 
 
-def test_one_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_logs_the_process_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(2, monkeypatch)
     machines.name()
-    monkeypatch.setattr(hosts, "_WAIT", 0.02)
+    monkeypatch.setattr(hosts, "_LOG_WAIT_SECONDS", 0.02)
 
-    def come(number: int) -> list[int]:
+    def arrive_late(number: int) -> list[int]:
         while number == 1 and not machines.logs[0]:
             time.sleep(0.001)
         return hosts.gather("data set", number)
 
-    assert machines.each(come) == [[0, 1]] * 2
-    assert machines.logs[0][0] == (
-        "waiting for process 1 (host host1): it has not reached its data set"
-    )
+    assert machines.each(arrive_late) == [[0, 1]] * 2
+    assert machines.logs[0][0] == ("waiting for process 1 (host host1) to report its data set")
 
 
 GLOO = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
 
 
-def test_a_failure_is_what_the_others_say_of_their_own_error(
+def test_peer_failure_reports_the_first_failed_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = Machines(3, monkeypatch)
@@ -156,17 +154,17 @@ def test_a_failure_is_what_the_others_say_of_their_own_error(
         hosts.fail("", 1)
         return message
 
-    # Their own end is no cause: whoever looks later still finds the first.
+    # Their own exits are not causes: later calls still report the first failure.
     assert machines.each(seen, 0, 2) == ["exit 1"] * 2
     (message,) = machines.each(lambda _: hosts.peer_failure(GLOO), 2)
     assert message.startswith("process 1 (host host1) failed: KeyError: 'a bug'. The run cannot")
-    assert "process 2 (host host2) stops too" in message
+    assert "process 2 (host host2) exits too" in message
 
 
-def test_process_0_serves_the_store_until_the_others_have_ended(
+def test_process_0_serves_the_store_until_the_others_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hosts, "GRACE", 30)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 30)
     machines = Machines(3, monkeypatch)
     ended = []
 
@@ -179,12 +177,12 @@ def test_process_0_serves_the_store_until_the_others_have_ended(
 
     assert machines.each(end) == ["exit 1"] * 3
     assert ended[-1] == 0
-    # And no longer than that, where they never end.
-    monkeypatch.setattr(hosts, "GRACE", 0.05)
+    # But no longer than the grace period if they never exit.
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.05)
     assert Machines(3, monkeypatch).each(lambda _: hosts.fail("a bug", 1), 0) == ["exit 1"]
 
 
-def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_failure_without_reason_waits_for_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     machines = Machines(2, monkeypatch)
@@ -192,8 +190,12 @@ def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.M
     def seen(error: BaseException, _: int) -> str:
         return hosts.peer_failure(error)
 
-    for own in (KeyError("a bug"), ValueError("No: bug"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")):
-        assert machines.each(functools.partial(seen, own), 0) == [""]
+    for error in (
+        KeyError("a bug"),
+        ValueError("No: bug"),
+        RuntimeError("RESOURCE_EXHAUSTED: 8 GB"),
+    ):
+        assert machines.each(functools.partial(seen, error), 0) == [""]
     assert not slept
     wrapped = ValueError("a save failed")
     wrapped.__cause__ = GLOO
@@ -201,10 +203,10 @@ def test_a_death_without_a_reason_is_left_to_the_heartbeat(monkeypatch: pytest.M
         machines.store.gone = error is wrapped
         assert machines.each(functools.partial(seen, error), 0) == [""]
     assert len(slept) == 2 and min(slept) > 60
-    assert "JAX says why within 60.3 s" in machines.logs[0][0]
+    assert "JAX reports the cause within 60.3 s" in machines.logs[0][0]
 
 
-def test_differences_name_each_fact_and_its_processes() -> None:
+def test_differences_list_values_and_processes() -> None:
     facts = [{"seed": 0, "jax": "1", "same": [1]} for _ in range(4)]
     facts[2] = {"seed": 1, "jax": None, "same": [1]}
     del facts[1]["jax"]
@@ -215,7 +217,7 @@ def test_differences_name_each_fact_and_its_processes() -> None:
     assert hosts.differences(facts[:1], ["a"]) == []
 
 
-def test_processes_that_disagree_are_all_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inconsistent_processes_all_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(3, monkeypatch)
     machines.name()
 

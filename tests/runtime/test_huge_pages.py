@@ -1,4 +1,4 @@
-"""The new start with huge pages."""
+"""The restart with huge pages."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.flags.opti
         (None, None, None),
     ],
 )
-def test_the_same_command_starts_anew_where_huge_pages_are_on_demand(
+def test_restarts_the_same_command_if_huge_pages_are_on_demand(
     mode: str | None, tunables: str | None, expected: str | None, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -1,4 +1,4 @@
-"""Signals, in small processes of their own that listen for them as training does."""
+"""Signals, in small subprocesses that handle them as training does."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from inception_jax.runtime import preemption
 ROOT = pathlib.Path(__file__).parents[2]
 
 WAITS = "print('ready', flush=True); time.sleep(600)"
-# What XLA does where another host is gone: the main thread never comes back to Python.
+# Simulates XLA when another host is gone: the main thread never returns to Python.
 STUCK = """
 mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
 stop(1)
@@ -39,7 +39,7 @@ print(f'saved step {step}')
 
 
 class Process:
-    """Runs a script that has `stop`, what training asks after each step."""
+    """Runs a script with `stop`, the function that training calls after each step."""
 
     def __init__(self, script: str, before: str = "") -> None:
         lines = [
@@ -63,12 +63,12 @@ class Process:
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
-        """Returns the next line on stderr; an empty one if none comes in a minute."""
+        """Returns the next line on stderr; empty if there is none within a minute."""
         with self._killed_after(60):
             return self._messages.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Returns exit code, output and messages; kills what has not ended in a minute."""
+        """Returns exit code, stdout and stderr; kills the process after a minute."""
         with self._killed_after(60):
             output, messages = self._output.read(), self._messages.read()
             return self._process.wait(), output, messages
@@ -83,7 +83,7 @@ class Process:
             timer.cancel()
 
     def hang_up(self) -> None:
-        """Closes the other end of its messages: a write of it fails from now on."""
+        """Closes the read end of its stderr, so that its writes fail from now on."""
         self._messages.close()
         self._messages = io.StringIO()
 
@@ -102,49 +102,51 @@ def processes() -> Iterator[list[Process]]:
         process.close()
 
 
-# A parent that ignores Ctrl-C, as shells have what runs in the background do, hands that on.
+# A parent that ignores Ctrl-C, such as a shell with a background job, passes that on.
 LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_before_the_first_step_it_ends_at_once(
+def test_signal_before_first_step_exits_immediately(
     number: signal.Signals, processes: list[Process]
 ) -> None:
     processes.append(process := Process(WAITS, LISTEN))
     process.send(number)
     code, _, messages = process.end()
     assert code == EXIT_PREEMPTED == 75
-    assert messages.startswith(f"{number.name}: ended at once.")
-    assert "the same command goes on" in messages
+    assert messages.startswith(f"{number.name}: exiting immediately.")
+    assert "rerun the same command to resume" in messages
     assert messages.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_wherever_it_hangs(
+def test_second_signal_exits_even_if_main_thread_hangs(
     number: signal.Signals, processes: list[Process]
 ) -> None:
     processes.append(process := Process(STUCK, LISTEN))
     process.send(signal.SIGTERM)
-    assert process.message().startswith("SIGTERM: ends once this step is saved")
+    assert process.message().startswith("SIGTERM: saving after the current step")
     time.sleep(preemption.SIGNAL_DEBOUNCE_SECONDS)
     process.send(number)
     code, _, messages = process.end()
     assert code == 128 + number
-    assert messages.startswith(f"{number.name} again: ended at once.")
+    assert messages.startswith(f"{number.name} again: exiting immediately.")
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 )
-def test_training_ends_with_a_step(number: signal.Signals, processes: list[Process]) -> None:
+def test_signal_stops_training_after_a_step(
+    number: signal.Signals, processes: list[Process]
+) -> None:
     processes.append(process := Process(TRAINS, LISTEN))
     process.send(number)
     code, output, messages = process.end()
     assert code == 0 and "saved step" in output
-    assert messages.startswith(f"{number.name}: ends once this step is saved; a second signal")
+    assert messages.startswith(f"{number.name}: saving after the current step, then exiting")
 
 
-def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> None:
+def test_signal_works_without_a_terminal(processes: list[Process]) -> None:
     processes.append(process := Process(TRAINS))
     process.hang_up()
     process.send(signal.SIGHUP)
@@ -152,8 +154,8 @@ def test_a_terminal_that_is_gone_takes_no_message(processes: list[Process]) -> N
     assert code == 0 and "saved step" in output
 
 
-def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> None:
-    """As coreutils' timeout does, to the process and then to its group."""
+def test_duplicate_signal_counts_once(processes: list[Process]) -> None:
+    """coreutils' timeout signals the process and then its group."""
     processes.append(process := Process(TRAINS))
     process.send(signal.SIGTERM)
     process.message()
@@ -163,8 +165,8 @@ def test_what_is_sent_twice_at_once_counts_once(processes: list[Process]) -> Non
     assert not messages
 
 
-def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
-    # nohup has a closed terminal ignored, a shell has Ctrl-C ignored by what is in the background.
+def test_ignored_signals_stay_ignored(processes: list[Process]) -> None:
+    # nohup ignores SIGHUP; shells make background jobs ignore Ctrl-C.
     before = "for n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)"
     processes.append(process := Process(WAITS, before))
     process.send(signal.SIGINT)
@@ -175,7 +177,7 @@ def test_a_signal_that_was_ignored_stays_so(processes: list[Process]) -> None:
     assert messages.startswith("SIGTERM")
 
 
-def test_it_gives_the_signals_back_at_the_end_of_the_block() -> None:
+def test_handlers_are_restored_after_the_block() -> None:
     def handlers() -> list[object]:
         return [signal.getsignal(number) for number in preemption.SIGNALS]
 

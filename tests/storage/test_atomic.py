@@ -1,4 +1,4 @@
-"""Files that take their place whole or not at all."""
+"""Atomic replacement of files."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from inception_jax.errors import UserError
 from inception_jax.storage import atomic
 
 
-def test_a_file_takes_its_place_at_the_end(tmp_path: pathlib.Path) -> None:
+def test_file_is_replaced_at_the_end(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with atomic.replacing(path) as temporary:
@@ -20,11 +20,11 @@ def test_a_file_takes_its_place_at_the_end(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with (
-        pytest.raises(UserError, match=r"file: cannot be written: No space left on device\. Give"),
+        pytest.raises(UserError, match=r"file: cannot be written: No space left on device\. Use"),
         atomic.replacing(path) as temporary,
     ):
         temporary.write_text("half")
@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_folder_is_reported(tmp_path: pathlib.Path) -> None:
     with (
         pytest.raises(UserError, match="none/file: cannot be written: No such file"),
         atomic.replacing(tmp_path / "none/file") as temporary,
@@ -41,7 +41,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
         temporary.write_text("")
 
 
-def test_an_error_of_another_file_is_not_taken_for_its_own(tmp_path: pathlib.Path) -> None:
+def test_error_about_another_file_is_not_converted(tmp_path: pathlib.Path) -> None:
     with (
         pytest.raises(FileNotFoundError, match="other"),
         atomic.replacing(tmp_path / "file"),

@@ -19,7 +19,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_a_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> None:
+def test_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> None:
     listed = json.loads((folder / integrity.MANIFEST).read_text())["files"]
     assert listed == {
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -27,7 +27,7 @@ def test_a_manifest_lists_size_and_sha256_of_each_file(folder: pathlib.Path) -> 
     }
     assert integrity.verify(folder) == []
     integrity.write_manifest(folder)
-    assert integrity.verify(folder) == [], "it does not list itself"
+    assert integrity.verify(folder) == [], "the manifest must not list itself"
 
 
 def flip(path: pathlib.Path) -> None:
@@ -52,40 +52,40 @@ def replace_by_folder(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip, "has changed (its SHA-256 is another)"),
+        (flip, "has changed (SHA-256 mismatch)"),
         (cut, "has 76,799 bytes instead of 76,800"),
         (empty, "has 0 bytes instead of 76,800"),
         (pathlib.Path.unlink, "is missing"),
     ],
 )
-def test_damage_is_named(
+def test_corruption_is_described(
     folder: pathlib.Path, damage: Callable[[pathlib.Path], None], words: str
 ) -> None:
     damage(folder / "d" / "b")
     assert integrity.verify(folder) == [f"d/b {words}"]
 
 
-def test_a_folder_in_a_files_place_is_damage(folder: pathlib.Path) -> None:
+def test_folder_in_place_of_a_file_is_corruption(folder: pathlib.Path) -> None:
     replace_by_folder(folder / "a")
-    (found,) = integrity.verify(folder) or []
-    assert found.startswith("a ")
+    (problem,) = integrity.verify(folder) or []
+    assert problem.startswith("a ")
 
 
-def test_more_files_are_no_damage(folder: pathlib.Path) -> None:
+def test_additional_files_are_ignored(folder: pathlib.Path) -> None:
     (folder / "note").write_text("x")
     assert integrity.verify(folder) == []
 
 
-def test_a_damaged_manifest_is_damage_and_none_is_nothing_known(folder: pathlib.Path) -> None:
+def test_corrupt_and_missing_manifests(folder: pathlib.Path) -> None:
     path = folder / integrity.MANIFEST
-    whole = path.read_bytes()
-    for content in (b"", whole[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
+    intact = path.read_bytes()
+    for content in (b"", intact[:-9], b"[1]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff"):
         path.write_bytes(content)
-        assert integrity.verify(folder) == ["manifest.json is not a manifest"]
-    # Wherever its bytes change, it is seen, or no file's checksum is concerned.
-    listed = json.loads(whole)["files"]
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
+        assert integrity.verify(folder) == ["manifest.json is not a valid manifest"]
+    # A flipped bit is detected anywhere, unless it changes no entry.
+    listed = json.loads(intact)["files"]
+    for index in range(len(intact)):
+        path.write_bytes(intact[:index] + bytes([intact[index] ^ 0x01]) + intact[index + 1 :])
         if not integrity.verify(folder):
             assert json.loads(path.read_bytes())["files"] == listed
     path.unlink()

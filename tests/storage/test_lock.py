@@ -25,7 +25,7 @@ def quiet(line: str) -> None:
     raise AssertionError(line)
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib.Path) -> None:
+def test_second_process_is_rejected_until_the_first_is_killed(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -37,14 +37,14 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: pathlib
                     pass
         finally:
             os.kill(process.pid, signal.SIGKILL)
-    # The file it left is nobody's.
-    assert (tmp_path / lock.NAME).exists()
+    # It left an unlocked file.
+    assert (tmp_path / lock.LOCK_FILE).exists()
     for _ in range(2):
         with lock.lock_workdir(tmp_path, quiet):
-            assert str(os.getpid()) in (tmp_path / lock.NAME).read_text()
+            assert str(os.getpid()) in (tmp_path / lock.LOCK_FILE).read_text()
 
 
-def test_an_error_inside_releases_it(tmp_path: pathlib.Path) -> None:
+def test_exception_releases_the_lock(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ZeroDivisionError), lock.lock_workdir(tmp_path, quiet):
         raise ZeroDivisionError
     with lock.lock_workdir(tmp_path, quiet):
@@ -54,7 +54,7 @@ def test_an_error_inside_releases_it(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
 )
-def test_a_file_system_without_locks_is_said(
+def test_file_system_without_locks_is_logged(
     answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Paths as users type them: what they stand for, and names that nobody would choose."""
+"""Paths as users type them, and unusual names."""
 
 import os
 import pathlib
@@ -20,45 +20,45 @@ URLS = ["gs://bucket/run", "gs:/bucket/run", "s3://b/x", "https://host/x.zip", "
 
 
 @pytest.mark.parametrize("typed", URLS)
-def test_a_url_is_refused(typed: str) -> None:
+def test_urls_are_rejected(typed: str) -> None:
     with pytest.raises(UserError) as refused:
-        paths.local(typed, f"--workdir={typed}")
+        paths.local_path(typed, f"--workdir={typed}")
     message = str(refused.value)
     assert message.startswith(f"--workdir={typed}: is a URL")
-    assert f"written ./{typed}" in message and "buckets" in message
+    assert f"write ./{typed}" in message and "bucket" in message
 
 
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
         ("file:///data", "without file:"),
-        (r"C:\runs\x", "a path of Windows"),
-        ("C:/runs/x", "a path of Windows"),
-        ("\\\\server\\share", "a path of Windows"),
+        (r"C:\runs\x", "a Windows path"),
+        ("C:/runs/x", "a Windows path"),
+        ("\\\\server\\share", "a Windows path"),
         ("a\0b", "NUL"),
     ],
 )
-def test_what_is_no_path_here_is_refused(typed: str, words: str) -> None:
+def test_invalid_paths_are_rejected(typed: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        paths.local(typed, "--output")
+        paths.local_path(typed, "--output")
 
 
 @pytest.mark.parametrize(
     "name", ["./gs:/x", "a:b", "12:30", "lr=1e-3", "a b", "x~", "~nobody-here/x"]
 )
-def test_what_may_be_a_name_is_one(name: str) -> None:
-    assert paths.local(name, "--workdir") == pathlib.Path(name)
+def test_unusual_names_are_accepted(name: str) -> None:
+    assert paths.local_path(name, "--workdir") == pathlib.Path(name)
 
 
-def test_a_tilde_is_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/homes/me")
-    assert paths.local("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
-    assert paths.local(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
-    # Only once: here it is a letter of a name.
-    assert paths.local("./~/x", "--workdir") == pathlib.Path("~/x")
+    assert paths.local_path("~/runs/x", "--workdir") == pathlib.Path("/homes/me/runs/x")
+    assert paths.local_path(pathlib.Path("~"), "--workdir") == pathlib.Path("/homes/me")
+    # Only once: here it is part of a name.
+    assert paths.local_path("./~/x", "--workdir") == pathlib.Path("~/x")
 
 
-def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> None:
         raise KeyError("no such user")
 
@@ -66,11 +66,11 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for call in (
-        lambda: paths.local("~/x", "--workdir=~/x"),
+        lambda: paths.local_path("~/x", "--workdir=~/x"),
         lambda: data_directory(""),
         lambda: prepare(Data(name="digits"), log=print),
     ):
-        with pytest.raises(UserError, match="no home folder: set HOME"):
+        with pytest.raises(UserError, match="home folder is unknown; set HOME"):
             call()
 
 
@@ -82,7 +82,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
         (Config(init=Init(pretrained="https://host/w.safetensors")), "init.pretrained"),
     ],
 )
-def test_settings_that_are_urls_are_refused_with_all_others(settings: Config, setting: str) -> None:
+def test_url_settings_are_reported_with_other_errors(settings: Config, setting: str) -> None:
     settings.seed = -1
     with pytest.raises(ConfigError) as refused:
         config.validate(settings)
@@ -90,7 +90,7 @@ def test_settings_that_are_urls_are_refused_with_all_others(settings: Config, se
     assert "config.seed = -1" in str(refused.value)
 
 
-def test_the_default_directory_may_be_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_directory_must_not_be_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", "gs://tfds-data/datasets")
     with pytest.raises(UserError, match=r"TFDS_DATA_DIR=gs://tfds-data/datasets\): is a URL"):
         data_directory("")
@@ -114,7 +114,7 @@ def test_the_default_directory_may_be_no_url(monkeypatch: pytest.MonkeyPatch) ->
         ["tools.diagnose", "gs://b/run"],
     ],
 )
-def test_every_command_refuses_urls_before_it_writes(
+def test_every_command_rejects_urls_before_writing(
     arguments: list[str], tmp_path: pathlib.Path
 ) -> None:
     done = subprocess.run(
@@ -132,22 +132,22 @@ def test_every_command_refuses_urls_before_it_writes(
 
 
 @pytest.mark.parametrize("name", names.ODD, ids=ascii)
-def test_a_folder_is_the_same_under_its_plain_name(name: str, tmp_path: pathlib.Path) -> None:
+def test_plain_path_is_the_same_folder(name: str, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    plain = paths.Plain(folder)
+    plain = paths.PlainPath(folder)
     (plain.path / "file").write_bytes(b"content")
     (plain.path / "file").rename(plain.path / "renamed")
     assert (folder / "renamed").read_bytes() == b"content"
-    # Of what a pattern, a URL or an encoding could take for something else, nothing is left.
+    # No character that patterns, URLs or encodings treat specially is left.
     assert str(plain.path).isascii() and not set(str(plain.path)) & set("[]*?{}~:@%$#\\\n\t")
     plain.close()
-    assert paths.Plain(tmp_path).path == tmp_path
+    assert paths.PlainPath(tmp_path).path == tmp_path
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_data_are_kept_under_any_name(storage: str, tmp_path: pathlib.Path) -> None:
-    # All at once: TFDS alone takes a second.
+def test_data_directory_can_have_any_name(storage: str, tmp_path: pathlib.Path) -> None:
+    # All characters in one name, because TFDS alone takes a second.
     folder = tmp_path / "".join(name for name in names.ODD if name.isprintable()).replace("/", "")
     data = Data(name="digits", directory=str(folder), image_size=4, storage=storage)
     prepare(data, log=lambda _: None)
@@ -156,7 +156,7 @@ def test_data_are_kept_under_any_name(storage: str, tmp_path: pathlib.Path) -> N
     assert not again
 
 
-def test_data_under_a_name_that_is_no_text_are_refused_at_once(tmp_path: pathlib.Path) -> None:
+def test_non_utf8_data_directory_is_rejected(tmp_path: pathlib.Path) -> None:
     folder = os.path.join(tmp_path, os.fsdecode(b"\xff"))
     with pytest.raises(DataError, match="no UTF-8"):
         prepare(Data(name="digits", directory=folder), log=print)

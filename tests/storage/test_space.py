@@ -9,7 +9,7 @@ from inception_jax.errors import DataError, WriteError
 from inception_jax.storage import space
 
 
-def test_too_little_room_is_named_with_what_it_is_for(
+def test_insufficient_space_is_reported_with_its_purpose(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -18,14 +18,14 @@ def test_too_little_room_is_named_with_what_it_is_for(
     with pytest.raises(WriteError) as error:
         space.check_space(tmp_path, 3_000_001, "a checkpoint")
     assert str(error.value) == (
-        f"{tmp_path}: a checkpoint takes up to 3.0 MB, and 3.0 MB are free. Free disk space, or "
-        "give a folder on another disk"
+        f"{tmp_path}: a checkpoint needs up to 3.0 MB, but only 3.0 MB is free. Free disk space, "
+        "or use a folder on another disk"
     )
-    with pytest.raises(DataError, match=r"the data set takes up to 2\.50 GB"):
+    with pytest.raises(DataError, match=r"the data set needs up to 2\.50 GB"):
         space.check_space(tmp_path, 2_500_000_000, "the data set", error=DataError)
 
 
-def test_a_failure_of_a_disk_is_known_by_its_text() -> None:
+def test_disk_failure_is_recognized_by_its_text() -> None:
     full = os.strerror(errno.ENOSPC)
     assert space.disk_failure(ValueError(f"UNKNOWN: {full} [x=1]")) == full
     assert space.disk_failure(OSError(errno.EROFS, os.strerror(errno.EROFS))) != ""

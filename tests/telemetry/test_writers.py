@@ -378,7 +378,7 @@ def test_a_class_is_registered_where_its_instances_are_made() -> None:
     registry.register_writer("a class")(Rows)
     try:
         part = registry.WRITERS.get("a class")
-        assert part.file == __file__ and part.line > 1 and not part.is_own
+        assert part.file == __file__ and part.line > 1 and not part.is_builtin
     finally:
         del registry.WRITERS._parts["a class"]
 

@@ -162,7 +162,7 @@ DAMAGES = {
     truncate: "bytes instead of",
     empty_file: "has 0 bytes instead of",
     remove_file: "is missing",
-    flip_bit: r"has changed \(its SHA-256 is another\)",
+    flip_bit: r"has changed \(SHA-256 mismatch\)",
     empty_folder: "model is missing, training is missing, progress is missing",
     remove_item: "training is missing",
     break_metrics: "metrics/metrics has 9 bytes instead of",
@@ -181,7 +181,7 @@ def test_training_quarantines_corrupt_checkpoint_and_resumes_from_previous(
     lines: list[str] = []
     with Checkpoints(folder, keep_last=9, log=lines.append) as checkpoints:
         (line,) = lines
-        assert line.startswith(f"{folder / '6'}: this checkpoint is damaged: ")
+        assert line.startswith(f"{folder / '6'}: corrupt checkpoint: ")
         assert re.search(words, line), line
         assert "6.damaged" in line and "of step 4" in line
         assert checkpoints.latest_step() == 4
@@ -254,7 +254,9 @@ def test_nothing_is_changed_without_an_intact_checkpoint(folder: pathlib.Path) -
     for step in STEPS:
         flip_bit(folder / str(step))
     before = files(folder)
-    with pytest.raises(CheckpointError, match=r"none .* is intact; nothing was changed(.|\n)*6: "):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is intact; nothing was changed(.|\n)*6: "
+    ):
         Checkpoints(folder)
     with (
         Checkpoints(folder, read_only=True, log=lambda _: None) as checkpoints,
@@ -270,7 +272,7 @@ def test_corrupt_checkpoint_does_not_displace_intact_one(folder: pathlib.Path) -
     with Checkpoints(folder, keep_last=2, keep_best=0, log=lambda _: None) as checkpoints:
         save(checkpoints, 3)
         save(checkpoints, 5)
-    assert integrity.steps(folder) == [3, 5]
+    assert integrity.list_steps(folder) == [3, 5]
     assert {path.name for path in folder.iterdir()} == {"3", "5", "4.damaged", "6.damaged"}
 
 
@@ -345,7 +347,7 @@ def test_failed_write_is_raised_by_next_call_and_keeps_earlier_checkpoints(
         checkpoints.wait()
         check_restores(checkpoints, 8)
     # The newest and the best.
-    assert integrity.steps(folder) == [4, 8]
+    assert integrity.list_steps(folder) == [4, 8]
 
 
 def test_failure_of_last_write_is_raised_at_the_end(
@@ -399,7 +401,7 @@ def test_low_disk_space_is_detected_before_writing(
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
     with Checkpoints(folder) as checkpoints:
-        with pytest.raises(WriteError, match=r"takes up to 0\.0 MB, and 0\.0 MB are free"):
+        with pytest.raises(WriteError, match=r"needs up to 0\.0 MB, but only 0\.0 MB is free"):
             save(checkpoints, 8)
         assert files(folder) == before
 
@@ -474,7 +476,7 @@ def test_clock_set_back_loses_no_checkpoint(
     monkeypatch.setattr(time, "time_ns", lambda: int((now - 1e6) * 1e9))
     with Checkpoints(folder, keep_last=2, keep_best=0) as checkpoints:
         save(checkpoints, 8)
-    assert integrity.steps(folder) == [6, 8]
+    assert integrity.list_steps(folder) == [6, 8]
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 8
 
@@ -523,7 +525,7 @@ def test_checkpoint_that_cannot_be_read_back_is_discarded(
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.resolve("last") == 6
         check_restores(checkpoints, 6)
-    assert integrity.steps(tmp_path / "checkpoints") == [6]
+    assert integrity.list_steps(tmp_path / "checkpoints") == [6]
 
 
 @pytest.mark.parametrize("name", ["run", "run[1]"])
@@ -544,7 +546,7 @@ def test_unmerged_checkpoints_of_older_versions_are_finalized(
         pytest.raises(CheckpointError, match="no intact checkpoint"),
     ):
         checkpoints.resolve("last")
-    assert "not merged" in lines[0] and "started again" in lines[0]
+    assert "not merged" in lines[0] and "rerun the training command" in lines[0]
     with Checkpoints(damaged, log=lines.append) as checkpoints:
         check_restores(checkpoints, checkpoints.resolve("last"))
     assert len(lines) == 3

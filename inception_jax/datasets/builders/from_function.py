@@ -71,7 +71,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe
         # How errors begin.
-        self._what = f"{recipe.part.place}: the dataset {recipe.name!r}"
+        self._what = f"{recipe.part.location}: the dataset {recipe.name!r}"
         super().__init__(**kwargs)
 
     def is_prepared(self) -> bool:
@@ -94,8 +94,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         part, data, source = self._recipe.part, self._recipe.data, self._recipe.source
         # Before the function runs, which may read it for long.
         self._digest = self._recipe.contents(source).digests[0] if source else ""
-        options = registry.with_defaults(part, data.options)
-        with registry.explained(part, f"the data set {part.name!r}"):
+        options = registry.options_with_defaults(part, data.options)
+        with registry.as_config_error(part, f"the data set {part.name!r}"):
             returned = part.build(dataclasses.replace(data, options=options))
         names: Any = part.class_names
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping):

@@ -245,9 +245,9 @@ def test_what_is_no_data_set_is_refused(
 @pytest.mark.parametrize(
     ("name", "version", "message"),
     [
-        ("my-set", "1.0.0", r"'my-set': a name must be of letters"),
-        ("mine", "2", r"version = '2': must be three numbers"),
-        ("digits", "1.0.0", r"'digits', which .*catalog\.py.* has registered already"),
+        ("my-set", "1.0.0", r"'my-set'\): the name must consist of letters"),
+        ("mine", "2", r"version='2'\): the version must be three numbers"),
+        ("digits", "1.0.0", r"'digits' is already registered by .*catalog\.py"),
     ],
 )
 def test_a_name_or_version_that_cannot_be_is_refused(

@@ -129,7 +129,7 @@ def test_a_full_disk_is_found_before_the_download(
     with (
         serving() as server,
         pytest.raises(
-            DataError, match=r"the download of .* takes up to 1\.0 MB, and 0\.0 MB are free"
+            DataError, match=r"the download of .* needs up to 1\.0 MB, but only 0\.0 MB is free"
         ),
     ):
         fetch(server, pathlib.Path(tmp_path, "tiny.zip"))

@@ -221,7 +221,8 @@ def test_a_compressed_tar_archive_is_unpacked_where_it_is_said_and_leaves_nothin
     with (
         TarSource(path, scratch=scratch) as source,
         pytest.raises(
-            DataError, match=r"scratch: .*x\.tgz, unpacked, takes up to 0\.0 MB, and 0\.0 MB are"
+            DataError,
+            match=r"scratch: .*x\.tgz, unpacked, needs up to 0\.0 MB, but only 0\.0 MB",
         ),
     ):
         source.read("b/2.jpg")
