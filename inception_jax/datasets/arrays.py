@@ -26,29 +26,29 @@ def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
     """
     if not isinstance(image, np.ndarray):
         raise DataError(
-            f"{what}: is of type {type(image).__name__}; expected an array of uint8, such as "
-            "np.asarray(image) makes of a PIL image or a tensor"
+            f"{what}: has type {type(image).__name__}; must be a uint8 NumPy array; convert a PIL "
+            "image or a tensor with np.asarray(image)"
         )
     if image.dtype != np.uint8:
-        remedy = "convert it: images.astype(np.uint8)"
+        remedy = "convert with images.astype(np.uint8)"
         if np.issubdtype(image.dtype, np.floating):
             remedy = (
-                "convert values in 0 to 1: np.round(images * 255).astype(np.uint8); normalized "
-                "values cannot be used"
+                "convert values between 0 and 1 with np.round(images * 255).astype(np.uint8); "
+                "images normalized by mean and standard deviation cannot be used"
             )
-        raise DataError(f"{what}: is of dtype {image.dtype}; expected uint8, 0 to 255; {remedy}")
+        raise DataError(f"{what}: has dtype {image.dtype}; must be uint8 (0 to 255); {remedy}")
     if image.ndim - stacked not in (2, 3) or not image.size:
-        one, grey = ("[N, H, W, 3]", "[N, H, W]") if stacked else ("[H, W, 3]", "[H, W]")
+        one, gray = ("[N, H, W, 3]", "[N, H, W]") if stacked else ("[H, W, 3]", "[H, W]")
         raise DataError(
-            f"{what}: has the shape {list(image.shape)}; expected {one}, or {grey} if it is grey"
+            f"{what}: has shape {list(image.shape)}; must be {one}, or {gray} for grayscale"
         )
     if image.ndim == 3 + stacked and image.shape[-1] not in _CHANNELS:
-        remedy = "give the first three channels, images[..., :3]"
+        remedy = "keep the first three channels with images[..., :3]"
         if image.shape[-3] in _CHANNELS:
-            remedy = "put the channels last: np.moveaxis(images, -3, -1)"
+            remedy = "move the channels last with np.moveaxis(images, -3, -1)"
         raise DataError(
-            f"{what}: has the shape {list(image.shape)}; expected 3 channels, or 1, as the last "
-            f"dimension; {remedy}"
+            f"{what}: has shape {list(image.shape)}; the last dimension must be 3 or 1 channels; "
+            f"{remedy}"
         )
 
 
@@ -82,18 +82,20 @@ def check_labels(
     """
     found = np.asarray(labels)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-        remedy = " (of one-hot rows: labels.argmax(axis=1))" if found.ndim == 2 else ""
+        remedy = "; convert one-hot rows with labels.argmax(axis=1)" if found.ndim == 2 else ""
         raise DataError(
-            f"{what}: are of dtype {found.dtype} and shape {list(found.shape)}; expected whole "
-            f"numbers, [N]{remedy}"
+            f"{what}: have dtype {found.dtype} and shape {list(found.shape)}; must be integers of "
+            f"shape [N]{remedy}"
         )
     if len(found) != count:
-        raise DataError(f"{what}: are {len(found):,}, of {count:,} images; expected one for each")
+        raise DataError(
+            f"{what}: {len(found):,} labels for {count:,} images; must be one per image"
+        )
     most = classes - 1 if classes else np.iinfo(np.int32).max
     wrong = found[(found < (-1 if unknown else 0)) | (found > most)]
     if len(wrong):
-        allowed = f"0 to {most}, the last of {classes} classes" if classes else "0 or more"
-        raise DataError(f"{what}: have {wrong[0]} among them; expected {allowed}")
+        allowed = f"0 to {most} (there are {classes} classes)" if classes else "0 or more"
+        raise DataError(f"{what}: contain {wrong[0]}; must be {allowed}")
     return found.astype(np.int32)
 
 
@@ -105,11 +107,12 @@ def check_numbering(labels: np.ndarray) -> None:
     """
     occurring = np.unique(labels)
     if len(occurring) < 2:
-        raise DataError("labels: are of one class alone; expected two at least")
+        raise DataError("labels: contain only one class; at least two are required")
     if occurring[-1] >= len(occurring):
         raise DataError(
-            f"labels: {len(occurring)} numbers occur, up to {occurring[-1]}; expected 0 to "
-            f"{len(occurring) - 1}: np.unique(labels, return_inverse=True)[1]; or give class_names"
+            f"labels: {len(occurring)} distinct values, up to {occurring[-1]}; must be 0 to "
+            f"{len(occurring) - 1}; renumber with np.unique(labels, return_inverse=True)[1], or "
+            "pass class_names"
         )
 
 
@@ -120,12 +123,12 @@ def check_class_names(names: Any, what: str) -> tuple[str, ...]:
       DataError: if they are no sequence of several different names.
     """
     if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
-        raise DataError(f"{what}: are of type {type(names).__name__}; expected a list of names")
+        raise DataError(f"{what}: have type {type(names).__name__}; must be a list of names")
     found = tuple(map(str, names))
     if len(found) < 2 or len(set(found)) < len(found):
         raise DataError(
-            f"{what}: are {', '.join(map(repr, found[:10])) or 'none'}; expected at least two, all "
-            "different"
+            f"{what}: are {', '.join(map(repr, found[:10])) or 'empty'}; must be at least two "
+            "distinct names"
         )
     return found
 

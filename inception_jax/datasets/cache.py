@@ -76,17 +76,17 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     if not isinstance(info, dict):
         return None, "info.json is damaged"
     if info.get("format") != FORMAT:
-        return None, f"its format is {info.get('format')}, not {FORMAT}"
+        return None, f"its format is {info.get('format')}; must be {FORMAT}"
     # Caches of older versions have no checksums.
     if info.get("sha256 of this", "") not in ("", _digest(info)):
-        return None, "info.json is damaged (its checksum is another)"
+        return None, "info.json is damaged (checksum mismatch)"
     for file, size in info["files"].items():
         found = (cache / file).stat().st_size if (cache / file).exists() else 0
         if found != size:
-            return None, f"{file} has {found:,} bytes instead of {size:,}"
+            return None, f"{file} has {found:,} bytes; must have {size:,}"
     for file, digest in info.get("sha256", {}).items():
         if _file_digest(cache / file) != digest:
-            return None, f"{file} is damaged (its checksum is another)"
+            return None, f"{file} is damaged (checksum mismatch)"
     return info, ""
 
 
@@ -164,10 +164,10 @@ def check_colors(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -
     """Raises DataError if there is nothing to see in the training images."""
     if not any(std):
         raise DataError(
-            f"{where}: all training images together show a single color, such as black: there is "
-            "nothing to learn. Replace the images, unless an older version prepared them, which "
-            "took 16-bit files of small values for black; then remove "
-            f"{recipe.all_of_it}, to prepare them again"
+            f"{where}: all training images are the same single color, such as black, so there is "
+            "nothing to learn. Replace the images; if an older version prepared them (it decoded "
+            f"16-bit files with small values as black), remove {recipe.all_of_it} to prepare them "
+            "again"
         )
 
 
@@ -291,7 +291,7 @@ def _write_split(
     if plain:
         recipe.log(
             f"{builder.name}: {len(plain):,} of {count:,} {split} images are a single color, such "
-            f"as black, all over: {folders.listed(plain)}"
+            f"as black: {folders.listed(plain)}"
         )
     return splits.mean_and_std(total, squares, count * size * size)
 

@@ -94,11 +94,14 @@ class Dataset:
         if evaluation is None:
             if not 0 < val_fraction < 1:
                 raise ConfigError(
-                    f"val_fraction = {val_fraction}: must be more than 0, less than 1"
+                    f"val_fraction = {val_fraction}: must be between 0 and 1, exclusive"
                 )
             held = arrays.held_out(known, val_fraction, seed)
             if not held.any():
-                raise DataError("images: no class has two, so that one could be evaluated on")
+                raise DataError(
+                    "images: no class has two images, so none can be held out for "
+                    "evaluation; add images, or pass evaluation"
+                )
             test = arrays.make_split(pixels, known, np.flatnonzero(held), size)
             train = arrays.make_split(pixels, known, np.flatnonzero(~held), size)
         else:
@@ -157,8 +160,8 @@ class Dataset:
         name = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
         if name not in self.splits:
             raise ConfigError(
-                f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}."
-                f"{nearest(split, self.splits)}"
+                f"{self.name}: split {split!r} not found; its splits are "
+                f"{', '.join(self.splits)}.{nearest(split, self.splits)}"
             )
         if (name, crop, examples) not in self._views:
             found = self.splits[name].cropped(crop)
@@ -207,7 +210,7 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
             # Another process may have prepared it while this one waited.
             info, problem = cache.read_info(folder)
             if info is None and problem:
-                log(f"{folder}: {problem}; it is made again")
+                log(f"{folder}: {problem}; rebuilding it")
             if info is None or is_outdated(info):
                 with preparation.readable_errors(recipe.directory):
                     info, is_new = preparation.build(recipe), True
@@ -226,12 +229,12 @@ def _log_duplicates(dataset: Dataset, log: Log) -> None:
     for name, split in dataset.splits.items():
         if split is not train and (found := duplicates.between(split, train)) and found.total:
             log(
-                f"{dataset.name}: {found.total:,} of {len(split):,} images of the {name} split are "
-                f"also among those to train on, so that its accuracy says too much: {found}"
+                f"{dataset.name}: {found.total:,} of {len(split):,} images in the {name} split "
+                f"are also training images, which inflates its accuracy: {found}"
             )
     if (found := duplicates.of_different_labels(train)) and found.total:
         log(
-            f"{dataset.name}: {found.total:,} of {len(train):,} images to train on are there with "
+            f"{dataset.name}: {found.total:,} of {len(train):,} training images occur with "
             f"different labels: {found}"
         )
 
@@ -252,8 +255,8 @@ def class_ids(data: config.Data) -> tuple[str, ...]:
     builder = preparation.make_builder(recipe)
     if not builder.is_prepared():
         raise DataError(
-            f"{builder.data_dir}: is missing, and with it the ids of the classes. Put it back, or "
-            f"remove {recipe.all_of_it}, to prepare the data set anew"
+            f"{builder.data_dir}: is missing, so the class ids are unknown. Restore it, or remove "
+            f"{recipe.all_of_it} to prepare the data set again"
         )
     return tuple(builder.facts.get("wnids", ()))
 
@@ -278,9 +281,9 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
         if evaluated == train:
             if set(part_of_it) & set(part_of_train):
                 raise ConfigError(
-                    f"config.data.eval_split = {data.eval_split!r}: has training examples of "
-                    f"config.data.train_split = {data.train_split!r}; give parts that do not "
-                    "overlap, such as train[:90%] and train[90%:]"
+                    f"config.data.eval_split = {data.eval_split!r}: overlaps "
+                    f"config.data.train_split = {data.train_split!r}; use disjoint parts, such as "
+                    "train[:90%] and train[90%:]"
                 )
             evaluated, opened[HOLDOUT] = HOLDOUT, whole
         opened[evaluated] = splits.part_of(opened[evaluated], part_of_it)
@@ -292,8 +295,8 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
     for name in (train, evaluated):
         if not len(opened[name]) or opened[name].labels.min() < 0:
             raise DataError(
-                f"{folder}: the split {name!r} has examples without a label, or none at all; train "
-                "and evaluate on others"
+                f"{folder}: the split {name!r} is empty or contains unlabeled examples; use "
+                "another split for training or evaluation"
             )
     return Dataset(
         name=info["name"],
@@ -319,15 +322,15 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
             return name
     if len(others) == 1:
         return others[0]
-    found = f"it has {', '.join(others)} besides" if others else "it has no other"
+    found = f"the others are {', '.join(others)}" if others else "there are no others"
     remedy = (
         "set config.data.eval_split"
         if "eval_split" in recipe.part.takes
-        else ("name one in register_dataset(..., eval_split=...)")
+        else ("set register_dataset(..., eval_split=...)")
     )
     raise ConfigError(
-        f"{recipe.name}: which split is to be evaluated on, with {train!r} to train on? ({found}); "
-        f"{remedy}, or hold out training examples with config.data.holdout"
+        f"{recipe.name}: cannot choose an evaluation split besides {train!r} ({found}); {remedy}, "
+        "or hold out training examples with config.data.holdout"
     )
 
 
@@ -342,8 +345,8 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
     channels = zip(("red", "green", "blue"), info["mean"], info["std"], strict=True)
     if constant := [f"{color} ({mean:.3g})" for color, mean, std in channels if not std > 0]:
         yield (
-            f"{folder}: every training pixel has the same {' and '.join(constant)}; the standard "
-            "deviation of 0 is taken as 1"
+            f"{folder}: every training pixel has the same {' and '.join(constant)}; using a "
+            "standard deviation of 1 instead of 0"
         )
     if "bit_depth" in info or not config.unrecorded_bit_depth(recipe.part.name):
         return
@@ -352,6 +355,6 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
         yield (
             f"{folder}: prepared by an older version, which dropped transparency and used the "
             f"upper 8 of 16 bits even where those are empty. {len(others):,} training images may "
-            f"be concerned, such as {others[0]}. If they are, remove {recipe.all_of_it}, to "
-            "prepare them again; for 16-bit files alone, setting config.data.bit_depth is enough"
+            f"be affected, such as {others[0]}. If they are, remove {recipe.all_of_it} to prepare "
+            "them again; for 16-bit files only, setting config.data.bit_depth is enough"
         )

@@ -142,15 +142,15 @@ def _problem(data: bytes, name: str, error: Exception) -> Problem:
     if kind := file_types.identify(data, name):
         return Problem(*kind)
     if isinstance(error, Image.DecompressionBombError):
-        return Problem("image that is too large", "make it smaller", str(error))
+        return Problem("oversized image", "make it smaller", str(error))
     if isinstance(error, UnidentifiedImageError) and not file_types.damaged_format(data):
-        return Problem("file of no image format that is known", "remove it")
+        return Problem("file in an unknown format", "remove it")
     # PIL names the buffer that it was given, by its address.
     unidentified = isinstance(error, UnidentifiedImageError)
-    said = f"{file_types.damaged_format(data)} data without an image" if unidentified else ""
+    said = f"{file_types.damaged_format(data)} header without an image" if unidentified else ""
     return Problem(
         "damaged image",
-        "the source is damaged: get this file, or the whole source, again",
+        "download or copy this file again",
         said or str(error) or type(error).__name__,
     )
 

@@ -73,7 +73,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
         with contextlib.closing(builder):
             # What is left is not removed where there is nothing to make it from.
             builder.open()
-        recipe.log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
+        recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
         shutil.rmtree(builder.data_dir)
         builder = make_builder(recipe)
     place, aside = pathlib.Path(builder.data_dir), None
@@ -82,7 +82,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
         and recipe.data.on_change == "prepare"
         and (change := recipe.change(cache.prepared_by(builder), place))
     ):
-        recipe.log(f"{change.what}; it is prepared again")
+        recipe.log(f"{change.what}; preparing it again")
         # As TFDS calls a folder that it has not finished: the next start removes it.
         aside = place.with_name(f"incomplete.old_{recipe.version}")
         os.replace(place, aside)
@@ -114,12 +114,12 @@ def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log(f"waiting for the other process that prepares this data set ({lock.lock_file})")
+        log(f"waiting for another process that is preparing this data set ({lock.lock_file})")
         lock.acquire()
     except PermissionError as error:
         raise DataError(
-            f"config.data.directory: {path} belongs to another user, who lets nobody else write "
-            "to it. Remove it while nobody prepares the data set, or give a directory of your own."
+            f"config.data.directory: {path} belongs to another user and is not writable. Remove "
+            "it while no process is preparing the data set, or use your own directory"
         ) from error
     try:
         yield
@@ -138,9 +138,9 @@ def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
         except OSError as error:
             held = path.with_name(f"{path.name}.held")
             log(
-                f"{path.parent}: this file system has no locks ({error.strerror}); the file "
-                f"{held.name} stands for one. If a process on another host is killed while it "
-                "prepares the data set, the file stays: remove it then"
+                f"{path.parent}: this file system does not support locks ({error.strerror}); "
+                f"using the file {held.name} as a lock. If a process on another host is killed "
+                "while preparing the data set, remove this file"
             )
             return filelock.SoftFileLock(held)
     # Whoever may make files beside it may hold it, whatever this user's umask is.
@@ -158,8 +158,8 @@ def _check_writable(directory: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise DataError(
-            f"config.data.directory: cannot write to {directory} ({error}). Give a directory of "
-            "your own."
+            f"config.data.directory: cannot write to {directory} ({error}). Use a directory you "
+            "can write to"
         ) from error
 
 
@@ -176,7 +176,7 @@ def readable_errors(directory: pathlib.Path) -> Iterator[None]:
         if not reason or isinstance(error, PermissionError):
             raise
         raise DataError(
-            f"config.data.directory: {directory} cannot be written to: {reason}. Free some "
-            "space, or give another directory, and start again: what was not finished is no "
-            "hindrance."
+            f"config.data.directory: cannot write to {directory}: {reason}. Free disk space, or "
+            "use another directory, and rerun the command; partial files are cleaned up "
+            "automatically"
         ) from error

@@ -41,8 +41,8 @@ def data_directory(directory: str) -> pathlib.Path:
         str(found.absolute()).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what}: has bytes in its path that are no UTF-8, which the library that writes the "
-            "records cannot take. Rename the folder, or give another"
+            f"{what}: the path is not valid UTF-8, which the library that writes the records "
+            "requires. Rename the folder, or use another"
         ) from error
     return found
 
@@ -170,8 +170,8 @@ class Recipe:
         """Raises DataError if source and settings are not what was prepared."""
         if change := self.change(prepared, where):
             raise DataError(
-                f"{change.what}. {change.remedy}, or give another config.data.directory, or set "
-                "config.data.on_change=prepare to prepare it again"
+                f"{change.what}. {change.remedy}, set config.data.directory to another directory, "
+                "or set config.data.on_change=prepare to prepare it again"
             )
 
     def is_outdated(self, prepared: Prepared, where: pathlib.Path) -> bool:
@@ -185,12 +185,13 @@ class Recipe:
             if (now := self.settings.get(name)) != value:
                 return Change(
                     f"config.data.{name} = {now!r}: {where} was prepared with {value!r}",
-                    "Give that",
+                    f"Set config.data.{name}={value}",
                 )
         if self.code and prepared.code and self.code != prepared.code:
             return Change(
-                f"{self.part.place}: {self.name!r} is no longer the function that prepared {where}",
-                "Put it back as it was",
+                f"{self.part.place}: the code of {self.name!r} has changed since it prepared "
+                f"{where}",
+                "Restore the code",
             )
         path = self.source
         if self.part.fixed_content or path is None:
@@ -202,17 +203,17 @@ class Recipe:
             return None
         found = self.contents(path)
         if prepared.digest not in found.digests:
-            then = " as it was then" if str(path) == prepared.path else ""
+            then = " at that time" if str(path) == prepared.path else ""
             # A folder's digest has the times of its files in place of their content.
-            copied = ", or copied without its times" if path.is_dir() else ""
+            copied = ", or copied without its timestamps" if path.is_dir() else ""
             what = f"from other content, {prepared.path or 'without a source'}{then}{copied}"
         elif found.class_names is None or tuple(found.class_names) == tuple(prepared.class_names):
             return None
         else:
             changes = class_changes(prepared.class_names, found.class_names)
             what = (
-                "with other class folders: one was added or removed that holds no picture, or an "
-                f"older version took others for the classes ({changes})"
+                "with different class folders: a folder without images was added or removed, or "
+                f"an older version chose the classes differently ({changes})"
             )
         return Change(
             f"config.data.source = {self.data.source!r}: {where} was prepared {what}",
@@ -230,11 +231,11 @@ def class_changes(before: Sequence[str], after: Sequence[str]) -> str:
         return ""
     counts = f"{len(before):,} classes → {len(after):,}, " if len(before) != len(after) else ""
     if sorted(before) == sorted(after):
-        what = "the same names in another order"
+        what = "the same names in a different order"
     else:
         gone, new = (sorted(set(a) - set(b)) for a, b in ((before, after), (after, before)))
         parts = [(gone, "without"), (new, "with")]
         what = ", ".join(f"{word} {folders.quoted(names, 3)}" for names, word in parts if names)
     pairs = itertools.zip_longest(before, after)
     label, (old, now) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-    return f"{counts}{what}; the first that differs is class {label}: {old!r} → {now!r}"
+    return f"{counts}{what}; the first difference is class {label}: {old!r} → {now!r}"

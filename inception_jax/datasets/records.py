@@ -78,9 +78,9 @@ class Records:
         # Asking for one that is not there would add it.
         if missing := [name for name in self._fields if name and name not in features]:
             raise DataError(
-                f"{self._files[0].parent}: example {index:,} has no feature {missing[0]!r} (it has "
-                f"{', '.join(sorted(features))}). Another program wrote these records: give "
-                "another config.data.directory"
+                f"{self._files[0].parent}: feature {missing[0]!r} not found in example {index:,} "
+                f"(it has {', '.join(sorted(features))}). Another program wrote these records; "
+                "set config.data.directory to another directory"
             )
         image, label, name = self._fields
         if not name:
@@ -123,6 +123,6 @@ class Records:
 
 def _damaged(file: pathlib.Path, what: str) -> DataError:
     return DataError(
-        f"{file}: {what}. The data set is damaged: remove the folder {file.parent}, and the next "
-        "start prepares it again from its source."
+        f"{file}: {what}. The data set is damaged; remove the folder {file.parent} and rerun to "
+        "prepare it again from its source"
     )

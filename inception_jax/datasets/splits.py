@@ -84,8 +84,8 @@ class Split(abc.ABC):
         """
         if crop != 1:
             raise ConfigError(
-                f"crop = {crop:g}: the original images are not at hand to be cropped; set "
-                "config.data.storage to 'records'"
+                f"crop = {crop:g}: cropping needs the original images; set "
+                "config.data.storage=records"
             )
         return self
 
@@ -101,8 +101,8 @@ class Split(abc.ABC):
           DataError: naming the file that is damaged.
         """
         raise ConfigError(
-            "config.data.storage = 'decoded': the original images are not at hand to cut boxes "
-            "from; set it to 'records', or config.augment.crop to 'resized'"
+            "config.data.storage = 'decoded': config.augment.crop=inception needs the original "
+            "images; set config.data.storage=records, or config.augment.crop=resized"
         )
 
 
@@ -199,7 +199,7 @@ class DecodedSplit(StoredSplit):
             count = sum(map(read, repeat(file.fileno()), zip(rows), places))
         if count != pixels.nbytes:
             raise DataError(
-                f"{self.images_path}: is shorter than it was. Start again: it is then made again."
+                f"{self.images_path}: was truncated while in use. Rerun the command to rebuild it"
             )
         if self.image_digests is not None:
             self._check(pixels, indices)
@@ -211,9 +211,9 @@ class DecodedSplit(StoredSplit):
         changed = indices[digests.of_images(pixels) != self.image_digests[indices]]
         if len(changed):
             raise DataError(
-                f"{self.images_path}: image {changed[0]} ({self.names[changed[0]]}) is damaged: it "
-                f"is not what was written. Remove {self.images_path.parent}, and the next start "
-                "makes it again from the records"
+                f"{self.images_path}: image {changed[0]} ({self.names[changed[0]]}) is damaged "
+                f"(checksum mismatch). Remove {self.images_path.parent} and rerun to rebuild it "
+                "from the records"
             )
 
 
@@ -339,12 +339,12 @@ def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, rang
     bound = r"(-?\d+%?)?"
     if not (match := re.fullmatch(rf"([\w.-]+?)(?:\[{bound}:{bound}\])?", text)):
         raise ConfigError(
-            f"{what}: must be a split's name, or a part of one such as train[:90%] or "
+            f"{what}: must be a split name or a part of a split, such as train[:90%] or "
             "train[1000:2000]; sums and other forms are not supported"
         )
     name = match[1]
     if name not in sizes:
-        raise ConfigError(f"{what}: there is no such split; there are {', '.join(sizes)}")
+        raise ConfigError(f"{what}: no such split; must be one of {', '.join(sizes)}")
     count = sizes[name]
     ends = [
         None if end is None else round(int(end[:-1]) * count / 100) if end[-1] == "%" else int(end)
@@ -352,7 +352,7 @@ def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, rang
     ]
     found = range(count)[slice(*ends)]
     if not found:
-        raise ConfigError(f"{what}: none of the {count:,} examples are in this part of {name}")
+        raise ConfigError(f"{what}: selects none of the {count:,} examples of {name}")
     return name, found
 
 
@@ -395,14 +395,14 @@ def stratified(labels: np.ndarray, count: int) -> np.ndarray:
     sizes = np.bincount(labels)
     if count % len(sizes):
         raise ConfigError(
-            f"config.data.holdout = {count}: must be a multiple of the {len(sizes)} classes, such "
-            f"as {max(count // len(sizes), 1) * len(sizes)}"
+            f"config.data.holdout = {count}: must be a multiple of the number of classes "
+            f"({len(sizes)}), such as {max(count // len(sizes), 1) * len(sizes)}"
         )
     each = count // len(sizes)
     if each >= sizes.min():
         raise ConfigError(
-            f"config.data.holdout = {count}: takes {each} of each class, and the smallest has "
-            f"{sizes.min()} training examples; it must keep one at least"
+            f"config.data.holdout = {count}: holds out {each} examples per class, but the "
+            f"smallest class has {sizes.min()} and must keep at least one"
         )
     taken = np.zeros(len(labels), bool)
     for label in range(len(sizes)):

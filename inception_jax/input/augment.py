@@ -147,8 +147,8 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
         result = part.build(key, images, **given, **registry.with_defaults(part, settings.options))
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
-            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; it "
-            f"has to return images as it was given them, float32 {list(images.shape)}"
+            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; must "
+            f"return images of the same shape and dtype as its input, float32 {list(images.shape)}"
         )
     return result
 

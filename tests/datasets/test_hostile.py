@@ -82,7 +82,7 @@ def test_no_path_in_an_archive_leads_out_of_it(
 def test_an_absolute_path_in_an_archive_is_refused(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     path = archives.write_files(tmp_path / "x.zip", files | {"/etc/0.jpg": b""}, "")
-    with pytest.raises(DataError, match=r"1 pictures lie in no class folder, such as /etc/0\.jpg"):
+    with pytest.raises(DataError, match=r"1 images are not in a class folder, such as /etc/0\.jpg"):
         folders.layout(folders.open_source(path))
 
 
@@ -111,7 +111,9 @@ def test_a_member_that_unpacks_to_too_much_is_refused(
     assert path.stat().st_size < 20_000
     with ZipSource(path) as source:
         tracemalloc.start()
-        with pytest.raises(DataError, match=r"a/0\.jpg has 8,388,608 bytes; at most 4,194,304"):
+        with pytest.raises(
+            DataError, match=r"a/0\.jpg has 8,388,608 bytes; a file can have at most 4,194,304"
+        ):
             source.read("a/0.jpg")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -179,7 +181,7 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
         source=str(path), data_dir=tmp_path / "data"
     )
     with pytest.raises(
-        DataError, match=r"no batches\.meta, data_batch_1, data_batch_5, test_batch"
+        DataError, match=r"missing batches\.meta, data_batch_1, data_batch_5, test_batch"
     ):
         builder.open()
     assert below(tmp_path.parent) - below(tmp_path / "data") - {str(tmp_path / "data")} == before
@@ -216,7 +218,7 @@ def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -
     os.symlink("/dev/zero", path / "a" / "zero.jpg")
     with folders.open_source(path) as source:
         for name in ("a/pipe.jpg", "a/zero.jpg"):
-            with pytest.raises(DataError, match="is a device or a pipe, no file"):
+            with pytest.raises(DataError, match="is a device or a pipe, not a file"):
                 source.read(name)
     found = image_files.find([str(path)])
     assert [os.path.basename(file) for file in found.files] == ["0.jpg", "1.jpg"]
@@ -231,7 +233,7 @@ def test_a_file_far_larger_than_a_picture_is_not_read(
         file.truncate(1 << 40)  # It has no content, and takes no room.
     with (
         FolderSource(tmp_path) as source,
-        pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; at most"),
+        pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; a file can"),
     ):
         source.read("a/large.jpg")
     monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
@@ -315,6 +317,6 @@ def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path
     path = archives.write_files(tmp_path / "x", files)
     with (
         tiny_imagenet_layout.open_source(path) as source,
-        pytest.raises(DataError, match=r"lists are missing, such as .*\.\./secret\.JPEG"),
+        pytest.raises(DataError, match=r"listed in .* are missing, such as .*\.\./secret\.JPEG"),
     ):
         tiny_imagenet_layout.index(source)

@@ -141,7 +141,7 @@ def test_a_cut_file_of_images_is_named(tmp_path: pathlib.Path) -> None:
     dataset = prepare(settings(tmp_path), log=quiet)
     (file,) = (tmp_path / "inception_jax").glob("*px/train_images.npy")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train_images\.npy: is shorter"):
+    with pytest.raises(DataError, match=r"train_images\.npy: was truncated"):
         train_batches(dataset)
 
 
@@ -204,7 +204,7 @@ def test_a_hold_out_takes_the_same_number_of_each_class_from_training(
     assert again.evaluation.names == held.evaluation.names
 
 
-@pytest.mark.parametrize(("count", "message"), [(4, "such as 3"), (33, "must keep one at least")])
+@pytest.mark.parametrize(("count", "message"), [(4, "such as 3"), (33, "must keep at least one")])
 def test_a_hold_out_that_does_not_fit_the_classes_is_refused(
     directory: pathlib.Path, count: int, message: str
 ) -> None:

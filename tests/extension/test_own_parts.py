@@ -321,7 +321,7 @@ def test_an_optimizer_that_is_none_is_named() -> None:
     [
         (lambda key, images: images[:, 1:], r"returned float32 \[2, 7, 8, 3\]; .*\[2, 8, 8, 3\]"),
         (lambda key, images: images > 0, r"returned bool \[2, 8, 8, 3\]; it has to return"),
-        (lambda key, images: None, r"returned None; it has to return images"),
+        (lambda key, images: None, r"returned None; must return images"),
     ],
 )
 def test_an_augmentation_that_gives_no_images_is_named(

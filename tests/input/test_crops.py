@@ -194,7 +194,9 @@ def test_a_holdout_leaves_the_rest_its_boxes(directory: pathlib.Path) -> None:
 
 def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
     split = dataset(directory, storage="decoded").train
-    with pytest.raises(ConfigError, match=r"storage = 'decoded'.*set it to 'records'"):
+    with pytest.raises(
+        ConfigError, match=r"storage = 'decoded'.*set config\.data\.storage=records"
+    ):
         split.read_boxes(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
 
 

@@ -61,15 +61,15 @@ def test_another_content_of_the_data_set_is_refused(tmp_path: pathlib.Path) -> N
     [
         (
             ["pear", "plum", "zapple"],
-            r"names: without 'apple', with 'zapple'; the first that differs is class 0: "
+            r"names: without 'apple', with 'zapple'; the first difference is class 0: "
             r"'apple' → 'pear'",
         ),
         # The same places, but other words for them.
         (
             ["apple", "pears", "plum"],
-            r"without 'pear', with 'pears'; the first that differs is class 1: 'pear' → 'pears'",
+            r"without 'pear', with 'pears'; the first difference is class 1: 'pear' → 'pears'",
         ),
-        (["pear", "apple", "plum"], r"the same names in another order; the first .* class 0"),
+        (["pear", "apple", "plum"], r"the same names in a different order; the first .* class 0"),
         (["apple", "fig", "pear", "plum"], r"3 classes → 4, with 'fig'; .* class 1"),
     ],
 )

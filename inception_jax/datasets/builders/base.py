@@ -192,10 +192,10 @@ def check_format(info: tfds.core.DatasetInfo, name: str) -> None:
     found = info.file_format.value
     if found != _FORMAT:
         raise DataError(
-            f"{info.data_dir}: is stored as {found}, not as {_FORMAT}. Give another "
-            "config.data.directory, or, with TensorFlow installed, convert it: tfds "
+            f"{info.data_dir}: stored as {found}; must be {_FORMAT}. Set config.data.directory to "
+            "another directory, or convert it in an environment with TensorFlow: tfds "
             f"convert_format --dataset_version_dir={info.data_dir} --out_file_format={_FORMAT} "
-            f"--out_dir=DIRECTORY/{name} and --config.data.directory=DIRECTORY"
+            f"--out_dir=DIRECTORY/{name}, then use --config.data.directory=DIRECTORY"
         )
 
 

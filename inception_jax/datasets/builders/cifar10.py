@@ -73,8 +73,8 @@ class Cifar10(base.ImageBuilder):
         path = self._path
         if path.is_file() and (path.stat().st_size, download.md5_of(path)) != (BYTES, MD5):
             self.log(
-                f"{self._path}: not the official archive (MD5 {MD5}), though its files and counts "
-                "are CIFAR-10's; it is used as it is"
+                f"{self._path}: not the official archive (MD5 {MD5}), but its files and image "
+                "counts match CIFAR-10; using it as is"
             )
 
         self._splits = {
@@ -92,9 +92,9 @@ class Cifar10(base.ImageBuilder):
         path = pathlib.Path(self.source)
         if not path.exists():
             raise DataError(
-                f"config.data.source = {self.source!r}: there is no such file or folder. Give the "
-                f"cifar-10-python.tar.gz or the folder {files.FOLDER} that was extracted from it, "
-                "or leave it empty for the official download."
+                f"config.data.source = {self.source!r}: no such file or folder; set it to "
+                f"cifar-10-python.tar.gz or the extracted folder {files.FOLDER}, or leave it "
+                "empty to download the official archive"
             )
         return path
 
@@ -102,9 +102,9 @@ class Cifar10(base.ImageBuilder):
         counts = np.bincount(labels, minlength=files.CLASSES)
         if (counts != expected).any():
             raise DataError(
-                f"{self._path}: not the whole of CIFAR-10, for its {split} split has "
+                f"{self._path}: incomplete CIFAR-10: its {split} split has "
                 f"{', '.join(f'{count:,}' for count in counts)} images of the classes 0 to 9 "
-                f"(expected {expected:,} each). Get the archive again."
+                f"(expected {expected:,} each). Download the archive again"
             )
 
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:

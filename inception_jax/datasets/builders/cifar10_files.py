@@ -87,32 +87,32 @@ def _other_form(source: Source) -> str:
     names = {file.split("/")[-1] for file in files}
     official = (
         "Get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, or leave "
-        "config.data.source empty to have it downloaded."
+        "config.data.source empty to download it"
     )
     if "data_batch_1.mat" in names:
-        return f"CIFAR-10's MATLAB version, which is not read. {official}"
+        return f"the MATLAB version of CIFAR-10, which is not supported. {official}"
     if {"fine_label_names.txt", "train.bin"} <= names or any("cifar-100" in f for f in files):
-        return f"CIFAR-100, which is another data set. {official}"
+        return f"CIFAR-100, not CIFAR-10. {official}"
     if "trainLabels.csv" in names:
         return (
-            "the form of Kaggle's competition, whose test images have no labels, and are mixed "
-            f"with 290,000 others: there is nothing to evaluate on. {official}"
+            "the Kaggle competition version of CIFAR-10, whose test images are unlabeled and "
+            f"mixed with 290,000 others, so there is nothing to evaluate on. {official}"
         )
     classed = [match for match in map(_CLASSED.fullmatch, files) if match]
     if classed:
         why = (
-            "their names do not give the images' official numbers, which decide their order"
+            "their names lack the official image numbers, which determine the order"
             if classed[0][3].lower() == "png"
-            else "they are JPEGs, which are not the original pixels"
+            else "they are JPEGs, which do not preserve the original pixels"
         )
         return (
-            f"holds pictures in class folders, and {why}. Set config.data.name=image_folder to use "
-            f"them as they are. {official}"
+            f"contains images in class folders, but {why}. Set config.data.name=image_folder to "
+            f"use them as they are. {official}"
         )
     found = folders.listed(sorted({file.split("/")[0] for file in files}))
     return (
-        f"not CIFAR-10, for it has no data_batch_1 (found: {found or 'nothing'})."
-        f"{opening.archives_inside(files)} {official}"
+        "not CIFAR-10: data_batch_1 not found (contents: "
+        f"{found or 'none'}).{opening.archives_inside(files)} {official}"
     )
 
 
@@ -146,13 +146,13 @@ def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, byt
     for file in source.sizes.keys() & set(wanted):
         if source.sizes[file] > _MOST_BYTES:
             raise DataError(
-                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB."
+                f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB. "
+                "Download the archive again"
             )
     if missing := [file for file in sorted(wanted) if file not in source.sizes]:
         raise DataError(
-            f"{source.path}: not the whole of CIFAR-10's {what}, for it has no "
-            f"{', '.join(missing)}. Give the cifar-10-python.tar.gz, or the folder {FOLDER} that "
-            "was extracted from it."
+            f"{source.path}: incomplete CIFAR-10 {what}: missing {', '.join(missing)}. Set "
+            f"config.data.source to cifar-10-python.tar.gz or the extracted folder {FOLDER}"
         )
     return {file: source.read(file) for file in wanted}
 
@@ -167,12 +167,12 @@ def _records(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     size = 1 + 3 * 32 * 32
     if len(data) != PER_FILE * size:
         raise DataError(
-            f"{where}: has {len(data):,} bytes; {PER_FILE:,} images of CIFAR-10 have "
-            f"{PER_FILE * size:,}. Get the archive again."
+            f"{where}: has {len(data):,} bytes; must have {PER_FILE * size:,} ({PER_FILE:,} "
+            "images). Download the archive again"
         )
     records = np.frombuffer(data, np.uint8).reshape(PER_FILE, size)
     if records[:, 0].max() >= CLASSES:
-        raise DataError(f"{where}: has labels above {CLASSES - 1}. Get the archive again.")
+        raise DataError(f"{where}: contains labels above {CLASSES - 1}. Download the archive again")
     return records[:, 1:], records[:, 0].tolist()
 
 
@@ -185,16 +185,16 @@ def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits
         of_split = sum(m[1].lower() == split for m in pictures.values())
         if of_split != count or set(numbered) != set(range(count)):
             raise DataError(
-                f"{source.path}: not the whole of CIFAR-10, for its {split} folder has "
-                f"{of_split:,} pictures (expected {count:,}, of the numbers 0 to {count - 1:,}). "
-                "Get the archive again, or set config.data.name=image_folder to use what is there."
+                f"{source.path}: incomplete CIFAR-10: its {split} folder has {of_split:,} images "
+                f"(expected {count:,}, numbered 0 to {count - 1:,}). Download the archive again, "
+                "or set config.data.name=image_folder to use these images"
             )
         files = [numbered[number] for number in range(count)]
         names = [pictures[file][3].lower() for file in files]
         if foreign := sorted(set(names) - set(_NAMES)):
             raise DataError(
-                f"{source.path}: {folders.quoted(foreign)}: no class of CIFAR-10. Get the archive "
-                "again, or set config.data.name=image_folder to use what is there."
+                f"{source.path}: {folders.quoted(foreign)}: not CIFAR-10 classes. Download the "
+                "archive again, or set config.data.name=image_folder to use these images"
             )
         pixels = np.empty((count, 3 * 32 * 32), np.uint8)
         images = decode.threaded_map(functools.partial(_picture, source), files, _PIECE)
@@ -211,8 +211,8 @@ def _picture(source: Source, file: str) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         if image.size != (32, 32) or image.mode != "RGB":
             raise DataError(
-                f"{where}: has {image.width} x {image.height} pixels of the mode {image.mode}; "
-                "CIFAR-10's have 32 x 32 of RGB. Get the archive again."
+                f"{where}: has {image.width} x {image.height} pixels in mode {image.mode}; must "
+                "be 32 x 32 in RGB. Download the archive again"
             )
         return np.asarray(image)
 
@@ -248,7 +248,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns what a pickle may call."""
         if (module, name) not in self._parts:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data need")
+            raise pickle.UnpicklingError(f"refers to {module}.{name}, which plain data never do")
         return self._parts[module, name]
 
 
@@ -270,11 +270,14 @@ def unpickle(data: bytes, where: str) -> dict[str, Any]:
     # Damaged data make the unpickler, and NumPy under it, raise nearly anything.
     except Exception as error:
         raise DataError(
-            f"{where}: not a pickle of plain data ({type(error).__name__}: {error}). It is damaged "
-            "or is not CIFAR-10's: get the archive again."
+            f"{where}: not a pickle of plain data ({type(error).__name__}: {error}); it is "
+            "damaged or not from CIFAR-10. Download the archive again"
         ) from error
     if not isinstance(content, dict):
-        raise DataError(f"{where}: holds a {type(content).__name__}; expected a dictionary.")
+        raise DataError(
+            f"{where}: contains a {type(content).__name__}; must be a dictionary. "
+            "Download the archive again"
+        )
     return {_text(key): value for key, value in content.items()}
 
 
@@ -285,7 +288,10 @@ def _text(value: Any) -> str:
 def _class_names(data: bytes, where: str) -> list[str]:
     names = unpickle(data, where).get("label_names")
     if not isinstance(names, list) or len({*map(_text, names)}) != CLASSES:
-        raise DataError(f"{where}: 'label_names' must list {CLASSES} different names: {names!r}.")
+        raise DataError(
+            f"{where}: label_names = {names!r}: must list {CLASSES} distinct names. "
+            "Download the archive again"
+        )
     return [_text(name) for name in names]
 
 
@@ -295,9 +301,16 @@ def _batch(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     pixels, labels = batch.get("data"), batch.get("labels")
     shape = (PER_FILE, 3 * 32 * 32)
     if not isinstance(pixels, np.ndarray) or (pixels.dtype, pixels.shape) != (np.uint8, shape):
-        raise DataError(f"{where}: 'data' must be bytes of shape {shape}.")
+        raise DataError(
+            f"{where}: 'data' must be a uint8 array of shape {shape}. Download the archive again"
+        )
     if not isinstance(labels, list) or len(labels) != PER_FILE:
-        raise DataError(f"{where}: 'labels' must list {PER_FILE:,} numbers.")
+        raise DataError(
+            f"{where}: 'labels' must list {PER_FILE:,} numbers. Download the archive again"
+        )
     if not all(isinstance(label, int) and 0 <= label < CLASSES for label in labels):
-        raise DataError(f"{where}: 'labels' must be whole numbers from 0 to {CLASSES - 1}.")
+        raise DataError(
+            f"{where}: 'labels' must be integers from 0 to {CLASSES - 1}. Download "
+            "the archive again"
+        )
     return pixels, labels

@@ -50,7 +50,7 @@ _WORDS = {
 _FILLERS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "split")
 # Folders that are often the only one inside a split's, and hold its classes.
 _CONTAINERS = (*_FILLERS, "photos", "jpg", "jpeg", "png", "unknown")
-_EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/ with such folders."
+_EXPECTED = "Expected one folder of images per class, or train/ and val/ with such folders"
 _AS_CLASSES = "config.data.layout=classes"
 
 # What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
@@ -167,15 +167,15 @@ def open_source(
     archive = next((above for above in path.parents if above.is_file()), path)
     if not archive.exists():
         raise DataError(
-            f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
-            "holds one folder of pictures for each class, or a zip or tar archive of it."
+            f"config.data.source = {str(path)!r}: no such file or folder; set it to a folder that "
+            "contains one folder of images per class, or to a zip or tar archive of it"
         )
     source = opening.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
     if archive != path:
         source.enter(f"{path.relative_to(archive).as_posix()}/")
         # What messages call it.
         source.path = path
-    problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
+    problem = None if source.sizes else DataError(f"{path}: contains no files. {_EXPECTED}")
     if source.names_depend_on_encoding:
         problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
     if problem:
@@ -261,19 +261,18 @@ def layout(source: Source, reading: str = "auto") -> Layout:
             cased = {name.casefold(): name for name in classes}
             if other := cased.get(foreign[0].casefold()):
                 raise DataError(
-                    f"{where}/{folders[split]}: {foreign[0]!r} is {other!r} in {folders[TRAIN]}/. "
-                    "Give a class's folders one name, in upper and lower case, too."
+                    f"{where}/{folders[split]}: class folder {foreign[0]!r} is named {other!r} in "
+                    f"{folders[TRAIN]}/. Use the same upper and lower case in all splits"
                 )
             if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
                 raise DataError(
                     f"{where}: has the official layout of Tiny ImageNet, whose validation images "
-                    "lie in no class folders. Set config.data.name=tiny_imagenet, or, for a part "
-                    "of it, tiny_imagenet_subset."
+                    "are not in class folders. Set config.data.name=tiny_imagenet, or "
+                    "tiny_imagenet_subset for a part of it"
                 )
             raise DataError(
-                f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
-                f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
-                "the folder away."
+                f"{where}/{folders[split]}: {quoted(foreign)}: not found in {folders[TRAIN]}/. "
+                "Each class needs training images; add them, or move the folder away"
             )
     root = f"{start}{folders[TRAIN]}/"
     return Layout(
@@ -434,8 +433,8 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     if TRAIN not in kinds.values():
         if kinds and not others:
             raise DataError(
-                f"{where}: has {quoted(list(kinds))}, but no train folder. {_EXPECTED} If they are "
-                f"classes, set {_AS_CLASSES}."
+                f"{where}: contains {quoted(list(kinds))} but no train folder. {_EXPECTED}. If "
+                f"these folders are classes, set {_AS_CLASSES}"
             )
         _check_foreign(tree, where)
         return {}
@@ -452,8 +451,8 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     for split, folders in several.items():
         if len(folders) > 1:
             raise DataError(
-                f"{where}: {quoted(folders)}: which of them is the {split} split? Keep one, and "
-                f"move the others away; if they are classes, set {_AS_CLASSES}."
+                f"{where}: {quoted(folders)}: several folders for the {split} split. Keep one and "
+                f"move the others away; if they are classes, set {_AS_CLASSES}"
             )
     if others:
         raise _beside_splits(tree, others, several[TRAIN][0], where)
@@ -494,16 +493,17 @@ def _names_inside(folder: str, tree: _Tree) -> set[str]:
 
 
 def _beside_splits(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
-    message = f"{where}: {quoted(others)} beside {train!r}: is it a class or a split?"
+    message = f"{where}: {quoted(others)} next to {train!r}: unclear whether a class or a split."
     for folder in others:
         if any(_kind(inner) == TRAIN for inner in _below(tree, folder) if inner):
             return DataError(
-                f"{message} {folder!r} has splits of its own, as a copy of the whole would. Give "
-                f"config.data.source={where}/{folder} to use those, or move the folder away."
+                f"{message} {folder!r} contains its own train folder, like a copy of the data "
+                f"set. Set config.data.source={where}/{folder} to use that, or move the folder "
+                "away"
             )
     return DataError(
-        f"{message} Keep class folders inside the splits' folders, and move other folders away; "
-        f"if all of them are classes, set {_AS_CLASSES}."
+        f"{message} Put class folders inside the split folders and move other folders away; if "
+        f"all of them are classes, set {_AS_CLASSES}"
     )
 
 
@@ -516,9 +516,9 @@ def _check_pairs(kinds: dict[str, str], where: str) -> None:
     pairs = [stem for stem, found in by_stem.items() if TRAIN in found and len(found) > 1]
     if len(pairs) > 1:
         raise DataError(
-            f"{where}: {quoted(sorted(kinds))}: are they classes, or the splits of the classes "
-            f"{quoted(pairs)}? If they are classes, set {_AS_CLASSES}; if splits, move them to "
-            f"train/{pairs[0]}, val/{pairs[0]} and so on."
+            f"{where}: {quoted(sorted(kinds))}: unclear whether these are classes, or splits of "
+            f"the classes {quoted(pairs)}. For classes, set {_AS_CLASSES}; for splits, move them "
+            f"to train/{pairs[0]}, val/{pairs[0]} and so on"
         )
 
 
@@ -528,9 +528,9 @@ def _check_foreign(tree: _Tree, where: str) -> None:
     for folder, name in folders.items():
         if _kind(folder) and (set(folders.values()) - {name}) & _names_inside(folder, tree):
             raise DataError(
-                f"{where}: {folder!r} has folders of the same names as those beside it: is it a "
-                "split? Put the classes to train on into train/. If it is a class, set "
-                f"{_AS_CLASSES}."
+                f"{where}: {folder!r} contains folders with the same names as the folders next to "
+                "it. If it is a split, move the training classes into train/; if it is a class, "
+                f"set {_AS_CLASSES}"
             )
 
 
@@ -541,8 +541,8 @@ def _check_classes(tree: _Tree, where: str) -> None:
     for name in known:
         if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
             raise DataError(
-                f"{where}: {name!r} is named as a copy of {of!r}, beside it. Move it away; if it "
-                f"is a class of its own, set {_AS_CLASSES}."
+                f"{where}: {name!r} looks like a copy of {of!r}, next to it. Move it away; if it "
+                f"is a separate class, set {_AS_CLASSES}"
             )
     for folder, name in names.items():
         inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
@@ -550,10 +550,10 @@ def _check_classes(tree: _Tree, where: str) -> None:
         if repeated := sorted((known & found) - {name}):
             place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
             raise DataError(
-                f"{where}: {folder!r} repeats the folders beside it: it holds {quoted(repeated)}, "
-                "too. Is it a copy of them? Move it away, or give config.data.source="
-                f"{where}/{place.rpartition('/')[0]} to use it alone; if it is a class of its own, "
-                f"set {_AS_CLASSES}."
+                f"{where}: {folder!r} looks like a copy of the folders next to it: it also "
+                f"contains {quoted(repeated)}. Move it away, or set "
+                f"config.data.source={where}/{place.rpartition('/')[0]} to use only the copy; if "
+                f"it is a separate class, set {_AS_CLASSES}"
             )
     inside = {folder: _names_inside(folder, tree) for folder in names}
     deep = [folder for folder in names if len(inside[folder]) > 1]
@@ -568,18 +568,18 @@ def _either(
     """Returns the error for folders that may be classes, or versions of the same classes."""
     if any(_kind(name) == TRAIN for name in shared):
         other = (
-            f"or classes that are split inside, into {quoted(shared)}. For those, put the splits "
-            f"outermost, as in {shared[0]}/{one}."
+            f"or each class is split inside into {quoted(shared)}; if so, make the splits the "
+            f"outer folders, as in {shared[0]}/{one}"
         )
     else:
         other = (
-            f"or several versions of one data set, whose classes are {quoted(shared)}. For that, "
-            f"give one of them as the source, such as config.data.source={where}/{one}."
+            f"or they are versions of one data set with the classes {quoted(shared)}; if so, use "
+            f"one of them, such as config.data.source={where}/{one}"
         )
     return DataError(
-        f"{where}: {one!r} and {two!r} have folders of the same names. Either {quoted(folders)} "
-        f"are the classes, and the folders inside do not matter; for that, set {_AS_CLASSES}. "
-        f"{other[0].upper()}{other[1:]}"
+        f"{where}: {one!r} and {two!r} contain folders with the same names. Either "
+        f"{quoted(folders)} are the classes and the folders inside do not matter; if so, set "
+        f"{_AS_CLASSES}. {other[0].upper()}{other[1:]}"
     )
 
 
@@ -587,7 +587,7 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
     """Returns the files of class folders; `start` is what their paths begin with."""
     if pictures := _loose_pictures(tree):
         raise DataError(
-            f"{where}: {len(pictures):,} pictures lie in no class folder, such as "
+            f"{where}: {len(pictures):,} images are not in a class folder, such as "
             f"{shown(pictures[0])}. {_EXPECTED}"
         )
     return [
@@ -608,12 +608,12 @@ def _loose_pictures(tree: _Tree) -> list[str]:
 def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...]:
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
-        without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
+        without = f" Ignored: {listed([shown(path) for path in left_out])}." if left_out else ""
         inside = opening.archives_inside(tree.get("", ()))
-        raise DataError(f"{where}: has no class folders. {_EXPECTED}{inside}{without}")
+        raise DataError(f"{where}: contains no class folders.{inside}{without} {_EXPECTED}")
     if len(classes) == 1:
         raise DataError(
-            f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "
+            f"{where}: contains only one class, {classes[0]!r}; at least two are required. "
             f"{_EXPECTED}"
         )
     return classes

@@ -18,8 +18,8 @@ from inception_jax.errors import DataError
 from inception_jax.registry import DatasetPart
 
 _EXPECTED = (
-    'expected a mapping of splits, such as {"train": (images, labels), "validation": (images, '
-    "labels)}, or a tuple of that and the class names"
+    'must be a mapping of splits, such as {"train": (images, labels), "validation": (images, '
+    "labels)}, or a tuple of such a mapping and the class names"
 )
 # Names of splits that mean something else.
 _TAKEN = ("holdout", "eval", "train_eval")
@@ -71,7 +71,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe
         # How errors begin.
-        self._what = f"{recipe.part.place}: the dataset {recipe.name!r}"
+        self._what = f"{recipe.part.place}: the data set {recipe.name!r}"
         super().__init__(**kwargs)
 
     def is_prepared(self) -> bool:
@@ -84,8 +84,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             return False
         if "options" not in (self.facts or {}).get("settings", {}):
             raise DataError(
-                f"{self.data_dir}: holds another data set of the name {self.name!r}. Register it "
-                "under another name, or give another config.data.directory"
+                f"{self.data_dir}: contains another data set named {self.name!r}. Register yours "
+                "under another name, or set config.data.directory to another directory"
             )
         return True
 
@@ -114,21 +114,21 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         for name in names:
             if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in _TAKEN:
                 raise DataError(
-                    f"{self._what} returned a split named {name!r}; expected letters, digits and "
-                    f"underscores, and none of {', '.join(_TAKEN)}"
+                    f"{self._what} returned a split named {name!r}; names must be letters, digits "
+                    f"and underscores, and not {', '.join(_TAKEN)}"
                 )
         if part.train_split not in names:
             raise DataError(
-                f"{self._what} returned the splits: {found}; expected {part.train_split!r} among "
-                "them"
+                f"{self._what} returned the splits {found}; {part.train_split!r} is missing"
             )
         if self._recipe.data.holdout:
             return
         if len(names) == 1 or (part.eval_split and part.eval_split not in names):
             raise DataError(
-                f"{self._what} returned the splits: {found}; expected "
-                f"{repr(part.eval_split) if part.eval_split else 'a second one'} to evaluate on. "
-                "Return it, too, or hold out training examples with config.data.holdout"
+                f"{self._what} returned the splits {found}; "
+                f"{repr(part.eval_split) if part.eval_split else 'a second one'} is required for "
+                "evaluation. Return it too, or hold out training examples with "
+                "config.data.holdout"
             )
 
     def _read(self, split: str, value: Any) -> _Returned:
@@ -138,8 +138,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             return self._read_parallel(split, value)
         if isinstance(value, str | bytes | Mapping | np.ndarray) or not isinstance(value, Iterable):
             raise DataError(
-                f"{what}: is of type {type(value).__name__}; expected a tuple (images, labels), or "
-                "an iterable of examples (image, label)"
+                f"{what}: has type {type(value).__name__}; must be a tuple (images, labels) or an "
+                "iterable of examples (image, label)"
             )
         return _Returned(split, value, len(value) if isinstance(value, Sized) else 0)
 
@@ -147,7 +147,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         what = f"{self._what}, split {split!r}"
         if len(value) not in (2, 3):
             raise DataError(
-                f"{what}: is a tuple of {len(value)}; expected (images, labels) or (images, "
+                f"{what}: is a tuple of length {len(value)}; must be (images, labels) or (images, "
                 "labels, names)"
             )
         images: Any = value[0]
@@ -155,13 +155,13 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             images = arrays.stack(images, f"{what}, images")
         elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
             raise DataError(
-                f"{what}, images: are of type {type(images).__name__}; expected an array or a list"
+                f"{what}, images: have type {type(images).__name__}; must be an array or a list"
             )
         for part in value[1:]:
             if len(part) != len(images):
                 raise DataError(
-                    f"{what}: has {len(images):,} images and {len(part):,} "
-                    f"{'labels' if part is value[1] else 'names'}; expected one for each image"
+                    f"{what}: {len(part):,} {'labels' if part is value[1] else 'names'} for "
+                    f"{len(images):,} images; must be one per image"
                 )
         return _Returned(
             split, zip(images, *value[1:], strict=True), len(images), np.asarray(value[1])
@@ -175,8 +175,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             if found.labels is None:
                 raise DataError(
                     f"{self._what}, split {split!r}: is an iterable of examples, whose labels are "
-                    "known only once all are read; give the names of the classes: "
-                    "register_dataset(..., class_names=[...])"
+                    "unknown until all are read; set the class names with register_dataset(..., "
+                    "class_names=[...])"
                 )
             what = f"{self._what}, split {split!r}, labels"
             known = arrays.check_labels(found.labels, found.count, what, unknown=True)
@@ -218,14 +218,14 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         ):
             yield f"{items.split}_{index:08d}", features
         if index < 0:
-            raise DataError(f"{self._what}, split {items.split!r}: has no examples")
+            raise DataError(f"{self._what}, split {items.split!r}: contains no examples")
 
     def _features(self, split: str, numbered: tuple[int, Any]) -> dict[str, Any]:
         number, example = numbered
         what = f"{self._what}, split {split!r}, example {number:,}"
         if not isinstance(example, tuple | list) or len(example) not in (2, 3):
             raise DataError(
-                f"{what}: is of type {type(example).__name__}; expected (image, label) or (image, "
+                f"{what}: has type {type(example).__name__}; must be (image, label) or (image, "
                 "label, name)"
             )
         image, label, name = (*example, f"{split}_{number:06d}")[:3]
@@ -235,7 +235,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             arrays.check_image(image, what)
             image = base.to_png(image)
         if not isinstance(name, str):
-            raise DataError(f"{what}: its name is of type {type(name).__name__}; expected a text")
+            raise DataError(f"{what}: its name has type {type(name).__name__}; must be a string")
         return {"image": image, "label": self._label(label, what), "file_name": folders.shown(name)}
 
     def _label(self, label: Any, what: str) -> int:
@@ -244,7 +244,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         is_number = isinstance(label, int | np.integer) and not isinstance(label, bool)
         if not is_number or not -1 <= label < len(self._classes):
             raise DataError(
-                f"{what}: its label is {label!r}; expected 0 to {len(self._classes) - 1}, the name "
-                f"of one of the {len(self._classes)} classes, or -1 where it is unknown"
+                f"{what}: label = {label!r}: must be 0 to {len(self._classes) - 1}, the name of "
+                f"one of the {len(self._classes)} classes, or -1 if unknown"
             )
         return int(label)

@@ -61,8 +61,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         """
         if not self.source:
             raise DataError(
-                "config.data.source = '': image_folder has no download. Give the folder that holds "
-                "one folder of pictures for each class, or a zip or tar archive of it."
+                "config.data.source = '': image_folder has no default source; set it to a folder "
+                "that contains one folder of images per class, or to a zip or tar archive of it"
             )
         self._files = folders.open_source(
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
@@ -79,13 +79,13 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             named = [folders.shown(path) for path in layout.left_out]
             paths = f"{len(named):,} path{'s' * (len(named) > 1)}"
             self.log(
-                f"{self._files.path}: ignored {paths}, left by systems, editors or this program, "
-                f"or notes and the like: {folders.listed(named)}"
+                f"{self._files.path}: ignored {paths} (system and editor files, this program's "
+                f"output, notes and the like): {folders.listed(named)}"
             )
         if layout.without_pictures:
             self.log(
-                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: without pictures, "
-                "so not among the classes"
+                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: no images, so "
+                "not used as a class"
             )
 
     def _divide(self, layout: folders.Layout) -> None:
@@ -93,8 +93,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         problems, self._bit_depth = self._inspect(entries)
         if problems and self._on_unreadable == "refuse":
             raise DataError(
-                f"{self._listed(problems, len(entries))}\nFix or remove them, or set "
-                "config.data.on_unreadable=skip to leave them out"
+                f"{self._listed(problems, len(entries))}\nFix or remove these files, or set "
+                "config.data.on_unreadable=skip to skip them"
             )
         splits = {
             split: [entry for entry in members if entry.file not in problems]
@@ -105,7 +105,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
         if problems:
-            self.log(f"{self._listed(problems, len(entries))}\nThey are left out")
+            self.log(f"{self._listed(problems, len(entries))}\nSkipping these files")
             self._settings["on_unreadable"] = self._on_unreadable
         if not layout.divided:
             self._settings["val_fraction"] = self._val_fraction
@@ -116,7 +116,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         for split in (folders.TEST, folders.UNLABELED):
             if split in splits and not splits[split]:
                 self.log(
-                    f"{self._files.path}: the {split} folder has no picture; there is no such split"
+                    f"{self._files.path}: the {split} folder contains no images; the split is "
+                    "skipped"
                 )
                 del splits[split]
         self._classes, self._splits, self._skipped = layout.classes, splits, problems
@@ -144,20 +145,21 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         bit_depth = max(depths.values(), default=0)
         if bit_depth:
             self.log(
-                f"{self._files.path}: the values of files with 16 bits a channel use {bit_depth} "
-                "bits, of which the upper 8 are kept (config.data.bit_depth sets another number)"
+                f"{self._files.path}: the values of files with 16 bits per channel use "
+                f"{bit_depth} bits, of which the upper 8 are kept (override with "
+                "config.data.bit_depth)"
             )
         # Of these no pixel is brighter than 15 of 255.
         if dark := [file for file, bits in depths.items() if bits <= bit_depth - 4]:
             most = max(depths[file] for file in dark)
             brightest = next(file for file, bits in depths.items() if bits == bit_depth)
             self.log(
-                f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits a "
-                f"channel use {most} bits or fewer, and are almost black beside the others: "
-                f"{folders.listed([folders.shown(file) for file in dark])}. If the others, such as "
-                f"{folders.shown(brightest)}, merely have hot pixels, set "
-                f"config.data.bit_depth={most}; if they are from another camera, scale all to 8 "
-                "bits first"
+                f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits per "
+                f"channel use {most} bits or fewer and are almost black compared to the others: "
+                f"{folders.listed([folders.shown(file) for file in dark])}. If the others, such "
+                f"as {folders.shown(brightest)}, merely have hot pixels, set "
+                f"config.data.bit_depth={most}; if they are from another camera, scale all images "
+                "to 8 bits first"
             )
         return problems, bit_depth
 
@@ -188,14 +190,14 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         counts = collections.Counter(entry.label for entry in self._splits[folders.TRAIN])
         if empty := [name for name in self._classes if not counts[name]]:
             raise DataError(
-                f"{self._files.path}: no training picture of {len(empty):,} of "
-                f"{len(self._classes):,} classes: {folders.quoted(empty)}. Add some, or remove the "
-                "class folders."
+                f"{self._files.path}: {len(empty):,} of {len(self._classes):,} classes have no "
+                f"training images: {folders.quoted(empty)}. Add images, or remove the class "
+                "folders"
             )
         if not self._splits[folders.VALIDATION]:
             raise DataError(
-                f"{self._files.path}: no picture is left to evaluate on. Give at least one class "
-                "two pictures, or add val/ with a folder for each class."
+                f"{self._files.path}: no images are left for evaluation. Add images until at "
+                "least one class has two, or add val/ with one folder per class"
             )
 
     def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
@@ -227,5 +229,5 @@ def _reason(error: DataError) -> str:
     """Returns why a file cannot be read, without its path and a remedy, which the list has."""
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
-        return "a link that leads nowhere"
+        return "a broken link"
     return getattr(cause, "strerror", None) or str(cause or error)

@@ -100,12 +100,11 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         paths = [self._locate() / name for name in (TRAIN, VALIDATION)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise DataError(
-                f"config.data.source = {self.source!r}: {paths[0].parent} has no "
-                f"{' and no '.join(missing)}. Get them from https://image-net.org (they need a "
-                "registration) and give their folder; or give a config.data.directory in which "
-                "'tfds build imagenet2012 --file_format=array_record' has prepared them. Images "
-                "that are extracted to a folder for each class are used with "
-                "config.data.name=image_folder."
+                f"config.data.source = {self.source!r}: {' and '.join(missing)} not found in "
+                f"{paths[0].parent}. Get them from https://image-net.org (registration required) "
+                "and set config.data.source to their folder; or set config.data.directory to "
+                "where 'tfds build imagenet2012 --file_format=array_record' has prepared them. "
+                "For images extracted to one folder per class, set config.data.name=image_folder"
             )
         self._paths = paths
         self._descriptors = []
@@ -156,7 +155,9 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         ]
 
     def _incomplete(self, path: pathlib.Path, found: str) -> DataError:
-        return DataError(f"{path}: not the official archive, for it has {found}. Get it again.")
+        return DataError(
+            f"{path}: not the official archive: it contains {found}. Download it again"
+        )
 
     def close(self) -> None:
         """Closes the archives, if they are open."""
@@ -181,8 +182,8 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         path = self._paths[entry.archive]
         if entry.size > MOST_BYTES:
             raise DataError(
-                f"{path}: {entry.file} has {entry.size:,} bytes; at most {MOST_BYTES:,} are read "
-                "of one file. Get the archive again."
+                f"{path}: {entry.file} has {entry.size:,} bytes; a file can have at most "
+                f"{MOST_BYTES:,}. Download the archive again"
             )
         data = os.pread(self._descriptors[entry.archive], entry.size, entry.offset)
         decode.verify(data, f"{path}: {entry.file}")
@@ -195,7 +196,7 @@ def _descriptor(path: pathlib.Path) -> int:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be opened ({error.strerror}). See to it that you may read this file."
+            f"{path}: cannot be opened ({error.strerror}). Check the file's permissions"
         ) from error
 
 
@@ -205,15 +206,15 @@ def _opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
     if opener := decompressor(path):
         raise DataError(
             f"{path}: is compressed ({opener.__module__}), so its images cannot be read in place. "
-            "Decompress it under the same name."
+            "Decompress it and keep the file name"
         )
     try:
         with tarfile.open(path, "r:") as archive:
             yield archive
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
-            f"{path}: not a whole tar archive ({path.stat().st_size:,} bytes; {error}). It may be "
-            "cut short: download or copy it again."
+            f"{path}: not a complete tar archive ({path.stat().st_size:,} bytes; {error}). It may "
+            "be truncated; download or copy it again"
         ) from error
 
 

@@ -14,7 +14,7 @@ from inception_jax.errors import ConfigError, DataError, nearest
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>[A-Za-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _ANSWER = (
-    "give the name of a data set that TFDS knows, as cifar100, oxford_flowers102:2.1.1 or "
+    "must be the name of a TFDS data set, such as cifar100, oxford_flowers102:2.1.1 or "
     "NAME/CONFIG:VERSION"
 )
 
@@ -68,8 +68,8 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Plac
         configs = [path.name for path in _inside(folder) if _versions(path)]
         if len(configs) > 1:
             raise ConfigError(
-                f"config.data.tfds = {text!r}: {folder} has several configurations: "
-                f"{', '.join(configs)}; give one, such as {name}/{configs[0]}"
+                f"config.data.tfds = {text!r}: {folder} contains several configurations: "
+                f"{', '.join(configs)}; select one, such as {name}/{configs[0]}"
             )
         if configs:
             chosen, folder = configs[0], folder / configs[0]
@@ -78,20 +78,20 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Plac
         command = f"tfds build {text} --file_format=array_record --data_dir={directory}"
         prepared = [path.name for path in _inside(directory)]
         raise DataError(
-            f"config.data.tfds = {text!r}: nothing is prepared in {folder}."
-            f"{nearest(name, prepared)} Prepare it once, in an environment with "
+            f"config.data.tfds = {text!r}: no prepared data set in "
+            f"{folder}.{nearest(name, prepared)} Prepare it once in an environment with "
             f"TensorFlow: {command}"
         )
     version = match["version"] or versions[-1]
     if version not in versions:
         raise DataError(
-            f"config.data.tfds = {text!r}: {folder} has {', '.join(versions)}, and no {version}; "
-            "give one of them, or prepare it as well"
+            f"config.data.tfds = {text!r}: version {version} not found in {folder}, which "
+            f"contains {', '.join(versions)}; use one of these, or prepare {version} too"
         )
     if len(versions) > 1 and not match["version"]:
         log(
-            f"{folder}: has the versions {', '.join(versions)}; {version}, the newest, is used "
-            f"(config.data.tfds={text}:{versions[0]} for another)"
+            f"{folder}: contains the versions {', '.join(versions)}; using the newest, {version} "
+            f"(set config.data.tfds={text}:{versions[0]} for another)"
         )
     return Place(name, chosen, version, folder / version)
 

@@ -62,22 +62,25 @@ class PreparedTfds:
             keys = images[0], labels[0]
         if keys is None or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
             raise DataError(
-                f"{self.data_dir}: does not say which features are image and label "
-                f"(supervised_keys = {keys}); it has {found}. Register a data set of your own "
-                "that reads it: register_dataset"
+                f"{self.data_dir}: does not define which features are image and label "
+                f"(supervised_keys = {keys}); its features are {found}. Register a custom data "
+                "set that reads it, with register_dataset"
             )
         image, label = keys
         if image not in images:
-            raise DataError(f"{self.data_dir}: {image!r} is no image; it has {found}")
+            raise DataError(
+                f"{self.data_dir}: feature {image!r} is not an image; the features are {found}"
+            )
         if label not in labels:
             raise DataError(
-                f"{self.data_dir}: {label!r} is no class of one label (ClassLabel); it has "
-                f"{found}. Other labels, such as numbers or several at a time, cannot be learned"
+                f"{self.data_dir}: feature {label!r} is not a ClassLabel; the features are "
+                f"{found}. Other targets, such as numbers or several labels per image, are not "
+                "supported"
             )
         if features[image].np_dtype not in (np.uint8, np.uint16):
             raise DataError(
-                f"{self.data_dir}: {image!r} is of {np.dtype(features[image].np_dtype)}; images of "
-                "uint8 and uint16 can be read"
+                f"{self.data_dir}: feature {image!r} has dtype "
+                f"{np.dtype(features[image].np_dtype)}; must be uint8 or uint16"
             )
         name = next((each for each in _NAMES if _is_name(features.get(each))), "")
         return Fields(image, label, name)
@@ -127,8 +130,8 @@ def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:
     # What is wrong with a description makes TFDS raise nearly anything.
     except Exception as error:
         raise DataError(
-            f"{folder}: cannot be opened as a data set of TFDS ({type(error).__name__}: {error}). "
-            "Prepare it again, with tfds build --overwrite"
+            f"{folder}: cannot be opened as a TFDS data set ({type(error).__name__}: {error}). "
+            "Prepare it again with tfds build --overwrite"
         ) from error
 
 

@@ -42,7 +42,7 @@ class TinyImagenetSubset(base.ImageBuilder):
     """
 
     VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet_subset").version)
-    DESCRIPTION = "A part of Tiny ImageNet, or other images in its layout."
+    DESCRIPTION = "A subset of Tiny ImageNet, or other images in its layout."
     HOMEPAGE = "https://www.kaggle.com/c/tiny-imagenet"
     CITATION = _CITATION
     IMAGE: ClassVar[dict[str, Any]] = {"shape": (None, None, 3), "encoding_format": "jpeg"}
@@ -68,8 +68,8 @@ class TinyImagenetSubset(base.ImageBuilder):
     def _locate(self) -> str | pathlib.Path:
         if not self.source:
             raise DataError(
-                f"config.data.source = '': {self.name} has no download. Give a zip archive or a "
-                "folder in Tiny ImageNet's layout."
+                f"config.data.source = '': {self.name} has no default source; set it to a zip "
+                "archive or a folder in Tiny ImageNet's layout"
             )
         return self.source
 
@@ -116,8 +116,8 @@ class TinyImagenet(TinyImagenetSubset):
 
     VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet").version)
     DESCRIPTION = (
-        "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and 10,000 "
-        "unlabelled test images."
+        "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and "
+        "10,000 unlabeled test images."
     )
 
     def _locate(self) -> str | pathlib.Path:
@@ -150,7 +150,6 @@ class TinyImagenet(TinyImagenetSubset):
         ][:3]
         if wrong:
             raise DataError(
-                f"{self._files.path}: not the whole of Tiny ImageNet, for it has "
-                f"{', '.join(wrong)}. Get the archive again, or set "
-                "config.data.name=tiny_imagenet_subset to use what is there."
+                f"{self._files.path}: incomplete Tiny ImageNet: {', '.join(wrong)}. Download the "
+                "archive again, or set config.data.name=tiny_imagenet_subset to use these files"
             )

@@ -89,11 +89,11 @@ def _root(source: Source) -> str:
     if not roots:
         names = sorted({file.split("/")[0] for file in source.sizes})
         raise DataError(
-            f"{source.path}: not Tiny ImageNet, for it has no {_WNIDS}, and no train/ with folders "
-            f"of class ids, such as n01443537 (found: {folders.listed(names) or 'nothing'})."
-            f"{opening.archives_inside(source.sizes)} Give the {FOLDER}.zip, or the folder "
-            f"{FOLDER} that was extracted from it. For other pictures set config.data.name="
-            "image_folder."
+            f"{source.path}: not Tiny ImageNet: neither {_WNIDS} nor a train/ folder with class "
+            "ids, such as n01443537, was found (contents: "
+            f"{folders.listed(names) or 'none'}).{opening.archives_inside(source.sizes)} Set "
+            f"config.data.source to {FOLDER}.zip or the extracted folder {FOLDER}; for other "
+            "images, set config.data.name=image_folder"
         )
     return min(roots, key=lambda root: (root.count("/"), root))
 
@@ -111,8 +111,8 @@ def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = 
     path = pathlib.Path(path)
     if not path.exists():
         raise DataError(
-            f"config.data.source = {str(path)!r}: there is no such file or folder. Give the "
-            f"{FOLDER}.zip or the extracted folder, or leave it empty for the official download."
+            f"config.data.source = {str(path)!r}: no such file or folder; set it to {FOLDER}.zip "
+            "or the extracted folder, or leave it empty to download the official archive"
         )
     source = opening.open_path(path, hidden=folders.hidden, scratch=scratch)
     try:
@@ -148,7 +148,9 @@ def _lines(source: Source, file: str) -> list[list[str]]:
     try:
         text = source.read(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source.path}: {file} is not a text file ({error}).") from error
+        raise DataError(
+            f"{source.path}: {file} is not a UTF-8 text file ({error}). Download the archive again"
+        ) from error
     return [line.split("\t") for line in text.splitlines() if line.strip()]
 
 
@@ -157,8 +159,8 @@ def _box(fields: list[str], where: str) -> Box:
         x0, y0, x1, y1 = map(int, fields)
     except ValueError as error:
         raise DataError(
-            f"{where}: four whole numbers x0, y0, x1, y1 belong at the line's end, but it has "
-            f"{fields}."
+            f"{where}: a line ends in {fields}; must be four integers x0, y0, x1, y1. Download "
+            "the archive again"
         ) from error
     return x0, y0, x1, y1
 
@@ -167,17 +169,17 @@ def _compare(
     source: Source, where: str, *, listed: set[str], present: set[str], optional: bool = False
 ) -> None:
     """Raises DataError if the images that a text file lists are not those that are there."""
-    remedy = f", or remove {where} to use what is there" if optional else ""
+    remedy = f", or remove {where} to use the images without it" if optional else ""
     if missing := sorted(listed - present):
         raise DataError(
-            f"{source.path}: {len(missing):,} of the {len(listed):,} images that {where} lists are "
-            f"missing, such as {missing[0]}. Get the archive again, or copy the folder whole"
-            f"{remedy}."
+            f"{source.path}: {len(missing):,} of the {len(listed):,} images listed in {where} are "
+            f"missing, such as {missing[0]}. Download the archive again, or copy the complete "
+            f"folder{remedy}"
         )
     if extra := sorted(present - listed):
         raise DataError(
-            f"{source.path}: {where} does not list {len(extra):,} of the images that are there, "
-            f"such as {extra[0]}. Get the archive again, or fix that file{remedy}."
+            f"{source.path}: {len(extra):,} images are not listed in {where}, such as {extra[0]}. "
+            f"Download the archive again, or fix that file{remedy}"
         )
 
 
@@ -209,8 +211,8 @@ def _images(source: Source, split: str) -> dict[str, _Image]:
         if len(below) > 1 or (split == "train" and not below) or (split == "test" and below):
             where = "images/" if split == "test" else "<class id>/images/"
             raise DataError(
-                f"{source.path}: {file} lies where no image is expected: {split}/ has {where}. "
-                "Move it away, or get the archive again."
+                f"{source.path}: unexpected image {file}; images in {split}/ must be in {where}. "
+                "Move it away, or download the archive again"
             )
         found.append((name, _Image(file, below[0] if below else "")))
     # Others' images may have equal names in several classes. Then the class belongs to the name.
@@ -223,8 +225,8 @@ def _images(source: Source, split: str) -> dict[str, _Image]:
         other = images.get(official)
         if other and source.sizes[other.path] != source.sizes[image.path]:
             raise DataError(
-                f"{source.path}: {other.path} and {image.path} are different images of one name. "
-                "Remove the one that does not belong there."
+                f"{source.path}: {other.path} and {image.path} are different images with the same "
+                "name. Remove the wrong one"
             )
         # Sorted by copying: the image lies in its class's folder, and in val/images/ still.
         if not other or image.wnid:
@@ -252,7 +254,7 @@ def _train(source: Source, remarks: list[str]) -> dict[str, list[Entry]]:
             unboxed += 1
         entries[wnid] = [Entry(file, wnid, boxes[file], paths[file]) for file in sorted(paths)]
     if unboxed:
-        remarks.append(f"{unboxed:,} classes have no file of boxes; no setting needs one")
+        remarks.append(f"{unboxed:,} classes have no bounding-box file; none is needed")
     return entries
 
 
@@ -266,28 +268,28 @@ def _validation(
     loose = [image for image in images.values() if not image.wnid]
     if loose and _ANNOTATIONS not in source.sizes:
         raise DataError(
-            f"{source.path}: {_ANNOTATIONS} is missing, and nothing else says of which classes the "
-            f"{len(loose):,} images in val/ are that lie in no class's folder. Get the archive "
-            "again, or copy the folder whole."
+            f"{source.path}: {_ANNOTATIONS} is missing, and {len(loose):,} images in val/ are not "
+            "in class folders, so their classes are unknown. Download the archive again, or copy "
+            "the complete folder"
         )
     for file, image in images.items():
         if image.wnid and not (image.wnid in trained or _CLASS_ID.fullmatch(image.wnid)):
             raise DataError(
-                f"{source.path}: {image.path} lies in a folder that is called like no class. Move "
-                "it away, or get the archive again."
+                f"{source.path}: {image.path} is in a folder whose name is not a class id. Move "
+                "it away, or download the archive again"
             )
         if image.wnid and file in listed and listed[file][0] != image.wnid:
             raise DataError(
-                f"{source.path}: {image.path} lies in the folder of another class than "
-                f"{_ANNOTATIONS} gives it, {listed[file][0]}. Get the archive again, or remove "
-                "that file if the folders are right."
+                f"{source.path}: {image.path} is listed in {_ANNOTATIONS} as class "
+                f"{listed[file][0]}, which contradicts its folder. Download the archive again, or "
+                f"remove {_ANNOTATIONS} if the folders are right"
             )
     if _ANNOTATIONS in source.sizes:
         # Images of classes that are not trained may be gone, too.
         wanted = {file for file, (wnid, _) in listed.items() if wnid in trained or file in images}
         _compare(source, _ANNOTATIONS, listed=wanted, present=set(images))
     else:
-        remarks.append(f"{_ANNOTATIONS} is missing; the folders in val/ are the classes")
+        remarks.append(f"{_ANNOTATIONS} is missing; using the folders in val/ as classes")
     entries = []
     for file, image in images.items():
         wnid, box = listed.get(file, (image.wnid, NO_BOX))
@@ -305,8 +307,8 @@ def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
         wnid = line[1] if len(line) > 1 else ""
         if not _CLASS_ID.fullmatch(wnid):
             raise DataError(
-                f"{source.path}: {_ANNOTATIONS} gives {line[0]} the class {wnid!r}, which is no "
-                "class id such as n01443537. Get the archive again, or fix that file."
+                f"{source.path}: {_ANNOTATIONS} lists {line[0]} as class {wnid!r}; must be a "
+                "class id such as n01443537. Download the archive again, or fix that file"
             )
         box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
         listed[_official("val", line[0])] = wnid, box
@@ -316,13 +318,13 @@ def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
 def _class_names(source: Source, wnids: tuple[str, ...], remarks: list[str]) -> tuple[str, ...]:
     """Returns the first name of each class, with the class id added where two are the same."""
     if _WORDS not in source.sizes:
-        remarks.append(f"{_WORDS} is missing; the classes are called by their ids")
+        remarks.append(f"{_WORDS} is missing; using the class ids as names")
         return wnids
     words = {line[0]: line[1] for line in _lines(source, _WORDS) if len(line) > 1}
     if missing := [wnid for wnid in wnids if wnid not in words]:
         raise DataError(
             f"{source.path}: {_WORDS} has no name for {len(missing)} classes, such as "
-            f"{missing[0]}. Use the files of one archive, or remove this one."
+            f"{missing[0]}. Use files from one archive, or remove {_WORDS}"
         )
     first = [words[wnid].split(",")[0].strip() for wnid in wnids]
     uses = collections.Counter(first)
@@ -343,31 +345,31 @@ def index(source: Source) -> Index:
     remarks: list[str] = []
     if left_out := source.hidden:
         remarks.append(
-            f"left out {len(left_out):,} files and folders of systems or editors: "
+            f"ignored {len(left_out):,} system and editor files and folders: "
             f"{folders.listed([folders.shown(path) for path in left_out])}"
         )
     training = _train(source, remarks)
     listed = _listed_wnids(source, remarks)
     if foreign := sorted(set(training) - (listed or set(training))):
         raise DataError(
-            f"{source.path}: train/{foreign[0]} holds images, but {_WNIDS} lists no such class. "
-            "Use the files of one archive, or remove that file to use what is there."
+            f"{source.path}: train/{foreign[0]} contains images, but {_WNIDS} does not list that "
+            f"class. Use files from one archive, or remove {_WNIDS} to use all folders in train/"
         )
     if not training:
         raise DataError(
-            f"{source.path}: train/ has no JPEG images. Get the archive again, or copy the folder "
-            "whole; for images of other formats set config.data.name=image_folder."
+            f"{source.path}: train/ contains no JPEG images. Download the archive again, or copy "
+            "the complete folder; for images in other formats, set config.data.name=image_folder"
         )
     validation, others = _validation(source, training, remarks)
     if not validation:
         raise DataError(
-            f"{source.path}: val/ has no images of the classes in train/, so there are none to "
-            "evaluate on. Get the archive again, or copy the folder whole."
+            f"{source.path}: val/ contains no images of the classes in train/, so there is "
+            "nothing to evaluate on. Download the archive again, or copy the complete folder"
         )
     if untrained := others | (listed - set(training)):
         remarks.append(
-            f"{len(untrained):,} classes have no training images, such as {min(untrained)}; they "
-            "are left out, with their validation images"
+            f"{len(untrained):,} classes have no training images, such as {min(untrained)}; "
+            "skipping them and their validation images"
         )
     splits = {
         "train": [entry for entries in training.values() for entry in entries],
@@ -377,7 +379,7 @@ def index(source: Source) -> Index:
         splits["test"] = [Entry(file, "", NO_BOX, image.path) for file, image in test.items()]
         splits["test"].sort()
     else:
-        remarks.append("test/ has no images; there is no such split")
+        remarks.append("test/ contains no images; the split is skipped")
     wnids = tuple(training)
     return Index(wnids, _class_names(source, wnids, remarks), splits, tuple(remarks))
 
@@ -385,9 +387,12 @@ def index(source: Source) -> Index:
 def _listed_wnids(source: Source, remarks: list[str]) -> set[str]:
     """Returns the class ids that wnids.txt lists; none if there is no such file."""
     if _WNIDS not in source.sizes:
-        remarks.append(f"{_WNIDS} is missing; the folders in train/ are the classes")
+        remarks.append(f"{_WNIDS} is missing; using the folders in train/ as classes")
         return set()
     wnids = [line[0].strip() for line in _lines(source, _WNIDS)]
     if not wnids or len(set(wnids)) != len(wnids):
-        raise DataError(f"{source.path}: {_WNIDS} must list at least one class id, and none twice.")
+        raise DataError(
+            f"{source.path}: {_WNIDS} must list at least one class id, each only "
+            "once. Download the archive again"
+        )
     return set(wnids)

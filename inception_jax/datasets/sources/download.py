@@ -51,7 +51,7 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    check_space(target.parent, size - have, f"the download of {url}", error=DataError)
+    check_space(target.parent, size - have, f"downloading {url}", error=DataError)
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
         progress.update(have)
         failures = 0
@@ -92,9 +92,9 @@ def _receive(url: str, part: pathlib.Path, have: int, *, size: int, progress: Pr
 
 def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
     return DataError(
-        f"{url}: cannot be downloaded ({problem}; {have:,} of {size:,} bytes are here and will be "
-        "kept). Check the network and start again, or get the file elsewhere and give its path as "
-        "--config.data.source."
+        f"{url}: download failed ({problem}); {have:,} of {size:,} bytes were received and are "
+        "kept. Check the network and rerun, or get the file elsewhere and set config.data.source "
+        "to its path"
     )
 
 
@@ -111,7 +111,7 @@ def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
     if (found, digest) != (size, md5):
         part.unlink()
         raise DataError(
-            f"{url}: what was downloaded is another file ({found:,} bytes, md5 "
-            f"{digest}; expected {size:,} bytes, md5 {md5}); it was removed. Start "
-            "again, or get the file elsewhere and give its path as --config.data.source."
+            f"{url}: the downloaded file has {found:,} bytes and MD5 {digest}; must have {size:,} "
+            f"bytes and MD5 {md5}; it was removed. Rerun, or get the file elsewhere and set "
+            "config.data.source to its path"
         )

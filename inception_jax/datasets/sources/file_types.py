@@ -24,53 +24,53 @@ class FileType(NamedTuple):
 
 
 _AGAIN = "download or copy it again"
-_EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel, without a sign"
+_EIGHT_OR_SIXTEEN = "save it with 8 or 16 unsigned bits per channel"
 # What PIL would open, and not give what is meant. Of a raw file it is the thumbnail, a TIFF.
 CAMERA_RAW = FileType(
-    "camera raw file", "develop it to JPEG or TIFF, with darktable-cli or dcraw -T"
+    "camera raw file", "convert it to JPEG or TIFF with darktable-cli or dcraw -T"
 )
 PROGRAM = FileType(
-    "PostScript file (EPS is a program that draws a picture, and none is run)",
-    "render it to PNG, with ImageMagick or Ghostscript",
+    "PostScript file (EPS is a program, and programs are not run)",
+    "render it to PNG with ImageMagick or Ghostscript",
 )
-FLOATS = FileType("image of floating-point numbers, whose range is unknown", _EIGHT_OR_SIXTEEN)
+FLOATS = FileType("floating-point image, whose value range is unknown", _EIGHT_OR_SIXTEEN)
 INTEGERS = FileType(
-    "image of integers of 32 bits, or with a sign, whose range is unknown", _EIGHT_OR_SIXTEEN
+    "image of 32-bit or signed integers, whose value range is unknown", _EIGHT_OR_SIXTEEN
 )
 PLANES = FileType(
-    "TIFF whose channels of 16 bits lie one after another, which PIL misreads",
+    "TIFF with planar 16-bit channels, which PIL misreads",
     "save it with interleaved channels",
 )
-_HEIC = FileType("HEIC photo", "convert it to JPEG, with ImageMagick, heif-convert or sips")
-_AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG, with avifdec")
-_JPEG_XL = FileType("JPEG XL image", "convert it to PNG, with djxl")
-_JPEG_XR = FileType("JPEG XR image", "convert it to PNG, with JxrDecApp")
+_HEIC = FileType("HEIC photo", "convert it to JPEG with ImageMagick, heif-convert or sips")
+_AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG with avifdec")
+_JPEG_XL = FileType("JPEG XL image", "convert it to PNG with djxl")
+_JPEG_XR = FileType("JPEG XR image", "convert it to PNG with JxrDecApp")
 _PHOTOSHOP = FileType("Photoshop file", "export it as PNG")
 _GIMP = FileType("GIMP file", "export it as PNG")
-_VIDEO = FileType("video", "extract its frames, with ffmpeg -i FILE frame%05d.png")
-_SOUND = FileType("sound file", "remove it")
-_PDF = FileType("PDF document", "render it to PNG, with pdftoppm -png")
-_SVG = FileType("SVG drawing", "render it to PNG, with rsvg-convert or Inkscape")
-_METAFILE = FileType("Windows metafile", "render it to PNG, with Inkscape")
-_DICOM = FileType("DICOM file", "convert it to 16-bit PNG, with dcm2pnm or pydicom")
+_VIDEO = FileType("video", "extract its frames with ffmpeg -i FILE frame%05d.png")
+_SOUND = FileType("audio file", "remove it")
+_PDF = FileType("PDF document", "render it to PNG with pdftoppm -png")
+_SVG = FileType("SVG drawing", "render it to PNG with rsvg-convert or Inkscape")
+_METAFILE = FileType("Windows metafile", "render it to PNG with Inkscape")
+_DICOM = FileType("DICOM file", "convert it to 16-bit PNG with dcm2pnm or pydicom")
 _GZIP = FileType("gzip file", "unpack it with gunzip; save the slices of a NIfTI file as PNG")
-_ARRAY = FileType("file of arrays", "save each picture as PNG, with PIL.Image.fromarray")
-_ARCHIVE = FileType("archive", "unpack it, and remove it")
+_ARRAY = FileType("array file", "save each image as PNG with PIL.Image.fromarray")
+_ARCHIVE = FileType("archive", "unpack it, then remove it")
 _OFFICE = FileType("office document or Windows thumbnail cache", "remove it")
 _LFS = FileType(
-    "Git LFS pointer, not the picture itself", "run git lfs pull where the files are from"
+    "Git LFS pointer instead of an image", "run git lfs pull in the original repository"
 )
 _ANNEX = FileType(
-    "git-annex pointer, not the picture itself", "run git annex get where the files are from"
+    "git-annex pointer instead of an image", "run git annex get in the original repository"
 )
 _ENCRYPTED = FileType(
-    "file that git-crypt encrypted", "run git-crypt unlock where the files are from"
+    "file encrypted by git-crypt", "run git-crypt unlock in the original repository"
 )
-_PAGE = FileType("web page in the place of a picture", "download the picture itself")
-_ANSWER = FileType("server's answer in the place of a picture (XML or JSON)", _AGAIN)
+_PAGE = FileType("web page instead of an image", "download the image itself")
+_ANSWER = FileType("server response instead of an image (XML or JSON)", _AGAIN)
 _TEXT = FileType("text", "remove it")
 _EMPTY = FileType("empty file", _AGAIN)
-_ZEROS = FileType("file of zeros, as a copy that failed leaves", _AGAIN)
+_ZEROS = FileType("file of zeros, as left by a failed copy", _AGAIN)
 
 # The first bytes of kinds.
 _STARTS: dict[FileType, tuple[bytes, ...]] = {

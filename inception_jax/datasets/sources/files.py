@@ -39,7 +39,7 @@ def fingerprint(path: pathlib.Path) -> str:
         with FolderSource(path) as source:
             return source.fingerprint()
     if not path.exists():
-        raise DataError(f"config.data.source = {str(path)!r}: there is no such file or folder")
+        raise DataError(f"config.data.source = {str(path)!r}: no such file or folder")
     return hashlib.sha256(repr(_size_and_time(path)).encode()).hexdigest()
 
 
@@ -97,12 +97,13 @@ class Source(abc.ABC):
         """
         if file not in self.sizes:
             raise DataError(
-                f"{self.path}: {file} is missing. Get the archive again, or copy the folder whole."
+                f"{self.path}: {file} is missing. Download the archive again, or copy the "
+                "complete folder"
             )
         if self.sizes[file] > MOST_BYTES:
             raise DataError(
-                f"{self.path}: {file} has {self.sizes[file]:,} bytes; at most {MOST_BYTES:,} are "
-                "read of one file. Remove it, or make it smaller."
+                f"{self.path}: {file} has {self.sizes[file]:,} bytes; a file can have at most "
+                f"{MOST_BYTES:,}. Remove it, or make it smaller"
             )
         return self._read(self._root + file)
 
@@ -169,11 +170,11 @@ class FolderSource(Source):
         file = self.path / path
         try:
             if not stat.S_ISREG(file.stat().st_mode):
-                problem = "a device or a pipe, no file"
-                raise DataError(f"{file}: is {problem}. Remove it.") from OSError(problem)
+                problem = "a device or a pipe, not a file"
+                raise DataError(f"{file}: is {problem}. Remove it") from OSError(problem)
             return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error}).") from error
+            raise DataError(f"{file}: cannot be read ({error}). Check its permissions") from error
 
     def _facts(self, path: str) -> tuple[int, ...]:
         """Returns a file's size and time of change."""
@@ -186,7 +187,7 @@ class FolderSource(Source):
 def _refuse(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):
         return  # Removed meanwhile, as a run that trains below the folder removes old checkpoints.
-    raise DataError(f"{error.filename}: cannot be read ({error}).") from error
+    raise DataError(f"{error.filename}: cannot be read ({error}). Check its permissions") from error
 
 
 def _leads_back(root: pathlib.Path, folder: str) -> bool:

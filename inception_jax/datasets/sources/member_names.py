@@ -78,11 +78,15 @@ def _strict(data: bytes, encoding: str, where: object) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        given = "the archive says" if encoding == "utf-8" else "config.data.archive_encoding says"
+        given = (
+            "the archive declares"
+            if encoding == "utf-8"
+            else ("config.data.archive_encoding declares")
+        )
         raise DataError(
-            f"{where}: the name {data!r} is not in {encoding}, as {given}. "
+            f"{where}: the name {data!r} is not encoded in {encoding}, as {given}. "
             f"{_ways_to_read(data)}Set config.data.archive_encoding to the encoding of the system "
-            "that made the archive, or unpack it and give the folder."
+            "that created the archive, or unpack it and use the folder"
         ) from error
 
 
@@ -104,9 +108,9 @@ def doubtful_folder(names: Sequence[str], where: object) -> DataError | None:
         return None
     data = os.fsencode(doubtful[0])
     return DataError(
-        f"{where}: the archive does not say which encoding its names are in, and {len(doubtful):,} "
+        f"{where}: the archive does not declare the encoding of its names, and {len(doubtful):,} "
         f"of its folders, such as {data!r}, are not UTF-8. {_ways_to_read(data)}Set "
-        "config.data.archive_encoding to the right one, or unpack the archive and give the folder."
+        "config.data.archive_encoding, or unpack the archive and use the folder"
     )
 
 

@@ -11,19 +11,19 @@ from inception_jax.datasets.sources.tar_source import TarSource, decompressor
 from inception_jax.datasets.sources.zip_source import ZipSource
 from inception_jax.errors import DataError
 
-_UNPACK = "unpack it, and give the folder"
+_UNPACK = "unpack it and use the folder"
 # What other files begin with, what they are, and what to do with them.
 _OTHERS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", f"{_UNPACK}, or decompress it: unzstd"),
-    (b"\x04\x22\x4d\x18", "compressed with LZ4", f"{_UNPACK}, or decompress it: unlz4"),
-    (b"LZIP", "compressed with lzip", f"{_UNPACK}, or decompress it: lzip -d"),
-    (b"\x1f\x9d", "compressed with compress", f"{_UNPACK}, or decompress it: uncompress"),
-    (b"PK\x07\x08", "the first of several parts of a zip archive", "join them: zip -s 0"),
-    (b"PAR1", "a Parquet file", "give the pictures themselves, a folder for each class"),
-    (b"\x89HDF", "an HDF5 file", "give the pictures themselves, a folder for each class"),
-    (b"version https://git-lfs", "a Git LFS pointer", "get the file itself: git lfs pull"),
+    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", f"{_UNPACK}, or decompress it with unzstd"),
+    (b"\x04\x22\x4d\x18", "compressed with LZ4", f"{_UNPACK}, or decompress it with unlz4"),
+    (b"LZIP", "compressed with lzip", f"{_UNPACK}, or decompress it with lzip -d"),
+    (b"\x1f\x9d", "compressed with compress", f"{_UNPACK}, or decompress it with uncompress"),
+    (b"PK\x07\x08", "the first of several parts of a zip archive", "join them with zip -s 0"),
+    (b"PAR1", "a Parquet file", "use image files, one folder per class"),
+    (b"\x89HDF", "an HDF5 file", "use image files, one folder per class"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file with git lfs pull"),
 )
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -66,22 +66,24 @@ def _is_zip(path: pathlib.Path) -> bool:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: is a device or a pipe. Give a folder or an archive.")
+            raise DataError(f"{path}: is a device or a pipe; use a folder or an archive")
         with path.open("rb") as file:
             begin = file.read(_HEADER)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Check its permissions"
+        ) from error
     if begin.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return True
     if decompressor(path) or begin[257:262] == b"ustar":
         return False
     for magic, what, remedy in _OTHERS:
         if begin.startswith(magic):
-            raise DataError(f"{path}: is {what}, which cannot be read here; {remedy}.")
+            raise DataError(f"{path}: is {what}, which is not supported; {remedy}")
     if begin.lstrip().lower().startswith(_WEB_PAGE):
         raise DataError(
-            f"{path}: is a web page, saved in place of the archive. Download the archive itself, "
-            "which may need a login."
+            f"{path}: is a web page, saved instead of the archive. Download the archive itself, "
+            "which may require a login"
         )
     # A zip archive may follow a program that unpacks it; old tar archives are known by a checksum.
     if zipfile.is_zipfile(path):
@@ -90,8 +92,7 @@ def _is_zip(path: pathlib.Path) -> bool:
         return False
     raise DataError(
         f"{path}: neither a zip nor a tar archive ({path.stat().st_size:,} bytes, beginning with "
-        f"{begin[:8]!r}). It may be damaged, or be something else: give a folder, a zip or a tar "
-        "archive."
+        f"{begin[:8]!r}), or damaged. Use a folder, a zip archive or a tar archive"
     )
 
 
@@ -101,4 +102,7 @@ def archives_inside(files: Iterable[str]) -> str:
     if not found:
         return ""
     named = ", ".join(found[:_NAMED]) + (", …" if len(found) > _NAMED else "")
-    return f" It holds archives, which are not looked into: {named}. Give one, or unpack them."
+    return (
+        f" It contains archives, which are not searched: {named}. Use one of them as the "
+        "source, or unpack them."
+    )

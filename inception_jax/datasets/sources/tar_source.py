@@ -73,8 +73,8 @@ class TarSource(Source):
                 members = list(self._headers(file))
         except _BROKEN as error:
             raise DataError(
-                f"{path}: not a whole tar archive ({path.stat().st_size:,} bytes; {error}). It may "
-                "be cut short: download or copy it again."
+                f"{path}: not a complete tar archive ({path.stat().st_size:,} bytes; {error}). It "
+                "may be truncated; download or copy it again"
             ) from error
         raws = [_raw_name(member) for member in members]
         names = member_names.decode(raws, encoding, path)
@@ -115,27 +115,29 @@ class TarSource(Source):
         file.seek(end)
         # tarfile takes whatever is no header, even nothing, for the end.
         if (last := file.read(_BLOCK)) != bytes(_BLOCK):
-            raise tarfile.ReadError("a member's header is damaged" if last else "it has no end")
+            raise tarfile.ReadError(
+                "a member's header is damaged" if last else "the end is missing"
+            )
         # The compressed file's checksum stands at its end.
         self._whole_size = end + _BLOCK
         while piece := file.read(_PIECE):
             self._whole_size += len(piece)
             if piece.strip(b"\0"):
                 raise tarfile.ReadError(
-                    "more follows its end, as of several archives in one file: join them with "
+                    "data follow its end, as with several archives in one file: join them with "
                     "tar --concatenate, or unpack it with tar --ignore-zeros"
                 )
 
     def _read(self, path: str) -> bytes:
         member = self._members[path]
         if problem := _problem(member):
-            raise DataError(f"{self.path}: {path} is {problem}.") from tarfile.TarError(problem)
+            raise DataError(f"{self.path}: {path} is {problem}") from tarfile.TarError(problem)
         with self._lock:
             if self._file is None:
                 self._file = self._uncompressed()
         data = os.pread(self._file.fileno(), member.size, member.offset_data)
         if len(data) != member.size:
-            raise DataError(f"{self.path}: {path} is cut short. Download or copy it again.")
+            raise DataError(f"{self.path}: {path} is truncated. Download or copy the archive again")
         return data
 
     def _uncompressed(self) -> IO[bytes]:
@@ -144,7 +146,7 @@ class TarSource(Source):
             return self._archive.open("rb")
         folder = self._scratch or pathlib.Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        check_space(folder, self._whole_size, f"{self.path}, unpacked,", error=DataError)
+        check_space(folder, self._whole_size, f"unpacking {self.path}", error=DataError)
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             with self._decompress(self._archive, "rb") as source:
@@ -204,9 +206,9 @@ def _problem(member: tarfile.TarInfo) -> str:
     """Returns what keeps a member from being read, with the remedy, or ''."""
     if member.issym() or member.islnk():
         return (
-            f"a link to {member.linkname!r}, which is not followed: make the archive with "
-            "'tar --dereference --hard-dereference'"
+            f"a link to {member.linkname!r}, which is not followed; create the archive with 'tar "
+            "--dereference --hard-dereference'"
         )
     if member.issparse():
-        return "stored as a sparse file: make the archive without 'tar --sparse'"
-    return "" if member.isreg() else "a device or a pipe, no file: remove it"
+        return "stored as a sparse file; create the archive without 'tar --sparse'"
+    return "" if member.isreg() else "a device or a pipe, not a file; remove it"

@@ -28,7 +28,7 @@ _OTHER_METHODS = {
     95: "XZ",
     98: "PPMd",
 }
-_UNPACK = "Unpack it, with 7-Zip or the program that made it, and give the folder"
+_UNPACK = "Unpack it with 7-Zip or the program that created it, and use the folder"
 # Flags of a member, and the kinds of systems that wrote it.
 _ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
 _WINDOWS = (0, 10, 11, 14)  # FAT, NTFS (two numbers) and VFAT.
@@ -67,13 +67,14 @@ class ZipSource(Source):
         except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
             if path.suffix[1:].isdigit():
                 remedy = (
-                    f"It may be one part of several: join them, 'cat {path.stem}.* > whole.zip'"
+                    f"It may be one of several parts; join them with 'cat {path.stem}.* > "
+                    "whole.zip'"
                 )
             else:
-                remedy = "It may be cut short: download or copy it again"
+                remedy = "It may be truncated; download or copy it again"
             raise DataError(
-                f"{path}: not a whole zip archive ({path.stat().st_size:,} bytes; {error}). "
-                f"{remedy}."
+                f"{path}: not a complete zip archive ({path.stat().st_size:,} bytes; {error}). "
+                f"{remedy}"
             ) from error
         try:
             self._list(hidden, encoding)
@@ -99,8 +100,8 @@ class ZipSource(Source):
             other = self._members.get(name)
             if other and (other.CRC, other.file_size) != (info.CRC, info.file_size):
                 raise DataError(
-                    f"{self.path}: holds two different files of the same name, {name!r}. Unpack "
-                    "it, see to it that the right one is kept, and give the folder."
+                    f"{self.path}: contains two different files named {name!r}. Unpack it, keep "
+                    "the right one, and use the folder"
                 )
             self._members[name] = info
         _check_methods(self._members.values(), self.path)
@@ -109,8 +110,8 @@ class ZipSource(Source):
     def _read(self, path: str) -> bytes:
         info = self._members[path]
         if _is_link(info):
-            problem = "a link, which is not followed: make the archive with zip without -y"
-            raise DataError(f"{self.path}: {path} is {problem}.") from zipfile.BadZipFile(problem)
+            problem = "a link, which is not followed; create the archive with zip without -y"
+            raise DataError(f"{self.path}: {path} is {problem}") from zipfile.BadZipFile(problem)
         try:
             # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
             # file stands, so that several threads get each other's bytes.
@@ -132,7 +133,7 @@ class ZipSource(Source):
             ValueError,
         ) as error:
             raise DataError(
-                f"{self.path}: {path} is damaged ({error}). Download or copy the archive again."
+                f"{self.path}: {path} is damaged ({error}). Download or copy the archive again"
             ) from error
 
     def _read_bzip2(self, info: zipfile.ZipInfo) -> bytes:
@@ -191,12 +192,12 @@ def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> 
         if info.flag_bits & _ENCRYPTED:
             problems["encrypted with a password"] += 1
         elif method not in _METHODS:
-            name = _OTHER_METHODS.get(method, f"the method of number {method}")
+            name = _OTHER_METHODS.get(method, f"method {method}")
             problems[f"compressed with {name}"] += 1
     if problems:
         found = " and ".join(f"{count:,} are {what}" for what, count in problems.items())
         raise DataError(
-            f"{path}: of its {len(members):,} files {found}, which is not supported. {_UNPACK}."
+            f"{path}: of its {len(members):,} files, {found}, which is not supported. {_UNPACK}"
         )
 
 
@@ -212,7 +213,7 @@ def _check_parts(path: pathlib.Path) -> None:
     (number,) = struct.unpack_from("<H", tail, place + 4)
     if number not in (0, 0xFFFF):
         raise DataError(
-            f"{path}: the last of {number + 1} parts of one archive (.z01, .z02, …). Join them, "
-            f"with 'zip -s 0 {path.name} --out whole.zip', or unpack them with 7-Zip and give the "
-            "folder."
+            f"{path}: the last of {number + 1} parts of one archive (.z01, .z02, …). Join them "
+            f"with 'zip -s 0 {path.name} --out whole.zip', or unpack them with 7-Zip and use the "
+            "folder"
         )

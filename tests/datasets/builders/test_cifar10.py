@@ -134,7 +134,7 @@ def test_a_pickle_that_would_run_something_is_refused(
 ) -> None:
     path = str(tmp_path / "made")
     changed = files(protocol, data_batch_3={b"labels": make(path)})
-    with pytest.raises(DataError, match=r"data_batch_3: not a pickle of plain data .*asks for"):
+    with pytest.raises(DataError, match=r"data_batch_3: not a pickle of plain data .*refers to"):
         opened(write(tmp_path / "x.tar.gz", changed), tmp_path / "data")
     assert not os.path.exists(path)
 
@@ -148,17 +148,20 @@ def changed_batch(**changes: Any) -> dict[str, bytes]:
 
 
 WRONG = {
-    "missing file": (lambda: without("test_batch"), r"it has no test_batch"),
+    "missing file": (lambda: without("test_batch"), r"missing test_batch"),
     "cut pickle": (lambda: files() | {"test_batch": files()["test_batch"][:-99]}, "plain data"),
-    "a list": (lambda: files(test_batch=[1]), "holds a list; expected a dictionary"),
-    "no pixels": (lambda: changed_batch(data=None), r"'data' must be bytes of shape \(20, 3072\)"),
+    "a list": (lambda: files(test_batch=[1]), "contains a list; must be a dictionary"),
+    "no pixels": (
+        lambda: changed_batch(data=None),
+        r"'data' must be a uint8 array of shape \(20, 3",
+    ),
     "few pixels": (lambda: changed_batch(data=np.zeros((20, 3), np.uint8)), "'data' must be"),
     "floats": (lambda: changed_batch(data=np.zeros((20, 3072))), "'data' must be"),
     "few labels": (lambda: changed_batch(labels=[1]), "'labels' must list 20"),
     "large label": (lambda: changed_batch(labels=[10] * 20), "from 0 to 9"),
     "odd label": (lambda: changed_batch(labels=["1"] * 20), "from 0 to 9"),
     "counts": (lambda: changed_batch(labels=[3] * 20), r"test split has 0, 0, 0, 20.*2 each"),
-    "names": (lambda: files(**{"batches.meta": {b"label_names": ["x"] * 10}}), "10 different"),
+    "names": (lambda: files(**{"batches.meta": {b"label_names": ["x"] * 10}}), "10 distinct"),
 }
 
 
@@ -175,13 +178,13 @@ def test_a_cut_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
     whole = write(tmp_path / "x.tar.gz", files()).read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[:kept])
     with pytest.raises(
-        DataError, match=r"x\.tar\.gz: (not a whole|neither a zip nor a) tar archive"
+        DataError, match=r"x\.tar\.gz: (not a complete|neither a zip nor a) tar archive"
     ):
         opened(tmp_path / "x.tar.gz", tmp_path / "data")
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*official download"):
+    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*download the official"):
         opened(tmp_path / "nowhere", tmp_path)
 
 
@@ -255,24 +258,27 @@ def test_other_forms_make_the_same_data(tmp_path: pathlib.Path, form: str) -> No
 
 
 NO_FORMS = {
-    "matlab": ({"cifar-10-batches-mat/data_batch_1.mat": b""}, "CIFAR-10's MATLAB version"),
-    "100": ({"cifar-100-python/train": b"", "cifar-100-python/meta": b""}, "CIFAR-100, which is"),
-    "100 binary": ({"c/train.bin": b"", "c/fine_label_names.txt": b""}, "CIFAR-100, which is"),
+    "matlab": ({"cifar-10-batches-mat/data_batch_1.mat": b""}, "the MATLAB version of CIFAR-10"),
+    "100": (
+        {"cifar-100-python/train": b"", "cifar-100-python/meta": b""},
+        "CIFAR-100, not CIFAR-10",
+    ),
+    "100 binary": ({"c/train.bin": b"", "c/fine_label_names.txt": b""}, "CIFAR-100, not CIFAR-10"),
     "competition": (
         {"trainLabels.csv": b"", "train/1.png": b"", "test/1.png": b""},
-        "Kaggle's competition, whose test images have no labels",
+        "Kaggle competition version of CIFAR-10, whose test images are unlabeled",
     ),
-    "competition, packed": ({"trainLabels.csv": b"", "train.7z": b""}, "Kaggle's competition"),
+    "competition, packed": ({"trainLabels.csv": b"", "train.7z": b""}, "Kaggle competition"),
     "JPEGs": (
         {"train/airplane/0001.jpg": b"", "test/cat/0001.jpg": b""},
-        "they are JPEGs, which are not the original pixels. Set config.data.name=image_folder",
+        "they are JPEGs, which do not preserve the original pixels. Set config.data.name=image_f",
     ),
     "PNGs": (
         {"c/train/cat/0001.png": b""},
-        "do not give the images' official numbers.*image_folder",
+        "lack the official image numbers.*image_folder",
     ),
-    "packed": ({"cifar-10-python.tar.gz": b""}, r"holds archives, .*: cifar-10-python\.tar\.gz"),
-    "others": ({"a/1.jpg": b"", "b/1.jpg": b""}, r"no data_batch_1 \(found: a, b\)"),
+    "packed": ({"cifar-10-python.tar.gz": b""}, r"contains archives, .*: cifar-10-python\.tar\.gz"),
+    "others": ({"a/1.jpg": b"", "b/1.jpg": b""}, r"data_batch_1 not found \(contents: a, b\)"),
 }
 
 
@@ -291,19 +297,22 @@ def without_one(contents: dict[str, bytes]) -> dict[str, bytes]:
 
 
 WRONG_FORMS = {
-    "missing": (lambda: without_one(numbered()), "its train folder has 99 pictures .expected 100"),
+    "missing": (lambda: without_one(numbered()), "its train folder has 99 images .expected 100"),
     "numbers": (
         lambda: as_pictures(lambda split, n, c: f"{split}/{n + 1}_{c}.png"),
-        "of the numbers 0 to 99",
+        "numbered 0 to 99",
     ),
     "class": (
         lambda: as_pictures(lambda split, n, c: f"{split}/{n}_{c[:4]}.png"),
-        r"'airp', .*: no class of CIFAR-10.*image_folder",
+        r"'airp', .*: not CIFAR-10 classes.*image_folder",
     ),
     "labels": (lambda: as_pictures(lambda split, n, c: f"{split}/{n}_cat.png"), "0, 0, 0, 100, 0"),
-    "broken": (lambda: numbered() | {"train/0_x.png": b"x"}, "folder has 101 pictures"),
-    "binary": (lambda: without_one(as_binary()), r"version, for it has no data_batch_1\.bin"),
-    "cut": (lambda: {n: d[:-1] for n, d in as_binary().items()}, r"has 61,459 bytes; 20 images"),
+    "broken": (lambda: numbered() | {"train/0_x.png": b"x"}, "folder has 101 images"),
+    "binary": (lambda: without_one(as_binary()), r"binary version: missing data_batch_1\.bin"),
+    "cut": (
+        lambda: {n: d[:-1] for n, d in as_binary().items()},
+        r"has 61,459 bytes; must have 61,460 \(20 images",
+    ),
     "label": (lambda: {n: b"\x0a" + d[1:] for n, d in as_binary().items()}, "labels above 9"),
 }
 
@@ -326,5 +335,5 @@ def test_a_picture_of_another_size_or_kind_is_refused(tmp_path: pathlib.Path) ->
     contents = numbered()
     contents[next(iter(contents))] = buffer.getvalue()
     archives.write_files(tmp_path / "x.zip", contents, "")
-    with pytest.raises(DataError, match=r"0_\w+\.png: has 32 x 32 pixels of the mode L; CIFAR"):
+    with pytest.raises(DataError, match=r"0_\w+\.png: has 32 x 32 pixels in mode L; must"):
         opened(tmp_path / "x.zip", tmp_path / "data")

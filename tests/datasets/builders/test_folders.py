@@ -126,9 +126,9 @@ def test_outer_folders_are_entered(path: pathlib.Path) -> None:
 
 
 def test_below_train_there_are_classes(path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match="train: has the class 'cat' alone"):
+    with pytest.raises(DataError, match="train: contains only one class, 'cat'"):
         read(write(path, "train/cat/old/1", "train/cat/new/1"))
-    with pytest.raises(DataError, match="Training: has the class 'cat' alone"):
+    with pytest.raises(DataError, match="Training: contains only one class, 'cat'"):
         read(write(path.with_stem("more"), "pets/Training/cat/old/1", "pets/Training/cat/new/1"))
 
 
@@ -252,55 +252,57 @@ def test_a_shown_name_is_one_line_of_text() -> None:
 
 
 WRONG = {
-    "loose pictures": (["1.jpg", "2.JPG"], r"2 pictures lie in no class folder, such as 1\.jpg"),
-    "loose beside classes": (["a/1", "b/1", "3.png"], r"1 pictures lie in no class folder"),
-    "loose in a split": (["train/a/1", "train/b/1", "val/a/1", "val/1.gif"], r"val: 1 pictures"),
-    "no folder": (["notes.txt"], "has no class folders"),
-    "one class": (["cat/1.jpg"], "the class 'cat' alone"),
-    "one class in train": (["train/cat/1.jpg", "val/cat/2.jpg"], r"train: has the class 'cat'"),
+    "loose pictures": (["1.jpg", "2.JPG"], r"2 images are not in a class folder, such as 1\.jpg"),
+    "loose beside classes": (["a/1", "b/1", "3.png"], r"1 images are not in a class folder"),
+    "loose in a split": (["train/a/1", "train/b/1", "val/a/1", "val/1.gif"], r"val: 1 images"),
+    "no folder": (["notes.txt"], "contains no class folders"),
+    "one class": (["cat/1.jpg"], "only one class, 'cat'"),
+    "one class in train": (["train/cat/1.jpg", "val/cat/2.jpg"], r"only one class, 'cat'"),
     "foreign class": (
         ["train/a/1", "train/b/1", "val/a/1", "val/c/1", "val/d/1"],
-        r"val: 'c', 'd': no such class in train/",
+        r"val: 'c', 'd': not found in train/",
     ),
     "two validation splits": (
         ["train/a/1", "train/b/1", "val/a/1", "valid/a/1"],
-        "'val', 'valid': which of them",
+        "'val', 'valid': several folders for",
     ),
-    "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' beside 'train'"),
-    "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' beside 'train'"),
+    "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' next to 'train'"),
+    "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' next to 'train'"),
     "val beside classes": (
         ["cat/1", "dog/1", "val/cat/1", "val/dog/1"],
-        r"'val' has folders of the same names as those beside it: is it a split\? Put the classes "
-        "to train on into train/",
+        r"'val' contains folders with the same names .*move the training classes into train/",
     ),
-    "no train": (["val/a/1", "test/a/1"], "has 'test', 'val', but no train folder"),
-    "notes alone": (["a/1.txt", "b/2.csv"], r"has no class folders.* Left out: a/1\.txt, b/2\.csv"),
+    "no train": (["val/a/1", "test/a/1"], "contains 'test', 'val' but no train folder"),
+    "notes alone": (
+        ["a/1.txt", "b/2.csv"],
+        r"no class folders\. Ignored: a/1\.txt, b/2\.csv\. Expected",
+    ),
     "versions": (
-        [f"{version}/{name}/1" for version in ("color", "grey") for name in ("a", "b")],
-        r"'color' and 'grey' have folders of the same names\. Either 'color', 'grey' are the "
-        r"classes.*layout=classes\. Or several versions of one data set, .* are 'a', 'b'\..*"
-        r"config\.data\.source=.*/color\.$",
+        [f"{version}/{name}/1" for version in ("color", "gray") for name in ("a", "b")],
+        r"'color' and 'gray' contain folders with the same names\. Either 'color', 'gray' are the "
+        r"classes.*layout=classes\. Or they are versions of one data set with the classes 'a', 'b';"
+        r".*config\.data\.source=.*/color$",
     ),
     "splits in classes": (
         [f"{name}/{split}/1" for name in ("a", "b") for split in ("train", "test")],
-        "Or classes that are split inside, into 'test', 'train'",
+        "Or each class is split inside into 'test', 'train'",
     ),
     "splits in names": (
         [f"{name}_{split}/1" for name in ("a", "b") for split in ("train", "test")],
-        "are they classes, or the splits of the classes 'a', 'b'",
+        "unclear whether these are classes, or splits of the classes 'a', 'b'",
     ),
-    "flat splits": (["train/1.jpg", "test1/2.jpg"], "train: has no class folders"),
+    "flat splits": (["train/1.jpg", "test1/2.jpg"], "train: contains no class folders"),
     "copy": (
         ["a/1", "b/1", "all/a/1", "all/b/1"],
-        r"'all' repeats the folders beside it: it holds 'a', 'b', too.*source=.*/all to use it",
+        r"'all' looks like a copy .*: it also contains 'a', 'b'.*source=.*/all to use only",
     ),
-    "copy in a copy": (["a/1", "b/1", "x/y/z/a/1"], r"'x' repeats .*source=.*/x/y/z to use it"),
-    "copy of one class": (["a/1", "b/1", "b/a/1"], "'b' repeats .* it holds 'a', too"),
+    "copy in a copy": (["a/1", "b/1", "x/y/z/a/1"], r"'x' looks like .*source=.*/x/y/z to use o"),
+    "copy of one class": (["a/1", "b/1", "b/a/1"], "'b' looks like a copy .*also contains 'a'"),
     "copy of splits": (
         ["train/a/1", "train/b/1", "val/a/1", "chest/train/a/1", "chest/val/a/1"],
-        r"'chest' beside 'train'.* has splits of its own.*source=.*/chest to use those",
+        r"'chest' next to 'train'.* contains its own train folder.*source=.*/chest to use that",
     ),
-    "nothing": ([".DS_Store"], "holds no file"),
+    "nothing": ([".DS_Store"], "contains no files"),
 }
 
 
@@ -327,12 +329,14 @@ def test_the_source_may_lead_on_into_a_folder_or_an_archive(path: pathlib.Path) 
     names, _ = WRONG["versions"]
     layout = read(write(path, *names) / "color")
     assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
-    with pytest.raises(DataError, match=r"blue.*: (there is no such folder|holds no file)"):
+    with pytest.raises(DataError, match=r"blue.*: (no such file or folder|contains no files)"):
         read(path / "blue")
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*no such folder"):
+    with pytest.raises(
+        DataError, match=r"config\.data\.source = .*nowhere.*no such file or folder"
+    ):
         folders.open_source(tmp_path / "nowhere")
 
 

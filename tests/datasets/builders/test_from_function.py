@@ -136,7 +136,9 @@ def test_it_is_prepared_once_and_again_when_it_changes(
         prepare(data(folder, source=str(source)), log=quiet)
     del registry.DATASETS._parts["mine"]
     register("mine", options={"a": (1, 2)})(second)
-    with pytest.raises(DataError, match=r"test_from_function\.py, line \d+: 'mine' is no longer"):
+    with pytest.raises(
+        DataError, match=r"test_from_function\.py, line \d+: the code of 'mine' has ch"
+    ):
         prepare(data(folder), log=quiet)
     assert len(calls) == 1
     dataset = prepare(data(folder, on_change="prepare"), log=quiet)
@@ -153,7 +155,7 @@ def test_a_hold_out_stands_for_a_split_to_evaluate_on(
 
     dataset = prepare(data(tmp_path, holdout=6), log=quiet)
     assert (len(dataset.train), dataset.eval_split) == (24, "holdout")
-    with pytest.raises(ConfigError, match=r"mine: which split is to be evaluated on.*no other"):
+    with pytest.raises(ConfigError, match=r"mine: cannot choose an evaluation split.*no others"):
         prepare(data(tmp_path), log=quiet)
 
 
@@ -167,7 +169,7 @@ def test_another_data_set_of_the_name_is_left_alone(tmp_path: pathlib.Path, regi
     def mine(settings: Data) -> Any:
         raise AssertionError
 
-    with pytest.raises(DataError, match=r"holds another data set of the name 'mine'"):
+    with pytest.raises(DataError, match=r"contains another data set named 'mine'"):
         prepare(data(tmp_path), log=quiet)
 
 
@@ -177,45 +179,48 @@ PAIR = (COLOR, LABELS)
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1, 2], r"returned a list; expected a mapping of splits, such as"),
-        (PAIR, r"returned a tuple; expected a mapping"),
-        ({"test": PAIR}, r"returned the splits: 'test'; expected 'train' among them"),
-        ({}, r"returned the splits: none"),
-        ({"train": PAIR}, r"expected a second one to evaluate on.*config\.data\.holdout"),
+        ([1, 2], r"returned a list; must be a mapping of splits, such as"),
+        (PAIR, r"returned a tuple; must be a mapping"),
+        ({"test": PAIR}, r"returned the splits 'test'; 'train' is missing"),
+        ({}, r"returned the splits none"),
+        ({"train": PAIR}, r"a second one is required for evaluation.*config\.data\.holdout"),
         ({"train": PAIR, "hold out": PAIR}, r"a split named 'hold out'"),
         ({"train": PAIR, "holdout": PAIR}, r"a split named 'holdout'"),
-        ({"train": PAIR, "test": COLOR}, r"'test': is of type ndarray; expected a tuple \(images"),
-        ({"train": PAIR, "test": 3}, r"'test': is of type int; expected"),
-        ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of 1; expected \(images, labels"),
-        ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': has 30 images and 7 labels"),
-        ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': has 30 images and 1 names"),
-        ({"train": PAIR, "test": (b"x", LABELS)}, r"images: are of type bytes; expected an array"),
-        ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: is of dtype float64"),
-        ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: are of dtype float64"),
-        ({"train": (COLOR, LABELS - 2), "test": PAIR}, r"'train', labels: have -2 among them"),
-        ({"train": (COLOR, LABELS - 1), "test": PAIR}, r"'train', labels: have -1 among them"),
+        ({"train": PAIR, "test": COLOR}, r"'test': has type ndarray; must be a tuple \(images"),
+        ({"train": PAIR, "test": 3}, r"'test': has type int; must be"),
+        ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of length 1; must be \(images, l"),
+        ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': 7 labels for 30 images"),
+        ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': 1 names for 30 images"),
+        ({"train": PAIR, "test": (b"x", LABELS)}, r"images: have type bytes; must be an array"),
+        ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: has dtype float64"),
+        ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: have dtype float64"),
+        ({"train": (COLOR, LABELS - 2), "test": PAIR}, r"'train', labels: contain -2"),
+        ({"train": (COLOR, LABELS - 1), "test": PAIR}, r"'train', labels: contain -1"),
         (
             ({"train": PAIR, "test": PAIR}, ["a", "b"]),
-            r"'train', labels: have 2 among them; expected 0 to 1, the last of 2 classes",
+            r"'train', labels: contain 2; must be 0 to 1 \(there are 2 classes\)",
         ),
-        (({"train": PAIR, "test": PAIR}, ["a", "a"]), r"class names: are 'a', 'a'; expected at le"),
-        (({"train": PAIR, "test": PAIR}, 3), r"class names: are of type int"),
+        (
+            ({"train": PAIR, "test": PAIR}, ["a", "a"]),
+            r"class names: are 'a', 'a'; must be at leas",
+        ),
+        (({"train": PAIR, "test": PAIR}, 3), r"class names: have type int"),
         ({"train": [(COLOR[0], 0)], "test": PAIR}, r"'train': is an iterable of examples, whose"),
         (
             ({"train": [COLOR[0]], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: is of type ndarray; expected \(image, label\)",
+            r"'train', example 0: has type ndarray; must be \(image, label\)",
         ),
         (
             ({"train": [(COLOR[0], 0), (COLOR[:2], 1)], "test": PAIR}, [*"abc"]),
-            r"'train', example 1: has the shape \[2, 8, 8, 3\]; expected \[H, W, 3\]",
+            r"'train', example 1: has shape \[2, 8, 8, 3\]; must be \[H, W, 3\]",
         ),
         (
             ({"train": [(COLOR[0], 3)], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its label is 3; expected 0 to 2, the name of one",
+            r"'train', example 0: label = 3: must be 0 to 2, the name of one",
         ),
         (
             ({"train": [(COLOR[0], "d")], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its label is 'd'",
+            r"'train', example 0: label = 'd'",
         ),
         (
             ({"train": [(b"no image", 0)], "test": PAIR}, [*"abc"]),
@@ -223,10 +228,10 @@ PAIR = (COLOR, LABELS)
         ),
         (
             ({"train": [(COLOR[0], 0, 5)], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its name is of type int",
+            r"'train', example 0: its name has type int",
         ),
-        (({"train": [], "test": PAIR}, [*"abc"]), r"'train': has no examples"),
-        ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has the shape \[0"),
+        (({"train": [], "test": PAIR}, [*"abc"]), r"'train': contains no examples"),
+        ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has shape \[0"),
     ],
 )
 def test_what_is_no_data_set_is_refused(
@@ -236,7 +241,7 @@ def test_what_is_no_data_set_is_refused(
     def mine(settings: Data) -> Any:
         return returned
 
-    with pytest.raises(DataError, match=rf"line \d+: the dataset 'mine'.*{message}"):
+    with pytest.raises(DataError, match=rf"line \d+: the data set 'mine'.*{message}"):
         prepare(data(tmp_path), log=quiet)
     assert not list(tmp_path.glob("mine/*"))
     assert not list(tmp_path.glob("inception_jax/*px*"))

@@ -107,7 +107,7 @@ def test_an_empty_test_folder_is_no_split(
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, on_unreadable="skip"), log=lines.append)
     assert set(dataset.splits) == {"train", "validation"}
-    assert any("the test folder has no picture" in line for line in lines)
+    assert any("the test folder contains no images" in line for line in lines)
 
 
 BAD = {"ant/note": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
@@ -127,7 +127,7 @@ def test_unreadable_files_are_named_and_counted(
     lines: list[str] = []
     dataset = prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=lines.append)
     assert len(dataset.train) + len(dataset.evaluation) == 18
-    assert any("3 of 21 files" in line and "left out" in line for line in lines)
+    assert any("3 of 21 files" in line and "Skipping" in line for line in lines)
     stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
     metadata = json.loads(stored.read_text())
     assert metadata["unreadable_count"] == 3
@@ -146,8 +146,8 @@ def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathli
     first, heics, page, last = str(error.value).splitlines()
     assert first.endswith("3 of 7 files are corrupt or not images:")
     assert heics.startswith("  HEIC photo (2): a/x.jpg, b/y.HEIC. Convert it to JPEG")
-    assert page.startswith("  web page in the place of a picture (1): b/z.jpg. Download")
-    assert last.endswith("config.data.on_unreadable=skip to leave them out")
+    assert page.startswith("  web page instead of an image (1): b/z.jpg. Download")
+    assert last.endswith("config.data.on_unreadable=skip to skip them")
 
 
 def test_sidecar_files_are_ignored_and_logged_once(
@@ -177,11 +177,9 @@ def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> 
     lines: list[str] = []
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
     assert dataset.class_names == ("a", "b")
-    assert any(
-        "'annotations': without pictures, so not among the classes" in line for line in lines
-    )
+    assert any("'annotations': no images, so not used as a class" in line for line in lines)
     files = archives.class_folders({"images": 4}, SIZE) | {"labels/0.txt": b"0"}
-    with pytest.raises(DataError, match="has the class 'images' alone, so there is nothing"):
+    with pytest.raises(DataError, match="contains only one class, 'images'"):
         prepare(data(write(tmp_path / "y", files), tmp_path / "y-d"), log=quiet)
 
 
@@ -275,14 +273,16 @@ def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib
         dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
         np.testing.assert_array_equal(dataset.std[[0, 2]], 1)
         assert 0 < dataset.std[1] < 1
-    assert sum("the same red (0) and blue (0); the standard" in line for line in lines) == 2
+    assert sum("the same red (0) and blue (0); using a standard" in line for line in lines) == 2
     # As older versions have it.
     cache = tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px"
     rewrite_info(cache, std=[0.0, 0.1, 0.0])
     np.testing.assert_allclose(prepare(data("", tmp_path / "data"), log=quiet).std, [1, 0.1, 1])
     black = json.loads((cache / "info.json").read_text()) | {"std": [0.0, 0.0, 0.0]}
     (cache / "info.json").write_text(json.dumps(black))
-    with pytest.raises(DataError, match=r"show a single color.* remove .*to prepare them again"):
+    with pytest.raises(
+        DataError, match=r"are the same single color.* remove .*to prepare them again"
+    ):
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
@@ -292,7 +292,7 @@ def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
     black = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE)).save(black, format="PNG")
     files = {f"{name}/{n}.png": black.getvalue() for name in ("a", "b") for n in range(3)}
-    with pytest.raises(DataError, match=r"all training images together show a single color"):
+    with pytest.raises(DataError, match=r"all training images are the same single color"):
         prepare(data(write(tmp_path / "x", files), tmp_path / "data"), log=quiet)
     assert not list((tmp_path / "data" / "inception_jax").glob("*px*"))
     lines: list[str] = []
@@ -312,8 +312,8 @@ def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"empty/": b""}, "no training picture of 1 of 3 classes: 'empty'"),
-        ({"none/x.jpg": b"no image"}, "no training picture of 1 of 3 classes: 'none'"),
+        ({"empty/": b""}, "1 of 3 classes have no training images: 'empty'"),
+        ({"none/x.jpg": b"no image"}, "1 of 3 classes have no training images: 'none'"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
@@ -327,14 +327,14 @@ def test_a_class_without_pictures_is_refused(
 
 def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 1, "b": 1}, SIZE))
-    with pytest.raises(DataError, match="no picture is left to evaluate on"):
+    with pytest.raises(DataError, match="no images are left for evaluation"):
         prepare(data(path, tmp_path), log=quiet)
 
 
 def test_a_dead_link_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
-    with pytest.raises(DataError, match=r"a link that leads nowhere \(1\): a/link\.jpg\. "):
+    with pytest.raises(DataError, match=r"a broken link \(1\): a/link\.jpg\. "):
         prepare(data(path, tmp_path), log=quiet)
 
 
@@ -392,7 +392,7 @@ def test_few_files_are_in_memory_at_a_time(
 
 
 def test_a_source_is_needed(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no download"):
+    with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no default"):
         prepare(data("", tmp_path), log=quiet)
 
 
@@ -407,7 +407,7 @@ def test_changed_content_or_settings_are_noticed(
     # Nothing was unreadable, so this setting decided nothing.
     prepare(data(source, directory, on_unreadable="skip"), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 11}, SIZE))
-    with pytest.raises(DataError, match=r"prepared from other content, .* as it was then"):
+    with pytest.raises(DataError, match=r"prepared from other content, .* at that time"):
         prepare(data(source, directory), log=quiet)
     assert len(prepare(data("", directory), log=quiet).train) == 14
 
@@ -416,7 +416,7 @@ def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path)
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
-    with pytest.raises(DataError, match=r"other content, .*, or copied without its times\. Leave"):
+    with pytest.raises(DataError, match=r"other content, .*, or copied without its timestamps\. L"):
         prepare(data(path, tmp_path / "data"), log=quiet)
 
 
@@ -439,7 +439,7 @@ def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
         prepare(data(source, directory), log=quiet)
     again = data(source, directory, on_change="prepare")
     assert len(prepare(again, log=lines.append).train) == 18
-    assert any("other content" in line and "it is prepared again" in line for line in lines)
+    assert any("other content" in line and "preparing it again" in line for line in lines)
     # It is done once, for all sizes, and the setting may stay or go.
     lines.clear()
     for settings in (again, data(source, directory), data("", directory)):
@@ -478,7 +478,7 @@ def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -
     (line,) = [line for line in lines if ": ignored " in line]
     assert "ignored 3 paths" in line
     assert line.endswith(r"Icon\r, ant/@eaDir/, wasp/urls.txt")
-    assert any("'wasp': without pictures, so not among the classes" in line for line in lines)
+    assert any("'wasp': no images, so not used as a class" in line for line in lines)
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
@@ -521,7 +521,7 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
     prepare(data(path, directory, layout="classes"), log=quiet)
     record_source(directory, settings={"val_fraction": 0.2})
     with pytest.raises(
-        DataError, match=r"an older version took others .*\(.*without 'seg_test', 'seg_train'"
+        DataError, match=r"an older version chose .*\(.*without 'seg_test', 'seg_train'"
     ):
         prepare(data(path, directory), log=quiet)
     prepare(data(path, directory, layout="classes"), log=lines.append)
@@ -542,7 +542,7 @@ def test_how_folders_are_read_is_part_of_what_is_prepared(tmp_path: pathlib.Path
     path = write(tmp_path / "x.zip", archives.class_folders(counts, SIZE))
     dataset = prepare(data(path, tmp_path, layout="classes"), log=quiet)
     assert dataset.class_names == ("color", "grey")
-    with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Give"):
+    with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Set"):
         prepare(data("", tmp_path), log=quiet)
     one = data(path / "color", tmp_path, on_change="prepare")
     assert prepare(one, log=quiet).class_names == ("a", "b")
@@ -562,7 +562,7 @@ def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: s
     dataset = prepare(data(path, tmp_path, storage=storage), log=lines.append)
     assert dataset.trained_on == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
     assert any(
-        "1 of 5 images of the validation split are also among those to train on" in line
+        "1 of 5 images in the validation split are also training images" in line
         and line.endswith("val/a/copy.jpg = train/a/1.jpg")
         for line in lines
     )
@@ -575,7 +575,9 @@ def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) 
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
     assert dataset.trained_on == Duplicates(0, [])
-    assert not [line for line in lines if "also among" in line or "different labels" in line]
+    assert not [
+        line for line in lines if "also training images" in line or "different labels" in line
+    ]
 
 
 def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Path) -> None:
@@ -603,7 +605,7 @@ def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path)
 @pytest.mark.parametrize("copy", ["cat - Copy", "cat copy 2", "cat (1)", "Copy of cat"])
 def test_a_copy_beside_its_class_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
     path = write(tmp_path / "x", archives.class_folders({"cat": 2, "dog": 2, copy: 2}, SIZE))
-    with pytest.raises(DataError, match=r"is named as a copy of 'cat', beside it\. Move it away"):
+    with pytest.raises(DataError, match=r"looks like a copy of 'cat', next to it\. Move it away"):
         prepare(data(path, tmp_path / "d"), log=quiet)
     dataset = prepare(data(path, tmp_path / "d", layout="classes"), log=quiet)
     assert set(dataset.class_names) == {"cat", "dog", copy}

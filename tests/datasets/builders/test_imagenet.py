@@ -244,7 +244,7 @@ def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, g
     with pytest.raises(DataError) as error:
         prepare(data, log=quiet)
     message = str(error.value)
-    assert f"{folder} has no {imagenet.TRAIN} and no {imagenet.VALIDATION}" in message
+    assert f"{imagenet.TRAIN} and {imagenet.VALIDATION} not found in {folder}" in message
     assert "tfds build imagenet2012 --file_format=array_record" in message
     write_source(folder, train_files(), validation_files())
     check(prepare(data, log=quiet))
@@ -309,12 +309,12 @@ def broken(tmp_path: pathlib.Path, case: str) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("image", r"img_train\.tar: not the official archive, for it has 8 images \(expected 9\)"),
+        ("image", r"img_train\.tar: not the official archive: it contains 8 images \(expected 9\)"),
         ("class", r"1 missing classes \(such as n00001007\) and 1 unknown .* n00000001\)"),
-        ("validation", r"img_val\.tar: .* it has 3 images \(expected 4\)"),
+        ("validation", r"img_val\.tar: .* contains 3 images \(expected 4\)"),
         ("cut image", r"img_train\.tar: n00001007_0\.JPEG: not a readable image"),
-        ("cut archive", r"img_train\.tar: not (a whole tar|the official) archive"),
-        ("no archive", r"img_val\.tar: not a whole tar archive \(2,000 bytes"),
+        ("cut archive", r"img_train\.tar: not (a complete tar|the official) archive"),
+        ("no archive", r"img_val\.tar: not a complete tar archive \(2,000 bytes"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_remains(
@@ -331,7 +331,9 @@ def test_records_of_another_format_are_refused_with_the_remedy(tmp_path: pathlib
     path = tmp_path / "imagenet2012/5.1.0/dataset_info.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(DataError, match=r"stored as tfrecord, not as array_record.*convert_format"):
+    with pytest.raises(
+        DataError, match=r"stored as tfrecord; must be array_record.*convert_format"
+    ):
         prepare(settings(tmp_path), log=quiet)
 
 
@@ -342,6 +344,6 @@ def test_records_are_not_removed_where_there_is_nothing_to_make_them_from(
     folder = tmp_path / "imagenet2012/5.1.0"
     next(folder.glob("*train*")).unlink()
     left = sorted(folder.iterdir())
-    with pytest.raises(DataError, match=r"has no ILSVRC2012_img_train\.tar"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_train\.tar and .* not found in"):
         prepare(settings(tmp_path), log=quiet)
     assert sorted(folder.iterdir()) == left

@@ -155,15 +155,15 @@ def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_split": "trian"}, r"train_split = 'trian': there is no such split; there are tr"),
-        ({"train_split": "train+test"}, r"train_split = 'train\+test': must be a split's name, or"),
-        ({"eval_split": "test[100:]"}, r"eval_split = 'test\[100:\]': none of the 100 examples"),
+        ({"train_split": "trian"}, r"train_split = 'trian': no such split; must be one of train"),
+        ({"train_split": "train+test"}, r"train_split = 'train\+test': must be a split name or"),
+        ({"eval_split": "test[100:]"}, r"eval_split = 'test\[100:\]': selects none of the 100 ex"),
         (
             {"train_split": "train[:90%]", "eval_split": "train[80%:]"},
-            r"eval_split = 'train\[80%:\]': has training examples of config\.data\.train_split",
+            r"eval_split = 'train\[80%:\]': overlaps config\.data\.train_split",
         ),
-        ({"eval_split": "train"}, r"eval_split = 'train': has training examples"),
-        ({"tfds": "cifar100/a b"}, r"config\.data\.tfds = 'cifar100/a b': give the name"),
+        ({"eval_split": "train"}, r"eval_split = 'train': overlaps"),
+        ({"tfds": "cifar100/a b"}, r"config\.data\.tfds = 'cifar100/a b': must be the name"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(
@@ -178,14 +178,14 @@ def test_which_split_is_evaluated_on_has_to_be_said_if_it_cannot_be_told(
     tmp_path: pathlib.Path,
 ) -> None:
     build(tmp_path, counts={"train": 10, "a": 5, "b": 5})
-    with pytest.raises(ConfigError, match=r"which split .*a, b besides\); set config\.data\.ev"):
+    with pytest.raises(ConfigError, match=r"cannot choose .*are a, b\); set config\.data\.ev"):
         prepare(data(tmp_path), log=lambda line: None)
     assert prepare(data(tmp_path, eval_split="b"), log=lambda line: None).eval_split == "b"
 
 
 def test_where_nothing_is_prepared_the_command_is_named(tmp_path: pathlib.Path) -> None:
     message = (
-        rf"tfds = 'cifar100': nothing is prepared in {tmp_path}/cifar100\. Prepare it once, in an "
+        rf"tfds = 'cifar100': no prepared data set in {tmp_path}/cifar100\. Prepare it once in an "
         rf"environment with TensorFlow: tfds build cifar100 --file_format=array_record "
         rf"--data_dir={tmp_path}"
     )
@@ -199,10 +199,12 @@ def test_the_newest_version_and_the_only_configuration_are_taken(tmp_path: pathl
         build(tmp_path, version=version, counts=counts)
     lines: list[str] = []
     assert prepare(data(tmp_path), log=lines.append).version == "3.0.10"
-    assert "has the versions 3.0.2, 3.0.10; 3.0.10, the newest, is used" in lines[0]
+    assert "contains the versions 3.0.2, 3.0.10; using the newest, 3.0.10" in lines[0]
     older = prepare(data(tmp_path, tfds="cifar100:3.0.2"), log=lambda line: None)
     assert older.version == "3.0.2"
-    with pytest.raises(DataError, match=r"has 3\.0\.2, 3\.0\.10, and no 1\.0\.0"):
+    with pytest.raises(
+        DataError, match=r"version 1\.0\.0 not found in .*contains 3\.0\.2, 3\.0\.10"
+    ):
         prepare(data(tmp_path, tfds="cifar100:1.0.0"), log=lambda line: None)
     configured = tmp_path / "other/small/3.0.2"
     shutil.copytree(tmp_path / "cifar100/3.0.2", configured)
@@ -210,7 +212,7 @@ def test_the_newest_version_and_the_only_configuration_are_taken(tmp_path: pathl
     info.write_text(json.dumps(json.loads(info.read_text()) | {"configName": "small"}))
     assert prepare(data(tmp_path, tfds="other"), log=lambda line: None).name == "other/small"
     shutil.copytree(configured, tmp_path / "other/large/3.0.2")
-    with pytest.raises(ConfigError, match=r"several configurations: large, small; give one"):
+    with pytest.raises(ConfigError, match=r"several configurations: large, small; select one"):
         prepare(data(tmp_path, tfds="other"), log=lambda line: None)
 
 
@@ -251,10 +253,13 @@ def test_images_of_16_bits_without_names_keep_their_brightness(tmp_path: pathlib
     [
         (
             {"features": Cifar100.features | {"label": Features.Scalar(np.int64)}},
-            r"'label' is no class of one label \(ClassLabel\); it has .*coarse_label \(Cl",
+            r"'label' is not a ClassLabel; the features are .*coarse_label \(Cl",
         ),
-        ({"keys": None}, r"does not say which features are image and label \(supervised_keys = N"),
-        ({"keys": ("id", "label")}, r"'id' is no image; it has .*image \(Image\)"),
+        (
+            {"keys": None},
+            r"does not define which features are image and label \(supervised_keys = N",
+        ),
+        ({"keys": ("id", "label")}, r"'id' is not an image; the features are .*image \(Image\)"),
     ],
 )
 def test_features_that_are_no_images_of_classes_are_named(
@@ -272,7 +277,7 @@ def test_a_split_without_labels_is_not_evaluated_on(tmp_path: pathlib.Path) -> N
             return super().example(split, number) | label
 
     build(tmp_path, Unlabeled, counts={"train": 4, "test": 2})
-    with pytest.raises(DataError, match=r"the split 'test' has examples without a label"):
+    with pytest.raises(DataError, match=r"the split 'test' is empty or contains unlabeled"):
         prepare(data(tmp_path), log=lambda line: None)
     parts = data(tmp_path, train_split="train[:2]", eval_split="train[2:]")
     assert len(prepare(parts, log=lambda line: None).evaluation) == 2
@@ -287,7 +292,7 @@ def test_a_set_in_another_format_gets_the_command_that_converts_it(tmp_path: pat
 
 def test_a_description_that_is_damaged_is_refused(tmp_path: pathlib.Path) -> None:
     (build(tmp_path, counts={"train": 2, "test": 2}) / "features.json").write_text("{")
-    with pytest.raises(DataError, match=r"3\.0\.2: cannot be opened as a data set of TFDS"):
+    with pytest.raises(DataError, match=r"3\.0\.2: cannot be opened as a TFDS data set"):
         prepare(data(tmp_path), log=lambda line: None)
 
 
@@ -297,6 +302,8 @@ def test_records_without_a_feature_are_not_taken_for_damaged(tmp_path: pathlib.P
     inner = content["featuresDict"]["features"]
     inner["file_name"] = inner["id"]
     features.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"example 0 has no feature 'file_name' \(it has coarse_l"):
+    with pytest.raises(
+        DataError, match=r"feature 'file_name' not found in example 0 \(it has coarse_l"
+    ):
         prepare(data(tmp_path), log=lambda line: None)
     assert features.exists()
