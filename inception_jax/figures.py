@@ -35,5 +35,5 @@ def save(figure: "Figure", path: pathlib.Path, *, dpi: int = 150) -> None:
 
 def short(name: str, length: int) -> str:
     """Returns a name as text of one line of at most so many characters, for a plot."""
-    name = folders.shown(name)
+    name = folders.escape_for_display(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -98,8 +98,8 @@ class DatasetPart(Part):
       classes: how many there are; 0: only the source decides.
       takes: the fields of `config.Data` that this data set takes and most others do not.
       takes_source: whether `config.data.source` has a meaning.
-      fixed_content: whether every source holds the same examples, so that data prepared from one
-        serve for another.
+      content_is_canonical: whether every source holds the same examples, so that data prepared from
+        one serve for another.
       contents: returns the `sources.files.Contents` of a source, given its path and the values of
         `takes` by name; needs no TFDS. None: of any file or folder, by names, sizes and times.
       check: yields what is wrong with the settings, messages each.
@@ -117,7 +117,7 @@ class DatasetPart(Part):
     classes: int = 0
     takes: tuple[str, ...] = ()
     takes_source: bool = True
-    fixed_content: bool = False
+    content_is_canonical: bool = False
     contents: Callable[..., Any] | None = None
     locate: Callable[..., tuple[str, str]] | None = None
     mean: tuple[float, ...] = ()

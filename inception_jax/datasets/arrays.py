@@ -52,7 +52,7 @@ def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
         )
 
 
-def stack(images: Any, what: str) -> np.ndarray:
+def as_pixel_array(images: Any, what: str) -> np.ndarray:
     """Returns a split's images in one array, uint8 [N, H, W, 3] or [N, H, W] of grey ones.
 
     Raises:
@@ -80,26 +80,26 @@ def check_labels(
     Raises:
       DataError: if they are of another type or number, or out of range.
     """
-    found = np.asarray(labels)
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-        remedy = "; convert one-hot rows with labels.argmax(axis=1)" if found.ndim == 2 else ""
+    array = np.asarray(labels)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        remedy = "; convert one-hot rows with labels.argmax(axis=1)" if array.ndim == 2 else ""
         raise DataError(
-            f"{what}: have dtype {found.dtype} and shape {list(found.shape)}; must be integers of "
+            f"{what}: have dtype {array.dtype} and shape {list(array.shape)}; must be integers of "
             f"shape [N]{remedy}"
         )
-    if len(found) != count:
+    if len(array) != count:
         raise DataError(
-            f"{what}: {len(found):,} labels for {count:,} images; must be one per image"
+            f"{what}: {len(array):,} labels for {count:,} images; must be one per image"
         )
     most = classes - 1 if classes else np.iinfo(np.int32).max
-    wrong = found[(found < (-1 if unknown else 0)) | (found > most)]
+    wrong = array[(array < (-1 if unknown else 0)) | (array > most)]
     if len(wrong):
         allowed = f"0 to {most} (there are {classes} classes)" if classes else "0 or more"
         raise DataError(f"{what}: contain {wrong[0]}; must be {allowed}")
-    return found.astype(np.int32)
+    return array.astype(np.int32)
 
 
-def check_numbering(labels: np.ndarray) -> None:
+def check_contiguous_labels(labels: np.ndarray) -> None:
     """Checks that labels without names of classes are 0 to K - 1, all of them, at least two.
 
     Raises:
@@ -124,32 +124,32 @@ def check_class_names(names: Any, what: str) -> tuple[str, ...]:
     """
     if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
         raise DataError(f"{what}: have type {type(names).__name__}; must be a list of names")
-    found = tuple(map(str, names))
-    if len(found) < 2 or len(set(found)) < len(found):
+    result = tuple(map(str, names))
+    if len(result) < 2 or len(set(result)) < len(result):
         raise DataError(
-            f"{what}: are {', '.join(map(repr, found[:10])) or 'empty'}; must be at least two "
+            f"{what}: are {', '.join(map(repr, result[:10])) or 'empty'}; must be at least two "
             "distinct names"
         )
-    return found
+    return result
 
 
-def numbered(classes: int) -> tuple[str, ...]:
+def numbered_names(classes: int) -> tuple[str, ...]:
     """Returns the names of classes that have none: '0', '1', …."""
     return tuple(map(str, range(classes)))
 
 
-def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Returns which examples are held out: bool [N].
 
-    Of each class `share`, rounded, but at least one, and never all, as of image_folder. Which ones
-    follows from the seed alone.
+    Of each class `fraction`, rounded, but at least one, and never all, as of image_folder. Which
+    ones follows from the seed alone.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
     order = generator.permutation(len(labels))
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
+        held[members[: min(max(round(fraction * len(members)), 1), len(members) - 1)]] = True
     return held
 
 
@@ -159,22 +159,22 @@ def make_split(
     """Returns some examples as a split, its images resized if they are of another size.
 
     Args:
-      pixels: as `stack` returns them.
+      pixels: as `as_pixel_array` returns them.
       labels: int32 [N].
       indices: int64 [M], which of them.
       image_size: height and width, pixels.
     """
-    found = pixels[indices]
-    if found.ndim == 3:
-        found = np.repeat(found[..., None], 3, axis=-1)
-    if found.shape[1:3] != (image_size, image_size):
-        found = np.stack([decode.resized(image, image_size) for image in found])
-    return MemorySplit(labels[indices], image_size, np.ascontiguousarray(found))
+    selected = pixels[indices]
+    if selected.ndim == 3:
+        selected = np.repeat(selected[..., None], 3, axis=-1)
+    if selected.shape[1:3] != (image_size, image_size):
+        selected = np.stack([decode.crop_and_resize(image, image_size) for image in selected])
+    return MemorySplit(labels[indices], image_size, np.ascontiguousarray(selected))
 
 
 def statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of pixels, uint8 [N, H, W, 3], over 255: float64 [3]."""
-    return splits.mean_and_std(*splits.sums(pixels), pixels.size // 3)
+    return splits.mean_and_std(*splits.pixel_sums(pixels), pixels.size // 3)
 
 
 def version(*parts: MemorySplit) -> str:

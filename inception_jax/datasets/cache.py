@@ -50,9 +50,9 @@ from inception_jax.errors import DataError
 FORMAT = 1
 _IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
 # Images that one thread decodes at a time: some 10 ms of work.
-_PIECE = 64
+_CHUNK_SIZE = 64
 # Records that it reads at a time for that: a user's photos may have 10 MB each.
-_READ = 8
+_READ_CHUNK_SIZE = 8
 # What TFDS keeps of an example besides its image, and what it takes in its index: bytes, a bound.
 RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
@@ -78,19 +78,19 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     if info.get("format") != FORMAT:
         return None, f"its format is {info.get('format')}; must be {FORMAT}"
     # Caches of older versions have no checksums.
-    if info.get("sha256 of this", "") not in ("", _digest(info)):
+    if info.get("sha256 of this", "") not in ("", _info_digest(info)):
         return None, "info.json is damaged (checksum mismatch)"
     for file, size in info["files"].items():
-        found = (cache / file).stat().st_size if (cache / file).exists() else 0
-        if found != size:
-            return None, f"{file} has {found:,} bytes; must have {size:,}"
+        actual_size = (cache / file).stat().st_size if (cache / file).exists() else 0
+        if actual_size != size:
+            return None, f"{file} has {actual_size:,} bytes; must have {size:,}"
     for file, digest in info.get("sha256", {}).items():
         if _file_digest(cache / file) != digest:
             return None, f"{file} is damaged (checksum mismatch)"
     return info, ""
 
 
-def _digest(info: Info) -> str:
+def _info_digest(info: Info) -> str:
     """Returns the SHA-256 of a cache's description, but for this itself."""
     rest = {key: value for key, value in info.items() if key != "sha256 of this"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -130,7 +130,7 @@ def bit_depth(name: str, facts: Mapping[str, Any]) -> int:
     return facts.get("bit_depth", config.unrecorded_bit_depth(name))
 
 
-def prepared(info: Info) -> Prepared:
+def prepared_from_info(info: Info) -> Prepared:
     """Returns what a cache was prepared from."""
     source = info["source"]
     names = info["class_names"]
@@ -141,14 +141,14 @@ def prepared(info: Info) -> Prepared:
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that data were prepared with, under today's names."""
-    found = facts.get("settings", {})
+    settings = facts.get("settings", {})
     return {
         config.current_path(f"data.{name}").removeprefix("data."): value
-        for name, value in found.items()
+        for name, value in settings.items()
     }
 
 
-def prepared_by(builder: Any) -> Prepared:
+def prepared_from_builder(builder: Any) -> Prepared:
     """Returns what the records of a builder were prepared from."""
     facts = builder.facts
     return Prepared(
@@ -160,14 +160,14 @@ def prepared_by(builder: Any) -> Prepared:
     )
 
 
-def check_colors(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
+def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
     """Raises DataError if there is nothing to see in the training images."""
     if not any(std):
         raise DataError(
             f"{where}: all training images are the same single color, such as black, so there is "
             "nothing to learn. Replace the images; if an older version prepared them (it decoded "
-            f"16-bit files with small values as black), remove {recipe.all_of_it} to prepare them "
-            "again"
+            f"16-bit files with small values as black), remove {recipe.prepared_paths} to prepare "
+            "them again"
         )
 
 
@@ -198,9 +198,9 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
     # Where another split is trained on, its own statistics count, below.
     train = part.train_split if part.train_split in statistics else next(iter(statistics))
     if decode:
-        check_colors(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
+        check_not_constant(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
     mean, std = (part.mean, part.std) if part.mean else statistics[train]
-    source = prepared_by(builder)
+    source = prepared_from_builder(builder)
     info = {
         "format": FORMAT,
         "name": builder.name,
@@ -234,8 +234,8 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         }
         for file in itertools.chain.from_iterable(info["records"].values()):
             info["files"][file] = (folder / file).stat().st_size
-    info["sha256 of this"] = _digest(info)
-    with _synced(folder / "info.json") as file:
+    info["sha256 of this"] = _info_digest(info)
+    with _open_synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
     return info
 
@@ -260,38 +260,38 @@ def _write_split(
     data, size = recipe.data, recipe.data.image_size
     records = Records(builder.files(split), builder.fields or DEFAULT_FIELDS)
     count = len(records)
-    pieces = decode.pieces(range(count), _PIECE)
-    work = functools.partial(_list_piece, records)
+    chunks = decode.chunks(range(count), _CHUNK_SIZE)
+    work = functools.partial(_list_chunk, records)
     if bit_depth is not None:
-        work = functools.partial(_decode_piece, records, size, bit_depth)
-    labels, checksums, plain = [], [], []
+        work = functools.partial(_decode_chunk, records, size, bit_depth)
+    labels, checksums, constant = [], [], []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
     label = f"{builder.name}: {'listing' if bit_depth is None else 'decoding'} {split}"
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(_synced(folder / f"{split}_names.txt"))
+        names = stack.enter_context(_open_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
             # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
-            file = stack.enter_context(_synced(folder / f"{split}{_IMAGES}"))
+            file = stack.enter_context(_open_synced(folder / f"{split}{_IMAGES}"))
             _write_header(file, (count, size, size, 3))
         progress = stack.enter_context(Progress(label, count, log=recipe.log))
-        for piece in decode.threaded_map(work, pieces):
+        for chunk in decode.threaded_map(work, chunks):
             if data.storage == "decoded":
-                file.write(piece.pixels)
-            checksums.append(piece.digests)
-            labels.append(piece.labels)
-            names.write("".join(f"{name}\n" for name in piece.names).encode())
-            total += piece.total
-            squares += piece.squares
-            plain += piece.plain
-            progress.update(len(piece.labels))
-    with _synced(folder / f"{split}_labels.npy") as file:
+                file.write(chunk.pixels)
+            checksums.append(chunk.digests)
+            labels.append(chunk.labels)
+            names.write("".join(f"{name}\n" for name in chunk.names).encode())
+            total += chunk.total
+            squares += chunk.squares
+            constant += chunk.constant
+            progress.update(len(chunk.labels))
+    with _open_synced(folder / f"{split}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
-    with _synced(folder / f"{split}{_DIGESTS}") as file:
+    with _open_synced(folder / f"{split}{_DIGESTS}") as file:
         np.save(file, np.concatenate(checksums))
-    if plain:
+    if constant:
         recipe.log(
-            f"{builder.name}: {len(plain):,} of {count:,} {split} images are a single color, such "
-            f"as black: {folders.listed(plain)}"
+            f"{builder.name}: {len(constant):,} of {count:,} {split} images are a single color, "
+            f"such as black: {folders.join_truncated(constant)}"
         )
     return splits.mean_and_std(total, squares, count * size * size)
 
@@ -302,10 +302,10 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Chunk:
     """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3].
 
-    `plain` has the names of those that are a single color all over.
+    `constant` has the names of those that are a single color all over.
     """
 
     pixels: np.ndarray
@@ -314,37 +314,37 @@ class _Piece:
     names: list[str]
     total: np.ndarray
     squares: np.ndarray
-    plain: list[str] = dataclasses.field(default_factory=list)
+    constant: list[str] = dataclasses.field(default_factory=list)
 
 
-def _decode_piece(records: "Records", size: int, bit_depth: int, indices: Sequence[int]) -> _Piece:
+def _decode_chunk(records: "Records", size: int, bit_depth: int, indices: Sequence[int]) -> _Chunk:
     pixels = np.empty((len(indices), size, size, 3), np.uint8)
-    labels, names, plain = [], [], []
+    labels, names, constant = [], [], []
     for row, example in zip(pixels, _examples(records, indices), strict=True):
         row[:] = decode.decode(example.image, size, example.file_name, bit_depth=bit_depth)
         if (row == row[0, 0]).all():
-            plain.append(example.file_name)
+            constant.append(example.file_name)
         labels.append(example.label)
         names.append(example.file_name)
-    total, squares = splits.sums(pixels)
-    return _Piece(
+    total, squares = splits.pixel_sums(pixels)
+    return _Chunk(
         pixels=pixels,
         digests=digests.of_images(pixels),
         labels=np.array(labels, np.int32),
         names=names,
-        plain=plain,
+        constant=constant,
         total=total,
         squares=squares,
     )
 
 
-def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
+def _list_chunk(records: "Records", indices: Sequence[int]) -> _Chunk:
     """Reads examples without decoding their images."""
     facts = [
         (example.label, example.file_name, digests.of_file(example.image))
         for example in _examples(records, indices)
     ]
-    return _Piece(
+    return _Chunk(
         pixels=np.empty((0,), np.uint8),
         digests=np.array([digest for _, _, digest in facts], np.uint64),
         labels=np.array([label for label, _, _ in facts], np.int32),
@@ -356,12 +356,12 @@ def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
 
 def _examples(records: "Records", indices: Sequence[int]) -> Iterator["Example"]:
     """Yields the examples at `indices`, few of which are in memory at a time."""
-    for part in decode.pieces(indices, _READ):
+    for part in decode.chunks(indices, _READ_CHUNK_SIZE):
         yield from records.read(part)
 
 
 @contextlib.contextmanager
-def _synced(path: pathlib.Path) -> Iterator[Any]:
+def _open_synced(path: pathlib.Path) -> Iterator[Any]:
     """Opens a file for writing, and sees it safely on disk at the end."""
     with path.open("wb") as file:
         yield file

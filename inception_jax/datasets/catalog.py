@@ -14,31 +14,31 @@ if TYPE_CHECKING:
     from inception_jax.config import Data
 
 
-def _find(path: str) -> Any:
+def _load(path: str) -> Any:
     """Returns what a module of the builders has under a name, "module.name"; imports it now."""
     module, name = path.split(".")
     return getattr(importlib.import_module(f"inception_jax.datasets.builders.{module}"), name)
 
 
-def _late(path: str) -> Callable[..., Any]:
-    """Returns a function that imports the one at `path`, as of `_find`, when it is called."""
-    return lambda *arguments: _find(path)(*arguments)
+def _lazy(path: str) -> Callable[..., Any]:
+    """Returns a function that imports the one at `path`, as of `_load`, when it is called."""
+    return lambda *arguments: _load(path)(*arguments)
 
 
 def _register(name: str, builder: str, **facts: Any) -> None:
-    """Registers a data set by its builder's path, as of `_find`; `facts` are of `DatasetPart`."""
-    DATASETS.register(name, is_builder=True, **facts)(lambda data: _find(builder))
+    """Registers a data set by its builder's path, as of `_load`; `facts` are of `DatasetPart`."""
+    DATASETS.register(name, is_builder=True, **facts)(lambda data: _load(builder))
 
 
 def _check_encoding(data: "Data") -> Iterator[str]:
-    if data.archive_encoding and not _keeps_ascii(data.archive_encoding):
+    if data.archive_encoding and not _is_ascii_superset(data.archive_encoding):
         yield (
             f"config.data.archive_encoding = {data.archive_encoding!r}: must be an encoding of "
             "file names that Python knows, such as gbk, big5, shift_jis, cp866, cp1251 or cp850"
         )
 
 
-def _keeps_ascii(encoding: str) -> bool:
+def _is_ascii_superset(encoding: str) -> bool:
     """Whether there is such an encoding of text, in which ASCII characters are themselves."""
     text = "train/a.jpg"
     try:
@@ -52,21 +52,21 @@ _register(
     "tiny_imagenet.TinyImagenet",
     eval_split="validation",
     classes=200,
-    fixed_content=True,
+    content_is_canonical=True,
 )
 _register(
     "tiny_imagenet_subset",
     "tiny_imagenet.TinyImagenetSubset",
     eval_split="validation",
-    contents=_late("tiny_imagenet_layout.contents"),
+    contents=_lazy("tiny_imagenet_layout.contents"),
 )
-_register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, fixed_content=True)
+_register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, content_is_canonical=True)
 _register(
     "image_folder",
     "image_folder.ImageFolder",
     eval_split="validation",
     takes=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
-    contents=_late("folders.contents"),
+    contents=_lazy("folders.contents"),
     check=_check_encoding,
 )
 _register(
@@ -75,7 +75,7 @@ _register(
     eval_split="test",
     classes=10,
     takes_source=False,
-    fixed_content=True,
+    content_is_canonical=True,
 )
 _register(
     "imagenet2012",
@@ -86,7 +86,7 @@ _register(
     # As in torchvision's documentation of its pretrained models.
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    fixed_content=True,
+    content_is_canonical=True,
 )
 # What TFDS's own commands prepared.
 _register(
@@ -94,7 +94,7 @@ _register(
     "tfds_prepared.PreparedTfds",
     takes=("tfds", "train_split", "eval_split"),
     takes_source=False,
-    fixed_content=True,
-    check=_late("tfds_folders.problems"),
-    locate=_late("tfds_folders.locate"),
+    content_is_canonical=True,
+    check=_lazy("tfds_folders.problems"),
+    locate=_lazy("tfds_folders.locate"),
 )

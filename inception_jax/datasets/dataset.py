@@ -84,19 +84,19 @@ class Dataset:
         Raises:
           DataError: if an array is of another shape, type or length, or a label out of range.
         """
-        pixels = arrays.stack(images, "images")
+        pixels = arrays.as_pixel_array(images, "images")
         classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
         known = arrays.check_labels(labels, len(pixels), "labels", classes=classes)
         if not class_names:
-            arrays.check_numbering(known)
-        class_names = tuple(class_names) or arrays.numbered(int(known.max()) + 1)
+            arrays.check_contiguous_labels(known)
+        class_names = tuple(class_names) or arrays.numbered_names(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:
             if not 0 < val_fraction < 1:
                 raise ConfigError(
                     f"val_fraction = {val_fraction}: must be between 0 and 1, exclusive"
                 )
-            held = arrays.held_out(known, val_fraction, seed)
+            held = arrays.holdout_mask(known, val_fraction, seed)
             if not held.any():
                 raise DataError(
                     "images: no class has two images, so none can be held out for "
@@ -106,7 +106,7 @@ class Dataset:
             train = arrays.make_split(pixels, known, np.flatnonzero(~held), size)
         else:
             train = arrays.make_split(pixels, known, np.arange(len(pixels)), size)
-            others = arrays.stack(evaluation[0], "evaluation[0]")
+            others = arrays.as_pixel_array(evaluation[0], "evaluation[0]")
             theirs = arrays.check_labels(
                 evaluation[1], len(others), "evaluation[1]", classes=len(class_names)
             )
@@ -135,7 +135,7 @@ class Dataset:
         return self.splits[self.train_split]
 
     @property
-    def train_evaluated(self) -> Split:
+    def train_eval_view(self) -> Split:
         """The examples to train on, as an evaluation sees them."""
         return self.view(self.train_split, crop=self.eval_crop)
 
@@ -164,10 +164,10 @@ class Dataset:
                 f"{', '.join(self.splits)}.{nearest(split, self.splits)}"
             )
         if (name, crop, examples) not in self._views:
-            found = self.splits[name].cropped(crop)
-            if examples is not None and examples < len(found):
-                found = splits.subset(found, np.arange(examples))
-            self._views[name, crop, examples] = found
+            view = self.splits[name].cropped(crop)
+            if examples is not None and examples < len(view):
+                view = splits.subset(view, np.arange(examples))
+            self._views[name, crop, examples] = view
         return self._views[name, crop, examples]
 
     @functools.cached_property
@@ -175,7 +175,7 @@ class Dataset:
         return {}
 
     @functools.cached_property
-    def trained_on(self) -> Duplicates | None:
+    def eval_train_overlap(self) -> Duplicates | None:
         """The images to evaluate on that are training images, too; None: not known."""
         return duplicates.between(self.evaluation, self.train)
 
@@ -197,24 +197,24 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
       DataError: if the source or what is prepared is damaged or missing, or the disk is full or
         read-only.
     """
-    recipe = Recipe.of(data, log)
-    folder, is_new = recipe.cache, False
+    recipe = Recipe.from_config(data, log)
+    folder, is_new = recipe.cache_dir, False
 
     def is_outdated(info: Info) -> bool:
-        return recipe.is_outdated(cache.prepared(info), folder)
+        return recipe.is_outdated(cache.prepared_from_info(info), folder)
 
     info, _ = cache.read_info(folder)
     if info is None or is_outdated(info):
-        lock = recipe.caches / f"{recipe.name}-{recipe.version}.lock"
+        lock = recipe.cache_root / f"{recipe.name}-{recipe.version}.lock"
         with preparation.locked(lock, log=log):
             # Another process may have prepared it while this one waited.
             info, problem = cache.read_info(folder)
             if info is None and problem:
                 log(f"{folder}: {problem}; rebuilding it")
             if info is None or is_outdated(info):
-                with preparation.readable_errors(recipe.directory):
+                with preparation.translate_disk_errors(recipe.directory):
                     info, is_new = preparation.build(recipe), True
-    recipe.check(cache.prepared(info), folder)
+    recipe.check(cache.prepared_from_info(info), folder)
     dataset = _open(recipe, info)
     for line in _notes(recipe, dataset, info):
         log(line)
@@ -227,15 +227,15 @@ def _log_duplicates(dataset: Dataset, log: Log) -> None:
     """Says which images occur in two splits, or in one with different labels."""
     train = dataset.train
     for name, split in dataset.splits.items():
-        if split is not train and (found := duplicates.between(split, train)) and found.total:
+        if split is not train and (shared := duplicates.between(split, train)) and shared.total:
             log(
-                f"{dataset.name}: {found.total:,} of {len(split):,} images in the {name} split "
-                f"are also training images, which inflates its accuracy: {found}"
+                f"{dataset.name}: {shared.total:,} of {len(split):,} images in the {name} split "
+                f"are also training images, which inflates its accuracy: {shared}"
             )
-    if (found := duplicates.of_different_labels(train)) and found.total:
+    if (conflicting := duplicates.with_conflicting_labels(train)) and conflicting.total:
         log(
-            f"{dataset.name}: {found.total:,} of {len(train):,} training images occur with "
-            f"different labels: {found}"
+            f"{dataset.name}: {conflicting.total:,} of {len(train):,} training images occur with "
+            f"different labels: {conflicting}"
         )
 
 
@@ -251,31 +251,31 @@ def class_ids(data: config.Data) -> tuple[str, ...]:
     Raises:
       DataError: if the records are gone, so that it cannot be told.
     """
-    recipe = Recipe.of(data, print)
+    recipe = Recipe.from_config(data, print)
     builder = preparation.make_builder(recipe)
     if not builder.is_prepared():
         raise DataError(
             f"{builder.data_dir}: is missing, so the class ids are unknown. Restore it, or remove "
-            f"{recipe.all_of_it} to prepare the data set again"
+            f"{recipe.prepared_paths} to prepare the data set again"
         )
     return tuple(builder.facts.get("wnids", ()))
 
 
 def _open(recipe: Recipe, info: Info) -> Dataset:
-    part, data, folder = recipe.part, recipe.data, recipe.cache
+    part, data, folder = recipe.part, recipe.data, recipe.cache_dir
     opened = {name: cache.open_split(data, folder, info, name) for name in info["splits"]}
     train, eval_split = data.train_split or part.train_split, data.eval_split or part.eval_split
-    train, part_of_train = splits.sliced(train, info["splits"], "train_split")
+    train, part_of_train = splits.parse_slice(train, info["splits"], "train_split")
     mean, std = info.get("statistics", {}).get(train, (info["mean"], info["std"]))
     whole = opened[train]
-    opened[train] = splits.part_of(whole, part_of_train)
+    opened[train] = splits.take_range(whole, part_of_train)
     if data.holdout:
-        held = splits.stratified(opened[train].labels, data.holdout)
+        held = splits.stratified_holdout(opened[train].labels, data.holdout)
         opened[HOLDOUT] = splits.subset(opened[train], np.flatnonzero(held))
         opened[train] = splits.subset(opened[train], np.flatnonzero(~held))
         evaluated = HOLDOUT
     else:
-        evaluated, part_of_it = splits.sliced(
+        evaluated, part_of_it = splits.parse_slice(
             eval_split or _usual_eval_split(recipe, opened, train), info["splits"], "eval_split"
         )
         if evaluated == train:
@@ -286,7 +286,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
                     "train[:90%] and train[90%:]"
                 )
             evaluated, opened[HOLDOUT] = HOLDOUT, whole
-        opened[evaluated] = splits.part_of(opened[evaluated], part_of_it)
+        opened[evaluated] = splits.take_range(opened[evaluated], part_of_it)
     # Only what is evaluated is cut: training has crops of its own.
     opened = {
         name: split if name == train else split.cropped(data.eval_crop_pct)
@@ -322,15 +322,15 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
             return name
     if len(others) == 1:
         return others[0]
-    found = f"the others are {', '.join(others)}" if others else "there are no others"
+    alternatives = f"the others are {', '.join(others)}" if others else "there are no others"
     remedy = (
         "set config.data.eval_split"
         if "eval_split" in recipe.part.takes
         else ("set register_dataset(..., eval_split=...)")
     )
     raise ConfigError(
-        f"{recipe.name}: cannot choose an evaluation split besides {train!r} ({found}); {remedy}, "
-        "or hold out training examples with config.data.holdout"
+        f"{recipe.name}: cannot choose an evaluation split besides {train!r} ({alternatives}); "
+        f"{remedy}, or hold out training examples with config.data.holdout"
     )
 
 
@@ -340,8 +340,8 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
     Raises:
       DataError: if its training images are nothing but one color.
     """
-    folder = recipe.cache
-    cache.check_colors(recipe, info["std"], where=folder)
+    folder = recipe.cache_dir
+    cache.check_not_constant(recipe, info["std"], where=folder)
     channels = zip(("red", "green", "blue"), info["mean"], info["std"], strict=True)
     if constant := [f"{color} ({mean:.3g})" for color, mean, std in channels if not std > 0]:
         yield (
@@ -355,6 +355,6 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
         yield (
             f"{folder}: prepared by an older version, which dropped transparency and used the "
             f"upper 8 of 16 bits even where those are empty. {len(others):,} training images may "
-            f"be affected, such as {others[0]}. If they are, remove {recipe.all_of_it} to prepare "
-            "them again; for 16-bit files only, setting config.data.bit_depth is enough"
+            f"be affected, such as {others[0]}. If they are, remove {recipe.prepared_paths} to "
+            "prepare them again; for 16-bit files only, setting config.data.bit_depth is enough"
         )

@@ -27,21 +27,21 @@ from inception_jax.datasets.sources import file_types
 from inception_jax.errors import DataError
 
 # Top, left, height and width, pixels.
-Box = tuple[int, int, int, int]
+CropBox = tuple[int, int, int, int]
 # Maps an image's height and width to the box that is cut from it.
-ChooseBox = Callable[[int, int], Box]
+CropFn = Callable[[int, int], CropBox]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # What PIL raises for data that are no image, or not a whole one.
-BROKEN = pil_images.BROKEN
+DECODE_ERRORS = pil_images.DECODE_ERRORS
 # As simplejpeg names them.
-_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
+_JPEG_COLOR_SPACES = ("YCbCr", "Gray", "RGB")
 # What EXIF data begin with in a JPEG. They can say how the camera was held.
 _EXIF = b"Exif\0\0"
 # Beyond this, threads only wait for each other's turn at the interpreter.
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 
 
 class Problem(NamedTuple):
@@ -113,10 +113,10 @@ def inspect(data: bytes, name: str = "") -> Inspection:
       name: of the file; its ending decides what it is where the content says nothing.
     """
     try:
-        loaded = pil_images.repairing(
+        loaded = pil_images.load_repaired(
             lambda content: pil_images.load(content, name, draft=True), data
         )
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         return Inspection(_problem(data, name, error))
     return Inspection(None, 0 if loaded.wide is None else pil_images.bit_depth_of(loaded.wide))
 
@@ -125,19 +125,19 @@ def dimensions(data: bytes) -> tuple[int, int]:
     """Returns width and height of an image, pixels, by what the file says of itself.
 
     Raises:
-      one of `BROKEN`: if it does not say it.
+      one of `DECODE_ERRORS`: if it does not say it.
     """
 
     def size(content: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(content)) as image:
             return image.size
 
-    return pil_images.repairing(size, data)
+    return pil_images.load_repaired(size, data)
 
 
 def _problem(data: bytes, name: str, error: Exception) -> Problem:
     """Returns what is wrong with data that PIL does not decode, from what it raised."""
-    if isinstance(error, pil_images.NotRead):
+    if isinstance(error, pil_images.UnsupportedImage):
         return Problem(*error.kind)
     if kind := file_types.identify(data, name):
         return Problem(*kind)
@@ -146,12 +146,12 @@ def _problem(data: bytes, name: str, error: Exception) -> Problem:
     if isinstance(error, UnidentifiedImageError) and not file_types.damaged_format(data):
         return Problem("file in an unknown format", "remove it")
     # PIL names the buffer that it was given, by its address.
-    unidentified = isinstance(error, UnidentifiedImageError)
-    said = f"{file_types.damaged_format(data)} header without an image" if unidentified else ""
+    is_unidentified = isinstance(error, UnidentifiedImageError)
+    detail = f"{file_types.damaged_format(data)} header without an image" if is_unidentified else ""
     return Problem(
         "damaged image",
         "download or copy this file again",
-        said or str(error) or type(error).__name__,
+        detail or str(error) or type(error).__name__,
     )
 
 
@@ -183,10 +183,10 @@ def decode(
         pixels = _decode_jpeg(data, name)
     else:
         pixels = _decode_with_pil(data, name, bit_depth)
-    return resized(pixels, size, crop)
+    return crop_and_resize(pixels, size, crop)
 
 
-def resized(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+def crop_and_resize(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
     """Returns the centred square of an image, uint8 [H, W, 3], as `decode` cuts and resizes it."""
     if crop == 1 and pixels.shape[:2] == (size, size):
         return pixels
@@ -199,8 +199,8 @@ def resized(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
     return np.asarray(fitted)
 
 
-def decode_box(
-    data: bytes, size: int, name: str, choose: ChooseBox, *, bit_depth: int = 0
+def decode_crop(
+    data: bytes, size: int, name: str, choose_crop: CropFn, *, bit_depth: int = 0
 ) -> np.ndarray:
     """Decodes an image and resizes a box of it to a square.
 
@@ -225,11 +225,13 @@ def decode_box(
     if shape is None:
         pixels = _decode_with_pil(data, name, bit_depth)
         shape = pixels.shape[0], pixels.shape[1]
-        box = choose(*shape)
+        box = choose_crop(*shape)
     else:
-        box = choose(*shape)
-        least = [math.ceil(side * size / part) for side, part in zip(shape, box[2:], strict=True)]
-        pixels = _decode_jpeg(data, name, least)
+        box = choose_crop(*shape)
+        min_size = [
+            math.ceil(side * size / part) for side, part in zip(shape, box[2:], strict=True)
+        ]
+        pixels = _decode_jpeg(data, name, min_size)
     top, left, height, width = box
     y, x = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
     edges = (left * x, top * y, (left + width) * x, (top + height) * y)
@@ -242,16 +244,16 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
     if _EXIF in data:
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     # Enormous ones are PIL's to refuse. Of the ways from four channels to three, simplejpeg does
     # not take PIL's.
-    enormous = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-    return (height, width) if colours in _JPEG_COLOURS and not enormous else None
+    oversized = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (height, width) if color_space in _JPEG_COLOR_SPACES and not oversized else None
 
 
-def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.ndarray:
+def _decode_jpeg(data: bytes, name: str, min_size: Sequence[int] = (0, 0)) -> np.ndarray:
     """Returns a JPEG's pixels, uint8 [H, W, 3].
 
     Args:
@@ -259,7 +261,7 @@ def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.nd
       name: what an error calls it.
       least: height and width that it may be reduced to while it is decoded; 0: not at all.
     """
-    height, width = least
+    height, width = min_size
     try:
         # Reducing by less than 2 takes longer than to decode the whole.
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2)
@@ -270,13 +272,13 @@ def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.nd
 def _decode_with_pil(data: bytes, name: str, bit_depth: int = 0) -> np.ndarray:
     """Returns an image's pixels, uint8 [H, W, 3], from any format and colour mode."""
     try:
-        loaded = pil_images.repairing(lambda content: pil_images.load(content, name), data)
+        loaded = pil_images.load_repaired(lambda content: pil_images.load(content, name), data)
         return np.asarray(pil_images.to_rgb(loaded, bit_depth))
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise ImageError(name, len(data), _problem(data, name, error)) from error
 
 
-def pieces(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yields `items` in pieces of `size`, of which the last may be smaller."""
     rest = iter(items)
     while piece := list(itertools.islice(rest, size)):
@@ -299,11 +301,11 @@ def threaded_map(
     def work(part: list[Item]) -> list[Result]:
         return [function(item) for item in part]
 
-    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
     pending: collections.deque[futures.Future[list[Result]]] = collections.deque()
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            for part in pieces(items, piece):
+            for part in chunks(items, piece):
                 pending.append(pool.submit(work, part))
                 if len(pending) > 2 * threads:
                     yield from pending.popleft().result()

@@ -10,7 +10,7 @@ import numpy as np
 from inception_jax.datasets.splits import Split
 
 # How many pairs are named.
-_NAMED = 10
+_MAX_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ def between(split: Split, other: Split) -> Duplicates | None:
     order = np.argsort(others, kind="stable")
     # The place of the first that is not smaller, or the last.
     places = np.minimum(np.searchsorted(others[order], digests), len(others) - 1)
-    found = np.flatnonzero(others[order][places] == digests)
-    pairs = [(split.names[n], other.names[order[places[n]]]) for n in found[:_NAMED]]
-    return Duplicates(len(found), pairs)
+    matches = np.flatnonzero(others[order][places] == digests)
+    pairs = [(split.names[n], other.names[order[places[n]]]) for n in matches[:_MAX_NAMED]]
+    return Duplicates(len(matches), pairs)
 
 
-def of_different_labels(split: Split) -> Duplicates | None:
+def with_conflicting_labels(split: Split) -> Duplicates | None:
     """Returns the images of a split that are in it with another label, too.
 
     Returns:
@@ -67,7 +67,7 @@ def of_different_labels(split: Split) -> Duplicates | None:
     most, least = np.maximum.reduceat(labels, first), np.minimum.reduceat(labels, first)
     differ = np.flatnonzero(most != least)
     pairs = []
-    for group in differ[:_NAMED]:
+    for group in differ[:_MAX_NAMED]:
         members = order[first[group] : first[group] + sizes[group]]
         one = members[0]
         two = next(n for n in members if split.labels[n] != split.labels[one])

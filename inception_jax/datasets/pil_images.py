@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 # What PIL raises for data that are no image, or not a whole one. Most decoders turn what goes
 # wrong into one of the first four; those of rare formats let errors of unpacking through.
-BROKEN = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -47,9 +47,9 @@ _LOWER_HALVES = {
     for order, swapped in _SWAPPED.items()
 }
 # What a step of grey is, of 255, where it has 2 or 4 bits.
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
 # What brings an image upright, by the value of the EXIF tag "Orientation"; 1 is upright.
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -60,7 +60,7 @@ _TURNS = {
 }
 
 
-class NotRead(ValueError):
+class UnsupportedImage(ValueError):
     """An image that PIL would open, and that is not what it would give."""
 
     def __init__(self, kind: FileType) -> None:
@@ -74,11 +74,11 @@ def bit_depth_of(values: np.ndarray) -> int:
     return next(depth for depth in BIT_DEPTHS if depth >= needed)
 
 
-def repairing(read: Callable[[bytes], Result], data: bytes) -> Result:
+def load_repaired(read: Callable[[bytes], Result], data: bytes) -> Result:
     """Returns what `read` makes of data, or of what `_repaired` makes of them if it fails."""
     try:
         return read(data)
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         is_bomb = isinstance(error, Image.DecompressionBombError)
         repaired = None if is_bomb else _repaired(data)
         if repaired is None:
@@ -112,18 +112,21 @@ def _chunks_without_texts(data: bytes) -> Iterator[bytes]:
     Of the texts that stay, one may say how the camera was held.
     """
     yield _PNG
-    place = len(_PNG)
-    while place < len(data):
-        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        end = place + length + 12
+    position = len(_PNG)
+    while position < len(data):
+        length, kind = (
+            int.from_bytes(data[position : position + 4]),
+            data[position + 4 : position + 8],
+        )
+        end = position + length + 12
         # After an international text's keyword stands whether it is compressed.
         packed = kind in (b"zTXt", b"iCCP") or (
-            kind == b"iTXt" and b"\0\1" in data[place + 8 : place + 90]
+            kind == b"iTXt" and b"\0\1" in data[position + 8 : position + 90]
         )
         is_long = kind in (b"tEXt", b"iTXt") and length > PngImagePlugin.MAX_TEXT_CHUNK
         if not (packed or is_long):
-            yield data[place:end]
-        place = end
+            yield data[position:end]
+        position = end
 
 
 class Loaded(NamedTuple):
@@ -152,9 +155,9 @@ def load(data: bytes, name: str, *, draft: bool = False) -> Loaded:
         image.load()
         _check_mode(image)
         wide, alpha = _wide_values(data, image, raw_mode)
-        if raw_mode in _GREY_STEPS and isinstance(key := image.info.get("transparency"), int):
+        if raw_mode in _GRAY_STEPS and isinstance(key := image.info.get("transparency"), int):
             # PIL scales the values, and not the one that is transparent.
-            image.info["transparency"] = key * _GREY_STEPS[raw_mode]
+            image.info["transparency"] = key * _GRAY_STEPS[raw_mode]
         # Asked for after the loading: PIL itself turns TIFFs, and then says so.
         return Loaded(image, wide, alpha, _orientation(image))
 
@@ -220,35 +223,35 @@ def to_rgb(loaded: Loaded, bit_depth: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    turn = _TURNS.get(loaded.orientation)
+    turn = _TRANSPOSES.get(loaded.orientation)
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 
 def _check_format(image: ImageFile.ImageFile, name: str) -> None:
     if image.format in _PROGRAMS:
-        raise NotRead(file_types.PROGRAM)
+        raise UnsupportedImage(file_types.PROGRAM)
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     tags = image.tag_v2
     if _DNG_VERSION in tags or tags.get(_SUBFILE, 0) & 1 or file_types.is_raw_name(name):
-        raise NotRead(file_types.CAMERA_RAW)
+        raise UnsupportedImage(file_types.CAMERA_RAW)
     is_wide = max(tags.get(_BITS, (8,))) > 8
     if is_wide and tags.get(_PLANES, 1) == 2 and image.tile[0].codec_name == "raw":
-        raise NotRead(file_types.PLANES)
+        raise UnsupportedImage(file_types.PLANES)
 
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
-        raise NotRead(file_types.FLOATS)
+        raise UnsupportedImage(file_types.FLOATS)
     # Of these two formats PIL opens 16 bits of grey as integers of 32, too.
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise NotRead(file_types.INTEGERS)
+        raise UnsupportedImage(file_types.INTEGERS)
 
 
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF tag of that name; 1, upright, if there is none or it cannot be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except BROKEN:
+    except DECODE_ERRORS:
         return 1

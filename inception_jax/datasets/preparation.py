@@ -24,14 +24,14 @@ def build(recipe: Recipe) -> cache.Info:
 
     The lock is held: what others left unfinished here is nobody's.
     """
-    folder = recipe.cache
+    folder = recipe.cache_dir
     partial = folder.with_name(folder.name + ".partial")
     # TFDS's name for a folder it has not finished is 'incomplete.XXXXXX_1.0.0'.
     unfinished = (recipe.directory / recipe.name).glob(f"incomplete.*_{recipe.version}")
     for leftover in (partial, *unfinished):
         shutil.rmtree(leftover, ignore_errors=True)
     builder = _prepared_builder(recipe)
-    recipe.check(cache.prepared_by(builder), pathlib.Path(builder.data_dir))
+    recipe.check(cache.prepared_from_builder(builder), pathlib.Path(builder.data_dir))
     count = sum(split.num_examples for split in builder.info.splits.values())
     _check_space(recipe, count * cache.example_bytes(recipe.data))
     partial.mkdir(parents=True)
@@ -80,7 +80,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
     if (
         builder.is_prepared()
         and recipe.data.on_change == "prepare"
-        and (change := recipe.change(cache.prepared_by(builder), place))
+        and (change := recipe.change(cache.prepared_from_builder(builder), place))
     ):
         recipe.log(f"{change.what}; preparing it again")
         # As TFDS calls a folder that it has not finished: the next start removes it.
@@ -100,7 +100,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
                 os.replace(aside, place)
             raise
     if aside:
-        for old in recipe.caches.glob(f"{recipe.name}-{recipe.version}-*px*"):
+        for old in recipe.cache_root.glob(f"{recipe.name}-{recipe.version}-*px*"):
             shutil.rmtree(old)
         shutil.rmtree(aside)
     return builder
@@ -164,7 +164,7 @@ def _check_writable(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def readable_errors(directory: pathlib.Path) -> Iterator[None]:
+def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
     """Turns a disk that fills up or fails into a DataError."""
     try:
         yield

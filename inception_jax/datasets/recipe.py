@@ -36,15 +36,15 @@ def data_directory(directory: str) -> pathlib.Path:
         default = os.environ.get("TFDS_DATA_DIR", "")
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
-    found = paths.local(directory, what)
+    path = paths.local(directory, what)
     try:
-        str(found.absolute()).encode()
+        str(path.absolute()).encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{what}: the path is not valid UTF-8, which the library that writes the records "
             "requires. Rename the folder, or use another"
         ) from error
-    return found
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Recipe:
     log: Log
 
     @classmethod
-    def of(cls, data: config.Data, log: Log) -> "Recipe":
+    def from_config(cls, data: config.Data, log: Log) -> "Recipe":
         """Returns what some settings ask for.
 
         Raises:
@@ -104,22 +104,22 @@ class Recipe:
         return cls(part, data, directory, name, version, log)
 
     @property
-    def caches(self) -> pathlib.Path:
+    def cache_root(self) -> pathlib.Path:
         """The folder of what is made ready of all data sets."""
         return self.directory / _CACHES
 
     @property
-    def cache(self) -> pathlib.Path:
+    def cache_dir(self) -> pathlib.Path:
         """The folder of what is made ready of this one."""
         data = self.data
         name = f"{self.name}-{self.version}-{data.image_size}px"
         name += "-records" if data.storage == "records" else ""
-        return self.caches / (f"{name}-{data.bit_depth}bit" if data.bit_depth else name)
+        return self.cache_root / (f"{name}-{data.bit_depth}bit" if data.bit_depth else name)
 
     @property
-    def all_of_it(self) -> str:
+    def prepared_paths(self) -> str:
         """The folders that hold what is prepared of it, for an error's remedy."""
-        return f"{self.directory / self.name} and {self.caches / self.name}-*"
+        return f"{self.directory / self.name} and {self.cache_root / self.name}-*"
 
     @property
     def source(self) -> pathlib.Path | None:
@@ -131,11 +131,11 @@ class Recipe:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of those settings that it alone takes, by name, as JSON gives them back."""
-        found = {name: getattr(self.data, name) for name in self.part.takes}
+        settings = {name: getattr(self.data, name) for name in self.part.takes}
         if self.part.options or not self.part.is_builder:
             options = registry.with_defaults(self.part, self.data.options)
-            found["options"] = json.loads(json.dumps(options))
-        return found
+            settings["options"] = json.loads(json.dumps(options))
+        return settings
 
     @functools.cached_property
     def code(self) -> str:
@@ -163,8 +163,8 @@ class Recipe:
         """
         if self.part.contents is None:
             return files.Contents((files.fingerprint(path),))
-        found: files.Contents = self.part.contents(path, self.settings)
-        return found
+        contents: files.Contents = self.part.contents(path, self.settings)
+        return contents
 
     def check(self, prepared: Prepared, where: pathlib.Path) -> None:
         """Raises DataError if source and settings are not what was prepared."""
@@ -194,23 +194,25 @@ class Recipe:
                 "Restore the code",
             )
         path = self.source
-        if self.part.fixed_content or path is None:
+        if self.part.content_is_canonical or path is None:
             return None
         path = path.absolute()
         # Removing the original once it is prepared is no mistake. A path may lead into an archive.
         is_there = path.exists() or any(above.is_file() for above in path.parents)
         if not is_there and str(path) == prepared.path:
             return None
-        found = self.contents(path)
-        if prepared.digest not in found.digests:
+        current = self.contents(path)
+        if prepared.digest not in current.digests:
             then = " at that time" if str(path) == prepared.path else ""
             # A folder's digest has the times of its files in place of their content.
             copied = ", or copied without its timestamps" if path.is_dir() else ""
             what = f"from other content, {prepared.path or 'without a source'}{then}{copied}"
-        elif found.class_names is None or tuple(found.class_names) == tuple(prepared.class_names):
+        elif current.class_names is None or tuple(current.class_names) == tuple(
+            prepared.class_names
+        ):
             return None
         else:
-            changes = class_changes(prepared.class_names, found.class_names)
+            changes = class_changes(prepared.class_names, current.class_names)
             what = (
                 "with different class folders: a folder without images was added or removed, or "
                 f"an older version chose the classes differently ({changes})"
@@ -235,7 +237,9 @@ def class_changes(before: Sequence[str], after: Sequence[str]) -> str:
     else:
         gone, new = (sorted(set(a) - set(b)) for a, b in ((before, after), (after, before)))
         parts = [(gone, "without"), (new, "with")]
-        what = ", ".join(f"{word} {folders.quoted(names, 3)}" for names, word in parts if names)
+        what = ", ".join(
+            f"{word} {folders.quote_and_join(names, 3)}" for names, word in parts if names
+        )
     pairs = itertools.zip_longest(before, after)
     label, (old, now) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
     return f"{counts}{what}; the first difference is class {label}: {old!r} → {now!r}"

@@ -14,7 +14,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from inception_jax.errors import DataError
 
 # What the reader raises for files that are missing or damaged.
-_BROKEN = (OSError, RuntimeError, ValueError, IndexError)
+_READ_ERRORS = (OSError, RuntimeError, ValueError, IndexError)
 
 
 class Example(NamedTuple):
@@ -52,8 +52,10 @@ class Records:
         self._files, self._fields = files, fields
         try:
             self._source = ArrayRecordDataSource([str(file) for file in files])
-        except _BROKEN as error:
-            raise _damaged(self._unreadable(), f"cannot be opened ({error})") from error
+        except _READ_ERRORS as error:
+            raise _damaged_error(
+                self._first_broken_file(), f"cannot be opened ({error})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._source)
@@ -67,7 +69,7 @@ class Records:
         try:
             records = self._source.__getitems__(indices)
             return [self._parse(*each) for each in zip(records, indices, strict=True)]
-        except _BROKEN:
+        except _READ_ERRORS:
             # The error of a whole read does not say which record it is.
             for index in indices:
                 self._check(index)
@@ -98,11 +100,11 @@ class Records:
     def _check(self, index: int) -> None:
         try:
             self._parse(self._source[index], index)
-        except _BROKEN as error:
-            file, place = self._place(index)
-            raise _damaged(file, f"record {place} cannot be read ({error})") from error
+        except _READ_ERRORS as error:
+            file, place = self._locate(index)
+            raise _damaged_error(file, f"record {place} cannot be read ({error})") from error
 
-    def _place(self, index: int) -> tuple[pathlib.Path, int]:
+    def _locate(self, index: int) -> tuple[pathlib.Path, int]:
         """Returns the file that holds an example, and which of its records it is."""
         for file in self._files:
             count = len(ArrayRecordDataSource([str(file)]))
@@ -111,17 +113,17 @@ class Records:
             index -= count
         raise AssertionError("an index that was read is in one of the files")
 
-    def _unreadable(self) -> pathlib.Path:
+    def _first_broken_file(self) -> pathlib.Path:
         """Returns the first file that cannot be opened by itself."""
         for file in self._files[:-1]:
             try:
                 ArrayRecordDataSource([str(file)])
-            except _BROKEN:
+            except _READ_ERRORS:
                 return file
         return self._files[-1]
 
 
-def _damaged(file: pathlib.Path, what: str) -> DataError:
+def _damaged_error(file: pathlib.Path, what: str) -> DataError:
     return DataError(
         f"{file}: {what}. The data set is damaged; remove the folder {file.parent} and rerun to "
         "prepare it again from its source"

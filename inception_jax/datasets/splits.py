@@ -89,7 +89,7 @@ class Split(abc.ABC):
             )
         return self
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
         """Returns a box of each original image at `indices`, resized: uint8 [B, H, W, 3].
 
         Args:
@@ -259,13 +259,13 @@ class RecordSplit(StoredSplit):
         """Returns the split with another crop."""
         return self if crop == self.crop else dataclasses.replace(self, crop=crop)
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
         """Returns a box of each image at `indices`."""
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
         examples = self.records.read(indices.tolist())
         size, depth = self.image_size, self.bit_depth
         for row, example, choose in zip(pixels, examples, boxes, strict=True):
-            row[:] = decode.decode_box(
+            row[:] = decode.decode_crop(
                 example.image, size, example.file_name, choose, bit_depth=depth
             )
         return pixels
@@ -307,9 +307,9 @@ class SubsetSplit(Split):
         """Returns the images at `indices`."""
         return self.whole.read(self.indices[indices])
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
         """Returns a box of each image at `indices`."""
-        return self.whole.read_boxes(self.indices[indices], boxes)
+        return self.whole.read_crops(self.indices[indices], boxes)
 
 
 def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
@@ -317,12 +317,12 @@ def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
     return SubsetSplit(split.labels[indices], split.image_size, split, indices)
 
 
-def part_of(split: Split, examples: range) -> Split:
+def take_range(split: Split, examples: range) -> Split:
     """Returns a split's examples in a range; the split itself if these are all."""
     return split if len(examples) == len(split) else subset(split, np.array(examples))
 
 
-def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, range]:
+def parse_slice(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, range]:
     """Returns the split that a text such as 'train' or 'train[:90%]' names, and which examples.
 
     As in TFDS, a share is rounded to the nearest example, and numbers below 0 count from the end.
@@ -350,13 +350,13 @@ def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, rang
         None if end is None else round(int(end[:-1]) * count / 100) if end[-1] == "%" else int(end)
         for end in (match[2], match[3])
     ]
-    found = range(count)[slice(*ends)]
-    if not found:
+    selected = range(count)[slice(*ends)]
+    if not selected:
         raise ConfigError(f"{what}: selects none of the {count:,} examples of {name}")
-    return name, found
+    return name, selected
 
 
-def sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pixel_sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sums of some images' pixels, uint8 [N, H, W, 3], and of their squares.
 
     They are uint64 [3], and exact: the square of a byte fits 16 bits.
@@ -370,13 +370,13 @@ def sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_std(
     total: np.ndarray, squares: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of pixels over 255, float64 [3], from `sums` of them."""
+    """Returns mean and standard deviation of pixel values / 255, float64 [3], from `pixel_sums`."""
     mean = total / count
     # Rounding may take the variance of what hardly changes below 0.
     return mean / 255, np.sqrt((squares / count - mean**2).clip(0)) / 255
 
 
-def stratified(labels: np.ndarray, count: int) -> np.ndarray:
+def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
     """Returns which examples a hold-out of the same number of each class takes.
 
     Of each class those that come first, in the order of the records, which is a fixed shuffle: so

@@ -218,7 +218,7 @@ class Evaluator:
         dataset = self._run.dataset
 
         def logits(variables: Variables, images: jax.Array, mirrored: jax.Array) -> jax.Array:
-            images = augment.normalise(augment.resize(images, size), dataset.mean, dataset.std)
+            images = augment.normalize(augment.resize(images, size), dataset.mean, dataset.std)
             images = jnp.where(mirrored, images[:, :, ::-1], images)
             output: Any = self._run.model.apply(variables, images, train=False)
             return output.logits

@@ -23,7 +23,7 @@ from inception_jax.errors import ConfigError
 from inception_jax.input import photometric
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
-_RESIZED_TRIES = 10
+_MAX_TRIES = 10
 
 
 @enum.unique
@@ -57,7 +57,7 @@ def augment(
     colour jitter, those of `settings.extra`, resizing, normalisation, mixing, Cutout. A policy has
     whole grey levels before and after: images are uint8 up to it, rounded after a resized crop,
     which is float32, and float32 from the colour jitter on. With everything switched off, and
-    images of `size` already, the result is `normalise(images)` and the labels' one-hot rows.
+    images of `size` already, the result is `normalize(images)` and the labels' one-hot rows.
 
     Args:
       key: typed PRNG key of the step.
@@ -95,7 +95,7 @@ def augment(
         images = 255 * apply(name, extra_key, images.astype(jnp.float32) / 255, settings)
     if size is not None:
         images = resize(images, size)
-    images = normalise(images, mean, std)
+    images = normalize(images, mean, std)
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if settings.mixup or settings.cutmix:
         images, targets = mix(
@@ -167,7 +167,7 @@ def check(settings: config.Augment, image_size: int) -> None:
             )
 
 
-def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     """Returns (images / 255 - mean) / std.
 
     Args:
@@ -239,7 +239,7 @@ def _random_boxes(
     """Returns float32 [B, 4]: top, left, height and width of each image's box, whole pixels."""
     image_height, image_width = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
-    tries = (batch, _RESIZED_TRIES)
+    tries = (batch, _MAX_TRIES)
     area = jax.random.uniform(area_key, tries, minval=crop_scale_min) * (image_height * image_width)
     log_max = math.log(crop_ratio_max)
     aspect = jnp.exp(jax.random.uniform(aspect_key, tries, minval=-log_max, maxval=log_max))
@@ -299,7 +299,7 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Blends each image and its target with those of the image before it in the batch.
 
-    mixup (Zhang et al. 2018) weighs whole images, lambda * own + (1 - lambda) * partner. CutMix
+    mixup (Zhang et al. 2018) weighs whole images, lambda * image + (1 - lambda) * partner. CutMix
     (Yun et al. 2019) pastes one box of the partner, with sides sqrt(1 - lambda) of the image's, its
     centre uniform, clipped at the border; lambda is then corrected to the share of pixels that are
     left. As in the authors' code, lambda ~ Beta(alpha, alpha), the box and whether to mix at all
@@ -319,27 +319,27 @@ def mix(
     """
     _, height, width, _ = images.shape
     whether_key, which_key, weight_key, box_key = jax.random.split(key, 4)
-    cutmix_share = 0.5 if mixup and cutmix else float(cutmix > 0)
-    use_cutmix = jax.random.bernoulli(which_key, cutmix_share)
+    cutmix_probability = 0.5 if mixup and cutmix else float(cutmix > 0)
+    use_cutmix = jax.random.bernoulli(which_key, cutmix_probability)
     alpha = jnp.where(use_cutmix, cutmix, mixup)
     weight = jax.random.beta(weight_key, alpha, alpha)
     # No mixing is a weight of 1, under either method.
     weight = jnp.where(jax.random.bernoulli(whether_key, probability), weight, 1.0)
 
-    pasted = _random_box(box_key, (height, width), jnp.sqrt(1 - weight))
-    share = jnp.where(use_cutmix, 1 - jnp.mean(pasted), weight)
-    own = jnp.where(use_cutmix, jnp.where(pasted, 0.0, 1.0), weight)
-    images = own * images + (1 - own) * jnp.roll(images, 1, axis=0)
-    targets = share * targets + (1 - share) * jnp.roll(targets, 1, axis=0)
+    pasted = _random_box_mask(box_key, (height, width), jnp.sqrt(1 - weight))
+    label_weight = jnp.where(use_cutmix, 1 - jnp.mean(pasted), weight)
+    pixel_weight = jnp.where(use_cutmix, jnp.where(pasted, 0.0, 1.0), weight)
+    images = pixel_weight * images + (1 - pixel_weight) * jnp.roll(images, 1, axis=0)
+    targets = label_weight * targets + (1 - label_weight) * jnp.roll(targets, 1, axis=0)
     return images, targets
 
 
-def _random_box(key: jax.Array, size: tuple[int, int], side: jax.Array) -> jax.Array:
+def _random_box_mask(key: jax.Array, size: tuple[int, int], side: jax.Array) -> jax.Array:
     """Returns bool [1, H, W, 1], true in a box of `side` times the image's height and width."""
     extent = np.array([size])
-    centres = jax.random.randint(key, (1, 2), 0, extent)
+    centers = jax.random.randint(key, (1, 2), 0, extent)
     sides = (jnp.asarray(extent, jnp.float32) * side).astype(jnp.int32)
-    return _boxes(centres, sides, size)
+    return _box_masks(centers, sides, size)
 
 
 def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
@@ -357,12 +357,12 @@ def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
       float32 [B, H, W, C].
     """
     batch, height, width, _ = images.shape
-    centres = jax.random.randint(key, (batch, 2), 0, np.array([[height, width]]))
-    blank = _boxes(centres, jnp.full((batch, 2), side, jnp.int32), (height, width))
+    centers = jax.random.randint(key, (batch, 2), 0, np.array([[height, width]]))
+    blank = _box_masks(centers, jnp.full((batch, 2), side, jnp.int32), (height, width))
     return jnp.where(blank, 0.0, images)
 
 
-def _boxes(centres: jax.Array, sides: jax.Array, size: tuple[int, int]) -> jax.Array:
+def _box_masks(centers: jax.Array, sides: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Returns where boxes lie.
 
     Args:
@@ -373,7 +373,7 @@ def _boxes(centres: jax.Array, sides: jax.Array, size: tuple[int, int]) -> jax.A
     Returns:
       bool [N, H, W, 1], true inside.
     """
-    starts = centres - sides // 2
+    starts = centers - sides // 2
     stops = starts + sides
     inside = []
     for axis, length in enumerate(size):

@@ -9,17 +9,17 @@ import math
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets.decode import Box, ChooseBox
-from inception_jax.input.pipeline import BoxAt
+from inception_jax.datasets.decode import CropBox, CropFn
+from inception_jax.input.pipeline import CropSampler
 
 # torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
-_TRIES = 10
+_MAX_TRIES = 10
 # The last word of Philox's counter, which keeps these streams apart from those of the epochs'
 # orders: they have keys of the same form, and leave that word 0.
 _STREAM = 1
 
 
-def train_boxes(settings: config.Augment, seed: int) -> BoxAt | None:
+def crop_sampler(settings: config.Augment, seed: int) -> CropSampler | None:
     """Returns the box of each position in training, or None if `settings` ask for none.
 
     A position counts training examples in the order that training sees them, from 0.
@@ -31,28 +31,28 @@ def train_boxes(settings: config.Augment, seed: int) -> BoxAt | None:
     if settings.crop != "inception":
         return None
 
-    def box_at(position: int) -> ChooseBox:
-        def choose(height: int, width: int) -> Box:
-            draws = generator(seed, position).random((_TRIES, 4))
-            return random_box(
+    def sample_crop(position: int) -> CropFn:
+        def choose(height: int, width: int) -> CropBox:
+            draws = position_rng(seed, position).random((_MAX_TRIES, 4))
+            return random_crop_box(
                 draws, height, width, settings.crop_scale_min, settings.crop_ratio_max
             )
 
         return choose
 
-    return box_at
+    return sample_crop
 
 
-def generator(seed: int, position: int) -> np.random.Generator:
+def position_rng(seed: int, position: int) -> np.random.Generator:
     """Returns the random numbers of one position: NumPy's counter-based Philox."""
     key = np.array([seed, position], np.uint64)
     counter = np.array([0, 0, 0, _STREAM], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def random_box(
+def random_crop_box(
     draws: np.ndarray, height: int, width: int, crop_scale_min: float, crop_ratio_max: float
-) -> Box:
+) -> CropBox:
     """Returns a box inside an image, as torchvision's RandomResizedCrop draws it.
 
     Szegedy et al. 2015, section 6: an area uniform in [crop_scale_min, 1] of the image's, width /

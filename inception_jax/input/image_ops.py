@@ -53,11 +53,11 @@ def apply(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Ar
     barrier = jax.lax.optimization_barrier
     tables = barrier(_tables(images, operations, values))
     images = barrier(_look_up(images, tables))
-    images = barrier(_blended(images, operations, values))
+    images = barrier(_blend(images, operations, values))
     return _warp(images, barrier(_matrices(images, operations, values)))
 
 
-def _grey(images: jax.Array) -> jax.Array:
+def _to_gray(images: jax.Array) -> jax.Array:
     """Returns int32 [B, H, W, 1], the luma as Pillow's mode L has it, in 16-bit fixed point."""
     weights = jnp.array([19595, 38470, 7471], jnp.int32).reshape(1, 1, 1, 3)
     weighted = jnp.sum(images.astype(jnp.int32) * weights, axis=3, keepdims=True)
@@ -81,7 +81,7 @@ def _tables(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.
     operation = operations.reshape(-1, 1, 1)
     pixels = images.shape[1] * images.shape[2]
     # Half is added before the division to round.
-    mean = (jnp.sum(_grey(images), axis=(1, 2)) * 2 + pixels) // (2 * pixels)
+    mean = (jnp.sum(_to_gray(images), axis=(1, 2)) * 2 + pixels) // (2 * pixels)
     level = jnp.arange(256).reshape(1, 1, 256)
     dropped_bits = (8 - value).astype(jnp.int32)
     tables = {
@@ -133,11 +133,11 @@ def _look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
     return jax.vmap(look_up)(images, tables)
 
 
-def _blended(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
+def _blend(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
     """Applies colour and sharpness to the images that get them."""
     operation = operations.reshape(-1, 1, 1, 1)
     value = values.reshape(-1, 1, 1, 1)
-    degenerate = jnp.where(operation == Op.COLOR, _grey(images), _smooth(images))
+    degenerate = jnp.where(operation == Op.COLOR, _to_gray(images), _smooth(images))
     blended = _enhance(images.astype(jnp.int32), degenerate, value)
     return jnp.where((operation == Op.COLOR) | (operation == Op.SHARPNESS), blended, images)
 

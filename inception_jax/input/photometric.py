@@ -58,13 +58,13 @@ def adjust(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax.Array
     Returns:
       float32 [B, H, W, 3], between 0 and 255.
     """
-    for place in range(order.shape[1]):
-        which = order[:, place].reshape(-1, 1, 1, 1)
-        factor = jnp.take_along_axis(factors, order[:, place, None], axis=1).reshape(-1, 1, 1, 1)
-        grey = jnp.sum(images * jnp.array(_LUMA).reshape(1, 1, 1, 3), axis=3, keepdims=True)
-        mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
-        without = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, grey))
-        images = jnp.clip(factor * images + (1 - factor) * without, 0, 255)
+    for position in range(order.shape[1]):
+        which = order[:, position].reshape(-1, 1, 1, 1)
+        factor = jnp.take_along_axis(factors, order[:, position, None], axis=1).reshape(-1, 1, 1, 1)
+        gray = jnp.sum(images * jnp.array(_LUMA).reshape(1, 1, 1, 3), axis=3, keepdims=True)
+        mean = jnp.mean(gray, axis=(1, 2), keepdims=True)
+        degenerate = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, gray))
+        images = jnp.clip(factor * images + (1 - factor) * degenerate, 0, 255)
     return images
 
 

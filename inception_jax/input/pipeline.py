@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from inception_jax.datasets.decode import ChooseBox
+from inception_jax.datasets.decode import CropFn
 from inception_jax.datasets.splits import Split
 from inception_jax.runtime import sharding
 
 # Gives, for a position in the endless sequence of training examples, the box to cut there.
-BoxAt = Callable[[int], ChooseBox]
+CropSampler = Callable[[int], CropFn]
 
 
 @functools.lru_cache(maxsize=4)
@@ -56,7 +56,7 @@ def train_batches(
     start: int,
     stop: int,
     mesh: Mesh | None = None,
-    box_at: BoxAt | None = None,
+    sample_crop: CropSampler | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
 
@@ -75,15 +75,15 @@ def train_batches(
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
-        if box_at is None:
+        if sample_crop is None:
             images = split.read(indices)
         else:
             positions = range(step * batch_size, (step + 1) * batch_size)[rows]
-            images = split.read_boxes(indices, [box_at(position) for position in positions])
+            images = split.read_crops(indices, [sample_crop(position) for position in positions])
         return {"image": images, "label": split.labels[indices]}
 
-    batches = _read_ahead(load, start, stop, threads=split.threads)
-    return batches if mesh is None else _to_devices_ahead(batches, mesh)
+    batches = _prefetch(load, start, stop, threads=split.threads)
+    return batches if mesh is None else _prefetch_to_devices(batches, mesh)
 
 
 def abstract_train_batch(
@@ -140,10 +140,10 @@ def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[
         return {"image": split.read(indices), "label": split.labels[indices], "mask": mask}
 
     batches = -(-len(split) // batch_size)
-    return _to_devices_ahead(_read_ahead(load, 0, batches, threads=split.threads), mesh)
+    return _prefetch_to_devices(_prefetch(load, 0, batches, threads=split.threads), mesh)
 
 
-def _read_ahead(
+def _prefetch(
     load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, *, threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields `load(start)` … `load(stop - 1)`.
@@ -156,7 +156,7 @@ def _read_ahead(
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 
 
-def _to_devices_ahead(
+def _prefetch_to_devices(
     batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields batches on the devices, the next one already on its way."""

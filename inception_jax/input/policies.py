@@ -23,20 +23,20 @@ _SIGNED = np.isin(np.arange(len(Op)), [op for op in Op if Op.SHEAR_X <= op <= Op
 def _randaugment(
     key: jax.Array, images: jax.Array, *, policy_ops: int, policy_magnitude: int
 ) -> jax.Array:
-    return _shares(randaugment(key, _levels(images), policy_ops, policy_magnitude))
+    return _to_unit_range(randaugment(key, _to_uint8(images), policy_ops, policy_magnitude))
 
 
 @register_augmentation("trivialaugment")
 def _trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
-    return _shares(trivialaugment(key, _levels(images)))
+    return _to_unit_range(trivialaugment(key, _to_uint8(images)))
 
 
-def _levels(images: jax.Array) -> jax.Array:
+def _to_uint8(images: jax.Array) -> jax.Array:
     """Returns images, float32 between 0 and 1, as uint8."""
     return jnp.clip(jnp.round(255 * images), 0, 255).astype(jnp.uint8)
 
 
-def _shares(images: jax.Array) -> jax.Array:
+def _to_unit_range(images: jax.Array) -> jax.Array:
     """Returns images, uint8, as float32 between 0 and 1."""
     return images.astype(jnp.float32) / 255
 
@@ -95,9 +95,9 @@ def _signed(key: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Arr
 def randaugment_values(height: int, width: int) -> np.ndarray:
     """Returns float32 [14, 31]: each operation's value at each magnitude, in the units of `Op`."""
     # 150 pixels of the 331 that AutoAugment's images have.
-    share = 150 / 331
+    fraction = 150 / 331
     return _values(
-        shear=0.3, x=share * width, y=share * height, degrees=30, enhancement=0.9, bits=4
+        shear=0.3, x=fraction * width, y=fraction * height, degrees=30, enhancement=0.9, bits=4
     )
 
 

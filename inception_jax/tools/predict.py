@@ -113,7 +113,9 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
     if found.left_out:
-        left_out = folders.listed([folders.shown(path) for path in found.left_out])
+        left_out = folders.join_truncated(
+            [folders.escape_for_display(path) for path in found.left_out]
+        )
         console.say(f"left out, as not named as pictures: {left_out}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
     console.say(f"pictures: {predictor.preparation}, as in evaluation")
@@ -169,7 +171,7 @@ def _predict_split(weights: "Weights") -> None:
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
     with _results(format) as file, _progress(len(order), predictor) as progress:
-        pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
+        pieces = [np.array(piece) for piece in decode.chunks(order, predictor.batch_size)]
         for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
             for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], best))
@@ -215,7 +217,7 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
     dataset = prepare(data, log=console.say)
     initialization.check_classes(weights, dataset)
     if _SPLIT.value == dataset.train_split:
-        return dataset.train_evaluated
+        return dataset.train_eval_view
     if _SPLIT.value not in dataset.splits:
         raise UserError(
             f"--split={_SPLIT.value}: {dataset.name} has none of that name; it has "

@@ -273,7 +273,7 @@ def dataset_identity(dataset: Dataset) -> dict[str, Any]:
 def dataset_record(dataset: Dataset) -> dict[str, Any]:
     """Returns what config.json says of a data set: its identity, and what else a reader needs."""
     record = dataset_identity(dataset)
-    if (found := dataset.trained_on) is not None:
+    if (found := dataset.eval_train_overlap) is not None:
         record["evaluated and trained on"] = dataclasses.asdict(found)
     # Every float32 is a double too, so the text gives back the same bits.
     return record | {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}

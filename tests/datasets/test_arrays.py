@@ -37,7 +37,7 @@ def test_another_image_makes_another_version() -> None:
     before = Dataset.from_arrays(images, labels)
     images[0, 0, 0, 0] ^= 1
     assert Dataset.from_arrays(images, labels).version != before.version
-    assert before.trained_on is not None and before.trained_on.total == 0
+    assert before.eval_train_overlap is not None and before.eval_train_overlap.total == 0
 
 
 def test_grey_images_are_resized_and_evaluated_as_given() -> None:

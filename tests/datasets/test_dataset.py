@@ -262,7 +262,7 @@ class WholeListing(files.Source):
     def _read(self, path: str) -> bytes:
         return self.texts[path].encode()
 
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         return (self.sizes[path],)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ def test_views_are_cut_counted_and_the_same_each_time(tmp_path: pathlib.Path) ->
     cut = dataset.view("train", crop=0.5).read(np.arange(7))
     np.testing.assert_array_equal(some.read(np.arange(7)), cut)
     assert (cut != dataset.train.read(np.arange(7))).any()
-    assert dataset.train_evaluated is dataset.view("train", crop=0.75)
+    assert dataset.train_eval_view is dataset.view("train", crop=0.75)
 
 
 def test_a_view_of_what_is_not_there_is_refused(tmp_path: pathlib.Path) -> None:

@@ -171,7 +171,7 @@ def test_the_upper_8_of_the_bits_in_use_are_kept(name: str, bits: int) -> None:
     expected = np.broadcast_to((values >> (bits - 8)).astype(np.uint8), (16, 16, 3))
     np.testing.assert_array_equal(decode.decode(data, 16, name), expected)
     np.testing.assert_array_equal(decode.decode(data, 16, name, bit_depth=bits), expected)
-    box = decode.decode_box(data, 16, name, lambda *_: (0, 0, 16, 16), bit_depth=bits)
+    box = decode.decode_crop(data, 16, name, lambda *_: (0, 0, 16, 16), bit_depth=bits)
     np.testing.assert_array_equal(box, expected)
     assert decode.inspect(data, name) == (None, bits)
 
@@ -333,12 +333,12 @@ def test_decode_box_is_a_crop_and_an_antialiased_resize(
 ) -> None:
     asked = []
 
-    def choose(height: int, width: int) -> decode.Box:
+    def choose(height: int, width: int) -> decode.CropBox:
         asked.append((height, width))
         return 7, 20, 33, 25
 
     array = smooth(48, 70)
-    found = decode.decode_box(encode(array), 14, "x", choose)
+    found = decode.decode_crop(encode(array), 14, "x", choose)
     assert asked == [(48, 70)]
     whole = np.asarray(Image.open(io.BytesIO(encode(array))))
     crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
@@ -350,7 +350,7 @@ def test_decode_box_is_a_crop_and_an_antialiased_resize(
 
 @pytest.mark.parametrize("box", [(10, 30, 500, 640), (0, 0, 600, 800), (100, 200, 400, 384)])
 def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
-    box: decode.Box, monkeypatch: pytest.MonkeyPatch
+    box: decode.CropBox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, shapes = archives.jpeg(smooth(600, 800)), []
     original = simplejpeg.decode_jpeg
@@ -360,7 +360,7 @@ def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
         return pixels
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
-    small = decode.decode_box(data, 192, "x", lambda height, width: box)
+    small = decode.decode_crop(data, 192, "x", lambda height, width: box)
     assert shapes[0][0] <= 600 // 2 and shapes[0][0] * box[2] // 600 >= 192
     monkeypatch.undo()
     whole = Image.open(io.BytesIO(data))
@@ -375,7 +375,7 @@ def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
     [
         decode.verify,
         lambda data, name: decode.decode(data, 32, name),
-        lambda data, name: decode.decode_box(data, 32, name, lambda *_: (0, 0, 32, 32)),
+        lambda data, name: decode.decode_crop(data, 32, name, lambda *_: (0, 0, 32, 32)),
     ],
 )
 def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], kept: int) -> None:
@@ -386,9 +386,9 @@ def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], ke
 
 
 def test_pieces_are_the_items_in_order() -> None:
-    assert list(decode.pieces("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
-    assert list(decode.pieces(range(4), 2)) == [[0, 1], [2, 3]]
-    assert not list(decode.pieces([], 3))
+    assert list(decode.chunks("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(decode.chunks(range(4), 2)) == [[0, 1], [2, 3]]
+    assert not list(decode.chunks([], 3))
 
 
 def test_threaded_map_keeps_the_order_and_takes_no_more_than_it_needs() -> None:

@@ -51,11 +51,11 @@ def test_equal_images_of_different_labels_are_found(
     labels: list[int],
     expected: Duplicates,
 ) -> None:
-    assert duplicates.of_different_labels(split(tmp_path, digests, labels)) == expected
+    assert duplicates.with_conflicting_labels(split(tmp_path, digests, labels)) == expected
 
 
 def test_without_digests_nothing_is_known(tmp_path: pathlib.Path) -> None:
     known = split(tmp_path, [1, 2], [0, 1])
     older = dataclasses.replace(known, image_digests=None)
     assert duplicates.between(older, known) is None is duplicates.between(known, older)
-    assert duplicates.of_different_labels(subset(older, np.array([0]))) is None
+    assert duplicates.with_conflicting_labels(subset(older, np.array([0]))) is None

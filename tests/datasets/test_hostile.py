@@ -105,8 +105,8 @@ def bomb(path: pathlib.Path, name: str, size: int) -> pathlib.Path:
 def test_a_member_that_unpacks_to_too_much_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert limits.MOST_BYTES == 256 * 2**20
-    monkeypatch.setattr(limits, "MOST_BYTES", 4 << 20)
+    assert limits.MAX_BYTES == 256 * 2**20
+    monkeypatch.setattr(limits, "MAX_BYTES", 4 << 20)
     path = bomb(tmp_path / "x.zip", "a/0.jpg", 8 << 20)
     assert path.stat().st_size < 20_000
     with ZipSource(path) as source:
@@ -189,7 +189,7 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
 
 def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
-    size = cifar10_files._MOST_BYTES + 1
+    size = cifar10_files._MAX_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
         member = tarfile.TarInfo("data_batch_1")
         member.size = size
@@ -206,7 +206,7 @@ def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
 ) -> None:
     builder = DATASETS.get("imagenet2012").build(config.Data())(data_dir=tmp_path)
     builder._paths = [tmp_path / "train.tar"]
-    entry = imagenet.Entry("n1_1.JPEG", "n1", 0, 0, 1 << 40)
+    entry = imagenet.ArchivedImage("n1_1.JPEG", "n1", 0, 0, 1 << 40)
     with pytest.raises(DataError, match=r"train\.tar: n1_1\.JPEG has 1,099,511,627,776 bytes"):
         builder._read(entry)
 
@@ -236,7 +236,7 @@ def test_a_file_far_larger_than_a_picture_is_not_read(
         pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; a file can"),
     ):
         source.read("a/large.jpg")
-    monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match=r"large\.jpg: has more than 1,000 bytes"):
         image_files.read(str(tmp_path / "a" / "large.jpg"))
 
@@ -275,7 +275,7 @@ def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
     tracemalloc.start()
     for read in (
         lambda: decode.decode(data, SIZE, "x.jpg"),
-        lambda: decode.decode_box(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
+        lambda: decode.decode_crop(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
         lambda: decode.verify(data, "x.jpg"),
     ):
         with pytest.raises(DataError, match=r"x\.jpg: not a readable image .*2500000000 pixels"):

@@ -131,6 +131,6 @@ def test_what_training_uses_is_called_train_whatever_the_splits_are_called() -> 
         made, splits={"extra": made.train, "train": other, "test": made.evaluation},
         train_split="extra", eval_split="test",
     )  # fmt: skip
-    for split in (dataset.train_evaluated, dataset.view("train")):
+    for split in (dataset.train_eval_view, dataset.view("train")):
         np.testing.assert_array_equal(split.labels, made.train.labels)
         assert len(split) == len(made.train) != len(other)

@@ -61,7 +61,7 @@ def test_without_augmentation_images_are_only_normalised() -> None:
     assert result.dtype == targets.dtype == np.float32
     np.testing.assert_allclose(result, normalised(images), atol=1e-6)
     np.testing.assert_array_equal(targets, one_hot(4))
-    np.testing.assert_array_equal(result, jax.jit(augment.normalise)(images, MEAN, STD))
+    np.testing.assert_array_equal(result, jax.jit(augment.normalize)(images, MEAN, STD))
 
 
 def test_pad_crop_gives_every_window_of_the_padded_image_equally_often() -> None:

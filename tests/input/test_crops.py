@@ -33,9 +33,9 @@ def quiet(line: str) -> None:
 
 def boxes_of(height: int, width: int, count: int = 3000, seed: int = 0) -> np.ndarray:
     """Returns the boxes of the first positions: int64 [count, 4]."""
-    box_at = crops.train_boxes(INCEPTION, seed)
-    assert box_at is not None
-    return np.array([box_at(position)(height, width) for position in range(count)])
+    sample_crop = crops.crop_sampler(INCEPTION, seed)
+    assert sample_crop is not None
+    return np.array([sample_crop(position)(height, width) for position in range(count)])
 
 
 def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
@@ -83,7 +83,7 @@ def test_an_image_that_no_box_fits_gives_its_middle(
     height: int, width: int, box: tuple[int, int, int, int]
 ) -> None:
     # In torchvision: the whole shorter side, and 4 / 3 of it along the other.
-    found = crops.random_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
+    found = crops.random_crop_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
     assert found == box
 
 
@@ -97,12 +97,12 @@ def test_a_box_depends_on_the_seed_and_the_position_alone() -> None:
 def test_boxes_do_not_repeat_the_random_numbers_of_the_epochs_orders() -> None:
     key = np.array([3, 5], np.uint64)
     order = np.random.Generator(np.random.Philox(key=key)).random(100)
-    assert not np.isin(crops.generator(3, 5).random(100), order).any()
+    assert not np.isin(crops.position_rng(3, 5).random(100), order).any()
 
 
 def test_other_crops_are_left_to_the_devices() -> None:
     for crop in ("none", "pad", "resized"):
-        assert crops.train_boxes(config.Augment(crop=crop), 0) is None
+        assert crops.crop_sampler(config.Augment(crop=crop), 0) is None
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def batches_of(
         seed=seed,
         start=start,
         stop=stop,
-        box_at=crops.train_boxes(INCEPTION, seed),
+        sample_crop=crops.crop_sampler(INCEPTION, seed),
     )
     return np.concatenate([batch["image"] for batch in batches])
 
@@ -142,14 +142,14 @@ def test_a_batch_holds_the_boxes_of_the_original_images(directory: pathlib.Path)
     examples = dataset(directory)
     found = batches_of(examples)
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
-    box_at = crops.train_boxes(INCEPTION, 3)
-    assert box_at is not None
+    sample_crop = crops.crop_sampler(INCEPTION, 3)
+    assert sample_crop is not None
     for step in (0, 4, 8):
         indices = pipeline.train_indices(step, batch_size=8, examples=33, seed=3)
         for row, index in enumerate(indices):
             position = 8 * step + row
             with Image.open(io.BytesIO(files[examples.train.names[index]])) as picture:
-                top, left, height, width = box_at(position)(40, 40)
+                top, left, height, width = sample_crop(position)(40, 40)
                 crop = picture.convert("RGB").crop((left, top, left + width, top + height))
             expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
             inner = np.abs(found[position].astype(int) - expected)[2:-2, 2:-2]
@@ -186,10 +186,10 @@ def test_a_holdout_leaves_the_rest_its_boxes(directory: pathlib.Path) -> None:
     rest = dataset(directory, holdout=6).train
     indices = np.arange(len(rest))
     chosen = [lambda height, width: (3, 5, 20, 16)] * len(rest)
-    found = rest.read_boxes(indices, chosen)
+    found = rest.read_crops(indices, chosen)
     whole = dataset(directory).train
     where = [whole.names.index(name) for name in rest.names]
-    np.testing.assert_array_equal(found, whole.read_boxes(np.array(where), chosen))
+    np.testing.assert_array_equal(found, whole.read_crops(np.array(where), chosen))
 
 
 def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
@@ -197,7 +197,7 @@ def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
     with pytest.raises(
         ConfigError, match=r"storage = 'decoded'.*set config\.data\.storage=records"
     ):
-        split.read_boxes(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
+        split.read_crops(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
 
 
 def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathlib.Path) -> None:
@@ -212,15 +212,15 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     np.testing.assert_array_equal(found, expected)
     assert (found != whole.evaluation.read(np.arange(15))).any()
     both = dataset(directory, eval_crop_pct=0.5, holdout=6)
-    assert both.train_evaluated.names == both.train.names
+    assert both.train_eval_view.names == both.train.names
     for split, count in (
         (both.evaluation, 6),
-        (both.train_evaluated, 27),
-        (cut.train_evaluated, 33),
+        (both.train_eval_view, 27),
+        (cut.train_eval_view, 33),
     ):
         expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in split.names]
         np.testing.assert_array_equal(split.read(np.arange(count)), expected)
-    assert whole.train_evaluated is whole.train
+    assert whole.train_eval_view is whole.train
 
 
 def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib.Path) -> None:
@@ -258,11 +258,11 @@ def test_training_cuts_the_boxes(
     )
     drawn: list[np.ndarray] = []
 
-    def read_boxes(self: RecordSplit, indices: np.ndarray, boxes: Any) -> np.ndarray:
+    def read_crops(self: RecordSplit, indices: np.ndarray, boxes: Any) -> np.ndarray:
         drawn.append(np.array([choose(8, 8) for choose in boxes]))
         return self.read(indices)
 
-    monkeypatch.setattr(RecordSplit, "read_boxes", read_boxes)
+    monkeypatch.setattr(RecordSplit, "read_crops", read_crops)
     small.train(this, Workdir(tmp_path / "run"), Evaluator(this), changed=[])
     found = {tuple(box) for boxes in drawn for box in boxes.tolist()}
     assert found == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}

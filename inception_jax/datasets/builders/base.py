@@ -117,7 +117,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         """
 
     @abc.abstractmethod
-    def label_facts(self) -> tuple[Iterable[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Iterable[str], dict[str, Any]]:
         """Returns the class names in label order, and metadata to keep with the dataset."""
 
     @abc.abstractmethod
@@ -142,7 +142,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What was kept with the prepared dataset besides: `label_facts`."""
+        """What was kept with the prepared dataset besides: `class_names_and_metadata`."""
         return self.info.metadata
 
     def missing_files(self) -> list[str]:
@@ -168,7 +168,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[KeyedExample]]:
-        names, metadata = self.label_facts()
+        names, metadata = self.class_names_and_metadata()
         # Known only now: `_info` must do without the source, so that what is prepared can be read
         # when the source is gone.
         self.info.features["label"].names = list(names)
@@ -189,21 +189,22 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
 
 def check_format(info: tfds.core.DatasetInfo, name: str) -> None:
     """Raises DataError if a prepared data set, `name` with its version, is no ArrayRecord."""
-    found = info.file_format.value
-    if found != _FORMAT:
+    stored_format = info.file_format.value
+    if stored_format != _FORMAT:
         raise DataError(
-            f"{info.data_dir}: stored as {found}; must be {_FORMAT}. Set config.data.directory to "
-            "another directory, or convert it in an environment with TensorFlow: tfds "
-            f"convert_format --dataset_version_dir={info.data_dir} --out_file_format={_FORMAT} "
-            f"--out_dir=DIRECTORY/{name}, then use --config.data.directory=DIRECTORY"
+            f"{info.data_dir}: stored as {stored_format}; must be {_FORMAT}. Set "
+            "config.data.directory to another directory, or convert it in an environment with "
+            f"TensorFlow: tfds convert_format --dataset_version_dir={info.data_dir} "
+            f"--out_file_format={_FORMAT} --out_dir=DIRECTORY/{name}, then use "
+            "--config.data.directory=DIRECTORY"
         )
 
 
 def to_png(pixels: np.ndarray) -> bytes:
     """Returns an image, uint8 [H, W, 3], [H, W, 1] or [H, W], as the content of a PNG file."""
     buffer = io.BytesIO()
-    grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
-    image = Image.fromarray(np.ascontiguousarray(grey))
+    gray = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(gray))
     image.save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()
 

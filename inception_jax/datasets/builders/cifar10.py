@@ -22,7 +22,7 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 BYTES = 170_498_071
 # Images that one thread encodes at a time: some 5 ms of work.
-_PIECE = 64
+_CHUNK_SIZE = 64
 _CITATION = """@techreport{krizhevsky2009learning,
   title = {Learning Multiple Layers of Features from Tiny Images},
   author = {Krizhevsky, Alex},
@@ -31,7 +31,7 @@ _CITATION = """@techreport{krizhevsky2009learning,
 }"""
 
 
-class Example(NamedTuple):
+class CifarImage(NamedTuple):
     """One image: its split, its number in the order of the files, pixels and label."""
 
     split: str
@@ -63,12 +63,14 @@ class Cifar10(base.ImageBuilder):
         """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
         self._path = self._locate()
         with opening.open_path(
-            self._path, hidden=folders.hidden, scratch=pathlib.Path(self.data_dir_root)
+            self._path, is_hidden=folders.is_hidden, scratch=pathlib.Path(self.data_dir_root)
         ) as source:
             self._names, arrays = files.read(source)
         for split, (_, labels) in arrays.items():
             self._check_counts(
-                split, labels, len(files.FILES[split]) * files.PER_FILE // files.CLASSES
+                split,
+                labels,
+                len(files.BATCH_FILES[split]) * files.IMAGES_PER_FILE // files.NUM_CLASSES,
             )
         path = self._path
         if path.is_file() and (path.stat().st_size, download.md5_of(path)) != (BYTES, MD5):
@@ -79,7 +81,7 @@ class Cifar10(base.ImageBuilder):
 
         self._splits = {
             split: [
-                Example(split, index, row, label)
+                CifarImage(split, index, row, label)
                 for index, (row, label) in enumerate(zip(pixels, labels, strict=True))
             ]
             for split, (pixels, labels) in arrays.items()
@@ -99,7 +101,7 @@ class Cifar10(base.ImageBuilder):
         return path
 
     def _check_counts(self, split: str, labels: Sequence[int], expected: int) -> None:
-        counts = np.bincount(labels, minlength=files.CLASSES)
+        counts = np.bincount(labels, minlength=files.NUM_CLASSES)
         if (counts != expected).any():
             raise DataError(
                 f"{self._path}: incomplete CIFAR-10: its {split} split has "
@@ -107,7 +109,7 @@ class Cifar10(base.ImageBuilder):
                 f"(expected {expected:,} each). Download the archive again"
             )
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names of batches.meta, and the source."""
         return self._names, {"source": str(self._path.absolute())}
 
@@ -115,13 +117,13 @@ class Cifar10(base.ImageBuilder):
         """Returns the size of all pixels, which PNG does not exceed by more than some bytes."""
         return sum(len(each) * (3 * 32 * 32 + 200) for each in self._splits.values())
 
-    def examples(self, items: Sequence[Example]) -> Generator[base.KeyedExample, None, None]:
+    def examples(self, items: Sequence[CifarImage]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images as PNG files, encoded in threads."""
-        encoded = decode.threaded_map(_encode, items, _PIECE)
+        encoded = decode.threaded_map(_encode, items, _CHUNK_SIZE)
         for item, data in zip(items, encoded, strict=True):
             name = f"{item.split}_{item.number:05d}.png"
             yield name, {"image": data, "label": item.label, "file_name": name}
 
 
-def _encode(item: Example) -> bytes:
+def _encode(item: CifarImage) -> bytes:
     return base.to_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0))

@@ -34,22 +34,22 @@ from inception_jax.datasets.sources.files import Source
 from inception_jax.errors import DataError
 
 FOLDER = "cifar-10-batches-py"
-CLASSES = 10
+NUM_CLASSES = 10
 # Images in each batch file, and of each class in it on average; the whole split has exactly that.
-PER_FILE = 10_000
-FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+IMAGES_PER_FILE = 10_000
+BATCH_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _META = "batches.meta"
 # The names in the order of the labels.
 _NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_PICTURE = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
+_PNG_PATH = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
 # Pictures for the data set 'image_folder': a folder for each class, or loose as Kaggle has them.
-_CLASSED = re.compile(
+_CLASS_FOLDER_PATH = re.compile(
     rf"(?:.*/)?(train|test)/({'|'.join(_NAMES)})/[^/]+\.(png|jpe?g)", re.IGNORECASE
 )
 # A batch file is 31 MB; nothing that claims to be much more is read.
-_MOST_BYTES = 100_000_000
+_MAX_BYTES = 100_000_000
 # Images that one thread decodes at a time: some 5 ms of work.
-_PIECE = 64
+_CHUNK_SIZE = 64
 
 # The pixels, uint8 [N, 3072] (all red, all green, all blue), and the labels of each split.
 Splits = dict[str, tuple[np.ndarray, list[int]]]
@@ -61,21 +61,21 @@ def read(source: Source) -> tuple[list[str], Splits]:
     Raises:
       DataError: if a file is missing or damaged, or it is another form or another data set.
     """
-    batches = list(itertools.chain.from_iterable(FILES.values()))
-    if _has(source, batches):
+    batches = list(itertools.chain.from_iterable(BATCH_FILES.values()))
+    if _enter_folder_with(source, batches):
         return _read_pickled(source)
-    if _has(source, [f"{batch}.bin" for batch in batches]):
+    if _enter_folder_with(source, [f"{batch}.bin" for batch in batches]):
         return _read_binary(source)
-    pictures = {file: match for file in source.sizes if (match := _PICTURE.fullmatch(file))}
-    if pictures:
-        return _NAMES, _read_pictures(source, pictures)
+    pngs = {file: match for file in source.sizes if (match := _PNG_PATH.fullmatch(file))}
+    if pngs:
+        return _NAMES, _read_pngs(source, pngs)
     raise DataError(f"{source.path}: {_other_form(source)}")
 
 
-def _has(source: Source, names: Sequence[str]) -> bool:
+def _enter_folder_with(source: Source, names: Sequence[str]) -> bool:
     """Enters the folder that holds most of some files, and returns whether there is one."""
-    found = [file for file in source.sizes if file.split("/")[-1] in names]
-    roots = [file.removesuffix(file.split("/")[-1]) for file in found]
+    matches = [file for file in source.sizes if file.split("/")[-1] in names]
+    roots = [file.removesuffix(file.split("/")[-1]) for file in matches]
     if roots:
         source.enter(max(sorted(set(roots), key=len), key=roots.count))
     return bool(roots)
@@ -98,7 +98,7 @@ def _other_form(source: Source) -> str:
             "the Kaggle competition version of CIFAR-10, whose test images are unlabeled and "
             f"mixed with 290,000 others, so there is nothing to evaluate on. {official}"
         )
-    classed = [match for match in map(_CLASSED.fullmatch, files) if match]
+    classed = [match for match in map(_CLASS_FOLDER_PATH.fullmatch, files) if match]
     if classed:
         why = (
             "their names lack the official image numbers, which determine the order"
@@ -109,42 +109,46 @@ def _other_form(source: Source) -> str:
             f"contains images in class folders, but {why}. Set config.data.name=image_folder to "
             f"use them as they are. {official}"
         )
-    found = folders.listed(sorted({file.split("/")[0] for file in files}))
+    contents = folders.join_truncated(sorted({file.split("/")[0] for file in files}))
     return (
         "not CIFAR-10: data_batch_1 not found (contents: "
-        f"{found or 'none'}).{opening.archives_inside(files)} {official}"
+        f"{contents or 'none'}).{opening.mention_archives(files)} {official}"
     )
 
 
 def _read_pickled(source: Source) -> tuple[list[str], Splits]:
-    wanted = [_META, *itertools.chain.from_iterable(FILES.values())]
-    contents = _contents(source, wanted, "Python version")
+    wanted = [_META, *itertools.chain.from_iterable(BATCH_FILES.values())]
+    contents = _read_files(source, wanted, "Python version")
     names = _class_names(contents.pop(_META), f"{source.path}: {_META}")
     return names, {
-        split: _joined([_batch(contents.pop(file), f"{source.path}: {file}") for file in files])
-        for split, files in FILES.items()
+        split: _concatenate(
+            [_parse_pickle(contents.pop(file), f"{source.path}: {file}") for file in files]
+        )
+        for split, files in BATCH_FILES.items()
     }
 
 
 def _read_binary(source: Source) -> tuple[list[str], Splits]:
-    wanted = {split: [f"{file}.bin" for file in files] for split, files in FILES.items()}
-    contents = _contents(
+    wanted = {split: [f"{file}.bin" for file in files] for split, files in BATCH_FILES.items()}
+    contents = _read_files(
         source, [*itertools.chain.from_iterable(wanted.values())], "binary version"
     )
     return _NAMES, {
-        split: _joined([_records(contents.pop(file), f"{source.path}: {file}") for file in files])
+        split: _concatenate(
+            [_parse_binary(contents.pop(file), f"{source.path}: {file}") for file in files]
+        )
         for split, files in wanted.items()
     }
 
 
-def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, bytes]:
+def _read_files(source: Source, wanted: Sequence[str], what: str) -> dict[str, bytes]:
     """Returns the content of each of some files.
 
     Raises:
       DataError: if one is missing, too large or damaged.
     """
     for file in source.sizes.keys() & set(wanted):
-        if source.sizes[file] > _MOST_BYTES:
+        if source.sizes[file] > _MAX_BYTES:
             raise DataError(
                 f"{source.path}: {file} has {source.sizes[file]:,} bytes; CIFAR-10's has 31 MB. "
                 "Download the archive again"
@@ -157,32 +161,34 @@ def _contents(source: Source, wanted: Sequence[str], what: str) -> dict[str, byt
     return {file: source.read(file) for file in wanted}
 
 
-def _joined(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarray, list[int]]:
+def _concatenate(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarray, list[int]]:
     labels = list(itertools.chain.from_iterable(labels for _, labels in parts))
     return np.concatenate([pixels for pixels, _ in parts]), labels
 
 
-def _records(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+def _parse_binary(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     """Returns the pixels and labels of a file of the binary version."""
     size = 1 + 3 * 32 * 32
-    if len(data) != PER_FILE * size:
+    if len(data) != IMAGES_PER_FILE * size:
         raise DataError(
-            f"{where}: has {len(data):,} bytes; must have {PER_FILE * size:,} ({PER_FILE:,} "
-            "images). Download the archive again"
+            f"{where}: has {len(data):,} bytes; must have {IMAGES_PER_FILE * size:,} "
+            f"({IMAGES_PER_FILE:,} images). Download the archive again"
         )
-    records = np.frombuffer(data, np.uint8).reshape(PER_FILE, size)
-    if records[:, 0].max() >= CLASSES:
-        raise DataError(f"{where}: contains labels above {CLASSES - 1}. Download the archive again")
+    records = np.frombuffer(data, np.uint8).reshape(IMAGES_PER_FILE, size)
+    if records[:, 0].max() >= NUM_CLASSES:
+        raise DataError(
+            f"{where}: contains labels above {NUM_CLASSES - 1}. Download the archive again"
+        )
     return records[:, 1:], records[:, 0].tolist()
 
 
-def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits:
+def _read_pngs(source: Source, pngs: dict[str, re.Match[str]]) -> Splits:
     """Returns the images of the form that has each as a PNG, in the order of their numbers."""
     splits: Splits = {}
-    for split, batches in FILES.items():
-        numbered = {int(m[2]): file for file, m in pictures.items() if m[1].lower() == split}
-        count = len(batches) * PER_FILE
-        of_split = sum(m[1].lower() == split for m in pictures.values())
+    for split, batches in BATCH_FILES.items():
+        numbered = {int(m[2]): file for file, m in pngs.items() if m[1].lower() == split}
+        count = len(batches) * IMAGES_PER_FILE
+        of_split = sum(m[1].lower() == split for m in pngs.values())
         if of_split != count or set(numbered) != set(range(count)):
             raise DataError(
                 f"{source.path}: incomplete CIFAR-10: its {split} folder has {of_split:,} images "
@@ -190,21 +196,22 @@ def _read_pictures(source: Source, pictures: dict[str, re.Match[str]]) -> Splits
                 "or set config.data.name=image_folder to use these images"
             )
         files = [numbered[number] for number in range(count)]
-        names = [pictures[file][3].lower() for file in files]
+        names = [pngs[file][3].lower() for file in files]
         if foreign := sorted(set(names) - set(_NAMES)):
             raise DataError(
-                f"{source.path}: {folders.quoted(foreign)}: not CIFAR-10 classes. Download the "
-                "archive again, or set config.data.name=image_folder to use these images"
+                f"{source.path}: {folders.quote_and_join(foreign)}: not CIFAR-10 classes. "
+                "Download the archive again, or set config.data.name=image_folder to use these "
+                "images"
             )
         pixels = np.empty((count, 3 * 32 * 32), np.uint8)
-        images = decode.threaded_map(functools.partial(_picture, source), files, _PIECE)
+        images = decode.threaded_map(functools.partial(_read_png, source), files, _CHUNK_SIZE)
         for row, image in zip(pixels, images, strict=True):
             row[:] = image.transpose(2, 0, 1).ravel()
         splits[split] = pixels, [_NAMES.index(name) for name in names]
     return splits
 
 
-def _picture(source: Source, file: str) -> np.ndarray:
+def _read_png(source: Source, file: str) -> np.ndarray:
     """Returns a PNG's pixels, uint8 [32, 32, 3]."""
     data, where = source.read(file), f"{source.path}: {file}"
     decode.verify(data, where)
@@ -217,20 +224,20 @@ def _picture(source: Source, file: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def _frombytes(text: str, encoding: str) -> bytes:
+def _encode_latin1(text: str, encoding: str) -> bytes:
     """Returns bytes that Python 3 wrote as text, since old pickle protocols have no bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
+def _allowed_globals() -> dict[tuple[str, str], Any]:
     """Returns what a pickled array refers to, by module and name, under NumPy 1 and 2."""
     array = np.empty(0)
     parts: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _frombytes,
+        ("_codecs", "encode"): _encode_latin1,
     }
     for core in ("numpy.core", "numpy._core"):
         # Private functions of NumPy; these are public ways to them.
@@ -243,13 +250,13 @@ def _allowed() -> dict[tuple[str, str], Any]:
 class _Unpickler(pickle.Unpickler):
     """Loads numbers, texts, lists, dictionaries and NumPy arrays; anything else is refused."""
 
-    _parts = _allowed()
+    _allowed = _allowed_globals()
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns what a pickle may call."""
-        if (module, name) not in self._parts:
+        if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"refers to {module}.{name}, which plain data never do")
-        return self._parts[module, name]
+        return self._allowed[module, name]
 
 
 def unpickle(data: bytes, where: str) -> dict[str, Any]:
@@ -278,39 +285,39 @@ def unpickle(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: contains a {type(content).__name__}; must be a dictionary. "
             "Download the archive again"
         )
-    return {_text(key): value for key, value in content.items()}
+    return {_to_str(key): value for key, value in content.items()}
 
 
-def _text(value: Any) -> str:
+def _to_str(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _class_names(data: bytes, where: str) -> list[str]:
     names = unpickle(data, where).get("label_names")
-    if not isinstance(names, list) or len({*map(_text, names)}) != CLASSES:
+    if not isinstance(names, list) or len({*map(_to_str, names)}) != NUM_CLASSES:
         raise DataError(
-            f"{where}: label_names = {names!r}: must list {CLASSES} distinct names. "
+            f"{where}: label_names = {names!r}: must list {NUM_CLASSES} distinct names. "
             "Download the archive again"
         )
-    return [_text(name) for name in names]
+    return [_to_str(name) for name in names]
 
 
-def _batch(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     """Returns a file's pixels, uint8 [N, 3072] (all red, all green, all blue), and its labels."""
     batch = unpickle(data, where)
     pixels, labels = batch.get("data"), batch.get("labels")
-    shape = (PER_FILE, 3 * 32 * 32)
+    shape = (IMAGES_PER_FILE, 3 * 32 * 32)
     if not isinstance(pixels, np.ndarray) or (pixels.dtype, pixels.shape) != (np.uint8, shape):
         raise DataError(
             f"{where}: 'data' must be a uint8 array of shape {shape}. Download the archive again"
         )
-    if not isinstance(labels, list) or len(labels) != PER_FILE:
+    if not isinstance(labels, list) or len(labels) != IMAGES_PER_FILE:
         raise DataError(
-            f"{where}: 'labels' must list {PER_FILE:,} numbers. Download the archive again"
+            f"{where}: 'labels' must list {IMAGES_PER_FILE:,} numbers. Download the archive again"
         )
-    if not all(isinstance(label, int) and 0 <= label < CLASSES for label in labels):
+    if not all(isinstance(label, int) and 0 <= label < NUM_CLASSES for label in labels):
         raise DataError(
-            f"{where}: 'labels' must be integers from 0 to {CLASSES - 1}. Download "
+            f"{where}: 'labels' must be integers from 0 to {NUM_CLASSES - 1}. Download "
             "the archive again"
         )
     return pixels, labels

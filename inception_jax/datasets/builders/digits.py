@@ -47,7 +47,7 @@ class Digits(base.ImageBuilder):
             "test": sorted(by_class[is_test].tolist()),
         }
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the digits' names; there is no more to keep."""
         return [str(digit) for digit in range(10)], {}
 

@@ -38,7 +38,7 @@ from inception_jax.storage import atomic
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
 _EVALUATION = "evaluation"
 # The words by which a folder's name tells its split.
-_WORDS = {
+_SPLIT_WORDS = {
     TRAIN: ("train", "training", "trainval"),
     VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
@@ -54,7 +54,7 @@ _EXPECTED = "Expected one folder of images per class, or train/ and val/ with su
 _AS_CLASSES = "config.data.layout=classes"
 
 # What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
-_LEFT_BEHIND = {
+_SYSTEM_FILES = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
     *("system volume information", "$recycle.bin", "recycler", "recycled"),
@@ -74,23 +74,30 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 # Folders of file system checks, old tar programs, and Lightroom's previews.
-_LEFT_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
+_SYSTEM_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
 # How systems name copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of cats".
-_COPY = re.compile(
+_COPY_NAME = re.compile(
     r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
 # What a run's folder holds other than documents (training/workdir.py has the names).
-_OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
+_RUN_OUTPUTS = (
+    "checkpoints",
+    "plots",
+    "tensorboard",
+    "report.html",
+    "predictions.npz",
+    "find_lr.png",
+)
 # A data set that TFDS has not finished, and a cache that this program has not.
 _UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
 # Unicode's categories of control characters, line breaks and paragraph breaks.
-_BREAKS = ("Cc", "Zl", "Zp")
+_CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")
 # How many things an error names.
-_NAMED = 10
+_MAX_NAMED = 10
 
 
-class Entry(NamedTuple):
+class LabeledFile(NamedTuple):
     """One image: its path below the source's root, and its class ('' if unknown)."""
 
     file: str
@@ -113,14 +120,14 @@ class Layout:
       without_pictures: the folders beside those of classes that hold notes and the like alone.
     """
 
-    splits: dict[str, list[Entry]]
+    splits: dict[str, list[LabeledFile]]
     classes: tuple[str, ...]
-    divided: bool
+    has_validation: bool
     root: str
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
-    own: Collection[str] = ()
-    left_out: Sequence[str] = ()
-    without_pictures: Sequence[str] = ()
+    program_files: Collection[str] = ()
+    ignored: Sequence[str] = ()
+    imageless_folders: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
@@ -128,7 +135,7 @@ class Layout:
         return [entry.file for entries in self.splits.values() for entry in entries]
 
 
-def hidden(file: str) -> bool:
+def is_hidden(file: str) -> bool:
     """Whether a path is that of a file which systems, not users, put beside pictures.
 
     Args:
@@ -136,17 +143,26 @@ def hidden(file: str) -> bool:
     """
     parts = file.split("/")
     return bool(_TEMPORARY.fullmatch(parts[-1])) or any(
-        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_LEFT_FOLDERS.fullmatch(part))
+        part.startswith(".")
+        or part.lower() in _SYSTEM_FILES
+        or bool(_SYSTEM_FOLDERS.fullmatch(part))
         for part in parts
     )
 
 
-def named_as_picture(file: str) -> bool:
+def has_image_extension(file: str) -> bool:
     """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
     # The first call imports all of PIL's formats (0.1 s).
     formats = Image.registered_extensions()
-    found = formats.get(os.path.splitext(file)[1].lower())
-    return found in Image.OPEN and found not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+    image_format = formats.get(os.path.splitext(file)[1].lower())
+    return image_format in Image.OPEN and image_format not in (
+        "BUFR",
+        "EPS",
+        "GRIB",
+        "HDF5",
+        "MPEG",
+        "WMF",
+    )
 
 
 def open_source(
@@ -170,14 +186,16 @@ def open_source(
             f"config.data.source = {str(path)!r}: no such file or folder; set it to a folder that "
             "contains one folder of images per class, or to a zip or tar archive of it"
         )
-    source = opening.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
+    source = opening.open_path(archive, is_hidden=is_hidden, encoding=encoding, scratch=scratch)
     if archive != path:
         source.enter(f"{path.relative_to(archive).as_posix()}/")
         # What messages call it.
         source.path = path
     problem = None if source.sizes else DataError(f"{path}: contains no files. {_EXPECTED}")
     if source.names_depend_on_encoding:
-        problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
+        problem = problem or member_names.undecodable_folder_error(
+            [*source.sizes, *source.folders], path
+        )
     if problem:
         source.close()
         raise problem
@@ -195,11 +213,11 @@ def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Conte
       DataError: as `open_source` and `layout` do.
     """
     with open_source(path, encoding=settings["archive_encoding"]) as source:
-        found = layout(source, settings["layout"])
+        detected = layout(source, settings["layout"])
         # Revision 56edb8b and before counted what lies beside the pictures, too.
-        others = _without(source.sizes, found.own)
-        digests = (source.fingerprint(found.files), source.fingerprint(others))
-        return Contents(digests, found.classes)
+        others = _excluding(source.sizes, detected.program_files)
+        digests = (source.fingerprint(detected.files), source.fingerprint(others))
+        return Contents(digests, detected.classes)
 
 
 # The paths of files, and of folders with a '/' at their end, by the first folder of each path; ''
@@ -207,7 +225,7 @@ def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Conte
 _Tree = dict[str, list[str]]
 
 
-def layout(source: Source, reading: str = "auto") -> Layout:
+def layout(source: Source, mode: str = "auto") -> Layout:
     """Finds classes and splits by the names of the folders; it reads no file.
 
     Args:
@@ -218,44 +236,46 @@ def layout(source: Source, reading: str = "auto") -> Layout:
       DataError: if there are no classes, only one, or pictures that belong to none; if a folder to
         evaluate on has a class that is not trained; or if it can be read in two ways.
     """
-    own = _own(source)
-    paths = _without([*source.sizes, *source.folders], own)
-    documents = {path for path in paths if file_types.is_sidecar(path)}
-    kept = [path for path in paths if path not in documents]
+    program_files = _find_program_files(source)
+    paths = _excluding([*source.sizes, *source.folders], program_files)
+    sidecars = {path for path in paths if file_types.is_sidecar(path)}
+    kept = [path for path in paths if path not in sidecars]
     # A folder that holds nothing at all stays: it is a class whose pictures are missing.
-    emptied = _folders_above([*own, *documents]) - _folders_above(
+    without_images = _folders_above([*program_files, *sidecars]) - _folders_above(
         path for path in kept if not path.endswith("/")
     )
-    kept = [path for path in kept if path not in emptied]
-    left_out = sorted([*_without(source.hidden, own), *own, *documents])
+    kept = [path for path in kept if path not in without_images]
+    ignored = sorted([*_excluding(source.hidden, program_files), *program_files, *sidecars])
     start, tree = _enter(kept)
     # Beside the folders of classes or splits: no pictures by their names, or an error follows.
-    left_out = sorted([*left_out, *(start + file for file in tree.get("", ()))])
+    ignored = sorted([*ignored, *(start + file for file in tree.get("", ()))])
     where = f"{source.path}/{start}".removesuffix("/")
-    found = {} if reading == "classes" else _split_folders(tree, where)
-    if not found:
-        if reading != "classes":
+    split_folders = {} if mode == "classes" else _split_folders(tree, where)
+    if not split_folders:
+        if mode != "classes":
             _check_classes(tree, where)
-        training = _entries(start, tree, where)
-        classes = _classes(tree, where, left_out)
+        training = _class_files(start, tree, where)
+        classes = _classes(tree, where, ignored)
         return Layout(
             {TRAIN: training},
             classes,
             False,
             start,
-            own=own,
-            left_out=left_out,
-            without_pictures=_inside(start, emptied & _folders_above(documents)),
+            program_files=program_files,
+            ignored=ignored,
+            imageless_folders=_relative_folders(start, without_images & _folders_above(sidecars)),
         )
-    below = {split: _enter_split(folder, tree) for split, folder in found.items()}
+    below = {split: _enter_split(folder, tree) for split, folder in split_folders.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
-    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
+    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", ignored)
     splits = {}
     for split, (folder, inside) in below.items():
         if split in (TEST, UNLABELED) and not _has_folders(inside):
-            splits[split] = [Entry(f"{start}{folder}/{file}", "") for file in inside.get("", ())]
+            splits[split] = [
+                LabeledFile(f"{start}{folder}/{file}", "") for file in inside.get("", ())
+            ]
         else:
-            splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
+            splits[split] = _class_files(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
             cased = {name.casefold(): name for name in classes}
@@ -264,15 +284,16 @@ def layout(source: Source, reading: str = "auto") -> Layout:
                     f"{where}/{folders[split]}: class folder {foreign[0]!r} is named {other!r} in "
                     f"{folders[TRAIN]}/. Use the same upper and lower case in all splits"
                 )
-            if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
+            if f"{start}{split_folders[split]}/val_annotations.txt" in source.sizes:
                 raise DataError(
                     f"{where}: has the official layout of Tiny ImageNet, whose validation images "
                     "are not in class folders. Set config.data.name=tiny_imagenet, or "
                     "tiny_imagenet_subset for a part of it"
                 )
             raise DataError(
-                f"{where}/{folders[split]}: {quoted(foreign)}: not found in {folders[TRAIN]}/. "
-                "Each class needs training images; add them, or move the folder away"
+                f"{where}/{folders[split]}: {quote_and_join(foreign)}: not found in "
+                f"{folders[TRAIN]}/. Each class needs training images; add them, or move the "
+                "folder away"
             )
     root = f"{start}{folders[TRAIN]}/"
     return Layout(
@@ -281,13 +302,13 @@ def layout(source: Source, reading: str = "auto") -> Layout:
         VALIDATION in splits,
         root,
         folders,
-        own,
-        left_out,
-        without_pictures=_inside(root, emptied & _folders_above(documents)),
+        program_files,
+        ignored,
+        imageless_folders=_relative_folders(root, without_images & _folders_above(sidecars)),
     )
 
 
-def _own(source: Source) -> set[str]:
+def _find_program_files(source: Source) -> set[str]:
     """Returns the files, and folders ending in '/', that this program wrote, by what is in them."""
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
@@ -296,19 +317,23 @@ def _own(source: Source) -> set[str]:
         while name and name not in (names := inside.setdefault(folder, set())):
             names.add(name)
             folder, _, name = folder.rpartition("/")
-    own: set[str] = set()
+    program_files: set[str] = set()
     for folder, names in sorted(inside.items()):
         # What the user gave as the source holds pictures, whatever else it holds.
-        if folder and _without([f"{folder}/"], own) and _is_own(folder, names):
-            own.add(f"{folder}/")
+        if (
+            folder
+            and _excluding([f"{folder}/"], program_files)
+            and _is_program_folder(folder, names)
+        ):
+            program_files.add(f"{folder}/")
         elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
             start = f"{folder}/" if folder else ""
-            found = [start + name for name in names.intersection(_OF_A_RUN)]
-            own |= {f"{path}/" if path in inside else path for path in found}
-    return own
+            outputs = [start + name for name in names.intersection(_RUN_OUTPUTS)]
+            program_files |= {f"{path}/" if path in inside else path for path in outputs}
+    return program_files
 
 
-def _is_own(folder: str, names: Collection[str]) -> bool:
+def _is_program_folder(folder: str, names: Collection[str]) -> bool:
     """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
     name = folder.rpartition("/")[2]
     return (
@@ -322,10 +347,10 @@ def _is_own(folder: str, names: Collection[str]) -> bool:
     )
 
 
-def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
+def _excluding(paths: Iterable[str], program_files: Collection[str]) -> list[str]:
     """Returns paths without some files and folders, and without what lies in these folders."""
-    folders = tuple(path for path in own if path.endswith("/"))
-    return [path for path in paths if path not in own and not path.startswith(folders)]
+    folders = tuple(path for path in program_files if path.endswith("/"))
+    return [path for path in paths if path not in program_files and not path.startswith(folders)]
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
@@ -339,7 +364,7 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
     return folders
 
 
-def _inside(start: str, folders: Iterable[str]) -> list[str]:
+def _relative_folders(start: str, folders: Iterable[str]) -> list[str]:
     """Returns the names of those folders that lie directly in the one whose path is `start`."""
     names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
     return sorted(name for name in names if "/" not in name)
@@ -352,7 +377,7 @@ def _by_folder(paths: Iterable[str]) -> _Tree:
     return tree
 
 
-def _below(tree: _Tree, folder: str) -> _Tree:
+def _contents_of(tree: _Tree, folder: str) -> _Tree:
     """Returns what is in one of the folders."""
     inner = (path.split("/", 1)[1] for path in tree[folder])
     return _by_folder(path for path in inner if path)
@@ -371,8 +396,8 @@ def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
       The path of the folder that holds more, '' or ending in '/', and what is below it.
     """
     start, tree = "", _by_folder(paths)
-    while not _loose_pictures(tree) and len(folders := [f for f in tree if f]) == 1:
-        inner = _below(tree, folders[0])
+    while not _loose_images(tree) and len(folders := [f for f in tree if f]) == 1:
+        inner = _contents_of(tree, folders[0])
         if not _has_folders(inner):
             break  # Pictures and no folder: this one is a class.
         if _kind(folders[0]) == TRAIN and not _stem(folders[0]):
@@ -388,9 +413,9 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
     Returns:
       The path of the folder that holds the classes, and what is below it.
     """
-    path, name, below = folder, folder, _below(tree, folder)
-    while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
-        inner = _below(below, folders[0])
+    path, name, below = folder, folder, _contents_of(tree, folder)
+    while not _loose_images(below) and len(folders := [f for f in below if f]) == 1:
+        inner = _contents_of(below, folders[0])
         same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name) != ""
         deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
         if not deeper or not (same or folders[0].lower() in _CONTAINERS):
@@ -399,14 +424,14 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
     return path, below
 
 
-def _parts_of(folder: str) -> list[str]:
+def _words_in(folder: str) -> list[str]:
     """Returns the words of a folder's name, in lower case: seg, train of Seg_Train2."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_name(folder))
     return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def _kind_of_word(word: str) -> str:
-    for kind, known in _WORDS.items():
+    for kind, known in _SPLIT_WORDS.items():
         if any(word in (first, *(first + end for end in _FILLERS)) for first in known):
             return kind
     return ""
@@ -414,7 +439,7 @@ def _kind_of_word(word: str) -> str:
 
 def _kind(folder: str) -> str:
     """Returns which split a folder's name is that of; '' if of none, or of several."""
-    kinds = {kind for word in _parts_of(folder) if (kind := _kind_of_word(word))}
+    kinds = {kind for word in _words_in(folder) if (kind := _kind_of_word(word))}
     if UNLABELED in kinds:
         return UNLABELED
     return kinds.pop() if len(kinds) == 1 else ""
@@ -422,7 +447,7 @@ def _kind(folder: str) -> str:
 
 def _stem(folder: str) -> str:
     """Returns what a folder's name says but for its split: cats of cats_train, '' of train_set."""
-    words = _parts_of(folder)
+    words = _words_in(folder)
     return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 
 
@@ -433,10 +458,10 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     if TRAIN not in kinds.values():
         if kinds and not others:
             raise DataError(
-                f"{where}: contains {quoted(list(kinds))} but no train folder. {_EXPECTED}. If "
-                f"these folders are classes, set {_AS_CLASSES}"
+                f"{where}: contains {quote_and_join(list(kinds))} but no train folder. "
+                f"{_EXPECTED}. If these folders are classes, set {_AS_CLASSES}"
             )
-        _check_foreign(tree, where)
+        _check_split_named_class(tree, where)
         return {}
     _check_pairs(kinds, where)
     if not _are_splits(tree, kinds, others):
@@ -451,11 +476,11 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     for split, folders in several.items():
         if len(folders) > 1:
             raise DataError(
-                f"{where}: {quoted(folders)}: several folders for the {split} split. Keep one and "
-                f"move the others away; if they are classes, set {_AS_CLASSES}"
+                f"{where}: {quote_and_join(folders)}: several folders for the {split} split. Keep "
+                f"one and move the others away; if they are classes, set {_AS_CLASSES}"
             )
     if others:
-        raise _beside_splits(tree, others, several[TRAIN][0], where)
+        raise _unexpected_folders_error(tree, others, several[TRAIN][0], where)
     chosen = {split: folders[0] for split, folders in several.items()}
     if VALIDATION not in chosen and TEST in chosen:
         _, inside = _enter_split(chosen[TEST], tree)
@@ -464,7 +489,7 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
             chosen[VALIDATION] = chosen.pop(TEST)
     if UNLABELED in chosen and TEST not in chosen:
         chosen[TEST] = chosen.pop(UNLABELED)
-    return {split: chosen[split] for split in _WORDS if split in chosen}
+    return {split: chosen[split] for split in _SPLIT_WORDS if split in chosen}
 
 
 def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bool:
@@ -474,28 +499,32 @@ def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bo
     if any(folder in plain for folder in training):
         # A class may have that name, too.
         return len(plain) > 1 or any(
-            _has_folders(_below(tree, folder)) for folder in training if folder in plain
+            _has_folders(_contents_of(tree, folder)) for folder in training if folder in plain
         )
     if not others and len(set(kinds.values())) > 1:
         return True
-    classes = {name for folder in training for name in _names_inside(folder, tree)}
+    classes = {name for folder in training for name in _class_names_in(folder, tree)}
     return any(
-        classes & _names_inside(folder, tree)
+        classes & _class_names_in(folder, tree)
         for folder, kind in kinds.items()
         if kind not in ("", TRAIN)
     )
 
 
-def _names_inside(folder: str, tree: _Tree) -> set[str]:
+def _class_names_in(folder: str, tree: _Tree) -> set[str]:
     """Returns the names of the folders inside a folder, as of classes."""
     _, inside = _enter_split(folder, tree)
     return {class_name(inner) for inner in inside if inner}
 
 
-def _beside_splits(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
-    message = f"{where}: {quoted(others)} next to {train!r}: unclear whether a class or a split."
+def _unexpected_folders_error(
+    tree: _Tree, others: Sequence[str], train: str, where: str
+) -> DataError:
+    message = (
+        f"{where}: {quote_and_join(others)} next to {train!r}: unclear whether a class or a split."
+    )
     for folder in others:
-        if any(_kind(inner) == TRAIN for inner in _below(tree, folder) if inner):
+        if any(_kind(inner) == TRAIN for inner in _contents_of(tree, folder) if inner):
             return DataError(
                 f"{message} {folder!r} contains its own train folder, like a copy of the data "
                 f"set. Set config.data.source={where}/{folder} to use that, or move the folder "
@@ -513,20 +542,24 @@ def _check_pairs(kinds: dict[str, str], where: str) -> None:
     for folder, kind in kinds.items():
         if kind and _stem(folder):
             by_stem.setdefault(_stem(folder), set()).add(kind)
-    pairs = [stem for stem, found in by_stem.items() if TRAIN in found and len(found) > 1]
+    pairs = [
+        stem
+        for stem, kinds_of_stem in by_stem.items()
+        if TRAIN in kinds_of_stem and len(kinds_of_stem) > 1
+    ]
     if len(pairs) > 1:
         raise DataError(
-            f"{where}: {quoted(sorted(kinds))}: unclear whether these are classes, or splits of "
-            f"the classes {quoted(pairs)}. For classes, set {_AS_CLASSES}; for splits, move them "
-            f"to train/{pairs[0]}, val/{pairs[0]} and so on"
+            f"{where}: {quote_and_join(sorted(kinds))}: unclear whether these are classes, or "
+            f"splits of the classes {quote_and_join(pairs)}. For classes, set {_AS_CLASSES}; for "
+            f"splits, move them to train/{pairs[0]}, val/{pairs[0]} and so on"
         )
 
 
-def _check_foreign(tree: _Tree, where: str) -> None:
+def _check_split_named_class(tree: _Tree, where: str) -> None:
     """Raises DataError if a class that is called like a split has folders of the other classes."""
     folders = {folder: class_name(folder) for folder in tree if folder}
     for folder, name in folders.items():
-        if _kind(folder) and (set(folders.values()) - {name}) & _names_inside(folder, tree):
+        if _kind(folder) and (set(folders.values()) - {name}) & _class_names_in(folder, tree):
             raise DataError(
                 f"{where}: {folder!r} contains folders with the same names as the folders next to "
                 "it. If it is a split, move the training classes into train/; if it is a class, "
@@ -539,59 +572,61 @@ def _check_classes(tree: _Tree, where: str) -> None:
     names = {folder: class_name(folder) for folder in tree if folder}
     known = set(names.values())
     for name in known:
-        if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
+        if (copy := _COPY_NAME.fullmatch(name)) and (
+            of := copy["after"] or copy["before"]
+        ) in known:
             raise DataError(
                 f"{where}: {name!r} looks like a copy of {of!r}, next to it. Move it away; if it "
                 f"is a separate class, set {_AS_CLASSES}"
             )
     for folder, name in names.items():
         inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
-        found = {part for path in inner for part in map(class_name, path.split("/")[1:])}
-        if repeated := sorted((known & found) - {name}):
+        inner_names = {part for path in inner for part in map(class_name, path.split("/")[1:])}
+        if repeated := sorted((known & inner_names) - {name}):
             place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
             raise DataError(
                 f"{where}: {folder!r} looks like a copy of the folders next to it: it also "
-                f"contains {quoted(repeated)}. Move it away, or set "
+                f"contains {quote_and_join(repeated)}. Move it away, or set "
                 f"config.data.source={where}/{place.rpartition('/')[0]} to use only the copy; if "
                 f"it is a separate class, set {_AS_CLASSES}"
             )
-    inside = {folder: _names_inside(folder, tree) for folder in names}
+    inside = {folder: _class_names_in(folder, tree) for folder in names}
     deep = [folder for folder in names if len(inside[folder]) > 1]
     for one, two in itertools.combinations(deep, 2):
         if len(shared := sorted(inside[one] & inside[two])) > 1:
-            raise _either(sorted(names), one, two, shared, where)
+            raise _ambiguous_layout_error(sorted(names), one, two, shared, where)
 
 
-def _either(
+def _ambiguous_layout_error(
     folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
 ) -> DataError:
     """Returns the error for folders that may be classes, or versions of the same classes."""
     if any(_kind(name) == TRAIN for name in shared):
         other = (
-            f"or each class is split inside into {quoted(shared)}; if so, make the splits the "
-            f"outer folders, as in {shared[0]}/{one}"
+            f"or each class is split inside into {quote_and_join(shared)}; if so, make the splits "
+            f"the outer folders, as in {shared[0]}/{one}"
         )
     else:
         other = (
-            f"or they are versions of one data set with the classes {quoted(shared)}; if so, use "
-            f"one of them, such as config.data.source={where}/{one}"
+            f"or they are versions of one data set with the classes {quote_and_join(shared)}; if "
+            f"so, use one of them, such as config.data.source={where}/{one}"
         )
     return DataError(
         f"{where}: {one!r} and {two!r} contain folders with the same names. Either "
-        f"{quoted(folders)} are the classes and the folders inside do not matter; if so, set "
-        f"{_AS_CLASSES}. {other[0].upper()}{other[1:]}"
+        f"{quote_and_join(folders)} are the classes and the folders inside do not matter; if so, "
+        f"set {_AS_CLASSES}. {other[0].upper()}{other[1:]}"
     )
 
 
-def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
+def _class_files(start: str, tree: _Tree, where: str) -> list[LabeledFile]:
     """Returns the files of class folders; `start` is what their paths begin with."""
-    if pictures := _loose_pictures(tree):
+    if pictures := _loose_images(tree):
         raise DataError(
             f"{where}: {len(pictures):,} images are not in a class folder, such as "
-            f"{shown(pictures[0])}. {_EXPECTED}"
+            f"{escape_for_display(pictures[0])}. {_EXPECTED}"
         )
     return [
-        Entry(start + file, label)
+        LabeledFile(start + file, label)
         for folder in tree
         if folder
         for label in [class_name(folder)]
@@ -600,16 +635,20 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
     ]
 
 
-def _loose_pictures(tree: _Tree) -> list[str]:
+def _loose_images(tree: _Tree) -> list[str]:
     """Returns the files in no folder that are pictures by their name; others may lie there."""
-    return [file for file in tree.get("", ()) if named_as_picture(file)]
+    return [file for file in tree.get("", ()) if has_image_extension(file)]
 
 
-def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...]:
+def _classes(tree: _Tree, where: str, ignored: Sequence[str]) -> tuple[str, ...]:
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
-        without = f" Ignored: {listed([shown(path) for path in left_out])}." if left_out else ""
-        inside = opening.archives_inside(tree.get("", ()))
+        without = (
+            f" Ignored: {join_truncated([escape_for_display(path) for path in ignored])}."
+            if ignored
+            else ""
+        )
+        inside = opening.mention_archives(tree.get("", ()))
         raise DataError(f"{where}: contains no class folders.{inside}{without} {_EXPECTED}")
     if len(classes) == 1:
         raise DataError(
@@ -625,13 +664,15 @@ def class_name(folder: str) -> str:
     Names that look the same, apart from spaces around them, are one class: systems write letters
     with accents in two ways, which can differ between two folders of one source.
     """
-    return unicodedata.normalize("NFC", shown(folder)).strip() or "(blank)"
+    return unicodedata.normalize("NFC", escape_for_display(folder)).strip() or "(blank)"
 
 
-def shown(file: str) -> str:
+def escape_for_display(file: str) -> str:
     """Returns a path as text of one line: what is not UTF-8 and what breaks lines is escaped."""
     text = file.encode("utf-8", "backslashreplace").decode()
-    return "".join(_escaped(c) if unicodedata.category(c) in _BREAKS else c for c in text)
+    return "".join(
+        _escaped(c) if unicodedata.category(c) in _CONTROL_CATEGORIES else c for c in text
+    )
 
 
 def _escaped(character: str) -> str:
@@ -639,12 +680,12 @@ def _escaped(character: str) -> str:
 
 
 def hold_out(
-    entries: Sequence[Entry], share: float, *, root: str = ""
-) -> tuple[list[Entry], list[Entry]]:
+    entries: Sequence[LabeledFile], fraction: float, *, root: str = ""
+) -> tuple[list[LabeledFile], list[LabeledFile]]:
     """Divides images into those to train on and those to evaluate on.
 
     Of each class the images with the smallest SHA-256 of their path below `root` are held out,
-    `share` of them rounded, but at least one, and never all: a class of one image keeps it for
+    `fraction` of them rounded, but at least one, and never all: a class of one image keeps it for
     training. So a folder and its archive, in which the folder itself may be the outermost one, are
     divided alike, however a system writes letters with accents.
 
@@ -656,29 +697,29 @@ def hold_out(
     Returns:
       (training, evaluation), each in the order of `entries`.
     """
-    by_class: dict[str, list[Entry]] = {}
+    by_class: dict[str, list[LabeledFile]] = {}
     for entry in entries:
         by_class.setdefault(entry.label, []).append(entry)
-    held: set[Entry] = set()
+    held: set[LabeledFile] = set()
     for members in by_class.values():
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        held.update(sorted(members, key=lambda entry: _rank(entry, root))[:count])
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held.update(sorted(members, key=lambda entry: _holdout_rank(entry, root))[:count])
     training = [entry for entry in entries if entry not in held]
     return training, [entry for entry in entries if entry in held]
 
 
-def _rank(entry: Entry, root: str) -> tuple[bytes, str]:
+def _holdout_rank(entry: LabeledFile, root: str) -> tuple[bytes, str]:
     path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
     # Two files may differ in how an accent is written alone.
     return hashlib.sha256(os.fsencode(path)).digest(), entry.file
 
 
-def listed(texts: Sequence[str], limit: int = _NAMED) -> str:
+def join_truncated(texts: Sequence[str], limit: int = _MAX_NAMED) -> str:
     """Returns up to `limit` texts, and how many more there are."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
 
-def quoted(names: Sequence[str], limit: int = _NAMED) -> str:
+def quote_and_join(names: Sequence[str], limit: int = _MAX_NAMED) -> str:
     """Returns up to `limit` names in quotes, and how many more there are."""
-    return listed([repr(name) for name in names], limit)
+    return join_truncated([repr(name) for name in names], limit)

@@ -15,11 +15,11 @@ from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
 # Images that one thread checks at a time, one by one.
-_CHECKED = 16
+_CHECK_CHUNK_SIZE = 16
 # Images that one thread reads at a time, and then holds: of a user's photos, some 10 MB each.
-_READ = 2
+_READ_CHUNK_SIZE = 2
 # How many unreadable files the metadata name.
-_NAMED = 100
+_MAX_NAMED = 100
 
 
 # TFDS has a builder of this name, which is no base for this one: it needs TensorFlow.
@@ -49,7 +49,11 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         archive_encoding: str,
         **kwargs: Any,
     ) -> None:
-        self._val_fraction, self._on_unreadable, self._reading = val_fraction, on_unreadable, layout
+        self._val_fraction, self._on_unreadable, self._layout_mode = (
+            val_fraction,
+            on_unreadable,
+            layout,
+        )
         self._encoding = archive_encoding
         super().__init__(**kwargs)
 
@@ -67,47 +71,47 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._files = folders.open_source(
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
         )
-        layout = folders.layout(self._files, self._reading)
+        layout = folders.layout(self._files, self._layout_mode)
         self._log_layout(layout)
-        self._divide(layout)
+        self._make_splits(layout)
 
     def _log_layout(self, layout: folders.Layout) -> None:
         if layout.folders:
             named = [f"{split} = {folder!r}" for split, folder in layout.folders.items()]
             self.log(f"{self._files.path}: splits: {', '.join(named)}")
-        if layout.left_out:
-            named = [folders.shown(path) for path in layout.left_out]
+        if layout.ignored:
+            named = [folders.escape_for_display(path) for path in layout.ignored]
             paths = f"{len(named):,} path{'s' * (len(named) > 1)}"
             self.log(
                 f"{self._files.path}: ignored {paths} (system and editor files, this program's "
-                f"output, notes and the like): {folders.listed(named)}"
+                f"output, notes and the like): {folders.join_truncated(named)}"
             )
-        if layout.without_pictures:
+        if layout.imageless_folders:
             self.log(
-                f"{self._files.path}: {folders.quoted(layout.without_pictures)}: no images, so "
-                "not used as a class"
+                f"{self._files.path}: {folders.quote_and_join(layout.imageless_folders)}: no "
+                "images, so not used as a class"
             )
 
-    def _divide(self, layout: folders.Layout) -> None:
+    def _make_splits(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
         problems, self._bit_depth = self._inspect(entries)
         if problems and self._on_unreadable == "refuse":
             raise DataError(
-                f"{self._listed(problems, len(entries))}\nFix or remove these files, or set "
-                "config.data.on_unreadable=skip to skip them"
+                f"{self._describe_problems(problems, len(entries))}\nFix or remove these files, "
+                "or set config.data.on_unreadable=skip to skip them"
             )
         splits = {
             split: [entry for entry in members if entry.file not in problems]
             for split, members in layout.splits.items()
         }
         # What the content depends on besides the files: only this is compared with later settings.
-        self._settings: dict[str, Any] = {"layout": self._reading}
+        self._settings: dict[str, Any] = {"layout": self._layout_mode}
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
         if problems:
-            self.log(f"{self._listed(problems, len(entries))}\nSkipping these files")
+            self.log(f"{self._describe_problems(problems, len(entries))}\nSkipping these files")
             self._settings["on_unreadable"] = self._on_unreadable
-        if not layout.divided:
+        if not layout.has_validation:
             self._settings["val_fraction"] = self._val_fraction
             train, held = folders.hold_out(
                 splits[folders.TRAIN], self._val_fraction, root=layout.root
@@ -125,7 +129,9 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._bytes = sum(self._files.sizes[entry.file] for entry in entries)
         self._check_counts()
 
-    def _inspect(self, entries: Sequence[folders.Entry]) -> tuple[dict[str, decode.Problem], int]:
+    def _inspect(
+        self, entries: Sequence[folders.LabeledFile]
+    ) -> tuple[dict[str, decode.Problem], int]:
         """Decodes all files once.
 
         Returns:
@@ -135,8 +141,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         problems: dict[str, decode.Problem] = {}
         depths: dict[str, int] = {}
         with Progress(f"{self.name}: checking images", len(entries), log=self.log) as progress:
-            found = decode.threaded_map(self._inspect_file, entries, _CHECKED)
-            for entry, (problem, bits) in zip(entries, found, strict=True):
+            inspections = decode.threaded_map(self._inspect_file, entries, _CHECK_CHUNK_SIZE)
+            for entry, (problem, bits) in zip(entries, inspections, strict=True):
                 if problem is not None:
                     problems[entry.file] = problem
                 if bits:
@@ -156,29 +162,29 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             self.log(
                 f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits per "
                 f"channel use {most} bits or fewer and are almost black compared to the others: "
-                f"{folders.listed([folders.shown(file) for file in dark])}. If the others, such "
-                f"as {folders.shown(brightest)}, merely have hot pixels, set "
-                f"config.data.bit_depth={most}; if they are from another camera, scale all images "
-                "to 8 bits first"
+                f"{folders.join_truncated([folders.escape_for_display(file) for file in dark])}. "
+                f"If the others, such as {folders.escape_for_display(brightest)}, merely have hot "
+                f"pixels, set config.data.bit_depth={most}; if they are from another camera, "
+                "scale all images to 8 bits first"
             )
         return problems, bit_depth
 
-    def _inspect_file(self, entry: folders.Entry) -> decode.Inspection:
+    def _inspect_file(self, entry: folders.LabeledFile) -> decode.Inspection:
         try:
             data = self._files.read(entry.file)
         except DataError as error:
-            return decode.Inspection(decode.Problem(_reason(error), "replace or remove it"))
+            return decode.Inspection(decode.Problem(_read_error(error), "replace or remove it"))
         return decode.inspect(data, entry.file)
 
-    def _listed(self, problems: dict[str, decode.Problem], count: int) -> str:
+    def _describe_problems(self, problems: dict[str, decode.Problem], count: int) -> str:
         """Returns which files have problems, a line for each kind, the most frequent first."""
         kinds: dict[tuple[str, str], list[str]] = {}
         for file, problem in problems.items():
             detail = f" ({problem.detail})" if problem.detail else ""
             named = kinds.setdefault((problem.kind, problem.advice), [])
-            named.append(f"{folders.shown(file)}{detail}")
+            named.append(f"{folders.escape_for_display(file)}{detail}")
         lines = [
-            f"\n  {kind} ({len(named):,}): {folders.listed(named)}. {advice}"
+            f"\n  {kind} ({len(named):,}): {folders.join_truncated(named)}. {advice}"
             for (kind, advice), named in sorted(kinds.items(), key=lambda each: -len(each[1]))
         ]
         return (
@@ -191,8 +197,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         if empty := [name for name in self._classes if not counts[name]]:
             raise DataError(
                 f"{self._files.path}: {len(empty):,} of {len(self._classes):,} classes have no "
-                f"training images: {folders.quoted(empty)}. Add images, or remove the class "
-                "folders"
+                f"training images: {folders.quote_and_join(empty)}. Add images, or remove the "
+                "class folders"
             )
         if not self._splits[folders.VALIDATION]:
             raise DataError(
@@ -200,7 +206,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 "least one class has two, or add val/ with one folder per class"
             )
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names; the source, the settings that counted, and what was left out."""
         metadata = {
             "source": str(self._files.path.absolute()),
@@ -208,7 +214,9 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             "settings": self._settings,
             "bit_depth": self._bit_depth,
             "unreadable_count": len(self._skipped),
-            "unreadable_files": [folders.shown(file) for file in self._skipped][:_NAMED],
+            "unreadable_files": [folders.escape_for_display(file) for file in self._skipped][
+                :_MAX_NAMED
+            ],
         }
         return self._classes, metadata
 
@@ -216,16 +224,20 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         """Returns the size of all images, bytes."""
         return self._bytes
 
-    def examples(self, items: Sequence[folders.Entry]) -> Generator[base.KeyedExample, None, None]:
+    def examples(
+        self, items: Sequence[folders.LabeledFile]
+    ) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read in threads."""
         label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
-        contents = decode.threaded_map(lambda entry: self._files.read(entry.file), items, _READ)
+        contents = decode.threaded_map(
+            lambda entry: self._files.read(entry.file), items, _READ_CHUNK_SIZE
+        )
         for entry, data in zip(items, contents, strict=True):
-            name = folders.shown(entry.file)
+            name = folders.escape_for_display(entry.file)
             yield name, {"image": data, "label": label[entry.label], "file_name": name}
 
 
-def _reason(error: DataError) -> str:
+def _read_error(error: DataError) -> str:
     """Returns why a file cannot be read, without its path and a remedy, which the list has."""
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 
 from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base
-from inception_jax.datasets.sources.files import MOST_BYTES
+from inception_jax.datasets.sources.files import MAX_BYTES
 from inception_jax.datasets.sources.tar_source import decompressor
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
@@ -42,10 +42,10 @@ _CITATION = """@article{ILSVRC15,
   volume = {115}, number = {3}, pages = {211--252}, year = {2015},
 }"""
 # Images that one thread reads and checks at a time: some 10 ms of work.
-_PIECE = 8
+_CHUNK_SIZE = 8
 
 
-class Official(NamedTuple):
+class OfficialMetadata(NamedTuple):
     """What the official files hold.
 
     Attributes:
@@ -59,7 +59,7 @@ class Official(NamedTuple):
     train_images: int
 
 
-class Entry(NamedTuple):
+class ArchivedImage(NamedTuple):
     """One image: its file name, its class id, and where it lies in which open archive, bytes."""
 
     file: str
@@ -69,14 +69,14 @@ class Entry(NamedTuple):
     size: int
 
 
-def official() -> Official:
+def official_metadata() -> OfficialMetadata:
     """Returns what the official files hold, from the lists that TFDS comes with."""
     folder = pathlib.Path(tfds.core.tfds_path("datasets/imagenet2012"))
     wnids, validation = (
         tuple((folder / file).read_text().split())
         for file in ("labels.txt", "validation_labels.txt")
     )
-    return Official(wnids, validation, TRAIN_IMAGES)
+    return OfficialMetadata(wnids, validation, TRAIN_IMAGES)
 
 
 # TFDS takes this argument where a subclass is defined, which its types do not say.
@@ -96,7 +96,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
 
     def open(self) -> None:
         """Opens the two archives and lists what is in them."""
-        self._official = official()
+        self._metadata = official_metadata()
         paths = [self._locate() / name for name in (TRAIN, VALIDATION)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise DataError(
@@ -109,7 +109,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         self._paths = paths
         self._descriptors = []
         for path in paths:
-            self._descriptors.append(_descriptor(path))
+            self._descriptors.append(_open_descriptor(path))
         self._splits = {"train": self._train(), "validation": self._validation()}
 
     def _locate(self) -> pathlib.Path:
@@ -120,43 +120,47 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         # One of the two archives may be given for both.
         return path.parent if path.is_file() else path
 
-    def _train(self) -> list[Entry]:
+    def _train(self) -> list[ArchivedImage]:
         """Lists the training images and checks their number and classes."""
-        path, entries, found = self._paths[0], [], set()
-        with _opened(path) as outer:
-            for file in _files(outer):
+        path, entries, wnids = self._paths[0], [], set()
+        with _open_tar(path) as outer:
+            for file in _regular_files(outer):
                 wnid = pathlib.PurePosixPath(file.name).stem
-                found.add(wnid)
+                wnids.add(wnid)
                 with tarfile.open(fileobj=outer.extractfile(file), mode="r:") as inner:
                     entries += [
-                        Entry(image.name, wnid, 0, file.offset_data + image.offset_data, image.size)
-                        for image in _files(inner)
+                        ArchivedImage(
+                            image.name, wnid, 0, file.offset_data + image.offset_data, image.size
+                        )
+                        for image in _regular_files(inner)
                     ]
-        missing = sorted(set(self._official.wnids) - found)
-        extra = sorted(found - set(self._official.wnids))
-        if missing or extra or len(entries) != self._official.train_images:
-            raise self._incomplete(
+        missing = sorted(set(self._metadata.wnids) - wnids)
+        extra = sorted(wnids - set(self._metadata.wnids))
+        if missing or extra or len(entries) != self._metadata.train_images:
+            raise self._incomplete_error(
                 path,
-                f"{len(entries):,} images (expected {self._official.train_images:,}), "
+                f"{len(entries):,} images (expected {self._metadata.train_images:,}), "
                 f"{len(missing)} missing classes{_such_as(missing)} and {len(extra)} unknown ones"
                 f"{_such_as(extra)}",
             )
         return entries
 
-    def _validation(self) -> list[Entry]:
-        path, wnids = self._paths[1], self._official.validation
-        with _opened(path) as archive:
-            files = sorted(_files(archive), key=lambda file: file.name)
+    def _validation(self) -> list[ArchivedImage]:
+        path, wnids = self._paths[1], self._metadata.validation
+        with _open_tar(path) as archive:
+            files = sorted(_regular_files(archive), key=lambda file: file.name)
         if len(files) != len(wnids):
-            raise self._incomplete(path, f"{len(files):,} images (expected {len(wnids):,})")
+            raise self._incomplete_error(path, f"{len(files):,} images (expected {len(wnids):,})")
         return [
-            Entry(pathlib.PurePosixPath(file.name).name, wnid, 1, file.offset_data, file.size)
+            ArchivedImage(
+                pathlib.PurePosixPath(file.name).name, wnid, 1, file.offset_data, file.size
+            )
             for file, wnid in zip(files, wnids, strict=True)
         ]
 
-    def _incomplete(self, path: pathlib.Path, found: str) -> DataError:
+    def _incomplete_error(self, path: pathlib.Path, contents: str) -> DataError:
         return DataError(
-            f"{path}: not the official archive: it contains {found}. Download it again"
+            f"{path}: not the official archive: it contains {contents}. Download it again"
         )
 
     def close(self) -> None:
@@ -164,33 +168,33 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         for file in self.__dict__.pop("_descriptors", []):
             os.close(file)
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class ids and the source."""
-        return self._official.wnids, {"source": str(self._paths[0].parent.absolute())}
+        return self._metadata.wnids, {"source": str(self._paths[0].parent.absolute())}
 
     def source_bytes(self) -> int:
         """Returns the size of all images, bytes."""
         return sum(entry.size for entries in self._splits.values() for entry in entries)
 
-    def examples(self, items: Sequence[Entry]) -> Generator[base.KeyedExample, None, None]:
+    def examples(self, items: Sequence[ArchivedImage]) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
-        contents = decode.threaded_map(self._read, items, _PIECE)
+        contents = decode.threaded_map(self._read, items, _CHUNK_SIZE)
         for entry, data in zip(items, contents, strict=True):
             yield entry.file, {"image": data, "label": entry.wnid, "file_name": entry.file}
 
-    def _read(self, entry: Entry) -> bytes:
+    def _read(self, entry: ArchivedImage) -> bytes:
         path = self._paths[entry.archive]
-        if entry.size > MOST_BYTES:
+        if entry.size > MAX_BYTES:
             raise DataError(
                 f"{path}: {entry.file} has {entry.size:,} bytes; a file can have at most "
-                f"{MOST_BYTES:,}. Download the archive again"
+                f"{MAX_BYTES:,}. Download the archive again"
             )
         data = os.pread(self._descriptors[entry.archive], entry.size, entry.offset)
         decode.verify(data, f"{path}: {entry.file}")
         return data
 
 
-def _descriptor(path: pathlib.Path) -> int:
+def _open_descriptor(path: pathlib.Path) -> int:
     """Opens a file to be read at any place."""
     try:
         return os.open(path, os.O_RDONLY)
@@ -201,7 +205,7 @@ def _descriptor(path: pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
+def _open_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
     """Opens an uncompressed tar archive, whose damage is a DataError."""
     if opener := decompressor(path):
         raise DataError(
@@ -218,7 +222,7 @@ def _opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
         ) from error
 
 
-def _files(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+def _regular_files(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
     """Returns the files of an archive; reads headers only."""
     return [member for member in archive if member.isfile()]
 

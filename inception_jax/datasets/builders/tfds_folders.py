@@ -13,13 +13,13 @@ from inception_jax.errors import ConfigError, DataError, nearest
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>[A-Za-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
-_ANSWER = (
+_EXPECTED = (
     "must be the name of a TFDS data set, such as cifar100, oxford_flowers102:2.1.1 or "
     "NAME/CONFIG:VERSION"
 )
 
 
-class Place(NamedTuple):
+class PreparedLocation(NamedTuple):
     """Where a prepared data set is: its name and configuration ('': none), version and folder."""
 
     name: str
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 def problems(data: config.Data) -> Iterator[str]:
     """Yields what is wrong with the settings."""
     if not _NAME.fullmatch(data.tfds):
-        yield f"config.data.tfds = {data.tfds!r}: {_ANSWER}"
+        yield f"config.data.tfds = {data.tfds!r}: {_EXPECTED}"
 
 
 def locate(
@@ -51,7 +51,7 @@ def locate(
     return f"tfds-{place.title.replace('/', '-')}", place.version
 
 
-def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Place:
+def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> PreparedLocation:
     """Returns where the data set is that `config.data.tfds` names.
 
     Of several versions it is the newest, and of configurations the only one.
@@ -61,11 +61,11 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Plac
       DataError: if nothing is prepared, with the command that does it.
     """
     if not (match := _NAME.fullmatch(text)):
-        raise ConfigError(f"config.data.tfds = {text!r}: {_ANSWER}")
+        raise ConfigError(f"config.data.tfds = {text!r}: {_EXPECTED}")
     name, chosen = match["name"], match["config"] or ""
     folder, versions = directory / name / chosen, _versions(directory / name / chosen)
     if not versions and not chosen:
-        configs = [path.name for path in _inside(folder) if _versions(path)]
+        configs = [path.name for path in _subfolders(folder) if _versions(path)]
         if len(configs) > 1:
             raise ConfigError(
                 f"config.data.tfds = {text!r}: {folder} contains several configurations: "
@@ -76,7 +76,7 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Plac
             versions = _versions(folder)
     if not versions:
         command = f"tfds build {text} --file_format=array_record --data_dir={directory}"
-        prepared = [path.name for path in _inside(directory)]
+        prepared = [path.name for path in _subfolders(directory)]
         raise DataError(
             f"config.data.tfds = {text!r}: no prepared data set in "
             f"{folder}.{nearest(name, prepared)} Prepare it once in an environment with "
@@ -93,18 +93,18 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Plac
             f"{folder}: contains the versions {', '.join(versions)}; using the newest, {version} "
             f"(set config.data.tfds={text}:{versions[0]} for another)"
         )
-    return Place(name, chosen, version, folder / version)
+    return PreparedLocation(name, chosen, version, folder / version)
 
 
 def _versions(folder: pathlib.Path) -> list[str]:
     """Returns the versions that are prepared in a folder, rising."""
-    found = [
+    versions = [
         path.name
-        for path in _inside(folder)
+        for path in _subfolders(folder)
         if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").exists()
     ]
-    return sorted(found, key=lambda version: tuple(map(int, version.split("."))))
+    return sorted(versions, key=lambda version: tuple(map(int, version.split("."))))
 
 
-def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
+def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

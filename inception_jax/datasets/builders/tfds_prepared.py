@@ -18,9 +18,9 @@ from inception_jax.datasets.records import Fields, Records
 from inception_jax.errors import DataError
 
 # Features that name an example, in the order of preference.
-_NAMES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
+_NAME_FEATURES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
 # Images that one thread inspects at a time.
-_PIECE = 16
+_CHUNK_SIZE = 16
 
 
 class PreparedTfds:
@@ -57,24 +57,24 @@ class PreparedTfds:
         labels = [
             key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)
         ]
-        found = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
+        described = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
         if keys is None and len(images) == len(labels) == 1:
             keys = images[0], labels[0]
         if keys is None or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
             raise DataError(
                 f"{self.data_dir}: does not define which features are image and label "
-                f"(supervised_keys = {keys}); its features are {found}. Register a custom data "
+                f"(supervised_keys = {keys}); its features are {described}. Register a custom data "
                 "set that reads it, with register_dataset"
             )
         image, label = keys
         if image not in images:
             raise DataError(
-                f"{self.data_dir}: feature {image!r} is not an image; the features are {found}"
+                f"{self.data_dir}: feature {image!r} is not an image; the features are {described}"
             )
         if label not in labels:
             raise DataError(
                 f"{self.data_dir}: feature {label!r} is not a ClassLabel; the features are "
-                f"{found}. Other targets, such as numbers or several labels per image, are not "
+                f"{described}. Other targets, such as numbers or several labels per image, are not "
                 "supported"
             )
         if features[image].np_dtype not in (np.uint8, np.uint16):
@@ -82,7 +82,7 @@ class PreparedTfds:
                 f"{self.data_dir}: feature {image!r} has dtype "
                 f"{np.dtype(features[image].np_dtype)}; must be uint8 or uint16"
             )
-        name = next((each for each in _NAMES if _is_name(features.get(each))), "")
+        name = next((each for each in _NAME_FEATURES if _is_name(features.get(each))), "")
         return Fields(image, label, name)
 
     @property
@@ -98,12 +98,12 @@ class PreparedTfds:
         depth = 0
         for split, known in self.info.splits.items():
             records = Records(self.files(split), self.fields)
-            inspect = functools.partial(_bit_depth, records)
+            inspect = functools.partial(_max_bit_depth, records)
             label = f"{self.name}: inspecting {split}"
             with Progress(label, known.num_examples, log=self._log) as progress:
-                for piece in decode.pieces(range(known.num_examples), _PIECE):
-                    depth = max(depth, inspect(piece))
-                    progress.update(len(piece))
+                for chunk in decode.chunks(range(known.num_examples), _CHUNK_SIZE):
+                    depth = max(depth, inspect(chunk))
+                    progress.update(len(chunk))
         return {"bit_depth": depth}
 
     def is_prepared(self) -> bool:
@@ -119,9 +119,11 @@ class PreparedTfds:
         return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
 
 
-def _bit_depth(records: Records, indices: Sequence[int]) -> int:
-    found = [decode.inspect(each.image, each.file_name) for each in records.read(list(indices))]
-    return max(each.bit_depth for each in found)
+def _max_bit_depth(records: Records, indices: Sequence[int]) -> int:
+    inspections = [
+        decode.inspect(each.image, each.file_name) for each in records.read(list(indices))
+    ]
+    return max(each.bit_depth for each in inspections)
 
 
 def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:

@@ -30,7 +30,7 @@ _CITATION = """@misc{le2015tiny,
   year = {2015},
 }"""
 # Images that one thread reads and checks at a time: some 5 ms of work.
-_PIECE = 64
+_CHUNK_SIZE = 64
 
 
 class TinyImagenetSubset(base.ImageBuilder):
@@ -76,7 +76,7 @@ class TinyImagenetSubset(base.ImageBuilder):
     def _check_counts(self, index: layout.Index) -> None:
         """Raises DataError if the numbers of images are not those that they have to be."""
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names in the order of the sorted wnids; the wnids and the source."""
         metadata = {
             "wnids": list(self._index.wnids),
@@ -89,10 +89,12 @@ class TinyImagenetSubset(base.ImageBuilder):
         """Returns the size of all images, bytes."""
         return sum(self._files.sizes.values())
 
-    def examples(self, items: Sequence[layout.Entry]) -> Generator[base.KeyedExample, None, None]:
+    def examples(
+        self, items: Sequence[layout.IndexedImage]
+    ) -> Generator[base.KeyedExample, None, None]:
         """Yields the images, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
-        contents = decode.threaded_map(self._read, items, _PIECE)
+        contents = decode.threaded_map(self._read, items, _CHUNK_SIZE)
         for entry, data in zip(items, contents, strict=True):
             yield (
                 entry.file,
@@ -105,7 +107,7 @@ class TinyImagenetSubset(base.ImageBuilder):
                 },
             )
 
-    def _read(self, entry: layout.Entry) -> bytes:
+    def _read(self, entry: layout.IndexedImage) -> bytes:
         data = self._files.read(entry.path)
         decode.verify(data, f"{self._files.path}: {entry.path}")
         return data
@@ -127,20 +129,20 @@ class TinyImagenet(TinyImagenetSubset):
         return download.fetch(URL, target, size=BYTES, md5=MD5, log=self.log)
 
     def _check_counts(self, index: layout.Index) -> None:
-        found = {"classes": len(index.wnids)}
-        found |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
+        counts = {"classes": len(index.wnids)}
+        counts |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
         expected = {
             "classes": 200,
             "train images": 100_000,
             "validation images": 10_000,
         }
         # Nothing is trained or evaluated on the test images, whose classes are not published.
-        if "test images" in found:
+        if "test images" in counts:
             expected["test images"] = 10_000
         wrong = [
-            f"{found[what]:,} {what} (expected {count:,})"
+            f"{counts[what]:,} {what} (expected {count:,})"
             for what, count in expected.items()
-            if found[what] != count
+            if counts[what] != count
         ]
         per_class = collections.Counter(entry.wnid for entry in index.splits["train"])
         wrong += [

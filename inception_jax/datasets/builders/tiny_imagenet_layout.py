@@ -39,10 +39,10 @@ _PARTS = (_WNIDS, _WORDS, "train/", "val/", "test/")
 _CLASS_FOLDER = re.compile(r"(?:(.*)/)?train/n\d{8}/")
 _CLASS_ID = re.compile(r"n\d{8}")
 NO_BOX = (-1, -1, -1, -1)
-Box = tuple[int, int, int, int]
+BoundingBox = tuple[int, int, int, int]
 
 
-class Entry(NamedTuple):
+class IndexedImage(NamedTuple):
     """One image.
 
     Attributes:
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
     file: str
     wnid: str
-    box: Box
+    box: BoundingBox
     path: str
 
 
@@ -71,11 +71,11 @@ class Index:
 
     wnids: tuple[str, ...]
     class_names: tuple[str, ...]
-    splits: dict[str, list[Entry]]
+    splits: dict[str, list[IndexedImage]]
     remarks: tuple[str, ...] = ()
 
 
-def _root(source: Source) -> str:
+def _find_root(source: Source) -> str:
     """Returns the folder in a source that holds wnids.txt or train/: '' or ending in '/'.
 
     Of several, as in an archive that holds a copy of itself, it is the outermost one.
@@ -91,8 +91,8 @@ def _root(source: Source) -> str:
         raise DataError(
             f"{source.path}: not Tiny ImageNet: neither {_WNIDS} nor a train/ folder with class "
             "ids, such as n01443537, was found (contents: "
-            f"{folders.listed(names) or 'none'}).{opening.archives_inside(source.sizes)} Set "
-            f"config.data.source to {FOLDER}.zip or the extracted folder {FOLDER}; for other "
+            f"{folders.join_truncated(names) or 'none'}).{opening.mention_archives(source.sizes)} "
+            f"Set config.data.source to {FOLDER}.zip or the extracted folder {FOLDER}; for other "
             "images, set config.data.name=image_folder"
         )
     return min(roots, key=lambda root: (root.count("/"), root))
@@ -114,9 +114,9 @@ def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = 
             f"config.data.source = {str(path)!r}: no such file or folder; set it to {FOLDER}.zip "
             "or the extracted folder, or leave it empty to download the official archive"
         )
-    source = opening.open_path(path, hidden=folders.hidden, scratch=scratch)
+    source = opening.open_path(path, is_hidden=folders.is_hidden, scratch=scratch)
     try:
-        source.enter(_root(source))
+        source.enter(_find_root(source))
     except DataError:
         source.close()
         raise
@@ -143,7 +143,7 @@ def fingerprint(source: Source) -> str:
     return source.fingerprint(file for file in source.sizes if file.startswith(_PARTS))
 
 
-def _lines(source: Source, file: str) -> list[list[str]]:
+def _read_table(source: Source, file: str) -> list[list[str]]:
     """Returns a text file's lines, split at tabs, without empty ones."""
     try:
         text = source.read(file).decode("utf-8-sig")
@@ -154,7 +154,7 @@ def _lines(source: Source, file: str) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines() if line.strip()]
 
 
-def _box(fields: list[str], where: str) -> Box:
+def _parse_box(fields: list[str], where: str) -> BoundingBox:
     try:
         x0, y0, x1, y1 = map(int, fields)
     except ValueError as error:
@@ -165,7 +165,7 @@ def _box(fields: list[str], where: str) -> Box:
     return x0, y0, x1, y1
 
 
-def _compare(
+def _check_same_images(
     source: Source, where: str, *, listed: set[str], present: set[str], optional: bool = False
 ) -> None:
     """Raises DataError if the images that a text file lists are not those that are there."""
@@ -184,25 +184,25 @@ def _compare(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Image:
+class _SourceImage:
     """An image in the source: its path there, and the class folder that it lies in ('': none)."""
 
     path: str
     wnid: str
 
 
-def _official(folder: str, name: str) -> str:
+def _official_path(folder: str, name: str) -> str:
     """Returns an image's path in the official layout, where all names end in .JPEG."""
     return f"{folder}/images/{os.path.splitext(name)[0]}.JPEG"
 
 
-def _images(source: Source, split: str) -> dict[str, _Image]:
+def _images(source: Source, split: str) -> dict[str, _SourceImage]:
     """Returns a split's images by their official paths.
 
     Raises:
       DataError: if an image lies where none is expected, or two would have the same path.
     """
-    found: list[tuple[str, _Image]] = []
+    named_images: list[tuple[str, _SourceImage]] = []
     for file in sorted(source.sizes):
         if not file.startswith(f"{split}/") or not file.lower().endswith((".jpeg", ".jpg")):
             continue
@@ -214,14 +214,14 @@ def _images(source: Source, split: str) -> dict[str, _Image]:
                 f"{source.path}: unexpected image {file}; images in {split}/ must be in {where}. "
                 "Move it away, or download the archive again"
             )
-        found.append((name, _Image(file, below[0] if below else "")))
+        named_images.append((name, _SourceImage(file, below[0] if below else "")))
     # Others' images may have equal names in several classes. Then the class belongs to the name.
-    classed = {(name, image.wnid) for name, image in found if image.wnid}
+    classed = {(name, image.wnid) for name, image in named_images if image.wnid}
     by_class = split == "train" or len({name for name, _ in classed}) < len(classed)
-    images: dict[str, _Image] = {}
-    for name, image in found:
+    images: dict[str, _SourceImage] = {}
+    for name, image in named_images:
         folder = f"{split}/{image.wnid}" if by_class and image.wnid else split
-        official = _official(folder, name)
+        official = _official_path(folder, name)
         other = images.get(official)
         if other and source.sizes[other.path] != source.sizes[image.path]:
             raise DataError(
@@ -234,7 +234,7 @@ def _images(source: Source, split: str) -> dict[str, _Image]:
     return images
 
 
-def _train(source: Source, remarks: list[str]) -> dict[str, list[Entry]]:
+def _train(source: Source, remarks: list[str]) -> dict[str, list[IndexedImage]]:
     """Returns the training images of each class that has some."""
     by_class: dict[str, dict[str, str]] = {}
     for official, image in _images(source, "train").items():
@@ -246,13 +246,17 @@ def _train(source: Source, remarks: list[str]) -> dict[str, list[Entry]]:
         boxes = dict.fromkeys(paths, NO_BOX)
         if where in source.sizes:
             boxes = {
-                _official(f"train/{wnid}", line[0]): _box(line[1:], f"{source.path}: {where}")
-                for line in _lines(source, where)
+                _official_path(f"train/{wnid}", line[0]): _parse_box(
+                    line[1:], f"{source.path}: {where}"
+                )
+                for line in _read_table(source, where)
             }
-            _compare(source, where, listed=set(boxes), present=set(paths), optional=True)
+            _check_same_images(source, where, listed=set(boxes), present=set(paths), optional=True)
         else:
             unboxed += 1
-        entries[wnid] = [Entry(file, wnid, boxes[file], paths[file]) for file in sorted(paths)]
+        entries[wnid] = [
+            IndexedImage(file, wnid, boxes[file], paths[file]) for file in sorted(paths)
+        ]
     if unboxed:
         remarks.append(f"{unboxed:,} classes have no bounding-box file; none is needed")
     return entries
@@ -260,7 +264,7 @@ def _train(source: Source, remarks: list[str]) -> dict[str, list[Entry]]:
 
 def _validation(
     source: Source, trained: Iterable[str], remarks: list[str]
-) -> tuple[list[Entry], set[str]]:
+) -> tuple[list[IndexedImage], set[str]]:
     """Returns the validation images of the trained classes, and what other classes there are."""
     trained = set(trained)
     images = _images(source, "val")
@@ -287,31 +291,31 @@ def _validation(
     if _ANNOTATIONS in source.sizes:
         # Images of classes that are not trained may be gone, too.
         wanted = {file for file, (wnid, _) in listed.items() if wnid in trained or file in images}
-        _compare(source, _ANNOTATIONS, listed=wanted, present=set(images))
+        _check_same_images(source, _ANNOTATIONS, listed=wanted, present=set(images))
     else:
         remarks.append(f"{_ANNOTATIONS} is missing; using the folders in val/ as classes")
     entries = []
     for file, image in images.items():
         wnid, box = listed.get(file, (image.wnid, NO_BOX))
-        entries.append(Entry(file, wnid, box, image.path))
+        entries.append(IndexedImage(file, wnid, box, image.path))
     others = {wnid for wnid, _ in listed.values()} | {entry.wnid for entry in entries}
     return sorted(entry for entry in entries if entry.wnid in trained), others - trained
 
 
-def _annotations(source: Source) -> dict[str, tuple[str, Box]]:
+def _annotations(source: Source) -> dict[str, tuple[str, BoundingBox]]:
     """Returns the class and box of each validation image that is listed, by its official path."""
     if _ANNOTATIONS not in source.sizes:
         return {}
     listed = {}
-    for line in _lines(source, _ANNOTATIONS):
+    for line in _read_table(source, _ANNOTATIONS):
         wnid = line[1] if len(line) > 1 else ""
         if not _CLASS_ID.fullmatch(wnid):
             raise DataError(
                 f"{source.path}: {_ANNOTATIONS} lists {line[0]} as class {wnid!r}; must be a "
                 "class id such as n01443537. Download the archive again, or fix that file"
             )
-        box = _box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
-        listed[_official("val", line[0])] = wnid, box
+        box = _parse_box(line[2:], f"{source.path}: {_ANNOTATIONS}") if line[2:] else NO_BOX
+        listed[_official_path("val", line[0])] = wnid, box
     return listed
 
 
@@ -320,7 +324,7 @@ def _class_names(source: Source, wnids: tuple[str, ...], remarks: list[str]) -> 
     if _WORDS not in source.sizes:
         remarks.append(f"{_WORDS} is missing; using the class ids as names")
         return wnids
-    words = {line[0]: line[1] for line in _lines(source, _WORDS) if len(line) > 1}
+    words = {line[0]: line[1] for line in _read_table(source, _WORDS) if len(line) > 1}
     if missing := [wnid for wnid in wnids if wnid not in words]:
         raise DataError(
             f"{source.path}: {_WORDS} has no name for {len(missing)} classes, such as "
@@ -343,10 +347,10 @@ def index(source: Source) -> Index:
       DataError: if a file is missing, or one is there that should not be.
     """
     remarks: list[str] = []
-    if left_out := source.hidden:
+    if ignored := source.hidden:
         remarks.append(
-            f"ignored {len(left_out):,} system and editor files and folders: "
-            f"{folders.listed([folders.shown(path) for path in left_out])}"
+            f"ignored {len(ignored):,} system and editor files and folders: "
+            f"{folders.join_truncated([folders.escape_for_display(path) for path in ignored])}"
         )
     training = _train(source, remarks)
     listed = _listed_wnids(source, remarks)
@@ -376,7 +380,9 @@ def index(source: Source) -> Index:
         "validation": validation,
     }
     if test := _images(source, "test"):
-        splits["test"] = [Entry(file, "", NO_BOX, image.path) for file, image in test.items()]
+        splits["test"] = [
+            IndexedImage(file, "", NO_BOX, image.path) for file, image in test.items()
+        ]
         splits["test"].sort()
     else:
         remarks.append("test/ contains no images; the split is skipped")
@@ -389,7 +395,7 @@ def _listed_wnids(source: Source, remarks: list[str]) -> set[str]:
     if _WNIDS not in source.sizes:
         remarks.append(f"{_WNIDS} is missing; using the folders in train/ as classes")
         return set()
-    wnids = [line[0].strip() for line in _lines(source, _WNIDS)]
+    wnids = [line[0].strip() for line in _read_table(source, _WNIDS)]
     if not wnids or len(set(wnids)) != len(wnids):
         raise DataError(
             f"{source.path}: {_WNIDS} must list at least one class id, each only "

@@ -13,7 +13,7 @@ from inception_jax.console import Progress
 from inception_jax.errors import DataError
 from inception_jax.storage.space import check_space
 
-_CHUNK = 1 << 20
+_CHUNK_SIZE = 1 << 20
 _TIMEOUT = 30.0
 _ATTEMPTS = 5
 
@@ -50,49 +50,51 @@ def fetch(
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    check_space(target.parent, size - have, f"downloading {url}", error=DataError)
+    received = part.stat().st_size if part.exists() else 0
+    check_space(target.parent, size - received, f"downloading {url}", error=DataError)
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
-        progress.update(have)
+        progress.update(received)
         failures = 0
-        while have < size:
+        while received < size:
             try:
-                _receive(url, part, have, size=size, progress=progress)
+                _receive(url, part, received, size=size, progress=progress)
                 problem = "the connection closed early"
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error)
-            received = part.stat().st_size if part.exists() else 0
+            on_disk = part.stat().st_size if part.exists() else 0
             # Only attempts that brought nothing count: a poor line may break any number of times.
-            failures = failures + 1 if received <= have else 0
-            have = received
-            if have < size and failures >= _ATTEMPTS:
-                raise _unreachable(url, problem, have, size=size)
-            if have < size:
+            failures = failures + 1 if on_disk <= received else 0
+            received = on_disk
+            if received < size and failures >= _ATTEMPTS:
+                raise _unreachable(url, problem, received, size=size)
+            if received < size:
                 time.sleep(wait)
     _check(url, part, size=size, md5=md5)
     os.replace(part, target)
     return target
 
 
-def _receive(url: str, part: pathlib.Path, have: int, *, size: int, progress: Progress) -> None:
-    """Appends to `part` what the server sends from byte `have` on."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _receive(url: str, part: pathlib.Path, received: int, *, size: int, progress: Progress) -> None:
+    """Appends to `part` what the server sends from byte `received` on."""
+    request = urllib.request.Request(
+        url, headers={"Range": f"bytes={received}-"} if received else {}
+    )
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
         # A server that ignores the Range header answers 200 and sends all of it again.
-        restart = have > 0 and response.status != http.client.PARTIAL_CONTENT
+        restart = received > 0 and response.status != http.client.PARTIAL_CONTENT
         if restart:
-            progress.update(-have)
-            have = 0
+            progress.update(-received)
+            received = 0
         with part.open("wb" if restart else "ab") as file:
-            while have <= size and (chunk := response.read(_CHUNK)):
+            while received <= size and (chunk := response.read(_CHUNK_SIZE)):
                 file.write(chunk)
-                have += len(chunk)
+                received += len(chunk)
                 progress.update(len(chunk))
 
 
-def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
+def _unreachable(url: str, problem: str, received: int, *, size: int) -> DataError:
     return DataError(
-        f"{url}: download failed ({problem}); {have:,} of {size:,} bytes were received and are "
+        f"{url}: download failed ({problem}); {received:,} of {size:,} bytes were received and are "
         "kept. Check the network and rerun, or get the file elsewhere and set config.data.source "
         "to its path"
     )
@@ -107,11 +109,11 @@ def md5_of(path: pathlib.Path) -> str:
 
 def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
     """Raises DataError, and removes the file, if it is not the one that was wanted."""
-    found, digest = part.stat().st_size, md5_of(part)
-    if (found, digest) != (size, md5):
+    actual_size, digest = part.stat().st_size, md5_of(part)
+    if (actual_size, digest) != (size, md5):
         part.unlink()
         raise DataError(
-            f"{url}: the downloaded file has {found:,} bytes and MD5 {digest}; must have {size:,} "
-            f"bytes and MD5 {md5}; it was removed. Rerun, or get the file elsewhere and set "
-            "config.data.source to its path"
+            f"{url}: the downloaded file has {actual_size:,} bytes and MD5 {digest}; must have "
+            f"{size:,} bytes and MD5 {md5}; it was removed. Rerun, or get the file elsewhere and "
+            "set config.data.source to its path"
         )

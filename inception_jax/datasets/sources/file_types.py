@@ -23,8 +23,8 @@ class FileType(NamedTuple):
     remedy: str
 
 
-_AGAIN = "download or copy it again"
-_EIGHT_OR_SIXTEEN = "save it with 8 or 16 unsigned bits per channel"
+_DOWNLOAD_AGAIN = "download or copy it again"
+_SAVE_UNSIGNED = "save it with 8 or 16 unsigned bits per channel"
 # What PIL would open, and not give what is meant. Of a raw file it is the thumbnail, a TIFF.
 CAMERA_RAW = FileType(
     "camera raw file", "convert it to JPEG or TIFF with darktable-cli or dcraw -T"
@@ -33,9 +33,9 @@ PROGRAM = FileType(
     "PostScript file (EPS is a program, and programs are not run)",
     "render it to PNG with ImageMagick or Ghostscript",
 )
-FLOATS = FileType("floating-point image, whose value range is unknown", _EIGHT_OR_SIXTEEN)
+FLOATS = FileType("floating-point image, whose value range is unknown", _SAVE_UNSIGNED)
 INTEGERS = FileType(
-    "image of 32-bit or signed integers, whose value range is unknown", _EIGHT_OR_SIXTEEN
+    "image of 32-bit or signed integers, whose value range is unknown", _SAVE_UNSIGNED
 )
 PLANES = FileType(
     "TIFF with planar 16-bit channels, which PIL misreads",
@@ -67,13 +67,13 @@ _ENCRYPTED = FileType(
     "file encrypted by git-crypt", "run git-crypt unlock in the original repository"
 )
 _PAGE = FileType("web page instead of an image", "download the image itself")
-_ANSWER = FileType("server response instead of an image (XML or JSON)", _AGAIN)
+_ANSWER = FileType("server response instead of an image (XML or JSON)", _DOWNLOAD_AGAIN)
 _TEXT = FileType("text", "remove it")
-_EMPTY = FileType("empty file", _AGAIN)
-_ZEROS = FileType("file of zeros, as left by a failed copy", _AGAIN)
+_EMPTY = FileType("empty file", _DOWNLOAD_AGAIN)
+_ZEROS = FileType("file of zeros, as left by a failed copy", _DOWNLOAD_AGAIN)
 
 # The first bytes of kinds.
-_STARTS: dict[FileType, tuple[bytes, ...]] = {
+_SIGNATURES: dict[FileType, tuple[bytes, ...]] = {
     _PDF: (b"%PDF",),
     _PHOTOSHOP: (b"8BPS",),
     _GIMP: (b"gimp xcf",),
@@ -97,7 +97,7 @@ _STARTS: dict[FileType, tuple[bytes, ...]] = {
     _ENCRYPTED: (b"\0GITCRYPT\0",),
 }
 # Bytes elsewhere: where, what, kind.
-_INSIDE: tuple[tuple[int, bytes, FileType], ...] = (
+_OFFSET_SIGNATURES: tuple[tuple[int, bytes, FileType], ...] = (
     (128, b"DICM", _DICOM),
     (257, b"ustar", _ARCHIVE),
     (344, b"n+1\0", _ARRAY),
@@ -188,12 +188,12 @@ def identify(data: bytes, file: str = "") -> FileType | None:
     """
     if not data:
         return _EMPTY
-    for kind, starts in _STARTS.items():
+    for kind, starts in _SIGNATURES.items():
         if data.startswith(starts):
             return kind
     if data[4:8] == b"ftyp":
         return _iso_media(data)
-    for place, content, kind in _INSIDE:
+    for place, content, kind in _OFFSET_SIGNATURES:
         if data.startswith(content, place):
             return kind
     by_name = _ENDINGS.get(os.path.splitext(file)[1].lower())

@@ -13,7 +13,7 @@ from inception_jax.errors import DataError
 
 # The most that is read of one file: no picture and no list has as much, and a small archive could
 # otherwise unpack to more than the memory holds.
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 
 
 class Contents(NamedTuple):
@@ -100,10 +100,10 @@ class Source(abc.ABC):
                 f"{self.path}: {file} is missing. Download the archive again, or copy the "
                 "complete folder"
             )
-        if self.sizes[file] > MOST_BYTES:
+        if self.sizes[file] > MAX_BYTES:
             raise DataError(
                 f"{self.path}: {file} has {self.sizes[file]:,} bytes; a file can have at most "
-                f"{MOST_BYTES:,}. Remove it, or make it smaller"
+                f"{MAX_BYTES:,}. Remove it, or make it smaller"
             )
         return self._read(self._root + file)
 
@@ -118,7 +118,7 @@ class Source(abc.ABC):
           files: those that count; None: all.
         """
         counted = self.sizes if files is None else files
-        facts = sorted((file, *self._facts(self._root + file)) for file in counted)
+        facts = sorted((file, *self._stat(self._root + file)) for file in counted)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @abc.abstractmethod
@@ -126,7 +126,7 @@ class Source(abc.ABC):
         """Returns the content of a file, by its path in the archive or folder that was given."""
 
     @abc.abstractmethod
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         """Returns what changes with a file's content and is known without reading it."""
 
     @abc.abstractmethod
@@ -146,24 +146,24 @@ class FolderSource(Source):
     """
 
     def __init__(
-        self, path: pathlib.Path, *, hidden: Callable[[str], bool] = lambda file: False
+        self, path: pathlib.Path, *, is_hidden: Callable[[str], bool] = lambda file: False
     ) -> None:
         super().__init__(path)
         self._times: dict[str, int] = {}
-        for folder, inner, names in os.walk(path, onerror=_refuse, followlinks=True):
+        for folder, inner, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
             below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
-            self.hidden += [f"{start}{name}/" for name in inner if hidden(f"{start}{name}/")]
-            self.hidden += [start + name for name in names if hidden(start + name)]
+            self.hidden += [f"{start}{name}/" for name in inner if is_hidden(f"{start}{name}/")]
+            self.hidden += [start + name for name in names if is_hidden(start + name)]
             inner[:] = [
                 name
                 for name in inner
-                if not hidden(f"{start}{name}/")
-                and not _leads_back(path, os.path.join(folder, name))
+                if not is_hidden(f"{start}{name}/")
+                and not _is_link_cycle(path, os.path.join(folder, name))
             ]
             self.folders += [f"{start}{name}/" for name in inner]
             for file in (start + name for name in names):
-                if not hidden(file):
+                if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)
 
     def _read(self, path: str) -> bytes:
@@ -176,7 +176,7 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error}). Check its permissions") from error
 
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         """Returns a file's size and time of change."""
         return self.sizes[path.removeprefix(self._root)], self._times[path]
 
@@ -184,13 +184,13 @@ class FolderSource(Source):
         """Does nothing: files are open only while they are read."""
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):
         return  # Removed meanwhile, as a run that trains below the folder removes old checkpoints.
     raise DataError(f"{error.filename}: cannot be read ({error}). Check its permissions") from error
 
 
-def _leads_back(root: pathlib.Path, folder: str) -> bool:
+def _is_link_cycle(root: pathlib.Path, folder: str) -> bool:
     """Whether a folder is a link to one that it lies in, or was reached through.
 
     Such a one would be walked for ever.

@@ -11,7 +11,17 @@ from typing import NamedTuple
 from inception_jax.errors import DataError
 
 # What systems in use write names in that say nothing of their encoding.
-_NATIONAL = ("cp437", "cp850", "cp1252", "cp866", "cp1251", "gbk", "big5", "shift_jis", "euc_kr")
+_LEGACY_ENCODINGS = (
+    "cp437",
+    "cp850",
+    "cp1252",
+    "cp866",
+    "cp1251",
+    "gbk",
+    "big5",
+    "shift_jis",
+    "euc_kr",
+)
 
 
 class RawName(NamedTuple):
@@ -38,8 +48,8 @@ def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
 
     Names of undeclared encoding are UTF-8 if all of an archive's are valid as that, as macOS writes
     them. Bytes that are not are kept as the file system's functions keep them (surrogateescape),
-    which `is_doubtful` finds. Backslashes part folders, as old programs on Windows write them, in
-    names from there and in archives without any '/'.
+    which `is_undecodable` finds. Backslashes part folders, as old programs on Windows write them,
+    in names from there and in archives without any '/'.
 
     Args:
       raws: the names of all members.
@@ -51,9 +61,11 @@ def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
     """
     undeclared = [raw.data for raw in raws if is_undeclared(raw)]
     if encoding:
-        names = [_strict(raw.data, "utf-8" if raw.is_utf8 else encoding, where) for raw in raws]
+        names = [
+            _decode_strict(raw.data, "utf-8" if raw.is_utf8 else encoding, where) for raw in raws
+        ]
     elif _is_utf8(b"\n".join(undeclared)):
-        names = [_strict(raw.data, "utf-8", where) for raw in raws]
+        names = [_decode_strict(raw.data, "utf-8", where) for raw in raws]
     else:
         names = [raw.data.decode("utf-8", "surrogateescape") for raw in raws]
     any_slash = any("/" in name for name in names)
@@ -63,7 +75,7 @@ def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
     ]
     if all(name.startswith("/") for name in names):
         names = [name.lstrip("/") for name in names]
-    return list(map(_without_dots, names))
+    return list(map(_drop_dots, names))
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -74,7 +86,7 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _strict(data: bytes, encoding: str, where: object) -> str:
+def _decode_strict(data: bytes, encoding: str, where: object) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -85,39 +97,39 @@ def _strict(data: bytes, encoding: str, where: object) -> str:
         )
         raise DataError(
             f"{where}: the name {data!r} is not encoded in {encoding}, as {given}. "
-            f"{_ways_to_read(data)}Set config.data.archive_encoding to the encoding of the system "
-            "that created the archive, or unpack it and use the folder"
+            f"{_possible_names(data)}Set config.data.archive_encoding to the encoding of the "
+            "system that created the archive, or unpack it and use the folder"
         ) from error
 
 
-def _without_dots(name: str) -> str:
+def _drop_dots(name: str) -> str:
     """Drops the '.' of paths such as './cat/1.jpg'; '..' stays, for others to refuse."""
     return "/".join(part for part in name.split("/") if part != ".")
 
 
-def is_doubtful(text: str) -> bool:
+def is_undecodable(text: str) -> bool:
     """Whether some of a name's bytes could not be decoded."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def doubtful_folder(names: Sequence[str], where: object) -> DataError | None:
+def undecodable_folder_error(names: Sequence[str], where: object) -> DataError | None:
     """Returns the error for folders, which name classes, that can be read in several ways."""
     folders = sorted({name.rpartition("/")[0] for name in names})
-    doubtful = [folder for folder in folders if is_doubtful(folder)]
+    doubtful = [folder for folder in folders if is_undecodable(folder)]
     if not doubtful:
         return None
     data = os.fsencode(doubtful[0])
     return DataError(
         f"{where}: the archive does not declare the encoding of its names, and {len(doubtful):,} "
-        f"of its folders, such as {data!r}, are not UTF-8. {_ways_to_read(data)}Set "
+        f"of its folders, such as {data!r}, are not UTF-8. {_possible_names(data)}Set "
         "config.data.archive_encoding, or unpack the archive and use the folder"
     )
 
 
-def _ways_to_read(data: bytes) -> str:
+def _possible_names(data: bytes) -> str:
     """Returns a sentence with what a name may be: those encodings in which it is all letters."""
     texts: dict[str, list[str]] = {}
-    for encoding in _NATIONAL:
+    for encoding in _LEGACY_ENCODINGS:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:

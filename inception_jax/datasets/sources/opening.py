@@ -13,7 +13,7 @@ from inception_jax.errors import DataError
 
 _UNPACK = "unpack it and use the folder"
 # What other files begin with, what they are, and what to do with them.
-_OTHERS = (
+_UNSUPPORTED = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", f"{_UNPACK}, or decompress it with unzstd"),
@@ -27,7 +27,7 @@ _OTHERS = (
 )
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_NAMED = 5
+_MAX_NAMED = 5
 # As much as the first header of a tar archive has.
 _HEADER = 512
 
@@ -35,7 +35,7 @@ _HEADER = 512
 def open_path(
     path: pathlib.Path,
     *,
-    hidden: Callable[[str], bool],
+    is_hidden: Callable[[str], bool],
     encoding: str = "",
     scratch: pathlib.Path | None = None,
 ) -> Source:
@@ -52,10 +52,10 @@ def open_path(
       DataError: if it is damaged, cannot be read, or is neither a folder nor such an archive.
     """
     if path.is_dir():
-        return FolderSource(path, hidden=hidden)
+        return FolderSource(path, is_hidden=is_hidden)
     if _is_zip(path):
-        return ZipSource(path, hidden=hidden, encoding=encoding)
-    return TarSource(path, hidden=hidden, encoding=encoding, scratch=scratch)
+        return ZipSource(path, is_hidden=is_hidden, encoding=encoding)
+    return TarSource(path, is_hidden=is_hidden, encoding=encoding, scratch=scratch)
 
 
 def _is_zip(path: pathlib.Path) -> bool:
@@ -77,7 +77,7 @@ def _is_zip(path: pathlib.Path) -> bool:
         return True
     if decompressor(path) or begin[257:262] == b"ustar":
         return False
-    for magic, what, remedy in _OTHERS:
+    for magic, what, remedy in _UNSUPPORTED:
         if begin.startswith(magic):
             raise DataError(f"{path}: is {what}, which is not supported; {remedy}")
     if begin.lstrip().lower().startswith(_WEB_PAGE):
@@ -96,12 +96,12 @@ def _is_zip(path: pathlib.Path) -> bool:
     )
 
 
-def archives_inside(files: Iterable[str]) -> str:
+def mention_archives(files: Iterable[str]) -> str:
     """Returns a sentence that names the archives among some files, or ''."""
-    found = sorted((file for file in files if file.lower().endswith(_ARCHIVES)), key=len)
-    if not found:
+    archives = sorted((file for file in files if file.lower().endswith(_ARCHIVES)), key=len)
+    if not archives:
         return ""
-    named = ", ".join(found[:_NAMED]) + (", …" if len(found) > _NAMED else "")
+    named = ", ".join(archives[:_MAX_NAMED]) + (", …" if len(archives) > _MAX_NAMED else "")
     return (
         f" It contains archives, which are not searched: {named}. Use one of them as the "
         "source, or unpack them."

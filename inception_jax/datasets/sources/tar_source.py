@@ -28,11 +28,11 @@ _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
 }
 # The longest name or note that is read of a member: a header may claim any length, and tarfile
 # would hold all of it.
-_MOST_HEADER = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
 _BLOCK = 512
-_PIECE = 1 << 20
+_CHUNK_SIZE = 1 << 20
 # What the decompressors and tarfile raise for a file that is damaged or cut short.
-_BROKEN = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+_READ_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
 class TarSource(Source):
@@ -56,7 +56,7 @@ class TarSource(Source):
         self,
         path: pathlib.Path,
         *,
-        hidden: Callable[[str], bool] = lambda file: False,
+        is_hidden: Callable[[str], bool] = lambda file: False,
         encoding: str = "",
         scratch: pathlib.Path | None = None,
     ) -> None:
@@ -66,12 +66,12 @@ class TarSource(Source):
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         # Of the archive when it is decompressed, bytes.
-        self._whole_size = 0
+        self._uncompressed_size = 0
         try:
             self._decompress = decompressor(path)
             with self._decompress(path, "rb") if self._decompress else path.open("rb") as file:
-                members = list(self._headers(file))
-        except _BROKEN as error:
+                members = list(self._iter_members(file))
+        except _READ_ERRORS as error:
             raise DataError(
                 f"{path}: not a complete tar archive ({path.stat().st_size:,} bytes; {error}). It "
                 "may be truncated; download or copy it again"
@@ -83,7 +83,7 @@ class TarSource(Source):
         for name, raw, member in zip(names, raws, members, strict=True):
             if not name:
                 continue
-            if hidden(name):
+            if is_hidden(name):
                 self.hidden.append(f"{name.rstrip('/')}/" if member.isdir() else name)
                 continue
             self.names_depend_on_encoding |= member_names.is_undeclared(raw)
@@ -100,9 +100,9 @@ class TarSource(Source):
             file: member.size if member.isreg() else 0 for file, member in self._members.items()
         }
 
-    def _headers(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    def _iter_members(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         """Yields the members; reads to the end, so that a file that is cut short is found."""
-        bounded = cast(IO[bytes], _Bounded(file))
+        bounded = cast(IO[bytes], _BoundedReader(file))
         with tarfile.open(
             fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as archive:
@@ -119,10 +119,10 @@ class TarSource(Source):
                 "a member's header is damaged" if last else "the end is missing"
             )
         # The compressed file's checksum stands at its end.
-        self._whole_size = end + _BLOCK
-        while piece := file.read(_PIECE):
-            self._whole_size += len(piece)
-            if piece.strip(b"\0"):
+        self._uncompressed_size = end + _BLOCK
+        while chunk := file.read(_CHUNK_SIZE):
+            self._uncompressed_size += len(chunk)
+            if chunk.strip(b"\0"):
                 raise tarfile.ReadError(
                     "data follow its end, as with several archives in one file: join them with "
                     "tar --concatenate, or unpack it with tar --ignore-zeros"
@@ -130,32 +130,32 @@ class TarSource(Source):
 
     def _read(self, path: str) -> bytes:
         member = self._members[path]
-        if problem := _problem(member):
+        if problem := _read_problem(member):
             raise DataError(f"{self.path}: {path} is {problem}") from tarfile.TarError(problem)
         with self._lock:
             if self._file is None:
-                self._file = self._uncompressed()
+                self._file = self._open_uncompressed()
         data = os.pread(self._file.fileno(), member.size, member.offset_data)
         if len(data) != member.size:
             raise DataError(f"{self.path}: {path} is truncated. Download or copy the archive again")
         return data
 
-    def _uncompressed(self) -> IO[bytes]:
+    def _open_uncompressed(self) -> IO[bytes]:
         """Opens the archive itself, or a temporary file of what it decompresses to."""
         if not self._decompress:
             return self._archive.open("rb")
         folder = self._scratch or pathlib.Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        check_space(folder, self._whole_size, f"unpacking {self.path}", error=DataError)
+        check_space(folder, self._uncompressed_size, f"unpacking {self.path}", error=DataError)
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             with self._decompress(self._archive, "rb") as source:
-                shutil.copyfileobj(source, target, _PIECE)
+                shutil.copyfileobj(source, target, _CHUNK_SIZE)
             target.flush()
             stack.pop_all()
         return target
 
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         """Returns a member's size and its time of change in s; tar has no checksums of content."""
         return self._members[path].size, int(self._members[path].mtime)
 
@@ -170,11 +170,11 @@ def decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
     """Returns what opens a compressed file, decompressed; None if it is not compressed."""
     with path.open("rb") as file:
         begin = file.read(8)
-    found = (opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic))
-    return next(found, None)
+    openers = (opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic))
+    return next(openers, None)
 
 
-class _Bounded(io.RawIOBase):
+class _BoundedReader(io.RawIOBase):
     """A file of which no large piece is read at once."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -191,7 +191,7 @@ class _Bounded(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         """Returns bytes of the file; refuses to read more than a header may have."""
-        if not 0 <= size <= _MOST_HEADER:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a member's header has {size:,} bytes")
         return self._file.read(size)
 
@@ -202,7 +202,7 @@ def _raw_name(member: tarfile.TarInfo) -> member_names.RawName:
     return member_names.RawName(data, is_utf8="path" in member.pax_headers)
 
 
-def _problem(member: tarfile.TarInfo) -> str:
+def _read_problem(member: tarfile.TarInfo) -> str:
     """Returns what keeps a member from being read, with the remedy, or ''."""
     if member.issym() or member.islnk():
         return (

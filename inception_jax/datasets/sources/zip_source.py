@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 from inception_jax.datasets.sources import member_names
-from inception_jax.datasets.sources.files import MOST_BYTES, Source
+from inception_jax.datasets.sources.files import MAX_BYTES, Source
 from inception_jax.errors import DataError
 
 # What zipfile reads.
@@ -36,7 +36,7 @@ _UNICODE_PATH = 0x7075
 # The record at the end, before a comment of at most 64 KiB.
 _END, _END_SIZE = b"PK\x05\x06", 22
 # zipfile hands over all that some bytes of LZMA unpack to at once, so it gets few of them.
-_FEW = 4096
+_LZMA_READ_SIZE = 4096
 
 
 class ZipSource(Source):
@@ -55,7 +55,7 @@ class ZipSource(Source):
         self,
         path: pathlib.Path,
         *,
-        hidden: Callable[[str], bool] = lambda file: False,
+        is_hidden: Callable[[str], bool] = lambda file: False,
         encoding: str = "",
     ) -> None:
         super().__init__(path)
@@ -77,12 +77,12 @@ class ZipSource(Source):
                 f"{remedy}"
             ) from error
         try:
-            self._list(hidden, encoding)
+            self._list(is_hidden, encoding)
         except BaseException:
             self.close()
             raise
 
-    def _list(self, hidden: Callable[[str], bool], encoding: str) -> None:
+    def _list(self, is_hidden: Callable[[str], bool], encoding: str) -> None:
         infos = self._zip.infolist()
         raws = [_raw_name(info) for info in infos]
         names = member_names.decode(raws, encoding, self.path)
@@ -90,7 +90,7 @@ class ZipSource(Source):
         for name, raw, info in zip(names, raws, infos, strict=True):
             if not name:
                 continue
-            if hidden(name):
+            if is_hidden(name):
                 self.hidden.append(name)
                 continue
             self.names_depend_on_encoding |= member_names.is_undeclared(raw)
@@ -121,7 +121,7 @@ class ZipSource(Source):
                 # No more than the archive says it is: a read to the end would unpack what follows.
                 if info.compress_type != zipfile.ZIP_LZMA:
                     return member.read(info.file_size)
-                return b"".join(iter(lambda: member.read(_FEW), b""))
+                return b"".join(iter(lambda: member.read(_LZMA_READ_SIZE), b""))
         except (
             zipfile.BadZipFile,
             zlib.error,
@@ -145,7 +145,7 @@ class ZipSource(Source):
         packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
         del packed.CRC  # It is not that of the packed bytes.
         with self._lock, self._zip.open(packed) as member:
-            data = member.read(min(info.compress_size, MOST_BYTES))
+            data = member.read(min(info.compress_size, MAX_BYTES))
         decompressor = bz2.BZ2Decompressor()
         content = decompressor.decompress(data, info.file_size)
         while len(content) < info.file_size and not decompressor.needs_input:
@@ -154,7 +154,7 @@ class ZipSource(Source):
             raise zipfile.BadZipFile("bad CRC-32")
         return content
 
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         """Returns a member's size and the archive's own checksum of it."""
         return self._members[path].file_size, self._members[path].CRC
 
@@ -195,9 +195,9 @@ def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> 
             name = _OTHER_METHODS.get(method, f"method {method}")
             problems[f"compressed with {name}"] += 1
     if problems:
-        found = " and ".join(f"{count:,} are {what}" for what, count in problems.items())
+        described = " and ".join(f"{count:,} are {what}" for what, count in problems.items())
         raise DataError(
-            f"{path}: of its {len(members):,} files, {found}, which is not supported. {_UNPACK}"
+            f"{path}: of its {len(members):,} files, {described}, which is not supported. {_UNPACK}"
         )
 
 

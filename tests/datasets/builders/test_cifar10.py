@@ -22,7 +22,7 @@ NAMES = [f"thing {number}" for number in range(10)]
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes a batch file one of 20 images."""
-    monkeypatch.setattr(cifar10_files, "PER_FILE", 20)
+    monkeypatch.setattr(cifar10_files, "IMAGES_PER_FILE", 20)
     yield
 
 

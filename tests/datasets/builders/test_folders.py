@@ -31,7 +31,7 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path
 
 def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
     layout = read(write(path, "dog/1.jpg", "cat/old/deep/2", "cat/1.png", "README.md"))
-    assert layout.classes == ("cat", "dog") and not layout.divided
+    assert layout.classes == ("cat", "dog") and not layout.has_validation
     assert found(layout) == {
         "train": [("cat/1.png", "cat"), ("cat/old/deep/2", "cat"), ("dog/1.jpg", "dog")]
     }
@@ -56,7 +56,7 @@ def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
 )
 def test_a_folder_for_each_split(path: pathlib.Path, train: str, val: str) -> None:
     layout = read(write(path, f"{train}/a/1", f"{train}/b/1", f"{val}/b/2", "classes.txt"))
-    assert layout.classes == ("a", "b") and layout.divided
+    assert layout.classes == ("a", "b") and layout.has_validation
     assert found(layout) == {
         "train": [(f"{train}/a/1", "a"), (f"{train}/b/1", "b")],
         "validation": [(f"{val}/b/2", "b")],
@@ -113,11 +113,11 @@ def test_test_is_a_third_split_beside_val(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("divided", [True, False])
-def test_a_test_folder_may_have_no_classes(path: pathlib.Path, divided: bool) -> None:
-    names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * divided]
+def test_a_test_folder_may_have_no_classes(path: pathlib.Path, has_validation: bool) -> None:
+    names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * has_validation]
     layout = read(write(path, *names))
     assert found(layout)["test"] == [("test/1.jpg", "")]
-    assert layout.divided == divided == ("validation" in layout.splits)
+    assert layout.has_validation == has_validation == ("validation" in layout.splits)
 
 
 def test_outer_folders_are_entered(path: pathlib.Path) -> None:
@@ -138,7 +138,7 @@ def test_below_train_there_are_classes(path: pathlib.Path) -> None:
 def test_an_empty_test_folder_does_not_stand_for_val(path: pathlib.Path, files: list[str]) -> None:
     layout = read(write(path, *files, "test/"))
     assert found(layout)["test"] == []
-    assert layout.divided == (len(files) == 3)
+    assert layout.has_validation == (len(files) == 3)
 
 
 LITTER = [
@@ -176,7 +176,7 @@ def test_what_systems_leave_behind_is_ignored_at_every_depth(path: pathlib.Path)
     assert found(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
     # Each is named, or the folder that it lies in.
     for name in litter:
-        assert any(name.startswith(path) for path in layout.left_out), name
+        assert any(name.startswith(path) for path in layout.ignored), name
 
 
 def test_litter_is_no_split_and_no_class(path: pathlib.Path) -> None:
@@ -212,9 +212,9 @@ def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, star
     layout = read(write(path, *pictures, *NOTES, *OWN))
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
     for name in (*NOTES, *OWN):
-        assert any(name.startswith(path) for path in layout.left_out), name
+        assert any(name.startswith(path) for path in layout.ignored), name
     # What might have been meant as a class.
-    assert layout.without_pictures == ([] if start else ["notes", "runs"])
+    assert layout.imageless_folders == ([] if start else ["notes", "runs"])
 
 
 def test_a_run_beside_the_classes_takes_no_picture_away(path: pathlib.Path) -> None:
@@ -248,7 +248,7 @@ def test_names_that_look_the_same_are_one_class(path: pathlib.Path) -> None:
 
 
 def test_a_shown_name_is_one_line_of_text() -> None:
-    assert folders.shown("a\nb\r\x85é/\udcff.jpg") == "a\\nb\\r\\x85é/\\udcff.jpg"
+    assert folders.escape_for_display("a\nb\r\x85é/\udcff.jpg") == "a\\nb\\r\\x85é/\\udcff.jpg"
 
 
 WRONG = {
@@ -322,7 +322,7 @@ def test_a_setting_says_that_folders_are_classes(path: pathlib.Path, case: str) 
     names, _ = WRONG[case]
     layout = folders.layout(folders.open_source(write(path, *names)), "classes")
     assert set(layout.classes) == {name.split("/")[0] for name in names}
-    assert not layout.divided and sorted(layout.files) == sorted(names)
+    assert not layout.has_validation and sorted(layout.files) == sorted(names)
 
 
 def test_the_source_may_lead_on_into_a_folder_or_an_archive(path: pathlib.Path) -> None:
@@ -395,7 +395,7 @@ COUNTS = {"a": 1, "b": 2, "c": 3, "d": 40, "e": 100}
 )
 def test_each_class_gives_its_share(share: float, held: dict[str, int]) -> None:
     entries = [
-        folders.Entry(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
+        folders.LabeledFile(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
     ]
     train, evaluation = folders.hold_out(entries, share)
     assert sorted(train + evaluation) == sorted(entries)
@@ -437,5 +437,5 @@ def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
 
 def test_names_that_look_the_same_are_ranked_in_any_order() -> None:
     names = [unicodedata.normalize(form, "a/é.jpg") for form in ("NFC", "NFD")]
-    entries = [folders.Entry(name, "a") for name in names]
+    entries = [folders.LabeledFile(name, "a") for name in names]
     assert folders.hold_out(entries, 0.5)[1] == folders.hold_out(entries[::-1], 0.5)[1]

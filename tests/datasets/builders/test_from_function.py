@@ -85,7 +85,7 @@ def test_every_form_gives_the_pixels_and_labels_that_were_returned(
     assert dataset.train.labels.tolist() == [number % 3 for number in order]
     assert order != sorted(order)
     np.testing.assert_allclose(dataset.mean, COLOR.mean((0, 1, 2)) / 255, rtol=1e-6)
-    assert dataset.trained_on is not None and dataset.trained_on.total == 6
+    assert dataset.eval_train_overlap is not None and dataset.eval_train_overlap.total == 6
 
 
 def test_grey_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:

@@ -370,7 +370,7 @@ def test_few_files_are_in_memory_at_a_time(
         return read_file(self, file)
 
     def in_turn(read: Any, files: Any, piece: int) -> Any:
-        for part in decode.pieces(files, piece):
+        for part in decode.chunks(files, piece):
             yield from [read(file) for file in part]
 
     with monkeypatch.context() as patched:
@@ -560,7 +560,7 @@ def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: s
     path = write(tmp_path / "x", files)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, storage=storage), log=lines.append)
-    assert dataset.trained_on == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
+    assert dataset.eval_train_overlap == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
     assert any(
         "1 of 5 images in the validation split are also training images" in line
         and line.endswith("val/a/copy.jpg = train/a/1.jpg")
@@ -574,7 +574,7 @@ def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) 
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
-    assert dataset.trained_on == Duplicates(0, [])
+    assert dataset.eval_train_overlap == Duplicates(0, [])
     assert not [
         line for line in lines if "also training images" in line or "different labels" in line
     ]

@@ -91,7 +91,9 @@ def settings(directory: pathlib.Path, source: object = "", **changes: Any) -> co
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the official files have three classes, nine training and four validation images."""
-    monkeypatch.setattr(imagenet, "official", lambda: imagenet.Official(WNIDS, VALIDATION, 9))
+    monkeypatch.setattr(
+        imagenet, "official", lambda: imagenet.OfficialMetadata(WNIDS, VALIDATION, 9)
+    )
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ def test_the_official_lists_are_those_that_tfds_comes_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    facts = imagenet.official()
+    facts = imagenet.official_metadata()
     assert len(set(facts.wnids)) == 1000 and list(facts.wnids) == sorted(facts.wnids)
     counts = np.unique(facts.validation, return_counts=True)
     assert tuple(counts[0]) == facts.wnids and set(counts[1]) == {50}

@@ -24,9 +24,9 @@ def read(path: pathlib.Path) -> layout.Index:
         return layout.index(source)
 
 
-def entry(file: str, wnid: str, box: layout.Box) -> layout.Entry:
+def entry(file: str, wnid: str, box: layout.BoundingBox) -> layout.IndexedImage:
     """Returns an image that lies where it does in the official layout."""
-    return layout.Entry(file, wnid, box, file)
+    return layout.IndexedImage(file, wnid, box, file)
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder", "folder/tiny-imagenet-200"])

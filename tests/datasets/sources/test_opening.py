@@ -200,7 +200,7 @@ def test_a_negative_size_does_not_lead_back(tmp_path: pathlib.Path) -> None:
 def test_a_large_member_of_a_tar_archive_is_not_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1000)
     path = archives.write_tar(tmp_path / "x.tgz", FILES | {"a/3.jpg": bytes(1001)})
     with folders.open_source(path) as source:
         with pytest.raises(
@@ -243,14 +243,14 @@ def test_a_bomb_in_a_compressed_tar_archive_is_listed_in_little_memory(
         file.write(bytes(1024))
     assert (tmp_path / "x.tar.bz2").stat().st_size < 1000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: pytest.fail("it is not unpacked"))
-    monkeypatch.setattr(limits, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
     tracemalloc.start()
     with TarSource(tmp_path / "x.tar.bz2") as source, pytest.raises(DataError, match="at most"):
         source.read("a/bomb.jpg")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
-    assert tar_source._MOST_HEADER == 1 << 20
+    assert tar_source._MAX_HEADER_BYTES == 1 << 20
 
 
 # Names in zip archives.
@@ -342,7 +342,7 @@ def test_a_setting_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
 def test_file_names_alone_decide_nothing_and_are_kept_as_bytes(tmp_path: pathlib.Path) -> None:
     files = {f"{label}/фото{n}.jpg".encode("cp866"): b"x" for label in "ab" for n in (1, 2)}
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
-    assert {folders.shown(file) for file in read(path)} == {
+    assert {folders.escape_for_display(file) for file in read(path)} == {
         f"{label}/\\udce4\\udcae\\udce2\\udcae{n}.jpg" for label in "ab" for n in (1, 2)
     }
     assert set(read(path, "cp866")) == {f"{label}/фото{n}.jpg" for label in "ab" for n in (1, 2)}
@@ -534,4 +534,4 @@ def test_archives_in_what_was_given_are_named(tmp_path: pathlib.Path, name: str)
         DataError, match=r"contains archives, .*: train\.zip, test\.tar\.gz\. Use one"
     ):
         classes(path)
-    assert opening.archives_inside(["a/1.jpg"]) == ""
+    assert opening.mention_archives(["a/1.jpg"]) == ""
