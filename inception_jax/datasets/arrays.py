@@ -1,4 +1,4 @@
-"""Data sets of arrays in memory: `Dataset.from_arrays`, and the checks of what users hand over."""
+"""Validates arrays from users and builds in-memory splits for `Dataset.from_arrays`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ _CHANNELS = (1, 3)
 
 
 def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
-    """Checks one image, or all of a split in one array.
+    """Checks the type, dtype and shape of one image or of a stack of images.
 
     Args:
-      image: uint8 [H, W, 3], [H, W, 1] or [H, W], with N before if stacked.
-      what: it is, for errors.
-      stacked: whether it is one array of several images.
+      image: uint8 [H, W, 3], [H, W, 1] or [H, W]; with a leading N dimension if `stacked`.
+      what: describes the image in errors.
+      stacked: whether `image` contains several images.
 
     Raises:
-      DataError: if it is anything else.
+      DataError: if type, dtype or shape differ.
     """
     if not isinstance(image, np.ndarray):
         raise DataError(
@@ -53,10 +53,10 @@ def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
 
 
 def as_pixel_array(images: Any, what: str) -> np.ndarray:
-    """Returns a split's images in one array, uint8 [N, H, W, 3] or [N, H, W] of grey ones.
+    """Returns a split's images as uint8 [N, H, W, 3], or [N, H, W] if grayscale.
 
     Raises:
-      DataError: if it is none.
+      DataError: if `images` is not such an array.
     """
     check_image(images, what, stacked=True)
     pixels: np.ndarray = images
@@ -68,17 +68,17 @@ def as_pixel_array(images: Any, what: str) -> np.ndarray:
 def check_labels(
     labels: Any, count: int, what: str, *, classes: int = 0, unknown: bool = False
 ) -> np.ndarray:
-    """Returns the labels of a split, int32 [N].
+    """Returns the labels of a split as int32 [N].
 
     Args:
-      labels: int [N], as an array or a sequence.
-      count: how many images there are.
-      what: the labels are, for errors.
-      classes: how many there are; 0: not known.
-      unknown: whether −1 is allowed, for an unknown label.
+      labels: integers [N], an array or a sequence.
+      count: number of images.
+      what: describes the labels in errors.
+      classes: number of classes; 0: unknown.
+      unknown: whether −1 (unknown label) is allowed.
 
     Raises:
-      DataError: if they are of another type or number, or out of range.
+      DataError: if type, number or range is wrong.
     """
     array = np.asarray(labels)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -100,10 +100,10 @@ def check_labels(
 
 
 def check_contiguous_labels(labels: np.ndarray) -> None:
-    """Checks that labels without names of classes are 0 to K - 1, all of them, at least two.
+    """Checks that labels without class names use all of 0 to K - 1, with K at least 2.
 
     Raises:
-      DataError: if they are not.
+      DataError: if a number is missing, or there is only one class.
     """
     occurring = np.unique(labels)
     if len(occurring) < 2:
@@ -117,10 +117,10 @@ def check_contiguous_labels(labels: np.ndarray) -> None:
 
 
 def check_class_names(names: Any, what: str) -> tuple[str, ...]:
-    """Returns the names of classes, which may be numbers, in the order of the labels.
+    """Returns class names as strings, in label order; `names` may be numbers.
 
     Raises:
-      DataError: if they are no sequence of several different names.
+      DataError: if `names` is not a sequence of at least two distinct names.
     """
     if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
         raise DataError(f"{what}: have type {type(names).__name__}; must be a list of names")
@@ -134,15 +134,15 @@ def check_class_names(names: Any, what: str) -> tuple[str, ...]:
 
 
 def numbered_names(classes: int) -> tuple[str, ...]:
-    """Returns the names of classes that have none: '0', '1', …."""
+    """Returns default class names: '0', '1', …."""
     return tuple(map(str, range(classes)))
 
 
 def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Returns which examples are held out: bool [N].
+    """Returns a mask of held-out examples, bool [N].
 
-    Of each class `fraction`, rounded, but at least one, and never all, as of image_folder. Which
-    ones follows from the seed alone.
+    Holds out `fraction` of each class, rounded, but at least one example and never all, as
+    image_folder does. The choice depends only on the seed.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
     order = generator.permutation(len(labels))
@@ -156,10 +156,10 @@ def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def make_split(
     pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, image_size: int
 ) -> MemorySplit:
-    """Returns some examples as a split, its images resized if they are of another size.
+    """Returns selected examples as a split, with images resized to `image_size` if needed.
 
     Args:
-      pixels: as `as_pixel_array` returns them.
+      pixels: uint8 [N, H, W, 3] or [N, H, W], as returned by `as_pixel_array`.
       labels: int32 [N].
       indices: int64 [M], which of them.
       image_size: height and width, pixels.
@@ -173,12 +173,12 @@ def make_split(
 
 
 def statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of pixels, uint8 [N, H, W, 3], over 255: float64 [3]."""
+    """Returns mean and standard deviation of uint8 [N, H, W, 3] pixels / 255, float64 [3] each."""
     return splits.mean_and_std(*splits.pixel_sums(pixels), pixels.size // 3)
 
 
 def version(*parts: MemorySplit) -> str:
-    """Returns a checksum of all examples, by which a resumed run notices other ones."""
+    """Returns a checksum of all examples, which lets a resumed run detect changed data."""
     digest = hashlib.sha256()
     for split in parts:
         digest.update(split.digests.tobytes())

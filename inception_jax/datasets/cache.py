@@ -1,13 +1,13 @@
-"""The folder in which a data set is made ready for training, once, from its TFDS records.
+"""Writes and opens the cache: the folder prepared once for training from TFDS records.
 
-With
-`config.data.storage` "decoded" the folder holds every image as uint8 pixels: decoding a 64 × 64
-JPEG takes 35 µs or more, reading its pixels 3 µs, so a training step never waits for a decoder.
-With "records" it holds no pixels, only what a first pass over all records found, and images are
-decoded from the TFDS records as they are needed: for data sets too large to be kept decoded. That
-pass decodes every image too, to measure mean and standard deviation, unless the registry has them.
+With `config.data.storage` = "decoded" the folder contains every image as uint8 pixels: decoding a
+64 × 64 JPEG takes at least 35 µs, reading its pixels 3 µs, so a training step never waits for a
+decoder. With "records" it contains no pixels, only the results of a first pass over all records,
+and images are decoded from the TFDS records on demand: for data sets too large to store decoded.
+That pass decodes every image too, to measure mean and standard deviation, unless the registry
+defines them.
 
-The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`; where
+The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`; if
 `config.data.bit_depth` is set, its name ends in `-<bit depth>bit`::
 
     info.json              what follows, with the size of each file, and the training pixels' mean
@@ -18,11 +18,12 @@ The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
 
-Examples lie in the order of the TFDS records, a fixed hash of their file names: shuffled, and the
-same wherever the data set is prepared. A folder appears under its name only when it is whole.
+Examples are in the order of the TFDS records, which is a fixed hash of their file names: shuffled,
+but identical wherever the data set is prepared. The folder gets its final name only once it is
+complete.
 
-info.json has checksums of itself and of the small files, which are compared when the folder is
-opened: a damaged one is made again. Images are compared as they are read, records by their reader.
+info.json contains checksums of itself and of the small files, which are verified when the folder is
+opened; a damaged cache is rebuilt. Images are verified as they are read, records by their reader.
 """
 
 import contextlib
@@ -46,27 +47,27 @@ from inception_jax.datasets.recipe import Prepared, Recipe
 from inception_jax.datasets.splits import DecodedSplit, RecordSplit, Split
 from inception_jax.errors import DataError
 
-# Rises when the files' layout or the way of decoding changes; older caches are then made again.
+# Incremented when the file layout or the decoding changes; older caches are then rebuilt.
 FORMAT = 1
 _IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
-# Images that one thread decodes at a time: some 10 ms of work.
+# Images decoded per task of a thread: about 10 ms of work.
 _CHUNK_SIZE = 64
-# Records that it reads at a time for that: a user's photos may have 10 MB each.
+# Records read at a time within a task: photos may have 10 MB each.
 _READ_CHUNK_SIZE = 8
-# What TFDS keeps of an example besides its image, and what it takes in its index: bytes, a bound.
+# Upper bound of what TFDS stores per example besides the image, including its index, bytes.
 RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
 
 if TYPE_CHECKING:
-    # It imports TFDS, which opening decoded images does without.
+    # Imports TFDS, which is not needed to open decoded images.
     from inception_jax.datasets.records import Example, Records
 
-# What info.json holds.
+# The contents of info.json.
 Info = dict[str, Any]
 
 
 def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
-    """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
+    """Returns a cache's description, or None and the problem ('' if there is no cache)."""
     try:
         info = json.loads((cache / "info.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -91,7 +92,7 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
 
 
 def _info_digest(info: Info) -> str:
-    """Returns the SHA-256 of a cache's description, but for this itself."""
+    """Returns the SHA-256 of a cache's description, excluding the checksum itself."""
     rest = {key: value for key, value in info.items() if key != "sha256 of this"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -102,7 +103,7 @@ def _file_digest(path: pathlib.Path) -> str:
 
 
 def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -> Split:
-    """Returns a split of a cache, its images still on disk."""
+    """Opens a split of a cache without loading its images."""
     labels = np.load(cache / f"{split}_labels.npy")
     names_path = cache / f"{split}_names.txt"
     # Caches of older versions have none.
@@ -126,12 +127,12 @@ def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -
 
 
 def bit_depth(name: str, facts: Mapping[str, Any]) -> int:
-    """Returns the bit depth that a cache's or a TFDS dataset's description has, or implies."""
+    """Returns the bit depth stored in, or implied by, the metadata of a cache or TFDS data set."""
     return facts.get("bit_depth", config.unrecorded_bit_depth(name))
 
 
 def prepared_from_info(info: Info) -> Prepared:
-    """Returns what a cache was prepared from."""
+    """Returns what a cache was prepared from, from its info.json."""
     source = info["source"]
     names = info["class_names"]
     return Prepared(
@@ -140,7 +141,7 @@ def prepared_from_info(info: Info) -> Prepared:
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that data were prepared with, under today's names."""
+    """Returns the settings that data were prepared with, under their current names."""
     settings = facts.get("settings", {})
     return {
         config.current_path(f"data.{name}").removeprefix("data."): value
@@ -149,7 +150,7 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepared_from_builder(builder: Any) -> Prepared:
-    """Returns what the records of a builder were prepared from."""
+    """Returns what a builder's records were prepared from."""
     facts = builder.facts
     return Prepared(
         path=facts.get("source", ""),
@@ -161,7 +162,7 @@ def prepared_from_builder(builder: Any) -> Prepared:
 
 
 def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
-    """Raises DataError if there is nothing to see in the training images."""
+    """Raises DataError if all training images are one single color."""
     if not any(std):
         raise DataError(
             f"{where}: all training images are the same single color, such as black, so there is "
@@ -172,18 +173,18 @@ def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: pathlib.P
 
 
 def example_bytes(data: config.Data) -> int:
-    """Returns what one example takes in the folder, a bound."""
+    """Returns an upper bound of the size of an example in the cache, bytes."""
     pixels = 3 * data.image_size**2 if data.storage == "decoded" else 0
     return pixels + np.dtype(np.int32).itemsize + _NAME_BYTES
 
 
 def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
-    """Writes all splits and, last, info.json, to `folder`; returns what is in info.json.
+    """Writes all splits and finally info.json to `folder`; returns the contents of info.json.
 
     Args:
-      recipe: of the data set.
-      builder: of its prepared TFDS dataset.
-      folder: empty.
+      recipe: settings and registry entry of the data set.
+      builder: of the prepared TFDS data set.
+      folder: an empty folder.
     """
     part, data, facts = recipe.part, recipe.data, builder.facts
     decode = data.storage == "decoded" or not part.mean
@@ -195,7 +196,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         ]
         for split in builder.info.splits
     }
-    # Where another split is trained on, its own statistics count, below.
+    # If another split is used for training, its own statistics apply, see below.
     train = part.train_split if part.train_split in statistics else next(iter(statistics))
     if decode:
         check_not_constant(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
@@ -224,7 +225,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         info["statistics"] = statistics
     if builder.fields is not None:
         info["fields"] = builder.fields._asdict()
-    # Where the records do not say it, as those of older versions, nor does what is made from them.
+    # Omitted if the records, written by an older version, lack it.
     if data.bit_depth or "bit_depth" in facts:
         info["bit_depth"] = depth
     if data.storage == "records":
@@ -243,17 +244,17 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
 def _write_split(
     recipe: Recipe, builder: Any, split: str, folder: pathlib.Path, bit_depth: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one split and writes what is kept of it.
+    """Reads one split and writes its cache files.
 
     Args:
-      recipe: of the data set.
+      recipe: settings and registry entry of the data set.
       builder: of the prepared TFDS dataset.
-      split: its name.
-      folder: where to write to.
-      bit_depth: to decode the images with, to keep them or to measure them; None: they are not.
+      split: name of the split.
+      folder: output folder.
+      bit_depth: for decoding the images; None: do not decode them.
 
     Returns:
-      Mean and standard deviation of its pixels, float64 [3]; zeros if they were not decoded.
+      Mean and standard deviation of its pixels / 255, float64 [3]; zeros if not decoded.
     """
     from inception_jax.datasets.records import DEFAULT_FIELDS, Records
 
@@ -270,7 +271,8 @@ def _write_split(
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(_open_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
-            # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
+            # Plain writes, because dirty pages of a memory-mapped file count as this process's
+            # memory.
             file = stack.enter_context(_open_synced(folder / f"{split}{_IMAGES}"))
             _write_header(file, (count, size, size, 3))
         progress = stack.enter_context(Progress(label, count, log=recipe.log))
@@ -303,7 +305,7 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3].
+    """A chunk of examples: int32 labels, uint64 digests, sums of pixels and squares, uint64 [3].
 
     `constant` has the names of those that are a single color all over.
     """
@@ -355,14 +357,14 @@ def _list_chunk(records: "Records", indices: Sequence[int]) -> _Chunk:
 
 
 def _examples(records: "Records", indices: Sequence[int]) -> Iterator["Example"]:
-    """Yields the examples at `indices`, few of which are in memory at a time."""
+    """Yields the examples at `indices`, keeping only a few in memory."""
     for part in decode.chunks(indices, _READ_CHUNK_SIZE):
         yield from records.read(part)
 
 
 @contextlib.contextmanager
 def _open_synced(path: pathlib.Path) -> Iterator[Any]:
-    """Opens a file for writing, and sees it safely on disk at the end."""
+    """Opens a file for writing and calls fsync at the end."""
     with path.open("wb") as file:
         yield file
         file.flush()

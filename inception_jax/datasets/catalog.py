@@ -1,7 +1,7 @@
-"""The package's own data sets, registered through the same door as a user's.
+"""Registers the package's own data sets, in the same way as custom ones.
 
-Each imports its builder when something is to be prepared: training from prepared data must not
-import TFDS (0.3 to 1 s at every start).
+Builders are imported only to prepare data: training from prepared data must not import TFDS (0.3 to
+1 s at every start).
 """
 
 import importlib
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def _load(path: str) -> Any:
-    """Returns what a module of the builders has under a name, "module.name"; imports it now."""
+    """Imports a builder module and returns one of its attributes; `path` is "module.name"."""
     module, name = path.split(".")
     return getattr(importlib.import_module(f"inception_jax.datasets.builders.{module}"), name)
 
 
 def _lazy(path: str) -> Callable[..., Any]:
-    """Returns a function that imports the one at `path`, as of `_load`, when it is called."""
+    """Returns a function that imports and calls the function at `path` (see `_load`)."""
     return lambda *arguments: _load(path)(*arguments)
 
 
 def _register(name: str, builder: str, **facts: Any) -> None:
-    """Registers a data set by its builder's path, as of `_load`; `facts` are of `DatasetPart`."""
+    """Registers a data set by its builder's path (see `_load`) and attributes of `DatasetPart`."""
     DATASETS.register(name, is_builder=True, **facts)(lambda data: _load(builder))
 
 
@@ -39,7 +39,7 @@ def _check_encoding(data: "Data") -> Iterator[str]:
 
 
 def _is_ascii_superset(encoding: str) -> bool:
-    """Whether there is such an encoding of text, in which ASCII characters are themselves."""
+    """Returns whether `encoding` exists and encodes ASCII characters as themselves."""
     text = "train/a.jpg"
     try:
         return text.encode("ascii").decode(encoding) == text
@@ -88,7 +88,7 @@ _register(
     std=(0.229, 0.224, 0.225),
     content_is_canonical=True,
 )
-# What TFDS's own commands prepared.
+# Data sets prepared by TFDS's own commands.
 _register(
     "tfds",
     "tfds_prepared.PreparedTfds",

@@ -1,7 +1,7 @@
-"""Data sets ready for training: opened from what was prepared once, or prepared now.
+"""Opens data sets for training, preparing them first if necessary.
 
-`prepare` makes a folder (`cache`) from a standard TFDS dataset, and makes that from the original
-files, or from what a function returns (`registry.register_dataset`).
+`prepare` writes a cache folder (`cache`) from a standard TFDS data set, which it writes from the
+original files or from a registered function (`registry.register_dataset`).
 """
 
 import dataclasses
@@ -20,26 +20,26 @@ from inception_jax.errors import ConfigError, DataError, nearest
 
 __all__ = ["HOLDOUT", "Dataset", "class_changes", "class_ids", "data_directory", "prepare"]
 
-# The split that is cut from the training split, by config.data.holdout or a slice.
+# The split taken from the training split by config.data.holdout or a slice.
 HOLDOUT = "holdout"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set ready for training.
+    """A data set that is ready for training.
 
     Attributes:
       name, version: as in the registry.
       image_size: height and width of the images, pixels.
-      class_names: in the order of the labels.
-      mean, std: float32 [3], of each channel over all pixels of the training split (a hold-out
-        included), in units of pixel value / 255; the published ones where the registry has them.
-        Of a channel that never changes the deviation is 1, not 0.
+      class_names: in label order.
+      mean, std: float32 [3], per channel over all pixels of the training split (including a
+        hold-out), of pixel value / 255; published values if the registry defines them. `std` is 1
+        instead of 0 for a constant channel.
       splits: all splits by name.
-      train_split, eval_split: the names of the two that training and evaluation use.
-      eval_crop: side of the centred square that is cut from the images of all splits but the one to
-        train on, over the shorter side.
-      bit_depth: how many bits the values of image files with 16 bits a channel use; 0: there are no
+      train_split, eval_split: names of the splits used for training and evaluation.
+      eval_crop: side of the center crop, as a fraction of the shorter side, of all splits except
+        the training split.
+      bit_depth: number of bits used by the values of image files with 16 bits per channel; 0: no
         such files.
     """
 
@@ -68,21 +68,21 @@ class Dataset:
         name: str = "arrays",
         seed: int = 0,
     ) -> "Dataset":
-        """Returns a data set of arrays, which stays in memory and writes no file.
+        """Returns an in-memory data set of arrays; writes no files.
 
         Args:
-          images: uint8 [N, H, W, 3], or grey: [N, H, W] or [N, H, W, 1].
-          labels: int [N], from 0 on.
-          evaluation: (images, labels) to evaluate on; None: a share of each class is held out.
-          val_fraction: that share, rounded, but at least one example, and never all.
-          class_names: in the order of the labels; none: the labels' numbers.
-          image_size: height and width that images are resized to, of the centred square, pixels; 0:
-            their shorter side.
-          name: in logs and records.
-          seed: of the choice of what is held out.
+          images: uint8 [N, H, W, 3], or grayscale [N, H, W] or [N, H, W, 1].
+          labels: integers [N], from 0.
+          evaluation: (images, labels) to evaluate on; None: hold out a fraction of each class.
+          val_fraction: that fraction, rounded, but at least one example and never all.
+          class_names: in label order; empty: '0', '1', ….
+          image_size: height and width, pixels, to which the center square of each image is resized;
+            0: its shorter side.
+          name: used in logs and run records.
+          seed: for choosing the held-out examples.
 
         Raises:
-          DataError: if an array is of another shape, type or length, or a label out of range.
+          DataError: if an array has the wrong shape, dtype or length, or a label is out of range.
         """
         pixels = arrays.as_pixel_array(images, "images")
         classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
@@ -126,33 +126,33 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.class_names)
 
     @property
     def train(self) -> Split:
-        """The split to train on."""
+        """The training split."""
         return self.splits[self.train_split]
 
     @property
     def train_eval_view(self) -> Split:
-        """The examples to train on, as an evaluation sees them."""
+        """The training examples with the evaluation crop."""
         return self.view(self.train_split, crop=self.eval_crop)
 
     @property
     def evaluation(self) -> Split:
-        """The split to evaluate on."""
+        """The evaluation split."""
         return self.splits[self.eval_split]
 
     def view(self, split: str, *, crop: float = 1.0, examples: int | None = None) -> Split:
-        """Returns a split to evaluate on; the same object for the same arguments.
+        """Returns a split for evaluation; the same object for the same arguments.
 
         Args:
-          split: its name; "train" and "eval" stand for those that training and evaluation use,
+          split: its name; "train" and "eval" select the splits used for training and evaluation,
             whatever their names.
-          crop: side of the centred square that is cut from each image, over its shorter side; other
-            than 1 of records only (config.data.storage).
-          examples: how many, from its first on; None: all.
+          crop: side of the center crop as a fraction of the shorter side; values other than 1 need
+            config.data.storage=records.
+          examples: number of examples, from the first; None: all.
 
         Raises:
           ConfigError: if there is no such split, or it cannot be cropped.
@@ -176,25 +176,25 @@ class Dataset:
 
     @functools.cached_property
     def eval_train_overlap(self) -> Duplicates | None:
-        """The images to evaluate on that are training images, too; None: not known."""
+        """The evaluation images that are also training images; None: unknown."""
         return duplicates.between(self.evaluation, self.train)
 
 
 def prepare(data: config.Data, *, log: Log = print) -> Dataset:
-    """Opens a data set, after preparing it if this has not been done.
+    """Opens a data set, preparing it first if necessary.
 
-    Several processes may call this at once: one prepares, the others wait for it.
+    Several processes may call this at once: one prepares the data set while the others wait.
 
     Args:
-      data: which data set, from where, kept where and how, at what size.
-      log: takes one line of text about what goes on.
+      data: the settings in config.data.
+      log: called with one line of text at a time.
 
     Returns:
-      The data set, its images still on disk.
+      The data set, with its images still on disk.
 
     Raises:
-      ConfigError: if a source is given for a data set that takes none.
-      DataError: if the source or what is prepared is damaged or missing, or the disk is full or
+      ConfigError: if a setting does not apply to the data set.
+      DataError: if the source or the prepared data are damaged or missing, or the disk is full or
         read-only.
     """
     recipe = Recipe.from_config(data, log)
@@ -207,7 +207,7 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     if info is None or is_outdated(info):
         lock = recipe.cache_root / f"{recipe.name}-{recipe.version}.lock"
         with preparation.locked(lock, log=log):
-            # Another process may have prepared it while this one waited.
+            # Another process may have prepared it in the meantime.
             info, problem = cache.read_info(folder)
             if info is None and problem:
                 log(f"{folder}: {problem}; rebuilding it")
@@ -224,7 +224,7 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
 
 
 def _log_duplicates(dataset: Dataset, log: Log) -> None:
-    """Says which images occur in two splits, or in one with different labels."""
+    """Logs images that occur in two splits, or with different labels."""
     train = dataset.train
     for name, split in dataset.splits.items():
         if split is not train and (shared := duplicates.between(split, train)) and shared.total:
@@ -240,16 +240,16 @@ def _log_duplicates(dataset: Dataset, log: Log) -> None:
 
 
 def class_ids(data: config.Data) -> tuple[str, ...]:
-    """Returns what a prepared data set's authors call its classes, such as wnids; often nothing.
+    """Returns the class ids (such as wnids) of a prepared data set, if it has any.
 
     Args:
-      data: as of `prepare`, which comes first.
+      data: as for `prepare`, which must be called first.
 
     Returns:
-      An id for each label, in order; empty: there are none besides the names.
+      An id per label, in label order; empty if there are only names.
 
     Raises:
-      DataError: if the records are gone, so that it cannot be told.
+      DataError: if the records are missing.
     """
     recipe = Recipe.from_config(data, print)
     builder = preparation.make_builder(recipe)
@@ -287,7 +287,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
                 )
             evaluated, opened[HOLDOUT] = HOLDOUT, whole
         opened[evaluated] = splits.take_range(opened[evaluated], part_of_it)
-    # Only what is evaluated is cut: training has crops of its own.
+    # Only evaluation splits are cropped; training uses its own crops.
     opened = {
         name: split if name == train else split.cropped(data.eval_crop_pct)
         for name, split in opened.items()
@@ -304,7 +304,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
         image_size=info["image_size"],
         class_names=tuple(info["class_names"]),
         mean=np.array(mean, np.float32),
-        # What never changes is 0 once its mean is subtracted, whatever it is divided by.
+        # A constant channel is 0 after subtracting its mean, whatever the divisor.
         std=np.array([each if each > 0 else 1 for each in std], np.float32),
         splits=opened,
         train_split=train,
@@ -315,7 +315,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
 
 
 def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> str:
-    """Returns the split to evaluate on where nothing says which."""
+    """Returns the default evaluation split."""
     others = [name for name in opened if name != train]
     for name in ("validation", "test"):
         if name in others:
@@ -335,10 +335,10 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
 
 
 def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
-    """Yields what to know of a data set that is opened.
+    """Yields log lines about problems of an opened data set.
 
     Raises:
-      DataError: if its training images are nothing but one color.
+      DataError: if all training images are one single color.
     """
     folder = recipe.cache_dir
     cache.check_not_constant(recipe, info["std"], where=folder)

@@ -1,4 +1,4 @@
-"""CIFAR-10 as a TFDS dataset: 10 classes of 32 × 32 pixels (cifar10_files.py has its forms).
+"""Builds CIFAR-10: 10 classes, 32 × 32 pixels (cifar10_files.py reads its file formats).
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", University of Toronto,
 2009.
@@ -21,7 +21,7 @@ from inception_jax.registry import DATASETS
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 BYTES = 170_498_071
-# Images that one thread encodes at a time: some 5 ms of work.
+# Images encoded per task of a thread: about 5 ms of work.
 _CHUNK_SIZE = 64
 _CITATION = """@techreport{krizhevsky2009learning,
   title = {Learning Multiple Layers of Features from Tiny Images},
@@ -32,7 +32,7 @@ _CITATION = """@techreport{krizhevsky2009learning,
 
 
 class CifarImage(NamedTuple):
-    """One image: its split, its number in the order of the files, pixels and label."""
+    """One image: its split, its index in file order, its pixels (uint8 [3072]) and its label."""
 
     split: str
     number: int
@@ -41,13 +41,13 @@ class CifarImage(NamedTuple):
 
 
 class Cifar10(base.ImageBuilder):
-    """The whole of CIFAR-10: 50,000 training and 10,000 test images.
+    """Builds CIFAR-10 with 50,000 training and 10,000 test images.
 
-    Features: image (PNG), label, file_name ('train_00000.png', the index in the order of the files,
-    by which other programs count, too).
+    Features: image (PNG), label, file_name ('train_00000.png': the index in file order, which other
+    programs use too).
 
-    Every source of the right counts is taken for CIFAR-10, and what was prepared from one serves
-    for another; an archive that is not the official one is noted in the log, a folder is not.
+    Any source with the right image counts is accepted as CIFAR-10, and data prepared from one
+    source are reused for another. A non-official archive is reported in the log; a folder is not.
     """
 
     VERSION = tfds.core.Version(DATASETS.get("cifar10").version)
@@ -60,7 +60,7 @@ class Cifar10(base.ImageBuilder):
     _names: list[str]
 
     def open(self) -> None:
-        """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
+        """Reads all files (184 MB of pixels) and checks that they match CIFAR-10."""
         self._path = self._locate()
         with opening.open_path(
             self._path, is_hidden=folders.is_hidden, scratch=pathlib.Path(self.data_dir_root)
@@ -110,15 +110,15 @@ class Cifar10(base.ImageBuilder):
             )
 
     def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names of batches.meta, and the source."""
+        """Returns the class names from batches.meta, and the source path."""
         return self._names, {"source": str(self._path.absolute())}
 
     def source_bytes(self) -> int:
-        """Returns the size of all pixels, which PNG does not exceed by more than some bytes."""
+        """Returns the size of all pixels, which PNG exceeds by at most a few bytes per image."""
         return sum(len(each) * (3 * 32 * 32 + 200) for each in self._splits.values())
 
     def examples(self, items: Sequence[CifarImage]) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images as PNG files, encoded in threads."""
+        """Yields the images as PNG, encoded in threads."""
         encoded = decode.threaded_map(_encode, items, _CHUNK_SIZE)
         for item, data in zip(items, encoded, strict=True):
             name = f"{item.split}_{item.number:05d}.png"

@@ -1,19 +1,19 @@
-"""The files of CIFAR-10, in each of the forms that it goes around in.
+"""Reads CIFAR-10 in each of the formats in which it is distributed.
 
-The official Python version has these files, each a pickled dictionary:
+The official Python version consists of pickled dictionaries:
 
     cifar-10-batches-py/data_batch_1 … data_batch_5    10,000 training images each
     cifar-10-batches-py/test_batch                     10,000 test images
     cifar-10-batches-py/batches.meta                   the names of the classes
 
-Since a pickle can run any code when it is loaded, these are loaded by an unpickler that knows NumPy
-arrays of plain numbers, and nothing else. Two other forms hold the same pixels in an order that can
-be told, and so the same examples:
+Loading a pickle can run arbitrary code, so these are loaded by an unpickler that accepts only NumPy
+arrays of plain numbers. Two other formats contain the same pixels in a known order, and so the same
+examples:
 
     data_batch_1.bin … test_batch.bin                  the binary version: label, pixels; label, …
     train/CLASS/NUMBER_CLASS.png, test/…               as fast.ai has it; CLASS/ may be missing
 
-Each form may lie in any folder of a folder, a zip or a tar archive.
+Each format may be in any subfolder of a folder, a zip archive or a tar archive.
 """
 
 import functools
@@ -35,31 +35,31 @@ from inception_jax.errors import DataError
 
 FOLDER = "cifar-10-batches-py"
 NUM_CLASSES = 10
-# Images in each batch file, and of each class in it on average; the whole split has exactly that.
+# Images per batch file. Each class has a tenth of every split exactly, of every file on average.
 IMAGES_PER_FILE = 10_000
 BATCH_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _META = "batches.meta"
-# The names in the order of the labels.
+# The class names in label order.
 _NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _PNG_PATH = re.compile(r"(?:.*/)?(train|test)/(?:[^/]+/)?([0-9]{1,6})_(\w+)\.png", re.IGNORECASE)
-# Pictures for the data set 'image_folder': a folder for each class, or loose as Kaggle has them.
+# Images to be used with 'image_folder' instead: one folder per class.
 _CLASS_FOLDER_PATH = re.compile(
     rf"(?:.*/)?(train|test)/({'|'.join(_NAMES)})/[^/]+\.(png|jpe?g)", re.IGNORECASE
 )
-# A batch file is 31 MB; nothing that claims to be much more is read.
+# A batch file has 31 MB; much larger files are rejected without reading them.
 _MAX_BYTES = 100_000_000
-# Images that one thread decodes at a time: some 5 ms of work.
+# Images decoded per task of a thread: about 5 ms of work.
 _CHUNK_SIZE = 64
 
-# The pixels, uint8 [N, 3072] (all red, all green, all blue), and the labels of each split.
+# Pixels, uint8 [N, 3072] (all red, all green, all blue), and labels of each split.
 Splits = dict[str, tuple[np.ndarray, list[int]]]
 
 
 def read(source: Source) -> tuple[list[str], Splits]:
-    """Returns the names of the classes and the images of each split, from any of the three forms.
+    """Returns the class names and the images of each split, from any of the three formats.
 
     Raises:
-      DataError: if a file is missing or damaged, or it is another form or another data set.
+      DataError: if a file is missing or damaged, or the source is another format or data set.
     """
     batches = list(itertools.chain.from_iterable(BATCH_FILES.values()))
     if _enter_folder_with(source, batches):
@@ -73,7 +73,7 @@ def read(source: Source) -> tuple[list[str], Splits]:
 
 
 def _enter_folder_with(source: Source, names: Sequence[str]) -> bool:
-    """Enters the folder that holds most of some files, and returns whether there is one."""
+    """Enters the folder with most of the named files; returns False if there is none."""
     matches = [file for file in source.sizes if file.split("/")[-1] in names]
     roots = [file.removesuffix(file.split("/")[-1]) for file in matches]
     if roots:
@@ -82,7 +82,7 @@ def _enter_folder_with(source: Source, names: Sequence[str]) -> bool:
 
 
 def _other_form(source: Source) -> str:
-    """Returns what a source is that is none of the three forms, and what to do."""
+    """Describes a source that is none of the three formats, with a remedy."""
     files = list(source.sizes)
     names = {file.split("/")[-1] for file in files}
     official = (
@@ -142,10 +142,10 @@ def _read_binary(source: Source) -> tuple[list[str], Splits]:
 
 
 def _read_files(source: Source, wanted: Sequence[str], what: str) -> dict[str, bytes]:
-    """Returns the content of each of some files.
+    """Returns the contents of the wanted files by name.
 
     Raises:
-      DataError: if one is missing, too large or damaged.
+      DataError: if a file is missing, too large or damaged.
     """
     for file in source.sizes.keys() & set(wanted):
         if source.sizes[file] > _MAX_BYTES:
@@ -167,7 +167,7 @@ def _concatenate(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndar
 
 
 def _parse_binary(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
-    """Returns the pixels and labels of a file of the binary version."""
+    """Returns pixels and labels of a file of the binary version."""
     size = 1 + 3 * 32 * 32
     if len(data) != IMAGES_PER_FILE * size:
         raise DataError(
@@ -183,7 +183,7 @@ def _parse_binary(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
 
 
 def _read_pngs(source: Source, pngs: dict[str, re.Match[str]]) -> Splits:
-    """Returns the images of the form that has each as a PNG, in the order of their numbers."""
+    """Returns the images of the PNG format, in the order of their numbers."""
     splits: Splits = {}
     for split, batches in BATCH_FILES.items():
         numbered = {int(m[2]): file for file, m in pngs.items() if m[1].lower() == split}
@@ -212,7 +212,7 @@ def _read_pngs(source: Source, pngs: dict[str, re.Match[str]]) -> Splits:
 
 
 def _read_png(source: Source, file: str) -> np.ndarray:
-    """Returns a PNG's pixels, uint8 [32, 32, 3]."""
+    """Returns the pixels of a PNG file, uint8 [32, 32, 3]."""
     data, where = source.read(file), f"{source.path}: {file}"
     decode.verify(data, where)
     with Image.open(io.BytesIO(data)) as image:
@@ -225,14 +225,14 @@ def _read_png(source: Source, file: str) -> np.ndarray:
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Returns bytes that Python 3 wrote as text, since old pickle protocols have no bytes."""
+    """Decodes bytes that Python 3 pickled as text because old protocols lack a bytes type."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _allowed_globals() -> dict[tuple[str, str], Any]:
-    """Returns what a pickled array refers to, by module and name, under NumPy 1 and 2."""
+    """Returns the objects that pickled arrays refer to, by module and name, for NumPy 1 and 2."""
     array = np.empty(0)
     parts: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray,
@@ -240,7 +240,7 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         ("_codecs", "encode"): _encode_latin1,
     }
     for core in ("numpy.core", "numpy._core"):
-        # Private functions of NumPy; these are public ways to them.
+        # Private NumPy functions, obtained through public APIs.
         parts[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
         parts[f"{core}.multiarray", "scalar"] = np.uint8(0).__reduce__()[0]
         parts[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
@@ -248,33 +248,33 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads numbers, texts, lists, dictionaries and NumPy arrays; anything else is refused."""
+    """Loads numbers, strings, lists, dictionaries and NumPy arrays, and refuses anything else."""
 
     _allowed = _allowed_globals()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what a pickle may call."""
+        """Returns an allowed object, or raises UnpicklingError."""
         if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"refers to {module}.{name}, which plain data never do")
         return self._allowed[module, name]
 
 
 def unpickle(data: bytes, where: str) -> dict[str, Any]:
-    """Loads a pickled dictionary that holds nothing but data.
+    """Loads a pickled dictionary of plain data.
 
     Args:
-      data: the pickle, of any protocol, written by Python 2 or 3.
-      where: what an error calls it.
+      data: a pickle of any protocol, written by Python 2 or 3.
+      where: names the file in errors.
 
     Returns:
-      The dictionary, its keys as str; texts written by Python 2 are bytes.
+      The dictionary with str keys; strings written by Python 2 are bytes.
 
     Raises:
-      DataError: if it is damaged, holds anything else, or is no dictionary.
+      DataError: if it is damaged, contains anything else, or is not a dictionary.
     """
     try:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    # Damaged data make the unpickler, and NumPy under it, raise nearly anything.
+    # Damaged data make the unpickler and NumPy raise nearly any exception.
     except Exception as error:
         raise DataError(
             f"{where}: not a pickle of plain data ({type(error).__name__}: {error}); it is "
@@ -303,7 +303,7 @@ def _class_names(data: bytes, where: str) -> list[str]:
 
 
 def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
-    """Returns a file's pixels, uint8 [N, 3072] (all red, all green, all blue), and its labels."""
+    """Returns pixels, uint8 [N, 3072], and labels of a file of the Python version."""
     batch = unpickle(data, where)
     pixels, labels = batch.get("data"), batch.get("labels")
     shape = (IMAGES_PER_FILE, 3 * 32 * 32)

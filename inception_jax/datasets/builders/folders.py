@@ -1,21 +1,22 @@
-"""The layout of a user's own pictures: a folder for each class, in a folder or in an archive.
+"""Detects classes and splits from folder names, in a folder or an archive of images.
 
     ROOT/train/CLASS/**    training images
-    ROOT/val/CLASS/**      images to evaluate on
-    ROOT/test/**           a second such folder becomes the split 'test', which may have no classes
+    ROOT/val/CLASS/**      validation images
+    ROOT/test/**           the split 'test' if there is also a val folder; may lack classes
     ROOT/pred/**           images without classes, for predictions
 
-or, if nothing is split yet, one folder of which a share of each class is held out:
+or, without splits, one folder per class, of which a fraction is held out for evaluation:
 
     ROOT/CLASS/**
 
-Names of splits are known by their words: seg_train, training_set, TestImages and val2017 are splits
-where their folders are the same classes. Folders that could be read in two ways are refused, with
-both readings; `config.data.layout` and the path of the source say which one is meant.
+Split folders are recognized by words in their names: seg_train, training_set, TestImages and
+val2017 are splits if they contain the same class folders. Ambiguous folders are refused with an
+error that explains both interpretations; `config.data.layout` and the path of the source resolve
+it.
 
-Folders inside a class are searched. What systems, shares and editors leave behind, what this
-program writes, notes and logs are no files of the data set; all else below a class is taken for an
-image, whatever its name; whether it is one, image_folder.py finds out.
+Folders inside a class are searched recursively. Files of operating systems, network shares and
+editors, this program's output, notes and logs are ignored. Any other file below a class counts as
+an image, whatever its name; image_folder.py checks whether it is one.
 """
 
 import dataclasses
@@ -37,28 +38,28 @@ from inception_jax.storage import atomic
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
 _EVALUATION = "evaluation"
-# The words by which a folder's name tells its split.
+# Words in a folder's name that identify its split.
 _SPLIT_WORDS = {
     TRAIN: ("train", "training", "trainval"),
     VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
-    # The one of the two that has no folder of its own.
+    # Whichever of validation and test has no other folder.
     _EVALUATION: ("eval", "evaluation", "holdout"),
     UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
 }
-# What stands beside them and says nothing: training_set, TestImages, valdata.
+# Words without meaning that accompany them: training_set, TestImages, valdata.
 _FILLERS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "split")
-# Folders that are often the only one inside a split's, and hold its classes.
+# Names of folders that are often the only folder inside a split and contain its classes.
 _CONTAINERS = (*_FILLERS, "photos", "jpg", "jpeg", "png", "unknown")
 _EXPECTED = "Expected one folder of images per class, or train/ and val/ with such folders"
 _AS_CLASSES = "config.data.layout=classes"
 
-# What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
+# Lower-case names of system files next to images. Names that begin with a dot are ignored too.
 _SYSTEM_FILES = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
     *("system volume information", "$recycle.bin", "recycler", "recycled"),
-    # macOS, its shares, and the same name as other systems show it.
+    # macOS, its shares, and the same name as displayed by other systems.
     *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
     "thevolumesettingsfolder",
     # Linux, Android, NAS systems and their shares.
@@ -67,7 +68,7 @@ _SYSTEM_FILES = {
     # Viewers, version control and programming tools.
     *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
 }
-# Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
+# Backups and locks of editors, companion files of network shares, unfinished downloads.
 _TEMPORARY = re.compile(
     r"~\$.+|#.+#|.+~|.+@syno\w+|.+[:_]zone\.identifier|.+:(encryptable|afp_\w+|com\.[\w.]+)"
     r"|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2|crdownload|opdownload|download|!ut)",
@@ -75,12 +76,13 @@ _TEMPORARY = re.compile(
 )
 # Folders of file system checks, old tar programs, and Lightroom's previews.
 _SYSTEM_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
-# How systems name copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of cats".
+# Names that systems give to copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of
+# cats".
 _COPY_NAME = re.compile(
     r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
-# What a run's folder holds other than documents (training/workdir.py has the names).
+# Contents of a workdir other than text files (training/workdir.py defines the names).
 _RUN_OUTPUTS = (
     "checkpoints",
     "plots",
@@ -89,16 +91,16 @@ _RUN_OUTPUTS = (
     "predictions.npz",
     "find_lr.png",
 )
-# A data set that TFDS has not finished, and a cache that this program has not.
+# Unfinished data sets of TFDS, and unfinished caches of this program.
 _UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
-# Unicode's categories of control characters, line breaks and paragraph breaks.
+# Unicode categories of control characters, line separators and paragraph separators.
 _CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")
-# How many things an error names.
+# Maximum number of names in an error.
 _MAX_NAMED = 10
 
 
 class LabeledFile(NamedTuple):
-    """One image: its path below the source's root, and its class ('' if unknown)."""
+    """An image file: its path below the source's root, and its class ('' if unknown)."""
 
     file: str
     label: str
@@ -106,18 +108,17 @@ class LabeledFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What lies where.
+    """The detected classes and splits of a source.
 
     Attributes:
-      splits: the files of each split that has a folder of its own.
-      classes: the names of the training split's class folders, sorted; some may hold no file.
-      divided: whether there is a folder to evaluate on, or a share has to be held out.
-      root: what the paths of the training files begin with before their class's folder: '' or
-        ending in '/'.
-      folders: the folder of each split; empty: there are no splits.
-      own: the files, and the folders ending in '/', that this program wrote.
-      left_out: these and all others that are none of the data set's.
-      without_pictures: the folders beside those of classes that hold notes and the like alone.
+      splits: the files of each split that has its own folder.
+      classes: names of the training split's class folders, sorted; some may contain no files.
+      has_validation: whether there is a validation folder; if not, images are held out.
+      root: prefix of the training files' paths before the class folder, '' or ending in '/'.
+      folders: the folder of each split; empty if there are no split folders.
+      program_files: files, and folders ending in '/', written by this program.
+      ignored: these and all other paths that do not belong to the data set.
+      imageless_folders: folders next to the class folders that contain only notes and the like.
     """
 
     splits: dict[str, list[LabeledFile]]
@@ -131,15 +132,15 @@ class Layout:
 
     @property
     def files(self) -> list[str]:
-        """The files of all splits."""
+        """The paths of all splits' files."""
         return [entry.file for entries in self.splits.values() for entry in entries]
 
 
 def is_hidden(file: str) -> bool:
-    """Whether a path is that of a file which systems, not users, put beside pictures.
+    """Returns whether a path belongs to a system, editor or temporary file.
 
     Args:
-      file: its path; that of a folder ends in '/'.
+      file: a path; folders end in '/'.
     """
     parts = file.split("/")
     return bool(_TEMPORARY.fullmatch(parts[-1])) or any(
@@ -151,8 +152,8 @@ def is_hidden(file: str) -> bool:
 
 
 def has_image_extension(file: str) -> bool:
-    """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
-    # The first call imports all of PIL's formats (0.1 s).
+    """Returns whether a path has the extension of a decodable format (.jpg, .png, .webp, …)."""
+    # The first call imports all PIL formats (0.1 s).
     formats = Image.registered_extensions()
     image_format = formats.get(os.path.splitext(file)[1].lower())
     return image_format in Image.OPEN and image_format not in (
@@ -168,16 +169,16 @@ def has_image_extension(file: str) -> bool:
 def open_source(
     path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
 ) -> Source:
-    """Opens a folder of pictures, or an archive of one; the path may lead on into an archive.
+    """Opens a folder of images, an archive of one, or a folder inside an archive.
 
     Args:
-      path: what was given.
-      encoding: of an archive's names where it does not say it; '': not known.
-      scratch: as in `sources.open_path`.
+      path: of the folder or archive; may continue into the archive.
+      encoding: of names whose encoding the archive does not declare; '': unknown.
+      scratch: as for `opening.open_path`.
 
     Raises:
-      DataError: if it does not exist, is something else, or holds nothing; or if the names of an
-        archive's folders can be read in several ways.
+      DataError: if it does not exist, is of another type, or is empty; or if folder names of an
+        archive are ambiguous.
     """
     path = pathlib.Path(path)
     archive = next((above for above in path.parents if above.is_file()), path)
@@ -189,7 +190,7 @@ def open_source(
     source = opening.open_path(archive, is_hidden=is_hidden, encoding=encoding, scratch=scratch)
     if archive != path:
         source.enter(f"{path.relative_to(archive).as_posix()}/")
-        # What messages call it.
+        # Used in messages.
         source.path = path
     problem = None if source.sizes else DataError(f"{path}: contains no files. {_EXPECTED}")
     if source.names_depend_on_encoding:
@@ -203,51 +204,51 @@ def open_source(
 
 
 def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
-    """Returns what tells the pictures of a source from others; it reads no file.
+    """Returns what identifies the images of a source, without reading any file.
 
     Args:
-      path: as of `open_source`.
-      settings: of config.data, layout and archive_encoding among them.
+      path: as for `open_source`.
+      settings: from config.data, including layout and archive_encoding.
 
     Raises:
       DataError: as `open_source` and `layout` do.
     """
     with open_source(path, encoding=settings["archive_encoding"]) as source:
         detected = layout(source, settings["layout"])
-        # Revision 56edb8b and before counted what lies beside the pictures, too.
+        # Revision 56edb8b and earlier also included files next to the images.
         others = _excluding(source.sizes, detected.program_files)
         digests = (source.fingerprint(detected.files), source.fingerprint(others))
         return Contents(digests, detected.classes)
 
 
-# The paths of files, and of folders with a '/' at their end, by the first folder of each path; ''
-# has the files that lie in none.
+# Paths of files, and of folders with a trailing '/', by their first folder; '' has the files that
+# are in no folder.
 _Tree = dict[str, list[str]]
 
 
 def layout(source: Source, mode: str = "auto") -> Layout:
-    """Finds classes and splits by the names of the folders; it reads no file.
+    """Detects classes and splits from folder names, without reading any file.
 
     Args:
-      source: the files.
-      reading: as config.data.layout.
+      source: the files to search.
+      mode: as config.data.layout.
 
     Raises:
-      DataError: if there are no classes, only one, or pictures that belong to none; if a folder to
-        evaluate on has a class that is not trained; or if it can be read in two ways.
+      DataError: if there are fewer than two classes or images outside of class folders; if an
+        evaluation folder has a class without training images; or if the layout is ambiguous.
     """
     program_files = _find_program_files(source)
     paths = _excluding([*source.sizes, *source.folders], program_files)
     sidecars = {path for path in paths if file_types.is_sidecar(path)}
     kept = [path for path in paths if path not in sidecars]
-    # A folder that holds nothing at all stays: it is a class whose pictures are missing.
+    # Empty folders are kept: each is a class whose images are missing.
     without_images = _folders_above([*program_files, *sidecars]) - _folders_above(
         path for path in kept if not path.endswith("/")
     )
     kept = [path for path in kept if path not in without_images]
     ignored = sorted([*_excluding(source.hidden, program_files), *program_files, *sidecars])
     start, tree = _enter(kept)
-    # Beside the folders of classes or splits: no pictures by their names, or an error follows.
+    # Files next to the class or split folders; none has an image extension, or an error follows.
     ignored = sorted([*ignored, *(start + file for file in tree.get("", ()))])
     where = f"{source.path}/{start}".removesuffix("/")
     split_folders = {} if mode == "classes" else _split_folders(tree, where)
@@ -309,17 +310,17 @@ def layout(source: Source, mode: str = "auto") -> Layout:
 
 
 def _find_program_files(source: Source) -> set[str]:
-    """Returns the files, and folders ending in '/', that this program wrote, by what is in them."""
+    """Returns files, and folders ending in '/', that this program wrote, judged by contents."""
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
         folder, _, name = path.removesuffix("/").rpartition("/")
-        # An archive need not list the folders that hold something.
+        # Archives may omit entries for non-empty folders.
         while name and name not in (names := inside.setdefault(folder, set())):
             names.add(name)
             folder, _, name = folder.rpartition("/")
     program_files: set[str] = set()
     for folder, names in sorted(inside.items()):
-        # What the user gave as the source holds pictures, whatever else it holds.
+        # The source itself contains the user's images, whatever else it contains.
         if (
             folder
             and _excluding([f"{folder}/"], program_files)
@@ -334,7 +335,7 @@ def _find_program_files(source: Source) -> set[str]:
 
 
 def _is_program_folder(folder: str, names: Collection[str]) -> bool:
-    """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+    """Returns whether a folder, by path and contents, was written by this or another tool."""
     name = folder.rpartition("/")[2]
     return (
         bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
@@ -348,7 +349,7 @@ def _is_program_folder(folder: str, names: Collection[str]) -> bool:
 
 
 def _excluding(paths: Iterable[str], program_files: Collection[str]) -> list[str]:
-    """Returns paths without some files and folders, and without what lies in these folders."""
+    """Returns `paths` without the excluded files and folders, and without their contents."""
     folders = tuple(path for path in program_files if path.endswith("/"))
     return [path for path in paths if path not in program_files and not path.startswith(folders)]
 
@@ -378,7 +379,7 @@ def _by_folder(paths: Iterable[str]) -> _Tree:
 
 
 def _contents_of(tree: _Tree, folder: str) -> _Tree:
-    """Returns what is in one of the folders."""
+    """Returns the contents of one folder."""
     inner = (path.split("/", 1)[1] for path in tree[folder])
     return _by_folder(path for path in inner if path)
 
@@ -388,18 +389,18 @@ def _has_folders(tree: _Tree) -> bool:
 
 
 def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
-    """Goes into a folder as long as it is the only one, as an archive's outermost is.
+    """Descends while there is only one folder, such as an archive's outermost folder.
 
-    Of a training folder it goes into no other: what lies there are classes, if only one.
+    Does not descend below a training folder: its folders are classes, even if there is only one.
 
     Returns:
-      The path of the folder that holds more, '' or ending in '/', and what is below it.
+      The path of the folder that was reached, '' or ending in '/', and its contents.
     """
     start, tree = "", _by_folder(paths)
     while not _loose_images(tree) and len(folders := [f for f in tree if f]) == 1:
         inner = _contents_of(tree, folders[0])
         if not _has_folders(inner):
-            break  # Pictures and no folder: this one is a class.
+            break  # Images but no folders: this folder is a class.
         if _kind(folders[0]) == TRAIN and not _stem(folders[0]):
             folder, inner = _enter_split(folders[0], tree)
             return f"{start}{folder}/", inner
@@ -408,10 +409,10 @@ def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
 
 
 def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
-    """Goes into a split's folder, and from there into one of its name or of none: train/train/.
+    """Enters a split folder, then any repeated or meaningless folder names: train/train/.
 
     Returns:
-      The path of the folder that holds the classes, and what is below it.
+      The path of the folder that contains the classes, and its contents.
     """
     path, name, below = folder, folder, _contents_of(tree, folder)
     while not _loose_images(below) and len(folders := [f for f in below if f]) == 1:
@@ -425,7 +426,7 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
 
 
 def _words_in(folder: str) -> list[str]:
-    """Returns the words of a folder's name, in lower case: seg, train of Seg_Train2."""
+    """Returns the lower-case words of a folder name: Seg_Train2 gives seg, train."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_name(folder))
     return re.findall(r"[^\W\d_]+", name.lower())
 
@@ -438,7 +439,7 @@ def _kind_of_word(word: str) -> str:
 
 
 def _kind(folder: str) -> str:
-    """Returns which split a folder's name is that of; '' if of none, or of several."""
+    """Returns the split that a folder name indicates; '' if none or several."""
     kinds = {kind for word in _words_in(folder) if (kind := _kind_of_word(word))}
     if UNLABELED in kinds:
         return UNLABELED
@@ -446,13 +447,13 @@ def _kind(folder: str) -> str:
 
 
 def _stem(folder: str) -> str:
-    """Returns what a folder's name says but for its split: cats of cats_train, '' of train_set."""
+    """Returns a folder name without split words: cats_train gives cats, train_set gives ''."""
     words = _words_in(folder)
     return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 
 
 def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
-    """Returns the folder of each split by the split's name; none if the folders are classes."""
+    """Returns each split's folder by split name; empty if the folders are classes."""
     kinds = {folder: _kind(folder) for folder in tree if folder}
     others = sorted(folder for folder, kind in kinds.items() if not kind)
     if TRAIN not in kinds.values():
@@ -485,7 +486,7 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     if VALIDATION not in chosen and TEST in chosen:
         _, inside = _enter_split(chosen[TEST], tree)
         if _has_folders(inside):
-            # What has classes and was not trained on is what an evaluation needs.
+            # Labeled images that are not trained on are used for validation.
             chosen[VALIDATION] = chosen.pop(TEST)
     if UNLABELED in chosen and TEST not in chosen:
         chosen[TEST] = chosen.pop(UNLABELED)
@@ -493,11 +494,11 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
 
 
 def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bool:
-    """Whether folders, of which one at least is called like a training split, are splits."""
+    """Returns whether folders, at least one named like a training split, are splits."""
     training = [folder for folder, kind in kinds.items() if kind == TRAIN]
     plain = [folder for folder, kind in kinds.items() if kind and not _stem(folder)]
     if any(folder in plain for folder in training):
-        # A class may have that name, too.
+        # A class may have that name too.
         return len(plain) > 1 or any(
             _has_folders(_contents_of(tree, folder)) for folder in training if folder in plain
         )
@@ -512,7 +513,7 @@ def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bo
 
 
 def _class_names_in(folder: str, tree: _Tree) -> set[str]:
-    """Returns the names of the folders inside a folder, as of classes."""
+    """Returns the names of the folders inside a folder, as class names."""
     _, inside = _enter_split(folder, tree)
     return {class_name(inner) for inner in inside if inner}
 
@@ -537,7 +538,7 @@ def _unexpected_folders_error(
 
 
 def _check_pairs(kinds: dict[str, str], where: str) -> None:
-    """Raises DataError if each class has a folder for each split: cats_train, cats_test, …."""
+    """Raises DataError if classes are split by folder name: cats_train, cats_test, …."""
     by_stem: dict[str, set[str]] = {}
     for folder, kind in kinds.items():
         if kind and _stem(folder):
@@ -556,7 +557,7 @@ def _check_pairs(kinds: dict[str, str], where: str) -> None:
 
 
 def _check_split_named_class(tree: _Tree, where: str) -> None:
-    """Raises DataError if a class that is called like a split has folders of the other classes."""
+    """Raises DataError if a class named like a split contains folders of the other classes."""
     folders = {folder: class_name(folder) for folder in tree if folder}
     for folder, name in folders.items():
         if _kind(folder) and (set(folders.values()) - {name}) & _class_names_in(folder, tree):
@@ -568,7 +569,7 @@ def _check_split_named_class(tree: _Tree, where: str) -> None:
 
 
 def _check_classes(tree: _Tree, where: str) -> None:
-    """Raises DataError if folders of classes hold each other's classes, or all hold the same."""
+    """Raises DataError if class folders contain each other's classes, or share inner folders."""
     names = {folder: class_name(folder) for folder in tree if folder}
     known = set(names.values())
     for name in known:
@@ -600,7 +601,7 @@ def _check_classes(tree: _Tree, where: str) -> None:
 def _ambiguous_layout_error(
     folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
 ) -> DataError:
-    """Returns the error for folders that may be classes, or versions of the same classes."""
+    """Returns the error for folders that are either classes or versions of the same classes."""
     if any(_kind(name) == TRAIN for name in shared):
         other = (
             f"or each class is split inside into {quote_and_join(shared)}; if so, make the splits "
@@ -619,7 +620,7 @@ def _ambiguous_layout_error(
 
 
 def _class_files(start: str, tree: _Tree, where: str) -> list[LabeledFile]:
-    """Returns the files of class folders; `start` is what their paths begin with."""
+    """Returns the files of class folders; `start` is prepended to their paths."""
     if pictures := _loose_images(tree):
         raise DataError(
             f"{where}: {len(pictures):,} images are not in a class folder, such as "
@@ -636,7 +637,7 @@ def _class_files(start: str, tree: _Tree, where: str) -> list[LabeledFile]:
 
 
 def _loose_images(tree: _Tree) -> list[str]:
-    """Returns the files in no folder that are pictures by their name; others may lie there."""
+    """Returns the files outside of folders that have an image extension."""
     return [file for file in tree.get("", ()) if has_image_extension(file)]
 
 
@@ -659,16 +660,20 @@ def _classes(tree: _Tree, where: str, ignored: Sequence[str]) -> tuple[str, ...]
 
 
 def class_name(folder: str) -> str:
-    """Returns a folder's name as a class name.
+    """Returns a folder name as a class name.
 
-    Names that look the same, apart from spaces around them, are one class: systems write letters
-    with accents in two ways, which can differ between two folders of one source.
+    Names that look the same, apart from surrounding spaces, are one class: systems encode accented
+    letters in two ways, which can differ between two folders of one source.
     """
     return unicodedata.normalize("NFC", escape_for_display(folder)).strip() or "(blank)"
 
 
 def escape_for_display(file: str) -> str:
-    """Returns a path as text of one line: what is not UTF-8 and what breaks lines is escaped."""
+    r"""Returns a path as one line, with invalid UTF-8 and control characters escaped.
+
+    >>> print(escape_for_display("cat\n1.jpg"))
+    cat\n1.jpg
+    """
     text = file.encode("utf-8", "backslashreplace").decode()
     return "".join(
         _escaped(c) if unicodedata.category(c) in _CONTROL_CATEGORIES else c for c in text
@@ -682,20 +687,20 @@ def _escaped(character: str) -> str:
 def hold_out(
     entries: Sequence[LabeledFile], fraction: float, *, root: str = ""
 ) -> tuple[list[LabeledFile], list[LabeledFile]]:
-    """Divides images into those to train on and those to evaluate on.
+    """Splits images into training and held-out ones.
 
-    Of each class the images with the smallest SHA-256 of their path below `root` are held out,
-    `fraction` of them rounded, but at least one, and never all: a class of one image keeps it for
-    training. So a folder and its archive, in which the folder itself may be the outermost one, are
-    divided alike, however a system writes letters with accents.
+    Of each class, holds out the images with the smallest SHA-256 of their path below `root`:
+    `fraction` of them, rounded, but at least one and never all (a class with one image keeps it for
+    training). So a folder and an archive of it, with or without an outermost folder, are split
+    identically, however the system encodes accented letters.
 
     Args:
-      entries: images of known class.
-      share: more than 0, less than 1.
-      root: what their paths begin with, as of `Layout`.
+      entries: images with known classes.
+      fraction: between 0 and 1, exclusive.
+      root: prefix of their paths, as in `Layout`.
 
     Returns:
-      (training, evaluation), each in the order of `entries`.
+      (training, held-out) images, each in the order of `entries`.
     """
     by_class: dict[str, list[LabeledFile]] = {}
     for entry in entries:
@@ -710,16 +715,20 @@ def hold_out(
 
 def _holdout_rank(entry: LabeledFile, root: str) -> tuple[bytes, str]:
     path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
-    # Two files may differ in how an accent is written alone.
+    # Two paths may differ only in how an accent is encoded.
     return hashlib.sha256(os.fsencode(path)).digest(), entry.file
 
 
 def join_truncated(texts: Sequence[str], limit: int = _MAX_NAMED) -> str:
-    """Returns up to `limit` texts, and how many more there are."""
+    """Joins up to `limit` texts with commas and appends the number of the others.
+
+    >>> join_truncated(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
 
 def quote_and_join(names: Sequence[str], limit: int = _MAX_NAMED) -> str:
-    """Returns up to `limit` names in quotes, and how many more there are."""
+    """Joins up to `limit` names in quotes, as `join_truncated` does."""
     return join_truncated([repr(name) for name in names], limit)

@@ -1,4 +1,4 @@
-"""A data set that a function returns (`registry.register_dataset`), as a TFDS dataset."""
+"""Builds a TFDS data set from a registered function (`registry.register_dataset`)."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ _EXPECTED = (
     'must be a mapping of splits, such as {"train": (images, labels), "validation": (images, '
     "labels)}, or a tuple of such a mapping and the class names"
 )
-# Names of splits that mean something else.
+# Split names with another meaning.
 _RESERVED = ("holdout", "eval", "train_eval")
-# Images that one thread encodes or checks at a time.
+# Images encoded or checked per task of a thread.
 _CHUNK_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReturnedSplit:
-    """One split as it was returned.
+    """One split as returned by the function.
 
     Attributes:
-      examples: (image, label) or (image, label, name) of each.
-      count: how many; 0: known only once all are read.
-      labels: of all; None: known only once they are read.
+      examples: tuples (image, label) or (image, label, name).
+      count: number of examples; 0: unknown until all are read.
+      labels: of all examples; None: unknown until all are read.
     """
 
     split: str
@@ -47,7 +47,7 @@ class _ReturnedSplit:
 
 
 def make_class(part: DatasetPart) -> type["FunctionBuilder"]:
-    """Returns the builder's class of a data set: TFDS takes name and version from the class."""
+    """Returns a builder class for a data set: TFDS reads name and version from the class."""
     body = {"__module__": __name__, "name": part.name}
     body["VERSION"] = tfds.core.Version(part.version)
     return types.new_class(
@@ -59,26 +59,26 @@ def make_class(part: DatasetPart) -> type["FunctionBuilder"]:
 
 
 class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The data set of a function: images as PNG, or the encoded files that it returned.
+    """Builds a function's data set, storing arrays as PNG and encoded files unchanged.
 
     Args:
-      recipe: of the data set.
-      kwargs: as of `base.ImageBuilder`.
+      recipe: settings and registry entry of the data set.
+      kwargs: as for `base.ImageBuilder`.
     """
 
     DESCRIPTION = "Returned by a function of the user's own."
 
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe
-        # How errors begin.
+        # Prefix of errors.
         self._prefix = f"{recipe.part.place}: the data set {recipe.name!r}"
         super().__init__(**kwargs)
 
     def is_prepared(self) -> bool:
-        """Whether it is on disk.
+        """Returns whether the data set is on disk.
 
         Raises:
-          DataError: if another data set of the same name and version is there.
+          DataError: if the folder contains another data set with the same name and version.
         """
         if not super().is_prepared():
             return False
@@ -90,9 +90,9 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         return True
 
     def open(self) -> None:
-        """Calls the function, and checks what can be checked without reading single examples."""
+        """Calls the function and checks its result without reading individual examples."""
         part, data, source = self._recipe.part, self._recipe.data, self._recipe.source
-        # Before the function runs, which may read it for long.
+        # Computed before the function runs, which may read the source for a long time.
         self._digest = self._recipe.contents(source).digests[0] if source else ""
         options = registry.with_defaults(part, data.options)
         with registry.explained(part, f"the data set {part.name!r}"):
@@ -132,7 +132,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             )
 
     def _normalize(self, split: str, value: Any) -> _ReturnedSplit:
-        """Returns a split in one form."""
+        """Returns a split in a uniform format."""
         what = f"{self._prefix}, split {split!r}"
         if isinstance(value, tuple):
             return self._normalize_parallel(split, value)
@@ -198,7 +198,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             )
 
     def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names; what the examples depend on."""
+        """Returns the class names, and metadata on what the examples depend on."""
         source = self._recipe.source
         return self._classes, {
             "source": str(source.absolute()) if source else "",
@@ -208,11 +208,11 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         }
 
     def source_bytes(self) -> int:
-        """Returns 0: what it takes is known only once it is written."""
+        """Returns 0: the size is unknown until the data set is written."""
         return 0
 
     def examples(self, items: _ReturnedSplit) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images, checked and encoded in threads."""
+        """Yields the examples, checked and encoded in threads."""
         work = functools.partial(self._features, items.split)
         index = -1
         for index, features in enumerate(

@@ -1,4 +1,4 @@
-"""A user's own pictures as a TFDS dataset: a folder for each class (folders.py has the layout)."""
+"""Builds a data set from one folder of images per class (folders.py detects the layout)."""
 
 import collections
 import itertools
@@ -14,27 +14,27 @@ from inception_jax.datasets.builders import base, folders
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
-# Images that one thread checks at a time, one by one.
+# Images checked per task of a thread, one by one.
 _CHECK_CHUNK_SIZE = 16
-# Images that one thread reads at a time, and then holds: of a user's photos, some 10 MB each.
+# Images read per task of a thread and kept in memory: photos have up to about 10 MB each.
 _READ_CHUNK_SIZE = 2
-# How many unreadable files the metadata name.
+# Maximum number of unreadable files named in the metadata.
 _MAX_NAMED = 100
 
 
-# TFDS has a builder of this name, which is no base for this one: it needs TensorFlow.
+# TFDS has a builder of this name too, which cannot be a base class: it needs TensorFlow.
 class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Pictures of any format that PIL knows, kept as the files that they are.
+    """Builds from images in any format that PIL reads, storing the files unchanged.
 
-    Features: image, label (the index of the class among the sorted class names; −1 in a test split
-    without classes), file_name (path below the source, unprintable characters escaped).
+    Features: image, label (index into the sorted class names; −1 in a test split without classes),
+    file_name (path below the source, unprintable characters escaped).
 
     Args:
-      val_fraction: share of each class to evaluate on where the source has no folder for it.
+      val_fraction: fraction of each class to hold out if the source has no validation folder.
       on_unreadable: 'refuse' or 'skip' corrupt files and files that are not images.
-      archive_encoding: of an archive's names where it does not say it; '': not known.
-      layout: 'auto', or 'classes' where no folder is a split.
-      kwargs: as of `builder.ImageBuilder`.
+      archive_encoding: of names whose encoding the archive does not declare; '': unknown.
+      layout: 'auto', or 'classes' if no folder is a split.
+      kwargs: as for `base.ImageBuilder`.
     """
 
     VERSION = tfds.core.Version(DATASETS.get("image_folder").version)
@@ -58,10 +58,10 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         super().__init__(**kwargs)
 
     def open(self) -> None:
-        """Finds the pictures, reads each once, and divides them.
+        """Finds the images, decodes each once, and assigns them to splits.
 
-        What cannot be read has to be known before images are held out, so that each class has its
-        share of those that can.
+        Unreadable files must be known before images are held out, so that the held-out fraction of
+        each class is computed from readable images.
         """
         if not self.source:
             raise DataError(
@@ -104,7 +104,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             split: [entry for entry in members if entry.file not in problems]
             for split, members in layout.splits.items()
         }
-        # What the content depends on besides the files: only this is compared with later settings.
+        # Settings that the content depends on; only these are compared with later settings.
         self._settings: dict[str, Any] = {"layout": self._layout_mode}
         if self._files.names_depend_on_encoding:
             self._settings["archive_encoding"] = self._encoding
@@ -135,8 +135,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         """Decodes all files once.
 
         Returns:
-          What is wrong with those that cannot be decoded, and the bit depth of the others, as of
-          `images.Inspection`.
+          The problem of each file that cannot be decoded, and the bit depth of the others, as in
+          `decode.Inspection`.
         """
         problems: dict[str, decode.Problem] = {}
         depths: dict[str, int] = {}
@@ -155,7 +155,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 f"{bit_depth} bits, of which the upper 8 are kept (override with "
                 "config.data.bit_depth)"
             )
-        # Of these no pixel is brighter than 15 of 255.
+        # In these files no pixel is brighter than 15 of 255.
         if dark := [file for file, bits in depths.items() if bits <= bit_depth - 4]:
             most = max(depths[file] for file in dark)
             brightest = next(file for file, bits in depths.items() if bits == bit_depth)
@@ -177,7 +177,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         return decode.inspect(data, entry.file)
 
     def _describe_problems(self, problems: dict[str, decode.Problem], count: int) -> str:
-        """Returns which files have problems, a line for each kind, the most frequent first."""
+        """Describes the unreadable files, one line per kind, the most frequent first."""
         kinds: dict[tuple[str, str], list[str]] = {}
         for file, problem in problems.items():
             detail = f" ({problem.detail})" if problem.detail else ""
@@ -207,7 +207,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             )
 
     def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names; the source, the settings that counted, and what was left out."""
+        """Returns the class names, and metadata: source, settings used, and files skipped."""
         metadata = {
             "source": str(self._files.path.absolute()),
             "source_digest": self._digest,
@@ -221,13 +221,13 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         return self._classes, metadata
 
     def source_bytes(self) -> int:
-        """Returns the size of all images, bytes."""
+        """Returns the total size of all images, bytes."""
         return self._bytes
 
     def examples(
         self, items: Sequence[folders.LabeledFile]
     ) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images, read in threads."""
+        """Yields the examples, read in threads."""
         label = {name: number for number, name in enumerate(self._classes)} | {"": -1}
         contents = decode.threaded_map(
             lambda entry: self._files.read(entry.file), items, _READ_CHUNK_SIZE
@@ -238,7 +238,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
 
 
 def _read_error(error: DataError) -> str:
-    """Returns why a file cannot be read, without its path and a remedy, which the list has."""
+    """Returns why a file cannot be read, without the path and remedy, which the list adds."""
     cause = error.__cause__
     if isinstance(cause, FileNotFoundError):
         return "a broken link"

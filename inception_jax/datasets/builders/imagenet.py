@@ -1,16 +1,16 @@
-"""ImageNet's 1,000 classes as the TFDS dataset imagenet2012, from the two official archives.
+"""Builds the TFDS data set imagenet2012 (1,000 classes) from the two official archives.
 
     ILSVRC2012_img_train.tar   a tar archive of 1,000 tar archives, <wnid>.tar, of a class each
-    ILSVRC2012_img_val.tar     50,000 images, whose classes are not told by their names
+    ILSVRC2012_img_val.tar     50,000 images, whose names do not indicate their classes
 
 Source: Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge". Name, version,
-features and keys are those of TFDS's own builder, and so is then the order of the records: what
-`tfds build imagenet2012 --file_format=array_record` wrote is read as if it had been written here.
-TFDS's builder reads archives through TensorFlow, this one does without. It keeps each file as it
-is; TFDS's turns the 22 CMYK images and the one PNG among them into RGB JPEGs.
+features and keys, and therefore the order of the records, match TFDS's own builder: the output of
+`tfds build imagenet2012 --file_format=array_record` can be read in place of this builder's. TFDS's
+builder reads archives through TensorFlow; this one does not. It stores each file unchanged; TFDS's
+converts the 22 CMYK images and the one PNG to RGB JPEGs.
 
-Classes are called by their WordNet ids, in TFDS as here. The lists of them, for all classes and for
-the validation images in the order of their names, are files of the installed TFDS.
+Class names are WordNet ids, as in TFDS. The installed TFDS contains the lists of ids, of all
+classes and of the validation images in the order of their names.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ _CITATION = """@article{ILSVRC15,
   journal = {International Journal of Computer Vision (IJCV)},
   volume = {115}, number = {3}, pages = {211--252}, year = {2015},
 }"""
-# Images that one thread reads and checks at a time: some 10 ms of work.
+# Images read and checked per task of a thread: about 10 ms of work.
 _CHUNK_SIZE = 8
 
 
 class OfficialMetadata(NamedTuple):
-    """What the official files hold.
+    """Expected contents of the official archives.
 
     Attributes:
-      wnids: the class ids, sorted: a label is an index into them.
+      wnids: the class ids, sorted; a label is an index into them.
       validation: the class id of each validation image, in the order of their file names.
-      train_images: how many training images there are.
+      train_images: number of training images.
     """
 
     wnids: tuple[str, ...]
@@ -60,7 +60,7 @@ class OfficialMetadata(NamedTuple):
 
 
 class ArchivedImage(NamedTuple):
-    """One image: its file name, its class id, and where it lies in which open archive, bytes."""
+    """One image: file name, class id, index of its archive, and offset and size there, bytes."""
 
     file: str
     wnid: str
@@ -70,7 +70,7 @@ class ArchivedImage(NamedTuple):
 
 
 def official_metadata() -> OfficialMetadata:
-    """Returns what the official files hold, from the lists that TFDS comes with."""
+    """Returns the expected contents of the archives, from lists that TFDS includes."""
     folder = pathlib.Path(tfds.core.tfds_path("datasets/imagenet2012"))
     wnids, validation = (
         tuple((folder / file).read_text().split())
@@ -79,11 +79,11 @@ def official_metadata() -> OfficialMetadata:
     return OfficialMetadata(wnids, validation, TRAIN_IMAGES)
 
 
-# TFDS takes this argument where a subclass is defined, which its types do not say.
+# TFDS accepts this class argument, but its type annotations do not declare it.
 class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """1,281,167 training and 50,000 validation images of 1,000 classes, of many sizes.
+    """Builds 1,281,167 training and 50,000 validation images of various sizes, 1,000 classes.
 
-    Features: image, label, file_name. It is not registered with TFDS, which has one of this name.
+    Features: image, label, file_name. Not registered with TFDS, which has a builder of this name.
     """
 
     VERSION = tfds.core.Version(DATASETS.get("imagenet2012").version)
@@ -95,7 +95,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
     _descriptors: list[int]
 
     def open(self) -> None:
-        """Opens the two archives and lists what is in them."""
+        """Opens the two archives and lists their images."""
         self._metadata = official_metadata()
         paths = [self._locate() / name for name in (TRAIN, VALIDATION)]
         if missing := [path.name for path in paths if not path.exists()]:
@@ -113,15 +113,15 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         self._splits = {"train": self._train(), "validation": self._validation()}
 
     def _locate(self) -> pathlib.Path:
-        """Returns the folder of the archives; without a source, where TFDS looks for them."""
+        """Returns the folder of the archives; without a source, TFDS's default folder for them."""
         if not self.source:
             return pathlib.Path(self.data_dir_root, "downloads", "manual")
         path = pathlib.Path(self.source)
-        # One of the two archives may be given for both.
+        # The source may be one of the two archives.
         return path.parent if path.is_file() else path
 
     def _train(self) -> list[ArchivedImage]:
-        """Lists the training images and checks their number and classes."""
+        """Lists the training images, and checks their number and classes."""
         path, entries, wnids = self._paths[0], [], set()
         with _open_tar(path) as outer:
             for file in _regular_files(outer):
@@ -164,7 +164,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         )
 
     def close(self) -> None:
-        """Closes the archives, if they are open."""
+        """Closes the archives if they are open."""
         for file in self.__dict__.pop("_descriptors", []):
             os.close(file)
 
@@ -177,7 +177,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
         return sum(entry.size for entries in self._splits.values() for entry in entries)
 
     def examples(self, items: Sequence[ArchivedImage]) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images, read and verified in threads."""
+        """Yields the examples, read and verified in threads."""
         contents = decode.threaded_map(self._read, items, _CHUNK_SIZE)
         for entry, data in zip(items, contents, strict=True):
             yield entry.file, {"image": data, "label": entry.wnid, "file_name": entry.file}
@@ -195,7 +195,7 @@ class Imagenet2012(base.ImageBuilder, skip_registration=True):  # type: ignore[c
 
 
 def _open_descriptor(path: pathlib.Path) -> int:
-    """Opens a file to be read at any place."""
+    """Opens a file for positional reads."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -206,7 +206,7 @@ def _open_descriptor(path: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _open_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-    """Opens an uncompressed tar archive, whose damage is a DataError."""
+    """Opens an uncompressed tar archive; raises DataError if it is damaged."""
     if opener := decompressor(path):
         raise DataError(
             f"{path}: is compressed ({opener.__module__}), so its images cannot be read in place. "
@@ -223,7 +223,7 @@ def _open_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
 
 
 def _regular_files(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """Returns the files of an archive; reads headers only."""
+    """Returns the regular files of an archive, reading only headers."""
     return [member for member in archive if member.isfile()]
 
 

@@ -1,4 +1,4 @@
-"""Finds the data sets that TFDS's own commands prepared, by the names of folders, without TFDS.
+"""Finds data sets prepared by TFDS's own commands, by folder names, without importing TFDS.
 
 <directory>/<name>[/<config>]/<version>/dataset_info.json, features.json, records
 """
@@ -20,7 +20,7 @@ _EXPECTED = (
 
 
 class PreparedLocation(NamedTuple):
-    """Where a prepared data set is: its name and configuration ('': none), version and folder."""
+    """A prepared data set: its name, configuration ('': none), version and folder."""
 
     name: str
     config: str
@@ -29,12 +29,12 @@ class PreparedLocation(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What TFDS calls it, without the version."""
+        """The data set's name in TFDS, without the version."""
         return f"{self.name}/{self.config}" if self.config else self.name
 
 
 def problems(data: config.Data) -> Iterator[str]:
-    """Yields what is wrong with the settings."""
+    """Yields a message for each invalid setting."""
     if not _NAME.fullmatch(data.tfds):
         yield f"config.data.tfds = {data.tfds!r}: {_EXPECTED}"
 
@@ -42,23 +42,23 @@ def problems(data: config.Data) -> Iterator[str]:
 def locate(
     data: config.Data, directory: pathlib.Path, log: Callable[[str], None]
 ) -> tuple[str, str]:
-    """Returns name and version, of folders, of the data set that the settings name.
+    """Returns the folder name and version of the data set selected by the settings.
 
     Raises:
-      DataError: if it is not prepared, with the command that does it.
+      DataError: if it is not prepared; the message has the command to prepare it.
     """
     place = find(data.tfds, directory, log)
     return f"tfds-{place.title.replace('/', '-')}", place.version
 
 
 def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> PreparedLocation:
-    """Returns where the data set is that `config.data.tfds` names.
+    """Returns the location of the data set selected by `config.data.tfds`.
 
-    Of several versions it is the newest, and of configurations the only one.
+    Chooses the newest of several versions. A configuration can be omitted if there is only one.
 
     Raises:
-      ConfigError: if `text` is not of this form, or more than one configuration is prepared.
-      DataError: if nothing is prepared, with the command that does it.
+      ConfigError: if `text` is malformed, or more than one configuration is prepared.
+      DataError: if nothing is prepared; the message has the command to prepare it.
     """
     if not (match := _NAME.fullmatch(text)):
         raise ConfigError(f"config.data.tfds = {text!r}: {_EXPECTED}")
@@ -97,7 +97,7 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Prep
 
 
 def _versions(folder: pathlib.Path) -> list[str]:
-    """Returns the versions that are prepared in a folder, rising."""
+    """Returns the versions prepared in a folder, in ascending order."""
     versions = [
         path.name
         for path in _subfolders(folder)

@@ -1,6 +1,6 @@
-"""Any data set of images and classes that TFDS's own commands prepared as ArrayRecord.
+"""Reads image classification data sets prepared as ArrayRecord by TFDS's own commands.
 
-TFDS's builders prepare with TensorFlow, once, anywhere; what they wrote is read here without it.
+TFDS's builders need TensorFlow to prepare a data set; this module reads the result without it.
 """
 
 import functools
@@ -17,23 +17,23 @@ from inception_jax.datasets.builders import base, tfds_folders
 from inception_jax.datasets.records import Fields, Records
 from inception_jax.errors import DataError
 
-# Features that name an example, in the order of preference.
+# Features that can name an example, in order of preference.
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
-# Images that one thread inspects at a time.
+# Images inspected at a time.
 _CHUNK_SIZE = 16
 
 
 class PreparedTfds:
-    """A prepared data set, with the part of `base.ImageBuilder`'s interface that reads.
+    """A prepared data set, with the reading part of `base.ImageBuilder`'s interface.
 
     Args:
-      tfds: as config.data.tfds.
-      data_dir: where TFDS keeps data sets.
-      log: takes one line of text.
-      unused: settings that matter when the splits are opened.
+      tfds: as `config.data.tfds`.
+      data_dir: directory of TFDS data sets.
+      log: called with one line of text.
+      unused: settings that apply only when splits are opened.
 
     Raises:
-      DataError: if it is not prepared, or has no images, classes or labels of one.
+      DataError: if it is not prepared, or has no image and class label features.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class PreparedTfds:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the labels."""
+        """The class names, in label order."""
         return self.info.features[self.fields.label].names
 
     @functools.cached_property
     def facts(self) -> Mapping[str, Any]:
-        """The bit depth of images of 16 bits: what the largest value of all of them needs."""
+        """Metadata: the bit depth of 16-bit images, as required by their largest value."""
         if self.info.features[self.fields.image].np_dtype != np.uint16:
             return {}
         depth = 0
@@ -107,11 +107,11 @@ class PreparedTfds:
         return {"bit_depth": depth}
 
     def is_prepared(self) -> bool:
-        """Whether it is on disk."""
+        """Returns True: the constructor fails otherwise."""
         return True
 
     def missing_files(self) -> list[str]:
-        """Returns nothing: no file that is missing could be made again."""
+        """Returns no files, since missing ones could not be rebuilt."""
         return []
 
     def files(self, split: str) -> list[pathlib.Path]:
@@ -129,7 +129,7 @@ def _max_bit_depth(records: Records, indices: Sequence[int]) -> int:
 def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:
     try:
         return tfds.builder_from_directory(folder).info
-    # What is wrong with a description makes TFDS raise nearly anything.
+    # A damaged description makes TFDS raise nearly any exception.
     except Exception as error:
         raise DataError(
             f"{folder}: cannot be opened as a TFDS data set ({type(error).__name__}: {error}). "

@@ -1,6 +1,6 @@
-"""The files of Tiny ImageNet, in a folder or an archive: as it is published, and as it goes around.
+"""Reads the layout of Tiny ImageNet, official or rearranged, from a folder or an archive.
 
-    wnids.txt                          one class id (WordNet id) a line
+    wnids.txt                          one class id (WordNet id) per line
     words.txt                          class id, tab, names separated by commas
     train/<wnid>/images/<file>.JPEG    training images
     train/<wnid>/<wnid>_boxes.txt      file, x0, y0, x1, y1 of each, separated by tabs
@@ -8,14 +8,14 @@
     val/val_annotations.txt            file, wnid, x0, y0, x1, y1 of each
     test/images/<file>.JPEG            test images, whose classes are not published
 
-What the usual scripts make of that is taken, too. The validation images may lie in folders of their
-classes (val/<wnid>/images/ or val/<wnid>/), with or without val_annotations.txt; `images` may be
-missing everywhere; of the text files only val_annotations.txt is needed, and only where it alone
-has the classes; and all may lie in any folder of the source. An image is called by its path in the
-official layout whatever its place, so that the data prepared from all of these are the same.
+Layouts produced by common scripts are supported too. Validation images may be in class folders
+(val/<wnid>/images/ or val/<wnid>/), with or without val_annotations.txt; `images` folders may be
+missing everywhere; of the text files only val_annotations.txt is required, and only if it alone
+defines the classes; and everything may be in any subfolder of the source. Images are named by their
+path in the official layout, so all variants give identical prepared data.
 
-`index` reads the text files and checks that what they list is there, all of it, and nothing else:
-a download that was cut short or a folder that was half copied is found before any work is done.
+`index` reads the text files and checks that exactly the listed images exist, so that truncated
+downloads and incomplete copies are detected before any work is done.
 """
 
 import collections
@@ -33,9 +33,9 @@ from inception_jax.errors import DataError
 
 FOLDER = "tiny-imagenet-200"
 _WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
-# What is read of a source, and counts for its digest.
+# Parts of a source that are read and included in its digest.
 _PARTS = (_WNIDS, _WORDS, "train/", "val/", "test/")
-# What a root is known by where there is no wnids.txt: a class's training folder.
+# Identifies the root without wnids.txt: a class's training folder.
 _CLASS_FOLDER = re.compile(r"(?:(.*)/)?train/n\d{8}/")
 _CLASS_ID = re.compile(r"n\d{8}")
 NO_BOX = (-1, -1, -1, -1)
@@ -47,8 +47,8 @@ class IndexedImage(NamedTuple):
 
     Attributes:
       file: its path in the official layout.
-      wnid: its class id, '' if unknown.
-      box: the object's, or NO_BOX.
+      wnid: its class id; '' if unknown.
+      box: the object's bounding box, or NO_BOX.
       path: its path in the source.
     """
 
@@ -60,13 +60,13 @@ class IndexedImage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What a source holds.
+    """The contents of a source.
 
     Attributes:
       wnids: the class ids, sorted; a label is an index into them.
-      class_names: a readable, unique name for each.
-      splits: the images of 'train', 'validation' and, if there are any, 'test'.
-      remarks: what is not as in the official archive and decides something, a line each.
+      class_names: a readable, unique name for each class.
+      splits: the images of 'train', 'validation' and, if present, 'test'.
+      remarks: relevant deviations from the official archive, one line each.
     """
 
     wnids: tuple[str, ...]
@@ -76,9 +76,9 @@ class Index:
 
 
 def _find_root(source: Source) -> str:
-    """Returns the folder in a source that holds wnids.txt or train/: '' or ending in '/'.
+    """Returns the folder of a source that contains wnids.txt or train/: '' or ending in '/'.
 
-    Of several, as in an archive that holds a copy of itself, it is the outermost one.
+    Chooses the outermost of several, as in an archive that contains a copy of itself.
     """
     roots = {
         file.removesuffix(_WNIDS) for file in source.sizes if f"/{file}".endswith(f"/{_WNIDS}")
@@ -99,14 +99,14 @@ def _find_root(source: Source) -> str:
 
 
 def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = None) -> Source:
-    """Opens an archive or a folder that holds Tiny ImageNet, or a part of it, at any depth.
+    """Opens an archive or a folder that contains Tiny ImageNet, or a part of it, at any depth.
 
     Args:
-      path: what was given.
-      scratch: as in `sources.open_path`.
+      path: of the archive or folder.
+      scratch: as for `opening.open_path`.
 
     Raises:
-      DataError: if it does not exist, is damaged, or is something else.
+      DataError: if it does not exist, is damaged, or has another layout.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -124,27 +124,27 @@ def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = 
 
 
 def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
-    """Returns what tells the files of a source from others; it reads none.
+    """Returns what identifies the files of a source, without reading any.
 
     Args:
-      path: as of `open_source`.
-      settings: without meaning here.
+      path: as for `open_source`.
+      settings: unused.
 
     Raises:
       DataError: as `open_source` does.
     """
     with open_source(path) as source:
-        # Revision 56edb8b and before counted what lies beside the layout, too.
+        # Revision 56edb8b and earlier also included files next to the layout.
         return Contents((fingerprint(source), source.fingerprint()))
 
 
 def fingerprint(source: Source) -> str:
-    """Returns the digest of the files that are part of the layout."""
+    """Returns a digest of the files that are part of the layout."""
     return source.fingerprint(file for file in source.sizes if file.startswith(_PARTS))
 
 
 def _read_table(source: Source, file: str) -> list[list[str]]:
-    """Returns a text file's lines, split at tabs, without empty ones."""
+    """Returns the non-empty lines of a text file, split at tabs."""
     try:
         text = source.read(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +168,7 @@ def _parse_box(fields: list[str], where: str) -> BoundingBox:
 def _check_same_images(
     source: Source, where: str, *, listed: set[str], present: set[str], optional: bool = False
 ) -> None:
-    """Raises DataError if the images that a text file lists are not those that are there."""
+    """Raises DataError if the images listed in a text file differ from those present."""
     remedy = f", or remove {where} to use the images without it" if optional else ""
     if missing := sorted(listed - present):
         raise DataError(
@@ -185,14 +185,14 @@ def _check_same_images(
 
 @dataclasses.dataclass(frozen=True)
 class _SourceImage:
-    """An image in the source: its path there, and the class folder that it lies in ('': none)."""
+    """An image in the source: its path there, and its class folder ('': none)."""
 
     path: str
     wnid: str
 
 
 def _official_path(folder: str, name: str) -> str:
-    """Returns an image's path in the official layout, where all names end in .JPEG."""
+    """Returns an image's path in the official layout, in which all names end in .JPEG."""
     return f"{folder}/images/{os.path.splitext(name)[0]}.JPEG"
 
 
@@ -200,7 +200,7 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
     """Returns a split's images by their official paths.
 
     Raises:
-      DataError: if an image lies where none is expected, or two would have the same path.
+      DataError: if an image is in an unexpected place, or two would have the same path.
     """
     named_images: list[tuple[str, _SourceImage]] = []
     for file in sorted(source.sizes):
@@ -215,7 +215,7 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
                 "Move it away, or download the archive again"
             )
         named_images.append((name, _SourceImage(file, below[0] if below else "")))
-    # Others' images may have equal names in several classes. Then the class belongs to the name.
+    # Custom images may have equal names in several classes; then the class is part of the path.
     classed = {(name, image.wnid) for name, image in named_images if image.wnid}
     by_class = split == "train" or len({name for name, _ in classed}) < len(classed)
     images: dict[str, _SourceImage] = {}
@@ -228,14 +228,14 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
                 f"{source.path}: {other.path} and {image.path} are different images with the same "
                 "name. Remove the wrong one"
             )
-        # Sorted by copying: the image lies in its class's folder, and in val/images/ still.
+        # Sorted by copying: the image is both in its class folder and in val/images/.
         if not other or image.wnid:
             images[official] = image
     return images
 
 
 def _train(source: Source, remarks: list[str]) -> dict[str, list[IndexedImage]]:
-    """Returns the training images of each class that has some."""
+    """Returns the training images of each non-empty class."""
     by_class: dict[str, dict[str, str]] = {}
     for official, image in _images(source, "train").items():
         by_class.setdefault(image.wnid, {})[official] = image.path
@@ -265,7 +265,7 @@ def _train(source: Source, remarks: list[str]) -> dict[str, list[IndexedImage]]:
 def _validation(
     source: Source, trained: Iterable[str], remarks: list[str]
 ) -> tuple[list[IndexedImage], set[str]]:
-    """Returns the validation images of the trained classes, and what other classes there are."""
+    """Returns the validation images of the trained classes, and the ids of other classes."""
     trained = set(trained)
     images = _images(source, "val")
     listed = _annotations(source)
@@ -289,7 +289,7 @@ def _validation(
                 f"remove {_ANNOTATIONS} if the folders are right"
             )
     if _ANNOTATIONS in source.sizes:
-        # Images of classes that are not trained may be gone, too.
+        # Images of classes that are not trained may be missing too.
         wanted = {file for file, (wnid, _) in listed.items() if wnid in trained or file in images}
         _check_same_images(source, _ANNOTATIONS, listed=wanted, present=set(images))
     else:
@@ -303,7 +303,7 @@ def _validation(
 
 
 def _annotations(source: Source) -> dict[str, tuple[str, BoundingBox]]:
-    """Returns the class and box of each validation image that is listed, by its official path."""
+    """Returns class and box of each listed validation image, by its official path."""
     if _ANNOTATIONS not in source.sizes:
         return {}
     listed = {}
@@ -320,7 +320,7 @@ def _annotations(source: Source) -> dict[str, tuple[str, BoundingBox]]:
 
 
 def _class_names(source: Source, wnids: tuple[str, ...], remarks: list[str]) -> tuple[str, ...]:
-    """Returns the first name of each class, with the class id added where two are the same."""
+    """Returns the first name of each class, with the class id appended if ambiguous."""
     if _WORDS not in source.sizes:
         remarks.append(f"{_WORDS} is missing; using the class ids as names")
         return wnids
@@ -339,12 +339,12 @@ def _class_names(source: Source, wnids: tuple[str, ...], remarks: list[str]) -> 
 
 
 def index(source: Source) -> Index:
-    """Returns what a source holds, once it is found to be whole and consistent.
+    """Returns the contents of a source after checking that it is complete and consistent.
 
-    Classes without training images are left out, as `Index.remarks` says.
+    Skips classes without training images and notes them in `Index.remarks`.
 
     Raises:
-      DataError: if a file is missing, or one is there that should not be.
+      DataError: if a file is missing or unexpected.
     """
     remarks: list[str] = []
     if ignored := source.hidden:
@@ -391,7 +391,7 @@ def index(source: Source) -> Index:
 
 
 def _listed_wnids(source: Source, remarks: list[str]) -> set[str]:
-    """Returns the class ids that wnids.txt lists; none if there is no such file."""
+    """Returns the class ids listed in wnids.txt; empty if there is no such file."""
     if _WNIDS not in source.sizes:
         remarks.append(f"{_WNIDS} is missing; using the folders in train/ as classes")
         return set()
