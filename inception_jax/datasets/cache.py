@@ -307,7 +307,7 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 class _Chunk:
     """A chunk of examples: int32 labels, uint64 digests, sums of pixels and squares, uint64 [3].
 
-    `constant` has the names of those that are a single color all over.
+    `constant` contains the names of images that are a single color.
     """
 
     pixels: np.ndarray

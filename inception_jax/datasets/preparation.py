@@ -1,4 +1,4 @@
-"""Writes a data set's records and its cache: one process, the others waiting for it."""
+"""Writes a data set's records and its cache, in one process while others wait."""
 
 import contextlib
 import fcntl
@@ -20,13 +20,13 @@ from inception_jax.storage.space import check_space, disk_failure
 
 
 def build(recipe: Recipe) -> cache.Info:
-    """Makes the cache, and the TFDS dataset before it if there is none; returns its description.
+    """Writes the cache, and first the TFDS data set if missing; returns the cache's description.
 
-    The lock is held: what others left unfinished here is nobody's.
+    Requires the lock, so that unfinished files of other processes can be removed.
     """
     folder = recipe.cache_dir
     partial = folder.with_name(folder.name + ".partial")
-    # TFDS's name for a folder it has not finished is 'incomplete.XXXXXX_1.0.0'.
+    # TFDS names an unfinished folder 'incomplete.XXXXXX_1.0.0'.
     unfinished = (recipe.directory / recipe.name).glob(f"incomplete.*_{recipe.version}")
     for leftover in (partial, *unfinished):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -52,9 +52,9 @@ def _check_space(recipe: Recipe, needed: int) -> None:
 
 
 def make_builder(recipe: Recipe) -> Any:
-    """Returns what prepares a data set, and reads its records; imports TFDS."""
+    """Returns the builder that prepares a data set and reads its records; imports TFDS."""
     part, data = recipe.part, recipe.data
-    # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
+    # TFDS expands ~ too, and treats gs:/ as a bucket; in an absolute path both are plain names.
     directory, source = recipe.directory.absolute(), str(recipe.source or "")
     if part.is_builder:
         make = part.build(registry.fill(part, data))
@@ -67,11 +67,11 @@ def make_builder(recipe: Recipe) -> Any:
 
 
 def _prepared_builder(recipe: Recipe) -> Any:
-    """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
+    """Returns the builder of a prepared TFDS data set, writing the data set if necessary."""
     builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
         with contextlib.closing(builder):
-            # What is left is not removed where there is nothing to make it from.
+            # Opens the source first, so that remaining files are not removed without a replacement.
             builder.open()
         recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
         shutil.rmtree(builder.data_dir)
@@ -83,7 +83,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
         and (change := recipe.change(cache.prepared_from_builder(builder), place))
     ):
         recipe.log(f"{change.what}; preparing it again")
-        # As TFDS calls a folder that it has not finished: the next start removes it.
+        # Named like an unfinished TFDS folder, so the next start removes it.
         aside = place.with_name(f"incomplete.old_{recipe.version}")
         os.replace(place, aside)
         builder = make_builder(recipe)
@@ -108,7 +108,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
-    """Holds a lock that ends with the process, however that ends."""
+    """Holds a lock that is released when the process ends, however it ends."""
     _check_writable(path.parent)
     lock = _lock(path, log=log)
     try:
@@ -128,9 +128,9 @@ def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
 
 
 def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
-    """Returns the system's lock on a file or, where the file system has none, the file as a lock.
+    """Returns an OS lock on a file, or a lock file if the file system does not support locks.
 
-    Such are NFS without its lock service and Lustre without the option flock.
+    Examples of the latter: NFS without a lock service, and Lustre without the option flock.
     """
     with tempfile.TemporaryFile(dir=path.parent) as file:
         try:
@@ -143,7 +143,7 @@ def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
                 "while preparing the data set, remove this file"
             )
             return filelock.SoftFileLock(held)
-    # Whoever may make files beside it may hold it, whatever this user's umask is.
+    # Anyone who may create files in the folder may hold the lock, regardless of this user's umask.
     return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
@@ -151,7 +151,7 @@ def _check_writable(directory: pathlib.Path) -> None:
     try:
         if not directory.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
-            # A group that shares the folder above shares this one, whatever the umask is.
+            # A group that shares the parent folder shares this one, regardless of the umask.
             with contextlib.suppress(PermissionError):
                 directory.chmod(stat.S_IMODE(directory.parent.stat().st_mode))
         with tempfile.TemporaryFile(dir=directory):
@@ -165,14 +165,14 @@ def _check_writable(directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a disk that fills up or fails into a DataError."""
+    """Converts errors of a full or failing disk to DataError."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         reason = disk_failure(error)
-        # What may not be read is somebody else's file, as of a function that returns examples.
+        # A PermissionError concerns another file, such as one read by a registered function.
         if not reason or isinstance(error, PermissionError):
             raise
         raise DataError(

@@ -1,7 +1,7 @@
-"""Random boxes of the original training images, drawn on the host.
+"""Samples random crops of the original training images, on the host.
 
-The decoding threads cut them, so they cannot be drawn on the devices as all else is (`augment`).
-What is drawn depends on the seed and the position in training alone.
+The decoding threads crop the images, so the boxes cannot be sampled on the devices, unlike all
+other augmentation (`augment`). They depend only on the seed and the position in training.
 """
 
 import math
@@ -12,21 +12,21 @@ from inception_jax import config
 from inception_jax.datasets.decode import CropBox, CropFn
 from inception_jax.input.pipeline import CropSampler
 
-# torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
+# Number of tries of torchvision's RandomResizedCrop to find a box that fits.
 _MAX_TRIES = 10
-# The last word of Philox's counter, which keeps these streams apart from those of the epochs'
-# orders: they have keys of the same form, and leave that word 0.
+# The last word of Philox's counter, which separates these streams from those of the epoch orders:
+# those have keys of the same form and leave that word 0.
 _STREAM = 1
 
 
 def crop_sampler(settings: config.Augment, seed: int) -> CropSampler | None:
-    """Returns the box of each position in training, or None if `settings` ask for none.
+    """Returns a function from training position to crop function, or None if not configured.
 
-    A position counts training examples in the order that training sees them, from 0.
+    Positions count the training examples in training order, from 0.
 
     Args:
-      settings: crop, crop_scale_min and crop_ratio_max matter.
-      seed: of the run.
+      settings: uses crop, crop_scale_min and crop_ratio_max.
+      seed: seed of the run.
     """
     if settings.crop != "inception":
         return None
@@ -44,7 +44,7 @@ def crop_sampler(settings: config.Augment, seed: int) -> CropSampler | None:
 
 
 def position_rng(seed: int, position: int) -> np.random.Generator:
-    """Returns the random numbers of one position: NumPy's counter-based Philox."""
+    """Returns the random generator of a position, using NumPy's counter-based Philox."""
     key = np.array([seed, position], np.uint64)
     counter = np.array([0, 0, 0, _STREAM], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -53,18 +53,18 @@ def position_rng(seed: int, position: int) -> np.random.Generator:
 def random_crop_box(
     draws: np.ndarray, height: int, width: int, crop_scale_min: float, crop_ratio_max: float
 ) -> CropBox:
-    """Returns a box inside an image, as torchvision's RandomResizedCrop draws it.
+    """Returns a box inside an image, sampled as in torchvision's RandomResizedCrop.
 
-    Szegedy et al. 2015, section 6: an area uniform in [crop_scale_min, 1] of the image's, width /
-    height log-uniform in [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels, the
-    position uniform. The first of ten such boxes that fits the image is taken; if none does, the
-    largest centred one of an allowed shape.
+    Szegedy et al. 2015, section 6: area uniform in [crop_scale_min, 1] of the image's, width /
+    height log-uniform in [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels,
+    position uniform. Returns the first of ten such boxes that fits the image; if none fits, the
+    largest centered box with an allowed aspect ratio.
 
     Args:
-      draws: float64 [10, 4], uniform in [0, 1): area, shape, row and column of each try.
+      draws: float64 [10, 4], uniform in [0, 1): area, aspect ratio, row and column of each try.
       height, width: of the image, pixels.
-      crop_scale_min: share of the image's area.
-      crop_ratio_max: a ratio of at least 1.
+      crop_scale_min: fraction of the image's area.
+      crop_ratio_max: at least 1.
     """
     for area_draw, aspect_draw, row_draw, column_draw in draws.tolist():
         area = (crop_scale_min + (1 - crop_scale_min) * area_draw) * height * width

@@ -1,4 +1,4 @@
-"""Downloads a file so that nothing is lost: resumed where it stopped, checked before it is used."""
+"""Downloads a file: resumes interrupted downloads and verifies the result."""
 
 import hashlib
 import http.client
@@ -27,24 +27,24 @@ def fetch(
     log: Callable[[str], None] = print,
     wait: float = 2.0,
 ) -> pathlib.Path:
-    """Downloads `url` to `target`, unless it is there already.
+    """Downloads `url` to `target`, unless it already exists.
 
-    What arrives is kept in `target`.part, and a later call goes on from there; only a file of the
-    right size and digest is renamed to `target`.
+    Received data are kept in `target`.part, which a later call resumes; only a file with the right
+    size and digest is renamed to `target`.
 
     Args:
       url: http or https.
-      target: where the file is to be.
-      size: what it must measure, bytes.
-      md5: its digest, hexadecimal.
-      log: takes one line of text.
-      wait: seconds before a broken connection is tried again.
+      target: path of the downloaded file.
+      size: expected size, bytes.
+      md5: expected MD5, hexadecimal.
+      log: called with one line of text.
+      wait: seconds before a broken connection is retried.
 
     Returns:
       `target`.
 
     Raises:
-      DataError: if the server cannot be reached, or sends something else.
+      DataError: if the server cannot be reached, or sends another file.
     """
     if target.exists():
         return target
@@ -62,7 +62,7 @@ def fetch(
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error)
             on_disk = part.stat().st_size if part.exists() else 0
-            # Only attempts that brought nothing count: a poor line may break any number of times.
+            # Count only attempts without any data: a poor connection may break any number of times.
             failures = failures + 1 if on_disk <= received else 0
             received = on_disk
             if received < size and failures >= _ATTEMPTS:
@@ -75,12 +75,12 @@ def fetch(
 
 
 def _receive(url: str, part: pathlib.Path, received: int, *, size: int, progress: Progress) -> None:
-    """Appends to `part` what the server sends from byte `received` on."""
+    """Appends the server's data from byte `received` to `part`."""
     request = urllib.request.Request(
         url, headers={"Range": f"bytes={received}-"} if received else {}
     )
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        # A server that ignores the Range header answers 200 and sends all of it again.
+        # A server that ignores the Range header responds with 200 and sends the complete file.
         restart = received > 0 and response.status != http.client.PARTIAL_CONTENT
         if restart:
             progress.update(-received)
@@ -108,7 +108,7 @@ def md5_of(path: pathlib.Path) -> str:
 
 
 def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
-    """Raises DataError, and removes the file, if it is not the one that was wanted."""
+    """Removes the file and raises DataError if its size or digest is wrong."""
     actual_size, digest = part.stat().st_size, md5_of(part)
     if (actual_size, digest) != (size, md5):
         part.unlink()

@@ -1,4 +1,4 @@
-"""Opens a data set's source, whatever it is: a folder, a zip or tar archive."""
+"""Opens a data set's source: a folder, a zip archive or a tar archive."""
 
 import pathlib
 import stat
@@ -12,7 +12,7 @@ from inception_jax.datasets.sources.zip_source import ZipSource
 from inception_jax.errors import DataError
 
 _UNPACK = "unpack it and use the folder"
-# What other files begin with, what they are, and what to do with them.
+# First bytes, description and remedy of unsupported files.
 _UNSUPPORTED = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
@@ -28,7 +28,7 @@ _UNSUPPORTED = (
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _MAX_NAMED = 5
-# As much as the first header of a tar archive has.
+# Size of a tar header.
 _HEADER = 512
 
 
@@ -39,17 +39,17 @@ def open_path(
     encoding: str = "",
     scratch: pathlib.Path | None = None,
 ) -> Source:
-    """Opens a folder or an archive, whose kind its content tells.
+    """Opens a folder or an archive, detecting the type by content.
 
     Args:
-      path: what was given, which exists.
-      hidden: whether a file or folder, by its path, is none of the source's.
-      encoding: of an archive's names where it does not say it; '': not known.
-      scratch: where a compressed tar archive may be unpacked to a temporary file; None: where the
-        system has such files.
+      path: an existing path.
+      is_hidden: returns whether to skip a file or folder, by path.
+      encoding: of names whose encoding the archive does not declare; '': unknown.
+      scratch: folder for the temporary file of a compressed tar archive; None: the system's
+        default.
 
     Raises:
-      DataError: if it is damaged, cannot be read, or is neither a folder nor such an archive.
+      DataError: if it is damaged, unreadable, or of another type.
     """
     if path.is_dir():
         return FolderSource(path, is_hidden=is_hidden)
@@ -59,7 +59,7 @@ def open_path(
 
 
 def _is_zip(path: pathlib.Path) -> bool:
-    """Tells a zip archive from a tar archive.
+    """Returns whether a file is a zip (True) or tar (False) archive.
 
     Raises:
       DataError: if it is neither.
@@ -85,7 +85,7 @@ def _is_zip(path: pathlib.Path) -> bool:
             f"{path}: is a web page, saved instead of the archive. Download the archive itself, "
             "which may require a login"
         )
-    # A zip archive may follow a program that unpacks it; old tar archives are known by a checksum.
+    # A zip archive may follow a self-extractor; old tar archives are recognized by a checksum.
     if zipfile.is_zipfile(path):
         return True
     if tarfile.is_tarfile(path):
@@ -97,7 +97,7 @@ def _is_zip(path: pathlib.Path) -> bool:
 
 
 def mention_archives(files: Iterable[str]) -> str:
-    """Returns a sentence that names the archives among some files, or ''."""
+    """Returns a sentence that lists the archives among `files`, or ''."""
     archives = sorted((file for file in files if file.lower().endswith(_ARCHIVES)), key=len)
     if not archives:
         return ""

@@ -1,4 +1,4 @@
-"""A data set's source in a zip archive."""
+"""Reads a data set's source from a zip archive."""
 
 import bz2
 import copy
@@ -16,9 +16,9 @@ from inception_jax.datasets.sources import member_names
 from inception_jax.datasets.sources.files import MAX_BYTES, Source
 from inception_jax.errors import DataError
 
-# What zipfile reads.
+# Methods that zipfile supports.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-# Names of others, by the number that the format gives them.
+# Names of other methods, by their number in the zip format.
 _OTHER_METHODS = {
     1: "Shrink",
     6: "Implode",
@@ -29,26 +29,26 @@ _OTHER_METHODS = {
     98: "PPMd",
 }
 _UNPACK = "Unpack it with 7-Zip or the program that created it, and use the folder"
-# Flags of a member, and the kinds of systems that wrote it.
+# Flags of a member, and creator systems that are DOS or Windows.
 _ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
 _WINDOWS = (0, 10, 11, 14)  # FAT, NTFS (two numbers) and VFAT.
 _UNICODE_PATH = 0x7075
-# The record at the end, before a comment of at most 64 KiB.
+# The end record, followed by a comment of at most 64 KiB.
 _END, _END_SIZE = b"PK\x05\x06", 22
-# zipfile hands over all that some bytes of LZMA unpack to at once, so it gets few of them.
+# zipfile returns everything that a read of LZMA data unpacks to at once, so read little at a time.
 _LZMA_READ_SIZE = 4096
 
 
 class ZipSource(Source):
-    """A zip archive, read in place.
+    """Reads a zip archive in place.
 
     Args:
       path: the archive.
-      hidden: whether a file, by its path, is none of the source's.
-      encoding: of names that are not said to be UTF-8; '': not known.
+      is_hidden: returns whether to skip a file, by path.
+      encoding: of names that are not declared as UTF-8; '': unknown.
 
     Raises:
-      DataError: if it is not a whole zip archive, or one of a kind that cannot be read.
+      DataError: if it is not a complete zip archive, or of an unsupported type.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ZipSource(Source):
         _check_parts(path)
         try:
             self._zip = zipfile.ZipFile(path)
-        # The last is for names that are not in the encoding that they are said to be in.
+        # UnicodeDecodeError: a name is not valid in its declared encoding.
         except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
             if path.suffix[1:].isdigit():
                 remedy = (
@@ -113,12 +113,12 @@ class ZipSource(Source):
             problem = "a link, which is not followed; create the archive with zip without -y"
             raise DataError(f"{self.path}: {path} is {problem}") from zipfile.BadZipFile(problem)
         try:
-            # One thread at a time: Python 3.12.1 skips a member's extra field from wherever the
-            # file stands, so that several threads get each other's bytes.
+            # One thread at a time: Python 3.12.1 skips a member's extra field from the current file
+            # position, so concurrent threads would get each other's bytes.
             if info.compress_type == zipfile.ZIP_BZIP2:
                 return self._read_bzip2(info)
             with self._lock, self._zip.open(info) as member:
-                # No more than the archive says it is: a read to the end would unpack what follows.
+                # Limited to the declared size: reading to the end would unpack any excess data.
                 if info.compress_type != zipfile.ZIP_LZMA:
                     return member.read(info.file_size)
                 return b"".join(iter(lambda: member.read(_LZMA_READ_SIZE), b""))
@@ -137,13 +137,13 @@ class ZipSource(Source):
             ) from error
 
     def _read_bzip2(self, info: zipfile.ZipInfo) -> bytes:
-        """Returns a member's content; unlike zipfile it unpacks no more than the member's size.
+        """Returns a member's content; unlike zipfile, unpacks no more than its declared size.
 
-        Some bytes of bzip2 can unpack to a million times as many.
+        bzip2 data can unpack to a million times their size.
         """
         packed = copy.copy(info)
         packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
-        del packed.CRC  # It is not that of the packed bytes.
+        del packed.CRC  # It is the checksum of the unpacked data.
         with self._lock, self._zip.open(packed) as member:
             data = member.read(min(info.compress_size, MAX_BYTES))
         decompressor = bz2.BZ2Decompressor()
@@ -155,7 +155,7 @@ class ZipSource(Source):
         return content
 
     def _stat(self, path: str) -> tuple[int, ...]:
-        """Returns a member's size and the archive's own checksum of it."""
+        """Returns a member's size and its CRC-32 in the archive."""
         return self._members[path].file_size, self._members[path].CRC
 
     def close(self) -> None:
@@ -164,16 +164,16 @@ class ZipSource(Source):
 
 
 def _raw_name(info: zipfile.ZipInfo) -> member_names.RawName:
-    """Returns a member's name, or the one in UTF-8 that an extra field has beside it."""
+    """Returns a member's name, preferring the UTF-8 name in an extra field."""
     from_windows = info.create_system in _WINDOWS
     if info.flag_bits & _UTF8:
         return member_names.RawName(info.orig_filename.encode(), True, from_windows)
-    # How zipfile decodes what is not said to be UTF-8; it loses nothing.
+    # zipfile decodes names that are not declared as UTF-8 with cp437, which is lossless.
     data = info.orig_filename.encode("cp437")
     extra = info.extra
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<HH", extra)
-        # A version, the checksum of the name that it belongs to, the name.
+        # Version, CRC-32 of the original name, UTF-8 name.
         if kind == _UNICODE_PATH and extra[4:9] == b"\x01" + struct.pack("<L", zlib.crc32(data)):
             return member_names.RawName(extra[9 : 4 + length], True, from_windows)
         extra = extra[4 + length :]
@@ -185,7 +185,7 @@ def _is_link(info: zipfile.ZipInfo) -> bool:
 
 
 def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> None:
-    """Raises DataError, one for the whole archive, if members are packed as cannot be read."""
+    """Raises one DataError for the archive if members use unsupported methods."""
     problems: Counter[str] = Counter()
     for info in members:
         method = info.compress_type
@@ -202,14 +202,14 @@ def _check_methods(members: Collection[zipfile.ZipInfo], path: pathlib.Path) -> 
 
 
 def _check_parts(path: pathlib.Path) -> None:
-    """Raises DataError if an archive is one part of several."""
+    """Raises DataError if an archive is one of several parts."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - _END_SIZE - 0xFFFF, 0))
         tail = file.read()
     place = tail.rfind(_END)
     if place < 0 or len(tail) < place + _END_SIZE:
         return
-    # 0xffff: another record has the number, and zipfile looks after it.
+    # 0xffff: the number is in another record, which zipfile handles.
     (number,) = struct.unpack_from("<H", tail, place + 4)
     if number not in (0, 0xFFFF):
         raise DataError(
