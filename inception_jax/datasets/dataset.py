@@ -155,7 +155,7 @@ class Dataset:
           examples: number of examples, from the first; None: all.
 
         Raises:
-          ConfigError: if there is no such split, or it cannot be cropped.
+          ConfigError: if the split does not exist or cannot be cropped.
         """
         name = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
         if name not in self.splits:
@@ -267,8 +267,8 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
     train, eval_split = data.train_split or part.train_split, data.eval_split or part.eval_split
     train, part_of_train = splits.parse_slice(train, info["splits"], "train_split")
     mean, std = info.get("statistics", {}).get(train, (info["mean"], info["std"]))
-    whole = opened[train]
-    opened[train] = splits.take_range(whole, part_of_train)
+    full_split = opened[train]
+    opened[train] = splits.take_range(full_split, part_of_train)
     if data.holdout:
         held = splits.stratified_holdout(opened[train].labels, data.holdout)
         opened[HOLDOUT] = splits.subset(opened[train], np.flatnonzero(held))
@@ -285,7 +285,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
                     f"config.data.train_split = {data.train_split!r}; use disjoint parts, such as "
                     "train[:90%] and train[90%:]"
                 )
-            evaluated, opened[HOLDOUT] = HOLDOUT, whole
+            evaluated, opened[HOLDOUT] = HOLDOUT, full_split
         opened[evaluated] = splits.take_range(opened[evaluated], part_of_it)
     # Only evaluation splits are cropped; training uses its own crops.
     opened = {
@@ -329,7 +329,7 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
         else ("set register_dataset(..., eval_split=...)")
     )
     raise ConfigError(
-        f"{recipe.name}: cannot choose an evaluation split besides {train!r} ({alternatives}); "
+        f"{recipe.name}: cannot choose an evaluation split other than {train!r} ({alternatives}); "
         f"{remedy}, or hold out training examples with config.data.holdout"
     )
 

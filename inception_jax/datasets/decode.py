@@ -235,8 +235,8 @@ def decode_crop(
     top, left, height, width = box
     y, x = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
     edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-    picture = Image.fromarray(pixels)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=edges))
+    image = Image.fromarray(pixels)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=edges))
 
 
 def _jpeg_shape(data: bytes) -> tuple[int, int] | None:

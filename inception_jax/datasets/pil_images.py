@@ -97,13 +97,13 @@ def _repaired(data: bytes) -> bytes | None:
         return kept if len(kept) < len(data) else None
     if not data.startswith(_JPEG) or data.endswith(_JPEG_END):
         return None
-    whole = data.removesuffix(_JPEG_END[:1]) + _JPEG_END
+    completed = data.removesuffix(_JPEG_END[:1]) + _JPEG_END
     try:
         # Unlike PIL, this fails if data are missing before the marker.
-        simplejpeg.decode_jpeg(whole, min_height=1, min_width=1, min_factor=8)
+        simplejpeg.decode_jpeg(completed, min_height=1, min_width=1, min_factor=8)
     except ValueError:
         return None
-    return whole
+    return completed
 
 
 def _chunks_without_texts(data: bytes) -> Iterator[bytes]:

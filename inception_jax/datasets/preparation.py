@@ -136,13 +136,13 @@ def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            held = path.with_name(f"{path.name}.held")
+            lock_file = path.with_name(f"{path.name}.held")
             log(
                 f"{path.parent}: this file system does not support locks ({error.strerror}); "
-                f"using the file {held.name} as a lock. If a process on another host is killed "
-                "while preparing the data set, remove this file"
+                f"using the file {lock_file.name} as a lock. If a process on another host is "
+                "killed while preparing the data set, remove this file"
             )
-            return filelock.SoftFileLock(held)
+            return filelock.SoftFileLock(lock_file)
     # Anyone who may create files in the folder may hold the lock, regardless of this user's umask.
     return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 

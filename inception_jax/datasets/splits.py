@@ -277,40 +277,40 @@ class SubsetSplit(Split):
     """Selected examples of another split; created by `subset`.
 
     Attributes:
-      whole: the other split.
+      base: the other split.
       indices: int64 [N], indices into the other split.
     """
 
-    whole: Split
+    base: Split
     indices: np.ndarray
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The original file name of each example."""
-        return tuple(self.whole.names[index] for index in self.indices)
+        return tuple(self.base.names[index] for index in self.indices)
 
     @property
     def digests(self) -> np.ndarray | None:
         """Checksums of the selected examples."""
-        return None if (whole := self.whole.digests) is None else whole[self.indices]
+        return None if (base := self.base.digests) is None else base[self.indices]
 
     @property
     def threads(self) -> int:
         """The number for the other split."""
-        return self.whole.threads
+        return self.base.threads
 
     def cropped(self, crop: float) -> Split:
         """Returns the same examples with another crop."""
-        whole = self.whole.cropped(crop)
-        return self if whole is self.whole else dataclasses.replace(self, whole=whole)
+        base = self.base.cropped(crop)
+        return self if base is self.base else dataclasses.replace(self, base=base)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
-        return self.whole.read(self.indices[indices])
+        return self.base.read(self.indices[indices])
 
     def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
         """Returns crops of the images at `indices`."""
-        return self.whole.read_crops(self.indices[indices], boxes)
+        return self.base.read_crops(self.indices[indices], boxes)
 
 
 def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
@@ -409,7 +409,7 @@ def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
             f"config.data.holdout = {count}: holds out {each} examples per class, but the "
             f"smallest class has {sizes.min()} and must keep at least one"
         )
-    taken = np.zeros(len(labels), bool)
+    mask = np.zeros(len(labels), bool)
     for label in range(len(sizes)):
-        taken[np.flatnonzero(labels == label)[:each]] = True
-    return taken
+        mask[np.flatnonzero(labels == label)[:each]] = True
+    return mask

@@ -53,11 +53,11 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Augments a batch according to `settings`.
 
-    In this order: crop ('inception' crops were cut on the host already: `crops`), flip, policy,
-    colour jitter, those of `settings.extra`, resizing, normalisation, mixing, Cutout. A policy has
-    whole grey levels before and after: images are uint8 up to it, rounded after a resized crop,
-    which is float32, and float32 from the colour jitter on. With everything switched off, and
-    images of `size` already, the result is `normalize(images)` and the labels' one-hot rows.
+    In this order: crop ('inception' crops are made on the host: `crops`), flip, policy, color
+    jitter, `settings.extra`, resizing, normalization, mixing, Cutout. A policy takes and returns
+    integer levels: images are uint8 before it (a resized crop, which is float32, is rounded) and
+    float32 from color jitter on. With everything disabled and images of `size`, the result is
+    `normalize(images)` and one-hot labels.
 
     Args:
       key: typed PRNG key of the step.

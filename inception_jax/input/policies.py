@@ -42,7 +42,7 @@ def _to_unit_range(images: jax.Array) -> jax.Array:
 
 
 def randaugment(key: jax.Array, images: jax.Array, ops: int, magnitude: int) -> jax.Array:
-    """Applies `ops` operations with the same magnitude to each image (Cubuk et al. 2020, section 3).
+    """Applies `ops` operations of one magnitude to each image (Cubuk et al. 2020, section 3).
 
     Operations are sampled with replacement. The paper's magnitudes also range to 30, but some of
     its ranges are wider; this uses torchvision's.

@@ -15,7 +15,7 @@ def arrays(count: int = 30, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (count, size, size, 3), np.uint8), np.arange(count) % 3
 
 
-def test_a_share_of_each_class_is_held_out_the_same_for_each_seed(tmp_path: pathlib.Path) -> None:
+def test_fraction_of_each_class_is_held_out_by_seed(tmp_path: pathlib.Path) -> None:
     images, labels = arrays()
     dataset, again = (Dataset.from_arrays(images, labels) for _ in range(2))
     assert (len(dataset.train), len(dataset.evaluation)) == (24, 6)
@@ -32,7 +32,7 @@ def test_a_share_of_each_class_is_held_out_the_same_for_each_seed(tmp_path: path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_image_makes_another_version() -> None:
+def test_changed_image_changes_version() -> None:
     images, labels = arrays()
     before = Dataset.from_arrays(images, labels)
     images[0, 0, 0, 0] ^= 1
@@ -40,7 +40,7 @@ def test_another_image_makes_another_version() -> None:
     assert before.eval_train_overlap is not None and before.eval_train_overlap.total == 0
 
 
-def test_grey_images_are_resized_and_evaluated_as_given() -> None:
+def test_grayscale_images_are_resized_and_evaluated() -> None:
     random = np.random.default_rng(0)
     images, few = (random.integers(0, 256, (n, 12, 10), np.uint8) for n in (6, 4))
     dataset = Dataset.from_arrays(
@@ -79,9 +79,7 @@ def test_grey_images_are_resized_and_evaluated_as_given() -> None:
         ({"evaluation": (arrays()[0], [3] * 30)}, r"evaluation\[1\]: contain 3"),
     ],
 )
-def test_what_is_no_data_set_is_refused_with_the_remedy(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_invalid_arrays_are_refused_with_remedy(changes: dict[str, Any], message: str) -> None:
     images, labels = arrays()
     with pytest.raises((DataError, ConfigError), match=message):
         Dataset.from_arrays(**({"images": images, "labels": labels} | changes))

@@ -101,18 +101,14 @@ def files_below(directory: pathlib.Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_what_is_prepared_is_what_the_archive_holds(
-    source: pathlib.Path, directory: pathlib.Path
-) -> None:
+def test_prepared_data_match_archive(source: pathlib.Path, directory: pathlib.Path) -> None:
     lines: list[str] = []
     dataset = prepare(subset(source, directory), log=lines.append)
     check_subset(dataset)
     assert not lines, "the second time there is nothing to do"
 
 
-def test_an_extracted_folder_gives_the_same(
-    directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_extracted_folder_gives_same_data(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     folder = archives.write_tiny_imagenet(tmp_path / "x", CLASSES, TRAIN, VAL, TEST, SIZE)
     one = prepare(subset("", directory))
     two = prepare(subset(folder, tmp_path / "data"), log=quiet)
@@ -121,12 +117,12 @@ def test_an_extracted_folder_gives_the_same(
         assert one.splits[split].names == two.splits[split].names
 
 
-def test_another_image_size_is_made_from_the_same_records(prepared: pathlib.Path) -> None:
+def test_other_image_size_reuses_records(prepared: pathlib.Path) -> None:
     check_subset(prepare(subset("", prepared, image_size=8), log=quiet), size=8)
     check_subset(prepare(subset("", prepared), log=quiet))
 
 
-def test_tfds_reads_the_records_by_itself(source: pathlib.Path, directory: pathlib.Path) -> None:
+def test_tfds_can_read_the_records(source: pathlib.Path, directory: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
     path = directory / "tiny_imagenet_subset" / "1.0.0"
@@ -158,7 +154,7 @@ print([name for name in ("tensorflow_datasets", "tensorflow", "sklearn") if name
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
-def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
+def test_digits_match_scikit_learn(tmp_path: pathlib.Path) -> None:
     data = config.Data(name="digits", image_size=8, directory=str(tmp_path))
     dataset = prepare(data, log=quiet)
     bunch = sklearn_datasets.load_digits()
@@ -177,7 +173,7 @@ def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(shares, 0.2, atol=0.006)
 
 
-def test_the_default_directory_is_that_of_tfds(
+def test_default_directory_is_tfds_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     assert data_directory("~/x") == pathlib.Path.home() / "x"
@@ -191,18 +187,18 @@ def test_the_default_directory_is_that_of_tfds(
 # What is wrong with the source.
 
 
-def test_a_source_that_its_data_set_does_not_take_is_refused(tmp_path: pathlib.Path) -> None:
+def test_source_for_data_set_without_source_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs none"):
         prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 
-def test_a_subset_needs_a_source(tmp_path: pathlib.Path) -> None:
+def test_subset_requires_source(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = '':.*no default"):
         prepare(subset("", tmp_path), log=quiet)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, split: str) -> None:
+def test_corrupt_image_is_named_and_no_files_remain(tmp_path: pathlib.Path, split: str) -> None:
     files = archives.tiny_imagenet_files(1, 2, 1, 1, SIZE)
     name = max(file for file in files if file.startswith(f"{split}/") and file.endswith("JPEG"))
     files[name] = files[name][:-30]
@@ -219,7 +215,7 @@ def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, sp
         (1, 0, "val/ contains no images of the classes in train/"),
     ],
 )
-def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
+def test_subset_requires_training_and_validation_images(
     tmp_path: pathlib.Path, train: int, val: int, message: str
 ) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", 1, train, val, 1, SIZE)
@@ -227,9 +223,7 @@ def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
         prepare(subset(path, tmp_path), log=quiet)
 
 
-def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_incomplete_tiny_imagenet_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     data = config.Data(name="tiny_imagenet", source=str(source), directory=str(tmp_path))
     with pytest.raises(DataError) as error:
         prepare(data, log=quiet)
@@ -269,7 +263,7 @@ class WholeListing(files.Source):
         pass
 
 
-def test_the_official_counts_are_taken_and_others_are_not(
+def test_only_official_counts_are_accepted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     make = DATASETS.get("tiny_imagenet").build(config.Data())
@@ -291,7 +285,7 @@ def test_the_official_counts_are_taken_and_others_are_not(
 # What was prepared before.
 
 
-def test_another_source_is_refused_where_it_decides_the_content(
+def test_other_source_is_refused_if_it_determines_content(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     other = archives.write_tiny_imagenet(tmp_path / "other.zip", 2, 2, 2, 2, SIZE)
@@ -302,14 +296,14 @@ def test_another_source_is_refused_where_it_decides_the_content(
         assert "config.data.directory" in str(error.value)
 
 
-def test_the_same_content_elsewhere_is_the_same_source(
+def test_same_content_at_other_path_is_accepted(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     copy = shutil.copyfile(source, tmp_path / "copy.zip")
     check_subset(prepare(subset(copy, directory), log=quiet))
 
 
-def test_the_source_may_be_gone_once_it_is_prepared(tmp_path: pathlib.Path) -> None:
+def test_source_may_be_removed_after_preparation(tmp_path: pathlib.Path) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
     prepare(subset(path, tmp_path), log=quiet)
     path.unlink()
@@ -352,7 +346,7 @@ def change_mean(path: pathlib.Path) -> None:
         ("train_digests.npy", flip, "train_digests.npy is damaged"),
     ],
 )
-def test_a_damaged_cache_is_made_again(
+def test_damaged_cache_is_rebuilt(
     prepared: pathlib.Path, file: str, damage: Callable[[pathlib.Path], None], line: str
 ) -> None:
     damage(prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px" / file)
@@ -361,7 +355,7 @@ def test_a_damaged_cache_is_made_again(
     assert [text for text in lines if line in text and "rebuilding" in text]
 
 
-def test_a_changed_byte_of_an_image_is_found_when_it_is_read(prepared: pathlib.Path) -> None:
+def test_changed_image_byte_is_detected_on_read(prepared: pathlib.Path) -> None:
     cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
     path = cache / "train_images.npy"
     whole = prepare(subset("", prepared), log=quiet).train
@@ -377,7 +371,7 @@ def test_a_changed_byte_of_an_image_is_found_when_it_is_read(prepared: pathlib.P
         train.read(np.array([3, 7, 2]))
 
 
-def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: pathlib.Path) -> None:
+def test_old_cache_without_checksums_is_used(prepared: pathlib.Path) -> None:
     cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
     info = json.loads((cache / "info.json").read_text())
     for path in cache.glob("*_digests.npy"):
@@ -390,14 +384,14 @@ def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: path
     assert not lines
 
 
-def test_missing_records_are_written_again(source: pathlib.Path, prepared: pathlib.Path) -> None:
+def test_missing_records_are_rebuilt(source: pathlib.Path, prepared: pathlib.Path) -> None:
     shutil.rmtree(prepared / "inception_jax")
     records = prepared / "tiny_imagenet_subset" / "1.0.0"
     next(records.glob("*train*")).unlink()
     check_subset(prepare(subset(source, prepared), log=quiet))
 
 
-def test_the_order_is_the_same_wherever_it_is_prepared(
+def test_order_is_independent_of_directory(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     one = prepare(subset("", directory)).train.names
@@ -409,15 +403,13 @@ def test_the_order_is_the_same_wherever_it_is_prepared(
 # The disk.
 
 
-def test_a_directory_that_cannot_be_written_is_refused(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_unwritable_directory_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"config\.data\.directory: cannot write to .*file"):
         prepare(subset(source, tmp_path / "file" / "data"), log=quiet)
 
 
-def test_too_little_space_is_found_before_anything_is_written(
+def test_low_disk_space_is_detected_before_writing(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -428,7 +420,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 
 
 @pytest.mark.parametrize("full_at", ["records", "cache"])
-def test_a_disk_that_fills_up_meanwhile_is_one_message(
+def test_disk_that_fills_up_is_one_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
@@ -482,7 +474,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 @pytest.mark.parametrize("stop_at", ["writing validation records", "decoding validation"])
-def test_a_killed_preparation_leaves_nothing_in_the_way(
+def test_killed_preparation_can_be_restarted(
     source: pathlib.Path, tmp_path: pathlib.Path, stop_at: str
 ) -> None:
     with start(source, tmp_path, stop_at=stop_at) as process:
@@ -494,9 +486,7 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(
     assert not [path for path in leftovers if path.exists()]
 
 
-def test_of_two_processes_one_prepares_and_the_other_waits(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_second_process_waits_for_preparation(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with start(source, tmp_path, stop_at="decoding train") as first:
         wait_for(first, "decoding train")
         with start(source, tmp_path) as second:
@@ -508,7 +498,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(
     check_subset(prepare(subset("", tmp_path)))
 
 
-def test_the_ids_of_classes_are_those_of_the_source(
+def test_class_ids_are_from_the_source(
     source: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     data = subset(source, prepared)
@@ -527,7 +517,7 @@ def test_the_ids_of_classes_are_those_of_the_source(
 
 
 @pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_without_the_systems_locks_a_file_stands_for_one(
+def test_lock_file_replaces_missing_os_locks(
     answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on NFS without its lock service, and on Lustre without the option flock."""
@@ -548,9 +538,7 @@ def test_without_the_systems_locks_a_file_stands_for_one(
     assert not lock.exists()
 
 
-def test_a_file_that_stands_for_a_lock_is_waited_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_file_is_waited_for(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -572,7 +560,7 @@ def test_a_file_that_stands_for_a_lock_is_waited_for(
 
 
 @pytest.mark.parametrize("shared", [0o2775, 0o777, 0o755])
-def test_who_shares_the_folder_shares_its_lock(
+def test_lock_has_permissions_of_the_folder(
     shared: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = tmp_path / "data"
@@ -588,7 +576,7 @@ def test_who_shares_the_folder_shares_its_lock(
     assert (made / "digits-1.0.0.lock").stat().st_mode & 0o777 == shared & 0o666
 
 
-def test_a_lock_that_is_another_users_is_named(
+def test_lock_of_other_user_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:

@@ -10,7 +10,7 @@ from inception_jax.datasets.dataset import prepare
 from inception_jax.errors import ConfigError
 
 
-def test_views_are_cut_counted_and_the_same_each_time(tmp_path: pathlib.Path) -> None:
+def test_views_are_cropped_limited_and_cached(tmp_path: pathlib.Path) -> None:
     settings = Data(
         name="digits", directory=str(tmp_path), image_size=8, storage="records", eval_crop_pct=0.75
     )
@@ -27,7 +27,7 @@ def test_views_are_cut_counted_and_the_same_each_time(tmp_path: pathlib.Path) ->
     assert dataset.train_eval_view is dataset.view("train", crop=0.75)
 
 
-def test_a_view_of_what_is_not_there_is_refused(tmp_path: pathlib.Path) -> None:
+def test_invalid_view_is_refused(tmp_path: pathlib.Path) -> None:
     settings = Data(name="digits", directory=str(tmp_path), image_size=8, holdout=20)
     dataset = prepare(settings, log=lambda line: None)
     assert dataset.view("holdout") is dataset.view("eval") is dataset.evaluation

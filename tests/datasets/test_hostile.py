@@ -58,9 +58,7 @@ def link(name: str) -> zipfile.ZipInfo:
         ("C:\\evil/0.jpg", {"a", "b", "C:\\evil"}),
     ],
 )
-def test_no_path_in_an_archive_leads_out_of_it(
-    tmp_path: pathlib.Path, name: str, found: set[str]
-) -> None:
+def test_paths_in_archive_cannot_escape(tmp_path: pathlib.Path, name: str, found: set[str]) -> None:
     picture = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
     folder = tmp_path / "deep" / "down"
     folder.mkdir(parents=True)
@@ -86,7 +84,7 @@ def test_an_absolute_path_in_an_archive_is_refused(tmp_path: pathlib.Path) -> No
         folders.layout(folders.open_source(path))
 
 
-def test_a_link_in_an_archive_is_no_picture(tmp_path: pathlib.Path) -> None:
+def test_link_in_archive_is_not_an_image(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", archives.class_folders({"a": 2}, SIZE), "")
     with zipfile.ZipFile(path, "a") as file:
         file.writestr(link("a/passwd.jpg"), "/etc/passwd")
@@ -102,7 +100,7 @@ def bomb(path: pathlib.Path, name: str, size: int) -> pathlib.Path:
     return path
 
 
-def test_a_member_that_unpacks_to_too_much_is_refused(
+def test_member_that_unpacks_to_too_much_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert limits.MAX_BYTES == 256 * 2**20
@@ -120,7 +118,7 @@ def test_a_member_that_unpacks_to_too_much_is_refused(
     assert peak < 1 << 20
 
 
-def test_a_member_that_is_larger_than_it_says_is_not_unpacked(tmp_path: pathlib.Path) -> None:
+def test_member_larger_than_declared_is_not_unpacked(tmp_path: pathlib.Path) -> None:
     path = bomb(tmp_path / "x.zip", "a/0.jpg", 64 << 20)
     content = bytearray(path.read_bytes())
     # Where the directory at the end says how large the member is.
@@ -138,7 +136,7 @@ def test_a_member_that_is_larger_than_it_says_is_not_unpacked(tmp_path: pathlib.
     assert peak < 1 << 20
 
 
-def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
+def test_archive_larger_than_the_disk_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Ten members that each are small enough, and together are not.
@@ -165,7 +163,7 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
         prepare(data, log=quiet)
 
 
-def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Path) -> None:
+def test_cifar_archive_is_read_without_unpacking(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
     with tarfile.open(path, "w:gz") as file:
         for name in ("../../batches.meta", "/tmp/data_batch_1"):
@@ -187,7 +185,7 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
     assert below(tmp_path.parent) - below(tmp_path / "data") - {str(tmp_path / "data")} == before
 
 
-def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathlib.Path) -> None:
+def test_oversized_member_of_cifar_archive_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
     size = cifar10_files._MAX_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
@@ -201,7 +199,7 @@ def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathl
         builder.open()
 
 
-def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
+def test_oversized_image_in_imagenet_archive_is_refused(
     tmp_path: pathlib.Path,
 ) -> None:
     builder = DATASETS.get("imagenet2012").build(config.Data())(data_dir=tmp_path)
@@ -211,7 +209,7 @@ def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
         builder._read(entry)
 
 
-def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -> None:
+def test_pipe_or_device_among_images_is_not_read(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x", archives.class_folders({"a": 2}, SIZE), "")
     # Reading it would wait for ever, or never end.
     os.mkfifo(path / "a" / "pipe.jpg")
@@ -225,7 +223,7 @@ def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -
     assert [os.path.basename(file) for file in found.left_out] == ["pipe.jpg", "zero.jpg"]
 
 
-def test_a_file_far_larger_than_a_picture_is_not_read(
+def test_oversized_file_is_not_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()
@@ -265,7 +263,7 @@ def enormous_jpeg(side: int) -> bytes:
 
 
 @pytest.mark.parametrize("make", [enormous_png, enormous_jpeg])
-def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
+def test_image_of_50_000_by_50_000_pixels_is_refused_by_header(
     make: Callable[[int], bytes],
 ) -> None:
     data = make(50_000)
@@ -297,7 +295,7 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         decode.decode(data, SIZE, "x.jpg")
 
 
-def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
+def test_wrong_extension_does_not_matter(tmp_path: pathlib.Path) -> None:
     red = np.full((SIZE, SIZE, 3), (250, 10, 10), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(red).save(buffer, format="PNG")
@@ -307,7 +305,7 @@ def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
     assert str(decode.inspect(b"#!/bin/sh\nexit", "x.jpg").problem) == "text"
 
 
-def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path) -> None:
+def test_only_files_of_the_layout_are_read(tmp_path: pathlib.Path) -> None:
     files = archives.tiny_imagenet_files(2, 2, 1, 0, SIZE)
     outside = tmp_path / "secret.JPEG"
     outside.write_bytes(b"x")

@@ -183,9 +183,9 @@ def test_an_evaluation_cuts_its_own_square(data_directory: pathlib.Path) -> None
     evaluator = Evaluator(small.build(config))
     for name, source in (("cut", "holdout"), ("cut_train", "train")):
         split = evaluator.splits[name]
-        inside = split.whole if isinstance(split, SubsetSplit) else split
+        inside = split.base if isinstance(split, SubsetSplit) else split
         while isinstance(inside, SubsetSplit):
-            inside = inside.whole
+            inside = inside.base
         assert isinstance(inside, RecordSplit) and inside.crop == 0.5
         own = evaluator._run.dataset.splits[source]
         assert split.names == own.names[: len(split)]

@@ -55,7 +55,7 @@ def one_hot(count: int) -> np.ndarray:
     return np.eye(10)[np.arange(count) % 10]
 
 
-def test_without_augmentation_images_are_only_normalised() -> None:
+def test_without_augmentation_images_are_only_normalized() -> None:
     images = images_of((4, 8, 8, 3))
     result, targets = run(images)
     assert result.dtype == targets.dtype == np.float32
@@ -64,7 +64,7 @@ def test_without_augmentation_images_are_only_normalised() -> None:
     np.testing.assert_array_equal(result, jax.jit(augment.normalize)(images, MEAN, STD))
 
 
-def test_pad_crop_gives_every_window_of_the_padded_image_equally_often() -> None:
+def test_pad_crop_windows_are_uniform() -> None:
     pad, size, batch = 2, 6, 2000
     images = images_of((batch, size, size, 3))
     result = np.asarray(augment.pad_crop(jax.random.key(1), images, pad))
@@ -81,12 +81,12 @@ def test_pad_crop_gives_every_window_of_the_padded_image_equally_often() -> None
     assert ((counts - expected) ** 2 / expected).sum() < 51.2
 
 
-def test_pad_crop_by_nothing_changes_nothing() -> None:
+def test_pad_crop_by_zero_is_identity() -> None:
     images = images_of((3, 5, 5, 3))
     np.testing.assert_array_equal(augment.pad_crop(jax.random.key(0), images, 0), images)
 
 
-def test_flip_mirrors_half_of_the_images_left_to_right() -> None:
+def test_flip_mirrors_half_of_the_images() -> None:
     images = images_of((1000, 4, 6, 3))
     result = np.asarray(augment.flip(jax.random.key(2), images))
     same = (result == images).all(axis=(1, 2, 3))
@@ -141,9 +141,7 @@ def boxes_of_torchvision(
 
 
 @pytest.mark.parametrize(("crop_scale_min", "crop_ratio_max"), [(0.08, 4 / 3), (0.5, 2.0)])
-def test_resized_crop_draws_the_boxes_of_torchvision(
-    crop_scale_min: float, crop_ratio_max: float
-) -> None:
+def test_resized_crop_boxes_match_torchvision(crop_scale_min: float, crop_ratio_max: float) -> None:
     size, count = 32, 4000
     # Pixels that hold four times their own row and column tell which box was cut.
     rows, columns = np.meshgrid(4 * np.arange(size), 4 * np.arange(size), indexing="ij")
@@ -175,14 +173,14 @@ def test_resized_crop_draws_the_boxes_of_torchvision(
         assert distance.max() / count < 1.95 * np.sqrt(2 / count)
 
 
-def test_resized_crop_takes_the_whole_image_where_nothing_fits() -> None:
+def test_resized_crop_uses_whole_image_if_no_box_fits() -> None:
     # Boxes of the image's whole area that are not square never fit.
     images = images_of((50, 64, 64, 3))
     result = resized_crop(jax.random.key(0), images, 1.0, 1.0001)
     np.testing.assert_allclose(result, images, atol=1e-3)
 
 
-def test_mixup_weighs_whole_images_and_targets_alike() -> None:
+def test_mixup_weights_images_and_targets_equally() -> None:
     images = images_of((6, 8, 8, 3))
     result, targets = run(images, mixup=0.5)
     share = targets[0, 0]
@@ -196,7 +194,7 @@ def test_mixup_weighs_whole_images_and_targets_alike() -> None:
     )
 
 
-def test_cutmix_pastes_one_box_and_targets_have_its_exact_share() -> None:
+def test_cutmix_targets_match_area_of_pasted_box() -> None:
     height, width = 12, 10
     images = images_of((5, height, width, 3))
     # No two neighbours share a pixel value, so that each pixel tells which image it is from.
@@ -235,13 +233,13 @@ def shares(count: int, **changes: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 4.0])
-def test_mixup_draws_its_weight_from_beta(alpha: float) -> None:
+def test_mixup_weight_is_beta_distributed(alpha: float) -> None:
     drawn = shares(4000, mixup=alpha)
     assert abs(drawn.mean() - 0.5) < 0.03
     np.testing.assert_allclose(drawn.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.1)
 
 
-def test_cutmix_draws_boxes_of_the_authors_code() -> None:
+def test_cutmix_boxes_match_authors_code() -> None:
     rng = np.random.default_rng(6)
     expected = []
     for weight in rng.beta(1.0, 1.0, 4000):
@@ -255,7 +253,7 @@ def test_cutmix_draws_boxes_of_the_authors_code() -> None:
     np.testing.assert_allclose(drawn.std(), np.std(expected), atol=0.02)
 
 
-def test_mix_probability_leaves_the_other_batches_alone() -> None:
+def test_mix_probability_leaves_other_batches_unmixed() -> None:
     drawn = shares(2000, mixup=1.0, probability=0.3)
     assert 0.25 < (drawn != 1).mean() < 0.35
     images = images_of((4, 8, 8, 3))
@@ -264,7 +262,7 @@ def test_mix_probability_leaves_the_other_batches_alone() -> None:
     np.testing.assert_array_equal(targets, one_hot(4))
 
 
-def test_with_both_alphas_a_batch_gets_one_of_the_two() -> None:
+def test_with_both_alphas_each_batch_uses_one_method() -> None:
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
     low, high = normalised(np.array([[[[0, 0, 0]]], [[[255] * 3]]]))
     blended = 0
@@ -277,7 +275,7 @@ def test_with_both_alphas_a_batch_gets_one_of_the_two() -> None:
     assert 10 <= blended <= 30
 
 
-def test_cutout_blanks_one_clipped_square_an_image() -> None:
+def test_cutout_blanks_one_clipped_square_per_image() -> None:
     size, side, batch = 9, 4, 1500
     result = np.asarray(augment.cutout(jax.random.key(7), jnp.ones((batch, size, size, 3)), side))
     blank = result[..., 0] == 0
@@ -299,7 +297,7 @@ def test_cutout_blanks_one_clipped_square_an_image() -> None:
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 124.8
 
 
-def test_images_of_a_batch_vary_independently() -> None:
+def test_images_of_a_batch_are_augmented_independently() -> None:
     images = np.broadcast_to(images_of((1, 16, 16, 3)), (64, 16, 16, 3))
     for changes in (
         {"crop": "pad"},
@@ -314,7 +312,7 @@ def test_images_of_a_batch_vary_independently() -> None:
         assert len(np.unique(result.reshape(64, -1), axis=0)) > (1 if "flip" in changes else 30)
 
 
-def test_the_same_key_gives_the_same_batch_and_another_key_another() -> None:
+def test_result_depends_on_key() -> None:
     images = images_of((8, 16, 16, 3))
     changes = {"crop": "resized", "flip": True, "mixup": 1.0}
     first, again, other = (run(images, seed=seed, **changes) for seed in (1, 1, 2))
@@ -323,7 +321,7 @@ def test_the_same_key_gives_the_same_batch_and_another_key_another() -> None:
     assert not np.array_equal(first[0], other[0])
 
 
-def test_an_operation_more_does_not_change_what_the_others_draw() -> None:
+def test_enabling_an_operation_does_not_change_other_draws() -> None:
     images = images_of((32, 16, 16, 3))
     cropped, _ = run(images, crop="pad")
     both, _ = run(images, crop="pad", flip=True)
@@ -339,7 +337,7 @@ def test_an_operation_more_does_not_change_what_the_others_draw() -> None:
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
-def test_a_policy_gets_whole_levels_and_gives_them(policy: str) -> None:
+def test_policy_takes_and_returns_integer_levels(policy: str) -> None:
     images = images_of((32, 16, 16, 3))
     for crop in ("none", "pad", "resized"):
         cropped, _ = run(images, crop=crop)
@@ -367,7 +365,7 @@ def test_the_policy_and_its_settings_change_the_batch() -> None:
     assert len(np.unique(np.stack(results).reshape(len(results), -1), axis=0)) == len(results)
 
 
-def test_colours_vary_after_the_policy_and_before_the_mean_is_taken() -> None:
+def test_color_jitter_is_between_policy_and_normalization() -> None:
     images = images_of((32, 16, 16, 3))
     policy, _ = run(images, policy="trivialaugment")
     both, _ = run(images, policy="trivialaugment", color_jitter=0.3, hue_jitter=0.1)
@@ -378,7 +376,7 @@ def test_colours_vary_after_the_policy_and_before_the_mean_is_taken() -> None:
     np.testing.assert_allclose(both, normalised(np.asarray(jittered)), atol=1e-4)
 
 
-def test_a_traced_probability_is_the_same_as_a_set_one() -> None:
+def test_traced_probability_equals_configured_one() -> None:
     images, labels = images_of((4, 8, 8, 3)), np.arange(4, dtype=np.int32)
     traced = []
 
@@ -410,7 +408,7 @@ EACH_IMAGE = {"crop": "pad", "policy": "randaugment", "color_jitter": 0.4, "hue_
 @pytest.mark.parametrize(
     "changes", [{"crop": "pad"} | ALL, {"crop": "resized"}, EACH_IMAGE], ids=str
 )
-def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, object]) -> None:
+def test_result_is_independent_of_device_count(changes: dict[str, object]) -> None:
     images, labels = images_of((16, 8, 8, 3)), np.arange(16, dtype=np.int32)
     settings = settings_of(flip=True, **changes)
     function = functools.partial(
@@ -432,7 +430,7 @@ def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, 
         assert not [name for name in ("all-gather", "all-to-all", "permute(") if name in text]
 
 
-def test_resizing_is_an_antialiased_triangle_filter() -> None:
+def test_resize_is_antialiased_triangle_filter() -> None:
     images = images_of((2, 12, 12, 3))
     found = np.asarray(augment.resize(jnp.asarray(images), 8))
     # A triangle of half-width 12 / 8 around each new pixel's centre, normalised within the image.
@@ -444,7 +442,7 @@ def test_resizing_is_an_antialiased_triangle_filter() -> None:
     assert augment.resize(images, 12) is images
 
 
-def test_the_batch_is_resized_before_it_is_mixed() -> None:
+def test_batch_is_resized_before_mixing() -> None:
     function = functools.partial(
         augment.augment,
         settings=settings_of(cutmix=1.0),

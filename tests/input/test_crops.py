@@ -50,7 +50,7 @@ def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, i
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64)])
-def test_boxes_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
+def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
     found, rng = boxes_of(height, width), random.Random(0)
     expected = np.array([torchvision_box(rng, height, width) for _ in range(3000)])
     for boxes in (found, expected):
@@ -79,7 +79,7 @@ def test_boxes_are_distributed_as_those_of_torchvision(height: int, width: int) 
     ("height", "width", "box"),
     [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))],
 )
-def test_an_image_that_no_box_fits_gives_its_middle(
+def test_center_crop_is_used_if_no_box_fits(
     height: int, width: int, box: tuple[int, int, int, int]
 ) -> None:
     # In torchvision: the whole shorter side, and 4 / 3 of it along the other.
@@ -87,20 +87,20 @@ def test_an_image_that_no_box_fits_gives_its_middle(
     assert found == box
 
 
-def test_a_box_depends_on_the_seed_and_the_position_alone() -> None:
+def test_box_depends_only_on_seed_and_position() -> None:
     one, two = boxes_of(375, 500, count=50), boxes_of(375, 500, count=50)
     np.testing.assert_array_equal(one, two)
     assert len(np.unique(one, axis=0)) == 50
     assert (boxes_of(375, 500, count=50, seed=1) != one).any(axis=1).all()
 
 
-def test_boxes_do_not_repeat_the_random_numbers_of_the_epochs_orders() -> None:
+def test_boxes_use_other_random_numbers_than_epoch_orders() -> None:
     key = np.array([3, 5], np.uint64)
     order = np.random.Generator(np.random.Philox(key=key)).random(100)
     assert not np.isin(crops.position_rng(3, 5).random(100), order).any()
 
 
-def test_other_crops_are_left_to_the_devices() -> None:
+def test_other_crops_have_no_host_sampler() -> None:
     for crop in ("none", "pad", "resized"):
         assert crops.crop_sampler(config.Augment(crop=crop), 0) is None
 
@@ -138,7 +138,7 @@ def batches_of(
     return np.concatenate([batch["image"] for batch in batches])
 
 
-def test_a_batch_holds_the_boxes_of_the_original_images(directory: pathlib.Path) -> None:
+def test_batch_contains_crops_of_original_images(directory: pathlib.Path) -> None:
     examples = dataset(directory)
     found = batches_of(examples)
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
@@ -158,7 +158,7 @@ def test_a_batch_holds_the_boxes_of_the_original_images(directory: pathlib.Path)
             assert inner.mean() < 3
 
 
-def test_batches_depend_on_the_step_alone(
+def test_batches_depend_only_on_step(
     directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = batches_of(dataset(directory))
@@ -182,7 +182,7 @@ def test_batches_depend_on_the_step_alone(
     np.testing.assert_array_equal(together, whole)
 
 
-def test_a_holdout_leaves_the_rest_its_boxes(directory: pathlib.Path) -> None:
+def test_holdout_keeps_crops_of_training_images(directory: pathlib.Path) -> None:
     rest = dataset(directory, holdout=6).train
     indices = np.arange(len(rest))
     chosen = [lambda height, width: (3, 5, 20, 16)] * len(rest)
@@ -192,7 +192,7 @@ def test_a_holdout_leaves_the_rest_its_boxes(directory: pathlib.Path) -> None:
     np.testing.assert_array_equal(found, whole.read_crops(np.array(where), chosen))
 
 
-def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
+def test_decoded_split_cannot_be_cropped(directory: pathlib.Path) -> None:
     split = dataset(directory, storage="decoded").train
     with pytest.raises(
         ConfigError, match=r"storage = 'decoded'.*set config\.data\.storage=records"
@@ -200,7 +200,7 @@ def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
         split.read_crops(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
 
 
-def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathlib.Path) -> None:
+def test_only_evaluation_splits_are_center_cropped(directory: pathlib.Path) -> None:
     mesh = sharding.make_mesh()
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
     whole, cut = dataset(directory), dataset(directory, eval_crop_pct=0.5)
@@ -223,7 +223,7 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     assert whole.train_eval_view is whole.train
 
 
-def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib.Path) -> None:
+def test_training_examples_are_cropped_for_evaluation(data_directory: pathlib.Path) -> None:
     data = config.Data(
         name="digits",
         directory=str(data_directory),
@@ -242,7 +242,7 @@ def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib
     assert (sample.read(indices) != whole.read(indices)).any()
 
 
-def test_training_cuts_the_boxes(
+def test_training_uses_sampled_crops(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = "3 steps"

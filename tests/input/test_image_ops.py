@@ -115,7 +115,7 @@ def test_rotation_equals_pillow(degrees: float) -> None:
     assert (found != expected).mean() < (0.04 if degrees % 45 == 0 else 0.02)
 
 
-def test_images_of_a_batch_get_each_their_own_operation() -> None:
+def test_each_image_gets_its_own_operation() -> None:
     values = {Op.POSTERIZE: 3, Op.SOLARIZE: 99, Op.SHEAR_X: 0.2, Op.ROTATE: 20, Op.COLOR: -0.5}
     values |= {Op.TRANSLATE_X: 3, Op.TRANSLATE_Y: -3, Op.SHEAR_Y: 0.1, Op.BRIGHTNESS: 0.4}
     values |= {Op.CONTRAST: 0.4, Op.SHARPNESS: 0.4}

@@ -34,7 +34,7 @@ def test_adjust_equals_pillow_in_any_order(order: tuple[int, ...], factor: float
     assert factor == 1 or np.abs(result - images).mean() > 10
 
 
-def test_hue_turns_as_in_colorsys() -> None:
+def test_hue_shift_matches_colorsys() -> None:
     images = images_of((4, 6, 6, 3))
     images[0, 0] = 77
     shifts = np.array([-0.5, -0.1, 0.2, 0.45], np.float32)
@@ -46,7 +46,7 @@ def test_hue_turns_as_in_colorsys() -> None:
             np.testing.assert_allclose(changed, np.array(expected) * 255, atol=2e-3)
 
 
-def test_factors_are_uniform_and_each_order_as_frequent() -> None:
+def test_factors_and_orders_are_uniform() -> None:
     # A saturated red and its complement, not bright enough for anything to be clipped at strength
     # 0.2, so that each property's factor can be read off the result.
     pixels = np.array([[120, 100, 110], [90, 110, 100]], np.float32)
@@ -67,7 +67,7 @@ def test_factors_are_uniform_and_each_order_as_frequent() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.045
 
 
-def test_the_order_is_drawn_for_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_is_sampled_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = []
 
     def record(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def test_the_order_is_drawn_for_each_image(monkeypatch: pytest.MonkeyPatch) -> N
     assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
 
 
-def test_the_hue_shift_is_uniform() -> None:
+def test_hue_shift_is_uniform() -> None:
     red = np.broadcast_to(np.array([255, 0, 0], np.uint8), (3000, 1, 1, 3))
     result = np.asarray(color_jitter(jax.random.key(3), red, 0.0, 0.1))[:, 0, 0] / 255
     hue = (np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in result]) + 0.5) % 1 - 0.5

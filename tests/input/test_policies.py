@@ -27,7 +27,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, np.ndarray]
     return calls
 
 
-def test_values_are_those_of_torchvision() -> None:
+def test_values_match_torchvision() -> None:
     """The numbers of RandAugment._augmentation_space and TrivialAugmentWide's, at some bins."""
     values = policies.randaugment_values(48, 64)
     expected = {
@@ -51,7 +51,7 @@ def test_values_are_those_of_torchvision() -> None:
     assert wide[:, 0] == pytest.approx([0] * 10 + [8, 255, 0, 0])
 
 
-def test_randaugment_draws_each_operation_alike_both_ways(drawn: list) -> None:
+def test_randaugment_operations_and_signs_are_uniform(drawn: list) -> None:
     images = np.zeros((4000, 4, 4, 3), np.uint8)
     policies.randaugment(jax.random.key(0), images, 3, 20)
     jax.effects_barrier()
@@ -70,7 +70,7 @@ def test_randaugment_draws_each_operation_alike_both_ways(drawn: list) -> None:
     assert (drawn[0][0] == drawn[1][0]).mean() == pytest.approx(1 / len(Op), abs=0.02)
 
 
-def test_trivialaugment_draws_one_operation_and_any_magnitude(drawn: list) -> None:
+def test_trivialaugment_samples_one_operation_and_magnitude(drawn: list) -> None:
     images = np.zeros((20000, 4, 4, 3), np.uint8)
     policies.trivialaugment(jax.random.key(1), images)
     jax.effects_barrier()
@@ -85,7 +85,7 @@ def test_trivialaugment_draws_one_operation_and_any_magnitude(drawn: list) -> No
     assert sum((count - expected) ** 2 / expected for count in found.values()) < 59.7
 
 
-def test_randaugment_applies_one_operation_after_another() -> None:
+def test_randaugment_applies_operations_in_sequence() -> None:
     images = np.random.default_rng(2).integers(0, 256, (64, 8, 8, 3), np.uint8)
     key = jax.random.key(2)
     # Operation by operation, all of it would compile once for each.

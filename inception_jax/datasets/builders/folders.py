@@ -355,7 +355,7 @@ def _excluding(paths: Iterable[str], program_files: Collection[str]) -> list[str
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
-    """Returns the folders that lie above some paths, each ending in '/'."""
+    """Returns all ancestor folders of the paths, each ending in '/'."""
     folders: set[str] = set()
     for path in paths:
         folder = path.removesuffix("/").rpartition("/")[0]
@@ -366,7 +366,7 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
 
 
 def _relative_folders(start: str, folders: Iterable[str]) -> list[str]:
-    """Returns the names of those folders that lie directly in the one whose path is `start`."""
+    """Returns the names of those folders that are directly inside the folder `start`."""
     names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
     return sorted(name for name in names if "/" not in name)
 
@@ -621,10 +621,10 @@ def _ambiguous_layout_error(
 
 def _class_files(start: str, tree: _Tree, where: str) -> list[LabeledFile]:
     """Returns the files of class folders; `start` is prepended to their paths."""
-    if pictures := _loose_images(tree):
+    if loose := _loose_images(tree):
         raise DataError(
-            f"{where}: {len(pictures):,} images are not in a class folder, such as "
-            f"{escape_for_display(pictures[0])}. {_EXPECTED}"
+            f"{where}: {len(loose):,} images are not in a class folder, such as "
+            f"{escape_for_display(loose[0])}. {_EXPECTED}"
         )
     return [
         LabeledFile(start + file, label)

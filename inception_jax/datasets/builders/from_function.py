@@ -66,7 +66,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
       kwargs: as for `base.ImageBuilder`.
     """
 
-    DESCRIPTION = "Returned by a function of the user's own."
+    DESCRIPTION = "Returned by a registered function."
 
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe

@@ -38,7 +38,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     """
 
     VERSION = tfds.core.Version(DATASETS.get("image_folder").version)
-    DESCRIPTION = "Pictures of a user's own, a folder for each class."
+    DESCRIPTION = "Custom images, one folder per class."
 
     def __init__(
         self,

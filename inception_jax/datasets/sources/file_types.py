@@ -234,16 +234,16 @@ def _text(data: bytes) -> FileType | None:
         return _SVG
     if re.search(r"<!doctype html|<html|<head|<body", text):
         return _PAGE
-    if text.startswith("<") or _is_json(text, whole=len(data) <= _HEAD):
+    if text.startswith("<") or _is_json(text, complete=len(data) <= _HEAD):
         return _ANSWER
     return _TEXT
 
 
-def _is_json(text: str, *, whole: bool) -> bool:
+def _is_json(text: str, *, complete: bool) -> bool:
     if not text.startswith(("{", "[")):
         return False
     try:
         json.loads(text)
     except ValueError:
-        return not whole
+        return not complete
     return True

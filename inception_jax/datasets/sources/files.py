@@ -150,18 +150,20 @@ class FolderSource(Source):
     ) -> None:
         super().__init__(path)
         self._times: dict[str, int] = {}
-        for folder, inner, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
+        for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
             below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
-            self.hidden += [f"{start}{name}/" for name in inner if is_hidden(f"{start}{name}/")]
+            self.hidden += [
+                f"{start}{name}/" for name in subfolders if is_hidden(f"{start}{name}/")
+            ]
             self.hidden += [start + name for name in names if is_hidden(start + name)]
-            inner[:] = [
+            subfolders[:] = [
                 name
-                for name in inner
+                for name in subfolders
                 if not is_hidden(f"{start}{name}/")
                 and not _is_link_cycle(path, os.path.join(folder, name))
             ]
-            self.folders += [f"{start}{name}/" for name in inner]
+            self.folders += [f"{start}{name}/" for name in subfolders]
             for file in (start + name for name in names):
                 if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)

@@ -57,9 +57,7 @@ def opened(source: pathlib.Path, directory: pathlib.Path) -> Dataset:
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "folder", "folder/cifar-10-batches-py"])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_the_pixels_are_those_of_the_batches(
-    tmp_path: pathlib.Path, name: str, protocol: int
-) -> None:
+def test_pixels_match_batch_files(tmp_path: pathlib.Path, name: str, protocol: int) -> None:
     write(tmp_path / name.split("/")[0], files(protocol))
     dataset = opened(tmp_path / name, tmp_path / "data")
     assert dataset.class_names == tuple(NAMES)
@@ -80,7 +78,7 @@ def test_the_pixels_are_those_of_the_batches(
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_another_archive_of_the_same_counts_is_noted(
+def test_unofficial_archive_with_same_counts_is_logged(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, official: bool
 ) -> None:
     content = write(tmp_path / "x.tar.gz", files()).read_bytes()
@@ -95,13 +93,13 @@ def test_another_archive_of_the_same_counts_is_noted(
     assert any("not the official archive" in line for line in lines) != official
 
 
-def test_keys_of_either_python_are_read() -> None:
+def test_pickles_of_python_2_and_3_are_read() -> None:
     for keys in (bytes, str):
         content = cifar10_files.unpickle(pickle.dumps(batch(1, keys=keys)), "x")
         assert set(content) == {"batch_label", "labels", "data", "filenames"}
 
 
-def test_a_pickle_as_numpy_1_writes_it_is_read() -> None:
+def test_numpy_1_pickle_is_read() -> None:
     data = pickle.dumps(batch(1), protocol=0)
     assert b"numpy._core" in data
     data = data.replace(b"numpy._core", b"numpy.core")
@@ -129,7 +127,7 @@ class Attack:
         lambda path: [Attack(os.mkdir, path)],
     ],
 )
-def test_a_pickle_that_would_run_something_is_refused(
+def test_pickle_that_executes_code_is_refused(
     tmp_path: pathlib.Path, make: Any, protocol: int
 ) -> None:
     path = str(tmp_path / "made")
@@ -166,7 +164,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_other_content_is_refused(tmp_path: pathlib.Path, case: str) -> None:
+def test_wrong_content_is_refused(tmp_path: pathlib.Path, case: str) -> None:
     make, message = WRONG[case]
     with pytest.raises(DataError, match=message) as error:
         opened(write(tmp_path / "x.tar.gz", make()), tmp_path / "data")
@@ -174,7 +172,7 @@ def test_other_content_is_refused(tmp_path: pathlib.Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 100, -100])
-def test_a_cut_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
+def test_truncated_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
     whole = write(tmp_path / "x.tar.gz", files()).read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[:kept])
     with pytest.raises(
@@ -183,7 +181,7 @@ def test_a_cut_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
         opened(tmp_path / "x.tar.gz", tmp_path / "data")
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
+def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*download the official"):
         opened(tmp_path / "nowhere", tmp_path)
 
@@ -250,7 +248,7 @@ def prepared(source: pathlib.Path, directory: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_make_the_same_data(tmp_path: pathlib.Path, form: str) -> None:
+def test_other_formats_give_identical_data(tmp_path: pathlib.Path, form: str) -> None:
     name, make = FORMS[form]
     official = prepared(write(tmp_path / "official.tar.gz", named()), tmp_path / "one")
     source = archives.write_files(tmp_path / name, make(), "")
@@ -284,7 +282,7 @@ NO_FORMS = {
 
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
 @pytest.mark.parametrize("case", NO_FORMS)
-def test_what_is_another_form_is_named(tmp_path: pathlib.Path, case: str, name: str) -> None:
+def test_unsupported_format_is_named(tmp_path: pathlib.Path, case: str, name: str) -> None:
     contents, message = NO_FORMS[case]
     path = archives.write_files(tmp_path / name, contents, "")
     with pytest.raises(DataError, match=message) as error:
@@ -322,14 +320,14 @@ def numbered() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", WRONG_FORMS)
-def test_other_forms_must_be_whole(tmp_path: pathlib.Path, case: str) -> None:
+def test_other_formats_must_be_complete(tmp_path: pathlib.Path, case: str) -> None:
     make, message = WRONG_FORMS[case]
     path = archives.write_files(tmp_path / "x.zip", make(), "")
     with pytest.raises(DataError, match=message):
         opened(path, tmp_path / "data")
 
 
-def test_a_picture_of_another_size_or_kind_is_refused(tmp_path: pathlib.Path) -> None:
+def test_png_with_wrong_size_or_mode_is_refused(tmp_path: pathlib.Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (32, 32)).save(buffer, "PNG")
     contents = numbered()

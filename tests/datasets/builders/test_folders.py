@@ -29,7 +29,7 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path
     return tmp_path / request.param
 
 
-def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
+def test_class_folders_are_one_split(path: pathlib.Path) -> None:
     layout = read(write(path, "dog/1.jpg", "cat/old/deep/2", "cat/1.png", "README.md"))
     assert layout.classes == ("cat", "dog") and not layout.has_validation
     assert found(layout) == {
@@ -54,7 +54,7 @@ def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
         ("ILSVRC_img_train", "ILSVRC_img_val"),
     ],
 )
-def test_a_folder_for_each_split(path: pathlib.Path, train: str, val: str) -> None:
+def test_split_folders_are_splits(path: pathlib.Path, train: str, val: str) -> None:
     layout = read(write(path, f"{train}/a/1", f"{train}/b/1", f"{val}/b/2", "classes.txt"))
     assert layout.classes == ("a", "b") and layout.has_validation
     assert found(layout) == {
@@ -97,7 +97,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("case", NESTED)
-def test_the_classes_may_lie_deeper_in_a_split(path: pathlib.Path, case: str) -> None:
+def test_classes_may_be_deeper_in_a_split(path: pathlib.Path, case: str) -> None:
     names, expected = NESTED[case]
     layout = read(write(path, *names))
     assert layout.folders == expected and list(layout.splits) == list(expected)
@@ -107,13 +107,13 @@ def test_the_classes_may_lie_deeper_in_a_split(path: pathlib.Path, case: str) ->
     assert sorted(layout.files) == sorted(names)
 
 
-def test_test_is_a_third_split_beside_val(path: pathlib.Path) -> None:
+def test_test_folder_is_third_split_with_val(path: pathlib.Path) -> None:
     layout = read(write(path, "train/a/1", "train/b/1", "val/a/2", "test/b/3"))
     assert found(layout)["test"] == [("test/b/3", "b")]
 
 
 @pytest.mark.parametrize("divided", [True, False])
-def test_a_test_folder_may_have_no_classes(path: pathlib.Path, has_validation: bool) -> None:
+def test_test_folder_may_lack_classes(path: pathlib.Path, has_validation: bool) -> None:
     names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * has_validation]
     layout = read(write(path, *names))
     assert found(layout)["test"] == [("test/1.jpg", "")]
@@ -125,7 +125,7 @@ def test_outer_folders_are_entered(path: pathlib.Path) -> None:
     assert found(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
 
 
-def test_below_train_there_are_classes(path: pathlib.Path) -> None:
+def test_folders_in_train_are_classes(path: pathlib.Path) -> None:
     with pytest.raises(DataError, match="train: contains only one class, 'cat'"):
         read(write(path, "train/cat/old/1", "train/cat/new/1"))
     with pytest.raises(DataError, match="Training: contains only one class, 'cat'"):
@@ -135,7 +135,7 @@ def test_below_train_there_are_classes(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "files", [["train/a/1", "train/b/1"], ["train/a/1", "train/b/1", "val/a/1"]]
 )
-def test_an_empty_test_folder_does_not_stand_for_val(path: pathlib.Path, files: list[str]) -> None:
+def test_empty_test_folder_does_not_replace_val(path: pathlib.Path, files: list[str]) -> None:
     layout = read(write(path, *files, "test/"))
     assert found(layout)["test"] == []
     assert layout.has_validation == (len(files) == 3)
@@ -170,7 +170,7 @@ LITTER = [
 ]
 
 
-def test_what_systems_leave_behind_is_ignored_at_every_depth(path: pathlib.Path) -> None:
+def test_system_files_are_ignored_at_every_depth(path: pathlib.Path) -> None:
     litter = [f"{place}{name}" for place in ("", "a/", "a/deep/") for name in LITTER]
     layout = read(write(path, "a/1", "b/1", "a/deep/2", *litter))
     assert found(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
@@ -179,7 +179,7 @@ def test_what_systems_leave_behind_is_ignored_at_every_depth(path: pathlib.Path)
         assert any(name.startswith(path) for path in layout.ignored), name
 
 
-def test_litter_is_no_split_and_no_class(path: pathlib.Path) -> None:
+def test_system_folders_are_not_splits_or_classes(path: pathlib.Path) -> None:
     splits = ["train/a/1", "train/b/1", "val/a/2"]
     layout = read(write(path, *splits, *LITTER, "lost+found/", "val/lost+found/"))
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(splits)
@@ -207,7 +207,7 @@ OWN = [
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
-def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, start: str) -> None:
+def test_notes_and_program_output_are_ignored(path: pathlib.Path, start: str) -> None:
     pictures = [f"{start}a/1", f"{start}b/1", *["val/a/1"] * bool(start)]
     layout = read(write(path, *pictures, *NOTES, *OWN))
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
@@ -217,37 +217,37 @@ def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, star
     assert layout.imageless_folders == ([] if start else ["notes", "runs"])
 
 
-def test_a_run_beside_the_classes_takes_no_picture_away(path: pathlib.Path) -> None:
+def test_run_next_to_classes_hides_no_images(path: pathlib.Path) -> None:
     run = ["run.lock", "config.json", "checkpoints/5/d/0", "plots/loss.png", "metrics.jsonl"]
     layout = read(write(path, "a/1", "b/1", *run, "a/run.lock", "a/plots/loss.png"))
     assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
 
 
-def test_a_folder_without_any_picture_is_a_class_that_lacks_them(path: pathlib.Path) -> None:
+def test_empty_folder_is_class_without_images(path: pathlib.Path) -> None:
     assert read(write(path, "a/1", "b/1", "c/", "d/.gitkeep")).classes[:2] == ("a", "b")
     assert {"c", "d"} & set(read(path).classes)
 
 
-def test_a_class_may_be_called_train(path: pathlib.Path) -> None:
+def test_class_may_be_named_train(path: pathlib.Path) -> None:
     assert read(write(path, "train/1.jpg", "car/1.jpg")).classes == ("car", "train")
     names = ["test/1.jpg", "val/old/1.jpg", "val/val/1.jpg", "car/1.jpg"]
     assert read(write(path.with_stem("more"), *names)).classes == ("car", "test", "val")
 
 
-def test_odd_names_are_names(path: pathlib.Path) -> None:
+def test_unusual_class_names_are_kept(path: pathlib.Path) -> None:
     odd = ["<b>&amp;", "Crème brûlée", "two words ", "猫", "a,b;'\"", "#%?"]
     layout = read(write(path, *(f"{name}/1.jpg" for name in odd)))
     assert layout.classes == tuple(sorted(name.strip() for name in odd))
 
 
-def test_names_that_look_the_same_are_one_class(path: pathlib.Path) -> None:
+def test_equivalent_unicode_names_are_one_class(path: pathlib.Path) -> None:
     composed, parted = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     layout = read(write(path, f"train/{composed}/1", "train/tea/1", f"val/{parted}/2"))
     assert layout.classes == (composed, "tea")
     assert layout.splits["validation"][0].label == composed
 
 
-def test_a_shown_name_is_one_line_of_text() -> None:
+def test_displayed_name_is_one_line() -> None:
     assert folders.escape_for_display("a\nb\r\x85é/\udcff.jpg") == "a\\nb\\r\\x85é/\\udcff.jpg"
 
 
@@ -307,7 +307,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_other_layouts_are_refused(path: pathlib.Path, case: str) -> None:
+def test_invalid_layouts_are_refused(path: pathlib.Path, case: str) -> None:
     names, message = WRONG[case]
     with pytest.raises(DataError, match=message) as error:
         read(write(path, *names))
@@ -318,14 +318,14 @@ DOUBTFUL = ("versions", "splits in classes", "splits in names", "copy", "copy of
 
 
 @pytest.mark.parametrize("case", DOUBTFUL)
-def test_a_setting_says_that_folders_are_classes(path: pathlib.Path, case: str) -> None:
+def test_layout_setting_makes_folders_classes(path: pathlib.Path, case: str) -> None:
     names, _ = WRONG[case]
     layout = folders.layout(folders.open_source(write(path, *names)), "classes")
     assert set(layout.classes) == {name.split("/")[0] for name in names}
     assert not layout.has_validation and sorted(layout.files) == sorted(names)
 
 
-def test_the_source_may_lead_on_into_a_folder_or_an_archive(path: pathlib.Path) -> None:
+def test_source_path_may_continue_into_archive(path: pathlib.Path) -> None:
     names, _ = WRONG["versions"]
     layout = read(write(path, *names) / "color")
     assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
@@ -333,20 +333,20 @@ def test_the_source_may_lead_on_into_a_folder_or_an_archive(path: pathlib.Path) 
         read(path / "blue")
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
+def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         DataError, match=r"config\.data\.source = .*nowhere.*no such file or folder"
     ):
         folders.open_source(tmp_path / "nowhere")
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path: pathlib.Path) -> None:
+def test_file_that_is_not_an_archive_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"x\.jpg: neither a zip nor a tar archive"):
         folders.open_source(tmp_path / "x.jpg")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: pathlib.Path) -> None:
+def test_links_are_followed_without_cycles(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "elsewhere", "1.jpg")
     write(tmp_path / "x", "a/1.jpg")
     os.symlink(tmp_path / "elsewhere", tmp_path / "x" / "b")
@@ -358,7 +358,7 @@ def digests(path: pathlib.Path) -> Sequence[str]:
     return folders.contents(path, {"layout": "auto", "archive_encoding": ""}).digests
 
 
-def test_the_digest_sees_pictures_and_nothing_else(tmp_path: pathlib.Path) -> None:
+def test_digest_depends_only_on_images(tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path / "x", "a/1.jpg", "b/1.jpg")
     before, _ = digests(folder)
     write(folder, *LITTER, *NOTES, *OWN, *(f"a/{name}" for name in LITTER))
@@ -372,7 +372,7 @@ def test_the_digest_sees_pictures_and_nothing_else(tmp_path: pathlib.Path) -> No
     assert len({before, changed, digests(folder)[0]}) == 3
 
 
-def test_what_revision_56edb8b_recorded_is_known(path: pathlib.Path) -> None:
+def test_digest_of_revision_56edb8b_is_accepted(path: pathlib.Path) -> None:
     # It counted all that has no hidden name.
     write(path, "a/1.jpg", "b/1.jpg", "README.md")
     with folders.open_source(path) as source:
@@ -393,7 +393,7 @@ COUNTS = {"a": 1, "b": 2, "c": 3, "d": 40, "e": 100}
         (0.99, {"b": 1, "c": 2, "d": 39, "e": 99}),
     ],
 )
-def test_each_class_gives_its_share(share: float, held: dict[str, int]) -> None:
+def test_hold_out_takes_fraction_of_each_class(share: float, held: dict[str, int]) -> None:
     entries = [
         folders.LabeledFile(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
     ]
@@ -415,16 +415,14 @@ def held_out(path: pathlib.Path) -> set[str]:
 
 
 @pytest.mark.parametrize("root", ["pets", "my/pets", "train", "pets/Training"])
-def test_what_is_held_out_does_not_depend_on_the_outer_folders(
-    tmp_path: pathlib.Path, root: str
-) -> None:
+def test_hold_out_is_independent_of_outer_folders(tmp_path: pathlib.Path, root: str) -> None:
     names = [f"{label}/{number}.jpg" for label in ("cat", "dog") for number in range(40)]
     expected = held_out(write(tmp_path / "x", *names))
     assert len(expected) == 16
     assert held_out(write(tmp_path / "x.zip", *names, root=root)) == expected
 
 
-def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
+def test_hold_out_is_independent_of_unicode_form(
     tmp_path: pathlib.Path,
 ) -> None:
     names = [f"{label}/é{number}.jpg" for label in ("café", "dog") for number in range(40)]
@@ -435,7 +433,7 @@ def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
     assert composed == {unicodedata.normalize("NFC", name) for name in parted}
 
 
-def test_names_that_look_the_same_are_ranked_in_any_order() -> None:
+def test_equivalent_names_are_ranked_in_any_order() -> None:
     names = [unicodedata.normalize(form, "a/é.jpg") for form in ("NFC", "NFD")]
     entries = [folders.LabeledFile(name, "a") for name in names]
     assert folders.hold_out(entries, 0.5)[1] == folders.hold_out(entries[::-1], 0.5)[1]

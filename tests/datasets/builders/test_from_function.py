@@ -68,7 +68,7 @@ def stream(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
         ),
     ],
 )
-def test_every_form_gives_the_pixels_and_labels_that_were_returned(
+def test_all_return_formats_give_their_pixels_and_labels(
     returned: Any, names: Any, storage: str, tmp_path: pathlib.Path, register: Any
 ) -> None:
     @register("mine", class_names=names)
@@ -88,7 +88,7 @@ def test_every_form_gives_the_pixels_and_labels_that_were_returned(
     assert dataset.eval_train_overlap is not None and dataset.eval_train_overlap.total == 6
 
 
-def test_grey_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:
+def test_grayscale_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:
     @register("mine", options={"count": 30}, eval_split="dev")
     def mine(settings: Data) -> Any:
         count = settings.options["count"]
@@ -109,7 +109,7 @@ def test_grey_images_names_and_options(tmp_path: pathlib.Path, register: Any) ->
     assert class_ids(settings) == ()
 
 
-def test_it_is_prepared_once_and_again_when_it_changes(
+def test_data_are_prepared_once_and_again_after_changes(
     tmp_path: pathlib.Path, register: Any
 ) -> None:
     source = tmp_path / "original.bin"
@@ -146,9 +146,7 @@ def test_it_is_prepared_once_and_again_when_it_changes(
     assert len(prepare(data(folder), log=quiet).train) == 15
 
 
-def test_a_hold_out_stands_for_a_split_to_evaluate_on(
-    tmp_path: pathlib.Path, register: Any
-) -> None:
+def test_hold_out_replaces_evaluation_split(tmp_path: pathlib.Path, register: Any) -> None:
     @register("mine")
     def mine(settings: Data) -> Any:
         return {"train": (COLOR, LABELS)}
@@ -159,7 +157,9 @@ def test_a_hold_out_stands_for_a_split_to_evaluate_on(
         prepare(data(tmp_path), log=quiet)
 
 
-def test_another_data_set_of_the_name_is_left_alone(tmp_path: pathlib.Path, register: Any) -> None:
+def test_other_data_set_of_same_name_is_not_overwritten(
+    tmp_path: pathlib.Path, register: Any
+) -> None:
     prepare(Data(name="digits", directory=str(tmp_path), image_size=8), log=quiet)
     (tmp_path / "digits").rename(tmp_path / "mine")
     for file in (tmp_path / "mine/1.0.0").glob("digits-*"):
@@ -234,7 +234,7 @@ PAIR = (COLOR, LABELS)
         ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has shape \[0"),
     ],
 )
-def test_what_is_no_data_set_is_refused(
+def test_invalid_return_value_is_refused(
     returned: Any, message: str, tmp_path: pathlib.Path, register: Any
 ) -> None:
     @register("mine")
@@ -255,7 +255,7 @@ def test_what_is_no_data_set_is_refused(
         ("digits", "1.0.0", r"'digits', which .*catalog\.py.* has registered already"),
     ],
 )
-def test_a_name_or_version_that_cannot_be_is_refused(
+def test_invalid_name_or_version_is_refused(
     name: str, version: str, message: str, register: Any
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -52,7 +52,7 @@ def source(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Pa
     return write(tmp_path / request.param, archives.class_folders(COUNTS, SIZE))
 
 
-def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_fraction_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     dataset = prepare(data(source, tmp_path / "data"), log=quiet)
     assert dataset.class_names == ("<i>bee&amp; co", "ant", "été")
     assert counts(dataset) == {
@@ -75,7 +75,7 @@ def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
     assert one.class_names == two.class_names and one.train.names == two.train.names
 
 
-def test_every_format_is_kept_as_it_is(tmp_path: pathlib.Path) -> None:
+def test_every_format_is_stored_unchanged(tmp_path: pathlib.Path) -> None:
     picture = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
     files = {}
     for number, kind in enumerate(["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"] * 2):
@@ -90,7 +90,7 @@ def test_every_format_is_kept_as_it_is(tmp_path: pathlib.Path) -> None:
         assert np.abs(pixels - np.asarray(picture)).mean() < 6
 
 
-def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> None:
+def test_test_folder_without_classes_is_unlabeled(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1, "test": 3}, SIZE)
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert dataset.splits["test"].labels.tolist() == [-1] * 3
@@ -99,7 +99,7 @@ def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize("test", [{"test/": b""}, {"test/.gitkeep": b""}, {"test/a.jpg": b"note"}])
 @pytest.mark.parametrize("divided", [True, False])
-def test_an_empty_test_folder_is_no_split(
+def test_empty_test_folder_is_not_a_split(
     tmp_path: pathlib.Path, test: dict[str, bytes], divided: bool
 ) -> None:
     counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
@@ -137,7 +137,7 @@ def test_unreadable_files_are_named_and_counted(
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
-def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathlib.Path) -> None:
+def test_unreadable_files_are_grouped_by_kind_with_remedy(tmp_path: pathlib.Path) -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {"a/x.jpg": heic, "b/y.HEIC": heic, "b/z.jpg": b"<!DOCTYPE html><html>404</html>"}
@@ -172,7 +172,7 @@ def test_sidecar_files_are_ignored_and_logged_once(
     prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=quiet)
 
 
-def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> None:
+def test_folder_of_sidecar_files_is_not_a_class(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE) | {"annotations/0.xml": b"<a/>"}
     lines: list[str] = []
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
@@ -197,7 +197,7 @@ def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, storage: str) -> None:
+def test_bit_depth_is_common_to_the_data_set(tmp_path: pathlib.Path, storage: str) -> None:
     source = write(tmp_path / "x", sixteen_bits(4095))
     lines: list[str] = []
     dataset = prepare(data(source, tmp_path / "data", storage=storage), log=lines.append)
@@ -225,7 +225,7 @@ def rewrite_info(cache: pathlib.Path, **changes: Any) -> None:
     (cache / "info.json").write_text(json.dumps(info))
 
 
-def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+def test_data_of_older_version_are_unchanged(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "x", sixteen_bits(4095))
     prepare(data(source, tmp_path / "data"), log=quiet)
     rewrite_info(tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
@@ -266,7 +266,7 @@ def green(count: int) -> dict[str, bytes]:
     return files
 
 
-def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib.Path) -> None:
+def test_std_of_constant_channel_is_1_and_logged(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "x", green(4))
     lines: list[str] = []
     for _ in range(2):
@@ -286,7 +286,7 @@ def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
-def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
+def test_single_color_images_are_logged_and_refused_if_all(
     tmp_path: pathlib.Path,
 ) -> None:
     black = io.BytesIO()
@@ -301,7 +301,7 @@ def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
     assert any("train images are a single color" in line and "b/" in line for line in lines)
 
 
-def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
+def test_at_most_ten_files_are_named(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {f"a/bad{n:02d}": b"" for n in range(13)}
     with pytest.raises(DataError, match=r"(?s)13 of 17 .*bad09 and 3 more\. Download") as error:
@@ -317,7 +317,7 @@ def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
-def test_a_class_without_pictures_is_refused(
+def test_class_without_images_is_refused(
     tmp_path: pathlib.Path, name: str, files: dict[str, bytes], message: str
 ) -> None:
     path = write(tmp_path / name, archives.class_folders({"a": 2, "b": 2}, SIZE) | files)
@@ -325,13 +325,13 @@ def test_a_class_without_pictures_is_refused(
         prepare(data(path, tmp_path, on_unreadable="skip"), log=quiet)
 
 
-def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
+def test_some_images_must_be_left_for_evaluation(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 1, "b": 1}, SIZE))
     with pytest.raises(DataError, match="no images are left for evaluation"):
         prepare(data(path, tmp_path), log=quiet)
 
 
-def test_a_dead_link_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+def test_broken_link_is_reported(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
     with pytest.raises(DataError, match=r"a broken link \(1\): a/link\.jpg\. "):
@@ -348,7 +348,7 @@ def test_a_damaged_member_is_named_once(tmp_path: pathlib.Path) -> None:
     assert str(error.value).count(str(path)) == 1
 
 
-def test_few_files_are_in_memory_at_a_time(
+def test_only_few_files_are_in_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 50, "b": 50}, 8))
@@ -391,12 +391,12 @@ def test_few_files_are_in_memory_at_a_time(
     assert sum(batches) == 200 and max(batches) <= 8
 
 
-def test_a_source_is_needed(tmp_path: pathlib.Path) -> None:
+def test_source_is_required(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no default"):
         prepare(data("", tmp_path), log=quiet)
 
 
-def test_changed_content_or_settings_are_noticed(
+def test_changed_content_or_settings_are_detected(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     directory = tmp_path / "data"
@@ -412,7 +412,7 @@ def test_changed_content_or_settings_are_noticed(
     assert len(prepare(data("", directory), log=quiet).train) == 14
 
 
-def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path) -> None:
+def test_copy_without_timestamps_is_explained(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
@@ -420,14 +420,14 @@ def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path)
         prepare(data(path, tmp_path / "data"), log=quiet)
 
 
-def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) -> None:
+def test_val_fraction_is_ignored_with_val_folder(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1}, SIZE)
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
     prepare(data(path, tmp_path, val_fraction=0.5), log=quiet)
 
 
-def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
+def test_changed_source_is_prepared_again_if_configured(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     directory = tmp_path / "data"
@@ -448,7 +448,7 @@ def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
     assert len(prepare(data(source, directory, image_size=8), log=quiet).train) == 18
 
 
-def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathlib.Path) -> None:
+def test_touched_image_or_other_setting_is_prepared_again(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     before = prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
@@ -458,7 +458,7 @@ def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathli
     assert len(prepare(half, log=quiet).evaluation) == 9
 
 
-def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Path) -> None:
+def test_prepared_data_are_kept_if_source_is_invalid(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     (path / "ant" / "new.jpg").write_bytes(b"no picture")
@@ -467,7 +467,7 @@ def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Pat
     assert len(prepare(data("", tmp_path / "data"), log=quiet).train) == 14
 
 
-def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -> None:
+def test_non_images_are_skipped_and_logged_once(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders(COUNTS, SIZE)
     thumbnail = files["ant/0.jpg"]
     litter = {"ant/@eaDir/0.jpg/THUMB.jpg": thumbnail, "Icon\r": b"", "wasp/urls.txt": b"x"}
@@ -482,7 +482,7 @@ def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
-def test_data_and_run_may_lie_below_the_source(
+def test_data_and_workdir_may_be_inside_the_source(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
     val = {"val/ant": 2} if start else {}
@@ -505,7 +505,7 @@ def test_data_and_run_may_lie_below_the_source(
         prepare(data(".", pathlib.Path("data"), image_size=8), log=quiet)
 
 
-def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> None:
+def test_data_of_revision_56edb8b_stay_usable(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders(COUNTS, SIZE) | {"README.md": b"pictures"}
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
@@ -537,7 +537,7 @@ def record_source(directory: pathlib.Path, **changes: Any) -> None:
     file.write_text(json.dumps(info))
 
 
-def test_how_folders_are_read_is_part_of_what_is_prepared(tmp_path: pathlib.Path) -> None:
+def test_layout_setting_is_recorded_with_prepared_data(tmp_path: pathlib.Path) -> None:
     counts = {f"{version}/{name}": 3 for version in ("color", "grey") for name in "ab"}
     path = write(tmp_path / "x.zip", archives.class_folders(counts, SIZE))
     dataset = prepare(data(path, tmp_path, layout="classes"), log=quiet)
@@ -554,7 +554,7 @@ def test_how_folders_are_read_is_part_of_what_is_prepared(tmp_path: pathlib.Path
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: str) -> None:
+def test_duplicates_are_counted_and_named(tmp_path: pathlib.Path, storage: str) -> None:
     files = archives.class_folders({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2}, SIZE)
     files |= {"val/a/copy.jpg": files["train/a/1.jpg"], "train/b/wrong.jpg": files["train/a/2.jpg"]}
     path = write(tmp_path / "x", files)
@@ -570,7 +570,7 @@ def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: s
     assert "2 of 9 images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
 
 
-def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) -> None:
+def test_nothing_is_logged_without_duplicates(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
@@ -580,7 +580,7 @@ def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) 
     ]
 
 
-def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Path) -> None:
+def test_dark_16_bit_files_among_bright_ones_are_named(tmp_path: pathlib.Path) -> None:
     files = {}
     for name, highest in (("a/0", 4095), ("a/1", 4095), ("b/0", 65535), ("b/1", 4095)):
         values = np.linspace(0, highest, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
@@ -594,7 +594,7 @@ def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Pa
     assert "config.data.bit_depth=12" in line
 
 
-def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path) -> None:
+def test_mutual_links_are_followed_once(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 3, "b": 3}, SIZE))
     (path / "a" / "l").symlink_to(path / "b")
     (path / "b" / "l").symlink_to(path / "a")
@@ -603,7 +603,7 @@ def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path)
 
 
 @pytest.mark.parametrize("copy", ["cat - Copy", "cat copy 2", "cat (1)", "Copy of cat"])
-def test_a_copy_beside_its_class_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
+def test_copy_of_a_class_folder_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
     path = write(tmp_path / "x", archives.class_folders({"cat": 2, "dog": 2, copy: 2}, SIZE))
     with pytest.raises(DataError, match=r"looks like a copy of 'cat', next to it\. Move it away"):
         prepare(data(path, tmp_path / "d"), log=quiet)
@@ -611,7 +611,7 @@ def test_a_copy_beside_its_class_is_refused(tmp_path: pathlib.Path, copy: str) -
     assert set(dataset.class_names) == {"cat", "dog", copy}
 
 
-def test_names_of_temporary_files_are_no_reason_to_leave_out_a_class(
+def test_class_named_like_temporary_file_is_kept(
     tmp_path: pathlib.Path,
 ) -> None:
     files = archives.class_folders({"C~": 2, "bird.tmp": 2}, SIZE)

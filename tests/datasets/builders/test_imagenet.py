@@ -121,9 +121,7 @@ def check(dataset: Dataset) -> None:
             np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.colour(label), atol=12)
 
 
-def test_what_is_prepared_is_what_the_archives_hold(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_prepared_data_match_archives(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     check(prepare(settings(tmp_path, source), log=quiet))
     shutil.rmtree(source)
     lines: list[str] = []
@@ -131,7 +129,7 @@ def test_what_is_prepared_is_what_the_archives_hold(
     assert not lines, "the second time there is nothing to do"
 
 
-def test_the_published_statistics_serve_and_nothing_is_decoded_for_them(
+def test_published_statistics_are_used_without_decoding(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -187,9 +185,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
     Prepared(data_dir=directory).download_and_prepare(file_format="array_record")
 
 
-def test_what_tfds_prepared_is_read_and_is_the_same(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_data_prepared_by_tfds_are_identical(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write_as_tfds_does(tmp_path / "tfds")
     assert (tmp_path / "tfds/imagenet2012" / DATASETS.get("imagenet2012").version).is_dir()
     theirs = prepare(settings(tmp_path / "tfds"), log=quiet)
@@ -223,7 +219,7 @@ def test_a_large_split_is_shuffled_to_the_same_order_without_tensorflow(
     assert large.train.names == small.train.names
 
 
-def test_the_official_lists_are_those_that_tfds_comes_with(
+def test_official_lists_are_from_tfds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
@@ -240,7 +236,7 @@ def test_the_official_lists_are_those_that_tfds_comes_with(
 
 
 @pytest.mark.parametrize("given", ["", "elsewhere"])
-def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, given: str) -> None:
+def test_missing_archives_are_named_with_remedies(tmp_path: pathlib.Path, given: str) -> None:
     folder = tmp_path / given if given else tmp_path / "downloads/manual"
     data = settings(tmp_path, folder if given else "")
     with pytest.raises(DataError) as error:
@@ -252,20 +248,18 @@ def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, g
     check(prepare(data, log=quiet))
 
 
-def test_one_of_the_archives_stands_for_both(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_either_archive_can_be_the_source(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     check(prepare(settings(tmp_path, source / imagenet.TRAIN), log=quiet))
 
 
-def test_a_compressed_archive_is_said_to_be_one(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_compressed_archive_is_reported(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = source / imagenet.VALIDATION
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(DataError, match=r"img_val\.tar: is compressed \(gzip\), so .* in place"):
         prepare(settings(tmp_path, source), log=quiet)
 
 
-def test_an_archive_that_may_not_be_read_leaves_none_open(
+def test_unreadable_archive_leaves_no_open_files(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
@@ -319,7 +313,7 @@ def broken(tmp_path: pathlib.Path, case: str) -> pathlib.Path:
         ("no archive", r"img_val\.tar: not a complete tar archive \(2,000 bytes"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_remains(
+def test_problem_is_named_and_no_files_remain(
     tmp_path: pathlib.Path, case: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -328,7 +322,7 @@ def test_what_is_wrong_is_named_and_nothing_remains(
     assert left == ["imagenet2012-5.1.0.lock"]
 
 
-def test_records_of_another_format_are_refused_with_the_remedy(tmp_path: pathlib.Path) -> None:
+def test_other_record_format_is_refused_with_remedy(tmp_path: pathlib.Path) -> None:
     write_as_tfds_does(tmp_path)
     path = tmp_path / "imagenet2012/5.1.0/dataset_info.json"
     info = json.loads(path.read_text())
@@ -339,7 +333,7 @@ def test_records_of_another_format_are_refused_with_the_remedy(tmp_path: pathlib
         prepare(settings(tmp_path), log=quiet)
 
 
-def test_records_are_not_removed_where_there_is_nothing_to_make_them_from(
+def test_records_are_kept_if_they_cannot_be_rebuilt(
     tmp_path: pathlib.Path,
 ) -> None:
     write_as_tfds_does(tmp_path)

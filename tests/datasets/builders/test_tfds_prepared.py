@@ -89,7 +89,7 @@ def read(dataset: Dataset, split: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_cifar100_is_opened_by_its_name(storage: str, tmp_path: pathlib.Path) -> None:
+def test_cifar100_is_opened_by_name(storage: str, tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     lines: list[str] = []
     dataset = prepare(data(tmp_path, storage=storage), log=lines.append)
@@ -111,7 +111,7 @@ def test_cifar100_is_opened_by_its_name(storage: str, tmp_path: pathlib.Path) ->
     assert "tensorflow" not in sys.modules
 
 
-def test_two_steps_train_on_it(tmp_path: pathlib.Path) -> None:
+def test_prepared_tfds_data_train_two_steps(tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     config = small.config(
         tmp_path,
@@ -134,7 +134,7 @@ def test_two_steps_train_on_it(tmp_path: pathlib.Path) -> None:
     assert int(now.step) == 2
 
 
-def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -> None:
+def test_slices_of_a_split_are_trained_and_evaluated(tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     whole = prepare(data(tmp_path), log=lambda line: None)
     parts = prepare(
@@ -166,7 +166,7 @@ def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -
         ({"tfds": "cifar100/a b"}, r"config\.data\.tfds = 'cifar100/a b': must be the name"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(
+def test_invalid_split_is_refused(
     changes: dict[str, str], message: str, tmp_path: pathlib.Path
 ) -> None:
     build(tmp_path, counts={"train": 10, "test": 100})
@@ -174,7 +174,7 @@ def test_a_split_that_cannot_be_is_refused(
         prepare(data(tmp_path, **changes), log=lambda line: None)
 
 
-def test_which_split_is_evaluated_on_has_to_be_said_if_it_cannot_be_told(
+def test_ambiguous_evaluation_split_must_be_configured(
     tmp_path: pathlib.Path,
 ) -> None:
     build(tmp_path, counts={"train": 10, "a": 5, "b": 5})
@@ -183,7 +183,7 @@ def test_which_split_is_evaluated_on_has_to_be_said_if_it_cannot_be_told(
     assert prepare(data(tmp_path, eval_split="b"), log=lambda line: None).eval_split == "b"
 
 
-def test_where_nothing_is_prepared_the_command_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_data_set_is_answered_with_the_command(tmp_path: pathlib.Path) -> None:
     message = (
         rf"tfds = 'cifar100': no prepared data set in {tmp_path}/cifar100\. Prepare it once in an "
         rf"environment with TensorFlow: tfds build cifar100 --file_format=array_record "
@@ -193,7 +193,7 @@ def test_where_nothing_is_prepared_the_command_is_named(tmp_path: pathlib.Path) 
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_the_newest_version_and_the_only_configuration_are_taken(tmp_path: pathlib.Path) -> None:
+def test_newest_version_and_only_configuration_are_used(tmp_path: pathlib.Path) -> None:
     counts = {"train": 10, "test": 5}
     for version in ("3.0.2", "3.0.10"):
         build(tmp_path, version=version, counts=counts)
@@ -238,7 +238,7 @@ class Unnamed(Cifar100, skip_registration=True):  # type: ignore[call-arg]
         return {"picture": buffer.getvalue(), "kind": "dog" if number % 2 else "cat"}
 
 
-def test_images_of_16_bits_without_names_keep_their_brightness(tmp_path: pathlib.Path) -> None:
+def test_16_bit_images_without_names_keep_brightness(tmp_path: pathlib.Path) -> None:
     build(tmp_path, Unnamed)
     dataset = prepare(data(tmp_path, image_size=8), log=lambda line: None)
     assert (dataset.class_names, dataset.bit_depth) == (("cat", "dog"), 12)
@@ -262,7 +262,7 @@ def test_images_of_16_bits_without_names_keep_their_brightness(tmp_path: pathlib
         ({"keys": ("id", "label")}, r"'id' is not an image; the features are .*image \(Image\)"),
     ],
 )
-def test_features_that_are_no_images_of_classes_are_named(
+def test_unsupported_features_are_named(
     facts: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
     build(tmp_path, counts={"train": 2, "test": 2}, **facts)
@@ -270,7 +270,7 @@ def test_features_that_are_no_images_of_classes_are_named(
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_a_split_without_labels_is_not_evaluated_on(tmp_path: pathlib.Path) -> None:
+def test_unlabeled_split_cannot_be_evaluated(tmp_path: pathlib.Path) -> None:
     class Unlabeled(Cifar100, skip_registration=True):  # type: ignore[call-arg]
         def example(self, split: str, number: int) -> dict[str, Any]:
             label = {"label": -1} if split == "test" else {}
@@ -283,20 +283,20 @@ def test_a_split_without_labels_is_not_evaluated_on(tmp_path: pathlib.Path) -> N
     assert len(prepare(parts, log=lambda line: None).evaluation) == 2
 
 
-def test_a_set_in_another_format_gets_the_command_that_converts_it(tmp_path: pathlib.Path) -> None:
+def test_other_format_is_answered_with_conversion_command(tmp_path: pathlib.Path) -> None:
     info = build(tmp_path, counts={"train": 2, "test": 2}) / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(DataError, match=r"stored as tfrecord.*convert_format .*/cifar100/3\.0\.2"):
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_a_description_that_is_damaged_is_refused(tmp_path: pathlib.Path) -> None:
+def test_damaged_description_is_refused(tmp_path: pathlib.Path) -> None:
     (build(tmp_path, counts={"train": 2, "test": 2}) / "features.json").write_text("{")
     with pytest.raises(DataError, match=r"3\.0\.2: cannot be opened as a TFDS data set"):
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_records_without_a_feature_are_not_taken_for_damaged(tmp_path: pathlib.Path) -> None:
+def test_missing_feature_is_not_reported_as_damage(tmp_path: pathlib.Path) -> None:
     features = build(tmp_path, counts={"train": 2, "test": 2}) / "features.json"
     content = json.loads(features.read_text())
     inner = content["featuresDict"]["features"]

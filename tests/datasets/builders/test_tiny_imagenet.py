@@ -45,7 +45,7 @@ def prepared(
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder"])
-def test_what_is_prepared_from_a_sorted_copy_is_the_same_to_the_byte(
+def test_sorted_copy_gives_byte_identical_data(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     official, lines = prepared(archives.write_files(tmp_path / "o.zip", files), tmp_path / "one")
@@ -61,7 +61,7 @@ def test_what_is_prepared_from_a_sorted_copy_is_the_same_to_the_byte(
 
 @pytest.mark.parametrize("test", [True, False])
 @pytest.mark.parametrize("images", ["images/", ""])
-def test_a_sorted_copy_is_a_folder_of_pictures_too(
+def test_sorted_copy_is_a_valid_image_folder(
     tmp_path: pathlib.Path, files: dict[str, bytes], images: str, test: bool
 ) -> None:
     changed = files | {"val/val_annotations.txt": files["val/val_annotations.txt"]}
@@ -80,7 +80,7 @@ def test_a_sorted_copy_is_a_folder_of_pictures_too(
 
 
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
-def test_the_official_layout_is_not_taken_for_a_folder_of_pictures(
+def test_official_layout_is_refused_as_image_folder(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     source = archives.write_files(tmp_path / name, files)
@@ -88,7 +88,9 @@ def test_the_official_layout_is_not_taken_for_a_folder_of_pictures(
         prepare(settings(source, tmp_path, "image_folder"), log=lambda line: None)
 
 
-def test_a_part_is_not_taken_for_the_whole(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+def test_subset_is_refused_as_complete_data_set(
+    tmp_path: pathlib.Path, files: dict[str, bytes]
+) -> None:
     source = archives.write_files(tmp_path / "x.zip", files)
     with pytest.raises(DataError, match=r": 2 classes \(expected 200\), .*tiny_imagenet_subset"):
         prepare(settings(source, tmp_path, "tiny_imagenet"), log=lambda line: None)

@@ -30,7 +30,7 @@ def entry(file: str, wnid: str, box: layout.BoundingBox) -> layout.IndexedImage:
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder", "folder/tiny-imagenet-200"])
-def test_index_lists_every_image_with_its_class_and_box(
+def test_index_lists_each_image_with_class_and_box(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     archives.write_files(tmp_path / name.split("/")[0], files)
@@ -51,7 +51,7 @@ def test_index_lists_every_image_with_its_class_and_box(
     assert not index.remarks
 
 
-def test_an_archive_without_a_folder_of_its_own_is_read(
+def test_archive_without_outer_folder_is_read(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
@@ -60,7 +60,7 @@ def test_an_archive_without_a_folder_of_its_own_is_read(
     assert len(read(tmp_path / "x.zip").splits["train"]) == 6
 
 
-def test_classes_of_the_same_name_get_their_id(
+def test_duplicate_class_names_get_their_id(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     words = f"{A}\tcrane, bird\n{B}\tcrane\n{C}\tdog\n".encode()
@@ -68,7 +68,7 @@ def test_classes_of_the_same_name_get_their_id(
     assert read(tmp_path / "x.zip").class_names == (f"crane ({A})", f"crane ({B})", "dog")
 
 
-def test_no_test_images_no_test_split(tmp_path: pathlib.Path) -> None:
+def test_no_test_split_without_test_images(tmp_path: pathlib.Path) -> None:
     archives.write_tiny_imagenet(tmp_path / "x.zip", 1, 1, 1, 0, size=8)
     assert set(read(tmp_path / "x.zip").splits) == {"train", "validation"}
 
@@ -134,7 +134,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_source_that_is_not_whole_is_refused(
+def test_incomplete_source_is_refused(
     tmp_path: pathlib.Path, files: dict[str, bytes], case: str, name: str
 ) -> None:
     without, instead, message = BROKEN[case]
@@ -145,14 +145,14 @@ def test_a_source_that_is_not_whole_is_refused(
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_truncated_archive_is_refused(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+def test_truncated_archive_is_refused(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
     whole = archives.write_files(tmp_path / "x.zip", files).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(DataError, match=r"cut\.zip: not a complete zip archive.*truncated"):
         read(tmp_path / "cut.zip")
 
 
-def test_a_changed_byte_in_an_archive_is_found(
+def test_changed_byte_in_archive_is_detected(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     path = archives.write_files(tmp_path / "x.zip", files)
@@ -164,7 +164,7 @@ def test_a_changed_byte_in_an_archive_is_found(
         source.read(name)
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
+def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*download the official"):
         layout.open_source(tmp_path / "nowhere")
 
@@ -238,7 +238,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "folder"])
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_hold_the_same_images_by_their_official_names(
+def test_other_layouts_give_same_images_and_names(
     tmp_path: pathlib.Path, files: dict[str, bytes], form: str, name: str
 ) -> None:
     changed = FORMS[form](files)
@@ -263,7 +263,7 @@ def test_other_forms_hold_the_same_images_by_their_official_names(
         assert [each.file for each in entries] == [each.file for each in official.splits[split]]
 
 
-def test_what_is_missing_and_decides_something_is_told(
+def test_missing_files_are_noted_in_remarks(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     changed = without(sorted_files(files), ".txt", "test_0.JPEG")
@@ -276,7 +276,7 @@ def test_what_is_missing_and_decides_something_is_told(
 
 
 @pytest.mark.parametrize("kept", ["all", "no validation images", "no ids"])
-def test_some_classes_are_a_data_set_and_the_others_are_told(
+def test_untrained_classes_are_skipped_and_noted(
     tmp_path: pathlib.Path, files: dict[str, bytes], kept: str
 ) -> None:
     changed = {file: data for file, data in files.items() if not file.startswith(f"train/{B}/")}
@@ -290,7 +290,7 @@ def test_some_classes_are_a_data_set_and_the_others_are_told(
     assert any(f"1 classes have no training images, such as {B}" in r for r in index.remarks)
 
 
-def test_equal_names_in_several_classes_keep_their_classes(tmp_path: pathlib.Path) -> None:
+def test_equal_file_names_in_several_classes_are_distinct(tmp_path: pathlib.Path) -> None:
     picture = archives.class_folders({"a": 1}, 8)["a/0.jpg"]
     files = {f"{split}/{wnid}/0.jpg": picture for split in ("train", "val") for wnid in (A, B)}
     index = read(archives.write_files(tmp_path / "x.zip", files))
@@ -299,7 +299,7 @@ def test_equal_names_in_several_classes_keep_their_classes(tmp_path: pathlib.Pat
     ]
 
 
-def test_other_pictures_are_not_taken_for_it(tmp_path: pathlib.Path) -> None:
+def test_other_images_are_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", {"cat/1.jpg": b"", "inner.zip": b""}, "")
     with pytest.raises(
         DataError, match=r"neither wnids\.txt nor .*contents: cat, inner\.zip\).*image_folder"
@@ -310,7 +310,7 @@ def test_other_pictures_are_not_taken_for_it(tmp_path: pathlib.Path) -> None:
 # Digests.
 
 
-def test_fingerprints_follow_the_content_not_the_path(
+def test_fingerprint_depends_on_content_not_path(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     first = archives.write_files(tmp_path / "a.zip", files)
@@ -320,7 +320,7 @@ def test_fingerprints_follow_the_content_not_the_path(
     assert fingerprint(first) == fingerprint(same) != fingerprint(other)
 
 
-def test_the_fingerprint_of_a_folder_sees_a_changed_file(
+def test_folder_fingerprint_detects_changed_file(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     folder = archives.write_files(tmp_path / "folder", files)
@@ -330,7 +330,7 @@ def test_the_fingerprint_of_a_folder_sees_a_changed_file(
     assert fingerprint(folder) != before
 
 
-def test_threads_read_an_archive_together(tmp_path: pathlib.Path) -> None:
+def test_archive_is_read_by_several_threads(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     contents = {f"{number}.JPEG": rng.bytes(2000) for number in range(4000)}
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:

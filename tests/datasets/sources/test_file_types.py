@@ -43,7 +43,7 @@ from inception_jax.datasets.sources import file_types
         (bytes(5000), "a.jpg", "file of zeros", "copy it again"),
     ],
 )
-def test_files_that_are_no_images_are_named_with_the_remedy(
+def test_non_images_are_identified_with_remedy(
     data: bytes, file: str, name: str, remedy: str
 ) -> None:
     problem = decode.inspect(data, file).problem
@@ -56,12 +56,12 @@ def test_files_that_are_no_images_are_named_with_the_remedy(
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("start", [b"\xff\xd8\xff\xe0", b"\x89PNG", b"GIF89a", b"MM\0*"])
-def test_what_begins_as_an_image_is_a_damaged_one(start: bytes) -> None:
+def test_file_with_image_signature_is_damaged_image(start: bytes) -> None:
     problem = decode.inspect(start + b" and no more", "a.jpg").problem
     assert problem is not None and problem.kind == "damaged image" and problem.detail
 
 
-def test_sidecars_are_known_by_their_names() -> None:
+def test_sidecars_are_recognized_by_name() -> None:
     sidecars = ["a/x.txt", "a/x.XML", "README", "a/LICENSE", "x.jpg.json", "x.AAE", "a.b/x.url"]
     assert all(file_types.is_sidecar(file) for file in sidecars)
     others = ["a/x.jpg", "x", "x.npy", "x.heic", "x.mp4", "readme.jpg", "x.txt/y", "x.pdf"]

@@ -47,18 +47,18 @@ TARS = ["x.tar", "x.tar.gz", "x.tgz", "x.tar.bz2", "x.tar.xz"]
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_a_tar_archive_is_read_as_a_zip_archive_is(tmp_path: pathlib.Path, name: str) -> None:
+def test_tar_and_zip_archives_read_alike(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_files(tmp_path / name, FILES, "outer")
     assert read(path) == {f"outer/{file}": data for file, data in FILES.items()}
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_what_an_archive_is_decides_not_its_name(tmp_path: pathlib.Path, name: str) -> None:
+def test_content_decides_archive_type(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_files(tmp_path / name, FILES, "")
     assert read(path.rename(tmp_path / "x.zip")) == FILES
 
 
-def test_the_way_of_compression_makes_no_other_data_set(tmp_path: pathlib.Path) -> None:
+def test_compression_does_not_change_data_set(tmp_path: pathlib.Path) -> None:
     digests = set()
     for name in TARS:
         with folders.open_source(archives.write_files(tmp_path / name, FILES, "")) as source:
@@ -70,12 +70,12 @@ def test_the_way_of_compression_makes_no_other_data_set(tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize("start", ["./", "/home/me/pictures/"])
-def test_names_may_begin_as_tar_writes_them(tmp_path: pathlib.Path, start: str) -> None:
+def test_names_with_tar_prefixes_are_read(tmp_path: pathlib.Path, start: str) -> None:
     files = {start + file: data for file, data in FILES.items()}
     assert set(read(archives.write_tar(tmp_path / "x.tar", files)).values()) == set(FILES.values())
 
 
-def test_an_old_tar_archive_and_a_zip_that_unpacks_itself_are_known(tmp_path: pathlib.Path) -> None:
+def test_old_tar_and_self_extracting_zip_are_recognized(tmp_path: pathlib.Path) -> None:
     tar = archives.write_files(tmp_path / "x.tar", FILES, "")
     content = bytearray(tar.read_bytes())
     place = content.index(b"ustar")
@@ -103,7 +103,7 @@ def write_members(path: pathlib.Path, *members: tuple[str, bytes, str]) -> pathl
     return path
 
 
-def test_a_hard_link_is_the_file_that_it_names(tmp_path: pathlib.Path) -> None:
+def test_hard_link_is_resolved(tmp_path: pathlib.Path) -> None:
     path = write_members(tmp_path / "x.tar", ("a/3.jpg", tarfile.LNKTYPE, "b/1.jpg"))
     assert read(path) == FILES | {"a/3.jpg": FILES["b/1.jpg"]}
 
@@ -117,7 +117,7 @@ def test_a_hard_link_is_the_file_that_it_names(tmp_path: pathlib.Path) -> None:
         (tarfile.CHRTYPE, r"a/3\.jpg is a device or a pipe, not a file; remove it"),
     ],
 )
-def test_what_is_no_file_in_a_tar_archive_is_named(
+def test_non_file_in_tar_archive_is_named(
     tmp_path: pathlib.Path, kind: bytes, message: str
 ) -> None:
     path = write_members(tmp_path / "x.tar", ("a/3.jpg", kind, "/etc/passwd"))
@@ -125,14 +125,14 @@ def test_what_is_no_file_in_a_tar_archive_is_named(
         source.read("a/3.jpg")
 
 
-def test_no_path_in_a_tar_archive_leads_out_of_it(tmp_path: pathlib.Path) -> None:
+def test_paths_in_tar_archive_cannot_escape(tmp_path: pathlib.Path) -> None:
     path = write_members(tmp_path / "x.tar", ("../../evil/1.jpg", tarfile.REGTYPE, ""))
     before = sorted(tmp_path.parent.rglob("*"))
     assert read(path) == FILES
     assert sorted(tmp_path.parent.rglob("*")) == before
 
 
-def test_of_members_of_one_name_the_last_counts_as_for_tar(tmp_path: pathlib.Path) -> None:
+def test_last_tar_member_of_same_name_is_used(tmp_path: pathlib.Path) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     with tarfile.open(path, "a") as archive:
         member = tarfile.TarInfo("a/1.jpg")
@@ -143,14 +143,14 @@ def test_of_members_of_one_name_the_last_counts_as_for_tar(tmp_path: pathlib.Pat
 
 # Whole: four members of a header and a block each, then blocks of zeros.
 @pytest.mark.parametrize("size", [8 * 512, 5 * 512, 5 * 512 + 100, 6 * 512 + 5])
-def test_a_cut_tar_archive_is_refused_wherever_it_ends(tmp_path: pathlib.Path, size: int) -> None:
+def test_truncated_tar_archive_is_refused(tmp_path: pathlib.Path, size: int) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match=r"x\.tar: not a complete tar archive.*truncated; download"):
         folders.open_source(path)
 
 
-def test_a_damaged_header_does_not_end_a_tar_archive_in_silence(tmp_path: pathlib.Path) -> None:
+def test_damaged_tar_header_is_not_the_end(tmp_path: pathlib.Path) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     content = bytearray(path.read_bytes())
     content[2 * 1024 + 3] ^= 1
@@ -162,9 +162,7 @@ def test_a_damaged_header_does_not_end_a_tar_archive_in_silence(tmp_path: pathli
 
 
 @pytest.mark.parametrize("name", TARS[1:])
-def test_a_cut_or_changed_compressed_tar_archive_is_refused(
-    tmp_path: pathlib.Path, name: str
-) -> None:
+def test_truncated_or_changed_compressed_tar_is_refused(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_tar(tmp_path / name, FILES)
     whole = path.read_bytes()
     for content in (whole[:-5], whole[:40] + bytes([whole[40] ^ 16]) + whole[41:]):
@@ -173,7 +171,7 @@ def test_a_cut_or_changed_compressed_tar_archive_is_refused(
             folders.open_source(path)
 
 
-def test_a_header_that_claims_to_be_long_is_not_read(tmp_path: pathlib.Path) -> None:
+def test_oversized_tar_header_is_not_read(tmp_path: pathlib.Path) -> None:
     member = tarfile.TarInfo("pax")
     member.type, member.size = tarfile.XHDTYPE, 512 << 20
     path = tmp_path / "x.tar"
@@ -188,7 +186,7 @@ def test_a_header_that_claims_to_be_long_is_not_read(tmp_path: pathlib.Path) -> 
     assert peak < 2 << 20
 
 
-def test_a_negative_size_does_not_lead_back(tmp_path: pathlib.Path) -> None:
+def test_negative_member_size_is_refused(tmp_path: pathlib.Path) -> None:
     member = tarfile.TarInfo("a/1.jpg")
     member.size = -1024
     path = tmp_path / "x.tar"
@@ -197,7 +195,7 @@ def test_a_negative_size_does_not_lead_back(tmp_path: pathlib.Path) -> None:
         folders.open_source(path)
 
 
-def test_a_large_member_of_a_tar_archive_is_not_read(
+def test_oversized_tar_member_is_not_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_BYTES", 1000)
@@ -210,7 +208,7 @@ def test_a_large_member_of_a_tar_archive_is_not_read(
         assert source.read("a/1.jpg") == b"a1"
 
 
-def test_a_compressed_tar_archive_is_unpacked_where_it_is_said_and_leaves_nothing(
+def test_compressed_tar_is_unpacked_to_scratch_and_removed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = archives.write_tar(tmp_path / "x.tgz", FILES)
@@ -231,7 +229,7 @@ def test_a_compressed_tar_archive_is_unpacked_where_it_is_said_and_leaves_nothin
         source.read("b/2.jpg")
 
 
-def test_a_bomb_in_a_compressed_tar_archive_is_listed_in_little_memory(
+def test_decompression_bomb_in_tar_uses_little_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = tarfile.TarInfo("a/bomb.jpg")
@@ -257,15 +255,13 @@ def test_a_bomb_in_a_compressed_tar_archive_is_listed_in_little_memory(
 
 
 @pytest.mark.parametrize("system", [0, 3])
-def test_backslashes_part_folders_where_nothing_else_does(
-    tmp_path: pathlib.Path, system: int
-) -> None:
+def test_backslashes_are_separators_without_slashes(tmp_path: pathlib.Path, system: int) -> None:
     files = {file.replace("/", "\\").encode(): data for file, data in FILES.items()}
     path = archives.write_raw_zip(tmp_path / "x.zip", files | {b"a\\": b""}, system=system)
     assert read(path) == FILES
 
 
-def test_backslashes_of_windows_part_folders_beside_other_names(tmp_path: pathlib.Path) -> None:
+def test_windows_backslashes_are_separators_among_others(tmp_path: pathlib.Path) -> None:
     files = {
         (file.replace("/", "\\") if file.startswith("a") else file).encode(): data
         for file, data in FILES.items()
@@ -289,9 +285,7 @@ NATIONAL = {
 
 
 @pytest.mark.parametrize("encoding", NATIONAL)
-def test_names_in_national_encodings_need_the_setting_which_is_offered(
-    tmp_path: pathlib.Path, encoding: str
-) -> None:
+def test_legacy_encodings_need_the_suggested_setting(tmp_path: pathlib.Path, encoding: str) -> None:
     labels = NATIONAL[encoding]
     path = archives.write_raw_zip(tmp_path / "x.zip", national(encoding, *labels))
     with pytest.raises(DataError, match=r"folders, .*, are not UTF-8.*archive_encoding") as error:
@@ -310,7 +304,7 @@ def test_names_in_national_encodings_need_the_setting_which_is_offered(
     assert classes(tar, encoding) == labels
 
 
-def test_utf_8_is_known_without_being_declared(tmp_path: pathlib.Path) -> None:
+def test_undeclared_utf_8_is_recognized(tmp_path: pathlib.Path) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", national("utf-8", "кошка", "猫"), system=3)
     assert classes(path) == ("кошка", "猫")
     # A declared name stays what it is, whatever the setting says of the others.
@@ -318,7 +312,7 @@ def test_utf_8_is_known_without_being_declared(tmp_path: pathlib.Path) -> None:
     assert classes(declared, "gbk") == ("кошка", "猫")
 
 
-def test_a_name_in_unicode_beside_another_counts(tmp_path: pathlib.Path) -> None:
+def test_unicode_extra_field_is_preferred(tmp_path: pathlib.Path) -> None:
     def unicode_path(name: bytes) -> bytes:
         text = name.decode("gbk").encode()
         content = struct.pack("<BL", 1, zlib.crc32(name)) + text
@@ -331,7 +325,7 @@ def test_a_name_in_unicode_beside_another_counts(tmp_path: pathlib.Path) -> None
     assert classes(path) == ("狗", "猫")
 
 
-def test_a_setting_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
+def test_wrong_encoding_setting_is_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", national("cp1251", "кошка", "собака"))
     with pytest.raises(
         DataError, match=r"is not encoded in shift_jis, as .* declares\. It may be .*кошка"
@@ -339,7 +333,7 @@ def test_a_setting_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
         folders.open_source(path, encoding="shift_jis")
 
 
-def test_file_names_alone_decide_nothing_and_are_kept_as_bytes(tmp_path: pathlib.Path) -> None:
+def test_undecodable_file_names_are_kept_as_bytes(tmp_path: pathlib.Path) -> None:
     files = {f"{label}/фото{n}.jpg".encode("cp866"): b"x" for label in "ab" for n in (1, 2)}
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
     assert {folders.escape_for_display(file) for file in read(path)} == {
@@ -348,7 +342,7 @@ def test_file_names_alone_decide_nothing_and_are_kept_as_bytes(tmp_path: pathlib
     assert set(read(path, "cp866")) == {f"{label}/фото{n}.jpg" for label in "ab" for n in (1, 2)}
 
 
-def test_a_name_that_is_not_what_it_is_declared_to_be_is_refused(tmp_path: pathlib.Path) -> None:
+def test_name_invalid_in_declared_encoding_is_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", {"é/1": b"", "b/1": b""}, "")
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
     with pytest.raises(DataError, match=r"x\.zip: not a complete zip archive .*utf-8"):
@@ -356,13 +350,13 @@ def test_a_name_that_is_not_what_it_is_declared_to_be_is_refused(tmp_path: pathl
 
 
 @pytest.mark.parametrize("encoding", ["gbk2", "utf-16", "base64", "cp037"])
-def test_an_encoding_must_be_one_of_names(encoding: str) -> None:
+def test_encoding_setting_must_be_a_text_encoding(encoding: str) -> None:
     data = config.Data(name="image_folder", archive_encoding=encoding)
     with pytest.raises(ConfigError, match=r"archive_encoding = .*: must be an encoding"):
         config.validate(config.Config(data=data))
 
 
-def test_the_setting_is_recorded_where_it_decides(tmp_path: pathlib.Path) -> None:
+def test_encoding_is_recorded_if_it_matters(tmp_path: pathlib.Path) -> None:
     picture = archives.class_folders({"a": 1}, 16)["a/0.jpg"]
     files = dict.fromkeys(national("gbk", "狗", "猫"), picture)
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
@@ -404,7 +398,7 @@ def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], 
     ],
 )
 @pytest.mark.parametrize("unreadable", ["refuse", "skip"])
-def test_a_method_that_is_not_known_is_named_once(
+def test_unsupported_compression_is_reported_once(
     tmp_path: pathlib.Path, flags: int, method: int, message: str, unreadable: str
 ) -> None:
     def change(content: bytearray, flags_at: int, method_at: int) -> None:
@@ -423,9 +417,7 @@ def test_a_method_that_is_not_known_is_named_once(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_the_other_methods_are_read_and_damage_is_named(
-    tmp_path: pathlib.Path, method: int
-) -> None:
+def test_other_methods_are_read_and_damage_is_named(tmp_path: pathlib.Path, method: int) -> None:
     data = os.urandom(20_000)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         for name in ("a/1.jpg", "b/1.jpg"):
@@ -442,9 +434,7 @@ def test_the_other_methods_are_read_and_damage_is_named(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_member_that_unpacks_to_more_than_it_says_is_not_held(
-    tmp_path: pathlib.Path, method: int
-) -> None:
+def test_oversized_member_is_not_kept_in_memory(tmp_path: pathlib.Path, method: int) -> None:
     with (
         zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive,
         archive.open("a/1.jpg", "w") as member,
@@ -464,9 +454,7 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_not_held(
 
 
 @pytest.mark.parametrize("data", [b"a1", b"other"])
-def test_two_files_of_one_name_are_refused_if_they_differ(
-    tmp_path: pathlib.Path, data: bytes
-) -> None:
+def test_different_files_of_same_name_are_refused(tmp_path: pathlib.Path, data: bytes) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", {b"a/1.jpg": b"a1", b"b/1.jpg": b"b1"})
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
@@ -480,7 +468,7 @@ def test_two_files_of_one_name_are_refused_if_they_differ(
             folders.open_source(path)
 
 
-def test_one_part_of_several_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+def test_part_of_split_archive_is_reported(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", FILES, "")
     whole = path.read_bytes()
     last = bytearray(whole)
@@ -511,23 +499,21 @@ def test_one_part_of_several_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
         (lzma.compress(b"no tar archive"), "not a complete tar archive"),
     ],
 )
-def test_what_is_no_such_archive_is_named(
-    tmp_path: pathlib.Path, content: bytes, message: str
-) -> None:
+def test_unsupported_files_are_named(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         folders.open_source(tmp_path / "x.zip")
     assert str(tmp_path / "x.zip") in str(error.value)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+def test_pipe_does_not_block(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "x.zip")
     with pytest.raises(DataError, match="is a device or a pipe"):
         folders.open_source(tmp_path / "x.zip")
 
 
 @pytest.mark.parametrize("name", ["folder", "outer.zip"])
-def test_archives_in_what_was_given_are_named(tmp_path: pathlib.Path, name: str) -> None:
+def test_nested_archives_are_named(tmp_path: pathlib.Path, name: str) -> None:
     inside = {"train.zip": b"x", "test.tar.gz": b"x", "labels.csv": b"x"}
     path = archives.write_files(tmp_path / name, inside, "")
     with pytest.raises(
