@@ -1,4 +1,4 @@
-"""Data sets of arrays in memory."""
+"""In-memory data sets from arrays."""
 
 import pathlib
 from typing import Any
@@ -54,7 +54,7 @@ def test_grayscale_images_are_resized_and_evaluated() -> None:
     assert dataset.train.read(np.array([2, 0])).shape == (2, 16, 16, 3)
     assert dataset.evaluation.labels.tolist() == [0, 1, 1, 1]
     assert dataset.evaluation.names == ("000000", "000001", "000002", "000003")
-    # Without a size it is the shorter side.
+    # The default size is the shorter side.
     assert Dataset.from_arrays(images, [0, 1] * 3).image_size == 10
 
 

@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def directory(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory in which the subset is prepared; not to be changed."""
+    """A directory with the prepared subset; do not modify it."""
     path = tmp_path_factory.mktemp("prepared")
     prepare(subset(source, path), log=quiet)
     return path
@@ -55,7 +55,7 @@ def directory(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def prepared(directory: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it, to be changed."""
+    """A copy that may be modified."""
     return pathlib.Path(shutil.copytree(directory, tmp_path / "prepared"))
 
 
@@ -64,7 +64,7 @@ def pixels_of(split: Split) -> np.ndarray:
 
 
 def check_subset(dataset: Dataset, size: int = SIZE) -> None:
-    """Compares a prepared subset with what tests/archives.py put into the archive."""
+    """Compares a prepared subset with the archive written by tests/archives.py."""
     assert (dataset.num_classes, dataset.image_size) == (CLASSES, size)
     assert dataset.class_names == tuple(f"class {label}" for label in range(CLASSES))
     counts = {"train": CLASSES * TRAIN, "validation": CLASSES * VAL, "test": TEST}
@@ -184,7 +184,7 @@ def test_default_directory_is_tfds_default(
     assert data_directory("/y") == pathlib.Path("/y")
 
 
-# What is wrong with the source.
+# Invalid sources.
 
 
 def test_source_for_data_set_without_source_is_refused(tmp_path: pathlib.Path) -> None:
@@ -235,7 +235,7 @@ def test_incomplete_tiny_imagenet_is_refused(source: pathlib.Path, tmp_path: pat
 
 
 class WholeListing(files.Source):
-    """Tiny ImageNet as far as its text files and the names of its images go."""
+    """Tiny ImageNet's text files and image names, without images."""
 
     def __init__(self, per_class: Sequence[int]) -> None:
         super().__init__(pathlib.Path("whole.zip"))
@@ -273,7 +273,7 @@ def test_only_official_counts_are_accepted(
     builder.open()
     sizes = {split: len(items) for split, items in builder.splits().items()}
     assert sizes == {"train": 100_000, "validation": 10_000, "test": 10_000}
-    # The test images, whose classes are not published, decide nothing.
+    # The test images, whose classes are not published, do not matter.
     whole.sizes = {file: size for file, size in whole.sizes.items() if not file.startswith("test")}
     builder.open()
     assert set(builder.splits()) == {"train", "validation"}
@@ -282,7 +282,7 @@ def test_only_official_counts_are_accepted(
         builder.open()
 
 
-# What was prepared before.
+# Existing prepared data.
 
 
 def test_other_source_is_refused_if_it_determines_content(
@@ -438,7 +438,7 @@ def test_disk_that_fills_up_is_one_error(
         check_subset(prepare(subset(path, disk), log=quiet))
 
 
-# Several processes, and their end.
+# Several processes, and killed ones.
 
 PREPARE = f"""
 import sys
@@ -460,7 +460,7 @@ print(len(prepare(data, log=log).train))
 def start(
     source: pathlib.Path, directory: pathlib.Path, *, stop_at: str = ""
 ) -> subprocess.Popen[str]:
-    """Starts a process that prepares, and stops at a line of its log until it is sent a line."""
+    """Starts a process that prepares data and pauses at a log line until it reads a line."""
     command = [sys.executable, "-c", PREPARE, str(source), str(directory), stop_at]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
@@ -506,7 +506,7 @@ def test_class_ids_are_from_the_source(
     digits = config.Data(name="digits", directory=str(tmp_path), image_size=8)
     prepare(digits, log=quiet)
     assert class_ids(digits) == ()
-    # What is decoded can be trained on without the records, but does not have the ids.
+    # Decoded images can be trained on without the records, but the class ids are missing.
     shutil.rmtree(prepared / data.name)
     prepare(data, log=quiet)
     with pytest.raises(DataError, match="is missing, so the class ids are unknown"):
@@ -520,7 +520,7 @@ def test_class_ids_are_from_the_source(
 def test_lock_file_replaces_missing_os_locks(
     answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS without its lock service, and on Lustre without the option flock."""
+    """Simulates NFS without a lock service, and Lustre without the option flock."""
 
     def fail(*_: Any) -> None:
         raise OSError(answer, os.strerror(answer))
@@ -545,7 +545,7 @@ def test_lock_file_is_waited_for(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fcntl, "flock", fail)
     lock = tmp_path / "inception_jax" / "digits-1.0.0.lock.held"
     lock.parent.mkdir()
-    # Of a process on another host, which may be at work or gone.
+    # Left by a process on another host, which may be running or dead.
     lock.write_text("4711\nanother-host\n")
     seen: list[str] = []
 

@@ -46,7 +46,7 @@ def test_decode_crops_center_square(shape: tuple[int, int]) -> None:
     array[(slice(None), middle) if shape == (24, 72) else middle] = (0, 255, 0)
     decoded = decode.decode(png(array), 12, "x")
     assert decoded.shape == (12, 12, 3)
-    # The filter mixes what lies beside the square into its outermost pixels.
+    # The filter mixes pixels next to the square into its outermost pixels.
     inner = decoded[1:-1, 1:-1]
     np.testing.assert_array_equal(inner, np.broadcast_to([0, 255, 0], inner.shape))
 
@@ -54,7 +54,7 @@ def test_decode_crops_center_square(shape: tuple[int, int]) -> None:
 def test_decode_antialiases_when_downscaling() -> None:
     checkers = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     decoded = decode.decode(png(checkers), 16, "x")
-    # Without antialiasing, some pixels would be black or white. Borders see less of the pattern.
+    # Without antialiasing, some pixels would be black or white. Borders cover less of the pattern.
     assert np.abs(decoded[2:-2, 2:-2].astype(int) - 127.5).max() < 3
 
 
@@ -67,7 +67,7 @@ def encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_decode_applies_exif_orientation(kind: str, orientation: int) -> None:
-    # Where the four corners go tells the eight ways apart.
+    # The positions of the four corners distinguish the eight orientations.
     array = np.full((16, 16, 3), 128, np.uint8)
     array[:8, :8], array[:8, 8:], array[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     exif = Image.Exif()
@@ -126,7 +126,7 @@ def png_of(values: np.ndarray, color_type: int, *chunks: bytes, bits: int = 16) 
 def tiff_of(
     values: np.ndarray, order: str, *, packed: bool = False, tags: dict[int, int] | None = None
 ) -> bytes:
-    """Returns values, uint16 [H, W, 3 or 4], as a TIFF of byte order '<' or '>'."""
+    """Returns values, uint16 [H, W, 3 or 4], as a TIFF with byte order '<' or '>'."""
     height, width, channels = values.shape
     pixels = values.astype(f"{order}u2").tobytes()
     pixels = zlib.compress(pixels) if packed else pixels
@@ -180,7 +180,7 @@ def test_explicit_bit_depth_is_used() -> None:
     data = WIDE["rgb.png"](tall(3, 4095))
     expected = (tall(3, 4095) >> 8).astype(np.uint8)
     np.testing.assert_array_equal(decode.decode(data, 16, "x", bit_depth=16), expected)
-    # Larger values are white, not what their lower bits are.
+    # Larger values become white instead of wrapping around.
     clipped = (tall(3, 4095) >> 2).clip(0, 255).astype(np.uint8)
     np.testing.assert_array_equal(decode.decode(data, 16, "x", bit_depth=10), clipped)
     assert decode.inspect(png(np.zeros((8, 8, 3), np.uint8))).bit_depth == 0
@@ -311,7 +311,7 @@ def test_non_image_is_described_in_one_line() -> None:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Returns an image without detail: a wave across and one down."""
+    """Returns an image without detail: a horizontal and a vertical wave."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 40), np.cos(y / 30), np.sin((x + y) / 50)]
     return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -319,7 +319,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 def test_decode_crops_fraction_of_shorter_side() -> None:
     array = smooth(48, 60)
-    # The usual way: the shorter side becomes 16 pixels, of which the centred 14 stay.
+    # The usual method: resize the shorter side to 16 pixels, then crop the center 14.
     whole = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
     expected = np.asarray(whole)[1:15, 3:17].astype(int)
     decoded = decode.decode(png(array), 14, "x", crop=0.875)
@@ -342,7 +342,7 @@ def test_decode_crop_is_crop_and_antialiased_resize(
     assert asked == [(48, 70)]
     whole = np.asarray(Image.open(io.BytesIO(encode(array))))
     crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
-    # At the border the one sees the image's own pixels, the other none.
+    # At the border only one of them uses the image's neighboring pixels.
     difference = np.abs(found.astype(int) - np.asarray(crop))
     assert difference[1:-1, 1:-1].max() <= 1
     assert difference.max() <= 8

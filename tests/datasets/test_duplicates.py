@@ -24,7 +24,7 @@ def test_images_in_two_splits_are_detected(tmp_path: pathlib.Path) -> None:
     found = duplicates.between(val, train)
     assert found == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
     assert str(found) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
-    # Of a part, what is in the part.
+    # Of a subset, only its own images.
     part = subset(train, np.array([1, 2]))
     assert duplicates.between(val, part) == Duplicates(1, [("1-0", "0-2")])
     assert duplicates.between(split(tmp_path, [1, 8], [0, 0]), train) == Duplicates(0, [])

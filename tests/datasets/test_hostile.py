@@ -1,4 +1,4 @@
-"""Sources made to do harm: archives that reach out or blow up, pictures that are no pictures."""
+"""Malicious sources: archives that escape or explode, and files that are not images."""
 
 import io
 import os
@@ -51,10 +51,10 @@ def link(name: str) -> zipfile.ZipInfo:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        # Hidden, as all that begins with a dot.
+        # Hidden, like all names that begin with a dot.
         ("../../evil/0.jpg", {"a", "b"}),
         ("a/../../evil.jpg", {"a", "b"}),
-        # A class of this name: nothing is ever unpacked.
+        # A class of this name: nothing is unpacked.
         ("C:\\evil/0.jpg", {"a", "b", "C:\\evil"}),
     ],
 )
@@ -121,7 +121,7 @@ def test_member_that_unpacks_to_too_much_is_refused(
 def test_member_larger_than_declared_is_not_unpacked(tmp_path: pathlib.Path) -> None:
     path = bomb(tmp_path / "x.zip", "a/0.jpg", 64 << 20)
     content = bytearray(path.read_bytes())
-    # Where the directory at the end says how large the member is.
+    # Offset of the member's size in the central directory.
     place = content.rindex(b"PK\x01\x02") + 24
     assert struct.unpack_from("<I", content, place) == (64 << 20,)
     struct.pack_into("<I", content, place, 1000)
@@ -139,7 +139,7 @@ def test_member_larger_than_declared_is_not_unpacked(tmp_path: pathlib.Path) -> 
 def test_archive_larger_than_the_disk_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ten members that each are small enough, and together are not.
+    # Ten members that are small enough individually, but not together.
     files = archives.tiny_imagenet_files(2, 2, 1, 0, SIZE)
     wnid = archives.wnid(0)
     names = [f"{wnid}_{number}.JPEG" for number in range(10)]
@@ -211,7 +211,7 @@ def test_oversized_image_in_imagenet_archive_is_refused(
 
 def test_pipe_or_device_among_images_is_not_read(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x", archives.class_folders({"a": 2}, SIZE), "")
-    # Reading it would wait for ever, or never end.
+    # Reading it would block or never end.
     os.mkfifo(path / "a" / "pipe.jpg")
     os.symlink("/dev/zero", path / "a" / "zero.jpg")
     with folders.open_source(path) as source:
@@ -228,7 +228,7 @@ def test_oversized_file_is_not_read(
 ) -> None:
     (tmp_path / "a").mkdir()
     with (tmp_path / "a" / "large.jpg").open("wb") as file:
-        file.truncate(1 << 40)  # It has no content, and takes no room.
+        file.truncate(1 << 40)  # A sparse file without content.
     with (
         FolderSource(tmp_path) as source,
         pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; a file can"),
@@ -239,7 +239,7 @@ def test_oversized_file_is_not_read(
         image_files.read(str(tmp_path / "a" / "large.jpg"))
 
 
-# Pictures.
+# Images.
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -301,7 +301,7 @@ def test_wrong_extension_does_not_matter(tmp_path: pathlib.Path) -> None:
     Image.fromarray(red).save(buffer, format="PNG")
     for name in ("x.jpg", "x.txt", "x"):
         np.testing.assert_array_equal(decode.decode(buffer.getvalue(), SIZE, name), red)
-    # Nor does a picture's ending make a picture.
+    # An image extension does not make a file an image.
     assert str(decode.inspect(b"#!/bin/sh\nexit", "x.jpg").problem) == "text"
 
 

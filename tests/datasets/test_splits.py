@@ -1,4 +1,4 @@
-"""Decoded pixels and records give the same batches; memory stays bounded; damage is named."""
+"""Decoded pixels and records give the same batches; memory is bounded; damage is named."""
 
 import pathlib
 import subprocess
@@ -169,7 +169,7 @@ print(resident() - before)
 
 
 def test_memory_does_not_grow_with_reads(tmp_path: pathlib.Path) -> None:
-    # 403 MB that take no disk: the file is a hole behind its header.
+    # A sparse file of 403 MB: a hole after the header.
     path = tmp_path / "images.npy"
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(32768, 64, 64, 3))
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_holdout_takes_same_number_of_each_class(directory: pathlib.Path, storag
     assert (held.eval_split, len(held.train), len(held.evaluation)) == ("holdout", 27, 6)
     assert np.bincount(held.evaluation.labels).tolist() == [2, 2, 2]
     assert sorted((*held.train.names, *held.evaluation.names)) == sorted(whole.train.names)
-    # Labels, names and pixels stay together.
+    # Labels, names and pixels stay aligned.
     at = {name: index for index, name in enumerate(whole.train.names)}
     for split in (held.train, held.evaluation):
         places = np.array([at[name] for name in split.names])

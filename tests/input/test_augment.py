@@ -1,4 +1,4 @@
-"""Augmentation against numpy, Pillow and the definitions in the papers."""
+"""Compares augmentation with NumPy, Pillow and the definitions in the papers."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def images_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def settings_of(**changes: object) -> config.Augment:
-    """Returns settings with everything off but the given ones."""
+    """Returns settings with everything off except the given ones."""
     return config.Augment(**({"crop": "none", "flip": False} | changes))
 
 
@@ -100,8 +100,8 @@ def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
     top, left, height, width = box
     image = images_of((16, 16, 3))
     result = np.asarray(resize_boxes(image[None], jnp.asarray([box], jnp.float32)))[0]
-    # Pillow knows nothing outside the box, so outputs nearer than half a pixel to an edge of the
-    # box that is not an edge of the image are left out.
+    # Pillow ignores pixels outside the box, so outputs within half a pixel of a box edge that is
+    # not an image edge are excluded.
     rows = (np.arange(16) + 0.5) * height / 16
     columns = (np.arange(16) + 0.5) * width / 16
     inner_rows = ((rows >= 0.5) | (top == 0)) & ((rows <= height - 0.5) | (top + height == 16))
@@ -123,7 +123,7 @@ def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
 def boxes_of_torchvision(
     count: int, size: int, crop_scale_min: float, crop_ratio_max: float
 ) -> np.ndarray:
-    """Returns [count, 4], as the loop of RandomResizedCrop.get_params defines them."""
+    """Returns boxes [count, 4], from the loop of RandomResizedCrop.get_params."""
     rng = np.random.default_rng(3)
     boxes = []
     for _ in range(count):
@@ -143,12 +143,12 @@ def boxes_of_torchvision(
 @pytest.mark.parametrize(("crop_scale_min", "crop_ratio_max"), [(0.08, 4 / 3), (0.5, 2.0)])
 def test_resized_crop_boxes_match_torchvision(crop_scale_min: float, crop_ratio_max: float) -> None:
     size, count = 32, 4000
-    # Pixels that hold four times their own row and column tell which box was cut.
+    # Pixel values of four times their row and column identify the box.
     rows, columns = np.meshgrid(4 * np.arange(size), 4 * np.arange(size), indexing="ij")
     ramp = np.broadcast_to(np.stack([rows, columns], -1).astype(np.uint8), (count, size, size, 2))
     result = np.asarray(resized_crop(jax.random.key(4), ramp, crop_scale_min, crop_ratio_max))
     result = np.stack([result[:, :, 16, 0], result[:, 16, :, 1]], axis=1) / 4
-    # At and near the middle no border of the image bends the ramp.
+    # Near the center, the ramp is not affected by the image border.
     slope = result[:, :, 17] - result[:, :, 16]
     sides = slope * size
     corners = result[:, :, 16] - 16.5 * slope + 0.5
@@ -165,7 +165,7 @@ def test_resized_crop_boxes_match_torchvision(crop_scale_min: float, crop_ratio_
         lambda b: b[:, 1],
     ):
         ours, theirs = np.sort(derive(boxes)), np.sort(derive(expected))
-        # Kolmogorov-Smirnov: 1.95 sqrt(2 / n) is passed by one pair of samples in a thousand.
+        # Kolmogorov-Smirnov: 1.95 sqrt(2 / n) is exceeded by one pair of samples in a thousand.
         grid = np.union1d(ours, theirs)
         distance = np.abs(
             np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")
@@ -174,7 +174,7 @@ def test_resized_crop_boxes_match_torchvision(crop_scale_min: float, crop_ratio_
 
 
 def test_resized_crop_uses_whole_image_if_no_box_fits() -> None:
-    # Boxes of the image's whole area that are not square never fit.
+    # Non-square boxes with the full area of the image never fit.
     images = images_of((50, 64, 64, 3))
     result = resized_crop(jax.random.key(0), images, 1.0, 1.0001)
     np.testing.assert_allclose(result, images, atol=1e-3)
@@ -197,7 +197,7 @@ def test_mixup_weights_images_and_targets_equally() -> None:
 def test_cutmix_targets_match_area_of_pasted_box() -> None:
     height, width = 12, 10
     images = images_of((5, height, width, 3))
-    # No two neighbours share a pixel value, so that each pixel tells which image it is from.
+    # Neighbors have no common pixel values, so that each pixel identifies its image.
     images = (images // 5) * 5 + np.arange(5, dtype=np.uint8)[:, None, None, None]
     before = normalised(images)
     partner = np.roll(before, 1, axis=0)
@@ -221,7 +221,7 @@ def test_cutmix_targets_match_area_of_pasted_box() -> None:
 
 
 def shares(count: int, **changes: float) -> np.ndarray:
-    """Returns the own image's share in `count` batches of two images of 32 x 32."""
+    """Returns the image's weight in `count` batches of two images of 32 x 32."""
     mixing = {"mixup": 0.0, "cutmix": 0.0, "probability": 1.0} | changes
     images, targets = jnp.zeros((2, 32, 32, 1)), jnp.eye(2)
     keys = jax.random.split(jax.random.key(5), count)
@@ -345,7 +345,7 @@ def test_policy_takes_and_returns_integer_levels(policy: str) -> None:
         levels = (result * STD + MEAN) * 255
         np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
         assert levels.min() > -0.01 and levels.max() < 255.01
-        # One image in 14 gets the identity, and others one that changes nothing.
+        # One image in 14 gets the identity, and others an operation without effect.
         kept = (np.abs(result - cropped) < 0.51 / 255 / STD).all(axis=(1, 2, 3))
         assert 0 < kept.sum() < 16
 
@@ -425,7 +425,7 @@ def test_result_is_independent_of_device_count(changes: dict[str, object]) -> No
             assert len(many.sharding.device_set) == 8
             np.testing.assert_allclose(one, many, atol=1e-5)
     if changes is EACH_IMAGE:
-        # Nothing that concerns one image travels between devices.
+        # Per-image operations need no communication between devices.
         text = str(sharded.lower(key, images, labels).compile().as_text())
         assert not [name for name in ("all-gather", "all-to-all", "permute(") if name in text]
 
@@ -433,7 +433,7 @@ def test_result_is_independent_of_device_count(changes: dict[str, object]) -> No
 def test_resize_is_antialiased_triangle_filter() -> None:
     images = images_of((2, 12, 12, 3))
     found = np.asarray(augment.resize(jnp.asarray(images), 8))
-    # A triangle of half-width 12 / 8 around each new pixel's centre, normalised within the image.
+    # A triangle of half-width 12 / 8 around each new pixel's center, normalized within the image.
     centres = (np.arange(8) + 0.5) * 12 / 8 - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(12) - centres[:, None]) / 1.5)
     weights /= weights.sum(1, keepdims=True)

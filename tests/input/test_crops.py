@@ -1,4 +1,4 @@
-"""Boxes of the original images: their distribution, and that the step alone decides them."""
+"""Crops of the original images: their distribution, and their dependence on the step alone."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def boxes_of(height: int, width: int, count: int = 3000, seed: int = 0) -> np.nd
 
 
 def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
-    """Draws a box as torchvision's RandomResizedCrop.get_params does."""
+    """Samples a box as torchvision's RandomResizedCrop.get_params does."""
     for _ in range(10):
         target = height * width * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -57,11 +57,11 @@ def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
         top, left, h, w = boxes.T
         assert (top >= 0).all() and (left >= 0).all()
         assert (top + h <= height).all() and (left + w <= width).all()
-        # To the rounding of both sides to whole pixels.
+        # Up to rounding of both sides to integer pixels.
         assert (h * w / (height * width)).min() > 0.08 * (1 - 2 / h.min())
         assert (w / h).max() < 4 / 3 * (1 + 2 / h.min())
         assert (h / w).max() < 4 / 3 * (1 + 2 / w.min())
-    # Quantiles of the area, the shape and the place; the deviation of 3,000 draws is about 1%.
+    # Quantiles of area, aspect ratio and position; the deviation of 3,000 draws is about 1%.
     for statistic in (
         lambda b: b[:, 2] * b[:, 3] / (height * width),
         lambda b: np.log(b[:, 3] / b[:, 2]),
@@ -126,7 +126,7 @@ def dataset(directory: pathlib.Path, **changes: Any) -> Dataset:
 def batches_of(
     examples: Dataset, *, batch_size: int = 8, start: int = 0, stop: int = 9, seed: int = 3
 ) -> np.ndarray:
-    """Returns the images of some steps, in the order of training: uint8 [N, H, W, 3]."""
+    """Returns the images of some steps in training order, uint8 [N, H, W, 3]."""
     batches = pipeline.train_batches(
         examples.train,
         batch_size=batch_size,
@@ -166,7 +166,7 @@ def test_batches_depend_only_on_step(
     np.testing.assert_array_equal(whole[40:], batches_of(dataset(directory), start=5))
     np.testing.assert_array_equal(whole, batches_of(dataset(directory), batch_size=24, stop=3))
     assert (whole != batches_of(dataset(directory), seed=4)).any()
-    # The second epoch cuts other boxes than the first.
+    # The second epoch uses other boxes than the first.
     order = np.concatenate(
         [pipeline.train_indices(s, batch_size=8, examples=33, seed=3) for s in range(9)]
     )

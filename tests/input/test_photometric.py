@@ -1,4 +1,4 @@
-"""Colour jitter against Pillow, colorsys and the distributions it is defined by."""
+"""Compares color jitter with Pillow, colorsys and its defining distributions."""
 
 import colorsys
 
@@ -29,7 +29,7 @@ def test_adjust_equals_pillow_in_any_order(order: tuple[int, ...], factor: float
         expected = PIL.Image.fromarray(image)
         for place in places:
             expected = ENHANCE[place](expected).enhance(factor)
-        # Pillow cuts off fractions after each of the three; the next multiplies what was lost.
+        # Pillow truncates after each of the three, and the next multiplies the error.
         assert np.abs(found - np.asarray(expected)).max() < 4
     assert factor == 1 or np.abs(result - images).mean() > 10
 
@@ -47,8 +47,8 @@ def test_hue_shift_matches_colorsys() -> None:
 
 
 def test_factors_and_orders_are_uniform() -> None:
-    # A saturated red and its complement, not bright enough for anything to be clipped at strength
-    # 0.2, so that each property's factor can be read off the result.
+    # A saturated red and its complement, too dark to be clipped at strength 0.2, so that each
+    # property's factor can be computed from the result.
     pixels = np.array([[120, 100, 110], [90, 110, 100]], np.float32)
     images = np.broadcast_to(pixels.reshape(1, 1, 2, 3), (6000, 1, 2, 3))
     result = np.asarray(color_jitter(jax.random.key(0), images, 0.2, 0.0), np.float64)
@@ -60,7 +60,7 @@ def test_factors_and_orders_are_uniform() -> None:
     chroma = (result - grey[..., None])[:, 0, 0, 0] / (pixels[0, 0] - before[0])
     saturation = chroma / brightness / contrast
     for factors in (brightness, contrast, saturation):
-        # Kolmogorov-Smirnov: passed by all but one sample in a thousand.
+        # Kolmogorov-Smirnov: exceeded by one sample in a thousand.
         found = np.sort((factors - 0.8) / 0.4)
         assert np.abs(found - (np.arange(6000) + 0.5) / 6000).max() < 1.95 / np.sqrt(6000)
     for one, other in ((brightness, contrast), (contrast, saturation), (brightness, saturation)):

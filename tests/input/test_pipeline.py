@@ -11,7 +11,7 @@ from inception_jax.runtime import sharding
 
 
 def make_split(examples: int) -> types.SimpleNamespace:
-    """Images that show their own index, so that a batch tells which examples it holds."""
+    """Images that contain their index, so that a batch identifies its examples."""
 
     class Split(types.SimpleNamespace):
         def __len__(self) -> int:
@@ -102,7 +102,7 @@ def test_indivisible_batch_size_is_refused() -> None:
 
 
 def test_devices_of_a_process_are_adjacent_in_the_mesh() -> None:
-    # As on a TPU slice, whose hosts' devices lie in squares, numbered across them.
+    # As on a TPU slice, where each host's devices form a square but are numbered across squares.
     devices = [types.SimpleNamespace(id=i, process_index=i // 2 % 2) for i in range(8)]
     ordered = sharding.in_process_order(reversed(devices))
     assert [device.id for device in ordered] == [0, 1, 4, 5, 2, 3, 6, 7]

@@ -21,13 +21,13 @@ NAMES = [f"thing {number}" for number in range(10)]
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes a batch file one of 20 images."""
+    """Reduces batch files to 20 images."""
     monkeypatch.setattr(cifar10_files, "IMAGES_PER_FILE", 20)
     yield
 
 
 def batch(number: int, *, keys: type = bytes) -> dict[Any, Any]:
-    """Returns the content of a batch file, as Python 2 (bytes) or 3 (str) has it."""
+    """Returns the content of a batch file, with keys as in Python 2 (bytes) or 3 (str)."""
     rng = np.random.default_rng(number)
     content = {
         "batch_label": b"a label",
@@ -70,7 +70,7 @@ def test_pixels_match_batch_files(tmp_path: pathlib.Path, name: str, protocol: i
         assert sorted(index) == list(range(len(labels)))
         np.testing.assert_array_equal(found.labels, labels[index])
         images = found.read(np.arange(len(found)))
-        # Written by another rule: the value of pixel (row, column) in the plane of each colour.
+        # Computed independently: the value of pixel (row, column) in each color plane.
         for image, row in zip(images, pixels[index], strict=True):
             for channel in range(3):
                 plane = row[1024 * channel : 1024 * (channel + 1)]
@@ -107,7 +107,7 @@ def test_numpy_1_pickle_is_read() -> None:
 
 
 class Attack:
-    """Runs a command when it is loaded by pickle."""
+    """Runs a command when unpickled."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.reduced = function, arguments
@@ -186,18 +186,18 @@ def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
         opened(tmp_path / "nowhere", tmp_path)
 
 
-# Other forms.
+# Other formats.
 
 
 def pixels_of(*numbers: int) -> tuple[np.ndarray, list[int]]:
-    """Returns what some batches hold."""
+    """Returns pixels and labels of some batches."""
     parts = [batch(number) for number in numbers]
     labels = [label for part in parts for label in part[b"labels"]]
     return np.concatenate([part[b"data"] for part in parts]), labels
 
 
 def as_pictures(name: Callable[[str, int, str], str], kind: str = "PNG") -> dict[str, bytes]:
-    """Returns a file for each image; `name` has its path by split, number and class."""
+    """Returns one file per image; `name` gives its path from split, number and class."""
     result = {}
     for split, numbers in (("train", range(1, 6)), ("test", [6])):
         for number, (row, label) in enumerate(zip(*pixels_of(*numbers), strict=True)):
@@ -241,7 +241,7 @@ def named() -> dict[str, bytes]:
 
 
 def prepared(source: pathlib.Path, directory: pathlib.Path) -> dict[str, bytes]:
-    """Returns the files of what is prepared, by name, without the description."""
+    """Returns the cache files by name, without the description."""
     opened(source, directory)
     (cache,) = (directory / "inception_jax").glob("cifar10-*px")
     return {f.name: f.read_bytes() for f in cache.iterdir() if f.name != "info.json"}

@@ -63,7 +63,7 @@ def test_split_folders_are_splits(path: pathlib.Path, train: str, val: str) -> N
     }
 
 
-# Each with the folder that each split is read from.
+# Each with the folder from which each split is read.
 NESTED = {
     "doubled": (
         ["seg_train/seg_train/a/1", "seg_train/seg_train/b/1", "seg_test/seg_test/a/1"],
@@ -174,7 +174,7 @@ def test_system_files_are_ignored_at_every_depth(path: pathlib.Path) -> None:
     litter = [f"{place}{name}" for place in ("", "a/", "a/deep/") for name in LITTER]
     layout = read(write(path, "a/1", "b/1", "a/deep/2", *litter))
     assert found(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
-    # Each is named, or the folder that it lies in.
+    # Each is listed, or the folder that contains it.
     for name in litter:
         assert any(name.startswith(path) for path in layout.ignored), name
 
@@ -186,7 +186,7 @@ def test_system_folders_are_not_splits_or_classes(path: pathlib.Path) -> None:
 
 
 NOTES = ["README.md", "a/labels.csv", "notes/ideas.txt", "notes/old/train.log", "b/1.json"]
-# What this program writes, named as it is found before the first checkpoint and after.
+# Output of this program, before and after the first checkpoint.
 OWN = [
     "runs/new/.inception_jax",
     *(
@@ -213,7 +213,7 @@ def test_notes_and_program_output_are_ignored(path: pathlib.Path, start: str) ->
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
     for name in (*NOTES, *OWN):
         assert any(name.startswith(path) for path in layout.ignored), name
-    # What might have been meant as a class.
+    # Folders that may have been meant as classes.
     assert layout.imageless_folders == ([] if start else ["notes", "runs"])
 
 
@@ -373,7 +373,7 @@ def test_digest_depends_only_on_images(tmp_path: pathlib.Path) -> None:
 
 
 def test_digest_of_revision_56edb8b_is_accepted(path: pathlib.Path) -> None:
-    # It counted all that has no hidden name.
+    # It included everything without a hidden name.
     write(path, "a/1.jpg", "b/1.jpg", "README.md")
     with folders.open_source(path) as source:
         assert len(source.sizes) == 3
@@ -401,14 +401,14 @@ def test_hold_out_takes_fraction_of_each_class(share: float, held: dict[str, int
     assert sorted(train + evaluation) == sorted(entries)
     labels = [entry.label for entry in evaluation]
     assert {label: labels.count(label) for label in sorted(set(labels))} == held
-    # The order of listing, which systems differ in, decides nothing.
+    # The listing order, which differs between systems, does not matter.
     assert set(folders.hold_out(entries[::-1], share)[1]) == set(evaluation)
-    # A larger share holds out the same images and more.
+    # A larger fraction holds out the same images and more.
     assert set(evaluation) <= set(folders.hold_out(entries, 0.99)[1])
 
 
 def held_out(path: pathlib.Path) -> set[str]:
-    """Returns which files are held out, by their class and name."""
+    """Returns the held-out files, as class and name."""
     layout = read(path)
     _, held = folders.hold_out(layout.splits["train"], 0.2, root=layout.root)
     return {"/".join(entry.file.split("/")[-2:]) for entry in held}

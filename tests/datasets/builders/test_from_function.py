@@ -1,4 +1,4 @@
-"""Data sets that functions return, registered as a user registers them."""
+"""Data sets from functions, registered as a user does."""
 
 import pathlib
 from collections.abc import Callable, Iterator

@@ -81,7 +81,7 @@ def test_every_format_is_stored_unchanged(tmp_path: pathlib.Path) -> None:
     for number, kind in enumerate(["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"] * 2):
         buffer = io.BytesIO()
         picture.save(buffer, format=kind)
-        # Names say nothing: what a file holds decides.
+        # Content decides, not the file name.
         files[f"{'ab'[number % 2]}/{number}.jpg"] = buffer.getvalue()
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert len(dataset.train) + len(dataset.evaluation) == 12
@@ -132,7 +132,7 @@ def test_unreadable_files_are_named_and_counted(
     metadata = json.loads(stored.read_text())
     assert metadata["unreadable_count"] == 3
     assert sorted(metadata["unreadable_files"]) == sorted(BAD)
-    # What was left out would now be refused.
+    # Skipped files would now be refused.
     with pytest.raises(DataError, match=r"on_unreadable = 'refuse'.*prepared with 'skip'"):
         prepare(data("", tmp_path / "data"), log=quiet)
 
@@ -168,7 +168,7 @@ def test_sidecar_files_are_ignored_and_logged_once(
     assert names == set(files)
     (line,) = [line for line in lines if "ignored 4 paths" in line]
     assert "ant/1.txt" in line and "README" in line
-    # They are no unreadable images, so that setting does not matter.
+    # They are not unreadable images, so that setting does not matter.
     prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=quiet)
 
 
@@ -184,7 +184,7 @@ def test_folder_of_sidecar_files_is_not_a_class(tmp_path: pathlib.Path) -> None:
 
 
 def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
-    """Returns files of 16 bits a channel in two classes, with values up to `most`."""
+    """Returns files with 16 bits per channel in two classes, with values up to `most`."""
     files = {}
     for name in ("a", "b"):
         for number in range(count):
@@ -205,12 +205,12 @@ def test_bit_depth_is_common_to_the_data_set(tmp_path: pathlib.Path, storage: st
     assert any("use 12 bits" in line for line in lines)
     for split in dataset.splits.values():
         for image, name in zip(split.read(np.arange(len(split))), split.names, strict=True):
-            # Dark pictures stay dark beside bright ones.
+            # Dark images stay dark relative to bright ones.
             number = int(pathlib.Path(name).stem)
             assert image.max() == (4095 // (number + 1)) >> 4
     again = prepare(data("", tmp_path / "data", storage=storage), log=quiet)
     assert again.bit_depth == 12
-    # Beside it, as the setting says.
+    # In a separate cache, using the setting.
     other = prepare(data("", tmp_path / "data", storage=storage, bit_depth=16), log=quiet)
     assert other.bit_depth == 16
     brightest = [split.read(np.arange(len(split))).max() for split in other.splits.values()]
@@ -219,7 +219,7 @@ def test_bit_depth_is_common_to_the_data_set(tmp_path: pathlib.Path, storage: st
 
 
 def rewrite_info(cache: pathlib.Path, **changes: Any) -> None:
-    """Makes a cache one of an older version, and changes what it says of itself."""
+    """Turns a cache into one of an older version, and edits its description."""
     info = json.loads((cache / "info.json").read_text()) | changes
     del info["bit_depth"], info["sha256 of this"]
     (cache / "info.json").write_text(json.dumps(info))
@@ -233,7 +233,7 @@ def test_data_of_older_version_are_unchanged(tmp_path: pathlib.Path) -> None:
     assert prepare(data("", tmp_path / "data"), log=lines.append).bit_depth == 16
     (line,) = lines
     assert "prepared by an older version" in line and "such as" in line
-    # Nor do its records say how many bits count, from which other sizes are made.
+    # Its records, used for other sizes, lack the bit depth too.
     stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
     metadata = json.loads(stored.read_text())
     del metadata["bit_depth"]
@@ -254,7 +254,7 @@ def test_data_of_older_version_are_unchanged(tmp_path: pathlib.Path) -> None:
 
 
 def green(count: int) -> dict[str, bytes]:
-    """Returns pictures in two classes of which only one channel is not 0."""
+    """Returns images in two classes with only one nonzero channel."""
     files = {}
     for name in ("a", "b"):
         for number in range(count):
@@ -274,7 +274,7 @@ def test_std_of_constant_channel_is_1_and_logged(tmp_path: pathlib.Path) -> None
         np.testing.assert_array_equal(dataset.std[[0, 2]], 1)
         assert 0 < dataset.std[1] < 1
     assert sum("the same red (0) and blue (0); using a standard" in line for line in lines) == 2
-    # As older versions have it.
+    # As in older versions.
     cache = tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px"
     rewrite_info(cache, std=[0.0, 0.1, 0.0])
     np.testing.assert_allclose(prepare(data("", tmp_path / "data"), log=quiet).std, [1, 0.1, 1])
@@ -375,7 +375,7 @@ def test_only_few_files_are_in_memory(
 
     with monkeypatch.context() as patched:
         patched.setattr(FolderSource, "read", read)
-        # One piece of work after another, of which threads hold up to 17.
+        # One chunk at a time; threads would keep up to 17.
         patched.setattr(decode, "threaded_map", in_turn)
         next(builder.examples(builder.splits()["train"]))
     assert len(reads) <= 2
@@ -404,7 +404,7 @@ def test_changed_content_or_settings_are_detected(
     for size in (SIZE, 8):
         with pytest.raises(DataError, match=r"val_fraction = 0\.5: .* was prepared with 0\.2"):
             prepare(data("", directory, val_fraction=0.5, image_size=size), log=quiet)
-    # Nothing was unreadable, so this setting decided nothing.
+    # Nothing was unreadable, so this setting did not matter.
     prepare(data(source, directory, on_unreadable="skip"), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 11}, SIZE))
     with pytest.raises(DataError, match=r"prepared from other content, .* at that time"):
@@ -440,7 +440,7 @@ def test_changed_source_is_prepared_again_if_configured(
     again = data(source, directory, on_change="prepare")
     assert len(prepare(again, log=lines.append).train) == 18
     assert any("other content" in line and "preparing it again" in line for line in lines)
-    # It is done once, for all sizes, and the setting may stay or go.
+    # Done once for all sizes; the setting may be kept or removed.
     lines.clear()
     for settings in (again, data(source, directory), data("", directory)):
         assert len(prepare(settings, log=lines.append).train) == 18
@@ -492,7 +492,7 @@ def test_data_and_workdir_may_be_inside_the_source(
     inside = data(".", pathlib.Path("."))
     first = prepare(inside, log=quiet)
     assert first.num_classes == 3
-    # A run makes its folder first; its files, logs and notes come and grow.
+    # A run creates its folder first; files, logs and notes are added later.
     workdirs.check_writable(path / "runs" / "x")
     for step in range(2):
         lines: list[str] = []
@@ -515,7 +515,7 @@ def test_data_of_revision_56edb8b_stay_usable(tmp_path: pathlib.Path) -> None:
     lines: list[str] = []
     prepare(data(path, tmp_path), log=lines.append)
     assert not lines
-    # Unless it took the splits for classes, as revision 56edb8b took these.
+    # Unless it treated the splits as classes, as revision 56edb8b did here.
     splits = archives.class_folders({f"seg_{s}/{c}": 3 for s in ("train", "test") for c in "ab"})
     path, directory = write(tmp_path / "y", splits), tmp_path / "splits"
     prepare(data(path, directory, layout="classes"), log=quiet)
@@ -529,7 +529,7 @@ def test_data_of_revision_56edb8b_stay_usable(tmp_path: pathlib.Path) -> None:
 
 
 def record_source(directory: pathlib.Path, **changes: Any) -> None:
-    """Changes what the decoded images say of their source, as if another version wrote them."""
+    """Edits the cache's source description, as if written by another version."""
     (file,) = directory.glob("inception_jax/*/info.json")
     info = json.loads(file.read_text())
     del info["sha256 of this"]
@@ -546,7 +546,7 @@ def test_layout_setting_is_recorded_with_prepared_data(tmp_path: pathlib.Path) -
         prepare(data("", tmp_path), log=quiet)
     one = data(path / "color", tmp_path, on_change="prepare")
     assert prepare(one, log=quiet).class_names == ("a", "b")
-    # That an archive is there does not mean that the folder in it is the same.
+    # An existing archive need not contain the same folder.
     with pytest.raises(DataError, match="other content"):
         prepare(data(path / "grey", tmp_path), log=quiet)
     path.unlink()

@@ -1,4 +1,4 @@
-"""ImageNet from small archives of the official layout, and as TFDS's own builder writes it."""
+"""ImageNet from small archives in the official layout, and as written by TFDS's builder."""
 
 import errno
 import gzip
@@ -32,7 +32,7 @@ def quiet(line: str) -> None:
 
 
 def image_file(label: int, number: int, kind: str = "") -> bytes:
-    """Returns an image of the class's colour, of a size of its own."""
+    """Returns an image in the class's color, with a distinct size."""
     rng = np.random.default_rng(number)
     pixels = archives.pixels(label, 48, rng)[: 40 - 3 * number]
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
@@ -78,7 +78,7 @@ def write_source(
     folder.mkdir(parents=True, exist_ok=True)
     outer = tar({f"{wnid}.tar": tar(files) for wnid, files in train.items()})
     (folder / imagenet.TRAIN).write_bytes(outer)
-    # As in the original, the images do not lie in the order of their names.
+    # As in the original, the images are not in the order of their names.
     (folder / imagenet.VALIDATION).write_bytes(tar(dict(reversed(validation.items()))))
     return folder
 
@@ -90,7 +90,7 @@ def settings(directory: pathlib.Path, source: object = "", **changes: Any) -> co
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the official files have three classes, nine training and four validation images."""
+    """Reduces the official files to three classes, nine training and four validation images."""
     monkeypatch.setattr(
         imagenet, "official", lambda: imagenet.OfficialMetadata(WNIDS, VALIDATION, 9)
     )
@@ -107,7 +107,7 @@ def labels_by_name(dataset: Dataset, split: str) -> dict[str, int]:
 
 
 def check(dataset: Dataset) -> None:
-    """Compares what was prepared with what was put into the archives."""
+    """Compares the prepared data with the content of the archives."""
     assert dataset.class_names == WNIDS
     assert (dataset.train_split, dataset.eval_split) == ("train", "validation")
     train = {name: WNIDS.index(wnid) for wnid, files in train_files().items() for name in files}
@@ -168,7 +168,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
             return {"train": train, "validation": validation, "test": test}
 
         def _generate_examples(self, *args: Any) -> Any:
-            raise NotImplementedError  # TFDS demands the method; _split_generators does without it.
+            raise NotImplementedError  # TFDS requires the method; _split_generators does not use it.
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(
@@ -232,7 +232,7 @@ def test_official_lists_are_from_tfds(
     assert facts.train_images == 1_281_167
 
 
-# What is wrong with the source.
+# Invalid sources.
 
 
 @pytest.mark.parametrize("given", ["", "elsewhere"])

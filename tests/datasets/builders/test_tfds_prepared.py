@@ -1,4 +1,4 @@
-"""Data sets that TFDS's own builders prepared, read without TensorFlow."""
+"""Data sets prepared by TFDS's own builders, read without TensorFlow."""
 
 import json
 import pathlib
@@ -23,10 +23,10 @@ Features = tfds.features
 
 
 class Cifar100(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """As TFDS has it, with fewer images: no feature file_name, and a label that is not wanted."""
+    """As in TFDS, with fewer images: no feature file_name, and an additional label."""
 
     VERSION = tfds.core.Version("3.0.2")
-    # Asks for the package importlib_resources otherwise.
+    # The default requires the package importlib_resources.
     url_infos = None
 
     features: ClassVar[Any] = {
@@ -67,7 +67,7 @@ def image(split: str, number: int) -> np.ndarray:
 def build(
     folder: pathlib.Path, kind: type = Cifar100, *, version: str = "3.0.2", **facts: Any
 ) -> pathlib.Path:
-    """Prepares a data set, and returns its folder."""
+    """Prepares a data set and returns its folder."""
     body = {"VERSION": tfds.core.Version(version), "name": "cifar100", **facts}
     made = types.new_class("Made", (kind,), {"skip_registration": True}, lambda b: b.update(body))
     builder = made(data_dir=folder)
@@ -104,7 +104,7 @@ def test_cifar100_is_opened_by_name(storage: str, tmp_path: pathlib.Path) -> Non
     whole = np.stack([*found.values()]) / 255
     np.testing.assert_allclose(dataset.mean, whole.mean((0, 1, 2)), rtol=1e-6)
     assert class_ids(data(tmp_path)) == ()
-    # The second time nothing is prepared.
+    # Nothing is prepared the second time.
     again: list[str] = []
     prepare(data(tmp_path, storage=storage), log=again.append)
     assert lines and not again
@@ -147,7 +147,7 @@ def test_slices_of_a_split_are_trained_and_evaluated(tmp_path: pathlib.Path) -> 
         data(tmp_path, train_split="test", eval_split="train[-30:]"), log=lambda line: None
     )
     assert swapped.evaluation.names == whole.train.names[-30:]
-    # The statistics are those of the split that is trained on.
+    # The statistics are those of the training split.
     pixels = swapped.train.read(np.arange(100)) / 255
     np.testing.assert_allclose(swapped.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
 
@@ -217,7 +217,7 @@ def test_newest_version_and_only_configuration_are_used(tmp_path: pathlib.Path) 
 
 
 class Unnamed(Cifar100, skip_registration=True):  # type: ignore[call-arg]
-    """Grey images of 16 bits without a name or supervised_keys, with a class list."""
+    """16-bit grayscale images without a name or supervised_keys, with a class list."""
 
     features: ClassVar[Any] = {
         "picture": Features.Image(shape=(8, 8, 1), dtype=np.uint16, encoding_format="png"),

@@ -1,4 +1,4 @@
-"""Tiny ImageNet as it goes around, prepared: the same data, or one message."""
+"""Rearranged copies of Tiny ImageNet give the same prepared data, or one error."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def files() -> dict[str, bytes]:
 
 
 def validation_sorted(files: dict[str, bytes], *, images: str = "images/") -> dict[str, bytes]:
-    """Returns the files with the validation images in folders of their classes, without boxes."""
+    """Returns the files with the validation images in class folders, without boxes."""
     lines = files["val/val_annotations.txt"].decode().splitlines()
     classes = {line.split("\t")[0]: line.split("\t")[1] for line in lines}
     return {
@@ -37,7 +37,7 @@ def settings(source: pathlib.Path, directory: pathlib.Path, name: str) -> config
 def prepared(
     source: pathlib.Path, directory: pathlib.Path, name: str = "tiny_imagenet_subset"
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Returns the files of what is prepared, without the description, and the lines logged."""
+    """Returns the cache files, without the description, and the logged lines."""
     lines: list[str] = []
     prepare(settings(source, directory, name), log=lines.append)
     (cache,) = (directory / "inception_jax").glob("*px")
@@ -55,7 +55,7 @@ def test_sorted_copy_gives_byte_identical_data(
     assert found == official and {"validation_images.npy", "test_names.txt"} <= set(found)
     assert any(f"{source}: val/val_annotations.txt is missing" in line for line in lines)
     assert not list((tmp_path / "two").glob("tmp*")), "what was unpacked is gone"
-    # And again, now that it is prepared.
+    # Again, with the data already prepared.
     assert prepared(source, tmp_path / "two") == (official, [])
 
 

@@ -25,7 +25,7 @@ def read(path: pathlib.Path) -> layout.Index:
 
 
 def entry(file: str, wnid: str, box: layout.BoundingBox) -> layout.IndexedImage:
-    """Returns an image that lies where it does in the official layout."""
+    """Returns an image at its path in the official layout."""
     return layout.IndexedImage(file, wnid, box, file)
 
 
@@ -42,7 +42,7 @@ def test_index_lists_each_image_with_class_and_box(
         for w in (A, B, C)
         for number in range(2)
     ]
-    # The maker gives validation image number i the class i modulo 3.
+    # Validation image number i has class i modulo 3.
     assert index.splits["validation"] == [
         entry(f"val/images/val_{number}.JPEG", (A, B, C)[number % 3], (0, 1, 6, 7))
         for number in range(6)
@@ -174,7 +174,7 @@ def fingerprint(path: pathlib.Path) -> str:
         return layout.fingerprint(source)
 
 
-# As it goes around.
+# Rearranged copies.
 
 
 def sorted_files(
@@ -183,7 +183,7 @@ def sorted_files(
     *,
     copied: bool = False,
 ) -> dict[str, bytes]:
-    """Returns files with the validation images in folders of their classes, paths then changed."""
+    """Returns files with the validation images in class folders, with changed paths."""
     lines = files["val/val_annotations.txt"].decode().splitlines()
     folders = {line.split("\t")[0]: f"val/{line.split()[1]}" for line in lines}
     result = {}
@@ -218,7 +218,7 @@ FORMS = {
     "no ids": lambda files: without(files, "wnids.txt"),
     "endings": lambda files: sorted_files(files, lambda file: file.replace(".JPEG", ".jpg")),
     "in folders": lambda files: {f"archive/tiny/{file}": data for file, data in files.items()},
-    # Of which the validation images were removed.
+    # The copy lacks the validation images.
     "with a copy": lambda files: (
         files | {f"tiny-imagenet-200/{f}": d for f, d in files.items() if not f.startswith("val/")}
     ),
@@ -336,7 +336,7 @@ def test_archive_is_read_by_several_threads(tmp_path: pathlib.Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         for name, data in {"wnids.txt": b"", **contents}.items():
             info = zipfile.ZipInfo(name)
-            # A time stamp, as most programs add; it is what Python 3.12.1 trips over.
+            # A timestamp, as added by most programs, which exposes the bug of Python 3.12.1.
             info.extra = struct.pack("<HHBL", 0x5455, 5, 1, 0)
             file.writestr(info, data)
     with (

@@ -17,7 +17,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; `drops` says how many bytes each of the first answers sends of it."""
+    """Serves CONTENT; `drops` are the numbers of bytes sent by the first responses."""
 
     def __init__(
         self, drops: Sequence[int] = (), *, ranges: bool = True, content: bytes = CONTENT

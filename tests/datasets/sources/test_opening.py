@@ -1,4 +1,4 @@
-"""Archives as other systems and programs make them, read as they are or refused with a remedy."""
+"""Archives of other systems and programs are read, or refused with a remedy."""
 
 import bz2
 import io
@@ -30,7 +30,7 @@ FILES = {
 
 
 def read(path: pathlib.Path, encoding: str = "") -> dict[str, bytes]:
-    """Returns the content of the files that belong to classes, once a layout is found."""
+    """Returns the content of the files in class folders, after detecting the layout."""
     with folders.open_source(path, encoding=encoding) as source:
         layout = folders.layout(source)
         return {file: source.read(file) for file in layout.files}
@@ -141,7 +141,7 @@ def test_last_tar_member_of_same_name_is_used(tmp_path: pathlib.Path) -> None:
     assert read(path) == FILES | {"a/1.jpg": b"new"}
 
 
-# Whole: four members of a header and a block each, then blocks of zeros.
+# Complete: four members with a header and a block each, then blocks of zeros.
 @pytest.mark.parametrize("size", [8 * 512, 5 * 512, 5 * 512 + 100, 6 * 512 + 5])
 def test_truncated_tar_archive_is_refused(tmp_path: pathlib.Path, size: int) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
@@ -307,7 +307,7 @@ def test_legacy_encodings_need_the_suggested_setting(tmp_path: pathlib.Path, enc
 def test_undeclared_utf_8_is_recognized(tmp_path: pathlib.Path) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", national("utf-8", "кошка", "猫"), system=3)
     assert classes(path) == ("кошка", "猫")
-    # A declared name stays what it is, whatever the setting says of the others.
+    # The setting does not affect names with a declared encoding.
     declared = archives.write_files(tmp_path / "y.zip", {"кошка/1": b"", "猫/1": b""}, "")
     assert classes(declared, "gbk") == ("кошка", "猫")
 
@@ -316,7 +316,7 @@ def test_unicode_extra_field_is_preferred(tmp_path: pathlib.Path) -> None:
     def unicode_path(name: bytes) -> bytes:
         text = name.decode("gbk").encode()
         content = struct.pack("<BL", 1, zlib.crc32(name)) + text
-        # After a time stamp, as other programs have one.
+        # After a timestamp, as written by other programs.
         stamp = struct.pack("<HHBL", 0x5455, 5, 1, 0)
         return stamp + struct.pack("<HH", 0x7075, len(content)) + content
 
@@ -368,11 +368,11 @@ def test_encoding_is_recorded_if_it_matters(tmp_path: pathlib.Path) -> None:
         prepare(other, log=lambda line: None)
 
 
-# What else zip archives can be.
+# Other kinds of zip archives.
 
 
 def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], None]) -> None:
-    """Changes the two headers of all members: where flags stand, and where the method does."""
+    """Edits both headers of all members, at the offsets of flags and method."""
     content = bytearray(path.read_bytes())
     for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         place = content.find(magic)
