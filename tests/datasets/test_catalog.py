@@ -49,5 +49,5 @@ def test_validation_imports_neither_tfds_nor_decoder() -> None:
         "import sys; from inception_jax import config; config.validate(config.Config()); "
         "print({'tensorflow_datasets', 'PIL'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert found.stdout == "set()\n", found.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr

@@ -86,10 +86,10 @@ def check_subset(dataset: Dataset, size: int = SIZE) -> None:
                 assert label == (true if name == "validation" else -1)
             mean = image.mean(axis=(0, 1))
             if name == "train" and number % 5 == 4:
-                luma = np.dot([0.299, 0.587, 0.114], archives.colour(true))
+                luma = np.dot([0.299, 0.587, 0.114], archives.color(true))
                 np.testing.assert_allclose(mean, [luma] * 3, atol=8)
             else:
-                np.testing.assert_allclose(mean, archives.colour(true), atol=8)
+                np.testing.assert_allclose(mean, archives.color(true), atol=8)
     pixels = pixels_of(dataset.train).astype(np.float64) / 255
     np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)
@@ -166,8 +166,8 @@ def test_digits_match_scikit_learn(tmp_path: pathlib.Path) -> None:
         index = [int(name.removeprefix("digit_").removesuffix(".png")) for name in split.names]
         seen += index
         np.testing.assert_array_equal(split.labels, bunch.target[index])
-        grey = np.round(bunch.images[index] / 16 * 255)
-        np.testing.assert_array_equal(pixels_of(split), np.repeat(grey[..., None], 3, axis=-1))
+        gray = np.round(bunch.images[index] / 16 * 255)
+        np.testing.assert_array_equal(pixels_of(split), np.repeat(gray[..., None], 3, axis=-1))
     assert sorted(seen) == list(range(1797)), "each example is in one split, once"
     shares = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
     np.testing.assert_allclose(shares, 0.2, atol=0.006)

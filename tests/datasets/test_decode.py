@@ -88,10 +88,10 @@ def test_decode_ignores_damaged_exif_data() -> None:
 
 
 def test_decode_keeps_the_upper_8_of_16_bits() -> None:
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
-    expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
+    expected = np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
     for kind in ("PNG", "TIFF", "PPM"):
-        data = encoded(Image.fromarray(grey), kind)
+        data = encoded(Image.fromarray(gray), kind)
         np.testing.assert_array_equal(decode.decode(data, 16, "x"), expected)
 
 
@@ -152,8 +152,8 @@ def tall(channels: int, most: int) -> np.ndarray:
 
 
 WIDE = {
-    "grey.png": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
-    "grey.tif": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
+    "gray.png": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
+    "gray.tif": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
     "rgb.png": lambda v: png_of(v, 2),
     "le.tif": lambda v: tiff_of(v, "<"),
     "be.tif": lambda v: tiff_of(v, ">"),
@@ -167,7 +167,7 @@ WIDE = {
 def test_upper_8_of_used_bits_are_kept(name: str, bits: int) -> None:
     values = tall(3, 2**bits - 1)
     data = WIDE[name](values)
-    values = values[..., :1] if name.startswith("grey") else values
+    values = values[..., :1] if name.startswith("gray") else values
     expected = np.broadcast_to((values >> (bits - 8)).astype(np.uint8), (16, 16, 3))
     np.testing.assert_array_equal(decode.decode(data, 16, name), expected)
     np.testing.assert_array_equal(decode.decode(data, 16, name, bit_depth=bits), expected)
@@ -212,12 +212,12 @@ TRANSPARENT = {
     "gif": lambda: encoded(half_transparent("RGBA"), "GIF"),
     "palette": lambda: encoded(half_transparent("RGBA").quantize(4), "PNG"),
     "RGBA.tif": lambda: encoded(half_transparent("RGBA"), "TIFF"),
-    "grey key": lambda: encoded(half_transparent("L"), "PNG", transparency=0),
+    "gray key": lambda: encoded(half_transparent("L"), "PNG", transparency=0),
     "RGB key": lambda: encoded(half_transparent("RGB"), "PNG", transparency=(0, 0, 0)),
     "key of 16 bits": lambda: png_of(
         np.asarray(half_transparent("RGB")).astype(np.uint16) * 257, 2, b"tRNS" + bytes(6)
     ),
-    "grey key of 16 bits": lambda: png_of(
+    "gray key of 16 bits": lambda: png_of(
         np.asarray(half_transparent("L"))[..., None].astype(np.uint16) * 257, 0, b"tRNS" + bytes(2)
     ),
 }
@@ -338,12 +338,12 @@ def test_decode_crop_is_crop_and_antialiased_resize(
         return 7, 20, 33, 25
 
     array = smooth(48, 70)
-    found = decode.decode_crop(encode(array), 14, "x", choose)
+    actual = decode.decode_crop(encode(array), 14, "x", choose)
     assert asked == [(48, 70)]
     whole = np.asarray(Image.open(io.BytesIO(encode(array))))
     crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
     # At the border only one of them uses the image's neighboring pixels.
-    difference = np.abs(found.astype(int) - np.asarray(crop))
+    difference = np.abs(actual.astype(int) - np.asarray(crop))
     assert difference[1:-1, 1:-1].max() <= 1
     assert difference.max() <= 8
 

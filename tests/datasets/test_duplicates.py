@@ -21,9 +21,9 @@ LARGE = 2**64 - 1
 def test_images_in_two_splits_are_detected(tmp_path: pathlib.Path) -> None:
     train = split(tmp_path, [7, 0, LARGE, 7], [0, 0, 1, 1])
     val = split(tmp_path, [LARGE, 5, 7, 3, 7], [0] * 5)
-    found = duplicates.between(val, train)
-    assert found == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
-    assert str(found) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
+    shared = duplicates.between(val, train)
+    assert shared == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
+    assert str(shared) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
     # Of a subset, only its own images.
     part = subset(train, np.array([1, 2]))
     assert duplicates.between(val, part) == Duplicates(1, [("1-0", "0-2")])
@@ -32,9 +32,9 @@ def test_images_in_two_splits_are_detected(tmp_path: pathlib.Path) -> None:
 
 def test_at_most_ten_duplicates_are_named(tmp_path: pathlib.Path) -> None:
     both = split(tmp_path, list(range(12)), [0] * 12)
-    found = duplicates.between(both, both)
-    assert found is not None and found.total == 12 and len(found.pairs) == 10
-    assert str(found).endswith("0-9 = 0-9 and 2 more")
+    shared = duplicates.between(both, both)
+    assert shared is not None and shared.total == 12 and len(shared.pairs) == 10
+    assert str(shared).endswith("0-9 = 0-9 and 2 more")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def link(name: str) -> zipfile.ZipInfo:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [
         # Hidden, like all names that begin with a dot.
         ("../../evil/0.jpg", {"a", "b"}),
@@ -58,7 +58,9 @@ def link(name: str) -> zipfile.ZipInfo:
         ("C:\\evil/0.jpg", {"a", "b", "C:\\evil"}),
     ],
 )
-def test_paths_in_archive_cannot_escape(tmp_path: pathlib.Path, name: str, found: set[str]) -> None:
+def test_paths_in_archive_cannot_escape(
+    tmp_path: pathlib.Path, name: str, expected: set[str]
+) -> None:
     picture = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
     folder = tmp_path / "deep" / "down"
     folder.mkdir(parents=True)
@@ -73,7 +75,7 @@ def test_paths_in_archive_cannot_escape(tmp_path: pathlib.Path, name: str, found
         on_unreadable="skip",
     )
     dataset = prepare(data, log=quiet)
-    assert {dataset.class_names[k] for k in dataset.train.labels} == found
+    assert {dataset.class_names[k] for k in dataset.train.labels} == expected
     assert below(tmp_path) - below(folder / "data") - before == {str(folder / "data")}
 
 
@@ -218,9 +220,9 @@ def test_pipe_or_device_among_images_is_not_read(tmp_path: pathlib.Path) -> None
         for name in ("a/pipe.jpg", "a/zero.jpg"):
             with pytest.raises(DataError, match="is a device or a pipe, not a file"):
                 source.read(name)
-    found = image_files.find([str(path)])
-    assert [os.path.basename(file) for file in found.files] == ["0.jpg", "1.jpg"]
-    assert [os.path.basename(file) for file in found.left_out] == ["pipe.jpg", "zero.jpg"]
+    listing = image_files.find([str(path)])
+    assert [os.path.basename(file) for file in listing.files] == ["0.jpg", "1.jpg"]
+    assert [os.path.basename(file) for file in listing.left_out] == ["pipe.jpg", "zero.jpg"]
 
 
 def test_oversized_file_is_not_read(

@@ -104,7 +104,7 @@ def test_changed_byte_in_records_is_detected_or_harmless(
     whole = original.read_bytes()
     expected = Records([original]).read(range(33))
     path = tmp_path / original.name
-    found = 0
+    detected = 0
     for place in range(0, len(whole), 131):
         content = bytearray(whole)
         content[place] ^= 0x20
@@ -113,9 +113,9 @@ def test_changed_byte_in_records_is_detected_or_harmless(
             assert Records([path]).read(range(33)) == expected, place
         except DataError as error:
             assert str(path) in str(error)
-            found += 1
+            detected += 1
     # Most of such a small file is empty.
-    assert found > 100
+    assert detected > 100
 
 
 def test_damaged_record_file_is_named(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -47,7 +47,7 @@ def run(images: np.ndarray, *, seed: int = 0, **changes: object) -> tuple[np.nda
     return np.asarray(result), np.asarray(targets)
 
 
-def normalised(images: np.ndarray) -> np.ndarray:
+def normalized(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float64) / 255 - MEAN) / STD
 
 
@@ -59,7 +59,7 @@ def test_without_augmentation_images_are_only_normalized() -> None:
     images = images_of((4, 8, 8, 3))
     result, targets = run(images)
     assert result.dtype == targets.dtype == np.float32
-    np.testing.assert_allclose(result, normalised(images), atol=1e-6)
+    np.testing.assert_allclose(result, normalized(images), atol=1e-6)
     np.testing.assert_array_equal(targets, one_hot(4))
     np.testing.assert_array_equal(result, jax.jit(augment.normalize)(images, MEAN, STD))
 
@@ -188,7 +188,7 @@ def test_mixup_weights_images_and_targets_equally() -> None:
     np.testing.assert_allclose(
         targets, share * one_hot(6) + (1 - share) * np.roll(one_hot(6), 1, axis=0), atol=1e-6
     )
-    before = normalised(images)
+    before = normalized(images)
     np.testing.assert_allclose(
         result, share * before + (1 - share) * np.roll(before, 1, axis=0), atol=1e-5
     )
@@ -199,7 +199,7 @@ def test_cutmix_targets_match_area_of_pasted_box() -> None:
     images = images_of((5, height, width, 3))
     # Neighbors have no common pixel values, so that each pixel identifies its image.
     images = (images // 5) * 5 + np.arange(5, dtype=np.uint8)[:, None, None, None]
-    before = normalised(images)
+    before = normalized(images)
     partner = np.roll(before, 1, axis=0)
     areas = set()
     for seed in range(20):
@@ -258,13 +258,13 @@ def test_mix_probability_leaves_other_batches_unmixed() -> None:
     assert 0.25 < (drawn != 1).mean() < 0.35
     images = images_of((4, 8, 8, 3))
     result, targets = run(images, mixup=1.0, cutmix=1.0, mix_probability=0.0)
-    np.testing.assert_allclose(result, normalised(images), atol=1e-6)
+    np.testing.assert_allclose(result, normalized(images), atol=1e-6)
     np.testing.assert_array_equal(targets, one_hot(4))
 
 
 def test_with_both_alphas_each_batch_uses_one_method() -> None:
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
-    low, high = normalised(np.array([[[[0, 0, 0]]], [[[255] * 3]]]))
+    low, high = normalized(np.array([[[[0, 0, 0]]], [[[255] * 3]]]))
     blended = 0
     for seed in range(40):
         result, targets = run(images, seed=seed, mixup=1.0, cutmix=1.0)
@@ -373,7 +373,7 @@ def test_color_jitter_is_between_policy_and_normalization() -> None:
     key = jax.random.fold_in(jax.random.key(0), 6)
     color_jitter = jax.jit(photometric.color_jitter, static_argnums=(2, 3))
     jittered = color_jitter(key, before, 0.3, 0.1)
-    np.testing.assert_allclose(both, normalised(np.asarray(jittered)), atol=1e-4)
+    np.testing.assert_allclose(both, normalized(np.asarray(jittered)), atol=1e-4)
 
 
 def test_traced_probability_equals_configured_one() -> None:
@@ -396,9 +396,9 @@ def test_traced_probability_equals_configured_one() -> None:
         key = jax.random.key(seed)
         for probability in (0.0, 0.5, 1.0):
             expected, targets = run(images, seed=seed, mixup=1.0, mix_probability=probability)
-            found = function(key, images, labels, mix_probability=probability)
-            np.testing.assert_allclose(found[0], expected, atol=1e-5)
-            np.testing.assert_array_equal(found[1], targets)
+            actual = function(key, images, labels, mix_probability=probability)
+            np.testing.assert_allclose(actual[0], expected, atol=1e-5)
+            np.testing.assert_array_equal(actual[1], targets)
     assert len(traced) == 1
 
 
@@ -432,13 +432,13 @@ def test_result_is_independent_of_device_count(changes: dict[str, object]) -> No
 
 def test_resize_is_antialiased_triangle_filter() -> None:
     images = images_of((2, 12, 12, 3))
-    found = np.asarray(augment.resize(jnp.asarray(images), 8))
+    actual = np.asarray(augment.resize(jnp.asarray(images), 8))
     # A triangle of half-width 12 / 8 around each new pixel's center, normalized within the image.
     centres = (np.arange(8) + 0.5) * 12 / 8 - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(12) - centres[:, None]) / 1.5)
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("ih,jw,bhwc->bijc", weights, weights, images.astype(np.float64))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
     assert augment.resize(images, 12) is images
 
 

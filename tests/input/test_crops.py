@@ -51,9 +51,9 @@ def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, i
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64)])
 def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
-    found, rng = boxes_of(height, width), random.Random(0)
+    actual, rng = boxes_of(height, width), random.Random(0)
     expected = np.array([torchvision_box(rng, height, width) for _ in range(3000)])
-    for boxes in (found, expected):
+    for boxes in (actual, expected):
         top, left, h, w = boxes.T
         assert (top >= 0).all() and (left >= 0).all()
         assert (top + h <= height).all() and (left + w <= width).all()
@@ -69,7 +69,7 @@ def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
         lambda b: (b[:, 1] + b[:, 3] / 2) / width,
     ):
         shares = np.linspace(0.05, 0.95, 10)
-        differences = np.quantile(statistic(found), shares) - np.quantile(
+        differences = np.quantile(statistic(actual), shares) - np.quantile(
             statistic(expected), shares
         )
         assert np.abs(differences).max() < 0.04
@@ -83,8 +83,8 @@ def test_center_crop_is_used_if_no_box_fits(
     height: int, width: int, box: tuple[int, int, int, int]
 ) -> None:
     # In torchvision: the whole shorter side, and 4 / 3 of it along the other.
-    found = crops.random_crop_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
-    assert found == box
+    actual = crops.random_crop_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
+    assert actual == box
 
 
 def test_box_depends_only_on_seed_and_position() -> None:
@@ -140,7 +140,7 @@ def batches_of(
 
 def test_batch_contains_crops_of_original_images(directory: pathlib.Path) -> None:
     examples = dataset(directory)
-    found = batches_of(examples)
+    actual = batches_of(examples)
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
     sample_crop = crops.crop_sampler(INCEPTION, 3)
     assert sample_crop is not None
@@ -152,7 +152,7 @@ def test_batch_contains_crops_of_original_images(directory: pathlib.Path) -> Non
                 top, left, height, width = sample_crop(position)(40, 40)
                 crop = picture.convert("RGB").crop((left, top, left + width, top + height))
             expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-            inner = np.abs(found[position].astype(int) - expected)[2:-2, 2:-2]
+            inner = np.abs(actual[position].astype(int) - expected)[2:-2, 2:-2]
             if min(height, width) < 2 * SIZE:
                 assert inner.max() <= 1
             assert inner.mean() < 3
@@ -186,10 +186,10 @@ def test_holdout_keeps_crops_of_training_images(directory: pathlib.Path) -> None
     rest = dataset(directory, holdout=6).train
     indices = np.arange(len(rest))
     chosen = [lambda height, width: (3, 5, 20, 16)] * len(rest)
-    found = rest.read_crops(indices, chosen)
+    actual = rest.read_crops(indices, chosen)
     whole = dataset(directory).train
     where = [whole.names.index(name) for name in rest.names]
-    np.testing.assert_array_equal(found, whole.read_crops(np.array(where), chosen))
+    np.testing.assert_array_equal(actual, whole.read_crops(np.array(where), chosen))
 
 
 def test_decoded_split_cannot_be_cropped(directory: pathlib.Path) -> None:
@@ -207,10 +207,10 @@ def test_only_evaluation_splits_are_center_cropped(directory: pathlib.Path) -> N
     indices = np.arange(33)
     np.testing.assert_array_equal(whole.train.read(indices), cut.train.read(indices))
     (batch,) = pipeline.eval_batches(cut.evaluation, batch_size=16, mesh=mesh)
-    found = np.asarray(batch["image"])[:15]
+    actual = np.asarray(batch["image"])[:15]
     expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
-    np.testing.assert_array_equal(found, expected)
-    assert (found != whole.evaluation.read(np.arange(15))).any()
+    np.testing.assert_array_equal(actual, expected)
+    assert (actual != whole.evaluation.read(np.arange(15))).any()
     both = dataset(directory, eval_crop_pct=0.5, holdout=6)
     assert both.train_eval_view.names == both.train.names
     for split, count in (
@@ -264,5 +264,5 @@ def test_training_uses_sampled_crops(
 
     monkeypatch.setattr(RecordSplit, "read_crops", read_crops)
     small.train(this, Workdir(tmp_path / "run"), Evaluator(this), changed=[])
-    found = {tuple(box) for boxes in drawn for box in boxes.tolist()}
-    assert found == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}
+    actual = {tuple(box) for boxes in drawn for box in boxes.tolist()}
+    assert actual == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}

@@ -55,11 +55,11 @@ def test_identity() -> None:
 )
 @pytest.mark.parametrize("value", [-0.99, -0.27, 0.0, 0.297, 0.9])
 def test_enhancements_equal_pillow(operation: Op, enhance: Callable, value: float) -> None:
-    found = applied(operation, value).astype(int)
+    actual = applied(operation, value).astype(int)
     expected = by_pillow(lambda image: enhance(image).enhance(1 + value)).astype(int)
     # If rounding puts a product just below an integer, it is truncated to the level below.
-    assert np.abs(found - expected).max() <= 1
-    assert (found != expected).mean() < 0.05
+    assert np.abs(actual - expected).max() <= 1
+    assert (actual != expected).mean() < 0.05
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -75,17 +75,17 @@ def test_solarize_equals_pillow(threshold: float) -> None:
 
 
 def test_autocontrast_equals_pillow() -> None:
-    found = applied(Op.AUTOCONTRAST, 0).astype(int)
+    actual = applied(Op.AUTOCONTRAST, 0).astype(int)
     expected = by_pillow(ImageOps.autocontrast).astype(int)
-    assert np.abs(found - expected).max() <= 1
-    assert (found != expected).mean() < 0.05
-    assert found[2].min() == 0 and found[2].max() == 255
+    assert np.abs(actual - expected).max() <= 1
+    assert (actual != expected).mean() < 0.05
+    assert actual[2].min() == 0 and actual[2].max() == 255
 
 
 def test_equalize_equals_pillow() -> None:
-    found = applied(Op.EQUALIZE, 0)
-    np.testing.assert_array_equal(found, by_pillow(ImageOps.equalize))
-    assert (found[2] != images()[2]).any()
+    actual = applied(Op.EQUALIZE, 0)
+    np.testing.assert_array_equal(actual, by_pillow(ImageOps.equalize))
+    assert (actual[2] != images()[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,16 @@ def test_equalize_equals_pillow() -> None:
 def test_shears_and_translations_equal_pillow(
     operation: Op, value: float, matrix: tuple[float, ...]
 ) -> None:
-    found, expected = applied(operation, value), by_pillow(affine(matrix))
+    actual, expected = applied(operation, value), by_pillow(affine(matrix))
     # A coordinate between two pixels may be rounded either way.
-    assert (found != expected).mean() < 0.02
+    assert (actual != expected).mean() < 0.02
 
 
 @pytest.mark.parametrize("degrees", [0.0, 9.3, -30.0, 90.0, 101.0, -135.0])
 def test_rotation_equals_pillow(degrees: float) -> None:
-    found, expected = applied(Op.ROTATE, degrees), by_pillow(lambda image: image.rotate(degrees))
+    actual, expected = applied(Op.ROTATE, degrees), by_pillow(lambda image: image.rotate(degrees))
     # At multiples of 45 degrees many coordinates are between two pixels and may round either way.
-    assert (found != expected).mean() < (0.04 if degrees % 45 == 0 else 0.02)
+    assert (actual != expected).mean() < (0.04 if degrees % 45 == 0 else 0.02)
 
 
 def test_each_image_gets_its_own_operation() -> None:

@@ -58,9 +58,9 @@ def test_batches_depend_only_on_step() -> None:
     whole = list(pipeline.train_batches(split, start=0, stop=9, **arguments))
     part = list(pipeline.train_batches(split, start=6, stop=9, **arguments))
     assert len(whole) == 9
-    for expected, found in zip(whole[6:], part, strict=True):
-        np.testing.assert_array_equal(expected["label"], found["label"])
-        np.testing.assert_array_equal(found["image"][:, 0, 0, 0], found["label"])
+    for expected, actual in zip(whole[6:], part, strict=True):
+        np.testing.assert_array_equal(expected["label"], actual["label"])
+        np.testing.assert_array_equal(actual["image"][:, 0, 0, 0], actual["label"])
     assert [b["label"].sharding.num_devices for b in part] == [8] * 3
 
 

@@ -78,11 +78,11 @@ def test_trivialaugment_samples_one_operation_and_magnitude(drawn: list) -> None
     counts = np.bincount(operations, minlength=len(Op))
     expected = len(operations) / len(Op)
     assert ((counts - expected) ** 2 / expected).sum() < 34.5
-    found = collections.Counter(np.abs(values[operations == Op.ROTATE]).round(1).tolist())
-    assert sorted(found) == pytest.approx(np.arange(31) * 4.5, abs=1e-3)
-    expected = found.total() / 31
+    actual = collections.Counter(np.abs(values[operations == Op.ROTATE]).round(1).tolist())
+    assert sorted(actual) == pytest.approx(np.arange(31) * 4.5, abs=1e-3)
+    expected = actual.total() / 31
     # The 99.9th percentile of chi-squared with 30 degrees of freedom.
-    assert sum((count - expected) ** 2 / expected for count in found.values()) < 59.7
+    assert sum((count - expected) ** 2 / expected for count in actual.values()) < 59.7
 
 
 def test_randaugment_applies_operations_in_sequence() -> None:

@@ -65,11 +65,11 @@ def test_pixels_match_batch_files(tmp_path: pathlib.Path, name: str, protocol: i
     for split, numbers in (("train", range(1, 6)), ("test", [6])):
         pixels = np.concatenate([batch(number)[b"data"] for number in numbers])
         labels = np.concatenate([batch(number)[b"labels"] for number in numbers])
-        found = dataset.splits[split]
-        index = [int(name.removeprefix(f"{split}_").removesuffix(".png")) for name in found.names]
+        actual = dataset.splits[split]
+        index = [int(name.removeprefix(f"{split}_").removesuffix(".png")) for name in actual.names]
         assert sorted(index) == list(range(len(labels)))
-        np.testing.assert_array_equal(found.labels, labels[index])
-        images = found.read(np.arange(len(found)))
+        np.testing.assert_array_equal(actual.labels, labels[index])
+        images = actual.read(np.arange(len(actual)))
         # Computed independently: the value of pixel (row, column) in each color plane.
         for image, row in zip(images, pixels[index], strict=True):
             for channel in range(3):

@@ -20,7 +20,7 @@ def write(path: pathlib.Path, *names: str, root: str = "") -> pathlib.Path:
     return archives.write_files(path, dict.fromkeys(names, b""), root)
 
 
-def found(layout: folders.Layout) -> dict[str, list[tuple[str, str]]]:
+def labeled_files(layout: folders.Layout) -> dict[str, list[tuple[str, str]]]:
     return {split: [(e.file, e.label) for e in entries] for split, entries in layout.splits.items()}
 
 
@@ -32,7 +32,7 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path
 def test_class_folders_are_one_split(path: pathlib.Path) -> None:
     layout = read(write(path, "dog/1.jpg", "cat/old/deep/2", "cat/1.png", "README.md"))
     assert layout.classes == ("cat", "dog") and not layout.has_validation
-    assert found(layout) == {
+    assert labeled_files(layout) == {
         "train": [("cat/1.png", "cat"), ("cat/old/deep/2", "cat"), ("dog/1.jpg", "dog")]
     }
 
@@ -57,7 +57,7 @@ def test_class_folders_are_one_split(path: pathlib.Path) -> None:
 def test_split_folders_are_splits(path: pathlib.Path, train: str, val: str) -> None:
     layout = read(write(path, f"{train}/a/1", f"{train}/b/1", f"{val}/b/2", "classes.txt"))
     assert layout.classes == ("a", "b") and layout.has_validation
-    assert found(layout) == {
+    assert labeled_files(layout) == {
         "train": [(f"{train}/a/1", "a"), (f"{train}/b/1", "b")],
         "validation": [(f"{val}/b/2", "b")],
     }
@@ -109,20 +109,20 @@ def test_classes_may_be_deeper_in_a_split(path: pathlib.Path, case: str) -> None
 
 def test_test_folder_is_third_split_with_val(path: pathlib.Path) -> None:
     layout = read(write(path, "train/a/1", "train/b/1", "val/a/2", "test/b/3"))
-    assert found(layout)["test"] == [("test/b/3", "b")]
+    assert labeled_files(layout)["test"] == [("test/b/3", "b")]
 
 
 @pytest.mark.parametrize("divided", [True, False])
 def test_test_folder_may_lack_classes(path: pathlib.Path, has_validation: bool) -> None:
     names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * has_validation]
     layout = read(write(path, *names))
-    assert found(layout)["test"] == [("test/1.jpg", "")]
+    assert labeled_files(layout)["test"] == [("test/1.jpg", "")]
     assert layout.has_validation == has_validation == ("validation" in layout.splits)
 
 
 def test_outer_folders_are_entered(path: pathlib.Path) -> None:
     layout = read(write(path, "a/1", "b/1", "notes.txt", root="pets/train"))
-    assert found(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
 
 
 def test_folders_in_train_are_classes(path: pathlib.Path) -> None:
@@ -137,7 +137,7 @@ def test_folders_in_train_are_classes(path: pathlib.Path) -> None:
 )
 def test_empty_test_folder_does_not_replace_val(path: pathlib.Path, files: list[str]) -> None:
     layout = read(write(path, *files, "test/"))
-    assert found(layout)["test"] == []
+    assert labeled_files(layout)["test"] == []
     assert layout.has_validation == (len(files) == 3)
 
 
@@ -173,7 +173,7 @@ LITTER = [
 def test_system_files_are_ignored_at_every_depth(path: pathlib.Path) -> None:
     litter = [f"{place}{name}" for place in ("", "a/", "a/deep/") for name in LITTER]
     layout = read(write(path, "a/1", "b/1", "a/deep/2", *litter))
-    assert found(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
     # Each is listed, or the folder that contains it.
     for name in litter:
         assert any(name.startswith(path) for path in layout.ignored), name
@@ -220,7 +220,7 @@ def test_notes_and_program_output_are_ignored(path: pathlib.Path, start: str) ->
 def test_run_next_to_classes_hides_no_images(path: pathlib.Path) -> None:
     run = ["run.lock", "config.json", "checkpoints/5/d/0", "plots/loss.png", "metrics.jsonl"]
     layout = read(write(path, "a/1", "b/1", *run, "a/run.lock", "a/plots/loss.png"))
-    assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
 
 
 def test_empty_folder_is_class_without_images(path: pathlib.Path) -> None:
@@ -328,7 +328,7 @@ def test_layout_setting_makes_folders_classes(path: pathlib.Path, case: str) -> 
 def test_source_path_may_continue_into_archive(path: pathlib.Path) -> None:
     names, _ = WRONG["versions"]
     layout = read(write(path, *names) / "color")
-    assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
     with pytest.raises(DataError, match=r"blue.*: (no such file or folder|contains no files)"):
         read(path / "blue")
 
@@ -351,7 +351,7 @@ def test_links_are_followed_without_cycles(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "x", "a/1.jpg")
     os.symlink(tmp_path / "elsewhere", tmp_path / "x" / "b")
     os.symlink(tmp_path / "x", tmp_path / "x" / "a" / "back")
-    assert found(read(tmp_path / "x")) == {"train": [("a/1.jpg", "a"), ("b/1.jpg", "b")]}
+    assert labeled_files(read(tmp_path / "x")) == {"train": [("a/1.jpg", "a"), ("b/1.jpg", "b")]}
 
 
 def digests(path: pathlib.Path) -> Sequence[str]:

@@ -15,7 +15,7 @@ from inception_jax.errors import ConfigError, DataError
 
 RANDOM = np.random.default_rng(0)
 COLOR = RANDOM.integers(0, 256, (30, 8, 8, 3), np.uint8)
-GREY = RANDOM.integers(0, 256, (30, 8, 8), np.uint8)
+GRAY = RANDOM.integers(0, 256, (30, 8, 8), np.uint8)
 LABELS = np.arange(30) % 3
 
 
@@ -36,8 +36,8 @@ def data(folder: pathlib.Path, **changes: Any) -> Data:
 
 
 def pixels_by_name(dataset: Any, split: str) -> dict[str, np.ndarray]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.read(np.arange(len(found))), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.read(np.arange(len(actual))), strict=True))
 
 
 def stream(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
@@ -78,9 +78,9 @@ def test_all_return_formats_give_their_pixels_and_labels(
     dataset = prepare(data(tmp_path, storage=storage), log=quiet)
     assert dataset.class_names == (("a", "b", "c") if dataset.class_names[0] == "a" else (*"012",))
     assert (len(dataset.train), dataset.eval_split, len(dataset.evaluation)) == (30, "test", 6)
-    found = pixels_by_name(dataset, "train")
+    actual = pixels_by_name(dataset, "train")
     for number, image in enumerate(COLOR):
-        np.testing.assert_array_equal(found[f"train_{number:06d}"], image)
+        np.testing.assert_array_equal(actual[f"train_{number:06d}"], image)
     order = [int(name.rpartition("_")[2]) for name in dataset.train.names]
     assert dataset.train.labels.tolist() == [number % 3 for number in order]
     assert order != sorted(order)
@@ -94,17 +94,17 @@ def test_grayscale_images_names_and_options(tmp_path: pathlib.Path, register: An
         count = settings.options["count"]
         names = [f"a\n{number}" for number in range(count)]
         return {
-            "train": (GREY[:count], LABELS[:count], names),
-            "dev": (GREY[:5, ..., None], LABELS[:5]),
-            "test": (GREY[:2], [-1, -1]),
+            "train": (GRAY[:count], LABELS[:count], names),
+            "dev": (GRAY[:5, ..., None], LABELS[:5]),
+            "test": (GRAY[:2], [-1, -1]),
         }
 
     settings = data(tmp_path, options={"count": 20})
     config.validate(config.Config(data=settings))
     dataset = prepare(settings, log=quiet)
     assert (dataset.eval_split, len(dataset.train)) == ("dev", 20)
-    found = pixels_by_name(dataset, "train")
-    np.testing.assert_array_equal(found["a\\n7"], np.repeat(GREY[7][..., None], 3, axis=-1))
+    actual = pixels_by_name(dataset, "train")
+    np.testing.assert_array_equal(actual["a\\n7"], np.repeat(GRAY[7][..., None], 3, axis=-1))
     assert dataset.splits["test"].labels.tolist() == [-1, -1]
     assert class_ids(settings) == ()
 

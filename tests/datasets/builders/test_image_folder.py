@@ -63,8 +63,8 @@ def test_fraction_of_each_class_is_held_out(source: pathlib.Path, tmp_path: path
         pictures = split.read(np.arange(len(split)))
         for picture, label, name in zip(pictures, split.labels, split.names, strict=True):
             assert name.split("/")[0] == dataset.class_names[label]
-            colour = archives.colour(label)
-            np.testing.assert_allclose(picture.mean(axis=(0, 1)), colour, atol=8)
+            color = archives.color(label)
+            np.testing.assert_allclose(picture.mean(axis=(0, 1)), color, atol=8)
 
 
 def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
@@ -538,17 +538,17 @@ def record_source(directory: pathlib.Path, **changes: Any) -> None:
 
 
 def test_layout_setting_is_recorded_with_prepared_data(tmp_path: pathlib.Path) -> None:
-    counts = {f"{version}/{name}": 3 for version in ("color", "grey") for name in "ab"}
+    counts = {f"{version}/{name}": 3 for version in ("color", "gray") for name in "ab"}
     path = write(tmp_path / "x.zip", archives.class_folders(counts, SIZE))
     dataset = prepare(data(path, tmp_path, layout="classes"), log=quiet)
-    assert dataset.class_names == ("color", "grey")
+    assert dataset.class_names == ("color", "gray")
     with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Set"):
         prepare(data("", tmp_path), log=quiet)
     one = data(path / "color", tmp_path, on_change="prepare")
     assert prepare(one, log=quiet).class_names == ("a", "b")
     # An existing archive need not contain the same folder.
     with pytest.raises(DataError, match="other content"):
-        prepare(data(path / "grey", tmp_path), log=quiet)
+        prepare(data(path / "gray", tmp_path), log=quiet)
     path.unlink()
     prepare(one, log=quiet)
 

@@ -102,8 +102,8 @@ def source(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def labels_by_name(dataset: Dataset, split: str) -> dict[str, int]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.labels.tolist(), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.labels.tolist(), strict=True))
 
 
 def check(dataset: Dataset) -> None:
@@ -113,12 +113,12 @@ def check(dataset: Dataset) -> None:
     train = {name: WNIDS.index(wnid) for wnid, files in train_files().items() for name in files}
     assert labels_by_name(dataset, "train") == train
     expected = [WNIDS.index(wnid) for wnid in VALIDATION]
-    found = labels_by_name(dataset, "validation")
-    assert [found[name] for name in sorted(found)] == expected
+    actual = labels_by_name(dataset, "validation")
+    assert [actual[name] for name in sorted(actual)] == expected
     for split in (dataset.train, dataset.evaluation):
         pixels = split.read(np.arange(len(split)))
         for image, label in zip(pixels, split.labels, strict=True):
-            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.colour(label), atol=12)
+            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.color(label), atol=12)
 
 
 def test_prepared_data_match_archives(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -168,7 +168,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
             return {"train": train, "validation": validation, "test": test}
 
         def _generate_examples(self, *args: Any) -> Any:
-            raise NotImplementedError  # TFDS requires the method; _split_generators does not use it.
+            raise NotImplementedError  # Abstract in TFDS, unused by _split_generators.
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(

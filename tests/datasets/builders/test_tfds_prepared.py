@@ -84,8 +84,8 @@ def data(folder: pathlib.Path, **changes: Any) -> Data:
 
 
 def read(dataset: Dataset, split: str) -> dict[str, np.ndarray]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.read(np.arange(len(found))), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.read(np.arange(len(actual))), strict=True))
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
@@ -95,13 +95,13 @@ def test_cifar100_is_opened_by_name(storage: str, tmp_path: pathlib.Path) -> Non
     dataset = prepare(data(tmp_path, storage=storage), log=lines.append)
     assert (dataset.name, dataset.version, dataset.num_classes) == ("cifar100", "3.0.2", 100)
     assert (dataset.train_split, dataset.eval_split) == ("train", "test")
-    found = read(dataset, "train")
-    assert len(found) == 200
+    actual = read(dataset, "train")
+    assert len(actual) == 200
     for number in range(200):
-        np.testing.assert_array_equal(found[f"train_{number}"], image("train", number))
+        np.testing.assert_array_equal(actual[f"train_{number}"], image("train", number))
     numbers = [int(name.rpartition("_")[2]) for name in dataset.evaluation.names]
     assert dataset.evaluation.labels.tolist() == numbers
-    whole = np.stack([*found.values()]) / 255
+    whole = np.stack([*actual.values()]) / 255
     np.testing.assert_allclose(dataset.mean, whole.mean((0, 1, 2)), rtol=1e-6)
     assert class_ids(data(tmp_path)) == ()
     # Nothing is prepared the second time.
@@ -244,8 +244,8 @@ def test_16_bit_images_without_names_keep_brightness(tmp_path: pathlib.Path) -> 
     assert (dataset.class_names, dataset.bit_depth) == (("cat", "dog"), 12)
     assert dataset.train.names == tuple(f"{number:06d}" for number in range(6))
     # 12 bits, of which the upper 8 are kept.
-    grey = {100 * (number + 1) >> 4 for number in range(6)}
-    assert set(dataset.train.read(np.arange(6))[:, 4, 4, 0].tolist()) == grey
+    gray = {100 * (number + 1) >> 4 for number in range(6)}
+    assert set(dataset.train.read(np.arange(6))[:, 4, 4, 0].tolist()) == gray
 
 
 @pytest.mark.parametrize(

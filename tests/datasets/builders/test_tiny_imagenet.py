@@ -51,8 +51,8 @@ def test_sorted_copy_gives_byte_identical_data(
     official, lines = prepared(archives.write_files(tmp_path / "o.zip", files), tmp_path / "one")
     assert not any("missing" in line for line in lines)
     source = archives.write_files(tmp_path / name, validation_sorted(files))
-    found, lines = prepared(source, tmp_path / "two")
-    assert found == official and {"validation_images.npy", "test_names.txt"} <= set(found)
+    actual, lines = prepared(source, tmp_path / "two")
+    assert actual == official and {"validation_images.npy", "test_names.txt"} <= set(actual)
     assert any(f"{source}: val/val_annotations.txt is missing" in line for line in lines)
     assert not list((tmp_path / "two").glob("tmp*")), "what was unpacked is gone"
     # Again, with the data already prepared.

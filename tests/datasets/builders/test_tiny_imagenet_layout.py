@@ -247,13 +247,13 @@ def test_other_layouts_give_same_images_and_names(
     path = archives.write_files(tmp_path / name, changed)
     with layout.open_source(path) as source:
         index = layout.index(source)
-        found = {
+        actual = {
             (split, each.file, each.wnid, source.read(each.path))
             for split, entries in index.splits.items()
             for each in entries
         }
     official = read(archives.write_files(tmp_path / "official", files))
-    assert found == {
+    assert actual == {
         (split, each.file, each.wnid, files[each.file])
         for split, entries in official.splits.items()
         for each in entries
