@@ -160,8 +160,8 @@ class Dataset:
         name = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
         if name not in self.splits:
             raise ConfigError(
-                f"{self.name}: split {split!r} not found; its splits are "
-                f"{', '.join(self.splits)}.{nearest(split, self.splits)}"
+                f"{self.name}: split {split!r} not found.{nearest(split, self.splits)} Its splits "
+                f"are {', '.join(self.splits)}"
             )
         if (name, crop, examples) not in self._views:
             view = self.splits[name].cropped(crop)

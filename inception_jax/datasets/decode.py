@@ -284,12 +284,12 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     [[0, 1], [2, 3], [4]]
     """
     rest = iter(items)
-    while piece := list(itertools.islice(rest, size)):
-        yield piece
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
 
 
 def threaded_map(
-    function: Callable[[Item], Result], items: Iterable[Item], piece: int = 1
+    function: Callable[[Item], Result], items: Iterable[Item], chunk_size: int = 1
 ) -> Iterator[Result]:
     """Yields `function(item)` for each item in order, computed slightly ahead in threads.
 
@@ -301,15 +301,15 @@ def threaded_map(
       chunk_size: items per task of a thread: a few milliseconds of work.
     """
 
-    def work(part: list[Item]) -> list[Result]:
-        return [function(item) for item in part]
+    def work(chunk: list[Item]) -> list[Result]:
+        return [function(item) for item in chunk]
 
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
     pending: collections.deque[futures.Future[list[Result]]] = collections.deque()
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            for part in chunks(items, piece):
-                pending.append(pool.submit(work, part))
+            for chunk in chunks(items, chunk_size):
+                pending.append(pool.submit(work, chunk))
                 if len(pending) > 2 * threads:
                     yield from pending.popleft().result()
             while pending:

@@ -264,7 +264,7 @@ def layout(source: Source, mode: str = "auto") -> Layout:
             start,
             program_files=program_files,
             ignored=ignored,
-            imageless_folders=_relative_folders(start, without_images & _folders_above(sidecars)),
+            imageless_folders=_child_folders(start, without_images & _folders_above(sidecars)),
         )
     below = {split: _enter_split(folder, tree) for split, folder in split_folders.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
@@ -305,7 +305,7 @@ def layout(source: Source, mode: str = "auto") -> Layout:
         folders,
         program_files,
         ignored,
-        imageless_folders=_relative_folders(root, without_images & _folders_above(sidecars)),
+        imageless_folders=_child_folders(root, without_images & _folders_above(sidecars)),
     )
 
 
@@ -348,10 +348,10 @@ def _is_program_folder(folder: str, names: Collection[str]) -> bool:
     )
 
 
-def _excluding(paths: Iterable[str], program_files: Collection[str]) -> list[str]:
+def _excluding(paths: Iterable[str], excluded: Collection[str]) -> list[str]:
     """Returns `paths` without the excluded files and folders, and without their contents."""
-    folders = tuple(path for path in program_files if path.endswith("/"))
-    return [path for path in paths if path not in program_files and not path.startswith(folders)]
+    folders = tuple(path for path in excluded if path.endswith("/"))
+    return [path for path in paths if path not in excluded and not path.startswith(folders)]
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
@@ -365,7 +365,7 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
     return folders
 
 
-def _relative_folders(start: str, folders: Iterable[str]) -> list[str]:
+def _child_folders(start: str, folders: Iterable[str]) -> list[str]:
     """Returns the names of those folders that are directly inside the folder `start`."""
     names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
     return sorted(name for name in names if "/" not in name)

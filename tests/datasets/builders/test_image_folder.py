@@ -369,8 +369,8 @@ def test_only_few_files_are_in_memory(
         reads.append(file)
         return read_file(self, file)
 
-    def in_turn(read: Any, files: Any, piece: int) -> Any:
-        for part in decode.chunks(files, piece):
+    def in_turn(read: Any, files: Any, chunk_size: int) -> Any:
+        for part in decode.chunks(files, chunk_size):
             yield from [read(file) for file in part]
 
     with monkeypatch.context() as patched:
