@@ -326,7 +326,7 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
     remedy = (
         "set config.data.eval_split"
         if "eval_split" in recipe.part.takes
-        else ("set register_dataset(..., eval_split=...)")
+        else "set register_dataset(..., eval_split=...)"
     )
     raise ConfigError(
         f"{recipe.name}: cannot choose an evaluation split other than {train!r} ({alternatives}); "

@@ -169,7 +169,7 @@ def test_an_evaluation_of_a_split_that_is_not_there_is_refused(
     config = small.config(data_directory)
     config.evaluations = {"other": View(split="validation")}
     this = small.build(config)
-    with pytest.raises(ConfigError, match="digits has no split 'validation'; it has train, test"):
+    with pytest.raises(ConfigError, match=r"digits: split 'validation' not found\. .*train, test"):
         Evaluator(this)
     config.evaluations = {"test": View()}
     with pytest.raises(ConfigError, match=r"config\.evaluations\.test: .* another name"):

@@ -320,7 +320,7 @@ def test_an_optimizer_that_is_none_is_named() -> None:
     ("build", "words"),
     [
         (lambda key, images: images[:, 1:], r"returned float32 \[2, 7, 8, 3\]; .*\[2, 8, 8, 3\]"),
-        (lambda key, images: images > 0, r"returned bool \[2, 8, 8, 3\]; it has to return"),
+        (lambda key, images: images > 0, r"returned bool \[2, 8, 8, 3\]; must return"),
         (lambda key, images: None, r"returned None; must return images"),
     ],
 )

@@ -166,19 +166,19 @@ def _concatenate(parts: Sequence[tuple[np.ndarray, list[int]]]) -> tuple[np.ndar
     return np.concatenate([pixels for pixels, _ in parts]), labels
 
 
+def _damaged(where: str, problem: str) -> DataError:
+    return DataError(f"{where}: {problem}. Download the archive again")
+
+
 def _parse_binary(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     """Returns pixels and labels of a file of the binary version."""
     size = 1 + 3 * 32 * 32
     if len(data) != IMAGES_PER_FILE * size:
-        raise DataError(
-            f"{where}: has {len(data):,} bytes; must have {IMAGES_PER_FILE * size:,} "
-            f"({IMAGES_PER_FILE:,} images). Download the archive again"
-        )
+        expected = f"{IMAGES_PER_FILE * size:,} ({IMAGES_PER_FILE:,} images)"
+        raise _damaged(where, f"has {len(data):,} bytes; must have {expected}")
     records = np.frombuffer(data, np.uint8).reshape(IMAGES_PER_FILE, size)
     if records[:, 0].max() >= NUM_CLASSES:
-        raise DataError(
-            f"{where}: contains labels above {NUM_CLASSES - 1}. Download the archive again"
-        )
+        raise _damaged(where, f"contains labels above {NUM_CLASSES - 1}")
     return records[:, 1:], records[:, 0].tolist()
 
 
@@ -217,15 +217,13 @@ def _read_png(source: Source, file: str) -> np.ndarray:
     decode.verify(data, where)
     with Image.open(io.BytesIO(data)) as image:
         if image.size != (32, 32) or image.mode != "RGB":
-            raise DataError(
-                f"{where}: has {image.width} x {image.height} pixels in mode {image.mode}; must "
-                "be 32 x 32 in RGB. Download the archive again"
-            )
+            actual = f"{image.width} x {image.height} pixels in mode {image.mode}"
+            raise _damaged(where, f"has {actual}; must be 32 x 32 in RGB")
         return np.asarray(image)
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Decodes bytes that Python 3 pickled as text because old protocols lack a bytes type."""
+    """Restores bytes that Python 3 pickled as text because old protocols lack a bytes type."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -276,15 +274,10 @@ def unpickle(data: bytes, where: str) -> dict[str, Any]:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     # Damaged data make the unpickler and NumPy raise nearly any exception.
     except Exception as error:
-        raise DataError(
-            f"{where}: not a pickle of plain data ({type(error).__name__}: {error}); it is "
-            "damaged or not from CIFAR-10. Download the archive again"
-        ) from error
+        problem = f"not a pickle of plain data ({type(error).__name__}: {error})"
+        raise _damaged(where, f"{problem}; it is damaged or not from CIFAR-10") from error
     if not isinstance(content, dict):
-        raise DataError(
-            f"{where}: contains a {type(content).__name__}; must be a dictionary. "
-            "Download the archive again"
-        )
+        raise _damaged(where, f"contains a {type(content).__name__}; must be a dictionary")
     return {_to_str(key): value for key, value in content.items()}
 
 
@@ -295,10 +288,7 @@ def _to_str(value: Any) -> str:
 def _class_names(data: bytes, where: str) -> list[str]:
     names = unpickle(data, where).get("label_names")
     if not isinstance(names, list) or len({*map(_to_str, names)}) != NUM_CLASSES:
-        raise DataError(
-            f"{where}: label_names = {names!r}: must list {NUM_CLASSES} distinct names. "
-            "Download the archive again"
-        )
+        raise _damaged(where, f"label_names = {names!r}: must list {NUM_CLASSES} distinct names")
     return [_to_str(name) for name in names]
 
 
@@ -308,16 +298,9 @@ def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     pixels, labels = batch.get("data"), batch.get("labels")
     shape = (IMAGES_PER_FILE, 3 * 32 * 32)
     if not isinstance(pixels, np.ndarray) or (pixels.dtype, pixels.shape) != (np.uint8, shape):
-        raise DataError(
-            f"{where}: 'data' must be a uint8 array of shape {shape}. Download the archive again"
-        )
+        raise _damaged(where, f"'data' must be a uint8 array of shape {shape}")
     if not isinstance(labels, list) or len(labels) != IMAGES_PER_FILE:
-        raise DataError(
-            f"{where}: 'labels' must list {IMAGES_PER_FILE:,} numbers. Download the archive again"
-        )
+        raise _damaged(where, f"'labels' must list {IMAGES_PER_FILE:,} numbers")
     if not all(isinstance(label, int) and 0 <= label < NUM_CLASSES for label in labels):
-        raise DataError(
-            f"{where}: 'labels' must be integers from 0 to {NUM_CLASSES - 1}. Download "
-            "the archive again"
-        )
+        raise _damaged(where, f"'labels' must be integers from 0 to {NUM_CLASSES - 1}")
     return pixels, labels

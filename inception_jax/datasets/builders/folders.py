@@ -78,7 +78,7 @@ _TEMPORARY = re.compile(
 _SYSTEM_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
 # Names that systems give to copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of
 # cats".
-_COPY_NAME = re.compile(
+_COPY = re.compile(
     r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
@@ -194,7 +194,7 @@ def open_source(
         source.path = path
     problem = None if source.sizes else DataError(f"{path}: contains no files. {_EXPECTED}")
     if source.names_depend_on_encoding:
-        problem = problem or member_names.undecodable_folder_error(
+        problem = problem or member_names.undecodable_folders(
             [*source.sizes, *source.folders], path
         )
     if problem:
@@ -237,7 +237,7 @@ def layout(source: Source, mode: str = "auto") -> Layout:
       DataError: if there are fewer than two classes or images outside of class folders; if an
         evaluation folder has a class without training images; or if the layout is ambiguous.
     """
-    program_files = _find_program_files(source)
+    program_files = _program_files(source)
     paths = _excluding([*source.sizes, *source.folders], program_files)
     sidecars = {path for path in paths if file_types.is_sidecar(path)}
     kept = [path for path in paths if path not in sidecars]
@@ -309,7 +309,7 @@ def layout(source: Source, mode: str = "auto") -> Layout:
     )
 
 
-def _find_program_files(source: Source) -> set[str]:
+def _program_files(source: Source) -> set[str]:
     """Returns files, and folders ending in '/', that this program wrote, judged by contents."""
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
@@ -481,7 +481,7 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
                 f"one and move the others away; if they are classes, set {_AS_CLASSES}"
             )
     if others:
-        raise _unexpected_folders_error(tree, others, several[TRAIN][0], where)
+        raise _unexpected_folders(tree, others, several[TRAIN][0], where)
     chosen = {split: folders[0] for split, folders in several.items()}
     if VALIDATION not in chosen and TEST in chosen:
         _, inside = _enter_split(chosen[TEST], tree)
@@ -518,9 +518,7 @@ def _class_names_in(folder: str, tree: _Tree) -> set[str]:
     return {class_name(inner) for inner in inside if inner}
 
 
-def _unexpected_folders_error(
-    tree: _Tree, others: Sequence[str], train: str, where: str
-) -> DataError:
+def _unexpected_folders(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
     message = (
         f"{where}: {quote_and_join(others)} next to {train!r}: unclear whether a class or a split."
     )
@@ -543,11 +541,7 @@ def _check_pairs(kinds: dict[str, str], where: str) -> None:
     for folder, kind in kinds.items():
         if kind and _stem(folder):
             by_stem.setdefault(_stem(folder), set()).add(kind)
-    pairs = [
-        stem
-        for stem, kinds_of_stem in by_stem.items()
-        if TRAIN in kinds_of_stem and len(kinds_of_stem) > 1
-    ]
+    pairs = [stem for stem, splits in by_stem.items() if TRAIN in splits and len(splits) > 1]
     if len(pairs) > 1:
         raise DataError(
             f"{where}: {quote_and_join(sorted(kinds))}: unclear whether these are classes, or "
@@ -573,9 +567,7 @@ def _check_classes(tree: _Tree, where: str) -> None:
     names = {folder: class_name(folder) for folder in tree if folder}
     known = set(names.values())
     for name in known:
-        if (copy := _COPY_NAME.fullmatch(name)) and (
-            of := copy["after"] or copy["before"]
-        ) in known:
+        if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
             raise DataError(
                 f"{where}: {name!r} looks like a copy of {of!r}, next to it. Move it away; if it "
                 f"is a separate class, set {_AS_CLASSES}"
@@ -595,10 +587,10 @@ def _check_classes(tree: _Tree, where: str) -> None:
     deep = [folder for folder in names if len(inside[folder]) > 1]
     for one, two in itertools.combinations(deep, 2):
         if len(shared := sorted(inside[one] & inside[two])) > 1:
-            raise _ambiguous_layout_error(sorted(names), one, two, shared, where)
+            raise _ambiguous_layout(sorted(names), one, two, shared, where)
 
 
-def _ambiguous_layout_error(
+def _ambiguous_layout(
     folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
 ) -> DataError:
     """Returns the error for folders that are either classes or versions of the same classes."""

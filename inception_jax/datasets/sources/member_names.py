@@ -90,13 +90,9 @@ def _decode_strict(data: bytes, encoding: str, where: object) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        given = (
-            "the archive declares"
-            if encoding == "utf-8"
-            else ("config.data.archive_encoding declares")
-        )
+        given = "the archive" if encoding == "utf-8" else "config.data.archive_encoding"
         raise DataError(
-            f"{where}: the name {data!r} is not encoded in {encoding}, as {given}. "
+            f"{where}: the name {data!r} is not encoded in {encoding}, as {given} declares. "
             f"{_possible_names(data)}Set config.data.archive_encoding to the encoding of the "
             "system that created the archive, or unpack it and use the folder"
         ) from error
@@ -112,7 +108,7 @@ def is_undecodable(text: str) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def undecodable_folder_error(names: Sequence[str], where: object) -> DataError | None:
+def undecodable_folders(names: Sequence[str], where: object) -> DataError | None:
     """Returns an error if folder names (classes) could not be decoded, else None."""
     folders = sorted({name.rpartition("/")[0] for name in names})
     doubtful = [folder for folder in folders if is_undecodable(folder)]
