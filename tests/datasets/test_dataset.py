@@ -169,8 +169,8 @@ def test_digits_match_scikit_learn(tmp_path: pathlib.Path) -> None:
         gray = np.round(bunch.images[index] / 16 * 255)
         np.testing.assert_array_equal(pixels_of(split), np.repeat(gray[..., None], 3, axis=-1))
     assert sorted(seen) == list(range(1797)), "each example is in one split, once"
-    shares = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
-    np.testing.assert_allclose(shares, 0.2, atol=0.006)
+    fractions = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
+    np.testing.assert_allclose(fractions, 0.2, atol=0.006)
 
 
 def test_default_directory_is_tfds_default(
@@ -267,17 +267,19 @@ def test_only_official_counts_are_accepted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     make = DATASETS.get("tiny_imagenet").build(config.Data())
-    whole = WholeListing([500] * 200)
-    monkeypatch.setattr(tiny_imagenet_layout, "open_source", lambda path, scratch: whole)
+    complete = WholeListing([500] * 200)
+    monkeypatch.setattr(tiny_imagenet_layout, "open_source", lambda path, scratch: complete)
     builder = make(source="whole.zip", data_dir=tmp_path)
     builder.open()
     sizes = {split: len(items) for split, items in builder.splits().items()}
     assert sizes == {"train": 100_000, "validation": 10_000, "test": 10_000}
     # The test images, whose classes are not published, do not matter.
-    whole.sizes = {file: size for file, size in whole.sizes.items() if not file.startswith("test")}
+    complete.sizes = {
+        file: size for file, size in complete.sizes.items() if not file.startswith("test")
+    }
     builder.open()
     assert set(builder.splits()) == {"train", "validation"}
-    whole = WholeListing([499, 501] + [500] * 198)
+    complete = WholeListing([499, 501] + [500] * 198)
     with pytest.raises(DataError, match=r"499 .* class n00001000 \(expected 500\), 501"):
         builder.open()
 
@@ -358,15 +360,15 @@ def test_damaged_cache_is_rebuilt(
 def test_changed_image_byte_is_detected_on_read(prepared: pathlib.Path) -> None:
     cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
     path = cache / "train_images.npy"
-    whole = prepare(subset("", prepared), log=quiet).train
-    pixels, offset = pixels_of(whole), path.stat().st_size - len(whole) * 3 * SIZE**2
+    complete = prepare(subset("", prepared), log=quiet).train
+    pixels, offset = pixels_of(complete), path.stat().st_size - len(complete) * 3 * SIZE**2
     content = bytearray(path.read_bytes())
     content[offset + 7 * 3 * SIZE**2 + 100] ^= 0x10
     path.write_bytes(content)
     train = prepare(subset("", prepared), log=quiet).train
     others = np.delete(np.arange(len(train)), 7)
     np.testing.assert_array_equal(train.read(others), pixels[others])
-    message = rf"train_images\.npy: image 7 \({whole.names[7]}\) is damaged .*Remove {cache} and"
+    message = rf"train_images\.npy: image 7 \({complete.names[7]}\) is damaged .*Remove {cache} and"
     with pytest.raises(DataError, match=message):
         train.read(np.array([3, 7, 2]))
 

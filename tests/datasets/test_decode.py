@@ -272,14 +272,14 @@ def test_png_with_long_text_or_large_profile_is_accepted() -> None:
 
 
 def test_jpeg_may_lack_only_its_end_marker() -> None:
-    whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
-    expected = decode.decode(whole, 32, "x")
+    complete = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
+    expected = decode.decode(complete, 32, "x")
     for cut in (1, 2):
-        decode.verify(whole[:-cut], "x")
-        np.testing.assert_array_equal(decode.decode(whole[:-cut], 32, "x"), expected)
+        decode.verify(complete[:-cut], "x")
+        np.testing.assert_array_equal(decode.decode(complete[:-cut], 32, "x"), expected)
     for cut in (3, 4, 8):
         with pytest.raises(DataError, match="damaged image"):
-            decode.verify(whole[:-cut], "x")
+            decode.verify(complete[:-cut], "x")
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def smooth(height: int, width: int) -> np.ndarray:
 def test_decode_crops_fraction_of_shorter_side() -> None:
     array = smooth(48, 60)
     # The usual method: resize the shorter side to 16 pixels, then crop the center 14.
-    whole = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
-    expected = np.asarray(whole)[1:15, 3:17].astype(int)
+    complete = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
+    expected = np.asarray(complete)[1:15, 3:17].astype(int)
     decoded = decode.decode(png(array), 14, "x", crop=0.875)
     assert np.abs(decoded - expected).max() <= 1
     assert (decode.decode(png(array[:16, :16]), 16, "x", crop=0.5) != array[:16, :16]).any()
@@ -340,8 +340,8 @@ def test_decode_crop_is_crop_and_antialiased_resize(
     array = smooth(48, 70)
     actual = decode.decode_crop(encode(array), 14, "x", choose)
     assert asked == [(48, 70)]
-    whole = np.asarray(Image.open(io.BytesIO(encode(array))))
-    crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
+    complete = np.asarray(Image.open(io.BytesIO(encode(array))))
+    crop = Image.fromarray(complete[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
     # At the border only one of them uses the image's neighboring pixels.
     difference = np.abs(actual.astype(int) - np.asarray(crop))
     assert difference[1:-1, 1:-1].max() <= 1
@@ -363,9 +363,9 @@ def test_decode_crop_scales_large_jpeg_while_decoding(
     small = decode.decode_crop(data, 192, "x", lambda height, width: box)
     assert shapes[0][0] <= 600 // 2 and shapes[0][0] * box[2] // 600 >= 192
     monkeypatch.undo()
-    whole = Image.open(io.BytesIO(data))
+    complete = Image.open(io.BytesIO(data))
     edges = (box[1], box[0], box[1] + box[3], box[0] + box[2])
-    expected = np.asarray(whole.resize((192, 192), Image.Resampling.BILINEAR, box=edges))
+    expected = np.asarray(complete.resize((192, 192), Image.Resampling.BILINEAR, box=edges))
     assert np.abs(small.astype(int) - expected).max() <= 4
 
 
@@ -379,10 +379,10 @@ def test_decode_crop_scales_large_jpeg_while_decoding(
     ],
 )
 def test_truncated_image_is_named(read: Callable[[bytes, str], object], kept: int) -> None:
-    whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
-    read(whole, "whole.JPEG")
+    complete = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
+    read(complete, "whole.JPEG")
     with pytest.raises(DataError, match=r"^somewhere/n1_2\.JPEG: not a readable image .*again"):
-        read(whole[:kept], "somewhere/n1_2.JPEG")
+        read(complete[:kept], "somewhere/n1_2.JPEG")
 
 
 def test_chunks_keep_items_in_order() -> None:

@@ -61,10 +61,10 @@ def link(name: str) -> zipfile.ZipInfo:
 def test_paths_in_archive_cannot_escape(
     tmp_path: pathlib.Path, name: str, expected: set[str]
 ) -> None:
-    picture = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
+    image = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
     folder = tmp_path / "deep" / "down"
     folder.mkdir(parents=True)
-    files = archives.class_folders({"a": 3, "b": 3}, SIZE) | {name: picture}
+    files = archives.class_folders({"a": 3, "b": 3}, SIZE) | {name: image}
     path = archives.write_files(folder / "x.zip", files, "")
     before = below(tmp_path)
     data = config.Data(
@@ -150,10 +150,10 @@ def test_archive_larger_than_the_disk_is_refused(
         f"{name}\t0\t0\t1\t1\n" for name in names
     ).encode()
     path = archives.write_files(tmp_path / "x.zip", files)
-    whole = ZipSource.__init__
+    complete = ZipSource.__init__
 
     def claim(self: ZipSource, *args: Any, **kwargs: Any) -> None:
-        whole(self, *args, **kwargs)
+        complete(self, *args, **kwargs)
         root = f"tiny-imagenet-200/train/{wnid}/images"
         self.sizes |= {f"{root}/{name}": 10**13 for name in names}
 
@@ -258,10 +258,10 @@ def enormous_png(side: int) -> bytes:
 
 
 def enormous_jpeg(side: int) -> bytes:
-    whole = bytearray(archives.jpeg(np.zeros((8, 8, 3), np.uint8)))
+    complete = bytearray(archives.jpeg(np.zeros((8, 8, 3), np.uint8)))
     # After the marker: its length, the precision, height and width.
-    struct.pack_into(">HH", whole, whole.index(b"\xff\xc0") + 5, side, side)
-    return bytes(whole)
+    struct.pack_into(">HH", complete, complete.index(b"\xff\xc0") + 5, side, side)
+    return bytes(complete)
 
 
 @pytest.mark.parametrize("make", [enormous_png, enormous_jpeg])

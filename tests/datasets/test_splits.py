@@ -101,12 +101,12 @@ def test_changed_byte_in_records_is_detected_or_harmless(
 ) -> None:
     prepare(settings(directory, storage="records"), log=quiet)
     (original,) = (directory / "tiny_imagenet_subset" / "1.0.0").glob("*train*")
-    whole = original.read_bytes()
+    complete = original.read_bytes()
     expected = Records([original]).read(range(33))
     path = tmp_path / original.name
     detected = 0
-    for place in range(0, len(whole), 131):
-        content = bytearray(whole)
+    for place in range(0, len(complete), 131):
+        content = bytearray(complete)
         content[place] ^= 0x20
         path.write_bytes(content)
         try:
@@ -184,18 +184,18 @@ def test_memory_does_not_grow_with_reads(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
 def test_holdout_takes_same_number_of_each_class(directory: pathlib.Path, storage: str) -> None:
-    whole = prepare(settings(directory, storage=storage), log=quiet)
+    complete = prepare(settings(directory, storage=storage), log=quiet)
     held = prepare(settings(directory, storage=storage, holdout=6), log=quiet)
     assert (held.eval_split, len(held.train), len(held.evaluation)) == ("holdout", 27, 6)
     assert np.bincount(held.evaluation.labels).tolist() == [2, 2, 2]
-    assert sorted((*held.train.names, *held.evaluation.names)) == sorted(whole.train.names)
+    assert sorted((*held.train.names, *held.evaluation.names)) == sorted(complete.train.names)
     # Labels, names and pixels stay aligned.
-    at = {name: index for index, name in enumerate(whole.train.names)}
+    at = {name: index for index, name in enumerate(complete.train.names)}
     for split in (held.train, held.evaluation):
         places = np.array([at[name] for name in split.names])
-        np.testing.assert_array_equal(split.labels, whole.train.labels[places])
+        np.testing.assert_array_equal(split.labels, complete.train.labels[places])
         everything = np.arange(len(split))
-        np.testing.assert_array_equal(split.read(everything), whole.train.read(places))
+        np.testing.assert_array_equal(split.read(everything), complete.train.read(places))
     again = prepare(settings(directory, holdout=6), log=quiet)
     assert again.evaluation.names == held.evaluation.names
 

@@ -183,14 +183,14 @@ def test_resized_crop_uses_whole_image_if_no_box_fits() -> None:
 def test_mixup_weights_images_and_targets_equally() -> None:
     images = images_of((6, 8, 8, 3))
     result, targets = run(images, mixup=0.5)
-    share = targets[0, 0]
-    assert 0 < share < 1
+    weight = targets[0, 0]
+    assert 0 < weight < 1
     np.testing.assert_allclose(
-        targets, share * one_hot(6) + (1 - share) * np.roll(one_hot(6), 1, axis=0), atol=1e-6
+        targets, weight * one_hot(6) + (1 - weight) * np.roll(one_hot(6), 1, axis=0), atol=1e-6
     )
     before = normalized(images)
     np.testing.assert_allclose(
-        result, share * before + (1 - share) * np.roll(before, 1, axis=0), atol=1e-5
+        result, weight * before + (1 - weight) * np.roll(before, 1, axis=0), atol=1e-5
     )
 
 
@@ -212,29 +212,29 @@ def test_cutmix_targets_match_area_of_pasted_box() -> None:
         np.testing.assert_array_equal(pasted[0], rows[:, None] & columns[None, :])
         for line in (rows, columns):
             assert np.count_nonzero(np.diff(line.astype(int), prepend=0, append=0)) in (0, 2)
-        share = own[0].mean()
-        areas.add(share)
+        weight = own[0].mean()
+        areas.add(weight)
         np.testing.assert_allclose(
-            targets, share * one_hot(5) + (1 - share) * np.roll(one_hot(5), 1, axis=0), atol=1e-6
+            targets, weight * one_hot(5) + (1 - weight) * np.roll(one_hot(5), 1, axis=0), atol=1e-6
         )
     assert len(areas) > 10
 
 
-def shares(count: int, **changes: float) -> np.ndarray:
+def weights(count: int, **changes: float) -> np.ndarray:
     """Returns the image's weight in `count` batches of two images of 32 x 32."""
     mixing = {"mixup": 0.0, "cutmix": 0.0, "probability": 1.0} | changes
     images, targets = jnp.zeros((2, 32, 32, 1)), jnp.eye(2)
     keys = jax.random.split(jax.random.key(5), count)
 
-    def share(key: jax.Array) -> jax.Array:
+    def weight(key: jax.Array) -> jax.Array:
         return augment.mix(key, images, targets, **mixing)[1][0, 0]
 
-    return np.asarray(jax.jit(jax.vmap(share))(keys))
+    return np.asarray(jax.jit(jax.vmap(weight))(keys))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 4.0])
 def test_mixup_weight_is_beta_distributed(alpha: float) -> None:
-    drawn = shares(4000, mixup=alpha)
+    drawn = weights(4000, mixup=alpha)
     assert abs(drawn.mean() - 0.5) < 0.03
     np.testing.assert_allclose(drawn.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.1)
 
@@ -248,13 +248,13 @@ def test_cutmix_boxes_match_authors_code() -> None:
         top, left = rng.integers(32, size=2) - side // 2
         pasted[max(top, 0) : top + side, max(left, 0) : left + side] = True
         expected.append(1 - pasted.mean())
-    drawn = shares(4000, cutmix=1.0)
+    drawn = weights(4000, cutmix=1.0)
     np.testing.assert_allclose(drawn.mean(), np.mean(expected), atol=0.02)
     np.testing.assert_allclose(drawn.std(), np.std(expected), atol=0.02)
 
 
 def test_mix_probability_leaves_other_batches_unmixed() -> None:
-    drawn = shares(2000, mixup=1.0, probability=0.3)
+    drawn = weights(2000, mixup=1.0, probability=0.3)
     assert 0.25 < (drawn != 1).mean() < 0.35
     images = images_of((4, 8, 8, 3))
     result, targets = run(images, mixup=1.0, cutmix=1.0, mix_probability=0.0)
@@ -286,13 +286,13 @@ def test_cutout_blanks_one_clipped_square_per_image() -> None:
         square = (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
         assert image[square[0] : square[1], square[2] : square[3]].all()
         counts[square] = counts.get(square, 0) + 1
-    centres = {
+    centers = {
         (max(y - 2, 0), min(y + 2, size), max(x - 2, 0), min(x + 2, size))
         for y in range(size)
         for x in range(size)
     }
-    assert set(counts) == centres
-    expected = batch / len(centres)
+    assert set(counts) == centers
+    expected = batch / len(centers)
     # The 99.9th percentile of chi-squared with 80 degrees of freedom.
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 124.8
 
@@ -434,8 +434,8 @@ def test_resize_is_antialiased_triangle_filter() -> None:
     images = images_of((2, 12, 12, 3))
     actual = np.asarray(augment.resize(jnp.asarray(images), 8))
     # A triangle of half-width 12 / 8 around each new pixel's center, normalized within the image.
-    centres = (np.arange(8) + 0.5) * 12 / 8 - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.arange(12) - centres[:, None]) / 1.5)
+    centers = (np.arange(8) + 0.5) * 12 / 8 - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(12) - centers[:, None]) / 1.5)
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("ih,jw,bhwc->bijc", weights, weights, images.astype(np.float64))
     np.testing.assert_allclose(actual, expected, atol=1e-3)

@@ -68,9 +68,9 @@ def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
         lambda b: (b[:, 0] + b[:, 2] / 2) / height,
         lambda b: (b[:, 1] + b[:, 3] / 2) / width,
     ):
-        shares = np.linspace(0.05, 0.95, 10)
-        differences = np.quantile(statistic(actual), shares) - np.quantile(
-            statistic(expected), shares
+        levels = np.linspace(0.05, 0.95, 10)
+        differences = np.quantile(statistic(actual), levels) - np.quantile(
+            statistic(expected), levels
         )
         assert np.abs(differences).max() < 0.04
 
@@ -148,9 +148,9 @@ def test_batch_contains_crops_of_original_images(directory: pathlib.Path) -> Non
         indices = pipeline.train_indices(step, batch_size=8, examples=33, seed=3)
         for row, index in enumerate(indices):
             position = 8 * step + row
-            with Image.open(io.BytesIO(files[examples.train.names[index]])) as picture:
+            with Image.open(io.BytesIO(files[examples.train.names[index]])) as image:
                 top, left, height, width = sample_crop(position)(40, 40)
-                crop = picture.convert("RGB").crop((left, top, left + width, top + height))
+                crop = image.convert("RGB").crop((left, top, left + width, top + height))
             expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
             inner = np.abs(actual[position].astype(int) - expected)[2:-2, 2:-2]
             if min(height, width) < 2 * SIZE:

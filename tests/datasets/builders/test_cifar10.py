@@ -173,8 +173,8 @@ def test_wrong_content_is_refused(tmp_path: pathlib.Path, case: str) -> None:
 
 @pytest.mark.parametrize("kept", [0, 100, -100])
 def test_truncated_archive_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
-    whole = write(tmp_path / "x.tar.gz", files()).read_bytes()
-    (tmp_path / "x.tar.gz").write_bytes(whole[:kept])
+    complete = write(tmp_path / "x.tar.gz", files()).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(complete[:kept])
     with pytest.raises(
         DataError, match=r"x\.tar\.gz: (not a complete|neither a zip nor a) tar archive"
     ):
@@ -223,7 +223,7 @@ FORMS = {
     "deep": ("x.zip", lambda: {f"archive/a/{n}": d for n, d in named().items()}),
     "plain tar": ("x.tar", lambda: {f"./{n}": d for n, d in named().items()}),
     "deep folder": ("folder", lambda: {f"cifar-10-python/c/{n}": d for n, d in named().items()}),
-    "archive beside it": ("folder", lambda: named() | {"cifar-10-python.tar.gz": b"x"}),
+    "archive next to it": ("folder", lambda: named() | {"cifar-10-python.tar.gz": b"x"}),
     "binary": ("x.tar.gz", as_binary),
     "fast.ai": (
         "cifar10.tgz",

@@ -77,11 +77,11 @@ NESTED = {
         ["seg_train/a/1", "seg_train/b/1", "seg_test/a/1", "seg_pred/seg_pred/1.jpg"],
         {"train": "seg_train", "validation": "seg_test", "test": "seg_pred/seg_pred"},
     ),
-    "pred beside test": (
+    "pred next to test": (
         ["train/a/1", "train/b/1", "val/a/1", "test/a/1", "single_prediction/1.jpg"],
         {"train": "train", "validation": "val", "test": "test", "unlabeled": "single_prediction"},
     ),
-    "evaluation beside validation": (
+    "evaluation next to validation": (
         ["training/a/1", "training/b/1", "evaluation/a/1", "validation/b/1"],
         {"train": "training", "validation": "validation", "test": "evaluation"},
     ),
@@ -112,7 +112,7 @@ def test_test_folder_is_third_split_with_val(path: pathlib.Path) -> None:
     assert labeled_files(layout)["test"] == [("test/b/3", "b")]
 
 
-@pytest.mark.parametrize("divided", [True, False])
+@pytest.mark.parametrize("has_validation", [True, False])
 def test_test_folder_may_lack_classes(path: pathlib.Path, has_validation: bool) -> None:
     names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * has_validation]
     layout = read(write(path, *names))
@@ -208,9 +208,9 @@ OWN = [
 
 @pytest.mark.parametrize("start", ["", "train/"])
 def test_notes_and_program_output_are_ignored(path: pathlib.Path, start: str) -> None:
-    pictures = [f"{start}a/1", f"{start}b/1", *["val/a/1"] * bool(start)]
-    layout = read(write(path, *pictures, *NOTES, *OWN))
-    assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
+    images = [f"{start}a/1", f"{start}b/1", *["val/a/1"] * bool(start)]
+    layout = read(write(path, *images, *NOTES, *OWN))
+    assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(images)
     for name in (*NOTES, *OWN):
         assert any(name.startswith(path) for path in layout.ignored), name
     # Folders that may have been meant as classes.
@@ -252,8 +252,8 @@ def test_displayed_name_is_one_line() -> None:
 
 
 WRONG = {
-    "loose pictures": (["1.jpg", "2.JPG"], r"2 images are not in a class folder, such as 1\.jpg"),
-    "loose beside classes": (["a/1", "b/1", "3.png"], r"1 images are not in a class folder"),
+    "loose images": (["1.jpg", "2.JPG"], r"2 images are not in a class folder, such as 1\.jpg"),
+    "loose next to classes": (["a/1", "b/1", "3.png"], r"1 images are not in a class folder"),
     "loose in a split": (["train/a/1", "train/b/1", "val/a/1", "val/1.gif"], r"val: 1 images"),
     "no folder": (["notes.txt"], "contains no class folders"),
     "one class": (["cat/1.jpg"], "only one class, 'cat'"),
@@ -268,7 +268,7 @@ WRONG = {
     ),
     "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' next to 'train'"),
     "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' next to 'train'"),
-    "val beside classes": (
+    "val next to classes": (
         ["cat/1", "dog/1", "val/cat/1", "val/dog/1"],
         r"'val' contains folders with the same names .*move the training classes into train/",
     ),
@@ -386,23 +386,23 @@ COUNTS = {"a": 1, "b": 2, "c": 3, "d": 40, "e": 100}
 
 
 @pytest.mark.parametrize(
-    ("share", "held"),
+    ("fraction", "held"),
     [
         (0.2, {"b": 1, "c": 1, "d": 8, "e": 20}),
         (0.01, {"b": 1, "c": 1, "d": 1, "e": 1}),
         (0.99, {"b": 1, "c": 2, "d": 39, "e": 99}),
     ],
 )
-def test_hold_out_takes_fraction_of_each_class(share: float, held: dict[str, int]) -> None:
+def test_hold_out_takes_fraction_of_each_class(fraction: float, held: dict[str, int]) -> None:
     entries = [
         folders.LabeledFile(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
     ]
-    train, evaluation = folders.hold_out(entries, share)
+    train, evaluation = folders.hold_out(entries, fraction)
     assert sorted(train + evaluation) == sorted(entries)
     labels = [entry.label for entry in evaluation]
     assert {label: labels.count(label) for label in sorted(set(labels))} == held
     # The listing order, which differs between systems, does not matter.
-    assert set(folders.hold_out(entries[::-1], share)[1]) == set(evaluation)
+    assert set(folders.hold_out(entries[::-1], fraction)[1]) == set(evaluation)
     # A larger fraction holds out the same images and more.
     assert set(evaluation) <= set(folders.hold_out(entries, 0.99)[1])
 

@@ -60,11 +60,11 @@ def test_fraction_of_each_class_is_held_out(source: pathlib.Path, tmp_path: path
         "validation": {"<i>bee&amp; co": 1, "ant": 2, "été": 1},
     }
     for split in dataset.splits.values():
-        pictures = split.read(np.arange(len(split)))
-        for picture, label, name in zip(pictures, split.labels, split.names, strict=True):
+        images = split.read(np.arange(len(split)))
+        for image, label, name in zip(images, split.labels, split.names, strict=True):
             assert name.split("/")[0] == dataset.class_names[label]
             color = archives.color(label)
-            np.testing.assert_allclose(picture.mean(axis=(0, 1)), color, atol=8)
+            np.testing.assert_allclose(image.mean(axis=(0, 1)), color, atol=8)
 
 
 def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
@@ -76,18 +76,18 @@ def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
 
 
 def test_every_format_is_stored_unchanged(tmp_path: pathlib.Path) -> None:
-    picture = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
+    image = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
     files = {}
     for number, kind in enumerate(["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"] * 2):
         buffer = io.BytesIO()
-        picture.save(buffer, format=kind)
+        image.save(buffer, format=kind)
         # Content decides, not the file name.
         files[f"{'ab'[number % 2]}/{number}.jpg"] = buffer.getvalue()
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert len(dataset.train) + len(dataset.evaluation) == 12
     for split in dataset.splits.values():
         pixels = split.read(np.arange(len(split))).astype(int)
-        assert np.abs(pixels - np.asarray(picture)).mean() < 6
+        assert np.abs(pixels - np.asarray(image)).mean() < 6
 
 
 def test_test_folder_without_classes_is_unlabeled(tmp_path: pathlib.Path) -> None:
@@ -98,11 +98,11 @@ def test_test_folder_without_classes_is_unlabeled(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("test", [{"test/": b""}, {"test/.gitkeep": b""}, {"test/a.jpg": b"note"}])
-@pytest.mark.parametrize("divided", [True, False])
+@pytest.mark.parametrize("has_validation", [True, False])
 def test_empty_test_folder_is_not_a_split(
-    tmp_path: pathlib.Path, test: dict[str, bytes], divided: bool
+    tmp_path: pathlib.Path, test: dict[str, bytes], has_validation: bool
 ) -> None:
-    counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
+    counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if has_validation else {})
     path = write(tmp_path / "x", archives.class_folders(counts, SIZE) | test)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, on_unreadable="skip"), log=lines.append)
@@ -567,7 +567,9 @@ def test_duplicates_are_counted_and_named(tmp_path: pathlib.Path, storage: str) 
         for line in lines
     )
     (line,) = [line for line in lines if "different labels" in line]
-    assert "2 of 9 images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
+    assert (
+        "2 of 9 training images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
+    )
 
 
 def test_nothing_is_logged_without_duplicates(tmp_path: pathlib.Path) -> None:

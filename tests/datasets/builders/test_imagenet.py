@@ -35,10 +35,10 @@ def image_file(label: int, number: int, kind: str = "") -> bytes:
     """Returns an image in the class's color, with a distinct size."""
     rng = np.random.default_rng(number)
     pixels = archives.pixels(label, 48, rng)[: 40 - 3 * number]
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
     if kind == "cmyk":
-        picture = picture.convert("CMYK")
-    picture.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=95)
+        image = image.convert("CMYK")
+    image.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -92,7 +92,7 @@ def settings(directory: pathlib.Path, source: object = "", **changes: Any) -> co
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reduces the official files to three classes, nine training and four validation images."""
     monkeypatch.setattr(
-        imagenet, "official", lambda: imagenet.OfficialMetadata(WNIDS, VALIDATION, 9)
+        imagenet, "official_metadata", lambda: imagenet.OfficialMetadata(WNIDS, VALIDATION, 9)
     )
 
 

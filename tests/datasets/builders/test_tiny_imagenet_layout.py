@@ -146,8 +146,8 @@ def test_incomplete_source_is_refused(
 
 
 def test_truncated_archive_is_refused(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
-    whole = archives.write_files(tmp_path / "x.zip", files).read_bytes()
-    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) * 2 // 3])
+    complete = archives.write_files(tmp_path / "x.zip", files).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(complete[: len(complete) * 2 // 3])
     with pytest.raises(DataError, match=r"cut\.zip: not a complete zip archive.*truncated"):
         read(tmp_path / "cut.zip")
 
@@ -232,7 +232,7 @@ FORMS = {
         }
         | {"train/.DS_Store": b"x"}
     ),
-    "more beside it": lambda files: files | {"samples/1.jpg": b"x", "code/train.py": b"x"},
+    "more next to it": lambda files: files | {"samples/1.jpg": b"x", "code/train.py": b"x"},
 }
 
 
@@ -291,8 +291,8 @@ def test_untrained_classes_are_skipped_and_noted(
 
 
 def test_equal_file_names_in_several_classes_are_distinct(tmp_path: pathlib.Path) -> None:
-    picture = archives.class_folders({"a": 1}, 8)["a/0.jpg"]
-    files = {f"{split}/{wnid}/0.jpg": picture for split in ("train", "val") for wnid in (A, B)}
+    image = archives.class_folders({"a": 1}, 8)["a/0.jpg"]
+    files = {f"{split}/{wnid}/0.jpg": image for split in ("train", "val") for wnid in (A, B)}
     index = read(archives.write_files(tmp_path / "x.zip", files))
     assert [each.file for each in index.splits["validation"]] == [
         f"val/{wnid}/images/0.JPEG" for wnid in (A, B)

@@ -164,8 +164,8 @@ def test_damaged_tar_header_is_not_the_end(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", TARS[1:])
 def test_truncated_or_changed_compressed_tar_is_refused(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_tar(tmp_path / name, FILES)
-    whole = path.read_bytes()
-    for content in (whole[:-5], whole[:40] + bytes([whole[40] ^ 16]) + whole[41:]):
+    complete = path.read_bytes()
+    for content in (complete[:-5], complete[:40] + bytes([complete[40] ^ 16]) + complete[41:]):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"not a complete tar archive"):
             folders.open_source(path)
@@ -357,8 +357,8 @@ def test_encoding_setting_must_be_a_text_encoding(encoding: str) -> None:
 
 
 def test_encoding_is_recorded_if_it_matters(tmp_path: pathlib.Path) -> None:
-    picture = archives.class_folders({"a": 1}, 16)["a/0.jpg"]
-    files = dict.fromkeys(national("gbk", "狗", "猫"), picture)
+    image = archives.class_folders({"a": 1}, 16)["a/0.jpg"]
+    files = dict.fromkeys(national("gbk", "狗", "猫"), image)
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
     settings = {"source": str(path), "directory": str(tmp_path), "image_size": 16}
     data = config.Data(name="image_folder", archive_encoding="gbk", **settings)
@@ -470,15 +470,15 @@ def test_different_files_of_same_name_are_refused(tmp_path: pathlib.Path, data: 
 
 def test_part_of_split_archive_is_reported(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", FILES, "")
-    whole = path.read_bytes()
-    last = bytearray(whole)
+    complete = path.read_bytes()
+    last = bytearray(complete)
     struct.pack_into("<H", last, last.rindex(b"PK\x05\x06") + 4, 2)
     path.write_bytes(last)
     with pytest.raises(DataError, match=r"the last of 3 parts of one archive.*zip -s 0 x\.zip"):
         folders.open_source(path)
     for name, content, message in (
-        ("x.z01", b"PK\x07\x08" + whole, "the first of several parts of a zip archive"),
-        ("y.zip.001", whole[:100], r"one of several parts; join them with 'cat y\.zip\.\*"),
+        ("x.z01", b"PK\x07\x08" + complete, "the first of several parts of a zip archive"),
+        ("y.zip.001", complete[:100], r"one of several parts; join them with 'cat y\.zip\.\*"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
