@@ -15,13 +15,13 @@ def wnid(label: int) -> str:
     return f"n{1000 + 7 * label:08d}"
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """Returns the mean colour of a class's images: far from that of the next ones."""
+def color(label: int) -> tuple[int, int, int]:
+    """Returns the mean color of a class's images: far from that of the next ones."""
     return 60 + 150 * (label % 2), 60 + 75 * (label // 2 % 3), 60 + 75 * (label // 6 % 3)
 
 
 def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns an image: the class's colour, stripes in the class's direction, and noise.
+    """Returns an image: the class's color, stripes in the class's direction, and noise.
 
     Args:
       label: the class.
@@ -34,7 +34,7 @@ def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size
     angle = np.pi * label / 8
     stripes = np.sin(2 * np.pi * (4 * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()))
-    image = np.array(colour(label)) + 30 * stripes[..., None] + rng.normal(0, 5, (size, size, 3))
+    image = np.array(color(label)) + 30 * stripes[..., None] + rng.normal(0, 5, (size, size, 3))
     return image.clip(0, 255).astype(np.uint8)
 
 

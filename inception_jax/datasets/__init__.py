@@ -1,6 +1,6 @@
-"""What the examples are.
+"""Data sets: where examples come from.
 
-Data sets by name, the builders that turn original files into TFDS data sets of ArrayRecords, and
-the decoded cache. TFDS is imported here and nowhere else, and only when records are written or
-read by its description.
+Contains the registered data sets, the builders that convert original files to TFDS data sets in
+ArrayRecord format, and the decoded cache. TFDS is imported only in this package, and only to write
+records or to read a data set by its TFDS description.
 """

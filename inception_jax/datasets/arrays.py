@@ -1,4 +1,4 @@
-"""Data sets of arrays in memory: `Dataset.from_arrays`, and the checks of what users hand over."""
+"""Validates arrays from users and builds in-memory splits for `Dataset.from_arrays`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,49 +14,49 @@ _CHANNELS = (1, 3)
 
 
 def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
-    """Checks one image, or all of a split in one array.
+    """Checks the type, dtype and shape of one image or of a stack of images.
 
     Args:
-      image: uint8 [H, W, 3], [H, W, 1] or [H, W], with N before if stacked.
-      what: it is, for errors.
-      stacked: whether it is one array of several images.
+      image: uint8 [H, W, 3], [H, W, 1] or [H, W]; with a leading N dimension if `stacked`.
+      what: describes the image in errors.
+      stacked: whether `image` contains several images.
 
     Raises:
-      DataError: if it is anything else.
+      DataError: if type, dtype or shape differ.
     """
     if not isinstance(image, np.ndarray):
         raise DataError(
-            f"{what}: is of type {type(image).__name__}; expected an array of uint8, such as "
-            "np.asarray(image) makes of a PIL image or a tensor"
+            f"{what}: has type {type(image).__name__}; must be a uint8 NumPy array; convert a PIL "
+            "image or a tensor with np.asarray(image)"
         )
     if image.dtype != np.uint8:
-        remedy = "convert it: images.astype(np.uint8)"
+        remedy = "convert with images.astype(np.uint8)"
         if np.issubdtype(image.dtype, np.floating):
             remedy = (
-                "convert values in 0 to 1: np.round(images * 255).astype(np.uint8); normalized "
-                "values cannot be used"
+                "convert values between 0 and 1 with np.round(images * 255).astype(np.uint8); "
+                "images normalized by mean and standard deviation cannot be used"
             )
-        raise DataError(f"{what}: is of dtype {image.dtype}; expected uint8, 0 to 255; {remedy}")
+        raise DataError(f"{what}: has dtype {image.dtype}; must be uint8 (0 to 255); {remedy}")
     if image.ndim - stacked not in (2, 3) or not image.size:
-        one, grey = ("[N, H, W, 3]", "[N, H, W]") if stacked else ("[H, W, 3]", "[H, W]")
+        one, gray = ("[N, H, W, 3]", "[N, H, W]") if stacked else ("[H, W, 3]", "[H, W]")
         raise DataError(
-            f"{what}: has the shape {list(image.shape)}; expected {one}, or {grey} if it is grey"
+            f"{what}: has shape {list(image.shape)}; must be {one}, or {gray} for grayscale"
         )
     if image.ndim == 3 + stacked and image.shape[-1] not in _CHANNELS:
-        remedy = "give the first three channels, images[..., :3]"
+        remedy = "keep the first three channels with images[..., :3]"
         if image.shape[-3] in _CHANNELS:
-            remedy = "put the channels last: np.moveaxis(images, -3, -1)"
+            remedy = "move the channels last with np.moveaxis(images, -3, -1)"
         raise DataError(
-            f"{what}: has the shape {list(image.shape)}; expected 3 channels, or 1, as the last "
-            f"dimension; {remedy}"
+            f"{what}: has shape {list(image.shape)}; the last dimension must be 3 or 1 channels; "
+            f"{remedy}"
         )
 
 
-def stack(images: Any, what: str) -> np.ndarray:
-    """Returns a split's images in one array, uint8 [N, H, W, 3] or [N, H, W] of grey ones.
+def as_pixel_array(images: Any, what: str) -> np.ndarray:
+    """Returns a split's images as uint8 [N, H, W, 3], or [N, H, W] if grayscale.
 
     Raises:
-      DataError: if it is none.
+      DataError: if `images` is not such an array.
     """
     check_image(images, what, stacked=True)
     pixels: np.ndarray = images
@@ -68,114 +68,117 @@ def stack(images: Any, what: str) -> np.ndarray:
 def check_labels(
     labels: Any, count: int, what: str, *, classes: int = 0, unknown: bool = False
 ) -> np.ndarray:
-    """Returns the labels of a split, int32 [N].
+    """Returns the labels of a split as int32 [N].
 
     Args:
-      labels: int [N], as an array or a sequence.
-      count: how many images there are.
-      what: the labels are, for errors.
-      classes: how many there are; 0: not known.
-      unknown: whether −1 is allowed, for an unknown label.
+      labels: integers [N], an array or a sequence.
+      count: number of images.
+      what: describes the labels in errors.
+      classes: number of classes; 0: unknown.
+      unknown: whether −1 (unknown label) is allowed.
 
     Raises:
-      DataError: if they are of another type or number, or out of range.
+      DataError: if type, number or range is wrong.
     """
-    found = np.asarray(labels)
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-        remedy = " (of one-hot rows: labels.argmax(axis=1))" if found.ndim == 2 else ""
+    array = np.asarray(labels)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        remedy = "; convert one-hot rows with labels.argmax(axis=1)" if array.ndim == 2 else ""
         raise DataError(
-            f"{what}: are of dtype {found.dtype} and shape {list(found.shape)}; expected whole "
-            f"numbers, [N]{remedy}"
+            f"{what}: have dtype {array.dtype} and shape {list(array.shape)}; must be integers of "
+            f"shape [N]{remedy}"
         )
-    if len(found) != count:
-        raise DataError(f"{what}: are {len(found):,}, of {count:,} images; expected one for each")
+    if len(array) != count:
+        raise DataError(
+            f"{what}: {len(array):,} labels for {count:,} images; must be one per image"
+        )
     most = classes - 1 if classes else np.iinfo(np.int32).max
-    wrong = found[(found < (-1 if unknown else 0)) | (found > most)]
+    wrong = array[(array < (-1 if unknown else 0)) | (array > most)]
     if len(wrong):
-        allowed = f"0 to {most}, the last of {classes} classes" if classes else "0 or more"
-        raise DataError(f"{what}: have {wrong[0]} among them; expected {allowed}")
-    return found.astype(np.int32)
+        allowed = f"0 to {most} (there are {classes} classes)" if classes else "0 or more"
+        raise DataError(f"{what}: contain {wrong[0]}; must be {allowed}")
+    return array.astype(np.int32)
 
 
-def check_numbering(labels: np.ndarray) -> None:
-    """Checks that labels without names of classes are 0 to K - 1, all of them, at least two.
+def check_contiguous_labels(labels: np.ndarray) -> None:
+    """Checks that labels without class names use all of 0 to K - 1, with K at least 2.
 
     Raises:
-      DataError: if they are not.
+      DataError: if a number is missing, or there is only one class.
     """
     occurring = np.unique(labels)
     if len(occurring) < 2:
-        raise DataError("labels: are of one class alone; expected two at least")
+        raise DataError("labels: contain only one class; at least two are required")
     if occurring[-1] >= len(occurring):
         raise DataError(
-            f"labels: {len(occurring)} numbers occur, up to {occurring[-1]}; expected 0 to "
-            f"{len(occurring) - 1}: np.unique(labels, return_inverse=True)[1]; or give class_names"
+            f"labels: {len(occurring)} distinct values, up to {occurring[-1]}; must be 0 to "
+            f"{len(occurring) - 1}; renumber with np.unique(labels, return_inverse=True)[1], or "
+            "pass class_names"
         )
 
 
 def check_class_names(names: Any, what: str) -> tuple[str, ...]:
-    """Returns the names of classes, which may be numbers, in the order of the labels.
+    """Returns class names as strings, in label order; `names` may be numbers.
 
     Raises:
-      DataError: if they are no sequence of several different names.
+      DataError: if `names` is not a sequence of at least two distinct names.
     """
     if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
-        raise DataError(f"{what}: are of type {type(names).__name__}; expected a list of names")
-    found = tuple(map(str, names))
-    if len(found) < 2 or len(set(found)) < len(found):
+        raise DataError(f"{what}: have type {type(names).__name__}; must be a list of names")
+    result = tuple(map(str, names))
+    if len(result) < 2 or len(set(result)) < len(result):
         raise DataError(
-            f"{what}: are {', '.join(map(repr, found[:10])) or 'none'}; expected at least two, all "
-            "different"
+            f"{what}: are {', '.join(map(repr, result[:10])) or 'empty'}; must be at least two "
+            "distinct names"
         )
-    return found
+    return result
 
 
-def numbered(classes: int) -> tuple[str, ...]:
-    """Returns the names of classes that have none: '0', '1', …."""
+def numbered_names(classes: int) -> tuple[str, ...]:
+    """Returns default class names: '0', '1', …."""
     return tuple(map(str, range(classes)))
 
 
-def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Returns which examples are held out: bool [N].
+def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Returns a mask of held-out examples, bool [N].
 
-    Of each class `share`, rounded, but at least one, and never all, as of image_folder. Which ones
-    follows from the seed alone.
+    Holds out `fraction` of each class, rounded, but at least one example and never all, as
+    image_folder does. The choice depends only on the seed.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
     order = generator.permutation(len(labels))
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
+        held[members[: min(max(round(fraction * len(members)), 1), len(members) - 1)]] = True
     return held
 
 
 def make_split(
     pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, image_size: int
 ) -> MemorySplit:
-    """Returns some examples as a split, its images resized if they are of another size.
+    """Returns selected examples as a split, with images resized to `image_size` if needed.
 
     Args:
-      pixels: as `stack` returns them.
+      pixels: uint8 [N, H, W, 3] or [N, H, W], as returned by `as_pixel_array`.
       labels: int32 [N].
       indices: int64 [M], which of them.
       image_size: height and width, pixels.
     """
-    found = pixels[indices]
-    if found.ndim == 3:
-        found = np.repeat(found[..., None], 3, axis=-1)
-    if found.shape[1:3] != (image_size, image_size):
-        found = np.stack([decode.resized(image, image_size) for image in found])
-    return MemorySplit(labels[indices], image_size, np.ascontiguousarray(found))
+    selected = pixels[indices]
+    if selected.ndim == 3:
+        selected = np.repeat(selected[..., None], 3, axis=-1)
+    if selected.shape[1:3] != (image_size, image_size):
+        selected = np.stack([decode.crop_and_resize(image, image_size) for image in selected])
+    return MemorySplit(labels[indices], image_size, np.ascontiguousarray(selected))
 
 
 def statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of pixels, uint8 [N, H, W, 3], over 255: float64 [3]."""
-    return splits.mean_and_std(*splits.sums(pixels), pixels.size // 3)
+    """Returns mean and standard deviation of uint8 [N, H, W, 3] pixels / 255, float64 [3] each."""
+    return splits.mean_and_std(*splits.pixel_sums(pixels), pixels.size // 3)
 
 
 def version(*parts: MemorySplit) -> str:
-    """Returns a checksum of all examples, by which a resumed run notices other ones."""
+    """Returns a checksum of all examples, which lets a resumed run detect changed data."""
     digest = hashlib.sha256()
     for split in parts:
         digest.update(split.digests.tobytes())

@@ -1,13 +1,13 @@
-"""The folder in which a data set is made ready for training, once, from its TFDS records.
+"""Writes and opens the cache: the folder prepared once for training from TFDS records.
 
-With
-`config.data.storage` "decoded" the folder holds every image as uint8 pixels: decoding a 64 × 64
-JPEG takes 35 µs or more, reading its pixels 3 µs, so a training step never waits for a decoder.
-With "records" it holds no pixels, only what a first pass over all records found, and images are
-decoded from the TFDS records as they are needed: for data sets too large to be kept decoded. That
-pass decodes every image too, to measure mean and standard deviation, unless the registry has them.
+With `config.data.storage` = "decoded" the folder contains every image as uint8 pixels: decoding a
+64 × 64 JPEG takes at least 35 µs, reading its pixels 3 µs, so a training step never waits for a
+decoder. With "records" it contains no pixels, only the results of a first pass over all records,
+and images are decoded from the TFDS records on demand: for data sets too large to store decoded.
+That pass decodes every image too, to measure mean and standard deviation, unless the registry
+defines them.
 
-The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`; where
+The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-records/`; if
 `config.data.bit_depth` is set, its name ends in `-<bit depth>bit`::
 
     info.json              what follows, with the size of each file, and the training pixels' mean
@@ -18,11 +18,12 @@ The folder is `<directory>/inception_jax/<name>-<version>-<size>px/`, or `…px-
     <split>_labels.npy     int32 [N], −1 where the class is unknown
     <split>_names.txt      a file name a line
 
-Examples lie in the order of the TFDS records, a fixed hash of their file names: shuffled, and the
-same wherever the data set is prepared. A folder appears under its name only when it is whole.
+Examples are in the order of the TFDS records, which is a fixed hash of their file names: shuffled,
+but identical wherever the data set is prepared. The folder gets its final name only once it is
+complete.
 
-info.json has checksums of itself and of the small files, which are compared when the folder is
-opened: a damaged one is made again. Images are compared as they are read, records by their reader.
+info.json contains checksums of itself and of the small files, which are verified when the folder is
+opened; a damaged cache is rebuilt. Images are verified as they are read, records by their reader.
 """
 
 import contextlib
@@ -46,27 +47,27 @@ from inception_jax.datasets.recipe import Prepared, Recipe
 from inception_jax.datasets.splits import DecodedSplit, RecordSplit, Split
 from inception_jax.errors import DataError
 
-# Rises when the files' layout or the way of decoding changes; older caches are then made again.
+# Incremented when the file layout or the decoding changes; older caches are then rebuilt.
 FORMAT = 1
 _IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
-# Images that one thread decodes at a time: some 10 ms of work.
-_PIECE = 64
-# Records that it reads at a time for that: a user's photos may have 10 MB each.
-_READ = 8
-# What TFDS keeps of an example besides its image, and what it takes in its index: bytes, a bound.
+# Images decoded per task of a thread: about 10 ms of work.
+_CHUNK_SIZE = 64
+# Records read at a time within a task: photos may have 10 MB each.
+_READ_CHUNK_SIZE = 8
+# Upper bound of what TFDS stores per example besides the image, including its index, bytes.
 RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
 
 if TYPE_CHECKING:
-    # It imports TFDS, which opening decoded images does without.
+    # Imports TFDS, which is not needed to open decoded images.
     from inception_jax.datasets.records import Example, Records
 
-# What info.json holds.
+# The contents of info.json.
 Info = dict[str, Any]
 
 
 def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
-    """Returns the cache's description, or None and what is wrong with it ('' if there is none)."""
+    """Returns a cache's description, or None and the problem ('' if there is no cache)."""
     try:
         info = json.loads((cache / "info.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -76,22 +77,22 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     if not isinstance(info, dict):
         return None, "info.json is damaged"
     if info.get("format") != FORMAT:
-        return None, f"its format is {info.get('format')}, not {FORMAT}"
+        return None, f"its format is {info.get('format')}; must be {FORMAT}"
     # Caches of older versions have no checksums.
-    if info.get("sha256 of this", "") not in ("", _digest(info)):
-        return None, "info.json is damaged (its checksum is another)"
+    if info.get("sha256 of this", "") not in ("", _info_digest(info)):
+        return None, "info.json is damaged (checksum mismatch)"
     for file, size in info["files"].items():
-        found = (cache / file).stat().st_size if (cache / file).exists() else 0
-        if found != size:
-            return None, f"{file} has {found:,} bytes instead of {size:,}"
+        actual_size = (cache / file).stat().st_size if (cache / file).exists() else 0
+        if actual_size != size:
+            return None, f"{file} has {actual_size:,} bytes; must have {size:,}"
     for file, digest in info.get("sha256", {}).items():
         if _file_digest(cache / file) != digest:
-            return None, f"{file} is damaged (its checksum is another)"
+            return None, f"{file} is damaged (checksum mismatch)"
     return info, ""
 
 
-def _digest(info: Info) -> str:
-    """Returns the SHA-256 of a cache's description, but for this itself."""
+def _info_digest(info: Info) -> str:
+    """Returns the SHA-256 of a cache's description, excluding the checksum itself."""
     rest = {key: value for key, value in info.items() if key != "sha256 of this"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -102,7 +103,7 @@ def _file_digest(path: pathlib.Path) -> str:
 
 
 def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -> Split:
-    """Returns a split of a cache, its images still on disk."""
+    """Opens a split of a cache without loading its images."""
     labels = np.load(cache / f"{split}_labels.npy")
     names_path = cache / f"{split}_names.txt"
     # Caches of older versions have none.
@@ -126,12 +127,12 @@ def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -
 
 
 def bit_depth(name: str, facts: Mapping[str, Any]) -> int:
-    """Returns the bit depth that a cache's or a TFDS dataset's description has, or implies."""
+    """Returns the bit depth stored in, or implied by, the metadata of a cache or TFDS data set."""
     return facts.get("bit_depth", config.unrecorded_bit_depth(name))
 
 
-def prepared(info: Info) -> Prepared:
-    """Returns what a cache was prepared from."""
+def prepared_from_info(info: Info) -> Prepared:
+    """Returns what a cache was prepared from, from its info.json."""
     source = info["source"]
     names = info["class_names"]
     return Prepared(
@@ -140,16 +141,16 @@ def prepared(info: Info) -> Prepared:
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that data were prepared with, under today's names."""
-    found = facts.get("settings", {})
+    """Returns the settings that data were prepared with, under their current names."""
+    settings = facts.get("settings", {})
     return {
         config.current_path(f"data.{name}").removeprefix("data."): value
-        for name, value in found.items()
+        for name, value in settings.items()
     }
 
 
-def prepared_by(builder: Any) -> Prepared:
-    """Returns what the records of a builder were prepared from."""
+def prepared_from_builder(builder: Any) -> Prepared:
+    """Returns what a builder's records were prepared from."""
     facts = builder.facts
     return Prepared(
         path=facts.get("source", ""),
@@ -160,30 +161,30 @@ def prepared_by(builder: Any) -> Prepared:
     )
 
 
-def check_colors(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
-    """Raises DataError if there is nothing to see in the training images."""
+def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
+    """Raises DataError if all training images are one single color."""
     if not any(std):
         raise DataError(
-            f"{where}: all training images together show a single color, such as black: there is "
-            "nothing to learn. Replace the images, unless an older version prepared them, which "
-            "took 16-bit files of small values for black; then remove "
-            f"{recipe.all_of_it}, to prepare them again"
+            f"{where}: all training images are the same single color, such as black, so there is "
+            "nothing to learn. Replace the images; if an older version prepared them (it decoded "
+            f"16-bit files with small values as black), remove {recipe.prepared_paths} to prepare "
+            "them again"
         )
 
 
 def example_bytes(data: config.Data) -> int:
-    """Returns what one example takes in the folder, a bound."""
+    """Returns an upper bound of the size of an example in the cache, bytes."""
     pixels = 3 * data.image_size**2 if data.storage == "decoded" else 0
     return pixels + np.dtype(np.int32).itemsize + _NAME_BYTES
 
 
 def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
-    """Writes all splits and, last, info.json, to `folder`; returns what is in info.json.
+    """Writes all splits and finally info.json to `folder`; returns the contents of info.json.
 
     Args:
-      recipe: of the data set.
-      builder: of its prepared TFDS dataset.
-      folder: empty.
+      recipe: settings and registry entry of the data set.
+      builder: of the prepared TFDS data set.
+      folder: an empty folder.
     """
     part, data, facts = recipe.part, recipe.data, builder.facts
     decode = data.storage == "decoded" or not part.mean
@@ -195,12 +196,12 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         ]
         for split in builder.info.splits
     }
-    # Where another split is trained on, its own statistics count, below.
+    # If another split is used for training, its own statistics apply, see below.
     train = part.train_split if part.train_split in statistics else next(iter(statistics))
     if decode:
-        check_colors(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
+        check_not_constant(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
     mean, std = (part.mean, part.std) if part.mean else statistics[train]
-    source = prepared_by(builder)
+    source = prepared_from_builder(builder)
     info = {
         "format": FORMAT,
         "name": builder.name,
@@ -224,7 +225,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         info["statistics"] = statistics
     if builder.fields is not None:
         info["fields"] = builder.fields._asdict()
-    # Where the records do not say it, as those of older versions, nor does what is made from them.
+    # Omitted if the records, written by an older version, lack it.
     if data.bit_depth or "bit_depth" in facts:
         info["bit_depth"] = depth
     if data.storage == "records":
@@ -234,8 +235,8 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         }
         for file in itertools.chain.from_iterable(info["records"].values()):
             info["files"][file] = (folder / file).stat().st_size
-    info["sha256 of this"] = _digest(info)
-    with _synced(folder / "info.json") as file:
+    info["sha256 of this"] = _info_digest(info)
+    with _open_synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
     return info
 
@@ -243,55 +244,56 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
 def _write_split(
     recipe: Recipe, builder: Any, split: str, folder: pathlib.Path, bit_depth: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one split and writes what is kept of it.
+    """Reads one split and writes its cache files.
 
     Args:
-      recipe: of the data set.
+      recipe: settings and registry entry of the data set.
       builder: of the prepared TFDS dataset.
-      split: its name.
-      folder: where to write to.
-      bit_depth: to decode the images with, to keep them or to measure them; None: they are not.
+      split: name of the split.
+      folder: output folder.
+      bit_depth: for decoding the images; None: do not decode them.
 
     Returns:
-      Mean and standard deviation of its pixels, float64 [3]; zeros if they were not decoded.
+      Mean and standard deviation of its pixels / 255, float64 [3]; zeros if not decoded.
     """
     from inception_jax.datasets.records import DEFAULT_FIELDS, Records
 
     data, size = recipe.data, recipe.data.image_size
     records = Records(builder.files(split), builder.fields or DEFAULT_FIELDS)
     count = len(records)
-    pieces = decode.pieces(range(count), _PIECE)
-    work = functools.partial(_list_piece, records)
+    chunks = decode.chunks(range(count), _CHUNK_SIZE)
+    work = functools.partial(_list_chunk, records)
     if bit_depth is not None:
-        work = functools.partial(_decode_piece, records, size, bit_depth)
-    labels, checksums, plain = [], [], []
+        work = functools.partial(_decode_chunk, records, size, bit_depth)
+    labels, checksums, constant = [], [], []
     total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
     label = f"{builder.name}: {'listing' if bit_depth is None else 'decoding'} {split}"
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(_synced(folder / f"{split}_names.txt"))
+        names = stack.enter_context(_open_synced(folder / f"{split}_names.txt"))
         if data.storage == "decoded":
-            # Plain writes, not a mapped file: its dirty pages would count as this process's memory.
-            file = stack.enter_context(_synced(folder / f"{split}{_IMAGES}"))
+            # Plain writes, because dirty pages of a memory-mapped file count as this process's
+            # memory.
+            file = stack.enter_context(_open_synced(folder / f"{split}{_IMAGES}"))
             _write_header(file, (count, size, size, 3))
         progress = stack.enter_context(Progress(label, count, log=recipe.log))
-        for piece in decode.threaded_map(work, pieces):
+        for chunk in decode.threaded_map(work, chunks):
             if data.storage == "decoded":
-                file.write(piece.pixels)
-            checksums.append(piece.digests)
-            labels.append(piece.labels)
-            names.write("".join(f"{name}\n" for name in piece.names).encode())
-            total += piece.total
-            squares += piece.squares
-            plain += piece.plain
-            progress.update(len(piece.labels))
-    with _synced(folder / f"{split}_labels.npy") as file:
+                file.write(chunk.pixels)
+            checksums.append(chunk.digests)
+            labels.append(chunk.labels)
+            names.write("".join(f"{name}\n" for name in chunk.names).encode())
+            total += chunk.total
+            squares += chunk.squares
+            constant += chunk.constant
+            progress.update(len(chunk.labels))
+    with _open_synced(folder / f"{split}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
-    with _synced(folder / f"{split}{_DIGESTS}") as file:
+    with _open_synced(folder / f"{split}{_DIGESTS}") as file:
         np.save(file, np.concatenate(checksums))
-    if plain:
+    if constant:
         recipe.log(
-            f"{builder.name}: {len(plain):,} of {count:,} {split} images are a single color, such "
-            f"as black, all over: {folders.listed(plain)}"
+            f"{builder.name}: {len(constant):,} of {count:,} {split} images are a single color, "
+            f"such as black: {folders.join_truncated(constant)}"
         )
     return splits.mean_and_std(total, squares, count * size * size)
 
@@ -302,10 +304,10 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Some examples: labels, int32; digests, uint64; sums over pixels and squares, uint64 [3].
+class _Chunk:
+    """A chunk of examples: int32 labels, uint64 digests, sums of pixels and squares, uint64 [3].
 
-    `plain` has the names of those that are a single color all over.
+    `constant` contains the names of images that are a single color.
     """
 
     pixels: np.ndarray
@@ -314,37 +316,37 @@ class _Piece:
     names: list[str]
     total: np.ndarray
     squares: np.ndarray
-    plain: list[str] = dataclasses.field(default_factory=list)
+    constant: list[str] = dataclasses.field(default_factory=list)
 
 
-def _decode_piece(records: "Records", size: int, bit_depth: int, indices: Sequence[int]) -> _Piece:
+def _decode_chunk(records: "Records", size: int, bit_depth: int, indices: Sequence[int]) -> _Chunk:
     pixels = np.empty((len(indices), size, size, 3), np.uint8)
-    labels, names, plain = [], [], []
+    labels, names, constant = [], [], []
     for row, example in zip(pixels, _examples(records, indices), strict=True):
         row[:] = decode.decode(example.image, size, example.file_name, bit_depth=bit_depth)
         if (row == row[0, 0]).all():
-            plain.append(example.file_name)
+            constant.append(example.file_name)
         labels.append(example.label)
         names.append(example.file_name)
-    total, squares = splits.sums(pixels)
-    return _Piece(
+    total, squares = splits.pixel_sums(pixels)
+    return _Chunk(
         pixels=pixels,
         digests=digests.of_images(pixels),
         labels=np.array(labels, np.int32),
         names=names,
-        plain=plain,
+        constant=constant,
         total=total,
         squares=squares,
     )
 
 
-def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
+def _list_chunk(records: "Records", indices: Sequence[int]) -> _Chunk:
     """Reads examples without decoding their images."""
     facts = [
         (example.label, example.file_name, digests.of_file(example.image))
         for example in _examples(records, indices)
     ]
-    return _Piece(
+    return _Chunk(
         pixels=np.empty((0,), np.uint8),
         digests=np.array([digest for _, _, digest in facts], np.uint64),
         labels=np.array([label for label, _, _ in facts], np.int32),
@@ -355,14 +357,14 @@ def _list_piece(records: "Records", indices: Sequence[int]) -> _Piece:
 
 
 def _examples(records: "Records", indices: Sequence[int]) -> Iterator["Example"]:
-    """Yields the examples at `indices`, few of which are in memory at a time."""
-    for part in decode.pieces(indices, _READ):
+    """Yields the examples at `indices`, keeping only a few in memory."""
+    for part in decode.chunks(indices, _READ_CHUNK_SIZE):
         yield from records.read(part)
 
 
 @contextlib.contextmanager
-def _synced(path: pathlib.Path) -> Iterator[Any]:
-    """Opens a file for writing, and sees it safely on disk at the end."""
+def _open_synced(path: pathlib.Path) -> Iterator[Any]:
+    """Opens a file for writing and calls fsync at the end."""
     with path.open("wb") as file:
         yield file
         file.flush()

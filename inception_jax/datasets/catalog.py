@@ -1,7 +1,7 @@
-"""The package's own data sets, registered through the same door as a user's.
+"""Registers the package's own data sets, in the same way as custom ones.
 
-Each imports its builder when something is to be prepared: training from prepared data must not
-import TFDS (0.3 to 1 s at every start).
+Builders are imported only to prepare data: training from prepared data must not import TFDS (0.3 to
+1 s at every start).
 """
 
 import importlib
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
     from inception_jax.config import Data
 
 
-def _find(path: str) -> Any:
-    """Returns what a module of the builders has under a name, "module.name"; imports it now."""
+def _load(path: str) -> Any:
+    """Imports a builder module and returns one of its attributes; `path` is "module.name"."""
     module, name = path.split(".")
     return getattr(importlib.import_module(f"inception_jax.datasets.builders.{module}"), name)
 
 
-def _late(path: str) -> Callable[..., Any]:
-    """Returns a function that imports the one at `path`, as of `_find`, when it is called."""
-    return lambda *arguments: _find(path)(*arguments)
+def _lazy(path: str) -> Callable[..., Any]:
+    """Returns a function that imports and calls the function at `path` (see `_load`)."""
+    return lambda *arguments: _load(path)(*arguments)
 
 
 def _register(name: str, builder: str, **facts: Any) -> None:
-    """Registers a data set by its builder's path, as of `_find`; `facts` are of `DatasetPart`."""
-    DATASETS.register(name, is_builder=True, **facts)(lambda data: _find(builder))
+    """Registers a data set by its builder's path (see `_load`) and attributes of `DatasetPart`."""
+    DATASETS.register(name, is_builder=True, **facts)(lambda data: _load(builder))
 
 
 def _check_encoding(data: "Data") -> Iterator[str]:
-    if data.archive_encoding and not _keeps_ascii(data.archive_encoding):
+    if data.archive_encoding and not _is_ascii_superset(data.archive_encoding):
         yield (
             f"config.data.archive_encoding = {data.archive_encoding!r}: must be an encoding of "
             "file names that Python knows, such as gbk, big5, shift_jis, cp866, cp1251 or cp850"
         )
 
 
-def _keeps_ascii(encoding: str) -> bool:
-    """Whether there is such an encoding of text, in which ASCII characters are themselves."""
+def _is_ascii_superset(encoding: str) -> bool:
+    """Returns whether `encoding` exists and encodes ASCII characters as themselves."""
     text = "train/a.jpg"
     try:
         return text.encode("ascii").decode(encoding) == text
@@ -58,15 +58,15 @@ _register(
     "tiny_imagenet_subset",
     "tiny_imagenet.TinyImagenetSubset",
     eval_split="validation",
-    contents=_late("tiny_imagenet_layout.contents"),
+    contents=_lazy("tiny_imagenet_layout.contents"),
 )
 _register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, content_is_canonical=True)
 _register(
     "image_folder",
     "image_folder.ImageFolder",
     eval_split="validation",
-    extra_settings=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
-    contents=_late("folders.contents"),
+    takes=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
+    contents=_lazy("folders.contents"),
     check=_check_encoding,
 )
 _register(
@@ -74,7 +74,7 @@ _register(
     "digits.Digits",
     eval_split="test",
     classes=10,
-    accepts_source=False,
+    takes_source=False,
     content_is_canonical=True,
 )
 _register(
@@ -88,13 +88,13 @@ _register(
     std=(0.229, 0.224, 0.225),
     content_is_canonical=True,
 )
-# What TFDS's own commands prepared.
+# Data sets prepared by TFDS's own commands.
 _register(
     "tfds",
     "tfds_prepared.PreparedTfds",
-    extra_settings=("tfds", "train_split", "eval_split"),
-    accepts_source=False,
+    takes=("tfds", "train_split", "eval_split"),
+    takes_source=False,
     content_is_canonical=True,
-    check=_late("tfds_folders.problems"),
-    locate=_late("tfds_folders.locate"),
+    check=_lazy("tfds_folders.problems"),
+    locate=_lazy("tfds_folders.locate"),
 )

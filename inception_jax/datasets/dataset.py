@@ -1,7 +1,7 @@
-"""Data sets ready for training: opened from what was prepared once, or prepared now.
+"""Opens data sets for training, preparing them first if necessary.
 
-`prepare` makes a folder (`cache`) from a standard TFDS dataset, and makes that from the original
-files, or from what a function returns (`registry.register_dataset`).
+`prepare` writes a cache folder (`cache`) from a standard TFDS data set, which it writes from the
+original files or from a registered function (`registry.register_dataset`).
 """
 
 import dataclasses
@@ -20,26 +20,26 @@ from inception_jax.errors import ConfigError, DataError, nearest
 
 __all__ = ["HOLDOUT", "Dataset", "class_changes", "class_ids", "data_directory", "prepare"]
 
-# The split that is cut from the training split, by config.data.holdout or a slice.
+# The split taken from the training split by config.data.holdout or a slice.
 HOLDOUT = "holdout"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set ready for training.
+    """A data set that is ready for training.
 
     Attributes:
       name, version: as in the registry.
       image_size: height and width of the images, pixels.
-      class_names: in the order of the labels.
-      mean, std: float32 [3], of each channel over all pixels of the training split (a hold-out
-        included), in units of pixel value / 255; the published ones where the registry has them.
-        Of a channel that never changes the deviation is 1, not 0.
+      class_names: in label order.
+      mean, std: float32 [3], per channel over all pixels of the training split (including a
+        hold-out), of pixel value / 255; published values if the registry defines them. `std` is 1
+        instead of 0 for a constant channel.
       splits: all splits by name.
-      train_split, eval_split: the names of the two that training and evaluation use.
-      eval_crop: side of the centred square that is cut from the images of all splits but the one to
-        train on, over the shorter side.
-      bit_depth: how many bits the values of image files with 16 bits a channel use; 0: there are no
+      train_split, eval_split: names of the splits used for training and evaluation.
+      eval_crop: side of the center crop, as a fraction of the shorter side, of all splits except
+        the training split.
+      bit_depth: number of bits used by the values of image files with 16 bits per channel; 0: no
         such files.
     """
 
@@ -68,42 +68,45 @@ class Dataset:
         name: str = "arrays",
         seed: int = 0,
     ) -> "Dataset":
-        """Returns a data set of arrays, which stays in memory and writes no file.
+        """Returns an in-memory data set of arrays; writes no files.
 
         Args:
-          images: uint8 [N, H, W, 3], or grey: [N, H, W] or [N, H, W, 1].
-          labels: int [N], from 0 on.
-          evaluation: (images, labels) to evaluate on; None: a share of each class is held out.
-          val_fraction: that share, rounded, but at least one example, and never all.
-          class_names: in the order of the labels; none: the labels' numbers.
-          image_size: height and width that images are resized to, of the centred square, pixels; 0:
-            their shorter side.
-          name: in logs and records.
-          seed: of the choice of what is held out.
+          images: uint8 [N, H, W, 3], or grayscale [N, H, W] or [N, H, W, 1].
+          labels: integers [N], from 0.
+          evaluation: (images, labels) to evaluate on; None: hold out a fraction of each class.
+          val_fraction: that fraction, rounded, but at least one example and never all.
+          class_names: in label order; empty: '0', '1', ….
+          image_size: height and width, pixels, to which the center square of each image is resized;
+            0: its shorter side.
+          name: used in logs and run records.
+          seed: for choosing the held-out examples.
 
         Raises:
-          DataError: if an array is of another shape, type or length, or a label out of range.
+          DataError: if an array has the wrong shape, dtype or length, or a label is out of range.
         """
-        pixels = arrays.stack(images, "images")
+        pixels = arrays.as_pixel_array(images, "images")
         classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
         known = arrays.check_labels(labels, len(pixels), "labels", classes=classes)
         if not class_names:
-            arrays.check_numbering(known)
-        class_names = tuple(class_names) or arrays.numbered(int(known.max()) + 1)
+            arrays.check_contiguous_labels(known)
+        class_names = tuple(class_names) or arrays.numbered_names(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:
             if not 0 < val_fraction < 1:
                 raise ConfigError(
-                    f"val_fraction = {val_fraction}: must be more than 0, less than 1"
+                    f"val_fraction = {val_fraction}: must be between 0 and 1, exclusive"
                 )
-            held = arrays.held_out(known, val_fraction, seed)
+            held = arrays.holdout_mask(known, val_fraction, seed)
             if not held.any():
-                raise DataError("images: no class has two, so that one could be evaluated on")
+                raise DataError(
+                    "images: no class has two images, so none can be held out for "
+                    "evaluation; add images, or pass evaluation"
+                )
             test = arrays.make_split(pixels, known, np.flatnonzero(held), size)
             train = arrays.make_split(pixels, known, np.flatnonzero(~held), size)
         else:
             train = arrays.make_split(pixels, known, np.arange(len(pixels)), size)
-            others = arrays.stack(evaluation[0], "evaluation[0]")
+            others = arrays.as_pixel_array(evaluation[0], "evaluation[0]")
             theirs = arrays.check_labels(
                 evaluation[1], len(others), "evaluation[1]", classes=len(class_names)
             )
@@ -123,48 +126,48 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.class_names)
 
     @property
     def train(self) -> Split:
-        """The split to train on."""
+        """The training split."""
         return self.splits[self.train_split]
 
     @property
-    def train_evaluated(self) -> Split:
-        """The examples to train on, as an evaluation sees them."""
+    def train_eval_view(self) -> Split:
+        """The training examples with the evaluation crop."""
         return self.view(self.train_split, crop=self.eval_crop)
 
     @property
     def evaluation(self) -> Split:
-        """The split to evaluate on."""
+        """The evaluation split."""
         return self.splits[self.eval_split]
 
     def view(self, split: str, *, crop: float = 1.0, examples: int | None = None) -> Split:
-        """Returns a split to evaluate on; the same object for the same arguments.
+        """Returns a split for evaluation; the same object for the same arguments.
 
         Args:
-          split: its name; "train" and "eval" stand for those that training and evaluation use,
+          split: its name; "train" and "eval" select the splits used for training and evaluation,
             whatever their names.
-          crop: side of the centred square that is cut from each image, over its shorter side; other
-            than 1 of records only (config.data.storage).
-          examples: how many, from its first on; None: all.
+          crop: side of the center crop as a fraction of the shorter side; values other than 1 need
+            config.data.storage=records.
+          examples: number of examples, from the first; None: all.
 
         Raises:
-          ConfigError: if there is no such split, or it cannot be cropped.
+          ConfigError: if the split does not exist or cannot be cropped.
         """
         name = {"train": self.train_split, "eval": self.eval_split}.get(split, split)
         if name not in self.splits:
             raise ConfigError(
-                f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}."
-                f"{nearest(split, self.splits)}"
+                f"{self.name}: split {split!r} not found.{nearest(split, self.splits)} Its splits "
+                f"are {', '.join(self.splits)}"
             )
         if (name, crop, examples) not in self._views:
-            found = self.splits[name].cropped(crop)
-            if examples is not None and examples < len(found):
-                found = splits.subset(found, np.arange(examples))
-            self._views[name, crop, examples] = found
+            view = self.splits[name].cropped(crop)
+            if examples is not None and examples < len(view):
+                view = splits.subset(view, np.arange(examples))
+            self._views[name, crop, examples] = view
         return self._views[name, crop, examples]
 
     @functools.cached_property
@@ -172,46 +175,46 @@ class Dataset:
         return {}
 
     @functools.cached_property
-    def trained_on(self) -> Duplicates | None:
-        """The images to evaluate on that are training images, too; None: not known."""
+    def eval_train_overlap(self) -> Duplicates | None:
+        """The evaluation images that are also training images; None: unknown."""
         return duplicates.between(self.evaluation, self.train)
 
 
 def prepare(data: config.Data, *, log: Log = print) -> Dataset:
-    """Opens a data set, after preparing it if this has not been done.
+    """Opens a data set, preparing it first if necessary.
 
-    Several processes may call this at once: one prepares, the others wait for it.
+    Several processes may call this at once: one prepares the data set while the others wait.
 
     Args:
-      data: which data set, from where, kept where and how, at what size.
-      log: takes one line of text about what goes on.
+      data: the settings in config.data.
+      log: called with one line of text at a time.
 
     Returns:
-      The data set, its images still on disk.
+      The data set, with its images still on disk.
 
     Raises:
-      ConfigError: if a source is given for a data set that takes none.
-      DataError: if the source or what is prepared is damaged or missing, or the disk is full or
+      ConfigError: if a setting does not apply to the data set.
+      DataError: if the source or the prepared data are damaged or missing, or the disk is full or
         read-only.
     """
-    recipe = Recipe.of(data, log)
-    folder, is_new = recipe.cache, False
+    recipe = Recipe.from_config(data, log)
+    folder, is_new = recipe.cache_dir, False
 
     def is_outdated(info: Info) -> bool:
-        return recipe.is_outdated(cache.prepared(info), folder)
+        return recipe.is_outdated(cache.prepared_from_info(info), folder)
 
     info, _ = cache.read_info(folder)
     if info is None or is_outdated(info):
-        lock = recipe.caches / f"{recipe.name}-{recipe.version}.lock"
+        lock = recipe.cache_root / f"{recipe.name}-{recipe.version}.lock"
         with preparation.locked(lock, log=log):
-            # Another process may have prepared it while this one waited.
+            # Another process may have prepared it in the meantime.
             info, problem = cache.read_info(folder)
             if info is None and problem:
-                log(f"{folder}: {problem}; it is made again")
+                log(f"{folder}: {problem}; rebuilding it")
             if info is None or is_outdated(info):
-                with preparation.readable_errors(recipe.directory):
+                with preparation.translate_disk_errors(recipe.directory):
                     info, is_new = preparation.build(recipe), True
-    recipe.check(cache.prepared(info), folder)
+    recipe.check(cache.prepared_from_info(info), folder)
     dataset = _open(recipe, info)
     for line in _notes(recipe, dataset, info):
         log(line)
@@ -221,70 +224,70 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
 
 
 def _log_duplicates(dataset: Dataset, log: Log) -> None:
-    """Says which images occur in two splits, or in one with different labels."""
+    """Logs images that occur in two splits, or with different labels."""
     train = dataset.train
     for name, split in dataset.splits.items():
-        if split is not train and (found := duplicates.between(split, train)) and found.total:
+        if split is not train and (shared := duplicates.between(split, train)) and shared.total:
             log(
-                f"{dataset.name}: {found.total:,} of {len(split):,} images of the {name} split are "
-                f"also among those to train on, so that its accuracy says too much: {found}"
+                f"{dataset.name}: {shared.total:,} of {len(split):,} images in the {name} split "
+                f"are also training images, which inflates its accuracy: {shared}"
             )
-    if (found := duplicates.of_different_labels(train)) and found.total:
+    if (conflicting := duplicates.with_conflicting_labels(train)) and conflicting.total:
         log(
-            f"{dataset.name}: {found.total:,} of {len(train):,} images to train on are there with "
-            f"different labels: {found}"
+            f"{dataset.name}: {conflicting.total:,} of {len(train):,} training images occur with "
+            f"different labels: {conflicting}"
         )
 
 
 def class_ids(data: config.Data) -> tuple[str, ...]:
-    """Returns what a prepared data set's authors call its classes, such as wnids; often nothing.
+    """Returns the class ids (such as wnids) of a prepared data set, if it has any.
 
     Args:
-      data: as of `prepare`, which comes first.
+      data: as for `prepare`, which must be called first.
 
     Returns:
-      An id for each label, in order; empty: there are none besides the names.
+      An id per label, in label order; empty if there are only names.
 
     Raises:
-      DataError: if the records are gone, so that it cannot be told.
+      DataError: if the records are missing.
     """
-    recipe = Recipe.of(data, print)
+    recipe = Recipe.from_config(data, print)
     builder = preparation.make_builder(recipe)
     if not builder.is_prepared():
         raise DataError(
-            f"{builder.data_dir}: is missing, and with it the ids of the classes. Put it back, or "
-            f"remove {recipe.all_of_it}, to prepare the data set anew"
+            f"{builder.data_dir}: is missing, so the class ids are unknown. Restore it, or remove "
+            f"{recipe.prepared_paths} to prepare the data set again"
         )
     return tuple(builder.facts.get("wnids", ()))
 
 
 def _open(recipe: Recipe, info: Info) -> Dataset:
-    part, data, folder = recipe.part, recipe.data, recipe.cache
+    part, data, folder = recipe.part, recipe.data, recipe.cache_dir
     opened = {name: cache.open_split(data, folder, info, name) for name in info["splits"]}
     train, eval_split = data.train_split or part.train_split, data.eval_split or part.eval_split
-    train, part_of_train = splits.sliced(train, info["splits"], "train_split")
+    train, part_of_train = splits.parse_slice(train, info["splits"], "train_split")
     mean, std = info.get("statistics", {}).get(train, (info["mean"], info["std"]))
-    whole = opened[train]
-    opened[train] = splits.part_of(whole, part_of_train)
+    full_split = opened[train]
+    opened[train] = splits.take_range(full_split, part_of_train)
     if data.holdout:
-        held = splits.stratified(opened[train].labels, data.holdout)
+        held = splits.stratified_holdout(opened[train].labels, data.holdout)
         opened[HOLDOUT] = splits.subset(opened[train], np.flatnonzero(held))
         opened[train] = splits.subset(opened[train], np.flatnonzero(~held))
         evaluated = HOLDOUT
     else:
-        evaluated, part_of_it = splits.sliced(
+        evaluated, part_of_it = splits.parse_slice(
             eval_split or _usual_eval_split(recipe, opened, train), info["splits"], "eval_split"
         )
         if evaluated == train:
             if set(part_of_it) & set(part_of_train):
                 raise ConfigError(
-                    f"config.data.eval_split = {data.eval_split!r}: has training examples of "
-                    f"config.data.train_split = {data.train_split!r}; give parts that do not "
-                    "overlap, such as train[:90%] and train[90%:]"
+                    f"config.data.eval_split = {data.eval_split!r}: overlaps "
+                    f"config.data.train_split = {data.train_split!r}; use disjoint parts, such as "
+                    "train[:90%] and train[90%:]"
                 )
-            evaluated, opened[HOLDOUT] = HOLDOUT, whole
-        opened[evaluated] = splits.part_of(opened[evaluated], part_of_it)
-    # Only what is evaluated is cut: training has crops of its own.
+            evaluated, opened[HOLDOUT] = HOLDOUT, full_split
+        opened[evaluated] = splits.take_range(opened[evaluated], part_of_it)
+    # Only evaluation splits are cropped; training uses its own crops.
     opened = {
         name: split if name == train else split.cropped(data.eval_crop_pct)
         for name, split in opened.items()
@@ -292,8 +295,8 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
     for name in (train, evaluated):
         if not len(opened[name]) or opened[name].labels.min() < 0:
             raise DataError(
-                f"{folder}: the split {name!r} has examples without a label, or none at all; train "
-                "and evaluate on others"
+                f"{folder}: the split {name!r} is empty or contains unlabeled examples; use "
+                "another split for training or evaluation"
             )
     return Dataset(
         name=info["name"],
@@ -301,7 +304,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
         image_size=info["image_size"],
         class_names=tuple(info["class_names"]),
         mean=np.array(mean, np.float32),
-        # What never changes is 0 once its mean is subtracted, whatever it is divided by.
+        # A constant channel is 0 after subtracting its mean, whatever the divisor.
         std=np.array([each if each > 0 else 1 for each in std], np.float32),
         splits=opened,
         train_split=train,
@@ -312,38 +315,38 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
 
 
 def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> str:
-    """Returns the split to evaluate on where nothing says which."""
+    """Returns the default evaluation split."""
     others = [name for name in opened if name != train]
     for name in ("validation", "test"):
         if name in others:
             return name
     if len(others) == 1:
         return others[0]
-    found = f"it has {', '.join(others)} besides" if others else "it has no other"
+    alternatives = f"the others are {', '.join(others)}" if others else "there are no others"
     remedy = (
         "set config.data.eval_split"
-        if "eval_split" in recipe.part.extra_settings
-        else ("name one in register_dataset(..., eval_split=...)")
+        if "eval_split" in recipe.part.takes
+        else "set register_dataset(..., eval_split=...)"
     )
     raise ConfigError(
-        f"{recipe.name}: which split is to be evaluated on, with {train!r} to train on? ({found}); "
+        f"{recipe.name}: cannot choose an evaluation split other than {train!r} ({alternatives}); "
         f"{remedy}, or hold out training examples with config.data.holdout"
     )
 
 
 def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
-    """Yields what to know of a data set that is opened.
+    """Yields log lines about problems of an opened data set.
 
     Raises:
-      DataError: if its training images are nothing but one color.
+      DataError: if all training images are one single color.
     """
-    folder = recipe.cache
-    cache.check_colors(recipe, info["std"], where=folder)
+    folder = recipe.cache_dir
+    cache.check_not_constant(recipe, info["std"], where=folder)
     channels = zip(("red", "green", "blue"), info["mean"], info["std"], strict=True)
     if constant := [f"{color} ({mean:.3g})" for color, mean, std in channels if not std > 0]:
         yield (
-            f"{folder}: every training pixel has the same {' and '.join(constant)}; the standard "
-            "deviation of 0 is taken as 1"
+            f"{folder}: every training pixel has the same {' and '.join(constant)}; using a "
+            "standard deviation of 1 instead of 0"
         )
     if "bit_depth" in info or not config.unrecorded_bit_depth(recipe.part.name):
         return
@@ -352,6 +355,6 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
         yield (
             f"{folder}: prepared by an older version, which dropped transparency and used the "
             f"upper 8 of 16 bits even where those are empty. {len(others):,} training images may "
-            f"be concerned, such as {others[0]}. If they are, remove {recipe.all_of_it}, to "
-            "prepare them again; for 16-bit files alone, setting config.data.bit_depth is enough"
+            f"be affected, such as {others[0]}. If they are, remove {recipe.prepared_paths} to "
+            "prepare them again; for 16-bit files only, setting config.data.bit_depth is enough"
         )

@@ -1,12 +1,13 @@
-"""Encoded images to pixels, in threads (the decoders release the interpreter's lock).
+"""Decodes images to pixels, in threads (the decoders release the GIL).
 
-JPEGs are decoded by simplejpeg, a thin layer over libjpeg-turbo: in a quarter of PIL's time, to the
-same pixels. What it does not take (other formats, four channels, JPEGs with odd or missing data),
-and JPEGs with EXIF data, are left to PIL, which alone decides what is an image.
+JPEGs are decoded by simplejpeg, a thin wrapper of libjpeg-turbo: in a quarter of PIL's time, to the
+same pixels. PIL decodes everything that simplejpeg does not support (other formats, four channels,
+JPEGs with unusual or missing data) and JPEGs with EXIF data; PIL alone decides whether a file is an
+image.
 
-Pixels have 8 bits a channel. Files of 16 bits often hold less: a microscope's camera fills 12, and
-the upper 8 of 16 would be black. How many bits count is a fact of a data set, not of a picture, for
-its pictures must stay as bright beside each other as they are. Transparent pictures lie on white.
+Pixels have 8 bits per channel. 16-bit files often use fewer: a microscope camera uses 12, of which
+the upper 8 of 16 would be black. The bit depth belongs to the data set, not to a single image, so
+that the relative brightness of its images is kept. Transparent images are composited on white.
 """
 
 import collections
@@ -27,30 +28,30 @@ from inception_jax.datasets.sources import file_types
 from inception_jax.errors import DataError
 
 # Top, left, height and width, pixels.
-Box = tuple[int, int, int, int]
-# Maps an image's height and width to the box that is cut from it.
-ChooseBox = Callable[[int, int], Box]
+CropBox = tuple[int, int, int, int]
+# Maps an image's height and width to the box to crop.
+CropFn = Callable[[int, int], CropBox]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What PIL raises for data that are no image, or not a whole one.
-BROKEN = pil_images.BROKEN
-# As simplejpeg names them.
-_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
-# What EXIF data begin with in a JPEG. They can say how the camera was held.
+# Raised by PIL for data that are not an image, or not a complete one.
+DECODE_ERRORS = pil_images.DECODE_ERRORS
+# Names used by simplejpeg.
+_JPEG_COLOR_SPACES = ("YCbCr", "Gray", "RGB")
+# Marker of EXIF data in a JPEG, which may contain the camera's orientation.
 _EXIF = b"Exif\0\0"
-# Beyond this, threads only wait for each other's turn at the interpreter.
-_MOST_THREADS = 8
+# Additional threads would only wait for the GIL.
+_MAX_THREADS = 8
 
 
 class Problem(NamedTuple):
     """Why a file cannot be decoded as an image.
 
     Attributes:
-      kind: of the file, in the singular: "HEIC photo", "damaged image".
-      remedy: what to do about such files, without a period.
-      detail: what the decoder says; empty where the kind says all.
+      kind: of file, singular: "HEIC photo", "damaged image".
+      remedy: imperative clause without a period.
+      detail: the decoder's error; empty if the kind is sufficient.
     """
 
     kind: str
@@ -62,7 +63,7 @@ class Problem(NamedTuple):
 
     @property
     def advice(self) -> str:
-        """The remedy as a sentence, without its period."""
+        """The remedy with a capital letter."""
         return self.remedy[:1].upper() + self.remedy[1:]
 
 
@@ -77,12 +78,12 @@ class ImageError(DataError):
 
 
 class Inspection(NamedTuple):
-    """What decoding an image file once finds out.
+    """The result of test-decoding an image file.
 
     Attributes:
-      problem: why it cannot be decoded; None: it can.
-      bit_depth: the least of `BIT_DEPTHS` that holds the values of a file of 16 bits a channel; 0:
-        it has no such values.
+      problem: why the file cannot be decoded; None: it can.
+      bit_depth: the smallest of `BIT_DEPTHS` that fits the values of a file with 16 bits per
+        channel; 0: not such a file.
     """
 
     problem: Problem | None
@@ -90,104 +91,103 @@ class Inspection(NamedTuple):
 
 
 def verify(data: bytes, name: str) -> None:
-    """Checks that an encoded image can be decoded to its last byte.
+    """Checks that an encoded image can be decoded completely.
 
     Args:
-      data: the image file's content.
-      name: what an error calls it.
+      data: content of the image file.
+      name: of the file, for errors.
 
     Raises:
-      ImageError: if the image is corrupt or cut short.
+      ImageError: if the image is corrupt or truncated.
     """
     if problem := inspect(data, name).problem:
         raise ImageError(name, len(data), problem)
 
 
 def inspect(data: bytes, name: str = "") -> Inspection:
-    """Decodes an encoded image to its last byte.
+    """Test-decodes an encoded image completely.
 
-    A JPEG is decoded at an eighth of its size, which reads all of its data in half the time.
+    JPEGs are decoded at an eighth of their size, which reads all data in half the time.
 
     Args:
-      data: the image file's content.
-      name: of the file; its ending decides what it is where the content says nothing.
+      data: content of the image file.
+      name: of the file; its extension identifies the type if the content does not.
     """
     try:
-        loaded = pil_images.repairing(
+        loaded = pil_images.load_repaired(
             lambda content: pil_images.load(content, name, draft=True), data
         )
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         return Inspection(_problem(data, name, error))
     return Inspection(None, 0 if loaded.wide is None else pil_images.bit_depth_of(loaded.wide))
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """Returns width and height of an image, pixels, by what the file says of itself.
+    """Returns width and height of an image, pixels, from the file header.
 
     Raises:
-      one of `BROKEN`: if it does not say it.
+      one of `DECODE_ERRORS`: if the header is invalid.
     """
 
     def size(content: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(content)) as image:
             return image.size
 
-    return pil_images.repairing(size, data)
+    return pil_images.load_repaired(size, data)
 
 
 def _problem(data: bytes, name: str, error: Exception) -> Problem:
-    """Returns what is wrong with data that PIL does not decode, from what it raised."""
-    if isinstance(error, pil_images.NotRead):
+    """Returns the problem of data that PIL cannot decode, based on its error."""
+    if isinstance(error, pil_images.UnsupportedImage):
         return Problem(*error.kind)
     if kind := file_types.identify(data, name):
         return Problem(*kind)
     if isinstance(error, Image.DecompressionBombError):
-        return Problem("image that is too large", "make it smaller", str(error))
+        return Problem("oversized image", "make it smaller", str(error))
     if isinstance(error, UnidentifiedImageError) and not file_types.damaged_format(data):
-        return Problem("file of no image format that is known", "remove it")
-    # PIL names the buffer that it was given, by its address.
-    unidentified = isinstance(error, UnidentifiedImageError)
-    said = f"{file_types.damaged_format(data)} data without an image" if unidentified else ""
+        return Problem("file in an unknown format", "remove it")
+    # PIL's message contains only the address of the buffer.
+    is_unidentified = isinstance(error, UnidentifiedImageError)
+    detail = f"{file_types.damaged_format(data)} header without an image" if is_unidentified else ""
     return Problem(
         "damaged image",
-        "the source is damaged: get this file, or the whole source, again",
-        said or str(error) or type(error).__name__,
+        "download or copy this file again",
+        detail or str(error) or type(error).__name__,
     )
 
 
 def decode(
     data: bytes, size: int, name: str, crop: float = 1.0, *, bit_depth: int = 0
 ) -> np.ndarray:
-    """Decodes an image to RGB pixels of a given size.
+    """Decodes an image and resizes its center square.
 
-    A picture that its EXIF data say was taken with the camera turned is set upright. Of an animated
-    image the first frame counts; what is transparent lies on white. The centred square that is
-    `crop` times as large as its shorter side becomes `size` × `size` pixels, resized with PIL's
-    antialiased bicubic filter where it is of another size.
+    Applies the EXIF orientation. Uses the first frame of an animation, and composites transparency
+    on white. The center square, with a side of `crop` times the shorter side, is resized to `size`
+    × `size` pixels with PIL's antialiased bicubic filter unless it has that size.
 
     Args:
-      data: the image file's content, in any format and colour mode that PIL knows.
+      data: content of the image file, in any format and color mode that PIL supports.
       size: height and width of the result, pixels.
-      name: what an error calls it.
-      crop: more than 0, at most 1.
-      bit_depth: how many bits the values of files with 16 bits a channel use, of which the upper 8
-        become the pixels; larger values are white. 0: what the picture's own values need.
+      name: of the file, for errors.
+      crop: greater than 0, at most 1.
+      bit_depth: number of bits used by files with 16 bits per channel, of which the upper 8 become
+        the pixels; larger values become white. 0: as needed by this image.
 
     Returns:
       uint8 [size, size, 3].
 
     Raises:
-      ImageError: if the image is corrupt or cut short.
+      ImageError: if the image is corrupt or truncated.
     """
     if _jpeg_shape(data):
         pixels = _decode_jpeg(data, name)
     else:
         pixels = _decode_with_pil(data, name, bit_depth)
-    return resized(pixels, size, crop)
+    return crop_and_resize(pixels, size, crop)
 
 
-def resized(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
-    """Returns the centred square of an image, uint8 [H, W, 3], as `decode` cuts and resizes it."""
+def crop_and_resize(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+    """Crops and resizes the center square of an image, uint8 [H, W, 3], as `decode` does."""
     if crop == 1 and pixels.shape[:2] == (size, size):
         return pixels
     fitted = ImageOps.fit(
@@ -199,112 +199,117 @@ def resized(pixels: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
     return np.asarray(fitted)
 
 
-def decode_box(
-    data: bytes, size: int, name: str, choose: ChooseBox, *, bit_depth: int = 0
+def decode_crop(
+    data: bytes, size: int, name: str, choose_crop: CropFn, *, bit_depth: int = 0
 ) -> np.ndarray:
-    """Decodes an image and resizes a box of it to a square.
+    """Decodes an image, crops a box and resizes it to a square.
 
-    The filter is PIL's antialiased bilinear one, as in torchvision's RandomResizedCrop; beside the
-    box's edge it sees the image's own pixels, where a crop before it would repeat the last ones. A
-    JPEG is decoded at half its size, or less, where the box stays at least `size` pixels each way.
+    Uses PIL's antialiased bilinear filter, as torchvision's RandomResizedCrop does; at the box's
+    edges it uses the image's neighboring pixels, where cropping first would repeat the last ones. A
+    JPEG is decoded at half size or less if the box still has at least `size` pixels each way.
 
     Args:
-      data: the image file's content, in any format and colour mode that PIL knows.
+      data: content of the image file, in any format and color mode that PIL supports.
       size: height and width of the result, pixels.
-      name: what an error calls it.
-      choose: gives the box inside the image.
-      bit_depth: as of `decode`.
+      name: of the file, for errors.
+      choose_crop: returns the box inside the image.
+      bit_depth: as for `decode`.
 
     Returns:
       uint8 [size, size, 3].
 
     Raises:
-      ImageError: if the image is corrupt or cut short.
+      ImageError: if the image is corrupt or truncated.
     """
     shape = _jpeg_shape(data)
     if shape is None:
         pixels = _decode_with_pil(data, name, bit_depth)
         shape = pixels.shape[0], pixels.shape[1]
-        box = choose(*shape)
+        box = choose_crop(*shape)
     else:
-        box = choose(*shape)
-        least = [math.ceil(side * size / part) for side, part in zip(shape, box[2:], strict=True)]
-        pixels = _decode_jpeg(data, name, least)
+        box = choose_crop(*shape)
+        min_size = [
+            math.ceil(side * size / part) for side, part in zip(shape, box[2:], strict=True)
+        ]
+        pixels = _decode_jpeg(data, name, min_size)
     top, left, height, width = box
     y, x = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
     edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-    picture = Image.fromarray(pixels)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=edges))
+    image = Image.fromarray(pixels)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=edges))
 
 
 def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Returns the height and width of a JPEG that simplejpeg decodes as PIL does, else None."""
+    """Returns height and width of a JPEG that simplejpeg decodes as PIL does, else None."""
     if _EXIF in data:
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # Enormous ones are PIL's to refuse. Of the ways from four channels to three, simplejpeg does
-    # not take PIL's.
-    enormous = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-    return (height, width) if colours in _JPEG_COLOURS and not enormous else None
+    # PIL refuses oversized images. simplejpeg converts four channels to three differently from PIL.
+    oversized = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (height, width) if color_space in _JPEG_COLOR_SPACES and not oversized else None
 
 
-def _decode_jpeg(data: bytes, name: str, least: Sequence[int] = (0, 0)) -> np.ndarray:
+def _decode_jpeg(data: bytes, name: str, min_size: Sequence[int] = (0, 0)) -> np.ndarray:
     """Returns a JPEG's pixels, uint8 [H, W, 3].
 
     Args:
-      data: the file's content.
-      name: what an error calls it.
-      least: height and width that it may be reduced to while it is decoded; 0: not at all.
+      data: content of the file.
+      name: of the file, for errors.
+      min_size: minimum height and width after scaled decoding; 0: full size.
     """
-    height, width = least
+    height, width = min_size
     try:
-        # Reducing by less than 2 takes longer than to decode the whole.
+        # Scaling by less than 2 takes longer than decoding at full size.
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2)
     except ValueError:
         return _decode_with_pil(data, name)
 
 
 def _decode_with_pil(data: bytes, name: str, bit_depth: int = 0) -> np.ndarray:
-    """Returns an image's pixels, uint8 [H, W, 3], from any format and colour mode."""
+    """Returns an image's pixels, uint8 [H, W, 3], from any format and color mode."""
     try:
-        loaded = pil_images.repairing(lambda content: pil_images.load(content, name), data)
+        loaded = pil_images.load_repaired(lambda content: pil_images.load(content, name), data)
         return np.asarray(pil_images.to_rgb(loaded, bit_depth))
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise ImageError(name, len(data), _problem(data, name, error)) from error
 
 
-def pieces(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yields `items` in pieces of `size`, of which the last may be smaller."""
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields `items` in lists of `size`; the last may be shorter.
+
+    >>> list(chunks(range(5), 2))
+    [[0, 1], [2, 3], [4]]
+    """
     rest = iter(items)
-    while piece := list(itertools.islice(rest, size)):
-        yield piece
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
 
 
 def threaded_map(
-    function: Callable[[Item], Result], items: Iterable[Item], piece: int = 1
+    function: Callable[[Item], Result], items: Iterable[Item], chunk_size: int = 1
 ) -> Iterator[Result]:
-    """Yields `function(item)` for each item in order, computed a little ahead in threads.
+    """Yields `function(item)` for each item in order, computed slightly ahead in threads.
 
-    Unlike `Executor.map` it takes no more items than it works on, so memory stays bounded.
+    Unlike `Executor.map`, it consumes items only as needed, so memory stays bounded.
 
     Args:
-      function: of one item.
-      items: perhaps an endless stream.
-      piece: how many a thread does at a time: a few milliseconds of work.
+      function: applied to each item.
+      items: may be an infinite stream.
+      chunk_size: items per task of a thread: a few milliseconds of work.
     """
 
-    def work(part: list[Item]) -> list[Result]:
-        return [function(item) for item in part]
+    def work(chunk: list[Item]) -> list[Result]:
+        return [function(item) for item in chunk]
 
-    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
     pending: collections.deque[futures.Future[list[Result]]] = collections.deque()
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            for part in pieces(items, piece):
-                pending.append(pool.submit(work, part))
+            for chunk in chunks(items, chunk_size):
+                pending.append(pool.submit(work, chunk))
                 if len(pending) > 2 * threads:
                     yield from pending.popleft().result()
             while pending:

@@ -1,6 +1,6 @@
-"""Equal images: in two splits, or in one with different labels, found by their digests.
+"""Finds equal images, in two splits or with different labels, by their digests.
 
-An image of the evaluation split that is trained on, too, says nothing about new images.
+Evaluating on an image that was trained on says nothing about new images.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import numpy as np
 
 from inception_jax.datasets.splits import Split
 
-# How many pairs are named.
-_NAMED = 10
+# Maximum number of pairs that are listed.
+_MAX_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Duplicates:
     """Images that occur more than once.
 
     Attributes:
-      total: how many there are.
-      pairs: the file names of up to ten of them, each with that of an equal image.
+      total: number of such images.
+      pairs: file names of up to ten of them, each with that of an equal image.
     """
 
     total: int
@@ -31,31 +31,30 @@ class Duplicates:
 
 
 def between(split: Split, other: Split) -> Duplicates | None:
-    """Returns the images of a split that are also in another one.
+    """Returns the images of `split` that are also in `other`.
 
     Args:
-      split, other: of one data set.
+      split, other: splits of one data set.
 
     Returns:
-      Of each pair, first the image of `split`; None if there are no digests to compare.
+      Pairs that start with the image of `split`; None if digests are missing.
     """
     digests, others = split.digests, other.digests
     if digests is None or others is None:
         return None
     order = np.argsort(others, kind="stable")
-    # The place of the first that is not smaller, or the last.
+    # Index of the first digest that is not smaller, or of the last.
     places = np.minimum(np.searchsorted(others[order], digests), len(others) - 1)
-    found = np.flatnonzero(others[order][places] == digests)
-    pairs = [(split.names[n], other.names[order[places[n]]]) for n in found[:_NAMED]]
-    return Duplicates(len(found), pairs)
+    matches = np.flatnonzero(others[order][places] == digests)
+    pairs = [(split.names[n], other.names[order[places[n]]]) for n in matches[:_MAX_NAMED]]
+    return Duplicates(len(matches), pairs)
 
 
-def of_different_labels(split: Split) -> Duplicates | None:
-    """Returns the images of a split that are in it with another label, too.
+def with_conflicting_labels(split: Split) -> Duplicates | None:
+    """Returns the images that occur in a split with different labels.
 
     Returns:
-      Of each pair, two images that are equal and differ in their labels; None if there are no
-      digests to compare.
+      Pairs of equal images with different labels; None if digests are missing.
     """
     digests = split.digests
     if digests is None:
@@ -67,7 +66,7 @@ def of_different_labels(split: Split) -> Duplicates | None:
     most, least = np.maximum.reduceat(labels, first), np.minimum.reduceat(labels, first)
     differ = np.flatnonzero(most != least)
     pairs = []
-    for group in differ[:_NAMED]:
+    for group in differ[:_MAX_NAMED]:
         members = order[first[group] : first[group] + sizes[group]]
         one = members[0]
         two = next(n for n in members if split.labels[n] != split.labels[one])

@@ -1,4 +1,4 @@
-"""Writes a data set's records and its cache: one process, the others waiting for it."""
+"""Writes a data set's records and its cache, in one process while others wait."""
 
 import contextlib
 import fcntl
@@ -20,18 +20,18 @@ from inception_jax.storage.space import check_space, disk_failure
 
 
 def build(recipe: Recipe) -> cache.Info:
-    """Makes the cache, and the TFDS dataset before it if there is none; returns its description.
+    """Writes the cache, and first the TFDS data set if missing; returns the cache's description.
 
-    The lock is held: what others left unfinished here is nobody's.
+    Requires the lock, so that unfinished files of other processes can be removed.
     """
-    folder = recipe.cache
+    folder = recipe.cache_dir
     partial = folder.with_name(folder.name + ".partial")
-    # TFDS's name for a folder it has not finished is 'incomplete.XXXXXX_1.0.0'.
+    # TFDS names an unfinished folder 'incomplete.XXXXXX_1.0.0'.
     unfinished = (recipe.directory / recipe.name).glob(f"incomplete.*_{recipe.version}")
     for leftover in (partial, *unfinished):
         shutil.rmtree(leftover, ignore_errors=True)
     builder = _prepared_builder(recipe)
-    recipe.check(cache.prepared_by(builder), pathlib.Path(builder.data_dir))
+    recipe.check(cache.prepared_from_builder(builder), pathlib.Path(builder.data_dir))
     count = sum(split.num_examples for split in builder.info.splits.values())
     _check_space(recipe, count * cache.example_bytes(recipe.data))
     partial.mkdir(parents=True)
@@ -52,9 +52,9 @@ def _check_space(recipe: Recipe, needed: int) -> None:
 
 
 def make_builder(recipe: Recipe) -> Any:
-    """Returns what prepares a data set, and reads its records; imports TFDS."""
+    """Returns the builder that prepares a data set and reads its records; imports TFDS."""
     part, data = recipe.part, recipe.data
-    # TFDS expands ~, too, and takes gs:/ for a bucket; below / both are letters of a name.
+    # TFDS expands ~ too, and treats gs:/ as a bucket; in an absolute path both are plain names.
     directory, source = recipe.directory.absolute(), str(recipe.source or "")
     if part.is_builder:
         make = part.build(registry.settings_with_defaults(part, data))
@@ -67,23 +67,23 @@ def make_builder(recipe: Recipe) -> Any:
 
 
 def _prepared_builder(recipe: Recipe) -> Any:
-    """Returns the builder of a TFDS dataset that is on disk, written now if it was not there."""
+    """Returns the builder of a prepared TFDS data set, writing the data set if necessary."""
     builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
         with contextlib.closing(builder):
-            # What is left is not removed where there is nothing to make it from.
+            # Opens the source first, so that remaining files are not removed without a replacement.
             builder.open()
-        recipe.log(f"{missing[0]}: is missing; {builder.data_dir} is made again")
+        recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
         shutil.rmtree(builder.data_dir)
         builder = make_builder(recipe)
     place, aside = pathlib.Path(builder.data_dir), None
     if (
         builder.is_prepared()
         and recipe.data.on_change == "prepare"
-        and (change := recipe.change(cache.prepared_by(builder), place))
+        and (change := recipe.change(cache.prepared_from_builder(builder), place))
     ):
-        recipe.log(f"{change.what}; it is prepared again")
-        # As TFDS calls a folder that it has not finished: the next start removes it.
+        recipe.log(f"{change.what}; preparing it again")
+        # Named like an unfinished TFDS folder, so the next start removes it.
         aside = place.with_name(f"incomplete.old_{recipe.version}")
         os.replace(place, aside)
         builder = make_builder(recipe)
@@ -100,7 +100,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
                 os.replace(aside, place)
             raise
     if aside:
-        for old in recipe.caches.glob(f"{recipe.name}-{recipe.version}-*px*"):
+        for old in recipe.cache_root.glob(f"{recipe.name}-{recipe.version}-*px*"):
             shutil.rmtree(old)
         shutil.rmtree(aside)
     return builder
@@ -108,18 +108,18 @@ def _prepared_builder(recipe: Recipe) -> Any:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
-    """Holds a lock that ends with the process, however that ends."""
+    """Holds a lock that is released when the process ends, however it ends."""
     _check_writable(path.parent)
     lock = _lock(path, log=log)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log(f"waiting for the other process that prepares this data set ({lock.lock_file})")
+        log(f"waiting for another process that is preparing this data set ({lock.lock_file})")
         lock.acquire()
     except PermissionError as error:
         raise DataError(
-            f"config.data.directory: {path} belongs to another user, who lets nobody else write "
-            "to it. Remove it while nobody prepares the data set, or give a directory of your own."
+            f"config.data.directory: {path} belongs to another user and is not writable. Remove "
+            "it while no process is preparing the data set, or use your own directory"
         ) from error
     try:
         yield
@@ -128,22 +128,22 @@ def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
 
 
 def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
-    """Returns the system's lock on a file or, where the file system has none, the file as a lock.
+    """Returns an OS lock on a file, or a lock file if the file system does not support locks.
 
-    Such are NFS without its lock service and Lustre without the option flock.
+    Examples of the latter: NFS without a lock service, and Lustre without the option flock.
     """
     with tempfile.TemporaryFile(dir=path.parent) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            held = path.with_name(f"{path.name}.held")
+            lock_file = path.with_name(f"{path.name}.held")
             log(
-                f"{path.parent}: this file system has no locks ({error.strerror}); the file "
-                f"{held.name} stands for one. If a process on another host is killed while it "
-                "prepares the data set, the file stays: remove it then"
+                f"{path.parent}: this file system does not support locks ({error.strerror}); "
+                f"using the file {lock_file.name} as a lock. If a process on another host is "
+                "killed while preparing the data set, remove this file"
             )
-            return filelock.SoftFileLock(held)
-    # Whoever may make files beside it may hold it, whatever this user's umask is.
+            return filelock.SoftFileLock(lock_file)
+    # Anyone who may create files in the folder may hold the lock, regardless of this user's umask.
     return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
@@ -151,32 +151,32 @@ def _check_writable(directory: pathlib.Path) -> None:
     try:
         if not directory.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
-            # A group that shares the folder above shares this one, whatever the umask is.
+            # A group that shares the parent folder shares this one, regardless of the umask.
             with contextlib.suppress(PermissionError):
                 directory.chmod(stat.S_IMODE(directory.parent.stat().st_mode))
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise DataError(
-            f"config.data.directory: cannot write to {directory} ({error}). Give a directory of "
-            "your own."
+            f"config.data.directory: cannot write to {directory} ({error}). Use a directory you "
+            "can write to"
         ) from error
 
 
 @contextlib.contextmanager
-def readable_errors(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a disk that fills up or fails into a DataError."""
+def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
+    """Converts errors of a full or failing disk to DataError."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         reason = disk_failure(error)
-        # What may not be read is somebody else's file, as of a function that returns examples.
+        # A PermissionError concerns another file, such as one read by a registered function.
         if not reason or isinstance(error, PermissionError):
             raise
         raise DataError(
-            f"config.data.directory: {directory} cannot be written to: {reason}. Free some "
-            "space, or give another directory, and start again: what was not finished is no "
-            "hindrance."
+            f"config.data.directory: cannot write to {directory}: {reason}. Free disk space, or "
+            "use another directory, and rerun the command; partial files are cleaned up "
+            "automatically"
         ) from error

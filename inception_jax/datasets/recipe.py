@@ -1,4 +1,4 @@
-"""Which data set, with which settings, kept where; and how that differs from what was prepared."""
+"""Describes a configured data set and detects how it differs from prepared data."""
 
 import ast
 import dataclasses
@@ -26,32 +26,32 @@ Log = Callable[[str], None]
 
 
 def data_directory(directory: str) -> pathlib.Path:
-    """Returns where prepared data are kept: `directory`, or TFDS's default if it is ''.
+    """Returns the directory of prepared data: `directory`, or TFDS's default if it is ''.
 
     Raises:
-      UserError: if it is no local path or cannot be used, or the default has no home to be in.
+      UserError: if it is not a usable local path, or there is no home directory for the default.
     """
     what = f"config.data.directory = {directory!r}"
     if not directory:
         default = os.environ.get("TFDS_DATA_DIR", "")
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
-    found = paths.local_path(directory, what)
+    path = paths.local(directory, what)
     try:
-        str(found.absolute()).encode()
+        str(path.absolute()).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what}: has bytes in its path that are no UTF-8, which the library that writes the "
-            "records cannot take. Rename the folder, or give another"
+            f"{what}: the path is not valid UTF-8, which the library that writes the records "
+            "requires. Rename the folder, or use another"
         ) from error
-    return found
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was prepared: from which source, with which digest and settings, of which classes.
+    """Source path, digest, settings and class names of prepared data.
 
-    `code` is of the function that returned the examples; '': there was none.
+    `code` is a digest of the function that returned the examples; '': none.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Prepared:
 
 
 class Change(NamedTuple):
-    """How source and settings differ from what was prepared, and what can be done about it."""
+    """How source or settings differ from the prepared data, and a remedy."""
 
     what: str
     remedy: str
@@ -70,14 +70,14 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A data set as the settings ask for it.
+    """A data set as selected by the settings.
 
     Attributes:
-      part: its entry in the registry.
-      data: the settings.
+      part: its registry entry.
+      data: the settings in config.data.
       directory: of all prepared data.
-      name, version: of the folders of what is prepared.
-      log: takes one line of text.
+      name, version: used in the folder names of prepared data.
+      log: called with one line of text.
     """
 
     part: DatasetPart
@@ -88,14 +88,14 @@ class Recipe:
     log: Log
 
     @classmethod
-    def of(cls, data: config.Data, log: Log) -> "Recipe":
-        """Returns what some settings ask for.
+    def from_config(cls, data: config.Data, log: Log) -> "Recipe":
+        """Returns the data set selected by the settings.
 
         Raises:
-          UserError: if a setting does not fit the data set.
+          UserError: if a setting does not apply to the data set.
         """
         part = registry.DATASETS.get(data.name)
-        # The other rules are those of new runs, and for `config.validate`.
+        # Other rules apply to new runs and are checked by `config.validate`.
         if problem := part.source_problem(data):
             raise ConfigError(problem)
         directory = data_directory(data.directory)
@@ -104,44 +104,44 @@ class Recipe:
         return cls(part, data, directory, name, version, log)
 
     @property
-    def caches(self) -> pathlib.Path:
-        """The folder of what is made ready of all data sets."""
+    def cache_root(self) -> pathlib.Path:
+        """The folder of all caches."""
         return self.directory / _CACHES
 
     @property
-    def cache(self) -> pathlib.Path:
-        """The folder of what is made ready of this one."""
+    def cache_dir(self) -> pathlib.Path:
+        """The folder of this data set's cache."""
         data = self.data
         name = f"{self.name}-{self.version}-{data.image_size}px"
         name += "-records" if data.storage == "records" else ""
-        return self.caches / (f"{name}-{data.bit_depth}bit" if data.bit_depth else name)
+        return self.cache_root / (f"{name}-{data.bit_depth}bit" if data.bit_depth else name)
 
     @property
-    def all_of_it(self) -> str:
-        """The folders that hold what is prepared of it, for an error's remedy."""
-        return f"{self.directory / self.name} and {self.caches / self.name}-*"
+    def prepared_paths(self) -> str:
+        """The folders of its prepared data, for remedies in errors."""
+        return f"{self.directory / self.name} and {self.cache_root / self.name}-*"
 
     @property
     def source(self) -> pathlib.Path | None:
-        """Where the original files are, or None where they are downloaded or there are none."""
+        """The path of the original files; None if they are downloaded or there are none."""
         if not self.data.source:
             return None
         return paths.local_path(self.data.source, f"config.data.source = {self.data.source!r}")
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The values of those settings that it alone takes, by name, as JSON gives them back."""
-        found = {name: getattr(self.data, name) for name in self.part.extra_settings}
+        """The values of the settings specific to this data set, by name, as read back from JSON."""
+        settings = {name: getattr(self.data, name) for name in self.part.takes}
         if self.part.options or not self.part.is_builder:
-            options = registry.options_with_defaults(self.part, self.data.options)
-            found["options"] = json.loads(json.dumps(options))
-        return found
+            options = registry.with_defaults(self.part, self.data.options)
+            settings["options"] = json.loads(json.dumps(options))
+        return settings
 
     @functools.cached_property
     def code(self) -> str:
-        """A digest of the function that returns the examples; '': there is none, or no text of it.
+        """A digest of the function that returns the examples; '': none, or no source code.
 
-        Comments and the form of the text do not count, nor does what the function calls.
+        Ignores comments, formatting and the functions that it calls.
         """
         if self.part.is_builder:
             return ""
@@ -156,64 +156,67 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def contents(self, path: pathlib.Path) -> files.Contents:
-        """Returns what a source holds now.
+        """Returns the current identity of a source.
 
         Raises:
-          DataError: if there is none at `path`, or it is something else.
+          DataError: if `path` does not exist or has another layout.
         """
         if self.part.contents is None:
             return files.Contents((files.fingerprint(path),))
-        found: files.Contents = self.part.contents(path, self.settings)
-        return found
+        contents: files.Contents = self.part.contents(path, self.settings)
+        return contents
 
     def check(self, prepared: Prepared, where: pathlib.Path) -> None:
-        """Raises DataError if source and settings are not what was prepared."""
+        """Raises DataError if source or settings differ from the prepared data."""
         if change := self.change(prepared, where):
             raise DataError(
-                f"{change.what}. {change.remedy}, or give another config.data.directory, or set "
-                "config.data.on_change=prepare to prepare it again"
+                f"{change.what}. {change.remedy}, set config.data.directory to another directory, "
+                "or set config.data.on_change=prepare to prepare it again"
             )
 
     def is_outdated(self, prepared: Prepared, where: pathlib.Path) -> bool:
-        """Whether what was prepared is to be prepared again."""
+        """Returns whether the data set must be prepared again."""
         return self.data.on_change == "prepare" and self.change(prepared, where) is not None
 
     def change(self, prepared: Prepared, where: pathlib.Path) -> Change | None:
-        """Returns how source and settings differ from what was prepared; None if they do not."""
-        # Settings that older versions did not have decide on what the source holds, below.
+        """Returns how source or settings differ from the prepared data; None if they do not."""
+        # Settings unknown to older versions affect the contents of the source, checked below.
         for name, value in prepared.settings.items():
             if (now := self.settings.get(name)) != value:
                 return Change(
                     f"config.data.{name} = {now!r}: {where} was prepared with {value!r}",
-                    "Give that",
+                    f"Set config.data.{name}={value}",
                 )
         if self.code and prepared.code and self.code != prepared.code:
             return Change(
-                f"{self.part.location}: {self.name!r} is no longer the function that prepared "
+                f"{self.part.place}: the code of {self.name!r} has changed since it prepared "
                 f"{where}",
-                "Put it back as it was",
+                "Restore the code",
             )
         path = self.source
         if self.part.content_is_canonical or path is None:
             return None
         path = path.absolute()
-        # Removing the original once it is prepared is no mistake. A path may lead into an archive.
+        # The source may be removed once it is prepared. A path may lead into an archive.
         is_there = path.exists() or any(above.is_file() for above in path.parents)
         if not is_there and str(path) == prepared.path:
             return None
-        found = self.contents(path)
-        if prepared.digest not in found.digests:
-            then = " as it was then" if str(path) == prepared.path else ""
-            # A folder's digest has the times of its files in place of their content.
-            copied = ", or copied without its times" if path.is_dir() else ""
+        current = self.contents(path)
+        if prepared.digest not in current.digests:
+            then = " at that time" if str(path) == prepared.path else ""
+            # A folder's digest depends on the modification times of its files, not on their
+            # content.
+            copied = ", or copied without its timestamps" if path.is_dir() else ""
             what = f"from other content, {prepared.path or 'without a source'}{then}{copied}"
-        elif found.class_names is None or tuple(found.class_names) == tuple(prepared.class_names):
+        elif current.class_names is None or tuple(current.class_names) == tuple(
+            prepared.class_names
+        ):
             return None
         else:
-            changes = class_changes(prepared.class_names, found.class_names)
+            changes = class_changes(prepared.class_names, current.class_names)
             what = (
-                "with other class folders: one was added or removed that holds no picture, or an "
-                f"older version took others for the classes ({changes})"
+                "with different class folders: a folder without images was added or removed, or "
+                f"an older version chose the classes differently ({changes})"
             )
         return Change(
             f"config.data.source = {self.data.source!r}: {where} was prepared {what}",
@@ -222,20 +225,22 @@ class Recipe:
 
 
 def class_changes(before: Sequence[str], after: Sequence[str]) -> str:
-    """Returns how the names of classes, or their order, differ; '' if they do not.
+    """Describes how class names or their order differ; '' if they do not.
 
     Args:
-      before, after: the names in the order of the labels.
+      before, after: the names in label order.
     """
     if tuple(before) == tuple(after):
         return ""
     counts = f"{len(before):,} classes → {len(after):,}, " if len(before) != len(after) else ""
     if sorted(before) == sorted(after):
-        what = "the same names in another order"
+        what = "the same names in a different order"
     else:
         gone, new = (sorted(set(a) - set(b)) for a, b in ((before, after), (after, before)))
         parts = [(gone, "without"), (new, "with")]
-        what = ", ".join(f"{word} {folders.quoted(names, 3)}" for names, word in parts if names)
+        what = ", ".join(
+            f"{word} {folders.quote_and_join(names, 3)}" for names, word in parts if names
+        )
     pairs = itertools.zip_longest(before, after)
     label, (old, now) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-    return f"{counts}{what}; the first that differs is class {label}: {old!r} → {now!r}"
+    return f"{counts}{what}; the first difference is class {label}: {old!r} → {now!r}"

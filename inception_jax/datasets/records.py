@@ -1,7 +1,7 @@
-"""The records of a prepared TFDS dataset, for random access from any thread.
+"""Random access to the records of a prepared TFDS data set, from any thread.
 
-TFDS's own data source takes 35 µs to parse a record, for it goes through the whole description of
-the features; here it is one protobuf message, of which three features are looked at.
+TFDS's own data source takes 35 µs to parse a record because it processes the description of all
+features; this module parses one protobuf message and reads three features.
 """
 
 import pathlib
@@ -13,12 +13,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from inception_jax.errors import DataError
 
-# What the reader raises for files that are missing or damaged.
-_BROKEN = (OSError, RuntimeError, ValueError, IndexError)
+# Raised by the reader for missing or damaged files.
+_READ_ERRORS = (OSError, RuntimeError, ValueError, IndexError)
 
 
 class Example(NamedTuple):
-    """One record: the image file's content, the label (−1: unknown) and the original file name."""
+    """One record: encoded image, label (−1: unknown) and original file name."""
 
     image: bytes
     label: int
@@ -26,61 +26,63 @@ class Example(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The names of the features that hold an example's image, label and name ('': its index)."""
+    """Names of the features for image, label and file name ('': use the index)."""
 
     image: str = "image"
     label: str = "label"
     name: str = "file_name"
 
 
-# Those of all builders here.
+# Used by all builders of this package.
 DEFAULT_FIELDS = Fields()
 
 
 class Records:
-    """The examples of one split, in the order of its ArrayRecord files.
+    """Reads the examples of one split, in the order of its ArrayRecord files.
 
     Args:
       files: the split's files, in order.
       fields: which features to read.
 
     Raises:
-      DataError: if a file is missing or is no ArrayRecord file.
+      DataError: if a file is missing or is not an ArrayRecord file.
     """
 
     def __init__(self, files: Sequence[pathlib.Path], fields: Fields = DEFAULT_FIELDS) -> None:
         self._files, self._fields = files, fields
         try:
             self._source = ArrayRecordDataSource([str(file) for file in files])
-        except _BROKEN as error:
-            raise _damaged(self._unreadable(), f"cannot be opened ({error})") from error
+        except _READ_ERRORS as error:
+            raise _damaged_error(
+                self._first_broken_file(), f"cannot be opened ({error})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, indices: Sequence[int]) -> list[Example]:
-        """Returns the examples at `indices`, at least one, in that order.
+        """Returns the examples at `indices` (at least one), in that order.
 
         Raises:
-          DataError: naming the record that is damaged, or the feature that it lacks.
+          DataError: if a record is damaged or lacks a feature; the message names it.
         """
         try:
             records = self._source.__getitems__(indices)
             return [self._parse(*each) for each in zip(records, indices, strict=True)]
-        except _BROKEN:
-            # The error of a whole read does not say which record it is.
+        except _READ_ERRORS:
+            # The error of a batched read does not identify the record.
             for index in indices:
                 self._check(index)
             raise
 
     def _parse(self, record: bytes, index: int) -> Example:
         features = tf_example_pb2.Example.FromString(record).features.feature
-        # Asking for one that is not there would add it.
+        # Accessing a missing feature would add it.
         if missing := [name for name in self._fields if name and name not in features]:
             raise DataError(
-                f"{self._files[0].parent}: example {index:,} has no feature {missing[0]!r} (it has "
-                f"{', '.join(sorted(features))}). Another program wrote these records: give "
-                "another config.data.directory"
+                f"{self._files[0].parent}: feature {missing[0]!r} not found in example {index:,} "
+                f"(it has {', '.join(sorted(features))}). Another program wrote these records; "
+                "set config.data.directory to another directory"
             )
         image, label, name = self._fields
         if not name:
@@ -98,12 +100,12 @@ class Records:
     def _check(self, index: int) -> None:
         try:
             self._parse(self._source[index], index)
-        except _BROKEN as error:
-            file, place = self._place(index)
-            raise _damaged(file, f"record {place} cannot be read ({error})") from error
+        except _READ_ERRORS as error:
+            file, place = self._locate(index)
+            raise _damaged_error(file, f"record {place} cannot be read ({error})") from error
 
-    def _place(self, index: int) -> tuple[pathlib.Path, int]:
-        """Returns the file that holds an example, and which of its records it is."""
+    def _locate(self, index: int) -> tuple[pathlib.Path, int]:
+        """Returns the file of an example, and the record's index in that file."""
         for file in self._files:
             count = len(ArrayRecordDataSource([str(file)]))
             if index < count:
@@ -111,18 +113,18 @@ class Records:
             index -= count
         raise AssertionError("an index that was read is in one of the files")
 
-    def _unreadable(self) -> pathlib.Path:
-        """Returns the first file that cannot be opened by itself."""
+    def _first_broken_file(self) -> pathlib.Path:
+        """Returns the first file that cannot be opened."""
         for file in self._files[:-1]:
             try:
                 ArrayRecordDataSource([str(file)])
-            except _BROKEN:
+            except _READ_ERRORS:
                 return file
         return self._files[-1]
 
 
-def _damaged(file: pathlib.Path, what: str) -> DataError:
+def _damaged_error(file: pathlib.Path, what: str) -> DataError:
     return DataError(
-        f"{file}: {what}. The data set is damaged: remove the folder {file.parent}, and the next "
-        "start prepares it again from its source."
+        f"{file}: {what}. The data set is damaged; remove the folder {file.parent} and rerun to "
+        "prepare it again from its source"
     )

@@ -1,7 +1,7 @@
-"""The examples of a split, read at random: from decoded pixels or from compressed records.
+"""Random access to the examples of a split: decoded pixels or compressed records.
 
-Either way `read(indices)` is a pure function, safe in any thread, that gives the same pixels, and
-memory holds the images that were asked for, not the data set.
+Either way `read(indices)` is a pure, thread-safe function that returns the same pixels, and only
+the requested images are in memory, not the data set.
 """
 
 import abc
@@ -21,7 +21,7 @@ from inception_jax.datasets import decode, digests
 from inception_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    # It imports TFDS, which decoded images do without.
+    # Imports TFDS, which is not needed for decoded images.
     from inception_jax.datasets.records import Records
 
 
@@ -42,12 +42,12 @@ class Split(abc.ABC):
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The original file name of each example, or its number where there is none."""
+        """The original file name of each example, or its index if there is none."""
         return tuple(f"{index:06d}" for index in range(len(self)))
 
     @property
     def names_checksum(self) -> str:
-        """By which two processes find that their names are equal."""
+        """A checksum with which processes verify that their names are equal."""
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
     @property
@@ -57,73 +57,74 @@ class Split(abc.ABC):
 
     @property
     def digests(self) -> np.ndarray | None:
-        """By which equal images are found, uint64 [N]; None: not known, as of older versions."""
+        """Checksums for finding equal images, uint64 [N]; None: written by an older version."""
         return None
 
     @property
     @abc.abstractmethod
     def threads(self) -> int:
-        """How many batches are worth reading at a time, each in a thread."""
+        """The number of batches to read at a time, each in a thread."""
 
     @abc.abstractmethod
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the images at `indices`, int64 [B], at least one: uint8 [B, H, W, 3].
+        """Returns the images at `indices`, int64 [B] with B ≥ 1, as uint8 [B, H, W, 3].
 
         Raises:
-          DataError: naming the file that is damaged.
+          DataError: if a file is damaged; the message names it.
         """
 
     def cropped(self, crop: float) -> "Split":
-        """Returns the split with the centred square of each image, `crop` of its shorter side.
+        """Returns the split with center crops of its images.
 
         Args:
-          crop: more than 0, at most 1, of the original images, however this split is cropped.
+          crop: side as a fraction of the original image's shorter side, greater than 0, at most 1;
+            replaces this split's crop.
 
         Raises:
-          ConfigError: if the original images are not at hand, as for all but records.
+          ConfigError: if the original images are unavailable: only record splits have them.
         """
         if crop != 1:
             raise ConfigError(
-                f"crop = {crop:g}: the original images are not at hand to be cropped; set "
-                "config.data.storage to 'records'"
+                f"crop = {crop:g}: cropping needs the original images; set "
+                "config.data.storage=records"
             )
         return self
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
-        """Returns a box of each original image at `indices`, resized: uint8 [B, H, W, 3].
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
+        """Returns resized crops of the original images at `indices`, uint8 [B, H, W, 3].
 
         Args:
           indices: int64 [B], at least one.
-          boxes: B of them.
+          boxes: B crop functions.
 
         Raises:
-          ConfigError: if the original images are not at hand, as for all but records.
-          DataError: naming the file that is damaged.
+          ConfigError: if the original images are unavailable: only record splits have them.
+          DataError: if a file is damaged; the message names it.
         """
         raise ConfigError(
-            "config.data.storage = 'decoded': the original images are not at hand to cut boxes "
-            "from; set it to 'records', or config.augment.crop to 'resized'"
+            "config.data.storage = 'decoded': config.augment.crop=inception needs the original "
+            "images; set config.data.storage=records, or config.augment.crop=resized"
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredSplit(Split):
-    """A split of a cache (`cache`).
+    """A split stored in a cache (`cache`).
 
     Attributes:
-      names_path: the text file behind `names`, a name a line.
+      names_path: the text file of `names`, one per line.
     """
 
     names_path: pathlib.Path
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The original file name of each example; read at first use."""
+        """The original file name of each example; read on first use."""
         return tuple(self.names_path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
     @property
     def names_checksum(self) -> str:
-        """That of the file, which takes no memory."""
+        """The checksum of the file, computed without loading the names."""
         with self.names_path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -140,12 +141,12 @@ class MemorySplit(Split):
 
     @functools.cached_property
     def digests(self) -> np.ndarray:
-        """Those of the pixels."""
+        """Checksums of the pixels."""
         return digests.of_images(self.pixels)
 
     @property
     def threads(self) -> int:
-        """One: it copies what it reads."""
+        """1: it only copies from memory."""
         return 1
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -155,15 +156,15 @@ class MemorySplit(Split):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodedSplit(StoredSplit):
-    """A split whose images were decoded into one .npy file.
+    """A split with its decoded images in one .npy file.
 
-    Each image is one positional read. A mapped file is faster (1.6 to 2.3 against 2.7 to 4 µs), but
-    the pages that it touches count as the process's memory, up to the whole file; and giving them
-    back after each batch (MADV_DONTNEED) is as slow as to read, or slower.
+    Each image is one positional read. A memory-mapped file is faster (1.6 to 2.3 µs instead of 2.7
+    to 4 µs), but its pages count as the process's memory, up to the size of the file; and releasing
+    them after each batch (MADV_DONTNEED) is as slow as reading, or slower.
 
     Attributes:
-      images_path: uint8 [N, H, W, 3] as a .npy file.
-      image_digests: uint64 [N], of `digests.of_images`; None: an older version wrote the file.
+      images_path: a .npy file, uint8 [N, H, W, 3].
+      image_digests: uint64 [N], from `digests.of_images`; None: written by an older version.
     """
 
     images_path: pathlib.Path
@@ -171,17 +172,17 @@ class DecodedSplit(StoredSplit):
 
     @property
     def digests(self) -> np.ndarray | None:
-        """Those of the pixels."""
+        """Checksums of the pixels."""
         return self.image_digests
 
     @property
     def threads(self) -> int:
-        """One: it is faster than any step, and more would compete with the step for cores."""
+        """1: it is faster than any step, and more threads would compete with the step for cores."""
         return 1
 
     @functools.cached_property
     def _offset(self) -> int:
-        """Where the first image begins in the file, bytes."""
+        """Offset of the first image in the file, bytes."""
         with self.images_path.open("rb") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
@@ -192,41 +193,41 @@ class DecodedSplit(StoredSplit):
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
         rows = pixels.reshape(len(indices), -1)
         places = (self._offset + indices * rows.shape[1]).tolist()
-        # Opened for each batch (10 µs): nothing is left to close, and threads share nothing.
+        # Opened for each batch (10 µs), so nothing must be closed later and threads share nothing.
         with self.images_path.open("rb", buffering=0) as file:
-            # The interpreter's loop would cost as much as the reads.
+            # A Python loop would cost as much as the reads.
             read: Callable[..., int] = os.preadv
             count = sum(map(read, repeat(file.fileno()), zip(rows), places))
         if count != pixels.nbytes:
             raise DataError(
-                f"{self.images_path}: is shorter than it was. Start again: it is then made again."
+                f"{self.images_path}: was truncated while in use. Rerun the command to rebuild it"
             )
         if self.image_digests is not None:
             self._check(pixels, indices)
         return pixels
 
     def _check(self, pixels: np.ndarray, indices: np.ndarray) -> None:
-        """Raises DataError if images, read from `indices`, are not those that were written."""
+        """Raises DataError if images read from `indices` do not match their checksums."""
         assert self.image_digests is not None
         changed = indices[digests.of_images(pixels) != self.image_digests[indices]]
         if len(changed):
             raise DataError(
-                f"{self.images_path}: image {changed[0]} ({self.names[changed[0]]}) is damaged: it "
-                f"is not what was written. Remove {self.images_path.parent}, and the next start "
-                "makes it again from the records"
+                f"{self.images_path}: image {changed[0]} ({self.names[changed[0]]}) is damaged "
+                f"(checksum mismatch). Remove {self.images_path.parent} and rerun to rebuild it "
+                "from the records"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordSplit(StoredSplit):
-    """A split whose images are decoded from TFDS records each time that they are read.
+    """A split that decodes its images from TFDS records each time they are read.
 
     Attributes:
       records: the split's records.
-      decoders: how many batches to decode at a time, each in a thread.
-      crop: side of the centred square that `read` cuts, over the image's shorter side.
-      bit_depth: as of `images.decode`.
-      digests_path: of a .npy file, uint64 [N]; None: an older version wrote none.
+      decoders: number of batches to decode at a time, each in a thread.
+      crop: side of the center crop of `read`, as a fraction of the image's shorter side.
+      bit_depth: as for `decode.decode`.
+      digests_path: a .npy file, uint64 [N]; None: prepared by an older version.
     """
 
     records: "Records"
@@ -237,12 +238,12 @@ class RecordSplit(StoredSplit):
 
     @property
     def digests(self) -> np.ndarray | None:
-        """Those of the pixels at the size of the model's; of the files, if none were decoded."""
+        """Checksums of the pixels at the model's image size, or of the files if not decoded."""
         return None if self.digests_path is None else np.load(self.digests_path)
 
     @property
     def threads(self) -> int:
-        """As many as the settings say."""
+        """The number of decoding threads in the settings."""
         return self.decoders
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -259,13 +260,13 @@ class RecordSplit(StoredSplit):
         """Returns the split with another crop."""
         return self if crop == self.crop else dataclasses.replace(self, crop=crop)
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
-        """Returns a box of each image at `indices`."""
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
+        """Returns crops of the images at `indices`."""
         pixels = np.empty((len(indices), *self.image_shape), np.uint8)
         examples = self.records.read(indices.tolist())
         size, depth = self.image_size, self.bit_depth
         for row, example, choose in zip(pixels, examples, boxes, strict=True):
-            row[:] = decode.decode_box(
+            row[:] = decode.decode_crop(
                 example.image, size, example.file_name, choose, bit_depth=depth
             )
         return pixels
@@ -273,43 +274,43 @@ class RecordSplit(StoredSplit):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubsetSplit(Split):
-    """Some examples of another split; made by `subset`.
+    """Selected examples of another split; created by `subset`.
 
     Attributes:
-      whole: the other split.
-      indices: int64 [N], which of its examples these are.
+      base: the other split.
+      indices: int64 [N], indices into the other split.
     """
 
-    whole: Split
+    base: Split
     indices: np.ndarray
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The original file name of each example."""
-        return tuple(self.whole.names[index] for index in self.indices)
+        return tuple(self.base.names[index] for index in self.indices)
 
     @property
     def digests(self) -> np.ndarray | None:
-        """Those of the other split."""
-        return None if (whole := self.whole.digests) is None else whole[self.indices]
+        """Checksums of the selected examples."""
+        return None if (base := self.base.digests) is None else base[self.indices]
 
     @property
     def threads(self) -> int:
-        """Those of the other split."""
-        return self.whole.threads
+        """The number for the other split."""
+        return self.base.threads
 
     def cropped(self, crop: float) -> Split:
-        """Returns the same examples of the other split, cropped."""
-        whole = self.whole.cropped(crop)
-        return self if whole is self.whole else dataclasses.replace(self, whole=whole)
+        """Returns the same examples with another crop."""
+        base = self.base.cropped(crop)
+        return self if base is self.base else dataclasses.replace(self, base=base)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
-        return self.whole.read(self.indices[indices])
+        return self.base.read(self.indices[indices])
 
-    def read_boxes(self, indices: np.ndarray, boxes: Sequence[decode.ChooseBox]) -> np.ndarray:
-        """Returns a box of each image at `indices`."""
-        return self.whole.read_boxes(self.indices[indices], boxes)
+    def read_crops(self, indices: np.ndarray, boxes: Sequence[decode.CropFn]) -> np.ndarray:
+        """Returns crops of the images at `indices`."""
+        return self.base.read_crops(self.indices[indices], boxes)
 
 
 def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
@@ -317,49 +318,53 @@ def subset(split: Split, indices: np.ndarray) -> SubsetSplit:
     return SubsetSplit(split.labels[indices], split.image_size, split, indices)
 
 
-def part_of(split: Split, examples: range) -> Split:
-    """Returns a split's examples in a range; the split itself if these are all."""
+def take_range(split: Split, examples: range) -> Split:
+    """Returns a split's examples in a range, or the split itself if the range covers it."""
     return split if len(examples) == len(split) else subset(split, np.array(examples))
 
 
-def sliced(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, range]:
-    """Returns the split that a text such as 'train' or 'train[:90%]' names, and which examples.
+def parse_slice(text: str, sizes: Mapping[str, int], setting: str) -> tuple[str, range]:
+    """Parses a split specification such as 'train' or 'train[:90%]'.
 
-    As in TFDS, a share is rounded to the nearest example, and numbers below 0 count from the end.
+    As in TFDS, percentages are rounded to the nearest example, and negative numbers count from the
+    end.
+
+    >>> parse_slice("train[:90%]", {"train": 50}, "train_split")
+    ('train', range(0, 45))
 
     Args:
-      text: a split's name, and which part of it, from one number or percentage to another.
-      sizes: the numbers of examples by split.
-      setting: that has the text, for errors.
+      text: a split name, optionally followed by a slice of numbers or percentages.
+      sizes: number of examples by split.
+      setting: name of the setting, for errors.
 
     Raises:
-      ConfigError: if there is no such split, or nothing in that part of it.
+      ConfigError: if the split does not exist, or the slice is empty or malformed.
     """
     what = f"config.data.{setting} = {text!r}"
     bound = r"(-?\d+%?)?"
     if not (match := re.fullmatch(rf"([\w.-]+?)(?:\[{bound}:{bound}\])?", text)):
         raise ConfigError(
-            f"{what}: must be a split's name, or a part of one such as train[:90%] or "
+            f"{what}: must be a split name or a part of a split, such as train[:90%] or "
             "train[1000:2000]; sums and other forms are not supported"
         )
     name = match[1]
     if name not in sizes:
-        raise ConfigError(f"{what}: there is no such split; there are {', '.join(sizes)}")
+        raise ConfigError(f"{what}: no such split; must be one of {', '.join(sizes)}")
     count = sizes[name]
     ends = [
         None if end is None else round(int(end[:-1]) * count / 100) if end[-1] == "%" else int(end)
         for end in (match[2], match[3])
     ]
-    found = range(count)[slice(*ends)]
-    if not found:
-        raise ConfigError(f"{what}: none of the {count:,} examples are in this part of {name}")
-    return name, found
+    selected = range(count)[slice(*ends)]
+    if not selected:
+        raise ConfigError(f"{what}: selects none of the {count:,} examples of {name}")
+    return name, selected
 
 
-def sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sums of some images' pixels, uint8 [N, H, W, 3], and of their squares.
+def pixel_sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the per-channel sums of pixels, uint8 [N, H, W, 3], and of their squares.
 
-    They are uint64 [3], and exact: the square of a byte fits 16 bits.
+    Both are uint64 [3] and exact: the square of a byte fits into 16 bits.
     """
     channels = [pixels[..., channel] for channel in range(3)]
     total = np.array([c.sum(dtype=np.uint64) for c in channels])
@@ -370,41 +375,41 @@ def sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_std(
     total: np.ndarray, squares: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of pixels over 255, float64 [3], from `sums` of them."""
+    """Returns mean and standard deviation of pixel values / 255, float64 [3], from `pixel_sums`."""
     mean = total / count
-    # Rounding may take the variance of what hardly changes below 0.
+    # Rounding can make a tiny variance negative.
     return mean / 255, np.sqrt((squares / count - mean**2).clip(0)) / 255
 
 
-def stratified(labels: np.ndarray, count: int) -> np.ndarray:
-    """Returns which examples a hold-out of the same number of each class takes.
+def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns a mask of held-out examples, the same number of each class.
 
-    Of each class those that come first, in the order of the records, which is a fixed shuffle: so
+    Takes the first examples of each class in the order of the records, which is a fixed shuffle:
     the hold-out is the same for every seed, on every machine.
 
     Args:
-      labels: int32 [N], all known.
-      count: how many, a multiple of the number of classes.
+      labels: int32 [N], without unknown labels.
+      count: number of held-out examples, a multiple of the number of classes.
 
     Returns:
-      bool [N], of which `count` are True.
+      bool [N] with `count` True values.
 
     Raises:
-      ConfigError: if `count` does not fit the classes.
+      ConfigError: if `count` is not such a multiple, or too large.
     """
     sizes = np.bincount(labels)
     if count % len(sizes):
         raise ConfigError(
-            f"config.data.holdout = {count}: must be a multiple of the {len(sizes)} classes, such "
-            f"as {max(count // len(sizes), 1) * len(sizes)}"
+            f"config.data.holdout = {count}: must be a multiple of the number of classes "
+            f"({len(sizes)}), such as {max(count // len(sizes), 1) * len(sizes)}"
         )
     each = count // len(sizes)
     if each >= sizes.min():
         raise ConfigError(
-            f"config.data.holdout = {count}: takes {each} of each class, and the smallest has "
-            f"{sizes.min()} training examples; it must keep one at least"
+            f"config.data.holdout = {count}: holds out {each} examples per class, but the "
+            f"smallest class has {sizes.min()} and must keep at least one"
         )
-    taken = np.zeros(len(labels), bool)
+    mask = np.zeros(len(labels), bool)
     for label in range(len(sizes)):
-        taken[np.flatnonzero(labels == label)[:each]] = True
-    return taken
+        mask[np.flatnonzero(labels == label)[:each]] = True
+    return mask

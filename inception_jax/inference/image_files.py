@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from inception_jax.datasets.builders import folders
-from inception_jax.datasets.sources.files import MOST_BYTES, FolderSource
+from inception_jax.datasets.sources.files import MAX_BYTES, FolderSource
 from inception_jax.errors import DataError
 from inception_jax.storage import paths
 
@@ -46,8 +46,8 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     arguments = [path if path == STDIN else str(paths.local_path(path, path)) for path in arguments]
     if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
         raise DataError(
-            f"{folders.quoted([folders.shown(path) for path in missing])}: no such file or folder. "
-            "Nothing was read; correct the paths"
+            f"{folders.quote_and_join([folders.escape_for_display(path) for path in missing])}: "
+            "no such file or folder. Nothing was read; correct the paths"
         )
     if arguments.count(STDIN) > 1:
         raise DataError(f"{STDIN!r} is given twice; the standard input holds one picture")
@@ -56,15 +56,15 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):
                 inner = os.path.join(path, file)
-                taken = folders.named_as_picture(file) and not _is_special(inner)
+                taken = folders.has_image_extension(file) and not _is_special(inner)
                 (found.files if taken else found.left_out).append(inner)
         else:
             found.files.append(path)
     if not found.files:
-        more = f" Left out: {folders.listed(found.left_out)}" if found.left_out else ""
+        more = f" Left out: {folders.join_truncated(found.left_out)}" if found.left_out else ""
         raise DataError(
-            f"{folders.quoted(arguments)}: no file is named as a picture (.jpg, .png, …).{more} "
-            "A file that is named on the command line itself is read whatever its name"
+            f"{folders.quote_and_join(arguments)}: no file is named as a picture (.jpg, .png, "
+            f"…).{more} A file that is named on the command line itself is read whatever its name"
         )
     return found
 
@@ -72,7 +72,7 @@ def find(arguments: Sequence[str]) -> ImageFiles:
 def _below(folder: str) -> list[str]:
     """Returns the paths of the files below a folder, relative to it, in natural order."""
     path = pathlib.Path(folder)
-    return sorted(FolderSource(path, hidden=folders.hidden).sizes, key=natural_key)
+    return sorted(FolderSource(path, is_hidden=folders.is_hidden).sizes, key=natural_key)
 
 
 def _is_special(path: str) -> bool:
@@ -105,14 +105,14 @@ def read(path: str) -> bytes:
             file = sys.stdin.buffer
             if path != STDIN:
                 file = stack.enter_context(pathlib.Path(path).open("rb"))
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
-    if len(data) > MOST_BYTES:
-        raise DataError(f"{shown(path)}: has more than {MOST_BYTES:,} bytes, the most that is read")
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{shown(path)}: has more than {MAX_BYTES:,} bytes, the most that is read")
     return data
 
 
 def shown(path: str) -> str:
     """Returns a path as text of one line."""
-    return "standard input" if path == STDIN else folders.shown(path)
+    return "standard input" if path == STDIN else folders.escape_for_display(path)

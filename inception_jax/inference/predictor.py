@@ -231,7 +231,7 @@ class Predictor:
         self._check(pixels, _ASTYPE)
         weights = self.weights
         size = weights.eval_image_size or weights.image_size
-        return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
+        return augment.normalize(augment.resize(pixels, size), weights.mean, weights.std)
 
     def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """Returns what a program gives for many images, computed a batch at a time.
@@ -342,7 +342,7 @@ def classify(
     predictor: Predictor, read: Iterable[Picture | DataError]
 ) -> Iterator[list[Classified | DataError]]:
     """Yields what `read_files` gives, with the logits of the pictures, in batches."""
-    for batch in decode.pieces(read, predictor.batch_size):
+    for batch in decode.chunks(read, predictor.batch_size):
         pixels = [each.pixels for each in batch if isinstance(each, Picture)]
         logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
         yield [

@@ -1,4 +1,4 @@
-"""How examples reach the devices.
+"""The input pipeline: from examples to augmented batches on the devices.
 
-The batch of each step as a function of that step, crops on the host, augmentation on the device.
+Provides batches as a function of the step number, crops on the host and augmentation on the device.
 """

@@ -1,12 +1,12 @@
-"""Random variation of training images, inside the jitted training step.
+"""Augments training images inside the jitted training step.
 
-Everything here is a pure function of a key and a whole batch. It runs on the devices because a
-uint8 batch is a quarter of the size of a float32 one on its way there, and because what a batch
-becomes then depends on the key alone, not on how many processes or workers feed it. With a batch
-that is sharded over devices the result is the same as on one.
+All functions are pure functions of a key and a whole batch. They run on the devices because
+transferring a uint8 batch needs a quarter of the bandwidth of a float32 one, and because the result
+then depends only on the key, not on the number of processes or workers. A batch that is sharded
+over devices gives the same result as on one device.
 
-Each operation draws from its own key, folded in by number (`_Stream`), so that switching one on or
-adding another leaves what the rest draw unchanged.
+Each operation has its own key, folded in by number (`_Stream`), so that enabling or adding one does
+not change the random draws of the others.
 """
 
 import enum
@@ -22,13 +22,13 @@ from inception_jax import config, registry
 from inception_jax.errors import ConfigError
 from inception_jax.input import photometric
 
-# torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
-_RESIZED_TRIES = 10
+# Number of tries of torchvision's RandomResizedCrop to find a box that fits.
+_MAX_TRIES = 10
 
 
 @enum.unique
 class _Stream(enum.IntEnum):
-    """Numbers of the operations' keys. They stay as they are: a changed one changes every run."""
+    """Numbers of the operations' keys. Do not change them: that would change every run."""
 
     CROP = 1
     FLIP = 2
@@ -51,28 +51,27 @@ def augment(
     size: int | None = None,
     mix_probability: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Varies a batch as `settings` say.
+    """Augments a batch according to `settings`.
 
-    In this order: crop ('inception' crops were cut on the host already: `crops`), flip, policy,
-    colour jitter, those of `settings.extra`, resizing, normalisation, mixing, Cutout. A policy has
-    whole grey levels before and after: images are uint8 up to it, rounded after a resized crop,
-    which is float32, and float32 from the colour jitter on. With everything switched off, and
-    images of `size` already, the result is `normalise(images)` and the labels' one-hot rows.
+    In this order: crop ('inception' crops are made on the host: `crops`), flip, policy, color
+    jitter, `settings.extra`, resizing, normalization, mixing, Cutout. A policy takes and returns
+    integer levels: images are uint8 before it (a resized crop, which is float32, is rounded) and
+    float32 from color jitter on. With everything disabled and images of `size`, the result is
+    `normalize(images)` and one-hot labels.
 
     Args:
       key: typed PRNG key of the step.
       images: uint8 [B, H, W, C].
       labels: int32 [B].
-      settings: what to do and how much.
-      mean, std: float32 [C], of the training split's pixels in units of pixel / 255.
+      settings: config.augment.
+      mean, std: float32 [C], of the training split's pixel values / 255.
       num_classes: K.
       size: height and width of the result, pixels; None: those of `images`.
-      mix_probability: share of batches that are mixed at all, perhaps traced; None: that of the
-        settings.
+      mix_probability: fraction of batches to mix, may be traced; None: `settings.mix_probability`.
 
     Returns:
-      (images, targets): float32 [B, size, size, C], normalised, and float32 [B, K], rows summing
-      to 1.
+      (images, targets): float32 [B, size, size, C], normalized, and float32 [B, K] with rows that
+      sum to 1.
     """
     keys = {stream: jax.random.fold_in(key, stream.value) for stream in _Stream}
     if settings.crop == "pad":
@@ -90,12 +89,12 @@ def augment(
             keys[_Stream.PHOTOMETRIC], images, settings.color_jitter, settings.hue_jitter
         )
     for name in settings.extra:
-        # By name, so that the others' draws are the same whichever stand beside them.
+        # Folded in by name, so that draws do not depend on which others are enabled.
         extra_key = jax.random.fold_in(keys[_Stream.EXTRA], zlib.crc32(name.encode()))
         images = 255 * apply(name, extra_key, images.astype(jnp.float32) / 255, settings)
     if size is not None:
         images = resize(images, size)
-    images = normalise(images, mean, std)
+    images = normalize(images, mean, std)
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if settings.mixup or settings.cutmix:
         images, targets = mix(
@@ -112,14 +111,14 @@ def augment(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Resizes images by antialiased bilinear interpolation (a triangle as wide as a new pixel).
+    """Resizes images with antialiased bilinear interpolation (triangle as wide as a new pixel).
 
     Args:
       images: uint8, or float32 between 0 and 255, [B, H, W, C].
       size: new height and width, pixels.
 
     Returns:
-      The images themselves if they have that size, else float32 [B, size, size, C] in 0 to 255.
+      `images` if they already have that size, else float32 [B, size, size, C] in [0, 255].
     """
     batch, *shape, channels = images.shape
     if shape == [size, size]:
@@ -129,17 +128,17 @@ def resize(images: jax.Array, size: int) -> jax.Array:
 
 
 def _policy(key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
-    """Returns uint8 [B, H, W, C]: images, uint8 or float32 between 0 and 255, under a policy."""
+    """Applies the policy to uint8 or float32 images in [0, 255]; returns uint8 [B, H, W, C]."""
     levels = jnp.round(images.astype(jnp.float32))
     varied = apply(settings.policy, key, levels / 255, settings)
     return jnp.clip(jnp.round(255 * varied), 0, 255).astype(jnp.uint8)
 
 
 def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:
-    """Returns what a registered augmentation makes of images, float32 [B, H, W, 3] in 0 to 1.
+    """Applies a registered augmentation to images, float32 [B, H, W, 3] in [0, 1].
 
     Raises:
-      ConfigError: if it returns something of another shape or type.
+      ConfigError: if it returns another shape or dtype.
     """
     part = registry.AUGMENTATIONS.get(name)
     given = {setting: getattr(settings, setting) for setting in part.settings or ()}
@@ -149,18 +148,17 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
         )
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
-            f"{part.location}: the augmentation {name!r} returned "
-            f"{registry.describe_value(result)}; it has to return images as it was given them, "
-            f"float32 {list(images.shape)}"
+            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; must "
+            f"return images of the same shape and dtype as its input, float32 {list(images.shape)}"
         )
     return result
 
 
 def check(settings: config.Augment, image_size: int) -> None:
-    """Checks the augmentations that settings name; nothing is computed.
+    """Checks the configured augmentations abstractly, without computing anything.
 
     Raises:
-      ConfigError: if one returns something of another shape or type than it is given.
+      ConfigError: if one returns a shape or dtype other than its input's.
     """
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     for name in (settings.policy, *settings.extra):
@@ -170,12 +168,12 @@ def check(settings: config.Augment, image_size: int) -> None:
             )
 
 
-def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     """Returns (images / 255 - mean) / std.
 
     Args:
       images: uint8, or float32 between 0 and 255, [B, H, W, C].
-      mean, std: float32 [C], in units of pixel / 255.
+      mean, std: float32 [C], of pixel values / 255.
 
     Returns:
       float32 [B, H, W, C].
@@ -186,16 +184,16 @@ def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
 
 def pad_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-    """Moves each image by up to `pad` pixels each way; black (0) comes in at the borders.
+    """Shifts each image by up to `pad` pixels in each direction, filling with black (0).
 
-    The same as padding by `pad` zeros on each side and cutting an H x W window at an offset drawn
-    uniformly from the (2 * pad + 1)^2 possible ones (He et al. 2016, "Deep Residual Learning",
-    section 4.2; torchvision's RandomCrop with padding).
+    Equivalent to padding by `pad` zeros on each side and cropping an H x W window at an offset
+    sampled uniformly from the (2 * pad + 1)^2 possible ones (He et al. 2016, "Deep Residual
+    Learning", section 4.2; torchvision's RandomCrop with padding).
 
     Args:
       key: typed PRNG key.
       images: uint8 [B, H, W, C].
-      pad: in pixels.
+      pad: maximum shift, pixels.
 
     Returns:
       uint8 [B, H, W, C].
@@ -213,20 +211,19 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
 def resized_crop(
     key: jax.Array, images: jax.Array, crop_scale_min: float, crop_ratio_max: float
 ) -> jax.Array:
-    """Cuts a random box out of each image and resizes it to the image's own size.
+    """Crops a random box from each image and resizes it to the image's size.
 
-    The box is that of torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6): its area is
-    uniform in [crop_scale_min, 1] of the image's, width / height log-uniform in
-    [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels, its position uniform.
-    torchvision draws until a box fits the image, at most ten times; here all ten are drawn at once
-    and the first that fits is used. If none fits, the box is the whole image, as torchvision has it
-    for a square image.
+    Samples boxes like torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6): area
+    uniform in [crop_scale_min, 1] of the image's, width / height log-uniform in [1 /
+    crop_ratio_max, crop_ratio_max], both sides rounded to pixels, position uniform. torchvision
+    tries up to ten boxes until one fits; here all ten are sampled at once and the first that fits
+    is used. If none fits, the box is the whole image, as in torchvision for a square image.
 
     Args:
       key: typed PRNG key.
       images: uint8 [B, H, W, C].
-      crop_scale_min: share of the image's area.
-      crop_ratio_max: a ratio of at least 1.
+      crop_scale_min: fraction of the image's area.
+      crop_ratio_max: at least 1.
 
     Returns:
       float32 [B, H, W, C], between 0 and 255.
@@ -239,17 +236,17 @@ def resized_crop(
 def _random_boxes(
     key: jax.Array, batch: int, size: tuple[int, int], crop_scale_min: float, crop_ratio_max: float
 ) -> jax.Array:
-    """Returns float32 [B, 4]: top, left, height and width of each image's box, whole pixels."""
+    """Returns float32 [B, 4]: top, left, height and width of each box, in integer pixels."""
     image_height, image_width = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
-    tries = (batch, _RESIZED_TRIES)
+    tries = (batch, _MAX_TRIES)
     area = jax.random.uniform(area_key, tries, minval=crop_scale_min) * (image_height * image_width)
     log_max = math.log(crop_ratio_max)
     aspect = jnp.exp(jax.random.uniform(aspect_key, tries, minval=-log_max, maxval=log_max))
     heights = jnp.round(jnp.sqrt(area / aspect))
     widths = jnp.round(jnp.sqrt(area * aspect))
     fits = (heights >= 1) & (heights <= image_height) & (widths >= 1) & (widths <= image_width)
-    # argmax of booleans is the first that is true.
+    # argmax of booleans is the index of the first True.
     first = jnp.argmax(fits, axis=1, keepdims=True)
     any_fits = jnp.any(fits, axis=1)
     height = jnp.where(any_fits, jnp.take_along_axis(heights, first, 1)[:, 0], image_height)
@@ -261,10 +258,10 @@ def _random_boxes(
 
 
 def resize_boxes(images: jax.Array, boxes: jax.Array) -> jax.Array:
-    """Resizes one box of each image to the whole image's size by bilinear interpolation.
+    """Resizes one box of each image to the image's size with bilinear interpolation.
 
-    Within half a pixel of the box's edge the image's own neighbouring pixels are used, where a crop
-    followed by a resize repeats the last ones.
+    Within half a pixel of the box's edges this uses the image's neighboring pixels, where a crop
+    followed by a resize would repeat the last ones.
 
     Args:
       images: uint8 [B, H, W, C].
@@ -277,7 +274,7 @@ def resize_boxes(images: jax.Array, boxes: jax.Array) -> jax.Array:
 
     def resize(image: jax.Array, box: jax.Array) -> jax.Array:
         scale = size / box[2:]
-        # A box is never larger than what it becomes, so there is nothing to antialias.
+        # A box is never larger than the result, so antialiasing is unnecessary.
         return jax.image.scale_and_translate(
             image, image.shape, (0, 1), scale, -box[:2] * scale, "linear", antialias=False
         )
@@ -286,7 +283,7 @@ def resize_boxes(images: jax.Array, boxes: jax.Array) -> jax.Array:
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability one half."""
+    """Flips each image horizontally with probability 0.5."""
     mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
@@ -300,83 +297,83 @@ def mix(
     cutmix: float,
     probability: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Blends each image and its target with those of the image before it in the batch.
+    """Blends each image and its target with the previous ones in the batch (mixup or CutMix).
 
-    mixup (Zhang et al. 2018) weighs whole images, lambda * own + (1 - lambda) * partner. CutMix
-    (Yun et al. 2019) pastes one box of the partner, with sides sqrt(1 - lambda) of the image's, its
-    centre uniform, clipped at the border; lambda is then corrected to the share of pixels that are
-    left. As in the authors' code, lambda ~ Beta(alpha, alpha), the box and whether to mix at all
-    are drawn once a batch. With both alphas above 0 a batch gets one of the two, each with
-    probability one half. The authors permute the batch to find partners; a batch is in random order
-    already, and a roll by one moves a single image between neighbouring devices.
+    mixup (Zhang et al. 2018) blends whole images: lambda * image + (1 - lambda) * partner. CutMix
+    (Yun et al. 2019) pastes one box of the partner, with sides sqrt(1 - lambda) times the image's
+    and a uniform center, clipped at the border; lambda is then corrected to the fraction of
+    remaining pixels. As in the authors' code, lambda ~ Beta(alpha, alpha), the box and whether to
+    mix at all are sampled once per batch. With both alphas above 0, each batch uses one of the two
+    with probability 0.5. The authors permute the batch to choose partners; here the batch is
+    already in random order, and a roll by one moves a single image between neighboring devices.
 
     Args:
       key: typed PRNG key.
       images: float32 [B, H, W, C].
       targets: float32 [B, K].
-      mixup, cutmix: alphas, 0 for off; one at least is more than 0.
-      probability: share of batches that are mixed at all.
+      mixup, cutmix: alphas; 0: off; at least one is greater than 0.
+      probability: fraction of batches to mix.
 
     Returns:
-      (images, targets), of the same shapes.
+      (images, targets) with the same shapes.
     """
     _, height, width, _ = images.shape
     whether_key, which_key, weight_key, box_key = jax.random.split(key, 4)
-    cutmix_share = 0.5 if mixup and cutmix else float(cutmix > 0)
-    use_cutmix = jax.random.bernoulli(which_key, cutmix_share)
+    cutmix_probability = 0.5 if mixup and cutmix else float(cutmix > 0)
+    use_cutmix = jax.random.bernoulli(which_key, cutmix_probability)
     alpha = jnp.where(use_cutmix, cutmix, mixup)
     weight = jax.random.beta(weight_key, alpha, alpha)
-    # No mixing is a weight of 1, under either method.
+    # A weight of 1 means no mixing, in both methods.
     weight = jnp.where(jax.random.bernoulli(whether_key, probability), weight, 1.0)
 
-    pasted = _random_box(box_key, (height, width), jnp.sqrt(1 - weight))
-    share = jnp.where(use_cutmix, 1 - jnp.mean(pasted), weight)
-    own = jnp.where(use_cutmix, jnp.where(pasted, 0.0, 1.0), weight)
-    images = own * images + (1 - own) * jnp.roll(images, 1, axis=0)
-    targets = share * targets + (1 - share) * jnp.roll(targets, 1, axis=0)
+    pasted = _random_box_mask(box_key, (height, width), jnp.sqrt(1 - weight))
+    label_weight = jnp.where(use_cutmix, 1 - jnp.mean(pasted), weight)
+    pixel_weight = jnp.where(use_cutmix, jnp.where(pasted, 0.0, 1.0), weight)
+    images = pixel_weight * images + (1 - pixel_weight) * jnp.roll(images, 1, axis=0)
+    targets = label_weight * targets + (1 - label_weight) * jnp.roll(targets, 1, axis=0)
     return images, targets
 
 
-def _random_box(key: jax.Array, size: tuple[int, int], side: jax.Array) -> jax.Array:
-    """Returns bool [1, H, W, 1], true in a box of `side` times the image's height and width."""
+def _random_box_mask(key: jax.Array, size: tuple[int, int], side: jax.Array) -> jax.Array:
+    """Returns bool [1, H, W, 1], True in a box of `side` times the image's height and width."""
     extent = np.array([size])
-    centres = jax.random.randint(key, (1, 2), 0, extent)
+    centers = jax.random.randint(key, (1, 2), 0, extent)
     sides = (jnp.asarray(extent, jnp.float32) * side).astype(jnp.int32)
-    return _boxes(centres, sides, size)
+    return _box_masks(centers, sides, size)
 
 
 def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
-    """Sets a square of each image to 0, the mean once images are normalised.
+    """Sets a square of each image to 0, which is the mean of normalized images.
 
-    The centre is uniform over the pixels and the square is clipped at the border (DeVries & Taylor
+    The center is uniform over the pixels, and the square is clipped at the border (DeVries & Taylor
     2017, section 3.1).
 
     Args:
       key: typed PRNG key.
-      images: float32 [B, H, W, C], normalised.
-      side: of the square, in pixels.
+      images: float32 [B, H, W, C], normalized.
+      side: of the square, pixels.
 
     Returns:
       float32 [B, H, W, C].
     """
     batch, height, width, _ = images.shape
-    centres = jax.random.randint(key, (batch, 2), 0, np.array([[height, width]]))
-    blank = _boxes(centres, jnp.full((batch, 2), side, jnp.int32), (height, width))
+    centers = jax.random.randint(key, (batch, 2), 0, np.array([[height, width]]))
+    blank = _box_masks(centers, jnp.full((batch, 2), side, jnp.int32), (height, width))
     return jnp.where(blank, 0.0, images)
 
 
-def _boxes(centres: jax.Array, sides: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Returns where boxes lie.
+def _box_masks(centers: jax.Array, sides: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Returns masks of boxes.
 
     Args:
-      centres: int32 [N, 2], row and column; the box starts side // 2 before it.
+      centers: int32 [N, 2], row and column; a box starts side // 2 before its center.
       sides: int32 [N, 2], height and width in pixels.
-      size: H and W of the image that clips them.
+      size: H and W of the image, which clips the boxes.
 
     Returns:
-      bool [N, H, W, 1], true inside.
+      bool [N, H, W, 1], True inside.
     """
-    starts = centres - sides // 2
+    starts = centers - sides // 2
     stops = starts + sides
     inside = []
     for axis, length in enumerate(size):

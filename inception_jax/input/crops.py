@@ -1,7 +1,7 @@
-"""Random boxes of the original training images, drawn on the host.
+"""Samples random crops of the original training images, on the host.
 
-The decoding threads cut them, so they cannot be drawn on the devices as all else is (`augment`).
-What is drawn depends on the seed and the position in training alone.
+The decoding threads crop the images, so the boxes cannot be sampled on the devices, unlike all
+other augmentation (`augment`). They depend only on the seed and the position in training.
 """
 
 import math
@@ -9,62 +9,62 @@ import math
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets.decode import Box, ChooseBox
-from inception_jax.input.pipeline import BoxAt
+from inception_jax.datasets.decode import CropBox, CropFn
+from inception_jax.input.pipeline import CropSampler
 
-# torchvision's RandomResizedCrop gives up after this many boxes that do not fit.
-_TRIES = 10
-# The last word of Philox's counter, which keeps these streams apart from those of the epochs'
-# orders: they have keys of the same form, and leave that word 0.
+# Number of tries of torchvision's RandomResizedCrop to find a box that fits.
+_MAX_TRIES = 10
+# The last word of Philox's counter, which separates these streams from those of the epoch orders:
+# those have keys of the same form and leave that word 0.
 _STREAM = 1
 
 
-def train_boxes(settings: config.Augment, seed: int) -> BoxAt | None:
-    """Returns the box of each position in training, or None if `settings` ask for none.
+def crop_sampler(settings: config.Augment, seed: int) -> CropSampler | None:
+    """Returns a function from training position to crop function, or None if not configured.
 
-    A position counts training examples in the order that training sees them, from 0.
+    Positions count the training examples in training order, from 0.
 
     Args:
-      settings: crop, crop_scale_min and crop_ratio_max matter.
-      seed: of the run.
+      settings: uses crop, crop_scale_min and crop_ratio_max.
+      seed: seed of the run.
     """
     if settings.crop != "inception":
         return None
 
-    def box_at(position: int) -> ChooseBox:
-        def choose(height: int, width: int) -> Box:
-            draws = generator(seed, position).random((_TRIES, 4))
-            return random_box(
+    def sample_crop(position: int) -> CropFn:
+        def choose(height: int, width: int) -> CropBox:
+            draws = position_rng(seed, position).random((_MAX_TRIES, 4))
+            return random_crop_box(
                 draws, height, width, settings.crop_scale_min, settings.crop_ratio_max
             )
 
         return choose
 
-    return box_at
+    return sample_crop
 
 
-def generator(seed: int, position: int) -> np.random.Generator:
-    """Returns the random numbers of one position: NumPy's counter-based Philox."""
+def position_rng(seed: int, position: int) -> np.random.Generator:
+    """Returns the random generator of a position, using NumPy's counter-based Philox."""
     key = np.array([seed, position], np.uint64)
     counter = np.array([0, 0, 0, _STREAM], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def random_box(
+def random_crop_box(
     draws: np.ndarray, height: int, width: int, crop_scale_min: float, crop_ratio_max: float
-) -> Box:
-    """Returns a box inside an image, as torchvision's RandomResizedCrop draws it.
+) -> CropBox:
+    """Returns a box inside an image, sampled as in torchvision's RandomResizedCrop.
 
-    Szegedy et al. 2015, section 6: an area uniform in [crop_scale_min, 1] of the image's, width /
-    height log-uniform in [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels, the
-    position uniform. The first of ten such boxes that fits the image is taken; if none does, the
-    largest centred one of an allowed shape.
+    Szegedy et al. 2015, section 6: area uniform in [crop_scale_min, 1] of the image's, width /
+    height log-uniform in [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels,
+    position uniform. Returns the first of ten such boxes that fits the image; if none fits, the
+    largest centered box with an allowed aspect ratio.
 
     Args:
-      draws: float64 [10, 4], uniform in [0, 1): area, shape, row and column of each try.
+      draws: float64 [10, 4], uniform in [0, 1): area, aspect ratio, row and column of each try.
       height, width: of the image, pixels.
-      crop_scale_min: share of the image's area.
-      crop_ratio_max: a ratio of at least 1.
+      crop_scale_min: fraction of the image's area.
+      crop_ratio_max: at least 1.
     """
     for area_draw, aspect_draw, row_draw, column_draw in draws.tolist():
         area = (crop_scale_min + (1 - crop_scale_min) * area_draw) * height * width

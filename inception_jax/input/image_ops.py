@@ -1,15 +1,15 @@
-"""The image operations of RandAugment and TrivialAugment: one for each image of a batch.
+"""The image operations of RandAugment and TrivialAugment, one per image of a batch.
 
-Images are uint8 before and after. The arithmetic is Pillow's, whose operations the policies were
-published with; torchvision's are the same on PIL images, and differ by a grey level on tensors.
+Input and output are uint8. The arithmetic matches Pillow, whose operations the policies were
+published with; torchvision's are the same on PIL images and differ by one level on tensors.
 
-Which operation an image gets is known on the device only, and a switch between whole operations
-would, under vmap, compute all of them for all images. So they are three passes that every image
-takes, with numbers of its own that leave it as it is where its operation is another:
+The operation of an image is known only on the device, and a switch between operations under vmap
+would compute all of them for all images. So they are implemented as three passes over every image,
+with per-image parameters that leave it unchanged if its operation is another:
 
-- a table of 256 levels: brightness, contrast, posterize, solarize, autocontrast, equalize;
-- a blend with grey or smoothed pixels: colour, sharpness;
-- an affine map of coordinates: shears, translations, rotation.
+- a table of 256 levels: brightness, contrast, posterize, solarize, autocontrast, equalize; - a
+blend with gray or smoothed pixels: color, sharpness; - an affine map of coordinates: shears,
+translations, rotation.
 """
 
 import enum
@@ -20,20 +20,20 @@ import jax.numpy as jnp
 
 @enum.unique
 class Op(enum.IntEnum):
-    """The operations, in torchvision's order, each with what its value means."""
+    """The operations, in torchvision's order, each with the meaning of its value."""
 
     IDENTITY = 0
     SHEAR_X = 1  # pixels to the left per row downwards
     SHEAR_Y = 2  # pixels upwards per column to the right
     TRANSLATE_X = 3  # whole pixels to the right
     TRANSLATE_Y = 4  # whole pixels downwards
-    ROTATE = 5  # degrees anticlockwise about the centre
+    ROTATE = 5  # degrees counterclockwise about the center
     BRIGHTNESS = 6  # added to the factor 1: -1 is black, 0 changes nothing
-    COLOR = 7  # the same; -1 is grey
-    CONTRAST = 8  # the same; -1 is the mean grey
+    COLOR = 7  # the same; -1 is gray
+    CONTRAST = 8  # the same; -1 is the mean gray level
     SHARPNESS = 9  # the same; -1 is smoothed
     POSTERIZE = 10  # bits kept, 1 to 8
-    SOLARIZE = 11  # levels from here on are inverted
+    SOLARIZE = 11  # levels from this one are inverted
     AUTOCONTRAST = 12
     EQUALIZE = 13
 
@@ -44,31 +44,31 @@ def apply(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Ar
     Args:
       images: uint8 [B, H, W, 3].
       operations: int32 [B], of `Op`.
-      values: float32 [B], what `Op` says.
+      values: float32 [B], in the units of `Op`.
 
     Returns:
       uint8 [B, H, W, 3].
     """
-    # Without barriers XLA computes a pass again for each pixel that the next one reads.
+    # Without barriers XLA recomputes a pass for each pixel that the next one reads.
     barrier = jax.lax.optimization_barrier
     tables = barrier(_tables(images, operations, values))
     images = barrier(_look_up(images, tables))
-    images = barrier(_blended(images, operations, values))
+    images = barrier(_blend(images, operations, values))
     return _warp(images, barrier(_matrices(images, operations, values)))
 
 
-def _grey(images: jax.Array) -> jax.Array:
-    """Returns int32 [B, H, W, 1], the luma as Pillow's mode L has it, in 16-bit fixed point."""
+def _to_gray(images: jax.Array) -> jax.Array:
+    """Returns the luma, int32 [B, H, W, 1], in 16-bit fixed point as in Pillow's mode L."""
     weights = jnp.array([19595, 38470, 7471], jnp.int32).reshape(1, 1, 1, 3)
     weighted = jnp.sum(images.astype(jnp.int32) * weights, axis=3, keepdims=True)
     return (weighted + 0x8000) >> 16
 
 
 def _enhance(pixels: jax.Array, degenerate: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns degenerate + (1 + value) * (pixels - degenerate), as ImageEnhance has it.
+    """Returns degenerate + (1 + value) * (pixels - degenerate), as in Pillow's ImageEnhance.
 
-    Pixels are int32, the result is uint8: clipped, with its fraction cut off. In
-    this form, equal pixels stay exactly as they are.
+    Takes int32 pixels and returns uint8, clipped and truncated. In this form, equal pixels stay
+    exactly unchanged.
     """
     start = degenerate.astype(jnp.float32)
     result = start + (1 + value) * (pixels - degenerate).astype(jnp.float32)
@@ -76,12 +76,12 @@ def _enhance(pixels: jax.Array, degenerate: jax.Array, value: jax.Array) -> jax.
 
 
 def _tables(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns uint8 [B, 3, 256]: what becomes of each level; the level itself for other images."""
+    """Returns uint8 [B, 3, 256] lookup tables; identity for images with other operations."""
     value = values.reshape(-1, 1, 1)
     operation = operations.reshape(-1, 1, 1)
     pixels = images.shape[1] * images.shape[2]
-    # Half is added before the division to round.
-    mean = (jnp.sum(_grey(images), axis=(1, 2)) * 2 + pixels) // (2 * pixels)
+    # Adds one half before the division, to round.
+    mean = (jnp.sum(_to_gray(images), axis=(1, 2)) * 2 + pixels) // (2 * pixels)
     level = jnp.arange(256).reshape(1, 1, 256)
     dropped_bits = (8 - value).astype(jnp.int32)
     tables = {
@@ -99,7 +99,7 @@ def _tables(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.
 
 
 def _autocontrast(images: jax.Array, level: jax.Array) -> jax.Array:
-    """Returns int32 [B, 3, 256] that spread each channel's levels over 0 to 255."""
+    """Returns int32 [B, 3, 256] tables that stretch each channel's levels to 0 to 255."""
     low = jnp.min(images, axis=(1, 2)).astype(jnp.int32)[:, :, None]
     high = jnp.max(images, axis=(1, 2)).astype(jnp.int32)[:, :, None]
     spread = jnp.clip((level - low) * 255 // jnp.maximum(high - low, 1), 0, 255)
@@ -107,7 +107,7 @@ def _autocontrast(images: jax.Array, level: jax.Array) -> jax.Array:
 
 
 def _equalize(images: jax.Array) -> jax.Array:
-    """Returns int32 [B, 3, 256] that make each channel's levels about equally frequent."""
+    """Returns int32 [B, 3, 256] tables that equalize each channel's histogram."""
     channels = jnp.moveaxis(images, 3, 1).reshape(len(images), 3, -1)
 
     def count(channel: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ def _equalize(images: jax.Array) -> jax.Array:
 
     counts = jax.vmap(jax.vmap(count))(channels)
     pixels = channels.shape[2]
-    # Pillow's step leaves the pixels of the highest level out.
+    # Pillow's step excludes the pixels of the highest level.
     highest = jnp.max(channels, axis=2, keepdims=True).astype(jnp.int32)
     step = (pixels - jnp.take_along_axis(counts, highest, axis=2)) // 255
     below = jnp.cumsum(counts, axis=2) - counts
@@ -124,7 +124,7 @@ def _equalize(images: jax.Array) -> jax.Array:
 
 
 def _look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
-    """Replaces each level by that of its image's and channel's table."""
+    """Maps each level through the table of its image and channel."""
 
     def look_up(image: jax.Array, table: jax.Array) -> jax.Array:
         channel = jnp.arange(3).reshape(1, 1, 3)
@@ -133,17 +133,17 @@ def _look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
     return jax.vmap(look_up)(images, tables)
 
 
-def _blended(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
-    """Applies colour and sharpness to the images that get them."""
+def _blend(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
+    """Applies color and sharpness to the images with these operations."""
     operation = operations.reshape(-1, 1, 1, 1)
     value = values.reshape(-1, 1, 1, 1)
-    degenerate = jnp.where(operation == Op.COLOR, _grey(images), _smooth(images))
+    degenerate = jnp.where(operation == Op.COLOR, _to_gray(images), _smooth(images))
     blended = _enhance(images.astype(jnp.int32), degenerate, value)
     return jnp.where((operation == Op.COLOR) | (operation == Op.SHARPNESS), blended, images)
 
 
 def _smooth(images: jax.Array) -> jax.Array:
-    """Returns int32 [B, H, W, 3], Pillow's ImageFilter.SMOOTH: the border stays as it is."""
+    """Applies Pillow's ImageFilter.SMOOTH, int32 [B, H, W, 3], leaving the border unchanged."""
     pixels = images.astype(jnp.int32)
     if min(pixels.shape[1:3]) < 3:
         return pixels
@@ -154,14 +154,14 @@ def _smooth(images: jax.Array) -> jax.Array:
 
 
 def _matrices(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns float32 [B, 2, 3]: from (x, y, 1) in the result to (x, y) in the image.
+    """Returns float32 [B, 2, 3] maps from (x, y, 1) in the result to (x, y) in the image.
 
-    Coordinates are pixels from the top left corner; the centre of the first pixel is (0.5, 0.5).
+    Coordinates are pixels from the top left corner; the center of the first pixel is (0.5, 0.5).
     """
     _, height, width, _ = images.shape
 
     def only(*ops: Op) -> jax.Array:
-        """Returns the values of the images that get one of `ops`, and 0 for the others."""
+        """Returns the values of images with one of `ops`, and 0 for the others."""
         chosen = jnp.isin(operations, jnp.array(ops, operations.dtype))
         return jnp.where(chosen, values, 0.0)
 
@@ -176,7 +176,7 @@ def _matrices(images: jax.Array, operations: jax.Array, values: jax.Array) -> ja
 
 
 def _warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Takes each pixel from where its image's matrix points, black (0) from outside the image."""
+    """Samples each pixel at the position given by the matrix; black (0) outside the image."""
     _, height, width, _ = images.shape
     x = jnp.arange(width, dtype=jnp.float32).reshape(1, -1) + 0.5
     y = jnp.arange(height, dtype=jnp.float32).reshape(-1, 1) + 0.5
@@ -184,7 +184,7 @@ def _warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
         columns, rows = (jnp.floor(row[0] * x + row[1] * y + row[2]) for row in matrix)
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-        # Places outside are clipped for the gather, and blanked after it.
+        # Positions outside are clipped for the gather and blanked afterwards.
         taken = image.at[rows.astype(jnp.int32), columns.astype(jnp.int32)].get(mode="clip")
         return jnp.where(inside[:, :, None], taken, 0)
 

@@ -1,9 +1,9 @@
-"""Batches as a function of the step number.
+"""Provides batches as a function of the step number.
 
-Nothing is carried from one batch to the next: `train_indices(step)` says which examples a step
-sees, from the seed alone. So a run that resumes at any step, on any number of devices or processes,
-goes on with the same batches, and there is no iterator state to save. (Grain's own saved iterator
-state is bound to the process and worker count.) Grain reads ahead in threads.
+There is no state between batches: `train_indices(step)` returns the examples of a step, which
+depend only on the seed. So a run that resumes at any step, on any number of devices or processes,
+continues with the same batches, and there is no iterator state to save. (Grain's own iterator state
+depends on the number of processes and workers.) Grain prefetches in threads.
 """
 
 import functools
@@ -15,29 +15,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from inception_jax.datasets.decode import ChooseBox
+from inception_jax.datasets.decode import CropFn
 from inception_jax.datasets.splits import Split
 from inception_jax.runtime import sharding
 
-# Gives, for a position in the endless sequence of training examples, the box to cut there.
-BoxAt = Callable[[int], ChooseBox]
+# Maps a position in the infinite sequence of training examples to the crop function to use there.
+CropSampler = Callable[[int], CropFn]
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """Returns the order in which an epoch visits the training examples: int64 [examples].
+    """Returns the order of the training examples in an epoch, int64 [examples].
 
-    A permutation drawn from (seed, epoch) by numpy's counter-based Philox generator.
+    A random permutation that depends on (seed, epoch), from NumPy's counter-based Philox generator.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
     return generator.permutation(examples)
 
 
 def train_indices(step: int, *, batch_size: int, examples: int, seed: int) -> np.ndarray:
-    """Returns which examples the step after `step` finished steps sees: int64 [batch_size].
+    """Returns the examples of the step after `step` finished steps, int64 [batch_size].
 
-    The epochs' orders are one endless sequence, cut into batches: a batch may span two epochs, and
-    no example is left out.
+    The epoch orders form one infinite sequence, which is divided into batches: a batch may span two
+    epochs, and no example is skipped.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(positions, examples)
@@ -56,40 +56,40 @@ def train_batches(
     start: int,
     stop: int,
     mesh: Mesh | None = None,
-    box_at: BoxAt | None = None,
+    sample_crop: CropSampler | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the batches of steps `start` to `stop` - 1 (counted in finished steps before each).
+    """Yields the batches of steps `start` to `stop` - 1, counted in finished steps.
 
     Args:
-      split: the training examples.
-      batch_size: examples a step over all processes; a multiple of the device count.
-      seed: of the order.
+      split: the training split.
+      batch_size: examples per step over all processes; a multiple of the number of devices.
+      seed: seed of the order.
       start, stop: range of steps.
-      mesh: the devices that each batch is laid on; None: this process's share, as NumPy arrays.
-      box_at: the boxes to cut from the original images (`crops`); None: the whole images.
+      mesh: devices to place each batch on; None: yield this process's part as NumPy arrays.
+      sample_crop: crops of the original images (`crops`); None: use whole images.
 
     Yields:
-      image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], split over the devices.
+      image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], sharded over the devices.
     """
     rows = sharding.local_rows(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = train_indices(step, batch_size=batch_size, examples=len(split), seed=seed)[rows]
-        if box_at is None:
+        if sample_crop is None:
             images = split.read(indices)
         else:
             positions = range(step * batch_size, (step + 1) * batch_size)[rows]
-            images = split.read_boxes(indices, [box_at(position) for position in positions])
+            images = split.read_crops(indices, [sample_crop(position) for position in positions])
         return {"image": images, "label": split.labels[indices]}
 
-    batches = _read_ahead(load, start, stop, threads=split.threads)
-    return batches if mesh is None else _to_devices_ahead(batches, mesh)
+    batches = _prefetch(load, start, stop, threads=split.threads)
+    return batches if mesh is None else _prefetch_to_devices(batches, mesh)
 
 
 def abstract_train_batch(
     split: Split, *, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a training batch looks like, to compile the step without one."""
+    """Returns an abstract training batch, for compiling the step without data."""
     placed = sharding.batch_sharding(mesh)
     image_shape = (batch_size, *split.image_shape)
     return {
@@ -99,13 +99,14 @@ def abstract_train_batch(
 
 
 def eval_batch_size(examples: int, *, limit: int) -> int:
-    """Returns the smallest batch that takes no more batches than the limit does.
+    """Returns the smallest batch size that needs no more batches than `limit` does.
 
-    Eight pictures are not filled up to a batch of 250, and 300 become two batches of 150.
+    >>> eval_batch_size(8, limit=250), eval_batch_size(300, limit=250)
+    (8, 150)
 
     Args:
       examples: size of the split, at least 1.
-      limit: the largest batch.
+      limit: maximum batch size.
     """
     return -(-examples // -(-examples // limit))
 
@@ -113,7 +114,7 @@ def eval_batch_size(examples: int, *, limit: int) -> int:
 def abstract_eval_batch(
     split: Split, *, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a batch of `eval_batches` looks like, to compile a step without one."""
+    """Returns an abstract batch of `eval_batches`, for compiling a step without data."""
     batch_size += -batch_size % mesh.size
     batch = abstract_train_batch(split, batch_size=batch_size, mesh=mesh)
     return batch | {
@@ -122,10 +123,10 @@ def abstract_eval_batch(
 
 
 def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Yields every example of a split once, in order.
+    """Yields each example of a split once, in order.
 
-    The last batch is filled up with copies of the first example, masked out. `batch_size` is
-    rounded up to a multiple of the device count, which changes no result.
+    The last batch is padded with masked copies of the first example. `batch_size` is rounded up to
+    a multiple of the number of devices, which does not change any result.
 
     Yields:
       image: uint8 [B, H, W, 3], label: int32 [B] and mask: bool [B], True for real examples.
@@ -140,15 +141,15 @@ def eval_batches(split: Split, *, batch_size: int, mesh: Mesh) -> Iterator[dict[
         return {"image": split.read(indices), "label": split.labels[indices], "mask": mask}
 
     batches = -(-len(split) // batch_size)
-    return _to_devices_ahead(_read_ahead(load, 0, batches, threads=split.threads), mesh)
+    return _prefetch_to_devices(_prefetch(load, 0, batches, threads=split.threads), mesh)
 
 
-def _read_ahead(
+def _prefetch(
     load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, *, threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields `load(start)` … `load(stop - 1)`.
 
-    Each of the threads loads a batch, and one more batch waits.
+    Each thread loads a batch, and one more batch is buffered.
     """
     if start >= stop:
         return iter(())
@@ -156,10 +157,10 @@ def _read_ahead(
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 
 
-def _to_devices_ahead(
+def _prefetch_to_devices(
     batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches on the devices, the next one already on its way."""
+    """Yields batches on the devices while transferring the next one."""
     ahead: dict[str, jax.Array] | None = None
     for batch in batches:
         current, ahead = ahead, sharding.make_global_batch(batch, mesh)

@@ -1,10 +1,10 @@
-"""RandAugment and TrivialAugment: operations drawn at random for each image.
+"""RandAugment and TrivialAugment: random operations per image.
 
-Both draw from the 14 operations of `image_ops.Op`, with the ranges and the 31 magnitudes (0 to 30)
-of torchvision's RandAugment and TrivialAugmentWide, which differ from each other. A shear, a
-translation, a rotation or an enhancement goes either way with probability one half.
+Both sample from the 14 operations of `image_ops.Op`, with the ranges and the 31 magnitudes (0 to
+30) of torchvision's RandAugment and TrivialAugmentWide, which differ from each other. Shears,
+translations, rotations and enhancements are negated with probability 0.5.
 
-Experimental: tested against Pillow and torchvision, but no recorded run has used them.
+Experimental: tested against Pillow and torchvision, but not used in any recorded run.
 """
 
 import jax
@@ -23,35 +23,35 @@ _SIGNED = np.isin(np.arange(len(Op)), [op for op in Op if Op.SHEAR_X <= op <= Op
 def _randaugment(
     key: jax.Array, images: jax.Array, *, policy_ops: int, policy_magnitude: int
 ) -> jax.Array:
-    return _shares(randaugment(key, _levels(images), policy_ops, policy_magnitude))
+    return _to_unit_range(randaugment(key, _to_uint8(images), policy_ops, policy_magnitude))
 
 
 @register_augmentation("trivialaugment")
 def _trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
-    return _shares(trivialaugment(key, _levels(images)))
+    return _to_unit_range(trivialaugment(key, _to_uint8(images)))
 
 
-def _levels(images: jax.Array) -> jax.Array:
-    """Returns images, float32 between 0 and 1, as uint8."""
+def _to_uint8(images: jax.Array) -> jax.Array:
+    """Converts images from float32 in [0, 1] to uint8."""
     return jnp.clip(jnp.round(255 * images), 0, 255).astype(jnp.uint8)
 
 
-def _shares(images: jax.Array) -> jax.Array:
-    """Returns images, uint8, as float32 between 0 and 1."""
+def _to_unit_range(images: jax.Array) -> jax.Array:
+    """Converts images from uint8 to float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
 
 
 def randaugment(key: jax.Array, images: jax.Array, ops: int, magnitude: int) -> jax.Array:
     """Applies `ops` operations of one magnitude to each image (Cubuk et al. 2020, section 3).
 
-    They are drawn with replacement. The paper's magnitudes go to 30, too, but its ranges are
-    wider for some operations: torchvision's are used.
+    Operations are sampled with replacement. The paper's magnitudes also range to 30, but some of
+    its ranges are wider; this uses torchvision's.
 
     Args:
       key: typed PRNG key.
       images: uint8 [B, H, W, 3].
-      ops: how many, one after another (the paper's N).
-      magnitude: between 0 and 30 (the paper's M).
+      ops: number of consecutive operations (N in the paper).
+      magnitude: between 0 and 30 (M in the paper).
 
     Returns:
       uint8 [B, H, W, 3].
@@ -61,15 +61,15 @@ def randaugment(key: jax.Array, images: jax.Array, ops: int, magnitude: int) -> 
     shape = (ops, len(images))
     operations = jax.random.randint(op_key, shape, 0, len(Op))
     drawn = _signed(sign_key, operations, values[operations])
-    # A scan compiles the operations once, however many there are.
+    # A scan compiles the operations only once, whatever `ops` is.
     return jax.lax.scan(lambda last, op: (apply(last, *op), None), images, (operations, drawn))[0]
 
 
 def trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Applies one operation of a uniform magnitude to each image (Müller & Hutter 2021).
+    """Applies one operation with a uniform magnitude to each image (Müller & Hutter 2021).
 
-    The ranges are those of the paper's "Wide" space. A translation is by up to 32 pixels, whatever
-    the size of the images.
+    Uses the ranges of the paper's "Wide" space. Translations are up to 32 pixels, regardless of the
+    image size.
 
     Args:
       key: typed PRNG key.
@@ -87,17 +87,17 @@ def trivialaugment(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _signed(key: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
-    """Negates half of the values that may go either way."""
+    """Negates the values of signed operations with probability 0.5."""
     negative = jax.random.bernoulli(key, 0.5, operations.shape)
     return jnp.where(negative & jnp.asarray(_SIGNED)[operations], -values, values)
 
 
 def randaugment_values(height: int, width: int) -> np.ndarray:
     """Returns float32 [14, 31]: each operation's value at each magnitude, in the units of `Op`."""
-    # 150 pixels of the 331 that AutoAugment's images have.
-    share = 150 / 331
+    # 150 of the 331 pixels of AutoAugment's images.
+    fraction = 150 / 331
     return _values(
-        shear=0.3, x=share * width, y=share * height, degrees=30, enhancement=0.9, bits=4
+        shear=0.3, x=fraction * width, y=fraction * height, degrees=30, enhancement=0.9, bits=4
     )
 
 
@@ -109,7 +109,7 @@ def trivialaugment_values() -> np.ndarray:
 def _values(
     *, shear: float, x: float, y: float, degrees: float, enhancement: float, bits: int
 ) -> np.ndarray:
-    """Returns float32 [14, 31] that grow to the given extremes; `bits` is how many are dropped."""
+    """Returns float32 [14, 31] that grow to the given extremes; `bits`: bits to drop."""
     values = np.zeros((len(Op), _MAGNITUDES))
     steps = np.linspace(0, 1, _MAGNITUDES)
     values[[Op.SHEAR_X, Op.SHEAR_Y]] = shear * steps

@@ -115,7 +115,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
 
     dataset = _dataset(weights)
     plain = _onnx_file(weights)
-    train = dataset.train_evaluated
+    train = dataset.train_eval_view
     count = min(_CALIBRATION.value, len(train))
     # Examples lie in the order of a hash, so the first are as good as any.
     images = train.read(np.arange(count))

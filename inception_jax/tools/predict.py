@@ -169,7 +169,7 @@ def _predict_split(weights: "Weights") -> None:
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
     with _results(format) as file, _progress(len(order), predictor) as progress:
-        pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
+        pieces = [np.array(piece) for piece in decode.chunks(order, predictor.batch_size)]
         for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
             for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], best))
@@ -215,7 +215,7 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
     dataset = prepare(data, log=console.log)
     initialization.check_classes(weights, dataset)
     if _SPLIT.value == dataset.train_split:
-        return dataset.train_evaluated
+        return dataset.train_eval_view
     if _SPLIT.value not in dataset.splits:
         raise UserError(
             f"--split={_SPLIT.value}: {dataset.name} has none of that name; it has "

@@ -49,7 +49,7 @@ class NormEstimator:
         """Compiles the program for variables of these shapes and dtypes in advance."""
         if self._batches and variables["batch_stats"]:
             batch = pipeline.abstract_train_batch(
-                self._run.dataset.train_evaluated,
+                self._run.dataset.train_eval_view,
                 batch_size=self._run.config.train.batch_size,
                 mesh=self._run.mesh,
             )
@@ -63,7 +63,7 @@ class NormEstimator:
         if not self._batches or not variables["batch_stats"]:
             return state
         batches = pipeline.train_batches(
-            run.dataset.train_evaluated,
+            run.dataset.train_eval_view,
             batch_size=run.config.train.batch_size,
             seed=run.config.seed,
             start=0,
@@ -81,7 +81,7 @@ class NormEstimator:
         size = config.evaluation.image_size or dataset.image_size
         _, updated = self._run.model.apply(
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
-            augment.normalise(augment.resize(images, size), dataset.mean, dataset.std),
+            augment.normalize(augment.resize(images, size), dataset.mean, dataset.std),
             train=True,
             rngs={"dropout": keys.key_for(config.seed, "norm")},
             mutable=["batch_stats"],

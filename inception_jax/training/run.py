@@ -236,7 +236,7 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
         start=start,
         stop=stop,
         mesh=run.mesh,
-        box_at=crops.train_boxes(config.augment, config.seed),
+        sample_crop=crops.crop_sampler(config.augment, config.seed),
     )
 
 

@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def directory(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory in which the subset is prepared; not to be changed."""
+    """A directory with the prepared subset; do not modify it."""
     path = tmp_path_factory.mktemp("prepared")
     prepare(subset(source, path), log=quiet)
     return path
@@ -55,7 +55,7 @@ def directory(source: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def prepared(directory: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it, to be changed."""
+    """A copy that may be modified."""
     return pathlib.Path(shutil.copytree(directory, tmp_path / "prepared"))
 
 
@@ -64,7 +64,7 @@ def pixels_of(split: Split) -> np.ndarray:
 
 
 def check_subset(dataset: Dataset, size: int = SIZE) -> None:
-    """Compares a prepared subset with what tests/archives.py put into the archive."""
+    """Compares a prepared subset with the archive written by tests/archives.py."""
     assert (dataset.num_classes, dataset.image_size) == (CLASSES, size)
     assert dataset.class_names == tuple(f"class {label}" for label in range(CLASSES))
     counts = {"train": CLASSES * TRAIN, "validation": CLASSES * VAL, "test": TEST}
@@ -86,10 +86,10 @@ def check_subset(dataset: Dataset, size: int = SIZE) -> None:
                 assert label == (true if name == "validation" else -1)
             mean = image.mean(axis=(0, 1))
             if name == "train" and number % 5 == 4:
-                luma = np.dot([0.299, 0.587, 0.114], archives.colour(true))
+                luma = np.dot([0.299, 0.587, 0.114], archives.color(true))
                 np.testing.assert_allclose(mean, [luma] * 3, atol=8)
             else:
-                np.testing.assert_allclose(mean, archives.colour(true), atol=8)
+                np.testing.assert_allclose(mean, archives.color(true), atol=8)
     pixels = pixels_of(dataset.train).astype(np.float64) / 255
     np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)
@@ -101,18 +101,14 @@ def files_below(directory: pathlib.Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_what_is_prepared_is_what_the_archive_holds(
-    source: pathlib.Path, directory: pathlib.Path
-) -> None:
+def test_prepared_data_match_archive(source: pathlib.Path, directory: pathlib.Path) -> None:
     lines: list[str] = []
     dataset = prepare(subset(source, directory), log=lines.append)
     check_subset(dataset)
     assert not lines, "the second time there is nothing to do"
 
 
-def test_an_extracted_folder_gives_the_same(
-    directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_extracted_folder_gives_same_data(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     folder = archives.write_tiny_imagenet(tmp_path / "x", CLASSES, TRAIN, VAL, TEST, SIZE)
     one = prepare(subset("", directory))
     two = prepare(subset(folder, tmp_path / "data"), log=quiet)
@@ -121,12 +117,12 @@ def test_an_extracted_folder_gives_the_same(
         assert one.splits[split].names == two.splits[split].names
 
 
-def test_another_image_size_is_made_from_the_same_records(prepared: pathlib.Path) -> None:
+def test_other_image_size_reuses_records(prepared: pathlib.Path) -> None:
     check_subset(prepare(subset("", prepared, image_size=8), log=quiet), size=8)
     check_subset(prepare(subset("", prepared), log=quiet))
 
 
-def test_tfds_reads_the_records_by_itself(source: pathlib.Path, directory: pathlib.Path) -> None:
+def test_tfds_can_read_the_records(source: pathlib.Path, directory: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
     path = directory / "tiny_imagenet_subset" / "1.0.0"
@@ -158,7 +154,7 @@ print([name for name in ("tensorflow_datasets", "tensorflow", "sklearn") if name
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
-def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
+def test_digits_match_scikit_learn(tmp_path: pathlib.Path) -> None:
     data = config.Data(name="digits", image_size=8, directory=str(tmp_path))
     dataset = prepare(data, log=quiet)
     bunch = sklearn_datasets.load_digits()
@@ -170,14 +166,14 @@ def test_digits_are_those_of_scikit_learn(tmp_path: pathlib.Path) -> None:
         index = [int(name.removeprefix("digit_").removesuffix(".png")) for name in split.names]
         seen += index
         np.testing.assert_array_equal(split.labels, bunch.target[index])
-        grey = np.round(bunch.images[index] / 16 * 255)
-        np.testing.assert_array_equal(pixels_of(split), np.repeat(grey[..., None], 3, axis=-1))
+        gray = np.round(bunch.images[index] / 16 * 255)
+        np.testing.assert_array_equal(pixels_of(split), np.repeat(gray[..., None], 3, axis=-1))
     assert sorted(seen) == list(range(1797)), "each example is in one split, once"
-    shares = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
-    np.testing.assert_allclose(shares, 0.2, atol=0.006)
+    fractions = np.bincount(dataset.evaluation.labels) / np.bincount(bunch.target)
+    np.testing.assert_allclose(fractions, 0.2, atol=0.006)
 
 
-def test_the_default_directory_is_that_of_tfds(
+def test_default_directory_is_tfds_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     assert data_directory("~/x") == pathlib.Path.home() / "x"
@@ -188,21 +184,21 @@ def test_the_default_directory_is_that_of_tfds(
     assert data_directory("/y") == pathlib.Path("/y")
 
 
-# What is wrong with the source.
+# Invalid sources.
 
 
-def test_a_source_that_its_data_set_does_not_take_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': must be empty for"):
+def test_source_for_data_set_without_source_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs none"):
         prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 
-def test_a_subset_needs_a_source(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = '':.*no download"):
+def test_subset_requires_source(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"config\.data\.source = '':.*no default"):
         prepare(subset("", tmp_path), log=quiet)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, split: str) -> None:
+def test_corrupt_image_is_named_and_no_files_remain(tmp_path: pathlib.Path, split: str) -> None:
     files = archives.tiny_imagenet_files(1, 2, 1, 1, SIZE)
     name = max(file for file in files if file.startswith(f"{split}/") and file.endswith("JPEG"))
     files[name] = files[name][:-30]
@@ -214,9 +210,12 @@ def test_a_corrupt_image_is_named_and_nothing_remains(tmp_path: pathlib.Path, sp
 
 @pytest.mark.parametrize(
     ("train", "val", "message"),
-    [(0, 1, "train/ has no JPEG images"), (1, 0, "val/ has no images of the classes in train/")],
+    [
+        (0, 1, "train/ contains no JPEG images"),
+        (1, 0, "val/ contains no images of the classes in train/"),
+    ],
 )
-def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
+def test_subset_requires_training_and_validation_images(
     tmp_path: pathlib.Path, train: int, val: int, message: str
 ) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", 1, train, val, 1, SIZE)
@@ -224,9 +223,7 @@ def test_a_subset_needs_an_image_of_each_class_and_one_to_evaluate(
         prepare(subset(path, tmp_path), log=quiet)
 
 
-def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_incomplete_tiny_imagenet_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     data = config.Data(name="tiny_imagenet", source=str(source), directory=str(tmp_path))
     with pytest.raises(DataError) as error:
         prepare(data, log=quiet)
@@ -238,7 +235,7 @@ def test_a_part_of_tiny_imagenet_is_not_taken_for_the_whole(
 
 
 class WholeListing(files.Source):
-    """Tiny ImageNet as far as its text files and the names of its images go."""
+    """Tiny ImageNet's text files and image names, without images."""
 
     def __init__(self, per_class: Sequence[int]) -> None:
         super().__init__(pathlib.Path("whole.zip"))
@@ -259,36 +256,38 @@ class WholeListing(files.Source):
     def _read(self, path: str) -> bytes:
         return self.texts[path].encode()
 
-    def _facts(self, path: str) -> tuple[int, ...]:
+    def _stat(self, path: str) -> tuple[int, ...]:
         return (self.sizes[path],)
 
     def close(self) -> None:
         pass
 
 
-def test_the_official_counts_are_taken_and_others_are_not(
+def test_only_official_counts_are_accepted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     make = DATASETS.get("tiny_imagenet").build(config.Data())
-    whole = WholeListing([500] * 200)
-    monkeypatch.setattr(tiny_imagenet_layout, "open_source", lambda path, scratch: whole)
+    complete = WholeListing([500] * 200)
+    monkeypatch.setattr(tiny_imagenet_layout, "open_source", lambda path, scratch: complete)
     builder = make(source="whole.zip", data_dir=tmp_path)
     builder.open()
     sizes = {split: len(items) for split, items in builder.splits().items()}
     assert sizes == {"train": 100_000, "validation": 10_000, "test": 10_000}
-    # The test images, whose classes are not published, decide nothing.
-    whole.sizes = {file: size for file, size in whole.sizes.items() if not file.startswith("test")}
+    # The test images, whose classes are not published, do not matter.
+    complete.sizes = {
+        file: size for file, size in complete.sizes.items() if not file.startswith("test")
+    }
     builder.open()
     assert set(builder.splits()) == {"train", "validation"}
-    whole = WholeListing([499, 501] + [500] * 198)
+    complete = WholeListing([499, 501] + [500] * 198)
     with pytest.raises(DataError, match=r"499 .* class n00001000 \(expected 500\), 501"):
         builder.open()
 
 
-# What was prepared before.
+# Existing prepared data.
 
 
-def test_another_source_is_refused_where_it_decides_the_content(
+def test_other_source_is_refused_if_it_determines_content(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     other = archives.write_tiny_imagenet(tmp_path / "other.zip", 2, 2, 2, 2, SIZE)
@@ -299,14 +298,14 @@ def test_another_source_is_refused_where_it_decides_the_content(
         assert "config.data.directory" in str(error.value)
 
 
-def test_the_same_content_elsewhere_is_the_same_source(
+def test_same_content_at_other_path_is_accepted(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     copy = shutil.copyfile(source, tmp_path / "copy.zip")
     check_subset(prepare(subset(copy, directory), log=quiet))
 
 
-def test_the_source_may_be_gone_once_it_is_prepared(tmp_path: pathlib.Path) -> None:
+def test_source_may_be_removed_after_preparation(tmp_path: pathlib.Path) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
     prepare(subset(path, tmp_path), log=quiet)
     path.unlink()
@@ -337,44 +336,44 @@ def change_mean(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "line"),
     [
-        ("train_images.npy", cut, "train_images.npy has 11,647 bytes instead of 11,648"),
-        ("test_names.txt", pathlib.Path.unlink, "test_names.txt has 0 bytes instead of"),
+        ("train_images.npy", cut, "train_images.npy has 11,647 bytes; must have 11,648"),
+        ("test_names.txt", pathlib.Path.unlink, "test_names.txt has 0 bytes; must have"),
         ("info.json", cut, "info.json is damaged"),
         ("info.json", pathlib.Path.unlink, "info.json is missing"),
-        ("info.json", change_format, "its format is 0, not 1"),
+        ("info.json", change_format, "its format is 0; must be 1"),
         ("info.json", flip, "info.json is damaged"),
-        ("info.json", change_mean, "info.json is damaged (its checksum is another)"),
-        ("train_labels.npy", flip, "train_labels.npy is damaged (its checksum is another)"),
+        ("info.json", change_mean, "info.json is damaged (checksum mismatch)"),
+        ("train_labels.npy", flip, "train_labels.npy is damaged (checksum mismatch)"),
         ("validation_names.txt", flip, "validation_names.txt is damaged"),
         ("train_digests.npy", flip, "train_digests.npy is damaged"),
     ],
 )
-def test_a_damaged_cache_is_made_again(
+def test_damaged_cache_is_rebuilt(
     prepared: pathlib.Path, file: str, damage: Callable[[pathlib.Path], None], line: str
 ) -> None:
     damage(prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px" / file)
     lines: list[str] = []
     check_subset(prepare(subset("", prepared), log=lines.append))
-    assert [text for text in lines if line in text and "made again" in text]
+    assert [text for text in lines if line in text and "rebuilding" in text]
 
 
-def test_a_changed_byte_of_an_image_is_found_when_it_is_read(prepared: pathlib.Path) -> None:
+def test_changed_image_byte_is_detected_on_read(prepared: pathlib.Path) -> None:
     cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
     path = cache / "train_images.npy"
-    whole = prepare(subset("", prepared), log=quiet).train
-    pixels, offset = pixels_of(whole), path.stat().st_size - len(whole) * 3 * SIZE**2
+    complete = prepare(subset("", prepared), log=quiet).train
+    pixels, offset = pixels_of(complete), path.stat().st_size - len(complete) * 3 * SIZE**2
     content = bytearray(path.read_bytes())
     content[offset + 7 * 3 * SIZE**2 + 100] ^= 0x10
     path.write_bytes(content)
     train = prepare(subset("", prepared), log=quiet).train
     others = np.delete(np.arange(len(train)), 7)
     np.testing.assert_array_equal(train.read(others), pixels[others])
-    message = rf"train_images\.npy: image 7 \({whole.names[7]}\) is damaged: .*Remove {cache},"
+    message = rf"train_images\.npy: image 7 \({complete.names[7]}\) is damaged .*Remove {cache} and"
     with pytest.raises(DataError, match=message):
         train.read(np.array([3, 7, 2]))
 
 
-def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: pathlib.Path) -> None:
+def test_old_cache_without_checksums_is_used(prepared: pathlib.Path) -> None:
     cache = prepared / "inception_jax" / f"tiny_imagenet_subset-1.0.0-{SIZE}px"
     info = json.loads((cache / "info.json").read_text())
     for path in cache.glob("*_digests.npy"):
@@ -387,14 +386,14 @@ def test_a_cache_of_an_older_version_has_no_checksums_and_is_used(prepared: path
     assert not lines
 
 
-def test_missing_records_are_written_again(source: pathlib.Path, prepared: pathlib.Path) -> None:
+def test_missing_records_are_rebuilt(source: pathlib.Path, prepared: pathlib.Path) -> None:
     shutil.rmtree(prepared / "inception_jax")
     records = prepared / "tiny_imagenet_subset" / "1.0.0"
     next(records.glob("*train*")).unlink()
     check_subset(prepare(subset(source, prepared), log=quiet))
 
 
-def test_the_order_is_the_same_wherever_it_is_prepared(
+def test_order_is_independent_of_directory(
     source: pathlib.Path, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     one = prepare(subset("", directory)).train.names
@@ -406,15 +405,13 @@ def test_the_order_is_the_same_wherever_it_is_prepared(
 # The disk.
 
 
-def test_a_directory_that_cannot_be_written_is_refused(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_unwritable_directory_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"config\.data\.directory: cannot write to .*file"):
         prepare(subset(source, tmp_path / "file" / "data"), log=quiet)
 
 
-def test_too_little_space_is_found_before_anything_is_written(
+def test_low_disk_space_is_detected_before_writing(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -425,7 +422,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 
 
 @pytest.mark.parametrize("full_at", ["records", "cache"])
-def test_a_disk_that_fills_up_meanwhile_is_one_message(
+def test_disk_that_fills_up_is_one_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
     path = archives.write_tiny_imagenet(tmp_path / "x.zip", CLASSES, TRAIN, VAL, TEST, SIZE)
@@ -437,13 +434,13 @@ def test_a_disk_that_fills_up_meanwhile_is_one_message(
             shutil.rmtree(disk / "inception_jax")
         left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "other").write_bytes(bytes(left - 16_384))
-        with pytest.raises(DataError, match=rf"{disk} cannot be written to: No space left"):
+        with pytest.raises(DataError, match=rf"cannot write to {disk}: No space left"):
             prepare(subset(path, disk), log=quiet)
         (disk / "other").unlink()
         check_subset(prepare(subset(path, disk), log=quiet))
 
 
-# Several processes, and their end.
+# Several processes, and killed ones.
 
 PREPARE = f"""
 import sys
@@ -465,7 +462,7 @@ print(len(prepare(data, log=log).train))
 def start(
     source: pathlib.Path, directory: pathlib.Path, *, stop_at: str = ""
 ) -> subprocess.Popen[str]:
-    """Starts a process that prepares, and stops at a line of its log until it is sent a line."""
+    """Starts a process that prepares data and pauses at a log line until it reads a line."""
     command = [sys.executable, "-c", PREPARE, str(source), str(directory), stop_at]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
@@ -479,7 +476,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 @pytest.mark.parametrize("stop_at", ["writing validation records", "decoding validation"])
-def test_a_killed_preparation_leaves_nothing_in_the_way(
+def test_killed_preparation_can_be_restarted(
     source: pathlib.Path, tmp_path: pathlib.Path, stop_at: str
 ) -> None:
     with start(source, tmp_path, stop_at=stop_at) as process:
@@ -491,9 +488,7 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(
     assert not [path for path in leftovers if path.exists()]
 
 
-def test_of_two_processes_one_prepares_and_the_other_waits(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_second_process_waits_for_preparation(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with start(source, tmp_path, stop_at="decoding train") as first:
         wait_for(first, "decoding train")
         with start(source, tmp_path) as second:
@@ -505,7 +500,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(
     check_subset(prepare(subset("", tmp_path)))
 
 
-def test_the_ids_of_classes_are_those_of_the_source(
+def test_class_ids_are_from_the_source(
     source: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     data = subset(source, prepared)
@@ -513,10 +508,10 @@ def test_the_ids_of_classes_are_those_of_the_source(
     digits = config.Data(name="digits", directory=str(tmp_path), image_size=8)
     prepare(digits, log=quiet)
     assert class_ids(digits) == ()
-    # What is decoded can be trained on without the records, but does not have the ids.
+    # Decoded images can be trained on without the records, but the class ids are missing.
     shutil.rmtree(prepared / data.name)
     prepare(data, log=quiet)
-    with pytest.raises(DataError, match="is missing, and with it the ids of the classes"):
+    with pytest.raises(DataError, match="is missing, so the class ids are unknown"):
         class_ids(data)
 
 
@@ -524,10 +519,10 @@ def test_the_ids_of_classes_are_those_of_the_source(
 
 
 @pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_without_the_systems_locks_a_file_stands_for_one(
+def test_lock_file_replaces_missing_os_locks(
     answer: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS without its lock service, and on Lustre without the option flock."""
+    """Simulates NFS without a lock service, and Lustre without the option flock."""
 
     def fail(*_: Any) -> None:
         raise OSError(answer, os.strerror(answer))
@@ -545,16 +540,14 @@ def test_without_the_systems_locks_a_file_stands_for_one(
     assert not lock.exists()
 
 
-def test_a_file_that_stands_for_a_lock_is_waited_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_file_is_waited_for(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", fail)
     lock = tmp_path / "inception_jax" / "digits-1.0.0.lock.held"
     lock.parent.mkdir()
-    # Of a process on another host, which may be at work or gone.
+    # Left by a process on another host, which may be running or dead.
     lock.write_text("4711\nanother-host\n")
     seen: list[str] = []
 
@@ -569,7 +562,7 @@ def test_a_file_that_stands_for_a_lock_is_waited_for(
 
 
 @pytest.mark.parametrize("shared", [0o2775, 0o777, 0o755])
-def test_who_shares_the_folder_shares_its_lock(
+def test_lock_has_permissions_of_the_folder(
     shared: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = tmp_path / "data"
@@ -585,7 +578,7 @@ def test_who_shares_the_folder_shares_its_lock(
     assert (made / "digits-1.0.0.lock").stat().st_mode & 0o777 == shared & 0o666
 
 
-def test_a_lock_that_is_another_users_is_named(
+def test_lock_of_other_user_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:

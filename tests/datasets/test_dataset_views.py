@@ -10,7 +10,7 @@ from inception_jax.datasets.dataset import prepare
 from inception_jax.errors import ConfigError
 
 
-def test_views_are_cut_counted_and_the_same_each_time(tmp_path: pathlib.Path) -> None:
+def test_views_are_cropped_limited_and_cached(tmp_path: pathlib.Path) -> None:
     settings = Data(
         name="digits", directory=str(tmp_path), image_size=8, storage="records", eval_crop_pct=0.75
     )
@@ -24,14 +24,14 @@ def test_views_are_cut_counted_and_the_same_each_time(tmp_path: pathlib.Path) ->
     cut = dataset.view("train", crop=0.5).read(np.arange(7))
     np.testing.assert_array_equal(some.read(np.arange(7)), cut)
     assert (cut != dataset.train.read(np.arange(7))).any()
-    assert dataset.train_evaluated is dataset.view("train", crop=0.75)
+    assert dataset.train_eval_view is dataset.view("train", crop=0.75)
 
 
-def test_a_view_of_what_is_not_there_is_refused(tmp_path: pathlib.Path) -> None:
+def test_invalid_view_is_refused(tmp_path: pathlib.Path) -> None:
     settings = Data(name="digits", directory=str(tmp_path), image_size=8, holdout=20)
     dataset = prepare(settings, log=lambda line: None)
     assert dataset.view("holdout") is dataset.view("eval") is dataset.evaluation
-    with pytest.raises(ConfigError, match=r"digits has no split 'tset'; .*Did you mean test"):
+    with pytest.raises(ConfigError, match=r"digits: split 'tset' not found\. Did you mean test"):
         dataset.view("tset")
-    with pytest.raises(ConfigError, match=r"crop = 0\.9: .*set config\.data\.storage to 'records'"):
+    with pytest.raises(ConfigError, match=r"crop = 0\.9: .*set config\.data\.storage=records"):
         dataset.view("holdout", crop=0.9)

@@ -25,36 +25,36 @@ def problem(data: bytes) -> str:
     return str(decode.inspect(data).problem)
 
 
-def test_decode_returns_the_pixels_of_a_lossless_image() -> None:
+def test_decode_returns_pixels_of_lossless_image() -> None:
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     decoded = decode.decode(png(array), 16, "x")
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, array)
 
 
-def test_decode_gives_grey_images_three_equal_channels() -> None:
+def test_decode_converts_grayscale_to_three_channels() -> None:
     array = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
     decoded = decode.decode(png(array), 16, "x")
     np.testing.assert_array_equal(decoded, np.repeat(array[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24)])
-def test_decode_takes_the_central_square(shape: tuple[int, int]) -> None:
+def test_decode_crops_center_square(shape: tuple[int, int]) -> None:
     array = np.zeros((*shape, 3), np.uint8)
     array[..., 0] = 255
     middle = slice(24, 48)
     array[(slice(None), middle) if shape == (24, 72) else middle] = (0, 255, 0)
     decoded = decode.decode(png(array), 12, "x")
     assert decoded.shape == (12, 12, 3)
-    # The filter mixes what lies beside the square into its outermost pixels.
+    # The filter mixes pixels next to the square into its outermost pixels.
     inner = decoded[1:-1, 1:-1]
     np.testing.assert_array_equal(inner, np.broadcast_to([0, 255, 0], inner.shape))
 
 
-def test_decode_averages_when_it_shrinks() -> None:
+def test_decode_antialiases_when_downscaling() -> None:
     checkers = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     decoded = decode.decode(png(checkers), 16, "x")
-    # Without antialiasing, some pixels would be black or white. Borders see less of the pattern.
+    # Without antialiasing, some pixels would be black or white. Borders cover less of the pattern.
     assert np.abs(decoded[2:-2, 2:-2].astype(int) - 127.5).max() < 3
 
 
@@ -66,8 +66,8 @@ def encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_decode_sets_turned_pictures_upright(kind: str, orientation: int) -> None:
-    # Where the four corners go tells the eight ways apart.
+def test_decode_applies_exif_orientation(kind: str, orientation: int) -> None:
+    # The positions of the four corners distinguish the eight orientations.
     array = np.full((16, 16, 3), 128, np.uint8)
     array[:8, :8], array[:8, 8:], array[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     exif = Image.Exif()
@@ -88,14 +88,14 @@ def test_decode_ignores_damaged_exif_data() -> None:
 
 
 def test_decode_keeps_the_upper_8_of_16_bits() -> None:
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
-    expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 7
+    expected = np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
     for kind in ("PNG", "TIFF", "PPM"):
-        data = encoded(Image.fromarray(grey), kind)
+        data = encoded(Image.fromarray(gray), kind)
         np.testing.assert_array_equal(decode.decode(data, 16, "x"), expected)
 
 
-def test_decode_takes_other_colour_modes_and_the_first_frame() -> None:
+def test_decode_supports_other_color_modes_and_first_frame() -> None:
     red = Image.new("RGB", (16, 16), (250, 10, 10))
     blue = Image.new("RGB", (16, 16), (10, 10, 250))
     palette = encoded(red.quantize(4), "PNG", transparency=b"\xff")
@@ -126,7 +126,7 @@ def png_of(values: np.ndarray, color_type: int, *chunks: bytes, bits: int = 16) 
 def tiff_of(
     values: np.ndarray, order: str, *, packed: bool = False, tags: dict[int, int] | None = None
 ) -> bytes:
-    """Returns values, uint16 [H, W, 3 or 4], as a TIFF of byte order '<' or '>'."""
+    """Returns values, uint16 [H, W, 3 or 4], as a TIFF with byte order '<' or '>'."""
     height, width, channels = values.shape
     pixels = values.astype(f"{order}u2").tobytes()
     pixels = zlib.compress(pixels) if packed else pixels
@@ -152,8 +152,8 @@ def tall(channels: int, most: int) -> np.ndarray:
 
 
 WIDE = {
-    "grey.png": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
-    "grey.tif": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
+    "gray.png": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
+    "gray.tif": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
     "rgb.png": lambda v: png_of(v, 2),
     "le.tif": lambda v: tiff_of(v, "<"),
     "be.tif": lambda v: tiff_of(v, ">"),
@@ -164,23 +164,23 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-def test_the_upper_8_of_the_bits_in_use_are_kept(name: str, bits: int) -> None:
+def test_upper_8_of_used_bits_are_kept(name: str, bits: int) -> None:
     values = tall(3, 2**bits - 1)
     data = WIDE[name](values)
-    values = values[..., :1] if name.startswith("grey") else values
+    values = values[..., :1] if name.startswith("gray") else values
     expected = np.broadcast_to((values >> (bits - 8)).astype(np.uint8), (16, 16, 3))
     np.testing.assert_array_equal(decode.decode(data, 16, name), expected)
     np.testing.assert_array_equal(decode.decode(data, 16, name, bit_depth=bits), expected)
-    box = decode.decode_box(data, 16, name, lambda *_: (0, 0, 16, 16), bit_depth=bits)
+    box = decode.decode_crop(data, 16, name, lambda *_: (0, 0, 16, 16), bit_depth=bits)
     np.testing.assert_array_equal(box, expected)
     assert decode.inspect(data, name) == (None, bits)
 
 
-def test_a_bit_depth_that_is_given_decides() -> None:
+def test_explicit_bit_depth_is_used() -> None:
     data = WIDE["rgb.png"](tall(3, 4095))
     expected = (tall(3, 4095) >> 8).astype(np.uint8)
     np.testing.assert_array_equal(decode.decode(data, 16, "x", bit_depth=16), expected)
-    # Larger values are white, not what their lower bits are.
+    # Larger values become white instead of wrapping around.
     clipped = (tall(3, 4095) >> 2).clip(0, 255).astype(np.uint8)
     np.testing.assert_array_equal(decode.decode(data, 16, "x", bit_depth=10), clipped)
     assert decode.inspect(png(np.zeros((8, 8, 3), np.uint8))).bit_depth == 0
@@ -188,7 +188,7 @@ def test_a_bit_depth_that_is_given_decides() -> None:
 
 @pytest.mark.parametrize("opaque", [4095, 65535])
 @pytest.mark.parametrize("kind", ["LA", "RGBA", "TIFF"])
-def test_opacity_of_16_bits_has_a_scale_of_its_own(kind: str, opaque: int) -> None:
+def test_16_bit_opacity_is_scaled_separately(kind: str, opaque: int) -> None:
     channels = 2 if kind == "LA" else 4
     values = tall(channels, 4095)
     values[..., -1] = opaque
@@ -212,26 +212,26 @@ TRANSPARENT = {
     "gif": lambda: encoded(half_transparent("RGBA"), "GIF"),
     "palette": lambda: encoded(half_transparent("RGBA").quantize(4), "PNG"),
     "RGBA.tif": lambda: encoded(half_transparent("RGBA"), "TIFF"),
-    "grey key": lambda: encoded(half_transparent("L"), "PNG", transparency=0),
+    "gray key": lambda: encoded(half_transparent("L"), "PNG", transparency=0),
     "RGB key": lambda: encoded(half_transparent("RGB"), "PNG", transparency=(0, 0, 0)),
     "key of 16 bits": lambda: png_of(
         np.asarray(half_transparent("RGB")).astype(np.uint16) * 257, 2, b"tRNS" + bytes(6)
     ),
-    "grey key of 16 bits": lambda: png_of(
+    "gray key of 16 bits": lambda: png_of(
         np.asarray(half_transparent("L"))[..., None].astype(np.uint16) * 257, 0, b"tRNS" + bytes(2)
     ),
 }
 
 
 @pytest.mark.parametrize("name", TRANSPARENT)
-def test_transparent_images_lie_on_white(name: str) -> None:
+def test_transparent_images_are_composited_on_white(name: str) -> None:
     decoded = decode.decode(TRANSPARENT[name](), 16, name)
     np.testing.assert_allclose(decoded[:8], 200, atol=2)
     np.testing.assert_array_equal(decoded[8:], 255)
 
 
 @pytest.mark.parametrize(("bits", "ink", "clear"), [(1, 1, 0), (2, 3, 1), (4, 15, 7)])
-def test_a_transparent_shade_of_few_bits_is_white(bits: int, ink: int, clear: int) -> None:
+def test_transparent_gray_level_of_few_bits_is_white(bits: int, ink: int, clear: int) -> None:
     shades = np.full((8, 8), ink)
     shades[4:] = clear
     each = 8 // bits
@@ -241,14 +241,14 @@ def test_a_transparent_shade_of_few_bits_is_white(bits: int, ink: int, clear: in
     np.testing.assert_array_equal(decode.decode(data, 8, "x"), 255)
 
 
-def test_opaque_images_with_an_alpha_channel_stay_as_they_are() -> None:
+def test_opaque_images_with_alpha_are_unchanged() -> None:
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     image = Image.fromarray(array)
     image.putalpha(255)
     np.testing.assert_array_equal(decode.decode(encoded(image, "PNG"), 16, "x"), array)
 
 
-def test_a_png_with_long_texts_or_a_large_profile_is_whole() -> None:
+def test_png_with_long_text_or_large_profile_is_accepted() -> None:
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     info = PngImagePlugin.PngInfo()
     info.add_text("prompt", "x" * 2_000_000, zip=True)
@@ -271,29 +271,29 @@ def test_a_png_with_long_texts_or_a_large_profile_is_whole() -> None:
             decode.verify(data[:-60], "x")
 
 
-def test_a_jpeg_may_lack_its_end_marker_and_nothing_else() -> None:
-    whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
-    expected = decode.decode(whole, 32, "x")
+def test_jpeg_may_lack_only_its_end_marker() -> None:
+    complete = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
+    expected = decode.decode(complete, 32, "x")
     for cut in (1, 2):
-        decode.verify(whole[:-cut], "x")
-        np.testing.assert_array_equal(decode.decode(whole[:-cut], 32, "x"), expected)
+        decode.verify(complete[:-cut], "x")
+        np.testing.assert_array_equal(decode.decode(complete[:-cut], 32, "x"), expected)
     for cut in (3, 4, 8):
         with pytest.raises(DataError, match="damaged image"):
-            decode.verify(whole[:-cut], "x")
+            decode.verify(complete[:-cut], "x")
 
 
 @pytest.mark.parametrize(
     ("tags", "name"), [({254: 1}, "x.tif"), ({50706: 0x0401}, "x.jpg"), ({}, "x.NEF")]
 )
-def test_the_thumbnail_of_a_raw_file_is_not_taken_for_it(tags: dict[int, int], name: str) -> None:
+def test_thumbnail_of_raw_file_is_refused(tags: dict[int, int], name: str) -> None:
     data = tiff_of(tall(3, 65535), "<", tags=tags)
-    with pytest.raises(DataError, match=r"camera raw file\)\. Develop it to JPEG or TIFF"):
+    with pytest.raises(DataError, match=r"camera raw file\)\. Convert it to JPEG or TIFF"):
         decode.decode(data, 16, name)
     assert decode.inspect(tiff_of(tall(3, 65535), "<"), "x.tif").problem is None
 
 
-def test_channels_of_16_bits_that_lie_apart_are_refused() -> None:
-    assert "one after another" in problem(tiff_of(tall(3, 65535), "<", tags={284: 2}))
+def test_planar_16_bit_channels_are_refused() -> None:
+    assert "planar 16-bit channels" in problem(tiff_of(tall(3, 65535), "<", tags={284: 2}))
 
 
 def test_floating_point_and_enormous_images_are_refused() -> None:
@@ -302,55 +302,55 @@ def test_floating_point_and_enormous_images_are_refused() -> None:
     with pytest.raises(DataError, match=r"x: not a readable image .*floating-point"):
         decode.decode(data, 8, "x")
     integers = Image.fromarray(np.full((8, 8), 200, np.int32))
-    assert "integers of 32 bits" in problem(encoded(integers, "TIFF"))
+    assert "32-bit or signed integers" in problem(encoded(integers, "TIFF"))
     assert "200000000 pixels" in problem(encoded(Image.new("1", (20000, 10000)), "PNG"))
 
 
-def test_what_is_no_image_is_said_in_one_line() -> None:
-    assert problem(b"\x01a note") == "file of no image format that is known"
+def test_non_image_is_described_in_one_line() -> None:
+    assert problem(b"\x01a note") == "file in an unknown format"
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Returns an image without detail: a wave across and one down."""
+    """Returns an image without detail: a horizontal and a vertical wave."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 40), np.cos(y / 30), np.sin((x + y) / 50)]
     return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
-def test_decode_cuts_a_share_of_the_shorter_side() -> None:
+def test_decode_crops_fraction_of_shorter_side() -> None:
     array = smooth(48, 60)
-    # The usual way: the shorter side becomes 16 pixels, of which the centred 14 stay.
-    whole = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
-    expected = np.asarray(whole)[1:15, 3:17].astype(int)
+    # The usual method: resize the shorter side to 16 pixels, then crop the center 14.
+    complete = Image.fromarray(array).resize((20, 16), Image.Resampling.BICUBIC)
+    expected = np.asarray(complete)[1:15, 3:17].astype(int)
     decoded = decode.decode(png(array), 14, "x", crop=0.875)
     assert np.abs(decoded - expected).max() <= 1
     assert (decode.decode(png(array[:16, :16]), 16, "x", crop=0.5) != array[:16, :16]).any()
 
 
 @pytest.mark.parametrize("encode", [png, archives.jpeg])
-def test_decode_box_is_a_crop_and_an_antialiased_resize(
+def test_decode_crop_is_crop_and_antialiased_resize(
     encode: Callable[[np.ndarray], bytes],
 ) -> None:
     asked = []
 
-    def choose(height: int, width: int) -> decode.Box:
+    def choose(height: int, width: int) -> decode.CropBox:
         asked.append((height, width))
         return 7, 20, 33, 25
 
     array = smooth(48, 70)
-    found = decode.decode_box(encode(array), 14, "x", choose)
+    actual = decode.decode_crop(encode(array), 14, "x", choose)
     assert asked == [(48, 70)]
-    whole = np.asarray(Image.open(io.BytesIO(encode(array))))
-    crop = Image.fromarray(whole[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
-    # At the border the one sees the image's own pixels, the other none.
-    difference = np.abs(found.astype(int) - np.asarray(crop))
+    complete = np.asarray(Image.open(io.BytesIO(encode(array))))
+    crop = Image.fromarray(complete[7:40, 20:45]).resize((14, 14), Image.Resampling.BILINEAR)
+    # At the border only one of them uses the image's neighboring pixels.
+    difference = np.abs(actual.astype(int) - np.asarray(crop))
     assert difference[1:-1, 1:-1].max() <= 1
     assert difference.max() <= 8
 
 
 @pytest.mark.parametrize("box", [(10, 30, 500, 640), (0, 0, 600, 800), (100, 200, 400, 384)])
-def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
-    box: decode.Box, monkeypatch: pytest.MonkeyPatch
+def test_decode_crop_scales_large_jpeg_while_decoding(
+    box: decode.CropBox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, shapes = archives.jpeg(smooth(600, 800)), []
     original = simplejpeg.decode_jpeg
@@ -360,12 +360,12 @@ def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
         return pixels
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
-    small = decode.decode_box(data, 192, "x", lambda height, width: box)
+    small = decode.decode_crop(data, 192, "x", lambda height, width: box)
     assert shapes[0][0] <= 600 // 2 and shapes[0][0] * box[2] // 600 >= 192
     monkeypatch.undo()
-    whole = Image.open(io.BytesIO(data))
+    complete = Image.open(io.BytesIO(data))
     edges = (box[1], box[0], box[1] + box[3], box[0] + box[2])
-    expected = np.asarray(whole.resize((192, 192), Image.Resampling.BILINEAR, box=edges))
+    expected = np.asarray(complete.resize((192, 192), Image.Resampling.BILINEAR, box=edges))
     assert np.abs(small.astype(int) - expected).max() <= 4
 
 
@@ -375,23 +375,23 @@ def test_decode_box_reduces_a_large_jpeg_while_it_decodes(
     [
         decode.verify,
         lambda data, name: decode.decode(data, 32, name),
-        lambda data, name: decode.decode_box(data, 32, name, lambda *_: (0, 0, 32, 32)),
+        lambda data, name: decode.decode_crop(data, 32, name, lambda *_: (0, 0, 32, 32)),
     ],
 )
-def test_a_cut_image_is_refused_by_name(read: Callable[[bytes, str], object], kept: int) -> None:
-    whole = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
-    read(whole, "whole.JPEG")
+def test_truncated_image_is_named(read: Callable[[bytes, str], object], kept: int) -> None:
+    complete = archives.jpeg(archives.pixels(3, 32, np.random.default_rng(0)))
+    read(complete, "whole.JPEG")
     with pytest.raises(DataError, match=r"^somewhere/n1_2\.JPEG: not a readable image .*again"):
-        read(whole[:kept], "somewhere/n1_2.JPEG")
+        read(complete[:kept], "somewhere/n1_2.JPEG")
 
 
-def test_pieces_are_the_items_in_order() -> None:
-    assert list(decode.pieces("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
-    assert list(decode.pieces(range(4), 2)) == [[0, 1], [2, 3]]
-    assert not list(decode.pieces([], 3))
+def test_chunks_keep_items_in_order() -> None:
+    assert list(decode.chunks("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(decode.chunks(range(4), 2)) == [[0, 1], [2, 3]]
+    assert not list(decode.chunks([], 3))
 
 
-def test_threaded_map_keeps_the_order_and_takes_no_more_than_it_needs() -> None:
+def test_threaded_map_keeps_order_and_is_lazy() -> None:
     taken = []
 
     def items() -> Iterator[int]:
@@ -405,7 +405,7 @@ def test_threaded_map_keeps_the_order_and_takes_no_more_than_it_needs() -> None:
     assert list(results) == [item * item for item in range(5, 1000)]
 
 
-def test_threaded_map_passes_on_an_error_and_ends_its_threads() -> None:
+def test_threaded_map_propagates_errors_and_stops_threads() -> None:
     def fails(item: int) -> int:
         if item == 7:
             raise DataError("seven")

@@ -18,23 +18,23 @@ def split(folder: pathlib.Path, digests: list[int], labels: list[int]) -> Decode
 LARGE = 2**64 - 1
 
 
-def test_images_of_two_splits_are_found(tmp_path: pathlib.Path) -> None:
+def test_images_in_two_splits_are_detected(tmp_path: pathlib.Path) -> None:
     train = split(tmp_path, [7, 0, LARGE, 7], [0, 0, 1, 1])
     val = split(tmp_path, [LARGE, 5, 7, 3, 7], [0] * 5)
-    found = duplicates.between(val, train)
-    assert found == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
-    assert str(found) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
-    # Of a part, what is in the part.
+    shared = duplicates.between(val, train)
+    assert shared == Duplicates(3, [("1-0", "0-2"), ("1-2", "0-0"), ("1-4", "0-0")])
+    assert str(shared) == "1-0 = 0-2, 1-2 = 0-0, 1-4 = 0-0"
+    # Of a subset, only its own images.
     part = subset(train, np.array([1, 2]))
     assert duplicates.between(val, part) == Duplicates(1, [("1-0", "0-2")])
     assert duplicates.between(split(tmp_path, [1, 8], [0, 0]), train) == Duplicates(0, [])
 
 
-def test_ten_are_named(tmp_path: pathlib.Path) -> None:
+def test_at_most_ten_duplicates_are_named(tmp_path: pathlib.Path) -> None:
     both = split(tmp_path, list(range(12)), [0] * 12)
-    found = duplicates.between(both, both)
-    assert found is not None and found.total == 12 and len(found.pairs) == 10
-    assert str(found).endswith("0-9 = 0-9 and 2 more")
+    shared = duplicates.between(both, both)
+    assert shared is not None and shared.total == 12 and len(shared.pairs) == 10
+    assert str(shared).endswith("0-9 = 0-9 and 2 more")
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,17 @@ def test_ten_are_named(tmp_path: pathlib.Path) -> None:
         ([0, LARGE, 0], [1, 1, 0], Duplicates(2, [("0-0", "0-2")])),
     ],
 )
-def test_equal_images_of_different_labels_are_found(
+def test_equal_images_with_different_labels_are_detected(
     tmp_path: pathlib.Path,
     digests: list[int],
     labels: list[int],
     expected: Duplicates,
 ) -> None:
-    assert duplicates.of_different_labels(split(tmp_path, digests, labels)) == expected
+    assert duplicates.with_conflicting_labels(split(tmp_path, digests, labels)) == expected
 
 
-def test_without_digests_nothing_is_known(tmp_path: pathlib.Path) -> None:
+def test_missing_digests_give_none(tmp_path: pathlib.Path) -> None:
     known = split(tmp_path, [1, 2], [0, 1])
     older = dataclasses.replace(known, image_digests=None)
     assert duplicates.between(older, known) is None is duplicates.between(known, older)
-    assert duplicates.of_different_labels(subset(older, np.array([0]))) is None
+    assert duplicates.with_conflicting_labels(subset(older, np.array([0]))) is None

@@ -1,4 +1,4 @@
-"""Sources made to do harm: archives that reach out or blow up, pictures that are no pictures."""
+"""Malicious sources: archives that escape or explode, and files that are not images."""
 
 import io
 import os
@@ -49,22 +49,22 @@ def link(name: str) -> zipfile.ZipInfo:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [
-        # Hidden, as all that begins with a dot.
+        # Hidden, like all names that begin with a dot.
         ("../../evil/0.jpg", {"a", "b"}),
         ("a/../../evil.jpg", {"a", "b"}),
-        # A class of this name: nothing is ever unpacked.
+        # A class of this name: nothing is unpacked.
         ("C:\\evil/0.jpg", {"a", "b", "C:\\evil"}),
     ],
 )
-def test_no_path_in_an_archive_leads_out_of_it(
-    tmp_path: pathlib.Path, name: str, found: set[str]
+def test_paths_in_archive_cannot_escape(
+    tmp_path: pathlib.Path, name: str, expected: set[str]
 ) -> None:
-    picture = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
+    image = archives.jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))
     folder = tmp_path / "deep" / "down"
     folder.mkdir(parents=True)
-    files = archives.class_folders({"a": 3, "b": 3}, SIZE) | {name: picture}
+    files = archives.class_folders({"a": 3, "b": 3}, SIZE) | {name: image}
     path = archives.write_files(folder / "x.zip", files, "")
     before = below(tmp_path)
     data = config.Data(
@@ -75,18 +75,18 @@ def test_no_path_in_an_archive_leads_out_of_it(
         on_unreadable="skip",
     )
     dataset = prepare(data, log=quiet)
-    assert {dataset.class_names[k] for k in dataset.train.labels} == found
+    assert {dataset.class_names[k] for k in dataset.train.labels} == expected
     assert below(tmp_path) - below(folder / "data") - before == {str(folder / "data")}
 
 
 def test_an_absolute_path_in_an_archive_is_refused(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     path = archives.write_files(tmp_path / "x.zip", files | {"/etc/0.jpg": b""}, "")
-    with pytest.raises(DataError, match=r"1 pictures lie in no class folder, such as /etc/0\.jpg"):
+    with pytest.raises(DataError, match=r"1 images are not in a class folder, such as /etc/0\.jpg"):
         folders.layout(folders.open_source(path))
 
 
-def test_a_link_in_an_archive_is_no_picture(tmp_path: pathlib.Path) -> None:
+def test_link_in_archive_is_not_an_image(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", archives.class_folders({"a": 2}, SIZE), "")
     with zipfile.ZipFile(path, "a") as file:
         file.writestr(link("a/passwd.jpg"), "/etc/passwd")
@@ -102,26 +102,28 @@ def bomb(path: pathlib.Path, name: str, size: int) -> pathlib.Path:
     return path
 
 
-def test_a_member_that_unpacks_to_too_much_is_refused(
+def test_member_that_unpacks_to_too_much_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert limits.MOST_BYTES == 256 * 2**20
-    monkeypatch.setattr(limits, "MOST_BYTES", 4 << 20)
+    assert limits.MAX_BYTES == 256 * 2**20
+    monkeypatch.setattr(limits, "MAX_BYTES", 4 << 20)
     path = bomb(tmp_path / "x.zip", "a/0.jpg", 8 << 20)
     assert path.stat().st_size < 20_000
     with ZipSource(path) as source:
         tracemalloc.start()
-        with pytest.raises(DataError, match=r"a/0\.jpg has 8,388,608 bytes; at most 4,194,304"):
+        with pytest.raises(
+            DataError, match=r"a/0\.jpg has 8,388,608 bytes; a file can have at most 4,194,304"
+        ):
             source.read("a/0.jpg")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 1 << 20
 
 
-def test_a_member_that_is_larger_than_it_says_is_not_unpacked(tmp_path: pathlib.Path) -> None:
+def test_member_larger_than_declared_is_not_unpacked(tmp_path: pathlib.Path) -> None:
     path = bomb(tmp_path / "x.zip", "a/0.jpg", 64 << 20)
     content = bytearray(path.read_bytes())
-    # Where the directory at the end says how large the member is.
+    # Offset of the member's size in the central directory.
     place = content.rindex(b"PK\x01\x02") + 24
     assert struct.unpack_from("<I", content, place) == (64 << 20,)
     struct.pack_into("<I", content, place, 1000)
@@ -136,10 +138,10 @@ def test_a_member_that_is_larger_than_it_says_is_not_unpacked(tmp_path: pathlib.
     assert peak < 1 << 20
 
 
-def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
+def test_archive_larger_than_the_disk_is_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ten members that each are small enough, and together are not.
+    # Ten members that are small enough individually, but not together.
     files = archives.tiny_imagenet_files(2, 2, 1, 0, SIZE)
     wnid = archives.wnid(0)
     names = [f"{wnid}_{number}.JPEG" for number in range(10)]
@@ -148,10 +150,10 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
         f"{name}\t0\t0\t1\t1\n" for name in names
     ).encode()
     path = archives.write_files(tmp_path / "x.zip", files)
-    whole = ZipSource.__init__
+    complete = ZipSource.__init__
 
     def claim(self: ZipSource, *args: Any, **kwargs: Any) -> None:
-        whole(self, *args, **kwargs)
+        complete(self, *args, **kwargs)
         root = f"tiny-imagenet-200/train/{wnid}/images"
         self.sizes |= {f"{root}/{name}": 10**13 for name in names}
 
@@ -163,7 +165,7 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(
         prepare(data, log=quiet)
 
 
-def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Path) -> None:
+def test_cifar_archive_is_read_without_unpacking(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
     with tarfile.open(path, "w:gz") as file:
         for name in ("../../batches.meta", "/tmp/data_batch_1"):
@@ -179,15 +181,15 @@ def test_cifars_archive_is_read_by_name_and_never_unpacked(tmp_path: pathlib.Pat
         source=str(path), data_dir=tmp_path / "data"
     )
     with pytest.raises(
-        DataError, match=r"no batches\.meta, data_batch_1, data_batch_5, test_batch"
+        DataError, match=r"missing batches\.meta, data_batch_1, data_batch_5, test_batch"
     ):
         builder.open()
     assert below(tmp_path.parent) - below(tmp_path / "data") - {str(tmp_path / "data")} == before
 
 
-def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathlib.Path) -> None:
+def test_oversized_member_of_cifar_archive_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.tar.gz"
-    size = cifar10_files._MOST_BYTES + 1
+    size = cifar10_files._MAX_BYTES + 1
     with tarfile.open(path, "w:gz", compresslevel=1) as file:
         member = tarfile.TarInfo("data_batch_1")
         member.size = size
@@ -199,47 +201,47 @@ def test_a_member_of_cifars_archive_that_is_too_large_is_refused(tmp_path: pathl
         builder.open()
 
 
-def test_an_image_of_imagenets_archive_that_is_too_large_is_refused(
+def test_oversized_image_in_imagenet_archive_is_refused(
     tmp_path: pathlib.Path,
 ) -> None:
     builder = DATASETS.get("imagenet2012").build(config.Data())(data_dir=tmp_path)
     builder._paths = [tmp_path / "train.tar"]
-    entry = imagenet.Entry("n1_1.JPEG", "n1", 0, 0, 1 << 40)
+    entry = imagenet.ArchivedImage("n1_1.JPEG", "n1", 0, 0, 1 << 40)
     with pytest.raises(DataError, match=r"train\.tar: n1_1\.JPEG has 1,099,511,627,776 bytes"):
         builder._read(entry)
 
 
-def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -> None:
+def test_pipe_or_device_among_images_is_not_read(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x", archives.class_folders({"a": 2}, SIZE), "")
-    # Reading it would wait for ever, or never end.
+    # Reading it would block or never end.
     os.mkfifo(path / "a" / "pipe.jpg")
     os.symlink("/dev/zero", path / "a" / "zero.jpg")
     with folders.open_source(path) as source:
         for name in ("a/pipe.jpg", "a/zero.jpg"):
-            with pytest.raises(DataError, match="is a device or a pipe, no file"):
+            with pytest.raises(DataError, match="is a device or a pipe, not a file"):
                 source.read(name)
-    found = image_files.find([str(path)])
-    assert [os.path.basename(file) for file in found.files] == ["0.jpg", "1.jpg"]
-    assert [os.path.basename(file) for file in found.left_out] == ["pipe.jpg", "zero.jpg"]
+    listing = image_files.find([str(path)])
+    assert [os.path.basename(file) for file in listing.files] == ["0.jpg", "1.jpg"]
+    assert [os.path.basename(file) for file in listing.left_out] == ["pipe.jpg", "zero.jpg"]
 
 
-def test_a_file_far_larger_than_a_picture_is_not_read(
+def test_oversized_file_is_not_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()
     with (tmp_path / "a" / "large.jpg").open("wb") as file:
-        file.truncate(1 << 40)  # It has no content, and takes no room.
+        file.truncate(1 << 40)  # A sparse file without content.
     with (
         FolderSource(tmp_path) as source,
-        pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; at most"),
+        pytest.raises(DataError, match=r"a/large\.jpg has 1,099,511,627,776 bytes; a file can"),
     ):
         source.read("a/large.jpg")
-    monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match=r"large\.jpg: has more than 1,000 bytes"):
         image_files.read(str(tmp_path / "a" / "large.jpg"))
 
 
-# Pictures.
+# Images.
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -256,14 +258,14 @@ def enormous_png(side: int) -> bytes:
 
 
 def enormous_jpeg(side: int) -> bytes:
-    whole = bytearray(archives.jpeg(np.zeros((8, 8, 3), np.uint8)))
+    complete = bytearray(archives.jpeg(np.zeros((8, 8, 3), np.uint8)))
     # After the marker: its length, the precision, height and width.
-    struct.pack_into(">HH", whole, whole.index(b"\xff\xc0") + 5, side, side)
-    return bytes(whole)
+    struct.pack_into(">HH", complete, complete.index(b"\xff\xc0") + 5, side, side)
+    return bytes(complete)
 
 
 @pytest.mark.parametrize("make", [enormous_png, enormous_jpeg])
-def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
+def test_image_of_50_000_by_50_000_pixels_is_refused_by_header(
     make: Callable[[int], bytes],
 ) -> None:
     data = make(50_000)
@@ -273,7 +275,7 @@ def test_a_picture_of_50_000_by_50_000_pixels_is_refused_by_its_header(
     tracemalloc.start()
     for read in (
         lambda: decode.decode(data, SIZE, "x.jpg"),
-        lambda: decode.decode_box(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
+        lambda: decode.decode_crop(data, SIZE, "x.jpg", lambda height, width: (0, 0, 9, 9)),
         lambda: decode.verify(data, "x.jpg"),
     ):
         with pytest.raises(DataError, match=r"x\.jpg: not a readable image .*2500000000 pixels"):
@@ -295,17 +297,17 @@ def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         decode.decode(data, SIZE, "x.jpg")
 
 
-def test_a_wrong_ending_does_not_matter(tmp_path: pathlib.Path) -> None:
+def test_wrong_extension_does_not_matter(tmp_path: pathlib.Path) -> None:
     red = np.full((SIZE, SIZE, 3), (250, 10, 10), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(red).save(buffer, format="PNG")
     for name in ("x.jpg", "x.txt", "x"):
         np.testing.assert_array_equal(decode.decode(buffer.getvalue(), SIZE, name), red)
-    # Nor does a picture's ending make a picture.
+    # An image extension does not make a file an image.
     assert str(decode.inspect(b"#!/bin/sh\nexit", "x.jpg").problem) == "text"
 
 
-def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path) -> None:
+def test_only_files_of_the_layout_are_read(tmp_path: pathlib.Path) -> None:
     files = archives.tiny_imagenet_files(2, 2, 1, 0, SIZE)
     outside = tmp_path / "secret.JPEG"
     outside.write_bytes(b"x")
@@ -315,6 +317,6 @@ def test_only_the_layout_decides_what_is_read_of_a_folder(tmp_path: pathlib.Path
     path = archives.write_files(tmp_path / "x", files)
     with (
         tiny_imagenet_layout.open_source(path) as source,
-        pytest.raises(DataError, match=r"lists are missing, such as .*\.\./secret\.JPEG"),
+        pytest.raises(DataError, match=r"listed in .* are missing, such as .*\.\./secret\.JPEG"),
     ):
         tiny_imagenet_layout.index(source)

@@ -1,4 +1,4 @@
-"""Decoded pixels and records give the same batches; memory stays bounded; damage is named."""
+"""Decoded pixels and records give the same batches; memory is bounded; damage is named."""
 
 import pathlib
 import subprocess
@@ -54,7 +54,7 @@ def assert_equal(one: list[dict[str, np.ndarray]], two: list[dict[str, np.ndarra
 
 @pytest.mark.parametrize("workers", [0, 1, 5])
 @pytest.mark.parametrize("image_size", [SIZE, 16])
-def test_records_give_the_batches_of_decoded_images(
+def test_records_and_decoded_images_give_same_batches(
     directory: pathlib.Path, image_size: int, workers: int
 ) -> None:
     decoded = prepare(settings(directory, image_size=image_size), log=quiet)
@@ -78,7 +78,7 @@ def test_records_give_the_batches_of_decoded_images(
     assert decoded.evaluation.names == streamed.evaluation.names
 
 
-def test_records_keep_no_pixels_on_disk(directory: pathlib.Path) -> None:
+def test_records_store_no_pixels(directory: pathlib.Path) -> None:
     prepare(settings(directory, storage="records"), log=quiet)
     (folder,) = (directory / "inception_jax").glob(f"*{SIZE}px-records")
     assert (folder / "info.json").exists() and not list(folder.glob("*images*"))
@@ -96,31 +96,29 @@ def test_a_damaged_record_is_named(tmp_path: pathlib.Path) -> None:
         train_batches(dataset)
 
 
-def test_a_changed_byte_anywhere_in_the_records_is_found_or_changes_nothing(
+def test_changed_byte_in_records_is_detected_or_harmless(
     directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     prepare(settings(directory, storage="records"), log=quiet)
     (original,) = (directory / "tiny_imagenet_subset" / "1.0.0").glob("*train*")
-    whole = original.read_bytes()
+    complete = original.read_bytes()
     expected = Records([original]).read(range(33))
     path = tmp_path / original.name
-    found = 0
-    for place in range(0, len(whole), 131):
-        content = bytearray(whole)
+    detected = 0
+    for place in range(0, len(complete), 131):
+        content = bytearray(complete)
         content[place] ^= 0x20
         path.write_bytes(content)
         try:
             assert Records([path]).read(range(33)) == expected, place
         except DataError as error:
             assert str(path) in str(error)
-            found += 1
+            detected += 1
     # Most of such a small file is empty.
-    assert found > 100
+    assert detected > 100
 
 
-def test_the_damaged_file_of_several_is_named(
-    directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_damaged_record_file_is_named(directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     prepare(settings(directory, storage="records"), log=quiet)
     (original,) = (directory / "tiny_imagenet_subset" / "1.0.0").glob("*train*")
     paths = [tmp_path / f"part_{number}" for number in range(3)]
@@ -136,16 +134,16 @@ def test_the_damaged_file_of_several_is_named(
         Records(paths)
 
 
-def test_a_cut_file_of_images_is_named(tmp_path: pathlib.Path) -> None:
+def test_truncated_image_file_is_named(tmp_path: pathlib.Path) -> None:
     archives.write_tiny_imagenet(tmp_path / "x.zip", 3, 11, 5, 4, SIZE)
     dataset = prepare(settings(tmp_path), log=quiet)
     (file,) = (tmp_path / "inception_jax").glob("*px/train_images.npy")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train_images\.npy: is shorter"):
+    with pytest.raises(DataError, match=r"train_images\.npy: was truncated"):
         train_batches(dataset)
 
 
-def test_workers_are_not_fewer_than_none() -> None:
+def test_negative_workers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"config\.data\.workers = -1: must be at least 0"):
         config.validate(config.Config(data=config.Data(workers=-1)))
 
@@ -170,8 +168,8 @@ print(resident() - before)
 """
 
 
-def test_memory_does_not_grow_with_what_is_read(tmp_path: pathlib.Path) -> None:
-    # 403 MB that take no disk: the file is a hole behind its header.
+def test_memory_does_not_grow_with_reads(tmp_path: pathlib.Path) -> None:
+    # A sparse file of 403 MB: a hole after the header.
     path = tmp_path / "images.npy"
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(32768, 64, 64, 3))
     done = subprocess.run(
@@ -185,27 +183,25 @@ def test_memory_does_not_grow_with_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_a_hold_out_takes_the_same_number_of_each_class_from_training(
-    directory: pathlib.Path, storage: str
-) -> None:
-    whole = prepare(settings(directory, storage=storage), log=quiet)
+def test_holdout_takes_same_number_of_each_class(directory: pathlib.Path, storage: str) -> None:
+    complete = prepare(settings(directory, storage=storage), log=quiet)
     held = prepare(settings(directory, storage=storage, holdout=6), log=quiet)
     assert (held.eval_split, len(held.train), len(held.evaluation)) == ("holdout", 27, 6)
     assert np.bincount(held.evaluation.labels).tolist() == [2, 2, 2]
-    assert sorted((*held.train.names, *held.evaluation.names)) == sorted(whole.train.names)
-    # Labels, names and pixels stay together.
-    at = {name: index for index, name in enumerate(whole.train.names)}
+    assert sorted((*held.train.names, *held.evaluation.names)) == sorted(complete.train.names)
+    # Labels, names and pixels stay aligned.
+    at = {name: index for index, name in enumerate(complete.train.names)}
     for split in (held.train, held.evaluation):
         places = np.array([at[name] for name in split.names])
-        np.testing.assert_array_equal(split.labels, whole.train.labels[places])
+        np.testing.assert_array_equal(split.labels, complete.train.labels[places])
         everything = np.arange(len(split))
-        np.testing.assert_array_equal(split.read(everything), whole.train.read(places))
+        np.testing.assert_array_equal(split.read(everything), complete.train.read(places))
     again = prepare(settings(directory, holdout=6), log=quiet)
     assert again.evaluation.names == held.evaluation.names
 
 
-@pytest.mark.parametrize(("count", "message"), [(4, "such as 3"), (33, "must keep one at least")])
-def test_a_hold_out_that_does_not_fit_the_classes_is_refused(
+@pytest.mark.parametrize(("count", "message"), [(4, "such as 3"), (33, "must keep at least one")])
+def test_holdout_that_does_not_fit_classes_is_refused(
     directory: pathlib.Path, count: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"config.data.holdout = {count}: .*{message}"):

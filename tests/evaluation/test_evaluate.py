@@ -169,7 +169,7 @@ def test_evaluation_of_missing_split_is_rejected(
     config = small.config(data_directory)
     config.evaluations = {"other": View(split="validation")}
     this = small.build(config)
-    with pytest.raises(ConfigError, match="digits has no split 'validation'; it has train, test"):
+    with pytest.raises(ConfigError, match=r"digits: split 'validation' not found\. .*train, test"):
         Evaluator(this)
     config.evaluations = {"test": View()}
     with pytest.raises(ConfigError, match=r"config\.evaluations\.test: .* another name"):
@@ -183,9 +183,9 @@ def test_evaluation_uses_its_own_crop(data_directory: pathlib.Path) -> None:
     evaluator = Evaluator(small.build(config))
     for name, source in (("cut", "holdout"), ("cut_train", "train")):
         split = evaluator.splits[name]
-        inside = split.whole if isinstance(split, SubsetSplit) else split
+        inside = split.base if isinstance(split, SubsetSplit) else split
         while isinstance(inside, SubsetSplit):
-            inside = inside.whole
+            inside = inside.base
         assert isinstance(inside, RecordSplit) and inside.crop == 0.5
         full_crop = evaluator._run.dataset.splits[source]
         assert split.names == full_crop.names[: len(split)]

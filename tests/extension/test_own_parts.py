@@ -320,8 +320,8 @@ def test_invalid_optimizer_is_named() -> None:
     ("build", "words"),
     [
         (lambda key, images: images[:, 1:], r"returned float32 \[2, 7, 8, 3\]; .*\[2, 8, 8, 3\]"),
-        (lambda key, images: images > 0, r"returned bool \[2, 8, 8, 3\]; it has to return"),
-        (lambda key, images: None, r"returned None; it has to return images"),
+        (lambda key, images: images > 0, r"returned bool \[2, 8, 8, 3\]; must return"),
+        (lambda key, images: None, r"returned None; must return images"),
     ],
 )
 def test_augmentation_without_images_is_named(

@@ -1,4 +1,4 @@
-"""Augmentation against numpy, Pillow and the definitions in the papers."""
+"""Compares augmentation with NumPy, Pillow and the definitions in the papers."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def images_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def settings_of(**changes: object) -> config.Augment:
-    """Returns settings with everything off but the given ones."""
+    """Returns settings with everything off except the given ones."""
     return config.Augment(**({"crop": "none", "flip": False} | changes))
 
 
@@ -47,7 +47,7 @@ def run(images: np.ndarray, *, seed: int = 0, **changes: object) -> tuple[np.nda
     return np.asarray(result), np.asarray(targets)
 
 
-def normalised(images: np.ndarray) -> np.ndarray:
+def normalized(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float64) / 255 - MEAN) / STD
 
 
@@ -55,16 +55,16 @@ def one_hot(count: int) -> np.ndarray:
     return np.eye(10)[np.arange(count) % 10]
 
 
-def test_without_augmentation_images_are_only_normalised() -> None:
+def test_without_augmentation_images_are_only_normalized() -> None:
     images = images_of((4, 8, 8, 3))
     result, targets = run(images)
     assert result.dtype == targets.dtype == np.float32
-    np.testing.assert_allclose(result, normalised(images), atol=1e-6)
+    np.testing.assert_allclose(result, normalized(images), atol=1e-6)
     np.testing.assert_array_equal(targets, one_hot(4))
-    np.testing.assert_array_equal(result, jax.jit(augment.normalise)(images, MEAN, STD))
+    np.testing.assert_array_equal(result, jax.jit(augment.normalize)(images, MEAN, STD))
 
 
-def test_pad_crop_gives_every_window_of_the_padded_image_equally_often() -> None:
+def test_pad_crop_windows_are_uniform() -> None:
     pad, size, batch = 2, 6, 2000
     images = images_of((batch, size, size, 3))
     result = np.asarray(augment.pad_crop(jax.random.key(1), images, pad))
@@ -81,12 +81,12 @@ def test_pad_crop_gives_every_window_of_the_padded_image_equally_often() -> None
     assert ((counts - expected) ** 2 / expected).sum() < 51.2
 
 
-def test_pad_crop_by_nothing_changes_nothing() -> None:
+def test_pad_crop_by_zero_is_identity() -> None:
     images = images_of((3, 5, 5, 3))
     np.testing.assert_array_equal(augment.pad_crop(jax.random.key(0), images, 0), images)
 
 
-def test_flip_mirrors_half_of_the_images_left_to_right() -> None:
+def test_flip_mirrors_half_of_the_images() -> None:
     images = images_of((1000, 4, 6, 3))
     result = np.asarray(augment.flip(jax.random.key(2), images))
     same = (result == images).all(axis=(1, 2, 3))
@@ -100,8 +100,8 @@ def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
     top, left, height, width = box
     image = images_of((16, 16, 3))
     result = np.asarray(resize_boxes(image[None], jnp.asarray([box], jnp.float32)))[0]
-    # Pillow knows nothing outside the box, so outputs nearer than half a pixel to an edge of the
-    # box that is not an edge of the image are left out.
+    # Pillow ignores pixels outside the box, so outputs within half a pixel of a box edge that is
+    # not an image edge are excluded.
     rows = (np.arange(16) + 0.5) * height / 16
     columns = (np.arange(16) + 0.5) * width / 16
     inner_rows = ((rows >= 0.5) | (top == 0)) & ((rows <= height - 0.5) | (top + height == 16))
@@ -123,7 +123,7 @@ def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
 def boxes_of_torchvision(
     count: int, size: int, crop_scale_min: float, crop_ratio_max: float
 ) -> np.ndarray:
-    """Returns [count, 4], as the loop of RandomResizedCrop.get_params defines them."""
+    """Returns boxes [count, 4], from the loop of RandomResizedCrop.get_params."""
     rng = np.random.default_rng(3)
     boxes = []
     for _ in range(count):
@@ -141,16 +141,14 @@ def boxes_of_torchvision(
 
 
 @pytest.mark.parametrize(("crop_scale_min", "crop_ratio_max"), [(0.08, 4 / 3), (0.5, 2.0)])
-def test_resized_crop_draws_the_boxes_of_torchvision(
-    crop_scale_min: float, crop_ratio_max: float
-) -> None:
+def test_resized_crop_boxes_match_torchvision(crop_scale_min: float, crop_ratio_max: float) -> None:
     size, count = 32, 4000
-    # Pixels that hold four times their own row and column tell which box was cut.
+    # Pixel values of four times their row and column identify the box.
     rows, columns = np.meshgrid(4 * np.arange(size), 4 * np.arange(size), indexing="ij")
     ramp = np.broadcast_to(np.stack([rows, columns], -1).astype(np.uint8), (count, size, size, 2))
     result = np.asarray(resized_crop(jax.random.key(4), ramp, crop_scale_min, crop_ratio_max))
     result = np.stack([result[:, :, 16, 0], result[:, 16, :, 1]], axis=1) / 4
-    # At and near the middle no border of the image bends the ramp.
+    # Near the center, the ramp is not affected by the image border.
     slope = result[:, :, 17] - result[:, :, 16]
     sides = slope * size
     corners = result[:, :, 16] - 16.5 * slope + 0.5
@@ -167,7 +165,7 @@ def test_resized_crop_draws_the_boxes_of_torchvision(
         lambda b: b[:, 1],
     ):
         ours, theirs = np.sort(derive(boxes)), np.sort(derive(expected))
-        # Kolmogorov-Smirnov: 1.95 sqrt(2 / n) is passed by one pair of samples in a thousand.
+        # Kolmogorov-Smirnov: 1.95 sqrt(2 / n) is exceeded by one pair of samples in a thousand.
         grid = np.union1d(ours, theirs)
         distance = np.abs(
             np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")
@@ -175,33 +173,33 @@ def test_resized_crop_draws_the_boxes_of_torchvision(
         assert distance.max() / count < 1.95 * np.sqrt(2 / count)
 
 
-def test_resized_crop_takes_the_whole_image_where_nothing_fits() -> None:
-    # Boxes of the image's whole area that are not square never fit.
+def test_resized_crop_uses_whole_image_if_no_box_fits() -> None:
+    # Non-square boxes with the full area of the image never fit.
     images = images_of((50, 64, 64, 3))
     result = resized_crop(jax.random.key(0), images, 1.0, 1.0001)
     np.testing.assert_allclose(result, images, atol=1e-3)
 
 
-def test_mixup_weighs_whole_images_and_targets_alike() -> None:
+def test_mixup_weights_images_and_targets_equally() -> None:
     images = images_of((6, 8, 8, 3))
     result, targets = run(images, mixup=0.5)
-    share = targets[0, 0]
-    assert 0 < share < 1
+    weight = targets[0, 0]
+    assert 0 < weight < 1
     np.testing.assert_allclose(
-        targets, share * one_hot(6) + (1 - share) * np.roll(one_hot(6), 1, axis=0), atol=1e-6
+        targets, weight * one_hot(6) + (1 - weight) * np.roll(one_hot(6), 1, axis=0), atol=1e-6
     )
-    before = normalised(images)
+    before = normalized(images)
     np.testing.assert_allclose(
-        result, share * before + (1 - share) * np.roll(before, 1, axis=0), atol=1e-5
+        result, weight * before + (1 - weight) * np.roll(before, 1, axis=0), atol=1e-5
     )
 
 
-def test_cutmix_pastes_one_box_and_targets_have_its_exact_share() -> None:
+def test_cutmix_targets_match_area_of_pasted_box() -> None:
     height, width = 12, 10
     images = images_of((5, height, width, 3))
-    # No two neighbours share a pixel value, so that each pixel tells which image it is from.
+    # Neighbors have no common pixel values, so that each pixel identifies its image.
     images = (images // 5) * 5 + np.arange(5, dtype=np.uint8)[:, None, None, None]
-    before = normalised(images)
+    before = normalized(images)
     partner = np.roll(before, 1, axis=0)
     areas = set()
     for seed in range(20):
@@ -214,34 +212,34 @@ def test_cutmix_pastes_one_box_and_targets_have_its_exact_share() -> None:
         np.testing.assert_array_equal(pasted[0], rows[:, None] & columns[None, :])
         for line in (rows, columns):
             assert np.count_nonzero(np.diff(line.astype(int), prepend=0, append=0)) in (0, 2)
-        share = own[0].mean()
-        areas.add(share)
+        weight = own[0].mean()
+        areas.add(weight)
         np.testing.assert_allclose(
-            targets, share * one_hot(5) + (1 - share) * np.roll(one_hot(5), 1, axis=0), atol=1e-6
+            targets, weight * one_hot(5) + (1 - weight) * np.roll(one_hot(5), 1, axis=0), atol=1e-6
         )
     assert len(areas) > 10
 
 
-def shares(count: int, **changes: float) -> np.ndarray:
-    """Returns the own image's share in `count` batches of two images of 32 x 32."""
+def weights(count: int, **changes: float) -> np.ndarray:
+    """Returns the image's weight in `count` batches of two images of 32 x 32."""
     mixing = {"mixup": 0.0, "cutmix": 0.0, "probability": 1.0} | changes
     images, targets = jnp.zeros((2, 32, 32, 1)), jnp.eye(2)
     keys = jax.random.split(jax.random.key(5), count)
 
-    def share(key: jax.Array) -> jax.Array:
+    def weight(key: jax.Array) -> jax.Array:
         return augment.mix(key, images, targets, **mixing)[1][0, 0]
 
-    return np.asarray(jax.jit(jax.vmap(share))(keys))
+    return np.asarray(jax.jit(jax.vmap(weight))(keys))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 4.0])
-def test_mixup_draws_its_weight_from_beta(alpha: float) -> None:
-    drawn = shares(4000, mixup=alpha)
+def test_mixup_weight_is_beta_distributed(alpha: float) -> None:
+    drawn = weights(4000, mixup=alpha)
     assert abs(drawn.mean() - 0.5) < 0.03
     np.testing.assert_allclose(drawn.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.1)
 
 
-def test_cutmix_draws_boxes_of_the_authors_code() -> None:
+def test_cutmix_boxes_match_authors_code() -> None:
     rng = np.random.default_rng(6)
     expected = []
     for weight in rng.beta(1.0, 1.0, 4000):
@@ -250,23 +248,23 @@ def test_cutmix_draws_boxes_of_the_authors_code() -> None:
         top, left = rng.integers(32, size=2) - side // 2
         pasted[max(top, 0) : top + side, max(left, 0) : left + side] = True
         expected.append(1 - pasted.mean())
-    drawn = shares(4000, cutmix=1.0)
+    drawn = weights(4000, cutmix=1.0)
     np.testing.assert_allclose(drawn.mean(), np.mean(expected), atol=0.02)
     np.testing.assert_allclose(drawn.std(), np.std(expected), atol=0.02)
 
 
-def test_mix_probability_leaves_the_other_batches_alone() -> None:
-    drawn = shares(2000, mixup=1.0, probability=0.3)
+def test_mix_probability_leaves_other_batches_unmixed() -> None:
+    drawn = weights(2000, mixup=1.0, probability=0.3)
     assert 0.25 < (drawn != 1).mean() < 0.35
     images = images_of((4, 8, 8, 3))
     result, targets = run(images, mixup=1.0, cutmix=1.0, mix_probability=0.0)
-    np.testing.assert_allclose(result, normalised(images), atol=1e-6)
+    np.testing.assert_allclose(result, normalized(images), atol=1e-6)
     np.testing.assert_array_equal(targets, one_hot(4))
 
 
-def test_with_both_alphas_a_batch_gets_one_of_the_two() -> None:
+def test_with_both_alphas_each_batch_uses_one_method() -> None:
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
-    low, high = normalised(np.array([[[[0, 0, 0]]], [[[255] * 3]]]))
+    low, high = normalized(np.array([[[[0, 0, 0]]], [[[255] * 3]]]))
     blended = 0
     for seed in range(40):
         result, targets = run(images, seed=seed, mixup=1.0, cutmix=1.0)
@@ -277,7 +275,7 @@ def test_with_both_alphas_a_batch_gets_one_of_the_two() -> None:
     assert 10 <= blended <= 30
 
 
-def test_cutout_blanks_one_clipped_square_an_image() -> None:
+def test_cutout_blanks_one_clipped_square_per_image() -> None:
     size, side, batch = 9, 4, 1500
     result = np.asarray(augment.cutout(jax.random.key(7), jnp.ones((batch, size, size, 3)), side))
     blank = result[..., 0] == 0
@@ -288,18 +286,18 @@ def test_cutout_blanks_one_clipped_square_an_image() -> None:
         square = (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
         assert image[square[0] : square[1], square[2] : square[3]].all()
         counts[square] = counts.get(square, 0) + 1
-    centres = {
+    centers = {
         (max(y - 2, 0), min(y + 2, size), max(x - 2, 0), min(x + 2, size))
         for y in range(size)
         for x in range(size)
     }
-    assert set(counts) == centres
-    expected = batch / len(centres)
+    assert set(counts) == centers
+    expected = batch / len(centers)
     # The 99.9th percentile of chi-squared with 80 degrees of freedom.
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 124.8
 
 
-def test_images_of_a_batch_vary_independently() -> None:
+def test_images_of_a_batch_are_augmented_independently() -> None:
     images = np.broadcast_to(images_of((1, 16, 16, 3)), (64, 16, 16, 3))
     for changes in (
         {"crop": "pad"},
@@ -314,7 +312,7 @@ def test_images_of_a_batch_vary_independently() -> None:
         assert len(np.unique(result.reshape(64, -1), axis=0)) > (1 if "flip" in changes else 30)
 
 
-def test_the_same_key_gives_the_same_batch_and_another_key_another() -> None:
+def test_result_depends_on_key() -> None:
     images = images_of((8, 16, 16, 3))
     changes = {"crop": "resized", "flip": True, "mixup": 1.0}
     first, again, other = (run(images, seed=seed, **changes) for seed in (1, 1, 2))
@@ -323,7 +321,7 @@ def test_the_same_key_gives_the_same_batch_and_another_key_another() -> None:
     assert not np.array_equal(first[0], other[0])
 
 
-def test_an_operation_more_does_not_change_what_the_others_draw() -> None:
+def test_enabling_an_operation_does_not_change_other_draws() -> None:
     images = images_of((32, 16, 16, 3))
     cropped, _ = run(images, crop="pad")
     both, _ = run(images, crop="pad", flip=True)
@@ -339,7 +337,7 @@ def test_an_operation_more_does_not_change_what_the_others_draw() -> None:
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
-def test_a_policy_gets_whole_levels_and_gives_them(policy: str) -> None:
+def test_policy_takes_and_returns_integer_levels(policy: str) -> None:
     images = images_of((32, 16, 16, 3))
     for crop in ("none", "pad", "resized"):
         cropped, _ = run(images, crop=crop)
@@ -347,7 +345,7 @@ def test_a_policy_gets_whole_levels_and_gives_them(policy: str) -> None:
         levels = (result * STD + MEAN) * 255
         np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
         assert levels.min() > -0.01 and levels.max() < 255.01
-        # One image in 14 gets the identity, and others one that changes nothing.
+        # One image in 14 gets the identity, and others an operation without effect.
         kept = (np.abs(result - cropped) < 0.51 / 255 / STD).all(axis=(1, 2, 3))
         assert 0 < kept.sum() < 16
 
@@ -367,7 +365,7 @@ def test_the_policy_and_its_settings_change_the_batch() -> None:
     assert len(np.unique(np.stack(results).reshape(len(results), -1), axis=0)) == len(results)
 
 
-def test_colours_vary_after_the_policy_and_before_the_mean_is_taken() -> None:
+def test_color_jitter_is_between_policy_and_normalization() -> None:
     images = images_of((32, 16, 16, 3))
     policy, _ = run(images, policy="trivialaugment")
     both, _ = run(images, policy="trivialaugment", color_jitter=0.3, hue_jitter=0.1)
@@ -375,10 +373,10 @@ def test_colours_vary_after_the_policy_and_before_the_mean_is_taken() -> None:
     key = jax.random.fold_in(jax.random.key(0), 6)
     color_jitter = jax.jit(photometric.color_jitter, static_argnums=(2, 3))
     jittered = color_jitter(key, before, 0.3, 0.1)
-    np.testing.assert_allclose(both, normalised(np.asarray(jittered)), atol=1e-4)
+    np.testing.assert_allclose(both, normalized(np.asarray(jittered)), atol=1e-4)
 
 
-def test_a_traced_probability_is_the_same_as_a_set_one() -> None:
+def test_traced_probability_equals_configured_one() -> None:
     images, labels = images_of((4, 8, 8, 3)), np.arange(4, dtype=np.int32)
     traced = []
 
@@ -398,9 +396,9 @@ def test_a_traced_probability_is_the_same_as_a_set_one() -> None:
         key = jax.random.key(seed)
         for probability in (0.0, 0.5, 1.0):
             expected, targets = run(images, seed=seed, mixup=1.0, mix_probability=probability)
-            found = function(key, images, labels, mix_probability=probability)
-            np.testing.assert_allclose(found[0], expected, atol=1e-5)
-            np.testing.assert_array_equal(found[1], targets)
+            actual = function(key, images, labels, mix_probability=probability)
+            np.testing.assert_allclose(actual[0], expected, atol=1e-5)
+            np.testing.assert_array_equal(actual[1], targets)
     assert len(traced) == 1
 
 
@@ -410,7 +408,7 @@ EACH_IMAGE = {"crop": "pad", "policy": "randaugment", "color_jitter": 0.4, "hue_
 @pytest.mark.parametrize(
     "changes", [{"crop": "pad"} | ALL, {"crop": "resized"}, EACH_IMAGE], ids=str
 )
-def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, object]) -> None:
+def test_result_is_independent_of_device_count(changes: dict[str, object]) -> None:
     images, labels = images_of((16, 8, 8, 3)), np.arange(16, dtype=np.int32)
     settings = settings_of(flip=True, **changes)
     function = functools.partial(
@@ -427,24 +425,24 @@ def test_the_result_does_not_depend_on_the_number_of_devices(changes: dict[str, 
             assert len(many.sharding.device_set) == 8
             np.testing.assert_allclose(one, many, atol=1e-5)
     if changes is EACH_IMAGE:
-        # Nothing that concerns one image travels between devices.
+        # Per-image operations need no communication between devices.
         text = str(sharded.lower(key, images, labels).compile().as_text())
         assert not [name for name in ("all-gather", "all-to-all", "permute(") if name in text]
 
 
-def test_resizing_is_an_antialiased_triangle_filter() -> None:
+def test_resize_is_antialiased_triangle_filter() -> None:
     images = images_of((2, 12, 12, 3))
-    found = np.asarray(augment.resize(jnp.asarray(images), 8))
-    # A triangle of half-width 12 / 8 around each new pixel's centre, normalised within the image.
-    centres = (np.arange(8) + 0.5) * 12 / 8 - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.arange(12) - centres[:, None]) / 1.5)
+    actual = np.asarray(augment.resize(jnp.asarray(images), 8))
+    # A triangle of half-width 12 / 8 around each new pixel's center, normalized within the image.
+    centers = (np.arange(8) + 0.5) * 12 / 8 - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(12) - centers[:, None]) / 1.5)
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("ih,jw,bhwc->bijc", weights, weights, images.astype(np.float64))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
     assert augment.resize(images, 12) is images
 
 
-def test_the_batch_is_resized_before_it_is_mixed() -> None:
+def test_batch_is_resized_before_mixing() -> None:
     function = functools.partial(
         augment.augment,
         settings=settings_of(cutmix=1.0),

@@ -1,4 +1,4 @@
-"""Boxes of the original images: their distribution, and that the step alone decides them."""
+"""Crops of the original images: their distribution, and their dependence on the step alone."""
 
 import dataclasses
 import io
@@ -33,13 +33,13 @@ def quiet(line: str) -> None:
 
 def boxes_of(height: int, width: int, count: int = 3000, seed: int = 0) -> np.ndarray:
     """Returns the boxes of the first positions: int64 [count, 4]."""
-    box_at = crops.train_boxes(INCEPTION, seed)
-    assert box_at is not None
-    return np.array([box_at(position)(height, width) for position in range(count)])
+    sample_crop = crops.crop_sampler(INCEPTION, seed)
+    assert sample_crop is not None
+    return np.array([sample_crop(position)(height, width) for position in range(count)])
 
 
 def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
-    """Draws a box as torchvision's RandomResizedCrop.get_params does."""
+    """Samples a box as torchvision's RandomResizedCrop.get_params does."""
     for _ in range(10):
         target = height * width * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -50,27 +50,27 @@ def torchvision_box(rng: random.Random, height: int, width: int) -> tuple[int, i
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64)])
-def test_boxes_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
-    found, rng = boxes_of(height, width), random.Random(0)
+def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
+    actual, rng = boxes_of(height, width), random.Random(0)
     expected = np.array([torchvision_box(rng, height, width) for _ in range(3000)])
-    for boxes in (found, expected):
+    for boxes in (actual, expected):
         top, left, h, w = boxes.T
         assert (top >= 0).all() and (left >= 0).all()
         assert (top + h <= height).all() and (left + w <= width).all()
-        # To the rounding of both sides to whole pixels.
+        # Up to rounding of both sides to integer pixels.
         assert (h * w / (height * width)).min() > 0.08 * (1 - 2 / h.min())
         assert (w / h).max() < 4 / 3 * (1 + 2 / h.min())
         assert (h / w).max() < 4 / 3 * (1 + 2 / w.min())
-    # Quantiles of the area, the shape and the place; the deviation of 3,000 draws is about 1%.
+    # Quantiles of area, aspect ratio and position; the deviation of 3,000 draws is about 1%.
     for statistic in (
         lambda b: b[:, 2] * b[:, 3] / (height * width),
         lambda b: np.log(b[:, 3] / b[:, 2]),
         lambda b: (b[:, 0] + b[:, 2] / 2) / height,
         lambda b: (b[:, 1] + b[:, 3] / 2) / width,
     ):
-        shares = np.linspace(0.05, 0.95, 10)
-        differences = np.quantile(statistic(found), shares) - np.quantile(
-            statistic(expected), shares
+        levels = np.linspace(0.05, 0.95, 10)
+        differences = np.quantile(statistic(actual), levels) - np.quantile(
+            statistic(expected), levels
         )
         assert np.abs(differences).max() < 0.04
 
@@ -79,30 +79,30 @@ def test_boxes_are_distributed_as_those_of_torchvision(height: int, width: int) 
     ("height", "width", "box"),
     [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))],
 )
-def test_an_image_that_no_box_fits_gives_its_middle(
+def test_center_crop_is_used_if_no_box_fits(
     height: int, width: int, box: tuple[int, int, int, int]
 ) -> None:
     # In torchvision: the whole shorter side, and 4 / 3 of it along the other.
-    found = crops.random_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
-    assert found == box
+    actual = crops.random_crop_box(np.full((10, 4), 0.99), height, width, 0.9, 4 / 3)
+    assert actual == box
 
 
-def test_a_box_depends_on_the_seed_and_the_position_alone() -> None:
+def test_box_depends_only_on_seed_and_position() -> None:
     one, two = boxes_of(375, 500, count=50), boxes_of(375, 500, count=50)
     np.testing.assert_array_equal(one, two)
     assert len(np.unique(one, axis=0)) == 50
     assert (boxes_of(375, 500, count=50, seed=1) != one).any(axis=1).all()
 
 
-def test_boxes_do_not_repeat_the_random_numbers_of_the_epochs_orders() -> None:
+def test_boxes_use_other_random_numbers_than_epoch_orders() -> None:
     key = np.array([3, 5], np.uint64)
     order = np.random.Generator(np.random.Philox(key=key)).random(100)
-    assert not np.isin(crops.generator(3, 5).random(100), order).any()
+    assert not np.isin(crops.position_rng(3, 5).random(100), order).any()
 
 
-def test_other_crops_are_left_to_the_devices() -> None:
+def test_other_crops_have_no_host_sampler() -> None:
     for crop in ("none", "pad", "resized"):
-        assert crops.train_boxes(config.Augment(crop=crop), 0) is None
+        assert crops.crop_sampler(config.Augment(crop=crop), 0) is None
 
 
 @pytest.fixture(scope="module")
@@ -126,39 +126,39 @@ def dataset(directory: pathlib.Path, **changes: Any) -> Dataset:
 def batches_of(
     examples: Dataset, *, batch_size: int = 8, start: int = 0, stop: int = 9, seed: int = 3
 ) -> np.ndarray:
-    """Returns the images of some steps, in the order of training: uint8 [N, H, W, 3]."""
+    """Returns the images of some steps in training order, uint8 [N, H, W, 3]."""
     batches = pipeline.train_batches(
         examples.train,
         batch_size=batch_size,
         seed=seed,
         start=start,
         stop=stop,
-        box_at=crops.train_boxes(INCEPTION, seed),
+        sample_crop=crops.crop_sampler(INCEPTION, seed),
     )
     return np.concatenate([batch["image"] for batch in batches])
 
 
-def test_a_batch_holds_the_boxes_of_the_original_images(directory: pathlib.Path) -> None:
+def test_batch_contains_crops_of_original_images(directory: pathlib.Path) -> None:
     examples = dataset(directory)
-    found = batches_of(examples)
+    actual = batches_of(examples)
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
-    box_at = crops.train_boxes(INCEPTION, 3)
-    assert box_at is not None
+    sample_crop = crops.crop_sampler(INCEPTION, 3)
+    assert sample_crop is not None
     for step in (0, 4, 8):
         indices = pipeline.train_indices(step, batch_size=8, examples=33, seed=3)
         for row, index in enumerate(indices):
             position = 8 * step + row
-            with Image.open(io.BytesIO(files[examples.train.names[index]])) as picture:
-                top, left, height, width = box_at(position)(40, 40)
-                crop = picture.convert("RGB").crop((left, top, left + width, top + height))
+            with Image.open(io.BytesIO(files[examples.train.names[index]])) as image:
+                top, left, height, width = sample_crop(position)(40, 40)
+                crop = image.convert("RGB").crop((left, top, left + width, top + height))
             expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-            inner = np.abs(found[position].astype(int) - expected)[2:-2, 2:-2]
+            inner = np.abs(actual[position].astype(int) - expected)[2:-2, 2:-2]
             if min(height, width) < 2 * SIZE:
                 assert inner.max() <= 1
             assert inner.mean() < 3
 
 
-def test_batches_depend_on_the_step_alone(
+def test_batches_depend_only_on_step(
     directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = batches_of(dataset(directory))
@@ -166,7 +166,7 @@ def test_batches_depend_on_the_step_alone(
     np.testing.assert_array_equal(whole[40:], batches_of(dataset(directory), start=5))
     np.testing.assert_array_equal(whole, batches_of(dataset(directory), batch_size=24, stop=3))
     assert (whole != batches_of(dataset(directory), seed=4)).any()
-    # The second epoch cuts other boxes than the first.
+    # The second epoch uses other boxes than the first.
     order = np.concatenate(
         [pipeline.train_indices(s, batch_size=8, examples=33, seed=3) for s in range(9)]
     )
@@ -182,46 +182,48 @@ def test_batches_depend_on_the_step_alone(
     np.testing.assert_array_equal(together, whole)
 
 
-def test_a_holdout_leaves_the_rest_its_boxes(directory: pathlib.Path) -> None:
+def test_holdout_keeps_crops_of_training_images(directory: pathlib.Path) -> None:
     rest = dataset(directory, holdout=6).train
     indices = np.arange(len(rest))
     chosen = [lambda height, width: (3, 5, 20, 16)] * len(rest)
-    found = rest.read_boxes(indices, chosen)
+    actual = rest.read_crops(indices, chosen)
     whole = dataset(directory).train
     where = [whole.names.index(name) for name in rest.names]
-    np.testing.assert_array_equal(found, whole.read_boxes(np.array(where), chosen))
+    np.testing.assert_array_equal(actual, whole.read_crops(np.array(where), chosen))
 
 
-def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
+def test_decoded_split_cannot_be_cropped(directory: pathlib.Path) -> None:
     split = dataset(directory, storage="decoded").train
-    with pytest.raises(ConfigError, match=r"storage = 'decoded'.*set it to 'records'"):
-        split.read_boxes(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
+    with pytest.raises(
+        ConfigError, match=r"storage = 'decoded'.*set config\.data\.storage=records"
+    ):
+        split.read_crops(np.arange(1), [lambda height, width: (0, 0, 8, 8)])
 
 
-def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathlib.Path) -> None:
+def test_only_evaluation_splits_are_center_cropped(directory: pathlib.Path) -> None:
     mesh = sharding.make_mesh()
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
     whole, cut = dataset(directory), dataset(directory, eval_crop_pct=0.5)
     indices = np.arange(33)
     np.testing.assert_array_equal(whole.train.read(indices), cut.train.read(indices))
     (batch,) = pipeline.eval_batches(cut.evaluation, batch_size=16, mesh=mesh)
-    found = np.asarray(batch["image"])[:15]
+    actual = np.asarray(batch["image"])[:15]
     expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
-    np.testing.assert_array_equal(found, expected)
-    assert (found != whole.evaluation.read(np.arange(15))).any()
+    np.testing.assert_array_equal(actual, expected)
+    assert (actual != whole.evaluation.read(np.arange(15))).any()
     both = dataset(directory, eval_crop_pct=0.5, holdout=6)
-    assert both.train_evaluated.names == both.train.names
+    assert both.train_eval_view.names == both.train.names
     for split, count in (
         (both.evaluation, 6),
-        (both.train_evaluated, 27),
-        (cut.train_evaluated, 33),
+        (both.train_eval_view, 27),
+        (cut.train_eval_view, 33),
     ):
         expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in split.names]
         np.testing.assert_array_equal(split.read(np.arange(count)), expected)
-    assert whole.train_evaluated is whole.train
+    assert whole.train_eval_view is whole.train
 
 
-def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib.Path) -> None:
+def test_training_examples_are_cropped_for_evaluation(data_directory: pathlib.Path) -> None:
     data = config.Data(
         name="digits",
         directory=str(data_directory),
@@ -240,7 +242,7 @@ def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib
     assert (sample.read(indices) != whole.read(indices)).any()
 
 
-def test_training_cuts_the_boxes(
+def test_training_uses_sampled_crops(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = "3 steps"
@@ -256,11 +258,11 @@ def test_training_cuts_the_boxes(
     )
     drawn: list[np.ndarray] = []
 
-    def read_boxes(self: RecordSplit, indices: np.ndarray, boxes: Any) -> np.ndarray:
+    def read_crops(self: RecordSplit, indices: np.ndarray, boxes: Any) -> np.ndarray:
         drawn.append(np.array([choose(8, 8) for choose in boxes]))
         return self.read(indices)
 
-    monkeypatch.setattr(RecordSplit, "read_boxes", read_boxes)
+    monkeypatch.setattr(RecordSplit, "read_crops", read_crops)
     small.train(this, Workdir(tmp_path / "run"), Evaluator(this), changed=[])
-    found = {tuple(box) for boxes in drawn for box in boxes.tolist()}
-    assert found == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}
+    actual = {tuple(box) for boxes in drawn for box in boxes.tolist()}
+    assert actual == {tuple(box) for box in boxes_of(8, 8, count=192).tolist()}

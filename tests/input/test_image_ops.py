@@ -1,4 +1,4 @@
-"""Each operation against Pillow's own."""
+"""Compares each operation with Pillow's."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 20, 24
 
 
 def images() -> np.ndarray:
-    """Returns uint8 images: noise, few levels, smooth and of little contrast, one colour."""
+    """Returns uint8 images: noise, few levels, smooth with low contrast, single color."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     coarse = PIL.Image.fromarray(rng.integers(40, 190, (3, 4, 3), np.uint8))
@@ -31,7 +31,7 @@ def affine(matrix: tuple[float, ...]) -> Callable[[PIL.Image.Image], PIL.Image.I
 
 
 def applied(operation: Op, value: float) -> np.ndarray:
-    """Returns every image after an operation, next to others that get another one."""
+    """Returns each image after an operation, in a batch with other operations."""
     operations = np.full(4, operation, np.int32)
     return np.asarray(apply(images(), operations, np.full(4, value, np.float32)))
 
@@ -55,11 +55,11 @@ def test_identity() -> None:
 )
 @pytest.mark.parametrize("value", [-0.99, -0.27, 0.0, 0.297, 0.9])
 def test_enhancements_equal_pillow(operation: Op, enhance: Callable, value: float) -> None:
-    found = applied(operation, value).astype(int)
+    actual = applied(operation, value).astype(int)
     expected = by_pillow(lambda image: enhance(image).enhance(1 + value)).astype(int)
-    # Where rounding puts a product just below a whole number, that number's level is cut off.
-    assert np.abs(found - expected).max() <= 1
-    assert (found != expected).mean() < 0.05
+    # If rounding puts a product just below an integer, it is truncated to the level below.
+    assert np.abs(actual - expected).max() <= 1
+    assert (actual != expected).mean() < 0.05
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -75,17 +75,17 @@ def test_solarize_equals_pillow(threshold: float) -> None:
 
 
 def test_autocontrast_equals_pillow() -> None:
-    found = applied(Op.AUTOCONTRAST, 0).astype(int)
+    actual = applied(Op.AUTOCONTRAST, 0).astype(int)
     expected = by_pillow(ImageOps.autocontrast).astype(int)
-    assert np.abs(found - expected).max() <= 1
-    assert (found != expected).mean() < 0.05
-    assert found[2].min() == 0 and found[2].max() == 255
+    assert np.abs(actual - expected).max() <= 1
+    assert (actual != expected).mean() < 0.05
+    assert actual[2].min() == 0 and actual[2].max() == 255
 
 
 def test_equalize_equals_pillow() -> None:
-    found = applied(Op.EQUALIZE, 0)
-    np.testing.assert_array_equal(found, by_pillow(ImageOps.equalize))
-    assert (found[2] != images()[2]).any()
+    actual = applied(Op.EQUALIZE, 0)
+    np.testing.assert_array_equal(actual, by_pillow(ImageOps.equalize))
+    assert (actual[2] != images()[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -103,19 +103,19 @@ def test_equalize_equals_pillow() -> None:
 def test_shears_and_translations_equal_pillow(
     operation: Op, value: float, matrix: tuple[float, ...]
 ) -> None:
-    found, expected = applied(operation, value), by_pillow(affine(matrix))
-    # A coordinate that falls between two pixels may go either way.
-    assert (found != expected).mean() < 0.02
+    actual, expected = applied(operation, value), by_pillow(affine(matrix))
+    # A coordinate between two pixels may be rounded either way.
+    assert (actual != expected).mean() < 0.02
 
 
 @pytest.mark.parametrize("degrees", [0.0, 9.3, -30.0, 90.0, 101.0, -135.0])
 def test_rotation_equals_pillow(degrees: float) -> None:
-    found, expected = applied(Op.ROTATE, degrees), by_pillow(lambda image: image.rotate(degrees))
-    # At multiples of 45 degrees many coordinates fall between two pixels, which may go either way.
-    assert (found != expected).mean() < (0.04 if degrees % 45 == 0 else 0.02)
+    actual, expected = applied(Op.ROTATE, degrees), by_pillow(lambda image: image.rotate(degrees))
+    # At multiples of 45 degrees many coordinates are between two pixels and may round either way.
+    assert (actual != expected).mean() < (0.04 if degrees % 45 == 0 else 0.02)
 
 
-def test_images_of_a_batch_get_each_their_own_operation() -> None:
+def test_each_image_gets_its_own_operation() -> None:
     values = {Op.POSTERIZE: 3, Op.SOLARIZE: 99, Op.SHEAR_X: 0.2, Op.ROTATE: 20, Op.COLOR: -0.5}
     values |= {Op.TRANSLATE_X: 3, Op.TRANSLATE_Y: -3, Op.SHEAR_Y: 0.1, Op.BRIGHTNESS: 0.4}
     values |= {Op.CONTRAST: 0.4, Op.SHARPNESS: 0.4}
@@ -125,5 +125,5 @@ def test_images_of_a_batch_get_each_their_own_operation() -> None:
     together = np.asarray(apply(batch, np.arange(len(Op), dtype=np.int32), value))
     for op in Op:
         np.testing.assert_array_equal(together[op], applied(op, values.get(op, 0))[2])
-    # No two are the same, so none is left out or taken for another.
+    # All results differ, so none is missing or swapped.
     assert len(np.unique(together.reshape(len(Op), -1), axis=0)) == len(Op)

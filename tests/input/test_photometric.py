@@ -1,4 +1,4 @@
-"""Colour jitter against Pillow, colorsys and the distributions it is defined by."""
+"""Compares color jitter with Pillow, colorsys and its defining distributions."""
 
 import colorsys
 
@@ -25,49 +25,49 @@ def test_adjust_equals_pillow_in_any_order(order: tuple[int, ...], factor: float
     images = images_of((2, 12, 10, 3))
     orders, factors = np.array([order, order[::-1]]), np.full((2, 3), factor, np.float32)
     result = np.asarray(adjust(images.astype(np.float32), orders, factors))
-    for image, found, places in zip(images, result, orders, strict=True):
+    for image, actual, places in zip(images, result, orders, strict=True):
         expected = PIL.Image.fromarray(image)
         for place in places:
             expected = ENHANCE[place](expected).enhance(factor)
-        # Pillow cuts off fractions after each of the three; the next multiplies what was lost.
-        assert np.abs(found - np.asarray(expected)).max() < 4
+        # Pillow truncates after each of the three, and the next multiplies the error.
+        assert np.abs(actual - np.asarray(expected)).max() < 4
     assert factor == 1 or np.abs(result - images).mean() > 10
 
 
-def test_hue_turns_as_in_colorsys() -> None:
+def test_hue_shift_matches_colorsys() -> None:
     images = images_of((4, 6, 6, 3))
     images[0, 0] = 77
     shifts = np.array([-0.5, -0.1, 0.2, 0.45], np.float32)
     result = photometric.shift_hue(images.astype(np.float32), shifts)
-    for image, found, shift in zip(images, np.asarray(result), shifts, strict=True):
-        for pixel, changed in zip(image.reshape(-1, 3), found.reshape(-1, 3), strict=True):
+    for image, actual, shift in zip(images, np.asarray(result), shifts, strict=True):
+        for pixel, changed in zip(image.reshape(-1, 3), actual.reshape(-1, 3), strict=True):
             hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255.0))
             expected = colorsys.hsv_to_rgb((hue + shift) % 1.0, saturation, value)
             np.testing.assert_allclose(changed, np.array(expected) * 255, atol=2e-3)
 
 
-def test_factors_are_uniform_and_each_order_as_frequent() -> None:
-    # A saturated red and its complement, not bright enough for anything to be clipped at strength
-    # 0.2, so that each property's factor can be read off the result.
+def test_factors_and_orders_are_uniform() -> None:
+    # A saturated red and its complement, too dark to be clipped at strength 0.2, so that each
+    # property's factor can be computed from the result.
     pixels = np.array([[120, 100, 110], [90, 110, 100]], np.float32)
     images = np.broadcast_to(pixels.reshape(1, 1, 2, 3), (6000, 1, 2, 3))
     result = np.asarray(color_jitter(jax.random.key(0), images, 0.2, 0.0), np.float64)
     luma = np.array([0.299, 0.587, 0.114])
-    grey = result @ luma
+    gray = result @ luma
     before = pixels.astype(np.float64) @ luma
-    brightness = grey.mean(axis=(1, 2)) / before.mean()
-    contrast = (grey[:, 0, 0] - grey[:, 0, 1]) / (before[0] - before[1]) / brightness
-    chroma = (result - grey[..., None])[:, 0, 0, 0] / (pixels[0, 0] - before[0])
+    brightness = gray.mean(axis=(1, 2)) / before.mean()
+    contrast = (gray[:, 0, 0] - gray[:, 0, 1]) / (before[0] - before[1]) / brightness
+    chroma = (result - gray[..., None])[:, 0, 0, 0] / (pixels[0, 0] - before[0])
     saturation = chroma / brightness / contrast
     for factors in (brightness, contrast, saturation):
-        # Kolmogorov-Smirnov: passed by all but one sample in a thousand.
-        found = np.sort((factors - 0.8) / 0.4)
-        assert np.abs(found - (np.arange(6000) + 0.5) / 6000).max() < 1.95 / np.sqrt(6000)
+        # Kolmogorov-Smirnov: exceeded by one sample in a thousand.
+        actual = np.sort((factors - 0.8) / 0.4)
+        assert np.abs(actual - (np.arange(6000) + 0.5) / 6000).max() < 1.95 / np.sqrt(6000)
     for one, other in ((brightness, contrast), (contrast, saturation), (brightness, saturation)):
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.045
 
 
-def test_the_order_is_drawn_for_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_is_sampled_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = []
 
     def record(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax.Array:
@@ -82,9 +82,9 @@ def test_the_order_is_drawn_for_each_image(monkeypatch: pytest.MonkeyPatch) -> N
     assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
 
 
-def test_the_hue_shift_is_uniform() -> None:
+def test_hue_shift_is_uniform() -> None:
     red = np.broadcast_to(np.array([255, 0, 0], np.uint8), (3000, 1, 1, 3))
     result = np.asarray(color_jitter(jax.random.key(3), red, 0.0, 0.1))[:, 0, 0] / 255
     hue = (np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in result]) + 0.5) % 1 - 0.5
-    found = np.sort((hue + 0.1) / 0.2)
-    assert np.abs(found - (np.arange(3000) + 0.5) / 3000).max() < 1.95 / np.sqrt(3000)
+    actual = np.sort((hue + 0.1) / 0.2)
+    assert np.abs(actual - (np.arange(3000) + 0.5) / 3000).max() < 1.95 / np.sqrt(3000)

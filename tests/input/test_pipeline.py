@@ -11,7 +11,7 @@ from inception_jax.runtime import sharding
 
 
 def make_split(examples: int) -> types.SimpleNamespace:
-    """Images that show their own index, so that a batch tells which examples it holds."""
+    """Images that contain their index, so that a batch identifies its examples."""
 
     class Split(types.SimpleNamespace):
         def __len__(self) -> int:
@@ -39,7 +39,7 @@ def test_each_epoch_sees_each_example_once() -> None:
     assert not (epochs[0] == epochs[1]).all()
 
 
-def test_seeds_give_other_orders() -> None:
+def test_seeds_change_order() -> None:
     orders = [pipeline.epoch_order(seed, 0, 100).tolist() for seed in (0, 1)]
     assert orders[0] != orders[1]
 
@@ -52,22 +52,20 @@ def test_a_batch_may_be_larger_than_the_data_set() -> None:
     assert len(indices) == 25
 
 
-def test_batches_depend_on_the_step_alone() -> None:
+def test_batches_depend_only_on_step() -> None:
     split, mesh = make_split(50), mesh_of(8)
     arguments = {"batch_size": 16, "seed": 5, "mesh": mesh}
     whole = list(pipeline.train_batches(split, start=0, stop=9, **arguments))
     part = list(pipeline.train_batches(split, start=6, stop=9, **arguments))
     assert len(whole) == 9
-    for expected, found in zip(whole[6:], part, strict=True):
-        np.testing.assert_array_equal(expected["label"], found["label"])
-        np.testing.assert_array_equal(found["image"][:, 0, 0, 0], found["label"])
+    for expected, actual in zip(whole[6:], part, strict=True):
+        np.testing.assert_array_equal(expected["label"], actual["label"])
+        np.testing.assert_array_equal(actual["image"][:, 0, 0, 0], actual["label"])
     assert [b["label"].sharding.num_devices for b in part] == [8] * 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_together_read_the_whole_batch(
-    processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_together_read_the_batch(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     rows: list[int] = []
     for index in range(processes):
@@ -87,12 +85,12 @@ def test_evaluation_sees_each_example_once(examples: int, batch_size: int, devic
     assert seen == list(range(examples))
 
 
-def test_no_steps_give_no_batches() -> None:
+def test_empty_step_range_gives_no_batches() -> None:
     arguments = {"batch_size": 16, "seed": 5, "mesh": mesh_of(8)}
     assert list(pipeline.train_batches(make_split(50), start=4, stop=4, **arguments)) == []
 
 
-def test_a_batch_that_devices_cannot_share_is_refused() -> None:
+def test_indivisible_batch_size_is_refused() -> None:
     sharding.check_batch_size(16, 8)
     with pytest.raises(ConfigError, match=r"batch_size = 12: 8 devices .* 8 and 16"):
         sharding.check_batch_size(12, 8)
@@ -103,8 +101,8 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
         sharding.check_batch_size(40, 8, 3)
 
 
-def test_the_devices_of_a_process_are_neighbours_in_the_mesh() -> None:
-    # As on a TPU slice, whose hosts' devices lie in squares, numbered across them.
+def test_devices_of_a_process_are_adjacent_in_the_mesh() -> None:
+    # As on a TPU slice, where each host's devices form a square but are numbered across squares.
     devices = [types.SimpleNamespace(id=i, process_index=i // 2 % 2) for i in range(8)]
     ordered = sharding.in_process_order(reversed(devices))
     assert [device.id for device in ordered] == [0, 1, 4, 5, 2, 3, 6, 7]

@@ -1,4 +1,4 @@
-"""Which operations the policies draw, how often and how strong."""
+"""Operations sampled by the policies: frequencies and magnitudes."""
 
 import collections
 
@@ -14,7 +14,7 @@ SIGNED = set(Op) - {Op.IDENTITY, Op.POSTERIZE, Op.SOLARIZE, Op.AUTOCONTRAST, Op.
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Collects the (operations, values) that a policy asks for; images stay as they are."""
+    """Collects the (operations, values) of a policy; leaves images unchanged."""
     calls: list[tuple[np.ndarray, np.ndarray]] = []
 
     def record(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
@@ -27,8 +27,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, np.ndarray]
     return calls
 
 
-def test_values_are_those_of_torchvision() -> None:
-    """The numbers of RandAugment._augmentation_space and TrivialAugmentWide's, at some bins."""
+def test_values_match_torchvision() -> None:
+    """Values of RandAugment's and TrivialAugmentWide's _augmentation_space at some bins."""
     values = policies.randaugment_values(48, 64)
     expected = {
         Op.SHEAR_X: 0.09,
@@ -42,7 +42,7 @@ def test_values_are_those_of_torchvision() -> None:
     }
     for op, value in expected.items():
         assert values[op, 9] == pytest.approx(value)
-    # NumPy and torch round halves to even: 4 * 3.75 / 30 = 0.5, 1.5, ... never at whole bins.
+    # NumPy and torch round halves to even: 4 * 3.75 / 30 = 0.5, 1.5, ... never at integer bins.
     assert values[Op.POSTERIZE].tolist() == [8] * 4 + [7] * 8 + [6] * 7 + [5] * 8 + [4] * 4
     wide = policies.trivialaugment_values()
     assert wide[:, 30] == pytest.approx(
@@ -51,7 +51,7 @@ def test_values_are_those_of_torchvision() -> None:
     assert wide[:, 0] == pytest.approx([0] * 10 + [8, 255, 0, 0])
 
 
-def test_randaugment_draws_each_operation_alike_both_ways(drawn: list) -> None:
+def test_randaugment_operations_and_signs_are_uniform(drawn: list) -> None:
     images = np.zeros((4000, 4, 4, 3), np.uint8)
     policies.randaugment(jax.random.key(0), images, 3, 20)
     jax.effects_barrier()
@@ -66,11 +66,11 @@ def test_randaugment_draws_each_operation_alike_both_ways(drawn: list) -> None:
     for op in Op:
         negative = np.signbit(values[operations == op]).mean()
         assert 0.43 < negative < 0.57 if op in SIGNED else negative == 0
-    # The places of one image are drawn on their own.
+    # The positions within an image are sampled independently.
     assert (drawn[0][0] == drawn[1][0]).mean() == pytest.approx(1 / len(Op), abs=0.02)
 
 
-def test_trivialaugment_draws_one_operation_and_any_magnitude(drawn: list) -> None:
+def test_trivialaugment_samples_one_operation_and_magnitude(drawn: list) -> None:
     images = np.zeros((20000, 4, 4, 3), np.uint8)
     policies.trivialaugment(jax.random.key(1), images)
     jax.effects_barrier()
@@ -78,17 +78,17 @@ def test_trivialaugment_draws_one_operation_and_any_magnitude(drawn: list) -> No
     counts = np.bincount(operations, minlength=len(Op))
     expected = len(operations) / len(Op)
     assert ((counts - expected) ** 2 / expected).sum() < 34.5
-    found = collections.Counter(np.abs(values[operations == Op.ROTATE]).round(1).tolist())
-    assert sorted(found) == pytest.approx(np.arange(31) * 4.5, abs=1e-3)
-    expected = found.total() / 31
+    actual = collections.Counter(np.abs(values[operations == Op.ROTATE]).round(1).tolist())
+    assert sorted(actual) == pytest.approx(np.arange(31) * 4.5, abs=1e-3)
+    expected = actual.total() / 31
     # The 99.9th percentile of chi-squared with 30 degrees of freedom.
-    assert sum((count - expected) ** 2 / expected for count in found.values()) < 59.7
+    assert sum((count - expected) ** 2 / expected for count in actual.values()) < 59.7
 
 
-def test_randaugment_applies_one_operation_after_another() -> None:
+def test_randaugment_applies_operations_in_sequence() -> None:
     images = np.random.default_rng(2).integers(0, 256, (64, 8, 8, 3), np.uint8)
     key = jax.random.key(2)
-    # Operation by operation, all of it would compile once for each.
+    # One operation at a time would compile everything once for each.
     randaugment = jax.jit(policies.randaugment, static_argnums=(2, 3))
     apply = jax.jit(image_ops.apply)
     once, twice = (randaugment(key, images, ops, 9) for ops in (1, 2))

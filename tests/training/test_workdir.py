@@ -69,15 +69,15 @@ def test_other_data_set_content_is_rejected(tmp_path: pathlib.Path) -> None:
     [
         (
             ["pear", "plum", "zapple"],
-            r"names: without 'apple', with 'zapple'; the first that differs is class 0: "
+            r"names: without 'apple', with 'zapple'; the first difference is class 0: "
             r"'apple' → 'pear'",
         ),
         # The same order, but another name.
         (
             ["apple", "pears", "plum"],
-            r"without 'pear', with 'pears'; the first that differs is class 1: 'pear' → 'pears'",
+            r"without 'pear', with 'pears'; the first difference is class 1: 'pear' → 'pears'",
         ),
-        (["pear", "apple", "plum"], r"the same names in another order; the first .* class 0"),
+        (["pear", "apple", "plum"], r"the same names in a different order; the first .* class 0"),
         (["apple", "fig", "pear", "plum"], r"3 classes → 4, with 'fig'; .* class 1"),
     ],
 )

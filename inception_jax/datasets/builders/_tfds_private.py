@@ -1,8 +1,8 @@
-"""What the builders need of TFDS that it does not offer: known of the version below.
+"""Private TFDS behavior that the builders rely on, tested with the version below.
 
-A GeneratorBasedBuilder writes ArrayRecords without TensorFlow as long as images are handed over as
-encoded bytes and archives are read here rather than by TFDS's download manager. What is left of
-TensorFlow, and of what TFDS prints, is replaced here.
+A GeneratorBasedBuilder writes ArrayRecords without TensorFlow as long as images are passed as
+encoded bytes and archives are read by this package rather than by TFDS's download manager. This
+module replaces the remaining uses of TensorFlow and silences TFDS's own progress messages.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-# Tests compare it with the installed one, and each name that is used here with what is there.
+# Tests compare this with the installed version and check that each name used here exists.
 TESTED_WITH = {"tensorflow-datasets": ("4.9.10",)}
-# TFDS shuffles a split of more than 1 GB through temporary files that it opens with TensorFlow.
-# This stands in for the part of TensorFlow that it uses there.
+# TFDS shuffles splits larger than 1 GB through temporary files that it opens with TensorFlow. This
+# replaces the part of TensorFlow used there.
 _PLAIN_FILES = types.SimpleNamespace(
     io=types.SimpleNamespace(
         gfile=types.SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
@@ -25,13 +25,13 @@ _PLAIN_FILES = types.SimpleNamespace(
 )
 
 
-# TFDS registers every builder by name unless told not to, by an argument of the class statement
-# that it declares no type for: hence "type: ignore" here and at the subclasses.
+# TFDS registers every builder by name unless a class argument disables it; that argument has no
+# declared type, hence "type: ignore" here and at the subclasses.
 class QuietBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A builder of local files, whose progress is shown by others."""
+    """A builder of local files that does not print TFDS's progress messages."""
 
-    # TFDS's own way to find the checksums of downloads, of which there are none here, imports
-    # importlib_resources, a package that TFDS uses without requiring it.
+    # TFDS's default lookup of download checksums, unused here, imports importlib_resources, which
+    # TFDS does not list as a dependency.
     url_infos = None
 
     def _log_download_bytes(self) -> None:
@@ -43,7 +43,7 @@ class QuietBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Lets TFDS write a data set of any size, for the time of the `with` block."""
+    """Lets TFDS write a data set of any size without TensorFlow, within the `with` block."""
     before = shuffle.tf
     shuffle.tf = _PLAIN_FILES
     try:

@@ -1,4 +1,4 @@
-"""The base of all TFDS builders: files or arrays in, a standard ArrayRecord dataset out."""
+"""Base class of the builders, which convert files or arrays to ArrayRecord data sets."""
 
 import abc
 import contextlib
@@ -18,36 +18,36 @@ from inception_jax.datasets.builders import _tfds_private
 from inception_jax.datasets.sources import files
 from inception_jax.errors import DataError
 
-# Key, then the example's features.
+# An example's key and its features.
 KeyedExample = tuple[str, dict[str, Any]]
 
 _FORMAT = "array_record"
-# TFDS keeps a thousand files open at a time; the usual limit is 1,024.
+# TFDS keeps a thousand files open at once; the usual limit is 1,024.
 _OPEN_FILES = 4096
 
 
 class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Builds one data set of the features image, label and file_name.
+    """Builds a data set with the features image, label and file_name.
 
-    A subclass gives `VERSION`, what describes it, and the abstract methods. The records of a split
-    lie in the order of a hash of their keys, which TFDS fixes: shuffled, the same at every
-    preparation.
+    A subclass defines `VERSION`, the descriptive attributes and the abstract methods. TFDS orders
+    the records of a split by a fixed hash of their keys, so they are shuffled identically every
+    time the data set is prepared.
 
     Args:
-      source: where the original files are, as in `config.data.source`.
-      log: takes one line of text.
-      data_dir: as of every TFDS builder.
+      source: path of the original files, as in `config.data.source`.
+      log: called with one line of text.
+      data_dir: as for every TFDS builder.
 
     Attributes:
-      DESCRIPTION, HOMEPAGE, CITATION: for TFDS's description of the data set.
-      IMAGE: what is known of all images, arguments of TFDS's feature.
+      DESCRIPTION, HOMEPAGE, CITATION: stored in TFDS's description of the data set.
+      IMAGE: arguments of TFDS's Image feature.
     """
 
-    # Those of the features that are read, which are the default ones.
+    # Names of the features to read; None: `records.DEFAULT_FIELDS`.
     fields = None
-    # The source, of those that keep one open.
+    # The source, for builders that keep one open.
     _files: files.Source
-    # What `open` found, as `splits` returns it.
+    # Set by `open`, returned by `splits`.
     _splits: Mapping[str, Any]
 
     DESCRIPTION: ClassVar[str]
@@ -86,49 +86,49 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         )
 
     def more_features(self) -> dict[str, Any]:
-        """Returns the features that are kept of an example besides the three."""
+        """Returns features to store in addition to image, label and file_name."""
         return {}
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Opens the source and checks what can be checked without reading images.
+        """Opens the source and checks it as far as possible without reading images.
 
-        `close` is called in the end, also where this fails.
+        `close` is called afterwards, even if this fails.
 
         Raises:
           DataError: if something is missing or wrong.
         """
 
     def close(self) -> None:
-        """Closes the source, if it was opened."""
+        """Closes the source if it is open."""
         if hasattr(self, "_files"):
             self._files.close()
 
     def splits(self) -> Mapping[str, Any]:
-        """Returns what each split consists of, sized, in the form that `examples` takes."""
+        """Returns the items of each split, a sized collection that is passed to `examples`."""
         return self._splits
 
     @abc.abstractmethod
     def examples(self, items: Any) -> Generator[KeyedExample, None, None]:
-        """Yields the examples of a split, each verified to be a whole image.
+        """Yields the examples of a split, after checking that each image decodes completely.
 
         Raises:
-          DataError: naming the file that is damaged.
+          DataError: if a file is damaged; the message names it.
         """
 
     @abc.abstractmethod
-    def label_facts(self) -> tuple[Iterable[str], dict[str, Any]]:
-        """Returns the class names in label order, and metadata to keep with the dataset."""
+    def class_names_and_metadata(self) -> tuple[Iterable[str], dict[str, Any]]:
+        """Returns the class names in label order, and metadata to store with the data set."""
 
     @abc.abstractmethod
     def source_bytes(self) -> int:
-        """Returns the size of all encoded images together, bytes."""
+        """Returns the total size of all encoded images, bytes."""
 
     def is_prepared(self) -> bool:
-        """Whether the dataset is on disk: TFDS gives the folder its name when all is written.
+        """Returns whether the data set is on disk; TFDS renames its folder once it is complete.
 
         Raises:
-          DataError: if it is there in another format, written by TFDS's own commands.
+          DataError: if it is stored in another format, written by TFDS's own commands.
         """
         if not self.info.splits:
             return False
@@ -137,24 +137,24 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes of the prepared dataset, in the order of the labels."""
+        """The class names of the prepared data set, in label order."""
         return self.info.features["label"].names
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What was kept with the prepared dataset besides: `label_facts`."""
+        """The metadata stored with the prepared data set (`class_names_and_metadata`)."""
         return self.info.metadata
 
     def missing_files(self) -> list[str]:
-        """Returns the files of the prepared dataset that have been removed since."""
+        """Returns files of the prepared data set that no longer exist."""
         paths = [path for split in self.info.splits for path in self.files(split)]
         return [str(path) for path in paths if not path.exists()]
 
     def prepare(self) -> None:
-        """Writes the dataset; `open` comes first.
+        """Writes the data set; call `open` first.
 
         Raises:
-          DataError: if an image is damaged; nothing is left behind.
+          DataError: if an image is damaged; no files are left behind.
         """
         tfds.disable_progress_bar()
         _allow_open_files(_OPEN_FILES)
@@ -162,15 +162,15 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
             self.download_and_prepare(file_format=_FORMAT)
 
     def files(self, split: str) -> list[pathlib.Path]:
-        """Returns the record files of a split of the prepared dataset, in order."""
+        """Returns the record files of a split of the prepared data set, in order."""
         return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[KeyedExample]]:
-        names, metadata = self.label_facts()
-        # Known only now: `_info` must do without the source, so that what is prepared can be read
-        # when the source is gone.
+        names, metadata = self.class_names_and_metadata()
+        # Set only now: `_info` must work without the source, so that a prepared data set can be
+        # read after the source is removed.
         self.info.features["label"].names = list(names)
         self.info.metadata.update(metadata)
         return {
@@ -188,28 +188,29 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
 
 
 def check_format(info: tfds.core.DatasetInfo, name: str) -> None:
-    """Raises DataError if a prepared data set, `name` with its version, is no ArrayRecord."""
-    found = info.file_format.value
-    if found != _FORMAT:
+    """Raises DataError if a prepared data set (`name` includes the version) is not ArrayRecord."""
+    stored_format = info.file_format.value
+    if stored_format != _FORMAT:
         raise DataError(
-            f"{info.data_dir}: is stored as {found}, not as {_FORMAT}. Give another "
-            "config.data.directory, or, with TensorFlow installed, convert it: tfds "
-            f"convert_format --dataset_version_dir={info.data_dir} --out_file_format={_FORMAT} "
-            f"--out_dir=DIRECTORY/{name} and --config.data.directory=DIRECTORY"
+            f"{info.data_dir}: stored as {stored_format}; must be {_FORMAT}. Set "
+            "config.data.directory to another directory, or convert it in an environment with "
+            f"TensorFlow: tfds convert_format --dataset_version_dir={info.data_dir} "
+            f"--out_file_format={_FORMAT} --out_dir=DIRECTORY/{name}, then use "
+            "--config.data.directory=DIRECTORY"
         )
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """Returns an image, uint8 [H, W, 3], [H, W, 1] or [H, W], as the content of a PNG file."""
+    """Encodes an image, uint8 [H, W, 3], [H, W, 1] or [H, W], as PNG."""
     buffer = io.BytesIO()
-    grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
-    image = Image.fromarray(np.ascontiguousarray(grey))
+    gray = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(gray))
     image.save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files to `count`, or to what it may raise it to."""
+    """Raises this process's limit of open files to `count`, or to its hard limit if lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         count = min(count, hard)

@@ -1,4 +1,4 @@
-"""CIFAR-10 as a TFDS dataset: 10 classes of 32 × 32 pixels (cifar10_files.py has its forms).
+"""Builds CIFAR-10: 10 classes, 32 × 32 pixels (cifar10_files.py reads its file formats).
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", University of Toronto,
 2009.
@@ -21,8 +21,8 @@ from inception_jax.registry import DATASETS
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 BYTES = 170_498_071
-# Images that one thread encodes at a time: some 5 ms of work.
-_PIECE = 64
+# Images encoded per task of a thread: about 5 ms of work.
+_CHUNK_SIZE = 64
 _CITATION = """@techreport{krizhevsky2009learning,
   title = {Learning Multiple Layers of Features from Tiny Images},
   author = {Krizhevsky, Alex},
@@ -31,8 +31,8 @@ _CITATION = """@techreport{krizhevsky2009learning,
 }"""
 
 
-class Example(NamedTuple):
-    """One image: its split, its number in the order of the files, pixels and label."""
+class CifarImage(NamedTuple):
+    """One image: its split, its index in file order, its pixels (uint8 [3072]) and its label."""
 
     split: str
     number: int
@@ -41,13 +41,13 @@ class Example(NamedTuple):
 
 
 class Cifar10(base.ImageBuilder):
-    """The whole of CIFAR-10: 50,000 training and 10,000 test images.
+    """Builds CIFAR-10 with 50,000 training and 10,000 test images.
 
-    Features: image (PNG), label, file_name ('train_00000.png', the index in the order of the files,
-    by which other programs count, too).
+    Features: image (PNG), label, file_name ('train_00000.png': the index in file order, which other
+    programs use too).
 
-    Every source of the right counts is taken for CIFAR-10, and what was prepared from one serves
-    for another; an archive that is not the official one is noted in the log, a folder is not.
+    Any source with the right image counts is accepted as CIFAR-10, and data prepared from one
+    source are reused for another. A non-official archive is reported in the log; a folder is not.
     """
 
     VERSION = tfds.core.Version(DATASETS.get("cifar10").version)
@@ -60,26 +60,28 @@ class Cifar10(base.ImageBuilder):
     _names: list[str]
 
     def open(self) -> None:
-        """Reads all files (184 MB of pixels) and checks that they are CIFAR-10's."""
+        """Reads all files (184 MB of pixels) and checks that they match CIFAR-10."""
         self._path = self._locate()
         with opening.open_path(
-            self._path, hidden=folders.hidden, scratch=pathlib.Path(self.data_dir_root)
+            self._path, is_hidden=folders.is_hidden, scratch=pathlib.Path(self.data_dir_root)
         ) as source:
             self._names, arrays = files.read(source)
         for split, (_, labels) in arrays.items():
             self._check_counts(
-                split, labels, len(files.FILES[split]) * files.PER_FILE // files.CLASSES
+                split,
+                labels,
+                len(files.BATCH_FILES[split]) * files.IMAGES_PER_FILE // files.NUM_CLASSES,
             )
         path = self._path
         if path.is_file() and (path.stat().st_size, download.md5_of(path)) != (BYTES, MD5):
             self.log(
-                f"{self._path}: not the official archive (MD5 {MD5}), though its files and counts "
-                "are CIFAR-10's; it is used as it is"
+                f"{self._path}: not the official archive (MD5 {MD5}), but its files and image "
+                "counts match CIFAR-10; using it as is"
             )
 
         self._splits = {
             split: [
-                Example(split, index, row, label)
+                CifarImage(split, index, row, label)
                 for index, (row, label) in enumerate(zip(pixels, labels, strict=True))
             ]
             for split, (pixels, labels) in arrays.items()
@@ -92,36 +94,36 @@ class Cifar10(base.ImageBuilder):
         path = pathlib.Path(self.source)
         if not path.exists():
             raise DataError(
-                f"config.data.source = {self.source!r}: there is no such file or folder. Give the "
-                f"cifar-10-python.tar.gz or the folder {files.FOLDER} that was extracted from it, "
-                "or leave it empty for the official download."
+                f"config.data.source = {self.source!r}: no such file or folder; set it to "
+                f"cifar-10-python.tar.gz or the extracted folder {files.FOLDER}, or leave it "
+                "empty to download the official archive"
             )
         return path
 
     def _check_counts(self, split: str, labels: Sequence[int], expected: int) -> None:
-        counts = np.bincount(labels, minlength=files.CLASSES)
+        counts = np.bincount(labels, minlength=files.NUM_CLASSES)
         if (counts != expected).any():
             raise DataError(
-                f"{self._path}: not the whole of CIFAR-10, for its {split} split has "
+                f"{self._path}: incomplete CIFAR-10: its {split} split has "
                 f"{', '.join(f'{count:,}' for count in counts)} images of the classes 0 to 9 "
-                f"(expected {expected:,} each). Get the archive again."
+                f"(expected {expected:,} each). Download the archive again"
             )
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names of batches.meta, and the source."""
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names from batches.meta, and the source path."""
         return self._names, {"source": str(self._path.absolute())}
 
     def source_bytes(self) -> int:
-        """Returns the size of all pixels, which PNG does not exceed by more than some bytes."""
+        """Returns the size of all pixels, which PNG exceeds by at most a few bytes per image."""
         return sum(len(each) * (3 * 32 * 32 + 200) for each in self._splits.values())
 
-    def examples(self, items: Sequence[Example]) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images as PNG files, encoded in threads."""
-        encoded = decode.threaded_map(_encode, items, _PIECE)
+    def examples(self, items: Sequence[CifarImage]) -> Generator[base.KeyedExample, None, None]:
+        """Yields the images as PNG, encoded in threads."""
+        encoded = decode.threaded_map(_encode, items, _CHUNK_SIZE)
         for item, data in zip(items, encoded, strict=True):
             name = f"{item.split}_{item.number:05d}.png"
             yield name, {"image": data, "label": item.label, "file_name": name}
 
 
-def _encode(item: Example) -> bytes:
+def _encode(item: CifarImage) -> bytes:
     return base.to_png(item.pixels.reshape(3, 32, 32).transpose(1, 2, 0))

@@ -1,7 +1,7 @@
-"""Handwritten digits that come with scikit-learn: a data set that needs no download.
+"""Builds the handwritten digits of scikit-learn, which need no download.
 
-1,797 grey images of 8 × 8 pixels, the test set of UCI's "Optical Recognition of Handwritten Digits"
-(Alpaydin and Kaynak, 1998). Large enough to see a network learn in seconds.
+1,797 grayscale images of 8 × 8 pixels: the test set of UCI's "Optical Recognition of Handwritten
+Digits" (Alpaydin and Kaynak, 1998). Large enough to see a network learn within seconds.
 """
 
 from collections.abc import Generator, Sequence
@@ -13,15 +13,15 @@ import tensorflow_datasets as tfds
 from inception_jax.datasets.builders import base
 from inception_jax.registry import DATASETS
 
-# Every fifth image, counted within the classes one after another, is a test image: 360 of 1,797,
-# each class's share the same to within one image.
+# With the images sorted by class, every fifth is a test image: 360 of 1,797, the same fraction of
+# each class to within one image.
 _TEST_EVERY = 5
 
 
 class Digits(base.ImageBuilder):
-    """The digits 0 to 9: 1,437 training and 360 test images.
+    """Builds the digits 0 to 9 with 1,437 training and 360 test images.
 
-    Features: image (PNG, grey), label, file_name (the index in scikit-learn's order).
+    Features: image (grayscale PNG), label, file_name (with the index in scikit-learn's order).
     """
 
     VERSION = tfds.core.Version(DATASETS.get("digits").version)
@@ -34,7 +34,7 @@ class Digits(base.ImageBuilder):
 
     def open(self) -> None:
         """Loads the images from scikit-learn."""
-        # Imported here: scikit-learn takes a second, and reading what is prepared needs none of it.
+        # Imported here because it takes a second, and reading prepared data does not need it.
         from sklearn import datasets
 
         bunch = datasets.load_digits()
@@ -47,16 +47,16 @@ class Digits(base.ImageBuilder):
             "test": sorted(by_class[is_test].tolist()),
         }
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the digits' names; there is no more to keep."""
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the digits as class names, and no metadata."""
         return [str(digit) for digit in range(10)], {}
 
     def source_bytes(self) -> int:
-        """Returns a bound on the size of all images, bytes."""
+        """Returns an upper bound of the size of all images, bytes."""
         return 4 * self._images.nbytes
 
     def examples(self, items: Sequence[int]) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images as PNG files."""
+        """Yields the images as PNG."""
         for item in items:
             name, image = f"digit_{item:04d}.png", base.to_png(self._images[item])
             yield name, {"image": image, "label": int(self._labels[item]), "file_name": name}

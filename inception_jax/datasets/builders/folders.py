@@ -1,21 +1,22 @@
-"""The layout of a user's own pictures: a folder for each class, in a folder or in an archive.
+"""Detects classes and splits from folder names, in a folder or an archive of images.
 
     ROOT/train/CLASS/**    training images
-    ROOT/val/CLASS/**      images to evaluate on
-    ROOT/test/**           a second such folder becomes the split 'test', which may have no classes
+    ROOT/val/CLASS/**      validation images
+    ROOT/test/**           the split 'test' if there is also a val folder; may lack classes
     ROOT/pred/**           images without classes, for predictions
 
-or, if nothing is split yet, one folder of which a share of each class is held out:
+or, without splits, one folder per class, of which a fraction is held out for evaluation:
 
     ROOT/CLASS/**
 
-Names of splits are known by their words: seg_train, training_set, TestImages and val2017 are splits
-where their folders are the same classes. Folders that could be read in two ways are refused, with
-both readings; `config.data.layout` and the path of the source say which one is meant.
+Split folders are recognized by words in their names: seg_train, training_set, TestImages and
+val2017 are splits if they contain the same class folders. Ambiguous folders are refused with an
+error that explains both interpretations; `config.data.layout` and the path of the source resolve
+it.
 
-Folders inside a class are searched. What systems, shares and editors leave behind, what this
-program writes, notes and logs are no files of the data set; all else below a class is taken for an
-image, whatever its name; whether it is one, image_folder.py finds out.
+Folders inside a class are searched recursively. Files of operating systems, network shares and
+editors, this program's output, notes and logs are ignored. Any other file below a class counts as
+an image, whatever its name; image_folder.py checks whether it is one.
 """
 
 import dataclasses
@@ -37,28 +38,28 @@ from inception_jax.storage import atomic
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
 _EVALUATION = "evaluation"
-# The words by which a folder's name tells its split.
-_WORDS = {
+# Words in a folder's name that identify its split.
+_SPLIT_WORDS = {
     TRAIN: ("train", "training", "trainval"),
     VALIDATION: ("val", "valid", "validation", "dev"),
     TEST: ("test", "testing"),
-    # The one of the two that has no folder of its own.
+    # Whichever of validation and test has no other folder.
     _EVALUATION: ("eval", "evaluation", "holdout"),
     UNLABELED: ("pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled"),
 }
-# What stands beside them and says nothing: training_set, TestImages, valdata.
+# Words without meaning that accompany them: training_set, TestImages, valdata.
 _FILLERS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "split")
-# Folders that are often the only one inside a split's, and hold its classes.
+# Names of folders that are often the only folder inside a split and contain its classes.
 _CONTAINERS = (*_FILLERS, "photos", "jpg", "jpeg", "png", "unknown")
-_EXPECTED = "Expected: one folder of pictures for each class, or train/ and val/ with such folders."
+_EXPECTED = "Expected one folder of images per class, or train/ and val/ with such folders"
 _AS_CLASSES = "config.data.layout=classes"
 
-# What is left behind beside pictures, by lower-case names. Whatever begins with a dot is, too.
-_LEFT_BEHIND = {
+# Lower-case names of system files next to images. Names that begin with a dot are ignored too.
+_SYSTEM_FILES = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
     *("system volume information", "$recycle.bin", "recycler", "recycled"),
-    # macOS, its shares, and the same name as other systems show it.
+    # macOS, its shares, and the same name as displayed by other systems.
     *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
     "thevolumesettingsfolder",
     # Linux, Android, NAS systems and their shares.
@@ -67,31 +68,39 @@ _LEFT_BEHIND = {
     # Viewers, version control and programming tools.
     *("picasa.ini", "zbthumbnail.info", "descript.ion", "captureone", "_svn", "__pycache__"),
 }
-# Copies and locks of editors, what shares keep beside a file, downloads that are not finished.
+# Backups and locks of editors, companion files of network shares, unfinished downloads.
 _TEMPORARY = re.compile(
     r"~\$.+|#.+#|.+~|.+@syno\w+|.+[:_]zone\.identifier|.+:(encryptable|afp_\w+|com\.[\w.]+)"
     r"|.+\.(bak|orig|rej|swp|tmp|temp|part|partial|filepart|aria2|crdownload|opdownload|download|!ut)",
     re.IGNORECASE,
 )
 # Folders of file system checks, old tar programs, and Lightroom's previews.
-_LEFT_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
-# How systems name copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of cats".
+_SYSTEM_FOLDERS = re.compile(r"found\.\d{3}|paxheaders(\.\d+)?|.+\.lrdata", re.IGNORECASE)
+# Names that systems give to copies of a folder: "cats - Copy", "cats copy 2", "cats (1)", "Copy of
+# cats".
 _COPY = re.compile(
     r"copy of (?P<after>.+)|(?P<before>.+?)( - copy( \(\d+\))?| copy( \d+)?| ?\(\d+\))",
     re.IGNORECASE,
 )
-# What a run's folder holds other than documents (training/workdir.py has the names).
-_OF_A_RUN = ("checkpoints", "plots", "tensorboard", "report.html", "predictions.npz", "find_lr.png")
-# A data set that TFDS has not finished, and a cache that this program has not.
+# Contents of a workdir other than text files (training/workdir.py defines the names).
+_RUN_OUTPUTS = (
+    "checkpoints",
+    "plots",
+    "tensorboard",
+    "report.html",
+    "predictions.npz",
+    "find_lr.png",
+)
+# Unfinished data sets of TFDS, and unfinished caches of this program.
 _UNFINISHED = re.compile(r"incomplete\.\w+_\d+\.\d+\.\d+|.+px.*\.partial")
-# Unicode's categories of control characters, line breaks and paragraph breaks.
-_BREAKS = ("Cc", "Zl", "Zp")
-# How many things an error names.
-_NAMED = 10
+# Unicode categories of control characters, line separators and paragraph separators.
+_CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")
+# Maximum number of names in an error.
+_MAX_NAMED = 10
 
 
-class Entry(NamedTuple):
-    """One image: its path below the source's root, and its class ('' if unknown)."""
+class LabeledFile(NamedTuple):
+    """An image file: its path below the source's root, and its class ('' if unknown)."""
 
     file: str
     label: str
@@ -99,85 +108,95 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What lies where.
+    """The detected classes and splits of a source.
 
     Attributes:
-      splits: the files of each split that has a folder of its own.
-      classes: the names of the training split's class folders, sorted; some may hold no file.
-      divided: whether there is a folder to evaluate on, or a share has to be held out.
-      root: what the paths of the training files begin with before their class's folder: '' or
-        ending in '/'.
-      folders: the folder of each split; empty: there are no splits.
-      own: the files, and the folders ending in '/', that this program wrote.
-      left_out: these and all others that are none of the data set's.
-      without_pictures: the folders beside those of classes that hold notes and the like alone.
+      splits: the files of each split that has its own folder.
+      classes: names of the training split's class folders, sorted; some may contain no files.
+      has_validation: whether there is a validation folder; if not, images are held out.
+      root: prefix of the training files' paths before the class folder, '' or ending in '/'.
+      folders: the folder of each split; empty if there are no split folders.
+      program_files: files, and folders ending in '/', written by this program.
+      ignored: these and all other paths that do not belong to the data set.
+      imageless_folders: folders next to the class folders that contain only notes and the like.
     """
 
-    splits: dict[str, list[Entry]]
+    splits: dict[str, list[LabeledFile]]
     classes: tuple[str, ...]
-    divided: bool
+    has_validation: bool
     root: str
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
-    own: Collection[str] = ()
-    left_out: Sequence[str] = ()
-    without_pictures: Sequence[str] = ()
+    program_files: Collection[str] = ()
+    ignored: Sequence[str] = ()
+    imageless_folders: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
-        """The files of all splits."""
+        """The paths of all splits' files."""
         return [entry.file for entries in self.splits.values() for entry in entries]
 
 
-def hidden(file: str) -> bool:
-    """Whether a path is that of a file which systems, not users, put beside pictures.
+def is_hidden(file: str) -> bool:
+    """Returns whether a path belongs to a system, editor or temporary file.
 
     Args:
-      file: its path; that of a folder ends in '/'.
+      file: a path; folders end in '/'.
     """
     parts = file.split("/")
     return bool(_TEMPORARY.fullmatch(parts[-1])) or any(
-        part.startswith(".") or part.lower() in _LEFT_BEHIND or bool(_LEFT_FOLDERS.fullmatch(part))
+        part.startswith(".")
+        or part.lower() in _SYSTEM_FILES
+        or bool(_SYSTEM_FOLDERS.fullmatch(part))
         for part in parts
     )
 
 
-def named_as_picture(file: str) -> bool:
-    """Whether a path ends as those of a format do that can be decoded (.jpg, .png, .webp, …)."""
-    # The first call imports all of PIL's formats (0.1 s).
+def has_image_extension(file: str) -> bool:
+    """Returns whether a path has the extension of a decodable format (.jpg, .png, .webp, …)."""
+    # The first call imports all PIL formats (0.1 s).
     formats = Image.registered_extensions()
-    found = formats.get(os.path.splitext(file)[1].lower())
-    return found in Image.OPEN and found not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+    image_format = formats.get(os.path.splitext(file)[1].lower())
+    return image_format in Image.OPEN and image_format not in (
+        "BUFR",
+        "EPS",
+        "GRIB",
+        "HDF5",
+        "MPEG",
+        "WMF",
+    )
 
 
 def open_source(
     path: str | os.PathLike[str], *, encoding: str = "", scratch: pathlib.Path | None = None
 ) -> Source:
-    """Opens a folder of pictures, or an archive of one; the path may lead on into an archive.
+    """Opens a folder of images, an archive of one, or a folder inside an archive.
 
     Args:
-      path: what was given.
-      encoding: of an archive's names where it does not say it; '': not known.
-      scratch: as in `sources.open_path`.
+      path: of the folder or archive; may continue into the archive.
+      encoding: of names whose encoding the archive does not declare; '': unknown.
+      scratch: as for `opening.open_path`.
 
     Raises:
-      DataError: if it does not exist, is something else, or holds nothing; or if the names of an
-        archive's folders can be read in several ways.
+      DataError: if it does not exist, is of another type, or is empty; or if folder names of an
+        archive are ambiguous.
     """
     path = pathlib.Path(path)
     archive = next((above for above in path.parents if above.is_file()), path)
     if not archive.exists():
         raise DataError(
-            f"config.data.source = {str(path)!r}: there is no such folder. Give the folder that "
-            "holds one folder of pictures for each class, or a zip or tar archive of it."
+            f"config.data.source = {str(path)!r}: no such file or folder; set it to a folder that "
+            "contains one folder of images per class, or to a zip or tar archive of it"
         )
-    source = opening.open_path(archive, hidden=hidden, encoding=encoding, scratch=scratch)
+    source = opening.open_path(archive, is_hidden=is_hidden, encoding=encoding, scratch=scratch)
     if archive != path:
         source.enter(f"{path.relative_to(archive).as_posix()}/")
-        # What messages call it.
+        # Used in messages.
         source.path = path
-    problem = None if source.sizes else DataError(f"{path}: holds no file. {_EXPECTED}")
+    problem = None if source.sizes else DataError(f"{path}: contains no files. {_EXPECTED}")
     if source.names_depend_on_encoding:
-        problem = problem or member_names.doubtful_folder([*source.sizes, *source.folders], path)
+        problem = problem or member_names.undecodable_folders(
+            [*source.sizes, *source.folders], path
+        )
     if problem:
         source.close()
         raise problem
@@ -185,95 +204,97 @@ def open_source(
 
 
 def contents(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Contents:
-    """Returns what tells the pictures of a source from others; it reads no file.
+    """Returns what identifies the images of a source, without reading any file.
 
     Args:
-      path: as of `open_source`.
-      settings: of config.data, layout and archive_encoding among them.
+      path: as for `open_source`.
+      settings: from config.data, including layout and archive_encoding.
 
     Raises:
       DataError: as `open_source` and `layout` do.
     """
     with open_source(path, encoding=settings["archive_encoding"]) as source:
-        found = layout(source, settings["layout"])
-        # Revision 56edb8b and before counted what lies beside the pictures, too.
-        others = _without(source.sizes, found.own)
-        digests = (source.fingerprint(found.files), source.fingerprint(others))
-        return Contents(digests, found.classes)
+        detected = layout(source, settings["layout"])
+        # Revision 56edb8b and earlier also included files next to the images.
+        others = _excluding(source.sizes, detected.program_files)
+        digests = (source.fingerprint(detected.files), source.fingerprint(others))
+        return Contents(digests, detected.classes)
 
 
-# The paths of files, and of folders with a '/' at their end, by the first folder of each path; ''
-# has the files that lie in none.
+# Paths of files, and of folders with a trailing '/', by their first folder; '' has the files that
+# are in no folder.
 _Tree = dict[str, list[str]]
 
 
-def layout(source: Source, reading: str = "auto") -> Layout:
-    """Finds classes and splits by the names of the folders; it reads no file.
+def layout(source: Source, mode: str = "auto") -> Layout:
+    """Detects classes and splits from folder names, without reading any file.
 
     Args:
-      source: the files.
-      reading: as config.data.layout.
+      source: the files to search.
+      mode: as config.data.layout.
 
     Raises:
-      DataError: if there are no classes, only one, or pictures that belong to none; if a folder to
-        evaluate on has a class that is not trained; or if it can be read in two ways.
+      DataError: if there are fewer than two classes or images outside of class folders; if an
+        evaluation folder has a class without training images; or if the layout is ambiguous.
     """
-    own = _own(source)
-    paths = _without([*source.sizes, *source.folders], own)
-    documents = {path for path in paths if file_types.is_sidecar(path)}
-    kept = [path for path in paths if path not in documents]
-    # A folder that holds nothing at all stays: it is a class whose pictures are missing.
-    emptied = _folders_above([*own, *documents]) - _folders_above(
+    program_files = _program_files(source)
+    paths = _excluding([*source.sizes, *source.folders], program_files)
+    sidecars = {path for path in paths if file_types.is_sidecar(path)}
+    kept = [path for path in paths if path not in sidecars]
+    # Empty folders are kept: each is a class whose images are missing.
+    without_images = _folders_above([*program_files, *sidecars]) - _folders_above(
         path for path in kept if not path.endswith("/")
     )
-    kept = [path for path in kept if path not in emptied]
-    left_out = sorted([*_without(source.hidden, own), *own, *documents])
+    kept = [path for path in kept if path not in without_images]
+    ignored = sorted([*_excluding(source.hidden, program_files), *program_files, *sidecars])
     start, tree = _enter(kept)
-    # Beside the folders of classes or splits: no pictures by their names, or an error follows.
-    left_out = sorted([*left_out, *(start + file for file in tree.get("", ()))])
+    # Files next to the class or split folders; none has an image extension, or an error follows.
+    ignored = sorted([*ignored, *(start + file for file in tree.get("", ()))])
     where = f"{source.path}/{start}".removesuffix("/")
-    found = {} if reading == "classes" else _split_folders(tree, where)
-    if not found:
-        if reading != "classes":
+    split_folders = {} if mode == "classes" else _split_folders(tree, where)
+    if not split_folders:
+        if mode != "classes":
             _check_classes(tree, where)
-        training = _entries(start, tree, where)
-        classes = _classes(tree, where, left_out)
+        training = _class_files(start, tree, where)
+        classes = _classes(tree, where, ignored)
         return Layout(
             {TRAIN: training},
             classes,
             False,
             start,
-            own=own,
-            left_out=left_out,
-            without_pictures=_inside(start, emptied & _folders_above(documents)),
+            program_files=program_files,
+            ignored=ignored,
+            imageless_folders=_child_folders(start, without_images & _folders_above(sidecars)),
         )
-    below = {split: _enter_split(folder, tree) for split, folder in found.items()}
+    below = {split: _enter_split(folder, tree) for split, folder in split_folders.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
-    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", left_out)
+    classes = _classes(below[TRAIN][1], f"{where}/{folders[TRAIN]}", ignored)
     splits = {}
     for split, (folder, inside) in below.items():
         if split in (TEST, UNLABELED) and not _has_folders(inside):
-            splits[split] = [Entry(f"{start}{folder}/{file}", "") for file in inside.get("", ())]
+            splits[split] = [
+                LabeledFile(f"{start}{folder}/{file}", "") for file in inside.get("", ())
+            ]
         else:
-            splits[split] = _entries(f"{start}{folder}/", inside, f"{where}/{folder}")
+            splits[split] = _class_files(f"{start}{folder}/", inside, f"{where}/{folder}")
     for split, entries in splits.items():
         if foreign := sorted({entry.label for entry in entries} - {*classes, ""}):
             cased = {name.casefold(): name for name in classes}
             if other := cased.get(foreign[0].casefold()):
                 raise DataError(
-                    f"{where}/{folders[split]}: {foreign[0]!r} is {other!r} in {folders[TRAIN]}/. "
-                    "Give a class's folders one name, in upper and lower case, too."
+                    f"{where}/{folders[split]}: class folder {foreign[0]!r} is named {other!r} in "
+                    f"{folders[TRAIN]}/. Use the same upper and lower case in all splits"
                 )
-            if f"{start}{found[split]}/val_annotations.txt" in source.sizes:
+            if f"{start}{split_folders[split]}/val_annotations.txt" in source.sizes:
                 raise DataError(
                     f"{where}: has the official layout of Tiny ImageNet, whose validation images "
-                    "lie in no class folders. Set config.data.name=tiny_imagenet, or, for a part "
-                    "of it, tiny_imagenet_subset."
+                    "are not in class folders. Set config.data.name=tiny_imagenet, or "
+                    "tiny_imagenet_subset for a part of it"
                 )
             raise DataError(
-                f"{where}/{folders[split]}: {quoted(foreign)}: no such class in "
-                f"{folders[TRAIN]}/. Each class needs pictures to train on: add them, or move "
-                "the folder away."
+                f"{where}/{folders[split]}: {quote_and_join(foreign)}: not found in "
+                f"{folders[TRAIN]}/. Each class needs training images; add them, or move the "
+                "folder away"
             )
     root = f"{start}{folders[TRAIN]}/"
     return Layout(
@@ -282,35 +303,39 @@ def layout(source: Source, reading: str = "auto") -> Layout:
         VALIDATION in splits,
         root,
         folders,
-        own,
-        left_out,
-        without_pictures=_inside(root, emptied & _folders_above(documents)),
+        program_files,
+        ignored,
+        imageless_folders=_child_folders(root, without_images & _folders_above(sidecars)),
     )
 
 
-def _own(source: Source) -> set[str]:
-    """Returns the files, and folders ending in '/', that this program wrote, by what is in them."""
+def _program_files(source: Source) -> set[str]:
+    """Returns files, and folders ending in '/', that this program wrote, judged by contents."""
     inside: dict[str, set[str]] = {}
     for path in (*source.sizes, *source.folders, *source.hidden):
         folder, _, name = path.removesuffix("/").rpartition("/")
-        # An archive need not list the folders that hold something.
+        # Archives may omit entries for non-empty folders.
         while name and name not in (names := inside.setdefault(folder, set())):
             names.add(name)
             folder, _, name = folder.rpartition("/")
-    own: set[str] = set()
+    program_files: set[str] = set()
     for folder, names in sorted(inside.items()):
-        # What the user gave as the source holds pictures, whatever else it holds.
-        if folder and _without([f"{folder}/"], own) and _is_own(folder, names):
-            own.add(f"{folder}/")
+        # The source itself contains the user's images, whatever else it contains.
+        if (
+            folder
+            and _excluding([f"{folder}/"], program_files)
+            and _is_program_folder(folder, names)
+        ):
+            program_files.add(f"{folder}/")
         elif {"config.json", "checkpoints"} <= names or names & {"run.lock", "metrics.jsonl"}:
             start = f"{folder}/" if folder else ""
-            found = [start + name for name in names.intersection(_OF_A_RUN)]
-            own |= {f"{path}/" if path in inside else path for path in found}
-    return own
+            outputs = [start + name for name in names.intersection(_RUN_OUTPUTS)]
+            program_files |= {f"{path}/" if path in inside else path for path in outputs}
+    return program_files
 
 
-def _is_own(folder: str, names: Collection[str]) -> bool:
-    """Whether a folder, by its path and what is in it, is all this program's, or another tool's."""
+def _is_program_folder(folder: str, names: Collection[str]) -> bool:
+    """Returns whether a folder, by path and contents, was written by this or another tool."""
     name = folder.rpartition("/")[2]
     return (
         bool({atomic.MARKER, "CACHEDIR.TAG", "pyvenv.cfg"} & set(names))
@@ -323,14 +348,14 @@ def _is_own(folder: str, names: Collection[str]) -> bool:
     )
 
 
-def _without(paths: Iterable[str], own: Collection[str]) -> list[str]:
-    """Returns paths without some files and folders, and without what lies in these folders."""
-    folders = tuple(path for path in own if path.endswith("/"))
-    return [path for path in paths if path not in own and not path.startswith(folders)]
+def _excluding(paths: Iterable[str], excluded: Collection[str]) -> list[str]:
+    """Returns `paths` without the excluded files and folders, and without their contents."""
+    folders = tuple(path for path in excluded if path.endswith("/"))
+    return [path for path in paths if path not in excluded and not path.startswith(folders)]
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
-    """Returns the folders that lie above some paths, each ending in '/'."""
+    """Returns all ancestor folders of the paths, each ending in '/'."""
     folders: set[str] = set()
     for path in paths:
         folder = path.removesuffix("/").rpartition("/")[0]
@@ -340,8 +365,8 @@ def _folders_above(paths: Iterable[str]) -> set[str]:
     return folders
 
 
-def _inside(start: str, folders: Iterable[str]) -> list[str]:
-    """Returns the names of those folders that lie directly in the one whose path is `start`."""
+def _child_folders(start: str, folders: Iterable[str]) -> list[str]:
+    """Returns the names of those folders that are directly inside the folder `start`."""
     names = [path.removeprefix(start)[:-1] for path in folders if path.startswith(start)]
     return sorted(name for name in names if "/" not in name)
 
@@ -353,8 +378,8 @@ def _by_folder(paths: Iterable[str]) -> _Tree:
     return tree
 
 
-def _below(tree: _Tree, folder: str) -> _Tree:
-    """Returns what is in one of the folders."""
+def _contents_of(tree: _Tree, folder: str) -> _Tree:
+    """Returns the contents of one folder."""
     inner = (path.split("/", 1)[1] for path in tree[folder])
     return _by_folder(path for path in inner if path)
 
@@ -364,18 +389,18 @@ def _has_folders(tree: _Tree) -> bool:
 
 
 def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
-    """Goes into a folder as long as it is the only one, as an archive's outermost is.
+    """Descends while there is only one folder, such as an archive's outermost folder.
 
-    Of a training folder it goes into no other: what lies there are classes, if only one.
+    Does not descend below a training folder: its folders are classes, even if there is only one.
 
     Returns:
-      The path of the folder that holds more, '' or ending in '/', and what is below it.
+      The path of the folder that was reached, '' or ending in '/', and its contents.
     """
     start, tree = "", _by_folder(paths)
-    while not _loose_pictures(tree) and len(folders := [f for f in tree if f]) == 1:
-        inner = _below(tree, folders[0])
+    while not _loose_images(tree) and len(folders := [f for f in tree if f]) == 1:
+        inner = _contents_of(tree, folders[0])
         if not _has_folders(inner):
-            break  # Pictures and no folder: this one is a class.
+            break  # Images but no folders: this folder is a class.
         if _kind(folders[0]) == TRAIN and not _stem(folders[0]):
             folder, inner = _enter_split(folders[0], tree)
             return f"{start}{folder}/", inner
@@ -384,14 +409,14 @@ def _enter(paths: Sequence[str]) -> tuple[str, _Tree]:
 
 
 def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
-    """Goes into a split's folder, and from there into one of its name or of none: train/train/.
+    """Enters a split folder, then any repeated or meaningless folder names: train/train/.
 
     Returns:
-      The path of the folder that holds the classes, and what is below it.
+      The path of the folder that contains the classes, and its contents.
     """
-    path, name, below = folder, folder, _below(tree, folder)
-    while not _loose_pictures(below) and len(folders := [f for f in below if f]) == 1:
-        inner = _below(below, folders[0])
+    path, name, below = folder, folder, _contents_of(tree, folder)
+    while not _loose_images(below) and len(folders := [f for f in below if f]) == 1:
+        inner = _contents_of(below, folders[0])
         same = folders[0].lower() == name.lower() or _kind(folders[0]) == _kind(name) != ""
         deeper = _has_folders(inner) or _kind(folder) in (TEST, UNLABELED)
         if not deeper or not (same or folders[0].lower() in _CONTAINERS):
@@ -400,44 +425,44 @@ def _enter_split(folder: str, tree: _Tree) -> tuple[str, _Tree]:
     return path, below
 
 
-def _parts_of(folder: str) -> list[str]:
-    """Returns the words of a folder's name, in lower case: seg, train of Seg_Train2."""
+def _words_in(folder: str) -> list[str]:
+    """Returns the lower-case words of a folder name: Seg_Train2 gives seg, train."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_name(folder))
     return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def _kind_of_word(word: str) -> str:
-    for kind, known in _WORDS.items():
+    for kind, known in _SPLIT_WORDS.items():
         if any(word in (first, *(first + end for end in _FILLERS)) for first in known):
             return kind
     return ""
 
 
 def _kind(folder: str) -> str:
-    """Returns which split a folder's name is that of; '' if of none, or of several."""
-    kinds = {kind for word in _parts_of(folder) if (kind := _kind_of_word(word))}
+    """Returns the split that a folder name indicates; '' if none or several."""
+    kinds = {kind for word in _words_in(folder) if (kind := _kind_of_word(word))}
     if UNLABELED in kinds:
         return UNLABELED
     return kinds.pop() if len(kinds) == 1 else ""
 
 
 def _stem(folder: str) -> str:
-    """Returns what a folder's name says but for its split: cats of cats_train, '' of train_set."""
-    words = _parts_of(folder)
+    """Returns a folder name without split words: cats_train gives cats, train_set gives ''."""
+    words = _words_in(folder)
     return " ".join(w for w in words if not _kind_of_word(w) and w not in _FILLERS)
 
 
 def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
-    """Returns the folder of each split by the split's name; none if the folders are classes."""
+    """Returns each split's folder by split name; empty if the folders are classes."""
     kinds = {folder: _kind(folder) for folder in tree if folder}
     others = sorted(folder for folder, kind in kinds.items() if not kind)
     if TRAIN not in kinds.values():
         if kinds and not others:
             raise DataError(
-                f"{where}: has {quoted(list(kinds))}, but no train folder. {_EXPECTED} If they are "
-                f"classes, set {_AS_CLASSES}."
+                f"{where}: contains {quote_and_join(list(kinds))} but no train folder. "
+                f"{_EXPECTED}. If these folders are classes, set {_AS_CLASSES}"
             )
-        _check_foreign(tree, where)
+        _check_split_named_class(tree, where)
         return {}
     _check_pairs(kinds, where)
     if not _are_splits(tree, kinds, others):
@@ -452,146 +477,149 @@ def _split_folders(tree: _Tree, where: str) -> dict[str, str]:
     for split, folders in several.items():
         if len(folders) > 1:
             raise DataError(
-                f"{where}: {quoted(folders)}: which of them is the {split} split? Keep one, and "
-                f"move the others away; if they are classes, set {_AS_CLASSES}."
+                f"{where}: {quote_and_join(folders)}: several folders for the {split} split. Keep "
+                f"one and move the others away; if they are classes, set {_AS_CLASSES}"
             )
     if others:
-        raise _beside_splits(tree, others, several[TRAIN][0], where)
+        raise _unexpected_folders(tree, others, several[TRAIN][0], where)
     chosen = {split: folders[0] for split, folders in several.items()}
     if VALIDATION not in chosen and TEST in chosen:
         _, inside = _enter_split(chosen[TEST], tree)
         if _has_folders(inside):
-            # What has classes and was not trained on is what an evaluation needs.
+            # Labeled images that are not trained on are used for validation.
             chosen[VALIDATION] = chosen.pop(TEST)
     if UNLABELED in chosen and TEST not in chosen:
         chosen[TEST] = chosen.pop(UNLABELED)
-    return {split: chosen[split] for split in _WORDS if split in chosen}
+    return {split: chosen[split] for split in _SPLIT_WORDS if split in chosen}
 
 
 def _are_splits(tree: _Tree, kinds: dict[str, str], others: Sequence[str]) -> bool:
-    """Whether folders, of which one at least is called like a training split, are splits."""
+    """Returns whether folders, at least one named like a training split, are splits."""
     training = [folder for folder, kind in kinds.items() if kind == TRAIN]
     plain = [folder for folder, kind in kinds.items() if kind and not _stem(folder)]
     if any(folder in plain for folder in training):
-        # A class may have that name, too.
+        # A class may have that name too.
         return len(plain) > 1 or any(
-            _has_folders(_below(tree, folder)) for folder in training if folder in plain
+            _has_folders(_contents_of(tree, folder)) for folder in training if folder in plain
         )
     if not others and len(set(kinds.values())) > 1:
         return True
-    classes = {name for folder in training for name in _names_inside(folder, tree)}
+    classes = {name for folder in training for name in _class_names_in(folder, tree)}
     return any(
-        classes & _names_inside(folder, tree)
+        classes & _class_names_in(folder, tree)
         for folder, kind in kinds.items()
         if kind not in ("", TRAIN)
     )
 
 
-def _names_inside(folder: str, tree: _Tree) -> set[str]:
-    """Returns the names of the folders inside a folder, as of classes."""
+def _class_names_in(folder: str, tree: _Tree) -> set[str]:
+    """Returns the names of the folders inside a folder, as class names."""
     _, inside = _enter_split(folder, tree)
     return {class_name(inner) for inner in inside if inner}
 
 
-def _beside_splits(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
-    message = f"{where}: {quoted(others)} beside {train!r}: is it a class or a split?"
+def _unexpected_folders(tree: _Tree, others: Sequence[str], train: str, where: str) -> DataError:
+    message = (
+        f"{where}: {quote_and_join(others)} next to {train!r}: unclear whether a class or a split."
+    )
     for folder in others:
-        if any(_kind(inner) == TRAIN for inner in _below(tree, folder) if inner):
+        if any(_kind(inner) == TRAIN for inner in _contents_of(tree, folder) if inner):
             return DataError(
-                f"{message} {folder!r} has splits of its own, as a copy of the whole would. Give "
-                f"config.data.source={where}/{folder} to use those, or move the folder away."
+                f"{message} {folder!r} contains its own train folder, like a copy of the data "
+                f"set. Set config.data.source={where}/{folder} to use that, or move the folder "
+                "away"
             )
     return DataError(
-        f"{message} Keep class folders inside the splits' folders, and move other folders away; "
-        f"if all of them are classes, set {_AS_CLASSES}."
+        f"{message} Put class folders inside the split folders and move other folders away; if "
+        f"all of them are classes, set {_AS_CLASSES}"
     )
 
 
 def _check_pairs(kinds: dict[str, str], where: str) -> None:
-    """Raises DataError if each class has a folder for each split: cats_train, cats_test, …."""
+    """Raises DataError if classes are split by folder name: cats_train, cats_test, …."""
     by_stem: dict[str, set[str]] = {}
     for folder, kind in kinds.items():
         if kind and _stem(folder):
             by_stem.setdefault(_stem(folder), set()).add(kind)
-    pairs = [stem for stem, found in by_stem.items() if TRAIN in found and len(found) > 1]
+    pairs = [stem for stem, splits in by_stem.items() if TRAIN in splits and len(splits) > 1]
     if len(pairs) > 1:
         raise DataError(
-            f"{where}: {quoted(sorted(kinds))}: are they classes, or the splits of the classes "
-            f"{quoted(pairs)}? If they are classes, set {_AS_CLASSES}; if splits, move them to "
-            f"train/{pairs[0]}, val/{pairs[0]} and so on."
+            f"{where}: {quote_and_join(sorted(kinds))}: unclear whether these are classes, or "
+            f"splits of the classes {quote_and_join(pairs)}. For classes, set {_AS_CLASSES}; for "
+            f"splits, move them to train/{pairs[0]}, val/{pairs[0]} and so on"
         )
 
 
-def _check_foreign(tree: _Tree, where: str) -> None:
-    """Raises DataError if a class that is called like a split has folders of the other classes."""
+def _check_split_named_class(tree: _Tree, where: str) -> None:
+    """Raises DataError if a class named like a split contains folders of the other classes."""
     folders = {folder: class_name(folder) for folder in tree if folder}
     for folder, name in folders.items():
-        if _kind(folder) and (set(folders.values()) - {name}) & _names_inside(folder, tree):
+        if _kind(folder) and (set(folders.values()) - {name}) & _class_names_in(folder, tree):
             raise DataError(
-                f"{where}: {folder!r} has folders of the same names as those beside it: is it a "
-                "split? Put the classes to train on into train/. If it is a class, set "
-                f"{_AS_CLASSES}."
+                f"{where}: {folder!r} contains folders with the same names as the folders next to "
+                "it. If it is a split, move the training classes into train/; if it is a class, "
+                f"set {_AS_CLASSES}"
             )
 
 
 def _check_classes(tree: _Tree, where: str) -> None:
-    """Raises DataError if folders of classes hold each other's classes, or all hold the same."""
+    """Raises DataError if class folders contain each other's classes, or share inner folders."""
     names = {folder: class_name(folder) for folder in tree if folder}
     known = set(names.values())
     for name in known:
         if (copy := _COPY.fullmatch(name)) and (of := copy["after"] or copy["before"]) in known:
             raise DataError(
-                f"{where}: {name!r} is named as a copy of {of!r}, beside it. Move it away; if it "
-                f"is a class of its own, set {_AS_CLASSES}."
+                f"{where}: {name!r} looks like a copy of {of!r}, next to it. Move it away; if it "
+                f"is a separate class, set {_AS_CLASSES}"
             )
     for folder, name in names.items():
         inner = sorted({path.rpartition("/")[0] for path in tree[folder]})
-        found = {part for path in inner for part in map(class_name, path.split("/")[1:])}
-        if repeated := sorted((known & found) - {name}):
+        inner_names = {part for path in inner for part in map(class_name, path.split("/")[1:])}
+        if repeated := sorted((known & inner_names) - {name}):
             place = next(path for path in inner if class_name(path.split("/")[-1]) in repeated)
             raise DataError(
-                f"{where}: {folder!r} repeats the folders beside it: it holds {quoted(repeated)}, "
-                "too. Is it a copy of them? Move it away, or give config.data.source="
-                f"{where}/{place.rpartition('/')[0]} to use it alone; if it is a class of its own, "
-                f"set {_AS_CLASSES}."
+                f"{where}: {folder!r} looks like a copy of the folders next to it: it also "
+                f"contains {quote_and_join(repeated)}. Move it away, or set "
+                f"config.data.source={where}/{place.rpartition('/')[0]} to use only the copy; if "
+                f"it is a separate class, set {_AS_CLASSES}"
             )
-    inside = {folder: _names_inside(folder, tree) for folder in names}
+    inside = {folder: _class_names_in(folder, tree) for folder in names}
     deep = [folder for folder in names if len(inside[folder]) > 1]
     for one, two in itertools.combinations(deep, 2):
         if len(shared := sorted(inside[one] & inside[two])) > 1:
-            raise _either(sorted(names), one, two, shared, where)
+            raise _ambiguous_layout(sorted(names), one, two, shared, where)
 
 
-def _either(
+def _ambiguous_layout(
     folders: Sequence[str], one: str, two: str, shared: Sequence[str], where: str
 ) -> DataError:
-    """Returns the error for folders that may be classes, or versions of the same classes."""
+    """Returns the error for folders that are either classes or versions of the same classes."""
     if any(_kind(name) == TRAIN for name in shared):
         other = (
-            f"or classes that are split inside, into {quoted(shared)}. For those, put the splits "
-            f"outermost, as in {shared[0]}/{one}."
+            f"or each class is split inside into {quote_and_join(shared)}; if so, make the splits "
+            f"the outer folders, as in {shared[0]}/{one}"
         )
     else:
         other = (
-            f"or several versions of one data set, whose classes are {quoted(shared)}. For that, "
-            f"give one of them as the source, such as config.data.source={where}/{one}."
+            f"or they are versions of one data set with the classes {quote_and_join(shared)}; if "
+            f"so, use one of them, such as config.data.source={where}/{one}"
         )
     return DataError(
-        f"{where}: {one!r} and {two!r} have folders of the same names. Either {quoted(folders)} "
-        f"are the classes, and the folders inside do not matter; for that, set {_AS_CLASSES}. "
-        f"{other[0].upper()}{other[1:]}"
+        f"{where}: {one!r} and {two!r} contain folders with the same names. Either "
+        f"{quote_and_join(folders)} are the classes and the folders inside do not matter; if so, "
+        f"set {_AS_CLASSES}. {other[0].upper()}{other[1:]}"
     )
 
 
-def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
-    """Returns the files of class folders; `start` is what their paths begin with."""
-    if pictures := _loose_pictures(tree):
+def _class_files(start: str, tree: _Tree, where: str) -> list[LabeledFile]:
+    """Returns the files of class folders; `start` is prepended to their paths."""
+    if loose := _loose_images(tree):
         raise DataError(
-            f"{where}: {len(pictures):,} pictures lie in no class folder, such as "
-            f"{shown(pictures[0])}. {_EXPECTED}"
+            f"{where}: {len(loose):,} images are not in a class folder, such as "
+            f"{escape_for_display(loose[0])}. {_EXPECTED}"
         )
     return [
-        Entry(start + file, label)
+        LabeledFile(start + file, label)
         for folder in tree
         if folder
         for label in [class_name(folder)]
@@ -600,38 +628,48 @@ def _entries(start: str, tree: _Tree, where: str) -> list[Entry]:
     ]
 
 
-def _loose_pictures(tree: _Tree) -> list[str]:
-    """Returns the files in no folder that are pictures by their name; others may lie there."""
-    return [file for file in tree.get("", ()) if named_as_picture(file)]
+def _loose_images(tree: _Tree) -> list[str]:
+    """Returns the files outside of folders that have an image extension."""
+    return [file for file in tree.get("", ()) if has_image_extension(file)]
 
 
-def _classes(tree: _Tree, where: str, left_out: Sequence[str]) -> tuple[str, ...]:
+def _classes(tree: _Tree, where: str, ignored: Sequence[str]) -> tuple[str, ...]:
     classes = tuple(sorted({class_name(folder) for folder in tree if folder}))
     if not classes:
-        without = f" Left out: {listed([shown(path) for path in left_out])}." if left_out else ""
-        inside = opening.archives_inside(tree.get("", ()))
-        raise DataError(f"{where}: has no class folders. {_EXPECTED}{inside}{without}")
+        without = (
+            f" Ignored: {join_truncated([escape_for_display(path) for path in ignored])}."
+            if ignored
+            else ""
+        )
+        inside = opening.mention_archives(tree.get("", ()))
+        raise DataError(f"{where}: contains no class folders.{inside}{without} {_EXPECTED}")
     if len(classes) == 1:
         raise DataError(
-            f"{where}: has the class {classes[0]!r} alone, so there is nothing to tell apart. "
+            f"{where}: contains only one class, {classes[0]!r}; at least two are required. "
             f"{_EXPECTED}"
         )
     return classes
 
 
 def class_name(folder: str) -> str:
-    """Returns a folder's name as a class name.
+    """Returns a folder name as a class name.
 
-    Names that look the same, apart from spaces around them, are one class: systems write letters
-    with accents in two ways, which can differ between two folders of one source.
+    Names that look the same, apart from surrounding spaces, are one class: systems encode accented
+    letters in two ways, which can differ between two folders of one source.
     """
-    return unicodedata.normalize("NFC", shown(folder)).strip() or "(blank)"
+    return unicodedata.normalize("NFC", escape_for_display(folder)).strip() or "(blank)"
 
 
-def shown(file: str) -> str:
-    """Returns a path as text of one line: what is not UTF-8 and what breaks lines is escaped."""
+def escape_for_display(file: str) -> str:
+    r"""Returns a path as one line, with invalid UTF-8 and control characters escaped.
+
+    >>> print(escape_for_display("cat\n1.jpg"))
+    cat\n1.jpg
+    """
     text = file.encode("utf-8", "backslashreplace").decode()
-    return "".join(_escaped(c) if unicodedata.category(c) in _BREAKS else c for c in text)
+    return "".join(
+        _escaped(c) if unicodedata.category(c) in _CONTROL_CATEGORIES else c for c in text
+    )
 
 
 def _escaped(character: str) -> str:
@@ -639,46 +677,50 @@ def _escaped(character: str) -> str:
 
 
 def hold_out(
-    entries: Sequence[Entry], share: float, *, root: str = ""
-) -> tuple[list[Entry], list[Entry]]:
-    """Divides images into those to train on and those to evaluate on.
+    entries: Sequence[LabeledFile], fraction: float, *, root: str = ""
+) -> tuple[list[LabeledFile], list[LabeledFile]]:
+    """Splits images into training and held-out ones.
 
-    Of each class the images with the smallest SHA-256 of their path below `root` are held out,
-    `share` of them rounded, but at least one, and never all: a class of one image keeps it for
-    training. So a folder and its archive, in which the folder itself may be the outermost one, are
-    divided alike, however a system writes letters with accents.
+    Of each class, holds out the images with the smallest SHA-256 of their path below `root`:
+    `fraction` of them, rounded, but at least one and never all (a class with one image keeps it for
+    training). So a folder and an archive of it, with or without an outermost folder, are split
+    identically, however the system encodes accented letters.
 
     Args:
-      entries: images of known class.
-      share: more than 0, less than 1.
-      root: what their paths begin with, as of `Layout`.
+      entries: images with known classes.
+      fraction: between 0 and 1, exclusive.
+      root: prefix of their paths, as in `Layout`.
 
     Returns:
-      (training, evaluation), each in the order of `entries`.
+      (training, held-out) images, each in the order of `entries`.
     """
-    by_class: dict[str, list[Entry]] = {}
+    by_class: dict[str, list[LabeledFile]] = {}
     for entry in entries:
         by_class.setdefault(entry.label, []).append(entry)
-    held: set[Entry] = set()
+    held: set[LabeledFile] = set()
     for members in by_class.values():
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        held.update(sorted(members, key=lambda entry: _rank(entry, root))[:count])
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held.update(sorted(members, key=lambda entry: _holdout_rank(entry, root))[:count])
     training = [entry for entry in entries if entry not in held]
     return training, [entry for entry in entries if entry in held]
 
 
-def _rank(entry: Entry, root: str) -> tuple[bytes, str]:
+def _holdout_rank(entry: LabeledFile, root: str) -> tuple[bytes, str]:
     path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
-    # Two files may differ in how an accent is written alone.
+    # Two paths may differ only in how an accent is encoded.
     return hashlib.sha256(os.fsencode(path)).digest(), entry.file
 
 
-def listed(texts: Sequence[str], limit: int = _NAMED) -> str:
-    """Returns up to `limit` texts, and how many more there are."""
+def join_truncated(texts: Sequence[str], limit: int = _MAX_NAMED) -> str:
+    """Joins up to `limit` texts with commas and appends the number of the others.
+
+    >>> join_truncated(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
 
-def quoted(names: Sequence[str], limit: int = _NAMED) -> str:
-    """Returns up to `limit` names in quotes, and how many more there are."""
-    return listed([repr(name) for name in names], limit)
+def quote_and_join(names: Sequence[str], limit: int = _MAX_NAMED) -> str:
+    """Joins up to `limit` names in quotes, as `join_truncated` does."""
+    return join_truncated([repr(name) for name in names], limit)

@@ -1,4 +1,4 @@
-"""A data set that a function returns (`registry.register_dataset`), as a TFDS dataset."""
+"""Builds a TFDS data set from a registered function (`registry.register_dataset`)."""
 
 import dataclasses
 import functools
@@ -18,23 +18,23 @@ from inception_jax.errors import DataError
 from inception_jax.registry import DatasetPart
 
 _EXPECTED = (
-    'expected a mapping of splits, such as {"train": (images, labels), "validation": (images, '
-    "labels)}, or a tuple of that and the class names"
+    'must be a mapping of splits, such as {"train": (images, labels), "validation": (images, '
+    "labels)}, or a tuple of such a mapping and the class names"
 )
-# Names of splits that mean something else.
-_TAKEN = ("holdout", "eval", "train_eval")
-# Images that one thread encodes or checks at a time.
-_PIECE = 32
+# Split names with another meaning.
+_RESERVED = ("holdout", "eval", "train_eval")
+# Images encoded or checked per task of a thread.
+_CHUNK_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class _Returned:
-    """One split as it was returned.
+class _ReturnedSplit:
+    """One split as returned by the function.
 
     Attributes:
-      examples: (image, label) or (image, label, name) of each.
-      count: how many; 0: known only once all are read.
-      labels: of all; None: known only once they are read.
+      examples: tuples (image, label) or (image, label, name).
+      count: number of examples; 0: unknown until all are read.
+      labels: of all examples; None: unknown until all are read.
     """
 
     split: str
@@ -47,7 +47,7 @@ class _Returned:
 
 
 def make_class(part: DatasetPart) -> type["FunctionBuilder"]:
-    """Returns the builder's class of a data set: TFDS takes name and version from the class."""
+    """Returns a builder class for a data set: TFDS reads name and version from the class."""
     body = {"__module__": __name__, "name": part.name}
     body["VERSION"] = tfds.core.Version(part.version)
     return types.new_class(
@@ -59,40 +59,40 @@ def make_class(part: DatasetPart) -> type["FunctionBuilder"]:
 
 
 class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The data set of a function: images as PNG, or the encoded files that it returned.
+    """Builds a function's data set, storing arrays as PNG and encoded files unchanged.
 
     Args:
-      recipe: of the data set.
-      kwargs: as of `base.ImageBuilder`.
+      recipe: settings and registry entry of the data set.
+      kwargs: as for `base.ImageBuilder`.
     """
 
-    DESCRIPTION = "Returned by a function of the user's own."
+    DESCRIPTION = "Returned by a registered function."
 
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe
-        # How errors begin.
-        self._what = f"{recipe.part.location}: the dataset {recipe.name!r}"
+        # Prefix of errors.
+        self._prefix = f"{recipe.part.place}: the data set {recipe.name!r}"
         super().__init__(**kwargs)
 
     def is_prepared(self) -> bool:
-        """Whether it is on disk.
+        """Returns whether the data set is on disk.
 
         Raises:
-          DataError: if another data set of the same name and version is there.
+          DataError: if the folder contains another data set with the same name and version.
         """
         if not super().is_prepared():
             return False
         if "options" not in (self.facts or {}).get("settings", {}):
             raise DataError(
-                f"{self.data_dir}: holds another data set of the name {self.name!r}. Register it "
-                "under another name, or give another config.data.directory"
+                f"{self.data_dir}: contains another data set named {self.name!r}. Register yours "
+                "under another name, or set config.data.directory to another directory"
             )
         return True
 
     def open(self) -> None:
-        """Calls the function, and checks what can be checked without reading single examples."""
+        """Calls the function and checks its result without reading individual examples."""
         part, data, source = self._recipe.part, self._recipe.data, self._recipe.source
-        # Before the function runs, which may read it for long.
+        # Computed before the function runs, which may read the source for a long time.
         self._digest = self._recipe.contents(source).digests[0] if source else ""
         options = registry.options_with_defaults(part, data.options)
         with registry.as_config_error(part, f"the data set {part.name!r}"):
@@ -101,102 +101,104 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping):
             returned, names = returned
         if not isinstance(returned, Mapping):
-            raise DataError(f"{self._what} returned a {type(returned).__name__}; {_EXPECTED}")
+            raise DataError(f"{self._prefix} returned a {type(returned).__name__}; {_EXPECTED}")
         self._check_splits(list(returned))
-        self._splits = {split: self._read(split, value) for split, value in returned.items()}
+        self._splits = {split: self._normalize(split, value) for split, value in returned.items()}
         self._classes = self._class_names(names)
-        for split, found in self._splits.items():
-            if found.labels is not None:
-                self._check_labels(split, found)
+        for split, returned_split in self._splits.items():
+            if returned_split.labels is not None:
+                self._check_labels(split, returned_split)
 
     def _check_splits(self, names: list[Any]) -> None:
-        part, found = self._recipe.part, ", ".join(map(repr, names)) or "none"
+        part, described = self._recipe.part, ", ".join(map(repr, names)) or "none"
         for name in names:
-            if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in _TAKEN:
+            if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in _RESERVED:
                 raise DataError(
-                    f"{self._what} returned a split named {name!r}; expected letters, digits and "
-                    f"underscores, and none of {', '.join(_TAKEN)}"
+                    f"{self._prefix} returned a split named {name!r}; names must be letters, "
+                    f"digits and underscores, and not {', '.join(_RESERVED)}"
                 )
         if part.train_split not in names:
             raise DataError(
-                f"{self._what} returned the splits: {found}; expected {part.train_split!r} among "
-                "them"
+                f"{self._prefix} returned the splits {described}; {part.train_split!r} is missing"
             )
         if self._recipe.data.holdout:
             return
         if len(names) == 1 or (part.eval_split and part.eval_split not in names):
             raise DataError(
-                f"{self._what} returned the splits: {found}; expected "
-                f"{repr(part.eval_split) if part.eval_split else 'a second one'} to evaluate on. "
-                "Return it, too, or hold out training examples with config.data.holdout"
+                f"{self._prefix} returned the splits {described}; "
+                f"{repr(part.eval_split) if part.eval_split else 'a second one'} is required for "
+                "evaluation. Return it too, or hold out training examples with "
+                "config.data.holdout"
             )
 
-    def _read(self, split: str, value: Any) -> _Returned:
-        """Returns a split in one form."""
-        what = f"{self._what}, split {split!r}"
+    def _normalize(self, split: str, value: Any) -> _ReturnedSplit:
+        """Returns a split in a uniform format."""
+        what = f"{self._prefix}, split {split!r}"
         if isinstance(value, tuple):
-            return self._read_parallel(split, value)
+            return self._normalize_parallel(split, value)
         if isinstance(value, str | bytes | Mapping | np.ndarray) or not isinstance(value, Iterable):
             raise DataError(
-                f"{what}: is of type {type(value).__name__}; expected a tuple (images, labels), or "
-                "an iterable of examples (image, label)"
+                f"{what}: has type {type(value).__name__}; must be a tuple (images, labels) or an "
+                "iterable of examples (image, label)"
             )
-        return _Returned(split, value, len(value) if isinstance(value, Sized) else 0)
+        return _ReturnedSplit(split, value, len(value) if isinstance(value, Sized) else 0)
 
-    def _read_parallel(self, split: str, value: tuple[Any, ...]) -> _Returned:
-        what = f"{self._what}, split {split!r}"
+    def _normalize_parallel(self, split: str, value: tuple[Any, ...]) -> _ReturnedSplit:
+        what = f"{self._prefix}, split {split!r}"
         if len(value) not in (2, 3):
             raise DataError(
-                f"{what}: is a tuple of {len(value)}; expected (images, labels) or (images, "
+                f"{what}: is a tuple of length {len(value)}; must be (images, labels) or (images, "
                 "labels, names)"
             )
         images: Any = value[0]
         if isinstance(images, np.ndarray):
-            images = arrays.stack(images, f"{what}, images")
+            images = arrays.as_pixel_array(images, f"{what}, images")
         elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
             raise DataError(
-                f"{what}, images: are of type {type(images).__name__}; expected an array or a list"
+                f"{what}, images: have type {type(images).__name__}; must be an array or a list"
             )
         for part in value[1:]:
             if len(part) != len(images):
                 raise DataError(
-                    f"{what}: has {len(images):,} images and {len(part):,} "
-                    f"{'labels' if part is value[1] else 'names'}; expected one for each image"
+                    f"{what}: {len(part):,} {'labels' if part is value[1] else 'names'} for "
+                    f"{len(images):,} images; must be one per image"
                 )
-        return _Returned(
+        return _ReturnedSplit(
             split, zip(images, *value[1:], strict=True), len(images), np.asarray(value[1])
         )
 
     def _class_names(self, names: Any) -> tuple[str, ...]:
         if names is None or not isinstance(names, Sized) or len(names):
-            return arrays.check_class_names(names, f"{self._what}, class names")
+            return arrays.check_class_names(names, f"{self._prefix}, class names")
         most = 0
-        for split, found in self._splits.items():
-            if found.labels is None:
+        for split, returned_split in self._splits.items():
+            if returned_split.labels is None:
                 raise DataError(
-                    f"{self._what}, split {split!r}: is an iterable of examples, whose labels are "
-                    "known only once all are read; give the names of the classes: "
+                    f"{self._prefix}, split {split!r}: is an iterable of examples, whose labels "
+                    "are unknown until all are read; set the class names with "
                     "register_dataset(..., class_names=[...])"
                 )
-            what = f"{self._what}, split {split!r}, labels"
-            known = arrays.check_labels(found.labels, found.count, what, unknown=True)
+            what = f"{self._prefix}, split {split!r}, labels"
+            known = arrays.check_labels(
+                returned_split.labels, returned_split.count, what, unknown=True
+            )
             most = max(most, int(known.max(initial=0)))
-        return arrays.numbered(most + 1)
+        return arrays.numbered_names(most + 1)
 
-    def _check_labels(self, split: str, found: _Returned) -> None:
-        assert found.labels is not None
+    def _check_labels(self, split: str, returned_split: _ReturnedSplit) -> None:
+        assert returned_split.labels is not None
         is_used = split in (self._recipe.part.train_split, self._recipe.part.eval_split)
-        if found.labels.dtype.kind != "U":
+        if returned_split.labels.dtype.kind != "U":
             arrays.check_labels(
-                found.labels,
-                found.count,
-                f"{self._what}, split {split!r}, labels",
+                returned_split.labels,
+                returned_split.count,
+                f"{self._prefix}, split {split!r}, labels",
                 classes=len(self._classes),
                 unknown=not is_used,
             )
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names; what the examples depend on."""
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names, and metadata on what the examples depend on."""
         source = self._recipe.source
         return self._classes, {
             "source": str(source.absolute()) if source else "",
@@ -206,26 +208,26 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         }
 
     def source_bytes(self) -> int:
-        """Returns 0: what it takes is known only once it is written."""
+        """Returns 0: the size is unknown until the data set is written."""
         return 0
 
-    def examples(self, items: _Returned) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images, checked and encoded in threads."""
+    def examples(self, items: _ReturnedSplit) -> Generator[base.KeyedExample, None, None]:
+        """Yields the examples, checked and encoded in threads."""
         work = functools.partial(self._features, items.split)
         index = -1
         for index, features in enumerate(
-            decode.threaded_map(work, enumerate(items.examples), _PIECE)
+            decode.threaded_map(work, enumerate(items.examples), _CHUNK_SIZE)
         ):
             yield f"{items.split}_{index:08d}", features
         if index < 0:
-            raise DataError(f"{self._what}, split {items.split!r}: has no examples")
+            raise DataError(f"{self._prefix}, split {items.split!r}: contains no examples")
 
     def _features(self, split: str, numbered: tuple[int, Any]) -> dict[str, Any]:
         number, example = numbered
-        what = f"{self._what}, split {split!r}, example {number:,}"
+        what = f"{self._prefix}, split {split!r}, example {number:,}"
         if not isinstance(example, tuple | list) or len(example) not in (2, 3):
             raise DataError(
-                f"{what}: is of type {type(example).__name__}; expected (image, label) or (image, "
+                f"{what}: has type {type(example).__name__}; must be (image, label) or (image, "
                 "label, name)"
             )
         image, label, name = (*example, f"{split}_{number:06d}")[:3]
@@ -235,8 +237,12 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             arrays.check_image(image, what)
             image = base.to_png(image)
         if not isinstance(name, str):
-            raise DataError(f"{what}: its name is of type {type(name).__name__}; expected a text")
-        return {"image": image, "label": self._label(label, what), "file_name": folders.shown(name)}
+            raise DataError(f"{what}: its name has type {type(name).__name__}; must be a string")
+        return {
+            "image": image,
+            "label": self._label(label, what),
+            "file_name": folders.escape_for_display(name),
+        }
 
     def _label(self, label: Any, what: str) -> int:
         if isinstance(label, str) and label in self._classes:
@@ -244,7 +250,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
         is_number = isinstance(label, int | np.integer) and not isinstance(label, bool)
         if not is_number or not -1 <= label < len(self._classes):
             raise DataError(
-                f"{what}: its label is {label!r}; expected 0 to {len(self._classes) - 1}, the name "
-                f"of one of the {len(self._classes)} classes, or -1 where it is unknown"
+                f"{what}: label = {label!r}: must be 0 to {len(self._classes) - 1}, the name of "
+                f"one of the {len(self._classes)} classes, or -1 if unknown"
             )
         return int(label)

@@ -1,6 +1,6 @@
-"""Any data set of images and classes that TFDS's own commands prepared as ArrayRecord.
+"""Reads image classification data sets prepared as ArrayRecord by TFDS's own commands.
 
-TFDS's builders prepare with TensorFlow, once, anywhere; what they wrote is read here without it.
+TFDS's builders need TensorFlow to prepare a data set; this module reads the result without it.
 """
 
 import functools
@@ -17,23 +17,23 @@ from inception_jax.datasets.builders import base, tfds_folders
 from inception_jax.datasets.records import Fields, Records
 from inception_jax.errors import DataError
 
-# Features that name an example, in the order of preference.
-_NAMES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
-# Images that one thread inspects at a time.
-_PIECE = 16
+# Features that can name an example, in order of preference.
+_NAME_FEATURES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
+# Images inspected at a time.
+_CHUNK_SIZE = 16
 
 
 class PreparedTfds:
-    """A prepared data set, with the part of `base.ImageBuilder`'s interface that reads.
+    """A prepared data set, with the reading part of `base.ImageBuilder`'s interface.
 
     Args:
-      tfds: as config.data.tfds.
-      data_dir: where TFDS keeps data sets.
-      log: takes one line of text.
-      unused: settings that matter when the splits are opened.
+      tfds: as `config.data.tfds`.
+      data_dir: directory of TFDS data sets.
+      log: called with one line of text.
+      unused: settings that apply only when splits are opened.
 
     Raises:
-      DataError: if it is not prepared, or has no images, classes or labels of one.
+      DataError: if it is not prepared, or has no image and class label features.
     """
 
     def __init__(
@@ -57,58 +57,61 @@ class PreparedTfds:
         labels = [
             key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)
         ]
-        found = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
+        described = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
         if keys is None and len(images) == len(labels) == 1:
             keys = images[0], labels[0]
         if keys is None or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
             raise DataError(
-                f"{self.data_dir}: does not say which features are image and label "
-                f"(supervised_keys = {keys}); it has {found}. Register a data set of your own "
-                "that reads it: register_dataset"
+                f"{self.data_dir}: does not define which features are image and label "
+                f"(supervised_keys = {keys}); its features are {described}. Register a custom data "
+                "set that reads it, with register_dataset"
             )
         image, label = keys
         if image not in images:
-            raise DataError(f"{self.data_dir}: {image!r} is no image; it has {found}")
+            raise DataError(
+                f"{self.data_dir}: feature {image!r} is not an image; the features are {described}"
+            )
         if label not in labels:
             raise DataError(
-                f"{self.data_dir}: {label!r} is no class of one label (ClassLabel); it has "
-                f"{found}. Other labels, such as numbers or several at a time, cannot be learned"
+                f"{self.data_dir}: feature {label!r} is not a ClassLabel; the features are "
+                f"{described}. Other targets, such as numbers or several labels per image, are not "
+                "supported"
             )
         if features[image].np_dtype not in (np.uint8, np.uint16):
             raise DataError(
-                f"{self.data_dir}: {image!r} is of {np.dtype(features[image].np_dtype)}; images of "
-                "uint8 and uint16 can be read"
+                f"{self.data_dir}: feature {image!r} has dtype "
+                f"{np.dtype(features[image].np_dtype)}; must be uint8 or uint16"
             )
-        name = next((each for each in _NAMES if _is_name(features.get(each))), "")
+        name = next((each for each in _NAME_FEATURES if _is_name(features.get(each))), "")
         return Fields(image, label, name)
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the labels."""
+        """The class names, in label order."""
         return self.info.features[self.fields.label].names
 
     @functools.cached_property
     def facts(self) -> Mapping[str, Any]:
-        """The bit depth of images of 16 bits: what the largest value of all of them needs."""
+        """Metadata: the bit depth of 16-bit images, as required by their largest value."""
         if self.info.features[self.fields.image].np_dtype != np.uint16:
             return {}
         depth = 0
         for split, known in self.info.splits.items():
             records = Records(self.files(split), self.fields)
-            inspect = functools.partial(_bit_depth, records)
+            inspect = functools.partial(_max_bit_depth, records)
             label = f"{self.name}: inspecting {split}"
             with Progress(label, known.num_examples, log=self._log) as progress:
-                for piece in decode.pieces(range(known.num_examples), _PIECE):
-                    depth = max(depth, inspect(piece))
-                    progress.update(len(piece))
+                for chunk in decode.chunks(range(known.num_examples), _CHUNK_SIZE):
+                    depth = max(depth, inspect(chunk))
+                    progress.update(len(chunk))
         return {"bit_depth": depth}
 
     def is_prepared(self) -> bool:
-        """Whether it is on disk."""
+        """Returns True: the constructor fails otherwise."""
         return True
 
     def missing_files(self) -> list[str]:
-        """Returns nothing: no file that is missing could be made again."""
+        """Returns no files, since missing ones could not be rebuilt."""
         return []
 
     def files(self, split: str) -> list[pathlib.Path]:
@@ -116,19 +119,21 @@ class PreparedTfds:
         return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
 
 
-def _bit_depth(records: Records, indices: Sequence[int]) -> int:
-    found = [decode.inspect(each.image, each.file_name) for each in records.read(list(indices))]
-    return max(each.bit_depth for each in found)
+def _max_bit_depth(records: Records, indices: Sequence[int]) -> int:
+    inspections = [
+        decode.inspect(each.image, each.file_name) for each in records.read(list(indices))
+    ]
+    return max(each.bit_depth for each in inspections)
 
 
 def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:
     try:
         return tfds.builder_from_directory(folder).info
-    # What is wrong with a description makes TFDS raise nearly anything.
+    # A damaged description makes TFDS raise nearly any exception.
     except Exception as error:
         raise DataError(
-            f"{folder}: cannot be opened as a data set of TFDS ({type(error).__name__}: {error}). "
-            "Prepare it again, with tfds build --overwrite"
+            f"{folder}: cannot be opened as a TFDS data set ({type(error).__name__}: {error}). "
+            "Prepare it again with tfds build --overwrite"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Tiny ImageNet as a TFDS dataset: 200 classes of 64 × 64 pixels, from the official layout.
+"""Builds Tiny ImageNet: 200 classes, 64 × 64 pixels.
 
-Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231n, Stanford, 2015. TFDS
-itself has no builder for it (tensorflow/datasets#998).
+Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231n, Stanford, 2015. TFDS has
+no builder for it (tensorflow/datasets#998).
 """
 
 import collections
@@ -29,20 +29,20 @@ _CITATION = """@misc{le2015tiny,
   howpublished = {CS 231N, Stanford University},
   year = {2015},
 }"""
-# Images that one thread reads and checks at a time: some 5 ms of work.
-_PIECE = 64
+# Images read and checked per task of a thread: about 5 ms of work.
+_CHUNK_SIZE = 64
 
 
 class TinyImagenetSubset(base.ImageBuilder):
-    """Any number of classes and images in Tiny ImageNet's layout, at least one of each.
+    """Builds any number of classes and images in Tiny ImageNet's layout.
 
-    Features: image, label (−1 in the test split, whose classes are not published), wnid (the class
-    id, '' there), file_name (its path in the official layout), and box: x0, y0, x1, y1 in pixels as
-    in the annotation files (−1 four times where there is none).
+    Features: image, label (−1 in the test split, whose classes are not published), wnid (class id;
+    '' in the test split), file_name (path in the official layout), and box (x0, y0, x1, y1 in
+    pixels, as in the annotation files; −1 four times if there is none).
     """
 
     VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet_subset").version)
-    DESCRIPTION = "A part of Tiny ImageNet, or other images in its layout."
+    DESCRIPTION = "A subset of Tiny ImageNet, or other images in its layout."
     HOMEPAGE = "https://www.kaggle.com/c/tiny-imagenet"
     CITATION = _CITATION
     IMAGE: ClassVar[dict[str, Any]] = {"shape": (None, None, 3), "encoding_format": "jpeg"}
@@ -50,14 +50,14 @@ class TinyImagenetSubset(base.ImageBuilder):
     _index: layout.Index
 
     def more_features(self) -> dict[str, Any]:
-        """Returns class id and box."""
+        """Returns the features for class id and box."""
         box = tfds.features.Tensor(
             shape=(4,), dtype=np.int64, doc="x0, y0, x1, y1 in pixels; -1: no box"
         )
         return {"wnid": tfds.features.Text(), "box": box}
 
     def open(self) -> None:
-        """Opens the source and checks that all of its files are there."""
+        """Opens the source and checks that it is complete."""
         self._files = layout.open_source(self._locate(), scratch=pathlib.Path(self.data_dir_root))
         self._index = layout.index(self._files)
         self._splits = self._index.splits
@@ -68,16 +68,16 @@ class TinyImagenetSubset(base.ImageBuilder):
     def _locate(self) -> str | pathlib.Path:
         if not self.source:
             raise DataError(
-                f"config.data.source = '': {self.name} has no download. Give a zip archive or a "
-                "folder in Tiny ImageNet's layout."
+                f"config.data.source = '': {self.name} has no default source; set it to a zip "
+                "archive or a folder in Tiny ImageNet's layout"
             )
         return self.source
 
     def _check_counts(self, index: layout.Index) -> None:
-        """Raises DataError if the numbers of images are not those that they have to be."""
+        """Raises DataError if the numbers of images are wrong; accepts any by default."""
 
-    def label_facts(self) -> tuple[Sequence[str], dict[str, Any]]:
-        """Returns the class names in the order of the sorted wnids; the wnids and the source."""
+    def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
+        """Returns the class names in order of the sorted wnids, and metadata: wnids and source."""
         metadata = {
             "wnids": list(self._index.wnids),
             "source": str(self._files.path.absolute()),
@@ -86,13 +86,15 @@ class TinyImagenetSubset(base.ImageBuilder):
         return self._index.class_names, metadata
 
     def source_bytes(self) -> int:
-        """Returns the size of all images, bytes."""
+        """Returns the total size of all files, bytes."""
         return sum(self._files.sizes.values())
 
-    def examples(self, items: Sequence[layout.Entry]) -> Generator[base.KeyedExample, None, None]:
-        """Yields the images, read and verified in threads."""
+    def examples(
+        self, items: Sequence[layout.IndexedImage]
+    ) -> Generator[base.KeyedExample, None, None]:
+        """Yields the examples, read and verified in threads."""
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
-        contents = decode.threaded_map(self._read, items, _PIECE)
+        contents = decode.threaded_map(self._read, items, _CHUNK_SIZE)
         for entry, data in zip(items, contents, strict=True):
             yield (
                 entry.file,
@@ -105,19 +107,19 @@ class TinyImagenetSubset(base.ImageBuilder):
                 },
             )
 
-    def _read(self, entry: layout.Entry) -> bytes:
+    def _read(self, entry: layout.IndexedImage) -> bytes:
         data = self._files.read(entry.path)
         decode.verify(data, f"{self._files.path}: {entry.path}")
         return data
 
 
 class TinyImagenet(TinyImagenetSubset):
-    """The whole of Tiny ImageNet; a source with other counts is refused."""
+    """Builds the complete Tiny ImageNet; rejects a source with other image counts."""
 
     VERSION = tfds.core.Version(DATASETS.get("tiny_imagenet").version)
     DESCRIPTION = (
-        "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and 10,000 "
-        "unlabelled test images."
+        "200 classes of ImageNet at 64 x 64 pixels: 100,000 training, 10,000 validation and "
+        "10,000 unlabeled test images."
     )
 
     def _locate(self) -> str | pathlib.Path:
@@ -127,20 +129,20 @@ class TinyImagenet(TinyImagenetSubset):
         return download.fetch(URL, target, size=BYTES, md5=MD5, log=self.log)
 
     def _check_counts(self, index: layout.Index) -> None:
-        found = {"classes": len(index.wnids)}
-        found |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
+        counts = {"classes": len(index.wnids)}
+        counts |= {f"{split} images": len(entries) for split, entries in index.splits.items()}
         expected = {
             "classes": 200,
             "train images": 100_000,
             "validation images": 10_000,
         }
-        # Nothing is trained or evaluated on the test images, whose classes are not published.
-        if "test images" in found:
+        # Test images are optional: their classes are not published, so they are not used.
+        if "test images" in counts:
             expected["test images"] = 10_000
         wrong = [
-            f"{found[what]:,} {what} (expected {count:,})"
+            f"{counts[what]:,} {what} (expected {count:,})"
             for what, count in expected.items()
-            if found[what] != count
+            if counts[what] != count
         ]
         per_class = collections.Counter(entry.wnid for entry in index.splits["train"])
         wrong += [
@@ -150,7 +152,6 @@ class TinyImagenet(TinyImagenetSubset):
         ][:3]
         if wrong:
             raise DataError(
-                f"{self._files.path}: not the whole of Tiny ImageNet, for it has "
-                f"{', '.join(wrong)}. Get the archive again, or set "
-                "config.data.name=tiny_imagenet_subset to use what is there."
+                f"{self._files.path}: incomplete Tiny ImageNet: {', '.join(wrong)}. Download the "
+                "archive again, or set config.data.name=tiny_imagenet_subset to use these files"
             )

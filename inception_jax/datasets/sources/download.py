@@ -1,4 +1,4 @@
-"""Downloads a file so that nothing is lost: resumed where it stopped, checked before it is used."""
+"""Downloads a file: resumes interrupted downloads and verifies the result."""
 
 import hashlib
 import http.client
@@ -13,7 +13,7 @@ from inception_jax.console import Progress
 from inception_jax.errors import DataError
 from inception_jax.storage.space import check_space
 
-_CHUNK = 1 << 20
+_CHUNK_SIZE = 1 << 20
 _TIMEOUT = 30.0
 _ATTEMPTS = 5
 
@@ -27,74 +27,76 @@ def fetch(
     log: Callable[[str], None] = print,
     wait: float = 2.0,
 ) -> pathlib.Path:
-    """Downloads `url` to `target`, unless it is there already.
+    """Downloads `url` to `target`, unless it already exists.
 
-    What arrives is kept in `target`.part, and a later call goes on from there; only a file of the
-    right size and digest is renamed to `target`.
+    Received data are kept in `target`.part, which a later call resumes; only a file with the right
+    size and digest is renamed to `target`.
 
     Args:
       url: http or https.
-      target: where the file is to be.
-      size: what it must measure, bytes.
-      md5: its digest, hexadecimal.
-      log: takes one line of text.
-      wait: seconds before a broken connection is tried again.
+      target: path of the downloaded file.
+      size: expected size, bytes.
+      md5: expected MD5, hexadecimal.
+      log: called with one line of text.
+      wait: seconds before a broken connection is retried.
 
     Returns:
       `target`.
 
     Raises:
-      DataError: if the server cannot be reached, or sends something else.
+      DataError: if the server cannot be reached, or sends another file.
     """
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    check_space(target.parent, size - have, f"the download of {url}", error=DataError)
+    received = part.stat().st_size if part.exists() else 0
+    check_space(target.parent, size - received, f"downloading {url}", error=DataError)
     with Progress(f"downloading {url}", size, unit="bytes", log=log) as progress:
-        progress.update(have)
+        progress.update(received)
         failures = 0
-        while have < size:
+        while received < size:
             try:
-                _receive(url, part, have, size=size, progress=progress)
+                _receive(url, part, received, size=size, progress=progress)
                 problem = "the connection closed early"
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error)
-            received = part.stat().st_size if part.exists() else 0
-            # Only attempts that brought nothing count: a poor line may break any number of times.
-            failures = failures + 1 if received <= have else 0
-            have = received
-            if have < size and failures >= _ATTEMPTS:
-                raise _unreachable(url, problem, have, size=size)
-            if have < size:
+            on_disk = part.stat().st_size if part.exists() else 0
+            # Count only attempts without any data: a poor connection may break any number of times.
+            failures = failures + 1 if on_disk <= received else 0
+            received = on_disk
+            if received < size and failures >= _ATTEMPTS:
+                raise _unreachable(url, problem, received, size=size)
+            if received < size:
                 time.sleep(wait)
     _check(url, part, size=size, md5=md5)
     os.replace(part, target)
     return target
 
 
-def _receive(url: str, part: pathlib.Path, have: int, *, size: int, progress: Progress) -> None:
-    """Appends to `part` what the server sends from byte `have` on."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _receive(url: str, part: pathlib.Path, received: int, *, size: int, progress: Progress) -> None:
+    """Appends the server's data from byte `received` to `part`."""
+    request = urllib.request.Request(
+        url, headers={"Range": f"bytes={received}-"} if received else {}
+    )
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        # A server that ignores the Range header answers 200 and sends all of it again.
-        restart = have > 0 and response.status != http.client.PARTIAL_CONTENT
+        # A server that ignores the Range header responds with 200 and sends the complete file.
+        restart = received > 0 and response.status != http.client.PARTIAL_CONTENT
         if restart:
-            progress.update(-have)
-            have = 0
+            progress.update(-received)
+            received = 0
         with part.open("wb" if restart else "ab") as file:
-            while have <= size and (chunk := response.read(_CHUNK)):
+            while received <= size and (chunk := response.read(_CHUNK_SIZE)):
                 file.write(chunk)
-                have += len(chunk)
+                received += len(chunk)
                 progress.update(len(chunk))
 
 
-def _unreachable(url: str, problem: str, have: int, *, size: int) -> DataError:
+def _unreachable(url: str, problem: str, received: int, *, size: int) -> DataError:
     return DataError(
-        f"{url}: cannot be downloaded ({problem}; {have:,} of {size:,} bytes are here and will be "
-        "kept). Check the network and start again, or get the file elsewhere and give its path as "
-        "--config.data.source."
+        f"{url}: download failed ({problem}); {received:,} of {size:,} bytes were received and are "
+        "kept. Check the network and rerun, or get the file elsewhere and set config.data.source "
+        "to its path"
     )
 
 
@@ -106,12 +108,12 @@ def md5_of(path: pathlib.Path) -> str:
 
 
 def _check(url: str, part: pathlib.Path, *, size: int, md5: str) -> None:
-    """Raises DataError, and removes the file, if it is not the one that was wanted."""
-    found, digest = part.stat().st_size, md5_of(part)
-    if (found, digest) != (size, md5):
+    """Removes the file and raises DataError if its size or digest is wrong."""
+    actual_size, digest = part.stat().st_size, md5_of(part)
+    if (actual_size, digest) != (size, md5):
         part.unlink()
         raise DataError(
-            f"{url}: what was downloaded is another file ({found:,} bytes, md5 "
-            f"{digest}; expected {size:,} bytes, md5 {md5}); it was removed. Start "
-            "again, or get the file elsewhere and give its path as --config.data.source."
+            f"{url}: the downloaded file has {actual_size:,} bytes and MD5 {digest}; must have "
+            f"{size:,} bytes and MD5 {md5}; it was removed. Rerun, or get the file elsewhere and "
+            "set config.data.source to its path"
         )

@@ -1,8 +1,8 @@
-"""What a file is that is not an image, from its first bytes, and what to do about it.
+"""Identifies files that are not images by their first bytes, each with a remedy.
 
-Folders of pictures hold photos of formats that PIL does not read, files that a server or a version
-control system put in the place of a picture, and the small files that programs keep beside
-pictures. Only what PIL cannot read is looked at here.
+Image folders contain photos in formats that PIL does not read, files that a server or a version
+control system stored instead of an image, and sidecar files of other programs. Only files that PIL
+cannot read are examined here.
 """
 
 import json
@@ -12,68 +12,68 @@ from typing import NamedTuple
 
 
 class FileType(NamedTuple):
-    """A kind of file.
+    """A type of file.
 
     Attributes:
-      name: of the kind, in the singular: "HEIC photo".
-      remedy: what to do about such files, without a period.
+      name: of the type, singular: "HEIC photo".
+      remedy: imperative clause without a period.
     """
 
     name: str
     remedy: str
 
 
-_AGAIN = "download or copy it again"
-_EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel, without a sign"
-# What PIL would open, and not give what is meant. Of a raw file it is the thumbnail, a TIFF.
+_DOWNLOAD_AGAIN = "download or copy it again"
+_SAVE_UNSIGNED = "save it with 8 or 16 unsigned bits per channel"
+# Types that PIL opens but decodes wrongly; of a raw file, for example, only the TIFF thumbnail.
 CAMERA_RAW = FileType(
-    "camera raw file", "develop it to JPEG or TIFF, with darktable-cli or dcraw -T"
+    "camera raw file", "convert it to JPEG or TIFF with darktable-cli or dcraw -T"
 )
 PROGRAM = FileType(
-    "PostScript file (EPS is a program that draws a picture, and none is run)",
-    "render it to PNG, with ImageMagick or Ghostscript",
+    "PostScript file (EPS is a program, and programs are not run)",
+    "render it to PNG with ImageMagick or Ghostscript",
 )
-FLOATS = FileType("image of floating-point numbers, whose range is unknown", _EIGHT_OR_SIXTEEN)
+FLOATS = FileType("floating-point image, whose value range is unknown", _SAVE_UNSIGNED)
 INTEGERS = FileType(
-    "image of integers of 32 bits, or with a sign, whose range is unknown", _EIGHT_OR_SIXTEEN
+    "image of 32-bit or signed integers, whose value range is unknown", _SAVE_UNSIGNED
 )
 PLANES = FileType(
-    "TIFF whose channels of 16 bits lie one after another, which PIL misreads",
+    "TIFF with planar 16-bit channels, which PIL misreads",
     "save it with interleaved channels",
 )
-_HEIC = FileType("HEIC photo", "convert it to JPEG, with ImageMagick, heif-convert or sips")
-_AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG, with avifdec")
-_JPEG_XL = FileType("JPEG XL image", "convert it to PNG, with djxl")
-_JPEG_XR = FileType("JPEG XR image", "convert it to PNG, with JxrDecApp")
+_HEIC = FileType("HEIC photo", "convert it to JPEG with ImageMagick, heif-convert or sips")
+_AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG with avifdec")
+_JPEG_XL = FileType("JPEG XL image", "convert it to PNG with djxl")
+_JPEG_XR = FileType("JPEG XR image", "convert it to PNG with JxrDecApp")
 _PHOTOSHOP = FileType("Photoshop file", "export it as PNG")
 _GIMP = FileType("GIMP file", "export it as PNG")
-_VIDEO = FileType("video", "extract its frames, with ffmpeg -i FILE frame%05d.png")
-_SOUND = FileType("sound file", "remove it")
-_PDF = FileType("PDF document", "render it to PNG, with pdftoppm -png")
-_SVG = FileType("SVG drawing", "render it to PNG, with rsvg-convert or Inkscape")
-_METAFILE = FileType("Windows metafile", "render it to PNG, with Inkscape")
-_DICOM = FileType("DICOM file", "convert it to 16-bit PNG, with dcm2pnm or pydicom")
+_VIDEO = FileType("video", "extract its frames with ffmpeg -i FILE frame%05d.png")
+_SOUND = FileType("audio file", "remove it")
+_PDF = FileType("PDF document", "render it to PNG with pdftoppm -png")
+_SVG = FileType("SVG drawing", "render it to PNG with rsvg-convert or Inkscape")
+_METAFILE = FileType("Windows metafile", "render it to PNG with Inkscape")
+_DICOM = FileType("DICOM file", "convert it to 16-bit PNG with dcm2pnm or pydicom")
 _GZIP = FileType("gzip file", "unpack it with gunzip; save the slices of a NIfTI file as PNG")
-_ARRAY = FileType("file of arrays", "save each picture as PNG, with PIL.Image.fromarray")
-_ARCHIVE = FileType("archive", "unpack it, and remove it")
+_ARRAY = FileType("array file", "save each image as PNG with PIL.Image.fromarray")
+_ARCHIVE = FileType("archive", "unpack it, then remove it")
 _OFFICE = FileType("office document or Windows thumbnail cache", "remove it")
 _LFS = FileType(
-    "Git LFS pointer, not the picture itself", "run git lfs pull where the files are from"
+    "Git LFS pointer instead of an image", "run git lfs pull in the original repository"
 )
 _ANNEX = FileType(
-    "git-annex pointer, not the picture itself", "run git annex get where the files are from"
+    "git-annex pointer instead of an image", "run git annex get in the original repository"
 )
 _ENCRYPTED = FileType(
-    "file that git-crypt encrypted", "run git-crypt unlock where the files are from"
+    "file encrypted by git-crypt", "run git-crypt unlock in the original repository"
 )
-_PAGE = FileType("web page in the place of a picture", "download the picture itself")
-_ANSWER = FileType("server's answer in the place of a picture (XML or JSON)", _AGAIN)
+_PAGE = FileType("web page instead of an image", "download the image itself")
+_ANSWER = FileType("server response instead of an image (XML or JSON)", _DOWNLOAD_AGAIN)
 _TEXT = FileType("text", "remove it")
-_EMPTY = FileType("empty file", _AGAIN)
-_ZEROS = FileType("file of zeros, as a copy that failed leaves", _AGAIN)
+_EMPTY = FileType("empty file", _DOWNLOAD_AGAIN)
+_ZEROS = FileType("file of zeros, as left by a failed copy", _DOWNLOAD_AGAIN)
 
-# The first bytes of kinds.
-_STARTS: dict[FileType, tuple[bytes, ...]] = {
+# First bytes by type.
+_SIGNATURES: dict[FileType, tuple[bytes, ...]] = {
     _PDF: (b"%PDF",),
     _PHOTOSHOP: (b"8BPS",),
     _GIMP: (b"gimp xcf",),
@@ -96,8 +96,8 @@ _STARTS: dict[FileType, tuple[bytes, ...]] = {
     _LFS: (b"version https://git-lfs.github.com/spec/",),
     _ENCRYPTED: (b"\0GITCRYPT\0",),
 }
-# Bytes elsewhere: where, what, kind.
-_INSIDE: tuple[tuple[int, bytes, FileType], ...] = (
+# Signatures at other offsets: offset, bytes, type.
+_OFFSET_SIGNATURES: tuple[tuple[int, bytes, FileType], ...] = (
     (128, b"DICM", _DICOM),
     (257, b"ustar", _ARCHIVE),
     (344, b"n+1\0", _ARRAY),
@@ -108,7 +108,7 @@ _INSIDE: tuple[tuple[int, bytes, FileType], ...] = (
     (8, b"AVI ", _VIDEO),
     (8, b"WAVE", _SOUND),
 )
-# Major brands of ISO media files, whose first box is 'ftyp'; any other is a video's.
+# Major brands of ISO media files (first box 'ftyp'); all others are videos.
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), _AVIF),
     **dict.fromkeys(
@@ -117,7 +117,7 @@ _BRANDS = {
     b"crx ": CAMERA_RAW,
     b"M4A ": _SOUND,
 }
-# What the first bytes of formats that PIL reads are, for files that are too damaged for it to see.
+# First bytes of formats that PIL reads, for files too damaged for PIL to identify.
 _IMAGES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8", "JPEG"),
     (b"\x89PNG", "PNG"),
@@ -132,7 +132,7 @@ _RAW_ENDINGS = """
 """
 _VIDEO_ENDINGS = ".mp4 .m4v .mov .avi .mkv .webm .wmv .flv .mpg .mpeg .mts .m2ts .3gp"
 _ARRAY_ENDINGS = ".npy .npz .mat .h5 .hdf5 .nii .pkl .pt"
-# Where the content says nothing, the ending may.
+# Types by extension, if the content is not conclusive.
 _ENDINGS = {
     **dict.fromkeys(_RAW_ENDINGS.split(), CAMERA_RAW),
     **dict.fromkeys((".heic", ".heif", ".hif"), _HEIC),
@@ -140,9 +140,9 @@ _ENDINGS = {
     **dict.fromkeys((".dcm", ".dicom"), _DICOM),
     **dict.fromkeys(_ARRAY_ENDINGS.split(), _ARRAY),
 }
-# The endings and names of files that people and programs keep beside pictures: notes, logs, lists,
-# annotations, scripts, trained networks, settings of raw developers, links, checksums. Saved pages
-# and arrays are not among them: where they stand for pictures, a class would be lost.
+# Extensions and names of sidecar files: notes, logs, lists, annotations, scripts, trained networks,
+# settings of raw developers, links, checksums. Saved web pages and arrays are excluded: if they
+# were stored instead of images, a class would be lost.
 _KEPT_BESIDE = """
 .txt .text .md .rst .tex .rtf .bib .doc .docx .odt .xls .xlsx .ods .ppt .pptx .odp
 .csv .tsv .json .jsonl .ndjson .geojson .xml .yaml .yml .toml .ini .cfg .conf .names .lst .list .idx
@@ -157,43 +157,43 @@ version makefile manifest md5sums sha1sums sha256sums checksums thumbs notes tod
 pax_global_header
 """
 _SIDECAR_ENDINGS, _SIDECAR_NAMES = frozenset(_KEPT_BESIDE.split()), frozenset(_CALLED.split())
-# How much of a file is looked at for text.
+# Number of bytes examined to detect text.
 _HEAD = 4096
 
 
 def is_sidecar(file: str) -> bool:
-    """Whether a path is named as a file that lies beside pictures: an annotation, a note."""
+    """Returns whether a path is named like a sidecar file, such as an annotation or a note."""
     name = os.path.basename(file).lower()
     stem, ending = os.path.splitext(name)
-    # What this program writes beside runs, and TensorBoard's logs.
+    # This program's reports, and TensorBoard logs.
     if name == "report.html" or ".tfevents." in name:
         return True
     return ending in _SIDECAR_ENDINGS or (not ending and stem in _SIDECAR_NAMES)
 
 
 def is_raw_name(file: str) -> bool:
-    """Whether a path ends as a camera's raw files do."""
+    """Returns whether a path has the extension of a camera raw file."""
     return _ENDINGS.get(os.path.splitext(file)[1].lower()) is CAMERA_RAW
 
 
 def identify(data: bytes, file: str = "") -> FileType | None:
-    """Returns what a file is that is no image, or one of a format that PIL does not read.
+    """Identifies a file that is not an image, or is in a format that PIL does not read.
 
     Args:
-      data: its content.
-      file: its path, whose ending decides where the content says nothing.
+      data: the file's content.
+      file: its path; the extension decides if the content is not conclusive.
 
     Returns:
-      None if neither says anything, or if it begins as an image does that PIL reads.
+      The type; None if unknown, or if it begins like an image that PIL reads.
     """
     if not data:
         return _EMPTY
-    for kind, starts in _STARTS.items():
+    for kind, starts in _SIGNATURES.items():
         if data.startswith(starts):
             return kind
     if data[4:8] == b"ftyp":
         return _iso_media(data)
-    for place, content, kind in _INSIDE:
+    for place, content, kind in _OFFSET_SIGNATURES:
         if data.startswith(content, place):
             return kind
     by_name = _ENDINGS.get(os.path.splitext(file)[1].lower())
@@ -205,21 +205,21 @@ def identify(data: bytes, file: str = "") -> FileType | None:
 
 
 def damaged_format(data: bytes) -> str:
-    """Returns the name of the format that a file begins as, of those that PIL reads, or ''."""
+    """Returns the format, of those that PIL reads, indicated by the first bytes, or ''."""
     return next((name for start, name in _IMAGES if data.startswith(start)), "")
 
 
 def _iso_media(data: bytes) -> FileType:
-    # The size of the box: its end is that of the list of brands that the file is compatible with.
+    # The size of the box, which ends with the list of compatible brands.
     size = int.from_bytes(data[:4])
     brands = [data[place : place + 4] for place in (8, *range(16, min(size, 256), 4))]
     kinds = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
-    # 'mif1' alone is any still image's: a later brand says which.
+    # 'mif1' is used for any still image: a later brand identifies the format.
     return _AVIF if _AVIF in kinds else kinds[0] if kinds else _VIDEO
 
 
 def _text(data: bytes) -> FileType | None:
-    """Returns what kind of text a file is, or None if it is none."""
+    """Returns the type of a text file, or None if it is not text."""
     head = data[:_HEAD]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = head.decode("utf-16", "replace")
@@ -234,16 +234,16 @@ def _text(data: bytes) -> FileType | None:
         return _SVG
     if re.search(r"<!doctype html|<html|<head|<body", text):
         return _PAGE
-    if text.startswith("<") or _is_json(text, whole=len(data) <= _HEAD):
+    if text.startswith("<") or _is_json(text, complete=len(data) <= _HEAD):
         return _ANSWER
     return _TEXT
 
 
-def _is_json(text: str, *, whole: bool) -> bool:
+def _is_json(text: str, *, complete: bool) -> bool:
     if not text.startswith(("{", "[")):
         return False
     try:
         json.loads(text)
     except ValueError:
-        return not whole
+        return not complete
     return True

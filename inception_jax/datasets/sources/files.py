@@ -1,4 +1,4 @@
-"""The files of a data set's source by their path, in an archive or in a folder alike."""
+"""Uniform access to the files of a source, a folder or an archive, by path."""
 
 import abc
 import hashlib
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 from inception_jax.errors import DataError
 
-# The most that is read of one file: no picture and no list has as much, and a small archive could
-# otherwise unpack to more than the memory holds.
-MOST_BYTES = 256 << 20
+# Maximum size of a file: larger than any image or list. Without it, a small archive could unpack to
+# more than fits into memory.
+MAX_BYTES = 256 << 20
 
 
 class Contents(NamedTuple):
-    """What tells the content of a source from others.
+    """Identifies the content of a source.
 
     Attributes:
-      digests: of `Source.fingerprint`; the first is recorded of what is prepared from it, the
-        others are what older versions recorded.
-      class_names: in the order of the labels; None: the digests are enough.
+      digests: from `Source.fingerprint`; the first is recorded with the prepared data, the others
+        are those that older versions recorded.
+      class_names: in label order; None: the digests are sufficient.
     """
 
     digests: Sequence[str]
@@ -30,30 +30,29 @@ class Contents(NamedTuple):
 
 
 def fingerprint(path: pathlib.Path) -> str:
-    """Returns a digest of any file or folder, by names, sizes and times, without reading it.
+    """Returns a digest of the names, sizes and times of a file or folder, without reading it.
 
     Raises:
-      DataError: if there is nothing at `path`.
+      DataError: if `path` does not exist.
     """
     if path.is_dir():
         with FolderSource(path) as source:
             return source.fingerprint()
     if not path.exists():
-        raise DataError(f"config.data.source = {str(path)!r}: there is no such file or folder")
+        raise DataError(f"config.data.source = {str(path)!r}: no such file or folder")
     return hashlib.sha256(repr(_size_and_time(path)).encode()).hexdigest()
 
 
 class Source(abc.ABC):
-    """Files by their path below a root, parted by '/'.
+    """Files by their path below a root, separated by '/'.
 
     Attributes:
-      path: the archive or folder, as it was given.
-      sizes: bytes of each file.
-      folders: the folders that are listed by themselves, ending in '/'; those that hold nothing
-        are among them.
-      hidden: the files, and the folders ending in '/', that were left out by their names; what
-        lies in such a folder is not listed.
-      names_depend_on_encoding: whether there are names whose encoding an archive does not declare.
+      path: the archive or folder, as specified.
+      sizes: size of each file, bytes.
+      folders: paths of folders that have their own entry, ending in '/', including empty ones.
+      hidden: files, and folders ending in '/', skipped because of their names; the contents of such
+        folders are not listed.
+      names_depend_on_encoding: whether an archive has names without a declared encoding.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -62,7 +61,7 @@ class Source(abc.ABC):
         self.folders: list[str] = []
         self.hidden: list[str] = []
         self.names_depend_on_encoding = False
-        # What `path` has above the paths of files, '' or ending in '/'.
+        # Prefix of the files' paths below `path`, '' or ending in '/'.
         self._root = ""
 
     def __enter__(self) -> "Source":
@@ -77,7 +76,7 @@ class Source(abc.ABC):
         self.close()
 
     def enter(self, root: str) -> None:
-        """Makes a folder below, '' or a path ending in '/', the root; files elsewhere are left."""
+        """Makes a subfolder ('' or ending in '/') the root; files elsewhere are dropped."""
         self._root += root
         self.sizes = {
             file.removeprefix(root): size
@@ -90,109 +89,113 @@ class Source(abc.ABC):
         )
 
     def read(self, file: str) -> bytes:
-        """Returns a file's content; safe in threads.
+        """Returns a file's content; thread-safe.
 
         Raises:
-          DataError: if it is missing, damaged or larger than any picture.
+          DataError: if it is missing, damaged or larger than `MAX_BYTES`.
         """
         if file not in self.sizes:
             raise DataError(
-                f"{self.path}: {file} is missing. Get the archive again, or copy the folder whole."
+                f"{self.path}: {file} is missing. Download the archive again, or copy the "
+                "complete folder"
             )
-        if self.sizes[file] > MOST_BYTES:
+        if self.sizes[file] > MAX_BYTES:
             raise DataError(
-                f"{self.path}: {file} has {self.sizes[file]:,} bytes; at most {MOST_BYTES:,} are "
-                "read of one file. Remove it, or make it smaller."
+                f"{self.path}: {file} has {self.sizes[file]:,} bytes; a file can have at most "
+                f"{MAX_BYTES:,}. Remove it, or make it smaller"
             )
         return self._read(self._root + file)
 
     def fingerprint(self, files: Iterable[str] | None = None) -> str:
-        """Returns a digest by which other content is noticed, without reading the files.
+        """Returns a digest that changes with the content, without reading the files.
 
-        It is of what the system or the archive says of them. So a folder's is another once its
-        files are copied without their times, and the same if one is replaced by another of its
-        name, size and time; and that of a folder is never that of its archive.
+        It is computed from metadata of the file system or the archive. So a folder's digest changes
+        if its files are copied without their timestamps, and does not change if a file is replaced
+        by one of equal name, size and time; and the digests of a folder and its archive always
+        differ.
 
         Args:
-          files: those that count; None: all.
+          files: the files to include; None: all.
         """
         counted = self.sizes if files is None else files
-        facts = sorted((file, *self._facts(self._root + file)) for file in counted)
+        facts = sorted((file, *self._stat(self._root + file)) for file in counted)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @abc.abstractmethod
     def _read(self, path: str) -> bytes:
-        """Returns the content of a file, by its path in the archive or folder that was given."""
+        """Returns the content of a file, by its path in the archive or folder."""
 
     @abc.abstractmethod
-    def _facts(self, path: str) -> tuple[int, ...]:
-        """Returns what changes with a file's content and is known without reading it."""
+    def _stat(self, path: str) -> tuple[int, ...]:
+        """Returns metadata that change with a file's content, without reading it."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases what is open."""
+        """Closes open files."""
 
 
 class FolderSource(Source):
-    """All files below a folder; links to folders are followed.
+    """Reads the files below a folder; follows links to folders.
 
     Args:
       path: the folder.
-      hidden: whether a file or folder, by its path, is none of the source's.
+      is_hidden: returns whether to skip a file or folder, by path.
 
     Raises:
-      DataError: if a folder below cannot be read.
+      DataError: if a subfolder cannot be read.
     """
 
     def __init__(
-        self, path: pathlib.Path, *, hidden: Callable[[str], bool] = lambda file: False
+        self, path: pathlib.Path, *, is_hidden: Callable[[str], bool] = lambda file: False
     ) -> None:
         super().__init__(path)
         self._times: dict[str, int] = {}
-        for folder, inner, names in os.walk(path, onerror=_refuse, followlinks=True):
+        for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
             below = os.path.relpath(folder, path).replace(os.sep, "/")
             start = "" if below == "." else f"{below}/"
-            self.hidden += [f"{start}{name}/" for name in inner if hidden(f"{start}{name}/")]
-            self.hidden += [start + name for name in names if hidden(start + name)]
-            inner[:] = [
-                name
-                for name in inner
-                if not hidden(f"{start}{name}/")
-                and not _leads_back(path, os.path.join(folder, name))
+            self.hidden += [
+                f"{start}{name}/" for name in subfolders if is_hidden(f"{start}{name}/")
             ]
-            self.folders += [f"{start}{name}/" for name in inner]
+            self.hidden += [start + name for name in names if is_hidden(start + name)]
+            subfolders[:] = [
+                name
+                for name in subfolders
+                if not is_hidden(f"{start}{name}/")
+                and not _is_link_cycle(path, os.path.join(folder, name))
+            ]
+            self.folders += [f"{start}{name}/" for name in subfolders]
             for file in (start + name for name in names):
-                if not hidden(file):
+                if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)
 
     def _read(self, path: str) -> bytes:
         file = self.path / path
         try:
             if not stat.S_ISREG(file.stat().st_mode):
-                problem = "a device or a pipe, no file"
-                raise DataError(f"{file}: is {problem}. Remove it.") from OSError(problem)
+                problem = "a device or a pipe, not a file"
+                raise DataError(f"{file}: is {problem}. Remove it") from OSError(problem)
             return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error}).") from error
+            raise DataError(f"{file}: cannot be read ({error}). Check its permissions") from error
 
-    def _facts(self, path: str) -> tuple[int, ...]:
-        """Returns a file's size and time of change."""
+    def _stat(self, path: str) -> tuple[int, ...]:
+        """Returns a file's size and modification time."""
         return self.sizes[path.removeprefix(self._root)], self._times[path]
 
     def close(self) -> None:
-        """Does nothing: files are open only while they are read."""
+        """Does nothing: files are open only while being read."""
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):
-        return  # Removed meanwhile, as a run that trains below the folder removes old checkpoints.
-    raise DataError(f"{error.filename}: cannot be read ({error}).") from error
+        return  # Removed in the meantime, such as an old checkpoint of a run below this folder.
+    raise DataError(f"{error.filename}: cannot be read ({error}). Check its permissions") from error
 
 
-def _leads_back(root: pathlib.Path, folder: str) -> bool:
-    """Whether a folder is a link to one that it lies in, or was reached through.
+def _is_link_cycle(root: pathlib.Path, folder: str) -> bool:
+    """Returns whether a folder is a link to a folder that contains it or that led to it.
 
-    Such a one would be walked for ever.
+    Following it would never end.
     """
     if not os.path.islink(folder):
         return False
@@ -202,7 +205,7 @@ def _leads_back(root: pathlib.Path, folder: str) -> bool:
 
 
 def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
-    """Returns a file's size in bytes and its time of change in ns; 0 and 0 for a dead link."""
+    """Returns a file's size in bytes and modification time in ns; 0 and 0 for a broken link."""
     try:
         status = path.stat()
     except OSError:

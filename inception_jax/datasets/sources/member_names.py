@@ -1,7 +1,7 @@
-"""The names of an archive's members, as the paths that they mean.
+"""Decodes the names of an archive's members to paths.
 
-An archive holds names as bytes. Formats and programs differ in how they say which encoding those
-are in, if they say it at all, and in what parts a path's folders.
+Archives store names as bytes. Formats and programs differ in whether and how they declare the
+encoding, and in the path separator.
 """
 
 import os
@@ -10,17 +10,27 @@ from typing import NamedTuple
 
 from inception_jax.errors import DataError
 
-# What systems in use write names in that say nothing of their encoding.
-_NATIONAL = ("cp437", "cp850", "cp1252", "cp866", "cp1251", "gbk", "big5", "shift_jis", "euc_kr")
+# Encodings that systems use for names without a declared encoding.
+_LEGACY_ENCODINGS = (
+    "cp437",
+    "cp850",
+    "cp1252",
+    "cp866",
+    "cp1251",
+    "gbk",
+    "big5",
+    "shift_jis",
+    "euc_kr",
+)
 
 
 class RawName(NamedTuple):
-    """A name as an archive has it.
+    """A name as stored in an archive.
 
     Attributes:
-      data: its bytes.
-      is_utf8: whether the archive says that these are UTF-8.
-      from_windows: whether a program on DOS or Windows says that it wrote it.
+      data: the bytes of the name.
+      is_utf8: whether the archive declares it as UTF-8.
+      from_windows: whether it was written on DOS or Windows, according to the archive.
     """
 
     data: bytes
@@ -29,31 +39,33 @@ class RawName(NamedTuple):
 
 
 def is_undeclared(raw: RawName) -> bool:
-    """Whether a name's encoding matters, and the archive does not say which it is."""
+    """Returns whether a name is not ASCII and has no declared encoding."""
     return not raw.is_utf8 and not raw.data.isascii()
 
 
 def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
-    """Returns the paths, parted by '/'.
+    """Returns the paths of all members, separated by '/'.
 
-    Names of undeclared encoding are UTF-8 if all of an archive's are valid as that, as macOS writes
-    them. Bytes that are not are kept as the file system's functions keep them (surrogateescape),
-    which `is_doubtful` finds. Backslashes part folders, as old programs on Windows write them, in
-    names from there and in archives without any '/'.
+    Names of undeclared encoding are decoded as UTF-8 (as written by macOS) if all of them are
+    valid. Otherwise invalid bytes are kept as surrogates (surrogateescape), which `is_undecodable`
+    detects. Backslashes are separators, as written by old Windows programs, in names from Windows
+    and in archives without any '/'.
 
     Args:
       raws: the names of all members.
-      encoding: of names whose encoding the archive does not declare; '': not known.
-      where: what an error calls the archive.
+      encoding: of names whose encoding the archive does not declare; '': unknown.
+      where: the archive, for errors.
 
     Raises:
-      DataError: if a name is not in the encoding that was given or declared.
+      DataError: if a name is not valid in the specified or declared encoding.
     """
     undeclared = [raw.data for raw in raws if is_undeclared(raw)]
     if encoding:
-        names = [_strict(raw.data, "utf-8" if raw.is_utf8 else encoding, where) for raw in raws]
+        names = [
+            _decode_strict(raw.data, "utf-8" if raw.is_utf8 else encoding, where) for raw in raws
+        ]
     elif _is_utf8(b"\n".join(undeclared)):
-        names = [_strict(raw.data, "utf-8", where) for raw in raws]
+        names = [_decode_strict(raw.data, "utf-8", where) for raw in raws]
     else:
         names = [raw.data.decode("utf-8", "surrogateescape") for raw in raws]
     any_slash = any("/" in name for name in names)
@@ -63,7 +75,7 @@ def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
     ]
     if all(name.startswith("/") for name in names):
         names = [name.lstrip("/") for name in names]
-    return list(map(_without_dots, names))
+    return list(map(_drop_dots, names))
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -74,46 +86,46 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _strict(data: bytes, encoding: str, where: object) -> str:
+def _decode_strict(data: bytes, encoding: str, where: object) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        given = "the archive says" if encoding == "utf-8" else "config.data.archive_encoding says"
+        given = "the archive" if encoding == "utf-8" else "config.data.archive_encoding"
         raise DataError(
-            f"{where}: the name {data!r} is not in {encoding}, as {given}. "
-            f"{_ways_to_read(data)}Set config.data.archive_encoding to the encoding of the system "
-            "that made the archive, or unpack it and give the folder."
+            f"{where}: the name {data!r} is not encoded in {encoding}, as {given} declares. "
+            f"{_possible_names(data)}Set config.data.archive_encoding to the encoding of the "
+            "system that created the archive, or unpack it and use the folder"
         ) from error
 
 
-def _without_dots(name: str) -> str:
-    """Drops the '.' of paths such as './cat/1.jpg'; '..' stays, for others to refuse."""
+def _drop_dots(name: str) -> str:
+    """Removes the '.' of paths such as './cat/1.jpg'; keeps '..', which is handled elsewhere."""
     return "/".join(part for part in name.split("/") if part != ".")
 
 
-def is_doubtful(text: str) -> bool:
-    """Whether some of a name's bytes could not be decoded."""
+def is_undecodable(text: str) -> bool:
+    """Returns whether some bytes of a name could not be decoded."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def doubtful_folder(names: Sequence[str], where: object) -> DataError | None:
-    """Returns the error for folders, which name classes, that can be read in several ways."""
+def undecodable_folders(names: Sequence[str], where: object) -> DataError | None:
+    """Returns an error if folder names (classes) could not be decoded, else None."""
     folders = sorted({name.rpartition("/")[0] for name in names})
-    doubtful = [folder for folder in folders if is_doubtful(folder)]
+    doubtful = [folder for folder in folders if is_undecodable(folder)]
     if not doubtful:
         return None
     data = os.fsencode(doubtful[0])
     return DataError(
-        f"{where}: the archive does not say which encoding its names are in, and {len(doubtful):,} "
-        f"of its folders, such as {data!r}, are not UTF-8. {_ways_to_read(data)}Set "
-        "config.data.archive_encoding to the right one, or unpack the archive and give the folder."
+        f"{where}: the archive does not declare the encoding of its names, and {len(doubtful):,} "
+        f"of its folders, such as {data!r}, are not UTF-8. {_possible_names(data)}Set "
+        "config.data.archive_encoding, or unpack the archive and use the folder"
     )
 
 
-def _ways_to_read(data: bytes) -> str:
-    """Returns a sentence with what a name may be: those encodings in which it is all letters."""
+def _possible_names(data: bytes) -> str:
+    """Returns a sentence with possible readings of a name: encodings that give only letters."""
     texts: dict[str, list[str]] = {}
-    for encoding in _NATIONAL:
+    for encoding in _LEGACY_ENCODINGS:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:

@@ -109,7 +109,7 @@ class ImageClassifier:
             width, height = decode.dimensions(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_many_pixels("more than 90 megapixels", limits) from error
-        except decode.BROKEN:
+        except decode.DECODE_ERRORS:
             return  # Nor can it be decoded; that says why.
         if width * height > limits.pixels:
             raise _too_many_pixels(f"{width:,} × {height:,} pixels", limits)

@@ -20,7 +20,7 @@ def write(path: pathlib.Path, *names: str, root: str = "") -> pathlib.Path:
     return archives.write_files(path, dict.fromkeys(names, b""), root)
 
 
-def found(layout: folders.Layout) -> dict[str, list[tuple[str, str]]]:
+def labeled_files(layout: folders.Layout) -> dict[str, list[tuple[str, str]]]:
     return {split: [(e.file, e.label) for e in entries] for split, entries in layout.splits.items()}
 
 
@@ -29,10 +29,10 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path
     return tmp_path / request.param
 
 
-def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
+def test_class_folders_are_one_split(path: pathlib.Path) -> None:
     layout = read(write(path, "dog/1.jpg", "cat/old/deep/2", "cat/1.png", "README.md"))
-    assert layout.classes == ("cat", "dog") and not layout.divided
-    assert found(layout) == {
+    assert layout.classes == ("cat", "dog") and not layout.has_validation
+    assert labeled_files(layout) == {
         "train": [("cat/1.png", "cat"), ("cat/old/deep/2", "cat"), ("dog/1.jpg", "dog")]
     }
 
@@ -54,16 +54,16 @@ def test_a_folder_for_each_class_is_one_split(path: pathlib.Path) -> None:
         ("ILSVRC_img_train", "ILSVRC_img_val"),
     ],
 )
-def test_a_folder_for_each_split(path: pathlib.Path, train: str, val: str) -> None:
+def test_split_folders_are_splits(path: pathlib.Path, train: str, val: str) -> None:
     layout = read(write(path, f"{train}/a/1", f"{train}/b/1", f"{val}/b/2", "classes.txt"))
-    assert layout.classes == ("a", "b") and layout.divided
-    assert found(layout) == {
+    assert layout.classes == ("a", "b") and layout.has_validation
+    assert labeled_files(layout) == {
         "train": [(f"{train}/a/1", "a"), (f"{train}/b/1", "b")],
         "validation": [(f"{val}/b/2", "b")],
     }
 
 
-# Each with the folder that each split is read from.
+# Each with the folder from which each split is read.
 NESTED = {
     "doubled": (
         ["seg_train/seg_train/a/1", "seg_train/seg_train/b/1", "seg_test/seg_test/a/1"],
@@ -77,11 +77,11 @@ NESTED = {
         ["seg_train/a/1", "seg_train/b/1", "seg_test/a/1", "seg_pred/seg_pred/1.jpg"],
         {"train": "seg_train", "validation": "seg_test", "test": "seg_pred/seg_pred"},
     ),
-    "pred beside test": (
+    "pred next to test": (
         ["train/a/1", "train/b/1", "val/a/1", "test/a/1", "single_prediction/1.jpg"],
         {"train": "train", "validation": "val", "test": "test", "unlabeled": "single_prediction"},
     ),
-    "evaluation beside validation": (
+    "evaluation next to validation": (
         ["training/a/1", "training/b/1", "evaluation/a/1", "validation/b/1"],
         {"train": "training", "validation": "validation", "test": "evaluation"},
     ),
@@ -97,7 +97,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("case", NESTED)
-def test_the_classes_may_lie_deeper_in_a_split(path: pathlib.Path, case: str) -> None:
+def test_classes_may_be_deeper_in_a_split(path: pathlib.Path, case: str) -> None:
     names, expected = NESTED[case]
     layout = read(write(path, *names))
     assert layout.folders == expected and list(layout.splits) == list(expected)
@@ -107,38 +107,38 @@ def test_the_classes_may_lie_deeper_in_a_split(path: pathlib.Path, case: str) ->
     assert sorted(layout.files) == sorted(names)
 
 
-def test_test_is_a_third_split_beside_val(path: pathlib.Path) -> None:
+def test_test_folder_is_third_split_with_val(path: pathlib.Path) -> None:
     layout = read(write(path, "train/a/1", "train/b/1", "val/a/2", "test/b/3"))
-    assert found(layout)["test"] == [("test/b/3", "b")]
+    assert labeled_files(layout)["test"] == [("test/b/3", "b")]
 
 
-@pytest.mark.parametrize("divided", [True, False])
-def test_a_test_folder_may_have_no_classes(path: pathlib.Path, divided: bool) -> None:
-    names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * divided]
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_test_folder_may_lack_classes(path: pathlib.Path, has_validation: bool) -> None:
+    names = ["train/a/1", "train/b/1", "test/1.jpg", *["val/a/1"] * has_validation]
     layout = read(write(path, *names))
-    assert found(layout)["test"] == [("test/1.jpg", "")]
-    assert layout.divided == divided == ("validation" in layout.splits)
+    assert labeled_files(layout)["test"] == [("test/1.jpg", "")]
+    assert layout.has_validation == has_validation == ("validation" in layout.splits)
 
 
 def test_outer_folders_are_entered(path: pathlib.Path) -> None:
     layout = read(write(path, "a/1", "b/1", "notes.txt", root="pets/train"))
-    assert found(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("pets/train/a/1", "a"), ("pets/train/b/1", "b")]}
 
 
-def test_below_train_there_are_classes(path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match="train: has the class 'cat' alone"):
+def test_folders_in_train_are_classes(path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match="train: contains only one class, 'cat'"):
         read(write(path, "train/cat/old/1", "train/cat/new/1"))
-    with pytest.raises(DataError, match="Training: has the class 'cat' alone"):
+    with pytest.raises(DataError, match="Training: contains only one class, 'cat'"):
         read(write(path.with_stem("more"), "pets/Training/cat/old/1", "pets/Training/cat/new/1"))
 
 
 @pytest.mark.parametrize(
     "files", [["train/a/1", "train/b/1"], ["train/a/1", "train/b/1", "val/a/1"]]
 )
-def test_an_empty_test_folder_does_not_stand_for_val(path: pathlib.Path, files: list[str]) -> None:
+def test_empty_test_folder_does_not_replace_val(path: pathlib.Path, files: list[str]) -> None:
     layout = read(write(path, *files, "test/"))
-    assert found(layout)["test"] == []
-    assert layout.divided == (len(files) == 3)
+    assert labeled_files(layout)["test"] == []
+    assert layout.has_validation == (len(files) == 3)
 
 
 LITTER = [
@@ -170,23 +170,23 @@ LITTER = [
 ]
 
 
-def test_what_systems_leave_behind_is_ignored_at_every_depth(path: pathlib.Path) -> None:
+def test_system_files_are_ignored_at_every_depth(path: pathlib.Path) -> None:
     litter = [f"{place}{name}" for place in ("", "a/", "a/deep/") for name in LITTER]
     layout = read(write(path, "a/1", "b/1", "a/deep/2", *litter))
-    assert found(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
-    # Each is named, or the folder that it lies in.
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("a/deep/2", "a"), ("b/1", "b")]}
+    # Each is listed, or the folder that contains it.
     for name in litter:
-        assert any(name.startswith(path) for path in layout.left_out), name
+        assert any(name.startswith(path) for path in layout.ignored), name
 
 
-def test_litter_is_no_split_and_no_class(path: pathlib.Path) -> None:
+def test_system_folders_are_not_splits_or_classes(path: pathlib.Path) -> None:
     splits = ["train/a/1", "train/b/1", "val/a/2"]
     layout = read(write(path, *splits, *LITTER, "lost+found/", "val/lost+found/"))
     assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(splits)
 
 
 NOTES = ["README.md", "a/labels.csv", "notes/ideas.txt", "notes/old/train.log", "b/1.json"]
-# What this program writes, named as it is found before the first checkpoint and after.
+# Output of this program, before and after the first checkpoint.
 OWN = [
     "runs/new/.inception_jax",
     *(
@@ -207,105 +207,107 @@ OWN = [
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
-def test_notes_and_what_this_program_writes_are_ignored(path: pathlib.Path, start: str) -> None:
-    pictures = [f"{start}a/1", f"{start}b/1", *["val/a/1"] * bool(start)]
-    layout = read(write(path, *pictures, *NOTES, *OWN))
-    assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(pictures)
+def test_notes_and_program_output_are_ignored(path: pathlib.Path, start: str) -> None:
+    images = [f"{start}a/1", f"{start}b/1", *["val/a/1"] * bool(start)]
+    layout = read(write(path, *images, *NOTES, *OWN))
+    assert layout.classes == ("a", "b") and sorted(layout.files) == sorted(images)
     for name in (*NOTES, *OWN):
-        assert any(name.startswith(path) for path in layout.left_out), name
-    # What might have been meant as a class.
-    assert layout.without_pictures == ([] if start else ["notes", "runs"])
+        assert any(name.startswith(path) for path in layout.ignored), name
+    # Folders that may have been meant as classes.
+    assert layout.imageless_folders == ([] if start else ["notes", "runs"])
 
 
-def test_a_run_beside_the_classes_takes_no_picture_away(path: pathlib.Path) -> None:
+def test_run_next_to_classes_hides_no_images(path: pathlib.Path) -> None:
     run = ["run.lock", "config.json", "checkpoints/5/d/0", "plots/loss.png", "metrics.jsonl"]
     layout = read(write(path, "a/1", "b/1", *run, "a/run.lock", "a/plots/loss.png"))
-    assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
 
 
-def test_a_folder_without_any_picture_is_a_class_that_lacks_them(path: pathlib.Path) -> None:
+def test_empty_folder_is_class_without_images(path: pathlib.Path) -> None:
     assert read(write(path, "a/1", "b/1", "c/", "d/.gitkeep")).classes[:2] == ("a", "b")
     assert {"c", "d"} & set(read(path).classes)
 
 
-def test_a_class_may_be_called_train(path: pathlib.Path) -> None:
+def test_class_may_be_named_train(path: pathlib.Path) -> None:
     assert read(write(path, "train/1.jpg", "car/1.jpg")).classes == ("car", "train")
     names = ["test/1.jpg", "val/old/1.jpg", "val/val/1.jpg", "car/1.jpg"]
     assert read(write(path.with_stem("more"), *names)).classes == ("car", "test", "val")
 
 
-def test_odd_names_are_names(path: pathlib.Path) -> None:
+def test_unusual_class_names_are_kept(path: pathlib.Path) -> None:
     odd = ["<b>&amp;", "Crème brûlée", "two words ", "猫", "a,b;'\"", "#%?"]
     layout = read(write(path, *(f"{name}/1.jpg" for name in odd)))
     assert layout.classes == tuple(sorted(name.strip() for name in odd))
 
 
-def test_names_that_look_the_same_are_one_class(path: pathlib.Path) -> None:
+def test_equivalent_unicode_names_are_one_class(path: pathlib.Path) -> None:
     composed, parted = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     layout = read(write(path, f"train/{composed}/1", "train/tea/1", f"val/{parted}/2"))
     assert layout.classes == (composed, "tea")
     assert layout.splits["validation"][0].label == composed
 
 
-def test_a_shown_name_is_one_line_of_text() -> None:
-    assert folders.shown("a\nb\r\x85é/\udcff.jpg") == "a\\nb\\r\\x85é/\\udcff.jpg"
+def test_displayed_name_is_one_line() -> None:
+    assert folders.escape_for_display("a\nb\r\x85é/\udcff.jpg") == "a\\nb\\r\\x85é/\\udcff.jpg"
 
 
 WRONG = {
-    "loose pictures": (["1.jpg", "2.JPG"], r"2 pictures lie in no class folder, such as 1\.jpg"),
-    "loose beside classes": (["a/1", "b/1", "3.png"], r"1 pictures lie in no class folder"),
-    "loose in a split": (["train/a/1", "train/b/1", "val/a/1", "val/1.gif"], r"val: 1 pictures"),
-    "no folder": (["notes.txt"], "has no class folders"),
-    "one class": (["cat/1.jpg"], "the class 'cat' alone"),
-    "one class in train": (["train/cat/1.jpg", "val/cat/2.jpg"], r"train: has the class 'cat'"),
+    "loose images": (["1.jpg", "2.JPG"], r"2 images are not in a class folder, such as 1\.jpg"),
+    "loose next to classes": (["a/1", "b/1", "3.png"], r"1 images are not in a class folder"),
+    "loose in a split": (["train/a/1", "train/b/1", "val/a/1", "val/1.gif"], r"val: 1 images"),
+    "no folder": (["notes.txt"], "contains no class folders"),
+    "one class": (["cat/1.jpg"], "only one class, 'cat'"),
+    "one class in train": (["train/cat/1.jpg", "val/cat/2.jpg"], r"only one class, 'cat'"),
     "foreign class": (
         ["train/a/1", "train/b/1", "val/a/1", "val/c/1", "val/d/1"],
-        r"val: 'c', 'd': no such class in train/",
+        r"val: 'c', 'd': not found in train/",
     ),
     "two validation splits": (
         ["train/a/1", "train/b/1", "val/a/1", "valid/a/1"],
-        "'val', 'valid': which of them",
+        "'val', 'valid': several folders for",
     ),
-    "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' beside 'train'"),
-    "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' beside 'train'"),
-    "val beside classes": (
+    "split and class": (["train/a/1", "train/b/1", "val/a/1", "c/1"], "'c' next to 'train'"),
+    "train and class": (["train/a/1", "train/b/1", "c/1"], "'c' next to 'train'"),
+    "val next to classes": (
         ["cat/1", "dog/1", "val/cat/1", "val/dog/1"],
-        r"'val' has folders of the same names as those beside it: is it a split\? Put the classes "
-        "to train on into train/",
+        r"'val' contains folders with the same names .*move the training classes into train/",
     ),
-    "no train": (["val/a/1", "test/a/1"], "has 'test', 'val', but no train folder"),
-    "notes alone": (["a/1.txt", "b/2.csv"], r"has no class folders.* Left out: a/1\.txt, b/2\.csv"),
+    "no train": (["val/a/1", "test/a/1"], "contains 'test', 'val' but no train folder"),
+    "notes alone": (
+        ["a/1.txt", "b/2.csv"],
+        r"no class folders\. Ignored: a/1\.txt, b/2\.csv\. Expected",
+    ),
     "versions": (
-        [f"{version}/{name}/1" for version in ("color", "grey") for name in ("a", "b")],
-        r"'color' and 'grey' have folders of the same names\. Either 'color', 'grey' are the "
-        r"classes.*layout=classes\. Or several versions of one data set, .* are 'a', 'b'\..*"
-        r"config\.data\.source=.*/color\.$",
+        [f"{version}/{name}/1" for version in ("color", "gray") for name in ("a", "b")],
+        r"'color' and 'gray' contain folders with the same names\. Either 'color', 'gray' are the "
+        r"classes.*layout=classes\. Or they are versions of one data set with the classes 'a', 'b';"
+        r".*config\.data\.source=.*/color$",
     ),
     "splits in classes": (
         [f"{name}/{split}/1" for name in ("a", "b") for split in ("train", "test")],
-        "Or classes that are split inside, into 'test', 'train'",
+        "Or each class is split inside into 'test', 'train'",
     ),
     "splits in names": (
         [f"{name}_{split}/1" for name in ("a", "b") for split in ("train", "test")],
-        "are they classes, or the splits of the classes 'a', 'b'",
+        "unclear whether these are classes, or splits of the classes 'a', 'b'",
     ),
-    "flat splits": (["train/1.jpg", "test1/2.jpg"], "train: has no class folders"),
+    "flat splits": (["train/1.jpg", "test1/2.jpg"], "train: contains no class folders"),
     "copy": (
         ["a/1", "b/1", "all/a/1", "all/b/1"],
-        r"'all' repeats the folders beside it: it holds 'a', 'b', too.*source=.*/all to use it",
+        r"'all' looks like a copy .*: it also contains 'a', 'b'.*source=.*/all to use only",
     ),
-    "copy in a copy": (["a/1", "b/1", "x/y/z/a/1"], r"'x' repeats .*source=.*/x/y/z to use it"),
-    "copy of one class": (["a/1", "b/1", "b/a/1"], "'b' repeats .* it holds 'a', too"),
+    "copy in a copy": (["a/1", "b/1", "x/y/z/a/1"], r"'x' looks like .*source=.*/x/y/z to use o"),
+    "copy of one class": (["a/1", "b/1", "b/a/1"], "'b' looks like a copy .*also contains 'a'"),
     "copy of splits": (
         ["train/a/1", "train/b/1", "val/a/1", "chest/train/a/1", "chest/val/a/1"],
-        r"'chest' beside 'train'.* has splits of its own.*source=.*/chest to use those",
+        r"'chest' next to 'train'.* contains its own train folder.*source=.*/chest to use that",
     ),
-    "nothing": ([".DS_Store"], "holds no file"),
+    "nothing": ([".DS_Store"], "contains no files"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_other_layouts_are_refused(path: pathlib.Path, case: str) -> None:
+def test_invalid_layouts_are_refused(path: pathlib.Path, case: str) -> None:
     names, message = WRONG[case]
     with pytest.raises(DataError, match=message) as error:
         read(write(path, *names))
@@ -316,45 +318,47 @@ DOUBTFUL = ("versions", "splits in classes", "splits in names", "copy", "copy of
 
 
 @pytest.mark.parametrize("case", DOUBTFUL)
-def test_a_setting_says_that_folders_are_classes(path: pathlib.Path, case: str) -> None:
+def test_layout_setting_makes_folders_classes(path: pathlib.Path, case: str) -> None:
     names, _ = WRONG[case]
     layout = folders.layout(folders.open_source(write(path, *names)), "classes")
     assert set(layout.classes) == {name.split("/")[0] for name in names}
-    assert not layout.divided and sorted(layout.files) == sorted(names)
+    assert not layout.has_validation and sorted(layout.files) == sorted(names)
 
 
-def test_the_source_may_lead_on_into_a_folder_or_an_archive(path: pathlib.Path) -> None:
+def test_source_path_may_continue_into_archive(path: pathlib.Path) -> None:
     names, _ = WRONG["versions"]
     layout = read(write(path, *names) / "color")
-    assert found(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
-    with pytest.raises(DataError, match=r"blue.*: (there is no such folder|holds no file)"):
+    assert labeled_files(layout) == {"train": [("a/1", "a"), ("b/1", "b")]}
+    with pytest.raises(DataError, match=r"blue.*: (no such file or folder|contains no files)"):
         read(path / "blue")
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*no such folder"):
+def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        DataError, match=r"config\.data\.source = .*nowhere.*no such file or folder"
+    ):
         folders.open_source(tmp_path / "nowhere")
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path: pathlib.Path) -> None:
+def test_file_that_is_not_an_archive_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"x\.jpg: neither a zip nor a tar archive"):
         folders.open_source(tmp_path / "x.jpg")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: pathlib.Path) -> None:
+def test_links_are_followed_without_cycles(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "elsewhere", "1.jpg")
     write(tmp_path / "x", "a/1.jpg")
     os.symlink(tmp_path / "elsewhere", tmp_path / "x" / "b")
     os.symlink(tmp_path / "x", tmp_path / "x" / "a" / "back")
-    assert found(read(tmp_path / "x")) == {"train": [("a/1.jpg", "a"), ("b/1.jpg", "b")]}
+    assert labeled_files(read(tmp_path / "x")) == {"train": [("a/1.jpg", "a"), ("b/1.jpg", "b")]}
 
 
 def digests(path: pathlib.Path) -> Sequence[str]:
     return folders.contents(path, {"layout": "auto", "archive_encoding": ""}).digests
 
 
-def test_the_digest_sees_pictures_and_nothing_else(tmp_path: pathlib.Path) -> None:
+def test_digest_depends_only_on_images(tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path / "x", "a/1.jpg", "b/1.jpg")
     before, _ = digests(folder)
     write(folder, *LITTER, *NOTES, *OWN, *(f"a/{name}" for name in LITTER))
@@ -368,8 +372,8 @@ def test_the_digest_sees_pictures_and_nothing_else(tmp_path: pathlib.Path) -> No
     assert len({before, changed, digests(folder)[0]}) == 3
 
 
-def test_what_revision_56edb8b_recorded_is_known(path: pathlib.Path) -> None:
-    # It counted all that has no hidden name.
+def test_digest_of_revision_56edb8b_is_accepted(path: pathlib.Path) -> None:
+    # It included everything without a hidden name.
     write(path, "a/1.jpg", "b/1.jpg", "README.md")
     with folders.open_source(path) as source:
         assert len(source.sizes) == 3
@@ -382,45 +386,43 @@ COUNTS = {"a": 1, "b": 2, "c": 3, "d": 40, "e": 100}
 
 
 @pytest.mark.parametrize(
-    ("share", "held"),
+    ("fraction", "held"),
     [
         (0.2, {"b": 1, "c": 1, "d": 8, "e": 20}),
         (0.01, {"b": 1, "c": 1, "d": 1, "e": 1}),
         (0.99, {"b": 1, "c": 2, "d": 39, "e": 99}),
     ],
 )
-def test_each_class_gives_its_share(share: float, held: dict[str, int]) -> None:
+def test_hold_out_takes_fraction_of_each_class(fraction: float, held: dict[str, int]) -> None:
     entries = [
-        folders.Entry(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
+        folders.LabeledFile(f"{c}/{n}.jpg", c) for c, count in COUNTS.items() for n in range(count)
     ]
-    train, evaluation = folders.hold_out(entries, share)
+    train, evaluation = folders.hold_out(entries, fraction)
     assert sorted(train + evaluation) == sorted(entries)
     labels = [entry.label for entry in evaluation]
     assert {label: labels.count(label) for label in sorted(set(labels))} == held
-    # The order of listing, which systems differ in, decides nothing.
-    assert set(folders.hold_out(entries[::-1], share)[1]) == set(evaluation)
-    # A larger share holds out the same images and more.
+    # The listing order, which differs between systems, does not matter.
+    assert set(folders.hold_out(entries[::-1], fraction)[1]) == set(evaluation)
+    # A larger fraction holds out the same images and more.
     assert set(evaluation) <= set(folders.hold_out(entries, 0.99)[1])
 
 
 def held_out(path: pathlib.Path) -> set[str]:
-    """Returns which files are held out, by their class and name."""
+    """Returns the held-out files, as class and name."""
     layout = read(path)
     _, held = folders.hold_out(layout.splits["train"], 0.2, root=layout.root)
     return {"/".join(entry.file.split("/")[-2:]) for entry in held}
 
 
 @pytest.mark.parametrize("root", ["pets", "my/pets", "train", "pets/Training"])
-def test_what_is_held_out_does_not_depend_on_the_outer_folders(
-    tmp_path: pathlib.Path, root: str
-) -> None:
+def test_hold_out_is_independent_of_outer_folders(tmp_path: pathlib.Path, root: str) -> None:
     names = [f"{label}/{number}.jpg" for label in ("cat", "dog") for number in range(40)]
     expected = held_out(write(tmp_path / "x", *names))
     assert len(expected) == 16
     assert held_out(write(tmp_path / "x.zip", *names, root=root)) == expected
 
 
-def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
+def test_hold_out_is_independent_of_unicode_form(
     tmp_path: pathlib.Path,
 ) -> None:
     names = [f"{label}/é{number}.jpg" for label in ("café", "dog") for number in range(40)]
@@ -431,7 +433,7 @@ def test_what_is_held_out_does_not_depend_on_how_accents_are_written(
     assert composed == {unicodedata.normalize("NFC", name) for name in parted}
 
 
-def test_names_that_look_the_same_are_ranked_in_any_order() -> None:
+def test_equivalent_names_are_ranked_in_any_order() -> None:
     names = [unicodedata.normalize(form, "a/é.jpg") for form in ("NFC", "NFD")]
-    entries = [folders.Entry(name, "a") for name in names]
+    entries = [folders.LabeledFile(name, "a") for name in names]
     assert folders.hold_out(entries, 0.5)[1] == folders.hold_out(entries[::-1], 0.5)[1]

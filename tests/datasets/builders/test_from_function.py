@@ -1,4 +1,4 @@
-"""Data sets that functions return, registered as a user registers them."""
+"""Data sets from functions, registered as a user does."""
 
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from inception_jax.errors import ConfigError, DataError
 
 RANDOM = np.random.default_rng(0)
 COLOR = RANDOM.integers(0, 256, (30, 8, 8, 3), np.uint8)
-GREY = RANDOM.integers(0, 256, (30, 8, 8), np.uint8)
+GRAY = RANDOM.integers(0, 256, (30, 8, 8), np.uint8)
 LABELS = np.arange(30) % 3
 
 
@@ -36,8 +36,8 @@ def data(folder: pathlib.Path, **changes: Any) -> Data:
 
 
 def pixels_by_name(dataset: Any, split: str) -> dict[str, np.ndarray]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.read(np.arange(len(found))), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.read(np.arange(len(actual))), strict=True))
 
 
 def stream(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
@@ -68,7 +68,7 @@ def stream(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
         ),
     ],
 )
-def test_every_form_gives_the_pixels_and_labels_that_were_returned(
+def test_all_return_formats_give_their_pixels_and_labels(
     returned: Any, names: Any, storage: str, tmp_path: pathlib.Path, register: Any
 ) -> None:
     @register("mine", class_names=names)
@@ -78,38 +78,38 @@ def test_every_form_gives_the_pixels_and_labels_that_were_returned(
     dataset = prepare(data(tmp_path, storage=storage), log=quiet)
     assert dataset.class_names == (("a", "b", "c") if dataset.class_names[0] == "a" else (*"012",))
     assert (len(dataset.train), dataset.eval_split, len(dataset.evaluation)) == (30, "test", 6)
-    found = pixels_by_name(dataset, "train")
+    actual = pixels_by_name(dataset, "train")
     for number, image in enumerate(COLOR):
-        np.testing.assert_array_equal(found[f"train_{number:06d}"], image)
+        np.testing.assert_array_equal(actual[f"train_{number:06d}"], image)
     order = [int(name.rpartition("_")[2]) for name in dataset.train.names]
     assert dataset.train.labels.tolist() == [number % 3 for number in order]
     assert order != sorted(order)
     np.testing.assert_allclose(dataset.mean, COLOR.mean((0, 1, 2)) / 255, rtol=1e-6)
-    assert dataset.trained_on is not None and dataset.trained_on.total == 6
+    assert dataset.eval_train_overlap is not None and dataset.eval_train_overlap.total == 6
 
 
-def test_grey_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:
+def test_grayscale_images_names_and_options(tmp_path: pathlib.Path, register: Any) -> None:
     @register("mine", options={"count": 30}, eval_split="dev")
     def mine(settings: Data) -> Any:
         count = settings.options["count"]
         names = [f"a\n{number}" for number in range(count)]
         return {
-            "train": (GREY[:count], LABELS[:count], names),
-            "dev": (GREY[:5, ..., None], LABELS[:5]),
-            "test": (GREY[:2], [-1, -1]),
+            "train": (GRAY[:count], LABELS[:count], names),
+            "dev": (GRAY[:5, ..., None], LABELS[:5]),
+            "test": (GRAY[:2], [-1, -1]),
         }
 
     settings = data(tmp_path, options={"count": 20})
     config.validate(config.Config(data=settings))
     dataset = prepare(settings, log=quiet)
     assert (dataset.eval_split, len(dataset.train)) == ("dev", 20)
-    found = pixels_by_name(dataset, "train")
-    np.testing.assert_array_equal(found["a\\n7"], np.repeat(GREY[7][..., None], 3, axis=-1))
+    actual = pixels_by_name(dataset, "train")
+    np.testing.assert_array_equal(actual["a\\n7"], np.repeat(GRAY[7][..., None], 3, axis=-1))
     assert dataset.splits["test"].labels.tolist() == [-1, -1]
     assert class_ids(settings) == ()
 
 
-def test_it_is_prepared_once_and_again_when_it_changes(
+def test_data_are_prepared_once_and_again_after_changes(
     tmp_path: pathlib.Path, register: Any
 ) -> None:
     source = tmp_path / "original.bin"
@@ -136,7 +136,9 @@ def test_it_is_prepared_once_and_again_when_it_changes(
         prepare(data(folder, source=str(source)), log=quiet)
     del registry.DATASETS._parts["mine"]
     register("mine", options={"a": (1, 2)})(second)
-    with pytest.raises(DataError, match=r"test_from_function\.py, line \d+: 'mine' is no longer"):
+    with pytest.raises(
+        DataError, match=r"test_from_function\.py, line \d+: the code of 'mine' has ch"
+    ):
         prepare(data(folder), log=quiet)
     assert len(calls) == 1
     dataset = prepare(data(folder, on_change="prepare"), log=quiet)
@@ -144,20 +146,20 @@ def test_it_is_prepared_once_and_again_when_it_changes(
     assert len(prepare(data(folder), log=quiet).train) == 15
 
 
-def test_a_hold_out_stands_for_a_split_to_evaluate_on(
-    tmp_path: pathlib.Path, register: Any
-) -> None:
+def test_hold_out_replaces_evaluation_split(tmp_path: pathlib.Path, register: Any) -> None:
     @register("mine")
     def mine(settings: Data) -> Any:
         return {"train": (COLOR, LABELS)}
 
     dataset = prepare(data(tmp_path, holdout=6), log=quiet)
     assert (len(dataset.train), dataset.eval_split) == (24, "holdout")
-    with pytest.raises(ConfigError, match=r"mine: which split is to be evaluated on.*no other"):
+    with pytest.raises(ConfigError, match=r"mine: cannot choose an evaluation split.*no others"):
         prepare(data(tmp_path), log=quiet)
 
 
-def test_another_data_set_of_the_name_is_left_alone(tmp_path: pathlib.Path, register: Any) -> None:
+def test_other_data_set_of_same_name_is_not_overwritten(
+    tmp_path: pathlib.Path, register: Any
+) -> None:
     prepare(Data(name="digits", directory=str(tmp_path), image_size=8), log=quiet)
     (tmp_path / "digits").rename(tmp_path / "mine")
     for file in (tmp_path / "mine/1.0.0").glob("digits-*"):
@@ -167,7 +169,7 @@ def test_another_data_set_of_the_name_is_left_alone(tmp_path: pathlib.Path, regi
     def mine(settings: Data) -> Any:
         raise AssertionError
 
-    with pytest.raises(DataError, match=r"holds another data set of the name 'mine'"):
+    with pytest.raises(DataError, match=r"contains another data set named 'mine'"):
         prepare(data(tmp_path), log=quiet)
 
 
@@ -177,45 +179,48 @@ PAIR = (COLOR, LABELS)
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1, 2], r"returned a list; expected a mapping of splits, such as"),
-        (PAIR, r"returned a tuple; expected a mapping"),
-        ({"test": PAIR}, r"returned the splits: 'test'; expected 'train' among them"),
-        ({}, r"returned the splits: none"),
-        ({"train": PAIR}, r"expected a second one to evaluate on.*config\.data\.holdout"),
+        ([1, 2], r"returned a list; must be a mapping of splits, such as"),
+        (PAIR, r"returned a tuple; must be a mapping"),
+        ({"test": PAIR}, r"returned the splits 'test'; 'train' is missing"),
+        ({}, r"returned the splits none"),
+        ({"train": PAIR}, r"a second one is required for evaluation.*config\.data\.holdout"),
         ({"train": PAIR, "hold out": PAIR}, r"a split named 'hold out'"),
         ({"train": PAIR, "holdout": PAIR}, r"a split named 'holdout'"),
-        ({"train": PAIR, "test": COLOR}, r"'test': is of type ndarray; expected a tuple \(images"),
-        ({"train": PAIR, "test": 3}, r"'test': is of type int; expected"),
-        ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of 1; expected \(images, labels"),
-        ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': has 30 images and 7 labels"),
-        ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': has 30 images and 1 names"),
-        ({"train": PAIR, "test": (b"x", LABELS)}, r"images: are of type bytes; expected an array"),
-        ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: is of dtype float64"),
-        ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: are of dtype float64"),
-        ({"train": (COLOR, LABELS - 2), "test": PAIR}, r"'train', labels: have -2 among them"),
-        ({"train": (COLOR, LABELS - 1), "test": PAIR}, r"'train', labels: have -1 among them"),
+        ({"train": PAIR, "test": COLOR}, r"'test': has type ndarray; must be a tuple \(images"),
+        ({"train": PAIR, "test": 3}, r"'test': has type int; must be"),
+        ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of length 1; must be \(images, l"),
+        ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': 7 labels for 30 images"),
+        ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': 1 names for 30 images"),
+        ({"train": PAIR, "test": (b"x", LABELS)}, r"images: have type bytes; must be an array"),
+        ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: has dtype float64"),
+        ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: have dtype float64"),
+        ({"train": (COLOR, LABELS - 2), "test": PAIR}, r"'train', labels: contain -2"),
+        ({"train": (COLOR, LABELS - 1), "test": PAIR}, r"'train', labels: contain -1"),
         (
             ({"train": PAIR, "test": PAIR}, ["a", "b"]),
-            r"'train', labels: have 2 among them; expected 0 to 1, the last of 2 classes",
+            r"'train', labels: contain 2; must be 0 to 1 \(there are 2 classes\)",
         ),
-        (({"train": PAIR, "test": PAIR}, ["a", "a"]), r"class names: are 'a', 'a'; expected at le"),
-        (({"train": PAIR, "test": PAIR}, 3), r"class names: are of type int"),
+        (
+            ({"train": PAIR, "test": PAIR}, ["a", "a"]),
+            r"class names: are 'a', 'a'; must be at leas",
+        ),
+        (({"train": PAIR, "test": PAIR}, 3), r"class names: have type int"),
         ({"train": [(COLOR[0], 0)], "test": PAIR}, r"'train': is an iterable of examples, whose"),
         (
             ({"train": [COLOR[0]], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: is of type ndarray; expected \(image, label\)",
+            r"'train', example 0: has type ndarray; must be \(image, label\)",
         ),
         (
             ({"train": [(COLOR[0], 0), (COLOR[:2], 1)], "test": PAIR}, [*"abc"]),
-            r"'train', example 1: has the shape \[2, 8, 8, 3\]; expected \[H, W, 3\]",
+            r"'train', example 1: has shape \[2, 8, 8, 3\]; must be \[H, W, 3\]",
         ),
         (
             ({"train": [(COLOR[0], 3)], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its label is 3; expected 0 to 2, the name of one",
+            r"'train', example 0: label = 3: must be 0 to 2, the name of one",
         ),
         (
             ({"train": [(COLOR[0], "d")], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its label is 'd'",
+            r"'train', example 0: label = 'd'",
         ),
         (
             ({"train": [(b"no image", 0)], "test": PAIR}, [*"abc"]),
@@ -223,20 +228,20 @@ PAIR = (COLOR, LABELS)
         ),
         (
             ({"train": [(COLOR[0], 0, 5)], "test": PAIR}, [*"abc"]),
-            r"'train', example 0: its name is of type int",
+            r"'train', example 0: its name has type int",
         ),
-        (({"train": [], "test": PAIR}, [*"abc"]), r"'train': has no examples"),
-        ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has the shape \[0"),
+        (({"train": [], "test": PAIR}, [*"abc"]), r"'train': contains no examples"),
+        ({"train": (COLOR[:0], LABELS[:0]), "test": PAIR}, r"'train', images: has shape \[0"),
     ],
 )
-def test_what_is_no_data_set_is_refused(
+def test_invalid_return_value_is_refused(
     returned: Any, message: str, tmp_path: pathlib.Path, register: Any
 ) -> None:
     @register("mine")
     def mine(settings: Data) -> Any:
         return returned
 
-    with pytest.raises(DataError, match=rf"line \d+: the dataset 'mine'.*{message}"):
+    with pytest.raises(DataError, match=rf"line \d+: the data set 'mine'.*{message}"):
         prepare(data(tmp_path), log=quiet)
     assert not list(tmp_path.glob("mine/*"))
     assert not list(tmp_path.glob("inception_jax/*px*"))
@@ -250,7 +255,7 @@ def test_what_is_no_data_set_is_refused(
         ("digits", "1.0.0", r"'digits' is already registered by .*catalog\.py"),
     ],
 )
-def test_a_name_or_version_that_cannot_be_is_refused(
+def test_invalid_name_or_version_is_refused(
     name: str, version: str, message: str, register: Any
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -52,7 +52,7 @@ def source(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Pa
     return write(tmp_path / request.param, archives.class_folders(COUNTS, SIZE))
 
 
-def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_fraction_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     dataset = prepare(data(source, tmp_path / "data"), log=quiet)
     assert dataset.class_names == ("<i>bee&amp; co", "ant", "été")
     assert counts(dataset) == {
@@ -60,11 +60,11 @@ def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathl
         "validation": {"<i>bee&amp; co": 1, "ant": 2, "été": 1},
     }
     for split in dataset.splits.values():
-        pictures = split.read(np.arange(len(split)))
-        for picture, label, name in zip(pictures, split.labels, split.names, strict=True):
+        images = split.read(np.arange(len(split)))
+        for image, label, name in zip(images, split.labels, split.names, strict=True):
             assert name.split("/")[0] == dataset.class_names[label]
-            colour = archives.colour(label)
-            np.testing.assert_allclose(picture.mean(axis=(0, 1)), colour, atol=8)
+            color = archives.color(label)
+            np.testing.assert_allclose(image.mean(axis=(0, 1)), color, atol=8)
 
 
 def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
@@ -75,22 +75,22 @@ def test_records_are_read_without_the_source(tmp_path: pathlib.Path) -> None:
     assert one.class_names == two.class_names and one.train.names == two.train.names
 
 
-def test_every_format_is_kept_as_it_is(tmp_path: pathlib.Path) -> None:
-    picture = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
+def test_every_format_is_stored_unchanged(tmp_path: pathlib.Path) -> None:
+    image = Image.fromarray(archives.pixels(0, SIZE, np.random.default_rng(0)))
     files = {}
     for number, kind in enumerate(["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"] * 2):
         buffer = io.BytesIO()
-        picture.save(buffer, format=kind)
-        # Names say nothing: what a file holds decides.
+        image.save(buffer, format=kind)
+        # Content decides, not the file name.
         files[f"{'ab'[number % 2]}/{number}.jpg"] = buffer.getvalue()
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert len(dataset.train) + len(dataset.evaluation) == 12
     for split in dataset.splits.values():
         pixels = split.read(np.arange(len(split))).astype(int)
-        assert np.abs(pixels - np.asarray(picture)).mean() < 6
+        assert np.abs(pixels - np.asarray(image)).mean() < 6
 
 
-def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> None:
+def test_test_folder_without_classes_is_unlabeled(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1, "test": 3}, SIZE)
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path), log=quiet)
     assert dataset.splits["test"].labels.tolist() == [-1] * 3
@@ -98,16 +98,16 @@ def test_a_test_folder_without_classes_has_no_labels(tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("test", [{"test/": b""}, {"test/.gitkeep": b""}, {"test/a.jpg": b"note"}])
-@pytest.mark.parametrize("divided", [True, False])
-def test_an_empty_test_folder_is_no_split(
-    tmp_path: pathlib.Path, test: dict[str, bytes], divided: bool
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_empty_test_folder_is_not_a_split(
+    tmp_path: pathlib.Path, test: dict[str, bytes], has_validation: bool
 ) -> None:
-    counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
+    counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if has_validation else {})
     path = write(tmp_path / "x", archives.class_folders(counts, SIZE) | test)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, on_unreadable="skip"), log=lines.append)
     assert set(dataset.splits) == {"train", "validation"}
-    assert any("the test folder has no picture" in line for line in lines)
+    assert any("the test folder contains no images" in line for line in lines)
 
 
 BAD = {"ant/note": b"a note", "ant/in/cut.jpg": b"\xff\xd8\xff\xe0 and no more", "été/0": b""}
@@ -127,17 +127,17 @@ def test_unreadable_files_are_named_and_counted(
     lines: list[str] = []
     dataset = prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=lines.append)
     assert len(dataset.train) + len(dataset.evaluation) == 18
-    assert any("3 of 21 files" in line and "left out" in line for line in lines)
+    assert any("3 of 21 files" in line and "Skipping" in line for line in lines)
     stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
     metadata = json.loads(stored.read_text())
     assert metadata["unreadable_count"] == 3
     assert sorted(metadata["unreadable_files"]) == sorted(BAD)
-    # What was left out would now be refused.
+    # Skipped files would now be refused.
     with pytest.raises(DataError, match=r"on_unreadable = 'refuse'.*prepared with 'skip'"):
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
-def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathlib.Path) -> None:
+def test_unreadable_files_are_grouped_by_kind_with_remedy(tmp_path: pathlib.Path) -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {"a/x.jpg": heic, "b/y.HEIC": heic, "b/z.jpg": b"<!DOCTYPE html><html>404</html>"}
@@ -146,8 +146,8 @@ def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathli
     first, heics, page, last = str(error.value).splitlines()
     assert first.endswith("3 of 7 files are corrupt or not images:")
     assert heics.startswith("  HEIC photo (2): a/x.jpg, b/y.HEIC. Convert it to JPEG")
-    assert page.startswith("  web page in the place of a picture (1): b/z.jpg. Download")
-    assert last.endswith("config.data.on_unreadable=skip to leave them out")
+    assert page.startswith("  web page instead of an image (1): b/z.jpg. Download")
+    assert last.endswith("config.data.on_unreadable=skip to skip them")
 
 
 def test_sidecar_files_are_ignored_and_logged_once(
@@ -168,25 +168,23 @@ def test_sidecar_files_are_ignored_and_logged_once(
     assert names == set(files)
     (line,) = [line for line in lines if "ignored 4 paths" in line]
     assert "ant/1.txt" in line and "README" in line
-    # They are no unreadable images, so that setting does not matter.
+    # They are not unreadable images, so that setting does not matter.
     prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=quiet)
 
 
-def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> None:
+def test_folder_of_sidecar_files_is_not_a_class(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE) | {"annotations/0.xml": b"<a/>"}
     lines: list[str] = []
     dataset = prepare(data(write(tmp_path / "x", files), tmp_path / "d"), log=lines.append)
     assert dataset.class_names == ("a", "b")
-    assert any(
-        "'annotations': without pictures, so not among the classes" in line for line in lines
-    )
+    assert any("'annotations': no images, so not used as a class" in line for line in lines)
     files = archives.class_folders({"images": 4}, SIZE) | {"labels/0.txt": b"0"}
-    with pytest.raises(DataError, match="has the class 'images' alone, so there is nothing"):
+    with pytest.raises(DataError, match="contains only one class, 'images'"):
         prepare(data(write(tmp_path / "y", files), tmp_path / "y-d"), log=quiet)
 
 
 def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
-    """Returns files of 16 bits a channel in two classes, with values up to `most`."""
+    """Returns files with 16 bits per channel in two classes, with values up to `most`."""
     files = {}
     for name in ("a", "b"):
         for number in range(count):
@@ -199,7 +197,7 @@ def sixteen_bits(most: int, count: int = 4) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, storage: str) -> None:
+def test_bit_depth_is_common_to_the_data_set(tmp_path: pathlib.Path, storage: str) -> None:
     source = write(tmp_path / "x", sixteen_bits(4095))
     lines: list[str] = []
     dataset = prepare(data(source, tmp_path / "data", storage=storage), log=lines.append)
@@ -207,12 +205,12 @@ def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, sto
     assert any("use 12 bits" in line for line in lines)
     for split in dataset.splits.values():
         for image, name in zip(split.read(np.arange(len(split))), split.names, strict=True):
-            # Dark pictures stay dark beside bright ones.
+            # Dark images stay dark relative to bright ones.
             number = int(pathlib.Path(name).stem)
             assert image.max() == (4095 // (number + 1)) >> 4
     again = prepare(data("", tmp_path / "data", storage=storage), log=quiet)
     assert again.bit_depth == 12
-    # Beside it, as the setting says.
+    # In a separate cache, using the setting.
     other = prepare(data("", tmp_path / "data", storage=storage, bit_depth=16), log=quiet)
     assert other.bit_depth == 16
     brightest = [split.read(np.arange(len(split))).max() for split in other.splits.values()]
@@ -221,13 +219,13 @@ def test_the_bit_depth_is_that_of_the_whole_data_set(tmp_path: pathlib.Path, sto
 
 
 def rewrite_info(cache: pathlib.Path, **changes: Any) -> None:
-    """Makes a cache one of an older version, and changes what it says of itself."""
+    """Turns a cache into one of an older version, and edits its description."""
     info = json.loads((cache / "info.json").read_text()) | changes
     del info["bit_depth"], info["sha256 of this"]
     (cache / "info.json").write_text(json.dumps(info))
 
 
-def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+def test_data_of_older_version_are_unchanged(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "x", sixteen_bits(4095))
     prepare(data(source, tmp_path / "data"), log=quiet)
     rewrite_info(tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px")
@@ -235,7 +233,7 @@ def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -
     assert prepare(data("", tmp_path / "data"), log=lines.append).bit_depth == 16
     (line,) = lines
     assert "prepared by an older version" in line and "such as" in line
-    # Nor do its records say how many bits count, from which other sizes are made.
+    # Its records, used for other sizes, lack the bit depth too.
     stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
     metadata = json.loads(stored.read_text())
     del metadata["bit_depth"]
@@ -256,7 +254,7 @@ def test_what_an_older_version_prepared_stays_as_it_is(tmp_path: pathlib.Path) -
 
 
 def green(count: int) -> dict[str, bytes]:
-    """Returns pictures in two classes of which only one channel is not 0."""
+    """Returns images in two classes with only one nonzero channel."""
     files = {}
     for name in ("a", "b"):
         for number in range(count):
@@ -268,31 +266,33 @@ def green(count: int) -> dict[str, bytes]:
     return files
 
 
-def test_the_deviation_of_a_constant_channel_is_1_and_reported(tmp_path: pathlib.Path) -> None:
+def test_std_of_constant_channel_is_1_and_logged(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "x", green(4))
     lines: list[str] = []
     for _ in range(2):
         dataset = prepare(data(source, tmp_path / "data"), log=lines.append)
         np.testing.assert_array_equal(dataset.std[[0, 2]], 1)
         assert 0 < dataset.std[1] < 1
-    assert sum("the same red (0) and blue (0); the standard" in line for line in lines) == 2
-    # As older versions have it.
+    assert sum("the same red (0) and blue (0); using a standard" in line for line in lines) == 2
+    # As in older versions.
     cache = tmp_path / "data" / "inception_jax" / f"image_folder-1.0.0-{SIZE}px"
     rewrite_info(cache, std=[0.0, 0.1, 0.0])
     np.testing.assert_allclose(prepare(data("", tmp_path / "data"), log=quiet).std, [1, 0.1, 1])
     black = json.loads((cache / "info.json").read_text()) | {"std": [0.0, 0.0, 0.0]}
     (cache / "info.json").write_text(json.dumps(black))
-    with pytest.raises(DataError, match=r"show a single color.* remove .*to prepare them again"):
+    with pytest.raises(
+        DataError, match=r"are the same single color.* remove .*to prepare them again"
+    ):
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
-def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
+def test_single_color_images_are_logged_and_refused_if_all(
     tmp_path: pathlib.Path,
 ) -> None:
     black = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE)).save(black, format="PNG")
     files = {f"{name}/{n}.png": black.getvalue() for name in ("a", "b") for n in range(3)}
-    with pytest.raises(DataError, match=r"all training images together show a single color"):
+    with pytest.raises(DataError, match=r"all training images are the same single color"):
         prepare(data(write(tmp_path / "x", files), tmp_path / "data"), log=quiet)
     assert not list((tmp_path / "data" / "inception_jax").glob("*px*"))
     lines: list[str] = []
@@ -301,7 +301,7 @@ def test_pictures_of_one_color_are_counted_and_refused_if_there_are_no_others(
     assert any("train images are a single color" in line and "b/" in line for line in lines)
 
 
-def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
+def test_at_most_ten_files_are_named(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"a": 2, "b": 2}, SIZE)
     files |= {f"a/bad{n:02d}": b"" for n in range(13)}
     with pytest.raises(DataError, match=r"(?s)13 of 17 .*bad09 and 3 more\. Download") as error:
@@ -312,12 +312,12 @@ def test_no_more_than_ten_files_are_named(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"empty/": b""}, "no training picture of 1 of 3 classes: 'empty'"),
-        ({"none/x.jpg": b"no image"}, "no training picture of 1 of 3 classes: 'none'"),
+        ({"empty/": b""}, "1 of 3 classes have no training images: 'empty'"),
+        ({"none/x.jpg": b"no image"}, "1 of 3 classes have no training images: 'none'"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
-def test_a_class_without_pictures_is_refused(
+def test_class_without_images_is_refused(
     tmp_path: pathlib.Path, name: str, files: dict[str, bytes], message: str
 ) -> None:
     path = write(tmp_path / name, archives.class_folders({"a": 2, "b": 2}, SIZE) | files)
@@ -325,16 +325,16 @@ def test_a_class_without_pictures_is_refused(
         prepare(data(path, tmp_path, on_unreadable="skip"), log=quiet)
 
 
-def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
+def test_some_images_must_be_left_for_evaluation(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 1, "b": 1}, SIZE))
-    with pytest.raises(DataError, match="no picture is left to evaluate on"):
+    with pytest.raises(DataError, match="no images are left for evaluation"):
         prepare(data(path, tmp_path), log=quiet)
 
 
-def test_a_dead_link_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+def test_broken_link_is_reported(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
-    with pytest.raises(DataError, match=r"a link that leads nowhere \(1\): a/link\.jpg\. "):
+    with pytest.raises(DataError, match=r"a broken link \(1\): a/link\.jpg\. "):
         prepare(data(path, tmp_path), log=quiet)
 
 
@@ -348,7 +348,7 @@ def test_a_damaged_member_is_named_once(tmp_path: pathlib.Path) -> None:
     assert str(error.value).count(str(path)) == 1
 
 
-def test_few_files_are_in_memory_at_a_time(
+def test_only_few_files_are_in_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 50, "b": 50}, 8))
@@ -369,13 +369,13 @@ def test_few_files_are_in_memory_at_a_time(
         reads.append(file)
         return read_file(self, file)
 
-    def in_turn(read: Any, files: Any, piece: int) -> Any:
-        for part in decode.pieces(files, piece):
+    def in_turn(read: Any, files: Any, chunk_size: int) -> Any:
+        for part in decode.chunks(files, chunk_size):
             yield from [read(file) for file in part]
 
     with monkeypatch.context() as patched:
         patched.setattr(FolderSource, "read", read)
-        # One piece of work after another, of which threads hold up to 17.
+        # One chunk at a time; threads would keep up to 17.
         patched.setattr(decode, "threaded_map", in_turn)
         next(builder.examples(builder.splits()["train"]))
     assert len(reads) <= 2
@@ -391,12 +391,12 @@ def test_few_files_are_in_memory_at_a_time(
     assert sum(batches) == 200 and max(batches) <= 8
 
 
-def test_a_source_is_needed(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no download"):
+def test_source_is_required(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"config\.data\.source = '': image_folder has no default"):
         prepare(data("", tmp_path), log=quiet)
 
 
-def test_changed_content_or_settings_are_noticed(
+def test_changed_content_or_settings_are_detected(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     directory = tmp_path / "data"
@@ -404,30 +404,30 @@ def test_changed_content_or_settings_are_noticed(
     for size in (SIZE, 8):
         with pytest.raises(DataError, match=r"val_fraction = 0\.5: .* was prepared with 0\.2"):
             prepare(data("", directory, val_fraction=0.5, image_size=size), log=quiet)
-    # Nothing was unreadable, so this setting decided nothing.
+    # Nothing was unreadable, so this setting did not matter.
     prepare(data(source, directory, on_unreadable="skip"), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 11}, SIZE))
-    with pytest.raises(DataError, match=r"prepared from other content, .* as it was then"):
+    with pytest.raises(DataError, match=r"prepared from other content, .* at that time"):
         prepare(data(source, directory), log=quiet)
     assert len(prepare(data("", directory), log=quiet).train) == 14
 
 
-def test_a_copy_without_its_times_is_told_what_it_may_be(tmp_path: pathlib.Path) -> None:
+def test_copy_without_timestamps_is_explained(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
-    with pytest.raises(DataError, match=r"other content, .*, or copied without its times\. Leave"):
+    with pytest.raises(DataError, match=r"other content, .*, or copied without its timestamps\. L"):
         prepare(data(path, tmp_path / "data"), log=quiet)
 
 
-def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) -> None:
+def test_val_fraction_is_ignored_with_val_folder(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1}, SIZE)
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
     prepare(data(path, tmp_path, val_fraction=0.5), log=quiet)
 
 
-def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
+def test_changed_source_is_prepared_again_if_configured(
     source: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     directory = tmp_path / "data"
@@ -439,8 +439,8 @@ def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
         prepare(data(source, directory), log=quiet)
     again = data(source, directory, on_change="prepare")
     assert len(prepare(again, log=lines.append).train) == 18
-    assert any("other content" in line and "it is prepared again" in line for line in lines)
-    # It is done once, for all sizes, and the setting may stay or go.
+    assert any("other content" in line and "preparing it again" in line for line in lines)
+    # Done once for all sizes; the setting may be kept or removed.
     lines.clear()
     for settings in (again, data(source, directory), data("", directory)):
         assert len(prepare(settings, log=lines.append).train) == 18
@@ -448,7 +448,7 @@ def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
     assert len(prepare(data(source, directory, image_size=8), log=quiet).train) == 18
 
 
-def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathlib.Path) -> None:
+def test_touched_image_or_other_setting_is_prepared_again(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     before = prepare(data(path, tmp_path / "data"), log=quiet)
     os.utime(path / "ant" / "0.jpg", (1, 1))
@@ -458,7 +458,7 @@ def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathli
     assert len(prepare(half, log=quiet).evaluation) == 9
 
 
-def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Path) -> None:
+def test_prepared_data_are_kept_if_source_is_invalid(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     prepare(data(path, tmp_path / "data"), log=quiet)
     (path / "ant" / "new.jpg").write_bytes(b"no picture")
@@ -467,7 +467,7 @@ def test_what_is_prepared_stays_where_the_source_cannot_be(tmp_path: pathlib.Pat
     assert len(prepare(data("", tmp_path / "data"), log=quiet).train) == 14
 
 
-def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -> None:
+def test_non_images_are_skipped_and_logged_once(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders(COUNTS, SIZE)
     thumbnail = files["ant/0.jpg"]
     litter = {"ant/@eaDir/0.jpg/THUMB.jpg": thumbnail, "Icon\r": b"", "wasp/urls.txt": b"x"}
@@ -478,11 +478,11 @@ def test_what_is_no_picture_is_left_out_and_named_once(tmp_path: pathlib.Path) -
     (line,) = [line for line in lines if ": ignored " in line]
     assert "ignored 3 paths" in line
     assert line.endswith(r"Icon\r, ant/@eaDir/, wasp/urls.txt")
-    assert any("'wasp': without pictures, so not among the classes" in line for line in lines)
+    assert any("'wasp': no images, so not used as a class" in line for line in lines)
 
 
 @pytest.mark.parametrize("start", ["", "train/"])
-def test_data_and_run_may_lie_below_the_source(
+def test_data_and_workdir_may_be_inside_the_source(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
     val = {"val/ant": 2} if start else {}
@@ -492,7 +492,7 @@ def test_data_and_run_may_lie_below_the_source(
     inside = data(".", pathlib.Path("."))
     first = prepare(inside, log=quiet)
     assert first.num_classes == 3
-    # A run makes its folder first; its files, logs and notes come and grow.
+    # A run creates its folder first; files, logs and notes are added later.
     workdirs.check_writable(path / "runs" / "x")
     for step in range(2):
         lines: list[str] = []
@@ -505,7 +505,7 @@ def test_data_and_run_may_lie_below_the_source(
         prepare(data(".", pathlib.Path("data"), image_size=8), log=quiet)
 
 
-def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> None:
+def test_data_of_revision_56edb8b_stay_usable(tmp_path: pathlib.Path) -> None:
     files = archives.class_folders(COUNTS, SIZE) | {"README.md": b"pictures"}
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
@@ -515,13 +515,13 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
     lines: list[str] = []
     prepare(data(path, tmp_path), log=lines.append)
     assert not lines
-    # Unless it took the splits for classes, as revision 56edb8b took these.
+    # Unless it treated the splits as classes, as revision 56edb8b did here.
     splits = archives.class_folders({f"seg_{s}/{c}": 3 for s in ("train", "test") for c in "ab"})
     path, directory = write(tmp_path / "y", splits), tmp_path / "splits"
     prepare(data(path, directory, layout="classes"), log=quiet)
     record_source(directory, settings={"val_fraction": 0.2})
     with pytest.raises(
-        DataError, match=r"an older version took others .*\(.*without 'seg_test', 'seg_train'"
+        DataError, match=r"an older version chose .*\(.*without 'seg_test', 'seg_train'"
     ):
         prepare(data(path, directory), log=quiet)
     prepare(data(path, directory, layout="classes"), log=lines.append)
@@ -529,7 +529,7 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
 
 
 def record_source(directory: pathlib.Path, **changes: Any) -> None:
-    """Changes what the decoded images say of their source, as if another version wrote them."""
+    """Edits the cache's source description, as if written by another version."""
     (file,) = directory.glob("inception_jax/*/info.json")
     info = json.loads(file.read_text())
     del info["sha256 of this"]
@@ -537,48 +537,52 @@ def record_source(directory: pathlib.Path, **changes: Any) -> None:
     file.write_text(json.dumps(info))
 
 
-def test_how_folders_are_read_is_part_of_what_is_prepared(tmp_path: pathlib.Path) -> None:
-    counts = {f"{version}/{name}": 3 for version in ("color", "grey") for name in "ab"}
+def test_layout_setting_is_recorded_with_prepared_data(tmp_path: pathlib.Path) -> None:
+    counts = {f"{version}/{name}": 3 for version in ("color", "gray") for name in "ab"}
     path = write(tmp_path / "x.zip", archives.class_folders(counts, SIZE))
     dataset = prepare(data(path, tmp_path, layout="classes"), log=quiet)
-    assert dataset.class_names == ("color", "grey")
-    with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Give"):
+    assert dataset.class_names == ("color", "gray")
+    with pytest.raises(DataError, match=r"layout = 'auto': .* was prepared with 'classes'\. Set"):
         prepare(data("", tmp_path), log=quiet)
     one = data(path / "color", tmp_path, on_change="prepare")
     assert prepare(one, log=quiet).class_names == ("a", "b")
-    # That an archive is there does not mean that the folder in it is the same.
+    # An existing archive need not contain the same folder.
     with pytest.raises(DataError, match="other content"):
-        prepare(data(path / "grey", tmp_path), log=quiet)
+        prepare(data(path / "gray", tmp_path), log=quiet)
     path.unlink()
     prepare(one, log=quiet)
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_equal_pictures_are_counted_and_named(tmp_path: pathlib.Path, storage: str) -> None:
+def test_duplicates_are_counted_and_named(tmp_path: pathlib.Path, storage: str) -> None:
     files = archives.class_folders({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2}, SIZE)
     files |= {"val/a/copy.jpg": files["train/a/1.jpg"], "train/b/wrong.jpg": files["train/a/2.jpg"]}
     path = write(tmp_path / "x", files)
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, storage=storage), log=lines.append)
-    assert dataset.trained_on == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
+    assert dataset.eval_train_overlap == Duplicates(1, [("val/a/copy.jpg", "train/a/1.jpg")])
     assert any(
-        "1 of 5 images of the validation split are also among those to train on" in line
+        "1 of 5 images in the validation split are also training images" in line
         and line.endswith("val/a/copy.jpg = train/a/1.jpg")
         for line in lines
     )
     (line,) = [line for line in lines if "different labels" in line]
-    assert "2 of 9 images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
+    assert (
+        "2 of 9 training images" in line and "train/b/wrong.jpg" in line and "train/a/2.jpg" in line
+    )
 
 
-def test_without_equal_pictures_nothing_is_said_of_them(tmp_path: pathlib.Path) -> None:
+def test_nothing_is_logged_without_duplicates(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
     lines: list[str] = []
     dataset = prepare(data(path, tmp_path, holdout=3), log=lines.append)
-    assert dataset.trained_on == Duplicates(0, [])
-    assert not [line for line in lines if "also among" in line or "different labels" in line]
+    assert dataset.eval_train_overlap == Duplicates(0, [])
+    assert not [
+        line for line in lines if "also training images" in line or "different labels" in line
+    ]
 
 
-def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Path) -> None:
+def test_dark_16_bit_files_among_bright_ones_are_named(tmp_path: pathlib.Path) -> None:
     files = {}
     for name, highest in (("a/0", 4095), ("a/1", 4095), ("b/0", 65535), ("b/1", 4095)):
         values = np.linspace(0, highest, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
@@ -592,7 +596,7 @@ def test_dark_files_beside_bright_ones_of_16_bits_are_named(tmp_path: pathlib.Pa
     assert "config.data.bit_depth=12" in line
 
 
-def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path) -> None:
+def test_mutual_links_are_followed_once(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 3, "b": 3}, SIZE))
     (path / "a" / "l").symlink_to(path / "b")
     (path / "b" / "l").symlink_to(path / "a")
@@ -601,15 +605,15 @@ def test_links_that_lead_to_each_other_are_followed_once(tmp_path: pathlib.Path)
 
 
 @pytest.mark.parametrize("copy", ["cat - Copy", "cat copy 2", "cat (1)", "Copy of cat"])
-def test_a_copy_beside_its_class_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
+def test_copy_of_a_class_folder_is_refused(tmp_path: pathlib.Path, copy: str) -> None:
     path = write(tmp_path / "x", archives.class_folders({"cat": 2, "dog": 2, copy: 2}, SIZE))
-    with pytest.raises(DataError, match=r"is named as a copy of 'cat', beside it\. Move it away"):
+    with pytest.raises(DataError, match=r"looks like a copy of 'cat', next to it\. Move it away"):
         prepare(data(path, tmp_path / "d"), log=quiet)
     dataset = prepare(data(path, tmp_path / "d", layout="classes"), log=quiet)
     assert set(dataset.class_names) == {"cat", "dog", copy}
 
 
-def test_names_of_temporary_files_are_no_reason_to_leave_out_a_class(
+def test_class_named_like_temporary_file_is_kept(
     tmp_path: pathlib.Path,
 ) -> None:
     files = archives.class_folders({"C~": 2, "bird.tmp": 2}, SIZE)

@@ -1,4 +1,4 @@
-"""ImageNet from small archives of the official layout, and as TFDS's own builder writes it."""
+"""ImageNet from small archives in the official layout, and as written by TFDS's builder."""
 
 import errno
 import gzip
@@ -32,13 +32,13 @@ def quiet(line: str) -> None:
 
 
 def image_file(label: int, number: int, kind: str = "") -> bytes:
-    """Returns an image of the class's colour, of a size of its own."""
+    """Returns an image in the class's color, with a distinct size."""
     rng = np.random.default_rng(number)
     pixels = archives.pixels(label, 48, rng)[: 40 - 3 * number]
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
     if kind == "cmyk":
-        picture = picture.convert("CMYK")
-    picture.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=95)
+        image = image.convert("CMYK")
+    image.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -78,7 +78,7 @@ def write_source(
     folder.mkdir(parents=True, exist_ok=True)
     outer = tar({f"{wnid}.tar": tar(files) for wnid, files in train.items()})
     (folder / imagenet.TRAIN).write_bytes(outer)
-    # As in the original, the images do not lie in the order of their names.
+    # As in the original, the images are not in the order of their names.
     (folder / imagenet.VALIDATION).write_bytes(tar(dict(reversed(validation.items()))))
     return folder
 
@@ -90,8 +90,10 @@ def settings(directory: pathlib.Path, source: object = "", **changes: Any) -> co
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the official files have three classes, nine training and four validation images."""
-    monkeypatch.setattr(imagenet, "official", lambda: imagenet.Official(WNIDS, VALIDATION, 9))
+    """Reduces the official files to three classes, nine training and four validation images."""
+    monkeypatch.setattr(
+        imagenet, "official_metadata", lambda: imagenet.OfficialMetadata(WNIDS, VALIDATION, 9)
+    )
 
 
 @pytest.fixture
@@ -100,28 +102,26 @@ def source(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def labels_by_name(dataset: Dataset, split: str) -> dict[str, int]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.labels.tolist(), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.labels.tolist(), strict=True))
 
 
 def check(dataset: Dataset) -> None:
-    """Compares what was prepared with what was put into the archives."""
+    """Compares the prepared data with the content of the archives."""
     assert dataset.class_names == WNIDS
     assert (dataset.train_split, dataset.eval_split) == ("train", "validation")
     train = {name: WNIDS.index(wnid) for wnid, files in train_files().items() for name in files}
     assert labels_by_name(dataset, "train") == train
     expected = [WNIDS.index(wnid) for wnid in VALIDATION]
-    found = labels_by_name(dataset, "validation")
-    assert [found[name] for name in sorted(found)] == expected
+    actual = labels_by_name(dataset, "validation")
+    assert [actual[name] for name in sorted(actual)] == expected
     for split in (dataset.train, dataset.evaluation):
         pixels = split.read(np.arange(len(split)))
         for image, label in zip(pixels, split.labels, strict=True):
-            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.colour(label), atol=12)
+            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.color(label), atol=12)
 
 
-def test_what_is_prepared_is_what_the_archives_hold(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_prepared_data_match_archives(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     check(prepare(settings(tmp_path, source), log=quiet))
     shutil.rmtree(source)
     lines: list[str] = []
@@ -129,7 +129,7 @@ def test_what_is_prepared_is_what_the_archives_hold(
     assert not lines, "the second time there is nothing to do"
 
 
-def test_the_published_statistics_serve_and_nothing_is_decoded_for_them(
+def test_published_statistics_are_used_without_decoding(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -168,7 +168,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
             return {"train": train, "validation": validation, "test": test}
 
         def _generate_examples(self, *args: Any) -> Any:
-            raise NotImplementedError  # TFDS demands the method; _split_generators does without it.
+            raise NotImplementedError  # Abstract in TFDS, unused by _split_generators.
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(
@@ -185,9 +185,7 @@ def write_as_tfds_does(directory: pathlib.Path) -> None:
     Prepared(data_dir=directory).download_and_prepare(file_format="array_record")
 
 
-def test_what_tfds_prepared_is_read_and_is_the_same(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_data_prepared_by_tfds_are_identical(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write_as_tfds_does(tmp_path / "tfds")
     assert (tmp_path / "tfds/imagenet2012" / DATASETS.get("imagenet2012").version).is_dir()
     theirs = prepare(settings(tmp_path / "tfds"), log=quiet)
@@ -221,11 +219,11 @@ def test_a_large_split_is_shuffled_to_the_same_order_without_tensorflow(
     assert large.train.names == small.train.names
 
 
-def test_the_official_lists_are_those_that_tfds_comes_with(
+def test_official_lists_are_from_tfds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    facts = imagenet.official()
+    facts = imagenet.official_metadata()
     assert len(set(facts.wnids)) == 1000 and list(facts.wnids) == sorted(facts.wnids)
     counts = np.unique(facts.validation, return_counts=True)
     assert tuple(counts[0]) == facts.wnids and set(counts[1]) == {50}
@@ -234,36 +232,34 @@ def test_the_official_lists_are_those_that_tfds_comes_with(
     assert facts.train_images == 1_281_167
 
 
-# What is wrong with the source.
+# Invalid sources.
 
 
 @pytest.mark.parametrize("given", ["", "elsewhere"])
-def test_missing_archives_are_named_with_both_remedies(tmp_path: pathlib.Path, given: str) -> None:
+def test_missing_archives_are_named_with_remedies(tmp_path: pathlib.Path, given: str) -> None:
     folder = tmp_path / given if given else tmp_path / "downloads/manual"
     data = settings(tmp_path, folder if given else "")
     with pytest.raises(DataError) as error:
         prepare(data, log=quiet)
     message = str(error.value)
-    assert f"{folder} has no {imagenet.TRAIN} and no {imagenet.VALIDATION}" in message
+    assert f"{imagenet.TRAIN} and {imagenet.VALIDATION} not found in {folder}" in message
     assert "tfds build imagenet2012 --file_format=array_record" in message
     write_source(folder, train_files(), validation_files())
     check(prepare(data, log=quiet))
 
 
-def test_one_of_the_archives_stands_for_both(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_either_archive_can_be_the_source(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     check(prepare(settings(tmp_path, source / imagenet.TRAIN), log=quiet))
 
 
-def test_a_compressed_archive_is_said_to_be_one(
-    source: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_compressed_archive_is_reported(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = source / imagenet.VALIDATION
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(DataError, match=r"img_val\.tar: is compressed \(gzip\), so .* in place"):
         prepare(settings(tmp_path, source), log=quiet)
 
 
-def test_an_archive_that_may_not_be_read_leaves_none_open(
+def test_unreadable_archive_leaves_no_open_files(
     source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
@@ -309,15 +305,15 @@ def broken(tmp_path: pathlib.Path, case: str) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("image", r"img_train\.tar: not the official archive, for it has 8 images \(expected 9\)"),
+        ("image", r"img_train\.tar: not the official archive: it contains 8 images \(expected 9\)"),
         ("class", r"1 missing classes \(such as n00001007\) and 1 unknown .* n00000001\)"),
-        ("validation", r"img_val\.tar: .* it has 3 images \(expected 4\)"),
+        ("validation", r"img_val\.tar: .* contains 3 images \(expected 4\)"),
         ("cut image", r"img_train\.tar: n00001007_0\.JPEG: not a readable image"),
-        ("cut archive", r"img_train\.tar: not (a whole tar|the official) archive"),
-        ("no archive", r"img_val\.tar: not a whole tar archive \(2,000 bytes"),
+        ("cut archive", r"img_train\.tar: not (a complete tar|the official) archive"),
+        ("no archive", r"img_val\.tar: not a complete tar archive \(2,000 bytes"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_remains(
+def test_problem_is_named_and_no_files_remain(
     tmp_path: pathlib.Path, case: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -326,22 +322,24 @@ def test_what_is_wrong_is_named_and_nothing_remains(
     assert left == ["imagenet2012-5.1.0.lock"]
 
 
-def test_records_of_another_format_are_refused_with_the_remedy(tmp_path: pathlib.Path) -> None:
+def test_other_record_format_is_refused_with_remedy(tmp_path: pathlib.Path) -> None:
     write_as_tfds_does(tmp_path)
     path = tmp_path / "imagenet2012/5.1.0/dataset_info.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(DataError, match=r"stored as tfrecord, not as array_record.*convert_format"):
+    with pytest.raises(
+        DataError, match=r"stored as tfrecord; must be array_record.*convert_format"
+    ):
         prepare(settings(tmp_path), log=quiet)
 
 
-def test_records_are_not_removed_where_there_is_nothing_to_make_them_from(
+def test_records_are_kept_if_they_cannot_be_rebuilt(
     tmp_path: pathlib.Path,
 ) -> None:
     write_as_tfds_does(tmp_path)
     folder = tmp_path / "imagenet2012/5.1.0"
     next(folder.glob("*train*")).unlink()
     left = sorted(folder.iterdir())
-    with pytest.raises(DataError, match=r"has no ILSVRC2012_img_train\.tar"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_train\.tar and .* not found in"):
         prepare(settings(tmp_path), log=quiet)
     assert sorted(folder.iterdir()) == left

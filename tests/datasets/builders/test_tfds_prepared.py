@@ -1,4 +1,4 @@
-"""Data sets that TFDS's own builders prepared, read without TensorFlow."""
+"""Data sets prepared by TFDS's own builders, read without TensorFlow."""
 
 import json
 import pathlib
@@ -23,10 +23,10 @@ Features = tfds.features
 
 
 class Cifar100(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """As TFDS has it, with fewer images: no feature file_name, and a label that is not wanted."""
+    """As in TFDS, with fewer images: no feature file_name, and an additional label."""
 
     VERSION = tfds.core.Version("3.0.2")
-    # Asks for the package importlib_resources otherwise.
+    # The default requires the package importlib_resources.
     url_infos = None
 
     features: ClassVar[Any] = {
@@ -67,7 +67,7 @@ def image(split: str, number: int) -> np.ndarray:
 def build(
     folder: pathlib.Path, kind: type = Cifar100, *, version: str = "3.0.2", **facts: Any
 ) -> pathlib.Path:
-    """Prepares a data set, and returns its folder."""
+    """Prepares a data set and returns its folder."""
     body = {"VERSION": tfds.core.Version(version), "name": "cifar100", **facts}
     made = types.new_class("Made", (kind,), {"skip_registration": True}, lambda b: b.update(body))
     builder = made(data_dir=folder)
@@ -84,34 +84,34 @@ def data(folder: pathlib.Path, **changes: Any) -> Data:
 
 
 def read(dataset: Dataset, split: str) -> dict[str, np.ndarray]:
-    found = dataset.splits[split]
-    return dict(zip(found.names, found.read(np.arange(len(found))), strict=True))
+    actual = dataset.splits[split]
+    return dict(zip(actual.names, actual.read(np.arange(len(actual))), strict=True))
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_cifar100_is_opened_by_its_name(storage: str, tmp_path: pathlib.Path) -> None:
+def test_cifar100_is_opened_by_name(storage: str, tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     lines: list[str] = []
     dataset = prepare(data(tmp_path, storage=storage), log=lines.append)
     assert (dataset.name, dataset.version, dataset.num_classes) == ("cifar100", "3.0.2", 100)
     assert (dataset.train_split, dataset.eval_split) == ("train", "test")
-    found = read(dataset, "train")
-    assert len(found) == 200
+    actual = read(dataset, "train")
+    assert len(actual) == 200
     for number in range(200):
-        np.testing.assert_array_equal(found[f"train_{number}"], image("train", number))
+        np.testing.assert_array_equal(actual[f"train_{number}"], image("train", number))
     numbers = [int(name.rpartition("_")[2]) for name in dataset.evaluation.names]
     assert dataset.evaluation.labels.tolist() == numbers
-    whole = np.stack([*found.values()]) / 255
+    whole = np.stack([*actual.values()]) / 255
     np.testing.assert_allclose(dataset.mean, whole.mean((0, 1, 2)), rtol=1e-6)
     assert class_ids(data(tmp_path)) == ()
-    # The second time nothing is prepared.
+    # Nothing is prepared the second time.
     again: list[str] = []
     prepare(data(tmp_path, storage=storage), log=again.append)
     assert lines and not again
     assert "tensorflow" not in sys.modules
 
 
-def test_two_steps_train_on_it(tmp_path: pathlib.Path) -> None:
+def test_prepared_tfds_data_train_two_steps(tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     config = small.config(
         tmp_path,
@@ -134,7 +134,7 @@ def test_two_steps_train_on_it(tmp_path: pathlib.Path) -> None:
     assert int(now.step) == 2
 
 
-def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -> None:
+def test_slices_of_a_split_are_trained_and_evaluated(tmp_path: pathlib.Path) -> None:
     build(tmp_path)
     whole = prepare(data(tmp_path), log=lambda line: None)
     parts = prepare(
@@ -147,7 +147,7 @@ def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -
         data(tmp_path, train_split="test", eval_split="train[-30:]"), log=lambda line: None
     )
     assert swapped.evaluation.names == whole.train.names[-30:]
-    # The statistics are those of the split that is trained on.
+    # The statistics are those of the training split.
     pixels = swapped.train.read(np.arange(100)) / 255
     np.testing.assert_allclose(swapped.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
 
@@ -155,18 +155,18 @@ def test_parts_of_a_split_are_trained_and_evaluated_on(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_split": "trian"}, r"train_split = 'trian': there is no such split; there are tr"),
-        ({"train_split": "train+test"}, r"train_split = 'train\+test': must be a split's name, or"),
-        ({"eval_split": "test[100:]"}, r"eval_split = 'test\[100:\]': none of the 100 examples"),
+        ({"train_split": "trian"}, r"train_split = 'trian': no such split; must be one of train"),
+        ({"train_split": "train+test"}, r"train_split = 'train\+test': must be a split name or"),
+        ({"eval_split": "test[100:]"}, r"eval_split = 'test\[100:\]': selects none of the 100 ex"),
         (
             {"train_split": "train[:90%]", "eval_split": "train[80%:]"},
-            r"eval_split = 'train\[80%:\]': has training examples of config\.data\.train_split",
+            r"eval_split = 'train\[80%:\]': overlaps config\.data\.train_split",
         ),
-        ({"eval_split": "train"}, r"eval_split = 'train': has training examples"),
-        ({"tfds": "cifar100/a b"}, r"config\.data\.tfds = 'cifar100/a b': give the name"),
+        ({"eval_split": "train"}, r"eval_split = 'train': overlaps"),
+        ({"tfds": "cifar100/a b"}, r"config\.data\.tfds = 'cifar100/a b': must be the name"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(
+def test_invalid_split_is_refused(
     changes: dict[str, str], message: str, tmp_path: pathlib.Path
 ) -> None:
     build(tmp_path, counts={"train": 10, "test": 100})
@@ -174,18 +174,18 @@ def test_a_split_that_cannot_be_is_refused(
         prepare(data(tmp_path, **changes), log=lambda line: None)
 
 
-def test_which_split_is_evaluated_on_has_to_be_said_if_it_cannot_be_told(
+def test_ambiguous_evaluation_split_must_be_configured(
     tmp_path: pathlib.Path,
 ) -> None:
     build(tmp_path, counts={"train": 10, "a": 5, "b": 5})
-    with pytest.raises(ConfigError, match=r"which split .*a, b besides\); set config\.data\.ev"):
+    with pytest.raises(ConfigError, match=r"cannot choose .*are a, b\); set config\.data\.ev"):
         prepare(data(tmp_path), log=lambda line: None)
     assert prepare(data(tmp_path, eval_split="b"), log=lambda line: None).eval_split == "b"
 
 
-def test_where_nothing_is_prepared_the_command_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_data_set_is_answered_with_the_command(tmp_path: pathlib.Path) -> None:
     message = (
-        rf"tfds = 'cifar100': nothing is prepared in {tmp_path}/cifar100\. Prepare it once, in an "
+        rf"tfds = 'cifar100': no prepared data set in {tmp_path}/cifar100\. Prepare it once in an "
         rf"environment with TensorFlow: tfds build cifar100 --file_format=array_record "
         rf"--data_dir={tmp_path}"
     )
@@ -193,16 +193,18 @@ def test_where_nothing_is_prepared_the_command_is_named(tmp_path: pathlib.Path) 
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_the_newest_version_and_the_only_configuration_are_taken(tmp_path: pathlib.Path) -> None:
+def test_newest_version_and_only_configuration_are_used(tmp_path: pathlib.Path) -> None:
     counts = {"train": 10, "test": 5}
     for version in ("3.0.2", "3.0.10"):
         build(tmp_path, version=version, counts=counts)
     lines: list[str] = []
     assert prepare(data(tmp_path), log=lines.append).version == "3.0.10"
-    assert "has the versions 3.0.2, 3.0.10; 3.0.10, the newest, is used" in lines[0]
+    assert "contains the versions 3.0.2, 3.0.10; using the newest, 3.0.10" in lines[0]
     older = prepare(data(tmp_path, tfds="cifar100:3.0.2"), log=lambda line: None)
     assert older.version == "3.0.2"
-    with pytest.raises(DataError, match=r"has 3\.0\.2, 3\.0\.10, and no 1\.0\.0"):
+    with pytest.raises(
+        DataError, match=r"version 1\.0\.0 not found in .*contains 3\.0\.2, 3\.0\.10"
+    ):
         prepare(data(tmp_path, tfds="cifar100:1.0.0"), log=lambda line: None)
     configured = tmp_path / "other/small/3.0.2"
     shutil.copytree(tmp_path / "cifar100/3.0.2", configured)
@@ -210,12 +212,12 @@ def test_the_newest_version_and_the_only_configuration_are_taken(tmp_path: pathl
     info.write_text(json.dumps(json.loads(info.read_text()) | {"configName": "small"}))
     assert prepare(data(tmp_path, tfds="other"), log=lambda line: None).name == "other/small"
     shutil.copytree(configured, tmp_path / "other/large/3.0.2")
-    with pytest.raises(ConfigError, match=r"several configurations: large, small; give one"):
+    with pytest.raises(ConfigError, match=r"several configurations: large, small; select one"):
         prepare(data(tmp_path, tfds="other"), log=lambda line: None)
 
 
 class Unnamed(Cifar100, skip_registration=True):  # type: ignore[call-arg]
-    """Grey images of 16 bits without a name or supervised_keys, with a class list."""
+    """16-bit grayscale images without a name or supervised_keys, with a class list."""
 
     features: ClassVar[Any] = {
         "picture": Features.Image(shape=(8, 8, 1), dtype=np.uint16, encoding_format="png"),
@@ -236,14 +238,14 @@ class Unnamed(Cifar100, skip_registration=True):  # type: ignore[call-arg]
         return {"picture": buffer.getvalue(), "kind": "dog" if number % 2 else "cat"}
 
 
-def test_images_of_16_bits_without_names_keep_their_brightness(tmp_path: pathlib.Path) -> None:
+def test_16_bit_images_without_names_keep_brightness(tmp_path: pathlib.Path) -> None:
     build(tmp_path, Unnamed)
     dataset = prepare(data(tmp_path, image_size=8), log=lambda line: None)
     assert (dataset.class_names, dataset.bit_depth) == (("cat", "dog"), 12)
     assert dataset.train.names == tuple(f"{number:06d}" for number in range(6))
     # 12 bits, of which the upper 8 are kept.
-    grey = {100 * (number + 1) >> 4 for number in range(6)}
-    assert set(dataset.train.read(np.arange(6))[:, 4, 4, 0].tolist()) == grey
+    gray = {100 * (number + 1) >> 4 for number in range(6)}
+    assert set(dataset.train.read(np.arange(6))[:, 4, 4, 0].tolist()) == gray
 
 
 @pytest.mark.parametrize(
@@ -251,13 +253,16 @@ def test_images_of_16_bits_without_names_keep_their_brightness(tmp_path: pathlib
     [
         (
             {"features": Cifar100.features | {"label": Features.Scalar(np.int64)}},
-            r"'label' is no class of one label \(ClassLabel\); it has .*coarse_label \(Cl",
+            r"'label' is not a ClassLabel; the features are .*coarse_label \(Cl",
         ),
-        ({"keys": None}, r"does not say which features are image and label \(supervised_keys = N"),
-        ({"keys": ("id", "label")}, r"'id' is no image; it has .*image \(Image\)"),
+        (
+            {"keys": None},
+            r"does not define which features are image and label \(supervised_keys = N",
+        ),
+        ({"keys": ("id", "label")}, r"'id' is not an image; the features are .*image \(Image\)"),
     ],
 )
-def test_features_that_are_no_images_of_classes_are_named(
+def test_unsupported_features_are_named(
     facts: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
     build(tmp_path, counts={"train": 2, "test": 2}, **facts)
@@ -265,38 +270,40 @@ def test_features_that_are_no_images_of_classes_are_named(
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_a_split_without_labels_is_not_evaluated_on(tmp_path: pathlib.Path) -> None:
+def test_unlabeled_split_cannot_be_evaluated(tmp_path: pathlib.Path) -> None:
     class Unlabeled(Cifar100, skip_registration=True):  # type: ignore[call-arg]
         def example(self, split: str, number: int) -> dict[str, Any]:
             label = {"label": -1} if split == "test" else {}
             return super().example(split, number) | label
 
     build(tmp_path, Unlabeled, counts={"train": 4, "test": 2})
-    with pytest.raises(DataError, match=r"the split 'test' has examples without a label"):
+    with pytest.raises(DataError, match=r"the split 'test' is empty or contains unlabeled"):
         prepare(data(tmp_path), log=lambda line: None)
     parts = data(tmp_path, train_split="train[:2]", eval_split="train[2:]")
     assert len(prepare(parts, log=lambda line: None).evaluation) == 2
 
 
-def test_a_set_in_another_format_gets_the_command_that_converts_it(tmp_path: pathlib.Path) -> None:
+def test_other_format_is_answered_with_conversion_command(tmp_path: pathlib.Path) -> None:
     info = build(tmp_path, counts={"train": 2, "test": 2}) / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(DataError, match=r"stored as tfrecord.*convert_format .*/cifar100/3\.0\.2"):
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_a_description_that_is_damaged_is_refused(tmp_path: pathlib.Path) -> None:
+def test_damaged_description_is_refused(tmp_path: pathlib.Path) -> None:
     (build(tmp_path, counts={"train": 2, "test": 2}) / "features.json").write_text("{")
-    with pytest.raises(DataError, match=r"3\.0\.2: cannot be opened as a data set of TFDS"):
+    with pytest.raises(DataError, match=r"3\.0\.2: cannot be opened as a TFDS data set"):
         prepare(data(tmp_path), log=lambda line: None)
 
 
-def test_records_without_a_feature_are_not_taken_for_damaged(tmp_path: pathlib.Path) -> None:
+def test_missing_feature_is_not_reported_as_damage(tmp_path: pathlib.Path) -> None:
     features = build(tmp_path, counts={"train": 2, "test": 2}) / "features.json"
     content = json.loads(features.read_text())
     inner = content["featuresDict"]["features"]
     inner["file_name"] = inner["id"]
     features.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"example 0 has no feature 'file_name' \(it has coarse_l"):
+    with pytest.raises(
+        DataError, match=r"feature 'file_name' not found in example 0 \(it has coarse_l"
+    ):
         prepare(data(tmp_path), log=lambda line: None)
     assert features.exists()

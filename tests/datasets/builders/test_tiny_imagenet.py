@@ -1,4 +1,4 @@
-"""Tiny ImageNet as it goes around, prepared: the same data, or one message."""
+"""Rearranged copies of Tiny ImageNet give the same prepared data, or one error."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def files() -> dict[str, bytes]:
 
 
 def validation_sorted(files: dict[str, bytes], *, images: str = "images/") -> dict[str, bytes]:
-    """Returns the files with the validation images in folders of their classes, without boxes."""
+    """Returns the files with the validation images in class folders, without boxes."""
     lines = files["val/val_annotations.txt"].decode().splitlines()
     classes = {line.split("\t")[0]: line.split("\t")[1] for line in lines}
     return {
@@ -37,7 +37,7 @@ def settings(source: pathlib.Path, directory: pathlib.Path, name: str) -> config
 def prepared(
     source: pathlib.Path, directory: pathlib.Path, name: str = "tiny_imagenet_subset"
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Returns the files of what is prepared, without the description, and the lines logged."""
+    """Returns the cache files, without the description, and the logged lines."""
     lines: list[str] = []
     prepare(settings(source, directory, name), log=lines.append)
     (cache,) = (directory / "inception_jax").glob("*px")
@@ -45,23 +45,23 @@ def prepared(
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder"])
-def test_what_is_prepared_from_a_sorted_copy_is_the_same_to_the_byte(
+def test_sorted_copy_gives_byte_identical_data(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     official, lines = prepared(archives.write_files(tmp_path / "o.zip", files), tmp_path / "one")
     assert not any("missing" in line for line in lines)
     source = archives.write_files(tmp_path / name, validation_sorted(files))
-    found, lines = prepared(source, tmp_path / "two")
-    assert found == official and {"validation_images.npy", "test_names.txt"} <= set(found)
+    actual, lines = prepared(source, tmp_path / "two")
+    assert actual == official and {"validation_images.npy", "test_names.txt"} <= set(actual)
     assert any(f"{source}: val/val_annotations.txt is missing" in line for line in lines)
     assert not list((tmp_path / "two").glob("tmp*")), "what was unpacked is gone"
-    # And again, now that it is prepared.
+    # Again, with the data already prepared.
     assert prepared(source, tmp_path / "two") == (official, [])
 
 
 @pytest.mark.parametrize("test", [True, False])
 @pytest.mark.parametrize("images", ["images/", ""])
-def test_a_sorted_copy_is_a_folder_of_pictures_too(
+def test_sorted_copy_is_a_valid_image_folder(
     tmp_path: pathlib.Path, files: dict[str, bytes], images: str, test: bool
 ) -> None:
     changed = files | {"val/val_annotations.txt": files["val/val_annotations.txt"]}
@@ -80,7 +80,7 @@ def test_a_sorted_copy_is_a_folder_of_pictures_too(
 
 
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
-def test_the_official_layout_is_not_taken_for_a_folder_of_pictures(
+def test_official_layout_is_refused_as_image_folder(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     source = archives.write_files(tmp_path / name, files)
@@ -88,7 +88,9 @@ def test_the_official_layout_is_not_taken_for_a_folder_of_pictures(
         prepare(settings(source, tmp_path, "image_folder"), log=lambda line: None)
 
 
-def test_a_part_is_not_taken_for_the_whole(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+def test_subset_is_refused_as_complete_data_set(
+    tmp_path: pathlib.Path, files: dict[str, bytes]
+) -> None:
     source = archives.write_files(tmp_path / "x.zip", files)
-    with pytest.raises(DataError, match=r"has 2 classes \(expected 200\), .*tiny_imagenet_subset"):
+    with pytest.raises(DataError, match=r": 2 classes \(expected 200\), .*tiny_imagenet_subset"):
         prepare(settings(source, tmp_path, "tiny_imagenet"), log=lambda line: None)

@@ -24,13 +24,13 @@ def read(path: pathlib.Path) -> layout.Index:
         return layout.index(source)
 
 
-def entry(file: str, wnid: str, box: layout.Box) -> layout.Entry:
-    """Returns an image that lies where it does in the official layout."""
-    return layout.Entry(file, wnid, box, file)
+def entry(file: str, wnid: str, box: layout.BoundingBox) -> layout.IndexedImage:
+    """Returns an image at its path in the official layout."""
+    return layout.IndexedImage(file, wnid, box, file)
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "folder", "folder/tiny-imagenet-200"])
-def test_index_lists_every_image_with_its_class_and_box(
+def test_index_lists_each_image_with_class_and_box(
     tmp_path: pathlib.Path, files: dict[str, bytes], name: str
 ) -> None:
     archives.write_files(tmp_path / name.split("/")[0], files)
@@ -42,7 +42,7 @@ def test_index_lists_every_image_with_its_class_and_box(
         for w in (A, B, C)
         for number in range(2)
     ]
-    # The maker gives validation image number i the class i modulo 3.
+    # Validation image number i has class i modulo 3.
     assert index.splits["validation"] == [
         entry(f"val/images/val_{number}.JPEG", (A, B, C)[number % 3], (0, 1, 6, 7))
         for number in range(6)
@@ -51,7 +51,7 @@ def test_index_lists_every_image_with_its_class_and_box(
     assert not index.remarks
 
 
-def test_an_archive_without_a_folder_of_its_own_is_read(
+def test_archive_without_outer_folder_is_read(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
@@ -60,7 +60,7 @@ def test_an_archive_without_a_folder_of_its_own_is_read(
     assert len(read(tmp_path / "x.zip").splits["train"]) == 6
 
 
-def test_classes_of_the_same_name_get_their_id(
+def test_duplicate_class_names_get_their_id(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     words = f"{A}\tcrane, bird\n{B}\tcrane\n{C}\tdog\n".encode()
@@ -68,7 +68,7 @@ def test_classes_of_the_same_name_get_their_id(
     assert read(tmp_path / "x.zip").class_names == (f"crane ({A})", f"crane ({B})", "dog")
 
 
-def test_no_test_images_no_test_split(tmp_path: pathlib.Path) -> None:
+def test_no_test_split_without_test_images(tmp_path: pathlib.Path) -> None:
     archives.write_tiny_imagenet(tmp_path / "x.zip", 1, 1, 1, 0, size=8)
     assert set(read(tmp_path / "x.zip").splits) == {"train", "validation"}
 
@@ -78,47 +78,63 @@ BROKEN = {
     "missing annotations": (
         ["val/val_annotations.txt"],
         {},
-        r"val_annotations\.txt is missing, and nothing else says of which classes the 6 images",
+        r"val_annotations\.txt is missing, and 6 images in val/ are not in class folders",
     ),
     "missing validation": (
         ["val/val_annotations.txt", *(f"val/images/val_{number}.JPEG" for number in range(6))],
         {},
-        r"val/ has no images of the classes in train/",
+        r"val/ contains no images of the classes in train/",
     ),
-    "extra image": ([], {"val/images/stray.JPEG": b""}, r"does not list 1 .*stray\.JPEG"),
+    "extra image": (
+        [],
+        {"val/images/stray.JPEG": b""},
+        r"1 images are not listed in .*stray\.JPEG",
+    ),
     "extra class": (
         [],
         {"train/n9/images/n9_0.JPEG": b""},
-        r"train/n9 holds images, but wnids\.txt lists no",
+        r"train/n9 contains images, but wnids\.txt does not list",
     ),
     "unknown class": (
         [],
         {"val/val_annotations.txt": b"val_0.JPEG\tn9\t0\t0\t1\t1\n"},
-        r"val_0\.JPEG the class 'n9'",
+        r"lists val_0\.JPEG as class 'n9'",
     ),
-    "no box": ([], {"val/val_annotations.txt": f"val_0.JPEG\t{A}\t1\n".encode()}, r"has \['1'\]"),
+    "no box": (
+        [],
+        {"val/val_annotations.txt": f"val_0.JPEG\t{A}\t1\n".encode()},
+        r"ends in \['1'\]",
+    ),
     "nameless class": ([], {"words.txt": f"{A}\tx\n{B}\ty\n".encode()}, rf"no name .*{C}"),
-    "class twice": ([], {"wnids.txt": f"{A}\n{A}\n".encode()}, "none twice"),
-    "misplaced image": ([], {"train/stray.JPEG": b"x"}, r"train/stray\.JPEG lies where no image"),
-    "deep image": ([], {f"train/{A}/images/in/stray.JPEG": b"x"}, r"lies where no image is"),
+    "class twice": ([], {"wnids.txt": f"{A}\n{A}\n".encode()}, "each only once"),
+    "misplaced image": ([], {"train/stray.JPEG": b"x"}, r"unexpected image train/stray\.JPEG"),
+    "deep image": (
+        [],
+        {f"train/{A}/images/in/stray.JPEG": b"x"},
+        r"unexpected image .*stray\.JPEG",
+    ),
     "no class": (
         [],
         {"val/misc/images/stray.JPEG": b"x"},
-        r"a folder that is called like no class",
+        r"a folder whose name is not a class id",
     ),
     "other class": (
         ["val/images/val_0.JPEG"],
         {f"val/{B}/images/val_0.JPEG": b"x"},
-        rf"val/{B}/images/val_0\.JPEG lies in the folder of another class .*, {A}",
+        rf"val/{B}/images/val_0\.JPEG is listed in .* as class {A}",
     ),
-    "two of a name": ([], {f"val/{A}/val_0.JPEG": b"x"}, r"are different images of one name"),
-    "not a text": ([], {"wnids.txt": b"\xff\xfe"}, r"wnids\.txt is not a text file"),
+    "two of a name": (
+        [],
+        {f"val/{A}/val_0.JPEG": b"x"},
+        r"are different images with the same name",
+    ),
+    "not a text": ([], {"wnids.txt": b"\xff\xfe"}, r"wnids\.txt is not a UTF-8 text file"),
 }
 
 
 @pytest.mark.parametrize("name", ["x.zip", "folder"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_source_that_is_not_whole_is_refused(
+def test_incomplete_source_is_refused(
     tmp_path: pathlib.Path, files: dict[str, bytes], case: str, name: str
 ) -> None:
     without, instead, message = BROKEN[case]
@@ -129,14 +145,14 @@ def test_a_source_that_is_not_whole_is_refused(
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_truncated_archive_is_refused(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
-    whole = archives.write_files(tmp_path / "x.zip", files).read_bytes()
-    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(DataError, match=r"cut\.zip: not a whole zip archive.*cut short"):
+def test_truncated_archive_is_refused(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+    complete = archives.write_files(tmp_path / "x.zip", files).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(complete[: len(complete) * 2 // 3])
+    with pytest.raises(DataError, match=r"cut\.zip: not a complete zip archive.*truncated"):
         read(tmp_path / "cut.zip")
 
 
-def test_a_changed_byte_in_an_archive_is_found(
+def test_changed_byte_in_archive_is_detected(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     path = archives.write_files(tmp_path / "x.zip", files)
@@ -148,8 +164,8 @@ def test_a_changed_byte_in_an_archive_is_found(
         source.read(name)
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*official download"):
+def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere.*download the official"):
         layout.open_source(tmp_path / "nowhere")
 
 
@@ -158,7 +174,7 @@ def fingerprint(path: pathlib.Path) -> str:
         return layout.fingerprint(source)
 
 
-# As it goes around.
+# Rearranged copies.
 
 
 def sorted_files(
@@ -167,7 +183,7 @@ def sorted_files(
     *,
     copied: bool = False,
 ) -> dict[str, bytes]:
-    """Returns files with the validation images in folders of their classes, paths then changed."""
+    """Returns files with the validation images in class folders, with changed paths."""
     lines = files["val/val_annotations.txt"].decode().splitlines()
     folders = {line.split("\t")[0]: f"val/{line.split()[1]}" for line in lines}
     result = {}
@@ -202,7 +218,7 @@ FORMS = {
     "no ids": lambda files: without(files, "wnids.txt"),
     "endings": lambda files: sorted_files(files, lambda file: file.replace(".JPEG", ".jpg")),
     "in folders": lambda files: {f"archive/tiny/{file}": data for file, data in files.items()},
-    # Of which the validation images were removed.
+    # The copy lacks the validation images.
     "with a copy": lambda files: (
         files | {f"tiny-imagenet-200/{f}": d for f, d in files.items() if not f.startswith("val/")}
     ),
@@ -216,13 +232,13 @@ FORMS = {
         }
         | {"train/.DS_Store": b"x"}
     ),
-    "more beside it": lambda files: files | {"samples/1.jpg": b"x", "code/train.py": b"x"},
+    "more next to it": lambda files: files | {"samples/1.jpg": b"x", "code/train.py": b"x"},
 }
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "folder"])
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_hold_the_same_images_by_their_official_names(
+def test_other_layouts_give_same_images_and_names(
     tmp_path: pathlib.Path, files: dict[str, bytes], form: str, name: str
 ) -> None:
     changed = FORMS[form](files)
@@ -231,13 +247,13 @@ def test_other_forms_hold_the_same_images_by_their_official_names(
     path = archives.write_files(tmp_path / name, changed)
     with layout.open_source(path) as source:
         index = layout.index(source)
-        found = {
+        actual = {
             (split, each.file, each.wnid, source.read(each.path))
             for split, entries in index.splits.items()
             for each in entries
         }
     official = read(archives.write_files(tmp_path / "official", files))
-    assert found == {
+    assert actual == {
         (split, each.file, each.wnid, files[each.file])
         for split, entries in official.splits.items()
         for each in entries
@@ -247,7 +263,7 @@ def test_other_forms_hold_the_same_images_by_their_official_names(
         assert [each.file for each in entries] == [each.file for each in official.splits[split]]
 
 
-def test_what_is_missing_and_decides_something_is_told(
+def test_missing_files_are_noted_in_remarks(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     changed = without(sorted_files(files), ".txt", "test_0.JPEG")
@@ -256,11 +272,11 @@ def test_what_is_missing_and_decides_something_is_told(
     assert set(index.splits) == {"train", "validation"}
     for what in ("words.txt is missing", "wnids.txt is missing", "val/val_annotations.txt is"):
         assert any(remark.startswith(what) for remark in index.remarks)
-    assert any(remark.startswith("test/ has no images") for remark in index.remarks)
+    assert any(remark.startswith("test/ contains no images") for remark in index.remarks)
 
 
 @pytest.mark.parametrize("kept", ["all", "no validation images", "no ids"])
-def test_some_classes_are_a_data_set_and_the_others_are_told(
+def test_untrained_classes_are_skipped_and_noted(
     tmp_path: pathlib.Path, files: dict[str, bytes], kept: str
 ) -> None:
     changed = {file: data for file, data in files.items() if not file.startswith(f"train/{B}/")}
@@ -274,25 +290,27 @@ def test_some_classes_are_a_data_set_and_the_others_are_told(
     assert any(f"1 classes have no training images, such as {B}" in r for r in index.remarks)
 
 
-def test_equal_names_in_several_classes_keep_their_classes(tmp_path: pathlib.Path) -> None:
-    picture = archives.class_folders({"a": 1}, 8)["a/0.jpg"]
-    files = {f"{split}/{wnid}/0.jpg": picture for split in ("train", "val") for wnid in (A, B)}
+def test_equal_file_names_in_several_classes_are_distinct(tmp_path: pathlib.Path) -> None:
+    image = archives.class_folders({"a": 1}, 8)["a/0.jpg"]
+    files = {f"{split}/{wnid}/0.jpg": image for split in ("train", "val") for wnid in (A, B)}
     index = read(archives.write_files(tmp_path / "x.zip", files))
     assert [each.file for each in index.splits["validation"]] == [
         f"val/{wnid}/images/0.JPEG" for wnid in (A, B)
     ]
 
 
-def test_other_pictures_are_not_taken_for_it(tmp_path: pathlib.Path) -> None:
+def test_other_images_are_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", {"cat/1.jpg": b"", "inner.zip": b""}, "")
-    with pytest.raises(DataError, match=r"no wnids\.txt, .*found: cat, inner\.zip\).*image_folder"):
+    with pytest.raises(
+        DataError, match=r"neither wnids\.txt nor .*contents: cat, inner\.zip\).*image_folder"
+    ):
         layout.open_source(path)
 
 
 # Digests.
 
 
-def test_fingerprints_follow_the_content_not_the_path(
+def test_fingerprint_depends_on_content_not_path(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     first = archives.write_files(tmp_path / "a.zip", files)
@@ -302,7 +320,7 @@ def test_fingerprints_follow_the_content_not_the_path(
     assert fingerprint(first) == fingerprint(same) != fingerprint(other)
 
 
-def test_the_fingerprint_of_a_folder_sees_a_changed_file(
+def test_folder_fingerprint_detects_changed_file(
     tmp_path: pathlib.Path, files: dict[str, bytes]
 ) -> None:
     folder = archives.write_files(tmp_path / "folder", files)
@@ -312,13 +330,13 @@ def test_the_fingerprint_of_a_folder_sees_a_changed_file(
     assert fingerprint(folder) != before
 
 
-def test_threads_read_an_archive_together(tmp_path: pathlib.Path) -> None:
+def test_archive_is_read_by_several_threads(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     contents = {f"{number}.JPEG": rng.bytes(2000) for number in range(4000)}
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         for name, data in {"wnids.txt": b"", **contents}.items():
             info = zipfile.ZipInfo(name)
-            # A time stamp, as most programs add; it is what Python 3.12.1 trips over.
+            # A timestamp, as added by most programs, which exposes the bug of Python 3.12.1.
             info.extra = struct.pack("<HHBL", 0x5455, 5, 1, 0)
             file.writestr(info, data)
     with (

@@ -17,7 +17,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; `drops` says how many bytes each of the first answers sends of it."""
+    """Serves CONTENT; `drops` are the numbers of bytes sent by the first responses."""
 
     def __init__(
         self, drops: Sequence[int] = (), *, ranges: bool = True, content: bytes = CONTENT
@@ -67,7 +67,7 @@ def fetch(server: Server, target: pathlib.Path, **kwargs: Any) -> pathlib.Path:
     return download.fetch(server.url, target, **(settings | kwargs))
 
 
-def test_a_download_is_checked_and_made_once(tmp_path: pathlib.Path) -> None:
+def test_download_is_verified_and_done_once(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "new" / "tiny.zip"
     with serving() as server:
         assert fetch(server, target) == target
@@ -77,24 +77,24 @@ def test_a_download_is_checked_and_made_once(tmp_path: pathlib.Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["tiny.zip"]
 
 
-def test_a_broken_connection_is_resumed_where_it_stopped(tmp_path: pathlib.Path) -> None:
+def test_broken_connection_is_resumed(tmp_path: pathlib.Path) -> None:
     with serving(drops=[300_000, 0, 100_000]) as server:
         fetch(server, tmp_path / "tiny.zip")
     assert (tmp_path / "tiny.zip").read_bytes() == CONTENT
     assert server.requested == [None, "bytes=300000-", "bytes=300000-", "bytes=400000-"]
 
 
-def test_a_server_without_ranges_is_read_from_the_start(tmp_path: pathlib.Path) -> None:
+def test_server_without_ranges_restarts_download(tmp_path: pathlib.Path) -> None:
     with serving(drops=[300_000], ranges=False) as server:
         fetch(server, tmp_path / "tiny.zip")
     assert (tmp_path / "tiny.zip").read_bytes() == CONTENT
 
 
-def test_what_arrived_is_kept_for_the_next_call(tmp_path: pathlib.Path) -> None:
+def test_partial_download_is_kept(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "tiny.zip"
     with (
         serving(drops=[500_000] + [0] * 100) as server,
-        pytest.raises(DataError, match=r"500,000 of 1,024,000 bytes.*--config\.data\.source"),
+        pytest.raises(DataError, match=r"500,000 of 1,024,000 bytes.*config\.data\.source"),
     ):
         fetch(server, target)
     assert not target.exists()
@@ -105,32 +105,32 @@ def test_what_arrived_is_kept_for_the_next_call(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT + b"more"])
-def test_another_file_is_refused_and_removed(tmp_path: pathlib.Path, content: bytes) -> None:
+def test_wrong_file_is_refused_and_removed(tmp_path: pathlib.Path, content: bytes) -> None:
     with (
         serving(content=content) as server,
-        pytest.raises(DataError, match=rf"another file.*expected 1,024,000 bytes, md5 {MD5}"),
+        pytest.raises(
+            DataError, match=rf"downloaded file has.*must have 1,024,000 bytes and MD5 {MD5}"
+        ),
     ):
         fetch(server, tmp_path / "tiny.zip")
     assert not list(tmp_path.iterdir())
 
 
-def test_no_server_is_one_clear_error(tmp_path: pathlib.Path) -> None:
+def test_unreachable_server_is_one_error(tmp_path: pathlib.Path) -> None:
     with serving() as server:
         pass
-    with pytest.raises(DataError, match=r"cannot be downloaded.*refused.*--config\.data\.source"):
+    with pytest.raises(DataError, match=r"download failed.*refused.*config\.data\.source"):
         fetch(server, tmp_path / "tiny.zip")
 
 
-def test_a_full_disk_is_found_before_the_download(
+def test_full_disk_is_detected_before_download(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with (
         serving() as server,
-        pytest.raises(
-            DataError, match=r"the download of .* needs up to 1\.0 MB, but only 0\.0 MB is free"
-        ),
+        pytest.raises(DataError, match=r"downloading .* takes up to 1\.0 MB, and 0\.0 MB are free"),
     ):
         fetch(server, pathlib.Path(tmp_path, "tiny.zip"))
     assert not server.requested

@@ -1,4 +1,4 @@
-"""Archives as other systems and programs make them, read as they are or refused with a remedy."""
+"""Archives of other systems and programs are read, or refused with a remedy."""
 
 import bz2
 import io
@@ -30,7 +30,7 @@ FILES = {
 
 
 def read(path: pathlib.Path, encoding: str = "") -> dict[str, bytes]:
-    """Returns the content of the files that belong to classes, once a layout is found."""
+    """Returns the content of the files in class folders, after detecting the layout."""
     with folders.open_source(path, encoding=encoding) as source:
         layout = folders.layout(source)
         return {file: source.read(file) for file in layout.files}
@@ -47,18 +47,18 @@ TARS = ["x.tar", "x.tar.gz", "x.tgz", "x.tar.bz2", "x.tar.xz"]
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_a_tar_archive_is_read_as_a_zip_archive_is(tmp_path: pathlib.Path, name: str) -> None:
+def test_tar_and_zip_archives_read_alike(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_files(tmp_path / name, FILES, "outer")
     assert read(path) == {f"outer/{file}": data for file, data in FILES.items()}
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_what_an_archive_is_decides_not_its_name(tmp_path: pathlib.Path, name: str) -> None:
+def test_content_decides_archive_type(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_files(tmp_path / name, FILES, "")
     assert read(path.rename(tmp_path / "x.zip")) == FILES
 
 
-def test_the_way_of_compression_makes_no_other_data_set(tmp_path: pathlib.Path) -> None:
+def test_compression_does_not_change_data_set(tmp_path: pathlib.Path) -> None:
     digests = set()
     for name in TARS:
         with folders.open_source(archives.write_files(tmp_path / name, FILES, "")) as source:
@@ -70,12 +70,12 @@ def test_the_way_of_compression_makes_no_other_data_set(tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize("start", ["./", "/home/me/pictures/"])
-def test_names_may_begin_as_tar_writes_them(tmp_path: pathlib.Path, start: str) -> None:
+def test_names_with_tar_prefixes_are_read(tmp_path: pathlib.Path, start: str) -> None:
     files = {start + file: data for file, data in FILES.items()}
     assert set(read(archives.write_tar(tmp_path / "x.tar", files)).values()) == set(FILES.values())
 
 
-def test_an_old_tar_archive_and_a_zip_that_unpacks_itself_are_known(tmp_path: pathlib.Path) -> None:
+def test_old_tar_and_self_extracting_zip_are_recognized(tmp_path: pathlib.Path) -> None:
     tar = archives.write_files(tmp_path / "x.tar", FILES, "")
     content = bytearray(tar.read_bytes())
     place = content.index(b"ustar")
@@ -103,7 +103,7 @@ def write_members(path: pathlib.Path, *members: tuple[str, bytes, str]) -> pathl
     return path
 
 
-def test_a_hard_link_is_the_file_that_it_names(tmp_path: pathlib.Path) -> None:
+def test_hard_link_is_resolved(tmp_path: pathlib.Path) -> None:
     path = write_members(tmp_path / "x.tar", ("a/3.jpg", tarfile.LNKTYPE, "b/1.jpg"))
     assert read(path) == FILES | {"a/3.jpg": FILES["b/1.jpg"]}
 
@@ -111,13 +111,13 @@ def test_a_hard_link_is_the_file_that_it_names(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (tarfile.SYMTYPE, r"a/3\.jpg is a link to '/etc/passwd', which is not followed: .*deref"),
+        (tarfile.SYMTYPE, r"a/3\.jpg is a link to '/etc/passwd', which is not followed; .*deref"),
         (tarfile.LNKTYPE, r"a/3\.jpg is a link to '/etc/passwd', which is not followed"),
-        (tarfile.FIFOTYPE, r"a/3\.jpg is a device or a pipe, no file: remove it"),
-        (tarfile.CHRTYPE, r"a/3\.jpg is a device or a pipe, no file: remove it"),
+        (tarfile.FIFOTYPE, r"a/3\.jpg is a device or a pipe, not a file; remove it"),
+        (tarfile.CHRTYPE, r"a/3\.jpg is a device or a pipe, not a file; remove it"),
     ],
 )
-def test_what_is_no_file_in_a_tar_archive_is_named(
+def test_non_file_in_tar_archive_is_named(
     tmp_path: pathlib.Path, kind: bytes, message: str
 ) -> None:
     path = write_members(tmp_path / "x.tar", ("a/3.jpg", kind, "/etc/passwd"))
@@ -125,14 +125,14 @@ def test_what_is_no_file_in_a_tar_archive_is_named(
         source.read("a/3.jpg")
 
 
-def test_no_path_in_a_tar_archive_leads_out_of_it(tmp_path: pathlib.Path) -> None:
+def test_paths_in_tar_archive_cannot_escape(tmp_path: pathlib.Path) -> None:
     path = write_members(tmp_path / "x.tar", ("../../evil/1.jpg", tarfile.REGTYPE, ""))
     before = sorted(tmp_path.parent.rglob("*"))
     assert read(path) == FILES
     assert sorted(tmp_path.parent.rglob("*")) == before
 
 
-def test_of_members_of_one_name_the_last_counts_as_for_tar(tmp_path: pathlib.Path) -> None:
+def test_last_tar_member_of_same_name_is_used(tmp_path: pathlib.Path) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     with tarfile.open(path, "a") as archive:
         member = tarfile.TarInfo("a/1.jpg")
@@ -141,37 +141,37 @@ def test_of_members_of_one_name_the_last_counts_as_for_tar(tmp_path: pathlib.Pat
     assert read(path) == FILES | {"a/1.jpg": b"new"}
 
 
-# Whole: four members of a header and a block each, then blocks of zeros.
+# Complete: four members with a header and a block each, then blocks of zeros.
 @pytest.mark.parametrize("size", [8 * 512, 5 * 512, 5 * 512 + 100, 6 * 512 + 5])
-def test_a_cut_tar_archive_is_refused_wherever_it_ends(tmp_path: pathlib.Path, size: int) -> None:
+def test_truncated_tar_archive_is_refused(tmp_path: pathlib.Path, size: int) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(DataError, match=r"x\.tar: not a whole tar archive.*cut short: download or"):
+    with pytest.raises(DataError, match=r"x\.tar: not a complete tar archive.*truncated; download"):
         folders.open_source(path)
 
 
-def test_a_damaged_header_does_not_end_a_tar_archive_in_silence(tmp_path: pathlib.Path) -> None:
+def test_damaged_tar_header_is_not_the_end(tmp_path: pathlib.Path) -> None:
     path = archives.write_tar(tmp_path / "x.tar", FILES)
     content = bytearray(path.read_bytes())
     content[2 * 1024 + 3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"not a whole tar archive .*a member's header is damaged"):
+    with pytest.raises(
+        DataError, match=r"not a complete tar archive .*a member's header is damaged"
+    ):
         folders.open_source(path)
 
 
 @pytest.mark.parametrize("name", TARS[1:])
-def test_a_cut_or_changed_compressed_tar_archive_is_refused(
-    tmp_path: pathlib.Path, name: str
-) -> None:
+def test_truncated_or_changed_compressed_tar_is_refused(tmp_path: pathlib.Path, name: str) -> None:
     path = archives.write_tar(tmp_path / name, FILES)
-    whole = path.read_bytes()
-    for content in (whole[:-5], whole[:40] + bytes([whole[40] ^ 16]) + whole[41:]):
+    complete = path.read_bytes()
+    for content in (complete[:-5], complete[:40] + bytes([complete[40] ^ 16]) + complete[41:]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"not a whole tar archive"):
+        with pytest.raises(DataError, match=r"not a complete tar archive"):
             folders.open_source(path)
 
 
-def test_a_header_that_claims_to_be_long_is_not_read(tmp_path: pathlib.Path) -> None:
+def test_oversized_tar_header_is_not_read(tmp_path: pathlib.Path) -> None:
     member = tarfile.TarInfo("pax")
     member.type, member.size = tarfile.XHDTYPE, 512 << 20
     path = tmp_path / "x.tar"
@@ -186,27 +186,29 @@ def test_a_header_that_claims_to_be_long_is_not_read(tmp_path: pathlib.Path) -> 
     assert peak < 2 << 20
 
 
-def test_a_negative_size_does_not_lead_back(tmp_path: pathlib.Path) -> None:
+def test_negative_member_size_is_refused(tmp_path: pathlib.Path) -> None:
     member = tarfile.TarInfo("a/1.jpg")
     member.size = -1024
     path = tmp_path / "x.tar"
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
-    with pytest.raises(DataError, match="not a whole tar archive"):
+    with pytest.raises(DataError, match="not a complete tar archive"):
         folders.open_source(path)
 
 
-def test_a_large_member_of_a_tar_archive_is_not_read(
+def test_oversized_tar_member_is_not_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1000)
     path = archives.write_tar(tmp_path / "x.tgz", FILES | {"a/3.jpg": bytes(1001)})
     with folders.open_source(path) as source:
-        with pytest.raises(DataError, match=r"a/3\.jpg has 1,001 bytes; at most 1,000"):
+        with pytest.raises(
+            DataError, match=r"a/3\.jpg has 1,001 bytes; a file can have at most 1,000"
+        ):
             source.read("a/3.jpg")
         assert source.read("a/1.jpg") == b"a1"
 
 
-def test_a_compressed_tar_archive_is_unpacked_where_it_is_said_and_leaves_nothing(
+def test_compressed_tar_is_unpacked_to_scratch_and_removed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = archives.write_tar(tmp_path / "x.tgz", FILES)
@@ -221,14 +223,13 @@ def test_a_compressed_tar_archive_is_unpacked_where_it_is_said_and_leaves_nothin
     with (
         TarSource(path, scratch=scratch) as source,
         pytest.raises(
-            DataError,
-            match=r"scratch: .*x\.tgz, unpacked, needs up to 0\.0 MB, but only 0\.0 MB",
+            DataError, match=r"scratch: unpacking .*x\.tgz takes up to 0\.0 MB, and 0\.0 MB are"
         ),
     ):
         source.read("b/2.jpg")
 
 
-def test_a_bomb_in_a_compressed_tar_archive_is_listed_in_little_memory(
+def test_decompression_bomb_in_tar_uses_little_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = tarfile.TarInfo("a/bomb.jpg")
@@ -240,29 +241,27 @@ def test_a_bomb_in_a_compressed_tar_archive_is_listed_in_little_memory(
         file.write(bytes(1024))
     assert (tmp_path / "x.tar.bz2").stat().st_size < 1000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: pytest.fail("it is not unpacked"))
-    monkeypatch.setattr(limits, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1 << 20)
     tracemalloc.start()
     with TarSource(tmp_path / "x.tar.bz2") as source, pytest.raises(DataError, match="at most"):
         source.read("a/bomb.jpg")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
-    assert tar_source._MOST_HEADER == 1 << 20
+    assert tar_source._MAX_HEADER_BYTES == 1 << 20
 
 
 # Names in zip archives.
 
 
 @pytest.mark.parametrize("system", [0, 3])
-def test_backslashes_part_folders_where_nothing_else_does(
-    tmp_path: pathlib.Path, system: int
-) -> None:
+def test_backslashes_are_separators_without_slashes(tmp_path: pathlib.Path, system: int) -> None:
     files = {file.replace("/", "\\").encode(): data for file, data in FILES.items()}
     path = archives.write_raw_zip(tmp_path / "x.zip", files | {b"a\\": b""}, system=system)
     assert read(path) == FILES
 
 
-def test_backslashes_of_windows_part_folders_beside_other_names(tmp_path: pathlib.Path) -> None:
+def test_windows_backslashes_are_separators_among_others(tmp_path: pathlib.Path) -> None:
     files = {
         (file.replace("/", "\\") if file.startswith("a") else file).encode(): data
         for file, data in FILES.items()
@@ -286,9 +285,7 @@ NATIONAL = {
 
 
 @pytest.mark.parametrize("encoding", NATIONAL)
-def test_names_in_national_encodings_need_the_setting_which_is_offered(
-    tmp_path: pathlib.Path, encoding: str
-) -> None:
+def test_legacy_encodings_need_the_suggested_setting(tmp_path: pathlib.Path, encoding: str) -> None:
     labels = NATIONAL[encoding]
     path = archives.write_raw_zip(tmp_path / "x.zip", national(encoding, *labels))
     with pytest.raises(DataError, match=r"folders, .*, are not UTF-8.*archive_encoding") as error:
@@ -307,19 +304,19 @@ def test_names_in_national_encodings_need_the_setting_which_is_offered(
     assert classes(tar, encoding) == labels
 
 
-def test_utf_8_is_known_without_being_declared(tmp_path: pathlib.Path) -> None:
+def test_undeclared_utf_8_is_recognized(tmp_path: pathlib.Path) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", national("utf-8", "кошка", "猫"), system=3)
     assert classes(path) == ("кошка", "猫")
-    # A declared name stays what it is, whatever the setting says of the others.
+    # The setting does not affect names with a declared encoding.
     declared = archives.write_files(tmp_path / "y.zip", {"кошка/1": b"", "猫/1": b""}, "")
     assert classes(declared, "gbk") == ("кошка", "猫")
 
 
-def test_a_name_in_unicode_beside_another_counts(tmp_path: pathlib.Path) -> None:
+def test_unicode_extra_field_is_preferred(tmp_path: pathlib.Path) -> None:
     def unicode_path(name: bytes) -> bytes:
         text = name.decode("gbk").encode()
         content = struct.pack("<BL", 1, zlib.crc32(name)) + text
-        # After a time stamp, as other programs have one.
+        # After a timestamp, as written by other programs.
         stamp = struct.pack("<HHBL", 0x5455, 5, 1, 0)
         return stamp + struct.pack("<HH", 0x7075, len(content)) + content
 
@@ -328,38 +325,40 @@ def test_a_name_in_unicode_beside_another_counts(tmp_path: pathlib.Path) -> None
     assert classes(path) == ("狗", "猫")
 
 
-def test_a_setting_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
+def test_wrong_encoding_setting_is_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", national("cp1251", "кошка", "собака"))
-    with pytest.raises(DataError, match=r"is not in shift_jis, as .* says\. It may be .*кошка"):
+    with pytest.raises(
+        DataError, match=r"is not encoded in shift_jis, as .* declares\. It may be .*кошка"
+    ):
         folders.open_source(path, encoding="shift_jis")
 
 
-def test_file_names_alone_decide_nothing_and_are_kept_as_bytes(tmp_path: pathlib.Path) -> None:
+def test_undecodable_file_names_are_kept_as_bytes(tmp_path: pathlib.Path) -> None:
     files = {f"{label}/фото{n}.jpg".encode("cp866"): b"x" for label in "ab" for n in (1, 2)}
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
-    assert {folders.shown(file) for file in read(path)} == {
+    assert {folders.escape_for_display(file) for file in read(path)} == {
         f"{label}/\\udce4\\udcae\\udce2\\udcae{n}.jpg" for label in "ab" for n in (1, 2)
     }
     assert set(read(path, "cp866")) == {f"{label}/фото{n}.jpg" for label in "ab" for n in (1, 2)}
 
 
-def test_a_name_that_is_not_what_it_is_declared_to_be_is_refused(tmp_path: pathlib.Path) -> None:
+def test_name_invalid_in_declared_encoding_is_refused(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", {"é/1": b"", "b/1": b""}, "")
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
-    with pytest.raises(DataError, match=r"x\.zip: not a whole zip archive .*utf-8"):
+    with pytest.raises(DataError, match=r"x\.zip: not a complete zip archive .*utf-8"):
         folders.open_source(path)
 
 
 @pytest.mark.parametrize("encoding", ["gbk2", "utf-16", "base64", "cp037"])
-def test_an_encoding_must_be_one_of_names(encoding: str) -> None:
+def test_encoding_setting_must_be_a_text_encoding(encoding: str) -> None:
     data = config.Data(name="image_folder", archive_encoding=encoding)
     with pytest.raises(ConfigError, match=r"archive_encoding = .*: must be an encoding"):
         config.validate(config.Config(data=data))
 
 
-def test_the_setting_is_recorded_where_it_decides(tmp_path: pathlib.Path) -> None:
-    picture = archives.class_folders({"a": 1}, 16)["a/0.jpg"]
-    files = dict.fromkeys(national("gbk", "狗", "猫"), picture)
+def test_encoding_is_recorded_if_it_matters(tmp_path: pathlib.Path) -> None:
+    image = archives.class_folders({"a": 1}, 16)["a/0.jpg"]
+    files = dict.fromkeys(national("gbk", "狗", "猫"), image)
     path = archives.write_raw_zip(tmp_path / "x.zip", files)
     settings = {"source": str(path), "directory": str(tmp_path), "image_size": 16}
     data = config.Data(name="image_folder", archive_encoding="gbk", **settings)
@@ -369,11 +368,11 @@ def test_the_setting_is_recorded_where_it_decides(tmp_path: pathlib.Path) -> Non
         prepare(other, log=lambda line: None)
 
 
-# What else zip archives can be.
+# Other kinds of zip archives.
 
 
 def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], None]) -> None:
-    """Changes the two headers of all members: where flags stand, and where the method does."""
+    """Edits both headers of all members, at the offsets of flags and method."""
     content = bytearray(path.read_bytes())
     for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         place = content.find(magic)
@@ -389,17 +388,17 @@ def changed_members(path: pathlib.Path, change: Callable[[bytearray, int, int], 
         (
             0,
             9,
-            r"of its 4 files 4 are compressed with Deflate64 \(.*Unpack it, with 7-Zip .*folder",
+            r"of its 4 files, 4 are compressed with Deflate64 \(.*Unpack it with 7-Zip .*folder",
         ),
         (0, 93, "4 are compressed with Zstandard"),
         (0, 98, "4 are compressed with PPMd"),
-        (0, 42, "4 are compressed with the method of number 42"),
-        (1, 0, "of its 4 files 4 are encrypted with a password, .*Unpack it"),
+        (0, 42, "4 are compressed with method 42"),
+        (1, 0, "of its 4 files, 4 are encrypted with a password, .*Unpack it"),
         (1, 99, "4 are encrypted with a password"),
     ],
 )
 @pytest.mark.parametrize("unreadable", ["refuse", "skip"])
-def test_a_method_that_is_not_known_is_named_once(
+def test_unsupported_compression_is_reported_once(
     tmp_path: pathlib.Path, flags: int, method: int, message: str, unreadable: str
 ) -> None:
     def change(content: bytearray, flags_at: int, method_at: int) -> None:
@@ -418,9 +417,7 @@ def test_a_method_that_is_not_known_is_named_once(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_the_other_methods_are_read_and_damage_is_named(
-    tmp_path: pathlib.Path, method: int
-) -> None:
+def test_other_methods_are_read_and_damage_is_named(tmp_path: pathlib.Path, method: int) -> None:
     data = os.urandom(20_000)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         for name in ("a/1.jpg", "b/1.jpg"):
@@ -437,9 +434,7 @@ def test_the_other_methods_are_read_and_damage_is_named(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_member_that_unpacks_to_more_than_it_says_is_not_held(
-    tmp_path: pathlib.Path, method: int
-) -> None:
+def test_oversized_member_is_not_kept_in_memory(tmp_path: pathlib.Path, method: int) -> None:
     with (
         zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive,
         archive.open("a/1.jpg", "w") as member,
@@ -459,9 +454,7 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_not_held(
 
 
 @pytest.mark.parametrize("data", [b"a1", b"other"])
-def test_two_files_of_one_name_are_refused_if_they_differ(
-    tmp_path: pathlib.Path, data: bytes
-) -> None:
+def test_different_files_of_same_name_are_refused(tmp_path: pathlib.Path, data: bytes) -> None:
     path = archives.write_raw_zip(tmp_path / "x.zip", {b"a/1.jpg": b"a1", b"b/1.jpg": b"b1"})
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
@@ -471,21 +464,21 @@ def test_two_files_of_one_name_are_refused_if_they_differ(
     if data == b"a1":
         assert read(path) == {"a/1.jpg": b"a1", "b/1.jpg": b"b1"}
     else:
-        with pytest.raises(DataError, match=r"two different files of the same name, 'a/1\.jpg'"):
+        with pytest.raises(DataError, match=r"two different files named 'a/1\.jpg'"):
             folders.open_source(path)
 
 
-def test_one_part_of_several_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+def test_part_of_split_archive_is_reported(tmp_path: pathlib.Path) -> None:
     path = archives.write_files(tmp_path / "x.zip", FILES, "")
-    whole = path.read_bytes()
-    last = bytearray(whole)
+    complete = path.read_bytes()
+    last = bytearray(complete)
     struct.pack_into("<H", last, last.rindex(b"PK\x05\x06") + 4, 2)
     path.write_bytes(last)
     with pytest.raises(DataError, match=r"the last of 3 parts of one archive.*zip -s 0 x\.zip"):
         folders.open_source(path)
     for name, content, message in (
-        ("x.z01", b"PK\x07\x08" + whole, "the first of several parts of a zip archive"),
-        ("y.zip.001", whole[:100], r"one part of several: join them, 'cat y\.zip\.\*"),
+        ("x.z01", b"PK\x07\x08" + complete, "the first of several parts of a zip archive"),
+        ("y.zip.001", complete[:100], r"one of several parts; join them with 'cat y\.zip\.\*"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
@@ -495,38 +488,36 @@ def test_one_part_of_several_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, which cannot be read here; unpack it, and"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, which is not supported; unpack it and"),
         (b"Rar!\x1a\x07\1\0", "is a RAR archive"),
         (b"\x28\xb5\x2f\xfd\0", "compressed with Zstandard.*unzstd"),
-        (b"\n<!DOCTYPE html><html>", "is a web page, saved in place of the archive"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, saved instead of the archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer.*git lfs pull"),
         (b"PAR1\x15\x04", "a Parquet file"),
         (b"some text", "neither a zip nor a tar archive .*beginning with b'some tex'"),
         (b"", r"neither a zip nor a tar archive \(0 bytes"),
-        (lzma.compress(b"no tar archive"), "not a whole tar archive"),
+        (lzma.compress(b"no tar archive"), "not a complete tar archive"),
     ],
 )
-def test_what_is_no_such_archive_is_named(
-    tmp_path: pathlib.Path, content: bytes, message: str
-) -> None:
+def test_unsupported_files_are_named(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         folders.open_source(tmp_path / "x.zip")
     assert str(tmp_path / "x.zip") in str(error.value)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+def test_pipe_does_not_block(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "x.zip")
     with pytest.raises(DataError, match="is a device or a pipe"):
         folders.open_source(tmp_path / "x.zip")
 
 
 @pytest.mark.parametrize("name", ["folder", "outer.zip"])
-def test_archives_in_what_was_given_are_named(tmp_path: pathlib.Path, name: str) -> None:
+def test_nested_archives_are_named(tmp_path: pathlib.Path, name: str) -> None:
     inside = {"train.zip": b"x", "test.tar.gz": b"x", "labels.csv": b"x"}
     path = archives.write_files(tmp_path / name, inside, "")
     with pytest.raises(
-        DataError, match=r"holds archives, .*: train\.zip, test\.tar\.gz\. Give one"
+        DataError, match=r"contains archives, .*: train\.zip, test\.tar\.gz\. Use one"
     ):
         classes(path)
-    assert opening.archives_inside(["a/1.jpg"]) == ""
+    assert opening.mention_archives(["a/1.jpg"]) == ""
