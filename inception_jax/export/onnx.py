@@ -74,6 +74,6 @@ def needs_onnx() -> Iterator[None]:
         yield
     except ImportError as error:
         raise UserError(
-            f"--to=onnx needs packages that are not installed ({error.name}): pip install "
+            f"--to=onnx: requires packages that are not installed ({error.name}); run pip install "
             "'inception-jax[onnx]', or in a checkout pip install -e '.[onnx]'"
         ) from error

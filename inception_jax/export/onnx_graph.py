@@ -185,7 +185,7 @@ class _Graph:
             return self.add("Mul", mean, np.array(np.prod(pool["kernel_shape"]), np.float32))
         if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
             return self._channel_sum(x, equation)
-        raise NotImplementedError(f"{primitive} {params} is not known as an operation of ONNX")
+        raise NotImplementedError(f"{primitive} {params}: cannot be converted to ONNX")
 
     def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
         """Adds an operation on each number, constants put with their channels first."""
@@ -231,7 +231,7 @@ def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
         return value
     if primitive in _OF_CONSTANTS:
         return np.asarray(_OF_CONSTANTS[primitive](*values), np.float32)
-    raise NotImplementedError(f"{primitive} {params} of constants is not known here")
+    raise NotImplementedError(f"{primitive} {params} of constants: cannot be converted to ONNX")
 
 
 def _pads(paddings: Sequence[tuple[int, int]]) -> list[int]:

@@ -75,15 +75,15 @@ def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
             "name": INPUT,
             "dtype": "uint8",
             "shape": ["batch", size, size, 3],
-            "meaning": "RGB; normalisation is inside",
-            "prepared": "the centred square, resized by PIL's bicubic filter",
+            "meaning": "RGB; the network includes the normalization",
+            "prepared": "the center square, resized with PIL's bicubic filter",
             "crop": weights.eval_crop,
         },
         "output": {
             "name": OUTPUT,
             "dtype": "float32",
             "shape": ["batch", weights.num_classes],
-            "meaning": "logits; their softmax gives probabilities",
+            "meaning": "logits; apply softmax for probabilities",
         },
         "class_names": list(weights.class_names),
         "checkpoint": {
@@ -113,8 +113,8 @@ def largest_difference(weights: Weights, classify: Classify) -> float:
     difference = float(np.abs(found - expected).max())
     if not difference <= _TOLERANCE:
         raise RunError(
-            f"the exported network is not the same: logits differ by up to {difference:.3g}. This "
-            "is a fault of this program or of the converter; please report it"
+            f"the exported network is not equivalent: logits differ by up to {difference:.3g}. "
+            "This is a bug in this program or in the converter; please report it"
         )
     return difference
 

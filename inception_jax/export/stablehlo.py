@@ -33,8 +33,8 @@ def export(weights: Weights) -> bytes:
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"{frame.filename}, line {frame.lineno}: does not work for a batch of any size "
-            f"({error}); write images.shape[0] for len(images)"
+            f"{frame.filename}, line {frame.lineno}: does not support a symbolic batch size "
+            f"({error}); use images.shape[0] instead of len(images)"
         ) from error
     return bytes(exported.serialize())
 

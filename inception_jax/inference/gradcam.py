@@ -100,9 +100,8 @@ class Explainer:
         }
         if not modules:
             raise ConfigError(
-                f"{predictor.weights.model.name}: no module of the network gives a grid "
-                "[B, h, w, C], so there is nothing to draw heat maps of; make the layers to look "
-                "at modules"
+                f"{predictor.weights.model.name}: no module returns a feature map [B, h, w, C], so "
+                "heat maps cannot be computed; make the layers to explain submodules"
             )
         self.layer = layer or list(modules)[-1]
         if self.layer not in found:
@@ -136,9 +135,9 @@ class Explainer:
 def _unknown_layer(layer: str, modules: Mapping[str, str], known: list[str]) -> str:
     listed = ", ".join(f"{path} ({grid})" for path, grid in modules.items())
     return (
-        f"--layer={layer}: the network has no such layer, or it gives no grid."
-        f"{nearest(layer, known)} There are, with the size of their grids: {listed}; and those "
-        "inside them, such as inception_4b/conv_3x3"
+        f"--layer={layer}: no such layer, or its output is not a feature map."
+        f"{nearest(layer, known)} Use one of {listed}, or one inside them, such as "
+        "inception_4b/conv_3x3"
     )
 
 
@@ -236,7 +235,7 @@ class HeatmapWriter:
         maps = self._explainer.maps(np.stack([picture.pixels for picture in pictures]), labels)
         for picture, row, label, heat in zip(pictures, logits, labels, maps, strict=True):
             prediction = self._explainer.predictor.prediction(row, int(label))
-            about = f"Grad-CAM of {self.layer}" if heat.any() else "no place speaks for this class"
+            about = f"Grad-CAM of {self.layer}" if heat.any() else "no evidence for this class"
             draw(
                 self._folder / self._unused_name(picture.name),
                 picture.view,

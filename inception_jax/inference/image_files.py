@@ -50,7 +50,7 @@ def find(arguments: Sequence[str]) -> ImageFiles:
             "Nothing was read; correct the paths"
         )
     if arguments.count(STDIN) > 1:
-        raise DataError(f"{STDIN!r} is given twice; the standard input holds one picture")
+        raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")
     found = ImageFiles([], [])
     for path in arguments:
         if path != STDIN and os.path.isdir(path):
@@ -61,10 +61,10 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         else:
             found.files.append(path)
     if not found.files:
-        more = f" Left out: {folders.listed(found.left_out)}" if found.left_out else ""
+        more = f" Skipped: {folders.listed(found.left_out)}." if found.left_out else ""
         raise DataError(
-            f"{folders.quoted(arguments)}: no file is named as a picture (.jpg, .png, …).{more} "
-            "A file that is named on the command line itself is read whatever its name"
+            f"{folders.quoted(arguments)}: no file has an image extension (.jpg, .png, …).{more} "
+            "To read a file whatever its name, give its path"
         )
     return found
 
@@ -109,7 +109,7 @@ def read(path: str) -> bytes:
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     if len(data) > MOST_BYTES:
-        raise DataError(f"{shown(path)}: has more than {MOST_BYTES:,} bytes, the most that is read")
+        raise DataError(f"{shown(path)}: must not be larger than {MOST_BYTES:,} bytes")
     return data
 
 

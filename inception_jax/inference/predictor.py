@@ -97,7 +97,7 @@ class Predictor:
         size, final = self.weights.image_size, self.weights.eval_image_size
         crop = self.weights.eval_crop
         part = "" if crop == 1 else f"the middle {crop:.1%} of "
-        words = f"{part}the centred square, resized to {size} × {size} px"
+        words = f"{part}the center square, resized to {size} × {size} px"
         return f"{words}, then to {final} × {final} px" if final not in (0, size) else words
 
     def read(self, data: bytes, name: str) -> np.ndarray:
@@ -184,8 +184,8 @@ class Predictor:
         if name.isdecimal() and int(name) < len(names):
             return int(name)
         raise UserError(
-            f"class {name!r}: the network knows none of that name.{nearest(name, names)} Give one "
-            f"of its {len(names)} names, or a number from 0 to {len(names) - 1}"
+            f"class {name!r}: no such class.{nearest(name, names)} Use one of the network's "
+            f"{len(names)} class names, or a number from 0 to {len(names) - 1}"
         )
 
     def checked(self, pixels: np.ndarray) -> np.ndarray:
@@ -197,10 +197,10 @@ class Predictor:
         try:
             pixels = np.asarray(pixels)
         except ValueError as error:
-            raise UserError(f"pixels: give one array of all images: {error}") from error
+            raise UserError(f"pixels: must be one array of all images: {error}") from error
         self._check(pixels, _numbers_remedy(pixels))
         if not len(pixels):
-            raise UserError("pixels: holds no image; give at least one")
+            raise UserError("pixels: must contain at least one image")
         return pixels
 
     def _check(self, pixels: Any, numbers: str) -> None:
@@ -264,46 +264,46 @@ def _check_content(data: object, name: str) -> None:
     """Checks that a caller gave what is in a file, not the file's path."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UserError(
-            f"{name}: the content of an image file is needed, as bytes, got "
-            f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
+            f"{name}: must be the content of an image file, as bytes, got "
+            f"{type(data).__name__}; use pathlib.Path(FILE).read_bytes()"
         )
 
 
 # What to do with numbers that are no uint8.
-_ASTYPE = "Give integers from 0 to 255: pixels.astype(numpy.uint8)"
+_ASTYPE = "Use integers from 0 to 255: pixels.astype(numpy.uint8)"
 
 
 def _numbers_remedy(pixels: np.ndarray) -> str:
     """Returns what to do with an array that is not of uint8."""
     if pixels.dtype == bool or pixels.dtype.kind not in "iuf" or not pixels.size:
-        return "Give an array of integers from 0 to 255"
+        return "Use an array of integers from 0 to 255"
     low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        return "Its values are from 0 to 1: give (pixels * 255).round().astype(numpy.uint8)"
+        return "Its values are from 0 to 1; use (pixels * 255).round().astype(numpy.uint8)"
     if low >= 0 and high <= 255:
-        return f"Its values are from {low:g} to {high:g}: give pixels.round().astype(numpy.uint8)"
+        return f"Its values are from {low:g} to {high:g}; use pixels.round().astype(numpy.uint8)"
     return (
-        f"Its values are from {low:g} to {high:g}; give the images before they were normalized: "
-        "that is done here"
+        f"Its values are from {low:g} to {high:g}; use the images before normalization, which the "
+        "predictor does itself"
     )
 
 
 def _shape_remedy(shape: Sequence[int], size: int) -> str:
     """Returns what to do with an array of another shape than [N, size, size, 3]."""
-    read = "or let read() of the predictor prepare the files"
+    read = "or prepare the files with the predictor's read()"
     if len(shape) == 3 and shape[-1] == 3:
-        return f"For a single image give pixels[None], {size} × {size} px"
+        return f"For a single image, use pixels[None], {size} × {size} px"
     if (len(shape), shape[-3:-2]) in ((3, (3,)), (4, (3,)), (4, (1,))) and shape[-1] > 4:
-        return "The channels come last: give numpy.moveaxis(pixels, -3, -1)"
+        return "Channels must come last; use numpy.moveaxis(pixels, -3, -1)"
     if len(shape) == 4 and shape[-1] == 4:
-        return f"Without the alpha channel: give pixels[..., :3], {read}"
+        return f"To drop the alpha channel, use pixels[..., :3], {read}"
     if len(shape) == 4 and shape[-1] == 1:
-        return f"For gray images give numpy.repeat(pixels, 3, axis=-1), {read}"
+        return f"For gray images, use numpy.repeat(pixels, 3, axis=-1), {read}"
     if len(shape) in (2, 3):
-        return f"For gray images give numpy.stack([pixels] * 3, axis=-1), {read}"
+        return f"For gray images, use numpy.stack([pixels] * 3, axis=-1), {read}"
     if len(shape) == 4 and shape[-1] == 3:
         return f"Resize the images to {size} × {size} px, {read}"
-    return "Give one array of all images"
+    return "Use one array of all images"
 
 
 def batch_size_for(count: int) -> int:

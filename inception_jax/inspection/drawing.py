@@ -27,9 +27,9 @@ _INK, _QUIET, _FRAME = "#1F2933", "#5F6B7A", "#C9D1DA"
 _PNG_DPI = "110"
 
 _WITHOUT_DOT = (
-    "the program dot, which makes pictures of it, is not here. Install Graphviz (apt-get install "
-    "graphviz, brew install graphviz or conda install graphviz) and call this again, or elsewhere: "
-    "dot -Tsvg -O {path}"
+    "cannot be rendered, as the program dot is not installed. Install Graphviz (apt-get install "
+    "graphviz, brew install graphviz or conda install graphviz) and rerun, or run on another "
+    "machine: dot -Tsvg -O {path}"
 )
 
 
@@ -121,7 +121,7 @@ def write(
         log(f"{source}: {_WITHOUT_DOT.format(path=source)}")
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder}: {error}. Make the folder writable, with space left"
+            f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
         ) from error
     return written
 

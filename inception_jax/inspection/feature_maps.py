@@ -56,8 +56,8 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
     modules = introspect.grids(model, predictor.variables, images)
     if layer not in modules:
         raise UserError(
-            f"--layer={layer}: is no module of {predictor.weights.model.name} that gives an "
-            f"image.{nearest(layer, modules)} Those that do are {', '.join(modules)}"
+            f"--layer={layer}: no such module of {predictor.weights.model.name}, or its output is "
+            f"not a feature map.{nearest(layer, modules)} Use one of {', '.join(modules)}"
         )
 
     def compute(variables: Any, image: jax.Array) -> jax.Array:
@@ -153,5 +153,5 @@ def _save(path: pathlib.Path, pictures: list[tuple[np.ndarray, str]], title: str
         figures.save(figure, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written: {error}. Give a folder on a disk with room"
+            f"{path}: cannot be written: {error}. Make the folder writable or free disk space"
         ) from error

@@ -52,13 +52,13 @@ TABLE_1 = (
     PaperRow(("classifier",), (1000,), 1000, 1),
 )
 _NOTES = """\
-The paper's columns are those of table 1 of Szegedy et al. 2014. Its K is 1,024 weights, its
-operations are millions of multiply-adds, both without biases and BatchNorm, so weights are compared
-where ours also has other parameters. An empty deviation: equal when rounded or cut off. The printed
-weights of most modules are not those of the printed widths (4c is off most), while the printed
-operations are, except in 5a. The first convolution's 2.7 K and 34 M are those of a separable one,
-7x7 on each channel with a multiplier of 8 and 1x1 after it (49 · 3 · 8 + 24 · 64 = 2,712 weights),
-which Ioffe and Szegedy 2015 (arXiv:1502.03167) say they had; the text of the paper has it plain.
+The paper's columns are from Table 1 of Szegedy et al. 2014. K means 1,024 weights and operations
+are millions of multiply-adds, both without biases and BatchNorm, so only our weights are compared,
+not our parameters. An empty deviation means equal after rounding or truncation. The weights printed
+for most modules do not match the printed widths (4c is furthest off), while the operations do,
+except in 5a. The 2.7 K and 34 M of the first convolution are those of a separable one, 7x7 on each
+channel with a multiplier of 8 followed by 1x1 (49 · 3 · 8 + 24 · 64 = 2,712 weights), which Ioffe
+and Szegedy 2015 (arXiv:1502.03167) report using; the paper's text describes an ordinary one.
 """
 
 
@@ -104,7 +104,7 @@ class Table(NamedTuple):
                 csv.writer(file).writerows([self.head, *self.lines])
         except OSError as error:
             raise UserError(
-                f"cannot write to {folder}: {error}. Make the folder writable, with space left"
+                f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
             ) from error
         return [markdown, comma]
 

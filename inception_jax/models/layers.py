@@ -337,7 +337,6 @@ def check_image_size(images: jax.Array, *, least: int, model: str) -> None:
     height, width = images.shape[1:3]
     if min(height, width) < least:
         raise ConfigError(
-            f"images of {height} x {width} px are too small for {model}, which needs at least "
-            f"{least} x {least} px: raise config.data.image_size, or take a model or stem that "
-            "shrinks the image less"
+            f"images of {height} x {width} px: must be at least {least} x {least} px for {model}; "
+            "increase config.data.image_size, or use a model or stem that downsamples less"
         )

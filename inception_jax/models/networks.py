@@ -39,7 +39,7 @@ def _check_heads(config: configs.Config) -> Iterator[str]:
     if (sizes := config.train.image_sizes) and config.model.aux_heads:
         yield (
             f"config.train.image_sizes = {sizes}: the auxiliary heads' shapes depend on the image "
-            "size; set model.aux_heads to False, or leave image_sizes empty"
+            "size; set config.model.aux_heads to False, or leave image_sizes empty"
         )
 
 
@@ -117,8 +117,8 @@ def create(
 
     if num_classes < 1:
         raise ConfigError(
-            f"model.name = {settings.name!r}: a network needs at least one class, got "
-            f"{num_classes}. Weights without a classifier can only start a training: "
+            f"config.model.name = {settings.name!r}: the number of classes must be at least 1, got "
+            f"{num_classes}. Weights without a classifier can only initialize training: "
             "config.init.pretrained"
         )
     part = registry.MODELS.get(settings.name)
@@ -129,7 +129,7 @@ def create(
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{part.place}: the model {part.name!r} returned {network!r}, a "
-            f"{type(network).__name__}; it has to return a flax.linen.Module"
+            f"{type(network).__name__}; it must return a flax.linen.Module"
         )
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
@@ -166,8 +166,8 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     for path, size in sizes:
         if size < least:
             raise ConfigError(
-                f"config.{path} = {size}: {name} needs at least {least} px; raise it, "
-                "or take a model or stem that shrinks the image less"
+                f"config.{path} = {size}: must be at least {least} for {name}; increase it, or use "
+                "a model or stem that downsamples less"
             )
     if isinstance(network, protocol.Adapter):
         _check_output(network, config.data.image_size, num_classes)
@@ -211,6 +211,6 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
         raise ConfigError(f"{what} has no parameters, so there is nothing to train")
     if others := sorted({*variables} - {"params", "batch_stats"}):
         raise ConfigError(
-            f"{what} has variables {', '.join(others)}, which "
-            "training would not keep; keep parameters in params and statistics in batch_stats"
+            f"{what} has the variable collections {', '.join(others)}, which training does not "
+            "keep; store parameters in params and statistics in batch_stats"
         )

@@ -128,9 +128,9 @@ def needed(network: nn.Module, attribute: str, purpose: str) -> Any:
     found = said(network, attribute)
     if found is None:
         raise ConfigError(
-            f"{purpose} needs to know the network's {attribute}, and {type(own(network)).__name__} "
-            f"does not say; give the class an attribute {attribute!r}, as inception_jax/models/"
-            "protocol.py describes it"
+            f"{purpose} needs the network's attribute {attribute!r}, which "
+            f"{type(own(network)).__name__} does not have; add it as described in "
+            "inception_jax/models/protocol.py"
         )
     return found
 

@@ -105,7 +105,7 @@ def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
     if problems:
         count = sum(problems.values())
         raise DataError(
-            f"{count} entries do not fit torchvision's GoogLeNet:\n  "
+            f"{count} entries do not match torchvision's GoogLeNet:\n  "
             + _truncated(list(problems), most=10, separator="\n  ")
         )
     return unflatten(
@@ -149,14 +149,14 @@ def from_torchvision(
 
     heads = _pop_modules(rest, prefix, _HEADS)
     head_leaves = {p: leaf for p, leaf in leaves.items() if _module(torch_name(p)) in _HEADS}
-    unfit = list(_problems(heads, head_leaves)) if fc else ["there is no classifier"]
+    unfit = list(_problems(heads, head_leaves)) if fc else ["no classifier"]
     if unfit:
         model.aux_heads = False
         leaves = {path: leaf for path, leaf in leaves.items() if path not in head_leaves}
         if heads:
             modules = " and ".join(sorted({f"{prefix}{_module(name)}" for name in heads}))
             notes.append(
-                f"skipped: {modules}, auxiliary heads, which only training uses: "
+                f"skipped: {modules}, auxiliary heads used only in training: "
                 + _truncated(unfit, most=2, separator="; ")
             )
         heads = {}
@@ -228,15 +228,15 @@ def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | Non
     if not likely:
         where = f" below {prefix!r}" if prefix else ""
         raise DataError(
-            f"this is not torchvision's GoogLeNet: {max(found.values(), default=0)} of its "
-            f"{len(trunk)} entries are there{where}. The file holds {len(names):,} arrays"
+            f"not torchvision's GoogLeNet: has {max(found.values(), default=0)} of its "
+            f"{len(trunk)} entries{where}. The file contains {len(names):,} arrays"
             + (f": {_truncated(names, most=5)}" if names else "")
         )
     if len(likely) > 1:
         shown = ", ".join(each.removesuffix(".") or "''" for each in likely)
         raise DataError(
-            f"holds {len(likely)} networks, named {shown}, such as weights and their average; say "
-            "which with --prefix"
+            f"contains {len(likely)} networks, named {shown}, such as weights and their average; "
+            "choose one with --prefix"
         )
     return likely[0]
 
@@ -287,13 +287,13 @@ def _pop_classifier(
     weights = [each for each in entries if each.endswith(".weight")]
     reason = ""
     if not entries:
-        reason = f"{name} is not there"
+        reason = f"{name} not found"
     elif len(weights) != 1 or set(entries) - {weights[0], _bias(weights[0])}:
-        reason = f"{name} is not one linear layer: {_truncated(sorted(entries), most=4)}"
+        reason = f"{name} is not a single linear layer: {_truncated(sorted(entries), most=4)}"
     elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _FEATURES:
-        reason = f"{weights[0]} has shape {rest[weights[0]].shape}, not (classes, {_FEATURES})"
+        reason = f"{weights[0]} has shape {rest[weights[0]].shape}, must be (classes, {_FEATURES})"
     elif len(rest[weights[0]]) < 2:
-        reason = f"{weights[0]} gives one number, where each class needs a logit"
+        reason = f"{weights[0]} has one output, must have one per class"
     if reason and layer is not None:
         raise DataError(f"--classifier={layer}: {reason}")
     if reason:
@@ -330,17 +330,17 @@ def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dic
     for module, (first, *more) in missing.items():
         others = f" and {len(more)} more of {module}" if more else ""
         lines[f"missing: {first}{others}"] = 1 + len(more)
-    lines |= {f"not of this network: {name}": 1 for name in sorted(set(state) - set(names))}
+    lines |= {f"unexpected: {name}": 1 for name in sorted(set(state) - set(names))}
     for name, leaf in names.items():
         if name not in state:
             continue
         value, expected = state[name], _torch_shape(leaf.shape)
         if value.shape != expected:
-            lines[f"{name}: {value.shape} here, {expected} in the network"] = 1
+            lines[f"{name}: has shape {value.shape}, must be {expected}"] = 1
         elif not jnp.issubdtype(value.dtype, jnp.floating):
-            lines[f"{name}: of type {value.dtype}, where floating-point numbers are needed"] = 1
+            lines[f"{name}: has type {value.dtype}, must be floating-point"] = 1
         elif not np.isfinite(_float32(value)).all():
-            lines[f"{name}: holds numbers that are not finite"] = 1
+            lines[f"{name}: has non-finite values"] = 1
     return lines
 
 

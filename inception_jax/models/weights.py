@@ -112,7 +112,7 @@ class Weights:
             return networks.create(self.model, num_classes)
         except ConfigError as error:
             known = self.model.name in registry.MODELS
-            remedy = "" if known else ". On the command line, give that file as --parts=FILE"
+            remedy = "" if known else ". On the command line, name that file with --parts=FILE"
             raise ConfigError(f"{self.origin or 'weights'}: {error}{remedy}") from error
 
     @functools.cached_property
@@ -143,8 +143,8 @@ def check_weights(weights: object) -> None:
     """
     if not isinstance(weights, Weights):
         raise UserError(
-            f"weights: must be Weights, got {type(weights).__name__}; load a run's folder or a "
-            "file with inception_jax.load_weights(PATH)"
+            f"weights: must be Weights, got {type(weights).__name__}; load a workdir or a file "
+            "with inception_jax.load_weights(PATH)"
         )
 
 
@@ -163,9 +163,9 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
     """
     if weights.module is not None:
         raise UserError(
-            f"{path}: no file can have a network that is an object of a program "
-            f"({type(weights.module).__name__}). Register it with inception_jax.register_model, "
-            "and train by its name"
+            f"{path}: cannot store a network that was given as an object "
+            f"({type(weights.module).__name__}); register it with inception_jax.register_model and "
+            "train it by name"
         )
     arrays = {
         name: np.ascontiguousarray(
@@ -192,8 +192,8 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
     arrays, metadata = read_arrays(path)
     if _KEY not in metadata:
         raise DataError(
-            f"{path}: says nothing about its network and classes, so it was not written by this "
-            "package. Weights of torchvision's GoogLeNet become such a file by "
+            f"{path}: has no description of its network and classes, so it was not written by this "
+            "package. Convert weights of torchvision's GoogLeNet with "
             "python -m inception_jax.tools.import_weights"
         )
     try:
@@ -203,12 +203,12 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path}: its description cannot be read: {error}. It was written by another version "
-            "of this package, or changed since: export it again, or use the version that wrote it"
+            "of this package or modified since; export it again, or use the version that wrote it"
         ) from error
     if len(found.class_names) not in (0, found.num_classes):
         raise DataError(
             f"{path}: has {len(found.class_names)} class names and {found.num_classes} logits, so "
-            "it was changed since it was written: export it again"
+            "it was modified after it was written; export it again"
         )
     for note in notes:
         log(f"{path}: {note}")
@@ -227,18 +227,18 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             return tensors.get_tensors(), tensors.metadata() or {}
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}. Give a file of weights"
+            f"{path}: cannot be read: {error.strerror or error}. Give a weights file"
         ) from error
     except SafetensorError as error:
         if is_pickle:
             raise DataError(
-                f"{path}: is no safetensors file but, it seems, a pickle, which may run any "
-                "program when it is read. Weights of torchvision's GoogLeNet become such a file by "
+                f"{path}: must be a safetensors file; it looks like a pickle, which can run "
+                "arbitrary code when it is read. Convert weights of torchvision's GoogLeNet with "
                 "python -m inception_jax.tools.import_weights"
             ) from error
         raise DataError(
-            f"{path}: is no safetensors file, or only a part of one ({error}). Copy or download it "
-            "again, or export it again with python -m inception_jax.tools.export"
+            f"{path}: not a safetensors file, or truncated ({error}). Copy or download it again, "
+            "or export it again with python -m inception_jax.tools.export"
         ) from error
 
 
@@ -290,7 +290,7 @@ def _fields(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the fields of `Weights` that a description gives, and lines for the log."""
     version = description["format"]
     if version not in (1, FORMAT):
-        raise ValueError(f"its format is {version}; this version reads up to {FORMAT}")
+        raise ValueError(f"format = {version}: this version reads up to {FORMAT}")
     settings = description["config"] if version == 1 else {"model": description["model"]}
     config, notes = configs.read_settings(settings)
     found = {name: description[name] for name in _AS_THEY_ARE if name in description}

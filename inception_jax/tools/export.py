@@ -1,4 +1,4 @@
-"""Writes a trained network as a file for other programs."""
+"""Exports a trained network to a file for other programs."""
 
 import pathlib
 from collections.abc import Sequence
@@ -15,41 +15,42 @@ if TYPE_CHECKING:
     from inception_jax.models.weights import Weights
 
 USAGE = """
-Write a trained network as a file for other programs, or its weights for this one.
+Export a trained network for other programs, or its weights for this one.
 
   python -m inception_jax.tools.export --to=savedweights --workdir DIR --output FILE.safetensors
   python -m inception_jax.tools.export --to=stablehlo --workdir DIR --output FILE.stablehlo
   python -m inception_jax.tools.export --to=onnx --weights FILE.safetensors --output FILE.onnx
   python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantize=int8
 
-Of a run it takes the weights that evaluation uses: the moving average where there is one.
-savedweights: one safetensors file with the network's settings, the classes and the normalisation,
-which --weights and --config.init.pretrained read. In bfloat16 it is half as large; BatchNorm
-statistics stay float32.
-stablehlo: by jax.export, for CPUs, CUDA GPUs and TPUs; FILE.json beside it says what goes in and
-comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take uint8 pixels [batch,
-S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
---quantize=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
-accuracy of both forms on the evaluation split; the file's description has that of int8. The data
-are those of the run, but for what --config.data.directory says; with --weights give the experiment
-too (--config). Where 8 bits cost too much accuracy: --float_ends, or more --calibration images.
+Exports the weights that evaluation uses: the moving average (EMA) if the run keeps one.
+savedweights: one safetensors file with the network's settings, class names and normalization, read
+by --weights and --config.init.pretrained. --dtype=bfloat16 halves its size; BatchNorm statistics
+stay float32.
+stablehlo: written by jax.export for CPUs, CUDA GPUs and TPUs; FILE.json describes its input and
+output. onnx: for ONNX Runtime and others; requires the extra [onnx]. Both take uint8 pixels
+[batch, S, S, 3] and return logits [batch, classes]; docs/export.md shows how to load and call them.
+--quantize=int8 computes in 8 bits, with activation ranges calibrated on training images, and prints
+the accuracy of both versions on the evaluation split; the file's metadata records that of int8.
+The data set is the run's (--config.data.directory can change its place); with --weights, also give
+the experiment (--config). If int8 costs too much accuracy, use --float_ends or more --calibration
+images.
 """
 
 _TO = flags.DEFINE_enum(
-    "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
+    "to", None, ["savedweights", "stablehlo", "onnx"], "format to write", required=True
 )
 cli.define_config()
 _TRAINED = cli.define_trained()
-_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
+_OUTPUT = cli.define_path("output", "file to write; replaced if it exists", required=True)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
+    "dtype", "float32", ["float32", "bfloat16"], "savedweights: data type of the parameters"
 )
-_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "onnx: what to compute in")
+_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "onnx: precision to compute in")
 _CALIBRATION = flags.DEFINE_integer(
-    "calibration", 512, "--quantize: training images that the ranges are taken from", 1
+    "calibration", 512, "--quantize: training images to calibrate activation ranges on", 1
 )
 _FLOAT_ENDS = flags.DEFINE_bool(
-    "float_ends", False, "--quantize: leave the first convolution and the classifier in float32"
+    "float_ends", False, "--quantize: keep the first convolution and the classifier in float32"
 )
 
 
@@ -63,11 +64,13 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import workdir
 
     if _QUANTIZE.value != "none" and _TO.value != "onnx":
-        raise UserError(f"--quantize={_QUANTIZE.value}: is for --to=onnx")
+        raise UserError(f"--quantize={_QUANTIZE.value}: requires --to=onnx")
     if _FLOAT_ENDS.value and _QUANTIZE.value == "none":
-        raise UserError("--float_ends: is for --quantize=int8")
+        raise UserError("--float_ends: requires --quantize=int8")
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
-        raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
+        raise UserError(
+            f"--dtype={_DTYPE.value}: requires --to=savedweights; other formats are float32"
+        )
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.say)
     trained = load.load(**_TRAINED.values(), log=console.say)
@@ -127,7 +130,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
     quantized = dataclasses.replace(weights, metrics=found | {"count": after.count})
     _write(path, onnx.with_description(small, quantized, precision="int8"))
-    print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
+    print(f"{dataset.name}, {dataset.eval_split}; calibrated on {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
     print(f"| --- | --: | --: |{' --: |' if top5 else ''} --: | --: |")
@@ -162,12 +165,13 @@ def _dataset(weights: "Weights") -> "Dataset":
     given: Config | None = flags.FLAGS.config
     if given is None:
         raise UserError(
-            "--quantize needs the data set; with --weights give its experiment too: --config=FILE"
+            f"--quantize={_QUANTIZE.value}: needs the data set; with --weights, also give its "
+            "experiment: --config=FILE"
         )
     if given.data.image_size != weights.image_size:
         raise UserError(
-            f"config.data.image_size = {given.data.image_size}: the network takes images of "
-            f"{weights.image_size} px; give the experiment that it was trained by: --config=FILE"
+            f"config.data.image_size = {given.data.image_size}: must be {weights.image_size}, the "
+            "network's image size; give the experiment it was trained with: --config=FILE"
         )
     folder = _TRAINED.workdir.value
     before = workdir.previous(Workdir(folder)).record if folder is not None else None
@@ -190,7 +194,10 @@ def _check(weights: "Weights", classify: "Classify") -> None:
     from inception_jax.export import program
 
     difference = program.largest_difference(weights, classify)
-    console.say(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+    console.say(
+        f"verified: on random images its logits differ from the original's by at most "
+        f"{difference:.2g}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shows what a network is made of, and what a trained one sees."""
+"""Summarizes a network: its layers and, with trained weights, its filters and activations."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from inception_jax.models.weights import Weights
 
 USAGE = """
-Show what a network is made of: a drawing (architecture.svg and .png, by Graphviz) and a table,
-block by block, of output size, parameters, multiply-adds and receptive field (architecture.md and
-.csv). At 224 px the paper's network is compared with table 1 of its paper.
+Summarize a network: draw it (architecture.svg and .png, by Graphviz) and list the output size,
+parameters, multiply-adds and receptive field of each block (architecture.md and .csv). At 224 px,
+the paper's network is compared with Table 1 of its paper.
 
   python -m inception_jax.tools.summarize --config experiments/tiny.py
   python -m inception_jax.tools.summarize --config experiments/image_folder.py --classes=5
   python -m inception_jax.tools.summarize --workdir DIR
   python -m inception_jax.tools.summarize --weights FILE --image cat.jpg --layer=inception_4a
 
-Of trained weights it also draws the first layer's filters (filters.png) and, with --image, what a
-module finds in a picture (activations.png).
+With trained weights, also draws the first layer's filters (filters.png) and, with --image, the
+activations of a module (activations.png).
 """
 
 cli.define_config()
 _TRAINED = cli.define_trained(or_config=True)
 _OUTPUT = cli.define_path(
-    "output", "folder for the files; default: DIR/summary for --workdir=DIR, otherwise runs/summary"
+    "output", "folder for the files; default: DIR/summary with --workdir=DIR, else runs/summary"
 )
 _CLASSES = flags.DEFINE_integer(
-    "classes", None, "with --config: number of classes, where the data set does not say it", 1
+    "classes", None, "with --config: number of classes, if the data set does not define it", 1
 )
-_IMAGE = cli.define_path("image", "picture to draw the activations of")
+_IMAGE = cli.define_path("image", "image file to compute activations for")
 _LAYER = flags.DEFINE_string(
-    "layer", None, "module to draw the activations of; default: the first that holds layers"
+    "layer", None, "module to draw the activations of; default: the first of several layers"
 )
 
 
@@ -56,7 +56,7 @@ def main(positional: Sequence[str]) -> None:
     given: Config | None = flags.FLAGS.config
     if _IMAGE.value is not None and given is not None:
         raise UserError(
-            "--image: activations need trained weights: --workdir=DIR or --weights=FILE"
+            "--image: activations need trained weights; use --workdir=DIR or --weights=FILE"
         )
     # Tracing needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.say)
@@ -91,9 +91,7 @@ def _classes(name: str) -> int:
     part = DATASETS.get(name)
     classes = _CLASSES.value or part.classes or len(part.class_names)
     if not classes:
-        raise UserError(
-            f"the number of classes of {name} depends on its source: give it as --classes=N"
-        )
+        raise UserError(f"the number of classes of {name} depends on its source; set --classes=N")
     return classes
 
 
@@ -111,7 +109,7 @@ def _draw_weights(
         written.append(folder / "filters.png")
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
     else:
-        console.say(f"{first}: the first layer is no convolution, so it has no filters to draw")
+        console.say(f"{first}: the first layer is not a convolution, so it has no filters to draw")
     if _IMAGE.value is None:
         return written
     written.append(folder / "activations.png")

@@ -169,7 +169,7 @@ def test_both_ends_can_stay_in_float(weights: Weights, onnx_data: bytes, int8_da
 
 def test_what_is_not_installed_is_named(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"not installed \(onnx\): pip install .*\[onnx\]"):
+    with pytest.raises(UserError, match=r"not installed \(onnx\); run pip install .*\[onnx\]"):
         onnx_files.export(weights)
 
 

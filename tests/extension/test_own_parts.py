@@ -144,17 +144,17 @@ def test_a_network_that_is_not_told_whether_it_trains(data_directory: pathlib.Pa
     this, now, losses = trained(config)
     assert losses[-1] < losses[0]
     assert Evaluator(this)(now.eval_variables())["test"].metrics["top1"] > 30
-    with pytest.raises(ConfigError, match="linear: no module of the network gives a grid"):
+    with pytest.raises(ConfigError, match="linear: no module returns a feature map"):
         Explainer(Predictor(weights_of(this, now)))
 
 
 def test_what_needs_more_of_a_network_says_what_is_missing(finished: Any) -> None:
     this, now, _ = finished
     muon = optimizers.make_optimizer(Optimizer(name="muon"), this.schedule, this.model)
-    words = r"'muon' needs to know the network's first_conv, and InceptionBN does not say"
+    words = r"'muon' needs the network's attribute 'first_conv', which InceptionBN does not have"
     with pytest.raises(ConfigError, match=words):
         muon.init(now.params)
-    with pytest.raises(ConfigError, match="classifiers, and InceptionBN does not say"):
+    with pytest.raises(ConfigError, match="'classifiers', which InceptionBN does not"):
         protocol.num_classes(this.model, now.params)
 
 
@@ -270,10 +270,13 @@ class Caching(nn.Module):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda s, n: "net", r"model 'broken' returned 'net', a str; it has to return a flax"),
+        (lambda s, n: "net", r"model 'broken' returned 'net', a str; it must return a flax"),
         (lambda s, n: Wide(), r"returned float32 \[2, 7\] for 2 images of 8 px; .*\[2, 10\]"),
         (lambda s, n: Texts(), r"returned no logits .*float \[2, 10\], or a ModelOutput"),
-        (lambda s, n: Caching(), r"has variables cache, which training would not keep"),
+        (
+            lambda s, n: Caching(),
+            r"has the variable collections cache, which training does not keep",
+        ),
     ],
 )
 def test_a_network_that_gives_no_logits_is_named(
@@ -287,7 +290,7 @@ def test_a_network_that_gives_no_logits_is_named(
 @pytest.mark.usefixtures("forgotten")
 def test_images_too_small_for_an_own_network_are_refused(data_directory: pathlib.Path) -> None:
     name = registered(registry.register_model, min_image_size=9)(lambda s, n: Wide())
-    with pytest.raises(ConfigError, match=r"data\.image_size = 8: broken needs at least 9 px"):
+    with pytest.raises(ConfigError, match=r"data\.image_size = 8: must be at least 9 for broken"):
         run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 

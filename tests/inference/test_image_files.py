@@ -61,9 +61,9 @@ def test_a_file_that_is_named_itself_is_taken(tmp_path: pathlib.Path) -> None:
     ("arguments", "words"),
     [
         (["a.jpg", "no\nsuch", "nor/this"], r"'no\\\\nsuch', 'nor/this': no such file or folder"),
-        (["-", "a.jpg", "-"], "given twice"),
-        (["empty"], "no file is named as a picture"),
-        (["texts"], r"no file is named as a picture.*Left out: texts/a\.txt"),
+        (["-", "a.jpg", "-"], "given only once"),
+        (["empty"], "no file has an image extension"),
+        (["texts"], r"no file has an image extension.*Skipped: texts/a\.txt"),
     ],
 )
 def test_mistakes_are_named(

@@ -110,21 +110,24 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     [
         (GOOD.astype(np.int32), r"got int32 .* pixels\.round\(\)\.astype\(numpy\.uint8\)"),
         (GOOD.astype(np.float32), r"got float32 .*from 0 to 255.* pixels\.round\(\)"),
-        (GOOD / 255, r"got float64 .*from 0 to 1: give \(pixels \* 255\)\.round\(\)"),
-        (GOOD / 64 - 2, r"before they were normalized"),
-        (GOOD.astype(np.int64) - 128, r"before they were normalized"),
+        (GOOD / 255, r"got float64 .*from 0 to 1; use \(pixels \* 255\)\.round\(\)"),
+        (GOOD / 64 - 2, r"images before normalization"),
+        (GOOD.astype(np.int64) - 128, r"images before normalization"),
         (GOOD > 9, r"got bool .*integers from 0 to 255"),
-        (GOOD[0], r"got uint8 \[8, 8, 3\]\. For a single image give pixels\[None\]"),
+        (GOOD[0], r"got uint8 \[8, 8, 3\]\. For a single image, use pixels\[None\]"),
         (GOOD.transpose(0, 3, 1, 2), r"\[2, 3, 8, 8\]\. .*numpy\.moveaxis\(pixels, -3, -1\)"),
-        (GOOD.transpose(0, 3, 1, 2) / 255, r"moveaxis.*\. Its values are from 0 to 1: give"),
+        (GOOD.transpose(0, 3, 1, 2) / 255, r"moveaxis.*\. Its values are from 0 to 1; use"),
         (GOOD[0].transpose(2, 0, 1), r"numpy\.moveaxis\(pixels, -3, -1\)"),
         (GOOD[..., 0], r"numpy\.stack\(\[pixels\] \* 3, axis=-1\)"),
         (GOOD[..., :1], r"numpy\.repeat\(pixels, 3, axis=-1\)"),
-        (GOOD[..., [0, 1, 2, 0]], r"alpha channel: give pixels\[\.\.\., :3\]"),
-        (GOOD[:, :7], r"got uint8 \[2, 7, 8, 3\]\. Resize the images to 8 × 8 px, or let read\(\)"),
-        (GOOD[:0], "holds no image"),
-        ("cat.jpg", "Give one array of all images"),
-        ([GOOD[0], GOOD[0, :7]], "give one array of all images"),
+        (GOOD[..., [0, 1, 2, 0]], r"alpha channel, use pixels\[\.\.\., :3\]"),
+        (
+            GOOD[:, :7],
+            r"got uint8 \[2, 7, 8, 3\]\. Resize the images to 8 × 8 px, or prepare the files",
+        ),
+        (GOOD[:0], "must contain at least one image"),
+        ("cat.jpg", "Use one array of all images"),
+        ([GOOD[0], GOOD[0, :7]], "must be one array of all images"),
     ],
 )
 def test_other_arrays_are_answered(predictor: Predictor, pixels: Any, words: str) -> None:
@@ -148,7 +151,9 @@ def test_images_may_be_a_list_or_on_the_device(predictor: Predictor) -> None:
 def test_other_things_than_weights_and_files_are_answered(predictor: Predictor) -> None:
     with pytest.raises(UserError, match=r"got PosixPath; load .* inception_jax\.load_weights"):
         Predictor(pathlib.Path("runs/x"))
-    with pytest.raises(UserError, match=r"cat\.jpg: the content .* got str: .*read_bytes\(\)"):
+    with pytest.raises(
+        UserError, match=r"cat\.jpg: must be the content .* got str; use .*read_bytes\(\)"
+    ):
         predictor.read("cat.jpg", "cat.jpg")
 
 
@@ -175,10 +180,10 @@ def test_the_preparation_is_told() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.875)
     changes = {"data": data, "evaluation": Evaluation(image_size=12)}
     for extra, words in (
-        ({}, "the centred square, resized to 8 × 8 px"),
+        ({}, "the center square, resized to 8 × 8 px"),
         (
             changes,
-            "the middle 87.5% of the centred square, resized to 8 × 8 px, then to 12 × 12 px",
+            "the middle 87.5% of the center square, resized to 8 × 8 px, then to 12 × 12 px",
         ),
     ):
         assert Predictor(small.weights(**extra)).preparation == words

@@ -217,5 +217,5 @@ def test_any_network_with_the_same_call_is_described() -> None:
 
 
 def test_an_image_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too small"):
+    with pytest.raises(ConfigError, match="must be at least 31 x 31 px"):
         structure.describe(networks.create(Model(), 10), 8)

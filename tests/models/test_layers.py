@@ -135,5 +135,5 @@ def test_scaled_channels_are_rounded_and_at_least_one(
 
 def test_a_small_image_is_refused_with_the_size_the_model_and_the_least_size() -> None:
     layers.check_image_size(jnp.ones((1, 31, 31, 3)), least=31, model="GoogLeNet")
-    with pytest.raises(ConfigError, match=r"40 x 30 px.*GoogLeNet.*31 x 31 px.*image_size"):
+    with pytest.raises(ConfigError, match=r"40 x 30 px.*31 x 31 px.*GoogLeNet.*image_size"):
         layers.check_image_size(jnp.ones((1, 40, 30, 3)), least=31, model="GoogLeNet")

@@ -73,8 +73,8 @@ def test_all_is_taken_where_it_fits(state: State) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: resized_heads(s, 1000), "aux1 and aux2, auxiliary heads, .*1000,"),
-        (lambda s: without(s, "aux2"), "skipped: aux1, auxiliary heads, .*missing: aux2"),
+        (lambda s: resized_heads(s, 1000), "aux1 and aux2, auxiliary heads .*1000,"),
+        (lambda s: without(s, "aux2"), "skipped: aux1, auxiliary heads .*missing: aux2"),
         (lambda s: without(s, "aux1.fc2"), "missing: aux1.fc2.bias and 1 more of aux1"),
         (
             lambda s: renamed(s, lambda name: name.replace("aux1.fc2.", "aux1.fc2.1.")),
@@ -151,18 +151,18 @@ def test_a_classifier_without_bias_gets_zeros(state: State) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: without(s, "fc."), "fc is not there"),
+        (lambda s: without(s, "fc."), "fc not found"),
         (
             lambda s: (
                 without(s, "fc.")
                 | {"fc.0.weight": np.ones((64, 1024)), "fc.3.weight": np.ones((10, 64))}
             ),
-            "fc is not one linear layer: fc.0.weight, fc.3.weight",
+            "fc is not a single linear layer: fc.0.weight, fc.3.weight",
         ),
         (lambda s: s | {"fc.weight": np.ones((10, 2048), np.float32)}, "has shape"),
         (
             lambda s: s | {"fc.weight": np.ones((1, 1024)), "fc.bias": np.ones(1)},
-            "gives one number",
+            "has one output",
         ),
     ],
     ids=["none", "several-layers", "other-features", "one-logit"],
@@ -183,17 +183,17 @@ def test_without_a_classifier_that_fits_the_rest_is_taken(
         std=np.ones(3, np.float32),
     )
     assert "no classifier" in str(headless)
-    with pytest.raises(ConfigError, match=r"without a classifier .* config\.init\.weights"):
+    with pytest.raises(ConfigError, match=r"without a classifier .* config\.init\.pretrained"):
         Predictor(headless)
 
 
 def test_the_classifier_can_be_named(state: State) -> None:
     head = renamed(state, lambda n: re.sub(r"^body\.fc\.", "head.1.", f"body.{n}"))
-    assert "no classifier: body.fc is not there" in from_torchvision(head).notes
+    assert "no classifier: body.fc not found" in from_torchvision(head).notes
     found = from_torchvision(head, classifier="head.1")
     assert_same(found, from_torchvision(state))
     assert found.notes == ["network: body.*", "classifier: head.1"]
-    with pytest.raises(DataError, match=r"--classifier=head\.2: head\.2 is not there"):
+    with pytest.raises(DataError, match=r"--classifier=head\.2: head\.2 not found"):
         from_torchvision(head, classifier="head.2")
 
 
@@ -229,29 +229,29 @@ def test_what_others_left_in_the_file_is_skipped_and_told(state: State) -> None:
         ),
         (
             lambda s: s | {"conv3.bn.weight": np.zeros(7, np.float32)},
-            r"1 entries .*conv3\.bn\.weight: \(7,\) here, \(192,\) in the network",
+            r"1 entries .*conv3\.bn\.weight: has shape \(7,\), must be \(192,\)",
         ),
         (
             lambda s: s | {"inception3a.attention.weight": np.zeros((9, 9), np.float32)},
-            r"not of this network: inception3a\.attention\.weight",
+            r"unexpected: inception3a\.attention\.weight",
         ),
         (
             lambda s: s | {"conv1.conv.weight": np.zeros((64, 3, 7, 7), np.int8)},
-            r"conv1\.conv\.weight: of type int8, where floating-point numbers are needed",
+            r"conv1\.conv\.weight: has type int8, must be floating-point",
         ),
         (
             lambda s: s | {"conv1.bn.bias": np.full(64, np.nan, np.float32)},
-            r"conv1\.bn\.bias: holds numbers that are not finite",
+            r"conv1\.bn\.bias: has non-finite values",
         ),
         (
             lambda s: s | {"conv1.bn.bias": np.full(64, 1e300)},
-            r"conv1\.bn\.bias: holds numbers that are not finite",
+            r"conv1\.bn\.bias: has non-finite values",
         ),
         (
             lambda s: {f"layer1.{n}.conv1.weight": np.zeros((9, 9)) for n in range(60)},
-            r"not torchvision's GoogLeNet: 0 of its \d+ entries .*60 arrays: layer1\.0\.conv1",
+            r"not torchvision's GoogLeNet: has 0 of its \d+ entries.*60 arrays: layer1\.0\.conv1",
         ),
-        (lambda s: {}, "holds 0 arrays"),
+        (lambda s: {}, "contains 0 arrays"),
     ],
     ids=["missing", "shape", "more", "type", "nan", "overflow", "resnet", "empty"],
 )

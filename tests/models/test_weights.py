@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Data, Evaluation, Model
+from inception_jax.config.other_names import Renamed
 from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
@@ -130,12 +131,12 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
     ("damage", "words"),
     [
         ("missing", "No such file"),
-        ("truncated", "only a part"),
-        ("empty", "only a part"),
+        ("truncated", "truncated"),
+        ("empty", "truncated"),
         ("pickle", "pickle(.|\n)*import_weights"),
         ("zip", "pickle(.|\n)*import_weights"),
-        ("foreign", "nothing about its network(.|\n)*import_weights"),
-        ("newer", "its format is 3; this version reads up to 2"),
+        ("foreign", "no description of its network(.|\n)*import_weights"),
+        ("newer", "format = 3: this version reads up to 2"),
         ("setting", "config.model.width = .*: must be of type float"),
     ],
 )
@@ -224,12 +225,12 @@ def test_settings_of_other_versions_do_not_make_a_file_unreadable(
         return description
 
     rewrite(path, change)
-    monkeypatch.setitem(configs.RENAMED, "model.breadth", "model.width")
+    monkeypatch.setitem(configs.RENAMED, "model.breadth", Renamed("model.width"))
     log: list[str] = []
     found = weights.load(path, log.append)
     assert found.model == Model(width=0.5, dropout=7.0)
     assert log == [
-        f"{path}: config.model.gate = 'sigmoid': no setting of this version; it is left out"
+        f"{path}: config.model.gate = 'sigmoid': ignored, because this version has no such setting"
     ]
 
 

@@ -100,13 +100,13 @@ def test_eight_bits_have_their_own_accuracy(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
-        (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: is for --to=onnx"),
-        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantize=int8"),
-        (["--to=onnx", "--quantize=int8"], "give its experiment too: --config=FILE"),
+        (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: requires --to=savedweights"),
+        (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: requires --to=onnx"),
+        (["--to=onnx", "--float_ends"], "--float_ends: requires --quantize=int8"),
+        (["--to=onnx", "--quantize=int8"], "also give its experiment: --config=FILE"),
         (
             ["--to=onnx", "--quantize=int8", "--config=experiments/digits.py"],
-            "config.data.image_size = 16: the network takes images of 17 px",
+            "config.data.image_size = 16: must be 17, the network's image size",
         ),
         (["--to=tflite"], "--to"),
     ],

@@ -53,7 +53,7 @@ def test_without_a_trustworthy_curve_no_rate_is_printed(
     done = command.run(*settings)
     assert done.returncode == 2, done.stderr
     assert "learning_rate=" not in done.stdout
-    assert "but no rate is proposed:" in done.stderr
+    assert "but none is proposed:" in done.stderr
     assert "--steps=51" in done.stderr
     assert "Give a larger --high" in done.stderr
     found = json.loads((tmp_path / "find_lr.json").read_text())
@@ -65,7 +65,7 @@ def test_without_a_trustworthy_curve_no_rate_is_printed(
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
-        ("--low=1", "--low=1 and --high=0.5: the first rate must be less"),
+        ("--low=1", "--low=1 and --high=0.5: --low must be less"),
         ("--steps=1", "--steps"),
         ("--output=/proc/no/such", "--output=/proc/no/such: cannot be written to"),
         ("stray", "'stray'"),

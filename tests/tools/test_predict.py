@@ -57,8 +57,8 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
     )
     assert done.returncode == 1, done.stderr
     assert not done.stdout
-    assert "pictures: the centred square, resized to 8 × 8 px, as in evaluation" in done.stderr
-    assert f"left out, as not named as pictures: {photos}/notes.txt" in done.stderr
+    assert "images: the center square, resized to 8 × 8 px, as in evaluation" in done.stderr
+    assert f"skipped, no image extension: {photos}/notes.txt" in done.stderr
     assert f"{photos}/5.jpg: not a readable image" in done.stderr
     assert "1 of 11 files could not be read" in done.stderr
     assert "Traceback" not in done.stderr
@@ -140,21 +140,21 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
     assert len({line.split()[1] for line in lines}) > 1
     done = command.run(*arguments, "--split=tests")
     assert done.returncode == 2
-    assert "it has train, validation, test" in done.stderr
+    assert "no such split of tiny_imagenet_subset; use train or validation or test" in done.stderr
 
     weights.save(path, dataclasses.replace(network, dataset=""))
     done = command.run(*arguments, "--split=test")
     assert done.returncode == 2
-    assert f"--split=test: {path} does not say its data set" in done.stderr
+    assert f"--split=test: {path} does not name its data set" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere.jpg"], "'nowhere.jpg': no such file or folder"),
-        ([], "give pictures or folders of them, or --split=NAME"),
-        (["README.md", "--json", "--csv"], "--json and --csv: give one of them"),
-        (["README.md", "--layer=conv1"], "--layer=conv1: has a meaning with --explain only"),
+        ([], "give either image files and folders or --split=NAME"),
+        (["README.md", "--json", "--csv"], "--json and --csv: cannot be combined"),
+        (["README.md", "--layer=conv1"], "--layer=conv1: requires --explain"),
         (["README.md", "--workdir=x"], "give either --workdir=DIR or --weights=FILE"),
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
     ],

@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
     with served.running(tmp_path, "--layer=inception_3d") as (address, process):
         with urllib.request.urlopen(address) as answer:
-            assert b"What is in this picture?" in answer.read()
+            assert b"Classify an image" in answer.read()
         data = png(np.zeros((8, 8, 3), np.uint8))
         with urllib.request.urlopen(f"{address}/predict", data=data) as answer:
             assert len(json.load(answer)["guesses"]) == 5
@@ -35,7 +35,7 @@ def test_a_port_that_is_taken_is_said_at_once() -> None:
         port = taken.getsockname()[1]
         done = command.run("tools.serve", "--weights=none.safetensors", f"--port={port}")
     assert done.returncode == 2
-    assert f"--port={port}: cannot be listened at: Address already in use" in done.stderr
+    assert f"--port={port}: cannot listen: Address already in use" in done.stderr
 
 
 def test_without_the_extra_it_says_how_to_install_it() -> None:
@@ -48,4 +48,4 @@ def test_without_the_extra_it_says_how_to_install_it() -> None:
         [sys.executable, "-c", code], cwd=command.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "needs uvicorn, which is not installed: pip install -e '.[serve]'" in done.stderr
+    assert "needs uvicorn, which is not installed; run pip install -e '.[serve]'" in done.stderr

@@ -51,11 +51,11 @@ def test_weights_show_filters_and_activations(
         ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
         (
             ["tools.summarize", "--config=experiments/image_folder.py"],
-            "number of classes of image_folder depends on its source: give it as --classes=N",
+            "number of classes of image_folder depends on its source; set --classes=N",
         ),
         (
             ["tools.summarize", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
-            "too small",
+            "must be at least 31 x 31 px",
         ),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],

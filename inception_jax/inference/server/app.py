@@ -59,7 +59,7 @@ def create_app(classifier: ImageClassifier) -> Starlette:
     async def predict(request: Request) -> Response:
         try:
             if request.headers.get("content-type", "").startswith("multipart/"):
-                return _refused(415, "Send the picture file itself: curl --data-binary @FILE")
+                return _refused(415, "Send the image file itself: curl --data-binary @FILE")
             settings = _settings(request.query_params)
             data = await _body(request, classifier.limits)
             answer = await run_in_threadpool(classifier.classify, data, **settings)
@@ -91,9 +91,9 @@ def _settings(query: Mapping[str, str]) -> dict[str, Any]:
     known = {"top": "5", "label": "0", "heat_map": "1"}
     for name, value in query.items():
         if name not in known:
-            raise UserError(f"{name}: unknown; there are {', '.join(known)}")
+            raise UserError(f"{name}: no such parameter; use {', '.join(known)}")
         if not (value.isdecimal() and len(value) < 10):
-            raise UserError(f"{name} = {value!r}: must be a whole number, as {known[name]}")
+            raise UserError(f"{name} = {value!r}: must be a whole number, such as {known[name]}")
     return {
         "top": max(1, int(query.get("top", 5))),
         "label": int(query["label"]) if "label" in query else None,

@@ -88,7 +88,7 @@ class ImageClassifier:
         with self._turn:
             self._check_size(data)
             try:
-                pixels = self._predictor.read(data, "the picture")[None]
+                pixels = self._predictor.read(data, "the image")[None]
             except decode.ImageError as error:
                 raise _unreadable(error.problem) from error
             logits = self._predictor.logits(pixels)
@@ -116,7 +116,7 @@ class ImageClassifier:
 
     def _pictures(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
         """Returns the part that the network sees, without and with the heat map, as data URLs."""
-        view = self._predictor.view(data, "the picture", gradcam.VIEW_SIZE)
+        view = self._predictor.view(data, "the image", gradcam.VIEW_SIZE)
         (heat,) = self._explainer.maps(pixels, np.array([label]))
         return {"picture": _url(view), "heat_map": _url(gradcam.overlay(view, heat))}
 
@@ -124,22 +124,21 @@ class ImageClassifier:
 def too_many_bytes(limits: Limits) -> TooLargeError:
     """Returns the error for a file that is too long."""
     return TooLargeError(
-        f"The file is larger than {limits.bytes / 1e6:g} MB, the most that is taken. Make the "
-        "picture smaller"
+        f"The file is too large: the limit is {limits.bytes / 1e6:g} MB. Use a smaller image"
     )
 
 
 def _too_many_pixels(found: str, limits: Limits) -> TooLargeError:
     return TooLargeError(
-        f"The picture has {found}; at most {limits.pixels / 1e6:g} megapixels are taken. Make it "
-        "smaller"
+        f"The image has {found}; the limit is {limits.pixels / 1e6:g} megapixels. Use a smaller "
+        "image"
     )
 
 
 def _unreadable(problem: decode.Problem) -> DataError:
     return DataError(
-        f"This is no picture that can be read: {problem}. {problem.advice}. JPEG, PNG, WebP, GIF, "
-        "BMP, TIFF and AVIF can be"
+        f"The image cannot be read: {problem}. {problem.advice}. Supported formats are JPEG, PNG, "
+        "WebP, GIF, BMP, TIFF and AVIF"
     )
 
 

@@ -32,8 +32,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         raise UserError(
-            f"--host={host} --port={port}: cannot be listened at: {error.strerror}. Give another "
-            "--port, or 0 for any that is free"
+            f"--host={host} --port={port}: cannot listen: {error.strerror}. Use another --port, or "
+            "0 for any free port"
         ) from error
     return bound
 

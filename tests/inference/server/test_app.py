@@ -80,7 +80,7 @@ def test_the_model_is_told(client: Any) -> None:
     found = client.get("/model").json()
     assert found["classes"][3] == "kind 3"
     assert found["network"].startswith("mini_googlenet, 10 classes")
-    assert found["preparation"] == "the centred square, resized to 8 × 8 px"
+    assert found["preparation"] == "the center square, resized to 8 × 8 px"
     assert found["limits"] == {"bytes": 50_000, "pixels": 40_000}
     assert found["layer"] == "inception_4b"
 
@@ -107,12 +107,12 @@ def chunk(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "status", "words"),
     [
-        (b"", 400, "This is no picture that can be read: empty file. Download"),
-        (b"a text", 400, "This is no picture that can be read: text. Remove it"),
-        (gradcam.png(picture())[:80], 400, "This is no picture that can be read: "),
-        (bytes(50_001), 413, "The file is larger than 0.05 MB"),
-        (gradcam.png(np.zeros((201, 200, 3), np.uint8)), 413, "The picture has 200 × 201 pixels"),
-        (huge_png(), 413, "The picture has more than 90 megapixels"),
+        (b"", 400, "The image cannot be read: empty file. Download"),
+        (b"a text", 400, "The image cannot be read: text. Remove it"),
+        (gradcam.png(picture())[:80], 400, "The image cannot be read: "),
+        (bytes(50_001), 413, "The file is too large: the limit is 0.05 MB"),
+        (gradcam.png(np.zeros((201, 200, 3), np.uint8)), 413, "The image has 200 × 201 pixels"),
+        (huge_png(), 413, "The image has more than 90 megapixels"),
     ],
     ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
 )
@@ -129,7 +129,7 @@ def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
     [
         ("top=no", "top = 'no': must be a whole number"),
         ("label=10", "label = 10: must be less than 10"),
-        ("class=3", "class: unknown; there are top, label, heat_map"),
+        ("class=3", "class: no such parameter; use top, label, heat_map"),
     ],
 )
 def test_a_wrong_parameter_is_refused(client: Any, query: str, words: str) -> None:

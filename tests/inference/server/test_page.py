@@ -73,21 +73,21 @@ def test_a_chosen_picture_shows_classes_and_a_heat_map(
 ) -> None:
     page = watched.page
     playwright.expect(page.get_by_text("Take a photo")).to_be_hidden()
-    page.get_by_label("Choose a picture").set_input_files(picture)
+    page.get_by_label("Choose an image").set_input_files(picture)
     rows = page.locator("#guesses button")
     playwright.expect(rows).to_have_count(5)
     assert pressed(page) == rows.first.locator(".name").inner_text()
     best = page.locator("#status").inner_text()
-    assert best.startswith("Most probably: kind ") and best.endswith("%")
+    assert best.startswith("Most probable: kind ") and best.endswith("%")
     for name in ("picture", "heat_map"):
         assert page.locator(f"#{name}").evaluate("e => e.complete && e.naturalWidth") == 384
     first = page.locator("#heat_map").get_attribute("src")
 
-    # What speaks for the second class, chosen by the keyboard.
+    # The evidence for the second class, selected with the keyboard.
     second = rows.nth(1).locator(".name").inner_text()
     rows.nth(1).focus()
     page.keyboard.press("Enter")
-    playwright.expect(page.locator("#explained")).to_have_text(f"What speaks for “{second}”")
+    playwright.expect(page.locator("#explained")).to_have_text(f"Evidence for “{second}”")
     assert pressed(page) == second
     assert page.locator("#heat_map").get_attribute("src") != first
     assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
@@ -103,10 +103,10 @@ def test_what_is_no_picture_is_said(
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     page = watched.page
-    page.get_by_label("Choose a picture").set_input_files(text)
+    page.get_by_label("Choose an image").set_input_files(text)
     error = page.get_by_role("alert")
-    playwright.expect(error).to_contain_text("This is no picture that can be read")
-    page.get_by_label("Choose a picture").set_input_files(picture)
+    playwright.expect(error).to_contain_text("The image cannot be read")
+    page.get_by_label("Choose an image").set_input_files(picture)
     playwright.expect(page.locator("#guesses button")).to_have_count(5)
     playwright.expect(error).to_be_hidden()
 
