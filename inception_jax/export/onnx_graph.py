@@ -21,10 +21,10 @@ from jax.extend.core import Jaxpr, Literal
 from inception_jax.models import introspect
 
 # Old enough for most runtimes. Its files are of the format's version 8.
-_OPSET, _FORMAT = 17, 8
-_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
+_OPSET, _IR_VERSION = 17, 8
+_BINARY_OPS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
 # What BatchNorm makes of its statistics and parameters.
-_OF_CONSTANTS: dict[str, Callable[..., Any]] = {
+_CONSTANT_OPS: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -33,7 +33,7 @@ _OF_CONSTANTS: dict[str, Callable[..., Any]] = {
     "sqrt": np.sqrt,
 }
 # Where the axes of an image [B, H, W, C] are in [B, C, H, W].
-_PLACES = (0, 2, 3, 1)
+_NCHW_AXES = (0, 2, 3, 1)
 
 # The name of a tensor that depends on the image, or the value of one that does not.
 Value = str | np.ndarray
@@ -74,13 +74,15 @@ def convert(
     x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
     if resized != size:
         x = graph.add(
-            "MatMul", graph.add("MatMul", _resizing(size, resized), x), _resizing(size, resized).T
+            "MatMul",
+            graph.add("MatMul", _resize_matrix(size, resized), x),
+            _resize_matrix(size, resized).T,
         )
     # (x / 255 - mean) / std.
     x = graph.add("Mul", x, (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1))
     x = graph.add("Sub", x, (mean / std).astype(np.float32).reshape(1, 3, 1, 1))
     program = jax.make_jaxpr(network)(jax.ShapeDtypeStruct((1, resized, resized, 3), jnp.float32))
-    (logits,) = graph.walk(program.jaxpr, [x], program.consts)
+    (logits,) = graph.add_program(program.jaxpr, [x], program.consts)
     assert isinstance(logits, str)  # They depend on the image.
     graph.nodes.append(helper.make_node("Identity", [logits], [names[1]]))
     shape = ["batch", program.out_avals[0].shape[1]]
@@ -93,13 +95,13 @@ def convert(
             [onnx.numpy_helper.from_array(value, key) for key, value in graph.constants.items()],
         ),
         opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_FORMAT,
+        ir_version=_IR_VERSION,
     )
     onnx.checker.check_model(model)
     return model
 
 
-def _resizing(size: int, resized: int) -> np.ndarray:
+def _resize_matrix(size: int, resized: int) -> np.ndarray:
     """Returns the matrix float32 [resized, size] of resizing one axis as `augment.resize` does."""
     identity = jnp.eye(size, dtype=jnp.float32)
     return np.asarray(jax.image.resize(identity, (resized, size), "linear", antialias=True))
@@ -133,7 +135,7 @@ class _Graph:
         self.constants[name] = np.ascontiguousarray(value)
         return name
 
-    def walk(
+    def add_program(
         self, program: Jaxpr, inputs: Sequence[Value], constants: Sequence[Any] = ()
     ) -> list[Value]:
         """Adds a program's operations and returns its results."""
@@ -145,27 +147,27 @@ class _Graph:
 
         for equation in program.eqns:
             given = [value(atom) for atom in equation.invars]
-            if (inner := introspect.called(equation)) is not None:
-                results = self.walk(inner, given, getattr(inner, "consts", ()))
+            if (inner := introspect.called_jaxpr(equation)) is not None:
+                results = self.add_program(inner, given, getattr(inner, "consts", ()))
             else:
-                results = [self._operation(equation, given)]
+                results = [self._add_operation(equation, given)]
             values |= zip(equation.outvars, results, strict=True)
         return [value(atom) for atom in program.outvars]
 
-    def _operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
+    def _add_operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
         """Adds an operation and returns its result."""
         primitive, params = equation.primitive.name, equation.params
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
-            return _constant(equation, list(map(np.asarray, inputs)))
-        if primitive in _BINARY:
+            return _evaluate_constant(equation, list(map(np.asarray, inputs)))
+        if primitive in _BINARY_OPS:
             return self._binary(primitive, inputs)
         if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
             return x  # Nothing else is computed in.
         if primitive == "concatenate":
-            return self.add("Concat", *inputs, axis=_PLACES[params["dimension"]])
+            return self.add("Concat", *inputs, axis=_NCHW_AXES[params["dimension"]])
         if primitive == "reduce_sum":
-            axes = np.array([_PLACES[axis] for axis in params["axes"]], np.int64)
+            axes = np.array([_NCHW_AXES[axis] for axis in params["axes"]], np.int64)
             return self.add("ReduceSum", x, axes, keepdims=0)
         if primitive == "dot_general" and params["dimension_numbers"] == (((1,), (0,)), ((), ())):
             return self.add("MatMul", *inputs)
@@ -191,7 +193,7 @@ class _Graph:
         """Adds an operation on each number, constants put with their channels first."""
         if primitive == "max" and isinstance(inputs[1], np.ndarray) and not inputs[1].any():
             return self.add("Relu", inputs[0])
-        return self.add(_BINARY[primitive], *map(_turned, inputs))
+        return self.add(_BINARY_OPS[primitive], *map(_to_channels_first, inputs))
 
     def _channel_sum(self, x: Value, equation: Any) -> str:
         """Adds sums over neighbouring channels: a 1x1 convolution by a matrix of ones and zeros."""
@@ -203,7 +205,7 @@ class _Graph:
         return self.add("Conv", x, band[:, :, None, None])
 
 
-def _turned(value: Value) -> Value:
+def _to_channels_first(value: Value) -> Value:
     """Returns a constant that numbers are combined with as ONNX Runtime expects it."""
     if isinstance(value, str):
         return value
@@ -212,7 +214,7 @@ def _turned(value: Value) -> Value:
     return value[0] if value.ndim == 2 else value  # A bias has one axis.
 
 
-def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
+def _evaluate_constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the result of an operation that does not depend on the image.
 
     Broadcasting gives axes of size 1, since all that reads the result broadcasts.
@@ -229,8 +231,8 @@ def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
         return value.astype(params["new_dtype"])
     if primitive in ("copy", "copy_p"):
         return value
-    if primitive in _OF_CONSTANTS:
-        return np.asarray(_OF_CONSTANTS[primitive](*values), np.float32)
+    if primitive in _CONSTANT_OPS:
+        return np.asarray(_CONSTANT_OPS[primitive](*values), np.float32)
     raise NotImplementedError(f"{primitive} {params} of constants: cannot be converted to ONNX")
 
 

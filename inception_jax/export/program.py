@@ -27,7 +27,7 @@ INPUT, OUTPUT = "pixels", "logits"
 _TOLERANCE = 1e-2
 
 # Logits, float32 [N, classes], of pixels, uint8 [N, S, S, 3].
-Classify = Callable[[np.ndarray], np.ndarray]
+LogitsFunction = Callable[[np.ndarray], np.ndarray]
 
 
 def pixels_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
@@ -45,10 +45,10 @@ def pixels_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
 
 def images_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
     """Returns the network as a function of float32 [B, H, W, 3], resized and normalised."""
-    model = protocol.plain(_in_float32(weights).network)
+    model = protocol.with_plain_ops(_in_float32(weights).network)
 
     def logits(images: jax.Array) -> jax.Array:
-        with nn.intercept_methods(_folded):
+        with nn.intercept_methods(_fold_batch_norm):
             output: Any = model.apply(weights.variables, images, train=False)
         return output.logits
 
@@ -60,7 +60,7 @@ def _in_float32(weights: Weights) -> Weights:
     return dataclasses.replace(weights, model=dataclasses.replace(weights.model, dtype="float32"))
 
 
-def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
+def export_metadata(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
     """Returns what a user of an exported file has to know, for JSON.
 
     Args:
@@ -98,7 +98,7 @@ def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
     }
 
 
-def largest_difference(weights: Weights, classify: Classify) -> float:
+def max_logit_difference(weights: Weights, classify: LogitsFunction) -> float:
     """Returns how much an exported network's logits differ from its own, on images of noise.
 
     In batches of two sizes, so that the free batch size is tried too.
@@ -119,7 +119,7 @@ def largest_difference(weights: Weights, classify: Classify) -> float:
     return difference
 
 
-def _folded(function: Any, args: Sequence[Any], kwargs: Any, context: Any) -> Any:
+def _fold_batch_norm(function: Any, args: Sequence[Any], kwargs: Any, context: Any) -> Any:
     """Computes a `ConvUnit` as one convolution with a bias, and ReLU; an interceptor of flax.
 
     In evaluation BatchNorm is a factor and an offset for each channel, which the kernel and a bias

@@ -9,28 +9,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from inception_jax.datasets.splits import Split
-from inception_jax.export.onnx import needs_onnx
-from inception_jax.export.program import INPUT, Classify
+from inception_jax.export.onnx import require_onnx
+from inception_jax.export.program import INPUT, LogitsFunction
 from inception_jax.registry import METRICS
 
-_BATCH = 64
+_BATCH_SIZE = 64
 # Points of accuracy that 8 bits may cost without a warning.
-_MAX_LOSS = 1.0
+_MAX_ACCURACY_DROP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How a form of a network does on a split.
+    """How a precision of a network does on a split.
 
     Attributes:
-      form: what was measured.
+      precision: what was measured.
       megabytes: size of its file.
       top1, top5: percent; top5 is None for so few classes that it says nothing.
       count: images of the split.
       images_per_second: of one pass over them, reading included.
     """
 
-    form: str
+    precision: str
     megabytes: float
     top1: float
     top5: float | None
@@ -54,15 +54,15 @@ def quantize(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) 
     Raises:
       UserError: if the packages for it are not installed.
     """
-    with needs_onnx():
+    with require_onnx():
         import onnx
         from onnxruntime import quantization
         from onnxruntime.quantization import shape_inference
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            starts = range(0, len(calibration), _BATCH)
-            self._batches = iter([calibration[start : start + _BATCH] for start in starts])
+            starts = range(0, len(calibration), _BATCH_SIZE)
+            self._batches = iter([calibration[start : start + _BATCH_SIZE] for start in starts])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self._batches, None)
@@ -108,32 +108,34 @@ def _name_ends(path: pathlib.Path) -> list[str]:
     return [node.name for node in ends]
 
 
-def measure_accuracy(form: str, classify: Classify, split: Split, *, size: int) -> Accuracy:
-    """Measures a form of a network on every image of a split.
+def measure_accuracy(
+    precision: str, classify: LogitsFunction, split: Split, *, size: int
+) -> Accuracy:
+    """Measures a precision of a network on every image of a split.
 
     Args:
-      form: its name.
+      precision: its name.
       classify: its logits of pixels.
       split: the images.
       size: of its file, bytes.
     """
-    right = np.zeros(2, np.int64)
+    correct = np.zeros(2, np.int64)
     start = time.perf_counter()
-    for first in range(0, len(split), _BATCH):
-        indices = np.arange(first, min(first + _BATCH, len(split)))
+    for first in range(0, len(split), _BATCH_SIZE):
+        indices = np.arange(first, min(first + _BATCH_SIZE, len(split)))
         logits, labels = classify(split.read(indices)), split.labels[indices]
-        # How many classes are rated higher than the right one; of equal ones the lower is first.
-        own = logits[np.arange(len(labels)), labels][:, None]
+        # How many classes are rated higher than the correct one; of equal ones the lower is first.
+        true_logit = logits[np.arange(len(labels)), labels][:, None]
         ahead = np.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > own) | ((logits == own) & ahead)).sum(1)
-        right += (rank < 1).sum(), (rank < 5).sum()
+        rank = ((logits > true_logit) | ((logits == true_logit) & ahead)).sum(1)
+        correct += (rank < 1).sum(), (rank < 5).sum()
     seconds = time.perf_counter() - start
-    top1, top5 = (100 * right / len(split)).tolist()
+    top1, top5 = (100 * correct / len(split)).tolist()
     top5 = top5 if logits.shape[1] >= METRICS.get("top5").min_classes else None
-    return Accuracy(form, size / 1e6, top1, top5, len(split), len(split) / seconds)
+    return Accuracy(precision, size / 1e6, top1, top5, len(split), len(split) / seconds)
 
 
-def loss_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
+def accuracy_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
     """Returns a warning if 8 bits cost more than a point of top-1 accuracy, else ''.
 
     Args:
@@ -141,7 +143,7 @@ def loss_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> 
       remedies: what is left to try.
     """
     lost = before.top1 - after.top1
-    if lost <= _MAX_LOSS:
+    if lost <= _MAX_ACCURACY_DROP:
         return ""
     return (
         f"warning: int8 costs {lost:.2f} points of top-1 accuracy ({after.top1:.2f}%, float32 "

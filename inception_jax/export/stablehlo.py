@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from inception_jax.errors import UserError
-from inception_jax.export.program import Classify, pixels_to_logits
+from inception_jax.export.program import LogitsFunction, pixels_to_logits
 from inception_jax.models.weights import Weights
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(weights: Weights) -> bytes:
@@ -24,9 +24,9 @@ def export(weights: Weights) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
     pixels = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
     try:
-        exported = jax.export.export(jax.jit(pixels_to_logits(weights)), platforms=PLATFORMS)(
-            pixels
-        )
+        exported = jax.export.export(
+            jax.jit(pixels_to_logits(weights)), platforms=EXPORT_PLATFORMS
+        )(pixels)
     except TypeError as error:
         # Of a user's network, which takes the number of images for a number.
         if "_DimExpr" not in str(error):
@@ -39,7 +39,7 @@ def export(weights: Weights) -> bytes:
     return bytes(exported.serialize())
 
 
-def load(data: bytes) -> Classify:
+def load(data: bytes) -> LogitsFunction:
     """Returns an exported network as a function of NumPy arrays."""
     call = jax.jit(jax.export.deserialize(bytearray(data)).call)
     return lambda pixels: np.asarray(call(pixels))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from inception_jax import figures
 from inception_jax.errors import ConfigError, nearest
-from inception_jax.inference.predictor import Classified, Predictor
+from inception_jax.inference.predictor import ClassifiedImage, Predictor
 from inception_jax.models import introspect
 from inception_jax.training.state import Variables
 
@@ -27,7 +27,7 @@ from inception_jax.training.state import Variables
 VIEW_SIZE = 384
 
 # How much of the picture the hottest place hides.
-_OPACITY = 0.65
+_MAX_OPACITY = 0.65
 
 
 def grad_cam(
@@ -43,7 +43,7 @@ def grad_cam(
       variables: of the network.
       images: float32 [B, H, W, 3], as the network takes them.
       labels: int32 [B], the classes.
-      layer: which one, a key of `introspect.grids`.
+      layer: which one, a key of `introspect.spatial_layers`.
 
     Returns:
       float32 [B, h, w], 0 or more.
@@ -58,13 +58,13 @@ def grad_cam(
             seen.append(result)
             return result + delta
 
-        with introspect.watching(add_delta):
+        with introspect.intercept_outputs(add_delta):
             output: Any = model.apply(variables, images, train=False)
         return output.logits, seen[0]
 
     # The gradient with regard to what is added to a layer is that with regard to the layer. Images
     # do not depend on each other in evaluation, so one pass gives the gradients of all.
-    grid = introspect.grids(model, variables, images)[layer]
+    grid = introspect.spatial_layers(model, variables, images)[layer]
     logits, backward, activations = jax.vjp(
         logits_and_activations, jnp.zeros(grid.shape, grid.dtype), has_aux=True
     )
@@ -94,7 +94,7 @@ class Explainer:
         size = predictor.weights.image_size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
         images = jax.eval_shape(predictor.preprocess, pixels)
-        found = introspect.grids(predictor.model, predictor.variables, images)
+        found = introspect.spatial_layers(predictor.model, predictor.variables, images)
         modules = {
             path: f"{s.shape[1]} × {s.shape[2]}" for path, s in found.items() if "/" not in path
         }
@@ -122,8 +122,8 @@ class Explainer:
         Raises:
           UserError: if the pixels are of another type or shape.
         """
-        pixels = self.predictor.checked(pixels)
-        return self.predictor.in_batches(self._maps, pixels, labels.astype(np.int32))
+        pixels = self.predictor.validate_pixels(pixels)
+        return self.predictor.map_batches(self._maps, pixels, labels.astype(np.int32))
 
     def _compute_maps(
         self, variables: Variables, pixels: jax.Array, labels: jax.Array
@@ -160,11 +160,11 @@ def overlay(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
     )
     share = np.asarray(smooth).clip(0, 1)
     colours = 255 * matplotlib.colormaps["inferno"](share)[..., :3]
-    opacity = _OPACITY * share[..., None]
+    opacity = _MAX_OPACITY * share[..., None]
     return np.round(view * (1 - opacity) + colours * opacity).astype(np.uint8)
 
 
-def draw(
+def draw_heat_map(
     path: pathlib.Path, view: np.ndarray, heat: np.ndarray, *, title: str, captions: tuple[str, str]
 ) -> None:
     """Draws a picture beside its heat map.
@@ -221,7 +221,7 @@ class HeatmapWriter:
         """How many were drawn."""
         return len(self._names)
 
-    def draw(self, classified: Sequence[Classified]) -> None:
+    def draw(self, classified: Sequence[ClassifiedImage]) -> None:
         """Draws pictures, which have views.
 
         Raises:
@@ -229,14 +229,14 @@ class HeatmapWriter:
         """
         if not classified:
             return
-        pictures = [each.picture for each in classified]
+        pictures = [each.image for each in classified]
         logits = np.stack([each.logits for each in classified])
         labels = logits.argmax(axis=1) if self._label is None else np.full(len(logits), self._label)
         maps = self._explainer.maps(np.stack([picture.pixels for picture in pictures]), labels)
         for picture, row, label, heat in zip(pictures, logits, labels, maps, strict=True):
             prediction = self._explainer.predictor.prediction(row, int(label))
             about = f"Grad-CAM of {self.layer}" if heat.any() else "no evidence for this class"
-            draw(
+            draw_heat_map(
                 self._folder / self._unused_name(picture.name),
                 picture.view,
                 heat,
@@ -252,7 +252,7 @@ class HeatmapWriter:
         return name
 
 
-def png(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
     """Returns an image, uint8 [H, W, 3], as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")

@@ -22,11 +22,11 @@ class ImageFiles(NamedTuple):
 
     Attributes:
       files: paths to read, in order; `STDIN` may be among them.
-      left_out: paths of the files below folders that are no pictures by their names.
+      skipped: paths of the files below folders that are no pictures by their names.
     """
 
     files: list[str]
-    left_out: list[str]
+    skipped: list[str]
 
 
 def find(arguments: Sequence[str]) -> ImageFiles:
@@ -57,11 +57,11 @@ def find(arguments: Sequence[str]) -> ImageFiles:
             for file in _below(path):
                 inner = os.path.join(path, file)
                 taken = folders.named_as_picture(file) and not _is_special(inner)
-                (found.files if taken else found.left_out).append(inner)
+                (found.files if taken else found.skipped).append(inner)
         else:
             found.files.append(path)
     if not found.files:
-        more = f" Skipped: {folders.listed(found.left_out)}." if found.left_out else ""
+        more = f" Skipped: {folders.listed(found.skipped)}." if found.skipped else ""
         raise DataError(
             f"{folders.quoted(arguments)}: no file has an image extension (.jpg, .png, …).{more} "
             "To read a file whatever its name, give its path"
@@ -107,12 +107,12 @@ def read(path: str) -> bytes:
                 file = stack.enter_context(pathlib.Path(path).open("rb"))
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{display_name(path)}: cannot be read: {error.strerror}") from error
     if len(data) > MOST_BYTES:
-        raise DataError(f"{shown(path)}: must not be larger than {MOST_BYTES:,} bytes")
+        raise DataError(f"{display_name(path)}: must not be larger than {MOST_BYTES:,} bytes")
     return data
 
 
-def shown(path: str) -> str:
+def display_name(path: str) -> str:
     """Returns a path as text of one line."""
     return "standard input" if path == STDIN else folders.shown(path)

@@ -73,7 +73,7 @@ def from_checkpoint(
     abstract_model = states.abstract_model_item(
         networks.create(config.model, dataset["classes"])
         if model is None
-        else protocol.adapted(model, name=type(model).__name__, place="model"),
+        else protocol.adapt(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
         has_average=bool(configs.parse_duration(config.train.ema)),
     )

@@ -58,7 +58,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def best_only(class_ids: Sequence[str]) -> Format:
+def split_format(class_ids: Sequence[str]) -> Format:
     """Returns the format of a split's predictions: a line for each image, with its best class.
 
     Args:
@@ -74,7 +74,7 @@ def best_only(class_ids: Sequence[str]) -> Format:
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path | None) -> Iterator[TextIO]:
+def open_output(path: pathlib.Path | None) -> Iterator[TextIO]:
     """Opens a text file that is there whole or not at all; None: the standard output.
 
     Raises:

@@ -16,7 +16,7 @@ from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training.state import Variables
 
 # Files that one thread reads and decodes at a time.
-_PIECE = 4
+_CHUNK_SIZE = 4
 
 
 class Prediction(NamedTuple):
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class Picture(NamedTuple):
+class LoadedImage(NamedTuple):
     """A picture file, read.
 
     Attributes:
@@ -47,7 +47,7 @@ class Picture(NamedTuple):
     view: np.ndarray
 
 
-class Classified(NamedTuple):
+class ClassifiedImage(NamedTuple):
     """A picture with what the network says.
 
     Attributes:
@@ -55,7 +55,7 @@ class Classified(NamedTuple):
       logits: float32 [classes].
     """
 
-    picture: Picture
+    image: LoadedImage
     logits: np.ndarray
 
 
@@ -141,7 +141,7 @@ class Predictor:
         Raises:
           UserError: if they are not that.
         """
-        return self.in_batches(self._logits, self.checked(pixels))
+        return self.map_batches(self._logits, self.validate_pixels(pixels))
 
     def predict(self, pixels: np.ndarray, count: int = 5) -> list[list[Prediction]]:
         """Returns the most probable classes of each image, the first first.
@@ -188,7 +188,7 @@ class Predictor:
             f"{len(names)} class names, or a number from 0 to {len(names) - 1}"
         )
 
-    def checked(self, pixels: np.ndarray) -> np.ndarray:
+    def validate_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Returns images as they are, if they are what `logits` takes.
 
         Raises:
@@ -233,7 +233,7 @@ class Predictor:
         size = weights.eval_image_size or weights.image_size
         return augment.normalise(augment.resize(pixels, size), weights.mean, weights.std)
 
-    def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+    def map_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """Returns what a program gives for many images, computed a batch at a time.
 
         Args:
@@ -242,12 +242,14 @@ class Predictor:
           arrays: [N, …], N at least 1.
         """
         parts = [
-            self._filled(compute, [array[start : start + self.batch_size] for array in arrays])
+            self._apply_padded(
+                compute, [array[start : start + self.batch_size] for array in arrays]
+            )
             for start in range(0, len(arrays[0]), self.batch_size)
         ]
         return np.concatenate(parts)
 
-    def _filled(
+    def _apply_padded(
         self, compute: Callable[..., jax.Array], arrays: Sequence[np.ndarray]
     ) -> np.ndarray:
         count = len(arrays[0])
@@ -316,7 +318,7 @@ def batch_size_for(count: int) -> int:
 
 def read_files(
     predictor: Predictor, files: Sequence[str], *, view_size: int = 0
-) -> Iterator[Picture | DataError]:
+) -> Iterator[LoadedImage | DataError]:
     """Yields the picture of each file, or why there is none, in order; read ahead in threads.
 
     Args:
@@ -325,26 +327,27 @@ def read_files(
       view_size: height and width of the views, pixels; 0: they are the pixels themselves.
     """
 
-    def read(file: str) -> Picture | DataError:
-        name = image_files.shown(file)
+    def read(file: str) -> LoadedImage | DataError:
+        name = image_files.display_name(file)
         try:
             data = image_files.read(file)
             pixels = predictor.read(data, name)
             view = predictor.view(data, name, view_size) if view_size else pixels
         except DataError as error:
             return error
-        return Picture(name, pixels, view)
+        return LoadedImage(name, pixels, view)
 
-    return decode.threaded_map(read, files, _PIECE)
+    return decode.threaded_map(read, files, _CHUNK_SIZE)
 
 
 def classify(
-    predictor: Predictor, read: Iterable[Picture | DataError]
-) -> Iterator[list[Classified | DataError]]:
+    predictor: Predictor, read: Iterable[LoadedImage | DataError]
+) -> Iterator[list[ClassifiedImage | DataError]]:
     """Yields what `read_files` gives, with the logits of the pictures, in batches."""
     for batch in decode.pieces(read, predictor.batch_size):
-        pixels = [each.pixels for each in batch if isinstance(each, Picture)]
+        pixels = [each.pixels for each in batch if isinstance(each, LoadedImage)]
         logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
         yield [
-            Classified(each, next(logits)) if isinstance(each, Picture) else each for each in batch
+            ClassifiedImage(each, next(logits)) if isinstance(each, LoadedImage) else each
+            for each in batch
         ]

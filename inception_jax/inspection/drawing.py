@@ -26,7 +26,7 @@ _FILLS = {
 _INK, _QUIET, _FRAME = "#1F2933", "#5F6B7A", "#C9D1DA"
 _PNG_DPI = "110"
 
-_WITHOUT_DOT = (
+_DOT_MISSING = (
     "cannot be rendered, as the program dot is not installed. Install Graphviz (apt-get install "
     "graphviz, brew install graphviz or conda install graphviz) and rerun, or run on another "
     "machine: dot -Tsvg -O {path}"
@@ -118,7 +118,7 @@ def write(
             path.write_bytes(picture.pipe(format=kind))
             written.append(path)
     except graphviz.ExecutableNotFound:
-        log(f"{source}: {_WITHOUT_DOT.format(path=source)}")
+        log(f"{source}: {_DOT_MISSING.format(path=source)}")
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"

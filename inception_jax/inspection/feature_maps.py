@@ -16,10 +16,10 @@ from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 
 # Between the pictures of a grid, pixels of it.
-_GAP = 1
+_GAP_PIXELS = 1
 
 
-def filters(weights: Weights, layer: str) -> np.ndarray:
+def layer_kernel(weights: Weights, layer: str) -> np.ndarray:
     """Returns the kernel of a layer.
 
     Args:
@@ -37,7 +37,7 @@ def filters(weights: Weights, layer: str) -> np.ndarray:
     )
 
 
-def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:
+def compute_activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:
     """Returns what a module of the network makes of an image.
 
     Args:
@@ -53,7 +53,7 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
     """
     model, prepared = predictor.model, predictor.preprocess
     images = jax.eval_shape(prepared, jax.ShapeDtypeStruct((1, *pixels.shape), pixels.dtype))
-    modules = introspect.grids(model, predictor.variables, images)
+    modules = introspect.spatial_layers(model, predictor.variables, images)
     if layer not in modules:
         raise UserError(
             f"--layer={layer}: no such module of {predictor.weights.model.name}, or its output is "
@@ -67,7 +67,7 @@ def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndar
             found[path] = result
             return result
 
-        with introspect.watching(see):
+        with introspect.intercept_outputs(see):
             model.apply(variables, prepared(image), train=False)
         return found[layer]
 
@@ -89,7 +89,7 @@ def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
     low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     shown = (kernel - low) / np.maximum(high - low, 1e-12)
     words = f"{kernel.shape[3]} filters of {kernel.shape[0]}×{kernel.shape[1]} px"
-    _save(path, [(grid(shown.transpose(3, 0, 1, 2)), words)], title)
+    _save(path, [(tile_images(shown.transpose(3, 0, 1, 2)), words)], title)
 
 
 def draw_activations(
@@ -111,10 +111,10 @@ def draw_activations(
     shown = (maps - low) / np.maximum(maps.max((0, 1)) - low, 1e-12)
     height, width, channels = maps.shape
     words = f"{layer}: {channels} channels of {height}×{width}"
-    _save(path, [(pixels, "image"), (grid(shown.transpose(2, 0, 1)), words)], title)
+    _save(path, [(pixels, "image"), (tile_images(shown.transpose(2, 0, 1)), words)], title)
 
 
-def grid(pictures: np.ndarray) -> np.ndarray:
+def tile_images(pictures: np.ndarray) -> np.ndarray:
     """Lays pictures out in a square, with gaps.
 
     Args:
@@ -126,11 +126,18 @@ def grid(pictures: np.ndarray) -> np.ndarray:
     count, height, width = pictures.shape[:3]
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, *pictures.shape[3:])
+    shape = (
+        rows * (height + _GAP_PIXELS) + _GAP_PIXELS,
+        columns * (width + _GAP_PIXELS) + _GAP_PIXELS,
+        *pictures.shape[3:],
+    )
     laid = np.full(shape, np.nan, np.float32)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        top, left = row * (height + _GAP) + _GAP, column * (width + _GAP) + _GAP
+        top, left = (
+            row * (height + _GAP_PIXELS) + _GAP_PIXELS,
+            column * (width + _GAP_PIXELS) + _GAP_PIXELS,
+        )
         laid[top : top + height, left : left + width] = picture
     return laid
 

@@ -158,7 +158,7 @@ class Structure:
 
     def _block(self, name: str, group: Sequence[int], needed: set[int]) -> Block:
         layers = tuple(self.layers[index] for index in group)
-        whole = layers[0].kind if len(layers) == 1 else words(self.classes[name])
+        whole = layers[0].kind if len(layers) == 1 else split_camel_case(self.classes[name])
         last = layers[-1]
         return Block(
             name=name,
@@ -182,12 +182,12 @@ class Structure:
         return needed
 
 
-def words(name: str) -> str:
+def split_camel_case(name: str) -> str:
     """Returns the name of a class in words: "mini inception" of MiniInception."""
     return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip()
 
 
-def describe(network: nn.Module, image_size: int) -> Structure:
+def analyze(network: nn.Module, image_size: int) -> Structure:
     """Returns what a network is made of.
 
     Nothing is computed, so it takes a second or two whatever the size.
@@ -199,7 +199,7 @@ def describe(network: nn.Module, image_size: int) -> Structure:
     Raises:
       ConfigError: if the images are too small for the network.
     """
-    network = protocol.plain(network)
+    network = protocol.with_plain_ops(network)
     image = (image_size, image_size, 3)
     images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     modules: dict[Path, nn.Module] = {}
@@ -224,9 +224,9 @@ def describe(network: nn.Module, image_size: int) -> Structure:
         return output
 
     variables = jax.eval_shape(initialise, images)
-    with introspect.watching(remember):
+    with introspect.intercept_outputs(remember):
         program = jax.make_jaxpr(call)(images, variables)
-    reader = _Reader(program.jaxpr, modules, variables)
+    reader = _LayerCollector(program.jaxpr, modules, variables)
     outputs = reader.read()
     return Structure(
         image=image,
@@ -236,7 +236,7 @@ def describe(network: nn.Module, image_size: int) -> Structure:
     )
 
 
-class _Value(NamedTuple):
+class _TracedArray(NamedTuple):
     """An array of the program that depends on the image.
 
     Attributes:
@@ -249,7 +249,7 @@ class _Value(NamedTuple):
     jump: int | None
 
 
-class _Reader:
+class _LayerCollector:
     """Walks through a traced program, gathering its operations into layers.
 
     Attributes:
@@ -276,8 +276,8 @@ class _Reader:
 
     def read(self) -> list[int]:
         """Fills `layers` and returns the indices of those that give the program's results."""
-        inputs: list[_Value | None] = [None] * len(self._program.invars)
-        inputs[0] = _Value(None, 1, 1)
+        inputs: list[_TracedArray | None] = [None] * len(self._program.invars)
+        inputs[0] = _TracedArray(None, 1, 1)
         outputs = []
         values = self._walk(self._program, inputs, ())
         for value in values:
@@ -291,7 +291,7 @@ class _Reader:
             path = outer or self._path(equation)
             if equation.primitive.name in _OPERATIONS:
                 yield path
-            elif (inner := introspect.called(equation)) is not None:
+            elif (inner := introspect.called_jaxpr(equation)) is not None:
                 yield from self._paths(inner, path)
 
     def _path(self, equation: JaxprEqn) -> Path:
@@ -313,18 +313,18 @@ class _Reader:
         return next((prefix for prefix in prefixes if self._operations[prefix] == 1), None)
 
     def _walk(
-        self, program: Jaxpr, inputs: Sequence[_Value | None], outer: Path
-    ) -> list[_Value | None]:
+        self, program: Jaxpr, inputs: Sequence[_TracedArray | None], outer: Path
+    ) -> list[_TracedArray | None]:
         """Follows the image through a program; None is what does not depend on it."""
         values = dict(zip(program.invars, inputs, strict=True))
 
-        def value(atom: Any) -> _Value | None:
+        def value(atom: Any) -> _TracedArray | None:
             return None if isinstance(atom, Literal) else values.get(atom)
 
         for equation in program.eqns:
             found = [value(atom) for atom in equation.invars]
             path = outer or self._path(equation)
-            if (inner := introspect.called(equation)) is not None:
+            if (inner := introspect.called_jaxpr(equation)) is not None:
                 results = self._walk(inner, found, path)
             elif any(found):
                 results = [self._operation(equation, found, path)] * len(equation.outvars)
@@ -333,12 +333,14 @@ class _Reader:
             values.update(zip(equation.outvars, results, strict=True))
         return [value(atom) for atom in program.outvars]
 
-    def _operation(self, equation: JaxprEqn, inputs: Sequence[_Value | None], path: Path) -> _Value:
+    def _operation(
+        self, equation: JaxprEqn, inputs: Sequence[_TracedArray | None], path: Path
+    ) -> _TracedArray:
         """Adds an operation to its layer, a new one if need be, and returns its result."""
         sources = [value for value in inputs if value is not None]
         index = self._index(equation, sources, path)
         if index is None:  # The image itself, in another type or shape.
-            return _view(equation, sources[0])
+            return _propagate_receptive_field(equation, sources[0])
         layer = self.layers[index]
         for value, atom in zip(inputs, equation.invars, strict=True):
             if value is None or value.source == index:
@@ -346,8 +348,10 @@ class _Reader:
             edge = Edge(value.source, _array(atom).shape[1:])
             if edge not in layer.inputs:
                 layer.inputs.append(edge)
-        _note(layer, equation)
-        result = _view(equation, max(sources, key=lambda value: value.receptive_field or math.inf))
+        _update_layer(layer, equation)
+        result = _propagate_receptive_field(
+            equation, max(sources, key=lambda value: value.receptive_field or math.inf)
+        )
         if equation.primitive.name != "reshape":  # Which is of its readers' making.
             layer.receptive_field, layer.jump = result.receptive_field, result.jump
             shape = _array(equation.outvars[0]).shape
@@ -355,7 +359,7 @@ class _Reader:
                 layer.shape = shape[1:]
         return result._replace(source=index)
 
-    def _index(self, equation: JaxprEqn, sources: Sequence[_Value], path: Path) -> int | None:
+    def _index(self, equation: JaxprEqn, sources: Sequence[_TracedArray], path: Path) -> int | None:
         """Returns the layer that an operation belongs to; None: it changes only the image."""
         primitive = equation.primitive.name
         module = self._layer_of(path)
@@ -424,7 +428,7 @@ def _kind(equation: JaxprEqn) -> str:
     return AVERAGE_POOL if primitive == "dot_general" else _OPERATIONS.get(primitive, "")
 
 
-def _note(layer: Layer, equation: JaxprEqn) -> None:
+def _update_layer(layer: Layer, equation: JaxprEqn) -> None:
     """Adds to a layer what one of its operations says of it."""
     primitive = equation.primitive.name
     if primitive == "max" and "ReLU" not in layer.extras:
@@ -444,7 +448,7 @@ def _note(layer: Layer, equation: JaxprEqn) -> None:
         layer.stride = equation.params["window_strides"][1]
 
 
-def _view(equation: JaxprEqn, value: _Value) -> _Value:
+def _propagate_receptive_field(equation: JaxprEqn, value: _TracedArray) -> _TracedArray:
     """Returns what an operation's result sees of the image, from what its widest input sees."""
     if value.receptive_field is None or value.jump is None:
         return value

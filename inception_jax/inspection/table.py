@@ -32,7 +32,7 @@ class PaperRow(NamedTuple):
 
 
 # Szegedy et al. 2014, arXiv:1409.4842.
-TABLE_1 = (
+PAPER_ROWS = (
     PaperRow(("conv1",), (112, 112, 64), 2.7, 34),
     PaperRow(("max_pool",), (56, 56, 64)),
     PaperRow(("conv2_reduce", "conv2"), (56, 56, 192), 112, 360),
@@ -75,7 +75,7 @@ class Table(NamedTuple):
             any(isinstance(line[column], int) for line in self.lines)
             for column in range(len(self.head))
         ]
-        texts = [list(self.head), *([_text(cell) for cell in line] for line in self.lines)]
+        texts = [list(self.head), *([_format_cell(cell) for cell in line] for line in self.lines)]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
         rule = [
             "-" * (width - 1) + ":" if right else "-" * width
@@ -120,7 +120,7 @@ def make_table(structure: Structure) -> Table:
     lines.append(_sums("total", needed))
     if len(needed) < len(blocks):
         lines.append(_sums("with auxiliary heads", blocks))
-    if not is_of_the_paper(structure):
+    if not matches_paper(structure):
         return Table(_HEAD, lines)
     beside = _paper_cells(blocks)
     empty: list[Cell] = [None] * len(_PAPER_HEAD)
@@ -128,10 +128,12 @@ def make_table(structure: Structure) -> Table:
     return Table(_HEAD + _PAPER_HEAD, lines, _NOTES)
 
 
-def is_of_the_paper(structure: Structure) -> bool:
+def matches_paper(structure: Structure) -> bool:
     """Whether table 1 has a row for what the network does, at the same size of image."""
     names = {block.name for block in structure.blocks()}
-    return structure.image == _PAPER_IMAGE and all(names.issuperset(row.blocks) for row in TABLE_1)
+    return structure.image == _PAPER_IMAGE and all(
+        names.issuperset(row.blocks) for row in PAPER_ROWS
+    )
 
 
 def shape_text(shape: Shape) -> str:
@@ -172,7 +174,7 @@ def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
     """Returns what the paper prints, and how we differ, by the last of each row's blocks."""
     by_name = {block.name: block for block in blocks}
     cells: dict[str, list[Cell]] = {}
-    for row in TABLE_1:
+    for row in PAPER_ROWS:
         ours = [by_name[name] for name in row.blocks]
         weights = sum(block.weights for block in ours) / 1024
         operations = sum(block.multiply_adds for block in ours) / 1e6
@@ -197,7 +199,7 @@ def _deviation(name: str, ours: float, printed: float | None) -> str:
     return f"{name} {ours / printed - 1:+.1%}"
 
 
-def _text(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     if cell is None:
         return ""
     return f"{cell:,}" if isinstance(cell, int) else cell

@@ -24,7 +24,7 @@ from inception_jax.models.layers import (
     Unit,
     check_image_size,
     local_response_norm,
-    scaled,
+    scale_channels,
 )
 
 
@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     window: int = 3
 
 
-STEMS: Mapping[str, Stem] = {
+STEM_SPECS: Mapping[str, Stem] = {
     "paper": Stem(kernel_size=7, stride=2),
     "s16": Stem(kernel_size=3, stride=1),
     "s32": Stem(kernel_size=3, stride=1, second_pool=False),
@@ -65,7 +65,7 @@ STEMS: Mapping[str, Stem] = {
 }
 
 # Table 1 of the paper, from the first inception module on.
-TABLE_1: Mapping[str, InceptionWidths | Pool] = {
+PAPER_BODY: Mapping[str, InceptionWidths | Pool] = {
     "3a": InceptionWidths(64, 96, 128, 16, 32, 32),
     "3b": InceptionWidths(128, 128, 192, 32, 96, 64),
     "pool3": Pool(),
@@ -80,9 +80,9 @@ TABLE_1: Mapping[str, InceptionWidths | Pool] = {
 }
 # What stands between the stem and the mean over the last grid.
 BODIES: Mapping[str, Mapping[str, InceptionWidths | Pool]] = {
-    "paper": TABLE_1,
-    "torchvision": {**TABLE_1, "pool4": Pool(window=2)},
-    "deeper": {name: layer for name, layer in TABLE_1.items() if name not in ("5a", "5b")},
+    "paper": PAPER_BODY,
+    "torchvision": {**PAPER_BODY, "pool4": Pool(window=2)},
+    "deeper": {name: layer for name, layer in PAPER_BODY.items() if name not in ("5a", "5b")},
     "eight_module": {
         "3a": InceptionWidths(32, 64, 128, 16, 32, 16),
         "3b": InceptionWidths(64, 128, 256, 32, 64, 32),
@@ -107,7 +107,7 @@ class GoogLeNet(nn.Module):
 
     Attributes:
       num_classes: number of logits.
-      stem: which entry of `STEMS`.
+      stem: which entry of `STEM_SPECS`.
       body: which entry of `BODIES`.
       conv5x5: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
       norm: "batch", "lrn" (the two local response normalisations of the stem, and biases) or
@@ -155,7 +155,7 @@ class GoogLeNet(nn.Module):
           ConfigError: if the images are smaller than `min_image_size`.
         """
         check_image_size(
-            images, least=self.min_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
+            images, min_size=self.min_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
         )
         unit = functools.partial(
             ConvUnit,
@@ -183,7 +183,7 @@ class GoogLeNet(nn.Module):
     @property
     def min_image_size(self) -> int:
         """The least side of an image, in pixels, that leaves one pixel in the last grid."""
-        stem = STEMS[self.stem]
+        stem = STEM_SPECS[self.stem]
         pools = [Pool()] * (2 if stem.second_pool else 1)
         pools += [layer for layer in BODIES[self.body].values() if isinstance(layer, Pool)]
         # Windows of 3 at stride 2 make m pixels out of 2 m, a window of 2 or a stride of the first
@@ -205,13 +205,17 @@ class GoogLeNet(nn.Module):
 
     def _stem(self, images: jax.Array, unit: Unit) -> jax.Array:
         """Maps images [B, H, W, 3] to the first inception module's input."""
-        stem = STEMS[self.stem]
-        x = unit(scaled(64, self.width), stem.kernel_size, stem.stride, name="conv1")(images)
+        stem = STEM_SPECS[self.stem]
+        x = unit(scale_channels(64, self.width), stem.kernel_size, stem.stride, name="conv1")(
+            images
+        )
         x = self._pool(x)
         if self.norm == "lrn":
             x = local_response_norm(x)
-        x = unit(scaled(stem.reduce, self.width), name="conv2_reduce")(x)
-        x = unit(scaled(stem.features, self.width), stem.second_kernel_size, name="conv2")(x)
+        x = unit(scale_channels(stem.reduce, self.width), name="conv2_reduce")(x)
+        x = unit(scale_channels(stem.features, self.width), stem.second_kernel_size, name="conv2")(
+            x
+        )
         if self.norm == "lrn":
             x = local_response_norm(x)
         return self._pool(x) if stem.second_pool else x
@@ -220,14 +224,14 @@ class GoogLeNet(nn.Module):
         return ops.max_pool(x, window=window, stride=2, rewrite=self.rewrite)
 
     def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
-        widths = InceptionWidths(*(scaled(channels, self.width) for channels in widths))
+        widths = InceptionWidths(*(scale_channels(channels, self.width) for channels in widths))
         return Inception(widths, self.conv5x5, unit, self.rewrite, name=f"inception_{name}")
 
     def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
         return AuxiliaryHead(
             num_classes=self.num_classes,
-            conv_features=scaled(128, self.width),
-            dense_features=scaled(1024, self.width),
+            conv_features=scale_channels(128, self.width),
+            dense_features=scale_channels(1024, self.width),
             dropout=self.aux_dropout,
             adaptive=self.adaptive_aux,
             unit=unit,

@@ -9,7 +9,7 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 # What a module of a path gave → what its caller gets.
-See = Callable[[nn.Module, str, Any], Any]
+OutputHook = Callable[[nn.Module, str, Any], Any]
 
 # Programs inside a program, whose operations belong to the module that calls them.
 _CALLS = {
@@ -23,7 +23,7 @@ _CALLS = {
 }
 
 
-def called(equation: JaxprEqn) -> Jaxpr | None:
+def called_jaxpr(equation: JaxprEqn) -> Jaxpr | None:
     """Returns the program that an operation of a program is a call of; None: it is none."""
     if equation.primitive.name not in _CALLS:
         return None
@@ -32,7 +32,7 @@ def called(equation: JaxprEqn) -> Jaxpr | None:
 
 
 @contextlib.contextmanager
-def watching(see: See) -> Iterator[None]:
+def intercept_outputs(see: OutputHook) -> Iterator[None]:
     """Shows a function the result of every module that is called inside.
 
     Args:
@@ -50,7 +50,7 @@ def watching(see: See) -> Iterator[None]:
         yield
 
 
-def grids(
+def spatial_layers(
     network: nn.Module, variables: Any, images: jax.Array | jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the modules that give a grid in evaluation, in the order in which they end.
@@ -70,6 +70,6 @@ def grids(
             found[path] = jax.ShapeDtypeStruct(result.shape, result.dtype)
         return result
 
-    with watching(see):
+    with intercept_outputs(see):
         jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, images)
     return found

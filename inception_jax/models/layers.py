@@ -323,20 +323,20 @@ def local_response_norm(x: jax.Array) -> jax.Array:
     return (wide * (1.0 + 1e-4 / 5 * energy) ** -0.75).astype(x.dtype)
 
 
-def scaled(channels: int, width: float) -> int:
+def scale_channels(channels: int, width: float) -> int:
     """Returns a layer's number of channels under a width multiplier: rounded, and at least 1."""
     return max(1, round(channels * width))
 
 
-def check_image_size(images: jax.Array, *, least: int, model: str) -> None:
+def check_image_size(images: jax.Array, *, min_size: int, model: str) -> None:
     """Refuses images on which the last grid would be empty.
 
     Raises:
-      ConfigError: if a side of images [B, H, W, 3] is less than `least` pixels.
+      ConfigError: if a side of images [B, H, W, 3] is less than `min_size` pixels.
     """
     height, width = images.shape[1:3]
-    if min(height, width) < least:
+    if min(height, width) < min_size:
         raise ConfigError(
-            f"images of {height} x {width} px: must be at least {least} x {least} px for {model}; "
+            f"images of {height} x {width} px: must be at least {min_size} x {min_size} px for {model}; "
             "increase config.data.image_size, or use a model or stem that downsamples less"
         )

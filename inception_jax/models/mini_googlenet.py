@@ -18,7 +18,7 @@ from inception_jax.models.layers import (
     ModelOutput,
     Unit,
     check_image_size,
-    scaled,
+    scale_channels,
 )
 
 
@@ -64,7 +64,7 @@ class MiniGoogLeNet(nn.Module):
         Raises:
           ConfigError: if the images are smaller than `min_image_size`.
         """
-        check_image_size(images, least=self.min_image_size, model="MiniGoogLeNet")
+        check_image_size(images, min_size=self.min_image_size, model="MiniGoogLeNet")
         unit = functools.partial(
             ConvUnit,
             dtype=self.dtype,
@@ -73,7 +73,7 @@ class MiniGoogLeNet(nn.Module):
             train=train,
             rewrite=self.rewrite,
         )
-        x = unit(scaled(96, self.width), 3, name="conv1")(images)
+        x = unit(scale_channels(96, self.width), 3, name="conv1")(images)
         x = self._inception("2a", 32, 32, unit)(x)
         x = self._inception("2b", 32, 48, unit)(x)
         x = self._downsample("2c", 80, unit)(x)
@@ -89,12 +89,12 @@ class MiniGoogLeNet(nn.Module):
         return ModelOutput(logits)
 
     def _inception(self, name: str, conv_1x1: int, conv_3x3: int, unit: Unit) -> "MiniInception":
-        features = scaled(conv_1x1, self.width), scaled(conv_3x3, self.width)
+        features = scale_channels(conv_1x1, self.width), scale_channels(conv_3x3, self.width)
         return MiniInception(*features, unit, name=f"inception_{name}")
 
     def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":
         return Downsample(
-            scaled(conv_3x3, self.width), unit, self.rewrite, name=f"downsample_{name}"
+            scale_channels(conv_3x3, self.width), unit, self.rewrite, name=f"downsample_{name}"
         )
 
 

@@ -16,9 +16,9 @@ from inception_jax.registry import register_model
 if TYPE_CHECKING:
     import flax.linen as nn
 
-_SHARED = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
-_HEADS = ("aux_heads", "aux_dropout")
-_PAPER = (*_SHARED, *_HEADS, "stem", "conv5x5", "norm")
+_COMMON_SETTINGS = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
+_HEAD_SETTINGS = ("aux_heads", "aux_dropout")
+_GOOGLENET_SETTINGS = (*_COMMON_SETTINGS, *_HEAD_SETTINGS, "stem", "conv5x5", "norm")
 
 
 def _attributes(settings: configs.Model, names: tuple[str, ...]) -> dict[str, Any]:
@@ -43,36 +43,38 @@ def _check_heads(config: configs.Config) -> Iterator[str]:
         )
 
 
-@register_model("googlenet", settings=_PAPER, check=_check_heads)
+@register_model("googlenet", settings=_GOOGLENET_SETTINGS, check=_check_heads)
 def googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns the paper's network, with its variations of stem, 5x5 branch, norm and width."""
-    return _googlenet(num_classes, **_attributes(settings, _PAPER))
+    return _googlenet(num_classes, **_attributes(settings, _GOOGLENET_SETTINGS))
 
 
-@register_model("googlenet_torchvision", settings=(*_SHARED, *_HEADS))
+@register_model("googlenet_torchvision", settings=(*_COMMON_SETTINGS, *_HEAD_SETTINGS))
 def googlenet_torchvision(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns the network of torchvision.models.googlenet, whose weights fit it.
 
     It differs from the paper's in the 5x5 branch (3x3, pytorch/vision#906), in the fourth pool
     (2x2), in BatchNorm, and in the pooling of the auxiliary heads.
     """
-    attributes = _attributes(settings, (*_SHARED, *_HEADS))
+    attributes = _attributes(settings, (*_COMMON_SETTINGS, *_HEAD_SETTINGS))
     return _googlenet(
         num_classes, body="torchvision", conv5x5="3x3", adaptive_aux=True, **attributes
     )
 
 
-@register_model("deeper_googlenet", settings=_SHARED)
+@register_model("deeper_googlenet", settings=_COMMON_SETTINGS)
 def deeper_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns DeeperGoogLeNet (Rosebrock, "Deep Learning for Computer Vision with Python").
 
     Made for the 64 px of Tiny ImageNet: a 5x5 first convolution at stride 1, and modules 3a to 4e.
     BatchNorm stands before the ReLU, as usual, where the book has it after.
     """
-    return _googlenet(num_classes, stem="deeper", body="deeper", **_attributes(settings, _SHARED))
+    return _googlenet(
+        num_classes, stem="deeper", body="deeper", **_attributes(settings, _COMMON_SETTINGS)
+    )
 
 
-@register_model("eight_module_googlenet", settings=_SHARED)
+@register_model("eight_module_googlenet", settings=_COMMON_SETTINGS)
 def eight_module_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns the network of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch (as of 2020-11-16).
 
@@ -82,16 +84,16 @@ def eight_module_googlenet(settings: configs.Model, num_classes: int) -> "nn.Mod
     convolutions have no biases. So at 200 classes it has 10,716,744 parameters; the source's biases
     make 6,880 more, and Keras counts 13,760 running statistics besides.
     """
-    attributes = _attributes(settings, _SHARED)
+    attributes = _attributes(settings, _COMMON_SETTINGS)
     return _googlenet(num_classes, stem="eight_module", body="eight_module", **attributes)
 
 
-@register_model("mini_googlenet", settings=_SHARED)
+@register_model("mini_googlenet", settings=_COMMON_SETTINGS)
 def mini_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns MiniGoogLeNet for images of about 32 px."""
     from inception_jax.models.mini_googlenet import MiniGoogLeNet
 
-    return MiniGoogLeNet(num_classes, **_attributes(settings, _SHARED))
+    return MiniGoogLeNet(num_classes, **_attributes(settings, _COMMON_SETTINGS))
 
 
 def create(
@@ -135,7 +137,7 @@ def create(
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
     if part.is_own:
         return network
-    return protocol.adapted(
+    return protocol.adapt(
         network, name=part.name, place=part.place, min_image_size=part.min_image_size
     )
 
@@ -154,7 +156,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     from inception_jax.models import protocol
 
     least = protocol.min_image_size(network)
-    name = network.called if isinstance(network, protocol.Adapter) else config.model.name
+    name = network.display_name if isinstance(network, protocol.Adapter) else config.model.name
     sizes = [("data.image_size", config.data.image_size)]
     sizes += [("train.image_sizes", size) for size in config.train.image_sizes]
     # 0: the data set's own.
@@ -189,7 +191,7 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
         network.apply(variables, jnp.concatenate([images, images]), train=False)
         return variables, output[0]
 
-    what = f"{network.place}: the model {network.called!r}"
+    what = f"{network.place}: the model {network.display_name!r}"
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     wanted = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
     try:

@@ -23,7 +23,7 @@ Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
 # With fewer channels than this, one product for each tap of a kernel would be too thin.
-_LEAST_CHANNELS = 8
+_MIN_CHANNELS = 8
 
 
 def prefers_rewrite() -> bool:
@@ -32,7 +32,7 @@ def prefers_rewrite() -> bool:
 
 
 @functools.cache
-def slow_bfloat16() -> str:
+def bfloat16_slowdown() -> str:
     """Returns why computing in bfloat16 is slower than in float32 on this hardware, or ''.
 
     TPUs multiply it, NVIDIA's GPUs from compute capability 8.0, and x86 processors with AMX or
@@ -51,7 +51,7 @@ def slow_bfloat16() -> str:
 
 def auto_dtype() -> str:
     """Returns the type to compute in: "bfloat16" where the hardware multiplies it, or "float32"."""
-    return "float32" if slow_bfloat16() else "bfloat16"
+    return "float32" if bfloat16_slowdown() else "bfloat16"
 
 
 def _cpu_flags() -> list[str]:
@@ -141,7 +141,7 @@ def _is_small_grid(x: jax.Array, kernel: jax.Array) -> bool:
 def _matmul_conv_forward(
     x: jax.Array, kernel: jax.Array, paddings: Paddings
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x = _separate(x)
+    x = _materialize(x)
     return _conv_or_patches(x, kernel, paddings), (x, kernel)
 
 
@@ -150,7 +150,7 @@ def _matmul_conv_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     size = kernel.shape[0]
-    gradient = _separate(gradient)
+    gradient = _materialize(gradient)
     # With regard to x: the convolution with the kernel turned by 180 degrees.
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     (top, bottom), (left, right) = paddings
@@ -161,7 +161,7 @@ def _matmul_conv_backward(
     # more to write than they save, one for each tap. Not XLA's convolution of x with the gradient:
     # with oneDNN it is wrong for batches of less than 16 (jaxlib 0.12).
     rows = gradient.reshape(-1, gradient.shape[-1])
-    patches = _is_small_grid(x, kernel) or x.shape[-1] < _LEAST_CHANNELS
+    patches = _is_small_grid(x, kernel) or x.shape[-1] < _MIN_CHANNELS
     seen = [_patches(x, size, paddings)] if patches else _taps(x, size, paddings)
     products = [_weight_gradient(part.reshape(-1, part.shape[-1]), rows) for part in seen]
     return gradient_x, jnp.stack(products).reshape(kernel.shape)
@@ -188,7 +188,7 @@ def _taps(x: jax.Array, size: int, paddings: Paddings) -> list[jax.Array]:
     """Returns what each tap of a kernel meets: size * size images [B, H', W', I], row by row."""
     if size == 1 and paddings == NO_PADDING:
         return [x]
-    x = _separate(jnp.pad(x, ((0, 0), *paddings, (0, 0))))
+    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0))))
     height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
     return [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
 
@@ -242,14 +242,14 @@ def indexed_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings)
     XLA scatters the gradient one value after the other; with the places known it is a sum over the
     windows that hold a pixel.
     """
-    return _max_and_place(x, window, stride, paddings)[0]
+    return _max_and_index(x, window, stride, paddings)[0]
 
 
-def _max_and_place(
+def _max_and_index(
     x: jax.Array, window: int, stride: int, paddings: Paddings
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima, and where in its window each stands: uint8, row by row from 0."""
-    x = _separate(jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf))
+    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf))
     reach = [side - window + 1 for side in x.shape[1:3]]
     largest, place = x[:, : reach[0] : stride, : reach[1] : stride], jnp.uint8(0)
     for index in range(1, window**2):
@@ -265,7 +265,7 @@ def _max_and_place(
 def _indexed_max_pool_forward(
     x: jax.Array, window: int, stride: int, paddings: Paddings
 ) -> tuple[jax.Array, jax.Array]:
-    return _max_and_place(x, window, stride, paddings)
+    return _max_and_index(x, window, stride, paddings)
 
 
 def _indexed_max_pool_backward(
@@ -278,8 +278,8 @@ def _indexed_max_pool_backward(
     batch, height, width, channels = gradient.shape
     reach = -(-window // stride)  # How many windows lie over a pixel, in one direction.
     border = ((0, 0), (reach - 1, reach - 1), (reach - 1, reach - 1), (0, 0))
-    gradient = _separate(jnp.pad(gradient, border))
-    place = _separate(jnp.pad(place, border, constant_values=window**2))
+    gradient = _materialize(jnp.pad(gradient, border))
+    place = _materialize(jnp.pad(place, border, constant_values=window**2))
     blocks = (height + reach - 1, width + reach - 1)
     shape = (batch, blocks[0], stride, blocks[1], stride, channels)
 
@@ -308,7 +308,7 @@ def _indexed_max_pool_backward(
 indexed_max_pool.defvjp(_indexed_max_pool_forward, _indexed_max_pool_backward)
 
 
-def _separate(x: jax.Array) -> jax.Array:
+def _materialize(x: jax.Array) -> jax.Array:
     """Keeps x an array of its own, instead of a computation that each of its readers repeats."""
     return lax.optimization_barrier(x)
 

@@ -50,16 +50,16 @@ class Adapter(nn.Module):
       adapted_network: returns logits or a `ModelOutput`. A name that no submodule of a user's
         network has, as its submodules are in this module's scope.
       takes_train: whether it is told if it trains.
-      called: its name, for messages.
+      display_name: its name, for messages.
       place: what registered it, or the argument that gave it, for messages.
-      least: the least side of its images, pixels, where it does not say itself.
+      default_min_image_size: the least side of its images, pixels, where it does not say itself.
     """
 
     adapted_network: nn.Module
     takes_train: bool
-    called: str
+    display_name: str
     place: str
-    least: int = 1
+    default_min_image_size: int = 1
 
     def setup(self) -> None:
         """Gives the network's variables the paths that they have without this module."""
@@ -83,12 +83,12 @@ class Adapter(nn.Module):
         )
 
 
-def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 1) -> Adapter:
+def adapt(network: nn.Module, *, name: str, place: str, min_image_size: int = 1) -> Adapter:
     """Returns a network that is called as the package's own are.
 
     Args:
       network: returns logits or a `ModelOutput`.
-      name, place, min_image_size: `called`, `place` and `least` of an `Adapter`.
+      name, place, min_image_size: `Adapter.display_name`, `place`, `default_min_image_size`.
     """
     if isinstance(network, Adapter):
         return network
@@ -97,24 +97,24 @@ def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 
     return Adapter(network, takes_train, name, place, min_image_size)
 
 
-def own(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """Returns the network as it was registered."""
     return network.adapted_network if isinstance(network, Adapter) else network
 
 
-def plain(network: nn.Module) -> nn.Module:
+def with_plain_ops(network: nn.Module) -> nn.Module:
     """Returns a network that computes by plain operations, for readers and other libraries."""
     if isinstance(network, Adapter):
-        return network.clone(adapted_network=plain(network.adapted_network))
+        return network.clone(adapted_network=with_plain_ops(network.adapted_network))
     return network.clone(rewrite=False) if hasattr(network, "rewrite") else network
 
 
-def said(network: nn.Module, attribute: str, default: Any = None) -> Any:
+def get_attribute(network: nn.Module, attribute: str, default: Any = None) -> Any:
     """Returns what a network says of itself, or a default."""
-    return getattr(own(network), attribute, default)
+    return getattr(unwrap(network), attribute, default)
 
 
-def needed(network: nn.Module, attribute: str, purpose: str) -> Any:
+def require_attribute(network: nn.Module, attribute: str, purpose: str) -> Any:
     """Returns what a network says of itself.
 
     Args:
@@ -125,11 +125,11 @@ def needed(network: nn.Module, attribute: str, purpose: str) -> Any:
     Raises:
       ConfigError: if it does not say.
     """
-    found = said(network, attribute)
+    found = get_attribute(network, attribute)
     if found is None:
         raise ConfigError(
             f"{purpose} needs the network's attribute {attribute!r}, which "
-            f"{type(own(network)).__name__} does not have; add it as described in "
+            f"{type(unwrap(network)).__name__} does not have; add it as described in "
             "inception_jax/models/protocol.py"
         )
     return found
@@ -137,8 +137,8 @@ def needed(network: nn.Module, attribute: str, purpose: str) -> Any:
 
 def min_image_size(network: nn.Module) -> int:
     """Returns the least side of an image that a network takes, pixels."""
-    registered = network.least if isinstance(network, Adapter) else 1
-    return int(said(network, "min_image_size", registered))
+    registered = network.default_min_image_size if isinstance(network, Adapter) else 1
+    return int(get_attribute(network, "min_image_size", registered))
 
 
 def is_inside(path: str, *modules: str) -> bool:
@@ -151,7 +151,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
 
 
-def labelled(params: Any, label: Callable[[str, Any], Any]) -> Any:
+def label_params(params: Any, label: Callable[[str, Any], Any]) -> Any:
     """Returns a tree of the labels that a function of path and leaf gives parameters."""
 
     def of_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
@@ -162,8 +162,8 @@ def labelled(params: Any, label: Callable[[str, Any], Any]) -> Any:
 
 def decay_mask(network: nn.Module | None) -> Callable[[Any], Any]:
     """Returns a function of parameters: a tree of bools, true for those that weight decay takes."""
-    decays = said(network, "decays", is_kernel) if network is not None else is_kernel
-    return lambda params: labelled(params, decays)
+    decays = get_attribute(network, "decays", is_kernel) if network is not None else is_kernel
+    return lambda params: label_params(params, decays)
 
 
 def num_classes(network: nn.Module, params: Mapping[str, Any]) -> int:
@@ -173,6 +173,6 @@ def num_classes(network: nn.Module, params: Mapping[str, Any]) -> int:
       ConfigError: if the network does not say which is its classifier.
     """
     node: Any = params
-    for name in needed(network, "classifiers", "counting the classes")[0].split("/"):
+    for name in require_attribute(network, "classifiers", "counting the classes")[0].split("/"):
         node = node.get(name, {})
     return int(node["kernel"].shape[-1]) if node else 0

@@ -51,7 +51,7 @@ _LEAVES = {
 
 _HEADS = ("aux1", "aux2")
 # What goes into the classifier.
-_FEATURES = 1024
+_NUM_FEATURES = 1024
 # Parts of names that torch.compile, FSDP and activation checkpointing put in.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -75,7 +75,7 @@ def torch_name(path: str) -> str:
     return f"{_MODULES[module]}.{_LEAVES[rest]}"
 
 
-class Imported(NamedTuple):
+class ImportedWeights(NamedTuple):
     """What a state dict of torchvision's GoogLeNet became.
 
     Attributes:
@@ -89,24 +89,24 @@ class Imported(NamedTuple):
     notes: list[str]
 
 
-def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
+def convert(state: Mapping[str, np.ndarray], abstract_variables: Variables) -> Variables:
     """Returns the variables of a `GoogLeNet` from a PyTorch module with torchvision's names.
 
     Args:
       state: the module's state dict.
-      like: nested variables with shapes, as the network's init gives them.
+      abstract_variables: nested variables with shapes, as the network's init gives them.
 
     Raises:
       DataError: naming entries that are missing, left over, of another shape or type, or not
         finite.
     """
-    leaves = flatten(like)
-    problems = _problems(_parameters(state), leaves)
+    leaves = flatten(abstract_variables)
+    problems = _find_mismatches(_parameters(state), leaves)
     if problems:
         count = sum(problems.values())
         raise DataError(
             f"{count} entries do not match torchvision's GoogLeNet:\n  "
-            + _truncated(list(problems), most=10, separator="\n  ")
+            + _join_truncated(list(problems), max_items=10, separator="\n  ")
         )
     return unflatten(
         {
@@ -118,7 +118,7 @@ def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
 
 def from_torchvision(
     state: Mapping[str, np.ndarray], *, prefix: str | None = None, classifier: str | None = None
-) -> Imported:
+) -> ImportedWeights:
     """Returns settings and variables of `googlenet_torchvision` from torchvision's state dict.
 
     The names may have any prefix, such as "module." or "model._orig_mod.", and entries of other
@@ -136,39 +136,41 @@ def from_torchvision(
         among them, or the layer named as classifier cannot be one.
     """
     model = _settings()
-    rest = {_unwrapped(name): value for name, value in _parameters(state).items()}
-    names = [torch_name(path) for path in _leaves(1)]
-    trunk = {name for name in names if _module(name) not in ("fc", *_HEADS)}
+    rest = {_strip_wrappers(name): value for name, value in _parameters(state).items()}
+    names = [torch_name(path) for path in _abstract_leaves(1)]
+    trunk = {name for name in names if _top_module(name) not in ("fc", *_HEADS)}
     prefix = _find_prefix(rest, trunk, prefix)
     notes = [f"network: {prefix}*"] if prefix else []
     fc, note = _pop_classifier(rest, prefix, classifier)
     notes += [note] if note else []
-    leaves = _leaves(len(fc["fc.bias"]) if fc else 1)
+    leaves = _abstract_leaves(len(fc["fc.bias"]) if fc else 1)
     if not fc:
-        leaves = {path: leaf for path, leaf in leaves.items() if _module(torch_name(path)) != "fc"}
+        leaves = {
+            path: leaf for path, leaf in leaves.items() if _top_module(torch_name(path)) != "fc"
+        }
 
     heads = _pop_modules(rest, prefix, _HEADS)
-    head_leaves = {p: leaf for p, leaf in leaves.items() if _module(torch_name(p)) in _HEADS}
-    unfit = list(_problems(heads, head_leaves)) if fc else ["no classifier"]
-    if unfit:
+    head_leaves = {p: leaf for p, leaf in leaves.items() if _top_module(torch_name(p)) in _HEADS}
+    mismatches = list(_find_mismatches(heads, head_leaves)) if fc else ["no classifier"]
+    if mismatches:
         model.aux_heads = False
         leaves = {path: leaf for path, leaf in leaves.items() if path not in head_leaves}
         if heads:
-            modules = " and ".join(sorted({f"{prefix}{_module(name)}" for name in heads}))
+            modules = " and ".join(sorted({f"{prefix}{_top_module(name)}" for name in heads}))
             notes.append(
                 f"skipped: {modules}, auxiliary heads used only in training: "
-                + _truncated(unfit, most=2, separator="; ")
+                + _join_truncated(mismatches, max_items=2, separator="; ")
             )
         heads = {}
-    own = _pop_modules(rest, prefix, {_module(name) for name in trunk})
+    own = _pop_modules(rest, prefix, {_top_module(name) for name in trunk})
     if rest:
-        notes.append(f"skipped: {_truncated(sorted(rest), most=5)}")
+        notes.append(f"skipped: {_join_truncated(sorted(rest), max_items=5)}")
     try:
         variables = convert(own | fc | heads, unflatten(leaves))
     except DataError as error:
         # What is missing may be there under another name.
         raise DataError("\n".join([str(error), *notes])) from error
-    return Imported(model, variables, notes)
+    return ImportedWeights(model, variables, notes)
 
 
 def _settings() -> config.Model:
@@ -183,7 +185,7 @@ def _settings() -> config.Model:
 
 
 @functools.cache
-def _leaves(classes: int) -> Mapping[str, Any]:
+def _abstract_leaves(classes: int) -> Mapping[str, Any]:
     """Returns the shapes of the network's variables by path."""
     module = networks.create(_settings(), classes)
     images = jnp.zeros((1, 224, 224, 3))
@@ -195,12 +197,12 @@ def _parameters(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: a for name, a in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _unwrapped(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     """Returns a name without what PyTorch's compiler and wrappers put anywhere into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _module(name: str) -> str:
+def _top_module(name: str) -> str:
     """Returns the outermost module of an entry: "conv1" of "conv1.bn.weight"."""
     return name.partition(".")[0]
 
@@ -218,30 +220,30 @@ def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | Non
     """
     names = list(names)
     found = collections.Counter(
-        name.removesuffix(own) for name in names for own in _endings(name) if own in trunk
+        name.removesuffix(own) for name in names for own in _suffixes(name) if own in trunk
     )
     # A file that holds fewer is of another network, some of whose layers have the same names.
-    likely = [each for each, count in found.items() if 4 * count >= len(trunk)]
+    candidates = [each for each, count in found.items() if 4 * count >= len(trunk)]
     if prefix is not None:
-        given = _unwrapped(prefix.removesuffix("."))
-        likely = [each for each in likely if each.removesuffix(".") == given]
-    if not likely:
+        given = _strip_wrappers(prefix.removesuffix("."))
+        candidates = [each for each in candidates if each.removesuffix(".") == given]
+    if not candidates:
         where = f" below {prefix!r}" if prefix else ""
         raise DataError(
             f"not torchvision's GoogLeNet: has {max(found.values(), default=0)} of its "
             f"{len(trunk)} entries{where}. The file contains {len(names):,} arrays"
-            + (f": {_truncated(names, most=5)}" if names else "")
+            + (f": {_join_truncated(names, max_items=5)}" if names else "")
         )
-    if len(likely) > 1:
-        shown = ", ".join(each.removesuffix(".") or "''" for each in likely)
+    if len(candidates) > 1:
+        shown = ", ".join(each.removesuffix(".") or "''" for each in candidates)
         raise DataError(
-            f"contains {len(likely)} networks, named {shown}, such as weights and their average; "
-            "choose one with --prefix"
+            f"contains {len(candidates)} networks, named {shown}, such as weights and their "
+            "average; choose one with --prefix"
         )
-    return likely[0]
+    return candidates[0]
 
 
-def _endings(name: str) -> Iterator[str]:
+def _suffixes(name: str) -> Iterator[str]:
     """Yields a name and what is left of it without its first parts: a.b.c, b.c, c."""
     while name:
         yield name
@@ -259,7 +261,7 @@ def _pop_modules(
         name
         for name in rest
         if name.startswith(prefix)
-        and _module(name.removeprefix(prefix)) in modules
+        and _top_module(name.removeprefix(prefix)) in modules
         and np.size(rest[name]) > 1
     ]
     return {name.removeprefix(prefix): rest.pop(name) for name in names}
@@ -282,16 +284,20 @@ def _pop_classifier(
     Raises:
       DataError: if `layer` is given and is no classifier.
     """
-    name = f"{prefix}fc" if layer is None else _unwrapped(layer)
+    name = f"{prefix}fc" if layer is None else _strip_wrappers(layer)
     entries = [each for each in rest if each.startswith(f"{name}.") and np.size(rest[each]) > 1]
     weights = [each for each in entries if each.endswith(".weight")]
     reason = ""
     if not entries:
         reason = f"{name} not found"
     elif len(weights) != 1 or set(entries) - {weights[0], _bias(weights[0])}:
-        reason = f"{name} is not a single linear layer: {_truncated(sorted(entries), most=4)}"
-    elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _FEATURES:
-        reason = f"{weights[0]} has shape {rest[weights[0]].shape}, must be (classes, {_FEATURES})"
+        reason = (
+            f"{name} is not a single linear layer: {_join_truncated(sorted(entries), max_items=4)}"
+        )
+    elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _NUM_FEATURES:
+        reason = (
+            f"{weights[0]} has shape {rest[weights[0]].shape}, must be (classes, {_NUM_FEATURES})"
+        )
     elif len(rest[weights[0]]) < 2:
         reason = f"{weights[0]} has one output, must have one per class"
     if reason and layer is not None:
@@ -311,7 +317,7 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, int]:
+def _find_mismatches(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, int]:
     """Returns what keeps a state dict from being that of a network.
 
     Args:
@@ -326,7 +332,7 @@ def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dic
     missing: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         if name not in state:
-            missing[_module(name)].append(name)
+            missing[_top_module(name)].append(name)
     for module, (first, *more) in missing.items():
         others = f" and {len(more)} more of {module}" if more else ""
         lines[f"missing: {first}{others}"] = 1 + len(more)
@@ -373,7 +379,7 @@ def _from_torch(value: np.ndarray, path: str, channels: int | None) -> np.ndarra
     return np.ascontiguousarray(value)
 
 
-def _truncated(words: Sequence[str], *, most: int, separator: str = ", ") -> str:
+def _join_truncated(words: Sequence[str], *, max_items: int, separator: str = ", ") -> str:
     """Returns words as one text; beyond so many only how many more there are."""
-    left = len(words) - most
-    return separator.join([*words[:most], *([f"… and {left} more"] if left > 0 else [])])
+    left = len(words) - max_items
+    return separator.join([*words[:max_items], *([f"… and {left} more"] if left > 0 else [])])

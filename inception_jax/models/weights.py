@@ -107,7 +107,7 @@ class Weights:
 
     def _create(self, num_classes: int) -> nn.Module:
         if self.module is not None:
-            return protocol.adapted(self.module, name=type(self.module).__name__, place="model")
+            return protocol.adapt(self.module, name=type(self.module).__name__, place="model")
         try:
             return networks.create(self.model, num_classes)
         except ConfigError as error:
@@ -119,7 +119,7 @@ class Weights:
     def num_classes(self) -> int:
         """How many logits the network gives; 0: the weights are without a classifier."""
         network = self._create(1)
-        if self.class_names and protocol.said(network, "classifiers") is None:
+        if self.class_names and protocol.get_attribute(network, "classifiers") is None:
             return len(self.class_names)
         return protocol.num_classes(network, self.variables["params"])
 
@@ -197,7 +197,7 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
             "python -m inception_jax.tools.import_weights"
         )
     try:
-        fields, notes = _fields(json.loads(metadata[_KEY]))
+        fields, notes = _parse_description(json.loads(metadata[_KEY]))
         variables = unflatten({name: np.array(a, np.float32) for name, a in arrays.items()})
         found = Weights(variables=variables, origin=str(path), **fields)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
@@ -267,9 +267,9 @@ def unflatten(leaves: Mapping[str, Any]) -> Variables:
 
 
 # What a file says in other words than `Weights`, or not at all; the rest it says by the same names.
-_IN_OTHER_WORDS = {"variables", "model", "class_names", "mean", "std", "metrics", "origin"}
-_AS_THEY_ARE = [
-    field.name for field in dataclasses.fields(Weights) if field.name not in _IN_OTHER_WORDS
+_CONVERTED_FIELDS = {"variables", "model", "class_names", "mean", "std", "metrics", "origin"}
+_VERBATIM_FIELDS = [
+    field.name for field in dataclasses.fields(Weights) if field.name not in _CONVERTED_FIELDS
 ]
 
 
@@ -282,20 +282,20 @@ def _description(weights: Weights) -> dict[str, Any]:
         "mean": weights.mean.tolist(),
         "std": weights.std.tolist(),
         "metrics": dict(weights.metrics),
-        **{name: getattr(weights, name) for name in _AS_THEY_ARE},
+        **{name: getattr(weights, name) for name in _VERBATIM_FIELDS},
     }
 
 
-def _fields(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _parse_description(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the fields of `Weights` that a description gives, and lines for the log."""
     version = description["format"]
     if version not in (1, FORMAT):
         raise ValueError(f"format = {version}: this version reads up to {FORMAT}")
     settings = description["config"] if version == 1 else {"model": description["model"]}
     config, notes = configs.read_settings(settings)
-    found = {name: description[name] for name in _AS_THEY_ARE if name in description}
+    found = {name: description[name] for name in _VERBATIM_FIELDS if name in description}
     if version == 1:
-        found = _inferred(config) | found
+        found = _format_1_fields(config) | found
     found |= {
         "model": config.model,
         "class_names": tuple(description["class_names"]),
@@ -307,7 +307,7 @@ def _fields(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return found, [note for note in notes if note.startswith("config.model.")]
 
 
-def _inferred(config: Config) -> dict[str, Any]:
+def _format_1_fields(config: Config) -> dict[str, Any]:
     """Returns what files of format 1 say in the training's settings, or do not say."""
     return {
         "eval_crop": config.data.eval_crop_pct,

@@ -11,7 +11,7 @@ from inception_jax import cli, console
 if TYPE_CHECKING:
     from inception_jax.config import Config
     from inception_jax.datasets.dataset import Dataset
-    from inception_jax.export.program import Classify
+    from inception_jax.export.program import LogitsFunction
     from inception_jax.models.weights import Weights
 
 USAGE = """
@@ -82,7 +82,7 @@ def main(positional: Sequence[str]) -> None:
     elif _TO.value == "stablehlo":
         _write_stablehlo(path, trained)
     elif _QUANTIZE.value == "none":
-        _write(path, _onnx_file(trained))
+        _write_file(path, _onnx_file(trained))
     else:
         trained, form = _write_quantized(path, trained), f"{_TO.value}, int8"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {form}; {trained}")
@@ -94,17 +94,17 @@ def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     from inception_jax.export import program, stablehlo
 
     data = stablehlo.export(weights)
-    _check(weights, stablehlo.load(data))
-    _write(path, data)
-    about = json.dumps(program.describe(weights), indent=2)
-    _write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
+    _verify(weights, stablehlo.load(data))
+    _write_file(path, data)
+    about = json.dumps(program.export_metadata(weights), indent=2)
+    _write_file(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
 
 
 def _onnx_file(weights: "Weights") -> bytes:
     from inception_jax.export import onnx
 
     data = onnx.export(weights)
-    _check(weights, onnx.load(data))
+    _verify(weights, onnx.load(data))
     return data
 
 
@@ -116,7 +116,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
 
     from inception_jax.export import onnx, quantization
 
-    dataset = _dataset(weights)
+    dataset = _open_dataset(weights)
     plain = _onnx_file(weights)
     train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
@@ -129,14 +129,14 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     )
     found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
     quantized = dataclasses.replace(weights, metrics=found | {"count": after.count})
-    _write(path, onnx.with_description(small, quantized, precision="int8"))
+    _write_file(path, onnx.with_description(small, quantized, precision="int8"))
     print(f"{dataset.name}, {dataset.eval_split}; calibrated on {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
     print(f"| --- | --: | --: |{' --: |' if top5 else ''} --: | --: |")
     for each in (before, after):
         print(
-            f"| {each.form} | {each.megabytes:.1f} | {each.top1:.2f}% |"
+            f"| {each.precision} | {each.megabytes:.1f} | {each.top1:.2f}% |"
             f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
             f"{each.images_per_second:,.0f} |"
         )
@@ -145,12 +145,12 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantize=none)")
-    if warning := quantization.loss_warning(before, after, remedies):
+    if warning := quantization.accuracy_warning(before, after, remedies):
         console.say(warning)
     return quantized
 
 
-def _dataset(weights: "Weights") -> "Dataset":
+def _open_dataset(weights: "Weights") -> "Dataset":
     """Opens the data of --config, for which cli takes the run's own where it is not given.
 
     Raises:
@@ -182,18 +182,18 @@ def _dataset(weights: "Weights") -> "Dataset":
     return found
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _write_file(path: pathlib.Path, data: bytes) -> None:
     from inception_jax.storage import atomic
 
     with atomic.replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def _check(weights: "Weights", classify: "Classify") -> None:
+def _verify(weights: "Weights", classify: "LogitsFunction") -> None:
     """Checks that an exported network gives the logits of the original, and says how nearly."""
     from inception_jax.export import program
 
-    difference = program.largest_difference(weights, classify)
+    difference = program.max_logit_difference(weights, classify)
     console.say(
         f"verified: on random images its logits differ from the original's by at most "
         f"{difference:.2g}"

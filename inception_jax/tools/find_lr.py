@@ -71,7 +71,7 @@ def main(positional: Sequence[str]) -> None:
         low=_LOW.value,
         high=_HIGH.value,
         steps=_STEPS.value,
-        stepped=_say,
+        stepped=_log_progress,
     )
     proposal = propose(points)
     problems: list[str] = []
@@ -101,7 +101,7 @@ def main(positional: Sequence[str]) -> None:
     print(f"--config.schedule.learning_rate={proposal.rate:g}")
 
 
-def _say(point: "Point") -> None:
+def _log_progress(point: "Point") -> None:
     """Logs the test's progress, about 20 times."""
     if point.step % max(1, _STEPS.value // 20) == 0:
         console.say(

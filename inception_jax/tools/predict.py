@@ -110,16 +110,16 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
     from inception_jax.inference import output_formats
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
-    if found.left_out:
-        left_out = folders.listed([folders.shown(path) for path in found.left_out])
-        console.say(f"skipped, no image extension: {left_out}")
+    if found.skipped:
+        skipped = folders.listed([folders.shown(path) for path in found.skipped])
+        console.say(f"skipped, no image extension: {skipped}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
     console.say(f"images: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
     read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
     failed = 0
-    with _results(format) as file, _progress(len(found.files), predictor) as progress:
+    with _open_results(format) as file, _progress(len(found.files), predictor) as progress:
         for batch in classify(predictor, read):
             for each in batch:
                 if isinstance(each, DataError):
@@ -127,7 +127,7 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
                     failed += 1
                 else:
                     predictions = predictor.top_k(each.logits, _TOP.value)
-                    file.write(format.entry(each.picture.name, predictions))
+                    file.write(format.entry(each.image.name, predictions))
             if heat_maps:
                 heat_maps.draw([each for each in batch if not isinstance(each, DataError)])
             file.flush()
@@ -165,10 +165,10 @@ def _predict_split(weights: "Weights") -> None:
 
     data = _data_settings(weights)
     split = _open_split(weights, data)
-    format = output_formats.best_only(class_ids(data))
+    format = output_formats.split_format(class_ids(data))
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
-    with _results(format) as file, _progress(len(order), predictor) as progress:
+    with _open_results(format) as file, _progress(len(order), predictor) as progress:
         pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
         for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
             for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
@@ -225,11 +225,11 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
 
 
 @contextlib.contextmanager
-def _results(format: "Format") -> Iterator[TextIO]:
+def _open_results(format: "Format") -> Iterator[TextIO]:
     """Opens where the results go, and writes what comes before the first."""
     from inception_jax.inference import output_formats
 
-    with output_formats.written(_OUTPUT.value) as file:
+    with output_formats.open_output(_OUTPUT.value) as file:
         file.write(format.header)
         yield file
 

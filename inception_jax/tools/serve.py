@@ -60,7 +60,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import load
     from inception_jax.inference.gradcam import Explainer
     from inception_jax.inference.predictor import Predictor
-    from inception_jax.inference.server.classify import ImageClassifier, Limits
+    from inception_jax.inference.server.classify import Limits, PredictionService
     from inception_jax.runtime import devices
 
     with server.bind(_HOST.value, _PORT.value) as bound:
@@ -69,7 +69,7 @@ def main(positional: Sequence[str]) -> None:
         console.say(f"network: {weights}; compiling")
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
-        classifier = ImageClassifier(predictor, Explainer(predictor, _LAYER.value), limits)
+        classifier = PredictionService(predictor, Explainer(predictor, _LAYER.value), limits)
         classifier.warm_up()
         host, port = bound.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

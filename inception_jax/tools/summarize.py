@@ -62,14 +62,14 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=console.say)
     if given is not None:
         configs.validate(given)
-        weights, classes = None, _classes(given.data.name)
+        weights, classes = None, _num_classes(given.data.name)
         name, size = given.model.name, given.data.image_size
         network = networks.create(given.model, classes, rewrite=False)
     else:
         weights = load.load(**_TRAINED.values(), log=console.say)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
-    found = structure.describe(network, size)
+    found = structure.analyze(network, size)
     folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "summary")
     workdir.check_writable(folder, flag="output")
     table = make_table(found)
@@ -83,7 +83,7 @@ def main(positional: Sequence[str]) -> None:
         print(path)
 
 
-def _classes(name: str) -> int:
+def _num_classes(name: str) -> int:
     """Returns how many classes a data set has."""
     from inception_jax.errors import UserError
     from inception_jax.registry import DATASETS
@@ -104,7 +104,7 @@ def _draw_weights(
 
     written = []
     first = next(layer.name for layer in structure.layers if layer.inputs[0].source is None)
-    kernel = feature_maps.filters(weights, first)
+    kernel = feature_maps.layer_kernel(weights, first)
     if kernel.ndim == 4:
         written.append(folder / "filters.png")
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
@@ -117,7 +117,7 @@ def _draw_weights(
     layer = _LAYER.value or next(modules)
     predictor = Predictor(weights)
     pixels = predictor.read(_IMAGE.value.read_bytes(), str(_IMAGE.value))
-    maps = feature_maps.activations(predictor, pixels, layer)
+    maps = feature_maps.compute_activations(predictor, pixels, layer)
     feature_maps.draw_activations(written[-1], pixels, maps, layer=layer, title=str(weights))
     return written
 

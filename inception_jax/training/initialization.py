@@ -71,7 +71,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     notes += [f"weights of other settings: {line}" for line in _other_settings(found, run.config)]
     if reason := other_classes(found, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
-        classifiers = protocol.needed(
+        classifiers = protocol.require_attribute(
             run.model, "classifiers", "starting from weights of other classes"
         )
         values, expected = (_without(tree, *classifiers) for tree in (values, expected))
@@ -204,7 +204,7 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
 
 def _heads(run: Run) -> tuple[str, ...]:
     """Returns the modules that only training computes, whether the network has them or not."""
-    heads: tuple[str, ...] = protocol.said(run.model, "heads", ())
+    heads: tuple[str, ...] = protocol.get_attribute(run.model, "heads", ())
     return heads
 
 
@@ -238,8 +238,8 @@ def _renormalised(
     Only at the image's border is it not exact: the zeros around are another colour.
     """
     purpose = "starting from weights of images of another mean and deviation"
-    first = protocol.needed(run.model, "first_conv", purpose)
-    norm = protocol.said(run.model, "first_norm", "")
+    first = protocol.require_attribute(run.model, "first_conv", purpose)
+    norm = protocol.get_attribute(run.model, "first_norm", "")
     scale = run.dataset.std / found.std
     shift = (run.dataset.mean - found.mean) / found.std
     kernel = values[f"params/{first}/kernel"]

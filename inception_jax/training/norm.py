@@ -34,7 +34,7 @@ class NormEstimator:
         self._run = run
         examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
         self._batches = -(-examples // run.config.train.batch_size)
-        if protocol.said(run.model, "norm_momentum") is None:
+        if protocol.get_attribute(run.model, "norm_momentum") is None:
             self._batches = 0
         replicated = sharding.replicated(run.mesh)
         self._jitted = jax.jit(
@@ -91,6 +91,6 @@ class NormEstimator:
             mutable=["batch_stats"],
         )
         # The network keeps its momentum's share of the zeros.
-        momentum = protocol.said(self._run.model, "norm_momentum")
+        momentum = protocol.get_attribute(self._run.model, "norm_momentum")
         share = 1 / (1 - momentum) / self._batches
         return jax.tree.map(lambda old, new: old + share * new, mean, updated["batch_stats"])

@@ -85,7 +85,7 @@ class Run:
     def model_name(self) -> str:
         """What the network is called in messages."""
         if isinstance(self.model, protocol.Adapter):
-            return self.model.called
+            return self.model.display_name
         return self.config.model.name
 
     def compile_kind(self) -> str:
@@ -157,7 +157,7 @@ def assemble(
         config = adapted(config, dataset)
     hosts.check_consistent("data set", lambda: content(dataset))
     config = _sized(config, dataset, mesh.size, log)
-    if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
+    if config.model.dtype == "bfloat16" and (slow := ops.bfloat16_slowdown()):
         log(
             f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; give "
             "--config.model.dtype=float32"
@@ -166,9 +166,9 @@ def assemble(
         network = networks.create(config.model, dataset.num_classes)
     else:
         _check_kind("model", model, nn.Module, "of flax.linen, not its class")
-        network = protocol.adapted(model, name=type(model).__name__, place="model")
+        network = protocol.adapt(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
-    if config.evaluation.norm_examples and protocol.said(network, "norm_momentum") is None:
+    if config.evaluation.norm_examples and protocol.get_attribute(network, "norm_momentum") is None:
         log(
             f"config.evaluation.norm_examples = {config.evaluation.norm_examples}: the network "
             "does not say its norm_momentum, so BatchNorm's running statistics are used"

@@ -220,7 +220,7 @@ def test_a_pipe_or_a_device_among_pictures_is_not_read(tmp_path: pathlib.Path) -
                 source.read(name)
     found = image_files.find([str(path)])
     assert [os.path.basename(file) for file in found.files] == ["0.jpg", "1.jpg"]
-    assert [os.path.basename(file) for file in found.left_out] == ["pipe.jpg", "zero.jpg"]
+    assert [os.path.basename(file) for file in found.skipped] == ["pipe.jpg", "zero.jpg"]
 
 
 def test_a_file_far_larger_than_a_picture_is_not_read(

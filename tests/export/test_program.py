@@ -60,7 +60,7 @@ def test_stablehlo_runs_on_any_batch_and_platform(weights: Weights) -> None:
     for count in (1, 5):
         pixels = noise(count)
         np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert program.largest_difference(weights, call) < 1e-3
+    assert program.max_logit_difference(weights, call) < 1e-3
 
 
 def test_another_size_of_evaluation_is_inside() -> None:
@@ -81,9 +81,9 @@ def test_what_was_trained_in_bfloat16_is_exported_in_float32(weights: Weights) -
 def test_a_network_that_is_not_the_same_is_refused(weights: Weights) -> None:
     right = stablehlo.load(stablehlo.export(weights))
     with pytest.raises(RunError, match=r"logits differ by up to 0\.1"):
-        program.largest_difference(weights, lambda pixels: right(pixels) + 0.1)
+        program.max_logit_difference(weights, lambda pixels: right(pixels) + 0.1)
     with pytest.raises(RunError, match="logits differ by up to nan"):
-        program.largest_difference(weights, lambda pixels: right(pixels) * np.nan)
+        program.max_logit_difference(weights, lambda pixels: right(pixels) * np.nan)
 
 
 def test_onnx_runtime_gives_the_logits_of_the_network(weights: Weights, onnx_data: bytes) -> None:
@@ -103,7 +103,7 @@ def test_an_onnx_file_resizes_inside() -> None:
 def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> None:
     model = onnx.load_from_string(onnx_data)
     about = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(about["inception_jax"]) == program.describe(weights)
+    assert json.loads(about["inception_jax"]) == program.export_metadata(weights)
     (given,), (result,) = model.graph.input, model.graph.output
     assert (given.name, result.name) == ("pixels", "logits")
     dimensions = given.type.tensor_type.shape.dim
@@ -174,6 +174,6 @@ def test_what_is_not_installed_is_named(weights: Weights, monkeypatch: pytest.Mo
 
 
 def test_a_description_can_be_written_as_json(weights: Weights) -> None:
-    about = json.loads(json.dumps(program.describe(weights)))
+    about = json.loads(json.dumps(program.export_metadata(weights)))
     assert about["class_names"] == list("abcdefg")
     assert about["input"]["shape"] == ["batch", SIZE, SIZE, 3]

@@ -29,7 +29,7 @@ def test_accuracy_counts_every_image_once() -> None:
         return -places.astype(np.float32)
 
     found = quantization.measure_accuracy("form", classify, split, size=2_500_000)
-    assert (found.form, found.megabytes, found.count) == ("form", 2.5, 151)
+    assert (found.precision, found.megabytes, found.count) == ("form", 2.5, 151)
     # 75 odd ones; image 150 is rated 3 first; of the 75 even ones image 0 is not among the five.
     assert found.top1 == pytest.approx(100 * 76 / 151)
     assert found.top5 == pytest.approx(100 * 150 / 151)
@@ -49,7 +49,7 @@ def test_a_loss_of_more_than_a_point_is_warned_of(top1: float, warned: bool) -> 
         quantization.Accuracy(form, 1.0, top1=percent, top5=None, count=9, images_per_second=1.0)
         for form, percent in (("float32", 60.0), ("int8", top1))
     )
-    found = quantization.loss_warning(before, after, ["--float_ends", "--calibration=2048"])
+    found = quantization.accuracy_warning(before, after, ["--float_ends", "--calibration=2048"])
     assert bool(found) == warned
     if warned:
         assert "costs 5.00 points of top-1 accuracy (55.00%, float32 60.00%)" in found

@@ -126,7 +126,7 @@ def test_an_own_network_is_exported(form: str, finished: Any) -> None:
 def test_an_own_network_is_looked_into(finished: Any) -> None:
     weights = weights_of(*finished[:2])
     assert Explainer(Predictor(weights)).layer == "Module_2"
-    found = structure.describe(finished[0].model, 8)
+    found = structure.analyze(finished[0].model, 8)
     assert [block.name for block in found.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
     params = finished[1].params
     assert sum(layer.parameters for layer in found.layers) == sum(

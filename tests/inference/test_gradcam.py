@@ -14,7 +14,7 @@ from inception_jax.config import Model
 from inception_jax.errors import ConfigError
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import Explainer, HeatmapWriter
-from inception_jax.inference.predictor import Classified, Picture, Predictor
+from inception_jax.inference.predictor import ClassifiedImage, LoadedImage, Predictor
 from inception_jax.models import introspect, networks
 from inception_jax.models.layers import ModelOutput
 from tests import small
@@ -112,7 +112,7 @@ def test_layers_are_those_that_give_a_grid() -> None:
     model = networks.create(Model(stem="s16", aux_heads=True), 200)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
-    found = introspect.grids(model, shapes, images)
+    found = introspect.spatial_layers(model, shapes, images)
     top = [path for path in found if "/" not in path]
     assert top[:4] == ["conv1", "conv2_reduce", "conv2", "inception_3a"]
     assert top[-2:] == ["inception_5a", "inception_5b"]
@@ -152,9 +152,9 @@ def test_heat_maps_are_drawn_beside_their_pictures(
     pixels = random.integers(0, 256, (4, 8, 8, 3), np.uint8)
     views = [random.integers(0, 256, (32, 32, 3), np.uint8) for _ in names]
     drawn = HeatmapWriter(tmp_path, Explainer(predictor), label=None)
-    pictures = [Picture(*each) for each in zip(names, pixels, views, strict=True)]
+    pictures = [LoadedImage(*each) for each in zip(names, pixels, views, strict=True)]
     logits = predictor.logits(pixels)
-    drawn.draw([Classified(*each) for each in zip(pictures, logits, strict=True)])
+    drawn.draw([ClassifiedImage(*each) for each in zip(pictures, logits, strict=True)])
     drawn.draw([])
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["$x^{2$.png", "cat-2-2.png", "cat-2.png", "cat.png"]

@@ -21,7 +21,7 @@ def test_folders_are_walked_in_natural_order(tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path, *sorted(expected))
     found = image_files.find([folder])
     assert found.files == [os.path.join(folder, name) for name in expected]
-    assert not found.left_out
+    assert not found.skipped
 
 
 def test_names_that_are_as_good_as_equal_have_an_order() -> None:
@@ -43,7 +43,7 @@ def test_hidden_files_are_passed_over_and_others_left_out(tmp_path: pathlib.Path
     )
     found = image_files.find([folder])
     assert [os.path.basename(path) for path in found.files] == ["a.jpg"]
-    assert [os.path.basename(path) for path in found.left_out] == ["d", "e.pdf", "notes.txt"]
+    assert [os.path.basename(path) for path in found.skipped] == ["d", "e.pdf", "notes.txt"]
 
 
 def test_a_file_that_is_named_itself_is_taken(tmp_path: pathlib.Path) -> None:
@@ -78,7 +78,7 @@ def test_mistakes_are_named(
 def test_the_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8")))
     assert image_files.read(image_files.STDIN) == b"\xff\xd8"
-    assert image_files.shown(image_files.STDIN) == "standard input"
+    assert image_files.display_name(image_files.STDIN) == "standard input"
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:

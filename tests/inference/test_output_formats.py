@@ -61,9 +61,9 @@ def test_csv_has_a_row_for_each_class() -> None:
 
 
 def test_a_split_has_ids_or_names() -> None:
-    ids = output_formats.best_only(["n0", "n1", "n2", "n3"])
+    ids = output_formats.split_format(["n0", "n1", "n2", "n3"])
     assert ids.header + ids.entry("test/images/test_0.JPEG", GUESSES[:1]) == "test_0.JPEG n3\n"
-    names = output_formats.best_only([])
+    names = output_formats.split_format([])
     rows = list(csv.reader(io.StringIO(names.header + names.entry("test/0.jpg", GUESSES[:1]))))
     assert rows == [["file", "class"], ["test/0.jpg", 'cat, "tabby"']]
 
@@ -75,21 +75,21 @@ def test_a_file_is_written_whole_or_not_at_all(
     path.write_text("before")
 
     def fail() -> None:
-        with output_formats.written(path) as file:
+        with output_formats.open_output(path) as file:
             file.write("half")
             raise ValueError
 
     with pytest.raises(ValueError):
         fail()
     assert [each.read_text() for each in tmp_path.iterdir()] == ["before"]
-    with output_formats.written(path) as file:
+    with output_formats.open_output(path) as file:
         file.write("ä")
     assert [each.read_text("utf-8") for each in tmp_path.iterdir()] == ["ä"]
-    with output_formats.written(None) as file:
+    with output_formats.open_output(None) as file:
         file.write("out")
     assert capsys.readouterr().out == "out"
     with (
         pytest.raises(UserError, match=r"none/x: cannot be written: No such file"),
-        output_formats.written(tmp_path / "none" / "x"),
+        output_formats.open_output(tmp_path / "none" / "x"),
     ):
         pass

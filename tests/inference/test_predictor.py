@@ -17,7 +17,7 @@ from inception_jax.errors import CheckpointError, DataError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.inference import gradcam, image_files, load
 from inception_jax.inference.predictor import (
-    Picture,
+    LoadedImage,
     Predictor,
     batch_size_for,
     classify,
@@ -196,7 +196,7 @@ def test_views_show_what_is_seen() -> None:
     picture = np.full((64, 96, 3), 255, np.uint8)
     picture[16:48, 32:64] = (200, 100, 50)
     for size in (8, 32):
-        view = predictor.view(gradcam.png(picture), "x", size)
+        view = predictor.view(gradcam.encode_png(picture), "x", size)
         assert view.shape == (size, size, 3)
         # The filter mixes what lies beside the part into its outermost pixels.
         assert (view[2:-2, 2:-2] == (200, 100, 50)).all()
@@ -208,14 +208,14 @@ def test_files_are_read_in_order_and_failures_keep_their_place(
     files = [str(tmp_path / f"{n}.png") for n in range(30)]
     for n, file in enumerate(files):
         image = np.full((9, 11, 3), n, np.uint8)
-        pathlib.Path(file).write_bytes(b"" if n % 7 == 3 else gradcam.png(image))
+        pathlib.Path(file).write_bytes(b"" if n % 7 == 3 else gradcam.encode_png(image))
     files.insert(5, str(tmp_path / "gone.png"))
     read = list(read_files(predictor, files, view_size=16))
     assert len(read) == len(files)
     for file, found in zip(files, read, strict=True):
         stem = pathlib.Path(file).stem
         if stem == "gone" or int(stem) % 7 == 3:
-            assert isinstance(found, DataError) and image_files.shown(file) in str(found)
+            assert isinstance(found, DataError) and image_files.display_name(file) in str(found)
         else:
             assert not isinstance(found, DataError)
             assert found.name == file
@@ -225,7 +225,7 @@ def test_files_are_read_in_order_and_failures_keep_their_place(
 
 def test_pictures_are_classified_among_failures(predictor: Predictor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
-    read = [Picture(str(n), image, image) for n, image in enumerate(pixels)]
+    read = [LoadedImage(str(n), image, image) for n, image in enumerate(pixels)]
     errors = [DataError(str(n)) for n in range(6)]
     mixed = [*errors[:5], read[0], errors[5], *read[1:]]
     batches = list(classify(predictor, mixed))
@@ -236,7 +236,7 @@ def test_pictures_are_classified_among_failures(predictor: Predictor) -> None:
         if isinstance(given, DataError):
             assert found is given
         else:
-            assert not isinstance(found, DataError) and found.picture is given
+            assert not isinstance(found, DataError) and found.image is given
             np.testing.assert_allclose(found.logits, next(expected), rtol=1e-5, atol=1e-5)
 
 

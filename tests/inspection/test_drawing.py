@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def found() -> structure.Structure:
-    return structure.describe(networks.create(Model(aux_heads=True), 200), 64)
+    return structure.analyze(networks.create(Model(aux_heads=True), 200), 64)
 
 
 def write(found: structure.Structure, folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:

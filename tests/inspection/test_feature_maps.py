@@ -44,7 +44,7 @@ def pixels() -> np.ndarray:
 
 
 def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.ndarray) -> None:
-    maps = feature_maps.activations(Predictor(weights), pixels, "conv1")
+    maps = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     epsilon = weights.model.norm_epsilon
     normalised = (pixels / 255 - weights.mean) / weights.std
     expected = np.maximum(normalised, 0) / np.sqrt(1 + epsilon)
@@ -55,8 +55,8 @@ def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.nd
 
 def test_a_module_inside_a_module_can_be_looked_at(weights: Weights, pixels: np.ndarray) -> None:
     predictor = Predictor(weights)
-    whole = feature_maps.activations(predictor, pixels, "inception_2a")
-    part = feature_maps.activations(predictor, pixels, "inception_2a/conv_1x1")
+    whole = feature_maps.compute_activations(predictor, pixels, "inception_2a")
+    part = feature_maps.compute_activations(predictor, pixels, "inception_2a/conv_1x1")
     np.testing.assert_allclose(whole[..., : part.shape[-1]], part, rtol=1e-5, atol=1e-6)
 
 
@@ -65,19 +65,19 @@ def test_a_layer_that_gives_no_image_is_refused(
     layer: str, weights: Weights, pixels: np.ndarray
 ) -> None:
     with pytest.raises(UserError, match=f"--layer={layer}: .*inception_2a") as error:
-        feature_maps.activations(Predictor(weights), pixels, layer)
+        feature_maps.compute_activations(Predictor(weights), pixels, layer)
     if layer == "inception_2x":
         assert "Did you mean inception_2" in str(error.value)
 
 
 def test_filters_are_the_kernel(weights: Weights) -> None:
-    kernel = feature_maps.filters(weights, "conv1")
+    kernel = feature_maps.layer_kernel(weights, "conv1")
     assert np.array_equal(kernel, weights.variables["params"]["conv1"]["conv"]["kernel"])
 
 
 def test_a_grid_holds_every_picture_once_with_gaps() -> None:
     pictures = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
-    laid = feature_maps.grid(pictures)
+    laid = feature_maps.tile_images(pictures)
     assert laid.shape == (2 * 3 + 1, 3 * 4 + 1)
     assert np.isnan(laid[0]).all() and np.isnan(laid[:, 0]).all() and np.isnan(laid[3]).all()
     values, counts = np.unique(laid[~np.isnan(laid)], return_counts=True)
@@ -87,8 +87,8 @@ def test_a_grid_holds_every_picture_once_with_gaps() -> None:
 
 def test_pictures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
     filters, maps = tmp_path / "filters.png", tmp_path / "maps.png"
-    feature_maps.draw_filters(filters, feature_maps.filters(weights, "conv1"), "filters")
-    found = feature_maps.activations(Predictor(weights), pixels, "conv1")
+    feature_maps.draw_filters(filters, feature_maps.layer_kernel(weights, "conv1"), "filters")
+    found = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     feature_maps.draw_activations(maps, pixels, found, layer="conv1", title="maps")
     for path in (filters, maps):
         with Image.open(path) as image:
@@ -97,5 +97,5 @@ def test_pictures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: path
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     with pytest.raises(UserError, match=r"/proc/no/filters\.png: cannot be written"):
         feature_maps.draw_filters(
-            pathlib.Path("/proc/no/filters.png"), feature_maps.filters(weights, "conv1"), ""
+            pathlib.Path("/proc/no/filters.png"), feature_maps.layer_kernel(weights, "conv1"), ""
         )

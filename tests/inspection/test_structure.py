@@ -56,7 +56,7 @@ def shapes(model: Model, size: int) -> tuple[dict[tuple, Any], dict[tuple, Any]]
 def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size: int) -> None:
     """Independent of the program's operations: each kernel is used once at each place."""
     params, results = shapes(model, size)
-    found = structure.describe(networks.create(model, 10), size)
+    found = structure.analyze(networks.create(model, 10), size)
     layers = {layer.name: layer for layer in found.layers}
     assert len(layers) == len(found.layers)
     multiply_adds = 0
@@ -90,14 +90,14 @@ def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size
 def test_the_totals_are_the_known_ones(
     model: Model, size: int, classes: int, parameters: int, giga: float
 ) -> None:
-    blocks = structure.describe(networks.create(model, classes), size).blocks()
+    blocks = structure.analyze(networks.create(model, classes), size).blocks()
     assert sum(block.parameters for block in blocks) == parameters
     assert round(sum(block.multiply_adds for block in blocks) / 1e9, 2) == giga
 
 
 def test_auxiliary_heads_are_told_from_the_rest() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
-    found = structure.describe(networks.create(model, 1000), 224)
+    found = structure.analyze(networks.create(model, 1000), 224)
     blocks = found.blocks()
     assert [block.name for block in blocks if block.is_auxiliary] == ["aux_4a", "aux_4d"]
     assert sum(block.parameters for block in blocks) == 13_004_888
@@ -107,7 +107,7 @@ def test_auxiliary_heads_are_told_from_the_rest() -> None:
 
 
 def test_layers_say_what_they_are_and_what_they_read() -> None:
-    found = structure.describe(networks.create(Model(norm="lrn", aux_heads=True), 10), 224)
+    found = structure.analyze(networks.create(Model(norm="lrn", aux_heads=True), 10), 224)
     layers = {layer.name: layer for layer in found.layers}
 
     def sources(name: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -143,7 +143,7 @@ def test_layers_say_what_they_are_and_what_they_read() -> None:
 
 
 def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> None:
-    found = structure.describe(networks.create(Model(name="mini_googlenet"), 10), 32)
+    found = structure.analyze(networks.create(Model(name="mini_googlenet"), 10), 32)
     blocks = {block.name: block for block in found.blocks()}
     assert blocks["inception_2a"].kind == "mini inception"
     assert [layer.name for layer in blocks["downsample_2c"].layers] == [
@@ -157,7 +157,7 @@ def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> Non
 
 def test_pooling_to_a_given_size_is_one_layer() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
-    found = structure.describe(networks.create(model, 10), 224)
+    found = structure.analyze(networks.create(model, 10), 224)
     head = next(block for block in found.blocks() if block.name == "aux_4a")
     kinds = [layer.kind for layer in head.layers]
     assert kinds == ["average pool", "convolution", "linear", "linear"]
@@ -167,7 +167,7 @@ def test_pooling_to_a_given_size_is_one_layer() -> None:
 
 def test_receptive_fields_of_the_paper_s_network() -> None:
     """Arithmetic on windows and strides: Araujo et al. 2019 list 907 for its last pool."""
-    blocks = structure.describe(networks.create(Model(), 10), 224).blocks()
+    blocks = structure.analyze(networks.create(Model(), 10), 224).blocks()
     seen = {block.name: (block.receptive_field, block.jump) for block in blocks}
     assert [seen[name] for name in ("conv1", "max_pool", "conv2", "max_pool_2")] == [
         (7, 2),
@@ -185,7 +185,7 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
     """A NaN in a column of the image reaches exactly the pixels whose field it is in."""
     network = networks.create(Model(name="mini_googlenet", width=0.02), 10)
     size = 64
-    blocks = structure.describe(network, size).blocks()
+    blocks = structure.analyze(network, size).blocks()
     images = np.zeros((size, size, size, 3), np.float32)
     images[np.arange(size), :, np.arange(size)] = np.nan
     variables = small.draw(network, size)
@@ -209,7 +209,7 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
 
 
 def test_any_network_with_the_same_call_is_described() -> None:
-    found = structure.describe(Linear(), 8)
+    found = structure.analyze(Linear(), 8)
     (layer,) = found.layers
     assert (layer.name, layer.kind, layer.shape) == ("classifier", "linear", (10,))
     assert layer.multiply_adds == 8 * 8 * 3 * 10
@@ -218,4 +218,4 @@ def test_any_network_with_the_same_call_is_described() -> None:
 
 def test_an_image_that_is_too_small_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be at least 31 x 31 px"):
-        structure.describe(networks.create(Model(), 10), 8)
+        structure.analyze(networks.create(Model(), 10), 8)

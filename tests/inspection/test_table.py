@@ -13,7 +13,7 @@ from inception_jax.models import networks
 
 
 def table(model: Model, size: int, classes: int = 1000) -> Table:
-    return make_table(structure.describe(networks.create(model, classes), size))
+    return make_table(structure.analyze(networks.create(model, classes), size))
 
 
 @pytest.fixture(scope="module")

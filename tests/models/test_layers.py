@@ -130,10 +130,10 @@ def test_dropout_drops_features_in_training_alone() -> None:
 def test_scaled_channels_are_rounded_and_at_least_one(
     channels: int, width: float, expected: int
 ) -> None:
-    assert layers.scaled(channels, width) == expected
+    assert layers.scale_channels(channels, width) == expected
 
 
 def test_a_small_image_is_refused_with_the_size_the_model_and_the_least_size() -> None:
-    layers.check_image_size(jnp.ones((1, 31, 31, 3)), least=31, model="GoogLeNet")
+    layers.check_image_size(jnp.ones((1, 31, 31, 3)), min_size=31, model="GoogLeNet")
     with pytest.raises(ConfigError, match=r"40 x 30 px.*31 x 31 px.*GoogLeNet.*image_size"):
-        layers.check_image_size(jnp.ones((1, 40, 30, 3)), least=31, model="GoogLeNet")
+        layers.check_image_size(jnp.ones((1, 40, 30, 3)), min_size=31, model="GoogLeNet")

@@ -14,7 +14,7 @@ from inception_jax.config import Model
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import networks, torchvision_weights, weights
-from inception_jax.models.torchvision_weights import Imported, from_torchvision
+from inception_jax.models.torchvision_weights import ImportedWeights, from_torchvision
 from inception_jax.models.weights import Weights
 from tests import command
 
@@ -46,7 +46,7 @@ def without(state: State, *starts: str) -> State:
     return {name: value for name, value in state.items() if not name.startswith(starts)}
 
 
-def assert_same(found: Imported, expected: Imported) -> None:
+def assert_same(found: ImportedWeights, expected: ImportedWeights) -> None:
     ours, theirs = (weights.flatten(each.variables) for each in (found, expected))
     assert ours.keys() == theirs.keys() and found.model == expected.model
     for name, leaf in ours.items():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from inception_jax.config import Data
 from inception_jax.datasets.dataset import prepare
-from inception_jax.inference.gradcam import png
+from inception_jax.inference.gradcam import encode_png
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
@@ -77,7 +77,7 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
 def test_the_standard_input_gives_a_table(
     network: Weights, path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    image = png(np.full((8, 8, 3), 90, np.uint8))
+    image = encode_png(np.full((8, 8, 3), 90, np.uint8))
     process = subprocess.run(
         [sys.executable, "-m", "inception_jax.tools.predict", "-", f"--weights={path}"],
         cwd=command.ROOT,

@@ -10,7 +10,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from inception_jax.inference.gradcam import png
+from inception_jax.inference.gradcam import encode_png
 from tests import command, served
 
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
@@ -20,7 +20,7 @@ def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
     with served.running(tmp_path, "--layer=inception_3d") as (address, process):
         with urllib.request.urlopen(address) as answer:
             assert b"Classify an image" in answer.read()
-        data = png(np.zeros((8, 8, 3), np.uint8))
+        data = encode_png(np.zeros((8, 8, 3), np.uint8))
         with urllib.request.urlopen(f"{address}/predict", data=data) as answer:
             assert len(json.load(answer)["guesses"]) == 5
         code, written = served.interrupt(process)

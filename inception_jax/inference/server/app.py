@@ -24,10 +24,10 @@ from starlette.routing import Route
 
 from inception_jax.errors import UserError
 from inception_jax.inference.server.classify import (
-    ImageClassifier,
     Limits,
+    PredictionService,
     TooLargeError,
-    too_many_bytes,
+    file_too_large,
 )
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -42,13 +42,13 @@ _HEADERS = {
 }
 
 
-def create_app(classifier: ImageClassifier) -> Starlette:
+def create_app(classifier: PredictionService) -> Starlette:
     """Returns the application.
 
     Args:
       classifier: answers; it is warm already.
     """
-    page, about = _PAGE.read_text(encoding="utf-8"), classifier.about()
+    page, about = _PAGE.read_text(encoding="utf-8"), classifier.model_info()
 
     async def show_page(request: Request) -> Response:
         return HTMLResponse(page, headers=_HEADERS)
@@ -59,14 +59,14 @@ def create_app(classifier: ImageClassifier) -> Starlette:
     async def predict(request: Request) -> Response:
         try:
             if request.headers.get("content-type", "").startswith("multipart/"):
-                return _refused(415, "Send the image file itself: curl --data-binary @FILE")
-            settings = _settings(request.query_params)
-            data = await _body(request, classifier.limits)
+                return _error_response(415, "Send the image file itself: curl --data-binary @FILE")
+            settings = _parse_query(request.query_params)
+            data = await _read_body(request, classifier.limits)
             answer = await run_in_threadpool(classifier.classify, data, **settings)
         except TooLargeError as error:
-            return _refused(413, str(error))
+            return _error_response(413, str(error))
         except UserError as error:
-            return _refused(400, str(error))
+            return _error_response(400, str(error))
         return JSONResponse(answer, headers=_HEADERS)
 
     return Starlette(
@@ -78,12 +78,12 @@ def create_app(classifier: ImageClassifier) -> Starlette:
     )
 
 
-def _refused(status: int, message: str) -> Response:
+def _error_response(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status_code=status, headers=_HEADERS)
 
 
-def _settings(query: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what `ImageClassifier.classify` takes besides the picture.
+def _parse_query(query: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what `PredictionService.classify` takes besides the picture.
 
     Raises:
       UserError: if a parameter is unknown or out of its range.
@@ -101,7 +101,7 @@ def _settings(query: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _read_body(request: Request, limits: Limits) -> bytes:
     """Returns the body, of which no more is read than is allowed.
 
     Raises:
@@ -111,5 +111,5 @@ async def _body(request: Request, limits: Limits) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > limits.bytes:
-            raise too_many_bytes(limits)
+            raise file_too_large(limits)
     return bytes(body)

@@ -14,7 +14,7 @@ from inception_jax.inference.gradcam import Explainer
 from inception_jax.inference.predictor import Predictor
 
 # Pictures that are decoded and computed at a time; others wait. Each may take some 300 MB.
-_AT_A_TIME = 2
+_MAX_CONCURRENT = 2
 
 
 class Limits(NamedTuple):
@@ -33,7 +33,7 @@ class TooLargeError(Exception):
     """A picture exceeds a limit; the message is for the user."""
 
 
-class ImageClassifier:
+class PredictionService:
     """Answers questions about pictures, for several threads at a time.
 
     Attributes:
@@ -48,14 +48,14 @@ class ImageClassifier:
     def __init__(self, predictor: Predictor, explainer: Explainer, limits: Limits) -> None:
         self.limits = limits
         self._predictor, self._explainer = predictor, explainer
-        self._turn = threading.BoundedSemaphore(_AT_A_TIME)
+        self._slots = threading.BoundedSemaphore(_MAX_CONCURRENT)
 
     def warm_up(self) -> None:
         """Compiles what the first picture would wait for."""
         size = self._predictor.weights.image_size
-        self.classify(gradcam.png(np.zeros((size, size, 3), np.uint8)))
+        self.classify(gradcam.encode_png(np.zeros((size, size, 3), np.uint8)))
 
-    def about(self) -> dict[str, Any]:
+    def model_info(self) -> dict[str, Any]:
         """Returns what the network is and what it takes, as JSON."""
         weights = self._predictor.weights
         return {
@@ -85,7 +85,7 @@ class ImageClassifier:
         classes = self._predictor.weights.num_classes
         if label is not None and label >= classes:
             raise UserError(f"label = {label}: must be less than {classes}, the number of classes")
-        with self._turn:
+        with self._slots:
             self._check_size(data)
             try:
                 pixels = self._predictor.read(data, "the image")[None]
@@ -97,38 +97,38 @@ class ImageClassifier:
             if heat_map:
                 label = best[0].label if label is None else label
                 explained = self._predictor.prediction(logits[0], label)
-                answer |= {"explained": explained._asdict()} | self._pictures(data, pixels, label)
+                answer |= {"explained": explained._asdict()} | self._image_urls(data, pixels, label)
             return answer
 
     def _check_size(self, data: bytes) -> None:
         """Refuses what would take too much memory to decode, by what the file says of itself."""
         limits = self.limits
         if len(data) > limits.bytes:
-            raise too_many_bytes(limits)
+            raise file_too_large(limits)
         try:
             width, height = decode.dimensions(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _too_many_pixels("more than 90 megapixels", limits) from error
+            raise _image_too_large("more than 90 megapixels", limits) from error
         except decode.BROKEN:
             return  # Nor can it be decoded; that says why.
         if width * height > limits.pixels:
-            raise _too_many_pixels(f"{width:,} × {height:,} pixels", limits)
+            raise _image_too_large(f"{width:,} × {height:,} pixels", limits)
 
-    def _pictures(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
+    def _image_urls(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
         """Returns the part that the network sees, without and with the heat map, as data URLs."""
         view = self._predictor.view(data, "the image", gradcam.VIEW_SIZE)
         (heat,) = self._explainer.maps(pixels, np.array([label]))
-        return {"picture": _url(view), "heat_map": _url(gradcam.overlay(view, heat))}
+        return {"picture": _data_url(view), "heat_map": _data_url(gradcam.overlay(view, heat))}
 
 
-def too_many_bytes(limits: Limits) -> TooLargeError:
+def file_too_large(limits: Limits) -> TooLargeError:
     """Returns the error for a file that is too long."""
     return TooLargeError(
         f"The file is too large: the limit is {limits.bytes / 1e6:g} MB. Use a smaller image"
     )
 
 
-def _too_many_pixels(found: str, limits: Limits) -> TooLargeError:
+def _image_too_large(found: str, limits: Limits) -> TooLargeError:
     return TooLargeError(
         f"The image has {found}; the limit is {limits.pixels / 1e6:g} megapixels. Use a smaller "
         "image"
@@ -142,5 +142,5 @@ def _unreadable(problem: decode.Problem) -> DataError:
     )
 
 
-def _url(pixels: np.ndarray) -> str:
-    return f"data:image/png;base64,{base64.b64encode(gradcam.png(pixels)).decode()}"
+def _data_url(pixels: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(gradcam.encode_png(pixels)).decode()}"

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from inception_jax.errors import UserError
 
 # Connections at a time, each with a picture at most in memory; more are told to come again (503).
-_CONNECTIONS = 40
+_MAX_CONNECTIONS = 40
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -52,7 +52,7 @@ def run(app: Starlette, bound: socket.socket, ready: Callable[[], None]) -> None
         log_level="error",
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
     # uvicorn ends in order, and then raises the signal again.

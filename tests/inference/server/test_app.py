@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import VIEW_SIZE, Explainer
 from inception_jax.inference.predictor import Predictor
-from inception_jax.inference.server.classify import ImageClassifier, Limits
+from inception_jax.inference.server.classify import Limits, PredictionService
 from tests import small
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra 'serve'")
@@ -32,7 +32,7 @@ def predictor() -> Predictor:
 def client(predictor: Predictor) -> Any:
     from inception_jax.inference.server.app import create_app
 
-    classifier = ImageClassifier(predictor, Explainer(predictor), LIMITS)
+    classifier = PredictionService(predictor, Explainer(predictor), LIMITS)
     classifier.warm_up()
     return testclient.TestClient(create_app(classifier))
 
@@ -49,7 +49,7 @@ def decoded(url: str) -> np.ndarray:
 
 
 def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predictor) -> None:
-    data = gradcam.png(picture())
+    data = gradcam.encode_png(picture())
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
     found = answer.json()
@@ -65,7 +65,7 @@ def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predi
 
 
 def test_another_class_can_be_explained(client: Any) -> None:
-    data = gradcam.png(picture())
+    data = gradcam.encode_png(picture())
     first = client.post("/predict?top=2", content=data).json()
     assert len(first["guesses"]) == 2
     other = first["guesses"][1]
@@ -109,9 +109,13 @@ def chunk(content: bytes) -> bytes:
     [
         (b"", 400, "The image cannot be read: empty file. Download"),
         (b"a text", 400, "The image cannot be read: text. Remove it"),
-        (gradcam.png(picture())[:80], 400, "The image cannot be read: "),
+        (gradcam.encode_png(picture())[:80], 400, "The image cannot be read: "),
         (bytes(50_001), 413, "The file is too large: the limit is 0.05 MB"),
-        (gradcam.png(np.zeros((201, 200, 3), np.uint8)), 413, "The image has 200 × 201 pixels"),
+        (
+            gradcam.encode_png(np.zeros((201, 200, 3), np.uint8)),
+            413,
+            "The image has 200 × 201 pixels",
+        ),
         (huge_png(), 413, "The image has more than 90 megapixels"),
     ],
     ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
@@ -133,7 +137,7 @@ def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
     ],
 )
 def test_a_wrong_parameter_is_refused(client: Any, query: str, words: str) -> None:
-    answer = client.post(f"/predict?{query}", content=gradcam.png(picture()))
+    answer = client.post(f"/predict?{query}", content=gradcam.encode_png(picture()))
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(words)
 
@@ -153,7 +157,7 @@ def test_a_body_without_a_length_is_bounded(client: Any) -> None:
 
 def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor) -> None:
     def ask(seed: int) -> list[float]:
-        answer = client.post("/predict?top=10", content=gradcam.png(picture(seed)))
+        answer = client.post("/predict?top=10", content=gradcam.encode_png(picture(seed)))
         return [guess["probability"] for guess in answer.json()["guesses"]]
 
     with futures.ThreadPoolExecutor(8) as pool:
@@ -169,5 +173,5 @@ def test_a_photo_is_set_upright(client: Any, tmp_path: pathlib.Path) -> None:
     exif[ExifTags.Base.Orientation] = 6
     buffer = io.BytesIO()
     turned.save(buffer, format="PNG", exif=exif)
-    upright = client.post("/predict?heat_map=0", content=gradcam.png(picture())).json()
+    upright = client.post("/predict?heat_map=0", content=gradcam.encode_png(picture())).json()
     assert client.post("/predict?heat_map=0", content=buffer.getvalue()).json() == upright

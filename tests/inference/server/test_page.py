@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inception_jax.inference.gradcam import png
+from inception_jax.inference.gradcam import encode_png
 from tests import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
@@ -60,7 +60,7 @@ def watched(browser: Any, address: str) -> Iterator[Watched]:
 @pytest.fixture
 def picture(tmp_path: pathlib.Path) -> pathlib.Path:
     path = tmp_path / "picture.png"
-    path.write_bytes(png(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)))
+    path.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)))
     return path
 
 
