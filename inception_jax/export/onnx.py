@@ -1,4 +1,4 @@
-"""ONNX files, for ONNX Runtime and others."""
+"""Reads and writes ONNX files, for ONNX Runtime and others."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from inception_jax.export.program import (
 )
 from inception_jax.models.weights import Weights
 
-# The entry of a file's metadata that holds its description.
+# The metadata key of a file's description.
 METADATA_KEY = "inception_jax"
 
 
 def export(weights: Weights) -> bytes:
-    """Returns a network as an ONNX file, with `export_metadata` as JSON in its metadata, under `METADATA_KEY`.
+    """Returns a network as an ONNX file, described by `export_metadata` under `METADATA_KEY`.
 
     Raises:
-      UserError: if the packages for it are not installed.
+      UserError: if the required packages are not installed.
     """
     with require_onnx():
         import onnx
@@ -41,7 +41,7 @@ def export(weights: Weights) -> bytes:
 
 
 def load(data: bytes) -> LogitsFunction:
-    """Returns an ONNX file as a function of NumPy arrays, run by ONNX Runtime on the CPU.
+    """Returns an ONNX file as a function of NumPy arrays that ONNX Runtime runs on the CPU.
 
     Raises:
       UserError: if ONNX Runtime is not installed.
@@ -53,11 +53,11 @@ def load(data: bytes) -> LogitsFunction:
 
 
 def with_description(data: bytes, weights: Weights, *, precision: str) -> bytes:
-    """Returns an ONNX file with a description of its own in the metadata.
+    """Returns an ONNX file with a new description in its metadata.
 
     Args:
       data: the file.
-      weights, precision: as of `export_metadata`.
+      weights, precision: see `export_metadata`.
     """
     import onnx
 
@@ -69,7 +69,7 @@ def with_description(data: bytes, weights: Weights, *, precision: str) -> bytes:
 
 @contextlib.contextmanager
 def require_onnx() -> Iterator[None]:
-    """Turns a failed import of an optional package into the way to get it."""
+    """Turns a failed import of an optional package into a UserError that says how to install it."""
     try:
         yield
     except ImportError as error:

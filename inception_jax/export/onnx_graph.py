@@ -1,12 +1,12 @@
-"""The forward pass of a network as an ONNX graph.
+"""Converts the forward pass of a network to an ONNX graph.
 
-A converter for the few operations that these networks are made of. jax2onnx 0.17.1, which knows
-many more, was tried: its orbax-export asks for an older Orbax than this package, its patched
-operations refuse the modules' branches and resizing under a free batch size, and its general
-max-pool has four axes, which ONNX Runtime does not compute.
+Supports the few operations that these networks consist of. jax2onnx 0.17.1, which supports many
+more, was tried: its orbax-export requires an older Orbax than this package, its patched operations
+reject the modules' branches and resizing under a free batch size, and its general max pool has four
+axes, which ONNX Runtime does not support.
 
-Images are kept with the channels first, as ONNX wants them, so that nothing is transposed between
-layers. The program is traced for one image; no operation of it mentions the size of the batch.
+Images stay channels-first, as ONNX requires, so nothing is transposed between layers. The program
+is traced for one image; none of its operations depends on the batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ from jax.extend.core import Jaxpr, Literal
 
 from inception_jax.models import introspect
 
-# Old enough for most runtimes. Its files are of the format's version 8.
+# Old enough for most runtimes; opset 17 belongs to IR version 8.
 _OPSET, _IR_VERSION = 17, 8
 _BINARY_OPS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
-# What BatchNorm makes of its statistics and parameters.
+# Operations of BatchNorm on its statistics and parameters.
 _CONSTANT_OPS: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -32,10 +32,10 @@ _CONSTANT_OPS: dict[str, Callable[..., Any]] = {
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sqrt": np.sqrt,
 }
-# Where the axes of an image [B, H, W, C] are in [B, C, H, W].
+# Positions of the axes of [B, H, W, C] in [B, C, H, W].
 _NCHW_AXES = (0, 2, 3, 1)
 
-# The name of a tensor that depends on the image, or the value of one that does not.
+# The name of a tensor that depends on the image, or the value of a constant.
 Value = str | np.ndarray
 
 
@@ -49,22 +49,22 @@ def convert(
     std: np.ndarray,
     names: tuple[str, str],
 ) -> Any:
-    """Returns an ONNX model of a network with what comes before it.
+    """Returns an ONNX model of a network and its preprocessing.
 
     Args:
-      network: gives float32 [1, classes] of normalised images, float32 [1, resized, resized, 3].
+      network: maps normalized images, float32 [1, resized, resized, 3], to float32 [1, classes].
       name: of the graph.
       size: height and width of the input, pixels.
-      resized: what they are resized to, pixels, as `augment.resize` does.
-      mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std.
+      resized: height and width after resizing (see `augment.resize`), pixels.
+      mean, std: float32 [3], of the normalization (pixel / 255 - mean) / std.
       names: of input and output, uint8 [batch, size, size, 3] and float32 [batch, classes].
 
     Returns:
-      An `onnx.ModelProto`, checked.
+      A checked `onnx.ModelProto`.
 
     Raises:
       ImportError: if the package onnx is not installed.
-      NotImplementedError: naming an operation of the network that is not known here.
+      NotImplementedError: naming an unsupported operation of the network.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -102,16 +102,16 @@ def convert(
 
 
 def _resize_matrix(size: int, resized: int) -> np.ndarray:
-    """Returns the matrix float32 [resized, size] of resizing one axis as `augment.resize` does."""
+    """Returns the matrix, float32 [resized, size], by which `augment.resize` resizes one axis."""
     identity = jnp.eye(size, dtype=jnp.float32)
     return np.asarray(jax.image.resize(identity, (resized, size), "linear", antialias=True))
 
 
 class _Graph:
-    """A graph that is being written.
+    """An ONNX graph under construction.
 
     Attributes:
-      nodes: `onnx.NodeProto`s so far.
+      nodes: the `onnx.NodeProto`s added so far.
       constants: arrays by name.
     """
 
@@ -120,7 +120,7 @@ class _Graph:
         self.constants: dict[str, np.ndarray] = {}
 
     def add(self, operation: str, *inputs: Value, **attributes: Any) -> str:
-        """Adds a node and returns the name of its result."""
+        """Adds a node and returns the name of its output."""
         from onnx import helper
 
         result = f"{operation.lower()}_{len(self.nodes)}"
@@ -138,7 +138,7 @@ class _Graph:
     def add_program(
         self, program: Jaxpr, inputs: Sequence[Value], constants: Sequence[Any] = ()
     ) -> list[Value]:
-        """Adds a program's operations and returns its results."""
+        """Adds the operations of a program and returns its outputs."""
         values: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
         values |= zip(program.constvars, map(np.asarray, constants), strict=True)
 
@@ -155,7 +155,7 @@ class _Graph:
         return [value(atom) for atom in program.outvars]
 
     def _add_operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
-        """Adds an operation and returns its result."""
+        """Adds an operation and returns its output."""
         primitive, params = equation.primitive.name, equation.params
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
@@ -163,7 +163,7 @@ class _Graph:
         if primitive in _BINARY_OPS:
             return self._binary(primitive, inputs)
         if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
-            return x  # Nothing else is computed in.
+            return x  # Everything is computed in float32.
         if primitive == "concatenate":
             return self.add("Concat", *inputs, axis=_NCHW_AXES[params["dimension"]])
         if primitive == "reduce_sum":
@@ -190,13 +190,13 @@ class _Graph:
         raise NotImplementedError(f"{primitive} {params}: cannot be converted to ONNX")
 
     def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
-        """Adds an operation on each number, constants put with their channels first."""
+        """Adds an elementwise operation, with constants made channels-first."""
         if primitive == "max" and isinstance(inputs[1], np.ndarray) and not inputs[1].any():
             return self.add("Relu", inputs[0])
         return self.add(_BINARY_OPS[primitive], *map(_to_channels_first, inputs))
 
     def _channel_sum(self, x: Value, equation: Any) -> str:
-        """Adds sums over neighbouring channels: a 1x1 convolution by a matrix of ones and zeros."""
+        """Adds sums over neighboring channels: a 1x1 convolution with a matrix of 0s and 1s."""
         channels = equation.invars[0].aval.shape[3]
         window = equation.params["window_dimensions"][3]
         before = equation.params["padding"][3][0]
@@ -206,7 +206,7 @@ class _Graph:
 
 
 def _to_channels_first(value: Value) -> Value:
-    """Returns a constant that numbers are combined with as ONNX Runtime expects it."""
+    """Returns a constant operand of an elementwise operation in ONNX's layout."""
     if isinstance(value, str):
         return value
     if value.ndim == 4:
@@ -215,15 +215,15 @@ def _to_channels_first(value: Value) -> Value:
 
 
 def _evaluate_constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the result of an operation that does not depend on the image.
+    """Returns the output of an operation that does not depend on the image.
 
-    Broadcasting gives axes of size 1, since all that reads the result broadcasts.
+    Broadcast axes get size 1, since every operation that reads the output broadcasts.
     """
     primitive, params, value = equation.primitive.name, equation.params, values[0]
     if primitive == "broadcast_in_dim":
         shape = [1] * len(params["shape"])
-        for axis, place in enumerate(params["broadcast_dimensions"]):
-            shape[place] = value.shape[axis]
+        for axis, target in enumerate(params["broadcast_dimensions"]):
+            shape[target] = value.shape[axis]
         return value.reshape(shape)
     if primitive in ("reshape", "squeeze"):
         return value.reshape(equation.outvars[0].aval.shape)
@@ -237,5 +237,5 @@ def _evaluate_constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarra
 
 
 def _pads(paddings: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns paddings as ONNX has them: all before, then all after."""
+    """Returns paddings in ONNX's order: all begins, then all ends."""
     return [pad[0] for pad in paddings] + [pad[1] for pad in paddings]

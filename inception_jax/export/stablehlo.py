@@ -1,4 +1,4 @@
-"""StableHLO by `jax.export`: for CPUs, CUDA GPUs and TPUs in one file."""
+"""Exports StableHLO with `jax.export`: one file for CPUs, CUDA GPUs and TPUs."""
 
 import traceback
 
@@ -15,10 +15,10 @@ EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(weights: Weights) -> bytes:
-    """Returns a network as `jax.export` serialises it, for CPUs, CUDA GPUs and TPUs in one.
+    """Returns a network serialized by `jax.export`, for CPUs, CUDA GPUs and TPUs in one file.
 
     Raises:
-      UserError: if the network cannot be traced for a batch of any size.
+      UserError: if the network cannot be traced with a symbolic batch size.
     """
     size = weights.image_size
     (batch,) = jax.export.symbolic_shape("batch")
@@ -28,7 +28,7 @@ def export(weights: Weights) -> bytes:
             jax.jit(pixels_to_logits(weights)), platforms=EXPORT_PLATFORMS
         )(pixels)
     except TypeError as error:
-        # Of a user's network, which takes the number of images for a number.
+        # Raised in a custom network that treats the number of images as an integer.
         if "_DimExpr" not in str(error):
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -66,7 +66,7 @@ def test_layers_in_a_row_are_a_network(data_directory: pathlib.Path) -> None:
     [
         (ToldOtherwise(), "'ToldOtherwise' failed .* ModifyScopeVariableError"),
         (Whole(), r"'Whole' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]"),
-        (Fixed(), "'Fixed' has no parameters, so there is nothing to train"),
+        (Fixed(), "'Fixed' has no parameters, so it cannot be trained"),
         (Misspelled(), "'Misspelled' failed .* AttributeError: .* has no attribute 'Dens'"),
     ],
     ids=lambda each: type(each).__name__,
