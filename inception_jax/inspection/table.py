@@ -1,4 +1,4 @@
-"""A network as a table, block by block, beside table 1 of its paper where that describes it."""
+"""Tabulates a network block by block, compared with Table 1 of its paper where that applies."""
 
 import csv
 import pathlib
@@ -16,13 +16,13 @@ _PAPER_IMAGE = (224, 224, 3)
 
 
 class PaperRow(NamedTuple):
-    """A row of the paper's table 1.
+    """A row of the paper's Table 1.
 
     Attributes:
-      blocks: ours that it describes together.
-      shape: of the result.
+      blocks: names of our blocks that the row covers.
+      shape: of the output.
       kilo_weights: "params" as printed, without the K; None: empty.
-      mega_operations: "ops" as printed, without the M: multiply-adds; None: empty.
+      mega_operations: "ops" as printed, without the M, in multiply-adds; None: empty.
     """
 
     blocks: tuple[str, ...]
@@ -63,20 +63,20 @@ and Szegedy 2015 (arXiv:1502.03167) report using; the paper's text describes an 
 
 
 class Table(NamedTuple):
-    """Lines of cells under a head, and notes for a reader."""
+    """Lines of cells under a head, and notes."""
 
     head: tuple[str, ...]
     lines: list[list[Cell]]
     notes: str = ""
 
     def markdown(self) -> str:
-        """Returns the table as aligned Markdown, numbers to the right, and the notes under it."""
+        """Returns the table as aligned Markdown, numbers right-aligned, followed by the notes."""
         numeric = [
             any(isinstance(line[column], int) for line in self.lines)
             for column in range(len(self.head))
         ]
-        texts = [list(self.head), *([_format_cell(cell) for cell in line] for line in self.lines)]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        cells = [list(self.head), *([_format_cell(cell) for cell in line] for line in self.lines)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         rule = [
             "-" * (width - 1) + ":" if right else "-" * width
             for width, right in zip(widths, numeric, strict=True)
@@ -86,7 +86,7 @@ class Table(NamedTuple):
                 cell.rjust(width) if right else cell.ljust(width)
                 for cell, width, right in zip(line, widths, numeric, strict=True)
             ]
-            for line in (texts[0], rule, *texts[1:])
+            for line in (cells[0], rule, *cells[1:])
         ]
         lines = "".join(f"| {' | '.join(line)} |\n" for line in aligned)
         return f"{lines}\n{self.notes}" if self.notes else lines
@@ -110,9 +110,9 @@ class Table(NamedTuple):
 
 
 def make_table(structure: Structure) -> Table:
-    """Returns a network block by block, beside the paper's table where it has all of its blocks.
+    """Returns the table of a network, compared with the paper's if it has all of its blocks.
 
-    The last lines are the sums: of what gives the logits, and with auxiliary heads if there are.
+    The last lines are the totals without auxiliary heads and, if the network has them, with them.
     """
     blocks = structure.blocks()
     lines = [_line(block) for block in blocks]
@@ -122,14 +122,14 @@ def make_table(structure: Structure) -> Table:
         lines.append(_sums("with auxiliary heads", blocks))
     if not matches_paper(structure):
         return Table(_HEAD, lines)
-    beside = _paper_cells(blocks)
+    paper_cells = _paper_cells(blocks)
     empty: list[Cell] = [None] * len(_PAPER_HEAD)
-    lines = [[*line, *beside.get(str(line[0]), empty)] for line in lines]
+    lines = [[*line, *paper_cells.get(str(line[0]), empty)] for line in lines]
     return Table(_HEAD + _PAPER_HEAD, lines, _NOTES)
 
 
 def matches_paper(structure: Structure) -> bool:
-    """Whether table 1 has a row for what the network does, at the same size of image."""
+    """Returns whether Table 1 describes the network, at the same image size."""
     names = {block.name for block in structure.blocks()}
     return structure.image == _PAPER_IMAGE and all(
         names.issuperset(row.blocks) for row in PAPER_ROWS
@@ -137,12 +137,16 @@ def matches_paper(structure: Structure) -> bool:
 
 
 def shape_text(shape: Shape) -> str:
-    """Returns "28×28×256" of (28, 28, 256)."""
+    """Returns a shape as text.
+
+    >>> shape_text((28, 28, 256))
+    '28×28×256'
+    """
     return "×".join(map(str, shape))
 
 
 def layer_text(layer: Layer) -> str:
-    """Returns what a layer is, its extras left out: "convolution 7×7/2", after the paper."""
+    """Returns a layer's kind, window and stride in the paper's notation: "convolution 7×7/2"."""
     if not layer.window:
         return layer.kind
     stride = f"/{layer.stride}" if layer.stride > 1 else ""
@@ -171,7 +175,7 @@ def _sums(name: str, blocks: Sequence[Block]) -> list[Cell]:
 
 
 def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
-    """Returns what the paper prints, and how we differ, by the last of each row's blocks."""
+    """Returns the paper's cells and our deviation from them, by the last block of each row."""
     by_name = {block.name: block for block in blocks}
     cells: dict[str, list[Cell]] = {}
     for row in PAPER_ROWS:
@@ -193,7 +197,7 @@ def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
 
 
 def _deviation(name: str, ours: float, printed: float | None) -> str:
-    """Returns "weights +7.4%", or "" where ours is what is printed, rounded or cut off."""
+    """Returns "weights +7.4%", or "" if ours rounds or truncates to the printed value."""
     if printed is None or printed in (round(ours), int(ours)):
         return ""
     return f"{name} {ours / printed - 1:+.1%}"

@@ -76,7 +76,7 @@ def main(positional: Sequence[str]) -> None:
     trained = load.load(**_TRAINED.values(), log=console.say)
     path = cli.given(_OUTPUT)
     workdir.check_writable(path.parent, flag="output", own=False)
-    form = f"{_TO.value}, {_DTYPE.value}"
+    description = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":
@@ -84,8 +84,8 @@ def main(positional: Sequence[str]) -> None:
     elif _QUANTIZE.value == "none":
         _write_file(path, _onnx_file(trained))
     else:
-        trained, form = _write_quantized(path, trained), f"{_TO.value}, int8"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {form}; {trained}")
+        trained, description = _write_quantized(path, trained), f"{_TO.value}, int8"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {description}; {trained}")
 
 
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
@@ -96,8 +96,8 @@ def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     data = stablehlo.export(weights)
     _verify(weights, stablehlo.load(data))
     _write_file(path, data)
-    about = json.dumps(program.export_metadata(weights), indent=2)
-    _write_file(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
+    metadata = json.dumps(program.export_metadata(weights), indent=2)
+    _write_file(path.with_name(f"{path.name}.json"), f"{metadata}\n".encode())
 
 
 def _onnx_file(weights: "Weights") -> bytes:
@@ -109,7 +109,7 @@ def _onnx_file(weights: "Weights") -> bytes:
 
 
 def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
-    """Writes the network in 8 bits, prints what that costs, and returns it with its own metrics."""
+    """Writes the network in int8, prints the cost in accuracy, and returns it with its metrics."""
     import dataclasses
 
     import numpy as np
@@ -117,19 +117,19 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     from inception_jax.export import onnx, quantization
 
     dataset = _open_dataset(weights)
-    plain = _onnx_file(weights)
+    float32_data = _onnx_file(weights)
     train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
-    # Examples lie in the order of a hash, so the first are as good as any.
+    # Examples are in hash order, so the first are as good as any.
     images = train.read(np.arange(count))
-    small = quantization.quantize(plain, images, float_ends=_FLOAT_ENDS.value)
+    int8_data = quantization.quantize(float32_data, images, float_ends=_FLOAT_ENDS.value)
     before, after = (
-        quantization.measure_accuracy(form, onnx.load(data), dataset.evaluation, size=len(data))
-        for form, data in (("float32", plain), ("int8", small))
+        quantization.measure_accuracy(name, onnx.load(data), dataset.evaluation, size=len(data))
+        for name, data in (("float32", float32_data), ("int8", int8_data))
     )
-    found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
-    quantized = dataclasses.replace(weights, metrics=found | {"count": after.count})
-    _write_file(path, onnx.with_description(small, quantized, precision="int8"))
+    metrics = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
+    quantized = dataclasses.replace(weights, metrics=metrics | {"count": after.count})
+    _write_file(path, onnx.with_description(int8_data, quantized, precision="int8"))
     print(f"{dataset.name}, {dataset.eval_split}; calibrated on {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
@@ -140,7 +140,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
             f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
             f"{each.images_per_second:,.0f} |"
         )
-    # The first recovers most: of MiniGoogLeNet on digits all 1.1 points, more images 0.3.
+    # The first recovers most: all 1.1 points for MiniGoogLeNet on digits; more images recover 0.3.
     remedies = [] if _FLOAT_ENDS.value else ["--float_ends"]
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
@@ -151,10 +151,10 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
 
 
 def _open_dataset(weights: "Weights") -> "Dataset":
-    """Opens the data of --config, for which cli takes the run's own where it is not given.
+    """Opens the data set of --config, which cli sets to the run's if it is not given.
 
     Raises:
-      UserError: if it is not known which data, or they are of other classes or another size.
+      UserError: if the data set is unknown, or has other classes or another image size.
     """
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
@@ -177,9 +177,9 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     before = workdir.previous(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
         console.say(problem)
-    found = dataset.prepare(given.data, log=console.say)
-    initialization.check_classes(weights, found)
-    return found
+    prepared = dataset.prepare(given.data, log=console.say)
+    initialization.check_classes(weights, prepared)
+    return prepared
 
 
 def _write_file(path: pathlib.Path, data: bytes) -> None:
@@ -190,12 +190,12 @@ def _write_file(path: pathlib.Path, data: bytes) -> None:
 
 
 def _verify(weights: "Weights", classify: "LogitsFunction") -> None:
-    """Checks that an exported network gives the logits of the original, and says how nearly."""
+    """Checks that an exported network returns the original's logits, and logs the difference."""
     from inception_jax.export import program
 
     difference = program.max_logit_difference(weights, classify)
     console.say(
-        f"verified: on random images its logits differ from the original's by at most "
+        "verified: on random images its logits differ from the original's by at most "
         f"{difference:.2g}"
     )
 

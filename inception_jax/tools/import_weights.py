@@ -90,7 +90,7 @@ def main(positional: Sequence[str]) -> None:
 
 
 def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
-    """Returns the lines of a text file.
+    """Returns the class names in a text file, one per line.
 
     Raises:
       DataError: if there are not `count`.
@@ -114,11 +114,11 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """Returns the arrays of a state dict by name.
 
     Args:
-      path: of a safetensors file, or of a file by torch.save: of the state dict, or of dictionaries
-        that hold it, whose keys then precede the names ("model.conv1.conv.weight").
+      path: of a safetensors file, or of a torch.save file with a state dict, possibly nested in
+        dictionaries, whose keys then prefix the names ("model.conv1.conv.weight").
 
     Raises:
-      DataError: if it cannot be read as that.
+      DataError: if it cannot be read.
     """
     from inception_jax.models import weights
 
@@ -132,7 +132,7 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the tensors of nested dictionaries by their keys, joined with dots."""
+    """Yields the tensors of nested dictionaries with their dot-separated keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _tensors(value, f"{prefix}{key}.")
@@ -141,9 +141,9 @@ def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _array(tensor: Any) -> np.ndarray:
-    # NumPy knows no bfloat16 of PyTorch's.
-    found = tensor.detach()
-    return (found.float() if found.is_floating_point() else found).numpy()
+    # NumPy does not support PyTorch's bfloat16.
+    detached = tensor.detach()
+    return (detached.float() if detached.is_floating_point() else detached).numpy()
 
 
 def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
             "file to .safetensors where PyTorch is installed, with safetensors.torch.save_file"
         ) from error
     try:
-        # weights_only: nothing in the file is run. Training scripts put their arguments beside the
-        # weights, as a Namespace, which holds nothing but values.
+        # weights_only runs no code from the file. Training scripts store their arguments next to
+        # the weights, as a Namespace, which is safe, as it contains only values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -76,7 +76,7 @@ def main(positional: Sequence[str]) -> None:
     _check_flags(positional)
     from inception_jax.inference import image_files
 
-    found = image_files.find(positional) if positional else None
+    images = image_files.find(positional) if positional else None
     from inception_jax.inference import load
     from inception_jax.runtime import devices
 
@@ -85,42 +85,42 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform=_PLATFORM.value, log=console.say)
     weights = load.load(**_TRAINED.values(), log=console.say)
     console.say(f"network: {weights}")
-    if found is None:
+    if images is None:
         _predict_split(weights)
     else:
-        _predict_files(weights, found)
+        _predict_files(weights, images)
 
 
 def _check_flags(positional: Sequence[str]) -> None:
-    """Checks that the flags that are given have a meaning together."""
+    """Checks that the flags are compatible."""
     if bool(positional) == (_SPLIT.value is not None):
         raise UserError("give either image files and folders or --split=NAME. See --help")
     if _JSON.value and _CSV.value:
         raise UserError("--json and --csv: cannot be combined; use one of them")
     if _SPLIT.value is not None and (_JSON.value or _CSV.value or _EXPLAIN.value is not None):
         raise UserError("--split: cannot be combined with --json, --csv or --explain; omit those")
-    for flag, needed in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
-        if flag.value is not None and needed.value is None:
-            raise UserError(f"--{flag.name}={flag.value}: requires --{needed.name}")
+    for flag, required in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
+        if flag.value is not None and required.value is None:
+            raise UserError(f"--{flag.name}={flag.value}: requires --{required.name}")
 
 
-def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
-    """Writes the best classes of picture files, and says which could not be read."""
+def _predict_files(weights: "Weights", images: "ImageFiles") -> None:
+    """Writes the best classes of image files, and logs which could not be read."""
     from inception_jax.datasets.builders import folders
     from inception_jax.inference import output_formats
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
-    if found.skipped:
-        skipped = folders.listed([folders.shown(path) for path in found.skipped])
+    if images.skipped:
+        skipped = folders.listed([folders.shown(path) for path in images.skipped])
         console.say(f"skipped, no image extension: {skipped}")
-    predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
+    predictor = Predictor(weights, batch_size=batch_size_for(len(images.files)))
     console.say(f"images: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
-    read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
+    loaded = read_files(predictor, images.files, view_size=heat_maps.view_size if heat_maps else 0)
     failed = 0
-    with _open_results(format) as file, _progress(len(found.files), predictor) as progress:
-        for batch in classify(predictor, read):
+    with _open_results(format) as file, _progress(len(images.files), predictor) as progress:
+        for batch in classify(predictor, loaded):
             for each in batch:
                 if isinstance(each, DataError):
                     progress.note(str(each))
@@ -136,12 +136,12 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
         console.say(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
     if failed:
         raise RunError(
-            f"{failed:,} of {len(found.files):,} files could not be read; see the lines above"
+            f"{failed:,} of {len(images.files):,} files could not be read; see the lines above"
         )
 
 
 def _heat_maps(predictor: "Predictor") -> "HeatmapWriter | None":
-    """Returns what draws the heat maps that the flags ask for, if they do."""
+    """Returns the writer of heat maps, or None without --explain."""
     if _EXPLAIN.value is None:
         return None
     # Imports matplotlib.
@@ -169,18 +169,18 @@ def _predict_split(weights: "Weights") -> None:
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
     with _open_results(format) as file, _progress(len(order), predictor) as progress:
-        pieces = [np.array(piece) for piece in decode.pieces(order, predictor.batch_size)]
-        for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
-            for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
+        batches = [np.array(batch) for batch in decode.pieces(order, predictor.batch_size)]
+        for batch, pixels in zip(batches, decode.threaded_map(split.read, batches), strict=True):
+            for n, best in zip(batch, predictor.predict(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], best))
-            progress.update(len(piece))
+            progress.update(len(batch))
 
 
 def _data_settings(weights: "Weights") -> "Data":
     """Returns the settings of the data set that a network was trained on.
 
     Raises:
-      UserError: if they are not known.
+      UserError: if they are unknown.
     """
     import dataclasses
 
@@ -203,12 +203,12 @@ def _data_settings(weights: "Weights") -> "Data":
             "--workdir=DIR, or give the split's image files"
         )
     directory = data.directory if _DIRECTORY.value is None else _DIRECTORY.value
-    # Whoever trained may have prepared the data again; to predict is no reason to.
+    # Only training may prepare changed data again, not prediction.
     return dataclasses.replace(data, directory=directory, on_change="refuse")
 
 
 def _open_split(weights: "Weights", data: "Data") -> "Split":
-    """Returns the split that --split names, as an evaluation sees it."""
+    """Returns the split named by --split, preprocessed as in evaluation."""
     from inception_jax.datasets.dataset import prepare
     from inception_jax.training import initialization
 
@@ -218,15 +218,15 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
         return dataset.train_evaluated
     if _SPLIT.value not in dataset.splits:
         raise UserError(
-            f"--split={_SPLIT.value}: no such split of {dataset.name}; use "
-            f"{' or '.join(dataset.splits)}"
+            f"--split={_SPLIT.value}: no such split of {dataset.name}; use one of "
+            f"{', '.join(dataset.splits)}"
         )
     return dataset.splits[_SPLIT.value]
 
 
 @contextlib.contextmanager
 def _open_results(format: "Format") -> Iterator[TextIO]:
-    """Opens where the results go, and writes what comes before the first."""
+    """Opens the output for the results and writes the format's header."""
     from inception_jax.inference import output_formats
 
     with output_formats.open_output(_OUTPUT.value) as file:
@@ -235,11 +235,11 @@ def _open_results(format: "Format") -> Iterator[TextIO]:
 
 
 def _progress(total: int, predictor: "Predictor") -> "Progress":
-    """Returns what shows progress, if it takes a while and is not shown by the results."""
+    """Returns a progress bar, visible if it takes a while and results do not go to the terminal."""
     from inception_jax.console import Progress
 
-    seen = _OUTPUT.value is None and sys.stdout.isatty()
-    shown = total > predictor.batch_size and not seen
+    to_terminal = _OUTPUT.value is None and sys.stdout.isatty()
+    shown = total > predictor.batch_size and not to_terminal
     return Progress("classifying", total, log=console.say, shown=shown)
 
 

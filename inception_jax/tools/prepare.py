@@ -1,4 +1,4 @@
-"""Prepares a data set ahead of training."""
+"""Prepares a data set before training."""
 
 from collections.abc import Sequence
 

@@ -69,12 +69,12 @@ def main(positional: Sequence[str]) -> None:
         console.say(f"network: {weights}; compiling")
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
-        classifier = PredictionService(predictor, Explainer(predictor, _LAYER.value), limits)
-        classifier.warm_up()
+        service = PredictionService(predictor, Explainer(predictor, _LAYER.value), limits)
+        service.warm_up()
         host, port = bound.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         server.run(
-            app.create_app(classifier),
+            app.create_app(service),
             bound,
             ready=lambda: print(f"ready: {address} (press Ctrl-C to stop)", flush=True),
         )

@@ -69,22 +69,22 @@ def main(positional: Sequence[str]) -> None:
         weights = load.load(**_TRAINED.values(), log=console.say)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
-    found = structure.analyze(network, size)
+    analyzed = structure.analyze(network, size)
     folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "summary")
     workdir.check_writable(folder, flag="output")
-    table = make_table(found)
+    table = make_table(analyzed)
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
-    written += drawing.write(drawing.draw(found, title), folder, log=console.say)
+    written += drawing.write(drawing.draw(analyzed, title), folder, log=console.say)
     if weights is not None:
-        written += _draw_weights(folder, weights, found)
+        written += _draw_weights(folder, weights, analyzed)
     for path in written:
         print(path)
 
 
 def _num_classes(name: str) -> int:
-    """Returns how many classes a data set has."""
+    """Returns the number of classes of a data set."""
     from inception_jax.errors import UserError
     from inception_jax.registry import DATASETS
 
@@ -98,7 +98,7 @@ def _num_classes(name: str) -> int:
 def _draw_weights(
     folder: pathlib.Path, weights: "Weights", structure: "Structure"
 ) -> list[pathlib.Path]:
-    """Draws the first filters and, of an image, activations; returns the files."""
+    """Draws the first layer's filters and, with --image, activations; returns the files."""
     from inception_jax.inference.predictor import Predictor
     from inception_jax.inspection import feature_maps
 

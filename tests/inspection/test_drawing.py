@@ -42,7 +42,7 @@ def test_every_layer_arrow_and_module_is_drawn(
         words = " ".join(text.text or "" for text in group.iter(f"{SVG}text"))
         drawn.get(group.get("class", ""), []).append(words)
     # The image and three kinds of logits besides, and where the input of a module parts.
-    forks = sum(name.startswith("inception") for name in found.classes if "/" not in name)
+    forks = sum(name.startswith("inception") for name in found.module_classes if "/" not in name)
     assert len(drawn["node"]) == len(found.layers) + 4 + forks
     assert len(drawn["edge"]) == sum(len(layer.inputs) for layer in found.layers) + 3 + forks
     modules = [block.name for block in found.blocks() if len(block.layers) > 1]

@@ -140,7 +140,9 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
     assert len({line.split()[1] for line in lines}) > 1
     done = command.run(*arguments, "--split=tests")
     assert done.returncode == 2
-    assert "no such split of tiny_imagenet_subset; use train or validation or test" in done.stderr
+    assert (
+        "no such split of tiny_imagenet_subset; use one of train, validation, test" in done.stderr
+    )
 
     weights.save(path, dataclasses.replace(network, dataset=""))
     done = command.run(*arguments, "--split=test")

@@ -32,9 +32,9 @@ def predictor() -> Predictor:
 def client(predictor: Predictor) -> Any:
     from inception_jax.inference.server.app import create_app
 
-    classifier = PredictionService(predictor, Explainer(predictor), LIMITS)
-    classifier.warm_up()
-    return testclient.TestClient(create_app(classifier))
+    service = PredictionService(predictor, Explainer(predictor), LIMITS)
+    service.warm_up()
+    return testclient.TestClient(create_app(service))
 
 
 def picture(seed: int = 0) -> np.ndarray:
