@@ -73,7 +73,7 @@ def colours(x: jax.Array) -> jax.Array:
         "arithmetic",
     ],
 )
-def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], jax.Array]) -> None:
+def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> None:
     def network(x: jax.Array) -> jax.Array:
         # Each pixel counts differently, so that none can be in another's place.
         x = operation(x)
@@ -92,7 +92,7 @@ def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], ja
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_an_unknown_operation_is_named() -> None:
+def test_unsupported_operation_is_named() -> None:
     with pytest.raises(NotImplementedError, match="cos"):
         onnx_graph.convert(
             lambda x: jnp.cos(x).sum((1, 2)),

@@ -35,7 +35,7 @@ def test_accuracy_counts_every_image_once() -> None:
     assert found.top5 == pytest.approx(100 * 150 / 151)
 
 
-def test_equal_logits_count_as_the_lower_label() -> None:
+def test_ties_go_to_the_lower_label() -> None:
     split = Fixed(np.array([0, 1, 4, 5], np.int32), 1)
     found = quantization.measure_accuracy(
         "", lambda pixels: np.zeros((len(pixels), 7)), split, size=0
@@ -44,7 +44,7 @@ def test_equal_logits_count_as_the_lower_label() -> None:
 
 
 @pytest.mark.parametrize(("top1", "warned"), [(55.0, True), (59.0, False), (61.0, False)])
-def test_a_loss_of_more_than_a_point_is_warned_of(top1: float, warned: bool) -> None:
+def test_warns_if_accuracy_drops_more_than_a_point(top1: float, warned: bool) -> None:
     before, after = (
         quantization.Accuracy(form, 1.0, top1=percent, top5=None, count=9, images_per_second=1.0)
         for form, percent in (("float32", 60.0), ("int8", top1))
@@ -56,7 +56,7 @@ def test_a_loss_of_more_than_a_point_is_warned_of(top1: float, warned: bool) -> 
         assert found.endswith("Try --float_ends or --calibration=2048")
 
 
-def test_top_5_of_five_classes_is_left_out() -> None:
+def test_top5_is_omitted_for_five_classes() -> None:
     split = Fixed(np.array([0, 1, 4], np.int32), 1)
     found = quantization.measure_accuracy(
         "", lambda pixels: np.zeros((len(pixels), 5)), split, size=0

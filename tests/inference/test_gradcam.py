@@ -30,7 +30,7 @@ class Curved(nn.Module):
         return ModelOutput(nn.Dense(4, name="classifier")(hidden))
 
 
-def test_it_is_what_finite_differences_give() -> None:
+def test_grad_cam_matches_finite_differences() -> None:
     """Cut in two by hand: y(A) in double precision, and A as the network's first half gives it."""
     random = np.random.default_rng(0)
     images = random.normal(size=(2, 4, 5, 3)).astype(np.float32)
@@ -71,7 +71,7 @@ class Colours(nn.Module):
         return ModelOutput(grid.mean(axis=(1, 2)))
 
 
-def test_what_a_class_depends_on_lights_up_alone() -> None:
+def test_only_evidence_for_the_class_lights_up() -> None:
     """Red in one corner, green in another: alpha is 1 / 16 for the class's own colour, else 0."""
     image = np.zeros((1, 4, 4, 3), np.float32)
     image[0, 0, 0, 0] = 5
@@ -90,7 +90,7 @@ def predictor() -> Predictor:
     return Predictor(small.weights(), batch_size=2)
 
 
-def test_of_the_last_module_it_is_a_weighting_by_the_last_layer(predictor: Predictor) -> None:
+def test_grad_cam_of_last_module_equals_cam(predictor: Predictor) -> None:
     """Behind it stand only a mean and the classifier, whose kernel alpha then is (CAM)."""
     random = np.random.default_rng(0)
     explainer = Explainer(predictor)
@@ -108,7 +108,7 @@ def test_of_the_last_module_it_is_a_weighting_by_the_last_layer(predictor: Predi
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_layers_are_those_that_give_a_grid() -> None:
+def test_spatial_layers_output_feature_maps() -> None:
     model = networks.create(Model(stem="s16", aux_heads=True), 200)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -120,7 +120,7 @@ def test_layers_are_those_that_give_a_grid() -> None:
     assert found["inception_3b/conv_5x5"].shape == (1, 16, 16, 96)
 
 
-def test_an_unknown_layer_is_refused_with_those_there_are(predictor: Predictor) -> None:
+def test_unknown_layer_is_rejected_with_alternatives(predictor: Predictor) -> None:
     with pytest.raises(ConfigError) as error:
         Explainer(predictor, "inception_4c")
     message = str(error.value)
@@ -131,7 +131,7 @@ def test_an_unknown_layer_is_refused_with_those_there_are(predictor: Predictor) 
         Explainer(predictor, "classifier")
 
 
-def test_an_overlay_colours_the_hot_places_alone() -> None:
+def test_overlay_colors_only_hot_areas() -> None:
     view = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     np.testing.assert_array_equal(gradcam.overlay(view, np.zeros((4, 4), np.float32)), view)
     heat = np.zeros((4, 4), np.float32)
@@ -144,9 +144,7 @@ def test_an_overlay_colours_the_hot_places_alone() -> None:
     np.testing.assert_array_equal(gradcam.overlay(view, 1000 * heat), shown)
 
 
-def test_heat_maps_are_drawn_beside_their_pictures(
-    predictor: Predictor, tmp_path: pathlib.Path
-) -> None:
+def test_heat_maps_are_drawn_next_to_images(predictor: Predictor, tmp_path: pathlib.Path) -> None:
     random = np.random.default_rng(0)
     names = ["a/cat.jpg", "b/cat.png", "cat-2.gif", "$x^{2$.png"]
     pixels = random.integers(0, 256, (4, 8, 8, 3), np.uint8)

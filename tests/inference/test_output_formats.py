@@ -12,12 +12,12 @@ from inception_jax.inference.predictor import Prediction
 GUESSES = [Prediction(3, 'cat, "tabby"', 0.75), Prediction(0, "Hündin", 0.2)]
 
 
-def test_a_table_is_for_people() -> None:
+def test_table_format() -> None:
     text = output_formats.FORMATS["table"].entry("a/b.jpg", GUESSES)
     assert text == 'a/b.jpg\n   75.00%  cat, "tabby"\n   20.00%  Hündin\n'
 
 
-def test_a_class_name_does_not_command_the_terminal() -> None:
+def test_table_escapes_control_characters() -> None:
     name = "\x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
     text = output_formats.FORMATS["table"].entry("a.jpg", [Prediction(0, name, 0.5)])
     assert "\x1b" not in text and "\x07" not in text
@@ -37,7 +37,7 @@ def test_a_class_name_does_not_command_the_terminal() -> None:
     assert rows == [["a", "1", "0", name, "0.5"]]
 
 
-def test_json_is_an_object_a_line() -> None:
+def test_json_has_one_object_per_line() -> None:
     text = output_formats.FORMATS["json"].entry("a/b.jpg", GUESSES)
     assert text.count("\n") == 1 and text.endswith("\n")
     found = json.loads(text)
@@ -46,7 +46,7 @@ def test_json_is_an_object_a_line() -> None:
     assert [guess["name"] for guess in found["guesses"]] == ['cat, "tabby"', "Hündin"]
 
 
-def test_csv_has_a_row_for_each_class() -> None:
+def test_csv_has_one_row_per_class() -> None:
     format = output_formats.FORMATS["csv"]
     text = format.header + format.entry("a, b.jpg", GUESSES)
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -60,7 +60,7 @@ def test_csv_has_a_row_for_each_class() -> None:
     assert [row["rank"] for row in rows] == ["1", "2"]
 
 
-def test_a_split_has_ids_or_names() -> None:
+def test_split_format_uses_ids_or_names() -> None:
     ids = output_formats.split_format(["n0", "n1", "n2", "n3"])
     assert ids.header + ids.entry("test/images/test_0.JPEG", GUESSES[:1]) == "test_0.JPEG n3\n"
     names = output_formats.split_format([])
@@ -68,7 +68,7 @@ def test_a_split_has_ids_or_names() -> None:
     assert rows == [["file", "class"], ["test/0.jpg", 'cat, "tabby"']]
 
 
-def test_a_file_is_written_whole_or_not_at_all(
+def test_output_is_written_atomically(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "found.csv"

@@ -40,7 +40,7 @@ def finished(
     return small.finished(config, tmp_path_factory.mktemp("run"))
 
 
-def test_it_sees_what_evaluation_sees(finished: tuple[run.Run, Workdir]) -> None:
+def test_predictor_matches_evaluation(finished: tuple[run.Run, Workdir]) -> None:
     this, folder = finished
     expected = evaluate_checkpoint(this, folder, "best")
     predictor = Predictor(load.from_checkpoint(folder, "best"), batch_size=100)
@@ -56,7 +56,7 @@ def test_it_sees_what_evaluation_sees(finished: tuple[run.Run, Workdir]) -> None
     assert [best.label for (best,) in predictions] == logits[:7].argmax(axis=1).tolist()
 
 
-def test_a_file_gives_the_pixels_of_the_data_set(
+def test_file_gives_the_pixels_of_the_data_set(
     finished: tuple[run.Run, Workdir], data_directory: pathlib.Path
 ) -> None:
     this, folder = finished
@@ -67,7 +67,7 @@ def test_a_file_gives_the_pixels_of_the_data_set(
         np.testing.assert_array_equal(predictor.read(example.image, example.file_name), pixels)
 
 
-def test_files_of_16_bits_are_read_with_the_bit_depth_of_the_training(
+def test_16_bit_files_use_the_training_bit_depth(
     finished: tuple[run.Run, Workdir],
 ) -> None:
     weights = load.from_checkpoint(finished[1], "best")
@@ -79,7 +79,7 @@ def test_files_of_16_bits_are_read_with_the_bit_depth_of_the_training(
         assert (predictor.read(buffer.getvalue(), "x") == value).all()
 
 
-def test_a_run_of_an_older_version_says_how_to_mend_it(
+def test_run_of_older_version_says_how_to_upgrade(
     finished: tuple[run.Run, Workdir], tmp_path: pathlib.Path
 ) -> None:
     record = json.loads(finished[1].config.read_text())
@@ -95,7 +95,7 @@ def predictor() -> Predictor:
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_an_images_logits_do_not_depend_on_its_batch(predictor: Predictor, count: int) -> None:
+def test_logits_do_not_depend_on_the_batch(predictor: Predictor, count: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     alone = np.concatenate([predictor.logits(image[None]) for image in pixels[:count]])
     assert np.abs(alone[0] - alone[-1]).max() > 0.01 or count == 1
@@ -130,25 +130,27 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
         ([GOOD[0], GOOD[0, :7]], "must be one array of all images"),
     ],
 )
-def test_other_arrays_are_answered(predictor: Predictor, pixels: Any, words: str) -> None:
+def test_invalid_arrays_are_rejected_with_remedy(
+    predictor: Predictor, pixels: Any, words: str
+) -> None:
     for use in (predictor.logits, predictor.predict):
         with pytest.raises(UserError, match=f"pixels: .*{words}"):
             use(pixels)
 
 
 @pytest.mark.parametrize("pixels", [GOOD.astype(np.float32), GOOD[0], GOOD[:, :7]])
-def test_what_is_prepared_must_be_pixels(predictor: Predictor, pixels: np.ndarray) -> None:
+def test_preprocess_requires_pixels(predictor: Predictor, pixels: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"must be uint8 \[N, 8, 8, 3\]"):
         predictor.preprocess(pixels)
 
 
-def test_images_may_be_a_list_or_on_the_device(predictor: Predictor) -> None:
+def test_images_may_be_a_list_or_on_device(predictor: Predictor) -> None:
     expected = predictor.logits(GOOD)
     for pixels in (list(GOOD), jnp.asarray(GOOD)):
         np.testing.assert_array_equal(predictor.logits(pixels), expected)
 
 
-def test_other_things_than_weights_and_files_are_answered(predictor: Predictor) -> None:
+def test_wrong_argument_types_are_rejected_with_remedy(predictor: Predictor) -> None:
     with pytest.raises(UserError, match=r"got PosixPath; load .* inception_jax\.load_weights"):
         Predictor(pathlib.Path("runs/x"))
     with pytest.raises(
@@ -157,7 +159,7 @@ def test_other_things_than_weights_and_files_are_answered(predictor: Predictor) 
         predictor.read("cat.jpg", "cat.jpg")
 
 
-def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:
+def test_top_k_is_sorted_by_probability(predictor: Predictor) -> None:
     logits = np.array([0, 3, 1, 3, -1000, 2, 0, 0, 0, 1000], np.float32)
     assert [g.label for g in predictor.top_k(logits, 5)] == [9, 1, 3, 5, 2]
     # Without the dominating one: exp(3) / (2 exp(3) + exp(2) + exp(1) + 4), by hand.
@@ -168,7 +170,7 @@ def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:
     assert sum(guess.probability for guess in predictor.top_k(logits, 99)) == pytest.approx(1)
 
 
-def test_a_class_is_found_by_name_or_number(predictor: Predictor) -> None:
+def test_class_is_looked_up_by_name_or_number(predictor: Predictor) -> None:
     assert predictor.label("kind 7") == predictor.label("7") == 7
     with pytest.raises(UserError, match=r"'kind 70'.* Did you mean kind 7\?.*from 0 to 9"):
         predictor.label("kind 70")
@@ -176,7 +178,7 @@ def test_a_class_is_found_by_name_or_number(predictor: Predictor) -> None:
     assert nameless.class_name(3) == "3"
 
 
-def test_the_preparation_is_told() -> None:
+def test_preparation_is_described() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.875)
     changes = {"data": data, "evaluation": Evaluation(image_size=12)}
     for extra, words in (
@@ -189,7 +191,7 @@ def test_the_preparation_is_told() -> None:
         assert Predictor(small.weights(**extra)).preparation == words
 
 
-def test_views_show_what_is_seen() -> None:
+def test_view_shows_what_the_network_sees() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.5)
     predictor = Predictor(small.weights(data=data))
     # A quarter of the shorter side at each edge, and the longer side's ends, are not seen.
@@ -202,9 +204,7 @@ def test_views_show_what_is_seen() -> None:
         assert (view[2:-2, 2:-2] == (200, 100, 50)).all()
 
 
-def test_files_are_read_in_order_and_failures_keep_their_place(
-    predictor: Predictor, tmp_path: pathlib.Path
-) -> None:
+def test_files_and_errors_are_read_in_order(predictor: Predictor, tmp_path: pathlib.Path) -> None:
     files = [str(tmp_path / f"{n}.png") for n in range(30)]
     for n, file in enumerate(files):
         image = np.full((9, 11, 3), n, np.uint8)
@@ -223,7 +223,7 @@ def test_files_are_read_in_order_and_failures_keep_their_place(
             assert (found.view == int(stem)).all() and found.view.shape == (16, 16, 3)
 
 
-def test_pictures_are_classified_among_failures(predictor: Predictor) -> None:
+def test_images_are_classified_among_errors(predictor: Predictor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     read = [LoadedImage(str(n), image, image) for n, image in enumerate(pixels)]
     errors = [DataError(str(n)) for n in range(6)]
@@ -241,5 +241,5 @@ def test_pictures_are_classified_among_failures(predictor: Predictor) -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (64, 64), (10_000, 64)])
-def test_batches_fit_the_number_of_images(count: int, size: int) -> None:
+def test_batch_size_for_number_of_images(count: int, size: int) -> None:
     assert batch_size_for(count) == size

@@ -28,7 +28,7 @@ def write(found: structure.Structure, folder: pathlib.Path) -> tuple[list[pathli
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs the program dot, of Graphviz")
-def test_every_layer_arrow_and_module_is_drawn(
+def test_every_layer_edge_and_module_is_drawn(
     found: structure.Structure, tmp_path: pathlib.Path
 ) -> None:
     written, said = write(found, tmp_path)
@@ -54,7 +54,7 @@ def test_every_layer_arrow_and_module_is_drawn(
         assert min(image.size) > 500
 
 
-def test_without_graphviz_the_source_is_left_and_the_way_said(
+def test_without_graphviz_only_the_source_is_written(
     found: structure.Structure, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -67,6 +67,6 @@ def test_without_graphviz_the_source_is_left_and_the_way_said(
     assert f"dot -Tsvg -O {written[0]}" in said[0]
 
 
-def test_a_folder_that_cannot_be_written_is_named(found: structure.Structure) -> None:
+def test_unwritable_folder_is_reported(found: structure.Structure) -> None:
     with pytest.raises(UserError, match="/proc/no"):
         write(found, pathlib.Path("/proc/no"))

@@ -43,7 +43,7 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
-def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.ndarray) -> None:
+def test_activations_match_the_layer(weights: Weights, pixels: np.ndarray) -> None:
     maps = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     epsilon = weights.model.norm_epsilon
     normalised = (pixels / 255 - weights.mean) / weights.std
@@ -53,7 +53,7 @@ def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.nd
     assert not maps[..., 3].any()
 
 
-def test_a_module_inside_a_module_can_be_looked_at(weights: Weights, pixels: np.ndarray) -> None:
+def test_nested_module_can_be_selected(weights: Weights, pixels: np.ndarray) -> None:
     predictor = Predictor(weights)
     whole = feature_maps.compute_activations(predictor, pixels, "inception_2a")
     part = feature_maps.compute_activations(predictor, pixels, "inception_2a/conv_1x1")
@@ -61,7 +61,7 @@ def test_a_module_inside_a_module_can_be_looked_at(weights: Weights, pixels: np.
 
 
 @pytest.mark.parametrize("layer", ["inception_2x", "classifier", ""])
-def test_a_layer_that_gives_no_image_is_refused(
+def test_layer_without_feature_map_is_rejected(
     layer: str, weights: Weights, pixels: np.ndarray
 ) -> None:
     with pytest.raises(UserError, match=f"--layer={layer}: .*inception_2a") as error:
@@ -70,12 +70,12 @@ def test_a_layer_that_gives_no_image_is_refused(
         assert "Did you mean inception_2" in str(error.value)
 
 
-def test_filters_are_the_kernel(weights: Weights) -> None:
+def test_layer_kernel_returns_the_kernel(weights: Weights) -> None:
     kernel = feature_maps.layer_kernel(weights, "conv1")
     assert np.array_equal(kernel, weights.variables["params"]["conv1"]["conv"]["kernel"])
 
 
-def test_a_grid_holds_every_picture_once_with_gaps() -> None:
+def test_tiles_contain_every_image_once() -> None:
     pictures = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
     laid = feature_maps.tile_images(pictures)
     assert laid.shape == (2 * 3 + 1, 3 * 4 + 1)
@@ -85,7 +85,7 @@ def test_a_grid_holds_every_picture_once_with_gaps() -> None:
     assert laid[1, 1] == 1 and laid[1, 5] == 2 and laid[4, 1] == 4
 
 
-def test_pictures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
+def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
     filters, maps = tmp_path / "filters.png", tmp_path / "maps.png"
     feature_maps.draw_filters(filters, feature_maps.layer_kernel(weights, "conv1"), "filters")
     found = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")

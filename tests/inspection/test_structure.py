@@ -53,7 +53,7 @@ def shapes(model: Model, size: int) -> tuple[dict[tuple, Any], dict[tuple, Any]]
 
 
 @pytest.mark.parametrize(("model", "size"), NETWORKS)
-def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size: int) -> None:
+def test_costs_and_shapes_match_variables_and_outputs(model: Model, size: int) -> None:
     """Independent of the program's operations: each kernel is used once at each place."""
     params, results = shapes(model, size)
     found = structure.analyze(networks.create(model, 10), size)
@@ -87,7 +87,7 @@ def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size
         (Model(name="eight_module_googlenet"), 64, 200, 10_716_744, 0.91),
     ],
 )
-def test_the_totals_are_the_known_ones(
+def test_totals_match_known_values(
     model: Model, size: int, classes: int, parameters: int, giga: float
 ) -> None:
     blocks = structure.analyze(networks.create(model, classes), size).blocks()
@@ -95,7 +95,7 @@ def test_the_totals_are_the_known_ones(
     assert round(sum(block.multiply_adds for block in blocks) / 1e9, 2) == giga
 
 
-def test_auxiliary_heads_are_told_from_the_rest() -> None:
+def test_auxiliary_heads_are_identified() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
     found = structure.analyze(networks.create(model, 1000), 224)
     blocks = found.blocks()
@@ -106,7 +106,7 @@ def test_auxiliary_heads_are_told_from_the_rest() -> None:
     assert names == ["classifier", "aux_4a/classifier", "aux_4d/classifier"]
 
 
-def test_layers_say_what_they_are_and_what_they_read() -> None:
+def test_layers_have_kinds_and_inputs() -> None:
     found = structure.analyze(networks.create(Model(norm="lrn", aux_heads=True), 10), 224)
     layers = {layer.name: layer for layer in found.layers}
 
@@ -142,7 +142,7 @@ def test_layers_say_what_they_are_and_what_they_read() -> None:
     ]
 
 
-def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> None:
+def test_module_with_several_operations_contains_layers() -> None:
     found = structure.analyze(networks.create(Model(name="mini_googlenet"), 10), 32)
     blocks = {block.name: block for block in found.blocks()}
     assert blocks["inception_2a"].kind == "mini inception"
@@ -155,7 +155,7 @@ def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> Non
     assert next(iter(blocks)) == "conv1" and list(blocks)[-2:] == ["mean", "classifier"]
 
 
-def test_pooling_to_a_given_size_is_one_layer() -> None:
+def test_adaptive_pooling_is_one_layer() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
     found = structure.analyze(networks.create(model, 10), 224)
     head = next(block for block in found.blocks() if block.name == "aux_4a")
@@ -165,7 +165,7 @@ def test_pooling_to_a_given_size_is_one_layer() -> None:
     assert head.receptive_field is None
 
 
-def test_receptive_fields_of_the_paper_s_network() -> None:
+def test_receptive_fields_of_googlenet() -> None:
     """Arithmetic on windows and strides: Araujo et al. 2019 list 907 for its last pool."""
     blocks = structure.analyze(networks.create(Model(), 10), 224).blocks()
     seen = {block.name: (block.receptive_field, block.jump) for block in blocks}
@@ -181,7 +181,7 @@ def test_receptive_fields_of_the_paper_s_network() -> None:
     assert seen["mean"] == seen["classifier"] == (715 + 6 * 32, None)
 
 
-def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
+def test_receptive_fields_match_actual_dependence() -> None:
     """A NaN in a column of the image reaches exactly the pixels whose field it is in."""
     network = networks.create(Model(name="mini_googlenet", width=0.02), 10)
     size = 64
@@ -208,7 +208,7 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
             assert reached.sum() == block.receptive_field, block.name
 
 
-def test_any_network_with_the_same_call_is_described() -> None:
+def test_custom_network_is_analyzed() -> None:
     found = structure.analyze(Linear(), 8)
     (layer,) = found.layers
     assert (layer.name, layer.kind, layer.shape) == ("classifier", "linear", (10,))
@@ -216,6 +216,6 @@ def test_any_network_with_the_same_call_is_described() -> None:
     assert layer.inputs == [structure.Edge(None, (8 * 8 * 3,))]
 
 
-def test_an_image_that_is_too_small_is_refused() -> None:
+def test_too_small_image_is_rejected() -> None:
     with pytest.raises(ConfigError, match="must be at least 31 x 31 px"):
         structure.analyze(networks.create(Model(), 10), 8)

@@ -99,7 +99,7 @@ def abstract_call(model: Model, size: int, num_classes: int) -> tuple[Any, Any]:
     return jax.eval_shape(call, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
 
 
-def test_every_block_has_the_output_and_parameters_of_table_1() -> None:
+def test_blocks_match_output_and_parameters_of_table_1() -> None:
     params, results = abstract_call(Model(norm="lrn"), 224, 1000)
     assert set(params) == {*TABLE_1, "conv2_reduce"}
     # The table counts the two convolutions of the second layer together.
@@ -124,7 +124,7 @@ def test_every_block_has_the_output_and_parameters_of_table_1() -> None:
         (Model(name="googlenet_torchvision"), (8, 4, 2)),
     ],
 )
-def test_grids_of_images_of_64_px(model: Model, grids: tuple[int, ...]) -> None:
+def test_feature_map_sizes_at_64_px(model: Model, grids: tuple[int, ...]) -> None:
     _, results = abstract_call(model, 64, 10)
     sides = [results[f"inception_{name}"]["__call__"][0].shape[1] for name in ("3b", "4e", "5b")]
     assert tuple(sides) == grids
@@ -139,7 +139,7 @@ def test_deeper_googlenet_ends_after_module_4e() -> None:
     assert results["inception_4e"]["__call__"][0].shape == (1, 8, 8, 832)
 
 
-def test_eight_module_googlenet_has_the_blocks_of_its_source() -> None:
+def test_eight_module_googlenet_matches_its_source() -> None:
     params, results = abstract_call(Model(name="eight_module_googlenet"), 64, 200)
     expected, features = module_parameters(EIGHT_MODULES, 128, per_channel=2)
     expected |= {
@@ -188,7 +188,7 @@ def multiply_accumulates(jaxpr: Any) -> int:
         (Model(name="googlenet_torchvision"), 224, 1.50),
     ],
 )
-def test_multiply_accumulates_of_an_image(model: Model, size: int, expected: float) -> None:
+def test_multiply_adds_per_image(model: Model, size: int, expected: float) -> None:
     module = networks.create(model, 1000 if size == 224 else 200)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
@@ -196,7 +196,7 @@ def test_multiply_accumulates_of_an_image(model: Model, size: int, expected: flo
     assert round(multiply_accumulates(program.jaxpr) / 1e9, 2) == expected
 
 
-def test_auxiliary_heads_pool_five_pixels_or_the_whole_of_a_smaller_grid() -> None:
+def test_auxiliary_heads_pool_5x5_or_the_full_smaller_grid() -> None:
     for size, flat in ((224, 4 * 4 * 128), (64, 1 * 1 * 128)):
         params, _ = abstract_call(Model(aux_heads=True), size, 10)
         assert params["aux_4a"]["hidden"]["kernel"].shape == (flat, 1024)

@@ -26,7 +26,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize(("size", "grids"), [(28, (28, 14, 7)), (32, (32, 16, 8))])
-def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple[int, ...]) -> None:
+def test_modules_match_widths_and_sizes_of_the_figure(size: int, grids: tuple[int, ...]) -> None:
     module = MiniGoogLeNet(num_classes=10)
 
     def call(images: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple
     assert [shapes[name] for name in MODULES] == expected
 
 
-def test_downsample_puts_the_convolution_before_the_maximum() -> None:
+def test_downsample_concatenates_convolution_before_max_pool() -> None:
     unit = functools.partial(ConvUnit, batch_norm=False)
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 1)).astype(np.float32)
     module = Downsample(2, unit)

@@ -27,7 +27,7 @@ def parameter_count(model: config.Model, size: int, num_classes: int) -> int:
 
 
 @pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
-def test_the_settings_reach_the_network(name: str) -> None:
+def test_settings_reach_the_network(name: str) -> None:
     settings: dict[str, Any] = {
         "width": 0.5,
         "norm_momentum": 0.75,
@@ -64,7 +64,7 @@ def test_parameter_counts(
     assert parameter_count(config.Model(**model), size, num_classes) == expected
 
 
-def test_auxiliary_heads_of_the_paper_have_the_papers_size() -> None:
+def test_auxiliary_heads_have_the_size_in_the_paper() -> None:
     without = parameter_count(config.Model(norm="lrn"), 224, 1000)
     added = parameter_count(config.Model(norm="lrn", aux_heads=True), 224, 1000) - without
     # For each head: 1x1 convolution to 128, 4x4 grid to 1024, 1024 to 1000 classes; with biases.
@@ -88,7 +88,7 @@ def test_every_combination_builds(stem: str, conv5x5: str, norm: str) -> None:
 # Flax's BatchNorm mixes bfloat16 with its float32 statistics.
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
-def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type(name: str) -> None:
+def test_outputs_parameters_and_statistics_are_float32_for_any_compute_dtype(name: str) -> None:
     aux_heads = name.startswith("googlenet")
     model = config.Model(name=name, dtype="bfloat16", width=0.1, aux_heads=aux_heads)
     module = networks.create(model, 7)
@@ -125,9 +125,7 @@ def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type
         ({"name": "mini_googlenet"}, 4),
     ],
 )
-def test_the_least_image_size_is_carried_and_the_next_smaller_refused(
-    model: dict[str, Any], least: int
-) -> None:
+def test_min_image_size_works_and_one_less_is_rejected(model: dict[str, Any], least: int) -> None:
     settings = config.Model(**model, width=0.1)
     abstract_variables(settings, least, 2)
     with pytest.raises(ConfigError, match=f"{least - 1} x {least - 1} px.*at least {least} x"):

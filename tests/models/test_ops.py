@@ -76,7 +76,7 @@ def pulled_back(
     ],
 )
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_conv_equals_the_direct_sum(
+def test_conv_matches_direct_sum(
     rewrite: bool, side: int, size: int, stride: int, paddings: ops.Paddings
 ) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
@@ -97,9 +97,7 @@ def test_conv_equals_the_direct_sum(
         (32, 3, ((1, 1),) * 2),
     ],
 )
-def test_matmul_conv_has_the_values_and_gradients_of_the_plain_one(
-    side: int, size: int, paddings: ops.Paddings
-) -> None:
+def test_matmul_conv_matches_plain_conv(side: int, size: int, paddings: ops.Paddings) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
     value, gradients = pulled_back(
         lambda x, kernel: ops.matmul_conv(x, kernel, paddings), x, kernel
@@ -117,7 +115,7 @@ POOLS = [(8, 3, 2), (7, 3, 2), (2, 3, 2), (8, 2, 2), (7, 2, 2), (1, 2, 2), (6, 3
 
 @pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
-def test_max_pool_equals_the_direct_maximum(
+def test_max_pool_matches_direct_maximum(
     rewrite: bool, side: int, window: int, stride: int
 ) -> None:
     x = normal(2, side, side + 2, 3)
@@ -127,7 +125,7 @@ def test_max_pool_equals_the_direct_maximum(
 
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
 @pytest.mark.parametrize("ties", [False, True])
-def test_indexed_max_pool_has_the_values_and_gradients_of_the_plain_one(
+def test_indexed_max_pool_matches_plain_max_pool(
     side: int, window: int, stride: int, ties: bool
 ) -> None:
     x = normal(2, side, side + 2, 3)
@@ -152,7 +150,7 @@ def test_indexed_max_pool_has_the_values_and_gradients_of_the_plain_one(
     ("side", "size", "channels", "stride"),
     [(16, 3, 32, 1), (32, 3, 3, 1), (32, 7, 3, 2), (16, 3, 16, 2), (8, 5, 16, 1), (8, 1, 64, 1)],
 )
-def test_bfloat16_convolutions_are_right_to_rounding(
+def test_bfloat16_convolutions_are_correct_up_to_rounding(
     batch: int, side: int, size: int, channels: int, stride: int
 ) -> None:
     x, kernel = normal(batch, side, side, channels), normal(size, size, channels, 32)
@@ -170,7 +168,7 @@ def test_bfloat16_convolutions_are_right_to_rounding(
 
 
 @pytest.mark.parametrize("normalise", [ops.plain_batch_norm_relu, ops.fused_batch_norm_relu])
-def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
+def test_batch_norm_relu_matches_flax(
     normalise: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
 ) -> None:
     x, scale, bias = 2 * normal(4, 3, 5, 6) + 1, normal(6), normal(6) + 0.1
@@ -196,7 +194,7 @@ def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("rewrite", [None, False, True])
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
-def test_a_network_computes_by_the_equivalents_where_it_was_made_to(
+def test_rewrite_is_chosen_when_the_network_is_created(
     backend: str, rewrite: bool | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice is made once, not by what the backend is when it is traced."""

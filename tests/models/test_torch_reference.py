@@ -155,7 +155,7 @@ def one_thread() -> Iterator[None]:
     ],
     ids=["torchvision-64", "torchvision-99", "paper-64", "paper-131"],
 )
-def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_grid: int) -> None:
+def test_logits_of_all_heads_match_pytorch(model: Model, size: int, head_grid: int) -> None:
     reference = Reference(model.norm == "lrn", head_grid)
     random_weights(reference)
     model.dropout = model.aux_dropout = 0.0
@@ -188,7 +188,7 @@ def assert_close(logits: jax.Array, expected: Any) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("heads", [True, False], ids=["heads", "no-heads"])
-def test_a_state_dict_becomes_a_file_of_weights(
+def test_state_dict_is_converted_to_weights_file(
     suffix: str, heads: bool, tmp_path: pathlib.Path
 ) -> None:
     reference = Reference(False, 4)
@@ -219,7 +219,7 @@ def test_a_state_dict_becomes_a_file_of_weights(
             np.testing.assert_array_equal(leaves[name], leaf, err_msg=name)
 
 
-def test_a_state_dict_of_another_network_is_refused(tmp_path: pathlib.Path) -> None:
+def test_state_dict_of_another_network_is_rejected(tmp_path: pathlib.Path) -> None:
     reference = Reference(False, 4)
     state = reference.state_dict()
     state["layer1.weight"] = state.pop("conv2.conv.weight")
@@ -260,7 +260,7 @@ def test_checkpoints_of_training_scripts_are_read(tmp_path: pathlib.Path) -> Non
     assert done.returncode == 2 and "next to the weights" in done.stderr
 
 
-def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None:
+def test_pickle_that_runs_code_is_rejected(tmp_path: pathlib.Path) -> None:
     trace, source = tmp_path / "trace", tmp_path / "evil.pth"
     source.write_bytes(pickle.dumps(Touch(trace)))
     done = command.run("tools.import_weights", f"--input={source}", f"--output={tmp_path / 'out'}")

@@ -62,7 +62,7 @@ def resized_heads(state: State, classes: int) -> State:
     return state | heads
 
 
-def test_all_is_taken_where_it_fits(state: State) -> None:
+def test_matching_state_dict_is_converted_completely(state: State) -> None:
     found = from_torchvision(state)
     assert found.model.aux_heads and not found.notes
     leaves = weights.flatten(found.variables)
@@ -84,7 +84,7 @@ def test_all_is_taken_where_it_fits(state: State) -> None:
     ],
     ids=["other-classes", "one-head", "half-a-head", "sequential", "no-heads"],
 )
-def test_heads_that_do_not_fit_are_skipped_and_told(
+def test_mismatched_heads_are_skipped_and_logged(
     state: State, change: Callable[[State], State], words: str | None
 ) -> None:
     found = from_torchvision(change(state))
@@ -110,19 +110,19 @@ def test_heads_that_do_not_fit_are_skipped_and_told(
         "conv1.",
     ],
 )
-def test_any_prefix_is_found(state: State, prefix: str) -> None:
+def test_any_prefix_is_detected(state: State, prefix: str) -> None:
     found = from_torchvision(renamed(state, lambda name: prefix + name))
     assert_same(found, from_torchvision(state))
     plain = prefix.replace("_orig_mod.", "")
     assert found.notes == ([f"network: {plain}*"] if plain else [])
 
 
-def test_wrappers_inside_the_network_are_seen_through(state: State) -> None:
+def test_wrapper_names_are_ignored(state: State) -> None:
     wrapped = renamed(state, lambda name: name.replace(".", "._fsdp_wrapped_module.", 1))
     assert_same(from_torchvision(wrapped), from_torchvision(state))
 
 
-def test_of_several_networks_one_has_to_be_named(state: State) -> None:
+def test_several_networks_require_prefix(state: State) -> None:
     average = {name: value + np.float32(1) for name, value in state.items()}
     both = renamed(state, lambda n: f"model.{n}") | renamed(average, lambda n: f"ema.module.{n}")
     with pytest.raises(DataError, match=r"2 networks, named model, ema\.module, .*--prefix"):
@@ -136,13 +136,13 @@ def test_of_several_networks_one_has_to_be_named(state: State) -> None:
 
 
 @pytest.mark.parametrize("inside", ["0", "1", "head.linear"])
-def test_the_only_layer_inside_fc_is_the_classifier(state: State, inside: str) -> None:
+def test_only_layer_inside_fc_is_the_classifier(state: State, inside: str) -> None:
     found = from_torchvision(renamed(state, lambda n: re.sub(r"^fc\.", f"fc.{inside}.", n)))
     assert_same(found, from_torchvision(state))
     assert found.notes == [f"classifier: fc.{inside}"]
 
 
-def test_a_classifier_without_bias_gets_zeros(state: State) -> None:
+def test_classifier_without_bias_gets_zeros(state: State) -> None:
     found = from_torchvision(without(state, "fc.bias"))
     assert not found.variables["params"]["classifier"]["dense"]["bias"].any()
     assert found.model.aux_heads
@@ -167,7 +167,7 @@ def test_a_classifier_without_bias_gets_zeros(state: State) -> None:
     ],
     ids=["none", "several-layers", "other-features", "one-logit"],
 )
-def test_without_a_classifier_that_fits_the_rest_is_taken(
+def test_without_matching_classifier_the_rest_is_converted(
     state: State, change: Callable[[State], State], words: str
 ) -> None:
     found = from_torchvision(change(state))
@@ -187,7 +187,7 @@ def test_without_a_classifier_that_fits_the_rest_is_taken(
         Predictor(headless)
 
 
-def test_the_classifier_can_be_named(state: State) -> None:
+def test_classifier_can_be_named(state: State) -> None:
     head = renamed(state, lambda n: re.sub(r"^body\.fc\.", "head.1.", f"body.{n}"))
     assert "no classifier: body.fc not found" in from_torchvision(head).notes
     found = from_torchvision(head, classifier="head.1")
@@ -198,13 +198,13 @@ def test_the_classifier_can_be_named(state: State) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
-def test_every_floating_type_becomes_float32(state: State, dtype: type) -> None:
+def test_floating_dtypes_become_float32(state: State, dtype: type) -> None:
     typed: State = {name: value.astype(dtype) for name, value in state.items()}
     expected = {name: value.astype(np.float32) for name, value in typed.items()}
     assert_same(from_torchvision(typed), from_torchvision(expected))
 
 
-def test_what_others_left_in_the_file_is_skipped_and_told(state: State) -> None:
+def test_unrelated_entries_are_skipped_and_logged(state: State) -> None:
     beside = {
         "conv1.bn.num_batches_tracked": np.array(7),
         "total_ops": np.zeros(1),
@@ -255,20 +255,20 @@ def test_what_others_left_in_the_file_is_skipped_and_told(state: State) -> None:
     ],
     ids=["missing", "shape", "more", "type", "nan", "overflow", "resnet", "empty"],
 )
-def test_another_network_is_refused_with_what_differs(
+def test_another_network_is_rejected_with_differences(
     state: State, change: Callable[[State], State], words: str
 ) -> None:
     with pytest.raises(DataError, match=f"(?s){words}"):
         from_torchvision(change(state))
 
 
-def test_what_is_missing_may_be_there_under_another_name(state: State) -> None:
+def test_missing_entries_are_reported_with_skipped_ones(state: State) -> None:
     other = renamed(state, lambda name: name.replace("conv2.conv.weight", "second.weight"))
     with pytest.raises(DataError, match=r"(?s)missing: conv2\.conv\.weight.*skipped: second\.w"):
         from_torchvision(other)
 
 
-def test_the_command_tells_what_it_skipped(state: State, tmp_path: pathlib.Path) -> None:
+def test_command_logs_what_it_skipped(state: State, tmp_path: pathlib.Path) -> None:
     source, target = tmp_path / "tuned.bin", tmp_path / "weights.safetensors"
     save_file(renamed(without(state, "fc."), lambda name: f"model.{name}"), source)
     done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")

@@ -58,7 +58,7 @@ def example(**changes: object) -> Weights:
     return dataclasses.replace(found, **changes)
 
 
-def test_what_is_saved_is_loaded(tmp_path: pathlib.Path) -> None:
+def test_save_and_load_round_trip(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights"
     saved = dataclasses.replace(example(), origin=str(path))
     weights.save(path, saved)
@@ -73,7 +73,7 @@ def test_what_is_saved_is_loaded(tmp_path: pathlib.Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
-def test_a_network_without_batchnorm_and_unknown_classes_are_possible(
+def test_batch_norm_and_class_names_are_optional(
     tmp_path: pathlib.Path,
 ) -> None:
     saved = example(class_names=(), step=None, epoch=None)
@@ -83,7 +83,7 @@ def test_a_network_without_batchnorm_and_unknown_classes_are_possible(
     assert (loaded.variables["batch_stats"], loaded.class_names, loaded.step) == ({}, (), None)
 
 
-def test_the_same_weights_give_the_same_bytes(tmp_path: pathlib.Path) -> None:
+def test_same_weights_give_same_bytes(tmp_path: pathlib.Path) -> None:
     for name in ("one", "two"):
         weights.save(tmp_path / name, example())
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -140,7 +140,9 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
         ("setting", "config.model.width = .*: must be of type float"),
     ],
 )
-def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: pathlib.Path) -> None:
+def test_damaged_or_foreign_file_is_rejected(
+    damage: str, words: str, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "weights.safetensors"
     write_damaged(path, damage)
     with pytest.raises(DataError, match=words) as error:
@@ -148,12 +150,12 @@ def test_a_file_that_is_no_good_is_named(damage: str, words: str, tmp_path: path
     assert str(path) in str(error.value)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_folder_is_reported(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="none/weights: cannot be written"):
         weights.save(tmp_path / "none" / "weights", example())
 
 
-def test_a_deviation_of_0_is_taken_as_1(tmp_path: pathlib.Path) -> None:
+def test_zero_deviation_becomes_one(tmp_path: pathlib.Path) -> None:
     """Older versions wrote it for a channel that never changes."""
     std = np.array([0, 0.5, 0], np.float32)
     found = example(std=std)
@@ -186,7 +188,7 @@ def in_format_1(**groups: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("data", "depth"), [("image_folder", 16), ("tiny_imagenet", 0)])
-def test_what_inference_needs_is_picked_out_of_the_settings_of_format_1(
+def test_format_1_provides_what_inference_needs(
     tmp_path: pathlib.Path, data: str, depth: int
 ) -> None:
     path = tmp_path / "weights"
@@ -209,7 +211,7 @@ def test_what_inference_needs_is_picked_out_of_the_settings_of_format_1(
 
 
 @pytest.mark.parametrize("format", [1, 2])
-def test_settings_of_other_versions_do_not_make_a_file_unreadable(
+def test_settings_of_other_versions_are_tolerated(
     format: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "weights"
@@ -234,7 +236,7 @@ def test_settings_of_other_versions_do_not_make_a_file_unreadable(
     ]
 
 
-def test_training_settings_are_not_written(tmp_path: pathlib.Path) -> None:
+def test_training_settings_are_not_stored(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights"
     weights.save(path, example())
     description = json.loads(weights.read_arrays(path)[1]["inception_jax"])
@@ -242,7 +244,7 @@ def test_training_settings_are_not_written(tmp_path: pathlib.Path) -> None:
     assert description.keys() == fields - {"variables", "origin"} | {"format"}
 
 
-def test_no_one_who_gave_or_copies_the_settings_changes_the_weights() -> None:
+def test_model_settings_are_copied() -> None:
     model = Model()
     found = example(model=model)
     model.width = 0.1
@@ -250,20 +252,20 @@ def test_no_one_who_gave_or_copies_the_settings_changes_the_weights() -> None:
     assert found.model.width == 1.0
 
 
-def test_a_network_that_nothing_registered_is_named(tmp_path: pathlib.Path) -> None:
+def test_unregistered_network_is_reported(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights"
     weights.save(path, example(model=Model(name="my_net")))
     with pytest.raises(ConfigError, match=r"weights: .*'my_net'.* once the file .* is imported"):
         _ = weights.load(path).network
 
 
-def test_other_names_than_logits_are_refused(tmp_path: pathlib.Path) -> None:
+def test_class_names_must_match_logits(tmp_path: pathlib.Path) -> None:
     weights.save(tmp_path / "weights", example(class_names=("a", "b", "c")))
     with pytest.raises(DataError, match="3 class names and 2 logits"):
         weights.load(tmp_path / "weights")
 
 
-def test_the_published_weights_are_read() -> None:
+def test_published_weights_are_read() -> None:
     """Version 0.1.0 wrote them, which does not say which checkpoint it was."""
     found = weights.load(
         command.ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors", pytest.fail
@@ -277,5 +279,5 @@ def test_the_published_weights_are_read() -> None:
     assert jax.tree.map(np.shape, found.variables) == jax.tree.map(np.shape, shapes)
 
 
-def test_weights_say_which_checkpoint_they_were() -> None:
+def test_weights_name_their_checkpoint() -> None:
     assert "step 12, epoch 1.50 (best checkpoint), top-1 99.50%" in str(example())

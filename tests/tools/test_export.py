@@ -39,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def test_the_documentation_has_lines_for_each_form() -> None:
+def test_documentation_has_a_snippet_for_each_format() -> None:
     assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["stablehlo", "onnx", "safetensors", "package"])
-def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) -> None:
+def test_documentation_snippets_run(snippet: str, folder: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet],
         cwd=folder,
@@ -63,14 +63,12 @@ def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) 
         assert done.stdout.splitlines() == [f"{g.probability:6.1%}  {g.name}" for g in best]
 
 
-def test_the_description_lies_beside_stablehlo(folder: pathlib.Path) -> None:
+def test_description_is_written_next_to_stablehlo(folder: pathlib.Path) -> None:
     about = json.loads((folder / "model.stablehlo.json").read_text())
     assert about["output"]["shape"] == ["batch", 7]
 
 
-def test_eight_bits_have_their_own_accuracy(
-    data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     small.finished(small.config(data_directory), run)
     output = tmp_path / "new" / "folder" / "small.onnx"
@@ -111,7 +109,7 @@ def test_eight_bits_have_their_own_accuracy(
         (["--to=tflite"], "--to"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(
+def test_usage_error_exits_with_2(
     arguments: list[str], words: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     done = command.run(

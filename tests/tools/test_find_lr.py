@@ -23,9 +23,7 @@ def arguments(data: pathlib.Path, output: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_it_leaves_a_plot_its_points_and_a_rate(
-    data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_writes_plot_points_and_rate(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     output = tmp_path / "a" / "found"
     printed = command.check(*arguments(data_directory, output), "--low=1e-3", "--high=30")
     found = json.loads((output / "find_lr.json").read_text())
@@ -45,7 +43,7 @@ def test_it_leaves_a_plot_its_points_and_a_rate(
         assert min(image.size) > 300
 
 
-def test_without_a_trustworthy_curve_no_rate_is_printed(
+def test_unreliable_curve_prints_no_rate(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Too few steps, in a range that ends long before the edge."""
@@ -71,7 +69,7 @@ def test_without_a_trustworthy_curve_no_rate_is_printed(
         ("stray", "'stray'"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(mistake: str, words: str, tmp_path: pathlib.Path) -> None:
+def test_usage_error_exits_with_2(mistake: str, words: str, tmp_path: pathlib.Path) -> None:
     done = command.run(*arguments(tmp_path, tmp_path / "out"), "--high=0.5", mistake)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

@@ -48,7 +48,7 @@ def photos(tmp_path: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_a_folder_gives_csv_and_names_what_it_could_not_read(
+def test_folder_to_csv_reports_unreadable_files(
     network: Weights, path: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     found = tmp_path / "found.csv"
@@ -74,7 +74,7 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
         assert float(row["probability"]) == pytest.approx(best.probability, rel=1e-4)
 
 
-def test_the_standard_input_gives_a_table(
+def test_standard_input_to_table(
     network: Weights, path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     image = encode_png(np.full((8, 8, 3), 90, np.uint8))
@@ -92,7 +92,7 @@ def test_the_standard_input_gives_a_table(
     assert lines == ["standard input", *expected]
 
 
-def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> None:
+def test_explain_writes_heat_maps_with_json(path: pathlib.Path, photos: pathlib.Path) -> None:
     output = command.check(
         "tools.predict",
         f"--weights={path}",
@@ -110,7 +110,7 @@ def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> 
     assert drawn == ["1.png", "10.png", "9.png"]
 
 
-def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.Path) -> None:
+def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> None:
     source = archives.write_tiny_imagenet(tmp_path / "tiny.zip", 10, 2, 1, 12, size=16)
     data = Data(
         name="tiny_imagenet_subset",
@@ -161,7 +161,7 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
+def test_usage_error_exits_with_2(arguments: list[str], words: str) -> None:
     # Nothing is read before it is found: there is no such file of weights.
     done = command.run("tools.predict", *arguments, "--weights=none.safetensors")
     assert done.returncode == 2, done.stderr

@@ -16,7 +16,7 @@ from tests import command, served
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 
-def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
+def test_serves_until_interrupted(tmp_path: pathlib.Path) -> None:
     with served.running(tmp_path, "--layer=inception_3d") as (address, process):
         with urllib.request.urlopen(address) as answer:
             assert b"Classify an image" in answer.read()
@@ -28,7 +28,7 @@ def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in written and "error" not in written
 
 
-def test_a_port_that_is_taken_is_said_at_once() -> None:
+def test_port_in_use_is_reported_immediately() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -38,7 +38,7 @@ def test_a_port_that_is_taken_is_said_at_once() -> None:
     assert f"--port={port}: cannot listen: Address already in use" in done.stderr
 
 
-def test_without_the_extra_it_says_how_to_install_it() -> None:
+def test_missing_extra_says_how_to_install_it() -> None:
     code = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv = ['serve', '--weights=x'];"
         "from inception_jax import cli; from inception_jax.tools import serve;"

@@ -19,7 +19,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def test_a_configuration_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
+def test_config_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
     printed = command.check(*DIGITS, f"--output={tmp_path}").splitlines()
     total = next(line for line in printed if line.startswith("| total"))
     assert "1,651,114" in total
@@ -60,7 +60,7 @@ def test_weights_show_filters_and_activations(
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
+def test_usage_error_exits_with_2(arguments: list[str], words: str) -> None:
     done = command.run(*arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

@@ -48,7 +48,7 @@ def decoded(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predictor) -> None:
+def test_predict_returns_classes_and_heat_map(client: Any, predictor: Predictor) -> None:
     data = gradcam.encode_png(picture())
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
@@ -76,7 +76,7 @@ def test_another_class_can_be_explained(client: Any) -> None:
     assert set(client.post("/predict?heat_map=0", content=data).json()) == {"guesses"}
 
 
-def test_the_model_is_told(client: Any) -> None:
+def test_model_is_described(client: Any) -> None:
     found = client.get("/model").json()
     assert found["classes"][3] == "kind 3"
     assert found["network"].startswith("mini_googlenet, 10 classes")
@@ -85,7 +85,7 @@ def test_the_model_is_told(client: Any) -> None:
     assert found["layer"] == "inception_4b"
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: Any) -> None:
+def test_page_is_self_contained(client: Any) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     assert "http" not in answer.text
@@ -120,7 +120,7 @@ def chunk(content: bytes) -> bytes:
     ],
     ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
 )
-def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
+def test_invalid_file_is_rejected_with_reason(
     client: Any, data: bytes, status: int, words: str
 ) -> None:
     answer = client.post("/predict", content=data)
@@ -136,13 +136,13 @@ def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
         ("class=3", "class: no such parameter; use top, label, heat_map"),
     ],
 )
-def test_a_wrong_parameter_is_refused(client: Any, query: str, words: str) -> None:
+def test_invalid_parameter_is_rejected(client: Any, query: str, words: str) -> None:
     answer = client.post(f"/predict?{query}", content=gradcam.encode_png(picture()))
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(words)
 
 
-def test_a_form_is_told_to_send_the_file(client: Any) -> None:
+def test_form_upload_is_rejected(client: Any) -> None:
     answer = client.post("/predict", content=b"x", headers={"content-type": "multipart/form-data"})
     assert answer.status_code == 415
     assert "--data-binary @FILE" in answer.json()["error"]
@@ -150,12 +150,12 @@ def test_a_form_is_told_to_send_the_file(client: Any) -> None:
     assert client.get("/elsewhere").status_code == 404
 
 
-def test_a_body_without_a_length_is_bounded(client: Any) -> None:
+def test_body_without_length_is_limited(client: Any) -> None:
     answer = client.post("/predict", content=(bytes(10_000) for _ in range(1000)))
     assert answer.status_code == 413
 
 
-def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor) -> None:
+def test_concurrent_requests_get_their_own_answers(client: Any, predictor: Predictor) -> None:
     def ask(seed: int) -> list[float]:
         answer = client.post("/predict?top=10", content=gradcam.encode_png(picture(seed)))
         return [guess["probability"] for guess in answer.json()["guesses"]]
@@ -167,7 +167,7 @@ def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor)
         assert probabilities == pytest.approx([guess.probability for guess in expected])
 
 
-def test_a_photo_is_set_upright(client: Any, tmp_path: pathlib.Path) -> None:
+def test_exif_orientation_is_applied(client: Any, tmp_path: pathlib.Path) -> None:
     turned = Image.fromarray(picture()).rotate(90)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

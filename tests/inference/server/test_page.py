@@ -68,7 +68,7 @@ def pressed(page: Any) -> str:
     return page.locator("#guesses button[aria-pressed=true] .name").inner_text()
 
 
-def test_a_chosen_picture_shows_classes_and_a_heat_map(
+def test_chosen_image_shows_classes_and_heat_map(
     watched: Watched, address: str, picture: pathlib.Path
 ) -> None:
     page = watched.page
@@ -97,7 +97,7 @@ def test_a_chosen_picture_shows_classes_and_a_heat_map(
     assert asked and all(url.startswith(f"{address}/") for url in asked)
 
 
-def test_what_is_no_picture_is_said(
+def test_unreadable_file_shows_error(
     watched: Watched, picture: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     text = tmp_path / "notes.txt"
@@ -112,7 +112,7 @@ def test_what_is_no_picture_is_said(
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_a_picture_can_be_dropped_and_pasted(
+def test_image_can_be_dropped_and_pasted(
     watched: Watched, picture: pathlib.Path, kind: str
 ) -> None:
     page = watched.page
@@ -131,7 +131,7 @@ def test_a_picture_can_be_dropped_and_pasted(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(browser: Any, address: str, picture: pathlib.Path, scheme: str) -> None:
+def test_page_fits_a_phone(browser: Any, address: str, picture: pathlib.Path, scheme: str) -> None:
     size = {"width": 360, "height": 640}
     phone = {"viewport": size, "has_touch": True, "is_mobile": True, "color_scheme": scheme}
     opened = Watched(browser, address, **phone)
