@@ -51,22 +51,22 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         )
     if arguments.count(STDIN) > 1:
         raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")
-    found = ImageFiles([], [])
+    images = ImageFiles([], [])
     for path in arguments:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):
                 inner = os.path.join(path, file)
                 is_image = folders.named_as_picture(file) and not _is_special(inner)
-                (found.files if is_image else found.skipped).append(inner)
+                (images.files if is_image else images.skipped).append(inner)
         else:
-            found.files.append(path)
-    if not found.files:
-        more = f" Skipped: {folders.listed(found.skipped)}." if found.skipped else ""
+            images.files.append(path)
+    if not images.files:
+        more = f" Skipped: {folders.listed(images.skipped)}." if images.skipped else ""
         raise DataError(
             f"{folders.quoted(arguments)}: no file has an image extension (.jpg, .png, …).{more} "
             "To read a file whatever its name, give its path"
         )
-    return found
+    return images
 
 
 def _below(folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exported networks against the network itself."""
+"""Tests exported networks against the network itself."""
 
 import dataclasses
 import json
@@ -41,9 +41,9 @@ def onnx_data(weights: Weights) -> bytes:
 
 def test_program_matches_network(weights: Weights) -> None:
     pixels = noise(3)
-    found = jax.jit(program.pixels_to_logits(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert np.ptp(found) > 0.1
+    logits = jax.jit(program.pixels_to_logits(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert np.ptp(logits) > 0.1
 
 
 def test_program_is_backend_independent(weights: Weights) -> None:
@@ -66,16 +66,16 @@ def test_stablehlo_runs_on_any_batch_and_platform(weights: Weights) -> None:
 def test_program_resizes_to_evaluation_size() -> None:
     weights = random_weights.make(evaluated=12)
     pixels = noise(2)
-    found = stablehlo.load(stablehlo.export(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    logits = stablehlo.load(stablehlo.export(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_network_is_exported_in_float32(weights: Weights) -> None:
     rough = random_weights.make(Model(name="mini_googlenet", width=0.1, dtype="bfloat16"))
     pixels = noise(3)
-    found = np.asarray(jax.jit(program.pixels_to_logits(rough))(pixels))
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert rough.model.dtype == "bfloat16", "the caller's settings stay"
+    logits = np.asarray(jax.jit(program.pixels_to_logits(rough))(pixels))
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert rough.model.dtype == "bfloat16", "the caller's settings are unchanged"
 
 
 def test_different_network_is_rejected(weights: Weights) -> None:
@@ -96,8 +96,8 @@ def test_onnx_runtime_matches_network(weights: Weights, onnx_data: bytes) -> Non
 def test_onnx_file_resizes_to_evaluation_size() -> None:
     weights = random_weights.make(evaluated=12)
     pixels = noise(2)
-    found = onnx_files.load(onnx_files.export(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    logits = onnx_files.load(onnx_files.export(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
 def test_onnx_file_contains_its_description(weights: Weights, onnx_data: bytes) -> None:
@@ -130,7 +130,7 @@ def int8_data(onnx_data: bytes) -> bytes:
 
 
 def test_files_support_old_runtimes(onnx_data: bytes, int8_data: bytes) -> None:
-    """ONNX Runtime 1.16 takes IR version 9, opset 19 of ONNX, and 3 of ai.onnx.ml at most."""
+    """ONNX Runtime 1.16 supports at most IR version 9, ONNX opset 19 and ai.onnx.ml opset 3."""
     for data in (onnx_data, int8_data):
         model = onnx.load_from_string(data)
         assert model.ir_version <= 9
@@ -156,14 +156,14 @@ def test_both_ends_can_stay_in_float32(
     pixels = noise(100)
     exact = expected(weights, pixels)
 
-    def is_quantised(data: bytes) -> list[bool]:
+    def is_quantized(data: bytes) -> list[bool]:
         graph = onnx.load_from_string(data).graph
         scaled = {out for n in graph.node if n.op_type == "DequantizeLinear" for out in n.output}
         products = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
         return [node.input[1] in scaled for node in products]
 
-    assert all(is_quantised(int8_data))
-    first, *middle, last = is_quantised(mixed)
+    assert all(is_quantized(int8_data))
+    first, *middle, last = is_quantized(mixed)
     assert all(middle) and not first and not last
     errors = [np.abs(onnx_files.load(d)(pixels) - exact).mean() for d in (mixed, int8_data)]
     assert errors[0] < errors[1]

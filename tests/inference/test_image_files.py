@@ -15,13 +15,13 @@ def write(folder: pathlib.Path, *names: str) -> str:
 
 
 def test_folders_are_searched_in_natural_order(tmp_path: pathlib.Path) -> None:
-    # In the order that is expected; files are made in another.
+    # In the expected order; the files are created in another.
     expected = ["1.jpg", "2.PNG", "2b.png", "10.jpg", "a/9.webp", "a/10.webp", "b/1.jpg", "B.gif"]
     expected += ["b.gif", "IMG_2.jpeg", "IMG_010.jpeg"]
     folder = write(tmp_path, *sorted(expected))
-    found = image_files.find([folder])
-    assert found.files == [os.path.join(folder, name) for name in expected]
-    assert not found.skipped
+    images = image_files.find([folder])
+    assert images.files == [os.path.join(folder, name) for name in expected]
+    assert not images.skipped
 
 
 def test_natural_order_is_total() -> None:
@@ -41,9 +41,9 @@ def test_hidden_files_are_ignored_and_others_skipped(tmp_path: pathlib.Path) -> 
         "d",
         "e.pdf",
     )
-    found = image_files.find([folder])
-    assert [os.path.basename(path) for path in found.files] == ["a.jpg"]
-    assert [os.path.basename(path) for path in found.skipped] == ["d", "e.pdf", "notes.txt"]
+    images = image_files.find([folder])
+    assert [os.path.basename(path) for path in images.files] == ["a.jpg"]
+    assert [os.path.basename(path) for path in images.skipped] == ["d", "e.pdf", "notes.txt"]
 
 
 def test_file_arguments_are_always_included(tmp_path: pathlib.Path) -> None:

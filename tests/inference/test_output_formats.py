@@ -22,7 +22,7 @@ def test_table_escapes_control_characters() -> None:
     text = output_formats.FORMATS["table"].entry("a.jpg", [Prediction(0, name, 0.5)])
     assert "\x1b" not in text and "\x07" not in text
     assert text.splitlines()[1] == r"   50.00%  \x1b[2J\x1b]0;owned\x07../../etc\nsecond <b>"
-    # Programs get it as it is.
+    # Programs get it unchanged.
     assert (
         json.loads(output_formats.FORMATS["json"].entry("a", [Prediction(0, name, 0.5)]))[
             "guesses"
@@ -40,10 +40,10 @@ def test_table_escapes_control_characters() -> None:
 def test_json_has_one_object_per_line() -> None:
     text = output_formats.FORMATS["json"].entry("a/b.jpg", GUESSES)
     assert text.count("\n") == 1 and text.endswith("\n")
-    found = json.loads(text)
-    assert found["file"] == "a/b.jpg"
-    assert found["guesses"][0] == {"label": 3, "name": 'cat, "tabby"', "probability": 0.75}
-    assert [guess["name"] for guess in found["guesses"]] == ['cat, "tabby"', "Hündin"]
+    entry = json.loads(text)
+    assert entry["file"] == "a/b.jpg"
+    assert entry["guesses"][0] == {"label": 3, "name": 'cat, "tabby"', "probability": 0.75}
+    assert [guess["name"] for guess in entry["guesses"]] == ['cat, "tabby"', "Hündin"]
 
 
 def test_csv_has_one_row_per_class() -> None:
@@ -71,7 +71,7 @@ def test_split_format_uses_ids_or_names() -> None:
 def test_output_is_written_atomically(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "found.csv"
+    path = tmp_path / "out.csv"
     path.write_text("before")
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Prediction beside evaluation: the same images, the same logits."""
+"""Tests that prediction and evaluation compute the same logits for the same images."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ from tests import small
 def finished(
     data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[run.Run, Workdir]:
-    """A run without average, evaluated at a size of its own."""
+    """A run without EMA, evaluated at a different image size."""
     config = small.config(data_directory)
     config.train.ema = ""
     config.evaluation.image_size = 12
@@ -71,7 +71,7 @@ def test_16_bit_files_use_the_training_bit_depth(
     finished: tuple[run.Run, Workdir],
 ) -> None:
     weights = load.from_checkpoint(finished[1], "best")
-    assert weights.bit_depth == 0, "digits have no such files"
+    assert weights.bit_depth == 0, "the digits are not 16-bit"
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(buffer, format="PNG")
     for depth, value in ((0, 250), (10, 250), (12, 62), (16, 3)):
@@ -162,7 +162,7 @@ def test_wrong_argument_types_are_rejected_with_remedy(predictor: Predictor) -> 
 def test_top_k_is_sorted_by_probability(predictor: Predictor) -> None:
     logits = np.array([0, 3, 1, 3, -1000, 2, 0, 0, 0, 1000], np.float32)
     assert [g.label for g in predictor.top_k(logits, 5)] == [9, 1, 3, 5, 2]
-    # Without the dominating one: exp(3) / (2 exp(3) + exp(2) + exp(1) + 4), by hand.
+    # Without the dominant logit: exp(3) / (2 exp(3) + exp(2) + exp(1) + 4), by hand.
     logits[9] = -1000
     best = predictor.top_k(logits)
     assert best[0].probability == pytest.approx(0.370047, abs=1e-6)
@@ -194,13 +194,13 @@ def test_preparation_is_described() -> None:
 def test_view_shows_what_the_network_sees() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.5)
     predictor = Predictor(small.weights(data=data))
-    # A quarter of the shorter side at each edge, and the longer side's ends, are not seen.
+    # A quarter of the shorter side at each edge, and the ends of the longer side, are cropped.
     picture = np.full((64, 96, 3), 255, np.uint8)
     picture[16:48, 32:64] = (200, 100, 50)
     for size in (8, 32):
         view = predictor.view(gradcam.encode_png(picture), "x", size)
         assert view.shape == (size, size, 3)
-        # The filter mixes what lies beside the part into its outermost pixels.
+        # The filter mixes pixels outside the crop into its outermost pixels.
         assert (view[2:-2, 2:-2] == (200, 100, 50)).all()
 
 
@@ -212,15 +212,15 @@ def test_files_and_errors_are_read_in_order(predictor: Predictor, tmp_path: path
     files.insert(5, str(tmp_path / "gone.png"))
     read = list(read_files(predictor, files, view_size=16))
     assert len(read) == len(files)
-    for file, found in zip(files, read, strict=True):
+    for file, result in zip(files, read, strict=True):
         stem = pathlib.Path(file).stem
         if stem == "gone" or int(stem) % 7 == 3:
-            assert isinstance(found, DataError) and image_files.display_name(file) in str(found)
+            assert isinstance(result, DataError) and image_files.display_name(file) in str(result)
         else:
-            assert not isinstance(found, DataError)
-            assert found.name == file
-            assert (found.pixels == int(stem)).all() and found.pixels.shape == (8, 8, 3)
-            assert (found.view == int(stem)).all() and found.view.shape == (16, 16, 3)
+            assert not isinstance(result, DataError)
+            assert result.name == file
+            assert (result.pixels == int(stem)).all() and result.pixels.shape == (8, 8, 3)
+            assert (result.view == int(stem)).all() and result.view.shape == (16, 16, 3)
 
 
 def test_images_are_classified_among_errors(predictor: Predictor) -> None:
@@ -232,12 +232,12 @@ def test_images_are_classified_among_errors(predictor: Predictor) -> None:
     assert [len(batch) for batch in batches] == [4, 4, 4, 1]
     flat = [each for batch in batches for each in batch]
     expected = iter(predictor.logits(pixels))
-    for found, given in zip(flat, mixed, strict=True):
+    for result, given in zip(flat, mixed, strict=True):
         if isinstance(given, DataError):
-            assert found is given
+            assert result is given
         else:
-            assert not isinstance(found, DataError) and found.image is given
-            np.testing.assert_allclose(found.logits, next(expected), rtol=1e-5, atol=1e-5)
+            assert not isinstance(result, DataError) and result.image is given
+            np.testing.assert_allclose(result.logits, next(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (64, 64), (10_000, 64)])

@@ -1,4 +1,4 @@
-"""Filters and activations as pictures."""
+"""Tests figures of filters and activations."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ SIZE = 8
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    """A network whose first layer hands on red, green and blue, as far as they are positive."""
+    """A network whose first layer returns the positive parts of red, green and blue."""
     model = Model(name="mini_googlenet", width=0.04)
     variables = small.draw(networks.create(model, 3), SIZE)
     conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
@@ -88,12 +88,12 @@ def test_tiles_contain_every_image_once() -> None:
 def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
     filters, maps = tmp_path / "filters.png", tmp_path / "maps.png"
     feature_maps.draw_filters(filters, feature_maps.layer_kernel(weights, "conv1"), "filters")
-    found = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
-    feature_maps.draw_activations(maps, pixels, found, layer="conv1", title="maps")
+    activations = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
+    feature_maps.draw_activations(maps, pixels, activations, layer="conv1", title="maps")
     for path in (filters, maps):
         with Image.open(path) as image:
             assert min(image.size) > 500
-            # Pictures, not an empty page: one filter is all one colour after another.
+            # Not an empty figure: the filters have many colors.
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     with pytest.raises(UserError, match=r"/proc/no/filters\.png: cannot be written"):
         feature_maps.draw_filters(

@@ -1,4 +1,4 @@
-"""The table of a network, and its comparison with the paper's."""
+"""Tests the table of a network and its comparison with the paper's."""
 
 import csv
 import pathlib

@@ -1,4 +1,4 @@
-"""The layers against NumPy."""
+"""Tests the layers against NumPy."""
 
 import functools
 
@@ -19,8 +19,8 @@ def test_local_response_norm_matches_formula() -> None:
     x = 100 * normal(2, 3, 3, 7)
     expected = np.empty_like(x)
     for channel in range(7):
-        neighbours = x[..., max(0, channel - 2) : channel + 3]
-        energy = 1 + 1e-4 / 5 * (neighbours**2).sum(axis=-1)
+        neighbors = x[..., max(0, channel - 2) : channel + 3]
+        energy = 1 + 1e-4 / 5 * (neighbors**2).sum(axis=-1)
         expected[..., channel] = x[..., channel] / energy**0.75
     np.testing.assert_allclose(layers.local_response_norm(jnp.asarray(x)), expected, rtol=1e-5)
 
@@ -50,7 +50,7 @@ def test_conv_unit_uses_batch_statistics_in_training_and_running_ones_in_evaluat
     x = 3 * normal(4, 5, 5, 2) + 1
     train = layers.ConvUnit(3, 3, momentum=0.8, epsilon=1e-3, train=True)
     variables = train.init(jax.random.key(0), jnp.asarray(x))
-    assert set(variables["params"]["conv"]) == {"kernel"}, "BatchNorm takes the place of the bias"
+    assert set(variables["params"]["conv"]) == {"kernel"}, "BatchNorm replaces the bias"
     convolved = layers.Conv(3, 3).apply({"params": variables["params"]["conv"]}, jnp.asarray(x))
     convolved = np.asarray(convolved)
     mean, variance = convolved.mean(axis=(0, 1, 2)), convolved.var(axis=(0, 1, 2))
@@ -101,7 +101,7 @@ def test_inception_concatenates_branches_in_paper_order(kind: str, branch: list[
     assert [shape[0] for shape in shapes.values()] == branch
     assert {shape[-1] for shape in shapes.values()} == {5}
 
-    # With every kernel at 0, a branch gives its last bias.
+    # With all kernels 0, each branch returns its last bias.
     last = {"conv_1x1": 1.0, "conv_3x3": 2.0, "conv_5x5": 3.0, "pool_proj": 4.0}
     zeros = jax.tree.map(jnp.zeros_like, params)
     for name, value in last.items():

@@ -1,4 +1,4 @@
-"""State dicts of torchvision's GoogLeNet as people have them, read without PyTorch."""
+"""Tests real-world variants of torchvision's GoogLeNet state dict, without PyTorch."""
 
 import pathlib
 import re
@@ -23,19 +23,19 @@ State = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Of ten classes, with auxiliary heads; every number of it is another."""
+    """A state dict of ten classes with auxiliary heads, in which all numbers differ."""
     model = Model(name="googlenet_torchvision", aux_heads=True)
     module = networks.create(model, 10)
     variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    found: State = {}
+    state_dict: State = {}
     start = 0
     for path, leaf in weights.flatten(variables).items():
         axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(leaf.shape)]
         shape = [leaf.shape[axis] for axis in axes]
         numbers = np.arange(start, start + leaf.size, dtype=np.float32)
-        found[torchvision_weights.torch_name(path)] = (numbers * 1e-7).reshape(shape)
+        state_dict[torchvision_weights.torch_name(path)] = (numbers * 1e-7).reshape(shape)
         start += leaf.size
-    return found
+    return state_dict
 
 
 def renamed(state: State, rename: Callable[[str], str]) -> State:
@@ -46,9 +46,9 @@ def without(state: State, *starts: str) -> State:
     return {name: value for name, value in state.items() if not name.startswith(starts)}
 
 
-def assert_same(found: ImportedWeights, expected: ImportedWeights) -> None:
-    ours, theirs = (weights.flatten(each.variables) for each in (found, expected))
-    assert ours.keys() == theirs.keys() and found.model == expected.model
+def assert_same(imported: ImportedWeights, expected: ImportedWeights) -> None:
+    ours, theirs = (weights.flatten(each.variables) for each in (imported, expected))
+    assert ours.keys() == theirs.keys() and imported.model == expected.model
     for name, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[name], err_msg=name)
 
@@ -63,9 +63,9 @@ def resized_heads(state: State, classes: int) -> State:
 
 
 def test_matching_state_dict_is_converted_completely(state: State) -> None:
-    found = from_torchvision(state)
-    assert found.model.aux_heads and not found.notes
-    leaves = weights.flatten(found.variables)
+    imported = from_torchvision(state)
+    assert imported.model.aux_heads and not imported.notes
+    leaves = weights.flatten(imported.variables)
     assert len(leaves) == len(state)
     np.testing.assert_array_equal(leaves["params/classifier/dense/kernel"], state["fc.weight"].T)
 
@@ -87,13 +87,13 @@ def test_matching_state_dict_is_converted_completely(state: State) -> None:
 def test_mismatched_heads_are_skipped_and_logged(
     state: State, change: Callable[[State], State], words: str | None
 ) -> None:
-    found = from_torchvision(change(state))
-    assert not found.model.aux_heads
-    assert_same(found, from_torchvision(without(state, "aux")))
+    imported = from_torchvision(change(state))
+    assert not imported.model.aux_heads
+    assert_same(imported, from_torchvision(without(state, "aux")))
     if words is None:
-        assert not found.notes
+        assert not imported.notes
     else:
-        (note,) = found.notes
+        (note,) = imported.notes
         assert re.search(words, note), note
 
 
@@ -111,10 +111,10 @@ def test_mismatched_heads_are_skipped_and_logged(
     ],
 )
 def test_any_prefix_is_detected(state: State, prefix: str) -> None:
-    found = from_torchvision(renamed(state, lambda name: prefix + name))
-    assert_same(found, from_torchvision(state))
+    imported = from_torchvision(renamed(state, lambda name: prefix + name))
+    assert_same(imported, from_torchvision(state))
     plain = prefix.replace("_orig_mod.", "")
-    assert found.notes == ([f"network: {plain}*"] if plain else [])
+    assert imported.notes == ([f"network: {plain}*"] if plain else [])
 
 
 def test_wrapper_names_are_ignored(state: State) -> None:
@@ -128,24 +128,24 @@ def test_several_networks_require_prefix(state: State) -> None:
     with pytest.raises(DataError, match=r"2 networks, named model, ema\.module, .*--prefix"):
         from_torchvision(both)
     for prefix in ("ema.module", "ema.module."):
-        found = from_torchvision(both, prefix=prefix)
-        assert_same(found, from_torchvision(average))
-        assert "skipped: model." in found.notes[1] and "more" in found.notes[1]
+        imported = from_torchvision(both, prefix=prefix)
+        assert_same(imported, from_torchvision(average))
+        assert "skipped: model." in imported.notes[1] and "more" in imported.notes[1]
     with pytest.raises(DataError, match=r"not torchvision's GoogLeNet.*below 'teacher'"):
         from_torchvision(both, prefix="teacher")
 
 
 @pytest.mark.parametrize("inside", ["0", "1", "head.linear"])
 def test_only_layer_inside_fc_is_the_classifier(state: State, inside: str) -> None:
-    found = from_torchvision(renamed(state, lambda n: re.sub(r"^fc\.", f"fc.{inside}.", n)))
-    assert_same(found, from_torchvision(state))
-    assert found.notes == [f"classifier: fc.{inside}"]
+    imported = from_torchvision(renamed(state, lambda n: re.sub(r"^fc\.", f"fc.{inside}.", n)))
+    assert_same(imported, from_torchvision(state))
+    assert imported.notes == [f"classifier: fc.{inside}"]
 
 
 def test_classifier_without_bias_gets_zeros(state: State) -> None:
-    found = from_torchvision(without(state, "fc.bias"))
-    assert not found.variables["params"]["classifier"]["dense"]["bias"].any()
-    assert found.model.aux_heads
+    imported = from_torchvision(without(state, "fc.bias"))
+    assert not imported.variables["params"]["classifier"]["dense"]["bias"].any()
+    assert imported.model.aux_heads
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,15 @@ def test_classifier_without_bias_gets_zeros(state: State) -> None:
 def test_without_matching_classifier_the_rest_is_converted(
     state: State, change: Callable[[State], State], words: str
 ) -> None:
-    found = from_torchvision(change(state))
-    assert any(words in note for note in found.notes), found.notes
-    taken, whole = (weights.flatten(from_torchvision(s).variables) for s in (change(state), state))
-    assert taken.keys() == {n for n in whole if "/aux_" not in n and "/classifier/" not in n}
+    imported = from_torchvision(change(state))
+    assert any(words in note for note in imported.notes), imported.notes
+    converted, complete = (
+        weights.flatten(from_torchvision(s).variables) for s in (change(state), state)
+    )
+    assert converted.keys() == {n for n in complete if "/aux_" not in n and "/classifier/" not in n}
     headless = Weights(
-        variables=found.variables,
-        model=found.model,
+        variables=imported.variables,
+        model=imported.model,
         image_size=224,
         class_names=(),
         mean=np.zeros(3, np.float32),
@@ -190,9 +192,9 @@ def test_without_matching_classifier_the_rest_is_converted(
 def test_classifier_can_be_named(state: State) -> None:
     head = renamed(state, lambda n: re.sub(r"^body\.fc\.", "head.1.", f"body.{n}"))
     assert "no classifier: body.fc not found" in from_torchvision(head).notes
-    found = from_torchvision(head, classifier="head.1")
-    assert_same(found, from_torchvision(state))
-    assert found.notes == ["network: body.*", "classifier: head.1"]
+    imported = from_torchvision(head, classifier="head.1")
+    assert_same(imported, from_torchvision(state))
+    assert imported.notes == ["network: body.*", "classifier: head.1"]
     with pytest.raises(DataError, match=r"--classifier=head\.2: head\.2 not found"):
         from_torchvision(head, classifier="head.2")
 
@@ -205,16 +207,16 @@ def test_floating_dtypes_become_float32(state: State, dtype: type) -> None:
 
 
 def test_unrelated_entries_are_skipped_and_logged(state: State) -> None:
-    beside = {
+    unrelated = {
         "conv1.bn.num_batches_tracked": np.array(7),
         "total_ops": np.zeros(1),
         "inception3a.branch1.total_params": np.zeros(1),
         "optimizer.state.0.exp_avg": np.zeros((64, 3, 7, 7)),
         "n_averaged": np.array(3),
     }
-    found = from_torchvision(state | beside)
-    assert_same(found, from_torchvision(state))
-    assert found.notes == [
+    imported = from_torchvision(state | unrelated)
+    assert_same(imported, from_torchvision(state))
+    assert imported.notes == [
         "skipped: inception3a.branch1.total_params, n_averaged, optimizer.state.0.exp_avg, "
         "total_ops"
     ]

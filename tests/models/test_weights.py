@@ -1,4 +1,4 @@
-"""The file of weights: what is written is what is read, and everything else is refused."""
+"""Tests weights files: the round trip, and rejection of everything else."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def example(**changes: object) -> Weights:
     def normal(*shape: int) -> np.ndarray:
         return random.normal(size=shape).astype(np.float32)
 
-    found = Weights(
+    defaults = Weights(
         variables={
             "params": {
                 "conv1": {"conv": {"kernel": normal(3, 3, 3, 4)}},
@@ -55,7 +55,7 @@ def example(**changes: object) -> Weights:
         checkpoint="best",
         revision="abc",
     )
-    return dataclasses.replace(found, **changes)
+    return dataclasses.replace(defaults, **changes)
 
 
 def test_save_and_load_round_trip(tmp_path: pathlib.Path) -> None:
@@ -93,7 +93,7 @@ def test_bfloat16_rounds_parameters_and_keeps_statistics(tmp_path: pathlib.Path)
     saved = example()
     weights.save(tmp_path / "weights", saved, dtype="bfloat16")
     with safe_open(tmp_path / "weights", framework="np") as file:
-        # The open file has keys(), but cannot be iterated over.
+        # The open file has keys(), but is not iterable.
         types = {name: file.get_tensor(name).dtype.name for name in file.keys()}  # noqa: SIM118
     assert types == {
         name: "bfloat16" if name.startswith("params/") else "float32"
@@ -156,29 +156,29 @@ def test_missing_folder_is_reported(tmp_path: pathlib.Path) -> None:
 
 
 def test_zero_deviation_becomes_one(tmp_path: pathlib.Path) -> None:
-    """Older versions wrote it for a channel that never changes."""
+    """Older versions stored 0 for constant channels."""
     std = np.array([0, 0.5, 0], np.float32)
-    found = example(std=std)
-    np.testing.assert_array_equal(found.std, np.array([1, 0.5, 1], np.float32))
+    saved = example(std=std)
+    np.testing.assert_array_equal(saved.std, np.array([1, 0.5, 1], np.float32))
     path = tmp_path / "weights"
-    weights.save(path, found)
+    weights.save(path, saved)
     rewrite(path, lambda description: description | {"std": std.tolist()})
     loaded = weights.load(path).std
-    np.testing.assert_array_equal(loaded, found.std)
+    np.testing.assert_array_equal(loaded, saved.std)
     assert loaded.dtype == np.float32
 
 
 def rewrite(path: pathlib.Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Changes what a file says of itself."""
+    """Changes a file's description."""
     arrays, metadata = weights.read_arrays(path)
     description = change(json.loads(metadata["inception_jax"]))
     save_file(arrays, path, {"inception_jax": json.dumps(description)})
 
 
 def in_format_1(**groups: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Returns what makes a description one of version 0.1.0, with all settings of the training."""
+    """Returns a function that converts a description to version 0.1.0, with training settings."""
     config = configs.to_dict(Config(name="old", **groups))
-    # Those it did not have yet.
+    # Settings that version 0.1.0 did not have.
     del config["data"]["bit_depth"], config["model"]["options"]
     kept = ("image_size", "class_names", "mean", "std", "is_average", "step", "epoch", "metrics")
     return lambda description: (
@@ -199,15 +199,15 @@ def test_format_1_provides_what_inference_needs(
         "evaluation": Evaluation(image_size=80),
     }
     rewrite(path, in_format_1(**groups))
-    found = weights.load(path, pytest.fail)
-    assert found.model == Model(width=0.25)
-    assert (found.image_size, found.eval_crop, found.eval_image_size) == (64, 0.9, 80)
-    assert (found.bit_depth, found.dataset, found.experiment) == (depth, data, "old")
-    assert (found.checkpoint, found.step, found.class_names) == ("", 12, ("grün", "blau"))
-    # Later ones of that format say these.
+    loaded = weights.load(path, pytest.fail)
+    assert loaded.model == Model(width=0.25)
+    assert (loaded.image_size, loaded.eval_crop, loaded.eval_image_size) == (64, 0.9, 80)
+    assert (loaded.bit_depth, loaded.dataset, loaded.experiment) == (depth, data, "old")
+    assert (loaded.checkpoint, loaded.step, loaded.class_names) == ("", 12, ("grün", "blau"))
+    # Later files of that format have these.
     rewrite(path, lambda description: description | {"bit_depth": 12, "checkpoint": "last"})
-    found = weights.load(path)
-    assert (found.bit_depth, found.checkpoint) == (12, "last")
+    loaded = weights.load(path)
+    assert (loaded.bit_depth, loaded.checkpoint) == (12, "last")
 
 
 @pytest.mark.parametrize("format", [1, 2])
@@ -222,15 +222,15 @@ def test_settings_of_other_versions_are_tolerated(
     def change(description: dict[str, Any]) -> dict[str, Any]:
         model = (description["config"] if format == 1 else description)["model"]
         del model["norm_epsilon"]
-        # One that this version lacks, one that it calls otherwise, one that its rules refuse.
+        # A setting that this version lacks, one that it renamed, one that is out of range.
         model |= {"gate": "sigmoid", "breadth": model.pop("width"), "dropout": 7.0}
         return description
 
     rewrite(path, change)
     monkeypatch.setitem(configs.RENAMED, "model.breadth", Renamed("model.width"))
     log: list[str] = []
-    found = weights.load(path, log.append)
-    assert found.model == Model(width=0.5, dropout=7.0)
+    loaded = weights.load(path, log.append)
+    assert loaded.model == Model(width=0.5, dropout=7.0)
     assert log == [
         f"{path}: config.model.gate = 'sigmoid': ignored, because this version has no such setting"
     ]
@@ -246,10 +246,10 @@ def test_training_settings_are_not_stored(tmp_path: pathlib.Path) -> None:
 
 def test_model_settings_are_copied() -> None:
     model = Model()
-    found = example(model=model)
+    copied = example(model=model)
     model.width = 0.1
-    dataclasses.replace(found, step=3).model.width = 0.2
-    assert found.model.width == 1.0
+    dataclasses.replace(copied, step=3).model.width = 0.2
+    assert copied.model.width == 1.0
 
 
 def test_unregistered_network_is_reported(tmp_path: pathlib.Path) -> None:
@@ -266,17 +266,21 @@ def test_class_names_must_match_logits(tmp_path: pathlib.Path) -> None:
 
 
 def test_published_weights_are_read() -> None:
-    """Version 0.1.0 wrote them, which does not say which checkpoint it was."""
-    found = weights.load(
+    """Written by version 0.1.0, which did not record the checkpoint's role."""
+    loaded = weights.load(
         command.ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors", pytest.fail
     )
-    assert str(found) == "googlenet, 200 classes, step 6,250, epoch 16.00, top-1 61.22%"
-    assert (found.checkpoint, found.step, found.num_classes) == ("", 6250, 200)
-    assert (found.class_names[0], found.class_names[-1]) == ("goldfish", "acorn")
-    assert (found.experiment, found.dataset, found.image_size) == ("tiny_cpu", "tiny_imagenet", 64)
-    assert found.metrics["flip_top1"] == pytest.approx(61.65)
-    shapes = jax.eval_shape(found.network.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
-    assert jax.tree.map(np.shape, found.variables) == jax.tree.map(np.shape, shapes)
+    assert str(loaded) == "googlenet, 200 classes, step 6,250, epoch 16.00, top-1 61.22%"
+    assert (loaded.checkpoint, loaded.step, loaded.num_classes) == ("", 6250, 200)
+    assert (loaded.class_names[0], loaded.class_names[-1]) == ("goldfish", "acorn")
+    assert (loaded.experiment, loaded.dataset, loaded.image_size) == (
+        "tiny_cpu",
+        "tiny_imagenet",
+        64,
+    )
+    assert loaded.metrics["flip_top1"] == pytest.approx(61.65)
+    shapes = jax.eval_shape(loaded.network.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    assert jax.tree.map(np.shape, loaded.variables) == jax.tree.map(np.shape, shapes)
 
 
 def test_weights_name_their_checkpoint() -> None:

@@ -1,4 +1,4 @@
-"""The command export, and the lines of docs/export.md that use what it writes."""
+"""Tests the command export, and the snippets in docs/export.md that use its files."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (command.ROOT / "docs/export.md").
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Holds the files that the documentation speaks of."""
+    """A folder with the files used in the documentation."""
     folder = tmp_path_factory.mktemp("export")
     trained = folder / "trained.safetensors"
     weights.save(trained, random_weights.make())

@@ -1,4 +1,4 @@
-"""The command predict, as a user calls it."""
+"""Tests the command predict."""
 
 import csv
 import dataclasses
@@ -28,14 +28,14 @@ def network() -> Weights:
 
 @pytest.fixture(scope="module")
 def path(network: Weights, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    found = tmp_path_factory.mktemp("weights") / "network.safetensors"
-    weights.save(found, network)
-    return found
+    file = tmp_path_factory.mktemp("weights") / "network.safetensors"
+    weights.save(file, network)
+    return file
 
 
 @pytest.fixture
 def photos(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Ten pictures of several sizes and formats, a text, and a picture that is damaged."""
+    """Ten images of several sizes and formats, a text file and a damaged image."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -51,9 +51,9 @@ def photos(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_folder_to_csv_reports_unreadable_files(
     network: Weights, path: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    found = tmp_path / "found.csv"
+    output = tmp_path / "output.csv"
     done = command.run(
-        "tools.predict", str(photos), f"--weights={path}", "--csv", f"--output={found}", "--top=2"
+        "tools.predict", str(photos), f"--weights={path}", "--csv", f"--output={output}", "--top=2"
     )
     assert done.returncode == 1, done.stderr
     assert not done.stdout
@@ -62,7 +62,7 @@ def test_folder_to_csv_reports_unreadable_files(
     assert f"{photos}/5.jpg: not a readable image" in done.stderr
     assert "1 of 11 files could not be read" in done.stderr
     assert "Traceback" not in done.stderr
-    rows = list(csv.DictReader(io.StringIO(found.read_text())))
+    rows = list(csv.DictReader(io.StringIO(output.read_text())))
     files = [str(file) for file in photos.rglob("[0-9]*") if file.name != "5.jpg"]
     order = sorted(files, key=lambda file: int(pathlib.Path(file).stem))
     assert [row["file"] for row in rows] == [file for file in order for _ in range(2)]
@@ -103,9 +103,9 @@ def test_explain_writes_heat_maps_with_json(path: pathlib.Path, photos: pathlib.
         str(photos / "1.png"),
         str(photos / "more"),
     )
-    found = [json.loads(line) for line in output.splitlines()]
-    assert [pathlib.Path(each["file"]).name for each in found] == ["1.png", "9.bmp", "10.png"]
-    assert all(len(each["guesses"]) == 5 for each in found)
+    entries = [json.loads(line) for line in output.splitlines()]
+    assert [pathlib.Path(each["file"]).name for each in entries] == ["1.png", "9.bmp", "10.png"]
+    assert all(len(each["guesses"]) == 5 for each in entries)
     drawn = sorted(file.name for file in (photos / "maps").glob("*.png"))
     assert drawn == ["1.png", "10.png", "9.png"]
 
@@ -162,7 +162,7 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
     ],
 )
 def test_usage_error_exits_with_2(arguments: list[str], words: str) -> None:
-    # Nothing is read before it is found: there is no such file of weights.
+    # The error comes before anything is read: the weights file does not exist.
     done = command.run("tools.predict", *arguments, "--weights=none.safetensors")
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""The command serve: ready when it says so, and ended by Ctrl-C."""
+"""Tests the command serve: it reports when it is ready, and stops on Ctrl-C."""
 
 import json
 import pathlib

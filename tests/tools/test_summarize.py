@@ -1,4 +1,4 @@
-"""The command view, on a configuration and on a file of weights."""
+"""Tests the command summarize with a config and with a weights file."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""The page's server by HTTP, in this process."""
+"""Tests the web service over HTTP, in this process."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ def client(predictor: Predictor) -> Any:
 
 
 def picture(seed: int = 0) -> np.ndarray:
-    """Returns 8 × 8 pixels: they reach the network as they are."""
+    """Returns 8 × 8 pixels, which need no resizing."""
     return np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
 
 
@@ -52,16 +52,16 @@ def test_predict_returns_classes_and_heat_map(client: Any, predictor: Predictor)
     data = gradcam.encode_png(picture())
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
-    found = answer.json()
+    result = answer.json()
     (expected,) = predictor.predict(picture()[None])
-    assert [guess["label"] for guess in found["guesses"]] == [guess.label for guess in expected]
-    assert found["guesses"][0]["name"] == expected[0].name
-    assert found["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
-    assert found["explained"] == found["guesses"][0]
+    assert [guess["label"] for guess in result["guesses"]] == [guess.label for guess in expected]
+    assert result["guesses"][0]["name"] == expected[0].name
+    assert result["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
+    assert result["explained"] == result["guesses"][0]
     view = predictor.view(data, "x", VIEW_SIZE)
-    np.testing.assert_array_equal(decoded(found["picture"]), view)
+    np.testing.assert_array_equal(decoded(result["picture"]), view)
     heat = Explainer(predictor).maps(picture()[None], np.array([expected[0].label]))[0]
-    np.testing.assert_array_equal(decoded(found["heat_map"]), gradcam.overlay(view, heat))
+    np.testing.assert_array_equal(decoded(result["heat_map"]), gradcam.overlay(view, heat))
 
 
 def test_another_class_can_be_explained(client: Any) -> None:
@@ -77,12 +77,12 @@ def test_another_class_can_be_explained(client: Any) -> None:
 
 
 def test_model_is_described(client: Any) -> None:
-    found = client.get("/model").json()
-    assert found["classes"][3] == "kind 3"
-    assert found["network"].startswith("mini_googlenet, 10 classes")
-    assert found["preparation"] == "the center square, resized to 8 × 8 px"
-    assert found["limits"] == {"bytes": 50_000, "pixels": 40_000}
-    assert found["layer"] == "inception_4b"
+    model_info = client.get("/model").json()
+    assert model_info["classes"][3] == "kind 3"
+    assert model_info["network"].startswith("mini_googlenet, 10 classes")
+    assert model_info["preparation"] == "the center square, resized to 8 × 8 px"
+    assert model_info["limits"] == {"bytes": 50_000, "pixels": 40_000}
+    assert model_info["layer"] == "inception_4b"
 
 
 def test_page_is_self_contained(client: Any) -> None:
@@ -94,7 +94,7 @@ def test_page_is_self_contained(client: Any) -> None:
 
 
 def huge_png() -> bytes:
-    """Returns a PNG that says it has 30,000 × 30,000 pixels, and holds none."""
+    """Returns a PNG whose header claims 30,000 × 30,000 pixels, but that has none."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT" + zlib.compress(b""))
 
@@ -161,8 +161,8 @@ def test_concurrent_requests_get_their_own_answers(client: Any, predictor: Predi
         return [guess["probability"] for guess in answer.json()["guesses"]]
 
     with futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, range(24)))
-    for seed, probabilities in enumerate(found):
+        answers = list(pool.map(ask, range(24)))
+    for seed, probabilities in enumerate(answers):
         (expected,) = predictor.predict(picture(seed)[None], 10)
         assert probabilities == pytest.approx([guess.probability for guess in expected])
 

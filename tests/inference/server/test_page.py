@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium, driven by Playwright, where both are installed."""
+"""Tests the page in Chromium, driven by Playwright, if both are installed."""
 
 import pathlib
 import shutil
@@ -21,21 +21,21 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt ins
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served.running(tmp_path_factory.mktemp("served")) as (found, _):
-        yield found
+    with served.running(tmp_path_factory.mktemp("served")) as (url, _):
+        yield url
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        # Root may not use Chromium's sandbox; the page is our own.
+        # Chromium's sandbox does not work as root; the page is trusted.
         started = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield started
         started.close()
 
 
 class Watched:
-    """A page with what it asked for, and what went wrong on it."""
+    """A page that records its requests and problems."""
 
     def __init__(self, browser: Any, address: str, **context: Any) -> None:
         self.requests: list[str] = []
