@@ -149,14 +149,14 @@ def test_heat_maps_are_drawn_next_to_images(predictor: Predictor, tmp_path: path
     names = ["a/cat.jpg", "b/cat.png", "cat-2.gif", "$x^{2$.png"]
     pixels = random.integers(0, 256, (4, 8, 8, 3), np.uint8)
     views = [random.integers(0, 256, (32, 32, 3), np.uint8) for _ in names]
-    drawn = HeatmapWriter(tmp_path, Explainer(predictor), label=None)
-    pictures = [LoadedImage(*each) for each in zip(names, pixels, views, strict=True)]
+    writer = HeatmapWriter(tmp_path, Explainer(predictor), label=None)
+    images = [LoadedImage(*each) for each in zip(names, pixels, views, strict=True)]
     logits = predictor.logits(pixels)
-    drawn.draw([ClassifiedImage(*each) for each in zip(pictures, logits, strict=True)])
-    drawn.draw([])
+    writer.draw([ClassifiedImage(*each) for each in zip(images, logits, strict=True)])
+    writer.draw([])
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["$x^{2$.png", "cat-2-2.png", "cat-2.png", "cat.png"]
-    assert drawn.count == 4
+    assert writer.count == 4
     with Image.open(tmp_path / "cat.png") as image:
         width, height = image.size
         assert width > 900 and 500 < height < width

@@ -195,10 +195,10 @@ def test_view_shows_what_the_network_sees() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.5)
     predictor = Predictor(small.weights(data=data))
     # A quarter of the shorter side at each edge, and the ends of the longer side, are cropped.
-    picture = np.full((64, 96, 3), 255, np.uint8)
-    picture[16:48, 32:64] = (200, 100, 50)
+    image = np.full((64, 96, 3), 255, np.uint8)
+    image[16:48, 32:64] = (200, 100, 50)
     for size in (8, 32):
-        view = predictor.view(gradcam.encode_png(picture), "x", size)
+        view = predictor.view(gradcam.encode_png(image), "x", size)
         assert view.shape == (size, size, 3)
         # The filter mixes pixels outside the crop into its outermost pixels.
         assert (view[2:-2, 2:-2] == (200, 100, 50)).all()

@@ -46,8 +46,8 @@ def pixels() -> np.ndarray:
 def test_activations_match_the_layer(weights: Weights, pixels: np.ndarray) -> None:
     maps = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     epsilon = weights.model.norm_epsilon
-    normalised = (pixels / 255 - weights.mean) / weights.std
-    expected = np.maximum(normalised, 0) / np.sqrt(1 + epsilon)
+    normalized = (pixels / 255 - weights.mean) / weights.std
+    expected = np.maximum(normalized, 0) / np.sqrt(1 + epsilon)
     assert maps.shape == (SIZE, SIZE, 4)
     np.testing.assert_allclose(maps[..., :3], expected, rtol=1e-5, atol=1e-6)
     assert not maps[..., 3].any()
@@ -76,13 +76,13 @@ def test_layer_kernel_returns_the_kernel(weights: Weights) -> None:
 
 
 def test_tiles_contain_every_image_once() -> None:
-    pictures = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
-    laid = feature_maps.tile_images(pictures)
-    assert laid.shape == (2 * 3 + 1, 3 * 4 + 1)
-    assert np.isnan(laid[0]).all() and np.isnan(laid[:, 0]).all() and np.isnan(laid[3]).all()
-    values, counts = np.unique(laid[~np.isnan(laid)], return_counts=True)
+    images = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
+    tiled = feature_maps.tile_images(images)
+    assert tiled.shape == (2 * 3 + 1, 3 * 4 + 1)
+    assert np.isnan(tiled[0]).all() and np.isnan(tiled[:, 0]).all() and np.isnan(tiled[3]).all()
+    values, counts = np.unique(tiled[~np.isnan(tiled)], return_counts=True)
     assert values.tolist() == [1, 2, 3, 4, 5] and set(counts) == {6}
-    assert laid[1, 1] == 1 and laid[1, 5] == 2 and laid[4, 1] == 4
+    assert tiled[1, 1] == 1 and tiled[1, 5] == 2 and tiled[4, 1] == 4
 
 
 def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:

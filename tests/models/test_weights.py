@@ -107,11 +107,11 @@ def test_bfloat16_rounds_parameters_and_keeps_statistics(tmp_path: pathlib.Path)
 
 def write_damaged(path: pathlib.Path, damage: str) -> None:
     weights.save(path, example())
-    whole = path.read_bytes()
+    content = path.read_bytes()
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":
-        path.write_bytes(whole[:-5])
+        path.write_bytes(content[:-5])
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "pickle":
@@ -122,9 +122,9 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
     elif damage == "foreign":
         save_file({"fc.weight": np.zeros(3, np.float32)}, path)
     elif damage == "newer":
-        path.write_bytes(whole.replace(b'format\\": 2', b'format\\": 3'))
+        path.write_bytes(content.replace(b'format\\": 2', b'format\\": 3'))
     elif damage == "setting":
-        path.write_bytes(whole.replace(b'width\\": 0.5', b'width\\": [1]'))
+        path.write_bytes(content.replace(b'width\\": 0.5', b'width\\": [1]'))
 
 
 @pytest.mark.parametrize(

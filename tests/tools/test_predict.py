@@ -43,7 +43,7 @@ def photos(tmp_path: pathlib.Path) -> pathlib.Path:
         pixels = random.integers(0, 256, (20 + n, 30 - 2 * n, 3), np.uint8)
         ending = ("png", "webp", "bmp")[n % 3]
         Image.fromarray(pixels).save(folder / ("more" if n > 7 else "") / f"{n + 1}.{ending}")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "5.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
     return folder
 

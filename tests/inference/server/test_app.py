@@ -37,7 +37,7 @@ def client(predictor: Predictor) -> Any:
     return testclient.TestClient(create_app(service))
 
 
-def picture(seed: int = 0) -> np.ndarray:
+def random_image(seed: int = 0) -> np.ndarray:
     """Returns 8 × 8 pixels, which need no resizing."""
     return np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
 
@@ -49,23 +49,23 @@ def decoded(url: str) -> np.ndarray:
 
 
 def test_predict_returns_classes_and_heat_map(client: Any, predictor: Predictor) -> None:
-    data = gradcam.encode_png(picture())
+    data = gradcam.encode_png(random_image())
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
     result = answer.json()
-    (expected,) = predictor.predict(picture()[None])
+    (expected,) = predictor.predict(random_image()[None])
     assert [guess["label"] for guess in result["guesses"]] == [guess.label for guess in expected]
     assert result["guesses"][0]["name"] == expected[0].name
     assert result["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
     assert result["explained"] == result["guesses"][0]
     view = predictor.view(data, "x", VIEW_SIZE)
     np.testing.assert_array_equal(decoded(result["picture"]), view)
-    heat = Explainer(predictor).maps(picture()[None], np.array([expected[0].label]))[0]
+    heat = Explainer(predictor).maps(random_image()[None], np.array([expected[0].label]))[0]
     np.testing.assert_array_equal(decoded(result["heat_map"]), gradcam.overlay(view, heat))
 
 
 def test_another_class_can_be_explained(client: Any) -> None:
-    data = gradcam.encode_png(picture())
+    data = gradcam.encode_png(random_image())
     first = client.post("/predict?top=2", content=data).json()
     assert len(first["guesses"]) == 2
     other = first["guesses"][1]
@@ -109,7 +109,7 @@ def chunk(content: bytes) -> bytes:
     [
         (b"", 400, "The image cannot be read: empty file. Download"),
         (b"a text", 400, "The image cannot be read: text. Remove it"),
-        (gradcam.encode_png(picture())[:80], 400, "The image cannot be read: "),
+        (gradcam.encode_png(random_image())[:80], 400, "The image cannot be read: "),
         (bytes(50_001), 413, "The file is too large: the limit is 0.05 MB"),
         (
             gradcam.encode_png(np.zeros((201, 200, 3), np.uint8)),
@@ -137,7 +137,7 @@ def test_invalid_file_is_rejected_with_reason(
     ],
 )
 def test_invalid_parameter_is_rejected(client: Any, query: str, words: str) -> None:
-    answer = client.post(f"/predict?{query}", content=gradcam.encode_png(picture()))
+    answer = client.post(f"/predict?{query}", content=gradcam.encode_png(random_image()))
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(words)
 
@@ -157,21 +157,21 @@ def test_body_without_length_is_limited(client: Any) -> None:
 
 def test_concurrent_requests_get_their_own_answers(client: Any, predictor: Predictor) -> None:
     def ask(seed: int) -> list[float]:
-        answer = client.post("/predict?top=10", content=gradcam.encode_png(picture(seed)))
+        answer = client.post("/predict?top=10", content=gradcam.encode_png(random_image(seed)))
         return [guess["probability"] for guess in answer.json()["guesses"]]
 
     with futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(24)))
     for seed, probabilities in enumerate(answers):
-        (expected,) = predictor.predict(picture(seed)[None], 10)
+        (expected,) = predictor.predict(random_image(seed)[None], 10)
         assert probabilities == pytest.approx([guess.probability for guess in expected])
 
 
 def test_exif_orientation_is_applied(client: Any, tmp_path: pathlib.Path) -> None:
-    turned = Image.fromarray(picture()).rotate(90)
+    turned = Image.fromarray(random_image()).rotate(90)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     buffer = io.BytesIO()
     turned.save(buffer, format="PNG", exif=exif)
-    upright = client.post("/predict?heat_map=0", content=gradcam.encode_png(picture())).json()
+    upright = client.post("/predict?heat_map=0", content=gradcam.encode_png(random_image())).json()
     assert client.post("/predict?heat_map=0", content=buffer.getvalue()).json() == upright

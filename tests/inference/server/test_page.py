@@ -58,8 +58,8 @@ def watched(browser: Any, address: str) -> Iterator[Watched]:
 
 
 @pytest.fixture
-def picture(tmp_path: pathlib.Path) -> pathlib.Path:
-    path = tmp_path / "picture.png"
+def image_file(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "image.png"
     path.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)))
     return path
 
@@ -69,11 +69,11 @@ def pressed(page: Any) -> str:
 
 
 def test_chosen_image_shows_classes_and_heat_map(
-    watched: Watched, address: str, picture: pathlib.Path
+    watched: Watched, address: str, image_file: pathlib.Path
 ) -> None:
     page = watched.page
     playwright.expect(page.get_by_text("Take a photo")).to_be_hidden()
-    page.get_by_label("Choose an image").set_input_files(picture)
+    page.get_by_label("Choose an image").set_input_files(image_file)
     rows = page.locator("#guesses button")
     playwright.expect(rows).to_have_count(5)
     assert pressed(page) == rows.first.locator(".name").inner_text()
@@ -98,22 +98,22 @@ def test_chosen_image_shows_classes_and_heat_map(
 
 
 def test_unreadable_file_shows_error(
-    watched: Watched, picture: pathlib.Path, tmp_path: pathlib.Path
+    watched: Watched, image_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     text = tmp_path / "notes.txt"
-    text.write_text("no picture")
+    text.write_text("not an image")
     page = watched.page
     page.get_by_label("Choose an image").set_input_files(text)
     error = page.get_by_role("alert")
     playwright.expect(error).to_contain_text("The image cannot be read")
-    page.get_by_label("Choose an image").set_input_files(picture)
+    page.get_by_label("Choose an image").set_input_files(image_file)
     playwright.expect(page.locator("#guesses button")).to_have_count(5)
     playwright.expect(error).to_be_hidden()
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_image_can_be_dropped_and_pasted(
-    watched: Watched, picture: pathlib.Path, kind: str
+    watched: Watched, image_file: pathlib.Path, kind: str
 ) -> None:
     page = watched.page
     page.evaluate(
@@ -125,20 +125,22 @@ def test_image_can_be_dropped_and_pasted(
             : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
           document.body.dispatchEvent(event);
         }""",
-        [kind, list(picture.read_bytes())],
+        [kind, list(image_file.read_bytes())],
     )
     playwright.expect(page.locator("#guesses button")).to_have_count(5)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_a_phone(browser: Any, address: str, picture: pathlib.Path, scheme: str) -> None:
+def test_page_fits_a_phone(
+    browser: Any, address: str, image_file: pathlib.Path, scheme: str
+) -> None:
     size = {"width": 360, "height": 640}
     phone = {"viewport": size, "has_touch": True, "is_mobile": True, "color_scheme": scheme}
     opened = Watched(browser, address, **phone)
     page = opened.page
     playwright.expect(page.get_by_text("Take a photo")).to_be_visible()
     assert page.get_by_label("Take a photo").get_attribute("capture") == "environment"
-    page.get_by_label("Take a photo").set_input_files(picture)
+    page.get_by_label("Take a photo").set_input_files(image_file)
     playwright.expect(page.locator("#guesses button")).to_have_count(5)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
