@@ -22,18 +22,20 @@ Export a trained network for other programs, or its weights for this one.
   python -m inception_jax.tools.export --to=onnx --weights FILE.safetensors --output FILE.onnx
   python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantize=int8
 
-Exports the weights that evaluation uses: the moving average (EMA) if the run keeps one.
-savedweights: one safetensors file with the network's settings, class names and normalization, read
-by --weights and --config.init.pretrained. --dtype=bfloat16 halves its size; BatchNorm statistics
-stay float32.
-stablehlo: written by jax.export for CPUs, CUDA GPUs and TPUs; FILE.json describes its input and
-output. onnx: for ONNX Runtime and others; requires the extra [onnx]. Both take uint8 pixels
-[batch, S, S, 3] and return logits [batch, classes]; docs/export.md shows how to load and call them.
---quantize=int8 computes in 8 bits, with activation ranges calibrated on training images, and prints
-the accuracy of both versions on the evaluation split; the file's metadata records that of int8.
-The data set is the run's (--config.data.directory can change its place); with --weights, also give
-the experiment (--config). If int8 costs too much accuracy, use --float_ends or more --calibration
-images.
+Exports the weights that evaluation uses: the moving average (EMA) if the run keeps one. Formats:
+
+  savedweights  safetensors with the network's settings, class names and normalization, read by
+                --weights and --config.init.pretrained. --dtype=bfloat16 halves its size; BatchNorm
+                statistics stay float32.
+  stablehlo     written by jax.export for CPUs, CUDA GPUs and TPUs; FILE.json describes it.
+  onnx          for ONNX Runtime and others; requires the extra [onnx].
+
+The last two map uint8 pixels [batch, S, S, 3] to logits [batch, classes]; docs/export.md shows how
+to load and call them. --quantize=int8 computes in 8 bits, with activation ranges calibrated on
+training images, and prints the accuracy of float32 and int8 on the evaluation split; the file
+records that of int8. It uses the run's data set (at --config.data.directory if given); with
+--weights, also give the experiment (--config). If int8 costs too much accuracy, use --float_ends or
+more --calibration images.
 """
 
 _TO = flags.DEFINE_enum(

@@ -15,14 +15,14 @@ from inception_jax import cli, console
 from inception_jax.errors import DataError, UserError
 
 USAGE = """
-Convert a state dict of torchvision's GoogLeNet, fine-tuned or not, to a weights file of the model
-googlenet_torchvision.
+Convert a state dict of torchvision's GoogLeNet, fine-tuned or not, to a weights file.
 
   python -m inception_jax.tools.import_weights --input googlenet.pth --output FILE.safetensors
 
-The input is a PyTorch .pth file, which requires PyTorch, or a .safetensors file with the same
-entries, which does not. It may be a full checkpoint with the state dict inside, and names may have
-any prefix (module., model., _orig_mod.); if it contains several networks, choose one with --prefix.
+The model is googlenet_torchvision. The input is a PyTorch .pth file, which requires PyTorch, or a
+.safetensors file with the same entries, which does not. It may be a full checkpoint with the state
+dict inside, and names may have any prefix (module., model., _orig_mod.); if it contains several
+networks, choose one with --prefix.
 The classifier determines the number of classes. Auxiliary heads that do not match it are skipped,
 since only training uses them. Without a classifier, the output can only initialize training
 (--config.init.pretrained). Skipped entries are logged.

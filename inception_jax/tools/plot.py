@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from inception_jax import cli
 
 USAGE = """
-Plot the curves of one or more runs into DIR/plots/ and, if an evaluation has saved predictions,
-the accuracy by class, the confusion matrix, the calibration and the time spent.
+Plot the curves of one or more runs into DIR/plots/:
 
   python -m inception_jax.tools.plot DIR [DIR …]
+
+and, if an evaluation has saved predictions, the accuracy by class, the confusion matrix, the
+calibration and the time spent.
 
 With --output, plot the curves of all runs together into that folder instead:
 

@@ -9,14 +9,14 @@ from inception_jax.errors import UserError
 from inception_jax.runtime import huge_pages
 
 USAGE = """
-Serve a local web page that classifies images: drop, paste, choose or photograph one to see its most
-probable classes and what the network looked at.
+Serve a local web page that classifies images.
 
   python -m inception_jax.tools.serve --workdir DIR
   python -m inception_jax.tools.serve --weights FILE.safetensors --port 8080
 
-Requires the extra: pip install -e '.[serve]'. The page loads nothing from other sites, and images
-stay on this machine. Press Ctrl-C to stop. Programs can send requests, too:
+Drop, paste, choose or photograph an image to see its most probable classes and what the network
+looked at. The page loads nothing from other sites, and images stay on this machine. Press Ctrl-C to
+stop. Requires the extra: pip install -e '.[serve]'. Programs can send requests, too:
 
   curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?top=3&heat_map=0'
 

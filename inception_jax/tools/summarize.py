@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from inception_jax.models.weights import Weights
 
 USAGE = """
-Summarize a network: draw it (architecture.svg and .png, by Graphviz) and list the output size,
-parameters, multiply-adds and receptive field of each block (architecture.md and .csv). At 224 px,
-the paper's network is compared with Table 1 of its paper.
+Summarize the blocks of a network in a drawing and a table.
 
   python -m inception_jax.tools.summarize --config experiments/tiny.py
   python -m inception_jax.tools.summarize --config experiments/image_folder.py --classes=5
   python -m inception_jax.tools.summarize --workdir DIR
   python -m inception_jax.tools.summarize --weights FILE --image cat.jpg --layer=inception_4a
 
-With trained weights, also draws the first layer's filters (filters.png) and, with --image, the
-activations of a module (activations.png).
+Draws the network with Graphviz (architecture.svg, .png) and lists each block's output size,
+parameters, multiply-adds and receptive field (architecture.md, .csv). At 224 px, compares the
+paper's network with Table 1 of its paper. With trained weights, also draws the first layer's
+filters (filters.png) and, with --image, the activations of a module (activations.png).
 """
 
 cli.define_config()
