@@ -58,7 +58,7 @@ def test_file_arguments_are_always_included(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["a.jpg", "no\nsuch", "nor/this"], r"'no\\\\nsuch', 'nor/this': no such file or folder"),
         (["-", "a.jpg", "-"], "given only once"),
@@ -67,11 +67,11 @@ def test_file_arguments_are_always_included(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_invalid_arguments_are_reported(
-    arguments: list[str], words: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "a.jpg", "empty/", "texts/a.txt")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         image_files.find(arguments)
 
 

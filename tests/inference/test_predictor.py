@@ -106,7 +106,7 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("pixels", "words"),
+    ("pixels", "message"),
     [
         (GOOD.astype(np.int32), r"got int32 .* pixels\.round\(\)\.astype\(numpy\.uint8\)"),
         (GOOD.astype(np.float32), r"got float32 .*from 0 to 255.* pixels\.round\(\)"),
@@ -131,10 +131,10 @@ GOOD = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     ],
 )
 def test_invalid_arrays_are_rejected_with_remedy(
-    predictor: Predictor, pixels: Any, words: str
+    predictor: Predictor, pixels: Any, message: str
 ) -> None:
     for use in (predictor.logits, predictor.predict):
-        with pytest.raises(UserError, match=f"pixels: .*{words}"):
+        with pytest.raises(UserError, match=f"pixels: .*{message}"):
             use(pixels)
 
 
@@ -181,14 +181,14 @@ def test_class_is_looked_up_by_name_or_number(predictor: Predictor) -> None:
 def test_preparation_is_described() -> None:
     data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.875)
     changes = {"data": data, "evaluation": Evaluation(image_size=12)}
-    for extra, words in (
+    for extra, message in (
         ({}, "the center square, resized to 8 × 8 px"),
         (
             changes,
             "the middle 87.5% of the center square, resized to 8 × 8 px, then to 12 × 12 px",
         ),
     ):
-        assert Predictor(small.weights(**extra)).preparation == words
+        assert Predictor(small.weights(**extra)).preparation == message
 
 
 def test_view_shows_what_the_network_sees() -> None:

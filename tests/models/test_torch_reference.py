@@ -229,13 +229,13 @@ def test_state_dict_of_another_network_is_rejected(tmp_path: pathlib.Path) -> No
         "tools.import_weights", f"--input={tmp_path / 'other.pth'}", f"--output={tmp_path / 'out'}"
     )
     assert done.returncode == 2
-    for words in (
+    for message in (
         "2 entries",
         "missing: conv2.conv.weight",
         "layer1.weight",
         "conv3.bn.weight: has",
     ):
-        assert words in done.stderr
+        assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 

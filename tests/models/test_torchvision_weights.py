@@ -71,7 +71,7 @@ def test_matching_state_dict_is_converted_completely(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda s: resized_heads(s, 1000), "aux1 and aux2, auxiliary heads .*1000,"),
         (lambda s: without(s, "aux2"), "skipped: aux1, auxiliary heads .*missing: aux2"),
@@ -85,16 +85,16 @@ def test_matching_state_dict_is_converted_completely(state: State) -> None:
     ids=["other-classes", "one-head", "half-a-head", "sequential", "no-heads"],
 )
 def test_mismatched_heads_are_skipped_and_logged(
-    state: State, change: Callable[[State], State], words: str | None
+    state: State, change: Callable[[State], State], message: str | None
 ) -> None:
     imported = from_torchvision(change(state))
     assert not imported.model.aux_heads
     assert_same(imported, from_torchvision(without(state, "aux")))
-    if words is None:
+    if message is None:
         assert not imported.notes
     else:
         (note,) = imported.notes
-        assert re.search(words, note), note
+        assert re.search(message, note), note
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_classifier_without_bias_gets_zeros(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda s: without(s, "fc."), "fc not found"),
         (
@@ -168,10 +168,10 @@ def test_classifier_without_bias_gets_zeros(state: State) -> None:
     ids=["none", "several-layers", "other-features", "one-logit"],
 )
 def test_without_matching_classifier_the_rest_is_converted(
-    state: State, change: Callable[[State], State], words: str
+    state: State, change: Callable[[State], State], message: str
 ) -> None:
     imported = from_torchvision(change(state))
-    assert any(words in note for note in imported.notes), imported.notes
+    assert any(message in note for note in imported.notes), imported.notes
     converted, complete = (
         weights.flatten(from_torchvision(s).variables) for s in (change(state), state)
     )
@@ -223,7 +223,7 @@ def test_unrelated_entries_are_skipped_and_logged(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (
             lambda s: without(s, "inception3a.", "conv2.bn.weight"),
@@ -258,9 +258,9 @@ def test_unrelated_entries_are_skipped_and_logged(state: State) -> None:
     ids=["missing", "shape", "more", "type", "nan", "overflow", "resnet", "empty"],
 )
 def test_another_network_is_rejected_with_differences(
-    state: State, change: Callable[[State], State], words: str
+    state: State, change: Callable[[State], State], message: str
 ) -> None:
-    with pytest.raises(DataError, match=f"(?s){words}"):
+    with pytest.raises(DataError, match=f"(?s){message}"):
         from_torchvision(change(state))
 
 
@@ -275,7 +275,11 @@ def test_command_logs_what_it_skipped(state: State, tmp_path: pathlib.Path) -> N
     save_file(renamed(without(state, "fc."), lambda name: f"model.{name}"), source)
     done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")
     assert done.returncode == 0, done.stderr
-    for words in ("network: model.*", "no classifier: model.fc", "skipped: model.aux1 and model."):
-        assert words in done.stderr
+    for message in (
+        "network: model.*",
+        "no classifier: model.fc",
+        "skipped: model.aux1 and model.",
+    ):
+        assert message in done.stderr
     assert "googlenet_torchvision, no classifier" in done.stdout
     assert weights.load(target).num_classes == 0

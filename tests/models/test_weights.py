@@ -128,7 +128,7 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         ("missing", "No such file"),
         ("truncated", "truncated"),
@@ -141,11 +141,11 @@ def write_damaged(path: pathlib.Path, damage: str) -> None:
     ],
 )
 def test_damaged_or_foreign_file_is_rejected(
-    damage: str, words: str, tmp_path: pathlib.Path
+    damage: str, message: str, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
     write_damaged(path, damage)
-    with pytest.raises(DataError, match=words) as error:
+    with pytest.raises(DataError, match=message) as error:
         weights.load(path)
     assert str(path) in str(error.value)
 

@@ -96,7 +96,7 @@ def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathl
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: requires --to=savedweights"),
         (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: requires --to=onnx"),
@@ -110,7 +110,7 @@ def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathl
     ],
 )
 def test_usage_error_exits_with_2(
-    arguments: list[str], words: str, folder: pathlib.Path, tmp_path: pathlib.Path
+    arguments: list[str], message: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     done = command.run(
         "tools.export",
@@ -119,5 +119,5 @@ def test_usage_error_exits_with_2(
         f"--output={tmp_path / 'file'}",
     )
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_unreliable_curve_prints_no_rate(
 
 
 @pytest.mark.parametrize(
-    ("mistake", "words"),
+    ("mistake", "message"),
     [
         ("--low=1", "--low=1 and --high=0.5: --low must be less"),
         ("--steps=1", "--steps"),
@@ -69,8 +69,8 @@ def test_unreliable_curve_prints_no_rate(
         ("stray", "'stray'"),
     ],
 )
-def test_usage_error_exits_with_2(mistake: str, words: str, tmp_path: pathlib.Path) -> None:
+def test_usage_error_exits_with_2(mistake: str, message: str, tmp_path: pathlib.Path) -> None:
     done = command.run(*arguments(tmp_path, tmp_path / "out"), "--high=0.5", mistake)
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

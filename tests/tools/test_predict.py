@@ -151,7 +151,7 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["nowhere.jpg"], "'nowhere.jpg': no such file or folder"),
         ([], "give either image files and folders or --split=NAME"),
@@ -161,9 +161,9 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
     ],
 )
-def test_usage_error_exits_with_2(arguments: list[str], words: str) -> None:
+def test_usage_error_exits_with_2(arguments: list[str], message: str) -> None:
     # The error comes before anything is read: the weights file does not exist.
     done = command.run("tools.predict", *arguments, "--weights=none.safetensors")
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -45,7 +45,7 @@ def test_weights_show_filters_and_activations(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["tools.summarize"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
         ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
@@ -60,8 +60,8 @@ def test_weights_show_filters_and_activations(
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],
 )
-def test_usage_error_exits_with_2(arguments: list[str], words: str) -> None:
+def test_usage_error_exits_with_2(arguments: list[str], message: str) -> None:
     done = command.run(*arguments)
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -105,7 +105,7 @@ def chunk(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "words"),
+    ("data", "status", "message"),
     [
         (b"", 400, "The image cannot be read: empty file. Download"),
         (b"a text", 400, "The image cannot be read: text. Remove it"),
@@ -121,25 +121,25 @@ def chunk(content: bytes) -> bytes:
     ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
 )
 def test_invalid_file_is_rejected_with_reason(
-    client: Any, data: bytes, status: int, words: str
+    client: Any, data: bytes, status: int, message: str
 ) -> None:
     answer = client.post("/predict", content=data)
     assert answer.status_code == status, answer.text
-    assert answer.json()["error"].startswith(words)
+    assert answer.json()["error"].startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("query", "words"),
+    ("query", "message"),
     [
         ("top=no", "top = 'no': must be a whole number"),
         ("label=10", "label = 10: must be less than 10"),
         ("class=3", "class: no such parameter; use top, label, heat_map"),
     ],
 )
-def test_invalid_parameter_is_rejected(client: Any, query: str, words: str) -> None:
+def test_invalid_parameter_is_rejected(client: Any, query: str, message: str) -> None:
     answer = client.post(f"/predict?{query}", content=gradcam.encode_png(random_image()))
     assert answer.status_code == 400
-    assert answer.json()["error"].startswith(words)
+    assert answer.json()["error"].startswith(message)
 
 
 def test_form_upload_is_rejected(client: Any) -> None:
