@@ -235,7 +235,7 @@ def test_a_file_far_larger_than_a_picture_is_not_read(
     ):
         source.read("a/large.jpg")
     monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
-    with pytest.raises(DataError, match=r"large\.jpg: has more than 1,000 bytes"):
+    with pytest.raises(DataError, match=r"large\.jpg: must not be larger than 1,000 bytes"):
         image_files.read(str(tmp_path / "a" / "large.jpg"))
 
 
