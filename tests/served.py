@@ -20,7 +20,7 @@ def running(folder: pathlib.Path, *flags: str) -> Iterator[tuple[str, subprocess
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        match = re.fullmatch(r"ready: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)
+        match = re.fullmatch(r"ready: (http://127\.0\.0\.1:\d+) \(press Ctrl-C to stop\)\n", line)
         assert match, line or process.communicate()[1]
         yield match[1], process
     finally:

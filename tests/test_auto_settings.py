@@ -175,13 +175,13 @@ def test_bfloat16_is_chosen_for_cpus_that_multiply_it(
 ) -> None:
     monkeypatch.setattr(ops, "_cpu_flags", flags.split)
     monkeypatch.setattr(jax, "__version_info__", version)
-    ops.slow_bfloat16.cache_clear()
+    ops.bfloat16_slowdown.cache_clear()
     try:
-        found = ops.slow_bfloat16()
+        found = ops.bfloat16_slowdown()
         assert reason in found and bool(reason) == bool(found)
         assert ops.auto_dtype() == ("float32" if reason else "bfloat16")
     finally:
-        ops.slow_bfloat16.cache_clear()
+        ops.bfloat16_slowdown.cache_clear()
 
 
 def test_auto_learning_rate_is_for_sgd_only() -> None:

@@ -1,1 +1,1 @@
-"""Networks in the formats of other programs: StableHLO, ONNX and files of weights."""
+"""Export of trained networks: StableHLO, ONNX and weights files."""

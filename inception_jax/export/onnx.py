@@ -1,4 +1,4 @@
-"""ONNX files, for ONNX Runtime and others."""
+"""Reads and writes ONNX files, for ONNX Runtime and others."""
 
 import contextlib
 import json
@@ -9,23 +9,23 @@ from inception_jax.export import onnx_graph
 from inception_jax.export.program import (
     INPUT,
     OUTPUT,
-    Classify,
-    describe,
+    LogitsFunction,
+    export_metadata,
     images_to_logits,
 )
 from inception_jax.models.weights import Weights
 
-# The entry of a file's metadata that holds its description.
-ABOUT = "inception_jax"
+# The metadata key of a file's description.
+METADATA_KEY = "inception_jax"
 
 
 def export(weights: Weights) -> bytes:
-    """Returns a network as an ONNX file, its metadata holding `describe` as JSON under `ABOUT`.
+    """Returns a network as an ONNX file, described by `export_metadata` under `METADATA_KEY`.
 
     Raises:
-      UserError: if the packages for it are not installed.
+      UserError: if the required packages are not installed.
     """
-    with needs_onnx():
+    with require_onnx():
         import onnx
     model = onnx_graph.convert(
         images_to_logits(weights),
@@ -36,44 +36,44 @@ def export(weights: Weights) -> bytes:
         std=weights.std,
         names=(INPUT, OUTPUT),
     )
-    onnx.helper.set_model_props(model, {ABOUT: json.dumps(describe(weights))})
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(export_metadata(weights))})
     return model.SerializeToString()
 
 
-def load(data: bytes) -> Classify:
-    """Returns an ONNX file as a function of NumPy arrays, run by ONNX Runtime on the CPU.
+def load(data: bytes) -> LogitsFunction:
+    """Returns an ONNX file as a function of NumPy arrays that ONNX Runtime runs on the CPU.
 
     Raises:
       UserError: if ONNX Runtime is not installed.
     """
-    with needs_onnx():
+    with require_onnx():
         import onnxruntime
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
 
 
 def with_description(data: bytes, weights: Weights, *, precision: str) -> bytes:
-    """Returns an ONNX file with a description of its own in the metadata.
+    """Returns an ONNX file with a new description in its metadata.
 
     Args:
       data: the file.
-      weights, precision: as of `describe`.
+      weights, precision: see `export_metadata`.
     """
     import onnx
 
     model = onnx.load_from_string(data)
-    props = {ABOUT: json.dumps(describe(weights, precision=precision))}
+    props = {METADATA_KEY: json.dumps(export_metadata(weights, precision=precision))}
     onnx.helper.set_model_props(model, props)
     return model.SerializeToString()
 
 
 @contextlib.contextmanager
-def needs_onnx() -> Iterator[None]:
-    """Turns a failed import of an optional package into the way to get it."""
+def require_onnx() -> Iterator[None]:
+    """Turns a failed import of an optional package into a UserError that says how to install it."""
     try:
         yield
     except ImportError as error:
         raise UserError(
-            f"--to=onnx needs packages that are not installed ({error.name}): pip install "
+            f"--to=onnx: requires packages that are not installed ({error.name}); run pip install "
             "'inception-jax[onnx]', or in a checkout pip install -e '.[onnx]'"
         ) from error

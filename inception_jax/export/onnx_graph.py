@@ -1,12 +1,12 @@
-"""The forward pass of a network as an ONNX graph.
+"""Converts the forward pass of a network to an ONNX graph.
 
-A converter for the few operations that these networks are made of. jax2onnx 0.17.1, which knows
-many more, was tried: its orbax-export asks for an older Orbax than this package, its patched
-operations refuse the modules' branches and resizing under a free batch size, and its general
-max-pool has four axes, which ONNX Runtime does not compute.
+Supports the few operations that these networks consist of. jax2onnx 0.17.1, which supports many
+more, was tried: its orbax-export requires an older Orbax than this package, its patched operations
+reject the modules' branches and resizing under a free batch size, and its general max pool has four
+axes, which ONNX Runtime does not support.
 
-Images are kept with the channels first, as ONNX wants them, so that nothing is transposed between
-layers. The program is traced for one image; no operation of it mentions the size of the batch.
+Images stay channels-first, as ONNX requires, so nothing is transposed between layers. The program
+is traced for one image; none of its operations depends on the batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from jax.extend.core import Jaxpr, Literal
 
 from inception_jax.models import introspect
 
-# Old enough for most runtimes. Its files are of the format's version 8.
-_OPSET, _FORMAT = 17, 8
-_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
-# What BatchNorm makes of its statistics and parameters.
-_OF_CONSTANTS: dict[str, Callable[..., Any]] = {
+# Old enough for most runtimes; opset 17 belongs to IR version 8.
+_OPSET, _IR_VERSION = 17, 8
+_BINARY_OPS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
+# Operations of BatchNorm on its statistics and parameters.
+_CONSTANT_OPS: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -32,10 +32,10 @@ _OF_CONSTANTS: dict[str, Callable[..., Any]] = {
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sqrt": np.sqrt,
 }
-# Where the axes of an image [B, H, W, C] are in [B, C, H, W].
-_PLACES = (0, 2, 3, 1)
+# Positions of the axes of [B, H, W, C] in [B, C, H, W].
+_NCHW_AXES = (0, 2, 3, 1)
 
-# The name of a tensor that depends on the image, or the value of one that does not.
+# The name of a tensor that depends on the image, or the value of a constant.
 Value = str | np.ndarray
 
 
@@ -49,22 +49,22 @@ def convert(
     std: np.ndarray,
     names: tuple[str, str],
 ) -> Any:
-    """Returns an ONNX model of a network with what comes before it.
+    """Returns an ONNX model of a network and its preprocessing.
 
     Args:
-      network: gives float32 [1, classes] of normalised images, float32 [1, resized, resized, 3].
+      network: maps normalized images, float32 [1, resized, resized, 3], to float32 [1, classes].
       name: of the graph.
       size: height and width of the input, pixels.
-      resized: what they are resized to, pixels, as `augment.resize` does.
-      mean, std: float32 [3], of the normalisation (pixel / 255 - mean) / std.
+      resized: height and width after resizing (see `augment.resize`), pixels.
+      mean, std: float32 [3], of the normalization (pixel / 255 - mean) / std.
       names: of input and output, uint8 [batch, size, size, 3] and float32 [batch, classes].
 
     Returns:
-      An `onnx.ModelProto`, checked.
+      A checked `onnx.ModelProto`.
 
     Raises:
       ImportError: if the package onnx is not installed.
-      NotImplementedError: naming an operation of the network that is not known here.
+      NotImplementedError: naming an unsupported operation of the network.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -74,13 +74,15 @@ def convert(
     x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
     if resized != size:
         x = graph.add(
-            "MatMul", graph.add("MatMul", _resizing(size, resized), x), _resizing(size, resized).T
+            "MatMul",
+            graph.add("MatMul", _resize_matrix(size, resized), x),
+            _resize_matrix(size, resized).T,
         )
     # (x / 255 - mean) / std.
     x = graph.add("Mul", x, (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1))
     x = graph.add("Sub", x, (mean / std).astype(np.float32).reshape(1, 3, 1, 1))
     program = jax.make_jaxpr(network)(jax.ShapeDtypeStruct((1, resized, resized, 3), jnp.float32))
-    (logits,) = graph.walk(program.jaxpr, [x], program.consts)
+    (logits,) = graph.add_program(program.jaxpr, [x], program.consts)
     assert isinstance(logits, str)  # They depend on the image.
     graph.nodes.append(helper.make_node("Identity", [logits], [names[1]]))
     shape = ["batch", program.out_avals[0].shape[1]]
@@ -93,23 +95,23 @@ def convert(
             [onnx.numpy_helper.from_array(value, key) for key, value in graph.constants.items()],
         ),
         opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_FORMAT,
+        ir_version=_IR_VERSION,
     )
     onnx.checker.check_model(model)
     return model
 
 
-def _resizing(size: int, resized: int) -> np.ndarray:
-    """Returns the matrix float32 [resized, size] of resizing one axis as `augment.resize` does."""
+def _resize_matrix(size: int, resized: int) -> np.ndarray:
+    """Returns the matrix, float32 [resized, size], by which `augment.resize` resizes one axis."""
     identity = jnp.eye(size, dtype=jnp.float32)
     return np.asarray(jax.image.resize(identity, (resized, size), "linear", antialias=True))
 
 
 class _Graph:
-    """A graph that is being written.
+    """An ONNX graph under construction.
 
     Attributes:
-      nodes: `onnx.NodeProto`s so far.
+      nodes: the `onnx.NodeProto`s added so far.
       constants: arrays by name.
     """
 
@@ -118,7 +120,7 @@ class _Graph:
         self.constants: dict[str, np.ndarray] = {}
 
     def add(self, operation: str, *inputs: Value, **attributes: Any) -> str:
-        """Adds a node and returns the name of its result."""
+        """Adds a node and returns the name of its output."""
         from onnx import helper
 
         result = f"{operation.lower()}_{len(self.nodes)}"
@@ -133,10 +135,10 @@ class _Graph:
         self.constants[name] = np.ascontiguousarray(value)
         return name
 
-    def walk(
+    def add_program(
         self, program: Jaxpr, inputs: Sequence[Value], constants: Sequence[Any] = ()
     ) -> list[Value]:
-        """Adds a program's operations and returns its results."""
+        """Adds the operations of a program and returns its outputs."""
         values: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
         values |= zip(program.constvars, map(np.asarray, constants), strict=True)
 
@@ -145,27 +147,27 @@ class _Graph:
 
         for equation in program.eqns:
             given = [value(atom) for atom in equation.invars]
-            if (inner := introspect.called(equation)) is not None:
-                results = self.walk(inner, given, getattr(inner, "consts", ()))
+            if (inner := introspect.called_jaxpr(equation)) is not None:
+                results = self.add_program(inner, given, getattr(inner, "consts", ()))
             else:
-                results = [self._operation(equation, given)]
+                results = [self._add_operation(equation, given)]
             values |= zip(equation.outvars, results, strict=True)
         return [value(atom) for atom in program.outvars]
 
-    def _operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
-        """Adds an operation and returns its result."""
+    def _add_operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
+        """Adds an operation and returns its output."""
         primitive, params = equation.primitive.name, equation.params
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
-            return _constant(equation, list(map(np.asarray, inputs)))
-        if primitive in _BINARY:
+            return _evaluate_constant(equation, list(map(np.asarray, inputs)))
+        if primitive in _BINARY_OPS:
             return self._binary(primitive, inputs)
         if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
-            return x  # Nothing else is computed in.
+            return x  # Everything is computed in float32.
         if primitive == "concatenate":
-            return self.add("Concat", *inputs, axis=_PLACES[params["dimension"]])
+            return self.add("Concat", *inputs, axis=_NCHW_AXES[params["dimension"]])
         if primitive == "reduce_sum":
-            axes = np.array([_PLACES[axis] for axis in params["axes"]], np.int64)
+            axes = np.array([_NCHW_AXES[axis] for axis in params["axes"]], np.int64)
             return self.add("ReduceSum", x, axes, keepdims=0)
         if primitive == "dot_general" and params["dimension_numbers"] == (((1,), (0,)), ((), ())):
             return self.add("MatMul", *inputs)
@@ -185,16 +187,16 @@ class _Graph:
             return self.add("Mul", mean, np.array(np.prod(pool["kernel_shape"]), np.float32))
         if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
             return self._channel_sum(x, equation)
-        raise NotImplementedError(f"{primitive} {params} is not known as an operation of ONNX")
+        raise NotImplementedError(f"{primitive} {params}: cannot be converted to ONNX")
 
     def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
-        """Adds an operation on each number, constants put with their channels first."""
+        """Adds an elementwise operation, with constants made channels-first."""
         if primitive == "max" and isinstance(inputs[1], np.ndarray) and not inputs[1].any():
             return self.add("Relu", inputs[0])
-        return self.add(_BINARY[primitive], *map(_turned, inputs))
+        return self.add(_BINARY_OPS[primitive], *map(_to_channels_first, inputs))
 
     def _channel_sum(self, x: Value, equation: Any) -> str:
-        """Adds sums over neighbouring channels: a 1x1 convolution by a matrix of ones and zeros."""
+        """Adds sums over neighboring channels: a 1x1 convolution with a matrix of 0s and 1s."""
         channels = equation.invars[0].aval.shape[3]
         window = equation.params["window_dimensions"][3]
         before = equation.params["padding"][3][0]
@@ -203,8 +205,8 @@ class _Graph:
         return self.add("Conv", x, band[:, :, None, None])
 
 
-def _turned(value: Value) -> Value:
-    """Returns a constant that numbers are combined with as ONNX Runtime expects it."""
+def _to_channels_first(value: Value) -> Value:
+    """Returns a constant operand of an elementwise operation in ONNX's layout."""
     if isinstance(value, str):
         return value
     if value.ndim == 4:
@@ -212,16 +214,16 @@ def _turned(value: Value) -> Value:
     return value[0] if value.ndim == 2 else value  # A bias has one axis.
 
 
-def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the result of an operation that does not depend on the image.
+def _evaluate_constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the output of an operation that does not depend on the image.
 
-    Broadcasting gives axes of size 1, since all that reads the result broadcasts.
+    Broadcast axes get size 1, since every operation that reads the output broadcasts.
     """
     primitive, params, value = equation.primitive.name, equation.params, values[0]
     if primitive == "broadcast_in_dim":
         shape = [1] * len(params["shape"])
-        for axis, place in enumerate(params["broadcast_dimensions"]):
-            shape[place] = value.shape[axis]
+        for axis, target in enumerate(params["broadcast_dimensions"]):
+            shape[target] = value.shape[axis]
         return value.reshape(shape)
     if primitive in ("reshape", "squeeze"):
         return value.reshape(equation.outvars[0].aval.shape)
@@ -229,11 +231,11 @@ def _constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarray:
         return value.astype(params["new_dtype"])
     if primitive in ("copy", "copy_p"):
         return value
-    if primitive in _OF_CONSTANTS:
-        return np.asarray(_OF_CONSTANTS[primitive](*values), np.float32)
-    raise NotImplementedError(f"{primitive} {params} of constants is not known here")
+    if primitive in _CONSTANT_OPS:
+        return np.asarray(_CONSTANT_OPS[primitive](*values), np.float32)
+    raise NotImplementedError(f"{primitive} {params} of constants: cannot be converted to ONNX")
 
 
 def _pads(paddings: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns paddings as ONNX has them: all before, then all after."""
+    """Returns paddings in ONNX's order: all begins, then all ends."""
     return [pad[0] for pad in paddings] + [pad[1] for pad in paddings]

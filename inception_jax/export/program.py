@@ -1,10 +1,10 @@
-"""A trained network as one function of pixels, which all formats of other programs write down.
+"""A trained network as one function of pixels, which every export format contains.
 
-It takes pixels, uint8 [batch, S, S, 3] in RGB, of images cut and resized as in evaluation, and
-gives logits, float32 [batch, classes]; the batch may have any size. Resizing to another size of
-evaluation and the normalisation are inside. Logits, not probabilities: a softmax is one line
-anywhere, and cannot be undone to the last digit. BatchNorm is folded into the convolutions, and all
-is computed in float32 whatever the training computed in.
+It maps pixels, uint8 [batch, S, S, 3] in RGB, of images cropped and resized as in evaluation, to
+logits, float32 [batch, classes], for any batch size. It includes the normalization and, if
+evaluation uses another size, the resizing to it. It returns logits because a softmax is one line
+anywhere, but cannot be inverted exactly. BatchNorm is folded into the convolutions, and everything
+is computed in float32 whatever dtype training used.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from inception_jax.models import protocol
 from inception_jax.models.layers import ConvUnit
 from inception_jax.models.weights import Weights
 
-# What descriptions call the arrays.
+# Names of the arrays in exported files.
 INPUT, OUTPUT = "pixels", "logits"
-# Logits of trained networks are some tens; float32 in another order changes them by some 1e-5.
+# Trained networks' logits are in the tens; reordering float32 operations changes them by ~1e-5.
 _TOLERANCE = 1e-2
 
-# Logits, float32 [N, classes], of pixels, uint8 [N, S, S, 3].
-Classify = Callable[[np.ndarray], np.ndarray]
+# Maps pixels, uint8 [N, S, S, 3], to logits, float32 [N, classes].
+LogitsFunction = Callable[[np.ndarray], np.ndarray]
 
 
 def pixels_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
-    """Returns the network as a function of pixels alone, traced the same on every backend.
+    """Returns the network as a function of pixels alone, traced identically on every backend.
 
     Args:
       weights: of the network; their variables become constants.
 
     Returns:
-      A pure function of uint8 [B, S, S, 3] that gives float32 [B, classes].
+      A pure function that maps uint8 [B, S, S, 3] to float32 [B, classes].
     """
     network, predictor = images_to_logits(weights), Predictor(weights)
     return lambda pixels: network(predictor.preprocess(pixels))
 
 
 def images_to_logits(weights: Weights) -> Callable[[jax.Array], jax.Array]:
-    """Returns the network as a function of float32 [B, H, W, 3], resized and normalised."""
-    model = protocol.plain(_in_float32(weights).network)
+    """Returns the network as a function of float32 [B, H, W, 3], resized and normalized."""
+    model = protocol.with_plain_ops(_in_float32(weights).network)
 
     def logits(images: jax.Array) -> jax.Array:
-        with nn.intercept_methods(_folded):
+        with nn.intercept_methods(_fold_batch_norm):
             output: Any = model.apply(weights.variables, images, train=False)
         return output.logits
 
@@ -60,12 +60,12 @@ def _in_float32(weights: Weights) -> Weights:
     return dataclasses.replace(weights, model=dataclasses.replace(weights.model, dtype="float32"))
 
 
-def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
-    """Returns what a user of an exported file has to know, for JSON.
+def export_metadata(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
+    """Returns the description stored with an exported file, as JSON-compatible values.
 
     Args:
-      weights: of the network, with the metrics of the file.
-      precision: what the file computes in, "float32" or "int8".
+      weights: of the network, with the metrics measured on the file.
+      precision: "float32" or "int8".
     """
     size = weights.image_size
     return {
@@ -75,15 +75,15 @@ def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
             "name": INPUT,
             "dtype": "uint8",
             "shape": ["batch", size, size, 3],
-            "meaning": "RGB; normalisation is inside",
-            "prepared": "the centred square, resized by PIL's bicubic filter",
+            "meaning": "RGB; the network includes the normalization",
+            "prepared": "the center square, resized with PIL's bicubic filter",
             "crop": weights.eval_crop,
         },
         "output": {
             "name": OUTPUT,
             "dtype": "float32",
             "shape": ["batch", weights.num_classes],
-            "meaning": "logits; their softmax gives probabilities",
+            "meaning": "logits; apply softmax for probabilities",
         },
         "class_names": list(weights.class_names),
         "checkpoint": {
@@ -98,32 +98,32 @@ def describe(weights: Weights, *, precision: str = "float32") -> dict[str, Any]:
     }
 
 
-def largest_difference(weights: Weights, classify: Classify) -> float:
-    """Returns how much an exported network's logits differ from its own, on images of noise.
+def max_logit_difference(weights: Weights, classify: LogitsFunction) -> float:
+    """Returns the largest difference between exported and original logits, on random images.
 
-    In batches of two sizes, so that the free batch size is tried too.
+    Uses two batch sizes, to test the free batch size too.
 
     Raises:
-      RunError: if it is more than rounding gives.
+      RunError: if it is larger than rounding explains.
     """
     shape = (3, weights.image_size, weights.image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = Predictor(_in_float32(weights), batch_size=3).logits(pixels)
-    found = np.concatenate([classify(pixels[:1]), classify(pixels[1:])])
-    difference = float(np.abs(found - expected).max())
+    logits = np.concatenate([classify(pixels[:1]), classify(pixels[1:])])
+    difference = float(np.abs(logits - expected).max())
     if not difference <= _TOLERANCE:
         raise RunError(
-            f"the exported network is not the same: logits differ by up to {difference:.3g}. This "
-            "is a fault of this program or of the converter; please report it"
+            f"the exported network is not equivalent: logits differ by up to {difference:.3g}. "
+            "This is a bug in this program or in the converter; please report it"
         )
     return difference
 
 
-def _folded(function: Any, args: Sequence[Any], kwargs: Any, context: Any) -> Any:
-    """Computes a `ConvUnit` as one convolution with a bias, and ReLU; an interceptor of flax.
+def _fold_batch_norm(function: Any, args: Sequence[Any], kwargs: Any, context: Any) -> Any:
+    """Computes a `ConvUnit` as one convolution with a bias, then ReLU; a Flax method interceptor.
 
-    In evaluation BatchNorm is a factor and an offset for each channel, which the kernel and a bias
-    take. The convolution is flax's own, which converters know.
+    In evaluation, BatchNorm is a factor and an offset per channel, which are folded into the kernel
+    and a bias. The convolution is Flax's, which converters support.
     """
     unit = context.module
     if not isinstance(unit, ConvUnit) or context.method_name != "__call__":

@@ -1,4 +1,4 @@
-"""ONNX files in 8 bits, and what that costs."""
+"""Quantizes ONNX files to 8 bits and measures the cost in accuracy."""
 
 import dataclasses
 import pathlib
@@ -9,28 +9,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from inception_jax.datasets.splits import Split
-from inception_jax.export.onnx import needs_onnx
-from inception_jax.export.program import INPUT, Classify
+from inception_jax.export.onnx import require_onnx
+from inception_jax.export.program import INPUT, LogitsFunction
 from inception_jax.registry import METRICS
 
-_BATCH = 64
-# Points of accuracy that 8 bits may cost without a warning.
-_MAX_LOSS = 1.0
+_BATCH_SIZE = 64
+# Percentage points of top-1 accuracy that int8 may cost without a warning.
+_MAX_ACCURACY_DROP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How a form of a network does on a split.
+    """Accuracy of an exported network on a split.
 
     Attributes:
-      form: what was measured.
-      megabytes: size of its file.
-      top1, top5: percent; top5 is None for so few classes that it says nothing.
-      count: images of the split.
-      images_per_second: of one pass over them, reading included.
+      precision: "float32" or "int8".
+      megabytes: size of the file.
+      top1, top5: percent; top5 is None if there are too few classes for it to be meaningful.
+      count: number of images.
+      images_per_second: throughput of one pass over them, reading included.
     """
 
-    form: str
+    precision: str
     megabytes: float
     top1: float
     top5: float | None
@@ -41,28 +41,28 @@ class Accuracy:
 def quantize(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) -> bytes:
     """Returns an ONNX file whose convolutions and products compute in 8 bits.
 
-    Static: the ranges of activations are those that they have on the calibration images. Weights
-    are int8 with a scale for each output channel, activations uint8. Its metadata are still those
-    of the float32 file: see `onnx.with_description`.
+    Quantization is static: activation ranges come from the calibration images. Weights are int8
+    with a scale per output channel, activations uint8. The metadata still describe the float32
+    file; see `onnx.with_description`.
 
     Args:
-      data: an ONNX file by `onnx.export`.
-      calibration: uint8 [N, S, S, 3], as many as possible from the training.
-      float_ends: whether the first convolution and the classifier stay in float32, whose rounding
-        costs the most accuracy and which are a small part of the computation.
+      data: an ONNX file from `onnx.export`.
+      calibration: training images, uint8 [N, S, S, 3]; the more, the better.
+      float_ends: whether to keep the first convolution and the classifier in float32: quantizing
+        them costs the most accuracy, and they are a small part of the computation.
 
     Raises:
-      UserError: if the packages for it are not installed.
+      UserError: if the required packages are not installed.
     """
-    with needs_onnx():
+    with require_onnx():
         import onnx
         from onnxruntime import quantization
         from onnxruntime.quantization import shape_inference
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            starts = range(0, len(calibration), _BATCH)
-            self._batches = iter([calibration[start : start + _BATCH] for start in starts])
+            starts = range(0, len(calibration), _BATCH_SIZE)
+            self._batches = iter([calibration[start : start + _BATCH_SIZE] for start in starts])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self._batches, None)
@@ -72,7 +72,7 @@ def quantize(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) 
         folder = pathlib.Path(name)
         plain, prepared, result = (folder / f"{stage}.onnx" for stage in ("a", "b", "c"))
         plain.write_bytes(data)
-        # Fuses what the runtime would fuse, which it cannot any more once it is quantized.
+        # Fuses what the runtime would fuse, which is no longer possible after quantization.
         shape_inference.quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(prepared),
@@ -85,7 +85,7 @@ def quantize(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) 
             nodes_to_exclude=_name_ends(prepared) if float_ends else [],
         )
         model = onnx.load(result)
-    # The quantizer names every domain it knows, in versions that older runtimes refuse.
+    # The quantizer imports every domain it knows, in versions that older runtimes reject.
     used = {node.domain for node in model.graph.node}
     imports = [each for each in model.opset_import if each.domain in used]
     del model.opset_import[:]
@@ -95,7 +95,7 @@ def quantize(data: bytes, calibration: np.ndarray, *, float_ends: bool = False) 
 
 
 def _name_ends(path: pathlib.Path) -> list[str]:
-    """Names the first convolution and the last product of an ONNX file, and returns the names."""
+    """Names the first convolution and last product in an ONNX file, and returns the names."""
     import onnx
 
     model = onnx.load(path)
@@ -108,40 +108,42 @@ def _name_ends(path: pathlib.Path) -> list[str]:
     return [node.name for node in ends]
 
 
-def measure_accuracy(form: str, classify: Classify, split: Split, *, size: int) -> Accuracy:
-    """Measures a form of a network on every image of a split.
+def measure_accuracy(
+    precision: str, classify: LogitsFunction, split: Split, *, size: int
+) -> Accuracy:
+    """Measures an exported network on every image of a split.
 
     Args:
-      form: its name.
-      classify: its logits of pixels.
+      precision: "float32" or "int8".
+      classify: the network.
       split: the images.
-      size: of its file, bytes.
+      size: of the network's file, bytes.
     """
-    right = np.zeros(2, np.int64)
+    correct = np.zeros(2, np.int64)
     start = time.perf_counter()
-    for first in range(0, len(split), _BATCH):
-        indices = np.arange(first, min(first + _BATCH, len(split)))
+    for first in range(0, len(split), _BATCH_SIZE):
+        indices = np.arange(first, min(first + _BATCH_SIZE, len(split)))
         logits, labels = classify(split.read(indices)), split.labels[indices]
-        # How many classes are rated higher than the right one; of equal ones the lower is first.
-        own = logits[np.arange(len(labels)), labels][:, None]
+        # The number of classes ranked above the true one; among equal logits the lower label wins.
+        true_logit = logits[np.arange(len(labels)), labels][:, None]
         ahead = np.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > own) | ((logits == own) & ahead)).sum(1)
-        right += (rank < 1).sum(), (rank < 5).sum()
+        rank = ((logits > true_logit) | ((logits == true_logit) & ahead)).sum(1)
+        correct += (rank < 1).sum(), (rank < 5).sum()
     seconds = time.perf_counter() - start
-    top1, top5 = (100 * right / len(split)).tolist()
+    top1, top5 = (100 * correct / len(split)).tolist()
     top5 = top5 if logits.shape[1] >= METRICS.get("top5").min_classes else None
-    return Accuracy(form, size / 1e6, top1, top5, len(split), len(split) / seconds)
+    return Accuracy(precision, size / 1e6, top1, top5, len(split), len(split) / seconds)
 
 
-def loss_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
-    """Returns a warning if 8 bits cost more than a point of top-1 accuracy, else ''.
+def accuracy_warning(before: Accuracy, after: Accuracy, remedies: Sequence[str]) -> str:
+    """Returns a warning if int8 costs more than one point of top-1 accuracy, else ''.
 
     Args:
-      before, after: accuracy in float32 and in 8 bits.
-      remedies: what is left to try.
+      before, after: accuracy in float32 and in int8.
+      remedies: to suggest.
     """
     lost = before.top1 - after.top1
-    if lost <= _MAX_LOSS:
+    if lost <= _MAX_ACCURACY_DROP:
         return ""
     return (
         f"warning: int8 costs {lost:.2f} points of top-1 accuracy ({after.top1:.2f}%, float32 "

@@ -1,1 +1,1 @@
-"""Trained networks in use: predictions on image files, heat maps, and a web service."""
+"""Inference with trained networks: predictions on image files, heat maps, and a web service."""

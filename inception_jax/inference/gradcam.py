@@ -19,52 +19,52 @@ from PIL import Image
 
 from inception_jax import figures
 from inception_jax.errors import ConfigError, nearest
-from inception_jax.inference.predictor import Classified, Predictor
+from inception_jax.inference.predictor import ClassifiedImage, Predictor
 from inception_jax.models import introspect
 from inception_jax.training.state import Variables
 
-# Height and width of a picture beside its heat map, pixels: enough for photos, little for a screen.
+# Height and width of the image next to its heat map, pixels: enough for photos, small on screen.
 VIEW_SIZE = 384
 
-# How much of the picture the hottest place hides.
-_OPACITY = 0.65
+# Opacity of the heat map where it is largest.
+_MAX_OPACITY = 0.65
 
 
 def grad_cam(
     model: nn.Module, variables: Variables, images: jax.Array, labels: jax.Array, layer: str
 ) -> jax.Array:
-    """Returns per-location evidence for a class, on the grid of a layer.
+    """Returns per-location evidence for a class, at the resolution of a layer.
 
-    With A_k the layer's channel k and y the class's logit, alpha_k is the mean of dy / dA_k over
-    the grid (eq. 1), and the map is ReLU(sum_k alpha_k A_k) (eq. 2).
+    With A_k channel k of the layer's feature map and y the class's logit, alpha_k is the mean of
+    dy / dA_k over the map (eq. 1), and the result is ReLU(sum_k alpha_k A_k) (eq. 2).
 
     Args:
       model: a network that returns a `layers.ModelOutput`.
       variables: of the network.
-      images: float32 [B, H, W, 3], as the network takes them.
+      images: float32 [B, H, W, 3], the network's input.
       labels: int32 [B], the classes.
-      layer: which one, a key of `introspect.grids`.
+      layer: a key of `introspect.spatial_layers`.
 
     Returns:
       float32 [B, h, w], 0 or more.
     """
 
     def logits_and_activations(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = []
+        outputs = []
 
         def add_delta(_: nn.Module, path: str, result: Any) -> Any:
             if path != layer:
                 return result
-            seen.append(result)
+            outputs.append(result)
             return result + delta
 
-        with introspect.watching(add_delta):
+        with introspect.intercept_outputs(add_delta):
             output: Any = model.apply(variables, images, train=False)
-        return output.logits, seen[0]
+        return output.logits, outputs[0]
 
-    # The gradient with regard to what is added to a layer is that with regard to the layer. Images
-    # do not depend on each other in evaluation, so one pass gives the gradients of all.
-    grid = introspect.grids(model, variables, images)[layer]
+    # The gradient with respect to a delta added to the layer is that of the layer. In evaluation
+    # images do not depend on each other, so one pass gives the gradients of all.
+    grid = introspect.spatial_layers(model, variables, images)[layer]
     logits, backward, activations = jax.vjp(
         logits_and_activations, jnp.zeros(grid.shape, grid.dtype), has_aux=True
     )
@@ -74,16 +74,16 @@ def grad_cam(
 
 
 class Explainer:
-    """Heat maps of what a predictor's network looked at. It may be used by several threads.
+    """Computes heat maps for the predictions of a network. Thread-safe.
 
     Attributes:
       predictor: of the network.
-      layer: path of the layer whose grid the maps have.
-      grid: height and width of that grid.
+      layer: path of the layer to explain.
+      grid: height and width of the layer's feature map, and so of the heat maps.
 
     Args:
       predictor: of the network.
-      layer: which layer to look at; '': the last inception module.
+      layer: path of the layer to explain; '': the last inception module.
 
     Raises:
       ConfigError: if there is no such layer.
@@ -94,37 +94,36 @@ class Explainer:
         size = predictor.weights.image_size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
         images = jax.eval_shape(predictor.preprocess, pixels)
-        found = introspect.grids(predictor.model, predictor.variables, images)
+        layers = introspect.spatial_layers(predictor.model, predictor.variables, images)
         modules = {
-            path: f"{s.shape[1]} × {s.shape[2]}" for path, s in found.items() if "/" not in path
+            path: f"{s.shape[1]} × {s.shape[2]}" for path, s in layers.items() if "/" not in path
         }
         if not modules:
             raise ConfigError(
-                f"{predictor.weights.model.name}: no module of the network gives a grid "
-                "[B, h, w, C], so there is nothing to draw heat maps of; make the layers to look "
-                "at modules"
+                f"{predictor.weights.model.name}: no module returns a feature map [B, h, w, C], so "
+                "heat maps cannot be computed; make the layers to explain submodules"
             )
         self.layer = layer or list(modules)[-1]
-        if self.layer not in found:
-            raise ConfigError(_unknown_layer(layer, modules, list(found)))
-        self.grid = found[self.layer].shape[1:3]
+        if self.layer not in layers:
+            raise ConfigError(_unknown_layer(layer, modules, list(layers)))
+        self.grid = layers[self.layer].shape[1:3]
         self._maps = jax.jit(self._compute_maps, compiler_options=predictor.compiler_options)
 
     def maps(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns Grad-CAM maps.
 
         Args:
-          pixels: uint8 [N, S, S, 3], at least one image, as `Predictor.read` gives them.
-          labels: int32 [N], the class of each that the map is for.
+          pixels: uint8 [N, S, S, 3], N at least 1, as `Predictor.read` returns them.
+          labels: int32 [N], the class to explain for each image.
 
         Returns:
           float32 [N, h, w], 0 or more.
 
         Raises:
-          UserError: if the pixels are of another type or shape.
+          UserError: if the pixels have another dtype or shape.
         """
-        pixels = self.predictor.checked(pixels)
-        return self.predictor.in_batches(self._maps, pixels, labels.astype(np.int32))
+        pixels = self.predictor.validate_pixels(pixels)
+        return self.predictor.map_batches(self._maps, pixels, labels.astype(np.int32))
 
     def _compute_maps(
         self, variables: Variables, pixels: jax.Array, labels: jax.Array
@@ -134,53 +133,53 @@ class Explainer:
 
 
 def _unknown_layer(layer: str, modules: Mapping[str, str], known: list[str]) -> str:
-    listed = ", ".join(f"{path} ({grid})" for path, grid in modules.items())
+    listing = ", ".join(f"{path} ({grid})" for path, grid in modules.items())
     return (
-        f"--layer={layer}: the network has no such layer, or it gives no grid."
-        f"{nearest(layer, known)} There are, with the size of their grids: {listed}; and those "
-        "inside them, such as inception_4b/conv_3x3"
+        f"--layer={layer}: no such layer, or its output is not a feature map."
+        f"{nearest(layer, known)} Use one of {listing}, or one inside them, such as "
+        "inception_4b/conv_3x3"
     )
 
 
 def overlay(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lays a heat map over a picture.
+    """Blends a heat map over an image.
 
     Args:
-      view: uint8 [V, V, 3].
-      heat: float32 [h, w], 0 or more; shown relative to its maximum.
+      view: the image, uint8 [V, V, 3].
+      heat: float32 [h, w], 0 or more; scaled by its maximum.
 
     Returns:
-      uint8 [V, V, 3]: the picture where the map is 0, ever more of a colour where it is larger.
+      uint8 [V, V, 3]: the image where the map is 0, increasingly covered where it is larger.
     """
     import matplotlib
 
     side = view.shape[0]
-    share = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
-    smooth = Image.fromarray(share.astype(np.float32)).resize(
+    relative = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
+    smooth = Image.fromarray(relative.astype(np.float32)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
-    share = np.asarray(smooth).clip(0, 1)
-    colours = 255 * matplotlib.colormaps["inferno"](share)[..., :3]
-    opacity = _OPACITY * share[..., None]
-    return np.round(view * (1 - opacity) + colours * opacity).astype(np.uint8)
+    relative = np.asarray(smooth).clip(0, 1)
+    colors = 255 * matplotlib.colormaps["inferno"](relative)[..., :3]
+    opacity = _MAX_OPACITY * relative[..., None]
+    return np.round(view * (1 - opacity) + colors * opacity).astype(np.uint8)
 
 
-def draw(
+def draw_heat_map(
     path: pathlib.Path, view: np.ndarray, heat: np.ndarray, *, title: str, captions: tuple[str, str]
 ) -> None:
-    """Draws a picture beside its heat map.
+    """Draws an image next to its heat map.
 
     Args:
       path: of the PNG file.
-      view: uint8 [V, V, 3].
+      view: the image, uint8 [V, V, 3].
       heat: float32 [h, w], 0 or more.
-      title: above both, such as the class and its probability.
-      captions: of the picture and of the heat map.
+      title: of the figure, such as the class and its probability.
+      captions: of the image and of the heat map.
 
     Raises:
       OSError: if the file cannot be written.
     """
-    # Imported late: classes alone do without it.
+    # Imported late, since predictions alone do not need it.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.55), layout="constrained")
@@ -194,20 +193,20 @@ def draw(
 
 
 class HeatmapWriter:
-    """Draws pictures beside their heat maps into a folder.
+    """Draws images next to their heat maps into a folder.
 
-    A file has the name of the picture with the ending .png; of several of one name the later get a
-    number: cat.png, cat-2.png.
+    A file has the name of its image with the extension .png; if several images share a name, later
+    ones get a number: cat.png, cat-2.png.
 
     Attributes:
-      layer: path of the layer that is looked at.
-      view_size: height and width of the pictures to draw, pixels.
-      count: how many were drawn.
+      layer: path of the layer to explain.
+      view_size: height and width of the drawn images, pixels.
+      count: number of files drawn.
 
     Args:
-      folder: where to; it is there.
-      explainer: makes the maps.
-      label: the class that they are for; None: the best of each picture.
+      folder: an existing folder.
+      explainer: computes the heat maps.
+      label: the class to explain; None: each image's most probable class.
     """
 
     view_size = VIEW_SIZE
@@ -219,41 +218,41 @@ class HeatmapWriter:
 
     @property
     def count(self) -> int:
-        """How many were drawn."""
+        """Number of files drawn."""
         return len(self._names)
 
-    def draw(self, classified: Sequence[Classified]) -> None:
-        """Draws pictures, which have views.
+    def draw(self, classified: Sequence[ClassifiedImage]) -> None:
+        """Draws images and their heat maps.
 
         Raises:
           OSError: if a file cannot be written.
         """
         if not classified:
             return
-        pictures = [each.picture for each in classified]
+        images = [each.image for each in classified]
         logits = np.stack([each.logits for each in classified])
         labels = logits.argmax(axis=1) if self._label is None else np.full(len(logits), self._label)
-        maps = self._explainer.maps(np.stack([picture.pixels for picture in pictures]), labels)
-        for picture, row, label, heat in zip(pictures, logits, labels, maps, strict=True):
+        maps = self._explainer.maps(np.stack([image.pixels for image in images]), labels)
+        for image, row, label, heat in zip(images, logits, labels, maps, strict=True):
             prediction = self._explainer.predictor.prediction(row, int(label))
-            about = f"Grad-CAM of {self.layer}" if heat.any() else "no place speaks for this class"
-            draw(
-                self._folder / self._unused_name(picture.name),
-                picture.view,
+            caption = f"Grad-CAM of {self.layer}" if heat.any() else "no evidence for this class"
+            draw_heat_map(
+                self._folder / self._unused_name(image.name),
+                image.view,
                 heat,
-                title=f"{figures.truncate(prediction.name, 60)}: {prediction.probability:.1%}",
-                captions=(figures.truncate(os.path.basename(picture.name), 40), about),
+                title=f"{figures.short(prediction.name, 60)}: {prediction.probability:.1%}",
+                captions=(figures.short(os.path.basename(image.name), 40), caption),
             )
 
-    def _unused_name(self, picture: str) -> str:
-        stem = pathlib.PurePath(picture).stem
+    def _unused_name(self, image_name: str) -> str:
+        stem = pathlib.PurePath(image_name).stem
         names = (f"{stem}{number}.png" for number in itertools.chain([""], itertools.count(-2, -1)))
         name = next(name for name in names if name not in self._names)
         self._names.add(name)
         return name
 
 
-def png(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
     """Returns an image, uint8 [H, W, 3], as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")

@@ -1,4 +1,4 @@
-"""The picture files that a user names: files, folders and the standard input, in a stable order."""
+"""Finds and reads image files: files, folders and standard input, in a stable order."""
 
 import contextlib
 import os
@@ -13,35 +13,35 @@ from inception_jax.datasets.sources.files import MAX_BYTES, FolderSource
 from inception_jax.errors import DataError
 from inception_jax.storage import paths
 
-# The argument that stands for the standard input.
+# The argument for standard input.
 STDIN = "-"
 
 
 class ImageFiles(NamedTuple):
-    """What a user's arguments stand for.
+    """The image files found for a command's arguments.
 
     Attributes:
-      files: paths to read, in order; `STDIN` may be among them.
-      left_out: paths of the files below folders that are no pictures by their names.
+      files: paths to read, in order, possibly with `STDIN`.
+      skipped: paths of files in folders that have no image extension.
     """
 
     files: list[str]
-    left_out: list[str]
+    skipped: list[str]
 
 
 def find(arguments: Sequence[str]) -> ImageFiles:
-    """Finds the files that arguments stand for, without reading any.
+    """Finds the image files of a command's arguments, without reading any.
 
-    The order is that of the arguments and, within a folder, of the files' paths, in which numbers
-    count as numbers: 2.jpg comes before 10.jpg. Folders are walked; what systems leave behind and
-    whatever begins with a dot is passed over, and a file whose name does not end as that of a
-    picture format is left out. A file that is an argument itself is taken whatever its name.
+    Files are in the order of the arguments and, within a folder, in natural order: 2.jpg comes
+    before 10.jpg. Folders are searched recursively, ignoring system files and names that start with
+    a dot, and skipping files without an image extension. A file given as an argument is always
+    included.
 
     Args:
       arguments: paths of files and folders, and at most once `STDIN`.
 
     Raises:
-      DataError: if a path leads nowhere, a folder cannot be read, or there is no file at all.
+      DataError: if a path does not exist, a folder cannot be read, or no file is found.
     """
     arguments = [path if path == STDIN else str(paths.local_path(path, path)) for path in arguments]
     if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
@@ -50,23 +50,23 @@ def find(arguments: Sequence[str]) -> ImageFiles:
             "no such file or folder. Nothing was read; correct the paths"
         )
     if arguments.count(STDIN) > 1:
-        raise DataError(f"{STDIN!r} is given twice; the standard input holds one picture")
-    found = ImageFiles([], [])
+        raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")
+    images = ImageFiles([], [])
     for path in arguments:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):
                 inner = os.path.join(path, file)
-                taken = folders.has_image_extension(file) and not _is_special(inner)
-                (found.files if taken else found.left_out).append(inner)
+                is_image = folders.named_as_picture(file) and not _is_special(inner)
+                (images.files if is_image else images.skipped).append(inner)
         else:
-            found.files.append(path)
-    if not found.files:
-        more = f" Left out: {folders.join_truncated(found.left_out)}" if found.left_out else ""
+            images.files.append(path)
+    if not images.files:
+        more = f" Skipped: {folders.listed(images.skipped)}." if images.skipped else ""
         raise DataError(
-            f"{folders.quote_and_join(arguments)}: no file is named as a picture (.jpg, .png, "
-            f"…).{more} A file that is named on the command line itself is read whatever its name"
+            f"{folders.quoted(arguments)}: no file has an image extension (.jpg, .png, …).{more} "
+            "To read a file whatever its name, give its path"
         )
-    return found
+    return images
 
 
 def _below(folder: str) -> list[str]:
@@ -76,29 +76,32 @@ def _below(folder: str) -> list[str]:
 
 
 def _is_special(path: str) -> bool:
-    """Whether a path is that of a device or a pipe, which may have no end; not a dead link's."""
+    """Returns whether a path is a device or pipe, which may be endless; false for dead links."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
 def natural_key(path: str) -> list[tuple[list[tuple[int, int, str]], str]]:
-    """Returns what to sort paths by, folder by folder, so that 2 comes before 10.
+    """Returns a key that sorts paths folder by folder, in natural order.
 
-    Letters' case counts only between names that are otherwise equal.
+    Case matters only between names that are otherwise equal.
+
+    >>> sorted(["10.jpg", "2.jpg", "b/1.jpg", "A/1.jpg"], key=natural_key)
+    ['2.jpg', '10.jpg', 'A/1.jpg', 'b/1.jpg']
     """
     return [(_parts(name), name) for name in path.split("/")]
 
 
 def _parts(name: str) -> list[tuple[int, int, str]]:
-    """Returns the texts and numbers that a name consists of; numbers come before texts."""
+    """Returns the numbers and texts that make up a name; numbers sort before texts."""
     parts = re.findall("[0-9]+|[^0-9]+", name.casefold())
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def read(path: str) -> bytes:
-    """Returns the content of a file, or of the standard input.
+    """Returns the content of a file, or of standard input.
 
     Raises:
-      DataError: if it cannot be read, or is far larger than any picture.
+      DataError: if it cannot be read, or is far larger than any image.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -107,12 +110,12 @@ def read(path: str) -> bytes:
                 file = stack.enter_context(pathlib.Path(path).open("rb"))
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise DataError(f"{shown(path)}: has more than {MAX_BYTES:,} bytes, the most that is read")
+        raise DataError(f"{display_name(path)}: cannot be read: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise DataError(f"{display_name(path)}: must not be larger than {MOST_BYTES:,} bytes")
     return data
 
 
-def shown(path: str) -> str:
-    """Returns a path as text of one line."""
-    return "standard input" if path == STDIN else folders.escape_for_display(path)
+def display_name(path: str) -> str:
+    """Returns a path as a single line for messages."""
+    return "standard input" if path == STDIN else folders.shown(path)

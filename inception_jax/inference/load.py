@@ -1,4 +1,4 @@
-"""Trained weights, from the folder of a run or from a file."""
+"""Loads trained weights from a workdir or a weights file."""
 
 import pathlib
 from collections.abc import Callable
@@ -27,16 +27,16 @@ def load(
     checkpoint: str,
     log: Callable[[str], None] = print,
 ) -> Weights:
-    """Returns the weights that a command's flags name: a run's, or a file's.
+    """Returns the weights that a command's flags name: those of a run or of a file.
 
     Args:
-      workdir: folder of a run.
-      weights: a file, which is read where there is no folder.
-      checkpoint: of the run: "best", "last" or the number of a step.
-      log: takes a line for each recorded setting that this version does not have.
+      workdir: of a run, or None.
+      weights: path of a weights file, used if `workdir` is None.
+      checkpoint: of the run: "best", "last" or a step number.
+      log: receives a line for each recorded setting that this version does not have.
 
     Raises:
-      UserError: if they cannot be had.
+      UserError: if they cannot be loaded.
     """
     if workdir is not None:
         return from_checkpoint(Workdir(workdir), checkpoint, log)
@@ -51,20 +51,20 @@ def from_checkpoint(
     *,
     model: nn.Module | None = None,
 ) -> Weights:
-    """Returns the evaluation variables of a checkpoint, with what describes them.
+    """Returns the evaluation variables of a checkpoint, with their metadata.
 
-    The folder is enough: neither the data set nor the devices of the training are needed.
+    Needs only the workdir, not the data set or the training devices.
 
     Args:
       workdir: of a run that has saved a checkpoint.
-      which: "best", "last" or the number of a step.
-      log: as of `load`.
-      model: the network, if the run was given an object; None: the one that its settings name.
+      which: "best", "last" or a step number.
+      log: see `load`.
+      model: the network, if the run was given an object; None: the one named by its settings.
 
     Raises:
-      UserError: if `which` is none of them.
-      CheckpointError: if there is no run or no such checkpoint, or it does not fit the model.
-      ConfigError: if nothing registered a network of the run's.
+      UserError: if `which` is none of these.
+      CheckpointError: if the run or checkpoint does not exist, or does not match the model.
+      ConfigError: if the run's network is not registered.
     """
     record = workdirs.require_record(workdir, has_model=model is not None)
     for note in record.notes:
@@ -73,7 +73,7 @@ def from_checkpoint(
     abstract_model = states.abstract_model_item(
         networks.create(config.model, dataset["classes"])
         if model is None
-        else protocol.adapted(model, name=type(model).__name__, place="model"),
+        else protocol.adapt(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
         has_average=bool(configs.parse_duration(config.train.ema)),
     )

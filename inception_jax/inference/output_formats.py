@@ -1,4 +1,4 @@
-"""Predictions as text: for people, for programs, and for a leaderboard."""
+"""Formats predictions as text: for people, for programs, and for a leaderboard."""
 
 import contextlib
 import csv
@@ -16,11 +16,11 @@ from inception_jax.storage import atomic
 
 
 class Format(NamedTuple):
-    """A way to write predictions down.
+    """A text format for predictions.
 
     Attributes:
-      header: what comes before the first picture.
-      entry: returns the text of a picture, given its name and its predictions, the best first.
+      header: text before the first image.
+      entry: returns the text for an image, given its name and its predictions, best first.
     """
 
     header: str
@@ -28,10 +28,8 @@ class Format(NamedTuple):
 
 
 def _table(name: str, predictions: Sequence[Prediction]) -> str:
-    # What a class is called must not command the terminal.
-    lines = [
-        f"{each.probability:9.2%}  {folders.escape_for_display(each.name)}" for each in predictions
-    ]
+    # Class names must not be able to send control codes to the terminal.
+    lines = [f"{each.probability:9.2%}  {folders.shown(each.name)}" for each in predictions]
     return "\n".join([name, *lines, ""])
 
 
@@ -60,13 +58,13 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def best_only(class_ids: Sequence[str]) -> Format:
-    """Returns the format of a split's predictions: a line for each image, with its best class.
+def split_format(class_ids: Sequence[str]) -> Format:
+    """Returns the format for a split's predictions: one line per image, with its best class.
 
     Args:
-      class_ids: by label. With them a line is as Tiny ImageNet's leaderboard takes it, the file's
-        name without folders and the id: "test_0.JPEG n01443537". Without them it is a row of CSV,
-        the file's path and the class's name, after a header.
+      class_ids: by label. If given, a line has the format of Tiny ImageNet's leaderboard, file name
+        without folders and class id: "test_0.JPEG n01443537". If empty, it is a CSV row of the
+        file's path and the class name, after a header.
     """
     if class_ids:
         return Format(
@@ -76,8 +74,8 @@ def best_only(class_ids: Sequence[str]) -> Format:
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path | None) -> Iterator[TextIO]:
-    """Opens a text file that is there whole or not at all; None: the standard output.
+def open_output(path: pathlib.Path | None) -> Iterator[TextIO]:
+    """Opens a text file to be written atomically, or standard output for None.
 
     Raises:
       UserError: if the file cannot be written.

@@ -1,4 +1,4 @@
-"""Classes of images that are in no data set, by a trained network."""
+"""Classifies new images with trained weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ from inception_jax.models import ops
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.training.state import Variables
 
-# Files that one thread reads and decodes at a time.
-_PIECE = 4
+# Files that a thread reads and decodes at a time.
+_CHUNK_SIZE = 4
 
 
 class Prediction(NamedTuple):
-    """A class that an image may be of.
+    """A class with its predicted probability.
 
     Attributes:
-      label: its number.
-      name: its name; its number where the weights bring no names.
-      probability: by the softmax of the logits, between 0 and 1.
+      label: number of the class.
+      name: its name, or its number if the weights have no class names.
+      probability: softmax of the logits, between 0 and 1.
     """
 
     label: int
@@ -33,13 +33,13 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class Picture(NamedTuple):
-    """A picture file, read.
+class LoadedImage(NamedTuple):
+    """An image file that has been read.
 
     Attributes:
-      name: its path, as text of one line.
-      pixels: uint8 [S, S, 3], as `Predictor.logits` takes them.
-      view: uint8 [V, V, 3], the same part of the picture for people to look at.
+      name: its path, as a single line.
+      pixels: uint8 [S, S, 3], the input of `Predictor.logits`.
+      view: uint8 [V, V, 3], the same part of the image for display.
     """
 
     name: str
@@ -47,35 +47,34 @@ class Picture(NamedTuple):
     view: np.ndarray
 
 
-class Classified(NamedTuple):
-    """A picture with what the network says.
+class ClassifiedImage(NamedTuple):
+    """An image with its logits.
 
     Attributes:
-      picture: as it was read.
+      image: as it was read.
       logits: float32 [classes].
     """
 
-    picture: Picture
+    image: LoadedImage
     logits: np.ndarray
 
 
 class Predictor:
-    """Classifies images with trained weights, prepared as an evaluation prepares them.
+    """Classifies images with trained weights, preprocessed as in evaluation.
 
-    Images are cut, resized and normalised as the weights say that their training's evaluation did
-    it, so an image of the data set gets the logits that the evaluation saw. It may be used by
-    several threads.
+    Images are cropped, resized and normalized as the weights record for their evaluation, so an
+    image of the data set gets the same logits as in evaluation. Thread-safe.
 
     Attributes:
-      weights: what it was made of.
+      weights: as passed.
       model: the network.
       variables: of the network, on the device.
       batch_size: images computed at a time.
 
     Args:
-      weights: the network's.
-      batch_size: images computed at a time; smaller batches are filled up, so that there is one
-        program to compile.
+      weights: of the network.
+      batch_size: images computed at a time; smaller batches are padded, so that only one program is
+        compiled.
     """
 
     def __init__(self, weights: Weights, *, batch_size: int = 64) -> None:
@@ -88,28 +87,28 @@ class Predictor:
 
     @property
     def compiler_options(self) -> dict[str, bool]:
-        """How programs of the network are compiled."""
+        """Compiler options for programs of the network."""
         return ops.compiler_options(self.model)
 
     @property
     def preparation(self) -> str:
-        """What happens to a picture before the network sees it, in words."""
+        """The crop and resizing of an image before the network sees it, in words."""
         size, final = self.weights.image_size, self.weights.eval_image_size
         crop = self.weights.eval_crop
         part = "" if crop == 1 else f"the middle {crop:.1%} of "
-        words = f"{part}the centred square, resized to {size} × {size} px"
+        words = f"{part}the center square, resized to {size} × {size} px"
         return f"{words}, then to {final} × {final} px" if final not in (0, size) else words
 
     def read(self, data: bytes, name: str) -> np.ndarray:
-        """Returns an image file's pixels as `logits` takes them.
+        """Returns the pixels of an image file, as `logits` expects them.
 
         Args:
-          data: the file's content, of any format, size and colour mode that PIL knows; what its
-            EXIF data say of the camera's orientation is honoured.
-          name: what an error calls it.
+          data: the file's content, in any format, size and color mode that PIL reads; its EXIF
+            orientation is applied.
+          name: of the file, for errors.
 
         Returns:
-          uint8 [S, S, 3], S the size of the images of the training.
+          uint8 [S, S, 3], S the training image size.
 
         Raises:
           DataError: if it cannot be decoded.
@@ -117,10 +116,10 @@ class Predictor:
         return self.view(data, name, self.weights.image_size)
 
     def view(self, data: bytes, name: str, size: int) -> np.ndarray:
-        """Returns the part of a picture that the network sees, uint8 [size, size, 3].
+        """Returns the part of an image that the network sees, uint8 [size, size, 3].
 
         Args:
-          data, name: as of `read`.
+          data, name: see `read`.
           size: height and width, pixels.
 
         Raises:
@@ -135,48 +134,48 @@ class Predictor:
         """Returns the network's logits, float32 [N, classes].
 
         Args:
-          pixels: uint8 [N, S, S, 3], RGB, at least one image, S the size of the images of the
-            training. Other types and shapes are refused, for what they hold would be a guess.
+          pixels: uint8 [N, S, S, 3], RGB, N at least 1, S the training image size. Other dtypes and
+            shapes are rejected, since their meaning would be a guess.
 
         Raises:
-          UserError: if they are not that.
+          UserError: if the pixels have another dtype or shape.
         """
-        return self.in_batches(self._logits, self.checked(pixels))
+        return self.map_batches(self._logits, self.validate_pixels(pixels))
 
     def predict(self, pixels: np.ndarray, count: int = 5) -> list[list[Prediction]]:
-        """Returns the most probable classes of each image, the first first.
+        """Returns the most probable classes of each image, best first.
 
         Args:
-          pixels: uint8 [N, S, S, 3], as `logits` takes them.
-          count: how many; fewer if there are fewer classes.
+          pixels: uint8 [N, S, S, 3]; see `logits`.
+          count: number of classes per image; fewer if the network has fewer.
 
         Raises:
-          UserError: if the pixels are not that.
+          UserError: if the pixels have another dtype or shape.
         """
         return [self.top_k(row, count) for row in self.logits(pixels)]
 
     def top_k(self, logits: np.ndarray, count: int = 5) -> list[Prediction]:
-        """Returns the most probable classes of one image, float32 [classes], the first first."""
-        # Stable: of equal logits the lower label comes first.
+        """Returns an image's most probable classes, best first, from logits float32 [classes]."""
+        # Stable: among equal logits the lower label comes first.
         order = np.argsort(-logits, kind="stable")[:count]
         return [self.prediction(logits, int(label)) for label in order]
 
     def prediction(self, logits: np.ndarray, label: int) -> Prediction:
-        """Returns a class and its probability by the logits of one image, float32 [classes]."""
+        """Returns a class with its probability, from one image's logits, float32 [classes]."""
         exponentials = np.exp(logits.astype(np.float64) - logits.max())
         return Prediction(
             label, self.class_name(label), float(exponentials[label] / exponentials.sum())
         )
 
     def class_name(self, label: int) -> str:
-        """Returns the name of a class, its number where the weights bring no names."""
+        """Returns the name of a class, or its number if the weights have no class names."""
         return self.weights.class_names[label] if self.weights.class_names else str(label)
 
     def label(self, name: str) -> int:
-        """Returns the number of the class of a name, or of that number.
+        """Returns the number of a class, given its name or number.
 
         Raises:
-          UserError: if there is none.
+          UserError: if there is no such class.
         """
         names = [self.class_name(label) for label in range(self.weights.num_classes)]
         if name in names:
@@ -184,31 +183,31 @@ class Predictor:
         if name.isdecimal() and int(name) < len(names):
             return int(name)
         raise UserError(
-            f"class {name!r}: the network knows none of that name.{nearest(name, names)} Give one "
-            f"of its {len(names)} names, or a number from 0 to {len(names) - 1}"
+            f"class {name!r}: no such class.{nearest(name, names)} Use one of the network's "
+            f"{len(names)} class names, or a number from 0 to {len(names) - 1}"
         )
 
-    def checked(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns images as they are, if they are what `logits` takes.
+    def validate_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns images as an array, after checking that `logits` accepts them.
 
         Raises:
-          UserError: if they are of another type or shape, or none, with what to give instead.
+          UserError: if they have another dtype or shape, or there are none, with the remedy.
         """
         try:
             pixels = np.asarray(pixels)
         except ValueError as error:
-            raise UserError(f"pixels: give one array of all images: {error}") from error
+            raise UserError(f"pixels: must be one array of all images: {error}") from error
         self._check(pixels, _numbers_remedy(pixels))
         if not len(pixels):
-            raise UserError("pixels: holds no image; give at least one")
+            raise UserError("pixels: must contain at least one image")
         return pixels
 
     def _check(self, pixels: Any, numbers: str) -> None:
-        """Checks type and shape of images, which may be traced.
+        """Checks dtype and shape of images, which may be traced.
 
         Args:
           pixels: an array.
-          numbers: the remedy if they are of another type.
+          numbers: the remedy if the dtype is wrong.
         """
         size = self.weights.image_size
         remedies = []
@@ -223,18 +222,18 @@ class Predictor:
             )
 
     def preprocess(self, pixels: jax.Array) -> jax.Array:
-        """Returns the network's input, float32 [N, H, W, 3], of images uint8 [N, S, S, 3].
+        """Returns the network's input, float32 [N, H, W, 3], for images uint8 [N, S, S, 3].
 
         Raises:
-          UserError: if they are of another type or shape.
+          UserError: if they have another dtype or shape.
         """
         self._check(pixels, _ASTYPE)
         weights = self.weights
         size = weights.eval_image_size or weights.image_size
         return augment.normalize(augment.resize(pixels, size), weights.mean, weights.std)
 
-    def in_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-        """Returns what a program gives for many images, computed a batch at a time.
+    def map_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """Applies a function to arrays in batches, and returns the concatenated results.
 
         Args:
           compute: maps the network's variables and arrays [batch_size, …] to an array [batch_size,
@@ -242,18 +241,20 @@ class Predictor:
           arrays: [N, …], N at least 1.
         """
         parts = [
-            self._filled(compute, [array[start : start + self.batch_size] for array in arrays])
+            self._apply_padded(
+                compute, [array[start : start + self.batch_size] for array in arrays]
+            )
             for start in range(0, len(arrays[0]), self.batch_size)
         ]
         return np.concatenate(parts)
 
-    def _filled(
+    def _apply_padded(
         self, compute: Callable[..., jax.Array], arrays: Sequence[np.ndarray]
     ) -> np.ndarray:
         count = len(arrays[0])
         missing = self.batch_size - count
-        filled = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-        return np.asarray(compute(self.variables, *filled))[:count]
+        padded = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        return np.asarray(compute(self.variables, *padded))[:count]
 
     def _compute_logits(self, variables: Variables, pixels: jax.Array) -> jax.Array:
         output: Any = self.model.apply(variables, self.preprocess(pixels), train=False)
@@ -261,90 +262,94 @@ class Predictor:
 
 
 def _check_content(data: object, name: str) -> None:
-    """Checks that a caller gave what is in a file, not the file's path."""
+    """Checks that an argument is a file's content, not its path."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UserError(
-            f"{name}: the content of an image file is needed, as bytes, got "
-            f"{type(data).__name__}: pathlib.Path(FILE).read_bytes()"
+            f"{name}: must be the content of an image file, as bytes, got "
+            f"{type(data).__name__}; use pathlib.Path(FILE).read_bytes()"
         )
 
 
-# What to do with numbers that are no uint8.
-_ASTYPE = "Give integers from 0 to 255: pixels.astype(numpy.uint8)"
+# The remedy for a dtype other than uint8.
+_ASTYPE = "Use integers from 0 to 255: pixels.astype(numpy.uint8)"
 
 
 def _numbers_remedy(pixels: np.ndarray) -> str:
-    """Returns what to do with an array that is not of uint8."""
+    """Returns the remedy for an array whose dtype is not uint8."""
     if pixels.dtype == bool or pixels.dtype.kind not in "iuf" or not pixels.size:
-        return "Give an array of integers from 0 to 255"
+        return "Use an array of integers from 0 to 255"
     low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        return "Its values are from 0 to 1: give (pixels * 255).round().astype(numpy.uint8)"
+        return "Its values are from 0 to 1; use (pixels * 255).round().astype(numpy.uint8)"
     if low >= 0 and high <= 255:
-        return f"Its values are from {low:g} to {high:g}: give pixels.round().astype(numpy.uint8)"
+        return f"Its values are from {low:g} to {high:g}; use pixels.round().astype(numpy.uint8)"
     return (
-        f"Its values are from {low:g} to {high:g}; give the images before they were normalized: "
-        "that is done here"
+        f"Its values are from {low:g} to {high:g}; use the images before normalization, which the "
+        "predictor does itself"
     )
 
 
 def _shape_remedy(shape: Sequence[int], size: int) -> str:
-    """Returns what to do with an array of another shape than [N, size, size, 3]."""
-    read = "or let read() of the predictor prepare the files"
+    """Returns the remedy for an array whose shape is not [N, size, size, 3]."""
+    read = "or prepare the files with the predictor's read()"
     if len(shape) == 3 and shape[-1] == 3:
-        return f"For a single image give pixels[None], {size} × {size} px"
+        return f"For a single image, use pixels[None], {size} × {size} px"
     if (len(shape), shape[-3:-2]) in ((3, (3,)), (4, (3,)), (4, (1,))) and shape[-1] > 4:
-        return "The channels come last: give numpy.moveaxis(pixels, -3, -1)"
+        return "Channels must come last; use numpy.moveaxis(pixels, -3, -1)"
     if len(shape) == 4 and shape[-1] == 4:
-        return f"Without the alpha channel: give pixels[..., :3], {read}"
+        return f"To drop the alpha channel, use pixels[..., :3], {read}"
     if len(shape) == 4 and shape[-1] == 1:
-        return f"For gray images give numpy.repeat(pixels, 3, axis=-1), {read}"
+        return f"For gray images, use numpy.repeat(pixels, 3, axis=-1), {read}"
     if len(shape) in (2, 3):
-        return f"For gray images give numpy.stack([pixels] * 3, axis=-1), {read}"
+        return f"For gray images, use numpy.stack([pixels] * 3, axis=-1), {read}"
     if len(shape) == 4 and shape[-1] == 3:
         return f"Resize the images to {size} × {size} px, {read}"
-    return "Give one array of all images"
+    return "Use one array of all images"
 
 
 def batch_size_for(count: int) -> int:
     """Returns the batch size for a number of images: a power of two up to 64.
 
-    So a single picture is not computed 64 times, and there are few programs to compile.
+    This wastes little padding and compiles few programs.
+
+    >>> batch_size_for(1), batch_size_for(3), batch_size_for(1000)
+    (1, 4, 64)
     """
     return min(64, 1 << (count - 1).bit_length())
 
 
 def read_files(
     predictor: Predictor, files: Sequence[str], *, view_size: int = 0
-) -> Iterator[Picture | DataError]:
-    """Yields the picture of each file, or why there is none, in order; read ahead in threads.
+) -> Iterator[LoadedImage | DataError]:
+    """Yields the image of each file, or the error, in order; reads ahead in threads.
 
     Args:
-      predictor: what the pictures are for.
-      files: paths, or `pictures.STDIN`.
-      view_size: height and width of the views, pixels; 0: they are the pixels themselves.
+      predictor: determines the preprocessing.
+      files: paths, or `image_files.STDIN`.
+      view_size: height and width of the views, pixels; 0: use the pixels as views.
     """
 
-    def read(file: str) -> Picture | DataError:
-        name = image_files.shown(file)
+    def read(file: str) -> LoadedImage | DataError:
+        name = image_files.display_name(file)
         try:
             data = image_files.read(file)
             pixels = predictor.read(data, name)
             view = predictor.view(data, name, view_size) if view_size else pixels
         except DataError as error:
             return error
-        return Picture(name, pixels, view)
+        return LoadedImage(name, pixels, view)
 
-    return decode.threaded_map(read, files, _PIECE)
+    return decode.threaded_map(read, files, _CHUNK_SIZE)
 
 
 def classify(
-    predictor: Predictor, read: Iterable[Picture | DataError]
-) -> Iterator[list[Classified | DataError]]:
-    """Yields what `read_files` gives, with the logits of the pictures, in batches."""
-    for batch in decode.chunks(read, predictor.batch_size):
-        pixels = [each.pixels for each in batch if isinstance(each, Picture)]
+    predictor: Predictor, read: Iterable[LoadedImage | DataError]
+) -> Iterator[list[ClassifiedImage | DataError]]:
+    """Yields the results of `read_files` in batches, with the logits of each image."""
+    for batch in decode.pieces(read, predictor.batch_size):
+        pixels = [each.pixels for each in batch if isinstance(each, LoadedImage)]
         logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
         yield [
-            Classified(each, next(logits)) if isinstance(each, Picture) else each for each in batch
+            ClassifiedImage(each, next(logits)) if isinstance(each, LoadedImage) else each
+            for each in batch
         ]

@@ -1,4 +1,4 @@
-"""A network as a drawing: layers as boxes, modules around them, shapes on the arrows (Graphviz)."""
+"""Draws a network with Graphviz: layers as boxes, modules around them, shapes on the arrows."""
 
 import html
 import pathlib
@@ -13,7 +13,7 @@ from inception_jax.inspection.table import layer_text, shape_text
 if TYPE_CHECKING:
     import graphviz
 
-# Fills of boxes; convolutions darken with the size of their kernel.
+# Fill colors of boxes; the larger the kernel of a convolution, the darker.
 _CONVOLUTIONS = {1: "#E3EEF9", 3: "#C2DCF3", 5: "#9CC6EA", 7: "#7DB2E0"}
 _FILLS = {
     structures.MAX_POOL: "#F8D5CF",
@@ -26,19 +26,19 @@ _FILLS = {
 _INK, _QUIET, _FRAME = "#1F2933", "#5F6B7A", "#C9D1DA"
 _PNG_DPI = "110"
 
-_WITHOUT_DOT = (
-    "the program dot, which makes pictures of it, is not here. Install Graphviz (apt-get install "
-    "graphviz, brew install graphviz or conda install graphviz) and call this again, or elsewhere: "
-    "dot -Tsvg -O {path}"
+_DOT_MISSING = (
+    "cannot be rendered, as the program dot is not installed. Install Graphviz (apt-get install "
+    "graphviz, brew install graphviz or conda install graphviz) and rerun, or run on another "
+    "machine: dot -Tsvg -O {path}"
 )
 
 
 def draw(structure: Structure, title: str) -> "graphviz.Digraph":
-    """Returns the drawing of a network, from the image at the top to the logits.
+    """Returns the drawing of a network, from the image at the top to the logits at the bottom.
 
     Args:
       structure: of the network.
-      title: above the drawing.
+      title: of the drawing.
     """
     import graphviz
 
@@ -53,7 +53,7 @@ def draw(structure: Structure, title: str) -> "graphviz.Digraph":
             "bgcolor": "white",
             "nodesep": "0.2",
             "ranksep": "0.32",
-            # Branches from left to right as the module computes them.
+            # Branches from left to right, in order of computation.
             "ordering": "out",
         },
         node_attr={
@@ -96,8 +96,8 @@ def write(
 
     Args:
       drawing: of a network.
-      folder: where to; it exists.
-      log: takes a line where the pictures cannot be made.
+      folder: an existing folder.
+      log: receives a line if the images cannot be rendered.
 
     Returns:
       The files written.
@@ -111,17 +111,17 @@ def write(
     written = [source]
     try:
         source.write_text(drawing.source, encoding="utf-8")
-        fine = drawing.copy()
-        fine.attr(dpi=_PNG_DPI)
-        for picture, kind in ((drawing, "svg"), (fine, "png")):
-            path = folder / f"architecture.{kind}"
-            path.write_bytes(picture.pipe(format=kind))
+        high_resolution = drawing.copy()
+        high_resolution.attr(dpi=_PNG_DPI)
+        for graph, extension in ((drawing, "svg"), (high_resolution, "png")):
+            path = folder / f"architecture.{extension}"
+            path.write_bytes(graph.pipe(format=extension))
             written.append(path)
     except graphviz.ExecutableNotFound:
-        log(f"{source}: {_WITHOUT_DOT.format(path=source)}")
+        log(f"{source}: {_DOT_MISSING.format(path=source)}")
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder}: {error}. Make the folder writable, with space left"
+            f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
         ) from error
     return written
 
@@ -137,9 +137,9 @@ def _draw_block(drawing: "graphviz.Digraph", structure: Structure, block: Block)
             f"{block.parameters:,} parameters",
             f"{block.multiply_adds / 1e6:,.1f} M multiply-adds",
         ]
-        only = ["in training only"] if block.is_auxiliary else []
+        note = ["training only"] if block.is_auxiliary else []
         cluster.attr(
-            label=_label(block.name, *only, *cost, align="left"),
+            label=_label(block.name, *note, *cost, align="left"),
             labeljust="l",
             labelloc="t",
             fontsize="13",
@@ -161,20 +161,21 @@ def _draw_layer(drawing: "graphviz.Digraph", index: int, layer: Layer) -> None:
         fill = _CONVOLUTIONS.get(layer.window, _CONVOLUTIONS[7])
     if layer.weights:
         name = f"{name.replace('convolution', 'conv')}, {layer.shape[-1]}"
-    seen = f", receptive field {layer.receptive_field}" if layer.receptive_field else ""
-    hint = (
+    field = f", receptive field {layer.receptive_field}" if layer.receptive_field else ""
+    tooltip = (
         f"{layer.name}: {shape_text(layer.shape)}, {layer.parameters:,} parameters, "
-        f"{layer.multiply_adds:,} multiply-adds{seen}"
+        f"{layer.multiply_adds:,} multiply-adds{field}"
     )
-    drawing.node(_node(index), _label(name, ", ".join(layer.extras)), fillcolor=fill, tooltip=hint)
+    label = _label(name, ", ".join(layer.extras))
+    drawing.node(_node(index), label, fillcolor=fill, tooltip=tooltip)
 
 
 class _Fork(NamedTuple):
-    """Where the input of a module parts into its branches.
+    """The point where a module's input splits into its branches.
 
     Attributes:
       name: of the node.
-      edge: what comes in.
+      edge: the input.
       readers: indices of the layers that read it.
     """
 
@@ -184,7 +185,7 @@ class _Fork(NamedTuple):
 
 
 def _forks(structure: Structure, block: Block) -> list[_Fork]:
-    """Returns what several layers of a module read from outside of it."""
+    """Returns the inputs from outside a module that several of its layers read."""
     inside = {structure.layers.index(layer) for layer in block.layers}
     readers: dict[Edge, list[int]] = {}
     for index in sorted(inside):
@@ -192,14 +193,14 @@ def _forks(structure: Structure, block: Block) -> list[_Fork]:
             if edge.source not in inside:
                 readers.setdefault(edge, []).append(index)
     return [
-        _Fork(f"input_{block.name}_{edge.source}", edge, tuple(found))
-        for edge, found in readers.items()
-        if len(found) > 1
+        _Fork(f"input_{block.name}_{edge.source}", edge, tuple(indices))
+        for edge, indices in readers.items()
+        if len(indices) > 1
     ]
 
 
 def _draw_fork(drawing: "graphviz.Digraph", fork: _Fork) -> None:
-    """Draws one arrow into a module, and from its end one to each branch, side by side."""
+    """Draws one arrow into a module, and from its end one to each branch."""
     drawing.node(fork.name, "", shape="point", width="0.05", color=_QUIET)
     with drawing.subgraph() as branches:
         branches.attr(rank="same")
@@ -225,7 +226,7 @@ def _node(index: int | None) -> str:
 
 
 def _label(title: str, *lines: str, align: str = "center") -> str:
-    """Returns a label of Graphviz's: a title over small lines, of which empty ones are left out."""
+    """Returns a Graphviz label: a title over small lines, omitting empty ones."""
     small = f'<font point-size="9" color="{_QUIET}">'
     rows = [f"<b>{html.escape(title)}</b>"]
     rows += [f"{small}{html.escape(line)}</font>" for line in lines if line]

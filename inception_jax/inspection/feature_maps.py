@@ -1,4 +1,4 @@
-"""What a trained network looks for and finds: filters and activations as pictures."""
+"""Draws the filters and activations of a trained network."""
 
 import math
 import pathlib
@@ -15,16 +15,16 @@ from inception_jax.models import introspect
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 
-# Between the pictures of a grid, pixels of it.
+# Width of the gaps between tiles, pixels.
 _GAP = 1
 
 
-def filters(weights: Weights, layer: str) -> np.ndarray:
+def layer_kernel(weights: Weights, layer: str) -> np.ndarray:
     """Returns the kernel of a layer.
 
     Args:
       weights: of the network.
-      layer: path of the module, with slashes, such as "conv1".
+      layer: slash-separated path of the module, such as "conv1".
 
     Returns:
       float32 [k, k, I, O].
@@ -37,121 +37,121 @@ def filters(weights: Weights, layer: str) -> np.ndarray:
     )
 
 
-def activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:
-    """Returns what a module of the network makes of an image.
+def compute_activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:
+    """Returns the output of a module for an image.
 
     Args:
       predictor: of the network.
-      pixels: uint8 [S, S, 3], as `Predictor.read` gives them.
-      layer: path of the module, with slashes, such as "inception_3a" or "inception_3a/conv_5x5".
+      pixels: uint8 [S, S, 3], as `Predictor.read` returns them.
+      layer: slash-separated path of the module, such as "inception_3a" or "inception_3a/conv_5x5".
 
     Returns:
       float32 [H, W, C].
 
     Raises:
-      UserError: if there is no such module, or it gives no image.
+      UserError: if there is no such module, or its output is not a feature map.
     """
-    model, prepared = predictor.model, predictor.preprocess
-    images = jax.eval_shape(prepared, jax.ShapeDtypeStruct((1, *pixels.shape), pixels.dtype))
-    modules = introspect.grids(model, predictor.variables, images)
+    model, preprocess = predictor.model, predictor.preprocess
+    images = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((1, *pixels.shape), pixels.dtype))
+    modules = introspect.spatial_layers(model, predictor.variables, images)
     if layer not in modules:
         raise UserError(
-            f"--layer={layer}: is no module of {predictor.weights.model.name} that gives an "
-            f"image.{nearest(layer, modules)} Those that do are {', '.join(modules)}"
+            f"--layer={layer}: no such module of {predictor.weights.model.name}, or its output is "
+            f"not a feature map.{nearest(layer, modules)} Use one of {', '.join(modules)}"
         )
 
     def compute(variables: Any, image: jax.Array) -> jax.Array:
-        found: dict[str, jax.Array] = {}
+        outputs: dict[str, jax.Array] = {}
 
-        def see(_: nn.Module, path: str, result: Any) -> Any:
-            found[path] = result
+        def record(_: nn.Module, path: str, result: Any) -> Any:
+            outputs[path] = result
             return result
 
-        with introspect.watching(see):
-            model.apply(variables, prepared(image), train=False)
-        return found[layer]
+        with introspect.intercept_outputs(record):
+            model.apply(variables, preprocess(image), train=False)
+        return outputs[layer]
 
     compiled = jax.jit(compute, compiler_options=predictor.compiler_options)
     return np.asarray(compiled(predictor.variables, pixels[None])[0], np.float32)
 
 
 def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
-    """Draws filters in a grid, the values of each from its least (0) to its greatest (full).
+    """Draws filters in a grid, each scaled to its range of values.
 
     Args:
       path: of the PNG file.
       kernel: float32 [k, k, 3, O].
-      title: above the picture.
+      title: of the figure.
 
     Raises:
       UserError: if the file cannot be written.
     """
     low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
-    shown = (kernel - low) / np.maximum(high - low, 1e-12)
-    words = f"{kernel.shape[3]} filters of {kernel.shape[0]}×{kernel.shape[1]} px"
-    _save(path, [(grid(shown.transpose(3, 0, 1, 2)), words)], title)
+    scaled = (kernel - low) / np.maximum(high - low, 1e-12)
+    caption = f"{kernel.shape[3]} filters of {kernel.shape[0]}×{kernel.shape[1]} px"
+    _save(path, [(tile_images(scaled.transpose(3, 0, 1, 2)), caption)], title)
 
 
 def draw_activations(
     path: pathlib.Path, pixels: np.ndarray, maps: np.ndarray, *, layer: str, title: str
 ) -> None:
-    """Draws every channel of a module's result beside its image, each from 0 to its greatest value.
+    """Draws an image next to every channel of a module's output, each scaled from 0 to its maximum.
 
     Args:
       path: of the PNG file.
       pixels: the image, uint8 [S, S, 3].
-      maps: float32 [H, W, C].
-      layer: what gave the maps.
-      title: above the picture.
+      maps: the module's output, float32 [H, W, C].
+      layer: path of the module.
+      title: of the figure.
 
     Raises:
       UserError: if the file cannot be written.
     """
     low = np.minimum(maps.min((0, 1)), 0)
-    shown = (maps - low) / np.maximum(maps.max((0, 1)) - low, 1e-12)
+    scaled = (maps - low) / np.maximum(maps.max((0, 1)) - low, 1e-12)
     height, width, channels = maps.shape
-    words = f"{layer}: {channels} channels of {height}×{width}"
-    _save(path, [(pixels, "image"), (grid(shown.transpose(2, 0, 1)), words)], title)
+    caption = f"{layer}: {channels} channels of {height}×{width}"
+    _save(path, [(pixels, "image"), (tile_images(scaled.transpose(2, 0, 1)), caption)], title)
 
 
-def grid(pictures: np.ndarray) -> np.ndarray:
-    """Lays pictures out in a square, with gaps.
+def tile_images(images: np.ndarray) -> np.ndarray:
+    """Tiles images into a square, with gaps.
 
     Args:
-      pictures: float [N, H, W] or [N, H, W, 3].
+      images: float [N, H, W] or [N, H, W, 3].
 
     Returns:
-      float [rows (H + 1) + 1, columns (W + 1) + 1, …]; NaN in the gaps and where no picture is.
+      float [rows (H + 1) + 1, columns (W + 1) + 1, …]; NaN in the gaps and unused tiles.
     """
-    count, height, width = pictures.shape[:3]
+    count, height, width = images.shape[:3]
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, *pictures.shape[3:])
-    laid = np.full(shape, np.nan, np.float32)
-    for index, picture in enumerate(pictures):
+    shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, *images.shape[3:])
+    tiled = np.full(shape, np.nan, np.float32)
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = row * (height + _GAP) + _GAP, column * (width + _GAP) + _GAP
-        laid[top : top + height, left : left + width] = picture
-    return laid
+        tiled[top : top + height, left : left + width] = image
+    return tiled
 
 
-def _save(path: pathlib.Path, pictures: list[tuple[np.ndarray, str]], title: str) -> None:
-    """Draws pictures side by side, the last one large."""
+def _save(path: pathlib.Path, images: list[tuple[np.ndarray, str]], title: str) -> None:
+    """Draws captioned images side by side, the last one large."""
     from matplotlib.figure import Figure
 
-    ratios = [1.0] * (len(pictures) - 1) + [3.0]
+    ratios = [1.0] * (len(images) - 1) + [3.0]
     figure = Figure(figsize=(2.6 * sum(ratios), 8.4), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    panels = figure.subplots(1, len(pictures), width_ratios=ratios, squeeze=False)[0]
-    for axes, (picture, words) in zip(panels, pictures, strict=True):
-        if picture.ndim == 3 and picture.dtype != np.uint8:
-            picture = np.nan_to_num(picture, nan=1.0)  # White gaps: colours know no NaN.
-        axes.imshow(picture, cmap="magma", interpolation="nearest")
-        axes.set_title(words, fontsize=11)
+    panels = figure.subplots(1, len(images), width_ratios=ratios, squeeze=False)[0]
+    for axes, (image, caption) in zip(panels, images, strict=True):
+        if image.ndim == 3 and image.dtype != np.uint8:
+            image = np.nan_to_num(image, nan=1.0)  # White gaps: RGB images cannot show NaN.
+        axes.imshow(image, cmap="magma", interpolation="nearest")
+        axes.set_title(caption, fontsize=11)
         axes.axis("off")
     try:
         figures.save(figure, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written: {error}. Give a folder on a disk with room"
+            f"{path}: cannot be written: {error}. Make the folder writable or free disk space"
         ) from error

@@ -1,8 +1,8 @@
-"""What a network is made of, found by tracing it: layers, what flows between them, and their cost.
+"""Analyzes a network by tracing it: its layers, their inputs and their cost.
 
-Nothing here knows a network. Flax names each operation of a traced program by the module that it
-was called in; operations are gathered into layers by these names, and the rest follows from the
-operations' own shapes. So a description cannot differ from what is computed.
+No network is special-cased. Flax labels each operation of a traced program with the module that
+called it; operations are grouped into layers by these labels, and the rest follows from their
+shapes. So the analysis cannot differ from what is computed.
 """
 
 import collections
@@ -19,7 +19,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from inception_jax.models import introspect, protocol
 
-# A module's path from the network: ("inception_3a", "conv_3x3").
+# A module's path in the network: ("inception_3a", "conv_3x3").
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 
@@ -31,7 +31,7 @@ RESPONSE_NORM = "local response norm"
 CONCATENATION = "concatenation"
 MEAN = "mean"
 
-# A module with at most one of these is a layer; one with more holds layers.
+# A module with at most one of these is a layer; one with more contains layers.
 _OPERATIONS = {
     "conv_general_dilated": CONVOLUTION,
     "dot_general": LINEAR,
@@ -42,11 +42,11 @@ _OPERATIONS = {
 
 
 class Edge(NamedTuple):
-    """What a layer reads.
+    """An input of a layer.
 
     Attributes:
-      source: index of the layer that made it; None: the image.
-      shape: of one example, without the batch.
+      source: index of the layer that computes it; None: the image.
+      shape: for one image, without the batch axis.
     """
 
     source: int | None
@@ -55,25 +55,25 @@ class Edge(NamedTuple):
 
 @dataclasses.dataclass
 class Layer:
-    """One operation over the image, with what is done to each number after it.
+    """One operation over the image, with the elementwise operations that follow it.
 
     Attributes:
-      name: path in the network, with slashes: "inception_3a/conv_3x3". Operations that are no
-        module have the name of their kind: "inception_3a/max_pool".
+      name: slash-separated path in the network: "inception_3a/conv_3x3". Operations without a
+        module are named after their kind: "inception_3a/max_pool".
       kind: one of the constants of this file.
-      window: side of the kernel or of the pool's window, pixels; 0: it has none.
+      window: side of the kernel or pooling window, pixels; 0: none.
       stride: distance between windows, pixels.
-      extras: what belongs to it besides: "BatchNorm", "bias", "ReLU", "dropout 40%".
-      inputs: what it reads.
-      shape: of its result for one example: (H, W, C), or (features,).
+      extras: further parts: "BatchNorm", "bias", "ReLU", "dropout 40%".
+      inputs: of the layer.
+      shape: of its output for one image: (H, W, C), or (features,).
       parameters: number of all its parameters.
-      weights: number of those that multiply activations.
+      weights: number of its parameters that multiply activations.
       multiply_adds: for one image.
-      receptive_field: side of the square of the image that one pixel of the result depends on, in
-        pixels (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks");
-        it may be larger than the image. None: not the same everywhere.
-      jump: distance in the image between neighbouring pixels of the result, in pixels; None: there
-        are no neighbours, or not at equal distances.
+      receptive_field: side of the image square that one output pixel depends on, pixels (Araujo et
+        al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"); it may exceed the
+        image. None: not uniform.
+      jump: distance in the image between neighboring output pixels, pixels; None: there are no
+        neighbors, or their distances differ.
     """
 
     name: str
@@ -91,21 +91,21 @@ class Layer:
 
     @property
     def module(self) -> str:
-        """Path of the module that holds it, with slashes; "" is the network."""
+        """Slash-separated path of the module that contains it; "" for the network."""
         return self.name.rpartition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A row of a table: a module of the network, or an operation between its modules.
+    """A row of the table: a module of the network, or an operation between modules.
 
     Attributes:
       name: of the module.
-      kind: of its only layer, or the name of the module's class in words: "inception".
-      layers: what it is made of, in the order of computation.
-      shape: of its result.
-      receptive_field, jump: of its result, as a layer's.
-      is_auxiliary: whether the logits do without it: only training computes it.
+      kind: of its only layer, or the words of the module's class name: "inception".
+      layers: its layers, in order of computation.
+      shape: of its output.
+      receptive_field, jump: of its output, as for a layer.
+      is_auxiliary: whether the logits do not depend on it, so that only training computes it.
     """
 
     name: str
@@ -134,22 +134,22 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A network at one size of image, as training computes it.
+    """A network at one image size, as training computes it.
 
     Attributes:
       image: shape of an image, (H, W, C).
-      layers: in the order of computation.
-      outputs: the layers that give the logits and then those of auxiliary heads.
-      classes: the name of each module's class, by the module's path with slashes.
+      layers: in order of computation.
+      outputs: indices of the layers that compute the logits, then those of auxiliary heads.
+      module_classes: the name of each module's class, by slash-separated path.
     """
 
     image: Shape
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...]
-    classes: Mapping[str, str]
+    module_classes: Mapping[str, str]
 
     def blocks(self) -> list[Block]:
-        """Returns the network's parts in the order of computation."""
+        """Returns the network's blocks in order of computation."""
         needed = self._needed_for_logits()
         groups: dict[str, list[int]] = {}
         for index, layer in enumerate(self.layers):
@@ -158,11 +158,11 @@ class Structure:
 
     def _block(self, name: str, group: Sequence[int], needed: set[int]) -> Block:
         layers = tuple(self.layers[index] for index in group)
-        whole = layers[0].kind if len(layers) == 1 else words(self.classes[name])
+        only = layers[0].kind if len(layers) == 1 else ""
         last = layers[-1]
         return Block(
             name=name,
-            kind=whole,
+            kind=only or split_camel_case(self.module_classes[name]),
             layers=layers,
             shape=last.shape,
             receptive_field=last.receptive_field,
@@ -171,26 +171,30 @@ class Structure:
         )
 
     def _needed_for_logits(self) -> set[int]:
-        """Returns the layers that the logits depend on."""
+        """Returns the indices of the layers that the logits depend on."""
         needed: set[int] = set()
-        waiting: list[int | None] = [self.outputs[0]]
-        while waiting:
-            index = waiting.pop()
+        pending: list[int | None] = [self.outputs[0]]
+        while pending:
+            index = pending.pop()
             if index is not None and index not in needed:
                 needed.add(index)
-                waiting += [edge.source for edge in self.layers[index].inputs]
+                pending += [edge.source for edge in self.layers[index].inputs]
         return needed
 
 
-def words(name: str) -> str:
-    """Returns the name of a class in words: "mini inception" of MiniInception."""
+def split_camel_case(name: str) -> str:
+    """Returns a class name as words.
+
+    >>> split_camel_case("MiniInception")
+    'mini inception'
+    """
     return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip()
 
 
-def describe(network: nn.Module, image_size: int) -> Structure:
-    """Returns what a network is made of.
+def analyze(network: nn.Module, image_size: int) -> Structure:
+    """Returns the structure of a network.
 
-    Nothing is computed, so it takes a second or two whatever the size.
+    Only traces it, so it takes a second or two at any size.
 
     Args:
       network: as `networks.create` returns it.
@@ -199,21 +203,21 @@ def describe(network: nn.Module, image_size: int) -> Structure:
     Raises:
       ConfigError: if the images are too small for the network.
     """
-    network = protocol.plain(network)
+    network = protocol.with_plain_ops(network)
     image = (image_size, image_size, 3)
     images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     modules: dict[Path, nn.Module] = {}
 
-    def remember(module: nn.Module, path: str, result: Any) -> Any:
-        # A user's network is called inside one of the same path.
+    def record(module: nn.Module, path: str, result: Any) -> Any:
+        # A custom network is called inside an adapter with the same path.
         modules.setdefault(tuple(path.split("/")) if path else (), module)
         return result
 
-    def initialise(images: jax.Array) -> Any:
+    def initialize(images: jax.Array) -> Any:
         return network.init(jax.random.key(0), images)
 
     def call(images: jax.Array, variables: Any) -> Any:
-        # In training, for only there the auxiliary heads are computed.
+        # In training mode, since only that computes the auxiliary heads.
         output, _ = network.apply(
             variables,
             images,
@@ -223,25 +227,25 @@ def describe(network: nn.Module, image_size: int) -> Structure:
         )
         return output
 
-    variables = jax.eval_shape(initialise, images)
-    with introspect.watching(remember):
+    variables = jax.eval_shape(initialize, images)
+    with introspect.intercept_outputs(record):
         program = jax.make_jaxpr(call)(images, variables)
-    reader = _Reader(program.jaxpr, modules, variables)
-    outputs = reader.read()
+    collector = _LayerCollector(program.jaxpr, modules, variables)
+    outputs = collector.collect()
     return Structure(
         image=image,
-        layers=tuple(reader.layers),
+        layers=tuple(collector.layers),
         outputs=tuple(outputs),
-        classes={"/".join(path): type(module).__name__ for path, module in modules.items()},
+        module_classes={"/".join(path): type(module).__name__ for path, module in modules.items()},
     )
 
 
-class _Value(NamedTuple):
+class _TracedArray(NamedTuple):
     """An array of the program that depends on the image.
 
     Attributes:
-      source: index of the layer that made it; None: it is the image.
-      receptive_field, jump: as a layer's.
+      source: index of the layer that computes it; None: it is the image.
+      receptive_field, jump: as for a layer.
     """
 
     source: int | None
@@ -249,15 +253,15 @@ class _Value(NamedTuple):
     jump: int | None
 
 
-class _Reader:
-    """Walks through a traced program, gathering its operations into layers.
+class _LayerCollector:
+    """Walks through a traced program, grouping its operations into layers.
 
     Attributes:
-      layers: found so far.
+      layers: collected so far.
 
     Args:
-      program: of a call, whose first argument is the images.
-      modules: by path, as they were called.
+      program: of a call whose first argument is the images.
+      modules: by path, in the order they finish.
       variables: shapes of the network's variables.
     """
 
@@ -268,16 +272,16 @@ class _Reader:
         self._program = program
         self._modules = modules
         self._params = traverse_util.flatten_dict(variables["params"])
-        self._normalised = set(traverse_util.flatten_dict(variables.get("batch_stats", {})))
+        self._normalized = set(traverse_util.flatten_dict(variables.get("batch_stats", {})))
         self._operations = collections.Counter(
             path[:depth] for path in self._paths(program) for depth in range(1, len(path) + 1)
         )
         self._of_module: dict[Path, int] = {}
 
-    def read(self) -> list[int]:
-        """Fills `layers` and returns the indices of those that give the program's results."""
-        inputs: list[_Value | None] = [None] * len(self._program.invars)
-        inputs[0] = _Value(None, 1, 1)
+    def collect(self) -> list[int]:
+        """Fills `layers` and returns the indices of those that compute the program's outputs."""
+        inputs: list[_TracedArray | None] = [None] * len(self._program.invars)
+        inputs[0] = _TracedArray(None, 1, 1)
         outputs = []
         values = self._walk(self._program, inputs, ())
         for value in values:
@@ -286,19 +290,19 @@ class _Reader:
         return outputs
 
     def _paths(self, program: Jaxpr, outer: Path = ()) -> Iterator[Path]:
-        """Yields the module of each operation that makes a layer."""
+        """Yields the module of each operation that defines a layer."""
         for equation in program.eqns:
             path = outer or self._path(equation)
             if equation.primitive.name in _OPERATIONS:
                 yield path
-            elif (inner := introspect.called(equation)) is not None:
+            elif (inner := introspect.called_jaxpr(equation)) is not None:
                 yield from self._paths(inner, path)
 
     def _path(self, equation: JaxprEqn) -> Path:
-        """Returns the path of the module that an operation was called in.
+        """Returns the path of the module that called an operation.
 
-        Scopes are the network's class, then modules; "GoogLeNet._stem" is a method, and not all are
-        of modules: what jnp.einsum names its products is none.
+        Scopes are the network's class, then modules; but "GoogLeNet._stem" is a method, and some
+        scopes belong to no module, such as those of jnp.einsum's products.
         """
         scopes = str(equation.source_info.name_stack).split("/")[1:]
         path: Path = ()
@@ -308,37 +312,39 @@ class _Reader:
         return path
 
     def _layer_of(self, path: Path) -> Path | None:
-        """Returns the outermost module around `path` that is one layer; None: there is none."""
+        """Returns the outermost module around `path` that is a single layer, or None."""
         prefixes = (path[:depth] for depth in range(1, len(path) + 1))
         return next((prefix for prefix in prefixes if self._operations[prefix] == 1), None)
 
     def _walk(
-        self, program: Jaxpr, inputs: Sequence[_Value | None], outer: Path
-    ) -> list[_Value | None]:
-        """Follows the image through a program; None is what does not depend on it."""
+        self, program: Jaxpr, inputs: Sequence[_TracedArray | None], outer: Path
+    ) -> list[_TracedArray | None]:
+        """Follows the image through a program; values that do not depend on it are None."""
         values = dict(zip(program.invars, inputs, strict=True))
 
-        def value(atom: Any) -> _Value | None:
+        def value(atom: Any) -> _TracedArray | None:
             return None if isinstance(atom, Literal) else values.get(atom)
 
         for equation in program.eqns:
-            found = [value(atom) for atom in equation.invars]
+            given = [value(atom) for atom in equation.invars]
             path = outer or self._path(equation)
-            if (inner := introspect.called(equation)) is not None:
-                results = self._walk(inner, found, path)
-            elif any(found):
-                results = [self._operation(equation, found, path)] * len(equation.outvars)
+            if (inner := introspect.called_jaxpr(equation)) is not None:
+                results = self._walk(inner, given, path)
+            elif any(given):
+                results = [self._operation(equation, given, path)] * len(equation.outvars)
             else:
                 results = [None] * len(equation.outvars)
             values.update(zip(equation.outvars, results, strict=True))
         return [value(atom) for atom in program.outvars]
 
-    def _operation(self, equation: JaxprEqn, inputs: Sequence[_Value | None], path: Path) -> _Value:
-        """Adds an operation to its layer, a new one if need be, and returns its result."""
+    def _operation(
+        self, equation: JaxprEqn, inputs: Sequence[_TracedArray | None], path: Path
+    ) -> _TracedArray:
+        """Adds an operation to its layer, which may be new, and returns its output."""
         sources = [value for value in inputs if value is not None]
         index = self._index(equation, sources, path)
-        if index is None:  # The image itself, in another type or shape.
-            return _view(equation, sources[0])
+        if index is None:  # The image itself, in another dtype or shape.
+            return _propagate_receptive_field(equation, sources[0])
         layer = self.layers[index]
         for value, atom in zip(inputs, equation.invars, strict=True):
             if value is None or value.source == index:
@@ -346,17 +352,19 @@ class _Reader:
             edge = Edge(value.source, _array(atom).shape[1:])
             if edge not in layer.inputs:
                 layer.inputs.append(edge)
-        _note(layer, equation)
-        result = _view(equation, max(sources, key=lambda value: value.receptive_field or math.inf))
-        if equation.primitive.name != "reshape":  # Which is of its readers' making.
+        _update_layer(layer, equation)
+        result = _propagate_receptive_field(
+            equation, max(sources, key=lambda value: value.receptive_field or math.inf)
+        )
+        if equation.primitive.name != "reshape":  # A reshape belongs to the layers that read it.
             layer.receptive_field, layer.jump = result.receptive_field, result.jump
             shape = _array(equation.outvars[0]).shape
             if len(shape) in (2, 4):  # Statistics of BatchNorm have one axis.
                 layer.shape = shape[1:]
         return result._replace(source=index)
 
-    def _index(self, equation: JaxprEqn, sources: Sequence[_Value], path: Path) -> int | None:
-        """Returns the layer that an operation belongs to; None: it changes only the image."""
+    def _index(self, equation: JaxprEqn, sources: Sequence[_TracedArray], path: Path) -> int | None:
+        """Returns the index of an operation's layer, or None if it only changes the image."""
         primitive = equation.primitive.name
         module = self._layer_of(path)
         if module is not None:
@@ -366,7 +374,7 @@ class _Reader:
         kind = _kind(equation)
         latest = max((value.source for value in sources if value.source is not None), default=None)
         if kind == AVERAGE_POOL and latest is not None and primitive == "dot_general":
-            # Pooling to a given size is two products, along rows and along columns.
+            # Adaptive pooling is two products, along rows and along columns.
             before = self.layers[latest]
             if before.kind == AVERAGE_POOL and before.module == "/".join(path):
                 return latest
@@ -377,14 +385,14 @@ class _Reader:
         return len(self.layers) - 1
 
     def _free_name(self, path: Path, kind: str) -> str:
-        """Returns a name for an operation that is no module."""
+        """Returns an unused name for an operation without a module."""
         name = "/".join((*path, kind.replace(" ", "_")))
         taken = {layer.name for layer in self.layers}
         numbered = (f"{name}_{number}" for number in range(2, len(taken) + 3))
         return name if name not in taken else next(n for n in numbered if n not in taken)
 
     def _module_layer(self, path: Path) -> Layer:
-        """Returns the layer of a module: what its operations do not say."""
+        """Returns the layer of a module, with the fields that its operations do not determine."""
         sizes = {
             name: math.prod(leaf.shape)
             for name, leaf in self._params.items()
@@ -396,7 +404,7 @@ class _Reader:
             for inner, module in self._modules.items()
             if inner[: len(path)] == path and isinstance(module, nn.Dropout) and module.rate
         ]
-        if any(name[: len(path)] == path for name in self._normalised):
+        if any(name[: len(path)] == path for name in self._normalized):
             extras.append("BatchNorm")
         if any((*name[:-1], "bias") in sizes for name in weights):
             extras.append("bias")
@@ -409,23 +417,23 @@ class _Reader:
 
 
 def _array(atom: Any) -> jax.core.ShapedArray:
-    """Returns shape and type of what an operation reads or makes."""
+    """Returns shape and dtype of an operation's input or output."""
     return atom.aval
 
 
 def _kind(equation: JaxprEqn) -> str:
-    """Returns what an operation outside of any layer's module is; "": it belongs to its input."""
+    """Returns the kind of an operation outside any layer's module; "": it belongs to its input."""
     primitive = equation.primitive.name
     if primitive == "reduce_window_sum" and equation.params["window_dimensions"][-1] > 1:
         return RESPONSE_NORM
     if primitive == "reduce_sum" and _array(equation.invars[0]).ndim == 4:
         return MEAN
-    # A product without parameters: pooling to a given size.
+    # A product without parameters is adaptive pooling.
     return AVERAGE_POOL if primitive == "dot_general" else _OPERATIONS.get(primitive, "")
 
 
-def _note(layer: Layer, equation: JaxprEqn) -> None:
-    """Adds to a layer what one of its operations says of it."""
+def _update_layer(layer: Layer, equation: JaxprEqn) -> None:
+    """Updates a layer with one of its operations."""
     primitive = equation.primitive.name
     if primitive == "max" and "ReLU" not in layer.extras:
         layer.extras.append("ReLU")
@@ -444,8 +452,8 @@ def _note(layer: Layer, equation: JaxprEqn) -> None:
         layer.stride = equation.params["window_strides"][1]
 
 
-def _view(equation: JaxprEqn, value: _Value) -> _Value:
-    """Returns what an operation's result sees of the image, from what its widest input sees."""
+def _propagate_receptive_field(equation: JaxprEqn, value: _TracedArray) -> _TracedArray:
+    """Returns an operation's output with its receptive field, given the input that sees most."""
     if value.receptive_field is None or value.jump is None:
         return value
     primitive, before = equation.primitive.name, _array(equation.invars[0])
@@ -458,8 +466,8 @@ def _view(equation: JaxprEqn, value: _Value) -> _Value:
     elif primitive in ("reduce_window_max", "reduce_window_sum"):
         window = equation.params["window_dimensions"][1]
         stride = equation.params["window_strides"][1]
-    elif before.ndim == 4 and after.ndim == 2:  # A mean over the grid, or all of it in a row.
-        seen = value.receptive_field + (before.shape[1] - 1) * value.jump
-        return value._replace(receptive_field=seen, jump=None)
-    seen = value.receptive_field + (window - 1) * value.jump
-    return value._replace(receptive_field=seen, jump=value.jump * stride)
+    elif before.ndim == 4 and after.ndim == 2:  # A mean over the feature map, or flattening.
+        field = value.receptive_field + (before.shape[1] - 1) * value.jump
+        return value._replace(receptive_field=field, jump=None)
+    field = value.receptive_field + (window - 1) * value.jump
+    return value._replace(receptive_field=field, jump=value.jump * stride)

@@ -1,4 +1,4 @@
-"""A network as a table, block by block, beside table 1 of its paper where that describes it."""
+"""Tabulates a network block by block, compared with Table 1 of its paper where that applies."""
 
 import csv
 import pathlib
@@ -16,13 +16,13 @@ _PAPER_IMAGE = (224, 224, 3)
 
 
 class PaperRow(NamedTuple):
-    """A row of the paper's table 1.
+    """A row of the paper's Table 1.
 
     Attributes:
-      blocks: ours that it describes together.
-      shape: of the result.
+      blocks: names of our blocks that the row covers.
+      shape: of the output.
       kilo_weights: "params" as printed, without the K; None: empty.
-      mega_operations: "ops" as printed, without the M: multiply-adds; None: empty.
+      mega_operations: "ops" as printed, without the M, in multiply-adds; None: empty.
     """
 
     blocks: tuple[str, ...]
@@ -32,7 +32,7 @@ class PaperRow(NamedTuple):
 
 
 # Szegedy et al. 2014, arXiv:1409.4842.
-TABLE_1 = (
+PAPER_ROWS = (
     PaperRow(("conv1",), (112, 112, 64), 2.7, 34),
     PaperRow(("max_pool",), (56, 56, 64)),
     PaperRow(("conv2_reduce", "conv2"), (56, 56, 192), 112, 360),
@@ -52,31 +52,31 @@ TABLE_1 = (
     PaperRow(("classifier",), (1000,), 1000, 1),
 )
 _NOTES = """\
-The paper's columns are those of table 1 of Szegedy et al. 2014. Its K is 1,024 weights, its
-operations are millions of multiply-adds, both without biases and BatchNorm, so weights are compared
-where ours also has other parameters. An empty deviation: equal when rounded or cut off. The printed
-weights of most modules are not those of the printed widths (4c is off most), while the printed
-operations are, except in 5a. The first convolution's 2.7 K and 34 M are those of a separable one,
-7x7 on each channel with a multiplier of 8 and 1x1 after it (49 · 3 · 8 + 24 · 64 = 2,712 weights),
-which Ioffe and Szegedy 2015 (arXiv:1502.03167) say they had; the text of the paper has it plain.
+The paper's columns are from Table 1 of Szegedy et al. 2014. K means 1,024 weights and operations
+are millions of multiply-adds, both without biases and BatchNorm, so only our weights are compared,
+not our parameters. An empty deviation means equal after rounding or truncation. The weights printed
+for most modules do not match the printed widths (4c is furthest off), while the operations do,
+except in 5a. The 2.7 K and 34 M of the first convolution are those of a separable one, 7x7 on each
+channel with a multiplier of 8 followed by 1x1 (49 · 3 · 8 + 24 · 64 = 2,712 weights), which Ioffe
+and Szegedy 2015 (arXiv:1502.03167) report using; the paper's text describes an ordinary one.
 """
 
 
 class Table(NamedTuple):
-    """Lines of cells under a head, and notes for a reader."""
+    """Lines of cells under a head, and notes."""
 
     head: tuple[str, ...]
     lines: list[list[Cell]]
     notes: str = ""
 
     def markdown(self) -> str:
-        """Returns the table as aligned Markdown, numbers to the right, and the notes under it."""
+        """Returns the table as aligned Markdown, numbers right-aligned, followed by the notes."""
         numeric = [
             any(isinstance(line[column], int) for line in self.lines)
             for column in range(len(self.head))
         ]
-        texts = [list(self.head), *([_text(cell) for cell in line] for line in self.lines)]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        cells = [list(self.head), *([_format_cell(cell) for cell in line] for line in self.lines)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         rule = [
             "-" * (width - 1) + ":" if right else "-" * width
             for width, right in zip(widths, numeric, strict=True)
@@ -86,7 +86,7 @@ class Table(NamedTuple):
                 cell.rjust(width) if right else cell.ljust(width)
                 for cell, width, right in zip(line, widths, numeric, strict=True)
             ]
-            for line in (texts[0], rule, *texts[1:])
+            for line in (cells[0], rule, *cells[1:])
         ]
         lines = "".join(f"| {' | '.join(line)} |\n" for line in aligned)
         return f"{lines}\n{self.notes}" if self.notes else lines
@@ -104,15 +104,15 @@ class Table(NamedTuple):
                 csv.writer(file).writerows([self.head, *self.lines])
         except OSError as error:
             raise UserError(
-                f"cannot write to {folder}: {error}. Make the folder writable, with space left"
+                f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
             ) from error
         return [markdown, comma]
 
 
 def make_table(structure: Structure) -> Table:
-    """Returns a network block by block, beside the paper's table where it has all of its blocks.
+    """Returns the table of a network, compared with the paper's if it has all of its blocks.
 
-    The last lines are the sums: of what gives the logits, and with auxiliary heads if there are.
+    The last lines are the totals without auxiliary heads and, if the network has them, with them.
     """
     blocks = structure.blocks()
     lines = [_line(block) for block in blocks]
@@ -120,27 +120,33 @@ def make_table(structure: Structure) -> Table:
     lines.append(_sums("total", needed))
     if len(needed) < len(blocks):
         lines.append(_sums("with auxiliary heads", blocks))
-    if not is_of_the_paper(structure):
+    if not matches_paper(structure):
         return Table(_HEAD, lines)
-    beside = _paper_cells(blocks)
+    paper_cells = _paper_cells(blocks)
     empty: list[Cell] = [None] * len(_PAPER_HEAD)
-    lines = [[*line, *beside.get(str(line[0]), empty)] for line in lines]
+    lines = [[*line, *paper_cells.get(str(line[0]), empty)] for line in lines]
     return Table(_HEAD + _PAPER_HEAD, lines, _NOTES)
 
 
-def is_of_the_paper(structure: Structure) -> bool:
-    """Whether table 1 has a row for what the network does, at the same size of image."""
+def matches_paper(structure: Structure) -> bool:
+    """Returns whether Table 1 describes the network, at the same image size."""
     names = {block.name for block in structure.blocks()}
-    return structure.image == _PAPER_IMAGE and all(names.issuperset(row.blocks) for row in TABLE_1)
+    return structure.image == _PAPER_IMAGE and all(
+        names.issuperset(row.blocks) for row in PAPER_ROWS
+    )
 
 
 def shape_text(shape: Shape) -> str:
-    """Returns "28×28×256" of (28, 28, 256)."""
+    """Returns a shape as text.
+
+    >>> shape_text((28, 28, 256))
+    '28×28×256'
+    """
     return "×".join(map(str, shape))
 
 
 def layer_text(layer: Layer) -> str:
-    """Returns what a layer is, its extras left out: "convolution 7×7/2", after the paper."""
+    """Returns a layer's kind, window and stride in the paper's notation: "convolution 7×7/2"."""
     if not layer.window:
         return layer.kind
     stride = f"/{layer.stride}" if layer.stride > 1 else ""
@@ -169,10 +175,10 @@ def _sums(name: str, blocks: Sequence[Block]) -> list[Cell]:
 
 
 def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
-    """Returns what the paper prints, and how we differ, by the last of each row's blocks."""
+    """Returns the paper's cells and our deviation from them, by the last block of each row."""
     by_name = {block.name: block for block in blocks}
     cells: dict[str, list[Cell]] = {}
-    for row in TABLE_1:
+    for row in PAPER_ROWS:
         ours = [by_name[name] for name in row.blocks]
         weights = sum(block.weights for block in ours) / 1024
         operations = sum(block.multiply_adds for block in ours) / 1e6
@@ -191,13 +197,13 @@ def _paper_cells(blocks: Sequence[Block]) -> dict[str, list[Cell]]:
 
 
 def _deviation(name: str, ours: float, printed: float | None) -> str:
-    """Returns "weights +7.4%", or "" where ours is what is printed, rounded or cut off."""
+    """Returns "weights +7.4%", or "" if ours rounds or truncates to the printed value."""
     if printed is None or printed in (round(ours), int(ours)):
         return ""
     return f"{name} {ours / printed - 1:+.1%}"
 
 
-def _text(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     if cell is None:
         return ""
     return f"{cell:,}" if isinstance(cell, int) else cell

@@ -1,1 +1,1 @@
-"""The networks: pure functions of parameters and images that know no data and no mesh axis."""
+"""The networks: pure functions of parameters and images, independent of data and mesh axes."""

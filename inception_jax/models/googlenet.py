@@ -1,8 +1,8 @@
 """GoogLeNet (Inception v1) and its relatives.
 
-Szegedy et al. 2014, "Going Deeper with Convolutions", arXiv:1409.4842. One module describes all of
-them, since they differ only in the first layers, in the number of inception modules and in a few
-details; `networks` names the combinations.
+Szegedy et al. 2014, "Going Deeper with Convolutions", arXiv:1409.4842. One module covers them all,
+since they differ only in the first layers, the number of inception modules and a few details;
+`networks` names the combinations.
 """
 
 import functools
@@ -24,7 +24,7 @@ from inception_jax.models.layers import (
     Unit,
     check_image_size,
     local_response_norm,
-    scaled,
+    scale_channels,
 )
 
 
@@ -35,7 +35,7 @@ class Stem(NamedTuple):
       kernel_size, stride: of the first convolution, which has 64 channels.
       reduce: channels of the second convolution, 1x1.
       features, second_kernel_size: of the third convolution.
-      second_pool: whether a pool stands before the first inception module.
+      second_pool: whether a pool precedes the first inception module.
     """
 
     kernel_size: int
@@ -47,7 +47,7 @@ class Stem(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A maximum over square windows at stride 2.
+    """Max pooling over square windows at stride 2.
 
     Attributes:
       window: side in pixels.
@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     window: int = 3
 
 
-STEMS: Mapping[str, Stem] = {
+STEM_SPECS: Mapping[str, Stem] = {
     "paper": Stem(kernel_size=7, stride=2),
     "s16": Stem(kernel_size=3, stride=1),
     "s32": Stem(kernel_size=3, stride=1, second_pool=False),
@@ -64,8 +64,8 @@ STEMS: Mapping[str, Stem] = {
     "eight_module": Stem(3, 1, reduce=32, features=128, second_kernel_size=5),
 }
 
-# Table 1 of the paper, from the first inception module on.
-TABLE_1: Mapping[str, InceptionWidths | Pool] = {
+# Table 1 of the paper, starting at the first inception module.
+PAPER_BODY: Mapping[str, InceptionWidths | Pool] = {
     "3a": InceptionWidths(64, 96, 128, 16, 32, 32),
     "3b": InceptionWidths(128, 128, 192, 32, 96, 64),
     "pool3": Pool(),
@@ -78,11 +78,11 @@ TABLE_1: Mapping[str, InceptionWidths | Pool] = {
     "5a": InceptionWidths(256, 160, 320, 32, 128, 128),
     "5b": InceptionWidths(384, 192, 384, 48, 128, 128),
 }
-# What stands between the stem and the mean over the last grid.
+# The layers between the stem and the global average pool.
 BODIES: Mapping[str, Mapping[str, InceptionWidths | Pool]] = {
-    "paper": TABLE_1,
-    "torchvision": {**TABLE_1, "pool4": Pool(window=2)},
-    "deeper": {name: layer for name, layer in TABLE_1.items() if name not in ("5a", "5b")},
+    "paper": PAPER_BODY,
+    "torchvision": {**PAPER_BODY, "pool4": Pool(window=2)},
+    "deeper": {name: layer for name, layer in PAPER_BODY.items() if name not in ("5a", "5b")},
     "eight_module": {
         "3a": InceptionWidths(32, 64, 128, 16, 32, 16),
         "3b": InceptionWidths(64, 128, 256, 32, 64, 32),
@@ -100,26 +100,26 @@ AUX_MODULES = ("4a", "4d")
 
 
 class GoogLeNet(nn.Module):
-    """GoogLeNet, with the choices that its relatives differ in.
+    """GoogLeNet, configurable as any of its relatives.
 
-    Kernels start from He's truncated normal (`layers.he_normal` says why), biases at 0 and
-    BatchNorm's scales at 1.
+    Kernels are initialized from He's truncated normal (see `layers.he_normal`), biases to 0 and
+    BatchNorm scales to 1.
 
     Attributes:
       num_classes: number of logits.
-      stem: which entry of `STEMS`.
-      body: which entry of `BODIES`.
-      conv5x5: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
-      norm: "batch", "lrn" (the two local response normalisations of the stem, and biases) or
-        "none" (biases).
-      norm_momentum: share of BatchNorm's running statistics that a step keeps.
+      stem: key of `STEM_SPECS`.
+      body: key of `BODIES`.
+      conv5x5: convolutions of the 5x5 branch: "5x5", "3x3" or "two_3x3".
+      norm: "batch", "lrn" (the stem's two local response normalizations, and biases) or "none"
+        (biases).
+      norm_momentum: fraction of BatchNorm's running statistics kept at each step.
       norm_epsilon: added to BatchNorm's variance.
-      width: factor on the number of channels of every layer.
-      aux_heads: whether training has the two auxiliary heads.
-      adaptive_aux: whether the heads pool as torchvision's do.
-      dropout, aux_dropout: share of features dropped before the last layer, and in the heads.
-      dtype: type to compute in.
-      rewrite: whether to compute by the equivalents of `ops` for the CPU.
+      width: multiplier on every layer's number of channels.
+      aux_heads: whether training uses the two auxiliary heads.
+      adaptive_aux: whether the heads pool like torchvision's.
+      dropout, aux_dropout: fraction of features dropped before the last layer, and in the heads.
+      dtype: compute dtype.
+      rewrite: whether to use the CPU equivalents in `ops`.
     """
 
     first_conv = "conv1/conv"
@@ -145,17 +145,17 @@ class GoogLeNet(nn.Module):
         """Computes the logits.
 
         Args:
-          images: float32 [B, H, W, 3], normalised.
-          train: whether to drop features, use batch statistics and run the auxiliary heads.
+          images: float32 [B, H, W, 3], normalized.
+          train: whether to apply dropout, use batch statistics and run the auxiliary heads.
 
         Returns:
-          The logits, float32 [B, num_classes], and in training those of the auxiliary heads.
+          The logits, float32 [B, num_classes], and in training also those of the auxiliary heads.
 
         Raises:
           ConfigError: if the images are smaller than `min_image_size`.
         """
         check_image_size(
-            images, least=self.min_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
+            images, min_size=self.min_image_size, model=f"GoogLeNet with the stem {self.stem!r}"
         )
         unit = functools.partial(
             ConvUnit,
@@ -173,7 +173,7 @@ class GoogLeNet(nn.Module):
                 x = self._pool(x, layer.window)
                 continue
             x = self._inception(name, layer, unit)(x)
-            # The heads must get their parameters even when evaluation code initialises the model.
+            # The heads need their parameters even when evaluation code initializes the model.
             if self.aux_heads and name in AUX_MODULES and (train or self.is_initializing()):
                 aux.append(self._head(name, unit, train)(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
@@ -182,12 +182,12 @@ class GoogLeNet(nn.Module):
 
     @property
     def min_image_size(self) -> int:
-        """The least side of an image, in pixels, that leaves one pixel in the last grid."""
-        stem = STEMS[self.stem]
+        """The smallest image side, in pixels, that leaves one pixel in the last feature map."""
+        stem = STEM_SPECS[self.stem]
         pools = [Pool()] * (2 if stem.second_pool else 1)
         pools += [layer for layer in BODIES[self.body].values() if isinstance(layer, Pool)]
-        # Windows of 3 at stride 2 make m pixels out of 2 m, a window of 2 or a stride of the first
-        # convolution out of 2 m - 1.
+        # A window of 3 at stride 2 maps 2 m pixels to m; a window of 2, or a stride of the first
+        # convolution, maps 2 m - 1.
         size = 1
         for pool in reversed(pools):
             size = 2 * size - (3 - pool.window)
@@ -195,23 +195,27 @@ class GoogLeNet(nn.Module):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Paths of the auxiliary heads, which `protocol` is about."""
+        """Paths of the auxiliary heads (see `protocol`)."""
         return tuple(f"aux_{name}" for name in AUX_MODULES if name in BODIES[self.body])
 
     @property
     def classifiers(self) -> tuple[str, ...]:
-        """Paths of the layers that give logits."""
+        """Paths of the layers that compute logits."""
         return ("classifier/dense", *(f"{head}/classifier/dense" for head in self.heads))
 
     def _stem(self, images: jax.Array, unit: Unit) -> jax.Array:
         """Maps images [B, H, W, 3] to the first inception module's input."""
-        stem = STEMS[self.stem]
-        x = unit(scaled(64, self.width), stem.kernel_size, stem.stride, name="conv1")(images)
+        stem = STEM_SPECS[self.stem]
+        x = unit(scale_channels(64, self.width), stem.kernel_size, stem.stride, name="conv1")(
+            images
+        )
         x = self._pool(x)
         if self.norm == "lrn":
             x = local_response_norm(x)
-        x = unit(scaled(stem.reduce, self.width), name="conv2_reduce")(x)
-        x = unit(scaled(stem.features, self.width), stem.second_kernel_size, name="conv2")(x)
+        x = unit(scale_channels(stem.reduce, self.width), name="conv2_reduce")(x)
+        x = unit(scale_channels(stem.features, self.width), stem.second_kernel_size, name="conv2")(
+            x
+        )
         if self.norm == "lrn":
             x = local_response_norm(x)
         return self._pool(x) if stem.second_pool else x
@@ -220,14 +224,14 @@ class GoogLeNet(nn.Module):
         return ops.max_pool(x, window=window, stride=2, rewrite=self.rewrite)
 
     def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
-        widths = InceptionWidths(*(scaled(channels, self.width) for channels in widths))
+        widths = InceptionWidths(*(scale_channels(channels, self.width) for channels in widths))
         return Inception(widths, self.conv5x5, unit, self.rewrite, name=f"inception_{name}")
 
     def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
         return AuxiliaryHead(
             num_classes=self.num_classes,
-            conv_features=scaled(128, self.width),
-            dense_features=scaled(1024, self.width),
+            conv_features=scale_channels(128, self.width),
+            dense_features=scale_channels(1024, self.width),
             dropout=self.aux_dropout,
             adaptive=self.adaptive_aux,
             unit=unit,

@@ -1,4 +1,4 @@
-"""Looking inside a network: its modules and what they give, and the program it is traced to."""
+"""Inspects a network's modules, their outputs and its traced program."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-# What a module of a path gave → what its caller gets.
-See = Callable[[nn.Module, str, Any], Any]
+# (module, its path, its output) -> the output its caller receives.
+OutputHook = Callable[[nn.Module, str, Any], Any]
 
-# Programs inside a program, whose operations belong to the module that calls them.
+# Primitives that call an inner program, whose operations belong to the calling module.
 _CALLS = {
     "jit",
     "pjit",
@@ -23,8 +23,8 @@ _CALLS = {
 }
 
 
-def called(equation: JaxprEqn) -> Jaxpr | None:
-    """Returns the program that an operation of a program is a call of; None: it is none."""
+def called_jaxpr(equation: JaxprEqn) -> Jaxpr | None:
+    """Returns the inner program that an operation calls, or None if it is not a call."""
     if equation.primitive.name not in _CALLS:
         return None
     (inner,) = jaxprs_in_params(equation.params)
@@ -32,44 +32,45 @@ def called(equation: JaxprEqn) -> Jaxpr | None:
 
 
 @contextlib.contextmanager
-def watching(see: See) -> Iterator[None]:
-    """Shows a function the result of every module that is called inside.
+def intercept_outputs(hook: OutputHook) -> Iterator[None]:
+    """Passes the output of every module called inside the `with` block through a function.
 
     Args:
-      see: is given the module, its path in the network with slashes ('': the network itself) and
-        its result, and returns what the module is to return instead.
+      hook: receives the module, its slash-separated path ('' for the network itself) and its
+        output, and returns the output to use instead.
     """
 
     def intercept(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = function(*args, **kwargs)
         if context.method_name != "__call__":
             return result
-        return see(context.module, "/".join(context.module.path), result)
+        return hook(context.module, "/".join(context.module.path), result)
 
     with nn.intercept_methods(intercept):
         yield
 
 
-def grids(
+def spatial_layers(
     network: nn.Module, variables: Any, images: jax.Array | jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the modules that give a grid in evaluation, in the order in which they end.
+    """Returns the modules that output a feature map in evaluation, in the order they finish.
 
     Args:
-      network, variables: as `networks.create` makes them.
+      network: as `networks.create` returns it.
+      variables: of the network.
       images: float32 [B, H, W, 3], or their shape.
 
     Returns:
-      Shape [B, h, w, C] and type of the output of every module that gives a grid, by its path
-      inside the network, such as "inception_4e/conv_3x3".
+      The shape [B, h, w, C] and dtype of each such output by the module's path inside the network,
+      such as "inception_4e/conv_3x3".
     """
-    found = {}
+    layers = {}
 
-    def see(_: nn.Module, path: str, result: Any) -> Any:
+    def record(_: nn.Module, path: str, result: Any) -> Any:
         if path and getattr(result, "ndim", 0) == 4:
-            found[path] = jax.ShapeDtypeStruct(result.shape, result.dtype)
+            layers[path] = jax.ShapeDtypeStruct(result.shape, result.dtype)
         return result
 
-    with watching(see):
+    with intercept_outputs(record):
         jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, images)
-    return found
+    return layers

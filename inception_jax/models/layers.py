@@ -1,7 +1,7 @@
-"""The layers that the networks are made of.
+"""The layers of the networks.
 
-Parameters and BatchNorm statistics are float32 throughout; each layer computes in its `dtype`.
-Every weight that multiplies activations is called "kernel", by which `protocol` knows it.
+Parameters and BatchNorm statistics are always float32; each layer computes in its `dtype`. Every
+weight that multiplies activations is named "kernel", by which `protocol` recognizes it.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from inception_jax.errors import ConfigError
 from inception_jax.models import ops
 
 # He et al. 2015 (arXiv:1502.01852), eq. 10: keeps the variance of activations through ReLU layers.
-# Networks without BatchNorm need that most. Caffe's GoogLeNet starts from a Xavier variance, half
-# of this, and biases of 0.2, but is given pixels of 0 to 255. On normalised images its logits
-# hardly depend on the image, and it learns more slowly at the paper's learning rate of 0.01.
+# Networks without BatchNorm need that most. Caffe's GoogLeNet uses a Xavier variance, half of this,
+# and biases of 0.2, but its pixels range from 0 to 255. On normalized images its logits hardly
+# depend on the image, and it learns more slowly at the paper's learning rate of 0.01.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
 class ModelOutput(NamedTuple):
-    """What a network returns.
+    """The output of a network.
 
     Attributes:
       logits: float32 [B, K].
-      aux: float32 [B, K] of each auxiliary head, the one nearest to the input first; empty unless
+      aux: float32 [B, K] of each auxiliary head, the one closest to the input first; empty unless
         the network has heads and is training.
     """
 
@@ -37,17 +37,17 @@ class ModelOutput(NamedTuple):
 
 
 class Conv(nn.Module):
-    """Convolution with a square kernel, as `ops.conv`.
+    """Convolution with a square kernel (see `ops.conv`).
 
     Attributes:
       features: number of output channels.
       kernel_size: side of the kernel in pixels.
       stride: distance between windows in pixels.
-      paddings: zeros around the image; None: half the kernel on all sides, which keeps the size at
-        stride 1.
-      use_bias: whether a bias is added.
-      dtype: type to compute in.
-      rewrite: as of `ops.conv`.
+      paddings: zeros around the image; None: half the kernel on all sides, which preserves the size
+        at stride 1.
+      use_bias: whether to add a bias.
+      dtype: compute dtype.
+      rewrite: see `ops.conv`.
     """
 
     features: int
@@ -81,13 +81,13 @@ class Conv(nn.Module):
 class BatchNormReLU(nn.Module):
     """BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1) and ReLU.
 
-    Parameters and running statistics are those of `flax.linen.BatchNorm`, of the same names.
+    Parameters and running statistics have the same names and shapes as `flax.linen.BatchNorm`'s.
 
     Attributes:
-      momentum: share of the running statistics that a training step keeps.
+      momentum: fraction of the running statistics kept at each training step.
       epsilon: added to the variance.
-      train: whether batch statistics are used, and the running ones updated.
-      rewrite: as of `ops.batch_norm_relu`.
+      train: whether to use batch statistics and update the running ones.
+      rewrite: see `ops.batch_norm_relu`.
     """
 
     momentum: float
@@ -97,7 +97,7 @@ class BatchNormReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [B, H, W, C] to an array of the same shape and type."""
+        """Maps float [B, H, W, C] to an array of the same shape and dtype."""
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
@@ -119,11 +119,11 @@ class ConvUnit(nn.Module):
     """Convolution, BatchNorm and ReLU; or convolution with a bias and ReLU.
 
     Attributes:
-      features, kernel_size, stride, paddings, dtype, rewrite: as in `Conv`.
-      batch_norm: whether BatchNorm takes the place of the bias.
-      momentum: share of the running statistics that a training step keeps.
+      features, kernel_size, stride, paddings, dtype, rewrite: see `Conv`.
+      batch_norm: whether to use BatchNorm instead of a bias.
+      momentum: fraction of the running statistics kept at each training step.
       epsilon: added to the variance.
-      train: whether batch statistics are used, and the running ones updated.
+      train: whether to use batch statistics and update the running ones.
     """
 
     features: int
@@ -159,7 +159,7 @@ Unit = Callable[..., ConvUnit]
 
 
 class InceptionWidths(NamedTuple):
-    """Output channels of an inception module's layers, in the order of the paper's table 1."""
+    """Output channels of an inception module's layers, in the order of the paper's Table 1."""
 
     conv_1x1: int
     reduce_3x3: int
@@ -174,10 +174,10 @@ class Inception(nn.Module):
 
     Attributes:
       widths: output channels of each layer.
-      conv5x5: what stands in the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
+      conv5x5: convolutions of the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
-      rewrite: as of `ops.max_pool`.
+      rewrite: see `ops.max_pool`.
     """
 
     widths: InceptionWidths
@@ -207,8 +207,8 @@ class Classifier(nn.Module):
 
     Attributes:
       num_classes: number of logits.
-      dropout: share of features that training drops.
-      train: whether to drop.
+      dropout: fraction of features dropped in training.
+      train: whether to apply dropout.
     """
 
     num_classes: int
@@ -226,19 +226,19 @@ class Classifier(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A classifier on a middle layer (Szegedy et al. 2014, section 5).
 
-    The paper's head averages 5x5 windows at stride 3, so its parameters' shapes depend on the size
-    of the images. On a grid of less than 5 pixels (images of 64 px) the window is the whole grid.
-    torchvision's averages the grid to 4x4 whatever its size.
+    The paper's head averages 5x5 windows at stride 3, so the shapes of its parameters depend on the
+    image size. If the feature map is smaller than 5 pixels (64 px images), the window covers all of
+    it. torchvision's head averages a feature map of any size to 4x4.
 
     Attributes:
       num_classes: number of logits.
       conv_features: channels of the 1x1 convolution.
       dense_features: size of the hidden dense layer.
-      dropout: share of hidden features that training drops.
-      adaptive: torchvision's pooling in place of the paper's.
+      dropout: fraction of hidden features dropped in training.
+      adaptive: whether to pool like torchvision instead of the paper.
       unit: makes a convolution unit, given features, kernel size and name.
-      dtype: type to compute in.
-      train: whether to drop.
+      dtype: compute dtype.
+      train: whether to apply dropout.
     """
 
     num_classes: int
@@ -266,7 +266,7 @@ class AuxiliaryHead(nn.Module):
 
 
 def average_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
-    """Averages the square windows that lie inside the image.
+    """Averages the square windows that fit inside the image.
 
     Args:
       x: float [B, H, W, C].
@@ -283,11 +283,11 @@ def average_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Averages a grid of any size to `size` x `size`, as torch's AdaptiveAvgPool2d does.
+    """Averages a feature map of any size to `size` x `size`, like torch's AdaptiveAvgPool2d.
 
     Args:
       x: float [B, H, W, C].
-      size: side of the result.
+      size: output side in pixels.
 
     Returns:
       float [B, size, size, C]; window i covers floor(i H / size) to ceil((i + 1) H / size).
@@ -304,18 +304,18 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def local_response_norm(x: jax.Array) -> jax.Array:
-    """Divides each channel by the energy of its neighbours (Krizhevsky et al. 2012, section 3.3).
+    """Normalizes each channel by its neighbors' energy (Krizhevsky et al. 2012, section 3.3).
 
-    With the numbers of the GoogLeNet released with Caffe: size 5, alpha 1e-4 (divided by the size),
-    beta 0.75, k 1.
+    Uses the constants of the GoogLeNet released with Caffe: size 5, alpha 1e-4 (divided by the
+    size), beta 0.75, k 1.
 
     Args:
       x: float [B, H, W, C].
 
     Returns:
-      x / (1 + 1e-4 / 5 * sum of squares over 5 channels) ** 0.75, of the type of x.
+      x / (1 + 1e-4 / 5 * sum of squares over 5 channels) ** 0.75, in the dtype of x.
     """
-    # In bfloat16 the sum next to 1 would be rounded away.
+    # In bfloat16, adding the small sum to 1 would round it away.
     wide = x.astype(jnp.float32)
     energy = lax.reduce_window(
         wide * wide, 0.0, lax.add, (1, 1, 1, 5), (1, 1, 1, 1), ((0, 0), (0, 0), (0, 0), (2, 2))
@@ -323,21 +323,25 @@ def local_response_norm(x: jax.Array) -> jax.Array:
     return (wide * (1.0 + 1e-4 / 5 * energy) ** -0.75).astype(x.dtype)
 
 
-def scaled(channels: int, width: float) -> int:
-    """Returns a layer's number of channels under a width multiplier: rounded, and at least 1."""
+def scale_channels(channels: int, width: float) -> int:
+    """Returns a layer's number of channels under a width multiplier: rounded, and at least 1.
+
+    >>> scale_channels(64, 0.25), scale_channels(3, 0.1)
+    (16, 1)
+    """
     return max(1, round(channels * width))
 
 
-def check_image_size(images: jax.Array, *, least: int, model: str) -> None:
-    """Refuses images on which the last grid would be empty.
+def check_image_size(images: jax.Array, *, min_size: int, model: str) -> None:
+    """Checks that images [B, H, W, 3] are large enough for a network.
 
     Raises:
-      ConfigError: if a side of images [B, H, W, 3] is less than `least` pixels.
+      ConfigError: if a side is less than `min_size` pixels.
     """
     height, width = images.shape[1:3]
-    if min(height, width) < least:
+    if min(height, width) < min_size:
         raise ConfigError(
-            f"images of {height} x {width} px are too small for {model}, which needs at least "
-            f"{least} x {least} px: raise config.data.image_size, or take a model or stem that "
-            "shrinks the image less"
+            f"images of {height} x {width} px: must be at least {min_size} x {min_size} px for "
+            f"{model}; increase config.data.image_size, or use a model or stem that downsamples "
+            "less"
         )

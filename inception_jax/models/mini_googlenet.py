@@ -18,26 +18,26 @@ from inception_jax.models.layers import (
     ModelOutput,
     Unit,
     check_image_size,
-    scaled,
+    scale_channels,
 )
 
 
 class MiniGoogLeNet(nn.Module):
     """MiniGoogLeNet: 1.65 M parameters at 10 classes.
 
-    Kernels start from He's truncated normal and BatchNorm's scales at 1.
+    Kernels are initialized from He's truncated normal and BatchNorm scales to 1.
 
     Attributes:
       num_classes: number of logits.
-      norm_momentum: share of BatchNorm's running statistics that a step keeps.
+      norm_momentum: fraction of BatchNorm's running statistics kept at each step.
       norm_epsilon: added to BatchNorm's variance.
-      width: factor on the number of channels of every layer.
-      dropout: share of features dropped before the last layer; the paper has none.
-      dtype: type to compute in.
-      rewrite: whether to compute by the equivalents of `ops` for the CPU.
+      width: multiplier on every layer's number of channels.
+      dropout: fraction of features dropped before the last layer; the paper has none.
+      dtype: compute dtype.
+      rewrite: whether to use the CPU equivalents in `ops`.
     """
 
-    min_image_size = 4  # Two halvings make 4 one pixel.
+    min_image_size = 4  # Halved twice, it leaves one pixel.
     first_conv = "conv1/conv"
     first_norm = "conv1/norm"
     classifiers = ("classifier/dense",)
@@ -55,8 +55,8 @@ class MiniGoogLeNet(nn.Module):
         """Computes the logits.
 
         Args:
-          images: float32 [B, H, W, 3], normalised; the paper's are 28 px, CIFAR's 32.
-          train: whether to drop features and use batch statistics.
+          images: float32 [B, H, W, 3], normalized; 28 px in the paper, 32 px for CIFAR.
+          train: whether to apply dropout and use batch statistics.
 
         Returns:
           The logits, float32 [B, num_classes].
@@ -64,7 +64,7 @@ class MiniGoogLeNet(nn.Module):
         Raises:
           ConfigError: if the images are smaller than `min_image_size`.
         """
-        check_image_size(images, least=self.min_image_size, model="MiniGoogLeNet")
+        check_image_size(images, min_size=self.min_image_size, model="MiniGoogLeNet")
         unit = functools.partial(
             ConvUnit,
             dtype=self.dtype,
@@ -73,7 +73,7 @@ class MiniGoogLeNet(nn.Module):
             train=train,
             rewrite=self.rewrite,
         )
-        x = unit(scaled(96, self.width), 3, name="conv1")(images)
+        x = unit(scale_channels(96, self.width), 3, name="conv1")(images)
         x = self._inception("2a", 32, 32, unit)(x)
         x = self._inception("2b", 32, 48, unit)(x)
         x = self._downsample("2c", 80, unit)(x)
@@ -89,17 +89,17 @@ class MiniGoogLeNet(nn.Module):
         return ModelOutput(logits)
 
     def _inception(self, name: str, conv_1x1: int, conv_3x3: int, unit: Unit) -> "MiniInception":
-        features = scaled(conv_1x1, self.width), scaled(conv_3x3, self.width)
+        features = scale_channels(conv_1x1, self.width), scale_channels(conv_3x3, self.width)
         return MiniInception(*features, unit, name=f"inception_{name}")
 
     def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":
         return Downsample(
-            scaled(conv_3x3, self.width), unit, self.rewrite, name=f"downsample_{name}"
+            scale_channels(conv_3x3, self.width), unit, self.rewrite, name=f"downsample_{name}"
         )
 
 
 class MiniInception(nn.Module):
-    """A 1x1 and a 3x3 convolution side by side.
+    """A 1x1 and a 3x3 convolution in parallel.
 
     Attributes:
       conv_1x1, conv_3x3: output channels of the two.
@@ -119,14 +119,14 @@ class MiniInception(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution and a 3x3 maximum side by side, both at stride 2.
+    """A 3x3 convolution and a 3x3 max pool in parallel, both at stride 2.
 
-    Both have the borders of `ops.max_pool`, so that the grid is halved: 28, 14, 7 as in the figure.
+    Both pad like `ops.max_pool`, so the size is halved: 28, 14, 7, as in the figure.
 
     Attributes:
       features: output channels of the convolution.
       unit: makes a convolution unit, given features, kernel size and name.
-      rewrite: as of `ops.max_pool`.
+      rewrite: see `ops.max_pool`.
     """
 
     features: int

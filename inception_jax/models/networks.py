@@ -1,6 +1,6 @@
-"""The networks that a configuration can name, and what makes them.
+"""The networks that a configuration can name, and their factories.
 
-The entries import their modules when they are called, so that their names are known at once.
+Each factory imports its module only when it is called, so listing the names is fast.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from inception_jax.registry import register_model
 if TYPE_CHECKING:
     import flax.linen as nn
 
-_SHARED = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
-_HEADS = ("aux_heads", "aux_dropout")
-_PAPER = (*_SHARED, *_HEADS, "stem", "conv5x5", "norm")
+_COMMON_SETTINGS = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
+_HEAD_SETTINGS = ("aux_heads", "aux_dropout")
+_GOOGLENET_SETTINGS = (*_COMMON_SETTINGS, *_HEAD_SETTINGS, "stem", "conv5x5", "norm")
 
 
 def _attributes(settings: configs.Model, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the settings that a network has as attributes of the same names."""
+    """Returns the settings that are network attributes of the same names."""
     import jax.numpy as jnp
 
     return {name: getattr(settings, name) for name in names} | {"dtype": jnp.dtype(settings.dtype)}
@@ -35,81 +35,83 @@ def _googlenet(num_classes: int, **attributes: Any) -> "nn.Module":
 
 
 def _check_heads(config: configs.Config) -> Iterator[str]:
-    """Yields a problem if the heads' shapes would change with the size of the images."""
+    """Yields a problem if the shapes of the auxiliary heads would change with the image size."""
     if (sizes := config.train.image_sizes) and config.model.aux_heads:
         yield (
             f"config.train.image_sizes = {sizes}: the auxiliary heads' shapes depend on the image "
-            "size; set model.aux_heads to False, or leave image_sizes empty"
+            "size; set config.model.aux_heads to False, or leave image_sizes empty"
         )
 
 
-@register_model("googlenet", settings=_PAPER, check=_check_heads)
+@register_model("googlenet", settings=_GOOGLENET_SETTINGS, check=_check_heads)
 def googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
-    """Returns the paper's network, with its variations of stem, 5x5 branch, norm and width."""
-    return _googlenet(num_classes, **_attributes(settings, _PAPER))
+    """Returns the paper's network, with variations of stem, 5x5 branch, norm and width."""
+    return _googlenet(num_classes, **_attributes(settings, _GOOGLENET_SETTINGS))
 
 
-@register_model("googlenet_torchvision", settings=(*_SHARED, *_HEADS))
+@register_model("googlenet_torchvision", settings=(*_COMMON_SETTINGS, *_HEAD_SETTINGS))
 def googlenet_torchvision(settings: configs.Model, num_classes: int) -> "nn.Module":
-    """Returns the network of torchvision.models.googlenet, whose weights fit it.
+    """Returns the network of torchvision.models.googlenet, compatible with its weights.
 
-    It differs from the paper's in the 5x5 branch (3x3, pytorch/vision#906), in the fourth pool
-    (2x2), in BatchNorm, and in the pooling of the auxiliary heads.
+    It differs from the paper's network in the 5x5 branch (3x3, pytorch/vision#906), the fourth pool
+    (2x2), BatchNorm, and the pooling of the auxiliary heads.
     """
-    attributes = _attributes(settings, (*_SHARED, *_HEADS))
+    attributes = _attributes(settings, (*_COMMON_SETTINGS, *_HEAD_SETTINGS))
     return _googlenet(
         num_classes, body="torchvision", conv5x5="3x3", adaptive_aux=True, **attributes
     )
 
 
-@register_model("deeper_googlenet", settings=_SHARED)
+@register_model("deeper_googlenet", settings=_COMMON_SETTINGS)
 def deeper_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns DeeperGoogLeNet (Rosebrock, "Deep Learning for Computer Vision with Python").
 
-    Made for the 64 px of Tiny ImageNet: a 5x5 first convolution at stride 1, and modules 3a to 4e.
-    BatchNorm stands before the ReLU, as usual, where the book has it after.
+    Designed for Tiny ImageNet's 64 px: a 5x5 first convolution at stride 1, and modules 3a to 4e.
+    BatchNorm precedes the ReLU, as usual; in the book it follows it.
     """
-    return _googlenet(num_classes, stem="deeper", body="deeper", **_attributes(settings, _SHARED))
+    return _googlenet(
+        num_classes, stem="deeper", body="deeper", **_attributes(settings, _COMMON_SETTINGS)
+    )
 
 
-@register_model("eight_module_googlenet", settings=_SHARED)
+@register_model("eight_module_googlenet", settings=_COMMON_SETTINGS)
 def eight_module_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns the network of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch (as of 2020-11-16).
 
-    Made for the 64 px of Tiny ImageNet: a 3x3 first convolution at stride 1, a 5x5 third one, and
-    eight modules of its own, on grids of 16 and 8, of which the sixth is the widest (1,408
-    channels). BatchNorm stands before the ReLU, as usual, where the source has it after, and its
-    convolutions have no biases. So at 200 classes it has 10,716,744 parameters; the source's biases
-    make 6,880 more, and Keras counts 13,760 running statistics besides.
+    Designed for Tiny ImageNet's 64 px: a 3x3 first convolution at stride 1, a 5x5 third one, and
+    eight custom modules at 16 and 8 px, of which the sixth is the widest (1,408 channels).
+    BatchNorm precedes the ReLU, as usual (in the source it follows it), and convolutions have no
+    biases. So at 200 classes it has 10,716,744 parameters; the source's biases add 6,880, and Keras
+    also counts 13,760 running statistics.
     """
-    attributes = _attributes(settings, _SHARED)
+    attributes = _attributes(settings, _COMMON_SETTINGS)
     return _googlenet(num_classes, stem="eight_module", body="eight_module", **attributes)
 
 
-@register_model("mini_googlenet", settings=_SHARED)
+@register_model("mini_googlenet", settings=_COMMON_SETTINGS)
 def mini_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
     """Returns MiniGoogLeNet for images of about 32 px."""
     from inception_jax.models.mini_googlenet import MiniGoogLeNet
 
-    return MiniGoogLeNet(num_classes, **_attributes(settings, _SHARED))
+    return MiniGoogLeNet(num_classes, **_attributes(settings, _COMMON_SETTINGS))
 
 
 def create(
     settings: configs.Model, num_classes: int, *, rewrite: bool | None = None
 ) -> "nn.Module":
-    """Returns the network that `settings.name` names.
+    """Returns the network named by `settings.name`.
 
-    The network is called as `module.apply(variables, images, train=train, rngs={"dropout": key},
-    mutable=["batch_stats"])` with images float32 [B, H, W, 3], and returns a `layers.ModelOutput`.
+    Call it as `module.apply(variables, images, train=train, rngs={"dropout": key},
+    mutable=["batch_stats"])` with images float32 [B, H, W, 3]; it returns a `layers.ModelOutput`.
 
     Args:
-      settings: the validated settings of the network.
+      settings: validated settings of the network.
       num_classes: number of logits.
-      rewrite: whether it computes by the equivalents of `ops` for the CPU; None: where JAX computes
-        on one. Programs for other devices, for other libraries and for readers have it False.
+      rewrite: whether to use the CPU equivalents in `ops`; None: if JAX's default device is a CPU.
+        Use False for other devices, for export and for inspection.
 
     Raises:
-      ConfigError: if there are no classes, or what was registered makes no network.
+      ConfigError: if `num_classes` is less than 1, or the registered factory returns no network.
     """
     import flax.linen as nn
 
@@ -117,8 +119,8 @@ def create(
 
     if num_classes < 1:
         raise ConfigError(
-            f"model.name = {settings.name!r}: a network needs at least one class, got "
-            f"{num_classes}. Weights without a classifier can only start a training: "
+            f"config.model.name = {settings.name!r}: the number of classes must be at least 1, got "
+            f"{num_classes}. Weights without a classifier can only initialize training: "
             "config.init.pretrained"
         )
     part = registry.MODELS.get(settings.name)
@@ -128,20 +130,20 @@ def create(
         network = part.build(filled, num_classes)
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"{part.location}: the model {part.name!r} returned {network!r}, a "
-            f"{type(network).__name__}; it has to return a flax.linen.Module"
+            f"{part.place}: the model {part.name!r} returned {network!r}, a "
+            f"{type(network).__name__}; it must return a flax.linen.Module"
         )
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
     if part.is_builtin:
         return network
-    return protocol.adapted(
-        network, name=part.name, place=part.location, min_image_size=part.min_image_size
+    return protocol.adapt(
+        network, name=part.name, place=part.place, min_image_size=part.min_image_size
     )
 
 
 def check(network: "nn.Module", config: configs.Config, num_classes: int) -> None:
-    """Checks a network at all sizes of images that a run has; nothing is computed.
+    """Checks a network at all image sizes of a run, without computing anything.
 
     Args:
       network: as `create` returns it.
@@ -149,32 +151,32 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
       num_classes: number of logits.
 
     Raises:
-      ConfigError: if a size is too small for it, or it does not return logits.
+      ConfigError: if an image size is too small for it, or it does not return logits.
     """
     from inception_jax.models import protocol
 
-    least = protocol.min_image_size(network)
-    name = network.called if isinstance(network, protocol.Adapter) else config.model.name
+    min_size = protocol.min_image_size(network)
+    name = network.display_name if isinstance(network, protocol.Adapter) else config.model.name
     sizes = [("data.image_size", config.data.image_size)]
     sizes += [("train.image_sizes", size) for size in config.train.image_sizes]
-    # 0: the data set's own.
-    own = config.data.image_size
-    sizes += [("evaluation.image_size", config.evaluation.image_size or own)]
+    default = config.data.image_size  # Used where a size is 0.
+    sizes += [("evaluation.image_size", config.evaluation.image_size or default)]
     sizes += [
-        (f"evaluations.{name}.size", view.size or own) for name, view in config.evaluations.items()
+        (f"evaluations.{name}.size", view.size or default)
+        for name, view in config.evaluations.items()
     ]
     for path, size in sizes:
-        if size < least:
+        if size < min_size:
             raise ConfigError(
-                f"config.{path} = {size}: {name} needs at least {least} px; raise it, "
-                "or take a model or stem that shrinks the image less"
+                f"config.{path} = {size}: must be at least {min_size} for {name}; increase it, or "
+                "use a model or stem that downsamples less"
             )
     if isinstance(network, protocol.Adapter):
         _check_output(network, config.data.image_size, num_classes)
 
 
 def _check_output(network: Any, image_size: int, num_classes: int) -> None:
-    """Checks that a user's network gives logits and has the variables that training keeps."""
+    """Checks that a custom network returns logits and only has variables that training keeps."""
     import jax
     import jax.numpy as jnp
     from flax.errors import FlaxError
@@ -185,32 +187,35 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
         variables = network.init(rngs, images, train=True)
         output = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
-        # As evaluation calls it: with no keys, nothing that changes, and batches of another size.
+        # As evaluation calls it: without keys or mutable collections, at another batch size.
         network.apply(variables, jnp.concatenate([images, images]), train=False)
         return variables, output[0]
 
-    what = f"{network.place}: the model {network.called!r}"
+    subject = f"{network.place}: the model {network.display_name!r}"
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
-    wanted = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
+    required = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
     try:
         variables, output = jax.eval_shape(call, images)
     except (AttributeError, TypeError, ValueError, FlaxError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         last = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, AttributeError) and last == protocol.__file__:  # Of what is no array.
-            raise ConfigError(f"{what} returned no logits ({error}); {wanted}") from error
+        # The adapter reads the dtype of something that is not an array.
+        if isinstance(error, AttributeError) and last == protocol.__file__:
+            raise ConfigError(f"{subject} returned no logits ({error}); {required}") from error
         raise ConfigError(
-            f"{what} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
+            f"{subject} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
         ) from error
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
-            found = type(logits).__name__ if shape is None else registry.describe_value(logits)
-            raise ConfigError(f"{what} returned {found} for 2 images of {image_size} px; {wanted}")
+            got = type(logits).__name__ if shape is None else registry.described(logits)
+            raise ConfigError(
+                f"{subject} returned {got} for 2 images of {image_size} px; {required}"
+            )
     if "params" not in variables:
-        raise ConfigError(f"{what} has no parameters, so there is nothing to train")
+        raise ConfigError(f"{subject} has no parameters, so it cannot be trained")
     if others := sorted({*variables} - {"params", "batch_stats"}):
         raise ConfigError(
-            f"{what} has variables {', '.join(others)}, which "
-            "training would not keep; keep parameters in params and statistics in batch_stats"
+            f"{subject} has the variable collections {', '.join(others)}, which training does not "
+            "keep; store parameters in params and statistics in batch_stats"
         )

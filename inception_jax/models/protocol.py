@@ -1,34 +1,33 @@
-"""What the package has to know of a network besides its logits: the Protocol.
+"""The Protocol: what the package needs to know about a network beyond its logits.
 
-Any `flax.linen.Module` that `registry.register_model` takes is trained, evaluated, used and
-exported to StableHLO. A network says more of itself by attributes, all of them optional; they are
-fields of the module, properties, or set in the class's body. A path is that of a module or variable
-inside the collection "params", with slashes::
+Any `flax.linen.Module` registered with `registry.register_model` can be trained, evaluated, used
+and exported to StableHLO. A network describes itself further with attributes, all optional: module
+fields, properties or class attributes. A path is the slash-separated path of a module or variable
+in the collection "params"::
 
-    min_image_size: int           The least side of an image, pixels. Otherwise that of its
-                                  registration.
-    decays(path, leaf) -> bool    Whether weight decay takes a parameter. Otherwise it takes all of
-                                  two axes or more that are called "kernel".
-    first_conv: str               Path of the first convolution, which holds "kernel" and, without
-                                  BatchNorm, "bias". Needed to start from weights of a data set
-                                  of another mean, and by Muon.
-    first_norm: str               Path of the BatchNorm after it, if there is one.
-    classifiers: tuple[str, ...]  Paths of the dense layers that give logits, that of the network
-                                  itself first. Needed to start from weights of other classes, and
-                                  by Muon.
-    heads: tuple[str, ...]        Paths of the modules that only training computes, whether this
-                                  instance has them or not. Otherwise there are none.
-    norm_momentum: float          Share of BatchNorm's running statistics that a step keeps. Where
-                                  it is not said, they are not corrected for the start of training
-                                  (`training.ema.correct_start`), nor re-estimated
+    min_image_size: int           The smallest image side, pixels. Default: as registered.
+    decays(path, leaf) -> bool    Whether weight decay applies to a parameter. Default: to all
+                                  named "kernel" with two axes or more.
+    first_conv: str               Path of the first convolution, which has "kernel" and, without
+                                  BatchNorm, "bias". Required by Muon, and to initialize from
+                                  weights of a data set with another mean.
+    first_norm: str               Path of the BatchNorm after it, if any.
+    classifiers: tuple[str, ...]  Paths of the dense layers that compute logits, the network's main
+                                  one first. Required by Muon, and to initialize from weights with
+                                  other classes.
+    heads: tuple[str, ...]        Paths of the modules used only in training, whether or not this
+                                  instance has them. Default: none.
+    norm_momentum: float          Fraction of BatchNorm's running statistics kept at each step.
+                                  Without it, they are neither corrected for the start of training
+                                  (`training.ema.correct_start`) nor re-estimated
                                   (config.evaluation.norm_examples).
-    dtype                         Type that it computes in; decides on options of the compiler.
-    rewrite: bool                 A field; whether to compute by the equivalents of `models.ops` for
-                                  the CPU. `networks.create` sets it.
+    dtype                         Compute dtype; determines compiler options.
+    rewrite: bool                 A field: whether to use the CPU equivalents in `models.ops`.
+                                  `networks.create` sets it.
 
-To be drawn and counted layer by layer (tools.summarize), and to be exported to ONNX, it must be
-made of operations that `inspection.structure` and `export.onnx_graph` know. Those say what they
-miss.
+To be summarized layer by layer (tools.summarize) or exported to ONNX, a network must consist of
+operations that `inspection.structure` and `export.onnx_graph` support; their errors name the
+missing ones.
 """
 
 import inspect
@@ -44,34 +43,34 @@ from inception_jax.models.layers import ModelOutput
 
 
 class Adapter(nn.Module):
-    """A user's network, called as the package's own are; its variables stay where they are.
+    """Wraps a custom network to be called like the built-in ones; variable paths stay the same.
 
     Attributes:
-      adapted_network: returns logits or a `ModelOutput`. A name that no submodule of a user's
-        network has, as its submodules are in this module's scope.
-      takes_train: whether it is told if it trains.
-      called: its name, for messages.
-      place: what registered it, or the argument that gave it, for messages.
-      least: the least side of its images, pixels, where it does not say itself.
+      adapted_network: returns logits or a `ModelOutput`. No submodule of a custom network may have
+        this name, as they share this module's scope.
+      takes_train: whether it accepts the argument `train`.
+      display_name: its name, for messages.
+      place: where it was registered, or the argument that provided it, for messages.
+      default_min_image_size: the smallest image side, pixels, if it does not define its own.
     """
 
     adapted_network: nn.Module
     takes_train: bool
-    called: str
+    display_name: str
     place: str
-    least: int = 1
+    default_min_image_size: int = 1
 
     def setup(self) -> None:
-        """Gives the network's variables the paths that they have without this module."""
+        """Keeps the network's variables at the paths they have without this module."""
         nn.share_scope(self, self.adapted_network)
 
     @property
     def dtype(self) -> Any:
-        """The type that the network computes in; None: it does not say."""
+        """The compute dtype of the network, or None if it does not define one."""
         return getattr(self.adapted_network, "dtype", None)
 
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        """Returns the logits of images, float32 [B, H, W, 3], normalised."""
+        """Returns the logits of images, float32 [B, H, W, 3], normalized."""
         arguments = {"train": train} if self.takes_train else {}
         output: Any = self.adapted_network(images, **arguments)
         output = output if isinstance(output, ModelOutput) else ModelOutput(output)
@@ -83,76 +82,80 @@ class Adapter(nn.Module):
         )
 
 
-def adapted(network: nn.Module, *, name: str, place: str, min_image_size: int = 1) -> Adapter:
-    """Returns a network that is called as the package's own are.
+def adapt(network: nn.Module, *, name: str, place: str, min_image_size: int = 1) -> Adapter:
+    """Returns a network that can be called like the built-in ones.
 
     Args:
       network: returns logits or a `ModelOutput`.
-      name, place, min_image_size: `called`, `place` and `least` of an `Adapter`.
+      name, place, min_image_size: `Adapter.display_name`, `place`, `default_min_image_size`.
     """
     if isinstance(network, Adapter):
         return network
-    # One that takes any keyword, as nn.Sequential, hands them on to layers that do not know it.
+    # **kwargs do not count: nn.Sequential would pass `train` on to layers that do not accept it.
     takes_train = "train" in inspect.signature(type(network).__call__).parameters
     return Adapter(network, takes_train, name, place, min_image_size)
 
 
-def own(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """Returns the network as it was registered."""
     return network.adapted_network if isinstance(network, Adapter) else network
 
 
-def plain(network: nn.Module) -> nn.Module:
-    """Returns a network that computes by plain operations, for readers and other libraries."""
+def with_plain_ops(network: nn.Module) -> nn.Module:
+    """Returns a network that uses only plain operations, for inspection and export."""
     if isinstance(network, Adapter):
-        return network.clone(adapted_network=plain(network.adapted_network))
+        return network.clone(adapted_network=with_plain_ops(network.adapted_network))
     return network.clone(rewrite=False) if hasattr(network, "rewrite") else network
 
 
-def said(network: nn.Module, attribute: str, default: Any = None) -> Any:
-    """Returns what a network says of itself, or a default."""
-    return getattr(own(network), attribute, default)
+def get_attribute(network: nn.Module, attribute: str, default: Any = None) -> Any:
+    """Returns an attribute of the Protocol, or a default."""
+    return getattr(unwrap(network), attribute, default)
 
 
-def needed(network: nn.Module, attribute: str, purpose: str) -> Any:
-    """Returns what a network says of itself.
+def require_attribute(network: nn.Module, attribute: str, purpose: str) -> Any:
+    """Returns an attribute of the Protocol.
 
     Args:
       network: as `networks.create` returns it.
-      attribute: of the Protocol.
+      attribute: its name.
       purpose: what needs it, for the message.
 
     Raises:
-      ConfigError: if it does not say.
+      ConfigError: if the network does not have it.
     """
-    found = said(network, attribute)
-    if found is None:
+    value = get_attribute(network, attribute)
+    if value is None:
         raise ConfigError(
-            f"{purpose} needs to know the network's {attribute}, and {type(own(network)).__name__} "
-            f"does not say; give the class an attribute {attribute!r}, as inception_jax/models/"
-            "protocol.py describes it"
+            f"{purpose} needs the network's attribute {attribute!r}, which "
+            f"{type(unwrap(network)).__name__} does not have; add it as described in "
+            "inception_jax/models/protocol.py"
         )
-    return found
+    return value
 
 
 def min_image_size(network: nn.Module) -> int:
-    """Returns the least side of an image that a network takes, pixels."""
-    registered = network.least if isinstance(network, Adapter) else 1
-    return int(said(network, "min_image_size", registered))
+    """Returns the smallest image side that a network accepts, pixels."""
+    registered = network.default_min_image_size if isinstance(network, Adapter) else 1
+    return int(get_attribute(network, "min_image_size", registered))
 
 
 def is_inside(path: str, *modules: str) -> bool:
-    """Whether a variable belongs to one of some modules."""
+    """Returns whether a variable's path is inside one of the modules.
+
+    >>> is_inside("classifier/dense/kernel", "classifier"), is_inside("conv10/kernel", "conv1")
+    (True, False)
+    """
     return any(path.startswith(f"{module}/") for module in modules)
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Whether a parameter multiplies activations, by its name and shape."""
+    """Returns whether a parameter multiplies activations, judging by its name and shape."""
     return path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
 
 
-def labelled(params: Any, label: Callable[[str, Any], Any]) -> Any:
-    """Returns a tree of the labels that a function of path and leaf gives parameters."""
+def label_params(params: Any, label: Callable[[str, Any], Any]) -> Any:
+    """Returns a tree of labels, computed for each parameter from its path and leaf."""
 
     def of_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
         return label(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -161,18 +164,18 @@ def labelled(params: Any, label: Callable[[str, Any], Any]) -> Any:
 
 
 def decay_mask(network: nn.Module | None) -> Callable[[Any], Any]:
-    """Returns a function of parameters: a tree of bools, true for those that weight decay takes."""
-    decays = said(network, "decays", is_kernel) if network is not None else is_kernel
-    return lambda params: labelled(params, decays)
+    """Returns a function that maps parameters to a tree of bools: whether weight decay applies."""
+    decays = get_attribute(network, "decays", is_kernel) if network is not None else is_kernel
+    return lambda params: label_params(params, decays)
 
 
 def num_classes(network: nn.Module, params: Mapping[str, Any]) -> int:
-    """Returns how many logits parameters give; 0: they are without a classifier.
+    """Returns the number of logits, or 0 if the parameters include no classifier.
 
     Raises:
-      ConfigError: if the network does not say which is its classifier.
+      ConfigError: if the network does not define `classifiers`.
     """
     node: Any = params
-    for name in needed(network, "classifiers", "counting the classes")[0].split("/"):
+    for name in require_attribute(network, "classifiers", "counting the classes")[0].split("/"):
         node = node.get(name, {})
     return int(node["kernel"].shape[-1]) if node else 0

@@ -1,6 +1,6 @@
-"""The names and layouts of torchvision's GoogLeNet (torchvision/models/googlenet.py).
+"""Converts names and layouts of torchvision's GoogLeNet (torchvision/models/googlenet.py).
 
-torchvision names the inception branches by number and the layers before the first module conv1 to
+torchvision numbers the inception branches, and names the layers before the first module conv1 to
 conv3; PyTorch's kernels have their output channels first.
 """
 
@@ -50,20 +50,17 @@ _LEAVES = {
 }
 
 _HEADS = ("aux1", "aux2")
-# What goes into the classifier.
-_FEATURES = 1024
-# Parts of names that torch.compile, FSDP and activation checkpointing put in.
+# The classifier's input features.
+_NUM_FEATURES = 1024
+# Parts of names inserted by torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def torch_name(path: str) -> str:
     """Returns torchvision's name of a variable of `GoogLeNet`.
 
-    Args:
-      path: such as "batch_stats/inception_3a/conv_3x3/norm/var".
-
-    Returns:
-      Such as "inception3a.branch2.1.bn.running_var".
+    >>> torch_name("batch_stats/inception_3a/conv_3x3/norm/var")
+    'inception3a.branch2.1.bn.running_var'
     """
     _, module, rest = path.split("/", 2)
     if match := re.fullmatch(r"inception_(\w+)", module):
@@ -75,13 +72,13 @@ def torch_name(path: str) -> str:
     return f"{_MODULES[module]}.{_LEAVES[rest]}"
 
 
-class Imported(NamedTuple):
-    """What a state dict of torchvision's GoogLeNet became.
+class ImportedWeights(NamedTuple):
+    """A converted state dict of torchvision's GoogLeNet.
 
     Attributes:
       model: settings of its network.
-      variables: of that network; without a classifier where the state dict has none that fits.
-      notes: lines for the user: where the parts were taken from, and what was skipped.
+      variables: of that network; without a classifier if the state dict has no matching one.
+      notes: log lines: where the parts were found, and what was skipped.
     """
 
     model: config.Model
@@ -89,24 +86,24 @@ class Imported(NamedTuple):
     notes: list[str]
 
 
-def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
-    """Returns the variables of a `GoogLeNet` from a PyTorch module with torchvision's names.
+def convert(state: Mapping[str, np.ndarray], abstract_variables: Variables) -> Variables:
+    """Returns the variables of a `GoogLeNet` from a PyTorch state dict with torchvision's names.
 
     Args:
-      state: the module's state dict.
-      like: nested variables with shapes, as the network's init gives them.
+      state: the state dict.
+      abstract_variables: nested variables or their shapes, as the network's init returns them.
 
     Raises:
-      DataError: naming entries that are missing, left over, of another shape or type, or not
-        finite.
+      DataError: naming entries that are missing, unexpected, non-finite, or of the wrong shape or
+        dtype.
     """
-    leaves = flatten(like)
-    problems = _problems(_parameters(state), leaves)
+    leaves = flatten(abstract_variables)
+    problems = _find_mismatches(_parameters(state), leaves)
     if problems:
         count = sum(problems.values())
         raise DataError(
-            f"{count} entries do not fit torchvision's GoogLeNet:\n  "
-            + _truncated(list(problems), most=10, separator="\n  ")
+            f"{count} entries do not match torchvision's GoogLeNet:\n  "
+            + _join_truncated(list(problems), max_items=10, separator="\n  ")
         )
     return unflatten(
         {
@@ -118,72 +115,74 @@ def convert(state: Mapping[str, np.ndarray], like: Variables) -> Variables:
 
 def from_torchvision(
     state: Mapping[str, np.ndarray], *, prefix: str | None = None, classifier: str | None = None
-) -> Imported:
+) -> ImportedWeights:
     """Returns settings and variables of `googlenet_torchvision` from torchvision's state dict.
 
-    The names may have any prefix, such as "module." or "model._orig_mod.", and entries of other
-    modules may be beside them. The classifier is fc, or the only layer inside fc; its size is the
-    number of classes. Auxiliary heads are taken if both are there, of the same classes.
+    The names may have any prefix, such as "module." or "model._orig_mod.", and the state dict may
+    also contain other modules. The classifier is fc, or the only layer inside fc; its size is the
+    number of classes. Auxiliary heads are kept if both exist, with the same classes.
 
     Args:
       state: arrays by name.
-      prefix: of the network's entries; None: found, if there is only one.
-      classifier: the linear layer that gives the logits, by its full name, such as "head.1"; None:
-        as described above.
+      prefix: of the network's entries; None: detected, if there is only one.
+      classifier: full name of the linear layer that computes the logits, such as "head.1"; None: as
+        described above.
 
     Raises:
-      DataError: if the entries are not those of torchvision's GoogLeNet, several networks are
-        among them, or the layer named as classifier cannot be one.
+      DataError: if the entries do not match torchvision's GoogLeNet, contain several networks, or
+        the layer named as classifier cannot be one.
     """
     model = _settings()
-    rest = {_unwrapped(name): value for name, value in _parameters(state).items()}
-    names = [torch_name(path) for path in _leaves(1)]
-    trunk = {name for name in names if _module(name) not in ("fc", *_HEADS)}
-    prefix = _find_prefix(rest, trunk, prefix)
+    remaining = {_strip_wrappers(name): value for name, value in _parameters(state).items()}
+    names = [torch_name(path) for path in _abstract_leaves(1)]
+    trunk = {name for name in names if _top_module(name) not in ("fc", *_HEADS)}
+    prefix = _find_prefix(remaining, trunk, prefix)
     notes = [f"network: {prefix}*"] if prefix else []
-    fc, note = _pop_classifier(rest, prefix, classifier)
+    fc, note = _pop_classifier(remaining, prefix, classifier)
     notes += [note] if note else []
-    leaves = _leaves(len(fc["fc.bias"]) if fc else 1)
+    leaves = _abstract_leaves(len(fc["fc.bias"]) if fc else 1)
     if not fc:
-        leaves = {path: leaf for path, leaf in leaves.items() if _module(torch_name(path)) != "fc"}
+        leaves = {
+            path: leaf for path, leaf in leaves.items() if _top_module(torch_name(path)) != "fc"
+        }
 
-    heads = _pop_modules(rest, prefix, _HEADS)
-    head_leaves = {p: leaf for p, leaf in leaves.items() if _module(torch_name(p)) in _HEADS}
-    unfit = list(_problems(heads, head_leaves)) if fc else ["there is no classifier"]
-    if unfit:
+    heads = _pop_modules(remaining, prefix, _HEADS)
+    head_leaves = {p: leaf for p, leaf in leaves.items() if _top_module(torch_name(p)) in _HEADS}
+    mismatches = list(_find_mismatches(heads, head_leaves)) if fc else ["no classifier"]
+    if mismatches:
         model.aux_heads = False
         leaves = {path: leaf for path, leaf in leaves.items() if path not in head_leaves}
         if heads:
-            modules = " and ".join(sorted({f"{prefix}{_module(name)}" for name in heads}))
+            modules = " and ".join(sorted({f"{prefix}{_top_module(name)}" for name in heads}))
             notes.append(
-                f"skipped: {modules}, auxiliary heads, which only training uses: "
-                + _truncated(unfit, most=2, separator="; ")
+                f"skipped: {modules}, auxiliary heads used only in training: "
+                + _join_truncated(mismatches, max_items=2, separator="; ")
             )
         heads = {}
-    own = _pop_modules(rest, prefix, {_module(name) for name in trunk})
-    if rest:
-        notes.append(f"skipped: {_truncated(sorted(rest), most=5)}")
+    body = _pop_modules(remaining, prefix, {_top_module(name) for name in trunk})
+    if remaining:
+        notes.append(f"skipped: {_join_truncated(sorted(remaining), max_items=5)}")
     try:
-        variables = convert(own | fc | heads, unflatten(leaves))
+        variables = convert(body | fc | heads, unflatten(leaves))
     except DataError as error:
-        # What is missing may be there under another name.
+        # A missing entry may be among the skipped ones, under another name.
         raise DataError("\n".join([str(error), *notes])) from error
-    return Imported(model, variables, notes)
+    return ImportedWeights(model, variables, notes)
 
 
 def _settings() -> config.Model:
-    """Returns the settings of torchvision's network with all its parts."""
+    """Returns the settings of torchvision's network, auxiliary heads included."""
     return config.Model(
         name="googlenet_torchvision",
         aux_heads=True,
         norm_epsilon=1e-3,
-        dropout=0.2,  # What torchvision's constructor gives its main dropout.
+        dropout=0.2,  # The main dropout's default in torchvision's constructor.
         aux_dropout=0.7,
     )
 
 
 @functools.cache
-def _leaves(classes: int) -> Mapping[str, Any]:
+def _abstract_leaves(classes: int) -> Mapping[str, Any]:
     """Returns the shapes of the network's variables by path."""
     module = networks.create(_settings(), classes)
     images = jnp.zeros((1, 224, 224, 3))
@@ -191,58 +190,58 @@ def _leaves(classes: int) -> Mapping[str, Any]:
 
 
 def _parameters(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns a state dict without how many batches BatchNorm has seen, which decides nothing."""
+    """Returns a state dict without BatchNorm's batch counts, which have no effect."""
     return {name: a for name, a in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _unwrapped(name: str) -> str:
-    """Returns a name without what PyTorch's compiler and wrappers put anywhere into it."""
+def _strip_wrappers(name: str) -> str:
+    """Returns a name without the parts that PyTorch's compiler and wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _module(name: str) -> str:
-    """Returns the outermost module of an entry: "conv1" of "conv1.bn.weight"."""
+def _top_module(name: str) -> str:
+    """Returns the outermost module of an entry: "conv1" for "conv1.bn.weight"."""
     return name.partition(".")[0]
 
 
 def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | None) -> str:
-    """Returns what precedes the names of a network among others.
+    """Returns the prefix of a network's names among all names.
 
     Args:
       names: of all entries.
-      trunk: the network's own names.
-      prefix: what the user says it is, if anything.
+      trunk: the network's names without prefix.
+      prefix: given by the user, or None.
 
     Raises:
       DataError: if there is no such network, or there are several.
     """
     names = list(names)
-    found = collections.Counter(
-        name.removesuffix(own) for name in names for own in _endings(name) if own in trunk
+    counts = collections.Counter(
+        name.removesuffix(suffix) for name in names for suffix in _suffixes(name) if suffix in trunk
     )
-    # A file that holds fewer is of another network, some of whose layers have the same names.
-    likely = [each for each, count in found.items() if 4 * count >= len(trunk)]
+    # With fewer entries it is another network that shares some layer names.
+    candidates = [each for each, count in counts.items() if 4 * count >= len(trunk)]
     if prefix is not None:
-        given = _unwrapped(prefix.removesuffix("."))
-        likely = [each for each in likely if each.removesuffix(".") == given]
-    if not likely:
+        given = _strip_wrappers(prefix.removesuffix("."))
+        candidates = [each for each in candidates if each.removesuffix(".") == given]
+    if not candidates:
         where = f" below {prefix!r}" if prefix else ""
         raise DataError(
-            f"this is not torchvision's GoogLeNet: {max(found.values(), default=0)} of its "
-            f"{len(trunk)} entries are there{where}. The file holds {len(names):,} arrays"
-            + (f": {_truncated(names, most=5)}" if names else "")
+            f"not torchvision's GoogLeNet: has {max(counts.values(), default=0)} of its "
+            f"{len(trunk)} entries{where}. The file contains {len(names):,} arrays"
+            + (f": {_join_truncated(names, max_items=5)}" if names else "")
         )
-    if len(likely) > 1:
-        shown = ", ".join(each.removesuffix(".") or "''" for each in likely)
+    if len(candidates) > 1:
+        listing = ", ".join(each.removesuffix(".") or "''" for each in candidates)
         raise DataError(
-            f"holds {len(likely)} networks, named {shown}, such as weights and their average; say "
-            "which with --prefix"
+            f"contains {len(candidates)} networks, named {listing}, such as weights and their "
+            "average; choose one with --prefix"
         )
-    return likely[0]
+    return candidates[0]
 
 
-def _endings(name: str) -> Iterator[str]:
-    """Yields a name and what is left of it without its first parts: a.b.c, b.c, c."""
+def _suffixes(name: str) -> Iterator[str]:
+    """Yields a name and its suffixes: a.b.c, b.c, c."""
     while name:
         yield name
         name = name.partition(".")[2]
@@ -253,13 +252,13 @@ def _pop_modules(
 ) -> dict[str, np.ndarray]:
     """Removes the entries of some modules from a state dict, and returns them without the prefix.
 
-    What tools such as profilers count is left: it is one number, and no entry of theirs is.
+    Counters left by tools such as profilers stay: they are single numbers, unlike real entries.
     """
     names = [
         name
         for name in rest
         if name.startswith(prefix)
-        and _module(name.removeprefix(prefix)) in modules
+        and _top_module(name.removeprefix(prefix)) in modules
         and np.size(rest[name]) > 1
     ]
     return {name.removeprefix(prefix): rest.pop(name) for name in names}
@@ -276,24 +275,28 @@ def _pop_classifier(
       layer: full name of the linear layer; None: fc, or the only layer inside fc.
 
     Returns:
-      fc.weight [classes, 1024] and fc.bias [classes], or nothing where there is no classifier that
-      fits; and what to tell of it.
+      fc.weight [classes, 1024] and fc.bias [classes], or nothing without a matching classifier; and
+      a line for the log.
 
     Raises:
-      DataError: if `layer` is given and is no classifier.
+      DataError: if `layer` is given and is not a classifier.
     """
-    name = f"{prefix}fc" if layer is None else _unwrapped(layer)
+    name = f"{prefix}fc" if layer is None else _strip_wrappers(layer)
     entries = [each for each in rest if each.startswith(f"{name}.") and np.size(rest[each]) > 1]
     weights = [each for each in entries if each.endswith(".weight")]
     reason = ""
     if not entries:
-        reason = f"{name} is not there"
+        reason = f"{name} not found"
     elif len(weights) != 1 or set(entries) - {weights[0], _bias(weights[0])}:
-        reason = f"{name} is not one linear layer: {_truncated(sorted(entries), most=4)}"
-    elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _FEATURES:
-        reason = f"{weights[0]} has shape {rest[weights[0]].shape}, not (classes, {_FEATURES})"
+        reason = (
+            f"{name} is not a single linear layer: {_join_truncated(sorted(entries), max_items=4)}"
+        )
+    elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _NUM_FEATURES:
+        reason = (
+            f"{weights[0]} has shape {rest[weights[0]].shape}, must be (classes, {_NUM_FEATURES})"
+        )
     elif len(rest[weights[0]]) < 2:
-        reason = f"{weights[0]} gives one number, where each class needs a logit"
+        reason = f"{weights[0]} has one output, must have one per class"
     if reason and layer is not None:
         raise DataError(f"--classifier={layer}: {reason}")
     if reason:
@@ -311,51 +314,51 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _problems(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, int]:
-    """Returns what keeps a state dict from being that of a network.
+def _find_mismatches(state: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the differences between a state dict and a network.
 
     Args:
       state: arrays by torchvision's names.
       leaves: shapes of the network's variables by path.
 
     Returns:
-      By a line for the user, how many entries it is about.
+      The number of entries affected, by a message describing them.
     """
     names = {torch_name(path): leaf for path, leaf in leaves.items()}
     lines: dict[str, int] = {}
     missing: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         if name not in state:
-            missing[_module(name)].append(name)
+            missing[_top_module(name)].append(name)
     for module, (first, *more) in missing.items():
         others = f" and {len(more)} more of {module}" if more else ""
         lines[f"missing: {first}{others}"] = 1 + len(more)
-    lines |= {f"not of this network: {name}": 1 for name in sorted(set(state) - set(names))}
+    lines |= {f"unexpected: {name}": 1 for name in sorted(set(state) - set(names))}
     for name, leaf in names.items():
         if name not in state:
             continue
         value, expected = state[name], _torch_shape(leaf.shape)
         if value.shape != expected:
-            lines[f"{name}: {value.shape} here, {expected} in the network"] = 1
+            lines[f"{name}: has shape {value.shape}, must be {expected}"] = 1
         elif not jnp.issubdtype(value.dtype, jnp.floating):
-            lines[f"{name}: of type {value.dtype}, where floating-point numbers are needed"] = 1
+            lines[f"{name}: has type {value.dtype}, must be floating-point"] = 1
         elif not np.isfinite(_float32(value)).all():
-            lines[f"{name}: holds numbers that are not finite"] = 1
+            lines[f"{name}: has non-finite values"] = 1
     return lines
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape that PyTorch gives an array of this one."""
+    """Returns PyTorch's shape for an array of this package's shape."""
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite.
+    with np.errstate(over="ignore"):  # Too large for float32: becomes infinite.
         return np.asarray(value, np.float32)
 
 
 def _flattened_channels(path: str, leaves: Mapping[str, Any]) -> int | None:
-    """Returns the channels of the image that a dense layer reads flattened, None elsewhere."""
+    """Returns the channels of the feature map that a dense layer reads flattened, else None."""
     head, _, layer = path.partition("/hidden/")
     return leaves[f"{head}/conv/conv/kernel"].shape[-1] if layer == "kernel" else None
 
@@ -367,13 +370,13 @@ def _from_torch(value: np.ndarray, path: str, channels: int | None) -> np.ndarra
     elif path.endswith("kernel") and value.ndim == 2:
         if channels and value.shape[1] % channels == 0:
             # torch flattens [C, H, W], this package [H, W, C].
-            pieces = value.reshape(value.shape[0], channels, -1)
-            value = pieces.transpose(0, 2, 1).reshape(value.shape)
+            value = value.reshape(value.shape[0], channels, -1).transpose(0, 2, 1)
+            value = value.reshape(value.shape[0], -1)
         value = value.T
     return np.ascontiguousarray(value)
 
 
-def _truncated(words: Sequence[str], *, most: int, separator: str = ", ") -> str:
-    """Returns words as one text; beyond so many only how many more there are."""
-    left = len(words) - most
-    return separator.join([*words[:most], *([f"… and {left} more"] if left > 0 else [])])
+def _join_truncated(words: Sequence[str], *, max_items: int, separator: str = ", ") -> str:
+    """Joins words; beyond `max_items`, only says how many more there are."""
+    left = len(words) - max_items
+    return separator.join([*words[:max_items], *([f"… and {left} more"] if left > 0 else [])])

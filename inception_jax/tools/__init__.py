@@ -1,1 +1,1 @@
-"""Small commands around a run, one a module: `python -m inception_jax.tools.NAME --help`."""
+"""Command-line tools, one per module: `python -m inception_jax.tools.NAME --help`."""

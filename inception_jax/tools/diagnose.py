@@ -1,17 +1,18 @@
-"""Says what the evaluations of a run mean."""
+"""Diagnoses a run from its evaluations."""
 
 from collections.abc import Sequence
 
 from inception_jax import cli
 
 USAGE = """
-Judge one or more runs by their evaluations: did it learn, was it long enough, does it overfit or
-underfit, is evaluation what training says? With the setting to try next, if there is one.
+Diagnose one or more runs from their evaluations.
 
   python -m inception_jax.tools.diagnose DIR [DIR …]
 
-It reads metrics.jsonl and config.json, writes diagnosis.json, and may be called while a run is
-going on. The rules and their thresholds are in inception_jax/reporting/diagnosis.py.
+Reports whether a run learned, trained long enough, overfits or underfits, and whether evaluation
+agrees with training, and names the setting to try next. Reads metrics.jsonl and config.json and
+writes diagnosis.json; also works while a run is training. The rules and their thresholds are in
+inception_jax/reporting/diagnosis.py.
 """
 
 
@@ -21,9 +22,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.reporting import report
 
     if not positional:
-        raise UserError(
-            "give at least one run's folder: python -m inception_jax.tools.diagnose DIR"
-        )
+        raise UserError("no workdir given; run python -m inception_jax.tools.diagnose DIR")
     folders = cli.local_paths(positional)
     for folder in folders:
         if len(folders) > 1:

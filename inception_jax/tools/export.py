@@ -1,4 +1,4 @@
-"""Writes a trained network as a file for other programs."""
+"""Exports a trained network to a file for other programs."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,45 +11,48 @@ from inception_jax import cli, console
 if TYPE_CHECKING:
     from inception_jax.config import Config
     from inception_jax.datasets.dataset import Dataset
-    from inception_jax.export.program import Classify
+    from inception_jax.export.program import LogitsFunction
     from inception_jax.models.weights import Weights
 
 USAGE = """
-Write a trained network as a file for other programs, or its weights for this one.
+Export a trained network for other programs, or its weights for this one.
 
   python -m inception_jax.tools.export --to=savedweights --workdir DIR --output FILE.safetensors
   python -m inception_jax.tools.export --to=stablehlo --workdir DIR --output FILE.stablehlo
   python -m inception_jax.tools.export --to=onnx --weights FILE.safetensors --output FILE.onnx
   python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantize=int8
 
-Of a run it takes the weights that evaluation uses: the moving average where there is one.
-savedweights: one safetensors file with the network's settings, the classes and the normalisation,
-which --weights and --config.init.pretrained read. In bfloat16 it is half as large; BatchNorm
-statistics stay float32.
-stablehlo: by jax.export, for CPUs, CUDA GPUs and TPUs; FILE.json beside it says what goes in and
-comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take uint8 pixels [batch,
-S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
---quantize=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
-accuracy of both forms on the evaluation split; the file's description has that of int8. The data
-are those of the run, but for what --config.data.directory says; with --weights give the experiment
-too (--config). Where 8 bits cost too much accuracy: --float_ends, or more --calibration images.
+Exports the weights that evaluation uses: the moving average (EMA) if the run keeps one. Formats:
+
+  savedweights  safetensors with the network's settings, class names and normalization, read by
+                --weights and --config.init.pretrained. --dtype=bfloat16 halves its size; BatchNorm
+                statistics stay float32.
+  stablehlo     written by jax.export for CPUs, CUDA GPUs and TPUs; FILE.json describes it.
+  onnx          for ONNX Runtime and others; requires the extra [onnx].
+
+The last two map uint8 pixels [batch, S, S, 3] to logits [batch, classes]; docs/export.md shows how
+to load and call them. --quantize=int8 computes in 8 bits, with activation ranges calibrated on
+training images, and prints the accuracy of float32 and int8 on the evaluation split; the file
+records that of int8. It uses the run's data set (at --config.data.directory if given); with
+--weights, also give the experiment (--config). If int8 costs too much accuracy, use --float_ends or
+more --calibration images.
 """
 
 _TO = flags.DEFINE_enum(
-    "to", None, ["savedweights", "stablehlo", "onnx"], "what to write", required=True
+    "to", None, ["savedweights", "stablehlo", "onnx"], "format to write", required=True
 )
 cli.define_config()
 _TRAINED = cli.define_trained()
-_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
+_OUTPUT = cli.define_path("output", "file to write; replaced if it exists", required=True)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
+    "dtype", "float32", ["float32", "bfloat16"], "savedweights: data type of the parameters"
 )
-_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "onnx: what to compute in")
+_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "onnx: precision to compute in")
 _CALIBRATION = flags.DEFINE_integer(
-    "calibration", 512, "--quantize: training images that the ranges are taken from", 1
+    "calibration", 512, "--quantize: training images to calibrate activation ranges on", 1
 )
 _FLOAT_ENDS = flags.DEFINE_bool(
-    "float_ends", False, "--quantize: leave the first convolution and the classifier in float32"
+    "float_ends", False, "--quantize: keep the first convolution and the classifier in float32"
 )
 
 
@@ -63,26 +66,28 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.training import workdir
 
     if _QUANTIZE.value != "none" and _TO.value != "onnx":
-        raise UserError(f"--quantize={_QUANTIZE.value}: is for --to=onnx")
+        raise UserError(f"--quantize={_QUANTIZE.value}: requires --to=onnx")
     if _FLOAT_ENDS.value and _QUANTIZE.value == "none":
-        raise UserError("--float_ends: is for --quantize=int8")
+        raise UserError("--float_ends: requires --quantize=int8")
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
-        raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
+        raise UserError(
+            f"--dtype={_DTYPE.value}: requires --to=savedweights; other formats are float32"
+        )
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.log)
     trained = load.load(**_TRAINED.values(), log=console.log)
     path = cli.given(_OUTPUT)
-    workdir.check_writable(path.parent, flag="output", dedicated=False)
-    form = f"{_TO.value}, {_DTYPE.value}"
+    workdir.check_writable(path.parent, flag="output", own=False)
+    description = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":
         _write_stablehlo(path, trained)
     elif _QUANTIZE.value == "none":
-        _write(path, _onnx_file(trained))
+        _write_file(path, _onnx_file(trained))
     else:
-        trained, form = _write_quantized(path, trained), f"{_TO.value}, int8"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {form}; {trained}")
+        trained, description = _write_quantized(path, trained), f"{_TO.value}, int8"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {description}; {trained}")
 
 
 def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
@@ -91,67 +96,67 @@ def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
     from inception_jax.export import program, stablehlo
 
     data = stablehlo.export(weights)
-    _check(weights, stablehlo.load(data))
-    _write(path, data)
-    about = json.dumps(program.describe(weights), indent=2)
-    _write(path.with_name(f"{path.name}.json"), f"{about}\n".encode())
+    _verify(weights, stablehlo.load(data))
+    _write_file(path, data)
+    metadata = json.dumps(program.export_metadata(weights), indent=2)
+    _write_file(path.with_name(f"{path.name}.json"), f"{metadata}\n".encode())
 
 
 def _onnx_file(weights: "Weights") -> bytes:
     from inception_jax.export import onnx
 
     data = onnx.export(weights)
-    _check(weights, onnx.load(data))
+    _verify(weights, onnx.load(data))
     return data
 
 
 def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
-    """Writes the network in 8 bits, prints what that costs, and returns it with its own metrics."""
+    """Writes the network in int8, prints the cost in accuracy, and returns it with its metrics."""
     import dataclasses
 
     import numpy as np
 
     from inception_jax.export import onnx, quantization
 
-    dataset = _dataset(weights)
-    plain = _onnx_file(weights)
-    train = dataset.train_eval_view
+    dataset = _open_dataset(weights)
+    float32_data = _onnx_file(weights)
+    train = dataset.train_evaluated
     count = min(_CALIBRATION.value, len(train))
-    # Examples lie in the order of a hash, so the first are as good as any.
+    # Examples are in hash order, so the first are as good as any.
     images = train.read(np.arange(count))
-    small = quantization.quantize(plain, images, float_ends=_FLOAT_ENDS.value)
+    int8_data = quantization.quantize(float32_data, images, float_ends=_FLOAT_ENDS.value)
     before, after = (
-        quantization.measure_accuracy(form, onnx.load(data), dataset.evaluation, size=len(data))
-        for form, data in (("float32", plain), ("int8", small))
+        quantization.measure_accuracy(name, onnx.load(data), dataset.evaluation, size=len(data))
+        for name, data in (("float32", float32_data), ("int8", int8_data))
     )
-    found = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
-    quantized = dataclasses.replace(weights, metrics=found | {"count": after.count})
-    _write(path, onnx.with_description(small, quantized, precision="int8"))
-    print(f"{dataset.name}, {dataset.eval_split}; ranges from {count} training images")
+    metrics = {"top1": after.top1} | ({} if after.top5 is None else {"top5": after.top5})
+    quantized = dataclasses.replace(weights, metrics=metrics | {"count": after.count})
+    _write_file(path, onnx.with_description(int8_data, quantized, precision="int8"))
+    print(f"{dataset.name}, {dataset.eval_split}; calibrated on {count} training images")
     top5 = after.top5 is not None
     print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
     print(f"| --- | --: | --: |{' --: |' if top5 else ''} --: | --: |")
     for each in (before, after):
         print(
-            f"| {each.form} | {each.megabytes:.1f} | {each.top1:.2f}% |"
+            f"| {each.precision} | {each.megabytes:.1f} | {each.top1:.2f}% |"
             f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
             f"{each.images_per_second:,.0f} |"
         )
-    # The first recovers most: of MiniGoogLeNet on digits all 1.1 points, more images 0.3.
+    # The first recovers most: all 1.1 points for MiniGoogLeNet on digits; more images recover 0.3.
     remedies = [] if _FLOAT_ENDS.value else ["--float_ends"]
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantize=none)")
-    if warning := quantization.loss_warning(before, after, remedies):
-        console.log(warning)
+    if warning := quantization.accuracy_warning(before, after, remedies):
+        console.say(warning)
     return quantized
 
 
-def _dataset(weights: "Weights") -> "Dataset":
-    """Opens the data of --config, for which cli takes the run's own where it is not given.
+def _open_dataset(weights: "Weights") -> "Dataset":
+    """Opens the data set of --config, which cli sets to the run's if it is not given.
 
     Raises:
-      UserError: if it is not known which data, or they are of other classes or another size.
+      UserError: if the data set is unknown, or has other classes or another image size.
     """
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
@@ -162,35 +167,39 @@ def _dataset(weights: "Weights") -> "Dataset":
     given: Config | None = flags.FLAGS.config
     if given is None:
         raise UserError(
-            "--quantize needs the data set; with --weights give its experiment too: --config=FILE"
+            f"--quantize={_QUANTIZE.value}: needs the data set; with --weights, also give its "
+            "experiment: --config=FILE"
         )
     if given.data.image_size != weights.image_size:
         raise UserError(
-            f"config.data.image_size = {given.data.image_size}: the network takes images of "
-            f"{weights.image_size} px; give the experiment that it was trained by: --config=FILE"
+            f"config.data.image_size = {given.data.image_size}: must be {weights.image_size}, the "
+            "network's image size; give the experiment it was trained with: --config=FILE"
         )
     folder = _TRAINED.workdir.value
     before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
-        console.log(problem)
-    found = dataset.prepare(given.data, log=console.log)
-    initialization.check_classes(weights, found)
-    return found
+        console.say(problem)
+    prepared = dataset.prepare(given.data, log=console.say)
+    initialization.check_classes(weights, prepared)
+    return prepared
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _write_file(path: pathlib.Path, data: bytes) -> None:
     from inception_jax.storage import atomic
 
     with atomic.replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def _check(weights: "Weights", classify: "Classify") -> None:
-    """Checks that an exported network gives the logits of the original, and says how nearly."""
+def _verify(weights: "Weights", classify: "LogitsFunction") -> None:
+    """Checks that an exported network returns the original's logits, and logs the difference."""
     from inception_jax.export import program
 
-    difference = program.largest_difference(weights, classify)
-    console.log(f"checked: on images of noise the logits differ by at most {difference:.2g}")
+    difference = program.max_logit_difference(weights, classify)
+    console.say(
+        "verified: on random images its logits differ from the original's by at most "
+        f"{difference:.2g}"
+    )
 
 
 if __name__ == "__main__":

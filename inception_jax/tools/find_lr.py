@@ -1,4 +1,4 @@
-"""Finds a learning rate by a range test."""
+"""Finds a learning rate with a range test."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,26 +12,27 @@ if TYPE_CHECKING:
     from inception_jax.training.lr_range_test import Point
 
 USAGE = """
-Find a learning rate: train shortly while the rate rises, and see where the loss falls and diverges.
+Find a learning rate: run a short training with an increasing rate and watch the loss.
 
   python -m inception_jax.tools.find_lr --config experiments/tiny.py --output DIR
   python -m inception_jax.tools.find_lr --config experiments/tiny.py --output DIR \\
       --low=1e-4 --high=3 --steps=400 --config.train.batch_size=512
 
-Training is the experiment's own, from its first step, except for the schedule, and for labels that
-are neither mixed nor smoothed. DIR gets find_lr.png and find_lr.json, with every step. The peak
-rate proposed is a third of the rate at which the smoothed loss is least, or the first rate at which
-the loss has made 90% of its fall, if that is less. It holds for the batch size, optimizer and model
-it was found with. Where the curve does not allow a proposal, none is made, and the message says why
-and what to change (exit code 2).
+Trains as the experiment does, from its first step, but with its own schedule and without mixing or
+smoothing labels. Writes find_lr.png and find_lr.json, which has every step, to DIR. The proposed
+peak rate is a third of the rate with the lowest smoothed loss, or the first rate at which the loss
+has made 90% of its drop, whichever is lower. It is valid for this batch size, optimizer and model
+only. If the curve allows no proposal, the message says why and what to change (exit code 2).
 """
 
 _CONFIG = cli.define_config()
 _OUTPUT = cli.define_path("output", "folder for find_lr.json and find_lr.png", required=True)
-_LOW = flags.DEFINE_float("low", 1e-5, "first rate", lower_bound=1e-12)
-_HIGH = flags.DEFINE_float("high", 10.0, "last rate; more than low", upper_bound=1e6)
+_LOW = flags.DEFINE_float("low", 1e-5, "first learning rate", lower_bound=1e-12)
+_HIGH = flags.DEFINE_float(
+    "high", 10.0, "last learning rate; must be greater than --low", upper_bound=1e6
+)
 _STEPS = flags.DEFINE_integer(
-    "steps", 200, "how many steps; at least 30 for each factor of ten", 10
+    "steps", 200, "number of steps; at least 30 for each factor of ten between the rates", 10
 )
 _PLATFORM = cli.define_platform()
 cli.require("config")
@@ -54,12 +55,12 @@ def main(positional: Sequence[str]) -> None:
     )
 
     if configs.is_open(_CONFIG.value, "schedule.learning_rate"):
-        _CONFIG.value.schedule.learning_rate = _LOW.value  # The test has rates of its own.
+        _CONFIG.value.schedule.learning_rate = _LOW.value  # The test sets its own rates.
     configs.validate(_CONFIG.value)
     if _LOW.value >= _HIGH.value:
         raise UserError(
-            f"--low={_LOW.value:g} and --high={_HIGH.value:g}: the first rate must be less than "
-            "the last; leave them out for 1e-05 and 10"
+            f"--low={_LOW.value:g} and --high={_HIGH.value:g}: --low must be less than --high; "
+            "omit both for 1e-05 and 10"
         )
     output = cli.given(_OUTPUT)
     workdir.check_writable(output, flag="output")
@@ -70,7 +71,7 @@ def main(positional: Sequence[str]) -> None:
         low=_LOW.value,
         high=_HIGH.value,
         steps=_STEPS.value,
-        on_step=_say,
+        stepped=_log_progress,
     )
     proposal = propose(points)
     problems: list[str] = []
@@ -88,20 +89,20 @@ def main(positional: Sequence[str]) -> None:
         print(path)
     if proposal is None:
         raise UserError(
-            f"the loss did not fall between the rates {points[0].rate:.3g} and "
-            f"{points[-1].rate:.3g}, so none can be proposed. Give a smaller --low, a larger "
-            "--high or more --steps; if that does not help, check that the labels match the images"
+            f"the loss did not fall between the learning rates {points[0].rate:.3g} and "
+            f"{points[-1].rate:.3g}, so none is proposed. Use a smaller --low, a larger --high or "
+            "more --steps; if that does not help, check that the labels match the images"
         )
     if problems:
         raise UserError(
-            f"the loss was least at the rate {proposal.least:.2g}, but no rate is proposed:\n  "
-            + "\n  ".join(problems)
+            f"the loss was lowest at the learning rate {proposal.least:.2g}, but none is "
+            "proposed:\n  " + "\n  ".join(problems)
         )
     print(f"--config.schedule.learning_rate={proposal.rate:g}")
 
 
-def _say(point: "Point") -> None:
-    """Says where the test is, at a twentieth of its steps."""
+def _log_progress(point: "Point") -> None:
+    """Logs the test's progress, about 20 times."""
     if point.step % max(1, _STEPS.value // 20) == 0:
         console.log(
             f"step {point.step}/{_STEPS.value}: rate {point.rate:.3g}, loss {point.loss:.4g}, "

@@ -1,4 +1,4 @@
-"""Converts torchvision's GoogLeNet to a file of weights."""
+"""Converts torchvision's GoogLeNet to a weights file."""
 
 import argparse
 import dataclasses
@@ -15,38 +15,38 @@ from inception_jax import cli, console
 from inception_jax.errors import DataError, UserError
 
 USAGE = """
-Convert the state dict of torchvision's GoogLeNet, fine-tuned or not, to a file of weights of the
-model googlenet_torchvision.
+Convert a state dict of torchvision's GoogLeNet, fine-tuned or not, to a weights file.
 
   python -m inception_jax.tools.import_weights --input googlenet.pth --output FILE.safetensors
 
-The input is PyTorch's .pth, which needs PyTorch, or a .safetensors of the same entries, which does
-not. It may be a whole checkpoint with the state dict inside, and the names may have any prefix
-(module., model., _orig_mod.); of several networks in it, --prefix says which. The number of classes
-is that of the classifier. Auxiliary heads that do not fit it are skipped, as training alone uses
-them. A file without a classifier can only start a training (--config.init.pretrained).
-What was skipped is logged.
+The model is googlenet_torchvision. The input is a PyTorch .pth file, which requires PyTorch, or a
+.safetensors file with the same entries, which does not. It may be a full checkpoint with the state
+dict inside, and names may have any prefix (module., model., _orig_mod.); if it contains several
+networks, choose one with --prefix.
+The classifier determines the number of classes. Auxiliary heads that do not match it are skipped,
+since only training uses them. Without a classifier, the output can only initialize training
+(--config.init.pretrained). Skipped entries are logged.
 
-torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 to 1, and the file says
-so: mean and std 0.5. With --notransform_input they are those of ImageNet.
+torchvision's pretrained GoogLeNet (transform_input) expects pixels from -1 to 1, so mean and std
+are recorded as 0.5; --notransform_input records those of ImageNet.
 """
 
 _INPUT = cli.define_path("input", "state dict: .pth or .safetensors", required=True)
-_OUTPUT = cli.define_path("output", "file to write; one that is there is replaced", required=True)
+_OUTPUT = cli.define_path("output", "file to write; replaced if it exists", required=True)
 _CLASS_NAMES = cli.define_path(
-    "class_names", "text file of the classes' names in the order of the logits, a line each"
+    "class_names", "text file with one class name per line, in the order of the logits"
 )
 _PREFIX = flags.DEFINE_string(
-    "prefix", None, "of the network's entries, such as model_ema; found if there is one network"
+    "prefix", None, "prefix of the network's entries, such as model_ema; detected if unambiguous"
 )
 _CLASSIFIER = flags.DEFINE_string(
-    "classifier", None, "linear layer that gives the logits, such as head.1; default: fc"
+    "classifier", None, "linear layer that computes the logits, such as head.1; default: fc"
 )
 _TRANSFORM_INPUT = flags.DEFINE_bool(
-    "transform_input", True, "as torchvision's argument; its pretrained weights have it"
+    "transform_input", True, "normalize as torchvision's transform_input, as pretrained weights do"
 )
 
-# torchvision's usual normalisation, and the one that GoogLeNet's transform_input makes of it:
+# torchvision's usual normalization, and the result of GoogLeNet's transform_input on it:
 # (x * 0.229 + 0.485 - 0.5) / 0.5 and so on give back (pixel / 255 - 0.5) / 0.5.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TRANSFORMED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -90,7 +90,7 @@ def main(positional: Sequence[str]) -> None:
 
 
 def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
-    """Returns the lines of a text file.
+    """Returns the class names in a text file, one per line.
 
     Raises:
       DataError: if there are not `count`.
@@ -98,13 +98,14 @@ def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
     try:
         names = tuple(path.read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError as error:
-        raise DataError(f"--class_names={path}: is no text in UTF-8: {error}") from error
+        raise DataError(f"--class_names={path}: must be UTF-8 text: {error}") from error
     if not count:
-        raise DataError(f"--class_names={path}: the weights have no classifier, so no classes")
+        raise DataError(
+            f"--class_names={path}: the weights have no classifier, so no classes; omit the flag"
+        )
     if len(names) != count:
         raise DataError(
-            f"--class_names={path}: has {len(names)} lines; the weights have {count} classes, and "
-            "each needs one"
+            f"--class_names={path}: has {len(names)} lines; must have {count}, one per class"
         )
     return names
 
@@ -113,11 +114,11 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """Returns the arrays of a state dict by name.
 
     Args:
-      path: of a safetensors file, or of a file by torch.save: of the state dict, or of dictionaries
-        that hold it, whose keys then precede the names ("model.conv1.conv.weight").
+      path: of a safetensors file, or of a torch.save file with a state dict, possibly nested in
+        dictionaries, whose keys then prefix the names ("model.conv1.conv.weight").
 
     Raises:
-      DataError: if it cannot be read as that.
+      DataError: if it cannot be read.
     """
     from inception_jax.models import weights
 
@@ -131,7 +132,7 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the tensors of nested dictionaries by their keys, joined with dots."""
+    """Yields the tensors of nested dictionaries with their dot-separated keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _tensors(value, f"{prefix}{key}.")
@@ -140,9 +141,9 @@ def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _array(tensor: Any) -> np.ndarray:
-    # NumPy knows no bfloat16 of PyTorch's.
-    found = tensor.detach()
-    return (found.float() if found.is_floating_point() else found).numpy()
+    # NumPy does not support PyTorch's bfloat16.
+    detached = tensor.detach()
+    return (detached.float() if detached.is_floating_point() else detached).numpy()
 
 
 def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -150,30 +151,29 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"--input={path}: reading PyTorch's format needs PyTorch: pip install torch. Or "
-            "convert the file to .safetensors where PyTorch is, with safetensors.torch.save_file"
+            f"--input={path}: PyTorch's format requires PyTorch: pip install torch. Or convert the "
+            "file to .safetensors where PyTorch is installed, with safetensors.torch.save_file"
         ) from error
     try:
-        # weights_only: nothing in the file is run. Training scripts put their arguments beside the
-        # weights, as a Namespace, which holds nothing but values.
+        # weights_only runs no code from the file. Training scripts store their arguments next to
+        # the weights, as a Namespace, which is safe, as it contains only values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         object_name = re.search(r"GLOBAL (\S+)", str(error))
         if object_name:
             raise DataError(
-                f"{path}: holds a {object_name[1]} beside the weights; objects are not loaded, as "
-                "loading one may run any program. Save the weights alone where the file is from, "
-                "with torch.save(model.state_dict(), FILE), or, if you trust it, with "
+                f"{path}: contains a {object_name[1]} next to the weights; objects are not loaded "
+                "because that can run arbitrary code. Save only the weights where the file was "
+                "made, with torch.save(model.state_dict(), FILE), or, if you trust it, with "
                 'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
             ) from error
         raise DataError(
-            f"{path}: cannot be read as a state dict, or is only a part of a file: "
-            f"{str(error).splitlines()[0]}. Copy it again, or save it again with "
-            "torch.save(model.state_dict(), FILE)"
+            f"{path}: not a state dict, or truncated: {str(error).splitlines()[0]}. Copy it again, "
+            "or save it again with torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, dict):
-        raise DataError(f"{path}: holds {type(state).__name__}, where a state dict was expected")
+        raise DataError(f"{path}: must contain a state dict, got {type(state).__name__}")
     return state
 
 

@@ -1,23 +1,25 @@
-"""Draws the plots of a run again, or the curves of several runs together."""
+"""Redraws the plots of a run, or plots the curves of several runs together."""
 
 from collections.abc import Sequence
 
 from inception_jax import cli
 
 USAGE = """
-Draw the curves of one or more runs into DIR/plots/; and, where an evaluation has left its
-predictions there, the accuracy by class, the confusion matrix, the calibration and the time spent.
+Plot the curves of one or more runs into DIR/plots/:
 
   python -m inception_jax.tools.plot DIR [DIR …]
 
-With --output the curves of all of them are drawn together instead, into that folder:
+and, if an evaluation has saved predictions, the accuracy by class, the confusion matrix, the
+calibration and the time spent.
+
+With --output, plot the curves of all runs together into that folder instead:
 
   python -m inception_jax.tools.plot DIR DIR [DIR …] --output=FOLDER
 
-It may be called while the run is going on.
+Also works while a run is training.
 """
 
-_OUTPUT = cli.define_path("output", "folder for plots with a curve of each run")
+_OUTPUT = cli.define_path("output", "folder for plots that compare the runs")
 
 
 def main(positional: Sequence[str]) -> None:
@@ -26,7 +28,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.reporting import report
 
     if not positional:
-        raise UserError("give at least one run's folder: python -m inception_jax.tools.plot DIR")
+        raise UserError("no workdir given; run python -m inception_jax.tools.plot DIR")
     folders = cli.local_paths(positional)
     if _OUTPUT.value is not None:
         for path in report.plot_comparison(folders, _OUTPUT.value):

@@ -1,4 +1,4 @@
-"""Says what is in pictures, by a trained network."""
+"""Classifies image files with a trained network."""
 
 import contextlib
 import sys
@@ -23,51 +23,51 @@ if TYPE_CHECKING:
     from inception_jax.models.weights import Weights
 
 USAGE = """
-Say what is in pictures: the most probable classes, by a run's checkpoint or a file of weights.
+Classify image files with a run's checkpoint or a weights file.
 
   python -m inception_jax.tools.predict --workdir DIR IMAGE|FOLDER|- [...]
-  python -m inception_jax.tools.predict --weights FILE.safetensors photos/ --csv --output found.csv
+  python -m inception_jax.tools.predict --weights FILE.safetensors photos/ --csv --output out.csv
   python -m inception_jax.tools.predict --workdir DIR cat.jpg --explain heatmaps/
   python -m inception_jax.tools.predict --workdir DIR --split test --output predictions.txt
 
-Pictures may have any size, any format that Pillow knows, and a rotation in their EXIF data; '-' is
-one picture from the standard input. They are cut and resized as an evaluation does it; the command
-says how. Folders are walked, in an order in which 2.jpg comes before 10.jpg: what begins with a dot
-is passed over, and files that are not named as pictures are left out, and named.
+Images may have any size, any format that Pillow reads and any EXIF orientation; '-' reads one image
+from standard input. They are cropped and resized as in evaluation; the log states how. Folders are
+searched recursively, in natural order (2.jpg before 10.jpg); names that start with a dot are
+ignored, and files without an image extension are skipped and logged.
 
---split predicts the images of a prepared split instead, a line for each, in the order of the file
-names: the file's name and the class id where the data set has such ids ("test_0.JPEG n01443537",
-the leaderboard file of Tiny ImageNet's unlabelled test split), else rows of CSV, file and class.
+--split predicts a prepared split instead, one line per image, in the order of the file names: file
+name and class id if the data set has such ids ("test_0.JPEG n01443537", the leaderboard format of
+Tiny ImageNet's unlabeled test split), otherwise CSV rows of file and class.
 
-Results go to the standard output or to --output, all else to stderr. Exit code 2, before anything
-is read: a mistake in the command, such as a path that leads nowhere. Exit code 1, after all else is
-done: files that could not be read as pictures; each is named.
+Results go to standard output or --output, everything else to standard error. Exit code 2: usage
+error, such as a missing path; nothing was read. Exit code 1, after all other work is done: some
+files could not be read; each is logged.
 """
 
 _TRAINED = cli.define_trained()
-_TOP = flags.DEFINE_integer("top", 5, "how many classes to give for each picture", 1)
-_JSON = flags.DEFINE_bool("json", False, "write a JSON object a line: file, guesses")
-_CSV = flags.DEFINE_bool("csv", False, "write CSV, a row for each class: file, rank, label …")
-_OUTPUT = cli.define_path("output", "file for the results; there whole or not at all")
-_EXPLAIN = cli.define_path(
-    "explain", "folder for a PNG of each picture beside its Grad-CAM heat map"
-)
+_TOP = flags.DEFINE_integer("top", 5, "number of classes to report for each image", 1)
+_JSON = flags.DEFINE_bool("json", False, "write one JSON object per line: file, guesses")
+_CSV = flags.DEFINE_bool("csv", False, "write CSV, one row per class: file, rank, label …")
+_OUTPUT = cli.define_path("output", "file for the results, written atomically")
+_EXPLAIN = cli.define_path("explain", "folder for a PNG of each image with its Grad-CAM heat map")
 _EXPLAIN_CLASS = flags.DEFINE_string(
-    "explain_class", None, "with explain: the class the heat map is for; the best if not given"
+    "explain_class", None, "with --explain: class to explain; default: each image's most probable"
 )
 _LAYER = flags.DEFINE_string(
     "layer",
     None,
-    "with explain: where to look, such as inception_4e for a finer grid; the last inception module "
-    "if not given",
+    "with --explain: layer to explain, such as inception_4e for a finer heat map; default: the "
+    "last inception module",
 )
-_SPLIT = flags.DEFINE_string("split", None, "predict this split of the data set, such as test")
-# Of the data set's settings only this one may change: the others are those of the training.
+_SPLIT = flags.DEFINE_string("split", None, "split of the data set to predict, such as test")
+# The only data setting that may change: the others must be those of the training.
 _DIRECTORY = flags.DEFINE_string(
-    "config.data.directory", None, "with split: where the data are prepared; else as in training"
+    "config.data.directory",
+    None,
+    "with --split: directory of the prepared data; default: as in training",
 )
 _PLATFORM = cli.define_platform()
-# Flags may stand behind pictures.
+# Flags may follow image files.
 flags.FLAGS.set_gnu_getopt(True)
 
 
@@ -76,60 +76,58 @@ def main(positional: Sequence[str]) -> None:
     _check_flags(positional)
     from inception_jax.inference import image_files
 
-    found = image_files.find(positional) if positional else None
+    images = image_files.find(positional) if positional else None
     from inception_jax.inference import load
     from inception_jax.runtime import devices
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
-    devices.initialize(platform=_PLATFORM.value, log=console.log)
-    weights = load.load(**_TRAINED.values(), log=console.log)
-    console.log(f"network: {weights}")
-    if found is None:
+    devices.initialize(platform=_PLATFORM.value, log=console.say)
+    weights = load.load(**_TRAINED.values(), log=console.say)
+    console.say(f"network: {weights}")
+    if images is None:
         _predict_split(weights)
     else:
-        _predict_files(weights, found)
+        _predict_files(weights, images)
 
 
 def _check_flags(positional: Sequence[str]) -> None:
-    """Checks that the flags that are given have a meaning together."""
+    """Checks that the flags are compatible."""
     if bool(positional) == (_SPLIT.value is not None):
-        raise UserError("give pictures or folders of them, or --split=NAME. See --help")
+        raise UserError("give either image files and folders or --split=NAME. See --help")
     if _JSON.value and _CSV.value:
-        raise UserError("--json and --csv: give one of them")
+        raise UserError("--json and --csv: cannot be combined; use one of them")
     if _SPLIT.value is not None and (_JSON.value or _CSV.value or _EXPLAIN.value is not None):
-        raise UserError(
-            "--split: has a format of its own; give it without --json, --csv and --explain"
-        )
-    for flag, needed in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
-        if flag.value is not None and needed.value is None:
-            raise UserError(f"--{flag.name}={flag.value}: has a meaning with --{needed.name} only")
+        raise UserError("--split: cannot be combined with --json, --csv or --explain; omit those")
+    for flag, required in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
+        if flag.value is not None and required.value is None:
+            raise UserError(f"--{flag.name}={flag.value}: requires --{required.name}")
 
 
-def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
-    """Writes the best classes of picture files, and says which could not be read."""
+def _predict_files(weights: "Weights", images: "ImageFiles") -> None:
+    """Writes the best classes of image files, and logs which could not be read."""
     from inception_jax.datasets.builders import folders
     from inception_jax.inference import output_formats
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
-    if found.left_out:
-        left_out = folders.listed([folders.shown(path) for path in found.left_out])
-        console.log(f"left out, as not named as pictures: {left_out}")
-    predictor = Predictor(weights, batch_size=batch_size_for(len(found.files)))
-    console.log(f"pictures: {predictor.preparation}, as in evaluation")
+    if images.skipped:
+        skipped = folders.listed([folders.shown(path) for path in images.skipped])
+        console.say(f"skipped, no image extension: {skipped}")
+    predictor = Predictor(weights, batch_size=batch_size_for(len(images.files)))
+    console.say(f"images: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
-    read = read_files(predictor, found.files, view_size=heat_maps.view_size if heat_maps else 0)
+    loaded = read_files(predictor, images.files, view_size=heat_maps.view_size if heat_maps else 0)
     failed = 0
-    with _results(format) as file, _progress(len(found.files), predictor) as progress:
-        for batch in classify(predictor, read):
+    with _open_results(format) as file, _progress(len(images.files), predictor) as progress:
+        for batch in classify(predictor, loaded):
             for each in batch:
                 if isinstance(each, DataError):
                     progress.log(str(each))
                     failed += 1
                 else:
                     predictions = predictor.top_k(each.logits, _TOP.value)
-                    file.write(format.entry(each.picture.name, predictions))
+                    file.write(format.entry(each.image.name, predictions))
             if heat_maps:
                 heat_maps.draw([each for each in batch if not isinstance(each, DataError)])
             file.flush()
@@ -137,11 +135,13 @@ def _predict_files(weights: "Weights", found: "ImageFiles") -> None:
     if heat_maps:
         console.log(f"heat maps of {heat_maps.layer} ({heat_maps.count:,}): {_EXPLAIN.value}")
     if failed:
-        raise RunError(f"{failed:,} of {len(found.files):,} files could not be read; see above")
+        raise RunError(
+            f"{failed:,} of {len(images.files):,} files could not be read; see the lines above"
+        )
 
 
 def _heat_maps(predictor: "Predictor") -> "HeatmapWriter | None":
-    """Returns what draws the heat maps that the flags ask for, if they do."""
+    """Returns the writer of heat maps, or None without --explain."""
     if _EXPLAIN.value is None:
         return None
     # Imports matplotlib.
@@ -165,22 +165,22 @@ def _predict_split(weights: "Weights") -> None:
 
     data = _data_settings(weights)
     split = _open_split(weights, data)
-    format = output_formats.best_only(class_ids(data))
+    format = output_formats.split_format(class_ids(data))
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
-    with _results(format) as file, _progress(len(order), predictor) as progress:
-        pieces = [np.array(piece) for piece in decode.chunks(order, predictor.batch_size)]
-        for piece, pixels in zip(pieces, decode.threaded_map(split.read, pieces), strict=True):
-            for n, best in zip(piece, predictor.predict(pixels, 1), strict=True):
+    with _open_results(format) as file, _progress(len(order), predictor) as progress:
+        batches = [np.array(batch) for batch in decode.pieces(order, predictor.batch_size)]
+        for batch, pixels in zip(batches, decode.threaded_map(split.read, batches), strict=True):
+            for n, best in zip(batch, predictor.predict(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], best))
-            progress.update(len(piece))
+            progress.update(len(batch))
 
 
 def _data_settings(weights: "Weights") -> "Data":
     """Returns the settings of the data set that a network was trained on.
 
     Raises:
-      UserError: if they are not known.
+      UserError: if they are unknown.
     """
     import dataclasses
 
@@ -199,16 +199,16 @@ def _data_settings(weights: "Weights") -> "Data":
         )
     else:
         raise UserError(
-            f"--split={_SPLIT.value}: {weights.origin} does not say its data set; give the images "
-            "of the split, or the run: --workdir=DIR"
+            f"--split={_SPLIT.value}: {weights.origin} does not name its data set; use "
+            "--workdir=DIR, or give the split's image files"
         )
     directory = data.directory if _DIRECTORY.value is None else _DIRECTORY.value
-    # Whoever trained may have prepared the data again; to predict is no reason to.
+    # Only training may prepare changed data again, not prediction.
     return dataclasses.replace(data, directory=directory, on_change="refuse")
 
 
 def _open_split(weights: "Weights", data: "Data") -> "Split":
-    """Returns the split that --split names, as an evaluation sees it."""
+    """Returns the split named by --split, preprocessed as in evaluation."""
     from inception_jax.datasets.dataset import prepare
     from inception_jax.training import initialization
 
@@ -218,29 +218,29 @@ def _open_split(weights: "Weights", data: "Data") -> "Split":
         return dataset.train_eval_view
     if _SPLIT.value not in dataset.splits:
         raise UserError(
-            f"--split={_SPLIT.value}: {dataset.name} has none of that name; it has "
+            f"--split={_SPLIT.value}: no such split of {dataset.name}; use one of "
             f"{', '.join(dataset.splits)}"
         )
     return dataset.splits[_SPLIT.value]
 
 
 @contextlib.contextmanager
-def _results(format: "Format") -> Iterator[TextIO]:
-    """Opens where the results go, and writes what comes before the first."""
+def _open_results(format: "Format") -> Iterator[TextIO]:
+    """Opens the output for the results and writes the format's header."""
     from inception_jax.inference import output_formats
 
-    with output_formats.written(_OUTPUT.value) as file:
+    with output_formats.open_output(_OUTPUT.value) as file:
         file.write(format.header)
         yield file
 
 
 def _progress(total: int, predictor: "Predictor") -> "Progress":
-    """Returns what shows progress, if it takes a while and is not shown by the results."""
+    """Returns a progress bar, visible if it takes a while and results do not go to the terminal."""
     from inception_jax.console import Progress
 
-    seen = _OUTPUT.value is None and sys.stdout.isatty()
-    shown = total > predictor.batch_size and not seen
-    return Progress("classifying", total, log=console.log, visible=shown)
+    to_terminal = _OUTPUT.value is None and sys.stdout.isatty()
+    shown = total > predictor.batch_size and not to_terminal
+    return Progress("classifying", total, log=console.say, shown=shown)
 
 
 if __name__ == "__main__":

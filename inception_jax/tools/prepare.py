@@ -1,18 +1,18 @@
-"""Prepares a data set ahead of training."""
+"""Prepares a data set before training."""
 
 from collections.abc import Sequence
 
 from inception_jax import cli, console
 
 USAGE = """
-Prepare the data set of an experiment: read its source, write it as a TFDS data set, decode it once.
+Prepare an experiment's data set: read its source, write it as a TFDS data set and decode it once.
 
   python -m inception_jax.tools.prepare --config experiments/tiny.py
   python -m inception_jax.tools.prepare --config experiments/tiny.py \\
       --config.data.source=tiny-imagenet-200.zip --config.data.directory=DIR
 
-The source is an archive or an extracted folder; without one the official archive is downloaded.
-Training does the same when it finds the data missing.
+The source is an archive or an extracted folder; without one, the official archive is downloaded.
+Training does the same if the prepared data set is missing.
 """
 
 _CONFIG = cli.define_config()

@@ -1,4 +1,4 @@
-"""Writes the report of a run again, or compares several runs."""
+"""Rewrites the report of a run, or compares several runs."""
 
 import pathlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from inception_jax import cli
 
 USAGE = """
-Write the report of a run, a page for any browser that needs no network:
+Write the report of a run, a self-contained HTML page:
 
   python -m inception_jax.tools.report DIR
 
@@ -14,13 +14,13 @@ or a page that compares several runs:
 
   python -m inception_jax.tools.report DIR DIR [DIR …] [--output=FILE]
 
-Only the folders are read: neither data set nor checkpoint is needed. It may be called while a run
-is going on; training refreshes DIR/report.html itself, at each evaluation.
+Reads only the workdirs; needs neither the data set nor a checkpoint. Also works while a run is
+training; training itself updates DIR/report.html at each evaluation.
 """
 
 _OUTPUT = cli.define_path(
     "output",
-    "the file to write; default: DIR/report.html, of several runs report.html in this folder",
+    "file to write; default: DIR/report.html, for several runs report.html in this folder",
 )
 
 
@@ -31,7 +31,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.storage.workdir import Workdir
 
     if not positional:
-        raise UserError("give at least one run's folder: python -m inception_jax.tools.report DIR")
+        raise UserError("no workdir given; run python -m inception_jax.tools.report DIR")
     folders, output = cli.local_paths(positional), _OUTPUT.value
     if len(folders) == 1:
         print(report.write_page(folders[0], output))

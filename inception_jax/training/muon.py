@@ -74,12 +74,12 @@ def param_labels(network: nn.Module, params: optax.Params) -> optax.Params:
     """
     purpose = "config.optimizer.name = 'muon'"
     ends = (
-        protocol.needed(network, "first_conv", purpose),
-        *protocol.needed(network, "classifiers", purpose),
+        protocol.require_attribute(network, "first_conv", purpose),
+        *protocol.require_attribute(network, "classifiers", purpose),
     )
 
     def rule(path: str, leaf: Any) -> str:
         hidden = protocol.is_kernel(path, leaf) and not protocol.is_inside(path, *ends)
         return "muon" if hidden else "adam"
 
-    return protocol.labelled(params, rule)
+    return protocol.label_params(params, rule)

@@ -34,7 +34,7 @@ class NormEstimator:
         self._run = run
         examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
         self._batches = -(-examples // run.config.train.batch_size)
-        if protocol.said(run.model, "norm_momentum") is None:
+        if protocol.get_attribute(run.model, "norm_momentum") is None:
             self._batches = 0
         replicated = sharding.replicated(run.mesh)
         self._jitted = jax.jit(

@@ -85,7 +85,7 @@ class Run:
     def model_name(self) -> str:
         """The network's name in messages."""
         if isinstance(self.model, protocol.Adapter):
-            return self.model.called
+            return self.model.display_name
         return self.config.model.name
 
     def compilation_key(self) -> str:
@@ -167,7 +167,7 @@ def assemble(
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")
         network = protocol.adapted(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
-    if config.evaluation.norm_examples and protocol.said(network, "norm_momentum") is None:
+    if config.evaluation.norm_examples and protocol.get_attribute(network, "norm_momentum") is None:
         log(
             f"config.evaluation.norm_examples = {config.evaluation.norm_examples}: the network "
             "does not declare norm_momentum, so BatchNorm's running statistics are used"

@@ -115,7 +115,7 @@ def make_train_step(
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
     metric_fns = run.metric_set
-    momentum = protocol.said(run.model, "norm_momentum")
+    momentum = protocol.get_attribute(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
         run.model,
         loss or _settings_loss(config.train),

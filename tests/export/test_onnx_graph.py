@@ -1,4 +1,4 @@
-"""Operations of the networks in ONNX Runtime against JAX."""
+"""Tests converted operations in ONNX Runtime against JAX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +29,8 @@ def averaged(window: int, stride: int) -> Callable[[jax.Array], jax.Array]:
     return pool
 
 
-def normalised(x: jax.Array) -> jax.Array:
-    """BatchNorm of Flax in evaluation, with statistics that do not leave it as it is."""
+def normalized(x: jax.Array) -> jax.Array:
+    """Flax's BatchNorm in evaluation, with nontrivial statistics."""
     values = np.array([0.3, 1.2, 0.7], np.float32)
     variables = {
         "params": {"scale": values, "bias": values[::-1]},
@@ -40,8 +40,8 @@ def normalised(x: jax.Array) -> jax.Array:
     return jnp.asarray(result)
 
 
-def colours(x: jax.Array) -> jax.Array:
-    """Seven channels of three, by a convolution that sees more to the left than to the right."""
+def to_seven_channels(x: jax.Array) -> jax.Array:
+    """Maps three channels to seven, with an asymmetrically padded convolution."""
     kernel = np.random.default_rng(2).normal(size=(2, 2, 3, 7)).astype(np.float32)
     return ops.conv(x, jnp.asarray(kernel), stride=2, paddings=((1, 0), (2, 1)))
 
@@ -54,10 +54,12 @@ def colours(x: jax.Array) -> jax.Array:
         pooled(2, 2),
         averaged(3, 1),
         averaged(3, 2),
-        colours,
-        normalised,
-        lambda x: local_response_norm(50 * colours(x)),
-        lambda x: jnp.concatenate([colours(x), jax.nn.relu(colours(x))], axis=-1),
+        to_seven_channels,
+        normalized,
+        lambda x: local_response_norm(50 * to_seven_channels(x)),
+        lambda x: jnp.concatenate(
+            [to_seven_channels(x), jax.nn.relu(to_seven_channels(x))], axis=-1
+        ),
         lambda x: x * x - x / 3,
     ],
     ids=[
@@ -73,12 +75,12 @@ def colours(x: jax.Array) -> jax.Array:
         "arithmetic",
     ],
 )
-def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], jax.Array]) -> None:
+def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> None:
     def network(x: jax.Array) -> jax.Array:
-        # Each pixel counts differently, so that none can be in another's place.
+        # Weights each pixel differently, so that swapped pixels are noticed.
         x = operation(x)
-        places = np.random.default_rng(3).normal(size=(1, *x.shape[1:])).astype(np.float32)
-        return (x * jnp.broadcast_to(places, x.shape)).sum((1, 2))
+        weights = np.random.default_rng(3).normal(size=(1, *x.shape[1:])).astype(np.float32)
+        return (x * jnp.broadcast_to(weights, x.shape)).sum((1, 2))
 
     mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
     model = onnx_graph.convert(
@@ -87,12 +89,12 @@ def test_an_operation_gives_the_same_numbers(operation: Callable[[jax.Array], ja
     pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
     expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    (found,) = session.run(["y"], {"x": pixels})
-    # Sums of some hundreds, of which little may be left.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    (outputs,) = session.run(["y"], {"x": pixels})
+    # Sums of hundreds of terms may nearly cancel.
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_an_unknown_operation_is_named() -> None:
+def test_unsupported_operation_is_named() -> None:
     with pytest.raises(NotImplementedError, match="cos"):
         onnx_graph.convert(
             lambda x: jnp.cos(x).sum((1, 2)),

@@ -1,4 +1,4 @@
-"""Exported networks against the network itself."""
+"""Tests exported networks against the network itself."""
 
 import dataclasses
 import json
@@ -39,14 +39,14 @@ def onnx_data(weights: Weights) -> bytes:
     return onnx_files.export(weights)
 
 
-def test_the_program_gives_the_logits_of_the_network(weights: Weights) -> None:
+def test_program_matches_network(weights: Weights) -> None:
     pixels = noise(3)
-    found = jax.jit(program.pixels_to_logits(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert np.ptp(found) > 0.1
+    logits = jax.jit(program.pixels_to_logits(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert np.ptp(logits) > 0.1
 
 
-def test_the_program_has_nothing_of_one_backend(weights: Weights) -> None:
+def test_program_is_backend_independent(weights: Weights) -> None:
     text = str(jax.make_jaxpr(program.pixels_to_logits(weights))(noise(1)))
     assert "custom_vjp" not in text and "optimization_barrier" not in text
     assert "rsqrt" not in text, "BatchNorm is folded into the kernels"
@@ -60,50 +60,50 @@ def test_stablehlo_runs_on_any_batch_and_platform(weights: Weights) -> None:
     for count in (1, 5):
         pixels = noise(count)
         np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert program.largest_difference(weights, call) < 1e-3
+    assert program.max_logit_difference(weights, call) < 1e-3
 
 
-def test_another_size_of_evaluation_is_inside() -> None:
+def test_program_resizes_to_evaluation_size() -> None:
     weights = random_weights.make(evaluated=12)
     pixels = noise(2)
-    found = stablehlo.load(stablehlo.export(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    logits = stablehlo.load(stablehlo.export(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_trained_in_bfloat16_is_exported_in_float32(weights: Weights) -> None:
+def test_bfloat16_network_is_exported_in_float32(weights: Weights) -> None:
     rough = random_weights.make(Model(name="mini_googlenet", width=0.1, dtype="bfloat16"))
     pixels = noise(3)
-    found = np.asarray(jax.jit(program.pixels_to_logits(rough))(pixels))
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
-    assert rough.model.dtype == "bfloat16", "the caller's settings stay"
+    logits = np.asarray(jax.jit(program.pixels_to_logits(rough))(pixels))
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    assert rough.model.dtype == "bfloat16", "the caller's settings are unchanged"
 
 
-def test_a_network_that_is_not_the_same_is_refused(weights: Weights) -> None:
+def test_different_network_is_rejected(weights: Weights) -> None:
     right = stablehlo.load(stablehlo.export(weights))
     with pytest.raises(RunError, match=r"logits differ by up to 0\.1"):
-        program.largest_difference(weights, lambda pixels: right(pixels) + 0.1)
+        program.max_logit_difference(weights, lambda pixels: right(pixels) + 0.1)
     with pytest.raises(RunError, match="logits differ by up to nan"):
-        program.largest_difference(weights, lambda pixels: right(pixels) * np.nan)
+        program.max_logit_difference(weights, lambda pixels: right(pixels) * np.nan)
 
 
-def test_onnx_runtime_gives_the_logits_of_the_network(weights: Weights, onnx_data: bytes) -> None:
+def test_onnx_runtime_matches_network(weights: Weights, onnx_data: bytes) -> None:
     call = onnx_files.load(onnx_data)
     for count in (1, 5):
         pixels = noise(count)
         np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_an_onnx_file_resizes_inside() -> None:
+def test_onnx_file_resizes_to_evaluation_size() -> None:
     weights = random_weights.make(evaluated=12)
     pixels = noise(2)
-    found = onnx_files.load(onnx_files.export(weights))(pixels)
-    np.testing.assert_allclose(found, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+    logits = onnx_files.load(onnx_files.export(weights))(pixels)
+    np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> None:
+def test_onnx_file_contains_its_description(weights: Weights, onnx_data: bytes) -> None:
     model = onnx.load_from_string(onnx_data)
     about = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(about["inception_jax"]) == program.describe(weights)
+    assert json.loads(about["inception_jax"]) == program.export_metadata(weights)
     (given,), (result,) = model.graph.input, model.graph.output
     assert (given.name, result.name) == ("pixels", "logits")
     dimensions = given.type.tensor_type.shape.dim
@@ -114,7 +114,7 @@ def test_an_onnx_file_describes_itself(weights: Weights, onnx_data: bytes) -> No
     assert "BatchNormalization" not in operations
 
 
-def test_eight_bits_are_smaller_and_nearly_the_same(weights: Weights, int8_data: bytes) -> None:
+def test_int8_is_close_to_float32(weights: Weights, int8_data: bytes) -> None:
     small = int8_data
     weights_of = {t.name: t.data_type for t in onnx.load_from_string(small).graph.initializer}
     assert onnx.TensorProto.INT8 in weights_of.values()
@@ -129,8 +129,8 @@ def int8_data(onnx_data: bytes) -> bytes:
     return quantization.quantize(onnx_data, noise(64))
 
 
-def test_files_are_for_old_runtimes_too(onnx_data: bytes, int8_data: bytes) -> None:
-    """ONNX Runtime 1.16 takes IR version 9, opset 19 of ONNX, and 3 of ai.onnx.ml at most."""
+def test_files_support_old_runtimes(onnx_data: bytes, int8_data: bytes) -> None:
+    """ONNX Runtime 1.16 supports at most IR version 9, ONNX opset 19 and ai.onnx.ml opset 3."""
     for data in (onnx_data, int8_data):
         model = onnx.load_from_string(data)
         assert model.ir_version <= 9
@@ -138,7 +138,7 @@ def test_files_are_for_old_runtimes_too(onnx_data: bytes, int8_data: bytes) -> N
         assert {node.domain for node in model.graph.node} == {""}
 
 
-def test_eight_bits_are_described_by_their_own_figures(weights: Weights, int8_data: bytes) -> None:
+def test_int8_file_has_its_own_metrics(weights: Weights, int8_data: bytes) -> None:
     measured = dataclasses.replace(weights, metrics={"top1": 41.5}, step=7, epoch=1.5)
     data = onnx_files.with_description(int8_data, measured, precision="int8")
     (entry,) = onnx.load_from_string(data).metadata_props
@@ -149,31 +149,33 @@ def test_eight_bits_are_described_by_their_own_figures(weights: Weights, int8_da
     np.testing.assert_array_equal(onnx_files.load(data)(pixels), onnx_files.load(int8_data)(pixels))
 
 
-def test_both_ends_can_stay_in_float(weights: Weights, onnx_data: bytes, int8_data: bytes) -> None:
+def test_both_ends_can_stay_in_float32(
+    weights: Weights, onnx_data: bytes, int8_data: bytes
+) -> None:
     mixed = quantization.quantize(onnx_data, noise(64), float_ends=True)
     pixels = noise(100)
     exact = expected(weights, pixels)
 
-    def is_quantised(data: bytes) -> list[bool]:
+    def is_quantized(data: bytes) -> list[bool]:
         graph = onnx.load_from_string(data).graph
         scaled = {out for n in graph.node if n.op_type == "DequantizeLinear" for out in n.output}
         products = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
         return [node.input[1] in scaled for node in products]
 
-    assert all(is_quantised(int8_data))
-    first, *middle, last = is_quantised(mixed)
+    assert all(is_quantized(int8_data))
+    first, *middle, last = is_quantized(mixed)
     assert all(middle) and not first and not last
     errors = [np.abs(onnx_files.load(d)(pixels) - exact).mean() for d in (mixed, int8_data)]
     assert errors[0] < errors[1]
 
 
-def test_what_is_not_installed_is_named(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"not installed \(onnx\): pip install .*\[onnx\]"):
+    with pytest.raises(UserError, match=r"not installed \(onnx\); run pip install .*\[onnx\]"):
         onnx_files.export(weights)
 
 
-def test_a_description_can_be_written_as_json(weights: Weights) -> None:
-    about = json.loads(json.dumps(program.describe(weights)))
+def test_metadata_is_json_serializable(weights: Weights) -> None:
+    about = json.loads(json.dumps(program.export_metadata(weights)))
     assert about["class_names"] == list("abcdefg")
     assert about["input"]["shape"] == ["batch", SIZE, SIZE, 3]

@@ -144,17 +144,17 @@ def test_network_without_train_argument(data_directory: pathlib.Path) -> None:
     this, now, losses = trained(config)
     assert losses[-1] < losses[0]
     assert Evaluator(this)(now.eval_variables())["test"].metrics["top1"] > 30
-    with pytest.raises(ConfigError, match="linear: no module of the network gives a grid"):
+    with pytest.raises(ConfigError, match="linear: no module returns a feature map"):
         Explainer(Predictor(weights_of(this, now)))
 
 
 def test_missing_protocol_attribute_is_named(finished: Any) -> None:
     this, now, _ = finished
     muon = optimizers.make_optimizer(Optimizer(name="muon"), this.schedule, this.model)
-    words = r"'muon' needs to know the network's first_conv, and InceptionBN does not say"
+    words = r"'muon' needs the network's attribute 'first_conv', which InceptionBN does not have"
     with pytest.raises(ConfigError, match=words):
         muon.init(now.params)
-    with pytest.raises(ConfigError, match="classifiers, and InceptionBN does not say"):
+    with pytest.raises(ConfigError, match="'classifiers', which InceptionBN does not"):
         protocol.num_classes(this.model, now.params)
 
 
@@ -270,10 +270,13 @@ class Caching(nn.Module):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda s, n: "net", r"model 'broken' returned 'net', a str; it has to return a flax"),
+        (lambda s, n: "net", r"model 'broken' returned 'net', a str; it must return a flax"),
         (lambda s, n: Wide(), r"returned float32 \[2, 7\] for 2 images of 8 px; .*\[2, 10\]"),
         (lambda s, n: Texts(), r"returned no logits .*float \[2, 10\], or a ModelOutput"),
-        (lambda s, n: Caching(), r"has variables cache, which training would not keep"),
+        (
+            lambda s, n: Caching(),
+            r"has the variable collections cache, which training does not keep",
+        ),
     ],
 )
 def test_network_without_logits_is_named(

@@ -1,4 +1,4 @@
-"""Grad-CAM beside its definition: Selvaraju et al. 2017, eq. 1 and 2."""
+"""Tests Grad-CAM against its definition: Selvaraju et al. 2017, eq. 1 and 2."""
 
 import pathlib
 from typing import Any
@@ -14,14 +14,14 @@ from inception_jax.config import Model
 from inception_jax.errors import ConfigError
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import Explainer, HeatmapWriter
-from inception_jax.inference.predictor import Classified, Picture, Predictor
+from inception_jax.inference.predictor import ClassifiedImage, LoadedImage, Predictor
 from inception_jax.models import introspect, networks
 from inception_jax.models.layers import ModelOutput
 from tests import small
 
 
 class Curved(nn.Module):
-    """A grid of three channels, and logits that are no linear function of it."""
+    """A network whose logits are a nonlinear function of a three-channel feature map."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -30,8 +30,8 @@ class Curved(nn.Module):
         return ModelOutput(nn.Dense(4, name="classifier")(hidden))
 
 
-def test_it_is_what_finite_differences_give() -> None:
-    """Cut in two by hand: y(A) in double precision, and A as the network's first half gives it."""
+def test_grad_cam_matches_finite_differences() -> None:
+    """Differentiates y(A) in double precision, with A computed by the network's first half."""
     random = np.random.default_rng(0)
     images = random.normal(size=(2, 4, 5, 3)).astype(np.float32)
     model = Curved()
@@ -49,19 +49,19 @@ def test_it_is_what_finite_differences_give() -> None:
     expected = []
     for grid, label in zip(grids.astype(np.float64), labels, strict=True):
         gradient = np.zeros_like(grid)
-        for place in np.ndindex(grid.shape):
+        for index in np.ndindex(grid.shape):
             step = np.zeros_like(grid)
-            step[place] = 1e-6
-            gradient[place] = (logit(grid + step, label) - logit(grid - step, label)) / 2e-6
+            step[index] = 1e-6
+            gradient[index] = (logit(grid + step, label) - logit(grid - step, label)) / 2e-6
         alpha = gradient.mean(axis=(0, 1))
         expected.append(np.maximum((grid * alpha).sum(axis=-1), 0))
-    found = gradcam.grad_cam(model, variables, images, labels, "grid")
-    assert found.shape == (2, 4, 5)
+    maps = gradcam.grad_cam(model, variables, images, labels, "grid")
+    assert maps.shape == (2, 4, 5)
     assert 0 < np.count_nonzero(expected) < 40
-    np.testing.assert_allclose(found, np.array(expected), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(maps, np.array(expected), rtol=1e-3, atol=1e-6)
 
 
-class Colours(nn.Module):
+class ColorMean(nn.Module):
     """Logit k is the mean of channel k."""
 
     @nn.compact
@@ -71,18 +71,18 @@ class Colours(nn.Module):
         return ModelOutput(grid.mean(axis=(1, 2)))
 
 
-def test_what_a_class_depends_on_lights_up_alone() -> None:
-    """Red in one corner, green in another: alpha is 1 / 16 for the class's own colour, else 0."""
+def test_only_evidence_for_the_class_lights_up() -> None:
+    """Red in one corner, green in another: alpha is 1 / 16 for the class's color, else 0."""
     image = np.zeros((1, 4, 4, 3), np.float32)
     image[0, 0, 0, 0] = 5
     image[0, 3, 2, 1] = 3
-    model = Colours()
+    model = ColorMean()
     variables: Any = model.init(jax.random.key(0), image)
     labels = np.array([0, 1, 2], np.int32)
-    found = gradcam.grad_cam(model, variables, np.repeat(image, 3, axis=0), labels, "grid")
+    maps = gradcam.grad_cam(model, variables, np.repeat(image, 3, axis=0), labels, "grid")
     expected = np.zeros((3, 4, 4), np.float32)
     expected[0, 0, 0], expected[1, 3, 2] = 5 / 16, 3 / 16
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(maps, expected, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def predictor() -> Predictor:
     return Predictor(small.weights(), batch_size=2)
 
 
-def test_of_the_last_module_it_is_a_weighting_by_the_last_layer(predictor: Predictor) -> None:
-    """Behind it stand only a mean and the classifier, whose kernel alpha then is (CAM)."""
+def test_grad_cam_of_last_module_equals_cam(predictor: Predictor) -> None:
+    """Only a mean and the classifier follow it, so alpha is the classifier's kernel (CAM)."""
     random = np.random.default_rng(0)
     explainer = Explainer(predictor)
     assert (explainer.layer, explainer.grid) == ("inception_4b", (2, 2))
@@ -104,34 +104,34 @@ def test_of_the_last_module_it_is_a_weighting_by_the_last_layer(predictor: Predi
     kernel = weights.variables["params"]["classifier"]["dense"]["kernel"]
     expected = np.maximum(np.einsum("bhwk,kb->bhw", grid, kernel[:, labels]), 0) / 4
     assert expected.any()
-    found = explainer.maps(pixels, labels)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    maps = explainer.maps(pixels, labels)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_layers_are_those_that_give_a_grid() -> None:
+def test_spatial_layers_output_feature_maps() -> None:
     model = networks.create(Model(stem="s16", aux_heads=True), 200)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
-    found = introspect.grids(model, shapes, images)
-    top = [path for path in found if "/" not in path]
+    layers = introspect.spatial_layers(model, shapes, images)
+    top = [path for path in layers if "/" not in path]
     assert top[:4] == ["conv1", "conv2_reduce", "conv2", "inception_3a"]
     assert top[-2:] == ["inception_5a", "inception_5b"]
-    assert found["inception_4e"].shape == (1, 8, 8, 832)
-    assert found["inception_3b/conv_5x5"].shape == (1, 16, 16, 96)
+    assert layers["inception_4e"].shape == (1, 8, 8, 832)
+    assert layers["inception_3b/conv_5x5"].shape == (1, 16, 16, 96)
 
 
-def test_an_unknown_layer_is_refused_with_those_there_are(predictor: Predictor) -> None:
+def test_unknown_layer_is_rejected_with_alternatives(predictor: Predictor) -> None:
     with pytest.raises(ConfigError) as error:
         Explainer(predictor, "inception_4c")
     message = str(error.value)
-    assert "--layer=inception_4c: the network has no such layer" in message
+    assert "--layer=inception_4c: no such layer" in message
     assert "Did you mean inception_" in message
     assert "inception_3a (4 × 4)" in message and "inception_4b (2 × 2)" in message
     with pytest.raises(ConfigError):
         Explainer(predictor, "classifier")
 
 
-def test_an_overlay_colours_the_hot_places_alone() -> None:
+def test_overlay_colors_only_hot_areas() -> None:
     view = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     np.testing.assert_array_equal(gradcam.overlay(view, np.zeros((4, 4), np.float32)), view)
     heat = np.zeros((4, 4), np.float32)
@@ -140,25 +140,23 @@ def test_an_overlay_colours_the_hot_places_alone() -> None:
     assert shown.dtype == np.uint8
     np.testing.assert_array_equal(shown[20:, :20], view[20:, :20])
     assert np.abs(shown[:8, 32:].astype(int) - view[:8, 32:]).mean() > 30
-    # Only where it is hot compared with itself counts.
+    # Only values relative to the maximum matter.
     np.testing.assert_array_equal(gradcam.overlay(view, 1000 * heat), shown)
 
 
-def test_heat_maps_are_drawn_beside_their_pictures(
-    predictor: Predictor, tmp_path: pathlib.Path
-) -> None:
+def test_heat_maps_are_drawn_next_to_images(predictor: Predictor, tmp_path: pathlib.Path) -> None:
     random = np.random.default_rng(0)
     names = ["a/cat.jpg", "b/cat.png", "cat-2.gif", "$x^{2$.png"]
     pixels = random.integers(0, 256, (4, 8, 8, 3), np.uint8)
     views = [random.integers(0, 256, (32, 32, 3), np.uint8) for _ in names]
-    drawn = HeatmapWriter(tmp_path, Explainer(predictor), label=None)
-    pictures = [Picture(*each) for each in zip(names, pixels, views, strict=True)]
+    writer = HeatmapWriter(tmp_path, Explainer(predictor), label=None)
+    images = [LoadedImage(*each) for each in zip(names, pixels, views, strict=True)]
     logits = predictor.logits(pixels)
-    drawn.draw([Classified(*each) for each in zip(pictures, logits, strict=True)])
-    drawn.draw([])
+    writer.draw([ClassifiedImage(*each) for each in zip(images, logits, strict=True)])
+    writer.draw([])
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["$x^{2$.png", "cat-2-2.png", "cat-2.png", "cat.png"]
-    assert drawn.count == 4
+    assert writer.count == 4
     with Image.open(tmp_path / "cat.png") as image:
         width, height = image.size
         assert width > 900 and 500 < height < width

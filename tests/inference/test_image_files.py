@@ -14,23 +14,23 @@ def write(folder: pathlib.Path, *names: str) -> str:
     return str(archives.write_files(folder, dict.fromkeys(names, b""), ""))
 
 
-def test_folders_are_walked_in_natural_order(tmp_path: pathlib.Path) -> None:
-    # In the order that is expected; files are made in another.
+def test_folders_are_searched_in_natural_order(tmp_path: pathlib.Path) -> None:
+    # In the expected order; the files are created in another.
     expected = ["1.jpg", "2.PNG", "2b.png", "10.jpg", "a/9.webp", "a/10.webp", "b/1.jpg", "B.gif"]
     expected += ["b.gif", "IMG_2.jpeg", "IMG_010.jpeg"]
     folder = write(tmp_path, *sorted(expected))
-    found = image_files.find([folder])
-    assert found.files == [os.path.join(folder, name) for name in expected]
-    assert not found.left_out
+    images = image_files.find([folder])
+    assert images.files == [os.path.join(folder, name) for name in expected]
+    assert not images.skipped
 
 
-def test_names_that_are_as_good_as_equal_have_an_order() -> None:
+def test_natural_order_is_total() -> None:
     names = ["A1", "a1", "a01", "a١", "1", "01", "²", ""]
     orders = {tuple(sorted(each, key=image_files.natural_key)) for each in (names, names[::-1])}
     assert len(orders) == 1
 
 
-def test_hidden_files_are_passed_over_and_others_left_out(tmp_path: pathlib.Path) -> None:
+def test_hidden_files_are_ignored_and_others_skipped(tmp_path: pathlib.Path) -> None:
     folder = write(
         tmp_path / ".photos",
         "a.jpg",
@@ -41,12 +41,12 @@ def test_hidden_files_are_passed_over_and_others_left_out(tmp_path: pathlib.Path
         "d",
         "e.pdf",
     )
-    found = image_files.find([folder])
-    assert [os.path.basename(path) for path in found.files] == ["a.jpg"]
-    assert [os.path.basename(path) for path in found.left_out] == ["d", "e.pdf", "notes.txt"]
+    images = image_files.find([folder])
+    assert [os.path.basename(path) for path in images.files] == ["a.jpg"]
+    assert [os.path.basename(path) for path in images.skipped] == ["d", "e.pdf", "notes.txt"]
 
 
-def test_a_file_that_is_named_itself_is_taken(tmp_path: pathlib.Path) -> None:
+def test_file_arguments_are_always_included(tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path, "b/x.jpg", "notes.txt", ".hidden")
     arguments = [f"{folder}/notes.txt", image_files.STDIN, f"{folder}/b", f"{folder}/.hidden"]
     assert image_files.find(arguments).files == [
@@ -58,29 +58,29 @@ def test_a_file_that_is_named_itself_is_taken(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["a.jpg", "no\nsuch", "nor/this"], r"'no\\\\nsuch', 'nor/this': no such file or folder"),
-        (["-", "a.jpg", "-"], "given twice"),
-        (["empty"], "no file is named as a picture"),
-        (["texts"], r"no file is named as a picture.*Left out: texts/a\.txt"),
+        (["-", "a.jpg", "-"], "given only once"),
+        (["empty"], "no file has an image extension"),
+        (["texts"], r"no file has an image extension.*Skipped: texts/a\.txt"),
     ],
 )
-def test_mistakes_are_named(
-    arguments: list[str], words: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_arguments_are_reported(
+    arguments: list[str], message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "a.jpg", "empty/", "texts/a.txt")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         image_files.find(arguments)
 
 
-def test_the_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8")))
     assert image_files.read(image_files.STDIN) == b"\xff\xd8"
-    assert image_files.shown(image_files.STDIN) == "standard input"
+    assert image_files.display_name(image_files.STDIN) == "standard input"
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
+def test_unreadable_file_is_reported(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jpg: cannot be read: No such file"):
         image_files.read(str(tmp_path / "gone.jpg"))

@@ -1,4 +1,4 @@
-"""Filters and activations as pictures."""
+"""Tests figures of filters and activations."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ SIZE = 8
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    """A network whose first layer hands on red, green and blue, as far as they are positive."""
+    """A network whose first layer returns the positive parts of red, green and blue."""
     model = Model(name="mini_googlenet", width=0.04)
     variables = small.draw(networks.create(model, 3), SIZE)
     conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
@@ -43,59 +43,59 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
-def test_activations_are_what_the_layer_computes(weights: Weights, pixels: np.ndarray) -> None:
-    maps = feature_maps.activations(Predictor(weights), pixels, "conv1")
+def test_activations_match_the_layer(weights: Weights, pixels: np.ndarray) -> None:
+    maps = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     epsilon = weights.model.norm_epsilon
-    normalised = (pixels / 255 - weights.mean) / weights.std
-    expected = np.maximum(normalised, 0) / np.sqrt(1 + epsilon)
+    normalized = (pixels / 255 - weights.mean) / weights.std
+    expected = np.maximum(normalized, 0) / np.sqrt(1 + epsilon)
     assert maps.shape == (SIZE, SIZE, 4)
     np.testing.assert_allclose(maps[..., :3], expected, rtol=1e-5, atol=1e-6)
     assert not maps[..., 3].any()
 
 
-def test_a_module_inside_a_module_can_be_looked_at(weights: Weights, pixels: np.ndarray) -> None:
+def test_nested_module_can_be_selected(weights: Weights, pixels: np.ndarray) -> None:
     predictor = Predictor(weights)
-    whole = feature_maps.activations(predictor, pixels, "inception_2a")
-    part = feature_maps.activations(predictor, pixels, "inception_2a/conv_1x1")
+    whole = feature_maps.compute_activations(predictor, pixels, "inception_2a")
+    part = feature_maps.compute_activations(predictor, pixels, "inception_2a/conv_1x1")
     np.testing.assert_allclose(whole[..., : part.shape[-1]], part, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["inception_2x", "classifier", ""])
-def test_a_layer_that_gives_no_image_is_refused(
+def test_layer_without_feature_map_is_rejected(
     layer: str, weights: Weights, pixels: np.ndarray
 ) -> None:
     with pytest.raises(UserError, match=f"--layer={layer}: .*inception_2a") as error:
-        feature_maps.activations(Predictor(weights), pixels, layer)
+        feature_maps.compute_activations(Predictor(weights), pixels, layer)
     if layer == "inception_2x":
         assert "Did you mean inception_2" in str(error.value)
 
 
-def test_filters_are_the_kernel(weights: Weights) -> None:
-    kernel = feature_maps.filters(weights, "conv1")
+def test_layer_kernel_returns_the_kernel(weights: Weights) -> None:
+    kernel = feature_maps.layer_kernel(weights, "conv1")
     assert np.array_equal(kernel, weights.variables["params"]["conv1"]["conv"]["kernel"])
 
 
-def test_a_grid_holds_every_picture_once_with_gaps() -> None:
-    pictures = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
-    laid = feature_maps.grid(pictures)
-    assert laid.shape == (2 * 3 + 1, 3 * 4 + 1)
-    assert np.isnan(laid[0]).all() and np.isnan(laid[:, 0]).all() and np.isnan(laid[3]).all()
-    values, counts = np.unique(laid[~np.isnan(laid)], return_counts=True)
+def test_tiles_contain_every_image_once() -> None:
+    images = np.arange(1, 6)[:, None, None] * np.ones((5, 2, 3))
+    tiled = feature_maps.tile_images(images)
+    assert tiled.shape == (2 * 3 + 1, 3 * 4 + 1)
+    assert np.isnan(tiled[0]).all() and np.isnan(tiled[:, 0]).all() and np.isnan(tiled[3]).all()
+    values, counts = np.unique(tiled[~np.isnan(tiled)], return_counts=True)
     assert values.tolist() == [1, 2, 3, 4, 5] and set(counts) == {6}
-    assert laid[1, 1] == 1 and laid[1, 5] == 2 and laid[4, 1] == 4
+    assert tiled[1, 1] == 1 and tiled[1, 5] == 2 and tiled[4, 1] == 4
 
 
-def test_pictures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
+def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
     filters, maps = tmp_path / "filters.png", tmp_path / "maps.png"
-    feature_maps.draw_filters(filters, feature_maps.filters(weights, "conv1"), "filters")
-    found = feature_maps.activations(Predictor(weights), pixels, "conv1")
-    feature_maps.draw_activations(maps, pixels, found, layer="conv1", title="maps")
+    feature_maps.draw_filters(filters, feature_maps.layer_kernel(weights, "conv1"), "filters")
+    activations = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
+    feature_maps.draw_activations(maps, pixels, activations, layer="conv1", title="maps")
     for path in (filters, maps):
         with Image.open(path) as image:
             assert min(image.size) > 500
-            # Pictures, not an empty page: one filter is all one colour after another.
+            # Not an empty figure: the filters have many colors.
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     with pytest.raises(UserError, match=r"/proc/no/filters\.png: cannot be written"):
         feature_maps.draw_filters(
-            pathlib.Path("/proc/no/filters.png"), feature_maps.filters(weights, "conv1"), ""
+            pathlib.Path("/proc/no/filters.png"), feature_maps.layer_kernel(weights, "conv1"), ""
         )

@@ -1,4 +1,4 @@
-"""What is found of a network against its variables, its results and arithmetic."""
+"""Tests the analysis of networks against variables, outputs and arithmetic."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ NETWORKS = [
 
 
 def shapes(model: Model, size: int) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
-    """Returns a network's parameters and the results of its modules, as shapes by path."""
+    """Returns the shapes of a network's parameters and module outputs by path."""
     network = networks.create(model, 10)
 
     def call(images: jax.Array) -> tuple[Any, Any]:
@@ -53,25 +53,27 @@ def shapes(model: Model, size: int) -> tuple[dict[tuple, Any], dict[tuple, Any]]
 
 
 @pytest.mark.parametrize(("model", "size"), NETWORKS)
-def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size: int) -> None:
-    """Independent of the program's operations: each kernel is used once at each place."""
+def test_costs_and_shapes_match_variables_and_outputs(model: Model, size: int) -> None:
+    """Independent of the traced operations: each kernel is used once at each position."""
     params, results = shapes(model, size)
-    found = structure.describe(networks.create(model, 10), size)
-    layers = {layer.name: layer for layer in found.layers}
-    assert len(layers) == len(found.layers)
+    analyzed = structure.analyze(networks.create(model, 10), size)
+    layers = {layer.name: layer for layer in analyzed.layers}
+    assert len(layers) == len(analyzed.layers)
     multiply_adds = 0
     for path, leaf in params.items():
         if path[-1] == "kernel":
-            places = math.prod(results[path[:-1]].shape[:-1])
-            multiply_adds += leaf.size * places
+            positions = math.prod(results[path[:-1]].shape[:-1])
+            multiply_adds += leaf.size * positions
             assert any("/".join(path).startswith(f"{name}/") for name in layers), path
-    assert sum(layer.multiply_adds for layer in found.layers) == multiply_adds
-    assert sum(layer.parameters for layer in found.layers) == sum(p.size for p in params.values())
+    assert sum(layer.multiply_adds for layer in analyzed.layers) == multiply_adds
+    assert sum(layer.parameters for layer in analyzed.layers) == sum(
+        p.size for p in params.values()
+    )
     for path, result in results.items():
         layer = layers.get("/".join(path))
         if layer is not None:
             assert (1, *layer.shape) == result.shape, path
-    for block in found.blocks():
+    for block in analyzed.blocks():
         if (block.name,) in results:
             assert (1, *block.shape) == results[block.name,].shape
 
@@ -87,32 +89,32 @@ def test_costs_and_shapes_are_those_of_parameters_and_results(model: Model, size
         (Model(name="eight_module_googlenet"), 64, 200, 10_716_744, 0.91),
     ],
 )
-def test_the_totals_are_the_known_ones(
+def test_totals_match_known_values(
     model: Model, size: int, classes: int, parameters: int, giga: float
 ) -> None:
-    blocks = structure.describe(networks.create(model, classes), size).blocks()
+    blocks = structure.analyze(networks.create(model, classes), size).blocks()
     assert sum(block.parameters for block in blocks) == parameters
     assert round(sum(block.multiply_adds for block in blocks) / 1e9, 2) == giga
 
 
-def test_auxiliary_heads_are_told_from_the_rest() -> None:
+def test_auxiliary_heads_are_identified() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
-    found = structure.describe(networks.create(model, 1000), 224)
-    blocks = found.blocks()
+    analyzed = structure.analyze(networks.create(model, 1000), 224)
+    blocks = analyzed.blocks()
     assert [block.name for block in blocks if block.is_auxiliary] == ["aux_4a", "aux_4d"]
     assert sum(block.parameters for block in blocks) == 13_004_888
     assert sum(block.parameters for block in blocks if not block.is_auxiliary) == 6_624_904
-    names = [found.layers[index].name for index in found.outputs]
+    names = [analyzed.layers[index].name for index in analyzed.outputs]
     assert names == ["classifier", "aux_4a/classifier", "aux_4d/classifier"]
 
 
-def test_layers_say_what_they_are_and_what_they_read() -> None:
-    found = structure.describe(networks.create(Model(norm="lrn", aux_heads=True), 10), 224)
-    layers = {layer.name: layer for layer in found.layers}
+def test_layers_have_kinds_and_inputs() -> None:
+    analyzed = structure.analyze(networks.create(Model(norm="lrn", aux_heads=True), 10), 224)
+    layers = {layer.name: layer for layer in analyzed.layers}
 
     def sources(name: str) -> list[tuple[str, tuple[int, ...]]]:
         return [
-            ("image" if edge.source is None else found.layers[edge.source].name, edge.shape)
+            ("image" if edge.source is None else analyzed.layers[edge.source].name, edge.shape)
             for edge in layers[name].inputs
         ]
 
@@ -135,16 +137,16 @@ def test_layers_say_what_they_are_and_what_they_read() -> None:
     assert layers["classifier"].extras == ["dropout 40%", "bias"]
     pool = layers["aux_4a/average_pool"]
     assert (pool.kind, pool.window, pool.stride) == ("average pool", 5, 3)
-    assert [block.kind for block in found.blocks()][:3] == [
+    assert [block.kind for block in analyzed.blocks()][:3] == [
         "convolution",
         "max pool",
         "local response norm",
     ]
 
 
-def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> None:
-    found = structure.describe(networks.create(Model(name="mini_googlenet"), 10), 32)
-    blocks = {block.name: block for block in found.blocks()}
+def test_module_with_several_operations_contains_layers() -> None:
+    analyzed = structure.analyze(networks.create(Model(name="mini_googlenet"), 10), 32)
+    blocks = {block.name: block for block in analyzed.blocks()}
     assert blocks["inception_2a"].kind == "mini inception"
     assert [layer.name for layer in blocks["downsample_2c"].layers] == [
         "downsample_2c/conv_3x3",
@@ -155,19 +157,19 @@ def test_a_module_with_an_operation_beside_its_convolution_holds_layers() -> Non
     assert next(iter(blocks)) == "conv1" and list(blocks)[-2:] == ["mean", "classifier"]
 
 
-def test_pooling_to_a_given_size_is_one_layer() -> None:
+def test_adaptive_pooling_is_one_layer() -> None:
     model = Model(name="googlenet_torchvision", aux_heads=True)
-    found = structure.describe(networks.create(model, 10), 224)
-    head = next(block for block in found.blocks() if block.name == "aux_4a")
+    analyzed = structure.analyze(networks.create(model, 10), 224)
+    head = next(block for block in analyzed.blocks() if block.name == "aux_4a")
     kinds = [layer.kind for layer in head.layers]
     assert kinds == ["average pool", "convolution", "linear", "linear"]
     assert head.layers[0].multiply_adds == 0
     assert head.receptive_field is None
 
 
-def test_receptive_fields_of_the_paper_s_network() -> None:
-    """Arithmetic on windows and strides: Araujo et al. 2019 list 907 for its last pool."""
-    blocks = structure.describe(networks.create(Model(), 10), 224).blocks()
+def test_receptive_fields_of_googlenet() -> None:
+    """Computed from windows and strides; Araujo et al. 2019 list 907 for its last pool."""
+    blocks = structure.analyze(networks.create(Model(), 10), 224).blocks()
     seen = {block.name: (block.receptive_field, block.jump) for block in blocks}
     assert [seen[name] for name in ("conv1", "max_pool", "conv2", "max_pool_2")] == [
         (7, 2),
@@ -181,11 +183,11 @@ def test_receptive_fields_of_the_paper_s_network() -> None:
     assert seen["mean"] == seen["classifier"] == (715 + 6 * 32, None)
 
 
-def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
-    """A NaN in a column of the image reaches exactly the pixels whose field it is in."""
+def test_receptive_fields_match_actual_dependence() -> None:
+    """A NaN in an image column reaches exactly the pixels whose receptive field contains it."""
     network = networks.create(Model(name="mini_googlenet", width=0.02), 10)
     size = 64
-    blocks = structure.describe(network, size).blocks()
+    blocks = structure.analyze(network, size).blocks()
     images = np.zeros((size, size, size, 3), np.float32)
     images[np.arange(size), :, np.arange(size)] = np.nan
     variables = small.draw(network, size)
@@ -208,14 +210,14 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
             assert reached.sum() == block.receptive_field, block.name
 
 
-def test_any_network_with_the_same_call_is_described() -> None:
-    found = structure.describe(Linear(), 8)
-    (layer,) = found.layers
+def test_custom_network_is_analyzed() -> None:
+    analyzed = structure.analyze(Linear(), 8)
+    (layer,) = analyzed.layers
     assert (layer.name, layer.kind, layer.shape) == ("classifier", "linear", (10,))
     assert layer.multiply_adds == 8 * 8 * 3 * 10
     assert layer.inputs == [structure.Edge(None, (8 * 8 * 3,))]
 
 
-def test_an_image_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too small"):
-        structure.describe(networks.create(Model(), 10), 8)
+def test_too_small_image_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="must be at least 31 x 31 px"):
+        structure.analyze(networks.create(Model(), 10), 8)

@@ -1,4 +1,4 @@
-"""The table of a network, and its comparison with the paper's."""
+"""Tests the table of a network and its comparison with the paper's."""
 
 import csv
 import pathlib
@@ -13,7 +13,7 @@ from inception_jax.models import networks
 
 
 def table(model: Model, size: int, classes: int = 1000) -> Table:
-    return make_table(structure.describe(networks.create(model, classes), size))
+    return make_table(structure.analyze(networks.create(model, classes), size))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def column(table: Table, name: str) -> dict[str, Cell]:
     return {str(line[0]): line[index] for line in table.lines}
 
 
-def test_the_paper_s_network_deviates_where_the_paper_contradicts_itself(
+def test_deviations_are_where_the_paper_contradicts_itself(
     paper: Table,
 ) -> None:
     """By arithmetic: 4c has 512 · 344 + 9 · 128 · 256 + 25 · 24 · 64 weights, 497.5 K for 463."""
@@ -41,7 +41,7 @@ def test_the_paper_s_network_deviates_where_the_paper_contradicts_itself(
     assert not any("output" in str(text) for text in deviations.values())
 
 
-def test_the_sums_leave_auxiliary_heads_out(paper: Table) -> None:
+def test_totals_exclude_auxiliary_heads(paper: Table) -> None:
     parameters = column(paper, "parameters")
     assert parameters["total"] == 6_998_552
     with_heads = 6_998_552 + sum(int(parameters[head] or 0) for head in ("aux_4a", "aux_4d"))
@@ -55,13 +55,13 @@ def test_other_networks_and_sizes_are_not_compared() -> None:
         assert "deviation" not in table(model, size).head
 
 
-def test_torchvision_s_deviations_are_marked() -> None:
+def test_deviations_of_torchvision_are_marked() -> None:
     deviations = column(table(Model(name="googlenet_torchvision"), 224), "deviation")
     assert "weights" in str(deviations["inception_3a"])
     assert deviations["conv2"] == ""
 
 
-def test_the_files_hold_the_table(paper: Table, tmp_path: pathlib.Path) -> None:
+def test_files_contain_the_table(paper: Table, tmp_path: pathlib.Path) -> None:
     markdown, comma = paper.write(tmp_path)
     with comma.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -75,6 +75,6 @@ def test_the_files_hold_the_table(paper: Table, tmp_path: pathlib.Path) -> None:
     assert "separable" in text
 
 
-def test_a_folder_that_cannot_be_written_is_named(paper: Table) -> None:
+def test_unwritable_folder_is_reported(paper: Table) -> None:
     with pytest.raises(UserError, match="/proc/no"):
         paper.write(pathlib.Path("/proc/no"))

@@ -1,4 +1,4 @@
-"""GoogLeNet against the paper's table 1, and its arithmetic."""
+"""Tests GoogLeNet against the paper's Table 1 and arithmetic."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 from inception_jax.config import Model
 from inception_jax.models import networks
 
-# Szegedy et al. 2014, table 1: output size, and parameters in thousands as printed.
+# Szegedy et al. 2014, Table 1: output size, and parameters in thousands as printed.
 TABLE_1 = {
     "conv1": ((112, 112, 64), None),
     "conv2": ((56, 56, 192), 112),
@@ -40,7 +40,7 @@ COLUMNS = {
 }
 
 
-# The columns of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch, which counts layers instead.
+# The columns of ankit16-py/GoogLeNet-on-Tiny-ImageNet-from-scratch, which numbers its layers.
 EIGHT_MODULES = {
     "inception_3a": (32, 64, 128, 16, 32, 16),
     "inception_3b": (64, 128, 256, 32, 64, 32),
@@ -56,12 +56,12 @@ EIGHT_MODULES = {
 def module_parameters(
     columns: dict[str, tuple[int, ...]], features: int, per_channel: int
 ) -> tuple[dict[str, int], int]:
-    """Returns each module's number of parameters by arithmetic, and the last one's channels.
+    """Computes each module's number of parameters, and the last one's output channels.
 
     Args:
-      columns: in the order of table 1.
+      columns: in the order of Table 1.
       features: channels of the first module's input.
-      per_channel: parameters of a channel besides kernels: 1 for a bias, 2 for BatchNorm.
+      per_channel: parameters per channel in addition to kernels: 1 for a bias, 2 for BatchNorm.
     """
     counts = {}
     for name, (one, reduce3, three, reduce5, five, pool) in columns.items():
@@ -76,7 +76,7 @@ def module_parameters(
 
 
 def parameters_by_columns() -> dict[str, int]:
-    """Returns the number of parameters of each block of table 1, biases included."""
+    """Returns the number of parameters of each block of Table 1, including biases."""
     modules, features = module_parameters(COLUMNS, 192, per_channel=1)
     return modules | {
         "conv1": 7 * 7 * 3 * 64 + 64,
@@ -86,7 +86,7 @@ def parameters_by_columns() -> dict[str, int]:
 
 
 def abstract_call(model: Model, size: int, num_classes: int) -> tuple[Any, Any]:
-    """Returns parameters and intermediate results, as shapes."""
+    """Returns the shapes of parameters and intermediate outputs."""
     module = networks.create(model, num_classes)
 
     def call(images: jax.Array) -> tuple[Any, Any]:
@@ -99,7 +99,7 @@ def abstract_call(model: Model, size: int, num_classes: int) -> tuple[Any, Any]:
     return jax.eval_shape(call, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
 
 
-def test_every_block_has_the_output_and_parameters_of_table_1() -> None:
+def test_blocks_match_output_and_parameters_of_table_1() -> None:
     params, results = abstract_call(Model(norm="lrn"), 224, 1000)
     assert set(params) == {*TABLE_1, "conv2_reduce"}
     # The table counts the two convolutions of the second layer together.
@@ -109,8 +109,8 @@ def test_every_block_has_the_output_and_parameters_of_table_1() -> None:
         assert results[name]["__call__"][0].shape == (1, *shape), name
         count = sum(leaf.size for leaf in jax.tree.leaves(params[name]))
         assert count == expected[name], name
-        # The printed numbers are not exactly those of the printed widths in any unit (4c is off
-        # most, 463 for 498), and 2.7 K for the first layer's 9.4 K is not explained by rounding.
+        # The printed numbers do not exactly match the printed widths in any unit (4c is furthest
+        # off, 463 for 498), and rounding does not explain 2.7 K for the first layer's 9.4 K.
         if thousands is not None:
             assert count / 1024 == pytest.approx(thousands, rel=0.08), name
 
@@ -124,7 +124,7 @@ def test_every_block_has_the_output_and_parameters_of_table_1() -> None:
         (Model(name="googlenet_torchvision"), (8, 4, 2)),
     ],
 )
-def test_grids_of_images_of_64_px(model: Model, grids: tuple[int, ...]) -> None:
+def test_feature_map_sizes_at_64_px(model: Model, grids: tuple[int, ...]) -> None:
     _, results = abstract_call(model, 64, 10)
     sides = [results[f"inception_{name}"]["__call__"][0].shape[1] for name in ("3b", "4e", "5b")]
     assert tuple(sides) == grids
@@ -139,7 +139,7 @@ def test_deeper_googlenet_ends_after_module_4e() -> None:
     assert results["inception_4e"]["__call__"][0].shape == (1, 8, 8, 832)
 
 
-def test_eight_module_googlenet_has_the_blocks_of_its_source() -> None:
+def test_eight_module_googlenet_matches_its_source() -> None:
     params, results = abstract_call(Model(name="eight_module_googlenet"), 64, 200)
     expected, features = module_parameters(EIGHT_MODULES, 128, per_channel=2)
     expected |= {
@@ -154,13 +154,13 @@ def test_eight_module_googlenet_has_the_blocks_of_its_source() -> None:
     assert counts == expected
     sides = {name: results[name]["__call__"][0].shape[1] for name in EIGHT_MODULES}
     assert sides == {name: 16 if "_3" in name else 8 for name in EIGHT_MODULES}
-    # The source's own count, 10.7 M: a bias more for each channel of a convolution.
+    # The source counts 10.7 M: it also has a bias for each channel of a convolution.
     channels = 64 + 32 + 128 + sum(sum(columns) for columns in EIGHT_MODULES.values())
     assert sum(counts.values()) + channels == 10_723_624
 
 
-def multiply_accumulates(jaxpr: Any) -> int:
-    """Counts the multiply-accumulates of the convolutions and matrix products in a program."""
+def multiply_adds(jaxpr: Any) -> int:
+    """Counts the multiply-adds of the convolutions and matrix products in a program."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
@@ -172,7 +172,7 @@ def multiply_accumulates(jaxpr: Any) -> int:
             total += equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
         else:
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                total += multiply_accumulates(inner)
+                total += multiply_adds(inner)
     return total
 
 
@@ -184,19 +184,19 @@ def multiply_accumulates(jaxpr: Any) -> int:
         (Model(name="deeper_googlenet"), 64, 0.46),
         (Model(name="eight_module_googlenet"), 64, 0.91),
         (Model(), 64, 0.13),
-        # The figure that torchvision publishes.
+        # As published by torchvision.
         (Model(name="googlenet_torchvision"), 224, 1.50),
     ],
 )
-def test_multiply_accumulates_of_an_image(model: Model, size: int, expected: float) -> None:
+def test_multiply_adds_per_image(model: Model, size: int, expected: float) -> None:
     module = networks.create(model, 1000 if size == 224 else 200)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     program = jax.make_jaxpr(module.apply)(variables, images)
-    assert round(multiply_accumulates(program.jaxpr) / 1e9, 2) == expected
+    assert round(multiply_adds(program.jaxpr) / 1e9, 2) == expected
 
 
-def test_auxiliary_heads_pool_five_pixels_or_the_whole_of_a_smaller_grid() -> None:
+def test_auxiliary_heads_pool_5x5_or_the_full_smaller_grid() -> None:
     for size, flat in ((224, 4 * 4 * 128), (64, 1 * 1 * 128)):
         params, _ = abstract_call(Model(aux_heads=True), size, 10)
         assert params["aux_4a"]["hidden"]["kernel"].shape == (flat, 1024)
@@ -209,10 +209,10 @@ def test_width_scales_the_channels_of_every_layer() -> None:
     half, _ = abstract_call(model, 64, 10)
     full, _ = abstract_call(Model(aux_heads=True), 64, 10)
     for path, leaf in jax.tree_util.tree_leaves_with_path(half):
-        whole = full
+        full_leaf = full
         for key in path:
-            whole = whole[key.key]
+            full_leaf = full_leaf[key.key]
         if "classifier" in str(path):
-            assert leaf.shape[-1] == whole.shape[-1] == 10
+            assert leaf.shape[-1] == full_leaf.shape[-1] == 10
         else:
-            assert 2 * leaf.shape[-1] == whole.shape[-1], path
+            assert 2 * leaf.shape[-1] == full_leaf.shape[-1], path

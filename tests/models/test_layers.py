@@ -1,4 +1,4 @@
-"""The layers against NumPy."""
+"""Tests the layers against NumPy."""
 
 import functools
 
@@ -15,17 +15,17 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
-def test_local_response_norm_is_the_formula_with_alpha_over_the_size() -> None:
+def test_local_response_norm_matches_formula() -> None:
     x = 100 * normal(2, 3, 3, 7)
     expected = np.empty_like(x)
     for channel in range(7):
-        neighbours = x[..., max(0, channel - 2) : channel + 3]
-        energy = 1 + 1e-4 / 5 * (neighbours**2).sum(axis=-1)
+        neighbors = x[..., max(0, channel - 2) : channel + 3]
+        energy = 1 + 1e-4 / 5 * (neighbors**2).sum(axis=-1)
         expected[..., channel] = x[..., channel] / energy**0.75
     np.testing.assert_allclose(layers.local_response_norm(jnp.asarray(x)), expected, rtol=1e-5)
 
 
-def test_local_response_norm_keeps_the_type_and_sums_in_float32() -> None:
+def test_local_response_norm_keeps_dtype_and_sums_in_float32() -> None:
     x = jnp.asarray(10 * normal(2, 3, 3, 7), jnp.bfloat16)
     result = layers.local_response_norm(x)
     expected = layers.local_response_norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -34,7 +34,7 @@ def test_local_response_norm_keeps_the_type_and_sums_in_float32() -> None:
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 5, 8, 14])
-def test_adaptive_average_pool_has_torchs_windows(side: int) -> None:
+def test_adaptive_average_pool_matches_torch_windows(side: int) -> None:
     x = normal(2, side, 6, 3)
     expected = np.empty((2, 4, 4, 3), np.float32)
     for i in range(4):
@@ -46,11 +46,11 @@ def test_adaptive_average_pool_has_torchs_windows(side: int) -> None:
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-def test_conv_unit_normalises_by_the_batch_in_training_and_by_the_running_average_else() -> None:
+def test_conv_unit_uses_batch_statistics_in_training_and_running_ones_in_evaluation() -> None:
     x = 3 * normal(4, 5, 5, 2) + 1
     train = layers.ConvUnit(3, 3, momentum=0.8, epsilon=1e-3, train=True)
     variables = train.init(jax.random.key(0), jnp.asarray(x))
-    assert set(variables["params"]["conv"]) == {"kernel"}, "BatchNorm takes the place of the bias"
+    assert set(variables["params"]["conv"]) == {"kernel"}, "BatchNorm replaces the bias"
     convolved = layers.Conv(3, 3).apply({"params": variables["params"]["conv"]}, jnp.asarray(x))
     convolved = np.asarray(convolved)
     mean, variance = convolved.mean(axis=(0, 1, 2)), convolved.var(axis=(0, 1, 2))
@@ -68,7 +68,7 @@ def test_conv_unit_normalises_by_the_batch_in_training_and_by_the_running_averag
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_conv_unit_without_batch_norm_adds_a_bias_and_has_no_statistics() -> None:
+def test_conv_unit_without_batch_norm_has_bias_and_no_statistics() -> None:
     unit = layers.ConvUnit(3, 1, batch_norm=False)
     x = normal(2, 4, 4, 5)
     variables = unit.init(jax.random.key(0), jnp.asarray(x))
@@ -80,16 +80,14 @@ def test_conv_unit_without_batch_norm_adds_a_bias_and_has_no_statistics() -> Non
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_kernels_start_with_the_variance_that_relu_needs() -> None:
+def test_kernels_have_he_variance_at_initialization() -> None:
     params = layers.Conv(512, 3).init(jax.random.key(0), jnp.ones((1, 4, 4, 32)))["params"]
     kernel = params["kernel"]
     assert float(kernel.std()) == pytest.approx(np.sqrt(2 / (3 * 3 * 32)), rel=0.02)
 
 
 @pytest.mark.parametrize(("kind", "branch"), [("5x5", [5]), ("3x3", [3]), ("two_3x3", [3, 3])])
-def test_inception_concatenates_its_branches_in_the_papers_order(
-    kind: str, branch: list[int]
-) -> None:
+def test_inception_concatenates_branches_in_paper_order(kind: str, branch: list[int]) -> None:
     unit = functools.partial(layers.ConvUnit, batch_norm=False)
     module = layers.Inception(layers.InceptionWidths(1, 2, 3, 4, 5, 6), kind, unit)
     x = jnp.asarray(normal(1, 4, 4, 7))
@@ -103,7 +101,7 @@ def test_inception_concatenates_its_branches_in_the_papers_order(
     assert [shape[0] for shape in shapes.values()] == branch
     assert {shape[-1] for shape in shapes.values()} == {5}
 
-    # With every kernel at 0, a branch gives its last bias.
+    # With all kernels 0, each branch returns its last bias.
     last = {"conv_1x1": 1.0, "conv_3x3": 2.0, "conv_5x5": 3.0, "pool_proj": 4.0}
     zeros = jax.tree.map(jnp.zeros_like, params)
     for name, value in last.items():
@@ -113,7 +111,7 @@ def test_inception_concatenates_its_branches_in_the_papers_order(
     np.testing.assert_array_equal(result[0, 0, 0], np.repeat([1, 2, 3, 4], [1, 3, 5, 6]))
 
 
-def test_dropout_drops_features_in_training_alone() -> None:
+def test_dropout_is_applied_only_in_training() -> None:
     x = jnp.ones((2, 1000))
     drops = layers.Classifier(3, dropout=0.5, train=True)
     keeps = layers.Classifier(3, dropout=0.5, train=False)
@@ -130,10 +128,10 @@ def test_dropout_drops_features_in_training_alone() -> None:
 def test_scaled_channels_are_rounded_and_at_least_one(
     channels: int, width: float, expected: int
 ) -> None:
-    assert layers.scaled(channels, width) == expected
+    assert layers.scale_channels(channels, width) == expected
 
 
-def test_a_small_image_is_refused_with_the_size_the_model_and_the_least_size() -> None:
-    layers.check_image_size(jnp.ones((1, 31, 31, 3)), least=31, model="GoogLeNet")
-    with pytest.raises(ConfigError, match=r"40 x 30 px.*GoogLeNet.*31 x 31 px.*image_size"):
-        layers.check_image_size(jnp.ones((1, 40, 30, 3)), least=31, model="GoogLeNet")
+def test_too_small_image_is_rejected_with_model_and_min_size() -> None:
+    layers.check_image_size(jnp.ones((1, 31, 31, 3)), min_size=31, model="GoogLeNet")
+    with pytest.raises(ConfigError, match=r"40 x 30 px.*31 x 31 px.*GoogLeNet.*image_size"):
+        layers.check_image_size(jnp.ones((1, 40, 30, 3)), min_size=31, model="GoogLeNet")

@@ -1,4 +1,4 @@
-"""MiniGoogLeNet against figure 3 of Zhang et al. 2017."""
+"""Tests MiniGoogLeNet against figure 3 of Zhang et al. 2017."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from inception_jax.models.layers import ConvUnit
 from inception_jax.models.mini_googlenet import Downsample, MiniGoogLeNet
 
-# Modules in order, and their output channels: those of their branches together.
+# Modules in order, with the output channels of all their branches together.
 MODULES = {
     "inception_2a": 32 + 32,
     "inception_2b": 32 + 48,
@@ -26,7 +26,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize(("size", "grids"), [(28, (28, 14, 7)), (32, (32, 16, 8))])
-def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple[int, ...]) -> None:
+def test_modules_match_widths_and_sizes_of_the_figure(size: int, grids: tuple[int, ...]) -> None:
     module = MiniGoogLeNet(num_classes=10)
 
     def call(images: jax.Array) -> jax.Array:
@@ -41,14 +41,14 @@ def test_modules_have_the_widths_and_grids_of_the_figure(size: int, grids: tuple
     assert [shapes[name] for name in MODULES] == expected
 
 
-def test_downsample_puts_the_convolution_before_the_maximum() -> None:
+def test_downsample_concatenates_convolution_before_max_pool() -> None:
     unit = functools.partial(ConvUnit, batch_norm=False)
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 1)).astype(np.float32)
     module = Downsample(2, unit)
     params = jax.jit(module.init)(jax.random.key(0), jnp.asarray(x))["params"]
     result = np.asarray(module.apply({"params": params}, jnp.asarray(x)))
     kernel = np.asarray(params["conv_3x3"]["conv"]["kernel"])
-    # The window of the last pixel reaches one pixel over the right and lower border.
+    # The last window extends one pixel past the right and lower border.
     corner = np.pad(x[0, 2:, 2:], ((0, 1), (0, 1), (0, 0)))
     expected = np.maximum(0, np.einsum("ijc,ijco->o", corner, kernel))
     np.testing.assert_allclose(result[0, 1, 1, :2], expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every network that a configuration can name: it builds, has the right size, runs."""
+"""Tests that every registered network builds, has the right size and runs."""
 
 import functools
 import itertools
@@ -26,8 +26,8 @@ def parameter_count(model: config.Model, size: int, num_classes: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_builtin])
-def test_the_settings_reach_the_network(name: str) -> None:
+@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
+def test_settings_reach_the_network(name: str) -> None:
     settings: dict[str, Any] = {
         "width": 0.5,
         "norm_momentum": 0.75,
@@ -64,7 +64,7 @@ def test_parameter_counts(
     assert parameter_count(config.Model(**model), size, num_classes) == expected
 
 
-def test_auxiliary_heads_of_the_paper_have_the_papers_size() -> None:
+def test_auxiliary_heads_have_the_size_in_the_paper() -> None:
     without = parameter_count(config.Model(norm="lrn"), 224, 1000)
     added = parameter_count(config.Model(norm="lrn", aux_heads=True), 224, 1000) - without
     # For each head: 1x1 convolution to 128, 4x4 grid to 1024, 1024 to 1000 classes; with biases.
@@ -77,7 +77,7 @@ def test_auxiliary_heads_of_the_paper_have_the_papers_size() -> None:
     list(itertools.product(config.STEMS, config.CONV5X5, config.NORMS)),
 )
 def test_every_combination_builds(stem: str, conv5x5: str, norm: str) -> None:
-    # The network without heads is a part of the one with them.
+    # The network with heads contains the one without.
     model = config.Model(stem=stem, conv5x5=conv5x5, norm=norm, aux_heads=True, width=0.1)
     variables = abstract_variables(model, 64, 10)
     heads = {name for name in variables["params"] if name.startswith("aux")}
@@ -87,8 +87,8 @@ def test_every_combination_builds(stem: str, conv5x5: str, norm: str) -> None:
 
 # Flax's BatchNorm mixes bfloat16 with its float32 statistics.
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_builtin])
-def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type(name: str) -> None:
+@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
+def test_outputs_parameters_and_statistics_are_float32_for_any_compute_dtype(name: str) -> None:
     aux_heads = name.startswith("googlenet")
     model = config.Model(name=name, dtype="bfloat16", width=0.1, aux_heads=aux_heads)
     module = networks.create(model, 7)
@@ -125,9 +125,7 @@ def test_outputs_parameters_and_statistics_are_float32_whatever_the_compute_type
         ({"name": "mini_googlenet"}, 4),
     ],
 )
-def test_the_least_image_size_is_carried_and_the_next_smaller_refused(
-    model: dict[str, Any], least: int
-) -> None:
+def test_min_image_size_works_and_one_less_is_rejected(model: dict[str, Any], least: int) -> None:
     settings = config.Model(**model, width=0.1)
     abstract_variables(settings, least, 2)
     with pytest.raises(ConfigError, match=f"{least - 1} x {least - 1} px.*at least {least} x"):
@@ -137,14 +135,14 @@ def test_the_least_image_size_is_carried_and_the_next_smaller_refused(
 @pytest.mark.slow
 def test_a_network_without_batch_norm_learns() -> None:
     model = config.Model(norm="lrn", stem="s16", width=0.25, dropout=0.0)
-    # The plain operations compile in half the time of their equivalents for the CPU, which have the
-    # same values and gradients (test_ops.py).
+    # The plain operations compile in half the time of the CPU equivalents, which have the same
+    # values and gradients (test_ops.py).
     module = networks.create(model, 4, rewrite=False)
     rng = np.random.default_rng(0)
     labels = np.arange(16) % 4
     tints = rng.normal(size=(4, 1, 1, 3))
     images = jnp.asarray(tints[labels] + 0.3 * rng.normal(size=(16, 16, 16, 3)), jnp.float32)
-    # At full effort LLVM takes most of the test's time.
+    # At full optimization, LLVM would take most of the test's time.
     compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     params = compiled(module.init)(jax.random.key(0), images)["params"]
 
@@ -160,5 +158,5 @@ def test_a_network_without_batch_norm_learns() -> None:
     params, first = step(params)
     for _ in range(30):
         params, last = step(params)
-    assert 0.5 < float(first) < 10, "the signal neither dies out nor explodes on its way"
+    assert 0.5 < float(first) < 10, "the signal neither vanishes nor explodes"
     assert float(last) < 0.5 * float(first)

@@ -1,4 +1,4 @@
-"""The operations against direct formulas, and each equivalent against the plain operation."""
+"""Tests operations against direct formulas, and CPU equivalents against plain operations."""
 
 import functools
 from collections.abc import Callable
@@ -48,10 +48,10 @@ def direct_max_pool(x: np.ndarray, window: int, stride: int) -> np.ndarray:
     return result
 
 
-def pulled_back(
+def value_and_vjp(
     function: Callable[..., Any], *inputs: np.ndarray
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns a function's value, and its gradients when the result's is a fixed random one."""
+    """Returns a function's value and its gradients for a fixed random cotangent."""
 
     def both(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         value, pull_back = jax.vjp(function, *inputs)
@@ -76,7 +76,7 @@ def pulled_back(
     ],
 )
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_conv_equals_the_direct_sum(
+def test_conv_matches_direct_sum(
     rewrite: bool, side: int, size: int, stride: int, paddings: ops.Paddings
 ) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
@@ -97,14 +97,12 @@ def test_conv_equals_the_direct_sum(
         (32, 3, ((1, 1),) * 2),
     ],
 )
-def test_matmul_conv_has_the_values_and_gradients_of_the_plain_one(
-    side: int, size: int, paddings: ops.Paddings
-) -> None:
+def test_matmul_conv_matches_plain_conv(side: int, size: int, paddings: ops.Paddings) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
-    value, gradients = pulled_back(
+    value, gradients = value_and_vjp(
         lambda x, kernel: ops.matmul_conv(x, kernel, paddings), x, kernel
     )
-    plain_value, plain_gradients = pulled_back(
+    plain_value, plain_gradients = value_and_vjp(
         lambda x, kernel: ops.plain_conv(x, kernel, paddings), x, kernel
     )
     np.testing.assert_allclose(value, plain_value, atol=1e-4)
@@ -117,7 +115,7 @@ POOLS = [(8, 3, 2), (7, 3, 2), (2, 3, 2), (8, 2, 2), (7, 2, 2), (1, 2, 2), (6, 3
 
 @pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
-def test_max_pool_equals_the_direct_maximum(
+def test_max_pool_matches_direct_maximum(
     rewrite: bool, side: int, window: int, stride: int
 ) -> None:
     x = normal(2, side, side + 2, 3)
@@ -127,7 +125,7 @@ def test_max_pool_equals_the_direct_maximum(
 
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
 @pytest.mark.parametrize("ties", [False, True])
-def test_indexed_max_pool_has_the_values_and_gradients_of_the_plain_one(
+def test_indexed_max_pool_matches_plain_max_pool(
     side: int, window: int, stride: int, ties: bool
 ) -> None:
     x = normal(2, side, side + 2, 3)
@@ -136,7 +134,7 @@ def test_indexed_max_pool_has_the_values_and_gradients_of_the_plain_one(
     paddings = ops.pool_paddings(x.shape, window=window, stride=stride)
 
     def pooled(pool: Callable[..., jax.Array]) -> tuple[np.ndarray, list[np.ndarray]]:
-        return pulled_back(lambda x: pool(x, window, stride, paddings), x)
+        return value_and_vjp(lambda x: pool(x, window, stride, paddings), x)
 
     value, (gradient,) = pooled(ops.indexed_max_pool)
     plain_value, (plain_gradient,) = pooled(ops.plain_max_pool)
@@ -144,24 +142,24 @@ def test_indexed_max_pool_has_the_values_and_gradients_of_the_plain_one(
     np.testing.assert_allclose(gradient, plain_gradient, atol=1e-6)
 
 
-# oneDNN takes products and convolutions of more than a few rows; with less than 16 images it gets
-# XLA's own weight gradient wrong. jaxlib cannot write its programs to the compilation cache.
+# oneDNN computes products and convolutions of more than a few rows; for fewer than 16 images its
+# result for XLA's weight gradient is wrong. jaxlib cannot cache programs that use it.
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
 @pytest.mark.parametrize("batch", [4, 8, 16])
 @pytest.mark.parametrize(
     ("side", "size", "channels", "stride"),
     [(16, 3, 32, 1), (32, 3, 3, 1), (32, 7, 3, 2), (16, 3, 16, 2), (8, 5, 16, 1), (8, 1, 64, 1)],
 )
-def test_bfloat16_convolutions_are_right_to_rounding(
+def test_bfloat16_convolutions_are_correct_up_to_rounding(
     batch: int, side: int, size: int, channels: int, stride: int
 ) -> None:
     x, kernel = normal(batch, side, side, channels), normal(size, size, channels, 32)
     paddings = ((size // 2,) * 2,) * 2
     convolve = functools.partial(ops.conv, stride=stride, paddings=paddings, rewrite=True)
-    value, gradients = pulled_back(
+    value, gradients = value_and_vjp(
         convolve, np.asarray(x, jnp.bfloat16), np.asarray(kernel, jnp.bfloat16)
     )
-    exact_value, exact_gradients = pulled_back(
+    exact_value, exact_gradients = value_and_vjp(
         lambda x, kernel: ops.plain_conv(x, kernel, paddings, stride), x, kernel
     )
     for result, exact in zip([value, *gradients], [exact_value, *exact_gradients], strict=True):
@@ -169,9 +167,9 @@ def test_bfloat16_convolutions_are_right_to_rounding(
         assert np.linalg.norm(np.float32(result) - exact) < 0.01 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("normalise", [ops.plain_batch_norm_relu, ops.fused_batch_norm_relu])
-def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
-    normalise: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+@pytest.mark.parametrize("normalize", [ops.plain_batch_norm_relu, ops.fused_batch_norm_relu])
+def test_batch_norm_relu_matches_flax(
+    normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
 ) -> None:
     x, scale, bias = 2 * normal(4, 3, 5, 6) + 1, normal(6), normal(6) + 0.1
 
@@ -183,12 +181,12 @@ def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
         norm = nn.BatchNorm(use_running_average=False, epsilon=1e-3)
         return nn.relu(norm.apply(variables, x, mutable=["batch_stats"])[0])
 
-    value, gradients = pulled_back(lambda *inputs: normalise(*inputs, 1e-3)[0], x, scale, bias)
-    flax_value, flax_gradients = pulled_back(flax, x, scale, bias)
+    value, gradients = value_and_vjp(lambda *inputs: normalize(*inputs, 1e-3)[0], x, scale, bias)
+    flax_value, flax_gradients = value_and_vjp(flax, x, scale, bias)
     np.testing.assert_allclose(value, flax_value, atol=1e-5)
     for gradient, flax_gradient in zip(gradients, flax_gradients, strict=True):
         np.testing.assert_allclose(gradient, flax_gradient, rtol=1e-5, atol=1e-5)
-    _, mean, variance = normalise(x, scale, bias, 1e-3)
+    _, mean, variance = normalize(x, scale, bias, 1e-3)
     np.testing.assert_allclose(mean, x.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(variance, x.var((0, 1, 2)), rtol=1e-4)
 
@@ -196,10 +194,10 @@ def test_batch_norm_relu_has_the_values_and_gradients_of_flax(
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("rewrite", [None, False, True])
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
-def test_a_network_computes_by_the_equivalents_where_it_was_made_to(
+def test_rewrite_is_chosen_when_the_network_is_created(
     backend: str, rewrite: bool | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The choice is made once, not by what the backend is when it is traced."""
+    """The choice is made once, whatever the backend is at tracing time."""
     settings = Model(name=name, width=0.05, dtype="bfloat16")
     with monkeypatch.context() as patched:
         patched.setattr(jax, "default_backend", lambda: backend)

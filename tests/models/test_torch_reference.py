@@ -1,7 +1,7 @@
-"""The networks against PyTorch, with the same random weights on both sides.
+"""Tests the networks against PyTorch, with the same random weights on both sides.
 
-The PyTorch modules are written here, with the names of torchvision's GoogLeNet and the geometry of
-it (ceil-mode pools, padding of half the kernel, adaptive average pools) and of the paper's.
+The PyTorch modules below have the names of torchvision's GoogLeNet, and its geometry (ceil-mode
+pools, padding of half the kernel, adaptive average pools) or that of the paper.
 """
 
 import argparse
@@ -35,7 +35,7 @@ WIDTHS = {
 }
 
 
-# The classes need "type: ignore": importorskip gives mypy no torch, whether it is there or not.
+# The classes need "type: ignore": with importorskip, mypy never sees torch.
 class Unit(nn.Module):  # type: ignore[name-defined]
     def __init__(self, i: int, o: int, size: int = 1, stride: int = 1, norm: bool = True) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Head(nn.Module):  # type: ignore[name-defined]
 
 
 class Reference(nn.Module):  # type: ignore[name-defined]
-    """torchvision's network, or with `lrn` the paper's."""
+    """torchvision's network, or the paper's if `lrn`."""
 
     def __init__(self, lrn: bool, head_grid: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Reference(nn.Module):  # type: ignore[name-defined]
 
 
 def random_weights(reference: Any) -> None:
-    """Fills every weight, bias and BatchNorm statistic at random, to keep activations near 1."""
+    """Fills weights, biases and BatchNorm statistics randomly, keeping activations near 1."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(tensor: Any) -> Any:
@@ -155,14 +155,14 @@ def one_thread() -> Iterator[None]:
     ],
     ids=["torchvision-64", "torchvision-99", "paper-64", "paper-131"],
 )
-def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_grid: int) -> None:
+def test_logits_of_all_heads_match_pytorch(model: Model, size: int, head_grid: int) -> None:
     reference = Reference(model.norm == "lrn", head_grid)
     random_weights(reference)
     model.dropout = model.aux_dropout = 0.0
     module = networks.create(model, 10)
     images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
-    like = jax.eval_shape(module.init, jax.random.key(0), images)
-    variables = torchvision_weights.convert(arrays(reference), like)
+    abstract_variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    variables = torchvision_weights.convert(arrays(reference), abstract_variables)
     torch_images = torch.from_numpy(images).permute(0, 3, 1, 2)
 
     with torch.no_grad():
@@ -181,14 +181,14 @@ def test_logits_of_all_heads_agree_with_pytorch(model: Model, size: int, head_gr
 
 
 def assert_close(logits: jax.Array, expected: Any) -> None:
-    """Asserts that logits agree to 1e-4 of the largest."""
+    """Asserts that logits agree to within 1e-4 of the largest."""
     expected = expected.numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("heads", [True, False], ids=["heads", "no-heads"])
-def test_a_state_dict_becomes_a_file_of_weights(
+def test_state_dict_is_converted_to_weights_file(
     suffix: str, heads: bool, tmp_path: pathlib.Path
 ) -> None:
     reference = Reference(False, 4)
@@ -197,7 +197,7 @@ def test_a_state_dict_becomes_a_file_of_weights(
     source, names = tmp_path / f"googlenet{suffix}", tmp_path / "names.txt"
     target = tmp_path / "weights.safetensors"
     if suffix == ".pth":
-        # As torchvision's own training script saves it, from several devices.
+        # As saved by torchvision's training script on several devices.
         torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, source)
     else:
         save_file({k: v.numpy() for k, v in state.items()}, source)
@@ -207,19 +207,19 @@ def test_a_state_dict_becomes_a_file_of_weights(
     output = command.check("tools.import_weights", *arguments)
     assert "googlenet_torchvision, 10 classes; mean (0.5, 0.5, 0.5)" in output
 
-    found = weights.load(target)
-    assert found.class_names == tuple(f"class {index}" for index in range(10))
-    assert found.model.aux_heads == heads
-    assert found.mean.tolist() == found.std.tolist() == [0.5, 0.5, 0.5]
+    imported = weights.load(target)
+    assert imported.class_names == tuple(f"class {index}" for index in range(10))
+    assert imported.model.aux_heads == heads
+    assert imported.mean.tolist() == imported.std.tolist() == [0.5, 0.5, 0.5]
     expected = torchvision_weights.from_torchvision(arrays(reference))[1]
-    leaves = weights.flatten(found.variables)
+    leaves = weights.flatten(imported.variables)
     assert any("aux_4a" in name for name in leaves) == heads
     for name, leaf in weights.flatten(expected).items():
         if heads or "aux" not in name:
             np.testing.assert_array_equal(leaves[name], leaf, err_msg=name)
 
 
-def test_a_state_dict_of_another_network_is_refused(tmp_path: pathlib.Path) -> None:
+def test_state_dict_of_another_network_is_rejected(tmp_path: pathlib.Path) -> None:
     reference = Reference(False, 4)
     state = reference.state_dict()
     state["layer1.weight"] = state.pop("conv2.conv.weight")
@@ -229,8 +229,13 @@ def test_a_state_dict_of_another_network_is_refused(tmp_path: pathlib.Path) -> N
         "tools.import_weights", f"--input={tmp_path / 'other.pth'}", f"--output={tmp_path / 'out'}"
     )
     assert done.returncode == 2
-    for words in ("2 entries", "missing: conv2.conv.weight", "layer1.weight", "conv3.bn.weight: ("):
-        assert words in done.stderr
+    for message in (
+        "2 entries",
+        "missing: conv2.conv.weight",
+        "layer1.weight",
+        "conv3.bn.weight: has",
+    ):
+        assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -252,10 +257,10 @@ def test_checkpoints_of_training_scripts_are_read(tmp_path: pathlib.Path) -> Non
 
     torch.save({"state_dict": state, "config": Touch(tmp_path)}, source)
     done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")
-    assert done.returncode == 2 and "beside the weights" in done.stderr
+    assert done.returncode == 2 and "next to the weights" in done.stderr
 
 
-def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None:
+def test_pickle_that_runs_code_is_rejected(tmp_path: pathlib.Path) -> None:
     trace, source = tmp_path / "trace", tmp_path / "evil.pth"
     source.write_bytes(pickle.dumps(Touch(trace)))
     done = command.run("tools.import_weights", f"--input={source}", f"--output={tmp_path / 'out'}")
@@ -266,7 +271,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: pathlib.Path) -> None
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path

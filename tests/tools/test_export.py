@@ -1,4 +1,4 @@
-"""The command export, and the lines of docs/export.md that use what it writes."""
+"""Tests the command export, and the snippets in docs/export.md that use its files."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (command.ROOT / "docs/export.md").
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Holds the files that the documentation speaks of."""
+    """A folder with the files used in the documentation."""
     folder = tmp_path_factory.mktemp("export")
     trained = folder / "trained.safetensors"
     weights.save(trained, random_weights.make())
@@ -39,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def test_the_documentation_has_lines_for_each_form() -> None:
+def test_documentation_has_a_snippet_for_each_format() -> None:
     assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["stablehlo", "onnx", "safetensors", "package"])
-def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) -> None:
+def test_documentation_snippets_run(snippet: str, folder: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet],
         cwd=folder,
@@ -63,14 +63,12 @@ def test_the_lines_of_the_documentation_run(snippet: str, folder: pathlib.Path) 
         assert done.stdout.splitlines() == [f"{g.probability:6.1%}  {g.name}" for g in best]
 
 
-def test_the_description_lies_beside_stablehlo(folder: pathlib.Path) -> None:
+def test_description_is_written_next_to_stablehlo(folder: pathlib.Path) -> None:
     about = json.loads((folder / "model.stablehlo.json").read_text())
     assert about["output"]["shape"] == ["batch", 7]
 
 
-def test_eight_bits_have_their_own_accuracy(
-    data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     small.finished(small.config(data_directory), run)
     output = tmp_path / "new" / "folder" / "small.onnx"
@@ -98,21 +96,21 @@ def test_eight_bits_have_their_own_accuracy(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
-        (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: is for --to=onnx"),
-        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantize=int8"),
-        (["--to=onnx", "--quantize=int8"], "give its experiment too: --config=FILE"),
+        (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: requires --to=savedweights"),
+        (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: requires --to=onnx"),
+        (["--to=onnx", "--float_ends"], "--float_ends: requires --quantize=int8"),
+        (["--to=onnx", "--quantize=int8"], "also give its experiment: --config=FILE"),
         (
             ["--to=onnx", "--quantize=int8", "--config=experiments/digits.py"],
-            "config.data.image_size = 16: the network takes images of 17 px",
+            "config.data.image_size = 16: must be 17, the network's image size",
         ),
         (["--to=tflite"], "--to"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(
-    arguments: list[str], words: str, folder: pathlib.Path, tmp_path: pathlib.Path
+def test_usage_error_exits_with_2(
+    arguments: list[str], message: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     done = command.run(
         "tools.export",
@@ -121,5 +119,5 @@ def test_a_mistake_gets_exit_code_2(
         f"--output={tmp_path / 'file'}",
     )
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.iterdir())

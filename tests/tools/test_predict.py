@@ -1,4 +1,4 @@
-"""The command predict, as a user calls it."""
+"""Tests the command predict."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ from PIL import Image
 
 from inception_jax.config import Data
 from inception_jax.datasets.dataset import prepare
-from inception_jax.inference.gradcam import png
+from inception_jax.inference.gradcam import encode_png
 from inception_jax.inference.predictor import Predictor
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
@@ -28,14 +28,14 @@ def network() -> Weights:
 
 @pytest.fixture(scope="module")
 def path(network: Weights, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    found = tmp_path_factory.mktemp("weights") / "network.safetensors"
-    weights.save(found, network)
-    return found
+    file = tmp_path_factory.mktemp("weights") / "network.safetensors"
+    weights.save(file, network)
+    return file
 
 
 @pytest.fixture
 def photos(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Ten pictures of several sizes and formats, a text, and a picture that is damaged."""
+    """Ten images of several sizes and formats, a text file and a damaged image."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -43,26 +43,26 @@ def photos(tmp_path: pathlib.Path) -> pathlib.Path:
         pixels = random.integers(0, 256, (20 + n, 30 - 2 * n, 3), np.uint8)
         ending = ("png", "webp", "bmp")[n % 3]
         Image.fromarray(pixels).save(folder / ("more" if n > 7 else "") / f"{n + 1}.{ending}")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "5.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
     return folder
 
 
-def test_a_folder_gives_csv_and_names_what_it_could_not_read(
+def test_folder_to_csv_reports_unreadable_files(
     network: Weights, path: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    found = tmp_path / "found.csv"
+    output = tmp_path / "output.csv"
     done = command.run(
-        "tools.predict", str(photos), f"--weights={path}", "--csv", f"--output={found}", "--top=2"
+        "tools.predict", str(photos), f"--weights={path}", "--csv", f"--output={output}", "--top=2"
     )
     assert done.returncode == 1, done.stderr
     assert not done.stdout
-    assert "pictures: the centred square, resized to 8 × 8 px, as in evaluation" in done.stderr
-    assert f"left out, as not named as pictures: {photos}/notes.txt" in done.stderr
+    assert "images: the center square, resized to 8 × 8 px, as in evaluation" in done.stderr
+    assert f"skipped, no image extension: {photos}/notes.txt" in done.stderr
     assert f"{photos}/5.jpg: not a readable image" in done.stderr
     assert "1 of 11 files could not be read" in done.stderr
     assert "Traceback" not in done.stderr
-    rows = list(csv.DictReader(io.StringIO(found.read_text())))
+    rows = list(csv.DictReader(io.StringIO(output.read_text())))
     files = [str(file) for file in photos.rglob("[0-9]*") if file.name != "5.jpg"]
     order = sorted(files, key=lambda file: int(pathlib.Path(file).stem))
     assert [row["file"] for row in rows] == [file for file in order for _ in range(2)]
@@ -74,10 +74,10 @@ def test_a_folder_gives_csv_and_names_what_it_could_not_read(
         assert float(row["probability"]) == pytest.approx(best.probability, rel=1e-4)
 
 
-def test_the_standard_input_gives_a_table(
+def test_standard_input_to_table(
     network: Weights, path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    image = png(np.full((8, 8, 3), 90, np.uint8))
+    image = encode_png(np.full((8, 8, 3), 90, np.uint8))
     process = subprocess.run(
         [sys.executable, "-m", "inception_jax.tools.predict", "-", f"--weights={path}"],
         cwd=command.ROOT,
@@ -92,7 +92,7 @@ def test_the_standard_input_gives_a_table(
     assert lines == ["standard input", *expected]
 
 
-def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> None:
+def test_explain_writes_heat_maps_with_json(path: pathlib.Path, photos: pathlib.Path) -> None:
     output = command.check(
         "tools.predict",
         f"--weights={path}",
@@ -103,14 +103,14 @@ def test_heat_maps_lie_beside_json(path: pathlib.Path, photos: pathlib.Path) -> 
         str(photos / "1.png"),
         str(photos / "more"),
     )
-    found = [json.loads(line) for line in output.splitlines()]
-    assert [pathlib.Path(each["file"]).name for each in found] == ["1.png", "9.bmp", "10.png"]
-    assert all(len(each["guesses"]) == 5 for each in found)
+    entries = [json.loads(line) for line in output.splitlines()]
+    assert [pathlib.Path(each["file"]).name for each in entries] == ["1.png", "9.bmp", "10.png"]
+    assert all(len(each["guesses"]) == 5 for each in entries)
     drawn = sorted(file.name for file in (photos / "maps").glob("*.png"))
     assert drawn == ["1.png", "10.png", "9.png"]
 
 
-def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.Path) -> None:
+def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> None:
     source = archives.write_tiny_imagenet(tmp_path / "tiny.zip", 10, 2, 1, 12, size=16)
     data = Data(
         name="tiny_imagenet_subset",
@@ -140,28 +140,30 @@ def test_a_split_without_labels_becomes_the_leaderboards_file(tmp_path: pathlib.
     assert len({line.split()[1] for line in lines}) > 1
     done = command.run(*arguments, "--split=tests")
     assert done.returncode == 2
-    assert "it has train, validation, test" in done.stderr
+    assert (
+        "no such split of tiny_imagenet_subset; use one of train, validation, test" in done.stderr
+    )
 
     weights.save(path, dataclasses.replace(network, dataset=""))
     done = command.run(*arguments, "--split=test")
     assert done.returncode == 2
-    assert f"--split=test: {path} does not say its data set" in done.stderr
+    assert f"--split=test: {path} does not name its data set" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["nowhere.jpg"], "'nowhere.jpg': no such file or folder"),
-        ([], "give pictures or folders of them, or --split=NAME"),
-        (["README.md", "--json", "--csv"], "--json and --csv: give one of them"),
-        (["README.md", "--layer=conv1"], "--layer=conv1: has a meaning with --explain only"),
+        ([], "give either image files and folders or --split=NAME"),
+        (["README.md", "--json", "--csv"], "--json and --csv: cannot be combined"),
+        (["README.md", "--layer=conv1"], "--layer=conv1: requires --explain"),
         (["README.md", "--workdir=x"], "give either --workdir=DIR or --weights=FILE"),
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
-    # Nothing is read before it is found: there is no such file of weights.
+def test_usage_error_exits_with_2(arguments: list[str], message: str) -> None:
+    # The error comes before anything is read: the weights file does not exist.
     done = command.run("tools.predict", *arguments, "--weights=none.safetensors")
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The command serve: ready when it says so, and ended by Ctrl-C."""
+"""Tests the command serve: it reports when it is ready, and stops on Ctrl-C."""
 
 import json
 import pathlib
@@ -10,17 +10,17 @@ import urllib.request
 import numpy as np
 import pytest
 
-from inception_jax.inference.gradcam import png
+from inception_jax.inference.gradcam import encode_png
 from tests import command, served
 
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 
-def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
+def test_serves_until_interrupted(tmp_path: pathlib.Path) -> None:
     with served.running(tmp_path, "--layer=inception_3d") as (address, process):
         with urllib.request.urlopen(address) as answer:
-            assert b"What is in this picture?" in answer.read()
-        data = png(np.zeros((8, 8, 3), np.uint8))
+            assert b"Classify an image" in answer.read()
+        data = encode_png(np.zeros((8, 8, 3), np.uint8))
         with urllib.request.urlopen(f"{address}/predict", data=data) as answer:
             assert len(json.load(answer)["guesses"]) == 5
         code, written = served.interrupt(process)
@@ -28,17 +28,17 @@ def test_it_serves_until_it_is_interrupted(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in written and "error" not in written
 
 
-def test_a_port_that_is_taken_is_said_at_once() -> None:
+def test_port_in_use_is_reported_immediately() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         done = command.run("tools.serve", "--weights=none.safetensors", f"--port={port}")
     assert done.returncode == 2
-    assert f"--port={port}: cannot be listened at: Address already in use" in done.stderr
+    assert f"--port={port}: cannot listen: Address already in use" in done.stderr
 
 
-def test_without_the_extra_it_says_how_to_install_it() -> None:
+def test_missing_extra_says_how_to_install_it() -> None:
     code = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv = ['serve', '--weights=x'];"
         "from inception_jax import cli; from inception_jax.tools import serve;"
@@ -48,4 +48,4 @@ def test_without_the_extra_it_says_how_to_install_it() -> None:
         [sys.executable, "-c", code], cwd=command.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "needs uvicorn, which is not installed: pip install -e '.[serve]'" in done.stderr
+    assert "needs uvicorn, which is not installed; run pip install -e '.[serve]'" in done.stderr

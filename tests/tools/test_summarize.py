@@ -1,4 +1,4 @@
-"""The command view, on a configuration and on a file of weights."""
+"""Tests the command summarize with a config and with a weights file."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def test_a_configuration_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
+def test_config_is_drawn_and_counted(tmp_path: pathlib.Path) -> None:
     printed = command.check(*DIGITS, f"--output={tmp_path}").splitlines()
     total = next(line for line in printed if line.startswith("| total"))
     assert "1,651,114" in total
@@ -45,23 +45,23 @@ def test_weights_show_filters_and_activations(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["tools.summarize"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
         ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
         (
             ["tools.summarize", "--config=experiments/image_folder.py"],
-            "number of classes of image_folder depends on its source: give it as --classes=N",
+            "number of classes of image_folder depends on its source; set --classes=N",
         ),
         (
             ["tools.summarize", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
-            "too small",
+            "must be at least 31 x 31 px",
         ),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],
 )
-def test_a_mistake_gets_exit_code_2(arguments: list[str], words: str) -> None:
+def test_usage_error_exits_with_2(arguments: list[str], message: str) -> None:
     done = command.run(*arguments)
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

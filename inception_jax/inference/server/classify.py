@@ -1,4 +1,4 @@
-"""What the page and the API answer, without the web around it."""
+"""The answers of the web page and API, independent of HTTP."""
 
 import base64
 import threading
@@ -13,16 +13,16 @@ from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import Explainer
 from inception_jax.inference.predictor import Predictor
 
-# Pictures that are decoded and computed at a time; others wait. Each may take some 300 MB.
-_AT_A_TIME = 2
+# Images decoded and classified at a time; others wait. Each may take about 300 MB.
+_MAX_CONCURRENT = 2
 
 
 class Limits(NamedTuple):
-    """What is accepted.
+    """The largest image accepted.
 
     Attributes:
-      bytes: of a picture file.
-      pixels: of the picture, width times height.
+      bytes: size of the file.
+      pixels: width times height.
     """
 
     bytes: int = 20_000_000
@@ -30,33 +30,33 @@ class Limits(NamedTuple):
 
 
 class TooLargeError(Exception):
-    """A picture exceeds a limit; the message is for the user."""
+    """An image exceeds a limit; the message is for the user."""
 
 
-class ImageClassifier:
-    """Answers questions about pictures, for several threads at a time.
+class PredictionService:
+    """Classifies and explains images for the web service. Thread-safe.
 
     Attributes:
-      limits: what is accepted.
+      limits: the largest image accepted.
 
     Args:
-      predictor: whose batches are of one image.
+      predictor: with batch size 1.
       explainer: of the same network.
-      limits: what to accept.
+      limits: the largest image to accept.
     """
 
     def __init__(self, predictor: Predictor, explainer: Explainer, limits: Limits) -> None:
         self.limits = limits
         self._predictor, self._explainer = predictor, explainer
-        self._turn = threading.BoundedSemaphore(_AT_A_TIME)
+        self._slots = threading.BoundedSemaphore(_MAX_CONCURRENT)
 
     def warm_up(self) -> None:
-        """Compiles what the first picture would wait for."""
+        """Compiles the programs, so that the first request need not wait."""
         size = self._predictor.weights.image_size
-        self.classify(gradcam.png(np.zeros((size, size, 3), np.uint8)))
+        self.classify(gradcam.encode_png(np.zeros((size, size, 3), np.uint8)))
 
-    def about(self) -> dict[str, Any]:
-        """Returns what the network is and what it takes, as JSON."""
+    def model_info(self) -> dict[str, Any]:
+        """Returns a description of the network and its input, as JSON-compatible values."""
         weights = self._predictor.weights
         return {
             "network": str(weights),
@@ -69,26 +69,26 @@ class ImageClassifier:
     def classify(
         self, data: bytes, *, top: int = 5, label: int | None = None, heat_map: bool = True
     ) -> dict[str, Any]:
-        """Returns the most probable classes of a picture and a heat map, as JSON.
+        """Returns the most probable classes of an image and a heat map, as JSON-compatible values.
 
         Args:
           data: the file's content.
-          top: how many classes.
-          label: of the class that the heat map is for; None: the best.
-          heat_map: whether to make one.
+          top: number of classes.
+          label: of the class to explain; None: the best.
+          heat_map: whether to compute a heat map.
 
         Raises:
-          TooLargeError: if the picture exceeds a limit.
-          DataError: if it is no picture that can be read.
+          TooLargeError: if the image exceeds a limit.
+          DataError: if it cannot be read.
           UserError: if there is no such class.
         """
         classes = self._predictor.weights.num_classes
         if label is not None and label >= classes:
             raise UserError(f"label = {label}: must be less than {classes}, the number of classes")
-        with self._turn:
+        with self._slots:
             self._check_size(data)
             try:
-                pixels = self._predictor.read(data, "the picture")[None]
+                pixels = self._predictor.read(data, "the image")[None]
             except decode.ImageError as error:
                 raise _unreadable(error.problem) from error
             logits = self._predictor.logits(pixels)
@@ -97,51 +97,50 @@ class ImageClassifier:
             if heat_map:
                 label = best[0].label if label is None else label
                 explained = self._predictor.prediction(logits[0], label)
-                answer |= {"explained": explained._asdict()} | self._pictures(data, pixels, label)
+                answer |= {"explained": explained._asdict()} | self._image_urls(data, pixels, label)
             return answer
 
     def _check_size(self, data: bytes) -> None:
-        """Refuses what would take too much memory to decode, by what the file says of itself."""
+        """Rejects images that would take too much memory to decode, judging by their headers."""
         limits = self.limits
         if len(data) > limits.bytes:
-            raise too_many_bytes(limits)
+            raise file_too_large(limits)
         try:
             width, height = decode.dimensions(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _too_many_pixels("more than 90 megapixels", limits) from error
-        except decode.DECODE_ERRORS:
-            return  # Nor can it be decoded; that says why.
+            raise _image_too_large("more than 90 megapixels", limits) from error
+        except decode.BROKEN:
+            return  # Decoding will fail, too, and say why.
         if width * height > limits.pixels:
-            raise _too_many_pixels(f"{width:,} × {height:,} pixels", limits)
+            raise _image_too_large(f"{width:,} × {height:,} pixels", limits)
 
-    def _pictures(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
-        """Returns the part that the network sees, without and with the heat map, as data URLs."""
-        view = self._predictor.view(data, "the picture", gradcam.VIEW_SIZE)
+    def _image_urls(self, data: bytes, pixels: np.ndarray, label: int) -> dict[str, str]:
+        """Returns the part the network sees, without and with the heat map, as data URLs."""
+        view = self._predictor.view(data, "the image", gradcam.VIEW_SIZE)
         (heat,) = self._explainer.maps(pixels, np.array([label]))
-        return {"picture": _url(view), "heat_map": _url(gradcam.overlay(view, heat))}
+        return {"picture": _data_url(view), "heat_map": _data_url(gradcam.overlay(view, heat))}
 
 
-def too_many_bytes(limits: Limits) -> TooLargeError:
-    """Returns the error for a file that is too long."""
+def file_too_large(limits: Limits) -> TooLargeError:
+    """Returns the error for a file that is too large."""
     return TooLargeError(
-        f"The file is larger than {limits.bytes / 1e6:g} MB, the most that is taken. Make the "
-        "picture smaller"
+        f"The file is too large: the limit is {limits.bytes / 1e6:g} MB. Use a smaller image"
     )
 
 
-def _too_many_pixels(found: str, limits: Limits) -> TooLargeError:
+def _image_too_large(size: str, limits: Limits) -> TooLargeError:
     return TooLargeError(
-        f"The picture has {found}; at most {limits.pixels / 1e6:g} megapixels are taken. Make it "
-        "smaller"
+        f"The image has {size}; the limit is {limits.pixels / 1e6:g} megapixels. Use a smaller "
+        "image"
     )
 
 
 def _unreadable(problem: decode.Problem) -> DataError:
     return DataError(
-        f"This is no picture that can be read: {problem}. {problem.advice}. JPEG, PNG, WebP, GIF, "
-        "BMP, TIFF and AVIF can be"
+        f"The image cannot be read: {problem}. {problem.advice}. Supported formats are JPEG, PNG, "
+        "WebP, GIF, BMP, TIFF and AVIF"
     )
 
 
-def _url(pixels: np.ndarray) -> str:
-    return f"data:image/png;base64,{base64.b64encode(gradcam.png(pixels)).decode()}"
+def _data_url(pixels: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(gradcam.encode_png(pixels)).decode()}"

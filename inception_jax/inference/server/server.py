@@ -1,4 +1,4 @@
-"""Runs the application until it is interrupted."""
+"""Runs the web application until it is interrupted."""
 
 import contextlib
 import socket
@@ -9,19 +9,19 @@ from starlette.applications import Starlette
 
 from inception_jax.errors import UserError
 
-# Connections at a time, each with a picture at most in memory; more are told to come again (503).
-_CONNECTIONS = 40
+# Concurrent connections, each with at most one image in memory; others get status 503.
+_MAX_CONNECTIONS = 40
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound, and does not take connections yet.
+    """Returns a bound socket that does not accept connections yet.
 
     Args:
-      host: name or address of this machine.
-      port: 0: any that is free.
+      host: name or address to bind to.
+      port: 0: any free port.
 
     Raises:
-      UserError: if it cannot be had.
+      UserError: if it cannot be bound.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -32,8 +32,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         raise UserError(
-            f"--host={host} --port={port}: cannot be listened at: {error.strerror}. Give another "
-            "--port, or 0 for any that is free"
+            f"--host={host} --port={port}: cannot listen: {error.strerror}. Use another --port, or "
+            "0 for any free port"
         ) from error
     return bound
 
@@ -43,19 +43,19 @@ def run(app: Starlette, bound: socket.socket, ready: Callable[[], None]) -> None
 
     Args:
       app: the application.
-      bound: where.
-      ready: called once requests are taken.
+      bound: the socket to serve on.
+      ready: called when requests are accepted.
     """
-    # "error": a request that breaks off is no news to the user.
+    # "error": the user need not know about every aborted request.
     config = uvicorn.Config(
         app,
         log_level="error",
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
-    # uvicorn ends in order, and then raises the signal again.
+    # uvicorn shuts down gracefully, then raises the signal again.
     with contextlib.suppress(KeyboardInterrupt):
         _Server(config, ready).run(sockets=[bound])
 

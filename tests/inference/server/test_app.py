@@ -1,4 +1,4 @@
-"""The page's server by HTTP, in this process."""
+"""Tests the web service over HTTP, in this process."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from inception_jax.inference import gradcam
 from inception_jax.inference.gradcam import VIEW_SIZE, Explainer
 from inception_jax.inference.predictor import Predictor
-from inception_jax.inference.server.classify import ImageClassifier, Limits
+from inception_jax.inference.server.classify import Limits, PredictionService
 from tests import small
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra 'serve'")
@@ -32,13 +32,13 @@ def predictor() -> Predictor:
 def client(predictor: Predictor) -> Any:
     from inception_jax.inference.server.app import create_app
 
-    classifier = ImageClassifier(predictor, Explainer(predictor), LIMITS)
-    classifier.warm_up()
-    return testclient.TestClient(create_app(classifier))
+    service = PredictionService(predictor, Explainer(predictor), LIMITS)
+    service.warm_up()
+    return testclient.TestClient(create_app(service))
 
 
-def picture(seed: int = 0) -> np.ndarray:
-    """Returns 8 × 8 pixels: they reach the network as they are."""
+def random_image(seed: int = 0) -> np.ndarray:
+    """Returns 8 × 8 pixels, which need no resizing."""
     return np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
 
 
@@ -48,24 +48,24 @@ def decoded(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def test_a_picture_gets_its_classes_and_a_heat_map(client: Any, predictor: Predictor) -> None:
-    data = gradcam.png(picture())
+def test_predict_returns_classes_and_heat_map(client: Any, predictor: Predictor) -> None:
+    data = gradcam.encode_png(random_image())
     answer = client.post("/predict", content=data)
     assert answer.status_code == 200
-    found = answer.json()
-    (expected,) = predictor.predict(picture()[None])
-    assert [guess["label"] for guess in found["guesses"]] == [guess.label for guess in expected]
-    assert found["guesses"][0]["name"] == expected[0].name
-    assert found["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
-    assert found["explained"] == found["guesses"][0]
+    result = answer.json()
+    (expected,) = predictor.predict(random_image()[None])
+    assert [guess["label"] for guess in result["guesses"]] == [guess.label for guess in expected]
+    assert result["guesses"][0]["name"] == expected[0].name
+    assert result["guesses"][0]["probability"] == pytest.approx(expected[0].probability)
+    assert result["explained"] == result["guesses"][0]
     view = predictor.view(data, "x", VIEW_SIZE)
-    np.testing.assert_array_equal(decoded(found["picture"]), view)
-    heat = Explainer(predictor).maps(picture()[None], np.array([expected[0].label]))[0]
-    np.testing.assert_array_equal(decoded(found["heat_map"]), gradcam.overlay(view, heat))
+    np.testing.assert_array_equal(decoded(result["picture"]), view)
+    heat = Explainer(predictor).maps(random_image()[None], np.array([expected[0].label]))[0]
+    np.testing.assert_array_equal(decoded(result["heat_map"]), gradcam.overlay(view, heat))
 
 
 def test_another_class_can_be_explained(client: Any) -> None:
-    data = gradcam.png(picture())
+    data = gradcam.encode_png(random_image())
     first = client.post("/predict?top=2", content=data).json()
     assert len(first["guesses"]) == 2
     other = first["guesses"][1]
@@ -76,16 +76,16 @@ def test_another_class_can_be_explained(client: Any) -> None:
     assert set(client.post("/predict?heat_map=0", content=data).json()) == {"guesses"}
 
 
-def test_the_model_is_told(client: Any) -> None:
-    found = client.get("/model").json()
-    assert found["classes"][3] == "kind 3"
-    assert found["network"].startswith("mini_googlenet, 10 classes")
-    assert found["preparation"] == "the centred square, resized to 8 × 8 px"
-    assert found["limits"] == {"bytes": 50_000, "pixels": 40_000}
-    assert found["layer"] == "inception_4b"
+def test_model_is_described(client: Any) -> None:
+    model_info = client.get("/model").json()
+    assert model_info["classes"][3] == "kind 3"
+    assert model_info["network"].startswith("mini_googlenet, 10 classes")
+    assert model_info["preparation"] == "the center square, resized to 8 × 8 px"
+    assert model_info["limits"] == {"bytes": 50_000, "pixels": 40_000}
+    assert model_info["layer"] == "inception_4b"
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: Any) -> None:
+def test_page_is_self_contained(client: Any) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     assert "http" not in answer.text
@@ -94,7 +94,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: Any) -> None:
 
 
 def huge_png() -> bytes:
-    """Returns a PNG that says it has 30,000 × 30,000 pixels, and holds none."""
+    """Returns a PNG whose header claims 30,000 × 30,000 pixels, but that has none."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT" + zlib.compress(b""))
 
@@ -105,40 +105,44 @@ def chunk(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "words"),
+    ("data", "status", "message"),
     [
-        (b"", 400, "This is no picture that can be read: empty file. Download"),
-        (b"a text", 400, "This is no picture that can be read: text. Remove it"),
-        (gradcam.png(picture())[:80], 400, "This is no picture that can be read: "),
-        (bytes(50_001), 413, "The file is larger than 0.05 MB"),
-        (gradcam.png(np.zeros((201, 200, 3), np.uint8)), 413, "The picture has 200 × 201 pixels"),
-        (huge_png(), 413, "The picture has more than 90 megapixels"),
+        (b"", 400, "The image cannot be read: empty file. Download"),
+        (b"a text", 400, "The image cannot be read: text. Remove it"),
+        (gradcam.encode_png(random_image())[:80], 400, "The image cannot be read: "),
+        (bytes(50_001), 413, "The file is too large: the limit is 0.05 MB"),
+        (
+            gradcam.encode_png(np.zeros((201, 200, 3), np.uint8)),
+            413,
+            "The image has 200 × 201 pixels",
+        ),
+        (huge_png(), 413, "The image has more than 90 megapixels"),
     ],
     ids=["empty", "text", "cut", "bytes", "pixels", "bomb"],
 )
-def test_a_file_that_cannot_be_taken_is_refused_with_the_reason(
-    client: Any, data: bytes, status: int, words: str
+def test_invalid_file_is_rejected_with_reason(
+    client: Any, data: bytes, status: int, message: str
 ) -> None:
     answer = client.post("/predict", content=data)
     assert answer.status_code == status, answer.text
-    assert answer.json()["error"].startswith(words)
+    assert answer.json()["error"].startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("query", "words"),
+    ("query", "message"),
     [
         ("top=no", "top = 'no': must be a whole number"),
         ("label=10", "label = 10: must be less than 10"),
-        ("class=3", "class: unknown; there are top, label, heat_map"),
+        ("class=3", "class: no such parameter; use top, label, heat_map"),
     ],
 )
-def test_a_wrong_parameter_is_refused(client: Any, query: str, words: str) -> None:
-    answer = client.post(f"/predict?{query}", content=gradcam.png(picture()))
+def test_invalid_parameter_is_rejected(client: Any, query: str, message: str) -> None:
+    answer = client.post(f"/predict?{query}", content=gradcam.encode_png(random_image()))
     assert answer.status_code == 400
-    assert answer.json()["error"].startswith(words)
+    assert answer.json()["error"].startswith(message)
 
 
-def test_a_form_is_told_to_send_the_file(client: Any) -> None:
+def test_form_upload_is_rejected(client: Any) -> None:
     answer = client.post("/predict", content=b"x", headers={"content-type": "multipart/form-data"})
     assert answer.status_code == 415
     assert "--data-binary @FILE" in answer.json()["error"]
@@ -146,28 +150,28 @@ def test_a_form_is_told_to_send_the_file(client: Any) -> None:
     assert client.get("/elsewhere").status_code == 404
 
 
-def test_a_body_without_a_length_is_bounded(client: Any) -> None:
+def test_body_without_length_is_limited(client: Any) -> None:
     answer = client.post("/predict", content=(bytes(10_000) for _ in range(1000)))
     assert answer.status_code == 413
 
 
-def test_many_at_a_time_get_their_own_answers(client: Any, predictor: Predictor) -> None:
+def test_concurrent_requests_get_their_own_answers(client: Any, predictor: Predictor) -> None:
     def ask(seed: int) -> list[float]:
-        answer = client.post("/predict?top=10", content=gradcam.png(picture(seed)))
+        answer = client.post("/predict?top=10", content=gradcam.encode_png(random_image(seed)))
         return [guess["probability"] for guess in answer.json()["guesses"]]
 
     with futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, range(24)))
-    for seed, probabilities in enumerate(found):
-        (expected,) = predictor.predict(picture(seed)[None], 10)
+        answers = list(pool.map(ask, range(24)))
+    for seed, probabilities in enumerate(answers):
+        (expected,) = predictor.predict(random_image(seed)[None], 10)
         assert probabilities == pytest.approx([guess.probability for guess in expected])
 
 
-def test_a_photo_is_set_upright(client: Any, tmp_path: pathlib.Path) -> None:
-    turned = Image.fromarray(picture()).rotate(90)
+def test_exif_orientation_is_applied(client: Any, tmp_path: pathlib.Path) -> None:
+    turned = Image.fromarray(random_image()).rotate(90)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     buffer = io.BytesIO()
     turned.save(buffer, format="PNG", exif=exif)
-    upright = client.post("/predict?heat_map=0", content=gradcam.png(picture())).json()
+    upright = client.post("/predict?heat_map=0", content=gradcam.encode_png(random_image())).json()
     assert client.post("/predict?heat_map=0", content=buffer.getvalue()).json() == upright
