@@ -57,22 +57,30 @@ def read_plan(path: pathlib.Path) -> Plan:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         plan = Plan(**values)
     except (OSError, ValueError, TypeError) as error:
-        raise measure.BenchmarkError(f"{path}: is no file of variants: {error}") from error
+        raise measure.BenchmarkError(
+            f"{path}: cannot be read as a file of variants: {error}"
+        ) from error
     if not plan.variants:
-        raise measure.BenchmarkError(f"{path}: names no variants")
+        raise measure.BenchmarkError(f"{path}: contains no variants; add a [variants] table")
     return plan
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
-    parser.add_argument("plan", type=pathlib.Path, help="the file of variants")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the workdirs")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train just these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--platform", default="", help="as of the training command")
+    parser.add_argument("plan", type=pathlib.Path, help="TOML file of variants")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="PATH=VALUE", help="as --config.PATH=VALUE"
+        "--output", type=pathlib.Path, required=True, help="directory for the workdirs"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--platform", default="", help="--platform of the training command")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 
@@ -97,7 +105,9 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
         called = [sys.executable, "-m", "inception_jax.main", *flags]
         done = subprocess.run(called, cwd=measure.ROOT, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
-            raise command.CommandError(f"{variant}: the command ended with {done.returncode}")
+            raise command.CommandError(
+                f"{variant}: the training command exited with code {done.returncode}"
+            )
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
@@ -113,7 +123,7 @@ def _claim(folder: pathlib.Path, settings: Sequence[str]) -> None:
         measure.write_json(note, {"settings": list(settings)})
     elif (found := json.loads(note.read_text(encoding="utf-8"))["settings"]) != list(settings):
         raise measure.BenchmarkError(
-            f"{folder}: was trained with other settings, {' '.join(found)}; give another --output"
+            f"{folder}: trained with other settings ({' '.join(found)}); use another --output"
         )
 
 
@@ -150,14 +160,14 @@ def main() -> None:
     arguments = parse()
     plan = read_plan(arguments.plan)
     if unknown := set(arguments.only) - set(plan.variants):
-        raise measure.BenchmarkError(f"--only: there is no variant {', '.join(sorted(unknown))}")
+        raise measure.BenchmarkError(f"--only: unknown variants: {', '.join(sorted(unknown))}")
     results: dict[str, list[dict[str, Any]]] = {}
     try:
         for variant in arguments.only or plan.variants:
             for seed in arguments.seeds:
                 results.setdefault(variant, []).append(train(plan, variant, seed, arguments))
     except KeyboardInterrupt:
-        measure.say("interrupted; the same command goes on. What has finished:")
+        measure.say("interrupted; rerun the same command to continue. Finished so far:")
     measure.write_json(
         arguments.json,
         {

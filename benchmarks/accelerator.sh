@@ -37,7 +37,7 @@ for argument in "$@"; do
     --help | -h) usage; exit 0 ;;
     --smoke) smoke=yes ;;
     compare | profile | train | export | ablate) parts+=("$argument") ;;
-    *) echo "$argument: is neither compare, profile, train, export, ablate nor --smoke; see --help" >&2; exit 2 ;;
+    *) echo "$argument: must be compare, profile, train, export, ablate or --smoke; see --help" >&2; exit 2 ;;
   esac
 done
 if [ "${#parts[@]}" -eq 0 ]; then
@@ -108,7 +108,7 @@ train() {
     fi
   done
   if [ "$code" -eq 124 ] || [ "$code" -eq 75 ]; then
-    echo "train: stopped; the same command goes on" >&2
+    echo "train: stopped and saved; rerun the same command to resume" >&2
   elif [ "$code" -ne 0 ]; then
     return "$code"
   fi

@@ -115,7 +115,7 @@ class Training:
             if ended:
                 if self._process.returncode:
                     raise CommandError(
-                        f"the training command ended with {self._process.returncode}\n"
+                        f"the training command exited with code {self._process.returncode}\n"
                         + "".join(text for _, text in self.messages[-20:])
                     )
                 return

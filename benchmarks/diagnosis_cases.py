@@ -362,7 +362,7 @@ def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the runs")
     parser.add_argument("--only", nargs="+", default=list(CASES), metavar="CASE", choices=CASES)
     return parser.parse_args(argv)
 
@@ -399,7 +399,7 @@ def report(results: Mapping[str, Any]) -> str:
                 _figures(after) + (" (WORSE)" if each["worse"] else ""),
             ]
         )
-    head = ["run", "what is wrong", "verdict", "followed", "top-1 and loss", "afterwards"]
+    head = ["run", "fault", "verdict", "advice followed", "top-1 and loss", "afterwards"]
     return measure.table(head, rows)
 
 
@@ -421,7 +421,9 @@ def main() -> None:
         if each["worse"] or not each["true verdict"]
     ]
     if wrong:
-        raise measure.BenchmarkError(f"misjudged, or made worse: {', '.join(wrong)}")
+        raise measure.BenchmarkError(
+            f"wrong verdict, or advice made the run worse: {', '.join(wrong)}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,13 +34,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.parser(__doc__)
     parser.add_argument("--experiment", default="experiments/tiny_cpu.py")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--every", type=int, default=10, help="steps of a report")
-    parser.add_argument("--reports", type=int, default=3, help="reports a round that count")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the bare step, a round")
-    parser.add_argument("--classes", type=int, default=200, help="of the data set")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="PATH=VALUE", help="as --config.PATH=VALUE"
+        "--rounds", type=int, default=3, help="rounds; both take one turn per round"
+    )
+    parser.add_argument("--every", type=int, default=10, help="steps per report")
+    parser.add_argument("--reports", type=int, default=3, help="reports counted per round")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="seconds of the bare step per round"
+    )
+    parser.add_argument("--classes", type=int, default=200, help="classes of the dataset")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 
@@ -128,7 +136,7 @@ def main() -> None:
     """Runs the command."""
     arguments = parse()
     if not pathlib.Path(arguments.experiment).is_file():
-        raise measure.BenchmarkError(f"--experiment={arguments.experiment}: there is no such file")
+        raise measure.BenchmarkError(f"--experiment={arguments.experiment}: file not found")
     result = run(arguments)
     measure.write_json(arguments.json, result)
     found = result["results"]
@@ -143,7 +151,7 @@ def main() -> None:
         for name in found
     ]
     print(measure.table([arguments.experiment, "images/s", "low–high", "spread", "samples"], rows))
-    print(f"\nThe command loses {100 * result['loss']:.1f}% of the bare step's speed")
+    print(f"\nThe command is {100 * result['loss']:.1f}% slower than the bare step")
 
 
 if __name__ == "__main__":

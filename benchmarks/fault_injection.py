@@ -55,9 +55,9 @@ class Kill:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--steps", type=int, default=60, help="of a run")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--steps", type=int, default=60, help="steps per run")
     return parser.parse_args(argv)
 
 
@@ -101,8 +101,8 @@ class Campaign:
         lives.Life(place).wait()
         if differences := lives.outcome(place.workdir).differences(self.expected):
             raise measure.BenchmarkError(
-                f"run {self.runs}, after {len(self.kills)} kills in all, is not what it would have "
-                f"been: {', '.join(differences)}"
+                f"run {self.runs}, after {len(self.kills)} kills in total, differs from an "
+                f"undisturbed run: {', '.join(differences)}"
             )
         self.runs += 1
 
@@ -118,7 +118,7 @@ class Campaign:
             found = directory / file.relative_to(self._prepared)
             # info.json names where the records came from.
             if file.name != "info.json" and not filecmp.cmp(file, found, shallow=False):
-                raise measure.BenchmarkError(f"{found}: is not as prepared in one go")
+                raise measure.BenchmarkError(f"{found}: differs from an uninterrupted preparation")
         return len(directories)
 
     def _kill_once(self, place: lives.Place) -> bool:
@@ -138,7 +138,7 @@ class Campaign:
         if met is None:
             return False
         self.kills.append(Kill(aim, met, round(seconds, 3), life.step, self.runs))
-        measure.say(f"kill {len(self.kills)}, aimed at {aim}, met {met} after {seconds:.1f} s")
+        measure.say(f"kill {len(self.kills)}: aimed at {aim}, hit {met} after {seconds:.1f} s")
         return True
 
     def _next_unprepared(self) -> pathlib.Path:
@@ -192,7 +192,7 @@ def kill(campaign: Campaign, kills: int) -> dict[str, Any]:
     began = time.perf_counter()
     while len(campaign.kills) < kills:
         campaign.disturb(kills - len(campaign.kills))
-        measure.say(f"{len(campaign.kills)} kills, {campaign.runs} runs finished and the same")
+        measure.say(f"{len(campaign.kills)} kills, {campaign.runs} runs finished, all identical")
     prepared, expected = campaign.prepared(), campaign.expected
     aimed = Counter(each.aimed for each in campaign.kills)
     met = Counter(each.phase for each in campaign.kills)
@@ -217,12 +217,12 @@ def report(results: dict[str, Any]) -> str:
         for phase, what in lives.PHASES.items()
     ]
     rows.append(["all", *(f"{results['kills']}",) * 2, ""])
-    table = measure.table(["phase", "aimed at", "killed in", "which is"], rows)
+    table = measure.table(["phase", "aimed at", "killed in", "description"], rows)
     return (
-        f"{table}\n\n{results['runs']} runs ended, each with the {results['arrays']} arrays "
-        f"({results['bytes']:,} bytes) and {results['lines']} lines of metrics of a run that "
-        f"nobody disturbed, to the bit; {results['prepared']} directories of data that were "
-        f"prepared between kills likewise. {results['seconds']:.0f} s"
+        f"{table}\n\n{results['runs']} runs finished, each bit-identical to an undisturbed run: "
+        f"{results['arrays']} arrays ({results['bytes']:,} bytes) and {results['lines']} lines of "
+        f"metrics. {results['prepared']} directories of data prepared between kills: identical "
+        f"too. {results['seconds']:.0f} s"
     )
 
 

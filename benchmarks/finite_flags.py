@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.parser(__doc__)
     step_time.add_network_flags(parser)
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="float32")
-    parser.add_argument("--turns", type=int, default=120, help="of each of the two")
+    parser.add_argument("--turns", type=int, default=120, help="turns of each variant")
     return parser.parse_args(argv)
 
 
@@ -60,8 +60,8 @@ def report(results: dict[str, Any]) -> str:
         [name, *(f"{1e3 * each[key]:.1f}" for key in ("median", "low", "high"))]
         for name, each in results["seconds"].items()
     ]
-    table = measure.table(["flags", "ms a step", "lowest", "highest"], rows)
-    return f"{table}\n\nratio of the medians: {results['ratio']:.4f}"
+    table = measure.table(["flags", "ms/step", "lowest", "highest"], rows)
+    return f"{table}\n\nratio of medians: {results['ratio']:.4f}"
 
 
 def main() -> None:

@@ -50,22 +50,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.parser(__doc__)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--dataset", choices=("tiny_imagenet", "digits"), default="tiny_imagenet")
-    parser.add_argument("--data-directory", default="", help="as config.data.directory")
+    parser.add_argument("--data-directory", default="", help="config.data.directory")
     parser.add_argument(
-        "--source", default="", help="tiny-imagenet-200.zip or the extracted folder; peers need it"
+        "--source",
+        default="",
+        help="tiny-imagenet-200.zip or its extracted directory; required by the peers",
     )
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--files", type=int, default=20_000, help="JPEG files that peers read")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the DataLoader")
+    parser.add_argument("--files", type=int, default=20_000, help="JPEG files that the peers read")
+    parser.add_argument("--workers", type=int, default=2, help="DataLoader processes")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds; each contender takes one turn per round"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--python-torch", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--python-tensorflow", default=sys.executable, metavar="PYTHON")
     arguments = parser.parse_args(argv)
     if set(PEERS) & set(arguments.contenders) and not arguments.source:
-        parser.error("--source: the peers read JPEG files; name the archive, or --contenders ours")
+        parser.error(
+            "--source: not set, but the peers read JPEG files; set it to the archive, or use "
+            "--contenders ours"
+        )
     return arguments
 
 
@@ -197,7 +204,7 @@ def main() -> None:
     print(f"Batches of {arguments.batch_size}, {arguments.image_size} px\n")
     print(report(result["results"]))
     for name, why in result["absent"].items():
-        print(f"Absent: {name} ({why})")
+        print(f"Skipped: {name} ({why})")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from inception_jax.training.checkpoints import Checkpoints
 
 PHASES = {
     "start": "interpreter, imports, flags, devices",
-    "preparation": "of the data set",
-    "compile": "tracing, compiled programs, restoring the state",
-    "steps": "training steps, between what follows",
-    "evaluation": "from the step that it is due at to its line in metrics.jsonl",
-    "save": "from its step on, until the checkpoint has its name",
+    "preparation": "preparing the dataset",
+    "compile": "tracing, compiling or loading programs, restoring the state",
+    "steps": "training steps, between the phases below",
+    "evaluation": "from the step at which it is due to its line in metrics.jsonl",
+    "save": "from the step saved until the checkpoint has its final name",
     "report": "after an evaluation: predictions.npz, report.html",
     "end": "after the last checkpoint: result.json, plots",
 }
@@ -142,7 +142,9 @@ class Life:
                 before, since = phase, now
             if ended:
                 lines = self.messages.splitlines()[-20:]
-                raise LifeError("\n".join([f"the command ended with {ended}", *lines]))
+                raise LifeError(
+                    "\n".join([f"the training command exited with code {ended}", *lines])
+                )
             if ended == 0 or until(phase):
                 return spans
             time.sleep(_POLL)
@@ -247,7 +249,7 @@ class Outcome:
         """Returns what is not the same, to the bit."""
         found = [path for path in self.arrays if self.arrays[path] != other.arrays.get(path)]
         if self.arrays.keys() != other.arrays.keys():
-            found.append("the arrays' names")
+            found.append("names of arrays")
         if self.result != other.result:
             found.append("result.json")
         if self.lines != other.lines:
@@ -263,7 +265,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
     """
     metrics = workdir / "metrics.jsonl"
     if not metrics.read_bytes().endswith(b"\n"):
-        raise measure.BenchmarkError(f"{metrics}: the last line is torn")
+        raise measure.BenchmarkError(f"{metrics}: the last line is incomplete")
     lines = [
         {name: value for name, value in line.items() if name not in MEASURED}
         for line in metric_lines(workdir)

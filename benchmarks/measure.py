@@ -108,7 +108,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the result there"
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the result to this file"
     )
     return made
 

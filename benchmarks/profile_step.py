@@ -42,9 +42,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.parser(__doc__)
     step_time.add_network_flags(parser)
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="float32")
-    parser.add_argument("--steps", type=int, default=5, help="traced steps")
+    parser.add_argument("--steps", type=int, default=5, help="steps to trace")
     parser.add_argument("--top", type=int, default=10, help="operations to print")
-    parser.add_argument("--trace", type=pathlib.Path, default=pathlib.Path("runs/trace"))
+    parser.add_argument(
+        "--trace",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/trace"),
+        help="directory for the trace",
+    )
     return parser.parse_args(argv)
 
 
@@ -114,7 +119,7 @@ def report(found: Sequence[Operation], origin: Mapping[str, str], steps: int, to
         ]
         for each in found[:top]
     ]
-    return measure.table(["operation", "ms a step", "share", "times", "kernel", "from"], rows)
+    return measure.table(["operation", "ms/step", "% of time", "calls", "kernel", "source"], rows)
 
 
 def main() -> None:
@@ -128,11 +133,11 @@ def main() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         found = operations(ProfileData.from_file(str(file)).planes)
     if not found:
-        raise measure.BenchmarkError(f"{file}: the trace names no operation")
+        raise measure.BenchmarkError(f"{file}: the trace contains no operations")
     total = sum(each.seconds for each in found) / arguments.steps
     print(
         f"GoogLeNet, stem {arguments.stem}, {arguments.dtype}, batch {arguments.batch_size}: "
-        f"{1e3 * seconds:.1f} ms a step, {1e3 * total:.1f} ms in {len(found)} operations\n"
+        f"{1e3 * seconds:.1f} ms/step, {1e3 * total:.1f} ms in {len(found)} operations\n"
     )
     print(report(found, sources(program), arguments.steps, arguments.top))
     print(f"\nTrace: {file}")

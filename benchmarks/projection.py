@@ -159,7 +159,7 @@ def main() -> None:
         "memory ms",
         "all-reduce ms",
         "images/s",
-        "a host",
+        "per host",
         "minutes",
     ]
     print(measure.table(head, rows))

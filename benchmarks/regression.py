@@ -33,10 +33,14 @@ THRESHOLD = 0.10
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--store", action="store_true", help="keep the figures in the results")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="their folder")
+    parser.add_argument("--store", action="store_true", help="add the result to --results")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=RESULTS, help="directory of results"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement of the step")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="seconds per measurement of a step"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     return parser.parse_args(argv)
 
@@ -171,7 +175,7 @@ def report(
                 f"{100 * moved[name]:+.0f}%" if name in moved else "",
             ]
         )
-    return measure.table(["figure", "now", "unit", "spread", "before", "moved"], rows)
+    return measure.table(["measurement", "now", "unit", "spread", "before", "change"], rows)
 
 
 def noise(
@@ -213,11 +217,11 @@ def main() -> None:
         here, there = result["environment"], before["environment"]
         print(f"\nBefore: {path}, revision {there['revision']}, {there['date']}")
         if (here["cpu"], here["cores"]) != (there["cpu"], there["cores"]):
-            print(f"On another machine: {there['cores']} cores of {there['cpu']}")
+            print(f"Measured on another machine: {there['cores']} cores, {there['cpu']}")
     else:
-        print(f"\nNothing to compare with in {arguments.results}")
+        print(f"\nNo earlier result in {arguments.results}")
     lines, slower = verdict(moved, noise(before["figures"], result["figures"]) if before else {})
-    print("\n".join(lines or ["Nothing moved by more than 10%"] if before else []))
+    print("\n".join(lines or ["No change of more than 10%"] if before else []))
     if arguments.store:
         print(f"Stored: {store(arguments.results, result)}")
     if slower:

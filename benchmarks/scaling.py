@@ -46,9 +46,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stem", choices=network.STEMS, default="paper")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--base-batch", type=int, default=128, help="batch of the other axes")
+    parser.add_argument("--base-batch", type=int, default=128, help="batch size of the other axes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement, about")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="approximate seconds per measurement"
+    )
     return parser.parse_args(argv)
 
 
@@ -122,7 +124,7 @@ def report(entries: Sequence[Mapping[str, Any]]) -> str:
                 f"{entry['operations'] / first['operations']:.2f}",
             ]
         )
-    head = ["ms a step", "spread", "images/s", "GF/s", "growth", "work"]
+    head = ["ms/step", "spread", "images/s", "GF/s", "growth", "work"]
     return measure.table([first["axis"], *head], rows)
 
 
@@ -138,7 +140,7 @@ def main() -> None:
         if found:
             print(report(found), end="\n\n", flush=True)
     for name, why in absent.items():
-        print(f"Absent: {name} ({why})")
+        print(f"Skipped: {name} ({why})")
     result = {
         "benchmark": "scaling",
         "environment": measure.environment(),

@@ -47,14 +47,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the settings of the command line."""
     parser = measure.parser(__doc__)
     parser.add_argument("--experiment", default="experiments/digits.py")
-    parser.add_argument("--platform", default="cpu", help="as the training command's")
+    parser.add_argument("--platform", default="cpu", help="--platform of the training command")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="PATH=VALUE",
-        help="as --config.PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 

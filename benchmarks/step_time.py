@@ -57,12 +57,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement, about")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds; each contender takes one turn per round"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="approximate seconds per measurement"
+    )
     parser.add_argument("--python-torch", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--python-keras", default=sys.executable, metavar="PYTHON")
     parser.add_argument(
-        "--torch-compile-mode", default="default", help="torch.compile's mode, as max-autotune"
+        "--torch-compile-mode",
+        default="default",
+        help="mode of torch.compile, such as max-autotune",
     )
     return parser.parse_args(argv)
 
@@ -73,7 +79,9 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stem", choices=network.STEMS, default="paper")
     parser.add_argument("--image-size", type=int, default=64, help="pixels; a multiple of 32")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--matmul-size", type=int, default=4096, help="of the peak's matrices")
+    parser.add_argument(
+        "--matmul-size", type=int, default=4096, help="side of the matrices that measure the peak"
+    )
 
 
 def network_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def check_same_network(ready: Sequence[workers.Worker], stem: str) -> int:
         found = worker.facts["parameters"]
         if found != expected:
             raise workers.ContenderError(
-                f"{worker.name}: {found:,} parameters instead of {expected:,}: another network"
+                f"{worker.name}: {found:,} parameters, expected {expected:,}; not the same network"
             )
     return expected
 
@@ -234,11 +242,11 @@ def main() -> None:
     print()
     for dtype, peak in result["matmul_peak"].items():
         print(
-            f"Peak, {dtype}: {peak['flops'] / 1e9:,.0f} GF/s, {peak['contender']}'s product of "
+            f"Peak, {dtype}: {peak['flops'] / 1e9:,.0f} GF/s, reached by {peak['contender']} on "
             f"{peak['size']} x {peak['size']} matrices"
         )
     for name, why in result["absent"].items():
-        print(f"Absent: {name} ({why})")
+        print(f"Skipped: {name} ({why})")
 
 
 if __name__ == "__main__":

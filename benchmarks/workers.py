@@ -112,7 +112,7 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "ended without an answer"}
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "exited without an answer"}
         if "error" in answer:
             self._process.wait()
             self._messages.seek(0)
@@ -186,5 +186,5 @@ def _check_idle(worker: Worker, answer: Mapping[str, Any]) -> None:
     if answer["idle_wall"] > 2 and answer["idle_cpu"] > _IDLE_SHARE * answer["idle_wall"]:
         measure.say(
             f"{worker.name}: used {answer['idle_cpu']:.1f} s of CPU while others were measured "
-            f"({answer['idle_wall']:.1f} s): figures of this round are disturbed"
+            f"({answer['idle_wall']:.1f} s); the results of this round are unreliable"
         )

@@ -16,9 +16,9 @@ def mounted(path: pathlib.Path, *, kilobytes: int) -> Iterator[pathlib.Path]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        pytest.skip("there is no mount command")
+        pytest.skip("mount command not found")
     if done.returncode:
-        pytest.skip(f"mounting is not allowed: {done.stderr.strip()}")
+        pytest.skip(f"not allowed to mount: {done.stderr.strip()}")
     try:
         yield path
     finally:

@@ -21,11 +21,15 @@ from inception_jax.training import workdir
 from inception_jax.training.run import Run
 from tests import small
 
-_DATA = flags.DEFINE_string("data", "", "where the digits are prepared; empty: just add numbers")
-_WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run")
-_STEPS = flags.DEFINE_integer("steps", 0, "length of the run")
-_SILENCE = flags.DEFINE_float("silence", 60, "seconds after which JAX takes a process for dead")
-_FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after a while")
+_DATA = flags.DEFINE_string(
+    "data", "", "directory of the prepared digits; empty = only add numbers"
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "directory of the run")
+_STEPS = flags.DEFINE_integer("steps", 0, "steps of the run")
+_SILENCE = flags.DEFINE_float(
+    "silence", 60, "seconds without a heartbeat after which a process counts as dead"
+)
+_FAIL = flags.DEFINE_integer("fail", -1, "index of the process that fails after a while; -1 = none")
 _PROCESSES = cli.define_processes()
 
 

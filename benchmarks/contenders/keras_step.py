@@ -71,7 +71,7 @@ def make(settings: dict[str, Any]) -> serve.Contender:
     if settings["platform"] == "cpu":
         tf.config.set_visible_devices([], "GPU")
     elif not tf.config.get_visible_devices("GPU"):
-        raise RuntimeError("TensorFlow finds no GPU")
+        raise RuntimeError("TensorFlow did not find a GPU")
     if settings["dtype"] == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     size, count = settings["image_size"], settings["batch_size"]

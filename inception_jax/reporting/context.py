@@ -73,8 +73,8 @@ _NO_METRICS = {"step", "epoch", "split", "count", *MEASURED}
 # Of curves: what a split is called, and which have a colour of their own in report.css.
 _SPLITS = {
     "train": "training",
-    "train_eval": "training images, evaluated",
-    "flip": "mirrored views averaged",
+    "train_eval": "training images (evaluated)",
+    "flip": "horizontal-flip average",
 }
 _COLOURED = ("train", "train_eval", "validation", "test", "holdout")
 _OTHER_COLOURS = ("run4", "run5", "run6", "run3", "run7")
@@ -82,11 +82,11 @@ _OTHER_COLOURS = ("run4", "run5", "run6", "run3", "run7")
 # The phases of telemetry.clock, in words.
 PHASES = {
     "train": "training steps",
-    "input": "waiting for input",
+    "input": "waiting for input data",
     "evaluate": "evaluation",
-    "compile": "compiling",
+    "compile": "compilation",
     "save": "saving checkpoints",
-    "report": "this report",
+    "report": "writing this report",
     "other": "everything else",
 }
 

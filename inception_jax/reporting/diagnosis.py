@@ -86,6 +86,12 @@ class Advice:
     value: Any
     reason: str
 
+    @property
+    def change(self) -> str:
+        """Returns the flag that makes the change, and the current value."""
+        now = self.before if self.before != "" else "unset"
+        return f"{reference.flag(self.setting, self.value)} (now {now})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
@@ -109,10 +115,8 @@ class Diagnosis:
         """Returns it for a reader, a line each."""
         lines = [f"diagnosis: {self.verdict}: {self.reason}"]
         lines += [f"  note: {note}" for note in self.notes]
-        if a := self.advice:
-            now = a.before if a.before != "" else "unset"
-            change = f"{reference.flag(a.setting, a.value)} (now {now})"
-            lines.append(f"  try, in a new workdir: {change}: {a.reason}")
+        if self.advice:
+            lines.append(f"  try, in a new workdir: {self.advice.change}: {self.advice.reason}")
         return lines
 
 
@@ -150,7 +154,7 @@ def _diverged(stats: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         DIVERGED,
-        f"loss or gradient was not finite at step {stats.nonfinite_step:,.0f}",
+        f"the loss or a gradient was not finite at step {stats.nonfinite_step:,.0f}",
         _lower_rate(config),
     )
 
@@ -158,7 +162,9 @@ def _diverged(stats: Evidence, config: Config) -> _Finding | None:
 def _one_class(stats: Evidence, config: Config) -> _Finding | None:
     if stats.chance_loss > 0:
         return None
-    return _Finding(UNKNOWN, "all validation images are of one class, so any network is right")
+    return _Finding(
+        UNKNOWN, "all validation images belong to one class, so accuracy is meaningless"
+    )
 
 
 def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
@@ -167,7 +173,7 @@ def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
     return _Finding(
         TOO_SHORT,
         f"{stats.steps:,} of {stats.planned_steps:,} steps are done, and accuracy may rise "
-        "until the last: the same command resumes the run",
+        "until the last one; rerun the same command to resume",
         notes=(f"so far, {_apart_numbers(stats)}",) if _is_apart(stats) else (),
     )
 
@@ -175,9 +181,11 @@ def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
 def _few_steps(stats: Evidence, config: Config) -> _Finding | None:
     if stats.steps >= LEAST_STEPS and stats.evaluations:
         return None
-    what = f"{stats.steps:,} steps in all" if stats.evaluations else "no evaluation"
+    what = f"{stats.steps:,} steps in total" if stats.evaluations else "no evaluation"
     return _Finding(
-        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(stats, config)
+        TOO_SHORT,
+        f"{what}; a diagnosis needs at least {LEAST_STEPS} steps and one evaluation",
+        _longer(stats, config),
     )
 
 
@@ -186,10 +194,10 @@ def _apart(stats: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         APART,
-        f"{_apart_numbers(stats)}: the averages that evaluation uses, BatchNorm's statistics or "
-        "those of the weights, are not what training arrived at",
+        f"{_apart_numbers(stats)}: the averages used in evaluation (BatchNorm statistics or the "
+        "EMA of the weights) do not match the trained weights",
         _closer_averages(stats, config),
-        (f"validation top-1, {stats.top1:.1f}%, says nothing about the fit until that is fixed",),
+        (f"validation top-1 ({stats.top1:.1f}%) says nothing about the fit until this is fixed",),
     )
 
 
@@ -198,8 +206,8 @@ def _unstable(stats: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(stats)}; the loss went up to {stats.worst_loss:.3f} (more than "
-        f"{UNSTABLE:g} times that of guessing), as it does where the learning rate is too high",
+        f"{_best_numbers(stats)}; the loss rose to {stats.worst_loss:.3f} (more than "
+        f"{UNSTABLE:g} × the loss of a uniform guess): the learning rate is probably too high",
         _lower_rate(config),
     )
 
@@ -209,8 +217,8 @@ def _cut_short(stats: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         TOO_SHORT,
-        f"{stats.epochs:.4g} epochs, of {stats.recipe_epochs:g} that the experiment's own recipe "
-        f"has; validation top-1 reached {stats.top1:.1f}%",
+        f"trained for {stats.epochs:.4g} of the {stats.recipe_epochs:g} epochs in the experiment's "
+        f"recipe; validation top-1 reached {stats.top1:.1f}%",
         _longer(stats, config),
     )
 
@@ -229,7 +237,7 @@ def _hardly_learned(stats: Evidence, config: Config) -> _Finding | None:
         HARDLY_LEARNED,
         f"{_best_numbers(stats)}; the learning rate may be far too low, or the labels may not "
         "match the images",
-        notes=("tools.find_lr measures which learning rates work, if any",),
+        notes=("run tools.find_lr to measure which learning rates work, if any",),
     )
 
 
@@ -244,14 +252,14 @@ def _overfitting(stats: Evidence, config: Config) -> _Finding | None:
     if _near_chance(stats):
         return _Finding(
             OVERFITTING,
-            f"{numbers}: training images were learned by heart, and of others it knows little "
-            "more than chance: the labels may not match the images",
+            f"{numbers}: the network memorized the training images and does little better than "
+            "chance on others; the labels may not match the images",
         )
     return _Finding(
         OVERFITTING,
         numbers,
         _more_regularization(config),
-        ("more training images help most",),
+        ("more training images would help most",),
     )
 
 
@@ -264,28 +272,27 @@ def _fit(stats: Evidence, config: Config) -> _Finding:
     if math.isnan(train_error):
         return _Finding(
             UNKNOWN,
-            f"validation top-1 is {stats.top1:.1f}%, and training lately reported "
-            f"{stats.running_top1:.1f}% on augmented images. Unless training images are evaluated "
-            "the way validation images are, overfitting, underfitting and wrong statistics cannot "
-            "be told apart",
-            ("evaluation.train_eval_examples", SAMPLE, "evaluates this many training images, too"),
+            f"validation top-1 is {stats.top1:.1f}%, and recent training reports gave "
+            f"{stats.running_top1:.1f}% on augmented images. Overfitting, underfitting and wrong "
+            "statistics cannot be told apart unless training images are evaluated as well",
+            ("evaluation.train_eval_examples", SAMPLE, "also evaluates this many training images"),
         )
     share = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
     )
     if train_error < BIAS * error:
-        return _Finding(NO_FAULT, f"{share}: it is due to both about equally")
+        return _Finding(NO_FAULT, f"{share}; bias and variance contribute about equally")
     if stats.loss_half - stats.loss <= IMPROVING * stats.chance_loss:
         return _Finding(
             UNDERFITTING,
-            f"{share}; the validation loss hardly fell in the second half of the steps, from "
+            f"{share}; the validation loss barely fell in the second half of training, from "
             f"{stats.loss_half:.3f} to {stats.loss:.3f}",
             _closer_fit(config),
         )
-    falling = "may still have been falling: there is one evaluation only"
+    falling = "may still have been falling (there is only one evaluation)"
     if not math.isnan(stats.loss_half):
         half, last = f"{stats.loss_half:.3f}", f"{stats.loss:.3f}"
-        falling = f"was still falling, from {half} at half of the steps to {last}"
+        falling = f"was still falling, from {half} at the halfway point to {last}"
     return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(stats, config))
 
 
@@ -310,8 +317,8 @@ def _is_apart(stats: Evidence) -> bool:
 
 def _apart_numbers(stats: Evidence) -> str:
     return (
-        f"training lately reported {stats.running_top1:.1f}% top-1, but training images evaluated "
-        f"like validation images get {stats.train_top1:.1f}% (threshold "
+        f"recent training reports gave {stats.running_top1:.1f}% top-1, but training images "
+        f"evaluated like validation images get {stats.train_top1:.1f}% (threshold: "
         f"{max(PARTED, stats.train_noise):.1f} points)"
     )
 
@@ -336,8 +343,8 @@ def _learned_little(stats: Evidence) -> bool:
 
 def _best_numbers(stats: Evidence) -> str:
     return (
-        f"the least validation loss is {stats.best_loss:.3f} (chance: {stats.chance_loss:.3f}), "
-        f"and validation top-1 {stats.top1:.1f}% (chance: {stats.chance_top1:.1f}%)"
+        f"the lowest validation loss is {stats.best_loss:.3f} (chance: {stats.chance_loss:.3f}), "
+        f"and validation top-1 is {stats.top1:.1f}% (chance: {stats.chance_top1:.1f}%)"
     )
 
 
@@ -346,7 +353,7 @@ def _lower_rate(config: Config) -> _Change:
     return (
         "schedule.learning_rate",
         _round(rate / 10),
-        "a tenth of it; tools.find_lr measures which work",
+        "a tenth of it; run tools.find_lr to measure which learning rates work",
     )
 
 
@@ -357,7 +364,7 @@ def _longer(stats: Evidence, config: Config) -> _Change:
     factor, reason = 2.0, "twice as long"
     if stats.recipe_epochs > stats.epochs:
         factor = stats.recipe_epochs / stats.epochs
-        reason = "the length of the experiment's own recipe"
+        reason = "the duration in the experiment's recipe"
         if length.unit == "epochs":
             # What was trained is rounded up to whole steps.
             return "train.duration", str(configs.Duration(stats.recipe_epochs, "epochs")), reason
@@ -370,28 +377,32 @@ def _closer_averages(stats: Evidence, config: Config) -> _Change | None:
     """Returns what brings the averages that evaluation uses closer to the last steps."""
     momentum = config.model.norm_momentum
     if momentum > 0.9:
-        return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
+        return "model.norm_momentum", 0.9, "BatchNorm statistics then follow the most recent steps"
     if stats.steps < SETTLED / (1 - momentum):
         return _longer(stats, config)
     if configs.parse_duration(config.train.ema):
-        return "train.ema", "", "evaluates the weights themselves, not their average"
+        return "train.ema", "", "evaluates the weights themselves instead of their average"
     return None
 
 
 def _more_regularization(config: Config) -> _Change | None:
     if not (config.augment.cutmix or config.augment.mixup):
-        return "augment.mixup", 0.2, "mixes images, so that none can be learned by heart"
+        return "augment.mixup", 0.2, "mixes images, so that none can be memorized"
     if config.model.dropout < 0.5:
         return "model.dropout", 0.5, "drops features before the last layer"
     if not config.train.label_smoothing:
-        return "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+        return (
+            "train.label_smoothing",
+            0.1,
+            "makes predictions less confident, which usually lowers the loss",
+        )
     return None
 
 
 def _less_regularization(config: Config) -> _Change | None:
     """Returns the usual value of a setting that is far stronger than usual, if there is one."""
     if config.model.dropout > 0.5:
-        return "model.dropout", 0.5, "more than half is rarely better"
+        return "model.dropout", 0.5, "more than 0.5 rarely helps"
     if config.train.label_smoothing > 0.2:
         return "train.label_smoothing", 0.1, "the usual value"
     if config.augment.mixup > 0.4:
@@ -405,7 +416,7 @@ def _less_regularization(config: Config) -> _Change | None:
 def _closer_fit(config: Config) -> _Change:
     """Returns what lets a network fit its training images more closely."""
     width = _round(1.5 * config.model.width)
-    return _less_regularization(config) or ("model.width", width, "2.25 times the operations")
+    return _less_regularization(config) or ("model.width", width, "2.25 × the multiply-adds")
 
 
 def _round(value: float) -> float:

@@ -105,7 +105,7 @@ def write_figures(
             figures.save(figure, written[-1])
     except OSError as error:
         raise UserError(
-            f"Cannot write plots to {folder}: {error}. Make the folder writable, with space left"
+            f"{folder}: cannot write plots: {error}. Free disk space or make the directory writable"
         ) from error
     return written
 
@@ -191,13 +191,13 @@ def plot_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     if proposal is not None:
         for rate, words, colour in (
             (proposal["rate"], "proposed", _RED),
-            (proposal["least"], "least loss", _COLOURS["run7"]),
+            (proposal["least"], "lowest loss", _COLOURS["run7"]),
         ):
             axes.axvline(rate, color=colour, linestyle="--", label=f"{words}, {rate:.2g}")
     # The last losses of a test that diverged would flatten all that matters.
     if points:
         axes.set_ylim(0, 1.5 * max(smoothed[: len(points) // 2 + 1]))
-    found = f"proposed rate {proposal['rate']:g}" if proposal else "no rate to propose"
+    found = f"proposed rate {proposal['rate']:g}" if proposal else "no proposed rate"
     title = f"{figures.short(values['config']['name'], _NAME_LENGTH)}: {found}"
     _finish_curves(axes, title, "learning rate", "loss")
     figures.save(figure, path)
@@ -255,7 +255,7 @@ def _confusion(confusion: dict[str, Any], title: str) -> "Figure":
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     words = "all classes" if confusion["whole"] else "most confused classes"
-    _finish(axes, f"{title}: {words}, images", "guessed", "true", classes=True)
+    _finish(axes, f"{title}: {words}, number of images", "predicted", "true", classes=True)
     axes.grid(visible=False)
     return figure
 
@@ -271,7 +271,7 @@ def _calibration(calibration: dict[str, Any], title: str) -> "Figure":
     gap = [abs(each["confidence"] - each["accuracy"]) for each in bins]
     style = {"width": width, "align": "edge", "edgecolor": "white"}
     axes.bar(left, least, color=_BLUE, **style)
-    axes.bar(left, gap, bottom=least, color=_RED, alpha=0.5, label="gap to the confidence", **style)
+    axes.bar(left, gap, bottom=least, color=_RED, alpha=0.5, label="gap to confidence", **style)
     axes.hlines(
         accuracy,
         left,
@@ -301,7 +301,7 @@ def _time(time: dict[str, Any], title: str) -> "Figure":
     )
     axes.bar_label(bars, [f"{phase['share']:.1%}" for phase in phases], padding=4, fontsize=11)
     axes.set_xlim(0, 1.15 * time["phases"][0]["seconds"] / 60)
-    _finish(axes, f"{title}: where the time went", "minutes", "")
+    _finish(axes, f"{title}: time by phase", "minutes", "")
     axes.grid(visible=False, axis="y")
     return figure
 

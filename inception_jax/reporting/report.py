@@ -66,8 +66,7 @@ def write_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> pat
     """
     if output.resolve() in {Workdir(path).report.resolve() for path in paths}:
         raise UserError(
-            f"--output={output}: is the report of one of the runs that are compared; name another "
-            "file"
+            f"--output={output}: is the report of one of the compared runs; use another file"
         )
     html.write(output, html.comparison_page([run_record.read(path) for path in paths], output))
     return output
@@ -121,10 +120,7 @@ def write_diagnosis(path: pathlib.Path) -> Diagnosis:
 def _store_diagnosis(record: RunRecord) -> Diagnosis:
     found = record.diagnosis
     if found is None:
-        raise UserError(
-            f"{record.workdir.path} has no config.json, which says what was trained and how. Give "
-            "the --workdir of a run"
-        )
+        raise UserError(f"{record.workdir.path}: config.json not found; use the workdir of a run")
     with _explained(record.workdir.diagnosis):
         atomic.write_json(record.workdir.diagnosis, _jsonable(dataclasses.asdict(found)))
     return found
@@ -154,7 +150,7 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error}. Make the folder writable, with space left"
+            f"{path}: cannot write: {error}. Free disk space or make the directory writable"
         ) from error
 
 

@@ -180,11 +180,11 @@ def _rows(path: pathlib.Path, classes: int | None) -> list[Row]:
         lines = read_lines(path)
     except OSError as error:
         raise UserError(
-            f"Cannot read {path}: {error.strerror}. Give the --workdir of a run that has started"
+            f"{path}: cannot read: {error.strerror}. Use the --workdir of a run that has started"
         ) from error
     if not lines:
         raise UserError(
-            f"{path} has no metrics yet. Wait for the run's first report (config.log.every)"
+            f"{path}: contains no metrics yet; wait for the run's first report (config.log.every)"
         )
     rows: list[Row] = []
     for line in lines:

@@ -60,16 +60,18 @@ class Watchdog:
     def look(self) -> None:
         """Logs that the run hangs, if it does and that was not logged yet."""
         phase, seconds = self._clock.idle_time()
-        limit = self._long_limit if phase in LONG_PHASES else self._limit
+        is_long = phase in LONG_PHASES
+        limit = self._long_limit if is_long else self._limit
         if not limit or seconds <= limit:
             self._logged = False
         elif not self._logged:
             self._logged = True
+            setting = "long_stall_minutes" if is_long else "stall_minutes"
             self._log(
-                f"nothing has happened for {seconds / 60:.1f} minutes, in the phase {phase!r} of "
-                "the run. What each thread is doing, latest call first, follows; it goes on "
-                "waiting. Look at the disks, the other hosts and the devices; "
-                "config.watch.stall_minutes says when this is said"
+                f"no progress for {seconds / 60:.1f} minutes in phase {phase!r}; the run keeps "
+                "waiting. Check the disks, the other hosts and the devices. "
+                f"config.watch.{setting} sets this limit. Stacks of all threads, most recent call "
+                "first:"
             )
             self._dump()
 

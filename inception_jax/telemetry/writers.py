@@ -134,18 +134,18 @@ class _Guarded:
             integrity.log_write_errors, patient and not part.is_own, log
         )
         self._waiting = collections.deque[_Row]()
-        with self._explained("opened"):
+        with self._explained("open"):
             self._writer: Writer = part.build(registry.fill(part, settings), workdir)
         if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
             raise ConfigError(
-                f"writer {part.name!r} ({part.place}): returned {self._writer!r}, which has no "
-                f"{', '.join(f'{name}()' for name in missing)}. Return an object with the methods "
+                f"writer {part.name!r} ({part.place}): returned {self._writer!r} without "
+                f"{', '.join(f'{name}()' for name in missing)}; return an object with the methods "
                 "write(step, *, epoch, split, values), flush() and close()"
             )
 
     def resume(self, resume_step: int) -> None:
         if resume := getattr(self._writer, "resume", None):
-            with self._explained("opened"):
+            with self._explained("open"):
                 resume(resume_step)
 
     def write(self, row: _Row) -> None:
@@ -156,20 +156,20 @@ class _Guarded:
     def flush(self) -> None:
         with self._tolerated():
             self._write_waiting()
-            with self._explained("flushed"):
+            with self._explained("flush"):
                 self._writer.flush()
 
     def close(self) -> None:
         try:
             self.flush()
         finally:
-            with self._tolerated(), self._explained("closed"):
+            with self._tolerated(), self._explained("close"):
                 self._writer.close()
 
     def _write_waiting(self) -> None:
         while self._waiting:
             step, epoch, split, values = self._waiting[0]
-            with self._explained(f"given the row of {split} at step {step:,}"):
+            with self._explained(f"write the {split} row of step {step:,}"):
                 # A copy: no writer changes what the next one gets.
                 self._writer.write(step, epoch=epoch, split=split, values=dict(values))
             self._waiting.popleft()
@@ -179,20 +179,20 @@ class _Guarded:
         try:
             yield
         except Exception as error:
-            resumes = "and rerun the same command: it resumes from the last checkpoint"
+            resume = "then rerun the same command to resume from the last checkpoint"
             if not self._part.is_own:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
-                    f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
-                    f"({frame.filename}, line {frame.lineno}). Fix it, leave it out of "
-                    "config.log.writers, or set config.checkpoint.on_write_error=continue, "
-                    f"{resumes}"
+                    f"writer {self._part.name!r}: cannot {what}: {type(error).__name__}: {error} "
+                    f"({frame.filename}, line {frame.lineno}). Fix the writer, remove it from "
+                    "config.log.writers, or set config.checkpoint.on_write_error=continue; "
+                    f"{resume}"
                 ) from error
             if not isinstance(error, OSError):
                 raise
             raise WriteError(
-                f"Cannot write metrics to {self._workdir.path}: {error}. The folder must be "
-                f"writable, with space left, as long as the run lasts. Fix this, {resumes}"
+                f"{self._workdir.path}: cannot write metrics: {error}. Free disk space or make the "
+                f"directory writable, {resume}"
             ) from error
 
 
@@ -295,8 +295,8 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             found = None
         if not isinstance(found, dict) or not isinstance(found.get("step"), int):
             raise UserError(
-                f"{path}, line {number}: {line[:60]!r} is not a line of metrics, which is a JSON "
-                'object with a "step". Remove the line, or the file, and start again.'
+                f"{path}, line {number}: {line[:60]!r} is not a JSON object with an integer "
+                '"step"; delete this line or the file, and rerun the command'
             )
         objects.append(found)
     return objects

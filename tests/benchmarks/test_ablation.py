@@ -66,7 +66,7 @@ def test_each_variant_is_trained_once(
         "--config.seed=1",
     ]
     monkeypatch.setattr("sys.argv", [*sys.argv, "--set", "seed=7"])
-    with pytest.raises(measure.BenchmarkError, match="other settings"):
+    with pytest.raises(measure.BenchmarkError, match="trained with other settings"):
         ablation.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split("|")[1:5] == [

@@ -19,7 +19,7 @@ def test_what_differs_is_named() -> None:
     assert left.differences(right) == ["params"]
     assert one.differences(dataclasses.replace(one, arrays={"params": bits})) == [
         "step",
-        "the arrays' names",
+        "names of arrays",
     ]
     assert one.differences(dataclasses.replace(one, lines=[{"step": 1}] * 2)) == ["metrics.jsonl"]
     assert one.differences(dataclasses.replace(one, result={"loss": 2.0})) == ["result.json"]
@@ -27,7 +27,7 @@ def test_what_differs_is_named() -> None:
 
 def test_a_torn_line_is_no_outcome(tmp_path: pathlib.Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n{"step": 2')
-    with pytest.raises(measure.BenchmarkError, match="torn"):
+    with pytest.raises(measure.BenchmarkError, match="incomplete"):
         lives.outcome(tmp_path)
 
 

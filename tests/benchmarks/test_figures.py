@@ -135,7 +135,7 @@ def test_step_time_compares_with_the_best_matrix_product_of_the_type() -> None:
 def test_another_network_is_refused() -> None:
     worker: Any = types.SimpleNamespace(name="peer", facts={"parameters": 6_185_832})
     assert step_time.check_same_network([worker], "paper") == 6_185_832
-    with pytest.raises(workers.ContenderError, match="peer: 6,185,832 parameters instead of"):
+    with pytest.raises(workers.ContenderError, match="peer: 6,185,832 parameters, expected"):
         step_time.check_same_network([worker], "s16")
 
 
@@ -174,15 +174,15 @@ def test_regression_says_what_became_slower_and_stores_when_told(
         regression.main()
         return capsys.readouterr().out
 
-    assert "Nothing to compare with" in start()
+    assert "No earlier result in" in start()
     assert "Stored: " in start("--store")
-    assert "Nothing moved by more than 10%" in start()
+    assert "No change of more than 10%" in start()
     result = {"environment": environment | {"cpu": "two"}, "figures": figures(80, 400)}
     with pytest.raises(measure.BenchmarkError, match="slower than the stored result"):
         start()
     printed = capsys.readouterr().out
     assert "train float32: SLOWER by 20%" in printed
-    assert "On another machine: 2 cores of one" in printed
+    assert "Measured on another machine: 2 cores, one" in printed
 
 
 def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:

@@ -31,7 +31,7 @@ def browser() -> Iterator[Any]:
         path = next((path for path in paths if pathlib.Path(path).exists()), None)
         if path is None:
             pytest.skip(
-                "there is no Chromium: apt install chromium, or playwright install chromium"
+                "Chromium not found; run apt install chromium or playwright install chromium"
             )
         # A container's root user has no sandbox; the pages are our own.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -186,7 +186,7 @@ def column(page: Any, table: str, index: int) -> list[str]:
 def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
     heads = opened.locator("#run-table th button")
     names = heads.all_inner_texts()
-    assert "train.duration.steps" in names
+    assert "train.duration" in names
     for index in range(heads.count()):
         head = opened.locator("#run-table thead th").nth(index)
         orders = []
@@ -219,7 +219,7 @@ def test_settings_can_be_found(opened: Any) -> None:
     shown = opened.locator("#all-settings tbody tr:visible th").all_inner_texts()
     assert "schedule.learning_rate" in shown and "train.batch_size" not in shown
     opened.get_by_placeholder("learning rate").fill("")
-    opened.get_by_label("only those that are not the default").check()
+    opened.get_by_label("only non-default values").check()
     shown = opened.locator("#all-settings tbody tr:visible th").all_inner_texts()
     assert "train.batch_size" in shown and "train.aux_weight" not in shown
 
@@ -278,8 +278,8 @@ def test_what_a_screen_reader_needs_is_there(opened: Any) -> None:
     "opened", [("one", {"java_script_enabled": False})], indirect=True, ids=["no script"]
 )
 def test_without_its_script_the_values_are_still_there(opened: Any) -> None:
-    assert opened.get_by_text("switched off").is_visible()
-    opened.get_by_text("The values as a table").click()
+    assert opened.get_by_text("Charts need JavaScript").is_visible()
+    opened.get_by_text("Values as a table").click()
     last = run_folders.lines()[-1]
     assert opened.get_by_role("cell", name=f"{last['top1']:.2f}").first.is_visible()
 

@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
         assert diagnosis.verdict == "too short to judge"
         assert diagnosis.advice is None
         assert "599 of 600 steps" in diagnosis.reason
-        parted = "so far, training lately reported 99.0% top-1" in "".join(diagnosis.notes)
+        parted = "so far, recent training reports gave 99.0% top-1" in "".join(diagnosis.notes)
         assert parted == ("running" in curve)
 
 
@@ -242,7 +242,7 @@ def test_with_one_evaluation_more_steps_come_first() -> None:
     last = [line for line in lines if line["step"] == STEPS]
     diagnosis = diagnose(last, plain(), classes=10, train_examples=EXAMPLES)
     assert diagnosis.verdict == "underfitting"
-    assert "there is one evaluation only" in diagnosis.reason
+    assert "there is only one evaluation" in diagnosis.reason
     assert advised(diagnosis) == ("train.duration", f"{2 * EPOCHS} epochs")
 
 

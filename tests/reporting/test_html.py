@@ -71,7 +71,7 @@ def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
     assert targets <= ids
     last = run_folders.lines()[-1]
     assert f"{last['top1']:.2f}" in page.words
-    assert "(600 images)" in page.words
+    assert "(95% interval for n = 600 images)" in page.words
     assert "3 min 20 s" in page.words  # 200 seconds in all.
 
 
@@ -79,7 +79,7 @@ def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path
     folder = run_folders.write(tmp_path)
     page = page_of(folder)
     assert "Best and last evaluation, step 400" in page.words
-    assert "are of the evaluation at step 400 (best and last), test" in page.words
+    assert "come from the evaluation at step 400 (best and last), split test" in page.words
     # The evaluation at step 360 is better than the last one.
     lines = run_folders.lines()
     for line in lines:
@@ -89,7 +89,7 @@ def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path
     page = page_of(folder)
     assert "Last evaluation, step 400" in page.words
     assert "The best evaluation was 99.00% at step 360" in page.words
-    assert "(last), test" in page.words
+    assert "(last), split test" in page.words
 
 
 def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) -> None:
@@ -151,8 +151,8 @@ def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pa
     assert found.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
     assert found.role(400) == "best and last"
     page = page_of(folder)
-    words = page.words.partition("Horizontal axis")[0].partition("other evaluations")[2]
-    assert "mirrored views averaged 400 0.5000 88.80 99.00 600" in words
+    words = page.words.partition("Horizontal axis")[0].partition("Other evaluations")[2]
+    assert "horizontal-flip average 400 0.5000 88.80 99.00 600" in words
     assert "crops 400 0.0100 99.90 – 7" in words
     splits = page.data["runs"][0]["splits"]
     assert list(splits) == ["train", "crops", "flip", "test"]
@@ -269,10 +269,10 @@ def expected_of(tmp_path: pathlib.Path, top1: float, **experiment: Any) -> str:
 def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> None:
     last = run_folders.lines()[-1]["top1"]
     words = expected_of(tmp_path, last - 1.5)
-    assert f"As expected or better: {last:.2f}% against {last - 1.5:.2f}% (+1.50 points)" in words
+    assert f"As expected or better: {last:.2f}%, expected {last - 1.5:.2f}% (+1.50 points)" in words
     assert "a paper's table 3" in words
-    assert "Below what is expected" in expected_of(tmp_path, last + 2)
-    assert "states no figure" in expected_of(tmp_path, 0.0)
+    assert "Below the expected result" in expected_of(tmp_path, last + 2)
+    assert "sets no expected result" in expected_of(tmp_path, 0.0)
 
 
 def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
@@ -285,8 +285,8 @@ def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
     words = expected_of(tmp_path, 50.0, experiment=experiment)
     # The rate is the experiment's after all, and where data lie is no part of a recipe.
     assert "this run changed 1 of its settings" in words
-    assert "setting experiment this run train.duration.steps 4000 400" in words
-    assert "As they are in experiments/made_up.py." in expected_of(
+    assert "setting experiment this run train.duration 4000 steps 400 steps" in words
+    assert "Unchanged from experiments/made_up.py." in expected_of(
         tmp_path, 50.0, experiment=experiment | {"own": {}}
     )
 
@@ -296,7 +296,7 @@ def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> N
     shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
     assert page.data["runs"][0]["splits"]["train"]["metrics"]["loss"]
-    assert "No evaluation has left its predictions" in page.words
+    assert "This workdir has no predictions" in page.words
     assert tmp_path.name in page.words
     assert not page.all("img")
 
@@ -306,7 +306,7 @@ def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
     assert "step 120, not finished" in page.words
     assert "Time: 3 min 20 s" in page.words  # From what the evaluation left.
     (tmp_path / "metrics.jsonl").write_text(json.dumps(run_folders.lines()[0]) + "\n")
-    assert "Nothing has been evaluated yet." in page_of(tmp_path).words
+    assert "No evaluation yet." in page_of(tmp_path).words
 
 
 def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.Path) -> None:
@@ -317,7 +317,7 @@ def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.P
         (folder / "config.json").write_text(json.dumps(run_record))
         assert ("Evaluated on training images" in page_of(folder).words) == bool(count)
     words = page_of(folder).words
-    assert "2 of the images of the evaluation split" in words
+    assert "2 images of the evaluation split" in words
     assert "val/<b>.jpg = train/1.jpg and more" in words
 
 
@@ -350,7 +350,7 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     page = Page(output.read_text(encoding="utf-8"))
     assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
     assert context.differing([run_record.read(one), run_record.read(other)]) == [
-        "train.duration.steps",
+        "train.duration",
         "train.label_smoothing",
     ]
     assert "train.label_smoothing 0.0 0.1" in page.words
@@ -358,7 +358,7 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     # A link to the report of the run that has one, from where the page lies.
     links = [a["href"] for a in page.all("a") if "report.html" in str(a["href"])]
     assert links == ["../other%20%26%20more/report.html"]
-    with pytest.raises(UserError, match="is the report of one of the runs"):
+    with pytest.raises(UserError, match="is the report of one of the compared runs"):
         report.write_comparison([one, other], other / "report.html")
 
 

@@ -204,12 +204,12 @@ def test_any_metric_has_its_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -
 def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}.*No such file.*--workdir"):
         report.plot(tmp_path)
-    with pytest.raises(UserError, match="no metrics yet"):
+    with pytest.raises(UserError, match="contains no metrics yet"):
         report.plot(_workdir(tmp_path, []))
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     (workdir / "plots").write_text("")
-    with pytest.raises(UserError, match="Cannot write plots"):
+    with pytest.raises(UserError, match="cannot write plots"):
         report.plot(workdir)

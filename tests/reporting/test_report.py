@@ -105,7 +105,7 @@ def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
 
 def test_a_folder_without_its_configuration_is_the_users_error(folder: pathlib.Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"config\.json not found"):
         report.write_diagnosis(folder)
 
 

@@ -43,7 +43,7 @@ def test_a_stall_is_said_once_and_the_next_one_again() -> None:
                     watchdog.look()
             watchdog.look()
     assert len(said) == 6 and said[1::2] == ["stacks"] * 3
-    assert "for 1.1 minutes, in the phase 'train'" in said[0]
+    assert "for 1.1 minutes in phase 'train'" in said[0]
 
 
 def test_steps_within_the_limit_are_no_stall() -> None:
@@ -91,5 +91,5 @@ def test_the_thread_shows_where_a_run_hangs() -> None:
         "print(len(said), said[0])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 nothing has happened")
+    assert done.stdout.startswith("1 no progress for")
     assert "in hanging" in done.stderr and "Thread" in done.stderr

@@ -126,7 +126,7 @@ def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
 def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*Remove the line"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*delete this line"):
         RunWriter(Workdir(tmp_path), Log(), resume_step=2)
     assert path.read_text().count("\n") == 3
 
@@ -180,7 +180,7 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             # What is left is a part of a page of each file: lines are torn.
             (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
             write(range(11, 201))
-            with pytest.raises(WriteError, match=r"Cannot write metrics .*No space left"):
+            with pytest.raises(WriteError, match=r"cannot write metrics: .*No space left"):
                 writer.flush()
             assert 10 < len(read_lines(disk / "run" / "metrics.jsonl")) < 200
             (disk / "other").unlink()
@@ -289,7 +289,7 @@ def test_a_writer_that_fails_is_named(
     ):
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
         expected = (
-            r"writer 'mine' cannot be given the row of train at step 2: ValueError: the service is "
+            r"writer 'mine': cannot write the train row of step 2: ValueError: the service is "
             r"not there \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
         )
         with pytest.raises(WriteError, match=expected):
@@ -313,7 +313,7 @@ def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
         assert not said
         # No error: a checkpoint waits for metrics.jsonl alone.
         writer.flush()
-        assert "'mine' cannot be given the row of train at step 1: ValueError" in said.pop()
+        assert "'mine': cannot write the train row of step 1: ValueError" in said.pop()
         assert not said
         is_down[0] = False
         writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
@@ -331,7 +331,7 @@ def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
         Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
     ) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
-    assert ["given the row" in said[0], "closed" in said[1], len(said)] == [True, True, 2]
+    assert ["cannot write" in said[0], "cannot close" in said[1], len(said)] == [True, True, 2]
     assert "on_write_error = 'continue'" in said[0]
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 
@@ -343,15 +343,15 @@ def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
         return Rows()
 
     settings = registered(mine)
-    with pytest.raises(WriteError, match=r"writer 'mine' cannot be opened: TypeError: .*1 pos"):
+    with pytest.raises(WriteError, match=r"writer 'mine': cannot open: TypeError: .*1 pos"):
         RunWriter(Workdir(tmp_path), settings, resume_step=0)
 
 
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        (None, r"returned None, which has no write\(\), flush\(\), close\(\)\. Return an object "),
-        (types.SimpleNamespace(write=print), r"returned .*, which has no flush\(\), close\(\)\. "),
+        (None, r"returned None without write\(\), flush\(\), close\(\); return an object "),
+        (types.SimpleNamespace(write=print), r"returned .* without flush\(\), close\(\); "),
     ],
 )
 def test_what_is_no_writer_is_refused(
@@ -396,7 +396,7 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
 
 def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="Cannot write metrics"):
+    with pytest.raises(UserError, match="cannot write metrics"):
         RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0)
 
 
