@@ -6,7 +6,7 @@ kill aims at a phase, in turn, and at a random moment in it; the phase that it m
 it left. Those that aim at the preparation of the data start with a directory that no preparation
 has finished yet. When a run is finished, its parameters, their averages, the optimizer's state and
 metrics.jsonl must be, to the bit, those of a run that nobody disturbed, but for what is measured in
-it (telemetry.writers.MEASURED). Ends with 1 where they are not.
+it (telemetry.writers.NONDETERMINISTIC_FIELDS). Ends with 1 where they are not.
 
 A kill of the process is not a loss of power: what was handed to the operating system is kept.
 

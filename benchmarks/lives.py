@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import measure
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import MEASURED
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS
 from inception_jax.training import run as runs
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
@@ -267,7 +267,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
     if not metrics.read_bytes().endswith(b"\n"):
         raise measure.BenchmarkError(f"{metrics}: the last line is incomplete")
     lines = [
-        {name: value for name, value in line.items() if name not in MEASURED}
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
         for line in metric_lines(workdir)
     ]
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))

@@ -15,13 +15,13 @@ def wnid(label: int) -> str:
     return f"n{1000 + 7 * label:08d}"
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """Returns the mean colour of a class's images: far from that of the next ones."""
+def color(label: int) -> tuple[int, int, int]:
+    """Returns the mean color of a class's images: far from that of the next ones."""
     return 60 + 150 * (label % 2), 60 + 75 * (label // 2 % 3), 60 + 75 * (label // 6 % 3)
 
 
 def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns an image: the class's colour, stripes in the class's direction, and noise.
+    """Returns an image: the class's color, stripes in the class's direction, and noise.
 
     Args:
       label: the class.
@@ -34,22 +34,22 @@ def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size
     angle = np.pi * label / 8
     stripes = np.sin(2 * np.pi * (4 * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()))
-    image = np.array(colour(label)) + 30 * stripes[..., None] + rng.normal(0, 5, (size, size, 3))
+    image = np.array(color(label)) + 30 * stripes[..., None] + rng.normal(0, 5, (size, size, 3))
     return image.clip(0, 255).astype(np.uint8)
 
 
-def jpeg(image: np.ndarray, *, grey: bool = False) -> bytes:
-    """Returns an RGB image as a JPEG file, of one channel if `grey`."""
+def jpeg(image: np.ndarray, *, gray: bool = False) -> bytes:
+    """Returns an RGB image as a JPEG file, of one channel if `gray`."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
-    (picture.convert("L") if grey else picture).save(buffer, format="JPEG", quality=95)
+    (picture.convert("L") if gray else picture).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 
 def tiny_imagenet_files(
     classes: int, train_per_class: int, val_per_class: int, test_images: int, size: int = 64
 ) -> dict[str, bytes]:
-    """Returns the files of an archive by their path; every fifth training image is grey."""
+    """Returns the files of an archive by their path; every fifth training image is gray."""
     rng = np.random.default_rng(0)
     files = {}
     # As in the official archive, wnids.txt is not sorted, and words.txt knows more classes.
@@ -62,7 +62,7 @@ def tiny_imagenet_files(
         folder, names = f"train/{wnid(label)}", []
         for number in range(train_per_class):
             names.append(f"{wnid(label)}_{number}.JPEG")
-            data = jpeg(pixels(label, size, rng), grey=number % 5 == 4)
+            data = jpeg(pixels(label, size, rng), gray=number % 5 == 4)
             files[f"{folder}/images/{names[-1]}"] = data
         boxes = "".join(f"{name}\t{box}\n" for name in names)
         files[f"{folder}/{wnid(label)}_boxes.txt"] = boxes.encode()

@@ -103,7 +103,7 @@ def test_trained_weights_need_a_third_of_the_epochs() -> None:
     for images in (8, 20, 32):
         found = resolve(config, images)
         timeline = configs.Timeline(found.train.batch_size, images)
-        assert timeline.steps(found.train.duration) >= diagnosis.LEAST_STEPS
+        assert timeline.steps(found.train.duration) >= diagnosis.MIN_STEPS
 
 
 def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:

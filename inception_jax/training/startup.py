@@ -49,7 +49,7 @@ def started(
                 config.log,
                 resume_step=first,
                 is_lead=run.is_lead,
-                patient=continue_on_write_error(config),
+                retry_on_error=continue_on_write_error(config),
             ) as writer,
             Progress(
                 run.total_steps,
@@ -57,7 +57,7 @@ def started(
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
                 # Of the training step, and in this thread of the first evaluation.
-                pauses=lambda: clock.seconds("compile") + compilations.seconds(),
+                pauses=lambda: clock.seconds("compile") + compilations.thread_seconds(),
             ) as progress,
             Watchdog(
                 clock,

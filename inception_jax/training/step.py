@@ -75,10 +75,10 @@ def compile_train_steps(
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
         kind = f"{what}, {run.compile_kind()}"
-        known = compilations.expected(kind)
+        known = compilations.last_seconds(kind)
         about = "" if known is None else f" (the first time about {known:.0f} s, as last measured)"
         log(f"{what}: compiling{about}, or loading it from the compilation cache")
-        return compilations.compile_and_say(lowered, what, kind, log)
+        return compilations.compile_and_log(lowered, what, kind, log)
 
     def trace_and_compile(image_size: int) -> jax.stages.Compiled:
         return compile_lowered(image_size, lower(image_size))

@@ -48,7 +48,7 @@ def test_a_measured_run_gets_a_true_verdict_and_the_advice_that_was_followed(nam
     own = {path: configs.get(recipe, path) for path, _, _ in configs.leaves()}
     own = {path: value for path, value in own.items() if value != configs.get(config, path)}
     lines = [json.loads(line) for line in recorded.pop("lines")]
-    diagnosis = diagnose(gather(lines, config, own_settings=own, **recorded), config)
+    diagnosis = diagnose(gather(lines, config, recipe_settings=own, **recorded), config)
     assert diagnosis.verdict in case.verdicts, diagnosis.lines()
     # The advice given today is the one that was tried, so its effect is known.
     if advice := diagnosis.advice:

@@ -86,10 +86,10 @@ def check_subset(dataset: Dataset, size: int = SIZE) -> None:
                 assert label == (true if name == "validation" else -1)
             mean = image.mean(axis=(0, 1))
             if name == "train" and number % 5 == 4:
-                luma = np.dot([0.299, 0.587, 0.114], archives.colour(true))
+                luma = np.dot([0.299, 0.587, 0.114], archives.color(true))
                 np.testing.assert_allclose(mean, [luma] * 3, atol=8)
             else:
-                np.testing.assert_allclose(mean, archives.colour(true), atol=8)
+                np.testing.assert_allclose(mean, archives.color(true), atol=8)
     pixels = pixels_of(dataset.train).astype(np.float64) / 255
     np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)

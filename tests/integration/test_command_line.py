@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from tests import archives, command
 
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 4, 24, 6
@@ -61,8 +61,8 @@ def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> p
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in line.items() if name not in MEASURED}
-        for line in read_lines(folder / "metrics.jsonl")
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
+        for line in read_metrics(folder / "metrics.jsonl")
     ]
 
 

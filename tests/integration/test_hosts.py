@@ -16,7 +16,7 @@ import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 from tests import command, small, worker
 
 HOST = socket.gethostname()
@@ -130,7 +130,7 @@ def test_other_layouts_give_the_curve_of_one_process(
     train(4, 1, 4, data_directory, several)
     train(2, 2, 8, data_directory, several)
 
-    expected, found = (read_lines(folder / "metrics.jsonl") for folder in (one, several))
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (one, several))
     # Each line once, although several processes reported.
     places = [[(line["step"], line["split"]) for line in lines] for lines in (expected, found)]
     assert places[0] == places[1] and len(places[0]) == 8

@@ -153,13 +153,13 @@ def test_a_chart_can_be_read_with_the_keyboard(opened: Any) -> None:
     plot.focus()
     opened.keyboard.press("End")
     last = {line["split"]: line for line in run_folders.lines()[-2:]}
-    said = opened.locator("#said").inner_text()
+    said = opened.locator("#announcement").inner_text()
     assert said.startswith("Top-1 accuracy, epoch 10: ")
     for split, words in (("train", "training"), ("test", "test")):
         top1 = float(f"{last[split]['top1']:.4g}")
         assert f"{words} {top1:g}%" in said
     opened.keyboard.press("ArrowLeft")
-    assert "epoch 9.75: " in opened.locator("#said").inner_text()
+    assert "epoch 9.75: " in opened.locator("#announcement").inner_text()
     assert opened.locator('[data-metric="top1"] .tip').is_visible()
     opened.keyboard.press("+")
     assert min(ticks(opened, "top1")) > 4

@@ -13,7 +13,7 @@ from inception_jax.config import Augment, Config, Model, Train
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.reporting.diagnosis import diagnose as diagnose_evidence
 from inception_jax.reporting.evidence import gather
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 CHANCE = math.log(10)
@@ -166,7 +166,7 @@ def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
     ],
 )
 def test_a_recipe_that_was_cut_short_is_not_judged(own: dict[str, Any], expected: Any) -> None:
-    diagnosis = found({"train_top1": 72.0}, own_settings=own)
+    diagnosis = found({"train_top1": 72.0}, recipe_settings=own)
     assert (diagnosis.verdict == "too short to judge") == bool(expected), diagnosis.lines()
     assert advised(diagnosis) == expected
 
@@ -330,7 +330,7 @@ def test_evidence_is_what_arithmetic_gives() -> None:
         classes=10,
         train_examples=1000,
         label_counts=[1, 3],
-        own_settings={"train.duration": "12 epochs"},
+        recipe_settings={"train.duration": "12 epochs"},
     )
     assert (found.steps, found.planned_steps, found.recipe_epochs) == (40, 80, 12)
     assert found.chance_loss == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
@@ -358,7 +358,7 @@ def test_runs_of_older_versions_are_judged_by_what_they_measured(
     name: str, rate: float, verdict: str, expected: tuple[str, Any] | None
 ) -> None:
     """On the digits at 5 and 5e-5, where 0.05 is right; on 500 of them; and on Tiny ImageNet."""
-    lines = read_lines(HERE / "curves" / f"{name}.jsonl")
+    lines = read_metrics(HERE / "curves" / f"{name}.jsonl")
     config = plain(train=Train(batch_size=32, duration=f"{lines[-1]['step']} steps"))
     config.schedule.learning_rate = rate
     classes = 200 if name == "three_epochs" else 10

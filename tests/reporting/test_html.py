@@ -156,7 +156,7 @@ def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pa
     assert "crops 400 0.0100 99.90 – 7" in words
     splits = page.data["runs"][0]["splits"]
     assert list(splits) == ["train", "crops", "flip", "test"]
-    assert len({columns["colour"] for columns in splits.values()}) == 4
+    assert len({columns["color"] for columns in splits.values()}) == 4
     assert splits["flip"]["metrics"]["top1"] == [88.8] * 10
     # Runs are compared by their own evaluations.
     assert list(context.curves([found, found])["runs"][0]["splits"]) == ["train", "test"]
@@ -176,7 +176,7 @@ def test_a_run_is_read_once_and_judged_once_at_its_end(
 
         monkeypatch.setattr(module, name, counted)
 
-    for name in ("read_lines", "diagnose"):
+    for name in ("read_metrics", "diagnose"):
         count(run_record, name)
     for module, name in (
         (configs, "read_record"),
@@ -185,7 +185,7 @@ def test_a_run_is_read_once_and_judged_once_at_its_end(
     ):
         count(module, name)
     report.finish(run_folders.write(tmp_path), lambda line: None)
-    assert sorted(calls) == ["confusion", "diagnose", "read", "read_lines", "read_record"]
+    assert sorted(calls) == ["confusion", "diagnose", "read", "read_metrics", "read_record"]
 
 
 def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -219,10 +219,10 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
 
 def test_long_curves_are_thinned_and_gaps_stay() -> None:
     lines = [{"step": n, "loss": None if n == 3 else n} for n in range(1, 5001)]
-    kept = context.thinned(lines, 1000)
+    kept = context.subsample(lines, 1000)
     assert len(kept) == 1000
     assert (kept[0], kept[-1]) == (lines[0], lines[-1])
-    assert context.thinned(lines[:5], 1000) == lines[:5]
+    assert context.subsample(lines[:5], 1000) == lines[:5]
 
 
 def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
@@ -349,7 +349,7 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     report.write_comparison([one, other], output)
     page = Page(output.read_text(encoding="utf-8"))
     assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
-    assert context.differing([run_record.read(one), run_record.read(other)]) == [
+    assert context.differing_settings([run_record.read(one), run_record.read(other)]) == [
         "train.duration",
         "train.label_smoothing",
     ]
@@ -365,8 +365,8 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
 def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path: pathlib.Path) -> None:
     folders = [run_folders.write(tmp_path / name / "run") for name in ("a", "b")]
     records = [run_record.read(folder) for folder in folders]
-    assert run_record.names(records) == ["a/run", "b/run"]
-    assert len(set(run_record.names([records[0], records[0]]))) == 2
+    assert run_record.display_names(records) == ["a/run", "b/run"]
+    assert len(set(run_record.display_names([records[0], records[0]]))) == 2
 
 
 def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
@@ -392,4 +392,4 @@ def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_durations_are_said_as_one_says_them(seconds: float, words: str) -> None:
-    assert html.duration(seconds) == words
+    assert html.format_duration(seconds) == words

@@ -85,8 +85,8 @@ def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
     for path in (loss, accuracy):
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         assert len(pixels) == 1200 * 750
-        for colour in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
-            assert (pixels == colour).all(axis=1).sum() > 100
+        for color in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
+            assert (pixels == color).all(axis=1).sum() > 100
 
 
 @pytest.mark.parametrize("line", [_TRAIN[0], _VALIDATION[0]])
@@ -171,7 +171,7 @@ def test_odd_names_break_no_plot(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = _workdir(tmp_path / "run", _TRAIN + _VALIDATION)
-        monkeypatch.setattr(context, "names", lambda records: run_folders.ODD_NAMES)
+        monkeypatch.setattr(context, "display_names", lambda records: run_folders.ODD_NAMES)
         report.plot_comparison([run] * len(run_folders.ODD_NAMES), tmp_path / "all")
         monkeypatch.undo()
         shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]

@@ -40,8 +40,8 @@ def test_a_stall_is_said_once_and_the_next_one_again() -> None:
             with clock.phase("train"):
                 for _ in range(30):
                     time.now += 5
-                    watchdog.look()
-            watchdog.look()
+                    watchdog.check()
+            watchdog.check()
     assert len(said) == 6 and said[1::2] == ["stacks"] * 3
     assert "for 1.1 minutes in phase 'train'" in said[0]
 
@@ -53,7 +53,7 @@ def test_steps_within_the_limit_are_no_stall() -> None:
             for phase in ("input", "train"):
                 with clock.phase(phase):
                     time.now += 59
-                    watchdog.look()
+                    watchdog.check()
     assert not said
 
 
@@ -62,10 +62,10 @@ def test_long_phases_have_a_limit_of_their_own(phase: str) -> None:
     time, clock, watchdog, said = watched()
     with clock.phase("other"), clock.phase(phase):
         time.now += 599
-        watchdog.look()
+        watchdog.check()
         assert not said
         time.now += 2
-        watchdog.look()
+        watchdog.check()
     assert f"phase '{phase}'" in said[0]
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_ended_is_no_stall() -> None:
     with clock.phase("other"):
         time.now += 5
     time.now += 1e6
-    watchdog.look()
+    watchdog.check()
     assert not said
 
 

@@ -22,7 +22,7 @@ from inception_jax import registry
 from inception_jax.config import Config, Log, validate
 from inception_jax.errors import ConfigError, UserError, WriteError
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import RunWriter, read_lines
+from inception_jax.telemetry.writers import RunWriter, read_metrics
 from tests import disks
 
 _KILLED = """
@@ -174,7 +174,7 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
 
     with disks.mounted(tmp_path / "disk", kilobytes=64) as disk:
-        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, patient=True) as writer:
+        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, retry_on_error=True) as writer:
             write(range(1, 11))
             writer.flush()
             # What is left is a part of a page of each file: lines are torn.
@@ -182,7 +182,7 @@ def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib
             write(range(11, 201))
             with pytest.raises(WriteError, match=r"cannot write metrics: .*No space left"):
                 writer.flush()
-            assert 10 < len(read_lines(disk / "run" / "metrics.jsonl")) < 200
+            assert 10 < len(read_metrics(disk / "run" / "metrics.jsonl")) < 200
             (disk / "other").unlink()
             write(range(201, 211))
         assert [line["step"] for line in _lines(disk / "run")] == list(range(1, 211))
@@ -306,7 +306,7 @@ def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
     rows = Rows(lambda method, step: is_down[0] and method == "write")
     settings = registered(lambda settings, workdir: rows)
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=said.append
     ) as writer:
         for step in (1, 2):
             writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
@@ -328,7 +328,7 @@ def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
     said: list[str] = []
     settings = registered(lambda settings, workdir: Rows(lambda method, step: method != "resume 0"))
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=said.append
     ) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
     assert ["cannot write" in said[0], "cannot close" in said[1], len(said)] == [True, True, 2]

@@ -19,7 +19,7 @@ from inception_jax.evaluation.evaluate import EvalResult
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from inception_jax.training import (
     checkpoints,
     gradients,
@@ -96,8 +96,8 @@ def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and returns the lines of metrics, without their times."""
     small.train(this, Workdir(folder), evaluate, changed=[])
     return [
-        {name: value for name, value in line.items() if name not in MEASURED}
-        for line in read_lines(folder / "metrics.jsonl")
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
+        for line in read_metrics(folder / "metrics.jsonl")
     ]
 
 
@@ -205,7 +205,7 @@ def test_too_many_in_a_row_stop_the_run_also_after_a_resume(
         train(this, tmp_path)
     with checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
         assert saved.latest_step() == 6
-    assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
 def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:

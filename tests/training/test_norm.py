@@ -12,7 +12,7 @@ from inception_jax.config import Evaluation, Train
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 from inception_jax.training import checkpoints, norm, run, state
 from tests import small
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_has_the_statistics_that_were_evaluated_and_training_goes_o
         this = small.build(settings(data_directory, examples=examples))
         folder = Workdir(tmp_path / str(examples))
         small.train(this, folder, Evaluator(this), changed=[])
-        lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
+        lines = [each for each in read_metrics(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]
         for line in lines:
             found = evaluate_checkpoint(this, folder, str(line["step"]))

@@ -63,7 +63,7 @@ def test_a_share_of_each_class_is_held_out(source: pathlib.Path, tmp_path: pathl
         pictures = split.read(np.arange(len(split)))
         for picture, label, name in zip(pictures, split.labels, split.names, strict=True):
             assert name.split("/")[0] == dataset.class_names[label]
-            colour = archives.colour(label)
+            colour = archives.color(label)
             np.testing.assert_allclose(picture.mean(axis=(0, 1)), colour, atol=8)
 
 

@@ -116,7 +116,7 @@ def check(dataset: Dataset) -> None:
     for split in (dataset.train, dataset.evaluation):
         pixels = split.read(np.arange(len(split)))
         for image, label in zip(pixels, split.labels, strict=True):
-            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.colour(label), atol=12)
+            np.testing.assert_allclose(image.mean(axis=(0, 1)), archives.color(label), atol=12)
 
 
 def test_what_is_prepared_is_what_the_archives_hold(
