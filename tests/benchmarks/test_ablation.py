@@ -81,14 +81,14 @@ def test_each_variant_is_trained_once(
 
 
 @pytest.mark.parametrize("text", ["", "experiment = 1", "[variants]", PLAN + "[more]\n"])
-def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+def test_invalid_plan_is_rejected(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(text)
     with pytest.raises(measure.BenchmarkError, match=r"plan\.toml: "):
         ablation.read_plan(path)
 
 
-def test_a_variant_replaces_a_shared_tuple() -> None:
+def test_variant_replaces_a_shared_tuple() -> None:
     shared = ["train.image_sizes=(32,48)", "train.image_size_boundaries=0.75 epochs"]
     variant = ["train.image_sizes=(48,)", "train.image_size_boundaries="]
     flags = command.overrides([*shared, *variant])
@@ -97,7 +97,7 @@ def test_a_variant_replaces_a_shared_tuple() -> None:
     assert config.train.image_size_boundaries == ()
 
 
-def test_each_variant_of_the_project_is_valid() -> None:
+def test_all_stored_plans_are_valid() -> None:
     plans = sorted((measure.ROOT / "benchmarks" / "ablations").glob("*.toml"))
     assert plans
     for path in plans:

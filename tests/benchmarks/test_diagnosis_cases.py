@@ -32,7 +32,7 @@ def read(settings: dict[str, Any]) -> configs.Config:
     return configs.from_dict(nested)
 
 
-def test_every_case_was_measured_and_can_be_again() -> None:
+def test_all_cases_are_measured_and_valid() -> None:
     assert list(RESULTS) == list(CASES)
     assert len(CASES) >= 12
     for case in CASES.values():
@@ -40,7 +40,7 @@ def test_every_case_was_measured_and_can_be_again() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_measured_run_gets_a_true_verdict_and_the_advice_that_was_followed(name: str) -> None:
+def test_measured_run_gets_a_true_verdict_and_the_followed_advice(name: str) -> None:
     case, stored = CASES[name], RESULTS[name]
     recorded = dict(stored["recorded"])
     settings = recorded.pop("config")
@@ -59,7 +59,7 @@ def test_a_measured_run_gets_a_true_verdict_and_the_advice_that_was_followed(nam
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_advice_that_was_followed_made_nothing_worse(name: str) -> None:
+def test_followed_advice_did_not_make_runs_worse(name: str) -> None:
     stored = RESULTS[name]
     assert not stored["worse"]
     if "followed" in stored:
@@ -81,7 +81,9 @@ def test_worse_is_less_accurate_or_has_a_higher_loss(top1: float, loss: float, w
     assert diagnosis_cases.is_worse(before, {"top1": top1, "loss": loss, "noise": 2.0}) == worse
 
 
-def test_pictures_are_the_same_each_time_and_labels_can_be_shuffled(tmp_path: pathlib.Path) -> None:
+def test_striped_images_are_deterministic_and_labels_can_be_shuffled(
+    tmp_path: pathlib.Path,
+) -> None:
     folders = {}
     for name, shuffled in (("one", False), ("same", False), ("other", True)):
         folder = tmp_path / name

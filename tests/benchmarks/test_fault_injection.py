@@ -9,7 +9,7 @@ import pytest
 from benchmarks import fault_injection, lives, measure
 
 
-def test_what_differs_is_named() -> None:
+def test_differences_are_named() -> None:
     bits = np.float32([1.0, 2.0]).tobytes()
     one = lives.Outcome([{"step": 1}], {"params": bits, "step": b"1"}, {"loss": 1.0})
     assert one.differences(dataclasses.replace(one)) == []
@@ -25,13 +25,13 @@ def test_what_differs_is_named() -> None:
     assert one.differences(dataclasses.replace(one, result={"loss": 2.0})) == ["result.json"]
 
 
-def test_a_torn_line_is_no_outcome(tmp_path: pathlib.Path) -> None:
+def test_incomplete_line_is_rejected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n{"step": 2')
     with pytest.raises(measure.BenchmarkError, match="incomplete"):
         lives.outcome(tmp_path)
 
 
-def test_a_phase_is_entered_again_after_another() -> None:
+def test_phase_entries_are_counted() -> None:
     until = fault_injection._entered("save", 2)
     seen = ["steps", "save", "save", "steps", "save"]
     assert [until(phase) for phase in seen] == [False, False, False, False, True]

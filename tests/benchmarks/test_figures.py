@@ -41,7 +41,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("stem", "image_size", "width"),
     [("paper", 64, 1.0), ("s16", 64, 1.0), ("s32", 64, 0.5), ("paper", 224, 1.0)],
 )
-def test_counts_are_those_of_our_network(stem: str, image_size: int, width: float) -> None:
+def test_counts_match_our_network(stem: str, image_size: int, width: float) -> None:
     module = networks.create(Model(stem=stem, width=width), 200)
 
     def shapes() -> Any:
@@ -72,7 +72,7 @@ def test_counts_are_those_of_our_network(stem: str, image_size: int, width: floa
     assert macs == network.multiply_adds(stem, image_size, 200, width)
 
 
-def test_the_bare_step_runs_the_network_that_is_counted() -> None:
+def test_bare_step_uses_the_counted_network() -> None:
     settings = {
         "stem": "s16",
         "dtype": "bfloat16",
@@ -87,7 +87,7 @@ def test_the_bare_step_runs_the_network_that_is_counted() -> None:
     assert run.dataset.num_classes == 200
 
 
-def test_the_bare_steps_run_again_and_again(data_directory: pathlib.Path) -> None:
+def test_bare_steps_can_be_repeated(data_directory: pathlib.Path) -> None:
     settings = small.config(data_directory)
     settings.train.batch_size = 8
     made = ours_step.make_run(
@@ -105,7 +105,7 @@ def rounds(*seconds: float) -> list[dict[str, float]]:
     return [{"seconds": each} for each in seconds]
 
 
-def test_step_time_compares_with_the_best_matrix_product_of_the_type() -> None:
+def test_step_time_is_relative_to_the_fastest_matmul_of_the_dtype() -> None:
     arguments = step_time.parse(["--matmul-size=1000", "--batch-size=10", "--modes", "train"])
     numbers = {
         ("ours float32", "matmul"): rounds(0.02, 0.02),
@@ -132,7 +132,7 @@ def test_step_time_compares_with_the_best_matrix_product_of_the_type() -> None:
     ]
 
 
-def test_another_network_is_refused() -> None:
+def test_mismatched_network_is_rejected() -> None:
     worker: Any = types.SimpleNamespace(name="peer", facts={"parameters": 6_185_832})
     assert step_time.check_same_network([worker], "paper") == 6_185_832
     with pytest.raises(workers.ContenderError, match="peer: 6,185,832 parameters, expected"):
@@ -150,7 +150,7 @@ def figures(step: float, matmul: float, read: float = 1.0) -> dict[str, dict[str
     }
 
 
-def test_regression_is_relative_to_the_matrix_product() -> None:
+def test_regression_is_relative_to_matmul() -> None:
     # A machine of half the speed does half the steps: nothing moved.
     moved = regression.changes(figures(100, 400, 8), figures(50, 200, 3))
     assert moved == {"train float32": pytest.approx(0.0), "read host": pytest.approx(-0.25)}
@@ -162,7 +162,7 @@ def test_regression_is_relative_to_the_matrix_product() -> None:
     assert (lines, slower) == (["read host: SLOWER by 25%, within its spread"], False)
 
 
-def test_regression_says_what_became_slower_and_stores_when_told(
+def test_regression_reports_slowdowns_and_stores_on_request(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment = {"cpu": "one", "cores": 2, "date": "2026-11-21T00:00:00", "revision": "aaa"}
@@ -198,13 +198,13 @@ def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
     assert newest and newest[1]["environment"]["revision"] == "aaa"
 
 
-def test_startup_gives_each_second_to_one_phase() -> None:
+def test_startup_attributes_each_second_to_one_phase() -> None:
     found = {"imports": [(0.0, 2.0)], "compile": [(1.0, 4.0), (9.0, 20.0)], "trace": [(3.0, 5.0)]}
     seconds = startup.attribute(found, 10.0)
     assert seconds == {"imports": 2.0, "compile": 3.0, "trace": 1.0, "rest": 4.0}
 
 
-def test_startup_reads_what_python_and_jax_say() -> None:
+def test_startup_parses_python_and_jax_logs() -> None:
     log = "DEBUG:jax._src.dispatch:Finished "
     messages = [
         (1.0, "import time: self [us] | cumulative | imported package\n"),
@@ -224,7 +224,7 @@ def test_startup_reads_what_python_and_jax_say() -> None:
     }
 
 
-def test_a_training_command_that_fails_says_why() -> None:
+def test_failing_training_command_is_explained() -> None:
     with (
         command.training("experiments/digits.py", ["--config.no.such=1"]) as run,
         pytest.raises(command.CommandError, match=r"config\.no\.such: no such setting"),
@@ -232,7 +232,7 @@ def test_a_training_command_that_fails_says_why() -> None:
         list(run.reports())
 
 
-def test_settings_change_the_experiment_that_is_measured() -> None:
+def test_settings_change_the_measured_experiment() -> None:
     made = end_to_end.experiment(
         "experiments/tiny_cpu.py",
         ["train.batch_size=32", "data.directory=data", "augment.flip=False"],
@@ -262,7 +262,7 @@ def test_peers_get_training_images_of_all_classes(tmp_path: pathlib.Path, archiv
     assert not pathlib.Path(files).exists()
 
 
-def test_peers_without_files_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_peers_require_a_source(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         input_pipeline.parse([])
     assert "--source" in capsys.readouterr().err
@@ -290,7 +290,7 @@ def plane(name: str, **lines: list[Any]) -> Any:
     return types.SimpleNamespace(name=name, lines=made)
 
 
-def test_profile_sums_up_kernels_and_leaves_the_host_out_where_there_is_a_gpu() -> None:
+def test_profile_sums_kernels_and_ignores_the_host_with_a_gpu() -> None:
     host = plane("/host:CPU", Threads=[event("dot", "dot", 5), event("", "Execute", 100)])
     gpu = plane(
         "/device:GPU:0",
@@ -304,18 +304,18 @@ def test_profile_sums_up_kernels_and_leaves_the_host_out_where_there_is_a_gpu() 
     assert profile_step.operations([host]) == [profile_step.Operation("dot", "dot", 5e-9, 1)]
 
 
-def test_profile_names_where_an_operation_comes_from() -> None:
+def test_profile_names_the_source_of_an_operation() -> None:
     program = '  %fusion.1 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/conv1/conv"}\n'
     assert profile_step.sources(program) == {"fusion.1": "jit(f)/conv1/conv"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")))
-def test_stored_results_say_how_they_were_made(path: pathlib.Path) -> None:
+def test_stored_results_describe_their_environment(path: pathlib.Path) -> None:
     environment = json.loads(path.read_text())["environment"]
     assert {"cpu", "cores", "python", "date", "revision", "command"} <= set(environment)
 
 
-def test_every_benchmark_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_benchmarks_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     for module in (
         end_to_end,
         fault_injection,

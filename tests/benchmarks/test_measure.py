@@ -30,7 +30,7 @@ def test_table_is_aligned_markdown() -> None:
     ]
 
 
-def test_results_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
+def test_results_describe_their_environment(tmp_path: pathlib.Path) -> None:
     measure.write_json(tmp_path / "new" / "file.json", {"environment": measure.environment()})
     found = json.loads((tmp_path / "new" / "file.json").read_text())["environment"]
     assert found["cores"] >= 1
@@ -40,7 +40,7 @@ def test_results_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
     assert {"cpu", "date", "revision", "memory_gib"} <= set(found)
 
 
-def test_a_failed_measurement_is_one_message(
+def test_failed_measurement_prints_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tests' own process keeps its handlers.

@@ -23,7 +23,7 @@ def fake(name: str, log: pathlib.Path, **settings: Any) -> workers.Contender:
     return workers.Contender(name, "tests.benchmarks.fake", settings)
 
 
-def test_contenders_take_turns_in_processes_that_live_on(log: pathlib.Path) -> None:
+def test_contenders_take_turns_in_persistent_processes(log: pathlib.Path) -> None:
     with workers.started([fake("a", log), fake("b", log)]) as (ready, absent):
         numbers = workers.take_turns(ready, [{"mode": "count", "start": 10}], rounds=3)
     assert not absent
@@ -35,7 +35,7 @@ def test_contenders_take_turns_in_processes_that_live_on(log: pathlib.Path) -> N
         assert all(each["idle_wall"] >= 0 for each in rounds)
 
 
-def test_what_cannot_take_part_is_named_and_the_others_go_on(log: pathlib.Path) -> None:
+def test_unavailable_contenders_are_named_and_skipped(log: pathlib.Path) -> None:
     contenders = [
         fake("missing", log, needs="no_such_package"),
         fake("broken", log, broken=True),
@@ -50,14 +50,14 @@ def test_what_cannot_take_part_is_named_and_the_others_go_on(log: pathlib.Path) 
     assert "/no/such/python" in absent["lost"]
 
 
-def test_a_module_of_our_own_that_is_gone_is_an_error_not_a_missing_peer() -> None:
+def test_missing_own_module_is_an_error() -> None:
     gone = workers.Contender("gone", "benchmarks.contenders.gone", {})
     with workers.started([gone]) as (ready, absent):
         assert not ready
     assert absent["gone"].startswith("failed: gone: ModuleNotFoundError")
 
 
-def test_modes_that_a_contender_lacks_pass_it_by(log: pathlib.Path) -> None:
+def test_unsupported_modes_are_skipped(log: pathlib.Path) -> None:
     with workers.started([fake("a", log)]) as (ready, _):
         numbers = workers.take_turns(
             ready, [{"mode": "other"}, {"mode": "count", "start": 0}], rounds=1
@@ -65,7 +65,7 @@ def test_modes_that_a_contender_lacks_pass_it_by(log: pathlib.Path) -> None:
     assert set(numbers) == {("a", "count")}
 
 
-def test_a_failure_in_a_turn_is_raised_with_what_the_contender_printed(log: pathlib.Path) -> None:
+def test_failure_in_a_turn_includes_the_contender_output(log: pathlib.Path) -> None:
     with (
         workers.started([fake("a", log)]) as (ready, _),
         pytest.raises(workers.ContenderError, match="failed in its turn") as caught,

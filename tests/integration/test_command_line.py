@@ -66,7 +66,7 @@ def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_archive_is_prepared(data: list[str]) -> None:
+def test_archive_is_prepared_once(data: list[str]) -> None:
     output = command.check("tools.prepare", *data)
     assert "train: 96 images of 64 px" in output
     assert "validation: 24 images" in output
@@ -74,7 +74,7 @@ def test_the_archive_is_prepared(data: list[str]) -> None:
     assert command.check("tools.prepare", *data) == output
 
 
-def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
+def test_run_writes_its_results(finished: pathlib.Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert (result["step"], result["split"], result["count"]) == (STEPS, "validation", 24)
     assert result["checkpoint"] == "last"
@@ -93,7 +93,7 @@ def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
     assert splits == {"train", "validation"}
 
 
-def test_top_5_is_left_out_where_it_is_always_right(finished: pathlib.Path) -> None:
+def test_top5_is_omitted_where_always_right(finished: pathlib.Path) -> None:
     """There are four classes."""
     for name, words in (("result.json", "top"), ("metrics.jsonl", "top"), ("report.html", "Top-")):
         text = (finished / name).read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def test_top_5_is_left_out_where_it_is_always_right(finished: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_evaluation_gives_the_numbers_of_training(
+def test_eval_mode_reproduces_the_evaluation_of_training(
     which: str, training: list[str], finished: pathlib.Path
 ) -> None:
     before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
@@ -118,7 +118,7 @@ def test_evaluation_gives_the_numbers_of_training(
 
 
 @pytest.mark.slow
-def test_the_folder_is_enough_to_evaluate_and_to_resume(
+def test_workdir_alone_can_be_evaluated_and_resumed(
     data: list[str], training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     expected = json.loads(command.check("main", *training, f"--workdir={finished}", "--mode=eval"))
@@ -153,7 +153,7 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     assert differing == ["  config.model.width: 0.125 → 0.2"]
 
 
-def test_exported_weights_evaluate_as_the_checkpoint(
+def test_exported_weights_match_the_checkpoint(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
@@ -170,9 +170,7 @@ def test_exported_weights_evaluate_as_the_checkpoint(
     assert "--config.init.pretrained" in done.stderr
 
 
-def test_the_report_is_made_of_the_folder_alone(
-    finished: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_report_needs_only_the_workdir(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['top1']:.2f}<small>%</small>" in page
@@ -196,7 +194,7 @@ def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:
     assert (finished / "plots" / "loss.png").stat().st_size > 1000
 
 
-def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
+def test_workdir_of_another_run_is_rejected(training: list[str], finished: pathlib.Path) -> None:
     before = (finished / "config.json").read_text()
     done = command.run(
         "main", *training, f"--workdir={finished}", "--config.model.width=0.2", "--config.seed=3"
@@ -207,9 +205,7 @@ def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathl
     assert (finished / "config.json").read_text() == before
 
 
-def test_a_batch_that_the_devices_cannot_share_is_refused(
-    training: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_indivisible_batch_is_rejected(training: list[str], tmp_path: pathlib.Path) -> None:
     done = command.run(
         "main", *training, "--config.train.batch_size=12", f"--workdir={tmp_path}", devices=8
     )
@@ -218,9 +214,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
-def test_an_archive_that_is_no_good_is_refused(
-    damage: str, training: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_bad_archive_is_rejected(damage: str, training: list[str], tmp_path: pathlib.Path) -> None:
     source = tmp_path / "archive.zip"
     if damage != "missing":
         archives.write_tiny_imagenet(source, 2, 2, 1, 1)
@@ -243,7 +237,7 @@ def test_an_archive_that_is_no_good_is_refused(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_with_one_message(
+def test_full_disk_stops_the_run_with_one_message(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     # A limit on the size of a file fails a write as a full disk does, at the same calls.

@@ -35,7 +35,7 @@ def saved_step(messages: str) -> int:
     return int(found[0].replace(",", ""))
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(campaign: fault_injection.Campaign) -> None:
+def test_killed_run_ends_bit_identical(campaign: fault_injection.Campaign) -> None:
     results = fault_injection.kill(campaign, 3)
     assert results["kills"] == len(results["samples"]) == 3
     assert sum(phase["met"] for phase in results["phases"].values()) == 3
@@ -47,7 +47,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(campaign: fault_injection.
     assert "killed in" in table and "14 lines of metrics" in table
 
 
-def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_to_the_same_bits(
+def test_preempted_run_saves_and_resumes_bit_identically(
     campaign: fault_injection.Campaign,
 ) -> None:
     # A shell has what it runs in the background ignore Ctrl-C, and that would be handed on.

@@ -117,7 +117,7 @@ def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pat
 
 
 @pytest.mark.slow
-def test_other_layouts_give_the_curve_of_one_process(
+def test_other_process_layouts_give_the_same_curve(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     # Each process opens a folder of such a name under a name of its own.
@@ -152,7 +152,7 @@ def test_other_layouts_give_the_curve_of_one_process(
         pytest.param("kill", 0, "Open MPI's numbers", marks=pytest.mark.slow),
     ],
 )
-def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:
+def test_peers_stop_and_name_the_failed_process(what: str, gone: int, launcher: str) -> None:
     bug = [f"--fail={gone}"] if what == "bug" else []
     processes = start(3, f"--silence={SILENCE}", *bug, launcher=launcher)
     try:
@@ -189,7 +189,7 @@ def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, lau
         assert "error: " not in found
 
 
-def test_processes_that_were_started_differently_are_told_so(
+def test_inconsistent_start_is_rejected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     processes = start(

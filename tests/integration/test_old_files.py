@@ -78,7 +78,7 @@ def assert_evaluated(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) -> None:
+def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> None:
     workdir = folder / "runs" / name
     # A rule that came later, and a setting that went away, are no hindrance.
     change_settings(workdir, {"data": {"archive_encoding": "none"}, "watch": {"dogs": 2}})
@@ -110,15 +110,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) 
 
 
 @pytest.mark.parametrize(("name", "which"), [("digits", "best"), ("image_folder", "last")])
-def test_a_checkpoint_is_evaluated_by_the_same_figures(
-    name: str, which: str, folder: pathlib.Path
-) -> None:
+def test_old_checkpoint_evaluates_the_same(name: str, which: str, folder: pathlib.Path) -> None:
     found, log = main(folder, f"--workdir=runs/{name}", "--mode=eval", f"--checkpoint={which}")
     assert_evaluated(found, EXPECTED[name]["evaluate"][which]["result"])
     assert "left out" not in log
 
 
-def test_checkpoints_and_weights_are_evaluated_in_a_program(
+def test_old_checkpoints_and_weights_evaluate_through_the_api(
     folder: pathlib.Path, data_directory: pathlib.Path
 ) -> None:
     workdir = Workdir(folder / "runs" / "digits")
@@ -135,7 +133,7 @@ def test_checkpoints_and_weights_are_evaluated_in_a_program(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_predicted_by_the_same_figures(name: str, folder: pathlib.Path) -> None:
+def test_old_runs_predict_the_same(name: str, folder: pathlib.Path) -> None:
     file = folder / EXPECTED[name]["export"]["file"]
     for which, expected in EXPECTED[name]["predict"].items():
         if which == "weights":
@@ -156,7 +154,7 @@ def test_pictures_are_predicted_by_the_same_figures(name: str, folder: pathlib.P
             )
 
 
-def test_the_command_predicts_as_it_did(folder: pathlib.Path) -> None:
+def test_predict_command_output_is_unchanged(folder: pathlib.Path) -> None:
     """The rows of CSV and JSON have the same fields."""
     expected = EXPECTED["digits"]["predict"]["best"]
     files = [row["file"] for row in expected["json"]]

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "predict"])
-def test_a_run_is_not_used_on_other_classes(folder: pathlib.Path, mode: str) -> None:
+def test_run_is_rejected_on_other_classes(folder: pathlib.Path, mode: str) -> None:
     record = (folder / "run" / "config.json").read_bytes()
     flags = [f"--workdir={folder / 'run'}", "--checkpoint=last"]
     if mode == "predict":

@@ -101,7 +101,7 @@ def background(page: Any) -> str:
 
 
 @pytest.mark.parametrize("opened", [("one", {}), ("bare", {}), ("both", {})], indirect=True)
-def test_it_opens_with_its_curves(opened: Any) -> None:
+def test_page_opens_with_curves(opened: Any) -> None:
     assert opened.locator(".chart:visible").count() == 5
     paths = opened.locator('[data-metric="loss"] path.curve')
     assert paths.count() >= 2
@@ -110,7 +110,7 @@ def test_it_opens_with_its_curves(opened: Any) -> None:
     assert opened.evaluate("window.hacked") is None
 
 
-def test_pictures_show_and_hostile_names_are_text(opened: Any) -> None:
+def test_images_load_and_hostile_names_are_text(opened: Any) -> None:
     broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).length"
     opened.locator("#mistakes").scroll_into_view_if_needed()
     opened.wait_for_function(f"{broken} === 0")
@@ -120,7 +120,7 @@ def test_pictures_show_and_hostile_names_are_text(opened: Any) -> None:
     assert opened.evaluate("window.hacked") is None
 
 
-def test_the_axis_can_be_hours(opened: Any) -> None:
+def test_axis_switches_to_hours(opened: Any) -> None:
     assert ticks(opened)[-1] == 10
     opened.get_by_text("hours", exact=True).first.click()
     assert "hours" in opened.locator('[data-metric="loss"] svg').text_content()
@@ -129,7 +129,7 @@ def test_the_axis_can_be_hours(opened: Any) -> None:
     assert ticks(opened)[-1] == 10
 
 
-def test_a_drag_zooms_all_charts_and_a_double_click_zooms_out(opened: Any) -> None:
+def test_drag_zooms_all_charts_and_double_click_resets(opened: Any) -> None:
     plot = opened.locator('[data-metric="loss"] .plot')
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
@@ -148,7 +148,7 @@ def test_a_drag_zooms_all_charts_and_a_double_click_zooms_out(opened: Any) -> No
     assert opened.get_by_role("button", name="Reset zoom").is_disabled()
 
 
-def test_a_chart_can_be_read_with_the_keyboard(opened: Any) -> None:
+def test_keyboard_reads_a_chart(opened: Any) -> None:
     plot = opened.locator('[data-metric="top1"] .plot')
     plot.focus()
     opened.keyboard.press("End")
@@ -167,7 +167,7 @@ def test_a_chart_can_be_read_with_the_keyboard(opened: Any) -> None:
     assert ticks(opened, "top1")[0] == 0
 
 
-def test_a_curve_can_be_hidden(opened: Any) -> None:
+def test_legend_hides_a_curve(opened: Any) -> None:
     curves = opened.locator('[data-metric="loss"] path.curve')
     assert curves.count() == 2
     button = opened.locator("#legend").get_by_role("button", name="training")
@@ -183,7 +183,7 @@ def column(page: Any, table: str, index: int) -> list[str]:
 
 
 @pytest.mark.parametrize("opened", [("both", {})], indirect=True)
-def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
+def test_runs_sort_by_any_column(opened: Any) -> None:
     heads = opened.locator("#run-table th button")
     names = heads.all_inner_texts()
     assert "train.duration" in names
@@ -203,7 +203,7 @@ def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_classes_are_sorted_as_numbers(opened: Any) -> None:
+def test_classes_sort_numerically(opened: Any) -> None:
     opened.get_by_text("All 30 classes as a table").click()
     button = opened.locator("#class-table").get_by_role("button", name="accuracy")
     for reverse in (True, False):
@@ -213,7 +213,7 @@ def test_classes_are_sorted_as_numbers(opened: Any) -> None:
         assert len(set(values)) > 5
 
 
-def test_settings_can_be_found(opened: Any) -> None:
+def test_filter_finds_settings(opened: Any) -> None:
     opened.locator("#settings summary").click()
     opened.get_by_placeholder("learning rate").fill("learning_rate")
     shown = opened.locator("#all-settings tbody tr:visible th").all_inner_texts()
@@ -230,9 +230,7 @@ def test_settings_can_be_found(opened: Any) -> None:
     indirect=True,
     ids=["light", "dark"],
 )
-def test_the_theme_follows_the_system_until_it_is_set(
-    opened: Any, request: pytest.FixtureRequest
-) -> None:
+def test_theme_follows_the_system_until_set(opened: Any, request: pytest.FixtureRequest) -> None:
     light, dark = "rgb(246, 247, 249)", "rgb(20, 23, 28)"
     own = dark if "dark" in request.node.callspec.id else light
     button = opened.locator("#theme")
@@ -250,7 +248,7 @@ def test_the_theme_follows_the_system_until_it_is_set(
 @pytest.mark.parametrize(
     "opened", [("one", {"viewport": PHONE}), ("both", {"viewport": PHONE})], indirect=True
 )
-def test_a_phone_shows_it_without_scrolling_sideways(opened: Any) -> None:
+def test_phone_needs_no_horizontal_scrolling(opened: Any) -> None:
     for summary in opened.locator("summary").all():
         summary.click()
     assert opened.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -258,7 +256,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Any) -> None:
     assert min(size for size in opened.evaluate(sizes) if size) >= 20
 
 
-def test_what_a_screen_reader_needs_is_there(opened: Any) -> None:
+def test_page_is_accessible_to_screen_readers(opened: Any) -> None:
     named = "button, a, input, svg[role], [role=region], [role=application], nav, fieldset"
     nameless = (
         f"[...document.querySelectorAll('{named}')].filter(each => !(each.ariaLabel ||"
@@ -277,7 +275,7 @@ def test_what_a_screen_reader_needs_is_there(opened: Any) -> None:
 @pytest.mark.parametrize(
     "opened", [("one", {"java_script_enabled": False})], indirect=True, ids=["no script"]
 )
-def test_without_its_script_the_values_are_still_there(opened: Any) -> None:
+def test_values_are_readable_without_javascript(opened: Any) -> None:
     assert opened.get_by_text("Charts need JavaScript").is_visible()
     opened.get_by_text("Values as a table").click()
     last = run_folders.lines()[-1]

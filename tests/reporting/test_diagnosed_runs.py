@@ -61,7 +61,7 @@ def train(
     return report.write_diagnosis(folder)
 
 
-def test_mixing_and_smoothing_are_not_taken_for_a_fault(
+def test_mixing_and_smoothing_are_not_diagnosed_as_faults(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """The training objective stays high; and only the whole run is judged."""
@@ -76,7 +76,7 @@ def test_mixing_and_smoothing_are_not_taken_for_a_fault(
         assert whole.advice.setting == "train.duration.steps"
 
 
-def test_no_rate_is_guessed_where_nothing_was_learned(
+def test_no_learning_rate_is_advised_if_nothing_was_learned(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = settings(data_directory, schedule=Schedule(name="constant", learning_rate=1e-9))
@@ -86,7 +86,7 @@ def test_no_rate_is_guessed_where_nothing_was_learned(
     assert "tools.find_lr" in "\n".join(diagnosis.lines())
 
 
-def test_statistics_that_part_from_training_are_seen(
+def test_wrong_eval_statistics_are_detected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = settings(data_directory, augment=Augment(crop="none", flip=False))

@@ -124,7 +124,9 @@ def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
         ({"steps": 50}, "no fault found"),
     ],
 )
-def test_each_rule_holds_on_one_side_of_its_threshold(curve: dict[str, Any], expected: str) -> None:
+def test_each_rule_applies_on_one_side_of_its_threshold(
+    curve: dict[str, Any], expected: str
+) -> None:
     steps = curve.get("steps", STEPS)
     config = plain(train=Train(batch_size=100, duration=f"{steps} steps"))
     diagnosis = found(curve, config)
@@ -132,7 +134,7 @@ def test_each_rule_holds_on_one_side_of_its_threshold(curve: dict[str, Any], exp
     assert diagnosis.reason
 
 
-def test_the_training_objective_is_not_judged() -> None:
+def test_training_objective_is_ignored() -> None:
     """Mixed and smoothed labels keep it high, however good the network is."""
     lines = curves()
     changed = [
@@ -145,7 +147,7 @@ def test_the_training_objective_is_not_judged() -> None:
     assert one == other
 
 
-def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
+def test_unfinished_run_is_too_short_to_judge() -> None:
     for curve in ({}, {"train_top1": 99.0}, {"running": 99.0}, {"loss": 1.0, "top1": 10.0}):
         diagnosis = found(curve | {"steps": STEPS - 1})
         assert diagnosis.verdict == "too short to judge"
@@ -165,13 +167,13 @@ def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
         ({"schedule.learning_rate": 0.5}, None),
     ],
 )
-def test_a_recipe_that_was_cut_short_is_not_judged(own: dict[str, Any], expected: Any) -> None:
+def test_shortened_recipe_is_too_short_to_judge(own: dict[str, Any], expected: Any) -> None:
     diagnosis = found({"train_top1": 72.0}, recipe_settings=own)
     assert (diagnosis.verdict == "too short to judge") == bool(expected), diagnosis.lines()
     assert advised(diagnosis) == expected
 
 
-def test_a_loss_that_is_not_finite_is_divergence_however_short() -> None:
+def test_nonfinite_loss_is_divergence_at_any_length() -> None:
     lines = curves()[:3]
     lines[0] |= {"loss": None, "top1": None}
     diagnosis = diagnose(lines, plain(), classes=10, train_examples=EXAMPLES)
@@ -182,7 +184,7 @@ def test_a_loss_that_is_not_finite_is_divergence_however_short() -> None:
     assert diagnose(lines, plain(), classes=10, train_examples=3).verdict == "diverged"
 
 
-def test_chance_is_what_the_frequency_of_classes_gives() -> None:
+def test_chance_level_follows_class_frequencies() -> None:
     """A network that says the largest class of nine tenths has hardly learned."""
     curve = {"top1": 90.0, "train_top1": 90.0, "loss": 0.325 / CHANCE, "train_loss": 0.325 / CHANCE}
     curve |= {"half": 0.325 / CHANCE, "worst": 0.4 / CHANCE, "running": 90.0}
@@ -193,13 +195,13 @@ def test_chance_is_what_the_frequency_of_classes_gives() -> None:
     assert found(curve).verdict == "underfitting"
 
 
-def test_images_of_one_class_alone_show_nothing() -> None:
+def test_single_class_validation_is_not_judged() -> None:
     curve = {"top1": 100.0, "train_top1": 100.0, "running": 100.0, "loss": 0.0}
     diagnosis = found(curve, label_counts=[50, 0])
     assert (diagnosis.verdict, diagnosis.advice) == ("not measured", None)
 
 
-def test_what_was_not_measured_is_said_and_not_guessed() -> None:
+def test_missing_train_eval_is_reported_as_not_measured() -> None:
     by_heart = NOTHING | {"running": 99.0, "worst": 9.0}
     for curve in ({}, {"running": 99.0}, {"running": 30.0}, by_heart):
         diagnosis = found(curve | {"train_top1": None})
@@ -210,7 +212,7 @@ def test_what_was_not_measured_is_said_and_not_guessed() -> None:
     assert found({"train_top1": None, "top1": 95.1, "running": 99.0}).verdict == "no fault found"
 
 
-def test_a_loss_far_above_chance_shows_a_rate_that_is_too_high() -> None:
+def test_loss_far_above_chance_means_high_learning_rate() -> None:
     low, high = (found(NOTHING | {"worst": worst}) for worst in (4.9, 5.1))
     assert low.verdict == high.verdict == "hardly learned"
     assert (advised(low), advised(high)) == (None, ("schedule.learning_rate", 0.01))
@@ -218,14 +220,14 @@ def test_a_loss_far_above_chance_shows_a_rate_that_is_too_high() -> None:
 
 
 @pytest.mark.parametrize(("half", "expected"), [(0.53, "train.duration"), (0.51, "width")])
-def test_underfitting_asks_for_steps_as_long_as_they_help(half: float, expected: str) -> None:
+def test_underfitting_advises_more_steps_while_improving(half: float, expected: str) -> None:
     diagnosis = found({"train_top1": 62.0, "half": half})
     assert diagnosis.verdict == "underfitting"
     assert diagnosis.advice is not None
     assert diagnosis.advice.setting.endswith(expected)
 
 
-def test_where_hardly_anything_was_learned_the_strongest_setting_comes_first() -> None:
+def test_hardly_learned_advises_weaker_regularization() -> None:
     config = plain(model=Model(dropout=0.9))
     config.optimizer.weight_decay = 0.1
     diagnosis = found(NOTHING, config)
@@ -237,7 +239,7 @@ def test_where_hardly_anything_was_learned_the_strongest_setting_comes_first() -
     assert advised(found(NOTHING, config)) is None
 
 
-def test_with_one_evaluation_more_steps_come_first() -> None:
+def test_single_evaluation_advises_more_steps() -> None:
     lines = curves(train_top1=61.0)
     last = [line for line in lines if line["step"] == STEPS]
     diagnosis = diagnose(last, plain(), classes=10, train_examples=EXAMPLES)
@@ -280,7 +282,7 @@ def settings(steps: int) -> Iterator[Config]:
         yield config
 
 
-def test_all_advice_is_valid_and_none_goes_against_any_other() -> None:
+def test_all_advice_is_valid_and_consistent() -> None:
     """Whatever was advised before, and for whichever run: nothing leads back over it."""
 
     def amount(value: float | str) -> float:
@@ -313,7 +315,7 @@ def test_all_advice_is_valid_and_none_goes_against_any_other() -> None:
         assert raised[setting] <= lowered[setting], setting
 
 
-def test_evidence_is_what_arithmetic_gives() -> None:
+def test_evidence_matches_arithmetic() -> None:
     train = [
         {"step": 10 * n, "epoch": float(n), "split": "train", "loss": 9.0, "top1": 10.0 * n}
         for n in range(1, 5)
@@ -354,7 +356,7 @@ def test_evidence_is_what_arithmetic_gives() -> None:
         ("three_epochs", 0.1, "not measured", ("evaluation.train_eval_examples", 1000)),
     ],
 )
-def test_runs_of_older_versions_are_judged_by_what_they_measured(
+def test_runs_of_older_versions_are_diagnosed(
     name: str, rate: float, verdict: str, expected: tuple[str, Any] | None
 ) -> None:
     """On the digits at 5 and 5e-5, where 0.05 is right; on 500 of them; and on Tiny ImageNet."""

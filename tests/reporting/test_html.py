@@ -61,7 +61,7 @@ def page_of(folder: pathlib.Path) -> Page:
     return Page(report.write_page(folder).read_text(encoding="utf-8"))
 
 
-def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
+def test_page_has_all_sections(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
     parts = {"curves", "diagnosis", "classes", "confusion", "mistakes", "calibration", "time"}
@@ -75,7 +75,7 @@ def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
     assert "3 min 20 s" in page.words  # 200 seconds in all.
 
 
-def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path) -> None:
+def test_page_names_the_evaluation_of_each_figure(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path)
     page = page_of(folder)
     assert "Best and last evaluation, step 400" in page.words
@@ -92,7 +92,7 @@ def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path
     assert "(last), split test" in page.words
 
 
-def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) -> None:
+def test_top5_is_omitted_for_up_to_five_classes(tmp_path: pathlib.Path) -> None:
     """Of runs of older versions too, whose files have it."""
     few = run_folders.write(tmp_path / "few", names=tuple("abcde"))
     many = run_folders.write(tmp_path / "many", names=tuple("abcdef"))
@@ -119,7 +119,7 @@ def with_rows(folder: pathlib.Path, *more: dict[str, Any], **values: float) -> p
     return folder
 
 
-def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
+def test_custom_metrics_are_shown_by_name(tmp_path: pathlib.Path) -> None:
     values = {"top10": 97.5, "macro_accuracy": 0.654321, "<b>": 12345.6}
     folder = with_rows(run_folders.write(tmp_path / "one"), **values)
     page = page_of(folder)
@@ -140,7 +140,7 @@ def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
     assert "97.5 0.65432 12,346" in words and "– – –" in words
 
 
-def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pathlib.Path) -> None:
+def test_all_evaluations_are_shown_and_the_result_is_the_main_one(tmp_path: pathlib.Path) -> None:
     """The mirror average, which older versions kept in the same row, is one of them."""
     row = {"step": 400, "epoch": 10.0, "split": "crops", "top1": 99.9, "loss": 0.01, "count": 7}
     flip = {"flip_loss": 0.5, "flip_top1": 88.8, "flip_top5": 99.0}
@@ -162,7 +162,7 @@ def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pa
     assert list(context.curves([found, found])["runs"][0]["splits"]) == ["train", "test"]
 
 
-def test_a_run_is_read_once_and_judged_once_at_its_end(
+def test_finish_reads_and_diagnoses_a_run_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -188,7 +188,7 @@ def test_a_run_is_read_once_and_judged_once_at_its_end(
     assert sorted(calls) == ["confusion", "diagnose", "read", "read_metrics", "read_record"]
 
 
-def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
+def test_page_is_self_contained(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     addresses = [
         value
@@ -203,7 +203,7 @@ def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
     assert len(text) < 3_000_000
 
 
-def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
+def test_curves_match_the_metrics(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     (run,) = page.data["runs"]
     for split in ("train", "test"):
@@ -217,7 +217,7 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
     assert "learning_rate" not in run["splits"]["test"]
 
 
-def test_long_curves_are_thinned_and_gaps_stay() -> None:
+def test_long_curves_are_subsampled() -> None:
     lines = [{"step": n, "loss": None if n == 3 else n} for n in range(1, 5001)]
     kept = context.subsample(lines, 1000)
     assert len(kept) == 1000
@@ -225,7 +225,7 @@ def test_long_curves_are_thinned_and_gaps_stay() -> None:
     assert context.subsample(lines[:5], 1000) == lines[:5]
 
 
-def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
+def test_hostile_names_are_text(tmp_path: pathlib.Path) -> None:
     names = [HOSTILE, BROKEN_OUT, "$x$", "  ", "</style>", "Größe · 猫", "", "a" * 300]
     settings = run_folders.config(name=HOSTILE)
     folder = run_folders.write(tmp_path, names=names, settings=settings)
@@ -243,7 +243,7 @@ def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
     assert len(report.plot(folder)) == 8
 
 
-def test_no_script_makes_markup_of_text() -> None:
+def test_scripts_never_create_markup_from_text() -> None:
     scripts = [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html")]
     assert {"report.js", "page.html"} <= {path.name for path in scripts}
     unsafe = re.compile(r"innerHTML|outerHTML|AdjacentHTML|eval\(|document\.write|new Function")
@@ -251,7 +251,7 @@ def test_no_script_makes_markup_of_text() -> None:
         assert not unsafe.findall(path.read_text(encoding="utf-8")), path
 
 
-def test_the_policy_allows_the_pages_own_script_alone(tmp_path: pathlib.Path) -> None:
+def test_content_security_policy_allows_only_the_page_script(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
     assert policy is not None
@@ -266,7 +266,7 @@ def expected_of(tmp_path: pathlib.Path, top1: float, **experiment: Any) -> str:
     return page_of(folder).words
 
 
-def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> None:
+def test_result_is_compared_with_the_expected_one(tmp_path: pathlib.Path) -> None:
     last = run_folders.lines()[-1]["top1"]
     words = expected_of(tmp_path, last - 1.5)
     assert f"As expected or better: {last:.2f}%, expected {last - 1.5:.2f}% (+1.50 points)" in words
@@ -275,7 +275,7 @@ def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> N
     assert "sets no expected result" in expected_of(tmp_path, 0.0)
 
 
-def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
+def test_overridden_settings_are_listed(tmp_path: pathlib.Path) -> None:
     own = {
         "train.duration": "4000 steps",
         "schedule.learning_rate": 0.05,
@@ -291,7 +291,7 @@ def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
     )
 
 
-def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> None:
+def test_workdir_with_only_metrics_has_curves(tmp_path: pathlib.Path) -> None:
     whole = run_folders.write(tmp_path / "whole")
     shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
@@ -301,7 +301,7 @@ def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> N
     assert not page.all("img")
 
 
-def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
+def test_unfinished_run_is_marked(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path, steps=120))
     assert "step 120, not finished" in page.words
     assert "Time: 3 min 20 s" in page.words  # From what the evaluation left.
@@ -309,7 +309,7 @@ def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
     assert "No evaluation yet." in page_of(tmp_path).words
 
 
-def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.Path) -> None:
+def test_images_in_both_splits_are_listed(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path)
     run_record = json.loads((folder / "config.json").read_text())
     for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
@@ -321,7 +321,7 @@ def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.P
     assert "val/<b>.jpg = train/1.jpg and more" in words
 
 
-def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
+def test_files_of_an_earlier_run_are_ignored(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     other = run_folders.lines(skill=0.5)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
@@ -330,14 +330,14 @@ def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
     assert found.result == {}
 
 
-def test_what_another_machine_evaluated_is_shown(tmp_path: pathlib.Path) -> None:
+def test_evaluation_on_another_machine_is_shown(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     lines = [line | {"loss": line["loss"] * 1.0001} for line in run_folders.lines()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run_record.read(tmp_path).evaluated is not None
 
 
-def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
+def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(
         train=Train(batch_size=36, duration="800 steps", label_smoothing=0.1)
@@ -362,14 +362,14 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
         report.write_comparison([one, other], other / "report.html")
 
 
-def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path: pathlib.Path) -> None:
+def test_runs_with_equal_directory_names_are_distinguished(tmp_path: pathlib.Path) -> None:
     folders = [run_folders.write(tmp_path / name / "run") for name in ("a", "b")]
     records = [run_record.read(folder) for folder in folders]
     assert run_record.display_names(records) == ["a/run", "b/run"]
     assert len(set(run_record.display_names([records[0], records[0]]))) == 2
 
 
-def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
+def test_command_writes_report_and_comparison(tmp_path: pathlib.Path) -> None:
     one, other = run_folders.write(tmp_path / "one"), run_folders.write(tmp_path / "other")
     assert command.check("tools.report", str(one)) == f"{one / 'report.html'}\n"
     output = tmp_path / "both.html"
@@ -391,5 +391,5 @@ def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
         (9e4, "25 h 0 min"),
     ],
 )
-def test_durations_are_said_as_one_says_them(seconds: float, words: str) -> None:
+def test_durations_are_human_readable(seconds: float, words: str) -> None:
     assert html.format_duration(seconds) == words

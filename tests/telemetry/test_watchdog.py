@@ -33,7 +33,7 @@ def watched(limit: float = 60, long_limit: float = 600) -> tuple[Time, Clock, Wa
     return time, clock, watchdog, said
 
 
-def test_a_stall_is_said_once_and_the_next_one_again() -> None:
+def test_each_stall_is_logged_once() -> None:
     time, clock, watchdog, said = watched()
     with clock.phase("other"):
         for _ in range(3):
@@ -46,7 +46,7 @@ def test_a_stall_is_said_once_and_the_next_one_again() -> None:
     assert "for 1.1 minutes in phase 'train'" in said[0]
 
 
-def test_steps_within_the_limit_are_no_stall() -> None:
+def test_steps_within_the_limit_are_not_a_stall() -> None:
     time, clock, watchdog, said = watched()
     with clock.phase("other"):
         for _ in range(100):
@@ -58,7 +58,7 @@ def test_steps_within_the_limit_are_no_stall() -> None:
 
 
 @pytest.mark.parametrize("phase", ["compile", "evaluate"])
-def test_long_phases_have_a_limit_of_their_own(phase: str) -> None:
+def test_long_phases_have_a_separate_limit(phase: str) -> None:
     time, clock, watchdog, said = watched()
     with clock.phase("other"), clock.phase(phase):
         time.now += 599
@@ -69,7 +69,7 @@ def test_long_phases_have_a_limit_of_their_own(phase: str) -> None:
     assert f"phase '{phase}'" in said[0]
 
 
-def test_a_run_that_ended_is_no_stall() -> None:
+def test_finished_run_is_not_a_stall() -> None:
     time, clock, watchdog, said = watched()
     with clock.phase("other"):
         time.now += 5
@@ -78,7 +78,7 @@ def test_a_run_that_ended_is_no_stall() -> None:
     assert not said
 
 
-def test_the_thread_shows_where_a_run_hangs() -> None:
+def test_thread_shows_where_a_run_hangs() -> None:
     code = (
         "import sys, time\n"
         "from inception_jax.telemetry import clock, watchdog\n"

@@ -53,7 +53,7 @@ def _write(workdir: pathlib.Path, steps: range, *, resume_step: int = 0) -> None
             writer.write(step, epoch=step / 4, split="train", values={"loss": 1 / step})
 
 
-def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
+def test_line_contains_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
     with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(3, epoch=0.3, split="train", values={"loss": 2.5, "learning_rate": 0.1})
         writer.write(3, epoch=0.3, split="validation", values={"top1": 12.5, "count": 10_000})
@@ -65,13 +65,13 @@ def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 2**53 + 1.0])
-def test_floats_read_back_the_same(tmp_path: pathlib.Path, value: float) -> None:
+def test_floats_round_trip(tmp_path: pathlib.Path, value: float) -> None:
     with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(1, epoch=value, split="train", values={"loss": value})
     assert _lines(tmp_path)[0]["loss"] == value == _lines(tmp_path)[0]["epoch"]
 
 
-def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Path) -> None:
+def test_array_scalars_are_numbers_and_nonfinite_ones_null(tmp_path: pathlib.Path) -> None:
     values: dict[str, Any] = {
         "numpy": np.float32(0.1),
         "jax": jnp.float32(0.1),
@@ -86,13 +86,13 @@ def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Pa
     assert [line["nan"], line["inf"], line["jax_nan"]] == [None, None, None]
 
 
-def test_what_was_written_outlives_a_kill(tmp_path: pathlib.Path) -> None:
+def test_written_lines_survive_a_kill(tmp_path: pathlib.Path) -> None:
     child = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)])
     assert child.returncode == -signal.SIGKILL
     assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 26))
 
 
-def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> None:
+def test_resuming_removes_later_and_incomplete_lines(tmp_path: pathlib.Path) -> None:
     _write(tmp_path, range(1, 10))
     before = _lines(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -103,7 +103,7 @@ def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> 
     assert [line["step"] for line in after] == list(range(1, 12))
 
 
-def test_starting_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
+def test_new_run_removes_all_lines(tmp_path: pathlib.Path) -> None:
     # Not even the state before the first step, nor a line that a resume would refuse.
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1}\n')
     _write(tmp_path, range(0))
@@ -123,7 +123,7 @@ def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"epoch": 1}', '{"step": "1"}'])
-def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line: str) -> None:
+def test_corrupt_line_is_reported_with_its_number(tmp_path: pathlib.Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*delete this line"):
@@ -131,7 +131,7 @@ def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line:
     assert path.read_text().count("\n") == 3
 
 
-def test_a_write_that_fails_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_failed_write_is_a_user_error(tmp_path: pathlib.Path) -> None:
     # A limit on the size of files fails a write as a full disk does. It would fail the tests' own
     # output too, where that is a file, hence the process of its own.
     script = """
@@ -154,7 +154,7 @@ except UserError as error:
     assert re.search(rf"{re.escape(str(tmp_path))}: .*File too large.*space", done.stdout)
 
 
-def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_removed_workdir_is_a_user_error(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     # At the end, too: a line is missing.
     with (
@@ -168,7 +168,7 @@ def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
             writer.write(1, epoch=0.0, split="train", values={"loss": 1.0})
 
 
-def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib.Path) -> None:
+def test_retrying_writer_keeps_rows_while_the_disk_is_full(tmp_path: pathlib.Path) -> None:
     def write(steps: range) -> None:
         for step in steps:
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
@@ -229,7 +229,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
     return register
 
 
-def test_a_writer_of_ones_own_gets_every_row(
+def test_custom_writer_gets_every_row(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     rows, given = Rows(), list[Any]()
@@ -253,7 +253,7 @@ def test_a_writer_of_ones_own_gets_every_row(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_what_a_writer_does_to_a_row_the_next_one_does_not_see(
+def test_writers_get_separate_copies_of_a_row(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     rows = Rows()
@@ -264,7 +264,7 @@ def test_what_a_writer_does_to_a_row_the_next_one_does_not_see(
     assert rows.rows == [(1, 0.1, "train", {"loss": 1.0})] * 2
 
 
-def test_without_other_writers_there_is_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+def test_metrics_jsonl_is_written_without_other_writers(tmp_path: pathlib.Path) -> None:
     with RunWriter(Workdir(tmp_path), Log(writers=()), resume_step=0) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -278,9 +278,7 @@ def test_only_the_lead_process_opens_writers(
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
 
 
-def test_a_writer_that_fails_is_named(
-    registered: Callable[..., Log], tmp_path: pathlib.Path
-) -> None:
+def test_failing_writer_is_named(registered: Callable[..., Log], tmp_path: pathlib.Path) -> None:
     rows = Rows(lambda method, step: method == "write" and step == 2)
     settings = registered(lambda settings, workdir: rows)
     with (
@@ -299,7 +297,7 @@ def test_a_writer_that_fails_is_named(
     assert rows.calls[-1] == "close"
 
 
-def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
+def test_retrying_run_survives_a_temporary_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     is_down, said = [True], list[str]()
@@ -322,7 +320,7 @@ def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
+def test_retrying_run_survives_a_permanent_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     said: list[str] = []
@@ -336,7 +334,7 @@ def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 
 
-def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
+def test_writer_that_cannot_be_opened_is_named(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     def mine(settings: Log) -> Rows:
@@ -354,7 +352,7 @@ def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
         (types.SimpleNamespace(write=print), r"returned .* without flush\(\), close\(\); "),
     ],
 )
-def test_what_is_no_writer_is_refused(
+def test_object_without_writer_methods_is_rejected(
     registered: Callable[..., Log], tmp_path: pathlib.Path, returned: Any, words: str
 ) -> None:
     settings = registered(lambda settings, workdir: returned)
@@ -363,7 +361,7 @@ def test_what_is_no_writer_is_refused(
         RunWriter(Workdir(tmp_path), settings, resume_step=0)
 
 
-def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
+def test_unknown_writer_or_option_is_a_config_error(
     registered: Callable[..., Log],
 ) -> None:
     settings = registered(lambda settings, workdir: Rows(), project="p")
@@ -374,7 +372,7 @@ def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
         validate(Config(log=dataclasses.replace(settings, options={"projet": "x"})))
 
 
-def test_a_class_is_registered_where_its_instances_are_made() -> None:
+def test_registered_class_has_its_definition_place() -> None:
     registry.register_writer("a class")(Rows)
     try:
         part = registry.WRITERS.get("a class")
@@ -383,7 +381,7 @@ def test_a_class_is_registered_where_its_instances_are_made() -> None:
         del registry.WRITERS._parts["a class"]
 
 
-def test_event_files_keep_their_order_when_the_clock_is_set_back(
+def test_event_files_stay_ordered_if_the_clock_is_set_back(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
@@ -394,7 +392,7 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
     assert [int(name.rpartition(".")[2]) for name in names] == [5_000, 5_001, 5_002, 6_000]
 
 
-def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_workdir_that_is_a_file_is_a_user_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="cannot write metrics"):
         RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0)

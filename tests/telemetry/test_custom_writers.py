@@ -95,7 +95,7 @@ def run(workdir: Workdir, settings: Log, *, resume_step: int, last: int) -> None
             writer.write(step, epoch=step / 2, split="train", values=values)
 
 
-def test_a_csv_file_has_each_step_once_after_a_resume(tmp_path: pathlib.Path) -> None:
+def test_csv_has_each_step_once_after_a_resume(tmp_path: pathlib.Path) -> None:
     settings = settings_of(CSV, "csv", tmp_path, file="curves.csv")
     workdir = Workdir(tmp_path / "run")
     run(workdir, settings, resume_step=0, last=5)
