@@ -36,7 +36,7 @@ def test_all_cases_are_measured_and_valid() -> None:
     assert list(RESULTS) == list(CASES)
     assert len(CASES) >= 12
     for case in CASES.values():
-        configs.validate(diagnosis_cases.settings(case)[0])
+        configs.validate(diagnosis_cases.case_config(case)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +87,9 @@ def test_striped_images_are_deterministic_and_labels_can_be_shuffled(
     folders = {}
     for name, shuffled in (("one", False), ("same", False), ("other", True)):
         folder = tmp_path / name
-        diagnosis_cases.pictures(folder, counts=(3, 2), size=8, noise=1.0, shuffled=shuffled)
+        diagnosis_cases.write_striped_images(
+            folder, counts=(3, 2), size=8, noise=1.0, shuffled=shuffled
+        )
         paths = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
         folders[name] = {path: np.asarray(Image.open(folder / path)) for path in paths}
     assert [path.parts[0] for path in folders["one"]] == ["class_0"] * 3 + ["class_1"] * 2

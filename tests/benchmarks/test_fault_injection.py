@@ -6,12 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks import fault_injection, lives, measure
+from benchmarks import fault_injection, killable_run, measure
 
 
 def test_differences_are_named() -> None:
     bits = np.float32([1.0, 2.0]).tobytes()
-    one = lives.Outcome([{"step": 1}], {"params": bits, "step": b"1"}, {"loss": 1.0})
+    one = killable_run.Outcome([{"step": 1}], {"params": bits, "step": b"1"}, {"loss": 1.0})
     assert one.differences(dataclasses.replace(one)) == []
     # Equal as numbers, not in their bits.
     zero, minus_zero = (np.float32([each]).tobytes() for each in (0.0, -0.0))
@@ -28,10 +28,10 @@ def test_differences_are_named() -> None:
 def test_incomplete_line_is_rejected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n{"step": 2')
     with pytest.raises(measure.BenchmarkError, match="incomplete"):
-        lives.outcome(tmp_path)
+        killable_run.outcome(tmp_path)
 
 
 def test_phase_entries_are_counted() -> None:
-    until = fault_injection._entered("save", 2)
+    until = fault_injection._after_entries("save", 2)
     seen = ["steps", "save", "save", "steps", "save"]
     assert [until(phase) for phase in seen] == [False, False, False, False, True]

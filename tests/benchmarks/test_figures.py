@@ -94,9 +94,9 @@ def test_bare_steps_can_be_repeated(data_directory: pathlib.Path) -> None:
         {"config": config.to_dict(settings), "image_size": 8, "batch_size": 8, "classes": 10}
     )
     made = dataclasses.replace(made, model=small.Network(0.0))
-    step, train = ours_step.repeated_step(made)
+    step, train = ours_step.timed_step(made)
     assert "fusion" in (step.as_text() or "")
-    for mode in (train, ours_step.eval_mode(made)):
+    for mode in (train, ours_step.timed_eval_step(made)):
         measured = mode(0.0)
         assert measured["count"] == 2 and measured["seconds"] > 0
 
@@ -186,7 +186,7 @@ def test_regression_reports_slowdowns_and_stores_on_request(
 
 
 def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
-    assert regression.newest(tmp_path) is None
+    assert regression.newest_result(tmp_path) is None
     for date, revision in (("2026-11-22T00:00:00", "aaa"), ("2026-11-21T00:00:00", "bbb+")):
         result = {"environment": {"date": date, "revision": revision}, "figures": {}}
         regression.store(tmp_path, result)
@@ -194,7 +194,7 @@ def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
         "regression-20261121T000000-bbb.json",
         "regression-20261122T000000-aaa.json",
     ]
-    newest = regression.newest(tmp_path)
+    newest = regression.newest_result(tmp_path)
     assert newest and newest[1]["environment"]["revision"] == "aaa"
 
 
@@ -233,13 +233,13 @@ def test_failing_training_command_is_explained() -> None:
 
 
 def test_settings_change_the_measured_experiment() -> None:
-    made = end_to_end.experiment(
+    made = end_to_end.load_experiment(
         "experiments/tiny_cpu.py",
         ["train.batch_size=32", "data.directory=data", "augment.flip=False"],
     )
     assert (made.train.batch_size, made.data.directory, made.augment.flip) == (32, "data", False)
     with pytest.raises(ConfigError, match="no such setting"):
-        end_to_end.experiment("experiments/tiny_cpu.py", ["train.no=1"])
+        end_to_end.load_experiment("experiments/tiny_cpu.py", ["train.no=1"])
 
 
 @pytest.mark.parametrize("archived", [True, False])
@@ -306,7 +306,7 @@ def test_profile_sums_kernels_and_ignores_the_host_with_a_gpu() -> None:
 
 def test_profile_names_the_source_of_an_operation() -> None:
     program = '  %fusion.1 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/conv1/conv"}\n'
-    assert profile_step.sources(program) == {"fusion.1": "jit(f)/conv1/conv"}
+    assert profile_step.op_sources(program) == {"fusion.1": "jit(f)/conv1/conv"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")))

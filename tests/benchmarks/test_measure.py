@@ -15,14 +15,14 @@ from benchmarks.contenders import resources
 
 
 def test_summary_of_several_measurements() -> None:
-    summary = measure.summarise([4.0, 1.0, 2.0])
+    summary = measure.summarize([4.0, 1.0, 2.0])
     assert (summary.median, summary.low, summary.high, summary.count) == (2.0, 1.0, 4.0, 3)
     assert summary.spread == 1.5
     assert summary.to_dict() == {"median": 2.0, "low": 1.0, "high": 4.0, "count": 3, "spread": 1.5}
 
 
 def test_table_is_aligned_markdown() -> None:
-    assert measure.table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
+    assert measure.markdown_table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
         "| what  |     n |",
         "| ----- | ----: |",
         "| a     |     1 |",

@@ -24,7 +24,7 @@ def fake(name: str, log: pathlib.Path, **settings: Any) -> workers.Contender:
 
 
 def test_contenders_take_turns_in_persistent_processes(log: pathlib.Path) -> None:
-    with workers.started([fake("a", log), fake("b", log)]) as (ready, absent):
+    with workers.running([fake("a", log), fake("b", log)]) as (ready, absent):
         numbers = workers.take_turns(ready, [{"mode": "count", "start": 10}], rounds=3)
     assert not absent
     assert log.read_text().split() == ["a", "b", "a", "b", "a", "b"]
@@ -42,7 +42,7 @@ def test_unavailable_contenders_are_named_and_skipped(log: pathlib.Path) -> None
         workers.Contender("lost", "tests.benchmarks.fake", {}, python="/no/such/python"),
         fake("good", log),
     ]
-    with workers.started(contenders) as (ready, absent):
+    with workers.running(contenders) as (ready, absent):
         assert [worker.name for worker in ready] == ["good"]
         assert ready[0].facts == {"parameters": 7, "modes": ["count", "fail"]}
     assert absent["missing"] == "not installed: no_such_package"
@@ -52,13 +52,13 @@ def test_unavailable_contenders_are_named_and_skipped(log: pathlib.Path) -> None
 
 def test_missing_own_module_is_an_error() -> None:
     gone = workers.Contender("gone", "benchmarks.contenders.gone", {})
-    with workers.started([gone]) as (ready, absent):
+    with workers.running([gone]) as (ready, absent):
         assert not ready
     assert absent["gone"].startswith("failed: gone: ModuleNotFoundError")
 
 
 def test_unsupported_modes_are_skipped(log: pathlib.Path) -> None:
-    with workers.started([fake("a", log)]) as (ready, _):
+    with workers.running([fake("a", log)]) as (ready, _):
         numbers = workers.take_turns(
             ready, [{"mode": "other"}, {"mode": "count", "start": 0}], rounds=1
         )
@@ -67,7 +67,7 @@ def test_unsupported_modes_are_skipped(log: pathlib.Path) -> None:
 
 def test_failure_in_a_turn_includes_the_contender_output(log: pathlib.Path) -> None:
     with (
-        workers.started([fake("a", log)]) as (ready, _),
+        workers.running([fake("a", log)]) as (ready, _),
         pytest.raises(workers.ContenderError, match="failed in its turn") as caught,
     ):
         workers.take_turns(ready, [{"mode": "fail"}], rounds=1)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from benchmarks import fault_injection, lives
+from benchmarks import fault_injection, killable_run
 from inception_jax.errors import EXIT_PREEMPTED
 from tests import command
 
@@ -52,19 +52,19 @@ def test_preempted_run_saves_and_resumes_bit_identically(
 ) -> None:
     # A shell has what it runs in the background ignore Ctrl-C, and that would be handed on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    place = campaign.place("stopped")
+    paths = campaign.paths("stopped")
     before = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        life = lives.Life(place)
-        life.watch(lambda phase: phase in ("steps", "save"))
-        assert life.stop(number) == EXIT_PREEMPTED, life.messages
-        assert f"{number.name}: ends once this step is saved" in life.messages
-        step = saved_step(life.messages)
+        process = killable_run.TrainingProcess(paths)
+        process.watch(lambda phase: phase in ("steps", "save"))
+        assert process.stop(number) == EXIT_PREEMPTED, process.messages
+        assert f"{number.name}: ends once this step is saved" in process.messages
+        step = saved_step(process.messages)
         assert before < step < STEPS
-        assert step == max(lives.finished_steps(place.workdir)) == life.step
+        assert step == max(killable_run.finished_steps(paths.workdir)) == process.step
         before = step
-    lives.Life(place).wait()
-    assert lives.outcome(place.workdir).differences(campaign.expected) == []
+    killable_run.TrainingProcess(paths).wait()
+    assert killable_run.outcome(paths.workdir).differences(campaign.expected) == []
 
 
 def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
@@ -73,7 +73,7 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = [
-        *lives.FLAGS,
+        *killable_run.FLAGS,
         "--config.train.duration=1000000 steps",
         f"--config.data.directory={tmp_path / 'data'}",
         f"--workdir={workdir}",
@@ -83,7 +83,7 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     processes = [command.start("main", *settings, f"--process_index={index}") for index in range(2)]
     try:
         deadline = time.monotonic() + command.TIMEOUT
-        while not any(line["step"] >= 3 for line in lives.metric_lines(workdir)):
+        while not any(line["step"] >= 3 for line in killable_run.metric_lines(workdir)):
             assert time.monotonic() < deadline
             for process in processes:
                 assert process.poll() is None, process.communicate()[1]
@@ -97,8 +97,8 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     for each in done:
         assert each.returncode == EXIT_PREEMPTED, each.stderr
     steps = [saved_step(each.stderr) for each in done]
-    assert steps[0] == steps[1] == max(lives.finished_steps(workdir))
-    assert lives.metric_lines(workdir)[-1]["step"] == steps[0]
+    assert steps[0] == steps[1] == max(killable_run.finished_steps(workdir))
+    assert killable_run.metric_lines(workdir)[-1]["step"] == steps[0]
     # One of them alone speaks of the training. (The collectives' library prints lines of its own.)
     assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
     # The signal came to the other.
