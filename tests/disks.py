@@ -1,4 +1,4 @@
-"""Small disks to fill: file systems in memory, where the tests may mount some."""
+"""Small disks to fill: in-memory file systems, if tests are allowed to mount them."""
 
 import contextlib
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(path: pathlib.Path, *, kilobytes: int) -> Iterator[pathlib.Path]:
-    """Mounts an empty file system of a given size; skips the test where that is not allowed."""
+    """Mounts an empty file system of a given size; skips the test if that is not allowed."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
     try:
@@ -26,7 +26,7 @@ def mounted(path: pathlib.Path, *, kilobytes: int) -> Iterator[pathlib.Path]:
 
 
 def make_read_only(path: pathlib.Path) -> None:
-    """Makes a mounted file system read-only, as a failing disk becomes, until `make_writable`."""
+    """Makes a mounted file system read-only, like a failing disk, until `make_writable`."""
     subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
 
 

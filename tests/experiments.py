@@ -11,12 +11,12 @@ from inception_jax.config import Config
 
 
 def load(arguments: Sequence[str]) -> Config:
-    """Returns the configuration that a command's arguments make, as the command line does."""
+    """Returns the configuration for a command's arguments, as the command line does."""
     argv = ["command", *(each for each in arguments if each.startswith("--config"))]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     with warnings.catch_warnings():
-        # ml_collections loads the file with a method of importlib that is to go.
+        # ml_collections loads the file with a deprecated method of importlib.
         warnings.simplefilter("ignore", DeprecationWarning)
         values(argv)
     config: Config = values.config

@@ -1,4 +1,4 @@
-"""The table of an ablation, and what is trained for it."""
+"""The table of an ablation, and the runs trained for it."""
 
 import json
 import pathlib
@@ -47,18 +47,18 @@ def test_each_variant_is_trained_once(
     table = tmp_path / "table.json"
     arguments = [str(plan), f"--output={tmp_path / 'out'}", "--json", str(table)]
     monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--seeds", "0", "1"])
-    # Only the command is replaced: what describes the machine runs others.
-    whole = subprocess.run
+    # Only the training command is replaced; the description of the machine runs others.
+    original = subprocess.run
     monkeypatch.setattr(
         subprocess,
         "run",
-        lambda command, **more: (train if "inception_jax.main" in command else whole)(
+        lambda command, **more: (train if "inception_jax.main" in command else original)(
             command, **more
         ),
     )
     ablation.main()
     ablation.main()
-    assert len(called) == 4, "what has finished is not trained again"
+    assert len(called) == 4, "finished variants are not trained again"
     assert called[3][-4:] == [
         "--config.train.duration=2 epochs",
         "--config.augment.flip=False",
@@ -76,8 +76,8 @@ def test_each_variant_is_trained_once(
         " 42.00–44.00 ",
     ]
     assert [cell.strip() for cell in lines[3].split("|")[2:4]] == ["47.00", "+4.00"]
-    found = json.loads(table.read_text())["results"]
-    assert [run["top1"] for run in found["no flip, 2 px"]] == [46.0, 48.0]
+    results = json.loads(table.read_text())["results"]
+    assert [run["top1"] for run in results["no flip, 2 px"]] == [46.0, 48.0]
 
 
 @pytest.mark.parametrize("text", ["", "experiment = 1", "[variants]", PLAN + "[more]\n"])

@@ -1,4 +1,4 @@
-"""The runs whose fault is known, as they were measured: what is said of them today."""
+"""The current diagnosis of the recorded runs with known faults."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ FIGURE = re.compile(r"\d[\d.]*\b")
 
 
 def read(settings: dict[str, Any]) -> configs.Config:
-    """Returns recorded settings, by dotted path, which may have the names of older versions."""
+    """Returns settings recorded by dotted path, possibly under the names of older versions."""
     nested: dict[str, Any] = {}
     for path, value in settings.items():
         *groups, name = path.split(".")

@@ -1,4 +1,4 @@
-"""What would not pass for the same run, and how phases are told apart."""
+"""Comparison of outcomes, and distinction of phases."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ def test_differences_are_named() -> None:
     bits = np.float32([1.0, 2.0]).tobytes()
     one = killable_run.Outcome([{"step": 1}], {"params": bits, "step": b"1"}, {"loss": 1.0})
     assert one.differences(dataclasses.replace(one)) == []
-    # Equal as numbers, not in their bits.
+    # Equal as numbers, but not bit-identical.
     zero, minus_zero = (np.float32([each]).tobytes() for each in (0.0, -0.0))
     left, right = (dataclasses.replace(one, arrays={"params": each}) for each in (zero, minus_zero))
     assert left.differences(right) == ["params"]

@@ -1,4 +1,4 @@
-"""How figures are made of measurements."""
+"""Results computed from measurements."""
 
 import dataclasses
 import json
@@ -151,7 +151,7 @@ def figures(step: float, matmul: float, read: float = 1.0) -> dict[str, dict[str
 
 
 def test_regression_is_relative_to_matmul() -> None:
-    # A machine of half the speed does half the steps: nothing moved.
+    # A machine at half the speed does half the steps: no change.
     moved = regression.changes(figures(100, 400, 8), figures(50, 200, 3))
     assert moved == {"train float32": pytest.approx(0.0), "read host": pytest.approx(-0.25)}
     spreads = {"train float32": 0.05, "read host": 0.05}
@@ -199,8 +199,8 @@ def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
 
 
 def test_startup_attributes_each_second_to_one_phase() -> None:
-    found = {"imports": [(0.0, 2.0)], "compile": [(1.0, 4.0), (9.0, 20.0)], "trace": [(3.0, 5.0)]}
-    seconds = startup.attribute(found, 10.0)
+    spans = {"imports": [(0.0, 2.0)], "compile": [(1.0, 4.0), (9.0, 20.0)], "trace": [(3.0, 5.0)]}
+    seconds = startup.attribute(spans, 10.0)
     assert seconds == {"imports": 2.0, "compile": 3.0, "trace": 1.0, "rest": 4.0}
 
 
@@ -256,9 +256,9 @@ def test_peers_get_training_images_of_all_classes(tmp_path: pathlib.Path, archiv
             for file in source.rglob("*.JPEG"):
                 archive.write(file, f"tiny/{file.relative_to(source)}")
     with input_pipeline.jpeg_files(str(path), 4) as files:
-        found = sorted(pathlib.Path(files).rglob("*.JPEG"))
-        assert [file.parent.parent.name for file in found] == ["n1", "n1", "n2", "n2"]
-        assert all(file.read_bytes().startswith(b"train") for file in found)
+        copied = sorted(pathlib.Path(files).rglob("*.JPEG"))
+        assert [file.parent.parent.name for file in copied] == ["n1", "n1", "n2", "n2"]
+        assert all(file.read_bytes().startswith(b"train") for file in copied)
     assert not pathlib.Path(files).exists()
 
 
@@ -275,7 +275,7 @@ def test_scaling_changes_one_thing_at_a_time() -> None:
     for axis, (name, points) in scaling.AXES.items():
         changed = scaling.contender(arguments, axis, points[-1])
         assert {key for key in base if base[key] != changed.settings[key]} == {name}
-        # The work is shared among devices, not more.
+        # More devices share the same work.
         assert (scaling.work(changed.settings) > scaling.work(base)) == (axis != "devices")
     assert changed.environment["JAX_NUM_CPU_DEVICES"] == "8"
 

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: who takes part, in which order, and what comes back."""
+"""Contenders in separate processes: availability, order and results."""
 
 import pathlib
 from typing import Any

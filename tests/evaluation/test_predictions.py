@@ -27,7 +27,7 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
 
 
 def test_the_surest_mistakes_come_first_then_a_spread_of_right_answers() -> None:
-    made = run_folders.predicted(10, count=200)
+    made = run_folders.fake_predictions(10, count=200)
     shown = predictions.choose(made)
     mistakes, right = shown[: predictions.MISTAKES], shown[predictions.MISTAKES :]
     wrong = [n for n in range(200) if made.guesses[n, 0] != made.labels[n]]
@@ -47,7 +47,7 @@ def test_a_split_may_be_all_right_or_all_wrong(right: bool) -> None:
 
 
 def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
-    made = run_folders.predicted(7, count=60)
+    made = run_folders.fake_predictions(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
     written = predictions.gather(result, made, split(tmp_path, 60, 8))
     predictions.write(tmp_path, written)
@@ -65,7 +65,7 @@ def test_the_file_gives_back_what_was_written(tmp_path: pathlib.Path) -> None:
 
 
 def test_large_pictures_are_kept_small(tmp_path: pathlib.Path) -> None:
-    made = run_folders.predicted(7, count=60)
+    made = run_folders.fake_predictions(7, count=60)
     found = predictions.gather({}, made, split(tmp_path, 60, 160))
     side = predictions.MOST_PIXELS
     assert found.pictures.shape[1:] == (side, side, 3)

@@ -188,7 +188,7 @@ def test_a_receptive_field_is_what_a_pixel_depends_on() -> None:
     blocks = structure.describe(network, size).blocks()
     images = np.zeros((size, size, size, 3), np.float32)
     images[np.arange(size), :, np.arange(size)] = np.nan
-    variables = small.draw(network, size)
+    variables = small.random_variables(network, size)
 
     def call(images: jax.Array) -> Any:
         _, captured = network.apply(

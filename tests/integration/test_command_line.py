@@ -1,4 +1,4 @@
-"""The main job through the command line, on a small archive in the official layout."""
+"""Training and evaluation from the command line, on a small archive in the official layout."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags that name the archive and where it is prepared."""
+    """Flags for the archive and the directory where it is prepared."""
     folder = tmp_path_factory.mktemp("data")
     source = folder / "archive.zip"
     archives.write_tiny_imagenet(source, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 3)
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training(data: list[str]) -> list[str]:
-    """Flags of a run that takes seconds, with something due at most of its 30 steps."""
+    """Flags of a run that takes seconds, with an event at most of its 30 steps."""
     return [
         *data,
         "--config.data.image_size=16",
@@ -53,7 +53,7 @@ def training(data: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The folder of a run that never stopped."""
+    """The workdir of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished")
     command.check("main", *training, f"--workdir={folder}")
     return folder
@@ -70,7 +70,7 @@ def test_archive_is_prepared_once(data: list[str]) -> None:
     output = command.check("tools.prepare", *data)
     assert "train: 96 images of 64 px" in output
     assert "validation: 24 images" in output
-    # A second call finds it done.
+    # A second call does nothing.
     assert command.check("tools.prepare", *data) == output
 
 
@@ -78,7 +78,7 @@ def test_run_writes_its_results(finished: pathlib.Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert (result["step"], result["split"], result["count"]) == (STEPS, "validation", 24)
     assert result["checkpoint"] == "last"
-    # The classes differ in colour; a guess is 25.
+    # The classes differ in color; chance is 25.
     assert result["top1"] > 40
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["train"]["batch_size"] == 16
@@ -128,7 +128,7 @@ def test_workdir_alone_can_be_evaluated_and_resumed(
     (tmp_path / "data").symlink_to(moved)
     alone = command.run("main", f"--workdir={folder}", "--mode=eval")
     assert json.loads(alone.stdout) == expected, alone.stderr
-    # The experiment alone stands for what was overridden, too, and the data may lie elsewhere.
+    # The experiment file also restores overridden settings, and the data may have moved.
     again = command.run(
         "main", data[0], f"--workdir={folder}", "--mode=eval",
         f"--config.data.directory={tmp_path / 'data'}",
@@ -142,7 +142,7 @@ def test_workdir_alone_can_be_evaluated_and_resumed(
     )
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
-    assert f"config.train.duration.steps: {STEPS} → {STEPS + 4}" in longer.stderr
+    assert f"config.train.duration: {STEPS} steps → {STEPS + 4} steps" in longer.stderr
     assert "warning: the learning rate rises from " in longer.stderr
     assert "Total: " not in longer.stderr
     resumed = json.loads((folder / "config.json").read_text())
@@ -157,13 +157,13 @@ def test_exported_weights_match_the_checkpoint(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
-    said = command.check(
+    output = command.check(
         "tools.export", "--to=savedweights", f"--workdir={finished}", f"--output={path}"
     )
-    assert "mini_googlenet, 4 classes" in said and "moving average" in said
+    assert "mini_googlenet, 4 classes" in output and "moving average" in output
     result = json.loads(command.check("main", *training, f"--weights={path}", "--mode=eval"))
     role = result.pop("checkpoint")
-    assert "best" in role and f"({role} checkpoint)" in said
+    assert "best" in role and f"({role} checkpoint)" in output
     assert result in [line for line in lines(finished) if line["split"] == "validation"]
     done = command.run("main", *training, f"--weights={path}")
     assert done.returncode == 2
@@ -177,7 +177,7 @@ def test_report_needs_only_the_workdir(finished: pathlib.Path, tmp_path: pathlib
     right = round(result["top1"] * result["count"] / 100)
     pictures = min(right, 12) + min(result["count"] - right, 24)
     assert page.count('<img src="data:image/png;base64,') == pictures
-    # Its own values, of what this run overrode.
+    # The experiment's values of the overridden settings.
     assert "<code>train.batch_size</code></th><td>128</td><td><strong>16</strong>" in page
     for name in ("config.json", "metrics.jsonl", "result.json", "predictions.npz"):
         shutil.copy(finished / name, tmp_path / name)
@@ -240,14 +240,14 @@ def test_bad_archive_is_rejected(damage: str, training: list[str], tmp_path: pat
 def test_full_disk_stops_the_run_with_one_message(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    # A limit on the size of a file fails a write as a full disk does, at the same calls.
+    # A file size limit makes the same calls fail as a full disk.
     script = (
         "import resource, runpy, sys; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
         "sys.argv[0] = 'main'; runpy.run_module('inception_jax.main', run_name='__main__')"
     )
-    # The limit would leave damaged entries in the tests' compilation cache: they are read from it,
-    # and what is missing there is written elsewhere.
+    # The limit would corrupt entries of the tests' compilation cache, so entries are read from it
+    # and new ones are written elsewhere.
     cache = tmp_path / "cache"
     cache.mkdir()
     for entry in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):

@@ -1,4 +1,4 @@
-"""Training that is killed, and training that is told to end: at one process and at two."""
+"""Training that is killed or preempted, with one process and with two."""
 
 import pathlib
 import re
@@ -19,20 +19,20 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Campaign:
-    """With a run that nobody disturbed."""
+    """A campaign with an undisturbed run."""
     return fault_injection.Campaign(tmp_path_factory.mktemp("campaign"), steps=STEPS, seed=0)
 
 
 def saved_step(messages: str) -> int:
-    """Returns the step that a stopped process says it has saved."""
-    found = re.findall(
+    """Returns the step that a stopped process reports as saved."""
+    matches = re.findall(
         r"^stopped as a signal asked, after step ([\d,]+) of [\d,]+, which is saved; "
         r"the same command goes on from it$",
         messages,
         re.MULTILINE,
     )
-    assert len(found) == 1, messages
-    return int(found[0].replace(",", ""))
+    assert len(matches) == 1, messages
+    return int(matches[0].replace(",", ""))
 
 
 def test_killed_run_ends_bit_identical(campaign: fault_injection.Campaign) -> None:
@@ -50,7 +50,7 @@ def test_killed_run_ends_bit_identical(campaign: fault_injection.Campaign) -> No
 def test_preempted_run_saves_and_resumes_bit_identically(
     campaign: fault_injection.Campaign,
 ) -> None:
-    # A shell has what it runs in the background ignore Ctrl-C, and that would be handed on.
+    # Shells make background processes ignore Ctrl-C, which child processes would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     paths = campaign.paths("stopped")
     before = 0
@@ -88,7 +88,7 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
             for process in processes:
                 assert process.poll() is None, process.communicate()[1]
             time.sleep(0.005)
-        # Not JAX's own signal: it has to be handed on.
+        # A signal that JAX does not handle, so it must be passed on to the other process.
         processes[1].send_signal(signal.SIGUSR1)
         done = [command.finish(process) for process in processes]
     finally:
@@ -99,8 +99,8 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     steps = [saved_step(each.stderr) for each in done]
     assert steps[0] == steps[1] == max(killable_run.finished_steps(workdir))
     assert killable_run.metric_lines(workdir)[-1]["step"] == steps[0]
-    # One of them alone speaks of the training. (The collectives' library prints lines of its own.)
+    # Only one of them logs the training (the collectives' library also prints lines).
     assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
-    # The signal came to the other.
-    said = ["SIGUSR1: ends once this step is saved" in each.stderr for each in done]
-    assert said == [False, True]
+    # The other one received the signal.
+    logged = ["SIGUSR1: ends once this step is saved" in each.stderr for each in done]
+    assert logged == [False, True]

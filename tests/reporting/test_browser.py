@@ -1,6 +1,6 @@
-"""The reports in a real browser: they open without an error or a request, and the controls work.
+"""Opens the reports in a browser: no errors, no network requests, and working controls.
 
-Skipped without Playwright or a Chromium: pip install -e '.[browser]', and apt install chromium or
+Skipped without Playwright or Chromium: run pip install -e '.[browser]', and apt install chromium or
 playwright install chromium.
 """
 
@@ -26,14 +26,16 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-        paths = [path for path in (*found, driver.chromium.executable_path) if path]
+        installed = [
+            shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")
+        ]
+        paths = [path for path in (*installed, driver.chromium.executable_path) if path]
         path = next((path for path in paths if pathlib.Path(path).exists()), None)
         if path is None:
             pytest.skip(
                 "Chromium not found; run apt install chromium or playwright install chromium"
             )
-        # A container's root user has no sandbox; the pages are our own.
+        # The sandbox does not work for a container's root user, and the pages are trusted.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -61,33 +63,33 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
 
 
 class Opened:
-    """A page in the browser, and what it asked for and complained of."""
+    """A page in the browser, with its console messages and requests."""
 
     def __init__(self, browser: Any, path: pathlib.Path, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.complaints: list[str] = []
+        self.console_errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.console_errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.console_errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.path = path
 
     def check(self) -> None:
-        assert self.complaints == []
+        assert self.console_errors == []
         asked = [url for url in self.requests if not url.startswith("data:")]
         assert set(asked) == {self.path.as_uri()}
 
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, pathlib.Path]) -> Any:
-    """The page that the test is parametrized with; checked at its end, too."""
+    """The page of the test's parameter, checked for errors at the end."""
     name, options = getattr(request, "param", ("one", {}))
-    found = Opened(browser, pages[name], **options)
-    yield found.page
-    found.check()
-    found.context.close()
+    opened_page = Opened(browser, pages[name], **options)
+    yield opened_page.page
+    opened_page.check()
+    opened_page.context.close()
 
 
 def ticks(page: Any, metric: str = "loss") -> list[float]:
@@ -106,7 +108,7 @@ def test_page_opens_with_curves(opened: Any) -> None:
     paths = opened.locator('[data-metric="loss"] path.curve')
     assert paths.count() >= 2
     assert all(paths.nth(n).get_attribute("d") for n in range(paths.count()))
-    # Names that are markup stayed names.
+    # Names that contain markup are not executed.
     assert opened.evaluate("window.hacked") is None
 
 
@@ -153,11 +155,11 @@ def test_keyboard_reads_a_chart(opened: Any) -> None:
     plot.focus()
     opened.keyboard.press("End")
     last = {line["split"]: line for line in run_folders.lines()[-2:]}
-    said = opened.locator("#announcement").inner_text()
-    assert said.startswith("Top-1 accuracy, epoch 10: ")
+    announcement = opened.locator("#announcement").inner_text()
+    assert announcement.startswith("Top-1 accuracy, epoch 10: ")
     for split, words in (("train", "training"), ("test", "test")):
         top1 = float(f"{last[split]['top1']:.4g}")
-        assert f"{words} {top1:g}%" in said
+        assert f"{words} {top1:g}%" in announcement
     opened.keyboard.press("ArrowLeft")
     assert "epoch 9.75: " in opened.locator("#announcement").inner_text()
     assert opened.locator('[data-metric="top1"] .tip').is_visible()
@@ -197,7 +199,7 @@ def test_runs_sort_by_any_column(opened: Any) -> None:
         assert opened.locator("#run-table [aria-sort]").count() == 1
         if len(set(orders[0])) == 2:
             assert orders[0] == orders[1][::-1], names[index]
-    # A number's first click brings the largest to the top.
+    # The first click on a numeric column sorts the largest to the top.
     heads.nth(names.index("top-1, %")).click()
     values = [float(text) for text in column(opened, "#run-table", 2)]
     assert values == sorted(values, reverse=True)
@@ -232,9 +234,9 @@ def test_filter_finds_settings(opened: Any) -> None:
 )
 def test_theme_follows_the_system_until_set(opened: Any, request: pytest.FixtureRequest) -> None:
     light, dark = "rgb(246, 247, 249)", "rgb(20, 23, 28)"
-    own = dark if "dark" in request.node.callspec.id else light
+    system = dark if "dark" in request.node.callspec.id else light
     button = opened.locator("#theme")
-    assert background(opened) == own
+    assert background(opened) == system
     button.click()
     assert (background(opened), button.inner_text()) == (light, "Theme: light")
     button.click()
@@ -242,7 +244,7 @@ def test_theme_follows_the_system_until_set(opened: Any, request: pytest.Fixture
     opened.reload()
     assert (background(opened), button.inner_text()) == (dark, "Theme: dark")
     button.click()
-    assert background(opened) == own
+    assert background(opened) == system
 
 
 @pytest.mark.parametrize(
@@ -283,6 +285,6 @@ def test_values_are_readable_without_javascript(opened: Any) -> None:
 
 
 def test_screenshots_are_not_empty(opened: Any, tmp_path: pathlib.Path) -> None:
-    """What they look like is for the eye; that something is drawn can be tested."""
+    """The appearance needs a human; that something is drawn can be tested."""
     picture = opened.screenshot(path=tmp_path / "page.png", full_page=True)
     assert len(picture) > 50_000

@@ -1,4 +1,4 @@
-"""The pages of a report, read as a program reads them; test_browser.py opens them."""
+"""The pages of a report, parsed; test_browser.py opens them in a browser."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ BROKEN_OUT = '"><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text outside scripts and styles."""
+    """Parses a page into elements with attributes, and text outside scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ def test_page_has_all_sections(tmp_path: pathlib.Path) -> None:
     ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
     parts = {"curves", "diagnosis", "classes", "confusion", "mistakes", "calibration", "time"}
     assert parts | {"settings", "machine", "data"} <= ids
-    # Links inside the page lead somewhere.
+    # All links within the page have a target.
     targets = {str(a["href"])[1:] for a in page.all("a") if str(a["href"]).startswith("#")}
     assert targets <= ids
     last = run_folders.lines()[-1]
     assert f"{last['top1']:.2f}" in page.words
     assert "(95% interval for n = 600 images)" in page.words
-    assert "3 min 20 s" in page.words  # 200 seconds in all.
+    assert "3 min 20 s" in page.words  # 200 seconds in total.
 
 
 def test_page_names_the_evaluation_of_each_figure(tmp_path: pathlib.Path) -> None:
@@ -80,7 +80,7 @@ def test_page_names_the_evaluation_of_each_figure(tmp_path: pathlib.Path) -> Non
     page = page_of(folder)
     assert "Best and last evaluation, step 400" in page.words
     assert "come from the evaluation at step 400 (best and last), split test" in page.words
-    # The evaluation at step 360 is better than the last one.
+    # Makes the evaluation at step 360 better than the last one.
     lines = run_folders.lines()
     for line in lines:
         if line["split"] == "test" and line["step"] == 360:
@@ -93,7 +93,7 @@ def test_page_names_the_evaluation_of_each_figure(tmp_path: pathlib.Path) -> Non
 
 
 def test_top5_is_omitted_for_up_to_five_classes(tmp_path: pathlib.Path) -> None:
-    """Of runs of older versions too, whose files have it."""
+    """Also for runs of older versions, whose files have it."""
     few = run_folders.write(tmp_path / "few", names=tuple("abcde"))
     many = run_folders.write(tmp_path / "many", names=tuple("abcdef"))
     for folder, shown in ((few, False), (many, True)):
@@ -112,7 +112,7 @@ def test_top5_is_omitted_for_up_to_five_classes(tmp_path: pathlib.Path) -> None:
 
 
 def with_rows(folder: pathlib.Path, *more: dict[str, Any], **values: float) -> pathlib.Path:
-    """Adds values to each row of a run's evaluations, and rows after them."""
+    """Adds values to each evaluation of a run, and further rows."""
     rows = [row | (values if row["split"] == "test" else {}) for row in run_folders.lines()]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, *more])
     (folder / "metrics.jsonl").write_text(text)
@@ -132,7 +132,7 @@ def test_custom_metrics_are_shown_by_name(tmp_path: pathlib.Path) -> None:
     names = [figure["data-metric"] for figure in page.all("figure") if "data-metric" in figure]
     known = ["loss", "top1", "top5", "learning_rate", "gradient_norm"]
     assert names == [*known, *values]
-    # And beside a run that has none of them.
+    # And next to a run without these metrics.
     output = tmp_path / "both.html"
     report.write_comparison([folder, run_folders.write(tmp_path / "other")], output)
     words = Page(output.read_text(encoding="utf-8")).words
@@ -141,15 +141,15 @@ def test_custom_metrics_are_shown_by_name(tmp_path: pathlib.Path) -> None:
 
 
 def test_all_evaluations_are_shown_and_the_result_is_the_main_one(tmp_path: pathlib.Path) -> None:
-    """The mirror average, which older versions kept in the same row, is one of them."""
+    """Including the horizontal-flip average, which older versions stored in the same row."""
     row = {"step": 400, "epoch": 10.0, "split": "crops", "top1": 99.9, "loss": 0.01, "count": 7}
     flip = {"flip_loss": 0.5, "flip_top1": 88.8, "flip_top5": 99.0}
     folder = with_rows(run_folders.write(tmp_path), row, **flip)
-    found = run_record.read(folder)
-    assert (found.split, len(found.evaluations)) == ("test", 10)
-    assert found.diagnosis is not None
-    assert found.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
-    assert found.role(400) == "best and last"
+    record = run_record.read(folder)
+    assert (record.split, len(record.evaluations)) == ("test", 10)
+    assert record.diagnosis is not None
+    assert record.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
+    assert record.role(400) == "best and last"
     page = page_of(folder)
     words = page.words.partition("Horizontal axis")[0].partition("Other evaluations")[2]
     assert "horizontal-flip average 400 0.5000 88.80 99.00 600" in words
@@ -158,8 +158,8 @@ def test_all_evaluations_are_shown_and_the_result_is_the_main_one(tmp_path: path
     assert list(splits) == ["train", "crops", "flip", "test"]
     assert len({columns["color"] for columns in splits.values()}) == 4
     assert splits["flip"]["metrics"]["top1"] == [88.8] * 10
-    # Runs are compared by their own evaluations.
-    assert list(context.curves([found, found])["runs"][0]["splits"]) == ["train", "test"]
+    # Comparisons use the main evaluation of each run.
+    assert list(context.curves([record, record])["runs"][0]["splits"]) == ["train", "test"]
 
 
 def test_finish_reads_and_diagnoses_a_run_once(
@@ -168,11 +168,11 @@ def test_finish_reads_and_diagnoses_a_run_once(
     calls: list[str] = []
 
     def count(module: Any, name: str) -> None:
-        whole = getattr(module, name)
+        original = getattr(module, name)
 
         def counted(*args: Any, **more: Any) -> Any:
             calls.append(name)
-            return whole(*args, **more)
+            return original(*args, **more)
 
         monkeypatch.setattr(module, name, counted)
 
@@ -231,7 +231,7 @@ def test_hostile_names_are_text(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path, names=names, settings=settings)
     plain = page_of(run_folders.write(tmp_path / "plain", names=tuple("abcdefgh")))
     page = page_of(folder)
-    # No element and no attribute that plain names would not give.
+    # The same elements and attributes as with plain names.
     for tag in ("script", "img", "style", "h1"):
         assert len(page.all(tag)) == len(plain.all(tag)), tag
     known = {name for _, attributes in plain.elements for name in attributes}
@@ -239,7 +239,7 @@ def test_hostile_names_are_text(tmp_path: pathlib.Path) -> None:
     assert page.words.count(HOSTILE) >= 3
     assert "{{ 7 * 7 }}" in page.words
     assert page.data["runs"][0]["name"] == HOSTILE
-    # matplotlib takes them, too.
+    # They can be plotted too.
     assert len(report.plot(folder)) == 8
 
 
@@ -283,7 +283,7 @@ def test_overridden_settings_are_listed(tmp_path: pathlib.Path) -> None:
     }
     experiment = {"file": "experiments/made_up.py", "own": own}
     words = expected_of(tmp_path, 50.0, experiment=experiment)
-    # The rate is the experiment's after all, and where data lie is no part of a recipe.
+    # The rate equals that of the experiment, and the data directory is not part of a recipe.
     assert "this run changed 1 of its settings" in words
     assert "setting experiment this run train.duration 4000 steps 400 steps" in words
     assert "Unchanged from experiments/made_up.py." in expected_of(
@@ -292,8 +292,8 @@ def test_overridden_settings_are_listed(tmp_path: pathlib.Path) -> None:
 
 
 def test_workdir_with_only_metrics_has_curves(tmp_path: pathlib.Path) -> None:
-    whole = run_folders.write(tmp_path / "whole")
-    shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    complete = run_folders.write(tmp_path / "complete")
+    shutil.copy(complete / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
     assert page.data["runs"][0]["splits"]["train"]["metrics"]["loss"]
     assert "This workdir has no predictions" in page.words
@@ -304,17 +304,17 @@ def test_workdir_with_only_metrics_has_curves(tmp_path: pathlib.Path) -> None:
 def test_unfinished_run_is_marked(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path, steps=120))
     assert "step 120, not finished" in page.words
-    assert "Time: 3 min 20 s" in page.words  # From what the evaluation left.
+    assert "Time: 3 min 20 s" in page.words  # From predictions.npz.
     (tmp_path / "metrics.jsonl").write_text(json.dumps(run_folders.lines()[0]) + "\n")
     assert "No evaluation yet." in page_of(tmp_path).words
 
 
 def test_images_in_both_splits_are_listed(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path)
-    run_record = json.loads((folder / "config.json").read_text())
+    config_record = json.loads((folder / "config.json").read_text())
     for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
-        run_record["dataset"]["evaluated and trained on"] = {"total": count, "pairs": pairs}
-        (folder / "config.json").write_text(json.dumps(run_record))
+        config_record["dataset"]["evaluated and trained on"] = {"total": count, "pairs": pairs}
+        (folder / "config.json").write_text(json.dumps(config_record))
         assert ("Evaluated on training images" in page_of(folder).words) == bool(count)
     words = page_of(folder).words
     assert "2 images of the evaluation split" in words
@@ -325,9 +325,9 @@ def test_files_of_an_earlier_run_are_ignored(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     other = run_folders.lines(skill=0.5)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
-    found = run_record.read(tmp_path)
-    assert found.evaluated is None
-    assert found.result == {}
+    record = run_record.read(tmp_path)
+    assert record.evaluated is None
+    assert record.result == {}
 
 
 def test_evaluation_on_another_machine_is_shown(tmp_path: pathlib.Path) -> None:
@@ -355,7 +355,7 @@ def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     ]
     assert "train.label_smoothing 0.0 0.1" in page.words
     assert "not finished" in page.words  # 400 of 800 steps.
-    # A link to the report of the run that has one, from where the page lies.
+    # A link, relative to the page, to the report of the run that has one.
     links = [a["href"] for a in page.all("a") if "report.html" in str(a["href"])]
     assert links == ["../other%20%26%20more/report.html"]
     with pytest.raises(UserError, match="is the report of one of the compared runs"):
@@ -373,8 +373,8 @@ def test_command_writes_report_and_comparison(tmp_path: pathlib.Path) -> None:
     one, other = run_folders.write(tmp_path / "one"), run_folders.write(tmp_path / "other")
     assert command.check("tools.report", str(one)) == f"{one / 'report.html'}\n"
     output = tmp_path / "both.html"
-    said = command.check("tools.report", str(one), str(other), f"--output={output}")
-    assert said == f"{output}\n"
+    output_text = command.check("tools.report", str(one), str(other), f"--output={output}")
+    assert output_text == f"{output}\n"
     assert "2 runs compared" in output.read_text(encoding="utf-8")
     done = command.run("tools.report", str(one), f"--output={tmp_path / 'none' / 'page.html'}")
     assert done.returncode == 2

@@ -59,8 +59,8 @@ def test_curves_match_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) 
     assert paths == [tmp_path / "plots" / name for name in names]
     curves = {
         (name, line.get_label()): line.get_xydata().tolist()
-        for name, found in axes.items()
-        for line in found.lines
+        for name, figure_axes in axes.items()
+        for line in figure_axes.lines
     }
     train, validation = np.arange(1, 31), np.array([10, 20, 30])
     expected = {
@@ -105,7 +105,7 @@ def test_nonfinite_value_leaves_a_gap(tmp_path: pathlib.Path, axes: dict[str, An
     report.plot(_workdir(tmp_path, lines))
     values = axes["loss.png"].lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(values)).tolist() == [3]
-    # The title takes the last evaluation that has a number.
+    # The title shows the last evaluation with a finite value.
     assert axes["loss.png"].get_title().endswith("validation top-1 18.00% at epoch 2 (last)")
 
 
@@ -141,7 +141,7 @@ def test_incomplete_last_line_is_skipped(tmp_path: pathlib.Path, axes: dict[str,
 
 def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     longer = [line | {"epoch": 2 * line["epoch"]} for line in _TRAIN + _VALIDATION]
-    # Other splits and views are left to each run's own report.
+    # Other splits and views are only shown in each run's own report.
     short = [*_TRAIN, *_VALIDATION, _VALIDATION[0] | {"split": "other"}]
     runs = [_workdir(tmp_path / f"run {n}", longer if n == 8 else short) for n in range(9)]
     paths = report.plot_comparison(runs, tmp_path / "new" / "plots")

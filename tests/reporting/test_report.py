@@ -1,4 +1,4 @@
-"""What is written for a reader: the diagnosis of a run, and a range test."""
+"""The files written for a run: diagnosis, plots and range test."""
 
 import json
 import math
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A run's folder with three real epochs on Tiny ImageNet, which ran to its end."""
+    """The workdir of a finished run of three real epochs on Tiny ImageNet."""
     config = configs.Config(name="three", train=configs.Train(duration="3 epochs"))
     config.schedule.name = "linear"
     dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
@@ -34,10 +34,10 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_finish_writes_plots_and_diagnosis(folder: pathlib.Path) -> None:
-    said: list[str] = []
-    report.finish(folder, said.append)
-    assert said[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
-    assert said[1].startswith(
+    logged: list[str] = []
+    report.finish(folder, logged.append)
+    assert logged[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
+    assert logged[1].startswith(
         "  try, in a new workdir: --config.evaluation.train_eval_examples=1000"
     )
     assert (folder / "plots" / "loss.png").exists()
@@ -45,7 +45,7 @@ def test_finish_writes_plots_and_diagnosis(folder: pathlib.Path) -> None:
     assert stored["verdict"] == "not measured"
     assert stored["advice"]["setting"] == "evaluation.train_eval_examples"
     assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
-    # Never happened: null, as JSON has no NaN.
+    # NaN is stored as null, because JSON has no NaN.
     assert stored["evidence"]["nonfinite_step"] is None
     assert stored["evidence"]["top1"] == 30.56
 
@@ -67,19 +67,19 @@ def test_unusual_names_can_be_plotted_and_reported(tmp_path: pathlib.Path) -> No
 
 
 def test_diagnose_command_prints_what_training_logged(folder: pathlib.Path) -> None:
-    said: list[str] = []
-    report.finish(folder, said.append)
-    assert said.pop() == f"report: {folder / 'report.html'}"
-    assert command.check("tools.diagnose", str(folder)).splitlines() == said
+    logged: list[str] = []
+    report.finish(folder, logged.append)
+    assert logged.pop() == f"report: {folder / 'report.html'}"
+    assert command.check("tools.diagnose", str(folder)).splitlines() == logged
     done = command.run("tools.diagnose", str(folder), str(folder / "none"))
     assert done.returncode == 2
-    assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
+    assert done.stdout.splitlines() == [str(folder), *logged, str(folder / "none")]
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
 
 
 def test_report_does_not_import_jax(tmp_path: pathlib.Path) -> None:
-    """Importing it would take longer than all the rest."""
+    """Importing JAX would take longer than everything else."""
     script = """
 import pathlib, sys
 from inception_jax.reporting import report

@@ -7,7 +7,7 @@ from inception_jax.telemetry.clock import Clock, Laps
 
 
 class _Time:
-    """Seconds that pass when told to."""
+    """A fake clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""What a run takes of its machine."""
+"""Measurements of memory and disk space."""
 
 import pathlib
 import shutil

@@ -104,7 +104,7 @@ def test_resuming_removes_later_and_incomplete_lines(tmp_path: pathlib.Path) -> 
 
 
 def test_new_run_removes_all_lines(tmp_path: pathlib.Path) -> None:
-    # Not even the state before the first step, nor a line that a resume would refuse.
+    # Removes even step 0 and a line that a resume would reject.
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1}\n')
     _write(tmp_path, range(0))
     assert _lines(tmp_path) == []
@@ -132,8 +132,8 @@ def test_corrupt_line_is_reported_with_its_number(tmp_path: pathlib.Path, line: 
 
 
 def test_failed_write_is_a_user_error(tmp_path: pathlib.Path) -> None:
-    # A limit on the size of files fails a write as a full disk does. It would fail the tests' own
-    # output too, where that is a file, hence the process of its own.
+    # A file size limit makes writes fail like a full disk. It would also affect the output of the
+    # tests if that is a file, hence the separate process.
     script = """
 import pathlib, resource, sys
 from inception_jax.errors import UserError
@@ -156,7 +156,7 @@ except UserError as error:
 
 def test_removed_workdir_is_a_user_error(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
-    # At the end, too: a line is missing.
+    # Also on exit, because a line is missing.
     with (
         pytest.raises(UserError, match="removed"),
         RunWriter(Workdir(workdir), Log(), resume_step=0) as writer,
@@ -177,7 +177,7 @@ def test_retrying_writer_keeps_rows_while_the_disk_is_full(tmp_path: pathlib.Pat
         with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, retry_on_error=True) as writer:
             write(range(1, 11))
             writer.flush()
-            # What is left is a part of a page of each file: lines are torn.
+            # Only parts of the last pages are left, so lines are cut.
             (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
             write(range(11, 201))
             with pytest.raises(WriteError, match=r"cannot write metrics: .*No space left"):
@@ -189,7 +189,7 @@ def test_retrying_writer_keeps_rows_while_the_disk_is_full(tmp_path: pathlib.Pat
 
 
 class Rows:
-    """A writer that keeps what it gets, and fails where it is told to."""
+    """A writer that records its rows, and fails on demand."""
 
     def __init__(self, fails: Callable[[str, int], bool] = lambda method, step: False) -> None:
         self.rows: list[tuple[int, float, str, dict[str, float]]] = []
@@ -198,7 +198,7 @@ class Rows:
 
     def _do(self, method: str, step: int = 0) -> None:
         if self._fails(method, step):
-            raise ValueError("the service is not there")
+            raise ValueError("service unavailable")
         self.calls.append(method)
 
     def resume(self, resume_step: int) -> None:
@@ -218,7 +218,7 @@ class Rows:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
-    """Registers a writer for one test, and returns settings that name it."""
+    """Registers a writer for one test, and returns settings that use it."""
     monkeypatch.setattr(registry.WRITERS, "_parts", dict(registry.WRITERS._parts))
 
     def register(build: Callable[[Log, Workdir], Any], **options: Any) -> Log:
@@ -287,12 +287,12 @@ def test_failing_writer_is_named(registered: Callable[..., Log], tmp_path: pathl
     ):
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
         expected = (
-            r"writer 'mine': cannot write the train row of step 2: ValueError: the service is "
-            r"not there \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
+            r"writer 'mine': cannot write the train row of step 2: ValueError: service "
+            r"unavailable \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
         )
         with pytest.raises(WriteError, match=expected):
             writer.write(2, epoch=0.2, split="train", values={"loss": 2.0})
-    # The others have all, and are closed.
+    # The other writers have all rows and are closed.
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
     assert rows.calls[-1] == "close"
 
@@ -300,22 +300,22 @@ def test_failing_writer_is_named(registered: Callable[..., Log], tmp_path: pathl
 def test_retrying_run_survives_a_temporary_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
-    is_down, said = [True], list[str]()
+    is_down, logged = [True], list[str]()
     rows = Rows(lambda method, step: is_down[0] and method == "write")
     settings = registered(lambda settings, workdir: rows)
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=logged.append
     ) as writer:
         for step in (1, 2):
             writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
-        assert not said
-        # No error: a checkpoint waits for metrics.jsonl alone.
+        assert not logged
+        # No error: a checkpoint only waits for metrics.jsonl.
         writer.flush()
-        assert "'mine': cannot write the train row of step 1: ValueError" in said.pop()
-        assert not said
+        assert "'mine': cannot write the train row of step 1: ValueError" in logged.pop()
+        assert not logged
         is_down[0] = False
         writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
-    assert not said
+    assert not logged
     assert [row[0] for row in rows.rows] == [1, 2, 3]
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
 
@@ -323,14 +323,18 @@ def test_retrying_run_survives_a_temporary_writer_failure(
 def test_retrying_run_survives_a_permanent_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     settings = registered(lambda settings, workdir: Rows(lambda method, step: method != "resume 0"))
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=logged.append
     ) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
-    assert ["cannot write" in said[0], "cannot close" in said[1], len(said)] == [True, True, 2]
-    assert "on_write_error = 'continue'" in said[0]
+    assert ["cannot write" in logged[0], "cannot close" in logged[1], len(logged)] == [
+        True,
+        True,
+        2,
+    ]
+    assert "on_write_error = 'continue'" in logged[0]
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 
 
@@ -400,7 +404,7 @@ def test_workdir_that_is_a_file_is_a_user_error(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture(params=["auto", "false"])
 def tensorboard(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[str]:
-    """Runs a TensorBoard of `tmp_path`, with each of its two loaders; gives its address."""
+    """Runs TensorBoard on `tmp_path` with each of its two loaders; yields its address."""
     pytest.importorskip("tensorboard")
     command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0"]
     command += [f"--logdir={tmp_path / 'tensorboard'}", f"--load_fast={request.param}"]
@@ -419,7 +423,7 @@ def tensorboard(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Itera
 
 
 def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]:
-    """Returns (step, value) of a curve once TensorBoard, which reads on, has its last step."""
+    """Waits until TensorBoard has read the last step, and returns the curve's (step, value)."""
     while True:
         with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags") as reply:
             tags = json.load(reply).get(".", {})
@@ -448,7 +452,7 @@ def test_tensorboard_shows_each_step_once_after_resumes(
     expected = [(step, 1.0 if step <= 20 else 2.0) for step in range(1, 41)]
     assert _curve(tensorboard, "train/loss", last_step=40) == expected
     assert _curve(tensorboard, "validation/top1", last_step=40) == expected[9::10]
-    # A new run in the same folder hides all of the old one.
+    # A new run in the same workdir hides the old one.
     _run(tmp_path, resume=0, last=50, loss=3.0)
     expected = [(step, 3.0) for step in range(1, 51)]
     assert _curve(tensorboard, "train/loss", last_step=50) == expected

@@ -399,8 +399,8 @@ def test_the_last_and_the_best_checkpoints_are_kept(
 
     def evaluate(_: state.Variables, names: Collection[str]) -> dict[str, EvalResult]:
         assert list(names) == ["test", "train_eval"]
-        main = small.evaluated(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
-        return main | small.evaluated(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
+        main = small.fake_results(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
+        return main | small.fake_results(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
 
     small.train(this, Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())

@@ -89,7 +89,7 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
 
 
 def evaluate(_: Any, names: Collection[str]) -> dict[str, EvalResult]:
-    return small.evaluated(names, loss=1.0, top1=10.0, top5=50.0, count=360)
+    return small.fake_results(names, loss=1.0, top1=10.0, top5=50.0, count=360)
 
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def test_they_are_the_mean_over_batches_of_the_training_images(
 ) -> None:
     this = small.build(settings(data_directory, examples=100, ema=ema))
     before = state.create(this)
-    params = small.draw(this.model, this.dataset.image_size)["params"]
+    params = small.random_variables(this.model, this.dataset.image_size)["params"]
     before = before.replace(average=before.average | {"params": params}) if ema else before
     estimate = norm.NormEstimator(this)
     if compiled:
