@@ -93,16 +93,16 @@ def bytes_moved(stem: str, image_size: int) -> int:
 
 
 def step_seconds(
-    machine: Machine, workload: Workload, *, compute_share: float, memory_share: float
+    machine: Machine, workload: Workload, *, compute_fraction: float, memory_fraction: float
 ) -> tuple[float, float, float]:
     """Returns the seconds of a step for compute, memory traffic and the all-reduce."""
     operations = network.flops("train", workload.stem, workload.image_size, workload.classes)
     gradients = 4 * network.parameters(workload.stem, workload.classes)
     return (
-        operations * workload.batch_size / (compute_share * machine.peak),
+        operations * workload.batch_size / (compute_fraction * machine.peak),
         bytes_moved(workload.stem, workload.image_size)
         * workload.batch_size
-        / (memory_share * machine.memory),
+        / (memory_fraction * machine.memory),
         2 * (machine.devices - 1) / machine.devices * gradients / machine.link,
     )
 
@@ -110,8 +110,8 @@ def step_seconds(
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = measure.make_parser(__doc__)
-    parser.add_argument("--compute-share", type=float, default=0.4, help="u")
-    parser.add_argument("--memory-share", type=float, default=0.7, help="v")
+    parser.add_argument("--compute-fraction", type=float, default=0.4, help="u")
+    parser.add_argument("--memory-fraction", type=float, default=0.7, help="v")
     return parser.parse_args(argv)
 
 
@@ -124,8 +124,8 @@ def main() -> None:
             compute, memory, reduce = step_seconds(
                 machine,
                 workload,
-                compute_share=arguments.compute_share,
-                memory_share=arguments.memory_share,
+                compute_fraction=arguments.compute_fraction,
+                memory_fraction=arguments.memory_fraction,
             )
             seconds = max(compute, memory) + reduce
             rate = machine.devices * workload.batch_size / seconds
@@ -172,8 +172,8 @@ def main() -> None:
             "benchmark": "projection",
             "environment": measure.environment(),
             "settings": {
-                "compute_share": arguments.compute_share,
-                "memory_share": arguments.memory_share,
+                "compute_fraction": arguments.compute_fraction,
+                "memory_fraction": arguments.memory_fraction,
             },
             "results": results,
         },
