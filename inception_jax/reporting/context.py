@@ -116,13 +116,13 @@ def result(record: RunRecord) -> Values | None:
         "best": best if best["top1"] > last["top1"] else None,
         # Two standard errors of a proportion of independent examples (95% confidence interval).
         "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
-        "expected": _expected(record, last["top1"]),
+        "expected": _expected_result(record, last["top1"]),
         "hours": (record.result.get("seconds") or last.get("seconds") or 0) / 3600,
         "images_per_second": record.result.get("images_per_second"),
     }
 
 
-def _expected(record: RunRecord, top1: float) -> Values | None:
+def _expected_result(record: RunRecord, top1: float) -> Values | None:
     if record.config is None or not record.config.expected.top1:
         return None
     expected = record.config.expected

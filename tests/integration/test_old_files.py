@@ -85,7 +85,7 @@ def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> 
     expected = EXPECTED[name]["resume"]
     result, log = main(folder, f"--workdir=runs/{name}")
 
-    line = "config.watch.dogs = 2: no setting of this version; it is left out"
+    line = "config.watch.dogs = 2: ignored, because this version has no such setting"
     assert log.count(line) == 1
     words = "must be an encoding" if name == "image_folder" else "only 'image_folder' has"
     assert f"config.data.archive_encoding = 'none': {words}" in log
@@ -113,7 +113,7 @@ def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> 
 def test_old_checkpoint_evaluates_the_same(name: str, which: str, folder: pathlib.Path) -> None:
     result, log = main(folder, f"--workdir=runs/{name}", "--mode=eval", f"--checkpoint={which}")
     assert_evaluated(result, EXPECTED[name]["evaluate"][which]["result"])
-    assert "left out" not in log
+    assert "ignored" not in log
 
 
 def test_old_checkpoints_and_weights_evaluate_through_the_api(
