@@ -144,7 +144,7 @@ def write(
     made = fake_predictions(len(names))
     shown = predictions.choose(made)
     random = np.random.default_rng(1)
-    pictures = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
+    images = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
     files = tuple(f"picture_{index}.png" for index in shown)
-    predictions.write(folder, Evaluated(result, made, shown, files, pictures))
+    predictions.write(folder, Evaluated(result, made, shown, files, images))
     return folder

@@ -61,7 +61,7 @@ def plot_run(record: RunRecord) -> list[pathlib.Path]:
     return write_figures(record.workdir.plots, named_figures)
 
 
-def plot_comparison(records: Sequence[RunRecord], folder: pathlib.Path) -> list[pathlib.Path]:
+def plot_comparison(records: Sequence[RunRecord], directory: pathlib.Path) -> list[pathlib.Path]:
     """Draws a plot of each metric, such as loss.png and top1.png, with a curve for each run.
 
     The curves are those of evaluations, because the training loss is that of the objective, which
@@ -70,7 +70,7 @@ def plot_comparison(records: Sequence[RunRecord], folder: pathlib.Path) -> list[
 
     Args:
       records: the runs.
-      folder: output directory, created if missing.
+      directory: output directory, created if missing.
 
     Returns:
       The files written.
@@ -80,16 +80,16 @@ def plot_comparison(records: Sequence[RunRecord], folder: pathlib.Path) -> list[
     """
     runs = context.curves(records)["runs"]
     metrics = context.metrics([row for record in records for row in record.rows])
-    return write_figures(folder, ((m.name, _comparison_figure(runs, m)) for m in metrics))
+    return write_figures(directory, ((m.name, _comparison_figure(runs, m)) for m in metrics))
 
 
 def write_figures(
-    folder: pathlib.Path, named_figures: "Iterable[tuple[str, Figure]]"
+    directory: pathlib.Path, named_figures: "Iterable[tuple[str, Figure]]"
 ) -> list[pathlib.Path]:
     """Writes figures as PNG files and returns their paths.
 
     Args:
-      folder: output directory, created if missing.
+      directory: output directory, created if missing.
       named_figures: pairs of a name and a figure.
 
     Raises:
@@ -97,16 +97,17 @@ def write_figures(
     """
     written = []
     try:
-        atomic.make_output_folder(folder)
+        atomic.make_output_folder(directory)
         for name, figure in named_figures:
             # A metric can have any name, even that of another plot.
             stem = re.sub(r"[^\w.-]", "_", name)
-            stem += "-2" * (folder / f"{stem}.png" in written)
-            written.append(folder / f"{stem}.png")
+            stem += "-2" * (directory / f"{stem}.png" in written)
+            written.append(directory / f"{stem}.png")
             figures.save(figure, written[-1])
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write plots: {error}. Free disk space or make the directory writable"
+            f"{directory}: cannot write plots: {error}. Free disk space or make the directory "
+            "writable"
         ) from error
     return written
 

@@ -203,12 +203,12 @@ def display_names(records: Sequence[RunRecord]) -> list[str]:
     """Returns a distinct name for each run: the shortest unique end of its path."""
     if len(records) == 1:
         return [records[0].name]
-    folders = [record.workdir.path.resolve() for record in records]
-    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+    directories = [record.workdir.path.resolve() for record in records]
+    for parts in range(1, max(len(directory.parts) for directory in directories) + 1):
+        names = ["/".join(directory.parts[-parts:]) for directory in directories]
         if len(set(names)) == len(names):
             return names
-    return [f"{folder.name} ({number})" for number, folder in enumerate(folders, start=1)]
+    return [f"{directory.name} ({number})" for number, directory in enumerate(directories, start=1)]
 
 
 def _read_result(path: pathlib.Path) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def _listen() -> None:
 
 def _seconds_file() -> pathlib.Path | None:
     # Not all versions of JAX declare the types of their settings.
-    folder = cast(Any, jax.config).jax_compilation_cache_dir
-    return pathlib.Path(folder) / _FILE if folder else None
+    directory = cast(Any, jax.config).jax_compilation_cache_dir
+    return pathlib.Path(directory) / _FILE if directory else None
 
 
 def _load_seconds() -> dict[str, Any]:

@@ -16,9 +16,9 @@ def resident_memory() -> float | None:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def free_disk(folder: pathlib.Path) -> float | None:
+def free_disk(directory: pathlib.Path) -> float | None:
     """Returns the free disk space of a directory, GB; None if it does not exist."""
     try:
-        return shutil.disk_usage(folder).free / 1e9
+        return shutil.disk_usage(directory).free / 1e9
     except OSError:
         return None

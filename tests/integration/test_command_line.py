@@ -175,8 +175,8 @@ def test_report_needs_only_the_workdir(finished: pathlib.Path, tmp_path: pathlib
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['top1']:.2f}<small>%</small>" in page
     right = round(result["top1"] * result["count"] / 100)
-    pictures = min(right, 12) + min(result["count"] - right, 24)
-    assert page.count('<img src="data:image/png;base64,') == pictures
+    images = min(right, 12) + min(result["count"] - right, 24)
+    assert page.count('<img src="data:image/png;base64,') == images
     # The experiment's values of the overridden settings.
     assert "<code>train.batch_size</code></th><td>128</td><td><strong>16</strong>" in page
     for name in ("config.json", "metrics.jsonl", "result.json", "predictions.npz"):

@@ -286,5 +286,5 @@ def test_values_are_readable_without_javascript(opened: Any) -> None:
 
 def test_screenshots_are_not_empty(opened: Any, tmp_path: pathlib.Path) -> None:
     """The appearance needs a human; that something is drawn can be tested."""
-    picture = opened.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert len(picture) > 50_000
+    image = opened.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert len(image) > 50_000

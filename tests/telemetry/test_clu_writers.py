@@ -19,8 +19,8 @@ for step in range(1, 5):
     report(step)
 writer.flush()
 writer.close()
-found = sorted(name for name in sys.modules if name.partition(".")[0] == "tensorflow")
-assert not found, found
+imported = sorted(name for name in sys.modules if name.partition(".")[0] == "tensorflow")
+assert not imported, imported
 """
 
 
