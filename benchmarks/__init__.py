@@ -1,4 +1,4 @@
-"""What measures speed and memory, beside peers where there are any, in one run.
+"""Benchmarks of speed and memory, alongside peers where there are any.
 
-Each file is a command with a --help: `python -m benchmarks.step_time --help`.
+Each file is a command with --help: `python -m benchmarks.step_time --help`.
 """

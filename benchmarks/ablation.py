@@ -1,14 +1,14 @@
-"""Trains variants of an experiment, of equal length, that differ in one setting each.
+"""Trains variants of an experiment, of equal duration, that differ in one setting each.
 
-A file names the experiment, what all variants share and what each changes. Each is trained by the
-real command in a folder of its own under --output; one that has finished there is not trained
-again, and one that was stopped goes on, so the whole can be interrupted. The table has the last
-evaluation of each, and its difference to the first variant. One run a variant: differences of less
-than a few times the spread between seeds (--seeds) mean nothing.
+A TOML file names the experiment, the settings common to all variants, and those of each. The
+training command trains each variant in a separate workdir under --output. Finished variants are not
+trained again and stopped ones resume, so the benchmark can be interrupted. The table shows the last
+evaluation of each variant and its difference from the first. With one run per variant, differences
+smaller than a few times the spread between seeds (--seeds) are meaningless.
 
   python -m benchmarks.ablation benchmarks/ablations/tiny.toml --output runs/ablation
 
-The file, in TOML:
+The file:
 
   experiment = "experiments/tiny.py"
   shared = ["data.holdout=5000", "train.duration=15 epochs"]
@@ -34,12 +34,12 @@ from benchmarks import command, measure
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """The variants to compare.
 
     Attributes:
-      experiment: the experiment's file.
+      experiment: file of the experiment.
       shared: settings of all variants, as PATH=VALUE.
-      variants: settings of each variant besides, by its name.
+      variants: additional settings of each variant, by name.
     """
 
     experiment: str
@@ -51,41 +51,49 @@ def read_plan(path: pathlib.Path) -> Plan:
     """Reads a file of variants.
 
     Raises:
-      BenchmarkError: if it cannot be read as one.
+      BenchmarkError: if it cannot be read.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         plan = Plan(**values)
     except (OSError, ValueError, TypeError) as error:
-        raise measure.BenchmarkError(f"{path}: is no file of variants: {error}") from error
+        raise measure.BenchmarkError(
+            f"{path}: cannot be read as a file of variants: {error}"
+        ) from error
     if not plan.variants:
-        raise measure.BenchmarkError(f"{path}: names no variants")
+        raise measure.BenchmarkError(f"{path}: contains no variants; add a [variants] table")
     return plan
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
-    parser.add_argument("plan", type=pathlib.Path, help="the file of variants")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the workdirs")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train just these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--platform", default="", help="as of the training command")
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
+    parser.add_argument("plan", type=pathlib.Path, help="TOML file of variants")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="PATH=VALUE", help="as --config.PATH=VALUE"
+        "--output", type=pathlib.Path, required=True, help="directory for the workdirs"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--platform", default="", help="--platform of the training command")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 
 
 def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains a variant, unless that was done before, and returns its result.json.
+    """Trains a variant, unless it is finished, and returns its result.json.
 
     Raises:
       CommandError: if the training command fails.
     """
     folder = arguments.output.resolve() / re.sub(r"[^\w.=-]+", "_", f"{variant}-{seed}")
     settings = [*plan.shared, *arguments.set, *plan.variants[variant], f"seed={seed}"]
-    _claim(folder, settings)
+    _check_settings(folder, settings)
     if not (folder / "result.json").exists():
         flags = [
             f"--config={plan.experiment}",
@@ -93,45 +101,47 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
             f"--platform={arguments.platform}",
             *command.overrides(settings),
         ]
-        measure.say(f"=== {variant}, seed {seed}")
+        measure.log(f"=== {variant}, seed {seed}")
         called = [sys.executable, "-m", "inception_jax.main", *flags]
         done = subprocess.run(called, cwd=measure.ROOT, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
-            raise command.CommandError(f"{variant}: the command ended with {done.returncode}")
+            raise command.CommandError(
+                f"{variant}: the training command exited with code {done.returncode}"
+            )
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
 
-def _claim(folder: pathlib.Path, settings: Sequence[str]) -> None:
-    """Notes what a folder is for, so that no result is taken for that of other settings.
+def _check_settings(folder: pathlib.Path, settings: Sequence[str]) -> None:
+    """Records a workdir's settings, or checks that they are the same as before.
 
     Raises:
-      BenchmarkError: if it was made for other ones.
+      BenchmarkError: if the workdir was trained with other settings.
     """
     note = folder / "variant.json"
     if not note.exists():
         measure.write_json(note, {"settings": list(settings)})
-    elif (found := json.loads(note.read_text(encoding="utf-8"))["settings"]) != list(settings):
+    elif (before := json.loads(note.read_text(encoding="utf-8"))["settings"]) != list(settings):
         raise measure.BenchmarkError(
-            f"{folder}: was trained with other settings, {' '.join(found)}; give another --output"
+            f"{folder}: trained with other settings ({' '.join(before)}); use another --output"
         )
 
 
 def _flip_top1(run: Mapping[str, Any]) -> float | None:
-    """Returns the top-1 of the mirror average, which older results name differently."""
+    """Returns the top-1 of the horizontal-flip average, which older results name differently."""
     return run.get("evaluations", {}).get("flip", {}).get("top1", run.get("flip_top1"))
 
 
-def rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
-    """Returns the table's rows: means over seeds, and the difference in top-1 to the first."""
-    found = []
+def table_rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+    """Returns the table rows: means over seeds, and the difference in top-1 from the first."""
+    rows = []
     first: float | None = None
     for variant, runs in results.items():
-        top1 = measure.summarise(run["top1"] for run in runs)
+        top1 = measure.summarize(run["top1"] for run in runs)
         mean = sum(run["top1"] for run in runs) / len(runs)
         first = mean if first is None else first
         flip = [value for run in runs if (value := _flip_top1(run)) is not None]
-        found.append(
+        rows.append(
             [
                 variant,
                 f"{mean:.2f}",
@@ -142,7 +152,7 @@ def rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
                 f"{sum(run['seconds'] for run in runs) / len(runs) / 60:.1f}",
             ]
         )
-    return found
+    return rows
 
 
 def main() -> None:
@@ -150,14 +160,14 @@ def main() -> None:
     arguments = parse()
     plan = read_plan(arguments.plan)
     if unknown := set(arguments.only) - set(plan.variants):
-        raise measure.BenchmarkError(f"--only: there is no variant {', '.join(sorted(unknown))}")
+        raise measure.BenchmarkError(f"--only: unknown variants: {', '.join(sorted(unknown))}")
     results: dict[str, list[dict[str, Any]]] = {}
     try:
         for variant in arguments.only or plan.variants:
             for seed in arguments.seeds:
                 results.setdefault(variant, []).append(train(plan, variant, seed, arguments))
     except KeyboardInterrupt:
-        measure.say("interrupted; the same command goes on. What has finished:")
+        measure.log("interrupted; rerun the same command to continue. Finished so far:")
     measure.write_json(
         arguments.json,
         {
@@ -168,7 +178,7 @@ def main() -> None:
         },
     )
     head = ["variant", "top-1 %", "difference", "low–high", "flip top-1 %", "loss", "minutes"]
-    print(measure.table(head, rows(results)))
+    print(measure.markdown_table(head, table_rows(results)))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,27 @@
 #!/usr/bin/env bash
-# What is measured on a machine with a GPU, in parts that are named as arguments:
+# Runs the benchmarks of a machine with a GPU. The arguments name the parts to run:
 #
 #   benchmarks/accelerator.sh [--smoke] PART...
 #
-#   compare  step_time for each of STEMS and BATCHES, bfloat16, beside PyTorch (torch.compile,
+#   compare  step_time for each of STEMS and BATCHES, bfloat16, alongside PyTorch (torch.compile,
 #            channels_last, autocast): $OUT/step_STEM_BATCH.{json,txt}
-#   profile  trace of the step of the first stem and last batch: $OUT/profile.{json,txt}, $OUT/trace
-#   train    the flagship run, experiments/tiny.py, in $WORKDIR. It goes on where it stopped when it is
-#            called again, and stops by itself after $LIMIT seconds; metrics, result and plots go to
-#            $OUT/train
+#   profile  trace of the step with the first stem and the last batch: $OUT/profile.{json,txt}, $OUT/trace
+#   train    the flagship run, experiments/tiny.py, in $WORKDIR. Stops after $LIMIT seconds and resumes
+#            when called again; copies metrics, result and plots to $OUT/train
 #   export   the weights of $WORKDIR in bfloat16: $OUT/weights.safetensors
-#   ablate   the variants of benchmarks/ablations/tiny.toml in $ABLATION, or just those named in
-#            $VARIANTS; those that have finished there are not trained again, and it stops by itself
-#            after $LIMIT seconds: $OUT/ablation.{json,txt}
+#   ablate   the variants of benchmarks/ablations/tiny.toml in $ABLATION, or only those named in
+#            $VARIANTS. Finished ones are not trained again; stops after $LIMIT seconds:
+#            $OUT/ablation.{json,txt}
 #
-# --smoke: the same on the CPU with tiny sizes, in a few minutes, to try the script.
+# --smoke: the same on the CPU with tiny sizes, in a few minutes, to test the script.
 #
-# Variables, with their defaults: OUT=runs/accelerator, PYTHON=python3, PYTHON_TORCH=$PYTHON,
+# Environment variables and their defaults: OUT=runs/accelerator, PYTHON=python3, PYTHON_TORCH=$PYTHON,
 # STEMS="s16 s32", BATCHES="512 1024", CONTENDERS="ours torch torch-compile", ROUNDS=5,
-# WORKDIR=runs/tiny, LIMIT=0 (none), TRAIN_FLAGS="" (more flags of the training command, such as
+# WORKDIR=runs/tiny, LIMIT=0 (none), TRAIN_FLAGS="" (additional flags of the training command, such as
 # --config.data.directory=DATA --config.data.source=tiny-imagenet-200.zip), ABLATION=runs/ablation,
-# VARIANTS="" (all), SETTINGS="" (of all variants, such as data.directory=DATA).
+# VARIANTS="" (all), SETTINGS="" (settings of all variants, such as data.directory=DATA).
 #
-# One stem and batch of `compare` takes some 3 minutes, most of it compiling.
+# Each stem and batch of `compare` takes about 3 minutes, mostly for compilation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,7 +36,7 @@ for argument in "$@"; do
     --help | -h) usage; exit 0 ;;
     --smoke) smoke=yes ;;
     compare | profile | train | export | ablate) parts+=("$argument") ;;
-    *) echo "$argument: is neither compare, profile, train, export, ablate nor --smoke; see --help" >&2; exit 2 ;;
+    *) echo "$argument: must be compare, profile, train, export, ablate or --smoke; see --help" >&2; exit 2 ;;
   esac
 done
 if [ "${#parts[@]}" -eq 0 ]; then
@@ -75,7 +74,7 @@ else
 fi
 mkdir -p "$OUT"
 
-# The lists of words are meant to be split.
+# Word splitting of the lists is intended.
 # shellcheck disable=SC2086
 compare() {
   local stem batch
@@ -95,7 +94,7 @@ profile() {
     --json "$OUT/profile.json" "${step[@]}" | tee "$OUT/profile.txt"
 }
 
-# At the limit timeout ends with 124, where it is stopped otherwise the command with 75; it has saved.
+# Exit code 124: stopped at the limit by timeout; 75: stopped otherwise. Both have saved.
 # shellcheck disable=SC2086
 train() {
   local code=0 file
@@ -108,7 +107,7 @@ train() {
     fi
   done
   if [ "$code" -eq 124 ] || [ "$code" -eq 75 ]; then
-    echo "train: stopped; the same command goes on" >&2
+    echo "train: stopped and saved; rerun the same command to resume" >&2
   elif [ "$code" -ne 0 ]; then
     return "$code"
   fi

@@ -1,7 +1,4 @@
-"""The real training command as a child process, watched from outside.
-
-Nothing here knows what goes on inside the command: it reads metrics.jsonl as it grows.
-"""
+"""Runs the training command as a child process and reads metrics.jsonl as it grows."""
 
 import contextlib
 import json
@@ -17,18 +14,19 @@ from typing import Any
 
 from benchmarks import measure
 
-# Seconds; fine enough for a start-up of seconds, coarse enough not to disturb it.
+# Seconds; fine enough for a start-up of seconds, coarse enough not to slow it down.
 _POLL = 0.02
 
 
 class CommandError(measure.BenchmarkError):
-    """A training command that ended early; the message has the end of what it printed."""
+    """A failed training command; the message contains the end of its output."""
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:
-    """Returns settings given as PATH=VALUE as flags of the training command.
+    """Returns flags of the training command for settings given as PATH=VALUE.
 
-    Of those with the same path only the last: ml_collections joins tuples whose flag is repeated.
+    The last of several settings with the same path wins; ml_collections would join the tuples of
+    repeated flags.
     """
     last = {argument.partition("=")[0]: argument for argument in arguments}
     return [f"--config.{argument}" for argument in last.values()]
@@ -42,13 +40,13 @@ def training(
     environment: Mapping[str, str] | None = None,
     interpreter: Sequence[str] = (),
 ) -> Iterator["Training"]:
-    """Starts the training command in a workdir that is thrown away, and kills it at the end.
+    """Starts the training command in a temporary workdir, and kills it on exit.
 
     Args:
       experiment: file of the experiment.
-      flags: of the command, besides --config and --workdir.
-      environment: variables that differ from this process's.
-      interpreter: flags of Python itself.
+      flags: flags other than --config and --workdir.
+      environment: environment variables that differ from this process's.
+      interpreter: flags of the Python interpreter.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-run-") as workdir:
         run = Training(experiment, flags, workdir, environment or {}, interpreter)
@@ -59,10 +57,10 @@ def training(
 
 
 class Training:
-    """A training command that runs; `training` makes it.
+    """A running training command, created by `training`.
 
     Attributes:
-      messages: seconds since the start and text of each line that it has printed to stderr.
+      messages: time in seconds since the start, and text, of each line printed to stderr.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class Training:
         self._reader.start()
 
     def reports(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Yields each training report as it is written, with seconds since the start.
+        """Yields the seconds since the start and the row of each training report as it is written.
 
         Raises:
           CommandError: if the command fails.
@@ -115,14 +113,14 @@ class Training:
             if ended:
                 if self._process.returncode:
                     raise CommandError(
-                        f"the training command ended with {self._process.returncode}\n"
+                        f"the training command exited with code {self._process.returncode}\n"
                         + "".join(text for _, text in self.messages[-20:])
                     )
                 return
             time.sleep(_POLL)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -134,7 +132,7 @@ class Training:
                 self.messages.append((time.perf_counter() - self._started, line))
 
     def _lines(self) -> list[str]:
-        """Returns the whole lines of metrics.jsonl."""
+        """Returns the complete lines of metrics.jsonl."""
         if not self._metrics.exists():
             return []
         return self._metrics.read_text(encoding="utf-8").split("\n")[:-1]

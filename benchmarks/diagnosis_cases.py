@@ -1,14 +1,14 @@
-r"""Checks the diagnosis on runs whose fault is known, and what its advice does when followed.
+r"""Tests the diagnosis on runs with known faults, and the effect of following its advice.
 
-Each case trains a small network in seconds with one thing wrong with it: a learning rate that is
-far off, too few steps, a network too thin, shuffled labels, … The diagnosis is written down, its
-advice is followed once in a new workdir, and both ends are compared. A case fails if the verdict is
-none of those that are true of it, or if the advice made the evaluation worse.
+Each case trains a small network in seconds with one fault: a learning rate that is far off, too few
+steps, a network too narrow, shuffled labels, … The diagnosis is recorded, its advice is followed
+once in a new workdir, and both results are compared. A case fails if its verdict is not one of the
+true ones, or if the advice made the evaluation worse.
 
   python -m benchmarks.diagnosis_cases --output runs/diagnosis \
       --json benchmarks/results/diagnosis_cases.json
 
-A case that is finished in --output is not trained again.
+Finished cases in --output are not trained again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from inception_jax.config import Config
 if TYPE_CHECKING:
     from inception_jax.reporting.diagnosis import Diagnosis
 
-# A validation loss that is higher by this share is worse, where accuracy is not better.
+# A validation loss higher by this fraction counts as worse, unless accuracy is better.
 WORSE_LOSS = 0.05
 
 
@@ -40,13 +40,13 @@ class Case:
     """A run with a known fault.
 
     Attributes:
-      fault: what is wrong with it.
-      verdicts: those that are true of it.
-      settings: what it changes, by dotted path.
-      experiment: the module of experiments/ that it starts from, and what all its cases change.
-      data: makes its pictures below a folder; None: the embedded digits.
-      stop: the step after which it is interrupted; 0: it runs to its end.
-      frozen: whether it is evaluated with the statistics that BatchNorm began with.
+      fault: description of the fault.
+      verdicts: the true verdicts.
+      settings: changed settings, by dotted path.
+      experiment: module of experiments/ to start from, also the key in SHARED.
+      data: writes the images below a directory; None: the embedded digits.
+      stop: step after which the run is interrupted; 0: not interrupted.
+      frozen: whether evaluation uses the initial BatchNorm statistics.
     """
 
     fault: str
@@ -58,7 +58,7 @@ class Case:
     frozen: bool = False
 
 
-# The digits at their own size, for which a thin network takes seconds.
+# The digits at their native size, on which a narrow network trains in seconds.
 SHARED: dict[str, dict[str, Any]] = {
     "digits": {
         "data.image_size": 8,
@@ -82,26 +82,26 @@ SHARED: dict[str, dict[str, Any]] = {
 RATE = 0.05
 
 
-def pictures(
+def write_striped_images(
     folder: pathlib.Path, *, counts: Sequence[int], size: int, noise: float, shuffled: bool = False
 ) -> None:
-    """Writes pictures of stripes that lean by class, below noise: CLASS/NUMBER.png.
+    """Writes noisy images of stripes, whose angle depends on the class, as CLASS/NUMBER.png.
 
     Args:
-      folder: to write to.
-      counts: how many of each class.
-      size: their side, pixels.
-      noise: deviation of a pixel over the height of the stripes.
-      shuffled: whether the labels have nothing to do with the pictures.
+      folder: output directory.
+      counts: number of images of each class.
+      size: side, pixels.
+      noise: standard deviation of a pixel relative to the amplitude of the stripes.
+      shuffled: whether labels are independent of the images.
     """
     from PIL import Image
 
     random = np.random.default_rng(0)
     down, across = np.mgrid[:size, :size]
     labels = np.repeat(np.arange(len(counts)), counts)
-    shown = random.permutation(labels) if shuffled else labels
-    for number, (label, kind) in enumerate(zip(labels, shown, strict=True)):
-        # Within a quarter turn, as half of the pictures are mirrored in training.
+    drawn = random.permutation(labels) if shuffled else labels
+    for number, (label, kind) in enumerate(zip(labels, drawn, strict=True)):
+        # Within a quarter turn, because training mirrors half of the images.
         angle = math.pi / 2 * (kind / (len(counts) - 1) + random.normal(scale=0.05))
         wave = across * math.cos(angle) + down * math.sin(angle)
         stripes = np.sin(0.9 * wave + random.uniform(0, 2 * math.pi))
@@ -111,11 +111,11 @@ def pictures(
         Image.fromarray(np.uint8(np.clip(128 + 40 * pixels, 0, 255))).save(path)
 
 
-def _pictures(**settings: Any) -> Callable[[pathlib.Path], None]:
-    return lambda folder: pictures(folder, **settings)
+def _striped_images(**settings: Any) -> Callable[[pathlib.Path], None]:
+    return lambda folder: write_striped_images(folder, **settings)
 
 
-NEWCOMER = _pictures(counts=(200, 200, 200), size=32, noise=2.0)
+NEWCOMER = _striped_images(counts=(200, 200, 200), size=32, noise=2.0)
 RECIPE = {"train.batch_size": 32, "schedule.learning_rate": 0.025}
 
 FINE, HARDLY, SHORT = "no fault found", "hardly learned", "too short to judge"
@@ -125,7 +125,7 @@ CASES = {
     "rate x 0.01": Case("rate", [HARDLY], {"schedule.learning_rate": RATE / 100}),
     "rate x 0.1": Case("rate", [UNDER], {"schedule.learning_rate": RATE / 10}),
     "rate x 1": Case("nothing", [FINE], {}),
-    # With BatchNorm that works, too.
+    # This works too, thanks to BatchNorm.
     "rate x 10": Case("rate", [FINE], {"schedule.learning_rate": RATE * 10}),
     "rate x 100": Case("rate", [HARDLY], {"schedule.learning_rate": RATE * 100}),
     "no rate": Case("rate", [HARDLY], {"schedule.learning_rate": 1e-12}),
@@ -157,7 +157,7 @@ CASES = {
         [OVER, HARDLY],
         {},
         "image_folder",
-        _pictures(counts=(200, 200, 200), size=32, noise=1.0, shuffled=True),
+        _striped_images(counts=(200, 200, 200), size=32, noise=1.0, shuffled=True),
     ),
     "newcomer": Case(
         "10 of 60 epochs",
@@ -169,8 +169,8 @@ CASES = {
 }
 
 
-def settings(case: Case) -> tuple[Config, dict[str, Any]]:
-    """Returns a case's configuration, and the experiment's own values of what the case changes."""
+def case_config(case: Case) -> tuple[Config, dict[str, Any]]:
+    """Returns a case's configuration, and the experiment's values of the changed settings."""
     config = importlib.import_module(f"experiments.{case.experiment}").get_config()
     for path, value in SHARED[case.experiment].items():
         configs.put(config, path, value)
@@ -188,7 +188,7 @@ def train(
     stop: int = 0,
     frozen: bool = False,
 ) -> "Diagnosis":
-    """Trains a run to its end, or to the step `stop`, where it has not got there; diagnoses it."""
+    """Trains a run to its end or to step `stop`, unless done before, and diagnoses it."""
     import jax
     import jax.numpy as jnp
 
@@ -203,7 +203,7 @@ def train(
     done = folder / f"trained-{stop}"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        this = run.assemble(config, log=measure.say)
+        this = run.assemble(config, log=measure.log)
         evaluator = Evaluator(this)
 
         def evaluate(variables: Any, names: Any) -> Any:
@@ -227,21 +227,21 @@ def train(
                 stop=lambda step: step == stop,
             )
         except (Preempted, RunError) as error:
-            measure.say(str(error))
-        # Each run's step is a program of its own.
+            measure.log(str(error))
+        # Each run compiles a different step.
         jax.clear_caches()
         done.touch()
     return report.write_diagnosis(folder)
 
 
-def found_rate(config: Config, folder: pathlib.Path) -> float | None:
-    """Returns the rate that a range test proposes, with the command's own defaults, if it does."""
+def proposed_rate(config: Config, folder: pathlib.Path) -> float | None:
+    """Returns the rate proposed by a range test with the defaults of find_lr; None if none."""
     from inception_jax.reporting import report
     from inception_jax.training import lr_range_test, run
 
     stored = folder / "find_lr.json"
     if not stored.exists():
-        this = run.assemble(config, log=measure.say)
+        this = run.assemble(config, log=measure.log)
         steps, high = 200, 10.0
         points = lr_range_test.range_test(this, low=1e-5, high=high, steps=steps)
         proposal, doubts = lr_range_test.propose(points), []
@@ -256,21 +256,21 @@ def found_rate(config: Config, folder: pathlib.Path) -> float | None:
     return proposed and proposed["rate"]
 
 
-def follow(config: Config, diagnosis: "Diagnosis", folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the settings that follow a diagnosis; empty if there is nothing to change."""
+def advised_changes(config: Config, diagnosis: "Diagnosis", folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the settings that a diagnosis advises to change; empty if none."""
     if diagnosis.advice:
         return {diagnosis.advice.setting: diagnosis.advice.value}
     if any("tools.find_lr" in note for note in diagnosis.notes) and (
-        rate := found_rate(config, folder)
+        rate := proposed_rate(config, folder)
     ):
         return {"schedule.learning_rate": rate}
     return {}
 
 
 def outcome(diagnosis: "Diagnosis") -> dict[str, Any]:
-    """Returns what a JSON file holds of a diagnosis."""
-    e = diagnosis.evidence
-    numbers = {"loss": e.loss, "top1": e.top1, "train_top1": e.train_top1, "noise": e.noise}
+    """Returns the JSON form of a diagnosis."""
+    stats = diagnosis.evidence
+    numbers = {name: getattr(stats, name) for name in ("loss", "top1", "train_top1", "noise")}
     return {
         "verdict": diagnosis.verdict,
         "reason": diagnosis.reason,
@@ -281,7 +281,7 @@ def outcome(diagnosis: "Diagnosis") -> dict[str, Any]:
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
-    """Returns the settings that differ from the defaults, but for where the data lie."""
+    """Returns the settings that differ from the defaults, except for the location of the data."""
     return {
         path: configs.get(config, path)
         for path, _, _ in configs.leaves()
@@ -290,8 +290,8 @@ def changed_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def recorded(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what a run's diagnosis was made of, from which it can be made once more."""
+def recorded_evidence(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the data from which a run's diagnosis can be recomputed."""
     from inception_jax.reporting import run_record
 
     run = run_record.read(folder)
@@ -304,21 +304,21 @@ def recorded(folder: pathlib.Path) -> dict[str, Any]:
         "classes": run.dataset["classes"],
         "train_examples": run.dataset["training examples"],
         "label_counts": run.label_counts,
-        # A line each, as in metrics.jsonl.
+        # As in metrics.jsonl.
         "lines": [json.dumps(line) for line in lines],
     }
 
 
 def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
-    """Trains a case, diagnoses it, and follows the advice once."""
+    """Trains and diagnoses a case, and follows the advice once."""
     folder = output / name.replace(" ", "_")
-    config, own = settings(case)
+    config, own = case_config(case)
     config.data.directory = str(output / "data")
     if case.data:
-        pictures_folder = folder / "pictures"
-        if not pictures_folder.exists():
-            case.data(pictures_folder)
-        config.data.source, config.data.directory = str(pictures_folder), str(folder / "data")
+        images_folder = folder / "pictures"
+        if not images_folder.exists():
+            case.data(images_folder)
+        config.data.source, config.data.directory = str(images_folder), str(folder / "data")
     configs.validate(config)
     runs, frozen = folder / "runs", case.frozen
     diagnosis = train(config, runs / "first", own=own, stop=case.stop, frozen=frozen)
@@ -327,7 +327,7 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         "fault": case.fault,
         "settings": dict(case.settings),
         "first": first,
-        "recorded": recorded(runs / "first"),
+        "recorded": recorded_evidence(runs / "first"),
     }
     after: dict[str, Any] | None = None
     if case.stop:
@@ -335,7 +335,7 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         if not (runs / "resumed").exists():
             shutil.copytree(runs / "first", runs / "resumed")
         after = outcome(train(config, runs / "resumed", own=own))
-    elif changes := follow(config, diagnosis, runs / "first"):
+    elif changes := advised_changes(config, diagnosis, runs / "first"):
         result["followed"] = changes
         changed = copy.deepcopy(config)
         for path, value in changes.items():
@@ -352,7 +352,7 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
 
 
 def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is worse than the one before: less accurate, or with a higher loss."""
+    """Returns whether an evaluation became worse: less accurate, or with a higher loss."""
     if "loss" not in first or "loss" not in after:
         return "loss" in first
     noise = first["noise"]
@@ -362,22 +362,22 @@ def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the runs")
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the runs")
     parser.add_argument("--only", nargs="+", default=list(CASES), metavar="CASE", choices=CASES)
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tries the cases, and returns what the JSON file holds."""
+    """Runs the cases and returns the contents of the JSON file."""
     from inception_jax.runtime import devices
 
     devices.initialize()
     results = {}
     for name in arguments.only:
         results[name] = try_case(name, CASES[name], arguments.output)
-        measure.say(report({"results": {name: results[name]}}))
+        measure.log(report({"results": {name: results[name]}}))
     return {
         "benchmark": "diagnosis_cases",
         "environment": measure.environment(),
@@ -401,8 +401,8 @@ def report(results: Mapping[str, Any]) -> str:
                 _figures(after) + (" (WORSE)" if each["worse"] else ""),
             ]
         )
-    head = ["run", "what is wrong", "verdict", "followed", "top-1 and loss", "afterwards"]
-    return measure.table(head, rows)
+    head = ["run", "fault", "verdict", "advice followed", "top-1 and loss", "afterwards"]
+    return measure.markdown_table(head, rows)
 
 
 def _figures(each: Mapping[str, Any] | None) -> str:
@@ -423,7 +423,9 @@ def main() -> None:
         if each["worse"] or not each["true verdict"]
     ]
     if wrong:
-        raise measure.BenchmarkError(f"misjudged, or made worse: {', '.join(wrong)}")
+        raise measure.BenchmarkError(
+            f"wrong verdict, or advice made the run worse: {', '.join(wrong)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Kills a small training run at random moments, and compares what it ends with.
+"""Kills a small training run at random times and compares its final state with an undisturbed run.
 
-The real command trains MiniGoogLeNet on the embedded digits, is killed (SIGKILL) and started again,
-over and over, until it is finished; then the next run begins, until there were enough kills. Each
-kill aims at a phase, in turn, and at a random moment in it; the phase that it met is read from what
-it left. Those that aim at the preparation of the data start with a directory that no preparation
-has finished yet. When a run is finished, its parameters, their averages, the optimizer's state and
-metrics.jsonl must be, to the bit, those of a run that nobody disturbed, but for what is measured in
-it (telemetry.writers.MEASURED). Ends with 1 where they are not.
+The training command trains MiniGoogLeNet on the embedded digits and is killed (SIGKILL) and
+restarted until it finishes; then the next run begins, until the number of kills is reached. Kills
+target the phases in turn, at a random time within the phase; the phase that was hit is read from
+the files left. Kills that target data preparation start with an unprepared directory. The
+parameters, their averages, the optimizer's state and metrics.jsonl of each finished run must be
+bit-identical to those of an undisturbed run, except for measurements
+(telemetry.writers.NONDETERMINISTIC_FIELDS). Exits with 1 if they differ.
 
-A kill of the process is not a loss of power: what was handed to the operating system is kept.
+Killing a process is not a power failure: data handed to the operating system is kept.
 
   python -m benchmarks.fault_injection --json benchmarks/results/fault_injection.json
 
-On two CPU cores: some 8 s a kill, 13 minutes for the 100 of the default.
+On two CPU cores: about 8 s per kill, 13 minutes for the default of 100.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks import lives, measure
+from benchmarks import killable_run, measure
 
-# The rest is left to chance: a report is mostly written while a checkpoint is, and a run ends once.
-AIMS = ("start", "preparation", "compile", "steps", "evaluation", "save")
+# Other phases are hit by chance: reports are mostly written during a save, and a run ends once.
+TARGET_PHASES = ("start", "preparation", "compile", "steps", "evaluation", "save")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Kill:
     """One kill.
 
     Attributes:
-      aimed: the phase that it was meant to meet.
-      phase: that it met.
-      seconds: from the start of the process.
-      step: the newest one in metrics.jsonl.
-      run: the number of the run.
+      aimed: the target phase.
+      phase: the phase that was hit.
+      seconds: since the start of the process.
+      step: newest step in metrics.jsonl.
+      run: index of the run.
     """
 
     aimed: str
@@ -53,21 +53,21 @@ class Kill:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--steps", type=int, default=60, help="of a run")
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--steps", type=int, default=60, help="steps per run")
     return parser.parse_args(argv)
 
 
 class Campaign:
-    """Runs that are disturbed, one after another.
+    """A sequence of runs that are killed and restarted.
 
     Args:
-      top: folder that all of it lies in.
-      steps: of a run.
-      seed: of the moments of the kills.
+      top: directory for all files.
+      steps: steps per run.
+      seed: seed of the kill times.
     """
 
     def __init__(self, top: pathlib.Path, *, steps: int, seed: int) -> None:
@@ -76,94 +76,96 @@ class Campaign:
         self._top = top
         self._steps = steps
         self._random = random.Random(seed)
-        self._aims = self._endless_aims()
+        self._targets = self._cycle_targets()
         self._prepared = top / "data"
         self._unprepared = top / "data-0"
-        place = self.place("undisturbed")
-        # By phase, how long it took when it was last passed, seconds.
-        self._spans = lives.Life(place).wait()
-        self.expected = lives.outcome(place.workdir)
+        paths = self.paths("undisturbed")
+        # By phase, its duration when it was last completed, seconds.
+        self._spans = killable_run.TrainingProcess(paths).wait()
+        self.expected = killable_run.outcome(paths.workdir)
 
-    def place(self, name: str) -> lives.Place:
-        """Returns where a run works whose data are prepared."""
-        return lives.Place(self._top / name, self._prepared, self._top / "cache", self._steps)
+    def paths(self, name: str) -> killable_run.Paths:
+        """Returns the paths of a run with prepared data."""
+        return killable_run.Paths(
+            self._top / name, self._prepared, self._top / "cache", self._steps
+        )
 
     def disturb(self, kills: int) -> None:
-        """Kills a run up to so many times, lets it finish, and compares.
+        """Kills a run up to `kills` times, lets it finish, and compares the outcome.
 
         Raises:
-          BenchmarkError: if a process fails by itself, or what is left is not the same.
+          BenchmarkError: if a process fails without a kill, or the outcome differs.
         """
-        place = self.place(f"run-{self.runs}")
+        paths = self.paths(f"run-{self.runs}")
         for _ in range(kills):
-            if not self._kill_once(place):
+            if not self._kill_once(paths):
                 break
-        lives.Life(place).wait()
-        if differences := lives.outcome(place.workdir).differences(self.expected):
+        killable_run.TrainingProcess(paths).wait()
+        if differences := killable_run.outcome(paths.workdir).differences(self.expected):
             raise measure.BenchmarkError(
-                f"run {self.runs}, after {len(self.kills)} kills in all, is not what it would have "
-                f"been: {', '.join(differences)}"
+                f"run {self.runs}, after {len(self.kills)} kills in total, differs from an "
+                f"undisturbed run: {', '.join(differences)}"
             )
         self.runs += 1
 
     def prepared(self) -> int:
-        """Returns how many directories were prepared between kills; what is in them is compared.
+        """Compares the data directories prepared between kills, and returns their number.
 
         Raises:
-          BenchmarkError: if one is not the same.
+          BenchmarkError: if one differs from an uninterrupted preparation.
         """
         directories = [each for each in self._top.glob("data-*") if _is_prepared(each)]
         expected = sorted((self._prepared / "inception_jax").glob("*px/*"))
         for directory, file in itertools.product(directories, expected):
-            found = directory / file.relative_to(self._prepared)
-            # info.json names where the records came from.
-            if file.name != "info.json" and not filecmp.cmp(file, found, shallow=False):
-                raise measure.BenchmarkError(f"{found}: is not as prepared in one go")
+            copy = directory / file.relative_to(self._prepared)
+            # info.json contains the location of the records.
+            if file.name != "info.json" and not filecmp.cmp(file, copy, shallow=False):
+                raise measure.BenchmarkError(f"{copy}: differs from an uninterrupted preparation")
         return len(directories)
 
-    def _kill_once(self, place: lives.Place) -> bool:
-        """Starts a process and kills it; returns False where it came to its end."""
-        aim = next(self._aims)
-        if aim == "preparation":
-            place = dataclasses.replace(place, data=self._next_unprepared())
-        entries = 1 + self._random.randrange(1 + self._steps // 20) * (aim in ("steps", "save"))
-        moment = self._random.uniform(0, self._spans.get(aim, 1.0))
-        life = lives.Life(place)
+    def _kill_once(self, paths: killable_run.Paths) -> bool:
+        """Starts a process and kills it; returns False if it finished first."""
+        target = next(self._targets)
+        if target == "preparation":
+            paths = dataclasses.replace(paths, data=self._next_unprepared())
+        entries = 1 + self._random.randrange(1 + self._steps // 20) * (target in ("steps", "save"))
+        moment = self._random.uniform(0, self._spans.get(target, 1.0))
+        process = killable_run.TrainingProcess(paths)
         began = time.perf_counter()
-        spans = life.watch(_entered(aim, entries))
-        if life.running:
+        spans = process.watch(_after_entries(target, entries))
+        if process.running:
             time.sleep(moment)
-        met, seconds = life.kill(), time.perf_counter() - began
+        hit, seconds = process.kill(), time.perf_counter() - began
         self._spans |= spans
-        if met is None:
+        if hit is None:
             return False
-        self.kills.append(Kill(aim, met, round(seconds, 3), life.step, self.runs))
-        measure.say(f"kill {len(self.kills)}, aimed at {aim}, met {met} after {seconds:.1f} s")
+        self.kills.append(Kill(target, hit, round(seconds, 3), process.step, self.runs))
+        measure.log(f"kill {len(self.kills)}: aimed at {target}, hit {hit} after {seconds:.1f} s")
         return True
 
     def _next_unprepared(self) -> pathlib.Path:
-        """Returns a directory in which no preparation has finished; one may have begun."""
+        """Returns a data directory without a finished preparation; one may have started."""
         if _is_prepared(self._unprepared):
             number = int(self._unprepared.name.removeprefix("data-")) + 1
             self._unprepared = self._top / f"data-{number}"
         return self._unprepared
 
-    def _endless_aims(self) -> Iterator[str]:
+    def _cycle_targets(self) -> Iterator[str]:
         while True:
-            yield from self._random.sample(AIMS, len(AIMS))
+            yield from self._random.sample(TARGET_PHASES, len(TARGET_PHASES))
 
 
 def _is_prepared(directory: pathlib.Path) -> bool:
     return bool(list(directory.glob("inception_jax/*px/info.json")))
 
 
-def _entered(aim: str, entries: int) -> Callable[[str], bool]:
-    """Returns a function of the phase that is true once `aim` was entered so many times."""
+def _after_entries(target: str, entries: int) -> Callable[[str], bool]:
+    """Returns a function of the phase that is true after `target` was entered `entries` times."""
     before, left = "", entries
 
     def until(phase: str) -> bool:
         nonlocal before, left
-        left -= phase == aim and phase != before
+        left -= phase == target and phase != before
         before = phase
         return left <= 0
 
@@ -171,34 +173,36 @@ def _entered(aim: str, entries: int) -> Callable[[str], bool]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Kills and compares, and returns what the JSON file holds."""
+    """Runs the benchmark and returns the contents of the JSON file."""
     with tempfile.TemporaryDirectory(prefix="benchmark-faults-") as top:
         campaign = Campaign(pathlib.Path(top), steps=arguments.steps, seed=arguments.seed)
-        found = kill(campaign, arguments.kills)
+        results = kill(campaign, arguments.kills)
     return {
         "benchmark": "fault_injection",
         "environment": measure.environment(),
         "settings": {"steps": arguments.steps, "seed": arguments.seed},
-        "results": found,
+        "results": results,
     }
 
 
 def kill(campaign: Campaign, kills: int) -> dict[str, Any]:
-    """Kills processes until there were so many kills, and returns what was found.
+    """Runs a campaign up to a number of kills and returns its results.
 
     Raises:
-      BenchmarkError: if a run or its data are not what they would have been.
+      BenchmarkError: if a run or its data differ from the undisturbed ones.
     """
     began = time.perf_counter()
     while len(campaign.kills) < kills:
         campaign.disturb(kills - len(campaign.kills))
-        measure.say(f"{len(campaign.kills)} kills, {campaign.runs} runs finished and the same")
+        measure.log(f"{len(campaign.kills)} kills, {campaign.runs} runs finished, all identical")
     prepared, expected = campaign.prepared(), campaign.expected
     aimed = Counter(each.aimed for each in campaign.kills)
     met = Counter(each.phase for each in campaign.kills)
     return {
         "kills": len(campaign.kills),
-        "phases": {phase: {"aimed": aimed[phase], "met": met[phase]} for phase in lives.PHASES},
+        "phases": {
+            phase: {"aimed": aimed[phase], "met": met[phase]} for phase in killable_run.PHASES
+        },
         "runs": campaign.runs,
         "prepared": prepared,
         "arrays": len(expected.arrays),
@@ -210,19 +214,19 @@ def kill(campaign: Campaign, kills: int) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """Returns the table, and what was compared."""
+    """Returns the table and a summary of the comparison."""
     phases = results["phases"]
     rows = [
         [phase, f"{phases[phase]['aimed']}", f"{phases[phase]['met']}", what]
-        for phase, what in lives.PHASES.items()
+        for phase, what in killable_run.PHASES.items()
     ]
     rows.append(["all", *(f"{results['kills']}",) * 2, ""])
-    table = measure.table(["phase", "aimed at", "killed in", "which is"], rows)
+    table = measure.markdown_table(["phase", "aimed at", "killed in", "description"], rows)
     return (
-        f"{table}\n\n{results['runs']} runs ended, each with the {results['arrays']} arrays "
-        f"({results['bytes']:,} bytes) and {results['lines']} lines of metrics of a run that "
-        f"nobody disturbed, to the bit; {results['prepared']} directories of data that were "
-        f"prepared between kills likewise. {results['seconds']:.0f} s"
+        f"{table}\n\n{results['runs']} runs finished, each bit-identical to an undisturbed run: "
+        f"{results['arrays']} arrays ({results['bytes']:,} bytes) and {results['lines']} lines of "
+        f"metrics. {results['prepared']} directories of data prepared between kills: identical "
+        f"too. {results['seconds']:.0f} s"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: statistics, the description of the machine, tables, JSON files."""
+"""Utilities of the benchmarks: statistics, description of the machine, tables, JSON files."""
 
 import argparse
 import contextlib
@@ -21,17 +21,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class BenchmarkError(Exception):
-    """A measurement that cannot be made; the message says why."""
+    """A measurement that failed; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Several measurements of one thing.
-
-    Attributes:
-      median, low, high: of all of them.
-      count: how many there are.
-    """
+    """Statistics of repeated measurements: median, minimum, maximum and count."""
 
     median: float
     low: float
@@ -40,22 +35,22 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """Distance from the lowest to the highest, as a share of the median."""
+        """Range of the measurements relative to the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """Returns what a JSON file holds of it."""
+        """Returns the JSON form."""
         return {**dataclasses.asdict(self), "spread": self.spread}
 
 
-def summarise(values: Iterable[float]) -> Summary:
-    """Returns the summary of at least one measurement."""
+def summarize(values: Iterable[float]) -> Summary:
+    """Summarizes one or more measurements."""
     values = sorted(values)
     return Summary(statistics.median(values), values[0], values[-1], len(values))
 
 
 def environment() -> dict[str, Any]:
-    """Returns where and when this runs: machine, versions, revision, date and command."""
+    """Returns a description of this run: machine, versions, revision, date and command."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -70,7 +65,7 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Returns the command that runs, as a user would type it from the root of the repository."""
+    """Returns the running command, as typed in the root of the repository."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     called = ["-m", spec.name] if spec else [pathlib.Path(sys.argv[0]).name]
@@ -78,7 +73,7 @@ def command_line() -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide speed, those of this interpreter."""
+    """Returns the installed versions of packages that affect speed."""
     installed = {}
     for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "orbax-checkpoint"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -95,45 +90,45 @@ def _cpu_model() -> str:
 
 
 def _revision() -> str:
-    """Returns the commit, with '+' where files differ from it; '' outside of a git repository."""
+    """Returns the commit, with '+' if files differ from it; '' outside a git repository."""
     describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     git = ["git", "-C", str(ROOT), *describe]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser of command lines whose --help is a module's docstring."""
-    made = argparse.ArgumentParser(
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns an argument parser with a description, usually a module's docstring, and --json."""
+    parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the result there"
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the result to this file"
     )
-    return made
+    return parser
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Calls `main` and exits; a failed measurement is said in one message."""
-    # So that children are ended when this process is.
+    """Calls `main` and exits; a BenchmarkError prints one message."""
+    # Exits normally on SIGTERM, so that child processes are ended.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except BenchmarkError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         sys.exit(1)
     sys.exit(0)
 
 
 def write_json(path: pathlib.Path | None, result: dict[str, Any]) -> None:
-    """Writes a result, where a file was asked for."""
+    """Writes a result to a file, if one is given."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table with aligned columns, figures to the right."""
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table; all columns but the first are right-aligned."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
 
@@ -148,6 +143,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text(lines[0]), f"| {' | '.join(rule)} |", *map(text, lines[1:])])
 
 
-def say(line: str) -> None:
-    """Prints a line about what goes on to stderr; stdout is for the result."""
+def log(line: str) -> None:
+    """Prints a progress message to stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Traces the training step with jax.profiler, and prints what it spends its time on.
+"""Traces the training step with jax.profiler and prints the most expensive operations.
 
-The step is step_time's: GoogLeNet with BatchNorm on a batch of noise that lies on the device. On a
-GPU the time is that of the kernels, on a CPU that of XLA's operations, summed over its threads (so
-it may exceed the wall time). The trace stays in the folder --trace, for XProf and Perfetto.
+The step is that of step_time: GoogLeNet with BatchNorm on a batch of noise on the device. On a GPU
+the time is that of kernels, on a CPU that of XLA operations summed over threads, so it may exceed
+wall time. The trace is kept in the directory --trace, for XProf and Perfetto.
 
   python -m benchmarks.profile_step --trace runs/trace
   python -m benchmarks.profile_step --platform gpu --stem s32 --batch-size 1024 --dtype bfloat16
 
-About a minute on two CPU cores, most of it compiling.
+About a minute on two CPU cores, mostly compilation.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from benchmarks import measure, step_time
 
 
 class Operation(NamedTuple):
-    """What all runs of one operation took.
+    """Total time of all executions of an operation.
 
     Attributes:
-      name: of XLA's operation.
-      kernel: of the kernel that ran it; on a CPU the same name.
-      seconds: of all of them.
-      times: how many there were.
+      name: name of the XLA operation.
+      kernel: name of the kernel; on a CPU the same as `name`.
+      seconds: total time.
+      times: number of executions.
     """
 
     name: str
@@ -38,18 +38,23 @@ class Operation(NamedTuple):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
     step_time.add_network_flags(parser)
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="float32")
-    parser.add_argument("--steps", type=int, default=5, help="traced steps")
+    parser.add_argument("--steps", type=int, default=5, help="steps to trace")
     parser.add_argument("--top", type=int, default=10, help="operations to print")
-    parser.add_argument("--trace", type=pathlib.Path, default=pathlib.Path("runs/trace"))
+    parser.add_argument(
+        "--trace",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/trace"),
+        help="directory for the trace",
+    )
     return parser.parse_args(argv)
 
 
 def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
-    """Traces some steps; returns seconds a step, the compiled program's text and the trace file."""
+    """Traces steps; returns seconds per step, the compiled program as text, and the trace file."""
     import jax
 
     from benchmarks.contenders import ours_step
@@ -57,8 +62,8 @@ def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
 
     devices.initialize(platform=arguments.platform)
     run = ours_step.make_run({**step_time.network_settings(arguments), "dtype": arguments.dtype})
-    step, repeated = ours_step.repeated_step(run)
-    # jax.profiler makes a folder of the date in it, down to the second.
+    step, repeated = ours_step.timed_step(run)
+    # jax.profiler creates a subdirectory named after the date, down to the second.
     before = set(arguments.trace.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(arguments.trace)):
         seconds = repeated.timed(arguments.steps)
@@ -67,16 +72,12 @@ def trace(arguments: argparse.Namespace) -> tuple[float, str, pathlib.Path]:
 
 
 def operations(planes: Iterable[Any]) -> list[Operation]:
-    """Returns the operations of a trace, the most expensive first.
-
-    Args:
-      planes: of a `jax.profiler.ProfileData`.
-    """
+    """Returns the operations in planes of `jax.profiler.ProfileData`, most expensive first."""
     seconds: collections.Counter[tuple[str, str]] = collections.Counter()
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for line in _lines(list(planes)):
         for event in line.events:
-            # The other events are the runtime's own, and contain these.
+            # Other events belong to the runtime and contain these.
             if operation := dict(event.stats).get("hlo_op"):
                 key = (str(operation), event.name)
                 seconds[key] += event.duration_ns
@@ -88,21 +89,21 @@ def operations(planes: Iterable[Any]) -> list[Operation]:
 
 
 def _lines(planes: Sequence[Any]) -> list[Any]:
-    """Returns the lines with the work: the streams of GPUs where there are any, or all threads."""
+    """Returns the lines with operations: GPU streams if there are any, or else all threads."""
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     streams = [line for plane in devices for line in plane.lines if line.name.startswith("Stream")]
     return streams or [line for plane in planes for line in plane.lines]
 
 
-def sources(program: str) -> dict[str, str]:
-    """Returns by operation of a compiled program where in the model it comes from."""
+def op_sources(program: str) -> dict[str, str]:
+    """Returns the location in the model of each operation of a compiled program."""
     pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
     return {match[1]: match[2] for match in pattern.finditer(program)}
 
 
-def report(found: Sequence[Operation], origin: Mapping[str, str], steps: int, top: int) -> str:
+def report(ops: Sequence[Operation], origin: Mapping[str, str], steps: int, top: int) -> str:
     """Returns the table of the most expensive operations."""
-    total = sum(each.seconds for each in found)
+    total = sum(each.seconds for each in ops)
     rows = [
         [
             each.name,
@@ -112,9 +113,11 @@ def report(found: Sequence[Operation], origin: Mapping[str, str], steps: int, to
             "" if each.kernel == each.name else each.kernel[:60],
             "/".join(origin.get(each.name, "").split("/")[-4:])[-70:],
         ]
-        for each in found[:top]
+        for each in ops[:top]
     ]
-    return measure.table(["operation", "ms a step", "share", "times", "kernel", "from"], rows)
+    return measure.markdown_table(
+        ["operation", "ms/step", "% of time", "calls", "kernel", "source"], rows
+    )
 
 
 def main() -> None:
@@ -124,24 +127,24 @@ def main() -> None:
     from jax.profiler import ProfileData
 
     with warnings.catch_warnings():
-        # JAX's own, of the type of an event's statistics.
+        # JAX warns about the type of an event's statistics.
         warnings.simplefilter("ignore", DeprecationWarning)
-        found = operations(ProfileData.from_file(str(file)).planes)
-    if not found:
-        raise measure.BenchmarkError(f"{file}: the trace names no operation")
-    total = sum(each.seconds for each in found) / arguments.steps
+        ops = operations(ProfileData.from_file(str(file)).planes)
+    if not ops:
+        raise measure.BenchmarkError(f"{file}: the trace contains no operations")
+    total = sum(each.seconds for each in ops) / arguments.steps
     print(
         f"GoogLeNet, stem {arguments.stem}, {arguments.dtype}, batch {arguments.batch_size}: "
-        f"{1e3 * seconds:.1f} ms a step, {1e3 * total:.1f} ms in {len(found)} operations\n"
+        f"{1e3 * seconds:.1f} ms/step, {1e3 * total:.1f} ms in {len(ops)} operations\n"
     )
-    print(report(found, sources(program), arguments.steps, arguments.top))
+    print(report(ops, op_sources(program), arguments.steps, arguments.top))
     print(f"\nTrace: {file}")
     result = {
         "benchmark": "profile_step",
         "environment": measure.environment(),
         "settings": {**step_time.network_settings(arguments), "dtype": arguments.dtype},
         "seconds_per_step": seconds,
-        "operations": [each._asdict() for each in found],
+        "operations": [each._asdict() for each in ops],
     }
     measure.write_json(arguments.json, result)
 

@@ -1,22 +1,23 @@
-"""Projects the speed of training on machines that were not measured, from counts and data sheets.
+"""Projects training throughput on machines that were not measured, from counts and data sheets.
 
-A step of b images on each of n devices takes
+A step with b images on each of n devices takes
 
     t = max(F b / (u P), M b / (v W)) + 2 (n - 1) / n * 4 N / L
 
-with F operations and M bytes of memory traffic an image, N parameters (gradients are float32), P
-the peak operations a second in bfloat16, W the memory's and L the links' bytes a second of a
-device, and u and v the shares of P and W that are reached: by default 0.4 and 0.7, assumptions.
-The run then makes n b / t images a second, and the hosts have to read as many.
+with F operations and M bytes of memory traffic per image, N parameters (float32 gradients), P the
+peak bfloat16 operations per second, W the memory bandwidth and L the link bandwidth of a device in
+bytes per second, and u and v the fractions of P and W that are reached, assumed to be 0.4 and 0.7
+by default. The throughput is n b / t images per second, which the hosts must be able to read.
 
-M counts 16 passes over the convolutions' outputs in bfloat16. Forward, 5: the output is written,
-read for its moments, read and written normalised, read by the next layer. Backward, 11: gradient,
-output and input of the ReLU are read for BatchNorm's two sums and once more, its result is written
-and read for both gradients, the layer's input is read and its gradient written.
+M counts 16 passes over the outputs of the convolutions in bfloat16. Forward, 5: the output is
+written, read for its moments, read and written when normalized, and read by the next layer.
+Backward, 11: gradient, output and input of the ReLU are read for BatchNorm's two sums and once
+more, the result is written and read for both gradients, and the layer's input is read and its
+gradient written.
 
   python -m benchmarks.projection
 
-It computes only; a second.
+Takes a second.
 """
 
 import argparse
@@ -32,15 +33,15 @@ _PASSES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices as their makers describe them.
+    """Devices according to their data sheets.
 
     Attributes:
-      name: what it is called.
-      devices: how many there are.
-      hosts: how many machines they sit in.
-      peak: bfloat16 operations a second of a device.
-      memory: bytes a second of a device's memory.
-      link: bytes a second between a device and the others.
+      name: name in the table.
+      devices: number of devices.
+      hosts: number of hosts.
+      peak: bfloat16 operations per second of a device.
+      memory: memory bandwidth of a device, bytes per second.
+      link: bandwidth between a device and the others, bytes per second.
     """
 
     name: str
@@ -52,15 +53,15 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A network on a data set.
+class Workload:
+    """A network trained on a dataset.
 
     Attributes:
-      name: what it is called.
+      name: name in the table.
       stem, image_size, classes: of the network.
-      batch_size: images a step and device.
-      examples: images of an epoch.
-      epochs: length of the run.
+      batch_size: images per step and device.
+      examples: images per epoch.
+      epochs: duration of the run.
     """
 
     name: str
@@ -78,37 +79,39 @@ MACHINES = (
     Machine("v5p-32", 16, 4, 459e12, 2765e9, 600e9),
     Machine("8 x H200", 8, 1, 989e12, 4800e9, 450e9),
 )
-WORKS = (
-    Work("Tiny ImageNet, s16", "s16", 64, 200, 128, 100_000, 100),
-    Work("Tiny ImageNet, s32", "s32", 64, 200, 128, 100_000, 100),
-    Work("ImageNet, 224 px", "paper", 224, 1000, 128, 1_281_167, 90),
+WORKLOADS = (
+    Workload("Tiny ImageNet, s16", "s16", 64, 200, 128, 100_000, 100),
+    Workload("Tiny ImageNet, s32", "s32", 64, 200, 128, 100_000, 100),
+    Workload("ImageNet, 224 px", "paper", 224, 1000, 128, 1_281_167, 90),
 )
 
 
 def bytes_moved(stem: str, image_size: int) -> int:
-    """Returns the bytes of memory traffic that one image of a training step causes."""
+    """Returns the memory traffic per image of a training step, bytes."""
     outputs = sum(layer.outputs * layer.grid**2 for layer in network.convolutions(stem, image_size))
     return _PASSES * 2 * outputs
 
 
 def step_seconds(
-    machine: Machine, work: Work, *, compute_share: float, memory_share: float
+    machine: Machine, workload: Workload, *, compute_fraction: float, memory_fraction: float
 ) -> tuple[float, float, float]:
-    """Returns the seconds of a step that computing, memory traffic and the all-reduce take."""
-    operations = network.flops("train", work.stem, work.image_size, work.classes)
-    gradients = 4 * network.parameters(work.stem, work.classes)
+    """Returns the seconds of a step for compute, memory traffic and the all-reduce."""
+    operations = network.flops("train", workload.stem, workload.image_size, workload.classes)
+    gradients = 4 * network.parameters(workload.stem, workload.classes)
     return (
-        operations * work.batch_size / (compute_share * machine.peak),
-        bytes_moved(work.stem, work.image_size) * work.batch_size / (memory_share * machine.memory),
+        operations * workload.batch_size / (compute_fraction * machine.peak),
+        bytes_moved(workload.stem, workload.image_size)
+        * workload.batch_size
+        / (memory_fraction * machine.memory),
         2 * (machine.devices - 1) / machine.devices * gradients / machine.link,
     )
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
-    parser.add_argument("--compute-share", type=float, default=0.4, help="u")
-    parser.add_argument("--memory-share", type=float, default=0.7, help="v")
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
+    parser.add_argument("--compute-fraction", type=float, default=0.4, help="u")
+    parser.add_argument("--memory-fraction", type=float, default=0.7, help="v")
     return parser.parse_args(argv)
 
 
@@ -116,21 +119,21 @@ def main() -> None:
     """Runs the command."""
     arguments = parse()
     rows, results = [], []
-    for work in WORKS:
+    for workload in WORKLOADS:
         for machine in MACHINES:
             compute, memory, reduce = step_seconds(
                 machine,
-                work,
-                compute_share=arguments.compute_share,
-                memory_share=arguments.memory_share,
+                workload,
+                compute_fraction=arguments.compute_fraction,
+                memory_fraction=arguments.memory_fraction,
             )
             seconds = max(compute, memory) + reduce
-            rate = machine.devices * work.batch_size / seconds
-            minutes = work.epochs * work.examples / rate / 60
+            rate = machine.devices * workload.batch_size / seconds
+            minutes = workload.epochs * workload.examples / rate / 60
             bound = "memory" if memory > compute else "compute"
             rows.append(
                 [
-                    work.name,
+                    workload.name,
                     machine.name,
                     f"{1e3 * compute:.2f}",
                     f"{1e3 * memory:.2f}",
@@ -142,7 +145,7 @@ def main() -> None:
             )
             results.append(
                 {
-                    "work": dataclasses.asdict(work),
+                    "work": dataclasses.asdict(workload),
                     "machine": dataclasses.asdict(machine),
                     "compute_seconds": compute,
                     "memory_seconds": memory,
@@ -159,18 +162,18 @@ def main() -> None:
         "memory ms",
         "all-reduce ms",
         "images/s",
-        "a host",
+        "per host",
         "minutes",
     ]
-    print(measure.table(head, rows))
+    print(measure.markdown_table(head, rows))
     measure.write_json(
         arguments.json,
         {
             "benchmark": "projection",
             "environment": measure.environment(),
             "settings": {
-                "compute_share": arguments.compute_share,
-                "memory_share": arguments.memory_share,
+                "compute_fraction": arguments.compute_fraction,
+                "memory_fraction": arguments.memory_fraction,
             },
             "results": results,
         },

@@ -1,22 +1,22 @@
 """Measures how the cost of a training step grows with the work.
 
-Along four axes, one changed at a time from a base of GoogLeNet with the paper's stem, 64 px, batch
-128, width 1, one device:
+Varies one axis at a time from a base of GoogLeNet with the paper's stem, 64 px, batch 128, width 1,
+one device:
 
-  batch     examples a step
+  batch     examples per step
   image     side of the images, pixels
-  width     factor on the channels of every layer
+  width     multiplier of the channels of all layers
   devices   simulated CPU devices (JAX_NUM_CPU_DEVICES) that share the batch and the same cores
 
-Each point is a process of its own; the points of an axis take turns, round after round. "Growth" is
-the seconds a step over those of the axis's first point, "work" the same of multiply-adds: where
-growth is below work, larger steps use the machine better. With more devices the work stays the
-same, so growth is the price of dividing and summing.
+Each point is a separate process; the points of an axis take turns, round after round. "growth" is
+the ratio of seconds per step to those of the axis's first point, "work" that of multiply-adds: if
+growth is below work, larger steps use the machine better. More devices do not change the work, so
+their growth is the overhead of splitting and summing.
 
   python -m benchmarks.scaling --json FILE
   python -m benchmarks.scaling --axes batch devices --batch 32 64 128 --devices 1 2
 
-On two CPU cores: about 40 s a point and 5 s a point and round, with the defaults 15 minutes.
+On two CPU cores: about 40 s per point and 5 s per point and round; 15 minutes with the defaults.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks import measure, workers
 from benchmarks.contenders import network
 from benchmarks.step_time import CLASSES, DTYPES, SHARED_GPU
 
-# Of one axis: what it is in the settings of a contender, and its usual points.
+# For each axis, its name in the settings of a contender, and its default points.
 AXES: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "batch": ("batch_size", (32, 64, 128, 256)),
     "image": ("image_size", (32, 64, 96, 128)),
@@ -37,8 +37,8 @@ AXES: Mapping[str, tuple[str, tuple[float, ...]]] = {
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     for axis, (_, points) in AXES.items():
         kind = float if axis == "width" else int
@@ -46,9 +46,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stem", choices=network.STEMS, default="paper")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--base-batch", type=int, default=128, help="batch of the other axes")
+    parser.add_argument("--base-batch", type=int, default=128, help="batch size of the other axes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement, about")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="approximate seconds per measurement"
+    )
     return parser.parse_args(argv)
 
 
@@ -81,18 +83,18 @@ def work(settings: Mapping[str, Any]) -> float:
 def measure_axis(
     arguments: argparse.Namespace, axis: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Returns one entry a point of an axis, and why points are absent, by name."""
+    """Returns an entry per point of an axis, and the reason for each skipped point, by name."""
     points = {
         each.name: each
         for each in (contender(arguments, axis, point) for point in getattr(arguments, axis))
     }
-    with workers.started(list(points.values())) as (ready, absent):
+    with workers.running(list(points.values())) as (ready, absent):
         command = {"mode": "train", "seconds": arguments.seconds}
         numbers = workers.take_turns(ready, [command], rounds=arguments.rounds)
     entries = []
     for (name, _), rounds in numbers.items():
         settings = points[name].settings
-        summary = measure.summarise(each["seconds"] for each in rounds)
+        summary = measure.summarize(each["seconds"] for each in rounds)
         entries.append(
             {
                 "axis": axis,
@@ -122,8 +124,8 @@ def report(entries: Sequence[Mapping[str, Any]]) -> str:
                 f"{entry['operations'] / first['operations']:.2f}",
             ]
         )
-    head = ["ms a step", "spread", "images/s", "GF/s", "growth", "work"]
-    return measure.table([first["axis"], *head], rows)
+    head = ["ms/step", "spread", "images/s", "GF/s", "growth", "work"]
+    return measure.markdown_table([first["axis"], *head], rows)
 
 
 def main() -> None:
@@ -132,13 +134,13 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     for axis in arguments.axes:
-        found, missing = measure_axis(arguments, axis)
-        entries += found
+        measured, missing = measure_axis(arguments, axis)
+        entries += measured
         absent |= missing
-        if found:
-            print(report(found), end="\n\n", flush=True)
+        if measured:
+            print(report(measured), end="\n\n", flush=True)
     for name, why in absent.items():
-        print(f"Absent: {name} ({why})")
+        print(f"Skipped: {name} ({why})")
     result = {
         "benchmark": "scaling",
         "environment": measure.environment(),

@@ -1,24 +1,24 @@
-r"""Measures the time from the training command to its first finished step, and where it goes.
+r"""Measures the time from the training command to its first finished step, by phase.
 
-Runs the real command, `python -m inception_jax.main`, as a child: cold, with an empty compilation
-cache, then warm, with the cache that the cold start left; several rounds, each with a new cache.
-The first step counts as finished when its metrics are in metrics.jsonl; then the child is killed.
-The data set must be prepared (digits are, at once); preparing is not what is measured.
+Runs `python -m inception_jax.main` as a child process: cold, with an empty compilation cache, then
+warm, with the cache of the cold start; several rounds, each with a new cache. The first step counts
+as finished when its metrics are in metrics.jsonl; then the process is killed. The dataset must be
+prepared (the digits are prepared immediately), because preparation is not measured.
 
-Where the time goes is read from one more start of each kind, which runs with `python -X importtime`
-and JAX's debug log and is therefore slower by some percent:
+The phases are measured in one more start of each kind, with `python -X importtime` and JAX's debug
+log, which makes it a few percent slower:
 
   imports      importing modules, anywhere in the program
-  compile      XLA, or reading its result from the cache
+  compile      XLA compilation, or loading from the cache
   trace        tracing and lowering
   rest         reading the configuration and data, placing the state, running the first step, ...
 
-A second in which two of them go on at once, in two threads, counts for the upper one.
+Time in which two phases overlap, in two threads, counts toward the one listed first.
 
   python -m benchmarks.startup --experiment experiments/tiny_cpu.py \
       --set data.directory=DATA --rounds 3
 
-On two CPU cores: about a minute a round for GoogLeNet, a third of it for the digits.
+On two CPU cores: about a minute per round for GoogLeNet, a third of that for the digits.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks import command, measure
 Interval = tuple[float, float]
 
 PHASES = ("imports", "compile", "trace")
-# The child lives until this report, for the cache to be whole whenever it is written.
+# Reports until the process is killed, so that the cache is complete whenever it is written.
 _REPORTS = 3
 _IMPORT = re.compile(r"import time: +\d+ \| +(\d+) \| (\S+)$")
 _LOGGED = {
@@ -44,17 +44,17 @@ _DEBUG = {"JAX_DEBUG_LOG_MODULES": "jax._src.dispatch"}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the settings of the command line."""
-    parser = measure.parser(__doc__)
+    """Parses the command line."""
+    parser = measure.make_parser(__doc__)
     parser.add_argument("--experiment", default="experiments/digits.py")
-    parser.add_argument("--platform", default="cpu", help="as the training command's")
+    parser.add_argument("--platform", default="cpu", help="--platform of the training command")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="PATH=VALUE",
-        help="as --config.PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
     )
     return parser.parse_args(argv)
 
@@ -62,12 +62,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def start(
     arguments: argparse.Namespace, cache: str, *, explained: bool = False
 ) -> tuple[float, list[tuple[float, str]]]:
-    """Starts the command with a compilation cache; returns seconds to its first step, and messages.
+    """Starts the command; returns the seconds to its first step, and its messages.
 
     Args:
-      arguments: of the command line.
-      cache: folder of compiled programs.
-      explained: whether the messages shall tell where the time went.
+      arguments: parsed command line.
+      cache: directory of the compilation cache.
+      explained: whether the messages should show the time of the phases.
     """
     flags = [
         f"--platform={arguments.platform}",
@@ -84,48 +84,54 @@ def start(
 
 
 def phases(messages: Sequence[tuple[float, str]], total: float) -> dict[str, float]:
-    """Returns the seconds of each phase until `total`, which they add up to.
+    """Returns the seconds of each phase, which add up to `total`.
 
     Args:
-      messages: when each line arrived, in seconds, and its text.
+      messages: time of arrival in seconds, and text, of each line.
       total: seconds until the first step was finished.
     """
     return attribute(intervals(messages), total)
 
 
 def intervals(messages: Sequence[tuple[float, str]]) -> dict[str, list[Interval]]:
-    """Returns when each phase went on, from messages that come at the end and say how long."""
-    found: dict[str, list[Interval]] = {phase: [] for phase in PHASES}
+    """Returns the intervals of each phase, from messages logged at its end with its duration."""
+    spans: dict[str, list[Interval]] = {phase: [] for phase in PHASES}
     for end, text in messages:
-        # Only a module that no other one imported is not indented; its time includes the others'.
+        # Modules not imported by another one are unindented; their time includes nested imports.
         if match := _IMPORT.match(text.rstrip("\n")):
-            found["imports"].append((end - int(match[1]) / 1e6, end))
+            spans["imports"].append((end - int(match[1]) / 1e6, end))
         for phase, pattern in _LOGGED.items():
             if match := pattern.search(text):
-                found[phase].append((end - float(match[1]), end))
-    return found
+                spans[phase].append((end - float(match[1]), end))
+    return spans
 
 
-def attribute(found: Mapping[str, Sequence[Interval]], total: float) -> dict[str, float]:
-    """Gives each second of 0 to `total` to the first phase that went on then, or to "rest"."""
-    ends = (end for spans in found.values() for span in spans for end in span)
+def attribute(
+    intervals_by_phase: Mapping[str, Sequence[Interval]], total: float
+) -> dict[str, float]:
+    """Attributes each second from 0 to `total` to the first active phase, or to "rest"."""
+    ends = (end for spans in intervals_by_phase.values() for span in spans for end in span)
     cuts = sorted({0.0, total, *(end for end in ends if 0 < end < total)})
-    seconds = dict.fromkeys([*found, "rest"], 0.0)
+    seconds = dict.fromkeys([*intervals_by_phase, "rest"], 0.0)
     for begin, end in itertools.pairwise(cuts):
         middle = (begin + end) / 2
-        active = [name for name, spans in found.items() if any(a < middle < b for a, b in spans)]
+        active = [
+            name
+            for name, spans in intervals_by_phase.items()
+            if any(a < middle < b for a, b in spans)
+        ]
         seconds[active[0] if active else "rest"] += end - begin
     return seconds
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures, and returns what the JSON file holds."""
+    """Runs the benchmark and returns the contents of the JSON file."""
     samples: dict[str, list[float]] = {"cold": [], "warm": []}
     for index in range(arguments.rounds):
         with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as cache:
             for seconds in samples.values():
                 seconds.append(start(arguments, cache)[0])
-        measure.say(f"round {index + 1} of {arguments.rounds} done")
+        measure.log(f"round {index + 1} of {arguments.rounds} done")
     anatomy = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as cache:
         for kind in samples:
@@ -137,7 +143,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "settings": {"experiment": arguments.experiment, "set": arguments.set},
         "results": {
             kind: {
-                "seconds": {**measure.summarise(seconds).to_dict(), "samples": seconds},
+                "seconds": {**measure.summarize(seconds).to_dict(), "samples": seconds},
                 "explained": anatomy[kind],
             }
             for kind, seconds in samples.items()
@@ -159,7 +165,7 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
             ]
         )
     head = ["start", "s to first step", "low–high", "explained: total", *PHASES, "rest"]
-    return measure.table(head, rows)
+    return measure.markdown_table(head, rows)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Contenders as processes of their own that take turns, so that none disturbs another.
+"""Runs contenders in separate processes that take turns, so that none disturbs another.
 
-A worker prepares itself, then waits for commands (`contenders.serve` is its inside). The rounds go
-A B C A B C …: what changes on the machine in the meantime meets all contenders alike.
+A worker (`contenders.serve`) prepares itself, then waits for commands. Rounds go A B C A B C …, so
+that changes on the machine affect all contenders equally.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ from typing import Any
 
 from benchmarks import measure
 
-# Threads of a contender that has just had its turn may spin this long (OpenMP's block time is
-# 200 ms by default), which no next one should feel.
+# Seconds between turns. Threads may spin after a turn (OpenMP's block time is 200 ms by default),
+# which must not slow the next contender down.
 _PAUSE = 0.5
-# Above this share of one core, an idle contender disturbs the others.
-_IDLE_SHARE = 0.05
+# Above this fraction of one core, an idle contender disturbs the others.
+_MAX_IDLE_CPU_FRACTION = 0.05
 
 
 class ContenderError(measure.BenchmarkError):
-    """A contender that failed; the message has the end of what it printed."""
+    """A contender that failed; the message contains the end of its output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """How a worker is started.
+    """The specification of a worker.
 
     Attributes:
-      name: in tables and files.
-      module: dotted name of what runs in the worker.
-      settings: given to it as JSON.
-      python: the interpreter.
-      environment: variables that differ from this process's.
+      name: name in tables and files.
+      module: dotted name of the module that the worker runs.
+      settings: settings passed to it as JSON.
+      python: the Python interpreter.
+      environment: environment variables that differ from this process's.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Worker:
     """A running contender.
 
     Raises:
-      ContenderError: if it fails to get ready.
+      ContenderError: if it fails to start.
     """
 
     def __init__(self, contender: Contender) -> None:
         self.name = contender.name
-        # Lives as long as the worker.
+        # Closed with the worker.
         self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -80,12 +80,12 @@ class Worker:
                 f"{contender.name}: {contender.python}: {error.strerror}"
             ) from error
         first = self._read()
-        # What is not installed, or '' where the contender is ready.
+        # The package that is not installed; '' if the contender is ready.
         self.missing: str = first.get("missing", "")
         self.facts: dict[str, Any] = first.get("ready", {})
 
     def ask(self, mode: str, **command: Any) -> dict[str, Any]:
-        """Measures once, and returns the numbers.
+        """Measures once and returns the numbers.
 
         Raises:
           ContenderError: if the worker fails.
@@ -97,7 +97,7 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """Ends the process: with its stdin, so that it ends its own children, or else by force."""
+        """Closes stdin, so that the worker exits with its children, or kills it."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -112,7 +112,7 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "ended without an answer"}
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "exited without an answer"}
         if "error" in answer:
             self._process.wait()
             self._messages.seek(0)
@@ -123,12 +123,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def started(contenders: Sequence[Contender]) -> Iterator[tuple[list[Worker], dict[str, str]]]:
-    """Starts contenders one after the other, and ends them at the end.
+def running(contenders: Sequence[Contender]) -> Iterator[tuple[list[Worker], dict[str, str]]]:
+    """Starts contenders one after another, and stops them on exit.
 
     Yields:
-      Those that are ready, and why the others are not, by name. One that fails is said, and left
-      out: hours of measuring others should not be lost to it.
+      The workers that are ready, and the reason for each missing one, by name. Failures are logged
+      and skipped, so that hours of measuring other contenders are not lost.
     """
     with contextlib.ExitStack() as stack:
         ready, absent = [], {}
@@ -137,15 +137,15 @@ def started(contenders: Sequence[Contender]) -> Iterator[tuple[list[Worker], dic
             try:
                 worker = Worker(contender)
             except ContenderError as error:
-                measure.say(str(error))
+                measure.log(str(error))
                 absent[contender.name] = f"failed: {str(error).splitlines()[0]}"
                 continue
             stack.callback(worker.close)
             if worker.missing:
                 absent[contender.name] = f"not installed: {worker.missing}"
-                measure.say(f"{contender.name}: {absent[contender.name]}")
+                measure.log(f"{contender.name}: {absent[contender.name]}")
             else:
-                measure.say(f"{contender.name}: ready in {time.perf_counter() - start:.0f} s")
+                measure.log(f"{contender.name}: ready in {time.perf_counter() - start:.0f} s")
                 ready.append(worker)
         yield ready, absent
 
@@ -153,16 +153,15 @@ def started(contenders: Sequence[Contender]) -> Iterator[tuple[list[Worker], dic
 def take_turns(
     workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], *, rounds: int
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Measures every worker in turn, round after round.
+    """Measures all workers in turn, round after round.
 
     Args:
-      workers: that are ready.
-      commands: what each does in its turn, "mode" and its keywords; those of a mode that a worker
-        does not have pass it by.
-      rounds: how often.
+      workers: the workers.
+      commands: commands of a turn, "mode" and its keywords; modes that a worker lacks are skipped.
+      rounds: number of rounds.
 
     Returns:
-      By (worker, mode) the numbers of each round.
+      The numbers of each round by (worker, mode).
 
     Raises:
       ContenderError: if a worker fails.
@@ -178,13 +177,16 @@ def take_turns(
                 if index:
                     _check_idle(worker, answer)
                 numbers.setdefault((worker.name, command["mode"]), []).append(answer)
-        measure.say(f"round {index + 1} of {rounds} done")
+        measure.log(f"round {index + 1} of {rounds} done")
     return numbers
 
 
 def _check_idle(worker: Worker, answer: Mapping[str, Any]) -> None:
-    if answer["idle_wall"] > 2 and answer["idle_cpu"] > _IDLE_SHARE * answer["idle_wall"]:
-        measure.say(
+    if (
+        answer["idle_wall"] > 2
+        and answer["idle_cpu"] > _MAX_IDLE_CPU_FRACTION * answer["idle_wall"]
+    ):
+        measure.log(
             f"{worker.name}: used {answer['idle_cpu']:.1f} s of CPU while others were measured "
-            f"({answer['idle_wall']:.1f} s): figures of this round are disturbed"
+            f"({answer['idle_wall']:.1f} s); the results of this round are unreliable"
         )

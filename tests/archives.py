@@ -1,4 +1,4 @@
-"""Small archives in the layouts of the data sets, with images that a network can learn."""
+"""Small archives in the layouts of the datasets, with learnable images."""
 
 import io
 import pathlib
@@ -11,22 +11,22 @@ from PIL import Image
 
 
 def wnid(label: int) -> str:
-    """Returns the class id of a label: sorted as the labels are."""
+    """Returns the WordNet ID of a label; IDs sort like labels."""
     return f"n{1000 + 7 * label:08d}"
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """Returns the mean color of a class's images: far from that of the next ones."""
+    """Returns the mean color of a class's images, far from that of adjacent classes."""
     return 60 + 150 * (label % 2), 60 + 75 * (label // 2 % 3), 60 + 75 * (label // 6 % 3)
 
 
 def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns an image: the class's color, stripes in the class's direction, and noise.
+    """Returns an image with the class's color, stripes at the class's angle, and noise.
 
     Args:
       label: the class.
       size: height and width, pixels.
-      rng: of the noise, and of where the stripes begin.
+      rng: generator of the noise and of the stripes' phase.
 
     Returns:
       uint8 [size, size, 3].
@@ -38,21 +38,21 @@ def pixels(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-def jpeg(image: np.ndarray, *, grey: bool = False) -> bytes:
-    """Returns an RGB image as a JPEG file, of one channel if `grey`."""
+def jpeg(image: np.ndarray, *, gray: bool = False) -> bytes:
+    """Encodes an RGB image as JPEG, with one channel if `gray`."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
-    (picture.convert("L") if grey else picture).save(buffer, format="JPEG", quality=95)
+    (picture.convert("L") if gray else picture).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 
 def tiny_imagenet_files(
     classes: int, train_per_class: int, val_per_class: int, test_images: int, size: int = 64
 ) -> dict[str, bytes]:
-    """Returns the files of an archive by their path; every fifth training image is grey."""
+    """Returns the files of an archive by path; every fifth training image is grayscale."""
     rng = np.random.default_rng(0)
     files = {}
-    # As in the official archive, wnids.txt is not sorted, and words.txt knows more classes.
+    # As in the official archive, wnids.txt is unsorted, and words.txt has additional classes.
     files["wnids.txt"] = "".join(f"{wnid(c)}\n" for c in reversed(range(classes))).encode()
     words = [f"{wnid(c)}\tclass {c}, kind {c}\n" for c in range(classes + 3)]
     files["words.txt"] = "".join(words).encode()
@@ -62,7 +62,7 @@ def tiny_imagenet_files(
         folder, names = f"train/{wnid(label)}", []
         for number in range(train_per_class):
             names.append(f"{wnid(label)}_{number}.JPEG")
-            data = jpeg(pixels(label, size, rng), grey=number % 5 == 4)
+            data = jpeg(pixels(label, size, rng), gray=number % 5 == 4)
             files[f"{folder}/images/{names[-1]}"] = data
         boxes = "".join(f"{name}\t{box}\n" for name in names)
         files[f"{folder}/{wnid(label)}_boxes.txt"] = boxes.encode()
@@ -80,9 +80,9 @@ def tiny_imagenet_files(
 def write_files(
     path: pathlib.Path, files: dict[str, bytes], root: str = "tiny-imagenet-200"
 ) -> pathlib.Path:
-    """Writes files below `root`: into an archive if `path` ends so, else into a folder.
+    """Writes files below `root` into an archive, if `path` has such a suffix, or a directory.
 
-    A name that ends in '/' is that of a folder.
+    Names that end in '/' create directories.
     """
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
@@ -100,7 +100,7 @@ def write_files(
 
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes], **settings: Any) -> pathlib.Path:
-    """Writes files into a tar archive, compressed as its name says; `settings` are tarfile's."""
+    """Writes a tar archive, compressed according to its name; `settings` are passed to tarfile."""
     packed = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
     mode: Any = f"w:{packed}"
     with tarfile.open(path, mode, **settings) as archive:
@@ -114,7 +114,7 @@ def write_tar(path: pathlib.Path, files: dict[str, bytes], **settings: Any) -> p
 
 
 class _RawName(zipfile.ZipInfo):
-    """A member whose name is written as the bytes that it is."""
+    """A member whose name is written as raw bytes."""
 
     raw = b""
 
@@ -125,13 +125,13 @@ class _RawName(zipfile.ZipInfo):
 def write_raw_zip(
     path: pathlib.Path, files: dict[bytes, bytes], *, system: int = 0, extra: Any = None
 ) -> pathlib.Path:
-    """Writes a zip archive with names as old programs write them: bytes of any encoding.
+    """Writes a zip archive with names in any encoding, like old programs.
 
     Args:
-      path: of the archive.
-      files: their contents by the bytes of their names.
-      system: what it was written on; 0: DOS and Windows, 3: Unix.
-      extra: returns a member's extra field, given the bytes of its name.
+      path: path of the archive.
+      files: contents by raw name.
+      system: system of the writer; 0: DOS and Windows, 3: Unix.
+      extra: returns a member's extra field, given its raw name.
     """
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
@@ -144,9 +144,9 @@ def write_raw_zip(
 
 
 def class_folders(counts: dict[str, int], size: int = 16) -> dict[str, bytes]:
-    """Returns JPEGs by their path, as many below each folder as `counts` says.
+    """Returns JPEGs by path, with `counts` images in each directory.
 
-    The label that decides on their looks is the folder's place among the sorted names.
+    The label that determines an image is the index of the directory's name among the sorted names.
     """
     rng = np.random.default_rng(0)
     labels = {name: label for label, name in enumerate(sorted({f.split("/")[-1] for f in counts}))}
@@ -165,14 +165,14 @@ def write_tiny_imagenet(
     test_images: int,
     size: int = 64,
 ) -> pathlib.Path:
-    """Writes an archive in Tiny ImageNet's layout, for the data set 'tiny_imagenet_subset'.
+    """Writes an archive in Tiny ImageNet's layout, for the dataset 'tiny_imagenet_subset'.
 
     Args:
-      path: of a zip archive, or of the folder to hold the extracted 'tiny-imagenet-200'.
-      classes: how many classes.
-      train_per_class: training images of each class.
-      val_per_class: validation images of each class.
-      test_images: images without a class, in all.
+      path: a zip archive, or the directory for the extracted 'tiny-imagenet-200'.
+      classes: number of classes.
+      train_per_class: training images per class.
+      val_per_class: validation images per class.
+      test_images: total images without a class.
       size: height and width, pixels.
 
     Returns:

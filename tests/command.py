@@ -1,4 +1,4 @@
-"""Runs the command line as a user does: a process of its own, with a given number of devices."""
+"""Runs commands as a user does, in a separate process with a given number of devices."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ TIMEOUT = 600
 
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
-    """Starts `python -m inception_jax.<arguments>`; both streams are pipes of text."""
+    """Starts `python -m inception_jax.<arguments>` with both output streams as text pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", f"inception_jax.{arguments[0]}", *arguments[1:]],
         cwd=ROOT,
@@ -23,12 +23,12 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
 
 
 def run(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
-    """Runs a command to its end and returns its exit code, output and messages."""
+    """Runs a command and returns its exit code, output and messages."""
     return finish(start(*arguments, devices=devices))
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Waits for a command to end, and ends it where it takes far too long."""
+    """Waits for a command, and kills it after TIMEOUT seconds."""
     try:
         output, messages = process.communicate(timeout=TIMEOUT)
     finally:

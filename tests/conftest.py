@@ -1,7 +1,7 @@
-"""Settings of every test: eight simulated CPU devices, strict promotion, one compilation cache.
+"""Settings of all tests: eight simulated CPU devices, strict promotion, one compilation cache.
 
-They are environment variables, set before anything imports JAX, so that a command that a test
-starts as a process of its own inherits them.
+They are environment variables, set before anything imports JAX, so that commands started by tests
+inherit them.
 """
 
 import os
@@ -15,26 +15,26 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{platform.p
 os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_NUM_CPU_DEVICES="8",
-    # Simulated devices wait for each other, by default too short a time for a busy machine.
-    # And most of the time goes into compiling: LLVM leaves out what only speeds up programs.
+    # Simulated devices wait for each other; the default timeout is too short on a busy machine.
+    # Most of the time goes into compilation, so LLVM skips expensive optimizations.
     XLA_FLAGS="--xla_cpu_collective_call_terminate_timeout_seconds=300 "
     "--xla_cpu_collective_timeout_seconds=300 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
-    # A step compiled by one test, or by a former run of the tests, is not compiled again.
+    # A step compiled by one test, or in an earlier test session, is not compiled again.
     JAX_COMPILATION_CACHE_DIR=str(_CACHE),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
 )
 
-from absl import flags  # noqa: E402  (after the environment that its importers read)
+from absl import flags  # noqa: E402  (after setting the environment)
 
-# Grain's workers read absl flags, which only an absl command line parses (fixed after 0.2.18).
+# Grain's workers read absl flags, which only an absl app parses (fixed after 0.2.18).
 flags.FLAGS.mark_as_parsed()
 
-# Those that take longest, the longest first: what is left for the end is short, so that no process
-# waits long for another. A file that is missing here costs time and nothing else.
+# The slowest test files, slowest first. Running them first leaves short tests for the end, so no
+# process waits long for another. Files missing here only cost time.
 _LONGEST = (
     "tests/integration/test_command_line.py",
     "tests/training/test_loop.py",
@@ -67,5 +67,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where the embedded digits are prepared, once for all tests of a process."""
+    """The directory of the embedded digits, prepared once for all tests of a process."""
     return tmp_path_factory.mktemp("digits")

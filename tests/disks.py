@@ -1,4 +1,4 @@
-"""Small disks to fill: file systems in memory, where the tests may mount some."""
+"""Small disks to fill: in-memory file systems, if tests are allowed to mount them."""
 
 import contextlib
 import pathlib
@@ -10,15 +10,15 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(path: pathlib.Path, *, kilobytes: int) -> Iterator[pathlib.Path]:
-    """Mounts an empty file system of a given size; skips the test where that is not allowed."""
+    """Mounts an empty file system of a given size; skips the test if that is not allowed."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        pytest.skip("there is no mount command")
+        pytest.skip("mount command not found")
     if done.returncode:
-        pytest.skip(f"mounting is not allowed: {done.stderr.strip()}")
+        pytest.skip(f"not allowed to mount: {done.stderr.strip()}")
     try:
         yield path
     finally:
@@ -26,7 +26,7 @@ def mounted(path: pathlib.Path, *, kilobytes: int) -> Iterator[pathlib.Path]:
 
 
 def make_read_only(path: pathlib.Path) -> None:
-    """Makes a mounted file system read-only, as a failing disk becomes, until `make_writable`."""
+    """Makes a mounted file system read-only, like a failing disk, until `make_writable`."""
     subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
 
 

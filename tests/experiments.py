@@ -18,7 +18,7 @@ def load(arguments: Sequence[str]) -> Config:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     with warnings.catch_warnings():
-        # ml_collections loads the file with a method of importlib that is to go.
+        # ml_collections loads the file with a deprecated method of importlib.
         warnings.simplefilter("ignore", DeprecationWarning)
         values(argv)
     config: Config = values.config

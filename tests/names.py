@@ -1,4 +1,4 @@
-"""Names that a file system allows, and that have a meaning for some library."""
+"""File names that are allowed but have a special meaning for some library."""
 
 import os
 

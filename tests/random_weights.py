@@ -1,4 +1,4 @@
-"""Networks with random weights, as files of weights hold them."""
+"""Networks with random weights, as in files of weights."""
 
 import numpy as np
 
@@ -12,15 +12,15 @@ MINI = Model(name="mini_googlenet", width=0.1)
 
 
 def make(model: Model = MINI, size: int = SIZE, evaluated: int = 0) -> Weights:
-    """Returns a network of 7 classes, its statistics of BatchNorm other than those it starts with.
+    """Returns random weights of a network with 7 classes, including BatchNorm statistics.
 
     Args:
       model: the network.
-      size: of its images, pixels.
-      evaluated: what evaluation resizes them to, pixels; 0: nothing.
+      size: image size, pixels.
+      evaluated: image size in evaluation, pixels; 0: the same.
     """
     return Weights(
-        variables=small.draw(networks.create(model, 7), size),
+        variables=small.random_variables(networks.create(model, 7), size),
         model=model,
         image_size=size,
         eval_image_size=evaluated,

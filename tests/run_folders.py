@@ -1,4 +1,4 @@
-"""Folders of runs that were never trained: files as training leaves them, with made-up numbers."""
+"""Writes workdirs of runs that were never trained, with files like those of training."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from inception_jax.evaluation.predictions import Predictions, SavedEvaluation
 STEPS, BATCH, EXAMPLES, EVALUATED = 400, 36, 1440, 600
 ENVIRONMENT = {"date": "2026-11-21T10:00:00+00:00", "device": "cpu", "packages": {"jax": "0.12"}}
 
-# Of classes and runs: what plots, pages and tables might take for something else.
+# Names of classes and runs that plots, pages and tables might misinterpret.
 ODD_NAMES = [
     "$100 bill",
     r"$\frac{$",
@@ -50,8 +50,8 @@ def config(**groups: Any) -> Config:
 
 
 def lines(*, skill: float = 1.0, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl: a report each 10 steps, an evaluation each 40."""
-    found: list[dict[str, Any]] = []
+    """Returns the lines of metrics.jsonl: a report every 10 steps, an evaluation every 40."""
+    rows: list[dict[str, Any]] = []
     for step in range(10, steps + 1, 10):
         done = step / STEPS
         common = {"step": step, "epoch": step * BATCH / EXAMPLES, "seconds": 0.5 * step}
@@ -64,9 +64,9 @@ def lines(*, skill: float = 1.0, steps: int = STEPS) -> list[dict[str, Any]]:
             "learning_rate": 0.025 * (1 + np.cos(np.pi * done)),
             "gradient_norm": 1.0,
         }
-        found.append({**common, "split": "train", **train})
+        rows.append({**common, "split": "train", **train})
         if step % 40 == 0:
-            found.append(
+            rows.append(
                 {
                     **common,
                     "split": "test",
@@ -76,11 +76,11 @@ def lines(*, skill: float = 1.0, steps: int = STEPS) -> list[dict[str, Any]]:
                     "count": EVALUATED,
                 }
             )
-    return found
+    return rows
 
 
-def predicted(classes: int, *, count: int = EVALUATED, seed: int = 0) -> Predictions:
-    """Returns predictions that are mostly right, and mix up each class with the next."""
+def fake_predictions(classes: int, *, count: int = EVALUATED, seed: int = 0) -> Predictions:
+    """Returns predictions that are mostly correct, and confuse each class with the next."""
     random = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int32) % classes
     logits = random.normal(size=(count, classes))
@@ -105,19 +105,19 @@ def write(
     skill: float = 1.0,
     steps: int = STEPS,
 ) -> pathlib.Path:
-    """Writes the folder of a run and returns it.
+    """Writes the workdir of a run and returns it.
 
     Args:
-      folder: made if it is missing.
-      names: of the classes.
-      settings: of the run; None: those of `config`.
-      experiment: what config.json says of the experiment.
-      skill: how fast it learned.
-      steps: how far it came, of STEPS.
+      folder: the workdir, created if missing.
+      names: class names.
+      settings: the run's settings; None: those of `config`.
+      experiment: the experiment's entry in config.json.
+      skill: speed of learning.
+      steps: steps done, of STEPS.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = lines(skill=skill, steps=steps)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    rows = lines(skill=skill, steps=steps)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
     record: dict[str, Any] = {
         "config": configs.to_dict(settings or config()),
         "experiment": experiment,
@@ -133,18 +133,18 @@ def write(
     (folder / "config.json").write_text(json.dumps(record))
     result = {
         "name": "made_up",
-        **{key: found[-1][key] for key in ("step", "epoch", "split", "loss", "top1", "count")},
+        **{key: rows[-1][key] for key in ("step", "epoch", "split", "loss", "top1", "count")},
         "images_per_second": 1234.5,
-        "seconds": found[-1]["seconds"],
+        "seconds": rows[-1]["seconds"],
         "seconds_by_phase": {"train": 150.0, "compile": 30.0, "evaluate": 15.0, "save": 5.0},
         "environment": ENVIRONMENT,
     }
     if steps == STEPS:
         (folder / "result.json").write_text(json.dumps(result))
-    made = predicted(len(names))
-    shown = predictions.select_examples(made)
+    made = fake_predictions(len(names))
+    shown = predictions.choose(made)
     random = np.random.default_rng(1)
-    pictures = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
+    images = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
     files = tuple(f"picture_{index}.png" for index in shown)
-    predictions.write(folder, SavedEvaluation(result, made, shown, files, pictures))
+    predictions.write(folder, Evaluated(result, made, shown, files, images))
     return folder

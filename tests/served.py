@@ -1,4 +1,4 @@
-"""Starts the command serve, as a user does."""
+"""Runs the command serve, as a user does."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ from tests import command, small
 
 @contextlib.contextmanager
 def running(folder: pathlib.Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Serves a small network; yields the address and the process, which is ended in the end."""
+    """Serves a small network; yields the address and the process, which is killed on exit."""
     path = folder / "network.safetensors"
     weights.save(path, small.weights())
     process = command.start("tools.serve", f"--weights={path}", "--port=0", *flags)
@@ -29,7 +29,7 @@ def running(folder: pathlib.Path, *flags: str) -> Iterator[tuple[str, subprocess
 
 
 def interrupt(process: subprocess.Popen) -> tuple[int, str]:
-    """Ends a command as Ctrl-C does; returns its exit code and what it wrote."""
+    """Interrupts a command as Ctrl-C does; returns its exit code and output."""
     process.send_signal(signal.SIGINT)
     output, messages = process.communicate(timeout=command.TIMEOUT)
     return process.returncode, output + messages

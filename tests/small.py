@@ -1,4 +1,4 @@
-"""Runs small enough to train inside a test: a thin MiniGoogLeNet, or less, on embedded digits."""
+"""Runs small enough for a test: a narrow MiniGoogLeNet, or less, on the embedded digits."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ from inception_jax.training.run import Run
 
 
 def config(directory: pathlib.Path, **changes: Any) -> Config:
-    """Returns the settings, with their data under `directory` and some groups replaced."""
+    """Returns the settings, with the data in `directory` and some groups replaced."""
     groups: dict[str, Any] = {
         "name": "small",
         "data": Data(name="digits", directory=str(directory), image_size=8),
@@ -53,10 +53,9 @@ def config(directory: pathlib.Path, **changes: Any) -> Config:
 
 
 class Network(nn.Module):
-    """Each kind of layer that has a state or draws, and few of them: compiles in a few seconds.
+    """A network with few layers, but all kinds with state or randomness; compiles in seconds.
 
-    It stands for MiniGoogLeNet where a test is about what is done with a network, whichever it is.
-    Images may be of any size from 4 px.
+    Replaces MiniGoogLeNet in tests that work with any network. Images must be at least 4 px.
     """
 
     first_conv, first_norm = "conv1/conv", "conv1/norm"
@@ -77,13 +76,13 @@ class Network(nn.Module):
 
 
 def build(settings: Config) -> Run:
-    """Returns the run of some settings, with `Network` in place of the network that they name."""
-    whole = run.assemble(settings, log=lambda _: None)
-    return dataclasses.replace(whole, model=Network(settings.model.dropout))
+    """Returns the run for some settings, with `Network` as its network."""
+    this = run.assemble(settings, log=lambda _: None)
+    return dataclasses.replace(this, model=Network(settings.model.dropout))
 
 
 class Linear(nn.Module):
-    """A linear classifier of the digits, which compiles in a moment."""
+    """A linear classifier of the digits, which compiles quickly."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -91,8 +90,8 @@ class Linear(nn.Module):
         return ModelOutput(classifier(images.reshape(len(images), -1)))
 
 
-def draw(model: nn.Module, image_size: int, *, seed: int = 0) -> dict[str, Any]:
-    """Returns variables of a network that were drawn instead of trained, as NumPy arrays."""
+def random_variables(model: nn.Module, image_size: int, *, seed: int = 0) -> dict[str, Any]:
+    """Returns random variables of a network, as NumPy arrays."""
     images = np.zeros((1, image_size, image_size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     random = np.random.default_rng(seed)
@@ -109,17 +108,17 @@ def draw(model: nn.Module, image_size: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **changes: Any) -> Weights:
-    """Returns weights that were drawn instead of trained: another picture, other classes.
+    """Returns random weights with normalization and class names that differ from the digits'.
 
     Args:
-      directory, changes: as of `config`.
-      seed: of the draw.
+      directory, changes: as in `config`.
+      seed: seed of the random weights.
     """
     settings = config(directory, **changes)
     classes = 10
     model = networks.create(settings.model, classes)
     return Weights(
-        variables=draw(model, settings.data.image_size, seed=seed),
+        variables=random_variables(model, settings.data.image_size, seed=seed),
         model=settings.model,
         image_size=settings.data.image_size,
         eval_crop=settings.data.eval_crop_pct,
@@ -134,28 +133,29 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
 def train(
     this: Run, folder: Workdir, evaluate: loop.Evaluate, *, changed: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """Trains a run in a folder as the command does: with its lock and its record of the start."""
-    before = workdirs.load_previous_run(folder)
+    """Trains a run in a workdir as the command does, with its lock and config.json."""
+    before = workdirs.previous(folder)
     return session.train_run(this, before, evaluate, changed=changed, **more)
 
 
-def evaluated(names: Collection[str], **metrics: float) -> dict[str, EvalResult]:
-    """Returns metrics that nothing was evaluated for, as of each of some evaluations."""
+def fake_results(names: Collection[str], **metrics: float) -> dict[str, EvalResult]:
+    """Returns made-up metrics for each of some evaluations, without predictions."""
     nothing = np.zeros((0, 1), np.float32)
     none = Predictions(nothing[:, 0].astype(np.int32), nothing.astype(np.int32), nothing, nothing)
     return {name: EvalResult(metrics, none) for name in names}
 
 
 def finished(settings: Config, folder: pathlib.Path) -> tuple[Run, Workdir]:
-    """Returns a run and its folder, with a checkpoint of 11 steps that were never made.
+    """Returns a run and its workdir with a checkpoint at step 11, without training.
 
-    Its weights were drawn, and evaluated: all is there that is needed to use them, without the time
-    that the training step takes to compile.
+    The random weights are evaluated, so the workdir contains everything needed to use them. Saves
+    the time of compiling the training step.
     """
     this, workdir = run.assemble(settings, log=lambda _: None), Workdir(folder)
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.abstract_state(this))
     now, average = (
-        jax.device_put(draw(this.model, this.dataset.image_size, seed=seed)) for seed in (0, 1)
+        jax.device_put(random_variables(this.model, this.dataset.image_size, seed=seed))
+        for seed in (0, 1)
     )
     end = empty.replace(step=jnp.int32(11), **now, average=average if empty.average else {})
     metrics = Evaluator(this)(end.eval_variables())[this.dataset.eval_split].metrics

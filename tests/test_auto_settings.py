@@ -101,7 +101,7 @@ def test_pretrained_weights_need_a_third_of_the_epochs() -> None:
     for images in (8, 20, 32):
         found = resolve(config, images)
         timeline = configs.Timeline(found.train.batch_size, images)
-        assert timeline.steps(found.train.duration) >= diagnosis.LEAST_STEPS
+        assert timeline.steps(found.train.duration) >= diagnosis.MIN_STEPS
 
 
 def test_explicit_settings_are_kept_and_the_rest_derived() -> None:

@@ -1,6 +1,6 @@
-"""A command for the tests of several processes: trains a small network, or just adds numbers.
+"""A command for tests with several processes: trains a small network, or only adds numbers.
 
-It takes the flags of the training command that say which process it is.
+Has the flags of the training command that identify the process.
 """
 
 import pathlib
@@ -21,16 +21,20 @@ from inception_jax.training import workdir
 from inception_jax.training.run import Run
 from tests import small
 
-_DATA = flags.DEFINE_string("data", "", "where the digits are prepared; empty: just add numbers")
-_WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run")
-_STEPS = flags.DEFINE_integer("steps", 0, "length of the run")
-_SILENCE = flags.DEFINE_float("silence", 60, "seconds after which JAX takes a process for dead")
-_FAIL = flags.DEFINE_integer("fail", -1, "the process in which a bug shows after a while")
+_DATA = flags.DEFINE_string(
+    "data", "", "directory of the prepared digits; empty = only add numbers"
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "directory of the run")
+_STEPS = flags.DEFINE_integer("steps", 0, "steps of the run")
+_SILENCE = flags.DEFINE_float(
+    "silence", 60, "seconds without a heartbeat after which a process counts as dead"
+)
+_FAIL = flags.DEFINE_integer("fail", -1, "index of the process that fails after a while; -1 = none")
 _PROCESSES = cli.define_processes()
 
 
 def macro(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean over the classes of the share of each that is right."""
+    """Returns the mean accuracy over classes."""
     right = logits.argmax(axis=1) == labels
     return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
@@ -39,7 +43,7 @@ registry.register_metric("worker_macro", over="split", percent=True)(macro)
 
 
 def build(data: pathlib.Path, steps: int) -> Run:
-    """Returns a run whose rate does not depend on its length."""
+    """Returns a run whose learning rate does not depend on its duration."""
     config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
     config.train.duration = f"{steps} steps"
     config.evaluation.every = config.checkpoint.every = "4 steps"
@@ -60,7 +64,7 @@ def train() -> None:
 
 
 def add() -> None:
-    """Adds numbers over all devices, again and again."""
+    """Adds numbers over all devices repeatedly."""
     mesh = sharding.make_mesh()
     total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(mesh))
     ones = jax.jit(lambda: jnp.ones((mesh.size,)), out_shardings=sharding.batch_sharding(mesh))()

@@ -1,5 +1,5 @@
-"""What is measured, each in a process of its own: ours, and the peers.
+"""The contenders, ours and the peers, each run in a separate process.
 
-A contender may run under another Python than the command that starts it, one that has neither JAX
-nor this package's dependencies; so `network` and `serve` need the standard library alone.
+A contender may run under a Python without JAX and this package's dependencies, so `network` and
+`serve` need only the standard library.
 """

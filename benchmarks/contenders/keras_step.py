@@ -1,6 +1,6 @@
-"""The training and evaluation step in Keras on TensorFlow, by the functions behind fit().
+"""The training and evaluation step in Keras on TensorFlow, using the functions behind fit().
 
-Bare, as ours: one batch of normalised float32 pixels again and again, without augmentation.
+Bare, like ours: the same batch of normalized float32 pixels in every step, without augmentation.
 """
 
 import os
@@ -36,7 +36,7 @@ def inception(x: Any, widths: tuple[int, ...]) -> Any:
 
 
 def googlenet(stem: str, image_size: int, classes: int) -> Any:
-    """Returns the network of `network`; on even grids "same" pools are Caffe's ceil mode."""
+    """Returns the network of `network`; on even grids, "same" pools equal Caffe's ceil mode."""
     first = network.STEMS[stem]
     inputs = keras.Input((image_size, image_size, 3))
     x = unit(inputs, 64, first.kernel_size, first.stride)
@@ -52,8 +52,8 @@ def googlenet(stem: str, image_size: int, classes: int) -> Any:
     return keras.Model(inputs, layers.Dense(classes, dtype="float32")(x))
 
 
-def matmul(settings: dict[str, Any]) -> serve.Repeated:
-    """Returns what times a product of two square matrices."""
+def matmul(settings: dict[str, Any]) -> serve.TimedOperation:
+    """Returns a timed product of two square matrices."""
     size = settings["matmul_size"]
     a = tf.cast(tf.random.normal((size, size)), settings["dtype"])
     result = a
@@ -62,16 +62,16 @@ def matmul(settings: dict[str, Any]) -> serve.Repeated:
         nonlocal result
         result = tf.matmul(a, a)
 
-    # Fetching one element waits for the whole.
-    return serve.Repeated(multiply, lambda: result[0, 0].numpy()).warm_up()
+    # Fetching one element waits for the entire result.
+    return serve.TimedOperation(multiply, lambda: result[0, 0].numpy()).warm_up()
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
+    """Creates the contender with the modes (train, eval, matmul) of settings["modes"]."""
     if settings["platform"] == "cpu":
         tf.config.set_visible_devices([], "GPU")
     elif not tf.config.get_visible_devices("GPU"):
-        raise RuntimeError("TensorFlow finds no GPU")
+        raise RuntimeError("TensorFlow did not find a GPU")
     if settings["dtype"] == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     size, count = settings["image_size"], settings["batch_size"]
@@ -102,8 +102,8 @@ def make(settings: dict[str, Any]) -> serve.Contender:
             value.numpy()
 
     makers = {
-        "train": lambda: serve.Repeated(train, wait).warm_up(),
-        "eval": lambda: serve.Repeated(evaluate, wait).warm_up(),
+        "train": lambda: serve.TimedOperation(train, wait).warm_up(),
+        "eval": lambda: serve.TimedOperation(evaluate, wait).warm_up(),
         "matmul": lambda: matmul(settings),
     }
     gpus = tf.config.get_visible_devices("GPU")

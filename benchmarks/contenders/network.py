@@ -1,8 +1,8 @@
-"""GoogLeNet with BatchNorm as plain numbers, for the peers and for counting.
+"""The widths of GoogLeNet with BatchNorm, for the peers and for counting operations.
 
-The peers' interpreters may lack JAX, so this repeats the widths that are in
-`inception_jax.models.googlenet`. The commands compare the parameter counts of all contenders with
-`parameters`, and a test compares that with our own network.
+The peers' interpreters may lack JAX, so this repeats the widths of
+`inception_jax.models.googlenet`. The benchmarks compare the parameter counts of all contenders with
+`parameters`, and a test compares it with our network.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Stem(NamedTuple):
-    """Kernel size and stride of the first convolution; whether a second pool follows."""
+    """Kernel size and stride of the first convolution, and whether a second pool follows."""
 
     kernel_size: int
     stride: int
@@ -42,7 +42,7 @@ MOMENTUM = 0.9
 
 
 class Conv(NamedTuple):
-    """A convolution: side of its kernel, channels, side of the grid that it gives."""
+    """A convolution: kernel size, input and output channels, side of the output grid."""
 
     kernel_size: int
     inputs: int
@@ -51,7 +51,7 @@ class Conv(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """How many weights its kernel has."""
+        """The number of weights of the kernel."""
         return self.kernel_size**2 * self.inputs * self.outputs
 
 
@@ -61,7 +61,7 @@ def convolutions(stem: str, image_size: int, width: float = 1.0) -> Iterator[Con
     Args:
       stem: a key of `STEMS`.
       image_size: side of the images, pixels.
-      width: factor on the channels of every layer.
+      width: multiplier of the channels of all layers.
     """
 
     def scaled(channels: int) -> int:
@@ -90,30 +90,30 @@ def convolutions(stem: str, image_size: int, width: float = 1.0) -> Iterator[Con
 
 
 def features(width: float = 1.0) -> int:
-    """Returns the number of channels that the last layer sees."""
+    """Returns the number of input channels of the last layer."""
     one, _, three, _, five, pool = (max(1, round(each * width)) for each in MODULES["5b"])
     return one + three + five + pool
 
 
 def parameters(stem: str, classes: int, width: float = 1.0) -> int:
     """Returns the number of parameters: kernels, BatchNorm's scales and biases, the last layer."""
-    # The size of the images changes no parameter.
+    # The image size does not affect the parameters.
     layers = list(convolutions(stem, 64, width))
     norms = sum(2 * layer.outputs for layer in layers)
     return sum(layer.weights for layer in layers) + norms + (features(width) + 1) * classes
 
 
 def multiply_adds(stem: str, image_size: int, classes: int, width: float = 1.0) -> int:
-    """Returns the multiply-adds of one image's forward pass, convolutions and last layer."""
+    """Returns the multiply-adds per image of the forward pass: convolutions and last layer."""
     layers = convolutions(stem, image_size, width)
     return sum(layer.weights * layer.grid**2 for layer in layers) + features(width) * classes
 
 
 def flops(mode: str, stem: str, image_size: int, classes: int, width: float = 1.0) -> int:
-    """Returns the operations of one image: two a multiply-add, three passes in training.
+    """Returns the operations per image: two per multiply-add, three passes in training.
 
-    A training step computes, besides the forward pass, the gradients of the activations and of the
-    weights, each as much work as the forward pass.
+    In addition to the forward pass, a training step computes the gradients of the activations and
+    of the weights, each as much work as the forward pass.
     """
     passes = {"eval": 1, "train": 3}[mode]
     return 2 * passes * multiply_adds(stem, image_size, classes, width)

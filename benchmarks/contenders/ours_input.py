@@ -1,6 +1,6 @@
-"""Our reader: batches of the training split, in host memory and on the device.
+"""Our input pipeline: batches of the training split, in host memory and on the device.
 
-The modes "host" and "device" read the same batches; for "host" the transfer is left out.
+The modes "host" and "device" read the same batches; "host" skips the transfer.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from inception_jax.datasets.splits import Split
 from inception_jax.input import pipeline
 from inception_jax.runtime import devices, sharding
 
-# Longer than any benchmark: readers are given a last step.
+# More steps than any benchmark reads; readers require a last step.
 _ENDLESS = 10**9
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender. settings["storage"] is what it reads from."""
+    """Creates the contender, which reads from settings["storage"]."""
     devices.initialize(platform=settings["platform"])
     data = config.Data(
         name=settings["dataset"],
@@ -43,13 +43,13 @@ def make(settings: dict[str, Any]) -> serve.Contender:
         "images": len(train),
     }
     modes = {
-        "host": reading.mode(pipeline.train_batches(train, **steps), size_of),
-        "device": reading.mode(pipeline.train_batches(train, mesh=mesh, **steps), size_of),
+        "host": reading.timed_reader(pipeline.train_batches(train, **steps), size_of),
+        "device": reading.timed_reader(pipeline.train_batches(train, mesh=mesh, **steps), size_of),
     }
     return serve.Contender(facts, modes)
 
 
 def _into_page_cache(split: Split) -> None:
-    """Reads a split once, as the first epoch does, and as the peers' files are."""
+    """Reads a split once, as the first epoch does; the peers' files are cached too."""
     for first in range(0, len(split), 1000):
         split.read(np.arange(first, min(first + 1000, len(split))))

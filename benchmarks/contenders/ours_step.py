@@ -1,7 +1,7 @@
-"""Our training and evaluation step, bare: the batch lies on the device, nothing is read.
+"""Our training and evaluation step, bare: the batch is on the device, nothing is read.
 
-The step is the one that the training command compiles, with its augmentation, loss and metrics; the
-data set is noise in memory.
+The step is that of the training command, with its augmentation, loss and metrics; the dataset is
+noise in memory.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from inception_jax.training.run import Run, assemble, train_batches
 from inception_jax.training.state import TrainState
 from inception_jax.training.step import make_train_step
 
-# As many as Tiny ImageNet has, so that durations in epochs become as many steps.
+# As in Tiny ImageNet, so that durations in epochs become the same number of steps.
 _EXAMPLES = 100_000
 
 
 def make_config(settings: dict[str, Any]) -> Config:
-    """Returns settings["config"], or the configuration of the network that all contenders train."""
+    """Returns settings["config"], or the configuration of the contenders' network."""
     if "config" in settings:
         return config.from_dict(settings["config"])
-    made = Config(
+    built = Config(
         model=config.Model(
             name="googlenet",
             stem=settings["stem"],
@@ -49,12 +49,12 @@ def make_config(settings: dict[str, Any]) -> Config:
         train=config.Train(batch_size=settings["batch_size"]),
         evaluation=config.Evaluation(batch_size=settings["batch_size"]),
     )
-    config.validate(made)
-    return made
+    config.validate(built)
+    return built
 
 
 def noise(settings: dict[str, Any]) -> Dataset:
-    """Returns a data set of random pictures and labels."""
+    """Returns a dataset of random images and labels."""
     random = np.random.default_rng(0)
     size, count, classes = (settings[key] for key in ("image_size", "batch_size", "classes"))
 
@@ -64,7 +64,7 @@ def noise(settings: dict[str, Any]) -> Dataset:
 
     names = tuple(map(str, range(classes)))
     dataset = Dataset.from_arrays(*split(), evaluation=split(), class_names=names)
-    # The same batch again and again.
+    # The same batch in every step.
     train = splits.subset(dataset.train, np.resize(np.arange(count), _EXAMPLES))
     return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
@@ -75,29 +75,29 @@ def make_run(settings: dict[str, Any]) -> Run:
 
 
 def compiled(run: Run) -> tuple[jax.stages.Compiled, TrainState]:
-    """Returns the compiled training step of the first image size, and the first state."""
+    """Returns the compiled training step of the first image size, and the initial state."""
     state, batch = create_state(run), next(iter(train_batches(run)))
     return make_train_step(run).lower(state, batch).compile(), state
 
 
-def repeated_step(run: Run) -> tuple[jax.stages.Compiled, serve.Repeated]:
-    """Returns the compiled training step, and what times it, warm."""
+def timed_step(run: Run) -> tuple[jax.stages.Compiled, serve.TimedOperation]:
+    """Returns the compiled training step, and the timed step, warmed up."""
     step, state = compiled(run)
     batch = next(iter(train_batches(run)))
 
     def train() -> None:
         nonlocal state
         state, output = step(state, batch)
-        # As the training loop does, which says why.
+        # As in the training loop, which explains the reason.
         if jax.default_backend() == "cpu":
             output.loss.block_until_ready()
 
-    return step, serve.Repeated(train, lambda: jax.block_until_ready(state)).warm_up()
+    return step, serve.TimedOperation(train, lambda: jax.block_until_ready(state)).warm_up()
 
 
-def eval_mode(run: Run) -> serve.Repeated:
-    """Returns what times the evaluation step, compiled and warm."""
-    # The step alone: a call of the evaluator reads a split as well.
+def timed_eval_step(run: Run) -> serve.TimedOperation:
+    """Returns the timed evaluation step, compiled and warmed up."""
+    # Only the step, because calling the evaluator also reads a split.
     step, split = Evaluator(run).step, run.dataset.evaluation
     (batch,) = pipeline.eval_batches(split, batch_size=len(split), mesh=run.mesh)
     variables = create_state(run).eval_variables()
@@ -107,11 +107,11 @@ def eval_mode(run: Run) -> serve.Repeated:
         nonlocal metrics
         metrics = step(variables, batch)
 
-    return serve.Repeated(evaluate, lambda: jax.block_until_ready(metrics)).warm_up()
+    return serve.TimedOperation(evaluate, lambda: jax.block_until_ready(metrics)).warm_up()
 
 
-def matmul_mode(size: int, dtype: str) -> serve.Repeated:
-    """Returns what times a product of two square matrices, compiled and warm."""
+def timed_matmul(size: int, dtype: str) -> serve.TimedOperation:
+    """Returns a timed product of two square matrices, compiled and warmed up."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = jax.jit(jnp.matmul)
     result = a
@@ -120,17 +120,17 @@ def matmul_mode(size: int, dtype: str) -> serve.Repeated:
         nonlocal result
         result = product(a, a)
 
-    return serve.Repeated(multiply, lambda: jax.block_until_ready(result)).warm_up()
+    return serve.TimedOperation(multiply, lambda: jax.block_until_ready(result)).warm_up()
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
+    """Creates the contender with the modes (train, eval, matmul) of settings["modes"]."""
     devices.initialize(platform=settings["platform"])
     run = make_run(settings)
     makers = {
-        "train": lambda: repeated_step(run)[1],
-        "eval": lambda: eval_mode(run),
-        "matmul": lambda: matmul_mode(settings["matmul_size"], settings["dtype"]),
+        "train": lambda: timed_step(run)[1],
+        "eval": lambda: timed_eval_step(run),
+        "matmul": lambda: timed_matmul(settings["matmul_size"], settings["dtype"]),
     }
     shapes = states.abstract_state(run).params
     facts = {

@@ -1,4 +1,4 @@
-"""How a reader of batches is timed, the same for ours and the peers."""
+"""Times a reader of batches, in the same way for ours and the peers."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,17 +7,19 @@ from typing import Any
 from benchmarks.contenders import resources, serve
 
 
-def mode(batches: Iterator[Any], size_of: Callable[[Any], int]) -> Callable[..., serve.Numbers]:
-    """Returns a mode that reads for some seconds.
+def timed_reader(
+    batches: Iterator[Any], size_of: Callable[[Any], int]
+) -> Callable[..., serve.Numbers]:
+    """Returns a mode that reads batches for a given number of seconds.
 
     Args:
-      batches: endless.
-      size_of: returns how many images a batch holds, when the batch is complete.
+      batches: infinite iterator.
+      size_of: returns the number of images in a batch once the batch is complete.
     """
 
     def read(seconds: float) -> serve.Numbers:
         with resources.PeakMemory() as memory:
-            # The first batch after a pause, in which readers may have read ahead, is not counted.
+            # Skips the first batch, because readers may have read ahead during the pause.
             size_of(next(batches))
             start, cpu = time.perf_counter(), resources.cpu_seconds()
             images, elapsed = 0, 0.0
@@ -27,7 +29,7 @@ def mode(batches: Iterator[Any], size_of: Callable[[Any], int]) -> Callable[...,
             cpu = resources.cpu_seconds() - cpu
         return {
             "images_per_second": images / elapsed,
-            # Nothing at all, by the clock of the kernel's ticks, may be a very short measurement.
+            # A very short measurement may take zero ticks of the kernel's clock.
             "images_per_cpu_second": images / max(cpu, 0.01),
             "memory_growth": memory.growth,
         }

@@ -1,4 +1,4 @@
-"""CPU time and memory of this process and the processes that it started, from /proc (Linux)."""
+"""Measures CPU time and memory of this process and its descendants, from /proc (Linux)."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def processes(root: int | None = None) -> Iterator[int]:
-    """Yields the id of a process, this one by default, and of all that descend from it."""
+    """Yields the ids of a process, by default this one, and of all its descendants."""
     root = root or os.getpid()
     yield root
     for task in pathlib.Path(f"/proc/{root}/task").glob("*/children"):
@@ -19,19 +19,19 @@ def processes(root: int | None = None) -> Iterator[int]:
 
 
 def cpu_seconds() -> float:
-    """Returns the CPU time that this process and its running children have used."""
+    """Returns the CPU time of this process and its running descendants, seconds."""
     children = [pid for pid in processes() if pid != os.getpid()]
-    # Fields 14 and 15, user and system time, counted after the name, which may contain spaces.
+    # User and system time, fields 14 and 15, counted after the name, which may contain spaces.
     fields = [_read(f"/proc/{pid}/stat").rpartition(")")[2].split() for pid in children]
     ticks = sum(int(each[11]) + int(each[12]) for each in fields if each)
     return time.process_time() + ticks / _TICKS
 
 
 def anonymous_bytes() -> int:
-    """Returns the resident memory of this process and its children that no file backs.
+    """Returns the anonymous resident memory of this process and its descendants, bytes.
 
-    Pages of mapped files (the decoded cache, libraries) can be dropped at any time and are not
-    counted; shared memory, in which PyTorch's workers hand over batches, is not either.
+    Excludes pages of mapped files (the decoded cache, libraries), which can be dropped at any time,
+    and shared memory, in which PyTorch's workers return batches.
     """
     kilobytes = 0
     for pid in processes():
@@ -42,7 +42,7 @@ def anonymous_bytes() -> int:
 
 
 def _read(path: str | pathlib.Path) -> str:
-    """Returns what a file of /proc says; nothing for a process that has just ended."""
+    """Returns the contents of a file in /proc; '' if the process has just exited."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -50,10 +50,10 @@ def _read(path: str | pathlib.Path) -> str:
 
 
 class PeakMemory:
-    """Watches `anonymous_bytes` inside a `with` block, ten times a second.
+    """Samples `anonymous_bytes` inside a `with` block, ten times per second.
 
     Attributes:
-      growth: highest value seen, less that at the start; bytes.
+      growth: highest value minus the value at the start, bytes.
     """
 
     def __enter__(self) -> "PeakMemory":

@@ -1,15 +1,15 @@
-"""The inside of a worker process: makes one contender, then measures when told to.
+"""Runs a worker process: creates a contender, then measures on command.
 
     python -m benchmarks.contenders.serve MODULE SETTINGS
 
-MODULE is a dotted name; it has a function make(settings) that returns a `Contender`; SETTINGS is
-JSON. The protocol is a line of JSON each way. The worker answers, once it is ready:
+MODULE is the dotted name of a module with a function make(settings) that returns a `Contender`;
+SETTINGS is JSON. Messages are lines of JSON. When the worker is ready, it answers
 
     {"ready": {facts}}     or {"missing": "torch"}     or {"error": "what went wrong"}
 
-and then to each line {"mode": "train", ...} on stdin the numbers that the mode returned, with
-"idle_wall" and "idle_cpu": seconds since the last answer, of the clock and of all of this process's
-threads, which show whether it kept still while others were measured. It ends with its stdin.
+and then to each line {"mode": "train", ...} on stdin with the numbers that the mode returned, plus
+"idle_wall" and "idle_cpu": wall seconds and CPU seconds of this process since the last answer,
+which show whether it was idle while others were measured. It exits when stdin is closed.
 """
 
 import importlib
@@ -28,11 +28,11 @@ Numbers = dict[str, Any]
 
 
 class Contender(NamedTuple):
-    """What a worker measures.
+    """The measurements that a worker offers.
 
     Attributes:
-      facts: what it is: versions, device, parameter count.
-      modes: by name, what is measured; called with the rest of the command as keywords.
+      facts: versions, device, parameter count.
+      modes: functions by name; called with the rest of the command as keywords.
     """
 
     facts: Numbers
@@ -43,10 +43,10 @@ def serve(module: str, settings: Numbers) -> None:
     """Runs a worker.
 
     Args:
-      module: dotted name; one that needs a package which is not there is reported as missing.
-      settings: of the contender.
+      module: dotted name; a missing package is reported as such.
+      settings: settings of the contender.
     """
-    # Libraries print to stdout what they please; the protocol keeps it to itself.
+    # Libraries may print to stdout, which is reserved for the protocol.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -81,12 +81,12 @@ def _answer_commands(contender: Contender, answer: Callable[..., None]) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
 
 
-class Repeated:
-    """Times an operation that may be dispatched ahead of the device.
+class TimedOperation:
+    """Times an operation that may be dispatched asynchronously.
 
     Args:
-      operation: starts one piece of work.
-      wait: returns when all that was started is done.
+      operation: starts the operation once.
+      wait: blocks until all started operations are done.
     """
 
     def __init__(self, operation: Callable[[], None], wait: Callable[[], None]) -> None:
@@ -94,21 +94,21 @@ class Repeated:
         self._wait = wait
         self._estimate = 0.0
 
-    def warm_up(self, times: int = 3) -> "Repeated":
-        """Runs the operation, so that it is compiled, and estimates its time."""
+    def warm_up(self, times: int = 3) -> "TimedOperation":
+        """Runs the operation to compile it and to estimate its time."""
         for _ in range(times):
             self._estimate = self.timed(1)
         return self
 
     def __call__(self, seconds: float) -> Numbers:
-        """Repeats the operation for about `seconds`, at least twice, after once untimed."""
+        """Repeats the operation for about `seconds`, at least twice, after an untimed one."""
         self.timed(1)
         count = max(2, math.ceil(seconds / self._estimate))
         self._estimate = self.timed(count)
         return {"seconds": self._estimate, "count": count}
 
     def timed(self, count: int) -> float:
-        """Repeats the operation `count` times, and returns the seconds of one."""
+        """Repeats the operation `count` times and returns the seconds per repetition."""
         start = time.perf_counter()
         for _ in range(count):
             self._operation()
@@ -117,7 +117,7 @@ class Repeated:
 
 
 if __name__ == "__main__":
-    # As our command does; the peers gain from it as well.
+    # As in our command; the peers benefit too.
     huge_pages.use_huge_pages()
     # As the contenders know this module, not as __main__.
     from benchmarks.contenders import serve as this

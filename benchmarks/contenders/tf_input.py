@@ -1,4 +1,4 @@
-"""tf.data over JPEG files: read and decoded by parallel map, AUTOTUNE."""
+"""tf.data over JPEG files: reads and decodes them with parallel map and AUTOTUNE."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from benchmarks.contenders import reading, serve
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender, with the mode "host"."""
+    """Creates the contender with the mode "host"."""
     tf.config.set_visible_devices([], "GPU")
     paths = [str(path) for path in sorted(pathlib.Path(settings["files"]).rglob("*.JPEG"))]
     classes = sorted({path.rsplit("/", 1)[0] for path in paths})
@@ -31,4 +31,6 @@ def make(settings: dict[str, Any]) -> serve.Contender:
         "images": len(paths),
         "device": "cpu",
     }
-    return serve.Contender(facts, {"host": reading.mode(batches, lambda batch: len(batch[1]))})
+    return serve.Contender(
+        facts, {"host": reading.timed_reader(batches, lambda batch: len(batch[1]))}
+    )

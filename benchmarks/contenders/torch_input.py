@@ -30,7 +30,7 @@ class Files(data.Dataset):
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender, with the mode "host"."""
+    """Creates the contender with the mode "host"."""
     files = Files(pathlib.Path(settings["files"]))
     loader: Any = data.DataLoader(
         files,
@@ -46,4 +46,6 @@ def make(settings: dict[str, Any]) -> serve.Contender:
             yield from loader
 
     facts = {"versions": {"torch": torch.__version__}, "images": len(files), "device": "cpu"}
-    return serve.Contender(facts, {"host": reading.mode(batches(), lambda batch: len(batch[1]))})
+    return serve.Contender(
+        facts, {"host": reading.timed_reader(batches(), lambda batch: len(batch[1]))}
+    )

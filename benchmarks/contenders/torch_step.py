@@ -1,6 +1,6 @@
 """The training and evaluation step in PyTorch: channels_last, autocast for bfloat16.
 
-Bare, as ours: the batch lies on the device as normalised float32 pixels, without augmentation.
+Bare, like ours: the batch is on the device as normalized float32 pixels, without augmentation.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def googlenet(stem: str, classes: int) -> nn.Module:
 
 
 class Steps:
-    """The network with its batch on the device."""
+    """The network with a batch on the device."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
         size, count = settings["image_size"], settings["batch_size"]
@@ -90,13 +90,13 @@ class Steps:
         self.labels = torch.randint(settings["classes"], (count,), device=device)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context that computes in the contender's type."""
+        """Returns the context that computes in the contender's dtype."""
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def train(self) -> None:
-        """Takes one training step."""
+        """Runs one training step."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision():
@@ -113,27 +113,27 @@ class Steps:
             (logits.argmax(1) == self.labels).sum()
 
 
-def matmul(settings: dict[str, Any], device: torch.device, wait: Any) -> serve.Repeated:
-    """Returns what times a product of two square matrices."""
+def matmul(settings: dict[str, Any], device: torch.device, wait: Any) -> serve.TimedOperation:
+    """Returns a timed product of two square matrices."""
     size = settings["matmul_size"]
     a = torch.randn(size, size, device=device, dtype=getattr(torch, settings["dtype"]))
     result = torch.empty_like(a)
-    return serve.Repeated(lambda: torch.matmul(a, a, out=result), wait).warm_up()
+    return serve.TimedOperation(lambda: torch.matmul(a, a, out=result), wait).warm_up()
 
 
 def make(settings: dict[str, Any]) -> serve.Contender:
-    """Makes the contender: modes train, eval and matmul, those of settings["modes"]."""
+    """Creates the contender with the modes (train, eval, matmul) of settings["modes"]."""
     use_cuda = settings["platform"] == "gpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     if use_cuda:
-        # TF32 in place of float32, as JAX does by default.
+        # TF32 instead of float32, as in JAX by default.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     steps = Steps(settings, device)
     wait = torch.cuda.synchronize if use_cuda else lambda: None
     makers = {
-        "train": lambda: serve.Repeated(steps.train, wait).warm_up(),
-        "eval": lambda: serve.Repeated(steps.evaluate, wait).warm_up(),
+        "train": lambda: serve.TimedOperation(steps.train, wait).warm_up(),
+        "eval": lambda: serve.TimedOperation(steps.evaluate, wait).warm_up(),
         "matmul": lambda: matmul(settings, device, wait),
     }
     facts = {

@@ -14,7 +14,7 @@ from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import informative
+from inception_jax.telemetry.writers import drop_trivial_top5
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
@@ -98,7 +98,7 @@ def from_checkpoint(
         is_average=bool(restored["average"]),
         step=step,
         epoch=Timeline(config.train.batch_size, dataset["training examples"]).epoch(step),
-        metrics=informative(metrics, dataset["classes"]),
+        metrics=drop_trivial_top5(metrics, dataset["classes"]),
         checkpoint=roles,
         revision=environment.revision(),
         origin=f"{workdir.path}, step {step:,}",

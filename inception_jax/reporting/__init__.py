@@ -1,1 +1,1 @@
-"""A run as its user reads it: report page, plots and diagnosis. Imports no JAX."""
+"""Reports on runs: the HTML report, plots and the diagnosis. Does not import JAX."""

@@ -1,12 +1,13 @@
-"""The parts of a report, as the values that its templates show.
+"""Computes the values that the templates of a report show, section by section.
 
-Pure functions of a `RunRecord`; each returns None, or an empty list, where the folder does not hold
-what it needs, and the template then leaves the part out.
+Pure functions of a `RunRecord`. Each returns None, or an empty list, if the workdir lacks the data;
+the template then omits the section.
 """
 
 import base64
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,29 +19,29 @@ from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.evaluation import calibration
 from inception_jax.reporting.evidence import Row
-from inception_jax.reporting.run_record import RunRecord, names
-from inception_jax.telemetry.writers import MEASURED
+from inception_jax.reporting.run_record import RunRecord, display_names
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS
 
-# What a page can hold and a reader take in.
-MOST_POINTS = 1000
-MOST_ROWS = 60
-MOST_CONFUSED = 14
-MOST_PAIRS = 15
-EXTREMES = 10
-# Beyond this side, pixels, a picture without loss takes too much of the page.
-LOSSLESS = 64
+# Limits on the size of a page.
+MAX_POINTS = 1000
+MAX_ROWS = 60
+MAX_CONFUSED_CLASSES = 14
+MAX_CONFUSED_PAIRS = 15
+NUM_EXTREME_CLASSES = 10
+# Longest side, pixels, of images embedded as PNG; larger ones are embedded as JPEG to save space.
+MAX_PNG_SIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number of the rows of metrics.jsonl.
+    """How a metric of metrics.jsonl is displayed.
 
     Attributes:
-      name: in the rows.
-      title: of its chart.
-      label: in a sentence, a legend, or a column's head.
+      name: key in the rows.
+      title: title of the chart.
+      label: name in sentences, legends and column headers.
       unit: "%" or "".
-      digits: after the point; None: five that count.
+      digits: number of decimals; None: five significant digits.
     """
 
     name: str
@@ -50,43 +51,43 @@ class Metric:
     digits: int | None = None
 
     @property
-    def head(self) -> str:
-        """The head of its column."""
+    def column_header(self) -> str:
+        """Returns the header of the metric's column."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
-    def text(self, value: float | None) -> str:
-        """Returns a value for a reader; a dash where there is none."""
+    def format(self, value: float | None) -> str:
+        """Returns a value as text; a dash for None."""
         if value is None:
             return "–"
         return f"{value:,.5g}" if self.digits is None else f"{value:,.{self.digits}f}"
 
 
-# Those that the package itself knows, in the order in which they are shown; others come after.
-_KNOWN = (
+# The built-in metrics in display order; others follow.
+_KNOWN_METRICS = (
     Metric("loss", "Loss", "loss", digits=4),
     Metric("top1", "Top-1 accuracy", "top-1", "%", 2),
     Metric("top5", "Top-5 accuracy", "top-5", "%", 2),
     Metric("learning_rate", "Learning rate", "learning rate"),
     Metric("gradient_norm", "Gradient norm", "gradient norm"),
 )
-_NO_METRICS = {"step", "epoch", "split", "count", *MEASURED}
-# Of curves: what a split is called, and which have a colour of their own in report.css.
-_SPLITS = {
+_NON_METRICS = {"step", "epoch", "split", "count", *NONDETERMINISTIC_FIELDS}
+# Labels of splits, and the splits that have their own color in report.css.
+_SPLIT_LABELS = {
     "train": "training",
-    "train_eval": "training images, evaluated",
-    "flip": "mirrored views averaged",
+    "train_eval": "training images (evaluated)",
+    "flip": "horizontal-flip average",
 }
-_COLOURED = ("train", "train_eval", "validation", "test", "holdout")
-_OTHER_COLOURS = ("run4", "run5", "run6", "run3", "run7")
+_COLORED_SPLITS = ("train", "train_eval", "validation", "test", "holdout")
+_EXTRA_COLORS = ("run4", "run5", "run6", "run3", "run7")
 
-# The phases of telemetry.clock, in words.
-PHASES = {
+# Labels of the phases of telemetry.clock.
+PHASE_LABELS = {
     "train": "training steps",
-    "input": "waiting for input",
+    "input": "waiting for input data",
     "evaluate": "evaluation",
-    "compile": "compiling",
+    "compile": "compilation",
     "save": "saving checkpoints",
-    "report": "this report",
+    "report": "writing this report",
     "other": "everything else",
 }
 
@@ -94,14 +95,14 @@ Values = dict[str, Any]
 
 
 def metrics(rows: Sequence[Row]) -> list[Metric]:
-    """Returns what is measured in some rows: what the package knows first, the rest by its name."""
-    found = dict.fromkeys(name for row in rows for name in row if name not in _NO_METRICS)
-    known = [metric for metric in _KNOWN if metric.name in found]
-    return known + [Metric(n, n, n) for n in found if n not in {m.name for m in known}]
+    """Returns the metrics that occur in rows: built-in ones first, then others by name."""
+    present = dict.fromkeys(name for row in rows for name in row if name not in _NON_METRICS)
+    known = [metric for metric in _KNOWN_METRICS if metric.name in present]
+    return known + [Metric(n, n, n) for n in present if n not in {m.name for m in known}]
 
 
 def result(record: RunRecord) -> Values | None:
-    """Returns the last evaluation, the best one, and what the experiment expects."""
+    """Returns the last and the best evaluation, and the result that the experiment expects."""
     evaluations = [row for row in record.evaluations if row.get("top1") is not None]
     if not evaluations:
         return None
@@ -113,15 +114,15 @@ def result(record: RunRecord) -> Values | None:
         "metrics": [metric for metric in metrics([last]) if metric.name != "top1"],
         "role": record.role(last["step"]),
         "best": best if best["top1"] > last["top1"] else None,
-        # Two standard errors of a share of independent examples.
+        # Two standard errors of a proportion of independent examples (95% confidence interval).
         "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
-        "expected": _expected(record, last["top1"]),
+        "expected": _expected_result(record, last["top1"]),
         "hours": (record.result.get("seconds") or last.get("seconds") or 0) / 3600,
         "images_per_second": record.result.get("images_per_second"),
     }
 
 
-def _expected(record: RunRecord, top1: float) -> Values | None:
+def _expected_result(record: RunRecord, top1: float) -> Values | None:
     if record.config is None or not record.config.expected.top1:
         return None
     expected = record.config.expected
@@ -129,81 +130,86 @@ def _expected(record: RunRecord, top1: float) -> Values | None:
         "top1": expected.top1,
         "source": expected.source,
         "difference": top1 - expected.top1,
-        "changed": len(overridden(record)),
+        "changed": len(overridden_settings(record)),
     }
 
 
 def other_evaluations(record: RunRecord) -> Values | None:
-    """Returns the last evaluation of each split and view but the one that the result is of."""
+    """Returns the last evaluation of each split and view other than the run's main one."""
     last = {row["split"]: row for row in record.rows if row["split"] not in ("train", record.split)}
     if not last:
         return None
     rows = list(last.values())
     return {
         "metrics": metrics(rows),
-        "rows": [{"row": row, "label": _SPLITS.get(row["split"], row["split"])} for row in rows],
+        "rows": [
+            {"row": row, "label": _SPLIT_LABELS.get(row["split"], row["split"])} for row in rows
+        ],
     }
 
 
 def curves(records: Sequence[RunRecord]) -> Values:
-    """Returns the curves of some runs, for the script of the page and for the plots.
+    """Returns the curves of runs, for the page's script and for the plots.
 
     Returns:
-      runs: of each run its name and, by split, a label, a colour, and arrays of step, epoch, hours
-        and the metrics, with None where a row has none; at most MOST_POINTS of each split. Of
-        several runs without the evaluations that their results are not of.
+      {"runs": [...]}, for each run its name and, by split, a label, a color, and lists of step,
+      epoch, hours and each metric, with None for missing values; at most MAX_POINTS per split. For
+      several runs, only the splits "train" and "train_eval" and each run's main evaluation.
     """
-    labels = names(records)
+    labels = display_names(records)
     return {
         "runs": [
-            {"name": name, "splits": _splits(record, whole=len(records) == 1)}
+            {"name": name, "splits": _split_curves(record, all_splits=len(records) == 1)}
             for name, record in zip(labels, records, strict=True)
         ]
     }
 
 
-def _splits(record: RunRecord, *, whole: bool) -> dict[str, Values]:
+def _split_curves(record: RunRecord, *, all_splits: bool) -> dict[str, Values]:
     rows = record.rows
     seconds = {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
-    found: dict[str, Values] = {}
-    others = iter(range(len(rows)))
+    curves: dict[str, Values] = {}
+    extra_colors = itertools.cycle(_EXTRA_COLORS)
     for split in sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s)):
-        if not whole and split not in ("train", "train_eval", record.split):
+        if not all_splits and split not in ("train", "train_eval", record.split):
             continue
-        points = thinned([row for row in rows if row["split"] == split], MOST_POINTS)
+        points = subsample([row for row in rows if row["split"] == split], MAX_POINTS)
         hours = [row.get("seconds", seconds.get(row["step"])) for row in points]
-        coloured = split in _COLOURED
-        found[split] = {
-            "label": _SPLITS.get(split, split),
-            "colour": split if coloured else _OTHER_COLOURS[next(others) % len(_OTHER_COLOURS)],
+        curves[split] = {
+            "label": _SPLIT_LABELS.get(split, split),
+            "color": split if split in _COLORED_SPLITS else next(extra_colors),
             "step": [row["step"] for row in points],
-            "epoch": [_short(row["epoch"]) for row in points],
-            "hours": [None if each is None else _short(each / 3600) for each in hours],
+            "epoch": [_six_digits(row["epoch"]) for row in points],
+            "hours": [None if each is None else _six_digits(each / 3600) for each in hours],
             "metrics": {
-                metric.name: [_short(row.get(metric.name)) for row in points]
+                metric.name: [_six_digits(row.get(metric.name)) for row in points]
                 for metric in metrics(points)
             },
         }
-    return found
+    return curves
 
 
-def thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """Returns at most so many of some rows, evenly spaced, the first and the last among them."""
-    if len(rows) <= most:
+def subsample(rows: Sequence[Any], max_rows: int) -> list[Any]:
+    """Returns at most `max_rows` rows, evenly spaced, including the first and the last.
+
+    >>> subsample(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(rows) <= max_rows:
         return list(rows)
-    return [rows[index] for index in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, max_rows).round().astype(int)]
 
 
-def _short(value: float | None) -> float | None:
-    """Returns a number as six digits say it, for the page's size."""
+def _six_digits(value: float | None) -> float | None:
+    """Returns a number rounded to six significant digits, to keep the page small."""
     return None if value is None else float(f"{value:.6g}")
 
 
 def curve_table(record: RunRecord) -> Values:
-    """Returns the curves as rows: the evaluations, each with the training report before it."""
+    """Returns the evaluations as table rows, each with the latest training report before it."""
     train = [row for row in record.rows if row["split"] == "train"]
     evaluated = [row for row in record.rows if row["split"] != "train"] or train
-    steps = set(thinned(sorted({row["step"] for row in evaluated}), MOST_ROWS))
+    steps = set(subsample(sorted({row["step"] for row in evaluated}), MAX_ROWS))
     before = {step: [row for row in train if row["step"] <= step][-1:] for step in steps}
     return {
         "metrics": metrics(evaluated),
@@ -216,47 +222,50 @@ def curve_table(record: RunRecord) -> Values:
     }
 
 
-def evaluated(record: RunRecord) -> Values | None:
-    """Returns which evaluation classes, pictures and calibration are of."""
+def evaluation_info(record: RunRecord) -> Values | None:
+    """Returns which evaluation the sections on classes, images and calibration come from."""
     if record.evaluated is None:
         return None
-    found = record.evaluated.result
+    result = record.evaluated.result
     return {
-        "split": found["split"],
-        "step": found["step"],
-        "role": record.role(found["step"]),
-        "guesses": record.evaluated.predictions.top_classes.shape[1],
+        "split": result["split"],
+        "step": result["step"],
+        "role": record.role(result["step"]),
+        "num_predictions": record.evaluated.predictions.guesses.shape[1],
     }
 
 
-def classes(record: RunRecord) -> Values | None:
-    """Returns the accuracy of each class, and which are the best and the worst."""
+def class_accuracy(record: RunRecord) -> Values | None:
+    """Returns the accuracy of each class, and the best and the worst classes."""
     matrix = record.confusion
     if matrix is None:
         return None
-    # Those of which the split has an example.
+    # Only classes with an example in the split.
     rows = [
         _class_row(record, matrix, label) for label in np.flatnonzero(matrix.sum(axis=1)).tolist()
     ]
     ranked = sorted(rows, key=lambda row: -row["accuracy"])
     groups = [("All classes, best first", ranked)]
-    if len(ranked) > 2 * EXTREMES:
-        groups = [("Best", ranked[:EXTREMES]), ("Worst", ranked[-EXTREMES:][::-1])]
+    if len(ranked) > 2 * NUM_EXTREME_CLASSES:
+        groups = [
+            ("Best", ranked[:NUM_EXTREME_CLASSES]),
+            ("Worst", ranked[-NUM_EXTREME_CLASSES:][::-1]),
+        ]
     return {"rows": rows, "groups": groups}
 
 
 def _class_row(record: RunRecord, matrix: np.ndarray, label: int) -> Values:
-    count, right = int(matrix[label].sum()), int(matrix[label, label])
+    count, correct = int(matrix[label].sum()), int(matrix[label, label])
     others = matrix[label].copy()
     others[label] = 0
-    taken_for = int(others.argmax())
+    confused = int(others.argmax())
     return {
         "name": record.class_name(label),
         "count": count,
-        "right": right,
-        "accuracy": 100 * right / count,
-        "taken_for": record.class_name(taken_for) if others[taken_for] else "",
-        "times": int(others[taken_for]),
+        "correct": correct,
+        "accuracy": 100 * correct / count,
+        "confused_with": record.class_name(confused) if others[confused] else "",
+        "times": int(others[confused]),
     }
 
 
@@ -265,22 +274,22 @@ def confusion(record: RunRecord) -> Values | None:
     matrix = record.confusion
     if matrix is None:
         return None
-    chosen = calibration.most_confused_classes(matrix, MOST_CONFUSED)
+    chosen = calibration.most_confused(matrix, MAX_CONFUSED_CLASSES)
     totals = np.maximum(matrix.sum(axis=1), 1)
-    pairs = calibration.confused_pairs(matrix, MOST_PAIRS)
+    pairs = calibration.confused_pairs(matrix, MAX_CONFUSED_PAIRS)
     return {
         "names": [record.class_name(label) for label in chosen],
-        "whole": len(chosen) == len(matrix),
+        "complete": len(chosen) == len(matrix),
         "rows": [
             {
                 "name": record.class_name(true),
                 "cells": [
                     {
-                        "count": int(matrix[true, guess]),
-                        "share": float(matrix[true, guess] / totals[true]),
-                        "right": bool(true == guess),
+                        "count": int(matrix[true, predicted]),
+                        "fraction": float(matrix[true, predicted] / totals[true]),
+                        "correct": bool(true == predicted),
                     }
-                    for guess in chosen
+                    for predicted in chosen
                 ],
                 "others": int(matrix[true].sum() - matrix[true, chosen].sum()),
                 "total": int(matrix[true].sum()),
@@ -290,36 +299,36 @@ def confusion(record: RunRecord) -> Values | None:
         "pairs": [
             {
                 "true": record.class_name(true),
-                "guess": record.class_name(guess),
-                "count": int(matrix[true, guess]),
-                "share": 100 * float(matrix[true, guess] / totals[true]),
+                "predicted": record.class_name(predicted),
+                "count": int(matrix[true, predicted]),
+                "percent": 100 * float(matrix[true, predicted] / totals[true]),
             }
-            for true, guess in pairs
+            for true, predicted in pairs
         ],
     }
 
 
 def examples(record: RunRecord) -> Values | None:
-    """Returns the pictures: the most confident mistakes, and right answers."""
+    """Returns example images: the most confident mistakes, and correct predictions."""
     evaluated = record.evaluated
     if evaluated is None:
         return None
     predictions = evaluated.predictions
-    found: Values = {"mistakes": [], "right": [], "side": evaluated.images.shape[1]}
+    images: Values = {"mistakes": [], "correct": [], "side": evaluated.pictures.shape[1]}
     for index, name, pixels in zip(
         evaluated.indices, evaluated.names, evaluated.images, strict=True
     ):
-        label, guesses = predictions.labels[index], predictions.top_classes[index]
-        found["right" if predictions.correct[index] else "mistakes"].append(
+        label, guesses = predictions.labels[index], predictions.guesses[index]
+        images["correct" if predictions.right[index] else "mistakes"].append(
             {
                 "source": data_uri(pixels),
                 "file": name,
                 "label": record.class_name(label),
-                "guesses": [
+                "predictions": [
                     {
                         "name": record.class_name(guess),
                         "percent": 100 * float(probability),
-                        "right": bool(guess == label),
+                        "correct": bool(guess == label),
                     }
                     for guess, probability in zip(
                         guesses, predictions.top_probs[index], strict=True
@@ -327,45 +336,45 @@ def examples(record: RunRecord) -> Values | None:
                 ],
             }
         )
-    return found
+    return images
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """Returns a picture, uint8 [H, W, 3], as an address that holds it."""
-    kind = "png" if max(pixels.shape[:2]) <= LOSSLESS else "jpeg"
+    """Returns an image, uint8 [H, W, 3], as a data URI."""
+    kind = "png" if max(pixels.shape[:2]) <= MAX_PNG_SIDE else "jpeg"
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
 def reliability(record: RunRecord) -> Values | None:
-    """Returns the reliability diagram's bins, and the expected calibration error in percent."""
+    """Returns the bins of the reliability diagram and the expected calibration error, percent."""
     if record.evaluated is None:
         return None
     predictions = record.evaluated.predictions
-    found = calibration.calibration(predictions.confidence, predictions.correct)
+    result = calibration.calibration(predictions.confidence, predictions.right)
     bins = [
         {
-            "low": 100 * float(found.edges[n]),
-            "high": 100 * float(found.edges[n + 1]),
+            "low": 100 * float(result.edges[n]),
+            "high": 100 * float(result.edges[n + 1]),
             "count": int(count),
-            "share": float(count / len(predictions)),
-            "confidence": 100 * float(found.confidence[n]),
-            "accuracy": 100 * float(found.accuracy[n]),
+            "fraction": float(count / len(predictions)),
+            "confidence": 100 * float(result.confidence[n]),
+            "accuracy": 100 * float(result.accuracy[n]),
         }
-        for n, count in enumerate(found.count)
+        for n, count in enumerate(result.count)
     ]
     return {
         "bins": bins,
-        "error": 100 * found.error,
-        "excess": 100 * found.overconfidence,
+        "error": 100 * result.error,
+        "excess": 100 * result.excess,
         "confidence": 100 * float(predictions.confidence.mean()),
         "accuracy": 100 * float(predictions.correct.mean()),
     }
 
 
-def time(record: RunRecord) -> Values | None:
-    """Returns the seconds that each phase of the run took, the longest first."""
+def time_by_phase(record: RunRecord) -> Values | None:
+    """Returns the seconds that each phase of the run took, longest first."""
     seconds: Mapping[str, float] = record.result.get("seconds_by_phase", {})
     total = sum(seconds.values())
     if not total:
@@ -375,31 +384,31 @@ def time(record: RunRecord) -> Values | None:
         "total": total,
         "step": record.result["step"],
         "phases": [
-            {"name": PHASES.get(name, name), "seconds": s, "share": s / total}
+            {"name": PHASE_LABELS.get(name, name), "seconds": s, "fraction": s / total}
             for name, s in ordered
         ],
     }
 
 
-def overridden(record: RunRecord) -> list[Values]:
-    """Returns the settings that differ from the experiment's own, with both values."""
+def overridden_settings(record: RunRecord) -> list[Values]:
+    """Returns the settings that differ from the experiment file, with both values."""
     if record.config is None or not record.experiment:
         return []
-    # Where the data lie is no part of a recipe.
-    own = {
+    # The location of the data is not part of a recipe.
+    recipe = {
         path: tuple(value) if isinstance(value, list) else value
         for path, value in record.experiment["own"].items()
         if path not in ("data.directory", "data.source")
     }
     return [
-        {"path": path, "own": value, "run": configs.get(record.config, path)}
-        for path, value in own.items()
+        {"path": path, "experiment": value, "run": configs.get(record.config, path)}
+        for path, value in recipe.items()
         if configs.get(record.config, path) != value
     ]
 
 
-def settings(config: Config | None) -> list[Values]:
-    """Returns every setting, with its meaning and whether it is not the default."""
+def all_settings(config: Config | None) -> list[Values]:
+    """Returns every setting, its description, and whether it differs from the default."""
     if config is None:
         return []
     default = Config()
@@ -414,17 +423,17 @@ def settings(config: Config | None) -> list[Values]:
     ]
 
 
-def machine(record: RunRecord) -> list[tuple[str, Any]]:
-    """Returns what the run ran on, and with which versions, as names and values."""
-    environment = dict(record.environment)
-    packages = environment.pop("packages", {})
-    words = {"cpu": "processor", "cpu_count": "cores", "process_count": "processes"}
-    rows = [(words.get(name, name.replace("_", " ")), v) for name, v in environment.items()]
+def environment(record: RunRecord) -> list[tuple[str, Any]]:
+    """Returns the hardware and the package versions of the run, as (name, value) pairs."""
+    values = dict(record.environment)
+    packages = values.pop("packages", {})
+    labels = {"cpu": "processor", "cpu_count": "cores", "process_count": "processes"}
+    rows = [(labels.get(name, name.replace("_", " ")), v) for name, v in values.items()]
     return [*rows, *((name, version) for name, version in packages.items())]
 
 
-def differing(records: Sequence[RunRecord]) -> list[str]:
-    """Returns the dotted paths of the settings that are not the same in all runs."""
+def differing_settings(records: Sequence[RunRecord]) -> list[str]:
+    """Returns the dotted paths of the settings that differ between runs."""
     known = [record.config for record in records if record.config is not None]
     return [
         path
@@ -433,9 +442,9 @@ def differing(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def comparison(records: Sequence[RunRecord]) -> list[Values]:
-    """Returns a row for each run: its result, and its settings where the runs differ."""
-    paths = differing(records)
+def comparison_rows(records: Sequence[RunRecord]) -> list[Values]:
+    """Returns a row per run: its result, and the values of the settings that differ."""
+    paths = differing_settings(records)
     return [
         {
             "name": name,
@@ -446,5 +455,5 @@ def comparison(records: Sequence[RunRecord]) -> list[Values]:
             "diagnosis": record.diagnosis,
             "settings": [record.config and configs.get(record.config, path) for path in paths],
         }
-        for name, record in zip(names(records), records, strict=True)
+        for name, record in zip(display_names(records), records, strict=True)
     ]

@@ -1,15 +1,15 @@
-"""What a run's evaluations say: did it learn, was it long enough, does it fit?
+"""Diagnoses a run from its evaluations: did it learn, was it long enough, does it fit?
 
 `diagnose` is a pure function of a run's numbers and its configuration. It applies the rules below
-in their order, and the first that holds gives the verdict; each has its threshold and reason beside
-it. The split of the error into what is left on training images (bias) and what comes on top on new
-ones (variance) is that of Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
+in order; the first match gives the verdict. Each threshold is defined with its reason. Splitting
+the error into the part that remains on training images (bias) and the part that new images add
+(variance) follows Ng 2018, "Machine Learning Yearning", chapters 20 to 25.
 
-Curves show that something is wrong better than what. So there is advice on one setting at most,
-where a trial is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py follows it on
-runs whose fault is known); what cannot be judged is said instead of guessed. No advice ever goes
-against what was advised before, in whichever workdir: each setting is moved in one direction only,
-or from both sides toward the same usual value, and no further.
+Curves show that something is wrong more reliably than what it is. Advice therefore concerns at most
+one setting, whose change is likely to help and unlikely to harm (benchmarks/diagnosis_cases.py
+follows the advice on runs with known faults); cases that cannot be judged are reported as such.
+Advice never contradicts earlier advice, whatever the workdir: each setting moves in one direction
+only, or from both sides toward the same usual value and no further.
 """
 
 import dataclasses
@@ -21,64 +21,64 @@ from inception_jax import config as configs
 from inception_jax.config import Config, reference
 from inception_jax.reporting.evidence import Evidence
 
-# Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
-LEAST_STEPS = 50
+# Fewer updates show only the warm-up, and BatchNorm statistics have barely settled.
+MIN_STEPS = 50
 
-# A run was cut short where the experiment's own recipe is longer by this factor.
-CUT_SHORT = 2.0
+# A run was cut short if the experiment's recipe is longer by at least this factor.
+CUT_SHORT_FACTOR = 2.0
 
-# Training images come out worse in an evaluation by this many points than in training, where they
-# are augmented: the statistics or weights that evaluation uses are not those of training.
-PARTED = 10.0
+# If evaluated training images score lower by this many points than augmented ones do in training,
+# the statistics or weights used in evaluation do not match those of training.
+EVAL_MISMATCH_POINTS = 10.0
 
-# BatchNorm's statistics have settled after that many times their time constant, 1 / (1 - momentum).
-SETTLED = 20
+# BatchNorm statistics settle after this many time constants of 1 / (1 - momentum) steps.
+SETTLING_TIME_CONSTANTS = 20
 
-# Next to nothing was learned: a loss above this share of the chance loss, and no more than this
-# share of the accuracy that there is to gain.
-HARDLY = 0.8
-LITTLE = 0.25
+# Hardly anything was learned if the loss is above this fraction of the chance loss and at most this
+# fraction of the possible gain in accuracy was reached.
+LEARNED_LOSS_RATIO = 0.8
+LEARNED_TOP1_FRACTION = 0.25
 
-# The loss of a network that knows nothing is about that of guessing. Twice that comes of statistics
-# that have not settled; a rate that is too high gave fourteen times and more.
-UNSTABLE = 5.0
+# An untrained network has about the loss of a uniform guess. Unsettled statistics gave twice that,
+# a learning rate that was too high gave fourteen times and more.
+UNSTABLE_LOSS_RATIO = 5.0
 
-# Of the validation error, the share that the network makes on its training images, too. More than
-# 0.8: it does not fit what it has seen. Less than 0.5: more than half is due to new images.
-BIAS = 0.8
-VARIANCE = 0.5
+# Ratio of the error on training images to the validation error. Above 0.8, the network does not fit
+# its training images; below 0.5, more than half of the error is due to new images.
+UNDERFITTING_RATIO = 0.8
+OVERFITTING_RATIO = 0.5
 
-# A gap of fewer points is usual where training is right, and of no use to close.
-LEAST_GAP = 5.0
+# A smaller gap, in points, is normal in a healthy run and not worth closing.
+MIN_GAP = 5.0
 
-# With less error than that, percent, neither side of it is worth a verdict.
+# Below this error, percent, neither bias nor variance is worth a verdict.
 SMALL_ERROR = 5.0
 
-# A validation loss that fell by this share of the chance loss in the second half was improving.
-IMPROVING = 0.02
+# A validation loss is improving if it fell by this fraction of the chance loss in the second half.
+IMPROVING_RATIO = 0.02
 
-# How many training images to evaluate where that was not done.
-SAMPLE = 1000
+# Number of training images to evaluate, for runs that evaluated none.
+TRAIN_EVAL_EXAMPLES = 1000
 
 DIVERGED = "diverged"
 TOO_SHORT = "too short to judge"
-APART = "evaluation differs from training"
+EVAL_MISMATCH = "evaluation differs from training"
 HARDLY_LEARNED = "hardly learned"
 OVERFITTING = "overfitting"
 UNDERFITTING = "underfitting"
 NO_FAULT = "no fault found"
-UNKNOWN = "not measured"
+NOT_MEASURED = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A setting to change, alone, in a new workdir: a finished run has no steps left to resume.
+    """A single setting to change, in a new workdir: a finished run has no steps left to resume.
 
     Attributes:
       setting: dotted path in the configuration.
-      before: its value in the run.
-      value: to give it.
-      reason: what that would do.
+      before: value in the run.
+      value: recommended value.
+      reason: expected effect.
     """
 
     setting: str
@@ -86,17 +86,23 @@ class Advice:
     value: Any
     reason: str
 
+    @property
+    def change(self) -> str:
+        """Returns the flag that makes the change, and the current value."""
+        now = self.before if self.before != "" else "unset"
+        return f"{reference.flag(self.setting, self.value)} (now {now})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What a run's evaluations say.
+    """The diagnosis of a run.
 
     Attributes:
       verdict: one of the constants of this module.
-      reason: with the numbers and the threshold.
-      advice: what to try next; None: there is nothing to advise.
-      notes: what else there is to know.
-      evidence: the numbers.
+      reason: the figures and thresholds behind the verdict.
+      advice: what to try next; None: no advice.
+      notes: additional information.
+      evidence: the numbers used.
     """
 
     verdict: str
@@ -106,13 +112,11 @@ class Diagnosis:
     evidence: Evidence
 
     def lines(self) -> list[str]:
-        """Returns it for a reader, a line each."""
+        """Returns the diagnosis as lines of text."""
         lines = [f"diagnosis: {self.verdict}: {self.reason}"]
         lines += [f"  note: {note}" for note in self.notes]
-        if a := self.advice:
-            now = a.before if a.before != "" else "unset"
-            change = f"{reference.flag(a.setting, a.value)} (now {now})"
-            lines.append(f"  try, in a new workdir: {change}: {a.reason}")
+        if self.advice:
+            lines.append(f"  try, in a new workdir: {self.advice.change}: {self.advice.reason}")
         return lines
 
 
@@ -122,7 +126,7 @@ _Change = tuple[str, Any, str]
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """What a rule found; the change is None if there is nothing to advise."""
+    """The result of a rule; the change is None if there is no advice."""
 
     verdict: str
     reason: str
@@ -131,18 +135,18 @@ class _Finding:
 
 
 def diagnose(stats: Evidence, config: Config) -> Diagnosis:
-    """Returns what a run's evaluations say.
+    """Diagnoses a run.
 
     Args:
-      stats: the numbers of the run.
-      config: its settings.
+      stats: the run's numbers, from `evidence.gather`.
+      config: the run's settings.
     """
-    found = next(found for rule in _RULES if (found := rule(stats, config)))
+    finding = next(result for rule in _RULES if (result := rule(stats, config)))
     advice = None
-    if found.change:
-        setting, value, reason = found.change
+    if finding.change:
+        setting, value, reason = finding.change
         advice = Advice(setting, configs.get(config, setting), value, reason)
-    return Diagnosis(found.verdict, found.reason, advice, found.notes, stats)
+    return Diagnosis(finding.verdict, finding.reason, advice, finding.notes, stats)
 
 
 def _diverged(stats: Evidence, config: Config) -> _Finding | None:
@@ -150,15 +154,17 @@ def _diverged(stats: Evidence, config: Config) -> _Finding | None:
         return None
     return _Finding(
         DIVERGED,
-        f"loss or gradient was not finite at step {stats.nonfinite_step:,.0f}",
-        _lower_rate(config),
+        f"the loss or a gradient was not finite at step {stats.nonfinite_step:,.0f}",
+        _lower_learning_rate(config),
     )
 
 
 def _one_class(stats: Evidence, config: Config) -> _Finding | None:
     if stats.chance_loss > 0:
         return None
-    return _Finding(UNKNOWN, "all validation images are of one class, so any network is right")
+    return _Finding(
+        NOT_MEASURED, "all validation images belong to one class, so accuracy is meaningless"
+    )
 
 
 def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
@@ -167,75 +173,80 @@ def _unfinished(stats: Evidence, config: Config) -> _Finding | None:
     return _Finding(
         TOO_SHORT,
         f"{stats.steps:,} of {stats.planned_steps:,} steps are done, and accuracy may rise "
-        "until the last: the same command resumes the run",
-        notes=(f"so far, {_apart_numbers(stats)}",) if _is_apart(stats) else (),
+        "until the last one; rerun the same command to resume",
+        notes=(f"so far, {_mismatch_figures(stats)}",) if _has_eval_mismatch(stats) else (),
     )
 
 
 def _few_steps(stats: Evidence, config: Config) -> _Finding | None:
-    if stats.steps >= LEAST_STEPS and stats.evaluations:
+    if stats.steps >= MIN_STEPS and stats.evaluations:
         return None
-    what = f"{stats.steps:,} steps in all" if stats.evaluations else "no evaluation"
+    what = f"{stats.steps:,} steps in total" if stats.evaluations else "no evaluation"
     return _Finding(
-        TOO_SHORT, f"{what}; it takes {LEAST_STEPS} and an evaluation", _longer(stats, config)
+        TOO_SHORT,
+        f"{what}; a diagnosis needs at least {MIN_STEPS} steps and one evaluation",
+        _train_longer(stats, config),
     )
 
 
-def _apart(stats: Evidence, config: Config) -> _Finding | None:
-    if not _is_apart(stats):
+def _eval_mismatch(stats: Evidence, config: Config) -> _Finding | None:
+    if not _has_eval_mismatch(stats):
         return None
     return _Finding(
-        APART,
-        f"{_apart_numbers(stats)}: the averages that evaluation uses, BatchNorm's statistics or "
-        "those of the weights, are not what training arrived at",
-        _closer_averages(stats, config),
-        (f"validation top-1, {stats.top1:.1f}%, says nothing about the fit until that is fixed",),
+        EVAL_MISMATCH,
+        f"{_mismatch_figures(stats)}: the averages used in evaluation (BatchNorm statistics or the "
+        "EMA of the weights) do not match the trained weights",
+        _follow_recent_steps(stats, config),
+        (f"validation top-1 ({stats.top1:.1f}%) says nothing about the fit until this is fixed",),
     )
 
 
 def _unstable(stats: Evidence, config: Config) -> _Finding | None:
-    if not (_learned_little(stats) and stats.worst_loss > UNSTABLE * stats.guessing_loss):
+    if not (
+        _has_barely_learned(stats) and stats.worst_loss > UNSTABLE_LOSS_RATIO * stats.guessing_loss
+    ):
         return None
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(stats)}; the loss went up to {stats.worst_loss:.3f} (more than "
-        f"{UNSTABLE:g} times that of guessing), as it does where the learning rate is too high",
-        _lower_rate(config),
+        f"{_best_figures(stats)}; the loss rose to {stats.worst_loss:.3f} (more than "
+        f"{UNSTABLE_LOSS_RATIO:g} × the loss of a uniform guess): the learning rate is probably "
+        "too high",
+        _lower_learning_rate(config),
     )
 
 
 def _cut_short(stats: Evidence, config: Config) -> _Finding | None:
-    if not stats.recipe_epochs >= CUT_SHORT * stats.epochs:
+    if not stats.recipe_epochs >= CUT_SHORT_FACTOR * stats.epochs:
         return None
     return _Finding(
         TOO_SHORT,
-        f"{stats.epochs:.4g} epochs, of {stats.recipe_epochs:g} that the experiment's own recipe "
-        f"has; validation top-1 reached {stats.top1:.1f}%",
-        _longer(stats, config),
+        f"trained for {stats.epochs:.4g} of the {stats.recipe_epochs:g} epochs in the experiment's "
+        f"recipe; validation top-1 reached {stats.top1:.1f}%",
+        _train_longer(stats, config),
     )
 
 
 def _hardly_learned(stats: Evidence, config: Config) -> _Finding | None:
-    if not _learned_little(stats):
+    if not _has_barely_learned(stats):
         return None
     if change := _less_regularization(config):
         setting = change[0]
         return _Finding(
             HARDLY_LEARNED,
-            f"{_best_numbers(stats)}; {setting}={configs.get(config, setting):g} may be too strong",
+            f"{_best_figures(stats)}; {setting}={configs.get(config, setting):g} may be too strong",
             change,
         )
     return _Finding(
         HARDLY_LEARNED,
-        f"{_best_numbers(stats)}; the learning rate may be far too low, or the labels may not "
+        f"{_best_figures(stats)}; the learning rate may be far too low, or the labels may not "
         "match the images",
-        notes=("tools.find_lr measures which learning rates work, if any",),
+        notes=("run tools.find_lr to measure which learning rates work, if any",),
     )
 
 
 def _overfitting(stats: Evidence, config: Config) -> _Finding | None:
-    small = 100 - stats.top1 <= SMALL_ERROR or not stats.gap > max(LEAST_GAP, stats.noise)
-    if small or 100 - stats.train_top1 >= VARIANCE * (100 - stats.top1):
+    small = 100 - stats.top1 <= SMALL_ERROR or not stats.gap > max(MIN_GAP, stats.noise)
+    if small or 100 - stats.train_top1 >= OVERFITTING_RATIO * (100 - stats.top1):
         return None
     numbers = (
         f"top-1 is {stats.train_top1:.1f}% on training images and {stats.top1:.1f}% on validation "
@@ -244,14 +255,14 @@ def _overfitting(stats: Evidence, config: Config) -> _Finding | None:
     if _near_chance(stats):
         return _Finding(
             OVERFITTING,
-            f"{numbers}: training images were learned by heart, and of others it knows little "
-            "more than chance: the labels may not match the images",
+            f"{numbers}: the network memorized the training images and does little better than "
+            "chance on others; the labels may not match the images",
         )
     return _Finding(
         OVERFITTING,
         numbers,
         _more_regularization(config),
-        ("more training images help most",),
+        ("more training images would help most",),
     )
 
 
@@ -263,37 +274,42 @@ def _fit(stats: Evidence, config: Config) -> _Finding:
         )
     if math.isnan(train_error):
         return _Finding(
-            UNKNOWN,
-            f"validation top-1 is {stats.top1:.1f}%, and training lately reported "
-            f"{stats.running_top1:.1f}% on augmented images. Unless training images are evaluated "
-            "the way validation images are, overfitting, underfitting and wrong statistics cannot "
-            "be told apart",
-            ("evaluation.train_eval_examples", SAMPLE, "evaluates this many training images, too"),
+            NOT_MEASURED,
+            f"validation top-1 is {stats.top1:.1f}%, and recent training reports gave "
+            f"{stats.running_top1:.1f}% on augmented images. Overfitting, underfitting and wrong "
+            "statistics cannot be told apart unless training images are evaluated as well",
+            (
+                "evaluation.train_eval_examples",
+                TRAIN_EVAL_EXAMPLES,
+                "also evaluates this many training images",
+            ),
         )
-    share = (
+    errors = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
     )
-    if train_error < BIAS * error:
-        return _Finding(NO_FAULT, f"{share}: it is due to both about equally")
-    if stats.loss_half - stats.loss <= IMPROVING * stats.chance_loss:
+    if train_error < UNDERFITTING_RATIO * error:
+        return _Finding(NO_FAULT, f"{errors}; bias and variance contribute about equally")
+    if stats.loss_half - stats.loss <= IMPROVING_RATIO * stats.chance_loss:
         return _Finding(
             UNDERFITTING,
-            f"{share}; the validation loss hardly fell in the second half of the steps, from "
+            f"{errors}; the validation loss barely fell in the second half of training, from "
             f"{stats.loss_half:.3f} to {stats.loss:.3f}",
-            _closer_fit(config),
+            _fit_more_closely(config),
         )
-    falling = "may still have been falling: there is one evaluation only"
+    falling = "may still have been falling (there is only one evaluation)"
     if not math.isnan(stats.loss_half):
         half, last = f"{stats.loss_half:.3f}", f"{stats.loss:.3f}"
-        falling = f"was still falling, from {half} at half of the steps to {last}"
-    return _Finding(UNDERFITTING, f"{share}; the validation loss {falling}", _longer(stats, config))
+        falling = f"was still falling, from {half} at the halfway point to {last}"
+    return _Finding(
+        UNDERFITTING, f"{errors}; the validation loss {falling}", _train_longer(stats, config)
+    )
 
 
 _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
     _diverged,
     _one_class,
     _unfinished,
-    _apart,
+    _eval_mismatch,
     _few_steps,
     _unstable,
     _cut_short,
@@ -303,111 +319,117 @@ _RULES: tuple[Callable[[Evidence, Config], _Finding | None], ...] = (
 )
 
 
-def _is_apart(stats: Evidence) -> bool:
-    """Whether training images come out worse in an evaluation than in training."""
-    return stats.running_top1 - stats.train_top1 > max(PARTED, stats.train_noise)
+def _has_eval_mismatch(stats: Evidence) -> bool:
+    """Returns whether training images score lower in evaluation than in training."""
+    return stats.running_top1 - stats.train_top1 > max(EVAL_MISMATCH_POINTS, stats.train_noise)
 
 
-def _apart_numbers(stats: Evidence) -> str:
+def _mismatch_figures(stats: Evidence) -> str:
     return (
-        f"training lately reported {stats.running_top1:.1f}% top-1, but training images evaluated "
-        f"like validation images get {stats.train_top1:.1f}% (threshold "
-        f"{max(PARTED, stats.train_noise):.1f} points)"
+        f"recent training reports gave {stats.running_top1:.1f}% top-1, but training images "
+        f"evaluated like validation images get {stats.train_top1:.1f}% (threshold: "
+        f"{max(EVAL_MISMATCH_POINTS, stats.train_noise):.1f} points)"
     )
 
 
 def _near_chance(stats: Evidence) -> bool:
-    """Whether validation shows little more than how frequent the classes are."""
-    return stats.best_loss > HARDLY * stats.chance_loss and stats.top1 <= _little_top1(stats)
-
-
-def _little_top1(stats: Evidence) -> float:
-    """Returns the most top-1, percent, that counts as next to nothing learned."""
-    return stats.chance_top1 + max(stats.noise, LITTLE * (100 - stats.chance_top1))
-
-
-def _learned_little(stats: Evidence) -> bool:
-    """Whether neither validation nor training images show that anything was learned."""
-    if math.isnan(stats.train_loss):
-        # What training reports is a lower bound.
-        return _near_chance(stats) and stats.running_top1 <= _little_top1(stats)
-    return _near_chance(stats) and stats.train_loss > HARDLY * stats.chance_loss
-
-
-def _best_numbers(stats: Evidence) -> str:
-    return (
-        f"the least validation loss is {stats.best_loss:.3f} (chance: {stats.chance_loss:.3f}), "
-        f"and validation top-1 {stats.top1:.1f}% (chance: {stats.chance_top1:.1f}%)"
+    """Returns whether validation results are barely better than class frequencies give."""
+    return stats.best_loss > LEARNED_LOSS_RATIO * stats.chance_loss and stats.top1 <= _learned_top1(
+        stats
     )
 
 
-def _lower_rate(config: Config) -> _Change:
+def _learned_top1(stats: Evidence) -> float:
+    """Returns the highest top-1, percent, at which hardly anything was learned."""
+    return stats.chance_top1 + max(stats.noise, LEARNED_TOP1_FRACTION * (100 - stats.chance_top1))
+
+
+def _has_barely_learned(stats: Evidence) -> bool:
+    """Returns whether neither validation nor training images show any learning."""
+    if math.isnan(stats.train_loss):
+        # The accuracy reported by training is a lower bound.
+        return _near_chance(stats) and stats.running_top1 <= _learned_top1(stats)
+    return _near_chance(stats) and stats.train_loss > LEARNED_LOSS_RATIO * stats.chance_loss
+
+
+def _best_figures(stats: Evidence) -> str:
+    return (
+        f"the lowest validation loss is {stats.best_loss:.3f} (chance: {stats.chance_loss:.3f}), "
+        f"and validation top-1 is {stats.top1:.1f}% (chance: {stats.chance_top1:.1f}%)"
+    )
+
+
+def _lower_learning_rate(config: Config) -> _Change:
     rate = config.schedule.learning_rate
     return (
         "schedule.learning_rate",
-        _round(rate / 10),
-        "a tenth of it; tools.find_lr measures which work",
+        _two_digits(rate / 10),
+        "a tenth of it; run tools.find_lr to measure which learning rates work",
     )
 
 
-def _longer(stats: Evidence, config: Config) -> _Change:
-    """Returns twice the length, or that of the experiment's own recipe."""
+def _train_longer(stats: Evidence, config: Config) -> _Change:
+    """Returns twice the duration, or that of the experiment's recipe."""
     length = configs.parse_duration(config.train.duration)
     assert length is not None, "a run has a duration"
     factor, reason = 2.0, "twice as long"
     if stats.recipe_epochs > stats.epochs:
         factor = stats.recipe_epochs / stats.epochs
-        reason = "the length of the experiment's own recipe"
+        reason = "the duration in the experiment's recipe"
         if length.unit == "epochs":
-            # What was trained is rounded up to whole steps.
+            # The trained epochs are rounded up to whole steps.
             return "train.duration", str(configs.Duration(stats.recipe_epochs, "epochs")), reason
     longer = length.amount * factor
     amount = longer if length.unit == "epochs" else round(longer)
     return "train.duration", str(configs.Duration(amount, length.unit)), reason
 
 
-def _closer_averages(stats: Evidence, config: Config) -> _Change | None:
-    """Returns what brings the averages that evaluation uses closer to the last steps."""
+def _follow_recent_steps(stats: Evidence, config: Config) -> _Change | None:
+    """Returns the change that makes the averages used in evaluation follow recent steps."""
     momentum = config.model.norm_momentum
     if momentum > 0.9:
-        return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
-    if stats.steps < SETTLED / (1 - momentum):
-        return _longer(stats, config)
+        return "model.norm_momentum", 0.9, "BatchNorm statistics then follow the most recent steps"
+    if stats.steps < SETTLING_TIME_CONSTANTS / (1 - momentum):
+        return _train_longer(stats, config)
     if configs.parse_duration(config.train.ema):
-        return "train.ema", "", "evaluates the weights themselves, not their average"
+        return "train.ema", "", "evaluates the weights themselves instead of their average"
     return None
 
 
 def _more_regularization(config: Config) -> _Change | None:
     if not (config.augment.cutmix or config.augment.mixup):
-        return "augment.mixup", 0.2, "mixes images, so that none can be learned by heart"
+        return "augment.mixup", 0.2, "mixes images, so that none can be memorized"
     if config.model.dropout < 0.5:
         return "model.dropout", 0.5, "drops features before the last layer"
     if not config.train.label_smoothing:
-        return "train.label_smoothing", 0.1, "less confident, mostly a better loss"
+        return (
+            "train.label_smoothing",
+            0.1,
+            "makes predictions less confident, which usually lowers the loss",
+        )
     return None
 
 
 def _less_regularization(config: Config) -> _Change | None:
-    """Returns the usual value of a setting that is far stronger than usual, if there is one."""
+    """Returns the usual value of a regularizer that is far stronger than usual, if any."""
     if config.model.dropout > 0.5:
-        return "model.dropout", 0.5, "more than half is rarely better"
+        return "model.dropout", 0.5, "more than 0.5 rarely helps"
     if config.train.label_smoothing > 0.2:
         return "train.label_smoothing", 0.1, "the usual value"
     if config.augment.mixup > 0.4:
         return "augment.mixup", 0.2, "the usual value"
-    # Decoupled decay, of adamw and muon, is usually larger.
+    # The decoupled weight decay of adamw and muon is usually larger.
     if config.optimizer.weight_decay > 5e-3 and config.optimizer.name.startswith("sgd"):
         return "optimizer.weight_decay", 5e-4, "the usual value"
     return None
 
 
-def _closer_fit(config: Config) -> _Change:
-    """Returns what lets a network fit its training images more closely."""
-    width = _round(1.5 * config.model.width)
-    return _less_regularization(config) or ("model.width", width, "2.25 times the operations")
+def _fit_more_closely(config: Config) -> _Change:
+    """Returns the change that lets a network fit its training images more closely."""
+    width = _two_digits(1.5 * config.model.width)
+    return _less_regularization(config) or ("model.width", width, "2.25 × the multiply-adds")
 
 
-def _round(value: float) -> float:
-    """Returns a value with two digits, as one would type it."""
+def _two_digits(value: float) -> float:
+    """Returns a value rounded to two significant digits."""
     return float(f"{value:.2g}")

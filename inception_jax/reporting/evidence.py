@@ -1,11 +1,11 @@
-"""The numbers of a run that a diagnosis rests on.
+"""Extracts the numbers that a diagnosis is based on.
 
-All are of evaluations, in which images are neither mixed nor augmented, labels not smoothed and no
-features dropped: of the validation images, and of training images seen the same way (split
-train_eval, `config.evaluation.train_eval_examples`). The loss that training reports is of its
-objective, which says little about a fit: with mixed and smoothed labels it stays high however good
-the network is. Of training itself only its accuracy is used, as a lower bound: the same images
-evaluated plainly must come out at least about as well.
+They come from evaluations, without mixing, augmentation, label smoothing or dropout: of validation
+images, and of training images evaluated the same way (split train_eval,
+`config.evaluation.train_eval_examples`). The training loss is that of the objective and says little
+about the fit: with mixed and smoothed labels it stays high however good the network is. From
+training itself only the accuracy is used, as a lower bound: the same images evaluated without
+augmentation must score at least about as well.
 """
 
 import dataclasses
@@ -18,32 +18,32 @@ import numpy as np
 from inception_jax import config as configs
 from inception_jax.config import Config, auto_settings
 
-# Of metrics.jsonl.
+# A row of metrics.jsonl.
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Numbers of a run; NaN (null in JSON) where its files do not hold what is needed.
+    """Numbers of a run, stored in diagnosis.json; NaN (null in JSON) if unknown.
 
     Attributes:
       steps, epochs: trained so far.
-      planned_steps: what the settings plan.
-      recipe_epochs: what the experiment's file plans, where the command line changed that.
-      nonfinite_step: of the first row whose loss is not finite.
-      evaluations: how many with a finite loss.
-      guessing_loss: of a network that knows nothing and says the same of each class: ln K, nats.
-      chance_loss: of a network that knows only how frequent each class is, nats; from the
-        validation labels, or `guessing_loss` where these are not known.
-      chance_top1: of that network, percent.
-      loss, best_loss, worst_loss: the last, least and greatest validation loss, nats.
-      top1: the last validation accuracy, percent.
+      planned_steps: duration according to the settings.
+      recipe_epochs: duration in the experiment file, if the command line changed it.
+      nonfinite_step: step of the first row with a non-finite loss.
+      evaluations: number of evaluations with a finite loss.
+      guessing_loss: loss of a uniform guess over K classes, ln K, nats.
+      chance_loss: loss of a network that knows only the class frequencies, nats; from the
+        validation labels, or `guessing_loss` if they are unknown.
+      chance_top1: top-1 of that network, percent.
+      loss, best_loss, worst_loss: last, lowest and highest validation loss, nats.
+      top1: last validation accuracy, percent.
       noise: two standard errors of `top1` (binomial), at least one point.
-      loss_half: validation loss when half of the steps so far were done, nats.
-      top1_half: validation accuracy then, percent.
-      train_loss, train_top1: of training images evaluated like validation images, the last.
+      loss_half: validation loss at half of the steps so far, nats.
+      top1_half: validation accuracy at that point, percent.
+      train_loss, train_top1: last values of training images evaluated like validation images.
       train_noise: two standard errors of `train_top1`, at least one point.
-      running_top1: accuracy that training reported lately, on augmented images, percent.
+      running_top1: recent accuracy reported by training, on augmented images, percent.
     """
 
     steps: int
@@ -69,7 +69,7 @@ class Evidence:
 
     @property
     def gap(self) -> float:
-        """Accuracy on training images minus that on validation images, points."""
+        """Top-1 on training images minus top-1 on validation images, points."""
         return self.train_top1 - self.top1
 
 
@@ -81,38 +81,38 @@ def gather(
     train_examples: int,
     split: str = "",
     label_counts: Sequence[int] = (),
-    own_settings: Mapping[str, Any] | None = None,
+    recipe_settings: Mapping[str, Any] | None = None,
 ) -> Evidence:
-    """Returns the numbers of a run.
+    """Extracts the numbers of a run.
 
     Args:
-      rows: of its metrics.jsonl, at least one.
-      config: its settings.
-      classes: how many the data set has.
+      rows: rows of metrics.jsonl, at least one.
+      config: the run's settings.
+      classes: number of classes in the dataset.
       train_examples: size of the training split.
-      split: whose evaluations count as validation; '': that of the first.
-      label_counts: how many validation examples each class has; empty: not known.
-      own_settings: the experiment file's values of settings that the command line changed.
+      split: split whose evaluations count as validation; '': the first one evaluated.
+      label_counts: validation examples per class; empty: unknown.
+      recipe_settings: the experiment file's values of settings that the command line changed.
     """
     timeline = configs.Timeline(config.train.batch_size, train_examples)
-    split = split or first_evaluated(rows)
+    split = split or first_eval_split(rows)
     train = [row for row in rows if row["split"] == "train"]
-    sample = [row for row in rows if row["split"] == "train_eval"]
-    # Of what is not finite nothing more can be said than that.
+    train_eval = [row for row in rows if row["split"] == "train_eval"]
+    # Non-finite evaluations carry no other information.
     validation = [row for row in rows if row["split"] == split and row.get("loss") is not None]
-    broken = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
+    nonfinite = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
     loss, top1 = _column(validation, "loss"), _column(validation, "top1")
-    # Training accuracy since the evaluation before the last: the newest that is not of few images.
+    # Training accuracy since the last evaluation but one: recent, and over enough images.
     begin = validation[-2]["step"] if len(validation) > 1 else rows[-1]["step"] / 2
-    lately = [row for row in train if row["step"] > begin]
+    recent = [row for row in train if row["step"] > begin]
     steps = int(rows[-1]["step"])
     chance_loss, chance_top1 = _chance(classes, label_counts)
     return Evidence(
         steps=steps,
         epochs=float(rows[-1]["epoch"]),
         planned_steps=timeline.steps(config.train.duration),
-        recipe_epochs=_recipe_epochs(timeline, config, own_settings or {}),
-        nonfinite_step=broken[0] if broken else math.nan,
+        recipe_epochs=_recipe_epochs(timeline, config, recipe_settings or {}),
+        nonfinite_step=nonfinite[0] if nonfinite else math.nan,
         evaluations=len(validation),
         guessing_loss=math.log(classes),
         chance_loss=chance_loss,
@@ -121,57 +121,58 @@ def gather(
         best_loss=float(loss.min()) if loss.size else math.nan,
         worst_loss=float(loss.max()) if loss.size else math.nan,
         top1=_last(top1),
-        noise=_noise(validation),
-        loss_half=_at(steps / 2, validation, loss),
-        top1_half=_at(steps / 2, validation, top1),
-        train_loss=_last(_column(sample, "loss")),
-        train_top1=_last(_column(sample, "top1")),
-        train_noise=_noise(sample),
-        running_top1=_mean(_column(lately, "top1")),
+        noise=_two_standard_errors(validation),
+        loss_half=_interpolate(steps / 2, validation, loss),
+        top1_half=_interpolate(steps / 2, validation, top1),
+        train_loss=_last(_column(train_eval, "loss")),
+        train_top1=_last(_column(train_eval, "top1")),
+        train_noise=_two_standard_errors(train_eval),
+        running_top1=_mean(_column(recent, "top1")),
     )
 
 
-def first_evaluated(rows: Sequence[Row]) -> str:
-    """Returns the first split that was evaluated and not trained on; '' if there is none yet."""
+def first_eval_split(rows: Sequence[Row]) -> str:
+    """Returns the first evaluated split other than the training ones; '' before any evaluation."""
     return next((row["split"] for row in rows if not row["split"].startswith("train")), "")
 
 
 def _chance(classes: int, label_counts: Sequence[int]) -> tuple[float, float]:
-    """Returns loss (nats) and top-1 (percent) of knowing only how frequent the classes are."""
+    """Returns loss (nats) and top-1 (percent) of a network that knows only class frequencies."""
     counts = np.array(label_counts, np.float64) if sum(label_counts) else np.ones(classes)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum()) + 0.0, float(100 * share.max())
+    frequencies = counts[counts > 0] / counts.sum()
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    return float(entropy) + 0.0, float(100 * frequencies.max())
 
 
 def _recipe_epochs(
-    timeline: configs.Timeline, config: Config, own_settings: Mapping[str, Any]
+    timeline: configs.Timeline, config: Config, recipe_settings: Mapping[str, Any]
 ) -> float:
-    """Returns the epochs that the experiment's file plans; NaN where the run has that length."""
-    if "train.duration" not in own_settings:
+    """Returns the duration in the experiment file, epochs; NaN if the run did not change it."""
+    if "train.duration" not in recipe_settings:
         return math.nan
-    length = own_settings["train.duration"]
+    length = recipe_settings["train.duration"]
     if config.train.auto_size and not length:
         return auto_settings.epochs(config, timeline.train_examples, timeline.batch_size)
     return timeline.epochs(length) or math.nan
 
 
-def _at(step: float, rows: Sequence[Row], values: np.ndarray) -> float:
-    """Returns what the evaluations' values were at a step, between two of them interpolated."""
+def _interpolate(step: float, rows: Sequence[Row], values: np.ndarray) -> float:
+    """Returns the evaluations' value at a step, linearly interpolated; NaN for fewer than two."""
     if len(rows) < 2:
         return math.nan
     return float(np.interp(step, _column(rows, "step"), values))
 
 
-def _noise(rows: Sequence[Row]) -> float:
-    """Returns two standard errors of the last top-1, points; one point at least."""
+def _two_standard_errors(rows: Sequence[Row]) -> float:
+    """Returns two standard errors of the last top-1, in points, at least one."""
     top1, count = _last(_column(rows, "top1")), _last(_column(rows, "count"))
-    # One more right and one more wrong (Laplace): 4 of 4 right is no certainty.
-    share = (count * top1 / 100 + 1) / (count + 2)
-    return max(1.0, 200 * math.sqrt(share * (1 - share) / count)) if count > 0 else math.nan
+    # Laplace smoothing: one more right and one more wrong, since 4 of 4 right is not certainty.
+    accuracy = (count * top1 / 100 + 1) / (count + 2)
+    return max(1.0, 200 * math.sqrt(accuracy * (1 - accuracy) / count)) if count > 0 else math.nan
 
 
 def _column(rows: Sequence[Row], key: str) -> np.ndarray:
-    """Returns one number of each row: float64 [len(rows)], NaN where it is missing or null."""
+    """Returns one value per row: float64 [len(rows)], NaN if missing or null."""
     values = [row.get(key) for row in rows]
     return np.array([math.nan if value is None else value for value in values], np.float64)
 

@@ -1,7 +1,7 @@
-"""The pages of a report: one HTML file each, which needs no other file and no network.
+"""Renders the pages of a report: self-contained HTML files that need no network.
 
-Every value is escaped by Jinja, and a policy in the page allows its own script alone (by its hash)
-and no connection, so that a class that is called `<script>` is a name and nothing more.
+Jinja escapes every value, and the page's content security policy allows only its own script (by
+hash) and no connections, so a class named `<script>` is just text.
 """
 
 import base64
@@ -23,7 +23,7 @@ _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
 def run_page(record: RunRecord) -> str:
-    """Returns the report of one run."""
+    """Renders the report of one run."""
     return _render(
         "run.html",
         record=record,
@@ -32,26 +32,26 @@ def run_page(record: RunRecord) -> str:
         others=context.other_evaluations(record),
         curves=context.curves([record]),
         metrics=context.metrics(record.rows),
-        evaluated=context.evaluated(record),
+        evaluated=context.evaluation_info(record),
         curve_table=context.curve_table(record),
-        classes=context.classes(record),
+        classes=context.class_accuracy(record),
         confusion=context.confusion(record),
         examples=context.examples(record),
         calibration=context.reliability(record),
-        time=context.time(record),
-        overridden=context.overridden(record),
-        settings=context.settings(record.config),
-        machine=context.machine(record),
+        time=context.time_by_phase(record),
+        overridden=context.overridden_settings(record),
+        settings=context.all_settings(record.config),
+        machine=context.environment(record),
         diagnosis=record.diagnosis,
     )
 
 
 def comparison_page(records: Sequence[RunRecord], output: pathlib.Path) -> str:
-    """Returns the comparison of several runs.
+    """Renders the comparison of several runs.
 
     Args:
-      records: of the runs, at least two.
-      output: where the page will lie, from which it links to the runs' own reports.
+      records: the runs, at least two.
+      output: path of the page, to which links to the runs' own reports are relative.
     """
     evaluations = [row for record in records for row in record.evaluations]
     return _render(
@@ -60,24 +60,24 @@ def comparison_page(records: Sequence[RunRecord], output: pathlib.Path) -> str:
         curves=context.curves(records),
         metrics=context.metrics([row for record in records for row in record.rows]),
         columns=[each for each in context.metrics(evaluations) if each.name != "top1"],
-        paths=context.differing(records),
-        rows=context.comparison(records),
-        links=[_link(record, output) for record in records],
+        paths=context.differing_settings(records),
+        rows=context.comparison_rows(records),
+        links=[_report_link(record, output) for record in records],
     )
 
 
 def write(path: pathlib.Path, page: str) -> None:
-    """Writes a page, whole or not at all: a browser may be reading it.
+    """Writes a page atomically, because a browser may be reading it.
 
     Raises:
-      WriteError: if it cannot be written.
+      WriteError: if the file cannot be written.
     """
     with atomic.replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _link(record: RunRecord, output: pathlib.Path) -> str:
-    """Returns the address of a run's own report, seen from a page; '' if there is none."""
+def _report_link(record: RunRecord, output: pathlib.Path) -> str:
+    """Returns the path of a run's own report relative to a page; '' if it does not exist."""
     page = record.workdir.report
     if not page.exists():
         return ""
@@ -105,24 +105,32 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
-        # A value that a template misspells is an error, not an empty place in the page.
+        # A misspelled value in a template is an error instead of an empty string.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # The splits of a curve keep their order.
+    # Keeps the order of splits, which tojson would sort.
     environment.policies["json.dumps_kwargs"] = {}
-    environment.filters |= {"number": number, "duration": duration, "setting": setting}
+    environment.filters |= {
+        "number": format_number,
+        "duration": format_duration,
+        "setting": format_setting,
+    }
     return environment
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """Returns a number with so many decimals, and a dash where there is none."""
+def format_number(value: float | None, digits: int = 2) -> str:
+    """Returns a number with a fixed number of decimals; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def duration(seconds: float) -> str:
-    """Returns seconds as a reader says them: 42.0 s, 3 min 20 s, 1 h 22 min."""
+def format_duration(seconds: float) -> str:
+    """Formats a duration.
+
+    >>> format_duration(42), format_duration(200), format_duration(4920)
+    ('42.0 s', '3 min 20 s', '1 h 22 min')
+    """
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -131,8 +139,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def setting(value: Any) -> str:
-    """Returns the value of a setting as one would type it."""
+def format_setting(value: Any) -> str:
+    """Returns the value of a setting as text; a dash for None."""
     if value is None:
         return "–"
     return str(value) if value != "" else "(empty)"

@@ -1,7 +1,7 @@
-"""What is left in a folder for a reader: the report, plots, and what they mean.
+"""Writes a run's report, plots and diagnosis into its workdir.
 
-The training loop knows nothing of this. All but `publish` is made of the folder's files alone, so
-a later call, on another machine and without the data set, gives the same page.
+Independent of the training loop. Everything except `publish` uses only the files of the workdir,
+so a later call, on another machine and without the dataset, gives the same page.
 """
 
 import dataclasses
@@ -22,31 +22,33 @@ from inception_jax.storage import atomic
 from inception_jax.storage.workdir import Workdir
 
 
-def publish(path: pathlib.Path, result: dict[str, Any], found: Predictions, split: Split) -> None:
-    """Leaves an evaluation in a run's folder: predictions.npz, and the report.
+def publish(
+    path: pathlib.Path, result: dict[str, Any], predicted: Predictions, split: Split
+) -> None:
+    """Stores an evaluation in a workdir: predictions.npz and the report.
 
     Args:
-      path: of the run.
-      result: what result.json would hold if the run ended there.
-      found: what the network predicted for each example.
+      path: the workdir.
+      result: contents of result.json if the run ended here.
+      predicted: predictions for each example.
       split: the examples.
 
     Raises:
-      UserError: if they cannot be written.
+      UserError: if the files cannot be written.
     """
-    predictions.write(path, predictions.with_images(result, found, split))
+    predictions.write(path, predictions.gather(result, predicted, split))
     write_page(path)
 
 
 def write_page(path: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the report of a run, from what its folder holds, and returns where it is.
+    """Writes the report of a run and returns its path.
 
     Args:
-      path: of the run.
-      output: the file to write; None: report.html in the folder.
+      path: the workdir.
+      output: the file to write; None: report.html in the workdir.
 
     Raises:
-      UserError: if the files of the run cannot be read, or the report cannot be written.
+      UserError: if the run cannot be read or the report cannot be written.
     """
     output = output or Workdir(path).report
     html.write(output, html.run_page(run_record.read(path)))
@@ -54,52 +56,54 @@ def write_page(path: pathlib.Path, output: pathlib.Path | None = None) -> pathli
 
 
 def write_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> pathlib.Path:
-    """Writes a report that compares several runs, and returns where it is.
+    """Writes a report that compares several runs and returns its path.
 
     Args:
-      paths: of the runs.
-      output: the file to write; not the report of one of the runs.
+      paths: the workdirs.
+      output: the file to write; must not be the report of one of the runs.
 
     Raises:
-      UserError: if the files of a run cannot be read, the report cannot be written, or it would
-        replace that of a run.
+      UserError: if a run cannot be read, the report cannot be written, or it would overwrite the
+        report of a run.
     """
     if output.resolve() in {Workdir(path).report.resolve() for path in paths}:
         raise UserError(
-            f"--output={output}: is the report of one of the runs that are compared; name another "
-            "file"
+            f"--output={output}: is the report of one of the compared runs; use another file"
         )
     html.write(output, html.comparison_page([run_record.read(path) for path in paths], output))
     return output
 
 
 def plot(path: pathlib.Path) -> list[pathlib.Path]:
-    """Draws all plots of a run as PNG files in its plots/, and returns them.
+    """Draws all plots of a run as PNG files in plots/ of its workdir and returns their paths.
 
     Raises:
-      UserError: if the files of the run cannot be read, or the plots cannot be written.
+      UserError: if the run cannot be read or the plots cannot be written.
     """
     return plots.plot_run(run_record.read(path))
 
 
 def plot_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
-    """Draws the curves of several runs together as PNG files in a folder, and returns them.
+    """Draws the curves of several runs together as PNG files in a directory.
+
+    Returns:
+      The files written.
 
     Raises:
-      UserError: if the files of a run cannot be read, or the plots cannot be written.
+      UserError: if a run cannot be read or the plots cannot be written.
     """
     return plots.plot_comparison([run_record.read(path) for path in paths], output)
 
 
 def finish(path: pathlib.Path, log: Callable[[str], None]) -> None:
-    """Draws the plots of a run, says and stores its diagnosis, and writes its report.
+    """Draws the plots of a run, logs and stores its diagnosis, and writes its report.
 
     Args:
-      path: of the run.
-      log: takes the lines of the diagnosis.
+      path: the workdir.
+      log: called with each line of the diagnosis.
 
     Raises:
-      UserError: if the files of the run cannot be read, or none written beside them.
+      UserError: if the run cannot be read or files cannot be written.
     """
     record = run_record.read(path)
     plots.plot_run(record)
@@ -110,58 +114,57 @@ def finish(path: pathlib.Path, log: Callable[[str], None]) -> None:
 
 
 def write_diagnosis(path: pathlib.Path) -> Diagnosis:
-    """Returns what a run's evaluations say, and writes it to diagnosis.json.
+    """Diagnoses a run, writes diagnosis.json and returns the diagnosis.
 
     Raises:
-      UserError: if its files cannot be read, or diagnosis.json cannot be written.
+      UserError: if the run cannot be read or diagnosis.json cannot be written.
     """
     return _store_diagnosis(run_record.read(path))
 
 
 def _store_diagnosis(record: RunRecord) -> Diagnosis:
-    found = record.diagnosis
-    if found is None:
-        raise UserError(
-            f"{record.workdir.path} has no config.json, which says what was trained and how. Give "
-            "the --workdir of a run"
+    diagnosis = record.diagnosis
+    if diagnosis is None:
+        raise UserError(f"{record.workdir.path}: config.json not found; use the workdir of a run")
+    with _as_user_error(record.workdir.diagnosis):
+        atomic.write_json(
+            record.workdir.diagnosis, _nonfinite_as_null(dataclasses.asdict(diagnosis))
         )
-    with _explained(record.workdir.diagnosis):
-        atomic.write_json(record.workdir.diagnosis, _jsonable(dataclasses.asdict(found)))
-    return found
+    return diagnosis
 
 
 def write_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes find_lr.json, and find_lr.png, which is drawn from it, and returns both.
+    """Writes find_lr.json and its plot, find_lr.png, and returns both paths.
 
     Args:
-      path: of the folder, which is there.
-      values: as `training.lr_range_test.record` gives them.
+      path: an existing directory.
+      values: from `training.lr_range_test.record`.
 
     Raises:
-      UserError: if they cannot be written.
+      UserError: if the files cannot be written.
     """
     json_path, png_path = path / "find_lr.json", path / "find_lr.png"
-    values = _jsonable(values)
-    with _explained(path):
+    values = _nonfinite_as_null(values)
+    with _as_user_error(path):
         atomic.write_json(json_path, values)
         plots.plot_range_test(png_path, values)
     return [json_path, png_path]
 
 
 @contextmanager
-def _explained(path: pathlib.Path) -> Iterator[None]:
+def _as_user_error(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error}. Make the folder writable, with space left"
+            f"{path}: cannot write: {error}. Free disk space or make the directory writable"
         ) from error
 
 
-def _jsonable(value: Any) -> Any:
-    """Returns a value with null, which JSON has, for what is not finite."""
+def _nonfinite_as_null(value: Any) -> Any:
+    """Returns a value with None in place of non-finite floats, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {name: _jsonable(each) for name, each in value.items()}
+        return {name: _nonfinite_as_null(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(each) for each in value]
+        return [_nonfinite_as_null(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

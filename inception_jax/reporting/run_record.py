@@ -1,7 +1,7 @@
-"""What the folder of a run says about it, read for a report.
+"""Reads the workdir of a run for a report.
 
-Nothing but metrics.jsonl is needed, for a folder may have been copied in part, or written by an
-older version; what is missing is None or empty, and left out of the report.
+Only metrics.jsonl is required: a workdir may have been copied in part, or written by an older
+version. Missing data is None or empty, and the report omits it.
 """
 
 import dataclasses
@@ -23,30 +23,30 @@ from inception_jax.reporting import evidence
 from inception_jax.reporting.diagnosis import Diagnosis, diagnose
 from inception_jax.reporting.evidence import Row
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import informative, read_lines
+from inception_jax.telemetry.writers import drop_trivial_top5, read_metrics
 
-# Losses of the same checkpoint on the same examples differ by less.
-_SAME_LOSS = 0.01
-# How older versions called the metrics of the evaluation "flip", in the row of another.
-_FLIP = {"flip_loss": "loss", "flip_top1": "top1", "flip_top5": "top5"}
+# Relative tolerance for the loss of one checkpoint evaluated twice on the same examples.
+_LOSS_TOLERANCE = 0.01
+# Names that older versions gave to metrics of the evaluation "flip", in another one's row.
+_FLIP_METRICS = {"flip_loss": "loss", "flip_top1": "top1", "flip_top5": "top5"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunRecord:
-    """A run, as its folder says it.
+    """Everything that a workdir contains about its run.
 
     Attributes:
-      workdir: where it is.
-      rows: of metrics.jsonl, at least one.
+      workdir: the workdir.
+      rows: rows of metrics.jsonl, at least one.
       config: the settings; None without config.json.
-      experiment: the file they are from, and its own values of what was overridden; None where it
-        was not recorded.
-      changes: what later starts changed, each with step, date and settings.
-      dataset: what config.json says of the data.
-      result: of the newest evaluation, as in result.json; empty before the first.
-      environment: versions and hardware; empty where they were not recorded.
-      evaluated: what that left of each example; None where it left nothing.
-      finished: whether the run has reached the length that its settings give it.
+      experiment: the experiment's file ("file") and its values of overridden settings ("own");
+        None if not recorded.
+      changes: settings changed when the run was resumed, each with step, date and settings.
+      dataset: config.json's description of the dataset.
+      result: the newest evaluation, as in result.json; empty before the first one.
+      environment: versions and hardware; empty if not recorded.
+      evaluated: per-example predictions of that evaluation; None if it stored none.
+      finished: whether the run has reached its planned duration.
     """
 
     workdir: Workdir
@@ -62,62 +62,62 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """What the experiment is called; the folder's name where that is not known."""
+        """The experiment's name; the workdir's name if unknown."""
         if self.config is not None:
             return self.config.name
         return self.result.get("name") or self.workdir.path.resolve().name
 
     @property
     def split(self) -> str:
-        """What the run's result is of; '' before the first evaluation."""
-        return self.result.get("split") or evidence.first_evaluated(self.rows)
+        """The split that the run's result is for; '' before the first evaluation."""
+        return self.result.get("split") or evidence.first_eval_split(self.rows)
 
     @property
     def evaluations(self) -> list[Row]:
-        """The rows of the evaluations that the run's result is the last of, in order."""
+        """The rows of evaluations on `split`, in order."""
         return [row for row in self.rows if row["split"] == self.split]
 
     def role(self, step: int) -> str:
-        """Returns which evaluation a step's is: "best", "last", "best and last", or "": neither."""
-        found = [row for row in self.evaluations if row.get("top1") is not None]
-        if not found:
+        """Returns "best", "last", "best and last", or "" for the evaluation at a step."""
+        rows = [row for row in self.evaluations if row.get("top1") is not None]
+        if not rows:
             return ""
-        # Of equally good ones the last, as for the checkpoints.
-        best = max(found, key=lambda row: (row["top1"], row["step"]))
-        roles = {"best": best["step"], "last": found[-1]["step"]}
+        # The last of equally good ones, as for checkpoints.
+        best = max(rows, key=lambda row: (row["top1"], row["step"]))
+        roles = {"best": best["step"], "last": rows[-1]["step"]}
         return " and ".join(name for name, each in roles.items() if each == step)
 
     def class_name(self, label: int) -> str:
-        """Returns the name of a class; its number where the names were not recorded."""
+        """Returns the name of a class; its number if names were not recorded."""
         names = self.dataset.get("class names", ())
         return names[label] if label < len(names) else str(label)
 
     @property
-    def classes(self) -> int:
-        """How many classes the data have; those that occur, where that was not recorded."""
+    def num_classes(self) -> int:
+        """The number of classes; inferred from the predictions if not recorded."""
         if "classes" in self.dataset or self.evaluated is None:
             return self.dataset.get("classes", 0)
-        found = self.evaluated.predictions
-        return int(max(found.labels.max(), found.top_classes.max())) + 1
+        predicted = self.evaluated.predictions
+        return int(max(predicted.labels.max(), predicted.guesses.max())) + 1
 
     @property
     def label_counts(self) -> list[int]:
-        """How many evaluated examples each class has; empty where that is not known."""
+        """The number of evaluated examples of each class; empty if unknown."""
         if self.evaluated is None:
             return []
         return np.bincount(self.evaluated.predictions.labels).tolist()
 
     @functools.cached_property
     def confusion(self) -> np.ndarray | None:
-        """How often each class was taken for each: int64 [K, K]; None where that is not known."""
+        """The confusion matrix, int64 [K, K], true by predicted class; None if unknown."""
         if self.evaluated is None:
             return None
-        found = self.evaluated.predictions
-        return calibration.confusion(found.labels, found.top_classes[:, 0], self.classes)
+        predicted = self.evaluated.predictions
+        return calibration.confusion(predicted.labels, predicted.guesses[:, 0], self.num_classes)
 
     @functools.cached_property
     def diagnosis(self) -> Diagnosis | None:
-        """What the evaluations say; None without the settings, which that takes."""
+        """The diagnosis of the evaluations; None without config.json."""
         if self.config is None:
             return None
         stats = evidence.gather(
@@ -127,16 +127,16 @@ class RunRecord:
             train_examples=self.dataset["training examples"],
             split=self.split,
             label_counts=self.label_counts,
-            own_settings=(self.experiment or {}).get("own"),
+            recipe_settings=(self.experiment or {}).get("own"),
         )
         return diagnose(stats, self.config)
 
 
 def read(path: pathlib.Path) -> RunRecord:
-    """Returns what a run's folder says.
+    """Reads the workdir of a run.
 
     Raises:
-      UserError: if it has no metrics, or one of its files cannot be read.
+      UserError: if it contains no metrics, or one of its files cannot be read.
     """
     workdir = Workdir(path)
     try:
@@ -145,11 +145,13 @@ def read(path: pathlib.Path) -> RunRecord:
         recorded = None
     config = recorded.config if recorded else None
     dataset = recorded.dataset if recorded else {}
-    rows = _rows(workdir.metrics, dataset.get("classes"))
+    rows = _read_rows(workdir.metrics, dataset.get("classes"))
     evaluated = predictions.read(path)
-    if evaluated and not _is_of(rows, evaluated.result):
+    if evaluated and not _has_row_of(rows, evaluated.result):
         evaluated = None
-    result = _newest(rows, [_result(workdir.result), evaluated.result if evaluated else {}])
+    result = _newest_result(
+        rows, [_read_result(workdir.result), evaluated.result if evaluated else {}]
+    )
     finished = bool(result)
     if config is not None and "training examples" in dataset:
         timeline = configs.Timeline(config.train.batch_size, dataset["training examples"])
@@ -168,49 +170,49 @@ def read(path: pathlib.Path) -> RunRecord:
     )
 
 
-def _rows(path: pathlib.Path, classes: int | None) -> list[Row]:
-    """Returns the rows of a metrics.jsonl, at least one; each evaluation in its own.
+def _read_rows(path: pathlib.Path, classes: int | None) -> list[Row]:
+    """Returns the rows of a metrics.jsonl, at least one, with each evaluation in a separate row.
 
-    Without top-5 where there are no more than five classes: older runs wrote it.
+    Omits top-5 for five classes or fewer, which older versions wrote.
 
     Raises:
-      UserError: if there are none, or the file cannot be read.
+      UserError: if the file is empty or cannot be read.
     """
     try:
-        lines = read_lines(path)
+        lines = read_metrics(path)
     except OSError as error:
         raise UserError(
-            f"Cannot read {path}: {error.strerror}. Give the --workdir of a run that has started"
+            f"{path}: cannot read: {error.strerror}. Use the --workdir of a run that has started"
         ) from error
     if not lines:
         raise UserError(
-            f"{path} has no metrics yet. Wait for the run's first report (config.log.every)"
+            f"{path}: contains no metrics yet; wait for the run's first report (config.log.every)"
         )
     rows: list[Row] = []
     for line in lines:
-        row = line if classes is None else informative(line, classes)
-        flipped = {_FLIP[name]: row[name] for name in row if name in _FLIP}
-        rows.append({name: row[name] for name in row if name not in _FLIP})
+        row = line if classes is None else drop_trivial_top5(line, classes)
+        flipped = {_FLIP_METRICS[name]: row[name] for name in row if name in _FLIP_METRICS}
+        rows.append({name: row[name] for name in row if name not in _FLIP_METRICS})
         if flipped:
             view = {n: row[n] for n in ("step", "epoch", "count") if n in row}
             rows.append({**view, "split": "flip", **flipped})
     return rows
 
 
-def names(records: Sequence[RunRecord]) -> list[str]:
-    """Returns a name for each run by which it can be told from the others."""
+def display_names(records: Sequence[RunRecord]) -> list[str]:
+    """Returns a distinct name for each run: the shortest unique end of its path."""
     if len(records) == 1:
         return [records[0].name]
-    folders = [record.workdir.path.resolve() for record in records]
-    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        found = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(found)) == len(found):
-            return found
-    return [f"{folder.name} ({number})" for number, folder in enumerate(folders, start=1)]
+    directories = [record.workdir.path.resolve() for record in records]
+    for parts in range(1, max(len(directory.parts) for directory in directories) + 1):
+        names = ["/".join(directory.parts[-parts:]) for directory in directories]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{directory.name} ({number})" for number, directory in enumerate(directories, start=1)]
 
 
-def _result(path: pathlib.Path) -> dict[str, Any]:
-    """Returns result.json; empty if there is none that can be read: the metrics say nearly all."""
+def _read_result(path: pathlib.Path) -> dict[str, Any]:
+    """Returns result.json; empty if it cannot be read, as the metrics contain nearly all of it."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -218,19 +220,19 @@ def _result(path: pathlib.Path) -> dict[str, Any]:
     return values if isinstance(values, dict) and {"step", "loss"} <= set(values) else {}
 
 
-def _newest(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of the last step: result.json is only written at a run's end."""
-    found = [result for result in results if _is_of(rows, result)]
-    return max(found, key=lambda result: result["step"], default={})
+def _newest_result(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the result of the latest step: result.json is only written at the end of a run."""
+    matching = [result for result in results if _has_row_of(rows, result)]
+    return max(matching, key=lambda result: result["step"], default={})
 
 
-def _is_of(rows: Sequence[Row], result: Mapping[str, Any]) -> bool:
-    """Whether a result is of this run: an earlier one in the same folder may have left it."""
+def _has_row_of(rows: Sequence[Row], result: Mapping[str, Any]) -> bool:
+    """Returns whether a result belongs to this run rather than to an earlier one in its workdir."""
     return any(
         all(row.get(key) == result.get(key) for key in ("step", "split"))
-        # A finished run that is evaluated once more, on another machine, rounds otherwise.
+        # Evaluating a finished run again on another machine rounds differently.
         and math.isclose(
-            row.get("loss") or math.nan, result.get("loss") or math.nan, rel_tol=_SAME_LOSS
+            row.get("loss") or math.nan, result.get("loss") or math.nan, rel_tol=_LOSS_TOLERANCE
         )
         for row in rows
     )

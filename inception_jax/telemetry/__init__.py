@@ -1,1 +1,1 @@
-"""What a run says of itself: its metrics' writers, a clock, a watchdog, a progress display."""
+"""Observability of a run: metric writers, a clock, a watchdog and a progress display."""

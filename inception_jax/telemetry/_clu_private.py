@@ -1,9 +1,9 @@
-"""CLU's metric writers without TensorFlow.
+"""Imports CLU's metric writers without TensorFlow.
 
 Importing `clu.metric_writers` imports TensorFlow, which costs 680 MB of memory and 5 seconds at the
 start of every process, through one file: `clu/metric_writers/summary_writer.py`
-(google/CommonLoopUtils#358 asks for a lazy import, and is open). This module puts a module of its
-own in that one's place before the first import. Everything else takes CLU's writers from here.
+(google/CommonLoopUtils#358 asks for a lazy import and is open). This module replaces that file by
+its own before the first import; all other modules import CLU's writers from here.
 """
 
 import pathlib
@@ -12,16 +12,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Exact in pyproject.toml, too.
+# Also pinned in pyproject.toml.
 TESTED_WITH = {"clu": ("0.0.12",)}
 
 
-# What makes a writer of event files in a folder; `clu_writers` sets it.
+# Creates a writer of event files in a directory; set by `clu_writers`.
 make_summary_writer: Callable[[pathlib.Path], Any] | None = None
 
 
 def _summary_writer(logdir: str) -> Any:
-    """What CLU's create_default_writer finds as `SummaryWriter`."""
+    """Creates the writer that CLU's create_default_writer uses as `SummaryWriter`."""
     assert make_summary_writer is not None
     return make_summary_writer(pathlib.Path(logdir))
 
@@ -30,5 +30,5 @@ _replacement = types.ModuleType("clu.metric_writers.summary_writer", "TensorBoar
 vars(_replacement)["SummaryWriter"] = _summary_writer
 sys.modules.setdefault(_replacement.__name__, _replacement)
 
-# "as": exported, since it must not be imported before this module.
+# "as" exports it, because it must not be imported before this module.
 from clu import metric_writers as metric_writers  # noqa: E402

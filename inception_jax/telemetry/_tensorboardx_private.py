@@ -1,8 +1,8 @@
-"""TensorBoard's event messages, from inside tensorboardX.
+"""Encodes TensorBoard's event messages with tensorboardX's internals.
 
-Not by its SummaryWriter: an error in that one's thread is lost, and ten writes later the run would
-wait for the thread for ever. And not by importing the package: its __init__.py imports PyTorch
-where there is one, which takes 1.2 s and 150 MB.
+Its SummaryWriter is not used, because an error in its thread is lost, and ten writes later the run
+would wait for that thread forever. The package itself is not imported, because its __init__.py
+imports PyTorch if installed, which takes 1.2 s and 150 MB.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ TESTED_WITH = {"tensorboardX": ("2.6.5",)}
 
 
 @contextlib.contextmanager
-def _without_its_init(package: str) -> Iterator[None]:
-    """Lets modules of a package be imported without what its __init__.py imports."""
+def _bare_package(package: str) -> Iterator[None]:
+    """Allows importing modules of a package without running its __init__.py."""
     spec = importlib.util.find_spec(package)
     if package in sys.modules or spec is None:
         yield
@@ -34,12 +34,12 @@ def _without_its_init(package: str) -> Iterator[None]:
 
 
 def event_encoder() -> Callable[..., bytes]:
-    """Returns what makes an event of its fields, framed as a TFRecord, with the present time.
+    """Returns a function that encodes an event with the current time, framed as a TFRecord.
 
-    The function returned takes the fields of tensorboardX's Event by name; `scalars`, numbers by
-    their tags, stands for a summary of these, and `starts` for the start of a session.
+    It takes the fields of tensorboardX's Event as keywords. `scalars`, numbers by tag, adds a
+    summary of them; `starts` marks the start of a session.
     """
-    with _without_its_init("tensorboardX"):
+    with _bare_package("tensorboardX"):
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import masked_crc32c
 
@@ -53,7 +53,7 @@ def event_encoder() -> Callable[..., bytes]:
         if starts:
             fields["session_log"] = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
-        # Length, its checksum, data, their checksum.
+        # Length, its checksum, data, its checksum.
         length = struct.pack("<Q", len(data))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
         return length + checksums[0] + data + checksums[1]

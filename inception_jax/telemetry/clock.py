@@ -1,7 +1,7 @@
-"""Where the time of a run goes: seconds in named phases, and the speed of training alone.
+"""Accounts for the time of a run: seconds in named phases, and the throughput of training alone.
 
-Throughput that counts evaluation, saving or compiling as training time says little about either, so
-each second belongs to exactly one phase, and the rate is taken over training time only.
+Throughput that counted evaluation, saving or compilation as training time would say little about
+either, so each second belongs to exactly one phase, and throughput covers training time only.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from inception_jax import errors
 
 
 class Clock:
-    """Adds up seconds by phase ("compile", "train", "evaluate", "save", "input", "other", …).
+    """Accumulates seconds by phase ("compile", "train", "evaluate", "save", "input", "other", …).
 
-    Phases nest: an inner one stops the outer one, so that no second is counted twice.
+    Phases nest: an inner phase pauses the outer one, so no second is counted twice.
 
     Args:
-      initial: seconds by phase that earlier parts of the run took, as `state` gave them.
-      now: returns seconds that never go back.
+      initial: seconds by phase of earlier parts of the run, from `state`.
+      now: returns monotonic seconds.
     """
 
     def __init__(
@@ -30,76 +30,72 @@ class Clock:
     ) -> None:
         self._seconds = dict(initial or {})
         self._now = now
-        self._open: list[str] = []
+        self._phases: list[str] = []
         self._since = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time inside the `with` block, less that of phases within it, under `name`.
+        """Counts the time inside the `with` block, except for nested phases, as phase `name`.
 
-        An error that leaves the block carries the name of the innermost phase.
+        An exception that leaves the block carries the name of the innermost phase.
         """
-        self._settle()
-        self._open.append(name)
+        self._accrue()
+        self._phases.append(name)
         try:
             with errors.during(name):
                 yield
         finally:
-            self._settle()
-            self._open.pop()
+            self._accrue()
+            self._phases.pop()
 
     def seconds(self, name: str) -> float:
-        """Returns the seconds spent in one phase until now."""
-        self._settle()
+        """Returns the seconds spent in a phase so far."""
+        self._accrue()
         return self._seconds.get(name, 0.0)
 
     def total(self) -> float:
-        """Returns the seconds spent in all phases until now."""
-        self._settle()
+        """Returns the seconds spent in all phases so far."""
+        self._accrue()
         return sum(self._seconds.values())
 
     def state(self) -> dict[str, float]:
-        """Returns the seconds by phase, for a checkpoint and for `initial`."""
-        self._settle()
+        """Returns the seconds by phase, to be stored in a checkpoint and passed as `initial`."""
+        self._accrue()
         return dict(self._seconds)
 
     def idle_time(self) -> tuple[str, float]:
-        """Returns the innermost open phase, '' if none is, and seconds since the last phase change.
+        """Returns the innermost open phase ('' if none) and the seconds since the last change.
 
-        The only method for other threads than the run's own.
+        The only method that other threads may call.
         """
-        since, names = self._since, self._open[-1:]
+        since, names = self._since, self._phases[-1:]
         return (names[0], self._now() - since) if names else ("", 0.0)
 
-    def _settle(self) -> None:
-        """Credits the time since the last change to the innermost open phase."""
+    def _accrue(self) -> None:
+        """Adds the time since the last change to the innermost open phase."""
         now = self._now()
-        if self._open:
-            name = self._open[-1]
+        if self._phases:
+            name = self._phases[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
 
 
 class Laps:
-    """The seconds of a clock from one report to the next.
-
-    Args:
-      clock: what measures the time.
-    """
+    """Measures a clock's seconds from one report to the next."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._last = clock.state()
 
     def since_last(self, images: int) -> tuple[float, float]:
-        """Returns the speed of training since the last call, and the share of time it waited.
+        """Returns throughput and input wait since the last call.
 
         Args:
-          images: how many it has seen since then.
+          images: images trained on since then.
 
         Returns:
-          Images a second of the phases "train" and "input", all others being pauses, and the share
-          of "input" in all phases, from 0 to 1; NaN when no time was spent in them.
+          Images per second over the phases "train" and "input" (all others count as pauses), and
+          the fraction of "input" in all phases, from 0 to 1; NaN if no time was spent in them.
         """
         last, self._last = self._last, self._clock.state()
         lap = {phase: seconds - last.get(phase, 0.0) for phase, seconds in self._last.items()}

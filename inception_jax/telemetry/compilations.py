@@ -1,7 +1,7 @@
-"""How long programs take to compile, and whether the compilation cache had them.
+"""Measures how long programs take to compile, and detects hits in the compilation cache.
 
-What a compilation took is kept beside the cache, so that the next of the same kind can be said to
-take about as long: most changes of settings make another program, which is compiled as long.
+The seconds of a compilation are stored next to the cache to predict those of the next program of
+the same kind: most changes of settings result in another program that takes about as long.
 """
 
 import collections
@@ -27,48 +27,48 @@ _hits: collections.Counter[int] = collections.Counter()
 _seconds: dict[int, float] = collections.defaultdict(float)
 
 
-def seconds() -> float:
-    """Returns how long the calling thread has been compiling, or loading what was compiled."""
+def thread_seconds() -> float:
+    """Returns the seconds that the calling thread has spent compiling or loading programs."""
     _listen()
     return _seconds[threading.get_ident()]
 
 
-def compile_and_say(
+def compile_and_log(
     lowered: jax.stages.Lowered, what: str, kind: str, log: Callable[[str], None]
 ) -> jax.stages.Compiled:
-    """Compiles a program, or loads it from the cache, and logs which of them and how long it took.
+    """Compiles a program or loads it from the cache, and logs which and how long it took.
 
     Args:
       lowered: the program.
-      what: its name for the user.
-      kind: what programs that take as long to compile have in common.
-      log: takes a line.
+      what: its name in the log.
+      kind: key shared by programs that take about as long to compile.
+      log: called with a line of text.
     """
     _listen()
     thread, start = threading.get_ident(), time.monotonic()
     hits = _hits[thread]
     compiled = lowered.compile()
-    took = time.monotonic() - start
+    elapsed = time.monotonic() - start
     if _hits[thread] > hits:
-        log(f"{what}: loaded from the compilation cache in {took:.1f} s")
+        log(f"{what}: loaded from the compilation cache in {elapsed:.1f} s")
     else:
-        log(f"{what}: compiled in {took:.1f} s")
+        log(f"{what}: compiled in {elapsed:.1f} s")
         with contextlib.suppress(OSError, WriteError):
-            _remember(kind, took)
+            _store_seconds(kind, elapsed)
     return compiled
 
 
-def expected(kind: str) -> float | None:
-    """Returns how long it took to compile such a program last; None where it is not known."""
+def last_seconds(kind: str) -> float | None:
+    """Returns the seconds of the last compilation of this kind; None if unknown."""
     with contextlib.suppress(OSError, ValueError):
-        found = _remembered().get(kind)
-        return found if isinstance(found, int | float) else None
+        seconds = _load_seconds().get(kind)
+        return seconds if isinstance(seconds, int | float) else None
     return None
 
 
 @functools.cache
 def _listen() -> None:
-    """Starts to count, once."""
+    """Registers the listeners, once per process."""
 
     def on_event(event: str, **_: Any) -> None:
         if event == _HIT:
@@ -82,24 +82,24 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(on_duration)
 
 
-def _file() -> pathlib.Path | None:
-    # Not every version of JAX declares the types of its settings.
-    folder = cast(Any, jax.config).jax_compilation_cache_dir
-    return pathlib.Path(folder) / _FILE if folder else None
+def _seconds_file() -> pathlib.Path | None:
+    # Not all versions of JAX declare the types of their settings.
+    directory = cast(Any, jax.config).jax_compilation_cache_dir
+    return pathlib.Path(directory) / _FILE if directory else None
 
 
-def _remembered() -> dict[str, Any]:
-    path = _file()
+def _load_seconds() -> dict[str, Any]:
+    path = _seconds_file()
     values = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     return values if isinstance(values, dict) else {}
 
 
-def _remember(kind: str, took: float) -> None:
-    """Keeps how long a compilation took."""
-    if path := _file():
+def _store_seconds(kind: str, elapsed: float) -> None:
+    """Stores the seconds of a compilation."""
+    if path := _seconds_file():
         try:
-            values = _remembered()
+            values = _load_seconds()
         except ValueError:
             values = {}
         with atomic.replacing(path) as temporary:
-            temporary.write_text(json.dumps(values | {kind: round(took, 1)}, indent=1))
+            temporary.write_text(json.dumps(values | {kind: round(elapsed, 1)}, indent=1))

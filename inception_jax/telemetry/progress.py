@@ -1,4 +1,4 @@
-"""How far a training run is, for somebody who watches it: a bar, or a line with each report."""
+"""Shows the progress of a training run: a progress bar, or a line per report."""
 
 import sys
 import time
@@ -12,13 +12,13 @@ class Progress(console.Progress):
     """Shows the progress of a training run.
 
     Args:
-      total_steps: steps of the whole run.
-      initial_step: steps that were done before this process started.
-      batch_size: examples a step, over all devices.
-      stream: where to write; a bar if it is a terminal.
+      total_steps: total steps of the run.
+      initial_step: steps done before this process started.
+      batch_size: examples per step over all devices.
+      stream: output; a terminal shows a bar. None: stderr.
       enabled: whether to write anything; only one process should.
-      pauses: returns seconds, rising, that speed and time left are not to count, such as those of
-        compiling.
+      pauses: returns the total seconds, such as those of compilation, to exclude from throughput
+        and time left.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Progress(console.Progress):
         enabled: bool = True,
         pauses: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        # It counts images, so that its rate is images a second whatever the batch size.
+        # Counts images, so that the rate is images per second for any batch size.
         super().__init__("training", total_steps * batch_size)
-        # Looked up at each call, not when the module is imported: a test or a notebook replaces it.
+        # Looked up here instead of at import, because tests and notebooks replace it.
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
         self._steps = total_steps
@@ -54,10 +54,10 @@ class Progress(console.Progress):
         return self
 
     def step(self, step: int) -> None:
-        """Tells that a step was dispatched; to be called at each. Reads nothing from the device.
+        """Updates the bar; must be called for each dispatched step. Reads nothing from the device.
 
         Args:
-          step: steps done so far, this one included.
+          step: steps done so far, including this one.
         """
         if self._bar is not None:
             if (paused := self._pauses()) > self._paused:
@@ -67,27 +67,27 @@ class Progress(console.Progress):
         self._step = step
 
     def status(self, values: Mapping[str, float]) -> None:
-        """Shows training metrics: behind the bar, or as a line of their own.
+        """Shows training metrics after the bar or, without one, as a line.
 
         Args:
-          values: such as loss and top1; they are shown with four digits.
+          values: metrics such as loss and top1, shown with four digits.
         """
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        texts = {name: f"{value:.4g}" for name, value in values.items()}
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            self._bar.set_postfix(texts)
         else:
-            metrics = "".join(f", {name} {value}" for name, value in shown.items())
+            metrics = "".join(f", {name} {value}" for name, value in texts.items())
             self.note(f"{self._position()}{metrics}")
 
     def note(self, line: str) -> None:
-        """Prints a line, above the bar if there is one, and with the time if there is none."""
+        """Prints a line above the bar or, without one, with the time."""
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         elif self._enabled:
             print(time.strftime("%H:%M:%S"), line, file=self._stream, flush=True)
 
     def _position(self) -> str:
-        """Returns step, share, speed and time left, over the time since the start but pauses."""
+        """Returns step, percentage, throughput and time left, measured without pauses."""
         text = f"step {self._step}/{self._steps} ({100 * self._step / self._steps:.1f}%)"
         paused = self._pauses() - self._paused_at_start
         done, elapsed = self._step - self._first_step, time.monotonic() - self._started - paused
@@ -98,6 +98,10 @@ class Progress(console.Progress):
 
 
 def _duration(seconds: int) -> str:
-    """Returns a duration as h:mm:ss."""
+    """Formats seconds as h:mm:ss.
+
+    >>> _duration(4920)
+    '1:22:00'
+    """
     minutes, second = divmod(seconds, 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: memory, disk."""
+"""Measures memory and disk space."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ _STATM = pathlib.Path("/proc/self/statm")
 
 
 def resident_memory() -> float | None:
-    """Returns how much of this process is in memory, GB; None where the system does not say."""
+    """Returns the resident memory of this process, GB; None without /proc."""
     try:
         pages = int(_STATM.read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -16,9 +16,9 @@ def resident_memory() -> float | None:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def free_disk(folder: pathlib.Path) -> float | None:
-    """Returns how much may still be written to a folder's disk, GB; None if it is not there."""
+def free_disk(directory: pathlib.Path) -> float | None:
+    """Returns the free disk space of a directory, GB; None if it does not exist."""
     try:
-        return shutil.disk_usage(folder).free / 1e9
+        return shutil.disk_usage(directory).free / 1e9
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Shows where a run hangs: a thread that looks at the run's clock, and dumps all stacks."""
+"""Shows where a run hangs: a thread that watches the run's clock and dumps all stacks."""
 
 import faulthandler
 import sys
@@ -8,9 +8,9 @@ from typing import Self
 
 from inception_jax.telemetry.clock import Clock
 
-# Phases in which nothing changes for long although all is well.
+# Phases that can last long without a phase change in a healthy run.
 LONG_PHASES = ("compile", "evaluate")
-_LOOKS = 20  # How often it looks in the time that counts as a stall.
+_CHECKS_PER_LIMIT = 20  # Checks in the time that counts as a stall.
 
 
 def dump_stacks() -> None:
@@ -21,14 +21,14 @@ def dump_stacks() -> None:
 class Watchdog:
     """Watches a run's clock; a context manager.
 
-    A healthy run changes the phase of its clock several times a step. Where none changes for too
-    long, that is logged once, with the stacks of all threads; the run is left alone.
+    A healthy run changes the phase of its clock several times per step. If the phase does not
+    change for too long, this is logged once, with the stacks of all threads; the run continues.
 
     Args:
-      clock: of the run.
-      limit: seconds without a change that count as a stall; 0: watch nothing.
-      long_limit: the same while compiling and evaluating.
-      log: takes a line for the user.
+      clock: the run's clock.
+      limit: seconds without a phase change that count as a stall; 0 disables the watchdog.
+      long_limit: the same during compilation and evaluation.
+      log: called with a line of text.
       dump: writes the stacks of all threads.
     """
 
@@ -44,7 +44,7 @@ class Watchdog:
         self._clock, self._log, self._dump = clock, log, dump
         self._limit, self._long_limit = limit, long_limit
         self._logged = False
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -53,26 +53,28 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def look(self) -> None:
-        """Logs that the run hangs, if it does and that was not logged yet."""
+    def check(self) -> None:
+        """Logs a stall that has not been logged yet."""
         phase, seconds = self._clock.idle_time()
-        limit = self._long_limit if phase in LONG_PHASES else self._limit
+        is_long = phase in LONG_PHASES
+        limit = self._long_limit if is_long else self._limit
         if not limit or seconds <= limit:
             self._logged = False
         elif not self._logged:
             self._logged = True
+            setting = "long_stall_minutes" if is_long else "stall_minutes"
             self._log(
-                f"nothing has happened for {seconds / 60:.1f} minutes, in the phase {phase!r} of "
-                "the run. What each thread is doing, latest call first, follows; it goes on "
-                "waiting. Look at the disks, the other hosts and the devices; "
-                "config.watch.stall_minutes says when this is said"
+                f"no progress for {seconds / 60:.1f} minutes in phase {phase!r}; the run keeps "
+                "waiting. Check the disks, the other hosts and the devices. "
+                f"config.watch.{setting} sets this limit. Stacks of all threads, most recent call "
+                "first:"
             )
             self._dump()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._limit / _LOOKS):
-            self.look()
+        while not self._stopped.wait(self._limit / _CHECKS_PER_LIMIT):
+            self.check()

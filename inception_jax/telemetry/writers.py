@@ -1,11 +1,10 @@
-"""The metrics of a run on disk and elsewhere, row by row, in the writers that the settings name.
+"""Writes the metrics of a run, row by row, with the configured writers.
 
-`metrics.jsonl` is always written: a resumed run and its report need it. The others are those of
-`config.log.writers`: the package's own, TensorBoard events, and a user's, all registered by
-`registry.register_writer`.
+`metrics.jsonl` is always written, because resuming and reports need it. `config.log.writers` adds
+others, registered with `registry.register_writer`: the built-in TensorBoard writer and custom ones.
 
-A resumed run repeats the steps after its last checkpoint. What the killed run had written of those
-is removed (JSON lines) or hidden (TensorBoard), so that each curve has each step once.
+A resumed run repeats the steps after its last checkpoint. Rows of these steps that the killed run
+had written are removed (JSON lines) or hidden (TensorBoard), so each curve has each step once.
 """
 
 import collections
@@ -24,38 +23,44 @@ from inception_jax.storage import atomic, integrity
 from inception_jax.storage.workdir import Workdir
 
 if TYPE_CHECKING:
-    # It imports JAX, which reading metrics does without.
+    # Imports JAX, which is not needed for reading metrics.
     from inception_jax.telemetry.clu_writers import metric_writers
 
-# The values of a row that another run of the same settings does not repeat to the last bit.
-MEASURED = ("seconds", "images_per_second", "input_wait", "resident_memory", "free_disk")
+# Fields of a row that differ between otherwise bit-identical runs.
+NONDETERMINISTIC_FIELDS = (
+    "seconds",
+    "images_per_second",
+    "input_wait",
+    "resident_memory",
+    "free_disk",
+)
 
-_METHODS = ("write", "flush", "close")
+_REQUIRED_METHODS = ("write", "flush", "close")
 
 
 class Writer(Protocol):
-    """What the function of a registered writer returns.
+    """The interface of the object that a registered writer's function returns.
 
     It may also have a method `resume(resume_step)`, called once before the first row: rows up to
-    that step were written before, and later ones are written anew. 0: the run begins, and what an
-    earlier one left in the folder is of no use.
+    that step have been written before, and later ones will be written again. 0 means a new run;
+    anything that an earlier run left in the directory is obsolete.
     """
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Takes a row: numbers by name, some of which may be NaN; `count` is an int."""
+        """Writes a row: numbers by name, possibly NaN; `count` is an int."""
 
     def flush(self) -> None:
-        """Returns when every row is where it outlives the process; called before each save."""
+        """Blocks until all rows would survive a kill of the process; called before each save."""
 
     def close(self) -> None:
-        """Ends the writing."""
+        """Closes the writer."""
 
 
 class CluWriter:
-    """Hands rows to a metric writer of CLU's, as scalars named `split/name`.
+    """Passes rows to one of CLU's metric writers, as scalars named `split/name`.
 
     Args:
-      open_at: returns the writer, given the step from which rows are written anew.
+      open_at: opens the writer, given the step after which rows will be written again.
     """
 
     def __init__(self, open_at: "Callable[[int], metric_writers.MetricWriter]") -> None:
@@ -68,12 +73,12 @@ class CluWriter:
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
         """Writes a row."""
-        assert self._writer is not None, "resume comes first"
+        assert self._writer is not None, "resume must be called first"
         named = {"epoch": epoch, **values}
         self._writer.write_scalars(step, {f"{split}/{name}": named[name] for name in named})
 
     def flush(self) -> None:
-        """Returns when everything written is on the disk."""
+        """Blocks until everything written is on disk."""
         if self._writer is not None:
             self._writer.flush()
 
@@ -88,7 +93,7 @@ def _metrics_file(settings: Log, workdir: Workdir) -> CluWriter:
         from inception_jax.telemetry import clu_writers
 
         workdir.path.mkdir(parents=True, exist_ok=True)
-        _drop_later_lines(workdir.metrics, resume_step)
+        _truncate_after(workdir.metrics, resume_step)
         return clu_writers.JsonLinesWriter(workdir.metrics)
 
     return CluWriter(open_at)
@@ -109,15 +114,15 @@ def _tensorboard(settings: Log, workdir: Workdir) -> CluWriter:
 _Row = tuple[int, float, str, Mapping[str, float]]
 
 
-class _Guarded:
-    """A writer whose errors name it, and whose rows wait while it cannot take them.
+class _GuardedWriter:
+    """A writer whose errors name it and whose rows are queued while writing fails.
 
-    Where the run is patient, a user's own only has its errors logged: neither a checkpoint nor the
+    With `retry_on_error`, errors of a custom writer are only logged: neither a checkpoint nor the
     end of the run waits for a service that is down.
 
     Args:
-      part: what is registered.
-      settings, workdir, patient, log: as of `RunWriter`.
+      part: the registered writer.
+      settings, workdir, retry_on_error, log: as in `RunWriter`.
     """
 
     def __init__(
@@ -126,97 +131,97 @@ class _Guarded:
         settings: Log,
         workdir: Workdir,
         *,
-        patient: bool,
+        retry_on_error: bool,
         log: Callable[[str], None],
     ) -> None:
-        self._part, self._workdir, self._patient = part, workdir, patient
-        self._tolerated = functools.partial(
-            integrity.log_write_errors, patient and not part.is_builtin, log
+        self._part, self._workdir, self._retry_on_error = part, workdir, retry_on_error
+        self._logged_errors = functools.partial(
+            integrity.log_write_errors, retry_on_error and not part.is_own, log
         )
-        self._waiting = collections.deque[_Row]()
-        with self._explained("opened"):
-            self._writer: Writer = part.build(
-                registry.settings_with_defaults(part, settings), workdir
-            )
-        if missing := [n for n in _METHODS if not callable(getattr(self._writer, n, None))]:
+        self._pending = collections.deque[_Row]()
+        with self._translated_errors("open"):
+            self._writer: Writer = part.build(registry.fill(part, settings), workdir)
+        if missing := [
+            n for n in _REQUIRED_METHODS if not callable(getattr(self._writer, n, None))
+        ]:
             raise ConfigError(
-                f"writer {part.name!r} ({part.location}): returned {self._writer!r}, which has no "
-                f"{', '.join(f'{name}()' for name in missing)}. Return an object with the methods "
+                f"writer {part.name!r} ({part.place}): returned {self._writer!r} without "
+                f"{', '.join(f'{name}()' for name in missing)}; return an object with the methods "
                 "write(step, *, epoch, split, values), flush() and close()"
             )
 
     def resume(self, resume_step: int) -> None:
         if resume := getattr(self._writer, "resume", None):
-            with self._explained("opened"):
+            with self._translated_errors("open"):
                 resume(resume_step)
 
     def write(self, row: _Row) -> None:
-        self._waiting.append(row)
-        with contextlib.suppress(*[WriteError] * self._patient):
-            self._write_waiting()
+        self._pending.append(row)
+        with contextlib.suppress(*[WriteError] * self._retry_on_error):
+            self._write_pending()
 
     def flush(self) -> None:
-        with self._tolerated():
-            self._write_waiting()
-            with self._explained("flushed"):
+        with self._logged_errors():
+            self._write_pending()
+            with self._translated_errors("flush"):
                 self._writer.flush()
 
     def close(self) -> None:
         try:
             self.flush()
         finally:
-            with self._tolerated(), self._explained("closed"):
+            with self._logged_errors(), self._translated_errors("close"):
                 self._writer.close()
 
-    def _write_waiting(self) -> None:
-        while self._waiting:
-            step, epoch, split, values = self._waiting[0]
-            with self._explained(f"given the row of {split} at step {step:,}"):
-                # A copy: no writer changes what the next one gets.
+    def _write_pending(self) -> None:
+        while self._pending:
+            step, epoch, split, values = self._pending[0]
+            with self._translated_errors(f"write the {split} row of step {step:,}"):
+                # A copy, so that no writer can change the row that the next one gets.
                 self._writer.write(step, epoch=epoch, split=split, values=dict(values))
-            self._waiting.popleft()
+            self._pending.popleft()
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _translated_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            resumes = "and rerun the same command: it resumes from the last checkpoint"
-            if not self._part.is_builtin:
+            resume = "then rerun the same command to resume from the last checkpoint"
+            if not self._part.is_own:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
-                    f"writer {self._part.name!r} cannot be {what}: {type(error).__name__}: {error} "
-                    f"({frame.filename}, line {frame.lineno}). Fix it, leave it out of "
-                    "config.log.writers, or set config.checkpoint.on_write_error=continue, "
-                    f"{resumes}"
+                    f"writer {self._part.name!r}: cannot {what}: {type(error).__name__}: {error} "
+                    f"({frame.filename}, line {frame.lineno}). Fix the writer, remove it from "
+                    "config.log.writers, or set config.checkpoint.on_write_error=continue; "
+                    f"{resume}"
                 ) from error
             if not isinstance(error, OSError):
                 raise
             raise WriteError(
-                f"Cannot write metrics to {self._workdir.path}: {error}. The folder must be "
-                f"writable, with space left, as long as the run lasts. Fix this, {resumes}"
+                f"{self._workdir.path}: cannot write metrics: {error}. Free disk space or make the "
+                f"directory writable, {resume}"
             ) from error
 
 
 class RunWriter:
-    """Writes the metrics of a run into its workdir and to its other writers; a context manager.
+    """Writes the metrics of a run to metrics.jsonl and the configured writers; a context manager.
 
-    All is written in the calling thread: a row costs some 0.1 ms, and an error surfaces at the
-    write that it belongs to.
+    Writes happen in the calling thread: a row costs about 0.1 ms, and an error is raised by the
+    write that caused it.
 
     Args:
-      workdir: of the run; made if it is missing.
-      settings: which writers there are besides metrics.jsonl, with their options.
-      resume_step: the step the run continues from. Earlier metrics of later steps are dropped; 0
-        drops them all.
-      is_lead: whether this process writes; in all others every method does nothing.
-      patient: keep the rows that a writer cannot take and try again at the next write, where only
-        `flush` and `close` raise what still fails, and of a user's own writers log it.
-      log: takes lines for the user.
+      workdir: the run's workdir, created if missing.
+      settings: the writers in addition to metrics.jsonl, with their options.
+      resume_step: step from which the run continues. Existing metrics of later steps are dropped;
+        0 drops all.
+      is_lead: whether this process writes; in others every method does nothing.
+      retry_on_error: queue rows that a writer fails to write and retry at the next write. Only
+        `flush` and `close` raise errors that persist; those of custom writers are logged.
+      log: called with lines for the user.
 
     Raises:
       WriteError: from each method, if a writer fails.
-      ConfigError: if what a part returns is no writer.
+      ConfigError: if a registered function does not return a writer.
     """
 
     def __init__(
@@ -226,28 +231,30 @@ class RunWriter:
         *,
         resume_step: int,
         is_lead: bool = True,
-        patient: bool = False,
-        log: Callable[[str], None] = console.log,
+        retry_on_error: bool = False,
+        log: Callable[[str], None] = console.say,
     ) -> None:
-        self._writers: list[_Guarded] = []
+        self._writers: list[_GuardedWriter] = []
         self._opened = contextlib.ExitStack()
         if not is_lead:
             return
         metrics = registry.Part(name="metrics.jsonl", build=_metrics_file, file=__file__)
         with contextlib.ExitStack() as opened:
             for part in (metrics, *map(registry.WRITERS.get, settings.writers)):
-                self._writers.append(_Guarded(part, settings, workdir, patient=patient, log=log))
+                self._writers.append(
+                    _GuardedWriter(part, settings, workdir, retry_on_error=retry_on_error, log=log)
+                )
                 opened.callback(self._writers[-1].close)
                 self._writers[-1].resume(resume_step)
             self._opened = opened.pop_all()
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Hands a row of metrics to every writer.
+        """Writes a row of metrics with every writer.
 
         Args:
-          step: optimizer steps done so far.
-          epoch: the same in passes over the training split.
-          split: "train", or what was evaluated, such as "validation".
+          step: optimizer steps so far.
+          epoch: epochs so far.
+          split: "train", or the evaluation's name, such as "validation".
           values: numbers by name, such as loss, top1, learning_rate.
         """
         numbers = {n: v if isinstance(v, int) else float(v) for n, v in values.items()}
@@ -255,7 +262,7 @@ class RunWriter:
             writer.write((int(step), float(epoch), split, numbers))
 
     def flush(self) -> None:
-        """Returns when everything written is on the disk."""
+        """Blocks until everything written is on disk."""
         for writer in self._writers:
             writer.flush()
 
@@ -270,44 +277,48 @@ class RunWriter:
         try:
             self.close()
         except WriteError:
-            # The error that ends the run says more.
+            # The error that ends the run is more informative.
             if kind is None:
                 raise
 
 
-def informative(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
-    """Returns metrics without top-5 where it is always 100%, which older versions reported too."""
+def drop_trivial_top5(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
+    """Returns metrics without top-5 if it is always 100%, which older versions wrote.
+
+    >>> drop_trivial_top5({"top1": 90.0, "top5": 100.0}, classes=5)
+    {'top1': 90.0}
+    """
     return {n: value for n, value in metrics.items() if classes > 5 or not n.endswith("top5")}
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the objects of a metrics.jsonl, in order.
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl, in order.
 
-    A last line without its end, which a kill leaves behind, is left out.
+    Skips an incomplete last line, which a kill leaves behind.
 
     Raises:
-      UserError: if another line is no JSON object with a step.
+      UserError: if another line is not a JSON object with a step.
       OSError: if the file cannot be read.
     """
-    objects = []
+    rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            found = json.loads(line)
+            row = json.loads(line)
         except ValueError:
-            found = None
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(
-                f"{path}, line {number}: {line[:60]!r} is not a line of metrics, which is a JSON "
-                'object with a "step". Remove the line, or the file, and start again.'
+                f"{path}, line {number}: {line[:60]!r} is not a JSON object with an integer "
+                '"step"; delete this line or the file, and rerun the command'
             )
-        objects.append(found)
-    return objects
+        rows.append(row)
+    return rows
 
 
-def _drop_later_lines(path: pathlib.Path, resume_step: int) -> None:
-    """Leaves in a metrics.jsonl the whole lines up to a step; none for step 0."""
+def _truncate_after(path: pathlib.Path, resume_step: int) -> None:
+    """Removes the rows after a step, or all for step 0, and an incomplete last line."""
     kept = []
     if resume_step and path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= resume_step]
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
     with atomic.replacing(path) as temporary, temporary.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)

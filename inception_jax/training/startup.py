@@ -49,7 +49,7 @@ def open_run(
                 config.log,
                 resume_step=first,
                 is_lead=run.is_lead,
-                patient=continue_on_write_error(config),
+                retry_on_error=continue_on_write_error(config),
             ) as writer,
             Progress(
                 run.total_steps,

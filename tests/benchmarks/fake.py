@@ -1,4 +1,4 @@
-"""A contender for tests: counts its turns, in a worker process as the real ones."""
+"""A contender for tests that counts its turns, in a worker process like the real ones."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""The table of an ablation, and what is trained for it."""
+"""The table of an ablation, and the runs trained for it."""
 
 import json
 import pathlib
@@ -47,18 +47,18 @@ def test_each_variant_is_trained_once(
     table = tmp_path / "table.json"
     arguments = [str(plan), f"--output={tmp_path / 'out'}", "--json", str(table)]
     monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--seeds", "0", "1"])
-    # Only the command is replaced: what describes the machine runs others.
-    whole = subprocess.run
+    # Only the training command is replaced; the description of the machine runs others.
+    original = subprocess.run
     monkeypatch.setattr(
         subprocess,
         "run",
-        lambda command, **more: (train if "inception_jax.main" in command else whole)(
+        lambda command, **more: (train if "inception_jax.main" in command else original)(
             command, **more
         ),
     )
     ablation.main()
     ablation.main()
-    assert len(called) == 4, "what has finished is not trained again"
+    assert len(called) == 4, "finished variants are not trained again"
     assert called[3][-4:] == [
         "--config.train.duration=2 epochs",
         "--config.augment.flip=False",
@@ -66,7 +66,7 @@ def test_each_variant_is_trained_once(
         "--config.seed=1",
     ]
     monkeypatch.setattr("sys.argv", [*sys.argv, "--set", "seed=7"])
-    with pytest.raises(measure.BenchmarkError, match="other settings"):
+    with pytest.raises(measure.BenchmarkError, match="trained with other settings"):
         ablation.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split("|")[1:5] == [
@@ -76,28 +76,28 @@ def test_each_variant_is_trained_once(
         " 42.00–44.00 ",
     ]
     assert [cell.strip() for cell in lines[3].split("|")[2:4]] == ["47.00", "+4.00"]
-    found = json.loads(table.read_text())["results"]
-    assert [run["top1"] for run in found["no flip, 2 px"]] == [46.0, 48.0]
+    results = json.loads(table.read_text())["results"]
+    assert [run["top1"] for run in results["no flip, 2 px"]] == [46.0, 48.0]
 
 
 @pytest.mark.parametrize("text", ["", "experiment = 1", "[variants]", PLAN + "[more]\n"])
-def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+def test_invalid_plan_is_rejected(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(text)
     with pytest.raises(measure.BenchmarkError, match=r"plan\.toml: "):
         ablation.read_plan(path)
 
 
-def test_a_variant_replaces_a_shared_tuple() -> None:
+def test_variant_replaces_a_shared_tuple() -> None:
     shared = ["train.image_sizes=(32,48)", "train.image_size_boundaries=0.75 epochs"]
-    variant = ["train.image_sizes=(48,)", "train.image_size_boundaries="]
+    variant = ["train.image_sizes=(48,)", "train.image_size_boundaries=()"]
     flags = command.overrides([*shared, *variant])
     config = load([f"--config={measure.ROOT / 'experiments' / 'tiny_cpu.py'}", *flags])
     assert config.train.image_sizes == (48,)
     assert config.train.image_size_boundaries == ()
 
 
-def test_each_variant_of_the_project_is_valid() -> None:
+def test_all_stored_plans_are_valid() -> None:
     plans = sorted((measure.ROOT / "benchmarks" / "ablations").glob("*.toml"))
     assert plans
     for path in plans:

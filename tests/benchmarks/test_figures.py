@@ -1,4 +1,4 @@
-"""How figures are made of measurements."""
+"""Results computed from measurements."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("stem", "image_size", "width"),
     [("paper", 64, 1.0), ("s16", 64, 1.0), ("s32", 64, 0.5), ("paper", 224, 1.0)],
 )
-def test_counts_are_those_of_our_network(stem: str, image_size: int, width: float) -> None:
+def test_counts_match_our_network(stem: str, image_size: int, width: float) -> None:
     module = networks.create(Model(stem=stem, width=width), 200)
 
     def shapes() -> Any:
@@ -72,7 +72,7 @@ def test_counts_are_those_of_our_network(stem: str, image_size: int, width: floa
     assert macs == network.multiply_adds(stem, image_size, 200, width)
 
 
-def test_the_bare_step_runs_the_network_that_is_counted() -> None:
+def test_bare_step_uses_the_counted_network() -> None:
     settings = {
         "stem": "s16",
         "dtype": "bfloat16",
@@ -87,16 +87,16 @@ def test_the_bare_step_runs_the_network_that_is_counted() -> None:
     assert run.dataset.num_classes == 200
 
 
-def test_the_bare_steps_run_again_and_again(data_directory: pathlib.Path) -> None:
+def test_bare_steps_can_be_repeated(data_directory: pathlib.Path) -> None:
     settings = small.config(data_directory)
     settings.train.batch_size = 8
     made = ours_step.make_run(
         {"config": config.to_dict(settings), "image_size": 8, "batch_size": 8, "classes": 10}
     )
     made = dataclasses.replace(made, model=small.Network(0.0))
-    step, train = ours_step.repeated_step(made)
+    step, train = ours_step.timed_step(made)
     assert "fusion" in (step.as_text() or "")
-    for mode in (train, ours_step.eval_mode(made)):
+    for mode in (train, ours_step.timed_eval_step(made)):
         measured = mode(0.0)
         assert measured["count"] == 2 and measured["seconds"] > 0
 
@@ -105,7 +105,7 @@ def rounds(*seconds: float) -> list[dict[str, float]]:
     return [{"seconds": each} for each in seconds]
 
 
-def test_step_time_compares_with_the_best_matrix_product_of_the_type() -> None:
+def test_step_time_is_relative_to_the_fastest_matmul_of_the_dtype() -> None:
     arguments = step_time.parse(["--matmul-size=1000", "--batch-size=10", "--modes", "train"])
     numbers = {
         ("ours float32", "matmul"): rounds(0.02, 0.02),
@@ -132,10 +132,10 @@ def test_step_time_compares_with_the_best_matrix_product_of_the_type() -> None:
     ]
 
 
-def test_another_network_is_refused() -> None:
+def test_mismatched_network_is_rejected() -> None:
     worker: Any = types.SimpleNamespace(name="peer", facts={"parameters": 6_185_832})
     assert step_time.check_same_network([worker], "paper") == 6_185_832
-    with pytest.raises(workers.ContenderError, match="peer: 6,185,832 parameters instead of"):
+    with pytest.raises(workers.ContenderError, match="peer: 6,185,832 parameters, expected"):
         step_time.check_same_network([worker], "s16")
 
 
@@ -150,8 +150,8 @@ def figures(step: float, matmul: float, read: float = 1.0) -> dict[str, dict[str
     }
 
 
-def test_regression_is_relative_to_the_matrix_product() -> None:
-    # A machine of half the speed does half the steps: nothing moved.
+def test_regression_is_relative_to_matmul() -> None:
+    # A machine at half the speed does half the steps: no change.
     moved = regression.changes(figures(100, 400, 8), figures(50, 200, 3))
     assert moved == {"train float32": pytest.approx(0.0), "read host": pytest.approx(-0.25)}
     spreads = {"train float32": 0.05, "read host": 0.05}
@@ -162,7 +162,7 @@ def test_regression_is_relative_to_the_matrix_product() -> None:
     assert (lines, slower) == (["read host: SLOWER by 25%, within its spread"], False)
 
 
-def test_regression_says_what_became_slower_and_stores_when_told(
+def test_regression_reports_slowdowns_and_stores_on_request(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment = {"cpu": "one", "cores": 2, "date": "2026-11-21T00:00:00", "revision": "aaa"}
@@ -174,19 +174,19 @@ def test_regression_says_what_became_slower_and_stores_when_told(
         regression.main()
         return capsys.readouterr().out
 
-    assert "Nothing to compare with" in start()
+    assert "No earlier result in" in start()
     assert "Stored: " in start("--store")
-    assert "Nothing moved by more than 10%" in start()
+    assert "No change of more than 10%" in start()
     result = {"environment": environment | {"cpu": "two"}, "figures": figures(80, 400)}
     with pytest.raises(measure.BenchmarkError, match="slower than the stored result"):
         start()
     printed = capsys.readouterr().out
     assert "train float32: SLOWER by 20%" in printed
-    assert "On another machine: 2 cores of one" in printed
+    assert "Measured on another machine: 2 cores, one" in printed
 
 
 def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
-    assert regression.newest(tmp_path) is None
+    assert regression.newest_result(tmp_path) is None
     for date, revision in (("2026-11-22T00:00:00", "aaa"), ("2026-11-21T00:00:00", "bbb+")):
         result = {"environment": {"date": date, "revision": revision}, "figures": {}}
         regression.store(tmp_path, result)
@@ -194,17 +194,17 @@ def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
         "regression-20261121T000000-bbb.json",
         "regression-20261122T000000-aaa.json",
     ]
-    newest = regression.newest(tmp_path)
+    newest = regression.newest_result(tmp_path)
     assert newest and newest[1]["environment"]["revision"] == "aaa"
 
 
-def test_startup_gives_each_second_to_one_phase() -> None:
-    found = {"imports": [(0.0, 2.0)], "compile": [(1.0, 4.0), (9.0, 20.0)], "trace": [(3.0, 5.0)]}
-    seconds = startup.attribute(found, 10.0)
+def test_startup_attributes_each_second_to_one_phase() -> None:
+    spans = {"imports": [(0.0, 2.0)], "compile": [(1.0, 4.0), (9.0, 20.0)], "trace": [(3.0, 5.0)]}
+    seconds = startup.attribute(spans, 10.0)
     assert seconds == {"imports": 2.0, "compile": 3.0, "trace": 1.0, "rest": 4.0}
 
 
-def test_startup_reads_what_python_and_jax_say() -> None:
+def test_startup_parses_python_and_jax_logs() -> None:
     log = "DEBUG:jax._src.dispatch:Finished "
     messages = [
         (1.0, "import time: self [us] | cumulative | imported package\n"),
@@ -224,7 +224,7 @@ def test_startup_reads_what_python_and_jax_say() -> None:
     }
 
 
-def test_a_training_command_that_fails_says_why() -> None:
+def test_failing_training_command_is_explained() -> None:
     with (
         command.training("experiments/digits.py", ["--config.no.such=1"]) as run,
         pytest.raises(command.CommandError, match=r"config\.no\.such: no such setting"),
@@ -232,14 +232,14 @@ def test_a_training_command_that_fails_says_why() -> None:
         list(run.reports())
 
 
-def test_settings_change_the_experiment_that_is_measured() -> None:
-    made = end_to_end.experiment(
+def test_settings_change_the_measured_experiment() -> None:
+    made = end_to_end.load_experiment(
         "experiments/tiny_cpu.py",
         ["train.batch_size=32", "data.directory=data", "augment.flip=False"],
     )
     assert (made.train.batch_size, made.data.directory, made.augment.flip) == (32, "data", False)
     with pytest.raises(ConfigError, match="no such setting"):
-        end_to_end.experiment("experiments/tiny_cpu.py", ["train.no=1"])
+        end_to_end.load_experiment("experiments/tiny_cpu.py", ["train.no=1"])
 
 
 @pytest.mark.parametrize("archived", [True, False])
@@ -256,13 +256,13 @@ def test_peers_get_training_images_of_all_classes(tmp_path: pathlib.Path, archiv
             for file in source.rglob("*.JPEG"):
                 archive.write(file, f"tiny/{file.relative_to(source)}")
     with input_pipeline.jpeg_files(str(path), 4) as files:
-        found = sorted(pathlib.Path(files).rglob("*.JPEG"))
-        assert [file.parent.parent.name for file in found] == ["n1", "n1", "n2", "n2"]
-        assert all(file.read_bytes().startswith(b"train") for file in found)
+        copied = sorted(pathlib.Path(files).rglob("*.JPEG"))
+        assert [file.parent.parent.name for file in copied] == ["n1", "n1", "n2", "n2"]
+        assert all(file.read_bytes().startswith(b"train") for file in copied)
     assert not pathlib.Path(files).exists()
 
 
-def test_peers_without_files_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_peers_require_a_source(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         input_pipeline.parse([])
     assert "--source" in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_scaling_changes_one_thing_at_a_time() -> None:
     for axis, (name, points) in scaling.AXES.items():
         changed = scaling.contender(arguments, axis, points[-1])
         assert {key for key in base if base[key] != changed.settings[key]} == {name}
-        # The work is shared among devices, not more.
+        # More devices share the same work.
         assert (scaling.work(changed.settings) > scaling.work(base)) == (axis != "devices")
     assert changed.environment["JAX_NUM_CPU_DEVICES"] == "8"
 
@@ -290,7 +290,7 @@ def plane(name: str, **lines: list[Any]) -> Any:
     return types.SimpleNamespace(name=name, lines=made)
 
 
-def test_profile_sums_up_kernels_and_leaves_the_host_out_where_there_is_a_gpu() -> None:
+def test_profile_sums_kernels_and_ignores_the_host_with_a_gpu() -> None:
     host = plane("/host:CPU", Threads=[event("dot", "dot", 5), event("", "Execute", 100)])
     gpu = plane(
         "/device:GPU:0",
@@ -304,18 +304,18 @@ def test_profile_sums_up_kernels_and_leaves_the_host_out_where_there_is_a_gpu() 
     assert profile_step.operations([host]) == [profile_step.Operation("dot", "dot", 5e-9, 1)]
 
 
-def test_profile_names_where_an_operation_comes_from() -> None:
+def test_profile_names_the_source_of_an_operation() -> None:
     program = '  %fusion.1 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/conv1/conv"}\n'
-    assert profile_step.sources(program) == {"fusion.1": "jit(f)/conv1/conv"}
+    assert profile_step.op_sources(program) == {"fusion.1": "jit(f)/conv1/conv"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")))
-def test_stored_results_say_how_they_were_made(path: pathlib.Path) -> None:
+def test_stored_results_describe_their_environment(path: pathlib.Path) -> None:
     environment = json.loads(path.read_text())["environment"]
     assert {"cpu", "cores", "python", "date", "revision", "command"} <= set(environment)
 
 
-def test_every_benchmark_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_benchmarks_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     for module in (
         end_to_end,
         fault_injection,

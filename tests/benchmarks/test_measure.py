@@ -15,14 +15,14 @@ from benchmarks.contenders import resources
 
 
 def test_summary_of_several_measurements() -> None:
-    summary = measure.summarise([4.0, 1.0, 2.0])
+    summary = measure.summarize([4.0, 1.0, 2.0])
     assert (summary.median, summary.low, summary.high, summary.count) == (2.0, 1.0, 4.0, 3)
     assert summary.spread == 1.5
     assert summary.to_dict() == {"median": 2.0, "low": 1.0, "high": 4.0, "count": 3, "spread": 1.5}
 
 
 def test_table_is_aligned_markdown() -> None:
-    assert measure.table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
+    assert measure.markdown_table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
         "| what  |     n |",
         "| ----- | ----: |",
         "| a     |     1 |",
@@ -30,20 +30,20 @@ def test_table_is_aligned_markdown() -> None:
     ]
 
 
-def test_results_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
+def test_results_describe_their_environment(tmp_path: pathlib.Path) -> None:
     measure.write_json(tmp_path / "new" / "file.json", {"environment": measure.environment()})
-    found = json.loads((tmp_path / "new" / "file.json").read_text())["environment"]
-    assert found["cores"] >= 1
-    assert found["python"] == sys.version.split()[0]
-    assert found["command"].startswith("python ")
-    assert found["versions"]["jax"] == jax.__version__
-    assert {"cpu", "date", "revision", "memory_gib"} <= set(found)
+    environment = json.loads((tmp_path / "new" / "file.json").read_text())["environment"]
+    assert environment["cores"] >= 1
+    assert environment["python"] == sys.version.split()[0]
+    assert environment["command"].startswith("python ")
+    assert environment["versions"]["jax"] == jax.__version__
+    assert {"cpu", "date", "revision", "memory_gib"} <= set(environment)
 
 
-def test_a_failed_measurement_is_one_message(
+def test_failed_measurement_prints_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tests' own process keeps its handlers.
+    # Keeps the signal handlers of the test process.
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
     def main() -> None:
@@ -69,10 +69,10 @@ with resources.PeakMemory() as allocated:
 assert array[-1] == 1
 print(mapped.growth, allocated.growth)
 """
-    # In a process of its own: what other tests left in this one may be freed meanwhile.
+    # In a separate process, because memory of other tests may be freed in this one.
     command = [sys.executable, "-c", script]
-    found = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=True)
-    mapped, allocated = map(int, found.stdout.split())
+    done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=True)
+    mapped, allocated = map(int, done.stdout.split())
     assert mapped < size / 2
     assert size * 0.9 < allocated < size * 1.5
 

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: who takes part, in which order, and what comes back."""
+"""Contenders in separate processes: availability, order and results."""
 
 import pathlib
 from typing import Any
@@ -23,8 +23,8 @@ def fake(name: str, log: pathlib.Path, **settings: Any) -> workers.Contender:
     return workers.Contender(name, "tests.benchmarks.fake", settings)
 
 
-def test_contenders_take_turns_in_processes_that_live_on(log: pathlib.Path) -> None:
-    with workers.started([fake("a", log), fake("b", log)]) as (ready, absent):
+def test_contenders_take_turns_in_persistent_processes(log: pathlib.Path) -> None:
+    with workers.running([fake("a", log), fake("b", log)]) as (ready, absent):
         numbers = workers.take_turns(ready, [{"mode": "count", "start": 10}], rounds=3)
     assert not absent
     assert log.read_text().split() == ["a", "b", "a", "b", "a", "b"]
@@ -35,14 +35,14 @@ def test_contenders_take_turns_in_processes_that_live_on(log: pathlib.Path) -> N
         assert all(each["idle_wall"] >= 0 for each in rounds)
 
 
-def test_what_cannot_take_part_is_named_and_the_others_go_on(log: pathlib.Path) -> None:
+def test_unavailable_contenders_are_named_and_skipped(log: pathlib.Path) -> None:
     contenders = [
         fake("missing", log, needs="no_such_package"),
         fake("broken", log, broken=True),
         workers.Contender("lost", "tests.benchmarks.fake", {}, python="/no/such/python"),
         fake("good", log),
     ]
-    with workers.started(contenders) as (ready, absent):
+    with workers.running(contenders) as (ready, absent):
         assert [worker.name for worker in ready] == ["good"]
         assert ready[0].facts == {"parameters": 7, "modes": ["count", "fail"]}
     assert absent["missing"] == "not installed: no_such_package"
@@ -50,24 +50,24 @@ def test_what_cannot_take_part_is_named_and_the_others_go_on(log: pathlib.Path) 
     assert "/no/such/python" in absent["lost"]
 
 
-def test_a_module_of_our_own_that_is_gone_is_an_error_not_a_missing_peer() -> None:
+def test_missing_own_module_is_an_error() -> None:
     gone = workers.Contender("gone", "benchmarks.contenders.gone", {})
-    with workers.started([gone]) as (ready, absent):
+    with workers.running([gone]) as (ready, absent):
         assert not ready
     assert absent["gone"].startswith("failed: gone: ModuleNotFoundError")
 
 
-def test_modes_that_a_contender_lacks_pass_it_by(log: pathlib.Path) -> None:
-    with workers.started([fake("a", log)]) as (ready, _):
+def test_unsupported_modes_are_skipped(log: pathlib.Path) -> None:
+    with workers.running([fake("a", log)]) as (ready, _):
         numbers = workers.take_turns(
             ready, [{"mode": "other"}, {"mode": "count", "start": 0}], rounds=1
         )
     assert set(numbers) == {("a", "count")}
 
 
-def test_a_failure_in_a_turn_is_raised_with_what_the_contender_printed(log: pathlib.Path) -> None:
+def test_failure_in_a_turn_includes_the_contender_output(log: pathlib.Path) -> None:
     with (
-        workers.started([fake("a", log)]) as (ready, _),
+        workers.running([fake("a", log)]) as (ready, _),
         pytest.raises(workers.ContenderError, match="failed in its turn") as caught,
     ):
         workers.take_turns(ready, [{"mode": "fail"}], rounds=1)

@@ -233,7 +233,7 @@ def test_images_are_resized_for_evaluation(data_directory: pathlib.Path) -> None
 def test_average_is_evaluated_if_available(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
     now = state.create(this)
-    average = small.draw(this.model, this.dataset.image_size, seed=1)
+    average = small.random_variables(this.model, this.dataset.image_size, seed=1)
     assert now.replace(average=average).eval_variables() is average
     alone = now.replace(average={}).eval_variables()
     assert alone == {"params": now.params, "batch_stats": now.batch_stats}

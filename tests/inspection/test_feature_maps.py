@@ -21,7 +21,7 @@ SIZE = 8
 def weights() -> Weights:
     """A network whose first layer returns the positive parts of red, green and blue."""
     model = Model(name="mini_googlenet", width=0.04)
-    variables = small.draw(networks.create(model, 3), SIZE)
+    variables = small.random_variables(networks.create(model, 3), SIZE)
     conv1, running = variables["params"]["conv1"], variables["batch_stats"]["conv1"]["norm"]
     kernel = conv1["conv"]["kernel"]
     kernel[:] = 0

@@ -190,7 +190,7 @@ def test_receptive_fields_match_actual_dependence() -> None:
     blocks = structure.analyze(network, size).blocks()
     images = np.zeros((size, size, size, 3), np.float32)
     images[np.arange(size), :, np.arange(size)] = np.nan
-    variables = small.draw(network, size)
+    variables = small.random_variables(network, size)
 
     def call(images: jax.Array) -> Any:
         _, captured = network.apply(

@@ -1,4 +1,4 @@
-"""The main job through the command line, on a small archive in the official layout."""
+"""Training and evaluation from the command line, on a small archive in the official layout."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from tests import archives, command
 
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 4, 24, 6
@@ -21,7 +21,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags that name the archive and where it is prepared."""
+    """Flags for the archive and the directory where it is prepared."""
     folder = tmp_path_factory.mktemp("data")
     source = folder / "archive.zip"
     archives.write_tiny_imagenet(source, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, 3)
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training(data: list[str]) -> list[str]:
-    """Flags of a run that takes seconds, with something due at most of its 30 steps."""
+    """Flags of a run that takes seconds, with an event at most of its 30 steps."""
     return [
         *data,
         "--config.data.image_size=16",
@@ -53,7 +53,7 @@ def training(data: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The folder of a run that never stopped."""
+    """The workdir of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished")
     command.check("main", *training, f"--workdir={folder}")
     return folder
@@ -61,24 +61,24 @@ def finished(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> p
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in line.items() if name not in MEASURED}
-        for line in read_lines(folder / "metrics.jsonl")
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
+        for line in read_metrics(folder / "metrics.jsonl")
     ]
 
 
-def test_the_archive_is_prepared(data: list[str]) -> None:
+def test_archive_is_prepared_once(data: list[str]) -> None:
     output = command.check("tools.prepare", *data)
     assert "train: 96 images of 64 px" in output
     assert "validation: 24 images" in output
-    # A second call finds it done.
+    # A second call does nothing.
     assert command.check("tools.prepare", *data) == output
 
 
-def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
+def test_run_writes_its_results(finished: pathlib.Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert (result["step"], result["split"], result["count"]) == (STEPS, "validation", 24)
     assert result["checkpoint"] == "last"
-    # The classes differ in colour; a guess is 25.
+    # The classes differ in color; chance is 25.
     assert result["top1"] > 40
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["train"]["batch_size"] == 16
@@ -93,7 +93,7 @@ def test_a_run_leaves_its_results(finished: pathlib.Path) -> None:
     assert splits == {"train", "validation"}
 
 
-def test_top_5_is_left_out_where_it_is_always_right(finished: pathlib.Path) -> None:
+def test_top5_is_omitted_where_always_right(finished: pathlib.Path) -> None:
     """There are four classes."""
     for name, words in (("result.json", "top"), ("metrics.jsonl", "top"), ("report.html", "Top-")):
         text = (finished / name).read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def test_top_5_is_left_out_where_it_is_always_right(finished: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_evaluation_gives_the_numbers_of_training(
+def test_eval_mode_reproduces_the_evaluation_of_training(
     which: str, training: list[str], finished: pathlib.Path
 ) -> None:
     before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
@@ -118,7 +118,7 @@ def test_evaluation_gives_the_numbers_of_training(
 
 
 @pytest.mark.slow
-def test_the_folder_is_enough_to_evaluate_and_to_resume(
+def test_workdir_alone_can_be_evaluated_and_resumed(
     data: list[str], training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     expected = json.loads(command.check("main", *training, f"--workdir={finished}", "--mode=eval"))
@@ -128,7 +128,7 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     (tmp_path / "data").symlink_to(moved)
     alone = command.run("main", f"--workdir={folder}", "--mode=eval")
     assert json.loads(alone.stdout) == expected, alone.stderr
-    # The experiment alone stands for what was overridden, too, and the data may lie elsewhere.
+    # The experiment file also restores overridden settings, and the data may have moved.
     again = command.run(
         "main", data[0], f"--workdir={folder}", "--mode=eval",
         f"--config.data.directory={tmp_path / 'data'}",
@@ -146,7 +146,7 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     )
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
-    assert f"config.train.duration: '{STEPS} steps' → '{STEPS + 4} steps'" in longer.stderr
+    assert f"config.train.duration: {STEPS} steps → {STEPS + 4} steps" in longer.stderr
     assert "warning: the learning rate rises from " in longer.stderr
     assert "Total: " not in longer.stderr
     resumed = json.loads((folder / "config.json").read_text())
@@ -157,33 +157,31 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     assert differing == ["  config.model.width: 0.125 → 0.2"]
 
 
-def test_exported_weights_evaluate_as_the_checkpoint(
+def test_exported_weights_match_the_checkpoint(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
-    said = command.check(
+    output = command.check(
         "tools.export", "--to=savedweights", f"--workdir={finished}", f"--output={path}"
     )
-    assert "mini_googlenet, 4 classes" in said and "moving average" in said
+    assert "mini_googlenet, 4 classes" in output and "moving average" in output
     result = json.loads(command.check("main", *training, f"--weights={path}", "--mode=eval"))
     role = result.pop("checkpoint")
-    assert "best" in role and f"({role} checkpoint)" in said
+    assert "best" in role and f"({role} checkpoint)" in output
     assert result in [line for line in lines(finished) if line["split"] == "validation"]
     done = command.run("main", *training, f"--weights={path}")
     assert done.returncode == 2
     assert "--config.init.pretrained" in done.stderr
 
 
-def test_the_report_is_made_of_the_folder_alone(
-    finished: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_report_needs_only_the_workdir(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['top1']:.2f}<small>%</small>" in page
     right = round(result["top1"] * result["count"] / 100)
-    pictures = min(right, 12) + min(result["count"] - right, 24)
-    assert page.count('<img src="data:image/png;base64,') == pictures
-    # Its own values, of what this run overrode.
+    images = min(right, 12) + min(result["count"] - right, 24)
+    assert page.count('<img src="data:image/png;base64,') == images
+    # The experiment's values of the overridden settings.
     assert "<code>train.batch_size</code></th><td>128</td><td><strong>16</strong>" in page
     for name in ("config.json", "metrics.jsonl", "result.json", "predictions.npz"):
         shutil.copy(finished / name, tmp_path / name)
@@ -200,7 +198,7 @@ def test_plots_are_drawn_on_demand(finished: pathlib.Path) -> None:
     assert (finished / "plots" / "loss.png").stat().st_size > 1000
 
 
-def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathlib.Path) -> None:
+def test_workdir_of_another_run_is_rejected(training: list[str], finished: pathlib.Path) -> None:
     before = (finished / "config.json").read_text()
     done = command.run(
         "main", *training, f"--workdir={finished}", "--config.model.width=0.2", "--config.seed=3"
@@ -211,9 +209,7 @@ def test_a_folder_of_another_run_is_refused(training: list[str], finished: pathl
     assert (finished / "config.json").read_text() == before
 
 
-def test_a_batch_that_the_devices_cannot_share_is_refused(
-    training: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_indivisible_batch_is_rejected(training: list[str], tmp_path: pathlib.Path) -> None:
     done = command.run(
         "main", *training, "--config.train.batch_size=12", f"--workdir={tmp_path}", devices=8
     )
@@ -222,9 +218,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
-def test_an_archive_that_is_no_good_is_refused(
-    damage: str, training: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_bad_archive_is_rejected(damage: str, training: list[str], tmp_path: pathlib.Path) -> None:
     source = tmp_path / "archive.zip"
     if damage != "missing":
         archives.write_tiny_imagenet(source, 2, 2, 1, 1)
@@ -247,17 +241,17 @@ def test_an_archive_that_is_no_good_is_refused(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_with_one_message(
+def test_full_disk_stops_the_run_with_one_message(
     training: list[str], finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    # A limit on the size of a file fails a write as a full disk does, at the same calls.
+    # A file size limit makes the same calls fail as a full disk.
     script = (
         "import resource, runpy, sys; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
         "sys.argv[0] = 'main'; runpy.run_module('inception_jax.main', run_name='__main__')"
     )
-    # The limit would leave damaged entries in the tests' compilation cache: they are read from it,
-    # and what is missing there is written elsewhere.
+    # The limit would corrupt entries of the tests' compilation cache, so entries are read from it
+    # and new ones are written elsewhere.
     cache = tmp_path / "cache"
     cache.mkdir()
     for entry in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):

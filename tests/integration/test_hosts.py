@@ -1,4 +1,4 @@
-"""Several real processes on this machine: their layouts, their disagreements, their deaths."""
+"""Several processes on this machine: layouts, inconsistent starts and failures."""
 
 import dataclasses
 import os
@@ -16,13 +16,13 @@ import pytest
 
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 from tests import command, small, worker
 
 HOST = socket.gethostname()
-# Seconds of silence after which a process is taken for dead, as short as busy cores allow.
+# Seconds without a heartbeat after which a process counts as dead, as few as busy cores allow.
 SILENCE = 10
-# Far more than it may take from a death to the end of the others.
+# Seconds; far more than the other processes need to exit after a failure.
 BOUND = 90
 
 
@@ -73,15 +73,17 @@ def start(
     """Starts the processes of one run.
 
     Args:
-      each: what single processes get besides: flags, or environment variables.
+      each: additional flags or environment variables of single processes, by index.
     """
     port = free_port()
     processes = []
     for index in range(count):
         flags, environment = launched(launcher, count, index, port)
-        own = each.get(index, [])
+        extra = each.get(index, [])
         flags, environment = (
-            (flags, environment | own) if isinstance(own, dict) else (flags + own, environment)
+            (flags, environment | extra)
+            if isinstance(extra, dict)
+            else (flags + extra, environment)
         )
         processes.append(
             subprocess.Popen(
@@ -98,15 +100,15 @@ def start(
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Returns the exit code of each process and what it said."""
+    """Returns the exit code and the messages of each process."""
     try:
-        found = [process.communicate(timeout=command.TIMEOUT) for process in processes]
+        outputs = [process.communicate(timeout=command.TIMEOUT) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [
         (process.returncode, messages)
-        for process, (_, messages) in zip(processes, found, strict=True)
+        for process, (_, messages) in zip(processes, outputs, strict=True)
     ]
 
 
@@ -117,24 +119,24 @@ def train(count: int, devices: int, steps: int, data: pathlib.Path, workdir: pat
 
 
 @pytest.mark.slow
-def test_other_layouts_give_the_curve_of_one_process(
+def test_other_process_layouts_give_the_same_curve(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    # Each process opens a folder of such a name under a name of its own.
+    # A directory name with characters that are special in globs.
     one, several = tmp_path / "one", tmp_path / "lr=[0.1,0.2]"
     this = worker.build(data_directory, 8)
     four = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     this = dataclasses.replace(this, mesh=four)
     small.train(this, Workdir(one), Evaluator(this), changed=[])
-    # Four processes of a device each begin, two of two go on from their checkpoint.
+    # Four processes with one device each start; two with two devices each resume.
     train(4, 1, 4, data_directory, several)
     train(2, 2, 8, data_directory, several)
 
-    expected, found = (read_lines(folder / "metrics.jsonl") for folder in (one, several))
-    # Each line once, although several processes reported.
-    places = [[(line["step"], line["split"]) for line in lines] for lines in (expected, found)]
+    expected, measured = (read_metrics(folder / "metrics.jsonl") for folder in (one, several))
+    # Each line occurs once, although several processes reported.
+    places = [[(line["step"], line["split"]) for line in lines] for lines in (expected, measured)]
     assert places[0] == places[1] and len(places[0]) == 8
-    for line, other in zip(expected, found, strict=True):
+    for line, other in zip(expected, measured, strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
         if line["split"] != "train":
             assert other["count"] == 360
@@ -142,7 +144,7 @@ def test_other_layouts_give_the_curve_of_one_process(
                 assert other[name] == pytest.approx(line[name], abs=0.35)  # One of 360 images.
 
 
-# A bug; a kill; one that goes on to live, but does nothing; a kill of the one that serves all.
+# A bug; a kill; a process that is alive but stopped; a kill of the coordinator.
 @pytest.mark.parametrize(
     ("what", "gone", "launcher"),
     [
@@ -152,7 +154,7 @@ def test_other_layouts_give_the_curve_of_one_process(
         pytest.param("kill", 0, "Open MPI's numbers", marks=pytest.mark.slow),
     ],
 )
-def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, launcher: str) -> None:
+def test_peers_stop_and_name_the_failed_process(what: str, gone: int, launcher: str) -> None:
     bug = [f"--fail={gone}"] if what == "bug" else []
     processes = start(3, f"--silence={SILENCE}", *bug, launcher=launcher)
     try:
@@ -171,25 +173,25 @@ def test_the_others_stop_and_name_the_one_that_is_gone(what: str, gone: int, lau
     if what == "bug":
         reason = "KeyError: 'a bug'. Unexpected error"
         assert processes[gone].returncode == 1 and f"error: {reason}" in own
-        for process, found in zip(others, messages, strict=True):
-            assert process.returncode == 1, found
-            assert f"error: process {gone} (host {HOST}) failed: {reason}" in found
-            # Nothing else was accused.
-            assert found.count("error: ") == 1 and "Traceback" not in found
+        for process, log in zip(others, messages, strict=True):
+            assert process.returncode == 1, log
+            assert f"error: process {gone} (host {HOST}) failed: {reason}" in log
+            # No other error is reported.
+            assert log.count("error: ") == 1 and "Traceback" not in log
         return
-    # JAX ends them from C++; process 0 has the service, whose clients can say no more than that.
+    # JAX aborts them from C++; process 0 runs the service, so its clients know nothing more.
     named = rf"tasks are unhealthy .*\n{gone}\n|Task {gone} heartbeat timeout"
     if gone == 0:
         named = "the leader task was preempted/died"
     else:
         assert f"{gone} on {HOST}" in messages[0]
-    for process, found in zip(others, messages, strict=True):
-        assert process.returncode == -signal.SIGABRT, found
-        assert re.search(named, found), found
-        assert "error: " not in found
+    for process, log in zip(others, messages, strict=True):
+        assert process.returncode == -signal.SIGABRT, log
+        assert re.search(named, log), log
+        assert "error: " not in log
 
 
-def test_processes_that_were_started_differently_are_told_so(
+def test_inconsistent_start_is_rejected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     processes = start(
@@ -203,11 +205,11 @@ def test_processes_that_were_started_differently_are_told_so(
             1: ["--config.seed=3", "--config.data.workers=1", "--mode=eval"],
         },
     )
-    for code, said in finish(processes):
-        assert code == 2, said
-        assert f"config.seed: 0 on process 0 (host {HOST}); 3 on process 1 (host {HOST})" in said
-        assert '--mode: "train" on process 0' in said
-        assert "$XLA_FLAGS: " in said and "fast_math" in said
-        assert "config.data.workers" not in said
-        assert "config.data.directory" not in said
+    for code, log in finish(processes):
+        assert code == 2, log
+        assert f"config.seed: 0 on process 0 (host {HOST}); 3 on process 1 (host {HOST})" in log
+        assert '--mode: "train" on process 0' in log
+        assert "$XLA_FLAGS: " in log and "fast_math" in log
+        assert "config.data.workers" not in log
+        assert "config.data.directory" not in log
     assert not (tmp_path / "run" / "config.json").exists()

@@ -1,11 +1,11 @@
-"""Runs and weights that revision 56edb8b wrote are used as that revision used them.
+"""Runs and weights written by revision 56edb8b give the same results as with that revision.
 
-tests/fixtures/56edb8b/README.md says how they were made; expected.json holds the figures. With the
-versions, flags and CPU that made them, evaluation, prediction and the steps of the resumed training
-are equal to the last bit. Others add in another order: a forward pass then differs in the sixth
-digit, and steps of training in the third, as each takes up what the one before it rounded. What the
-resumed run's evaluations say differs more: since then they estimate the statistics of BatchNorm
-anew for the averaged parameters.
+tests/fixtures/56edb8b/README.md describes how they were created; expected.json contains the
+results. With the same versions, flags and CPU, evaluation, prediction and the steps of the resumed
+training are bit-identical. Others sum in a different order: a forward pass then differs in the
+sixth digit, and training steps in the third, because rounding errors accumulate. Evaluations of the
+resumed run differ more, because BatchNorm statistics are now re-estimated for the averaged
+parameters.
 """
 
 import csv
@@ -33,18 +33,18 @@ from tests import command
 FIXTURE = command.ROOT / "tests" / "fixtures" / "56edb8b"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))["runs"]
 NAMES = ("digits", "image_folder")
-# Relative to the figure: of a forward pass, and of a step of the resumed training.
+# Relative tolerances of a forward pass, and of a step of the resumed training.
 FORWARD, TRAINED = 1e-4, 1e-2
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy, as reading prepares data and training changes the runs."""
+    """A copy of the fixture, because reading prepares data and training changes the runs."""
     return shutil.copytree(FIXTURE, tmp_path / "old")
 
 
 def main(folder: pathlib.Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Runs main where the recorded relative paths lead to the fixture; returns result and log."""
+    """Runs main in the directory of the recorded relative paths; returns result and log."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": os.pathsep.join([str(command.ROOT), *sys.path[1:]]),
@@ -62,7 +62,7 @@ def main(folder: pathlib.Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def change_settings(workdir: pathlib.Path, settings: dict[str, dict[str, Any]]) -> None:
-    """Changes what config.json says, as if an older version had written it."""
+    """Changes config.json as if an older version had written it."""
     path = workdir / "config.json"
     record = json.loads(path.read_text())
     for group, values in settings.items():
@@ -70,17 +70,17 @@ def change_settings(workdir: pathlib.Path, settings: dict[str, dict[str, Any]]) 
     path.write_text(json.dumps(record))
 
 
-def assert_evaluated(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_evaluated(result: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in ("step", "epoch", "split", "count"):
-        assert found[name] == expected[name], name
-    for name in ("loss", "top1", *(["top5"] if "top5" in found else [])):
-        assert found[name] == pytest.approx(expected[name], rel=FORWARD), name
+        assert result[name] == expected[name], name
+    for name in ("loss", "top1", *(["top5"] if "top5" in result else [])):
+        assert result[name] == pytest.approx(expected[name], rel=FORWARD), name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) -> None:
+def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> None:
     workdir = folder / "runs" / name
-    # A rule that came later, and a setting that went away, are no hindrance.
+    # Violates a newer rule, and adds a setting that no longer exists.
     change_settings(workdir, {"data": {"archive_encoding": "none"}, "watch": {"dogs": 2}})
     expected = EXPECTED[name]["resume"]
     result, log = main(folder, f"--workdir=runs/{name}")
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) 
         if line["split"] == "train":
             for metric in ("loss", "gradient_norm", "learning_rate"):
                 assert line[metric] == pytest.approx(before[metric], rel=TRAINED), line["step"]
-    # What was written before the stop is still there.
+    # Lines written before the stop are kept.
     stopped = EXPECTED[name]["metrics_at_stop"]
     assert lines[: len(stopped)] == stopped
     record = json.loads((workdir / "config.json").read_text())
@@ -110,15 +110,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) 
 
 
 @pytest.mark.parametrize(("name", "which"), [("digits", "best"), ("image_folder", "last")])
-def test_a_checkpoint_is_evaluated_by_the_same_figures(
-    name: str, which: str, folder: pathlib.Path
-) -> None:
-    found, log = main(folder, f"--workdir=runs/{name}", "--mode=eval", f"--checkpoint={which}")
-    assert_evaluated(found, EXPECTED[name]["evaluate"][which]["result"])
-    assert "left out" not in log
+def test_old_checkpoint_evaluates_the_same(name: str, which: str, folder: pathlib.Path) -> None:
+    result, log = main(folder, f"--workdir=runs/{name}", "--mode=eval", f"--checkpoint={which}")
+    assert_evaluated(result, EXPECTED[name]["evaluate"][which]["result"])
+    assert "ignored" not in log
 
 
-def test_checkpoints_and_weights_are_evaluated_in_a_program(
+def test_old_checkpoints_and_weights_evaluate_through_the_api(
     folder: pathlib.Path, data_directory: pathlib.Path
 ) -> None:
     workdir = Workdir(folder / "runs" / "digits")
@@ -128,21 +126,21 @@ def test_checkpoints_and_weights_are_evaluated_in_a_program(
     this = run.assemble(record.config, log=lambda _: None)
     expected = EXPECTED["digits"]["evaluate"]
     for which in ("best", "last"):
-        found = evaluate.evaluate_checkpoint(this, workdir, which)
-        assert_evaluated(found, expected[which]["result"])
-    found = evaluate.evaluate_weights(this, weights.load(folder / "digits.safetensors"))
-    assert_evaluated(found, expected["weights"]["result"])
+        result = evaluate.evaluate_checkpoint(this, workdir, which)
+        assert_evaluated(result, expected[which]["result"])
+    result = evaluate.evaluate_weights(this, weights.load(folder / "digits.safetensors"))
+    assert_evaluated(result, expected["weights"]["result"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_predicted_by_the_same_figures(name: str, folder: pathlib.Path) -> None:
+def test_old_runs_predict_the_same(name: str, folder: pathlib.Path) -> None:
     file = folder / EXPECTED[name]["export"]["file"]
     for which, expected in EXPECTED[name]["predict"].items():
         if which == "weights":
-            found = load.load(workdir=None, weights=file, checkpoint="", log=pytest.fail)
+            weights_file = load.load(workdir=None, weights=file, checkpoint="", log=pytest.fail)
         else:
-            found = load.from_checkpoint(Workdir(folder / "runs" / name), which, pytest.fail)
-        predictor = Predictor(found, batch_size=len(expected["json"]))
+            weights_file = load.from_checkpoint(Workdir(folder / "runs" / name), which, pytest.fail)
+        predictor = Predictor(weights_file, batch_size=len(expected["json"]))
         files = [row["file"] for row in expected["json"]]
         pixels = [predictor.read((folder / each).read_bytes(), each) for each in files]
         for row, predictions in zip(
@@ -156,17 +154,17 @@ def test_pictures_are_predicted_by_the_same_figures(name: str, folder: pathlib.P
             )
 
 
-def test_the_command_predicts_as_it_did(folder: pathlib.Path) -> None:
-    """The rows of CSV and JSON have the same fields."""
+def test_predict_command_output_is_unchanged(folder: pathlib.Path) -> None:
+    """CSV and JSON rows have the same fields."""
     expected = EXPECTED["digits"]["predict"]["best"]
     files = [row["file"] for row in expected["json"]]
-    found = command.check(
+    output = command.check(
         "tools.predict",
         f"--workdir={folder / 'runs' / 'digits'}",
         "--top=10",
         "--csv",
         *(str(folder / file) for file in files),
     )
-    rows = list(csv.DictReader(io.StringIO(found)))
+    rows = list(csv.DictReader(io.StringIO(output)))
     assert [row.keys() for row in rows] == [row.keys() for row in expected["csv"]]
     assert [row["name"] for row in rows] == [row["name"] for row in expected["csv"]]

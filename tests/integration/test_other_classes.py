@@ -1,4 +1,4 @@
-"""A run whose classes are renamed, so that every label would mean another class."""
+"""A run whose classes are renamed, so that all labels would refer to other classes."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ SIZE = 16
 
 
 def settings(folder: pathlib.Path, name: str) -> Config:
-    """Those of the pictures in `source`, prepared in the folder of a name."""
+    """Returns settings for the images in `source`, prepared in directory `name`."""
     source, directory = str(folder / "source"), str(folder / name)
     data = Data(name="image_folder", source=source, directory=directory, image_size=SIZE)
     return small.config(folder / name, data=data)
@@ -21,7 +21,7 @@ def settings(folder: pathlib.Path, name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The folder of a run on apple, pear and plum, and of its source, where apple is zapple now."""
+    """The directory of a run on apple, pear and plum, and of its source with apple renamed."""
     path = tmp_path_factory.mktemp("classes")
     files = archives.class_folders(dict.fromkeys(("apple", "pear", "plum"), 6), SIZE)
     archives.write_files(path / "source", files, "")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "predict"])
-def test_a_run_is_not_used_on_other_classes(folder: pathlib.Path, mode: str) -> None:
+def test_run_is_rejected_on_other_classes(folder: pathlib.Path, mode: str) -> None:
     record = (folder / "run" / "config.json").read_bytes()
     flags = [f"--workdir={folder / 'run'}", "--checkpoint=last"]
     if mode == "predict":

@@ -1,6 +1,6 @@
-"""The reports in a real browser: they open without an error or a request, and the controls work.
+"""Opens the reports in a browser: no errors, no network requests, and working controls.
 
-Skipped without Playwright or a Chromium: pip install -e '.[browser]', and apt install chromium or
+Skipped without Playwright or Chromium: run pip install -e '.[browser]', and apt install chromium or
 playwright install chromium.
 """
 
@@ -26,14 +26,16 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-        paths = [path for path in (*found, driver.chromium.executable_path) if path]
+        installed = [
+            shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")
+        ]
+        paths = [path for path in (*installed, driver.chromium.executable_path) if path]
         path = next((path for path in paths if pathlib.Path(path).exists()), None)
         if path is None:
             pytest.skip(
-                "there is no Chromium: apt install chromium, or playwright install chromium"
+                "Chromium not found; run apt install chromium or playwright install chromium"
             )
-        # A container's root user has no sandbox; the pages are our own.
+        # The sandbox does not work for a container's root user, and the pages are trusted.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -61,33 +63,33 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
 
 
 class Opened:
-    """A page in the browser, and what it asked for and complained of."""
+    """A page in the browser, with its console messages and requests."""
 
     def __init__(self, browser: Any, path: pathlib.Path, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.complaints: list[str] = []
+        self.console_errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.console_errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.console_errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.path = path
 
     def check(self) -> None:
-        assert self.complaints == []
+        assert self.console_errors == []
         asked = [url for url in self.requests if not url.startswith("data:")]
         assert set(asked) == {self.path.as_uri()}
 
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, pathlib.Path]) -> Any:
-    """The page that the test is parametrized with; checked at its end, too."""
+    """The page of the test's parameter, checked for errors at the end."""
     name, options = getattr(request, "param", ("one", {}))
-    found = Opened(browser, pages[name], **options)
-    yield found.page
-    found.check()
-    found.context.close()
+    opened_page = Opened(browser, pages[name], **options)
+    yield opened_page.page
+    opened_page.check()
+    opened_page.context.close()
 
 
 def ticks(page: Any, metric: str = "loss") -> list[float]:
@@ -101,16 +103,16 @@ def background(page: Any) -> str:
 
 
 @pytest.mark.parametrize("opened", [("one", {}), ("bare", {}), ("both", {})], indirect=True)
-def test_it_opens_with_its_curves(opened: Any) -> None:
+def test_page_opens_with_curves(opened: Any) -> None:
     assert opened.locator(".chart:visible").count() == 5
     paths = opened.locator('[data-metric="loss"] path.curve')
     assert paths.count() >= 2
     assert all(paths.nth(n).get_attribute("d") for n in range(paths.count()))
-    # Names that are markup stayed names.
+    # Names that contain markup are not executed.
     assert opened.evaluate("window.hacked") is None
 
 
-def test_pictures_show_and_hostile_names_are_text(opened: Any) -> None:
+def test_images_load_and_hostile_names_are_text(opened: Any) -> None:
     broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).length"
     opened.locator("#mistakes").scroll_into_view_if_needed()
     opened.wait_for_function(f"{broken} === 0")
@@ -120,7 +122,7 @@ def test_pictures_show_and_hostile_names_are_text(opened: Any) -> None:
     assert opened.evaluate("window.hacked") is None
 
 
-def test_the_axis_can_be_hours(opened: Any) -> None:
+def test_axis_switches_to_hours(opened: Any) -> None:
     assert ticks(opened)[-1] == 10
     opened.get_by_text("hours", exact=True).first.click()
     assert "hours" in opened.locator('[data-metric="loss"] svg').text_content()
@@ -129,7 +131,7 @@ def test_the_axis_can_be_hours(opened: Any) -> None:
     assert ticks(opened)[-1] == 10
 
 
-def test_a_drag_zooms_all_charts_and_a_double_click_zooms_out(opened: Any) -> None:
+def test_drag_zooms_all_charts_and_double_click_resets(opened: Any) -> None:
     plot = opened.locator('[data-metric="loss"] .plot')
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
@@ -148,18 +150,18 @@ def test_a_drag_zooms_all_charts_and_a_double_click_zooms_out(opened: Any) -> No
     assert opened.get_by_role("button", name="Reset zoom").is_disabled()
 
 
-def test_a_chart_can_be_read_with_the_keyboard(opened: Any) -> None:
+def test_keyboard_reads_a_chart(opened: Any) -> None:
     plot = opened.locator('[data-metric="top1"] .plot')
     plot.focus()
     opened.keyboard.press("End")
     last = {line["split"]: line for line in run_folders.lines()[-2:]}
-    said = opened.locator("#said").inner_text()
-    assert said.startswith("Top-1 accuracy, epoch 10: ")
+    announcement = opened.locator("#announcement").inner_text()
+    assert announcement.startswith("Top-1 accuracy, epoch 10: ")
     for split, words in (("train", "training"), ("test", "test")):
         top1 = float(f"{last[split]['top1']:.4g}")
-        assert f"{words} {top1:g}%" in said
+        assert f"{words} {top1:g}%" in announcement
     opened.keyboard.press("ArrowLeft")
-    assert "epoch 9.75: " in opened.locator("#said").inner_text()
+    assert "epoch 9.75: " in opened.locator("#announcement").inner_text()
     assert opened.locator('[data-metric="top1"] .tip').is_visible()
     opened.keyboard.press("+")
     assert min(ticks(opened, "top1")) > 4
@@ -167,7 +169,7 @@ def test_a_chart_can_be_read_with_the_keyboard(opened: Any) -> None:
     assert ticks(opened, "top1")[0] == 0
 
 
-def test_a_curve_can_be_hidden(opened: Any) -> None:
+def test_legend_hides_a_curve(opened: Any) -> None:
     curves = opened.locator('[data-metric="loss"] path.curve')
     assert curves.count() == 2
     button = opened.locator("#legend").get_by_role("button", name="training")
@@ -183,10 +185,10 @@ def column(page: Any, table: str, index: int) -> list[str]:
 
 
 @pytest.mark.parametrize("opened", [("both", {})], indirect=True)
-def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
+def test_runs_sort_by_any_column(opened: Any) -> None:
     heads = opened.locator("#run-table th button")
     names = heads.all_inner_texts()
-    assert "train.duration.steps" in names
+    assert "train.duration" in names
     for index in range(heads.count()):
         head = opened.locator("#run-table thead th").nth(index)
         orders = []
@@ -197,13 +199,13 @@ def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
         assert opened.locator("#run-table [aria-sort]").count() == 1
         if len(set(orders[0])) == 2:
             assert orders[0] == orders[1][::-1], names[index]
-    # A number's first click brings the largest to the top.
+    # The first click on a numeric column sorts the largest to the top.
     heads.nth(names.index("top-1, %")).click()
     values = [float(text) for text in column(opened, "#run-table", 2)]
     assert values == sorted(values, reverse=True)
 
 
-def test_classes_are_sorted_as_numbers(opened: Any) -> None:
+def test_classes_sort_numerically(opened: Any) -> None:
     opened.get_by_text("All 30 classes as a table").click()
     button = opened.locator("#class-table").get_by_role("button", name="accuracy")
     for reverse in (True, False):
@@ -213,13 +215,13 @@ def test_classes_are_sorted_as_numbers(opened: Any) -> None:
         assert len(set(values)) > 5
 
 
-def test_settings_can_be_found(opened: Any) -> None:
+def test_filter_finds_settings(opened: Any) -> None:
     opened.locator("#settings summary").click()
     opened.get_by_placeholder("learning rate").fill("learning_rate")
     shown = opened.locator("#all-settings tbody tr:visible th").all_inner_texts()
     assert "schedule.learning_rate" in shown and "train.batch_size" not in shown
     opened.get_by_placeholder("learning rate").fill("")
-    opened.get_by_label("only those that are not the default").check()
+    opened.get_by_label("only non-default values").check()
     shown = opened.locator("#all-settings tbody tr:visible th").all_inner_texts()
     assert "train.batch_size" in shown and "train.aux_weight" not in shown
 
@@ -230,13 +232,11 @@ def test_settings_can_be_found(opened: Any) -> None:
     indirect=True,
     ids=["light", "dark"],
 )
-def test_the_theme_follows_the_system_until_it_is_set(
-    opened: Any, request: pytest.FixtureRequest
-) -> None:
+def test_theme_follows_the_system_until_set(opened: Any, request: pytest.FixtureRequest) -> None:
     light, dark = "rgb(246, 247, 249)", "rgb(20, 23, 28)"
-    own = dark if "dark" in request.node.callspec.id else light
+    system = dark if "dark" in request.node.callspec.id else light
     button = opened.locator("#theme")
-    assert background(opened) == own
+    assert background(opened) == system
     button.click()
     assert (background(opened), button.inner_text()) == (light, "Theme: light")
     button.click()
@@ -244,13 +244,13 @@ def test_the_theme_follows_the_system_until_it_is_set(
     opened.reload()
     assert (background(opened), button.inner_text()) == (dark, "Theme: dark")
     button.click()
-    assert background(opened) == own
+    assert background(opened) == system
 
 
 @pytest.mark.parametrize(
     "opened", [("one", {"viewport": PHONE}), ("both", {"viewport": PHONE})], indirect=True
 )
-def test_a_phone_shows_it_without_scrolling_sideways(opened: Any) -> None:
+def test_phone_needs_no_horizontal_scrolling(opened: Any) -> None:
     for summary in opened.locator("summary").all():
         summary.click()
     assert opened.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -258,7 +258,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Any) -> None:
     assert min(size for size in opened.evaluate(sizes) if size) >= 20
 
 
-def test_what_a_screen_reader_needs_is_there(opened: Any) -> None:
+def test_page_is_accessible_to_screen_readers(opened: Any) -> None:
     named = "button, a, input, svg[role], [role=region], [role=application], nav, fieldset"
     nameless = (
         f"[...document.querySelectorAll('{named}')].filter(each => !(each.ariaLabel ||"
@@ -277,14 +277,14 @@ def test_what_a_screen_reader_needs_is_there(opened: Any) -> None:
 @pytest.mark.parametrize(
     "opened", [("one", {"java_script_enabled": False})], indirect=True, ids=["no script"]
 )
-def test_without_its_script_the_values_are_still_there(opened: Any) -> None:
-    assert opened.get_by_text("switched off").is_visible()
-    opened.get_by_text("The values as a table").click()
+def test_values_are_readable_without_javascript(opened: Any) -> None:
+    assert opened.get_by_text("Charts need JavaScript").is_visible()
+    opened.get_by_text("Values as a table").click()
     last = run_folders.lines()[-1]
     assert opened.get_by_role("cell", name=f"{last['top1']:.2f}").first.is_visible()
 
 
 def test_screenshots_are_not_empty(opened: Any, tmp_path: pathlib.Path) -> None:
-    """What they look like is for the eye; that something is drawn can be tested."""
-    picture = opened.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert len(picture) > 50_000
+    """The appearance needs a human; that something is drawn can be tested."""
+    image = opened.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert len(image) > 50_000

@@ -1,4 +1,4 @@
-"""Short runs with a known fault, from training to the diagnosis, and its advice followed."""
+"""Short runs with known faults, from training to the diagnosis."""
 
 import contextlib
 import pathlib
@@ -22,7 +22,7 @@ STEPS = 90
 
 
 def settings(directory: pathlib.Path, **groups: Any) -> Config:
-    """Returns the settings of a run that learns, but for the groups given."""
+    """Returns the settings of a run that learns, with some groups replaced."""
     return small.config(
         directory,
         **{
@@ -40,13 +40,13 @@ def settings(directory: pathlib.Path, **groups: Any) -> Config:
 def train(
     config: Config, folder: pathlib.Path, *, stop: int = 0, frozen: bool = False
 ) -> Diagnosis:
-    """Trains a run, and returns its diagnosis.
+    """Trains a run and returns its diagnosis.
 
     Args:
-      config: its settings.
-      folder: its workdir.
-      stop: the step after which it is interrupted; 0: none.
-      frozen: whether evaluation takes the statistics that BatchNorm began with.
+      config: the settings.
+      folder: the workdir.
+      stop: step after which the run is interrupted; 0: not interrupted.
+      frozen: whether evaluation uses the initial BatchNorm statistics.
     """
     this = small.build(config)
     evaluator, start = Evaluator(this), state.create(this).batch_stats
@@ -61,22 +61,22 @@ def train(
     return report.write_diagnosis(folder)
 
 
-def test_mixing_and_smoothing_are_not_taken_for_a_fault(
+def test_mixing_and_smoothing_are_not_diagnosed_as_faults(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The training objective stays high; and only the whole run is judged."""
+    """The training objective stays high; only the complete run is judged."""
     config = settings(data_directory)
     half = train(config, tmp_path, stop=STEPS // 2)
     assert half.verdict == "too short to judge"
     assert half.advice is None
-    whole = train(config, tmp_path)
-    assert whole.verdict in ("no fault found", "underfitting"), whole.lines()
-    assert whole.evidence.top1 > 85
-    if whole.advice:
-        assert whole.advice.setting == "train.duration.steps"
+    complete = train(config, tmp_path)
+    assert complete.verdict in ("no fault found", "underfitting"), complete.lines()
+    assert complete.evidence.top1 > 85
+    if complete.advice:
+        assert complete.advice.setting == "train.duration"
 
 
-def test_no_rate_is_guessed_where_nothing_was_learned(
+def test_no_learning_rate_is_advised_if_nothing_was_learned(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = settings(data_directory, schedule=Schedule(name="constant", learning_rate=1e-9))
@@ -86,7 +86,7 @@ def test_no_rate_is_guessed_where_nothing_was_learned(
     assert "tools.find_lr" in "\n".join(diagnosis.lines())
 
 
-def test_statistics_that_part_from_training_are_seen(
+def test_wrong_eval_statistics_are_detected(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = settings(data_directory, augment=Augment(crop="none", flip=False))

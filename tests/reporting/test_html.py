@@ -1,4 +1,4 @@
-"""The pages of a report, read as a program reads them; test_browser.py opens them."""
+"""The pages of a report, parsed; test_browser.py opens them in a browser."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ BROKEN_OUT = '"><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text outside scripts and styles."""
+    """Parses a page into elements with attributes, and text outside scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,26 +61,26 @@ def page_of(folder: pathlib.Path) -> Page:
     return Page(report.write_page(folder).read_text(encoding="utf-8"))
 
 
-def test_the_page_has_every_part(tmp_path: pathlib.Path) -> None:
+def test_page_has_all_sections(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
     parts = {"curves", "diagnosis", "classes", "confusion", "mistakes", "calibration", "time"}
     assert parts | {"settings", "machine", "data"} <= ids
-    # Links inside the page lead somewhere.
+    # All links within the page have a target.
     targets = {str(a["href"])[1:] for a in page.all("a") if str(a["href"]).startswith("#")}
     assert targets <= ids
     last = run_folders.lines()[-1]
     assert f"{last['top1']:.2f}" in page.words
-    assert "(600 images)" in page.words
-    assert "3 min 20 s" in page.words  # 200 seconds in all.
+    assert "(95% interval for n = 600 images)" in page.words
+    assert "3 min 20 s" in page.words  # 200 seconds in total.
 
 
-def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path) -> None:
+def test_page_names_the_evaluation_of_each_figure(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path)
     page = page_of(folder)
     assert "Best and last evaluation, step 400" in page.words
-    assert "are of the evaluation at step 400 (best and last), test" in page.words
-    # The evaluation at step 360 is better than the last one.
+    assert "come from the evaluation at step 400 (best and last), split test" in page.words
+    # Makes the evaluation at step 360 better than the last one.
     lines = run_folders.lines()
     for line in lines:
         if line["split"] == "test" and line["step"] == 360:
@@ -89,11 +89,11 @@ def test_the_page_says_which_evaluation_each_figure_is_of(tmp_path: pathlib.Path
     page = page_of(folder)
     assert "Last evaluation, step 400" in page.words
     assert "The best evaluation was 99.00% at step 360" in page.words
-    assert "(last), test" in page.words
+    assert "(last), split test" in page.words
 
 
-def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) -> None:
-    """Of runs of older versions too, whose files have it."""
+def test_top5_is_omitted_for_up_to_five_classes(tmp_path: pathlib.Path) -> None:
+    """Also for runs of older versions, whose files have it."""
     few = run_folders.write(tmp_path / "few", names=tuple("abcde"))
     many = run_folders.write(tmp_path / "many", names=tuple("abcdef"))
     for folder, shown in ((few, False), (many, True)):
@@ -112,14 +112,14 @@ def test_top_5_is_left_out_for_five_classes_and_fewer(tmp_path: pathlib.Path) ->
 
 
 def with_rows(folder: pathlib.Path, *more: dict[str, Any], **values: float) -> pathlib.Path:
-    """Adds values to each row of a run's evaluations, and rows after them."""
+    """Adds values to each evaluation of a run, and further rows."""
     rows = [row | (values if row["split"] == "test" else {}) for row in run_folders.lines()]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, *more])
     (folder / "metrics.jsonl").write_text(text)
     return folder
 
 
-def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
+def test_custom_metrics_are_shown_by_name(tmp_path: pathlib.Path) -> None:
     values = {"top10": 97.5, "macro_accuracy": 0.654321, "<b>": 12345.6}
     folder = with_rows(run_folders.write(tmp_path / "one"), **values)
     page = page_of(folder)
@@ -132,7 +132,7 @@ def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
     names = [figure["data-metric"] for figure in page.all("figure") if "data-metric" in figure]
     known = ["loss", "top1", "top5", "learning_rate", "gradient_norm"]
     assert names == [*known, *values]
-    # And beside a run that has none of them.
+    # And next to a run without these metrics.
     output = tmp_path / "both.html"
     report.write_comparison([folder, run_folders.write(tmp_path / "other")], output)
     words = Page(output.read_text(encoding="utf-8")).words
@@ -140,43 +140,43 @@ def test_any_metric_is_shown_by_its_own_name(tmp_path: pathlib.Path) -> None:
     assert "97.5 0.65432 12,346" in words and "– – –" in words
 
 
-def test_each_evaluation_is_shown_and_the_result_is_of_the_runs_own(tmp_path: pathlib.Path) -> None:
-    """The mirror average, which older versions kept in the same row, is one of them."""
+def test_all_evaluations_are_shown_and_the_result_is_the_main_one(tmp_path: pathlib.Path) -> None:
+    """Including the horizontal-flip average, which older versions stored in the same row."""
     row = {"step": 400, "epoch": 10.0, "split": "crops", "top1": 99.9, "loss": 0.01, "count": 7}
     flip = {"flip_loss": 0.5, "flip_top1": 88.8, "flip_top5": 99.0}
     folder = with_rows(run_folders.write(tmp_path), row, **flip)
-    found = run_record.read(folder)
-    assert (found.split, len(found.evaluations)) == ("test", 10)
-    assert found.diagnosis is not None
-    assert found.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
-    assert found.role(400) == "best and last"
+    record = run_record.read(folder)
+    assert (record.split, len(record.evaluations)) == ("test", 10)
+    assert record.diagnosis is not None
+    assert record.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
+    assert record.role(400) == "best and last"
     page = page_of(folder)
-    words = page.words.partition("Horizontal axis")[0].partition("other evaluations")[2]
-    assert "mirrored views averaged 400 0.5000 88.80 99.00 600" in words
+    words = page.words.partition("Horizontal axis")[0].partition("Other evaluations")[2]
+    assert "horizontal-flip average 400 0.5000 88.80 99.00 600" in words
     assert "crops 400 0.0100 99.90 – 7" in words
     splits = page.data["runs"][0]["splits"]
     assert list(splits) == ["train", "crops", "flip", "test"]
-    assert len({columns["colour"] for columns in splits.values()}) == 4
+    assert len({columns["color"] for columns in splits.values()}) == 4
     assert splits["flip"]["metrics"]["top1"] == [88.8] * 10
-    # Runs are compared by their own evaluations.
-    assert list(context.curves([found, found])["runs"][0]["splits"]) == ["train", "test"]
+    # Comparisons use the main evaluation of each run.
+    assert list(context.curves([record, record])["runs"][0]["splits"]) == ["train", "test"]
 
 
-def test_a_run_is_read_once_and_judged_once_at_its_end(
+def test_finish_reads_and_diagnoses_a_run_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
     def count(module: Any, name: str) -> None:
-        whole = getattr(module, name)
+        original = getattr(module, name)
 
         def counted(*args: Any, **more: Any) -> Any:
             calls.append(name)
-            return whole(*args, **more)
+            return original(*args, **more)
 
         monkeypatch.setattr(module, name, counted)
 
-    for name in ("read_lines", "diagnose"):
+    for name in ("read_metrics", "diagnose"):
         count(run_record, name)
     for module, name in (
         (configs, "read_record"),
@@ -185,10 +185,10 @@ def test_a_run_is_read_once_and_judged_once_at_its_end(
     ):
         count(module, name)
     report.finish(run_folders.write(tmp_path), lambda line: None)
-    assert sorted(calls) == ["confusion", "diagnose", "read", "read_lines", "read_record"]
+    assert sorted(calls) == ["confusion", "diagnose", "read", "read_metrics", "read_record"]
 
 
-def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
+def test_page_is_self_contained(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     addresses = [
         value
@@ -203,7 +203,7 @@ def test_the_page_needs_no_other_file(tmp_path: pathlib.Path) -> None:
     assert len(text) < 3_000_000
 
 
-def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
+def test_curves_match_the_metrics(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     (run,) = page.data["runs"]
     for split in ("train", "test"):
@@ -217,21 +217,21 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path) -> None:
     assert "learning_rate" not in run["splits"]["test"]
 
 
-def test_long_curves_are_thinned_and_gaps_stay() -> None:
+def test_long_curves_are_subsampled() -> None:
     lines = [{"step": n, "loss": None if n == 3 else n} for n in range(1, 5001)]
-    kept = context.thinned(lines, 1000)
+    kept = context.subsample(lines, 1000)
     assert len(kept) == 1000
     assert (kept[0], kept[-1]) == (lines[0], lines[-1])
-    assert context.thinned(lines[:5], 1000) == lines[:5]
+    assert context.subsample(lines[:5], 1000) == lines[:5]
 
 
-def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
+def test_hostile_names_are_text(tmp_path: pathlib.Path) -> None:
     names = [HOSTILE, BROKEN_OUT, "$x$", "  ", "</style>", "Größe · 猫", "", "a" * 300]
     settings = run_folders.config(name=HOSTILE)
     folder = run_folders.write(tmp_path, names=names, settings=settings)
     plain = page_of(run_folders.write(tmp_path / "plain", names=tuple("abcdefgh")))
     page = page_of(folder)
-    # No element and no attribute that plain names would not give.
+    # The same elements and attributes as with plain names.
     for tag in ("script", "img", "style", "h1"):
         assert len(page.all(tag)) == len(plain.all(tag)), tag
     known = {name for _, attributes in plain.elements for name in attributes}
@@ -239,11 +239,11 @@ def test_names_are_text_whatever_they_are(tmp_path: pathlib.Path) -> None:
     assert page.words.count(HOSTILE) >= 3
     assert "{{ 7 * 7 }}" in page.words
     assert page.data["runs"][0]["name"] == HOSTILE
-    # matplotlib takes them, too.
+    # They can be plotted too.
     assert len(report.plot(folder)) == 8
 
 
-def test_no_script_makes_markup_of_text() -> None:
+def test_scripts_never_create_markup_from_text() -> None:
     scripts = [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html")]
     assert {"report.js", "page.html"} <= {path.name for path in scripts}
     unsafe = re.compile(r"innerHTML|outerHTML|AdjacentHTML|eval\(|document\.write|new Function")
@@ -251,7 +251,7 @@ def test_no_script_makes_markup_of_text() -> None:
         assert not unsafe.findall(path.read_text(encoding="utf-8")), path
 
 
-def test_the_policy_allows_the_pages_own_script_alone(tmp_path: pathlib.Path) -> None:
+def test_content_security_policy_allows_only_the_page_script(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path))
     (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
     assert policy is not None
@@ -266,16 +266,16 @@ def expected_of(tmp_path: pathlib.Path, top1: float, **experiment: Any) -> str:
     return page_of(folder).words
 
 
-def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> None:
+def test_result_is_compared_with_the_expected_one(tmp_path: pathlib.Path) -> None:
     last = run_folders.lines()[-1]["top1"]
     words = expected_of(tmp_path, last - 1.5)
-    assert f"As expected or better: {last:.2f}% against {last - 1.5:.2f}% (+1.50 points)" in words
+    assert f"As expected or better: {last:.2f}%, expected {last - 1.5:.2f}% (+1.50 points)" in words
     assert "a paper's table 3" in words
-    assert "Below what is expected" in expected_of(tmp_path, last + 2)
-    assert "states no figure" in expected_of(tmp_path, 0.0)
+    assert "Below the expected result" in expected_of(tmp_path, last + 2)
+    assert "sets no expected result" in expected_of(tmp_path, 0.0)
 
 
-def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
+def test_overridden_settings_are_listed(tmp_path: pathlib.Path) -> None:
     own = {
         "train.duration": "4000 steps",
         "schedule.learning_rate": 0.05,
@@ -283,61 +283,61 @@ def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
     }
     experiment = {"file": "experiments/made_up.py", "own": own}
     words = expected_of(tmp_path, 50.0, experiment=experiment)
-    # The rate is the experiment's after all, and where data lie is no part of a recipe.
+    # The rate equals that of the experiment, and the data directory is not part of a recipe.
     assert "this run changed 1 of its settings" in words
-    assert "setting experiment this run train.duration.steps 4000 400" in words
-    assert "As they are in experiments/made_up.py." in expected_of(
+    assert "setting experiment this run train.duration 4000 steps 400 steps" in words
+    assert "Unchanged from experiments/made_up.py." in expected_of(
         tmp_path, 50.0, experiment=experiment | {"own": {}}
     )
 
 
-def test_a_folder_with_metrics_alone_has_its_curves(tmp_path: pathlib.Path) -> None:
-    whole = run_folders.write(tmp_path / "whole")
-    shutil.copy(whole / "metrics.jsonl", tmp_path / "metrics.jsonl")
+def test_workdir_with_only_metrics_has_curves(tmp_path: pathlib.Path) -> None:
+    complete = run_folders.write(tmp_path / "complete")
+    shutil.copy(complete / "metrics.jsonl", tmp_path / "metrics.jsonl")
     page = page_of(tmp_path)
     assert page.data["runs"][0]["splits"]["train"]["metrics"]["loss"]
-    assert "No evaluation has left its predictions" in page.words
+    assert "This workdir has no predictions" in page.words
     assert tmp_path.name in page.words
     assert not page.all("img")
 
 
-def test_a_run_that_goes_on_says_so(tmp_path: pathlib.Path) -> None:
+def test_unfinished_run_is_marked(tmp_path: pathlib.Path) -> None:
     page = page_of(run_folders.write(tmp_path, steps=120))
     assert "step 120, not finished" in page.words
-    assert "Time: 3 min 20 s" in page.words  # From what the evaluation left.
+    assert "Time: 3 min 20 s" in page.words  # From predictions.npz.
     (tmp_path / "metrics.jsonl").write_text(json.dumps(run_folders.lines()[0]) + "\n")
-    assert "Nothing has been evaluated yet." in page_of(tmp_path).words
+    assert "No evaluation yet." in page_of(tmp_path).words
 
 
-def test_equal_pictures_of_training_and_evaluation_are_named(tmp_path: pathlib.Path) -> None:
+def test_images_in_both_splits_are_listed(tmp_path: pathlib.Path) -> None:
     folder = run_folders.write(tmp_path)
-    run_record = json.loads((folder / "config.json").read_text())
+    config_record = json.loads((folder / "config.json").read_text())
     for count, pairs in ((0, []), (2, [["val/<b>.jpg", "train/1.jpg"]])):
-        run_record["dataset"]["evaluated and trained on"] = {"total": count, "pairs": pairs}
-        (folder / "config.json").write_text(json.dumps(run_record))
+        config_record["dataset"]["evaluated and trained on"] = {"total": count, "pairs": pairs}
+        (folder / "config.json").write_text(json.dumps(config_record))
         assert ("Evaluated on training images" in page_of(folder).words) == bool(count)
     words = page_of(folder).words
-    assert "2 of the images of the evaluation split" in words
+    assert "2 images of the evaluation split" in words
     assert "val/<b>.jpg = train/1.jpg and more" in words
 
 
-def test_what_an_earlier_run_left_is_not_shown(tmp_path: pathlib.Path) -> None:
+def test_files_of_an_earlier_run_are_ignored(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     other = run_folders.lines(skill=0.5)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
-    found = run_record.read(tmp_path)
-    assert found.evaluated is None
-    assert found.result == {}
+    record = run_record.read(tmp_path)
+    assert record.evaluated is None
+    assert record.result == {}
 
 
-def test_what_another_machine_evaluated_is_shown(tmp_path: pathlib.Path) -> None:
+def test_evaluation_on_another_machine_is_shown(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     lines = [line | {"loss": line["loss"] * 1.0001} for line in run_folders.lines()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run_record.read(tmp_path).evaluated is not None
 
 
-def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
+def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(
         train=Train(batch_size=36, duration="800 steps", label_smoothing=0.1)
@@ -349,32 +349,32 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     report.write_comparison([one, other], output)
     page = Page(output.read_text(encoding="utf-8"))
     assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
-    assert context.differing([run_record.read(one), run_record.read(other)]) == [
-        "train.duration.steps",
+    assert context.differing_settings([run_record.read(one), run_record.read(other)]) == [
+        "train.duration",
         "train.label_smoothing",
     ]
     assert "train.label_smoothing 0.0 0.1" in page.words
     assert "not finished" in page.words  # 400 of 800 steps.
-    # A link to the report of the run that has one, from where the page lies.
+    # A link, relative to the page, to the report of the run that has one.
     links = [a["href"] for a in page.all("a") if "report.html" in str(a["href"])]
     assert links == ["../other%20%26%20more/report.html"]
-    with pytest.raises(UserError, match="is the report of one of the runs"):
+    with pytest.raises(UserError, match="is the report of one of the compared runs"):
         report.write_comparison([one, other], other / "report.html")
 
 
-def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path: pathlib.Path) -> None:
+def test_runs_with_equal_directory_names_are_distinguished(tmp_path: pathlib.Path) -> None:
     folders = [run_folders.write(tmp_path / name / "run") for name in ("a", "b")]
     records = [run_record.read(folder) for folder in folders]
-    assert run_record.names(records) == ["a/run", "b/run"]
-    assert len(set(run_record.names([records[0], records[0]]))) == 2
+    assert run_record.display_names(records) == ["a/run", "b/run"]
+    assert len(set(run_record.display_names([records[0], records[0]]))) == 2
 
 
-def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
+def test_command_writes_report_and_comparison(tmp_path: pathlib.Path) -> None:
     one, other = run_folders.write(tmp_path / "one"), run_folders.write(tmp_path / "other")
     assert command.check("tools.report", str(one)) == f"{one / 'report.html'}\n"
     output = tmp_path / "both.html"
-    said = command.check("tools.report", str(one), str(other), f"--output={output}")
-    assert said == f"{output}\n"
+    output_text = command.check("tools.report", str(one), str(other), f"--output={output}")
+    assert output_text == f"{output}\n"
     assert "2 runs compared" in output.read_text(encoding="utf-8")
     done = command.run("tools.report", str(one), f"--output={tmp_path / 'none' / 'page.html'}")
     assert done.returncode == 2
@@ -391,5 +391,5 @@ def test_the_command_writes_both(tmp_path: pathlib.Path) -> None:
         (9e4, "25 h 0 min"),
     ],
 )
-def test_durations_are_said_as_one_says_them(seconds: float, words: str) -> None:
-    assert html.duration(seconds) == words
+def test_durations_are_human_readable(seconds: float, words: str) -> None:
+    assert html.format_duration(seconds) == words

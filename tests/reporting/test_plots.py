@@ -53,14 +53,14 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return saved
 
 
-def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+def test_curves_match_the_metrics(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     paths = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, name="digits_small"))
     names = ["loss.png", "accuracy.png", "learning_rate.png"]
     assert paths == [tmp_path / "plots" / name for name in names]
     curves = {
         (name, line.get_label()): line.get_xydata().tolist()
-        for name, found in axes.items()
-        for line in found.lines
+        for name, figure_axes in axes.items()
+        for line in figure_axes.lines
     }
     train, validation = np.arange(1, 31), np.array([10, 20, 30])
     expected = {
@@ -80,17 +80,17 @@ def test_the_curves_are_those_of_the_metrics(tmp_path: pathlib.Path, axes: dict[
     )
 
 
-def test_the_files_are_images_with_both_colours(tmp_path: pathlib.Path) -> None:
+def test_plots_have_both_colors(tmp_path: pathlib.Path) -> None:
     loss, accuracy, _ = report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION))
     for path in (loss, accuracy):
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         assert len(pixels) == 1200 * 750
-        for colour in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
-            assert (pixels == colour).all(axis=1).sum() > 100
+        for color in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
+            assert (pixels == color).all(axis=1).sum() > 100
 
 
 @pytest.mark.parametrize("line", [_TRAIN[0], _VALIDATION[0]])
-def test_a_single_point_is_visible(
+def test_single_point_is_visible(
     tmp_path: pathlib.Path, axes: dict[str, Any], line: dict[str, Any]
 ) -> None:
     report.plot(_workdir(tmp_path, [line]))
@@ -99,21 +99,17 @@ def test_a_single_point_is_visible(
     assert ("learning_rate.png" in axes) == ("learning_rate" in line)
 
 
-def test_a_value_that_was_not_finite_leaves_a_gap(
-    tmp_path: pathlib.Path, axes: dict[str, Any]
-) -> None:
+def test_nonfinite_value_leaves_a_gap(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     lines = [dict(line) for line in _TRAIN + _VALIDATION]
     lines[3]["loss"] = lines[-1]["top1"] = None
     report.plot(_workdir(tmp_path, lines))
     values = axes["loss.png"].lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(values)).tolist() == [3]
-    # The title takes the last evaluation that has a number.
+    # The title shows the last evaluation with a finite value.
     assert axes["loss.png"].get_title().endswith("validation top-1 18.00% at epoch 2 (last)")
 
 
-def test_the_title_says_which_evaluation_was_the_best(
-    tmp_path: pathlib.Path, axes: dict[str, Any]
-) -> None:
+def test_title_names_the_best_evaluation(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     lines = [line | {"top1": 30 - line["step"]} for line in _VALIDATION]
     report.plot(_workdir(tmp_path, lines, name="x"))
     assert axes["accuracy.png"].get_title() == (
@@ -122,7 +118,7 @@ def test_the_title_says_which_evaluation_was_the_best(
 
 
 @pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
-def test_top_5_of_older_runs_is_left_out_for_few_classes(
+def test_top5_of_older_runs_is_omitted_for_few_classes(
     classes: int, shown: bool, tmp_path: pathlib.Path, axes: dict[str, Any]
 ) -> None:
     report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, classes=classes))
@@ -130,12 +126,12 @@ def test_top_5_of_older_runs_is_left_out_for_few_classes(
     assert any("top-5" in label for label in labels) == shown
 
 
-def test_only_values_that_are_not_finite_still_plot(tmp_path: pathlib.Path) -> None:
+def test_all_nonfinite_values_can_be_plotted(tmp_path: pathlib.Path) -> None:
     line = {"step": 1, "epoch": 0.1, "split": "train", "loss": None, "top1": None, "top5": None}
     assert len(report.plot(_workdir(tmp_path, [line]))) == 2
 
 
-def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+def test_incomplete_last_line_is_skipped(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "ep')
@@ -145,7 +141,7 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path: pathlib.Path, axes: dict[st
 
 def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     longer = [line | {"epoch": 2 * line["epoch"]} for line in _TRAIN + _VALIDATION]
-    # Other splits and views are left to each run's own report.
+    # Other splits and views are only shown in each run's own report.
     short = [*_TRAIN, *_VALIDATION, _VALIDATION[0] | {"split": "other"}]
     runs = [_workdir(tmp_path / f"run {n}", longer if n == 8 else short) for n in range(9)]
     paths = report.plot_comparison(runs, tmp_path / "new" / "plots")
@@ -165,13 +161,13 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     assert len(report.plot_comparison([one], tmp_path)) == 3
 
 
-def test_odd_names_break_no_plot(
+def test_unusual_run_names_can_be_plotted(
     tmp_path: pathlib.Path, axes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = _workdir(tmp_path / "run", _TRAIN + _VALIDATION)
-        monkeypatch.setattr(context, "names", lambda records: run_folders.ODD_NAMES)
+        monkeypatch.setattr(context, "display_names", lambda records: run_folders.ODD_NAMES)
         report.plot_comparison([run] * len(run_folders.ODD_NAMES), tmp_path / "all")
         monkeypatch.undo()
         shown = [text.get_text() for text in axes["top1.png"].get_legend().get_texts()]
@@ -183,14 +179,14 @@ def test_odd_names_break_no_plot(
 
 
 @pytest.mark.parametrize("name", [r"$\frac{$", "x" * 300, "caf\udce9"])
-def test_odd_names_of_runs_are_in_its_title(
+def test_unusual_run_names_are_in_the_title(
     name: str, tmp_path: pathlib.Path, axes: dict[str, Any]
 ) -> None:
     report.plot(_workdir(tmp_path, _TRAIN + _VALIDATION, name=name))
     assert axes["loss.png"].get_title().endswith("top-1 27.00% at epoch 3 (last)")
 
 
-def test_any_metric_has_its_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
+def test_custom_metrics_are_plotted(tmp_path: pathlib.Path, axes: dict[str, Any]) -> None:
     more = {"macro accuracy/2": 1.0, "macro accuracy:2": 2.0}
     lines = [line | more | {"macro accuracy/2": line["top1"]} for line in _VALIDATION]
     paths = report.plot(_workdir(tmp_path, _TRAIN + lines, name="x"))
@@ -201,15 +197,15 @@ def test_any_metric_has_its_plot(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     np.testing.assert_allclose(curve.get_ydata(), [9, 18, 27])
 
 
-def test_missing_or_empty_metrics_are_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_missing_or_empty_metrics_are_user_errors(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}.*No such file.*--workdir"):
         report.plot(tmp_path)
-    with pytest.raises(UserError, match="no metrics yet"):
+    with pytest.raises(UserError, match="contains no metrics yet"):
         report.plot(_workdir(tmp_path, []))
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_unwritable_directory_is_a_user_error(tmp_path: pathlib.Path) -> None:
     workdir = _workdir(tmp_path, _TRAIN)
     (workdir / "plots").write_text("")
-    with pytest.raises(UserError, match="Cannot write plots"):
+    with pytest.raises(UserError, match="cannot write plots"):
         report.plot(workdir)

@@ -1,4 +1,4 @@
-"""What is written for a reader: the diagnosis of a run, and a range test."""
+"""The files written for a run: diagnosis, plots and range test."""
 
 import json
 import math
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A run's folder with three real epochs on Tiny ImageNet, which ran to its end."""
+    """The workdir of a finished run of three real epochs on Tiny ImageNet."""
     config = configs.Config(name="three", train=configs.Train(duration="3 epochs"))
     config.schedule.name = "linear"
     dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
@@ -33,11 +33,11 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> None:
-    said: list[str] = []
-    report.finish(folder, said.append)
-    assert said[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
-    assert said[1].startswith(
+def test_finish_writes_plots_and_diagnosis(folder: pathlib.Path) -> None:
+    logged: list[str] = []
+    report.finish(folder, logged.append)
+    assert logged[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
+    assert logged[1].startswith(
         "  try, in a new workdir: --config.evaluation.train_eval_examples=1000"
     )
     assert (folder / "plots" / "loss.png").exists()
@@ -45,12 +45,12 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
     assert stored["verdict"] == "not measured"
     assert stored["advice"]["setting"] == "evaluation.train_eval_examples"
     assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
-    # Never happened: null, as JSON has no NaN.
+    # NaN is stored as null, because JSON has no NaN.
     assert stored["evidence"]["nonfinite_step"] is None
     assert stored["evidence"]["top1"] == 30.56
 
 
-def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathlib.Path) -> None:
+def test_unusual_names_can_be_plotted_and_reported(tmp_path: pathlib.Path) -> None:
     names = (*run_folders.ODD_NAMES[:9], "</script><b>")
     settings = run_folders.config(name=r"$\frac{$ %s </script>")
     folder = run_folders.write(tmp_path / "$a_{%s}'\"", names=names, settings=settings)
@@ -66,20 +66,20 @@ def test_odd_names_of_classes_and_runs_break_no_plot_and_no_page(tmp_path: pathl
     report.write_range_test(tmp_path, lr_range_test.record(settings, [point, point], None, []))
 
 
-def test_the_command_prints_what_training_said(folder: pathlib.Path) -> None:
-    said: list[str] = []
-    report.finish(folder, said.append)
-    assert said.pop() == f"report: {folder / 'report.html'}"
-    assert command.check("tools.diagnose", str(folder)).splitlines() == said
+def test_diagnose_command_prints_what_training_logged(folder: pathlib.Path) -> None:
+    logged: list[str] = []
+    report.finish(folder, logged.append)
+    assert logged.pop() == f"report: {folder / 'report.html'}"
+    assert command.check("tools.diagnose", str(folder)).splitlines() == logged
     done = command.run("tools.diagnose", str(folder), str(folder / "none"))
     assert done.returncode == 2
-    assert done.stdout.splitlines() == [str(folder), *said, str(folder / "none")]
+    assert done.stdout.splitlines() == [str(folder), *logged, str(folder / "none")]
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
 
 
-def test_a_finished_run_is_reported_without_jax(tmp_path: pathlib.Path) -> None:
-    """Importing it would take longer than all the rest."""
+def test_report_does_not_import_jax(tmp_path: pathlib.Path) -> None:
+    """Importing JAX would take longer than everything else."""
     script = """
 import pathlib, sys
 from inception_jax.reporting import report
@@ -91,7 +91,7 @@ print(*sorted({"jax", "flax", "optax", "tensorflow_datasets"} & set(sys.modules)
     assert done.stdout == "\n"
 
 
-def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
+def test_all_plots_have_a_legible_size(tmp_path: pathlib.Path) -> None:
     names = [f"a rather long name of a class, {number}" for number in range(30)]
     paths = report.plot(run_folders.write(tmp_path, names=names))
     expected = ["loss", "accuracy", "learning_rate", "gradient_norm"]
@@ -103,13 +103,13 @@ def test_every_plot_is_drawn_in_a_legible_size(tmp_path: pathlib.Path) -> None:
             assert image.convert("L").getextrema() == (0, 255)
 
 
-def test_a_folder_without_its_configuration_is_the_users_error(folder: pathlib.Path) -> None:
+def test_missing_config_is_a_user_error(folder: pathlib.Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"config\.json not found"):
         report.write_diagnosis(folder)
 
 
-def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) -> None:
+def test_range_test_without_a_proposal_is_written(tmp_path: pathlib.Path) -> None:
     points = [
         Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
         Point(step=2, rate=1.0, loss=math.inf, smoothed_rate=0.3, smoothed_loss=math.inf),
@@ -123,7 +123,7 @@ def test_a_range_test_without_a_proposal_is_written_too(tmp_path: pathlib.Path) 
         assert min(image.size) > 300
 
 
-def test_a_proposal_that_is_doubted_is_not_written_as_one(tmp_path: pathlib.Path) -> None:
+def test_doubtful_proposal_is_not_written(tmp_path: pathlib.Path) -> None:
     points = [
         Point(step=1, rate=0.1, loss=2.0, smoothed_rate=0.1, smoothed_loss=2.0),
         Point(step=2, rate=1.0, loss=1.0, smoothed_rate=0.3, smoothed_loss=1.0),

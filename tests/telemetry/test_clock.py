@@ -7,7 +7,7 @@ from inception_jax.telemetry.clock import Clock, Laps
 
 
 class _Time:
-    """Seconds that pass when told to."""
+    """A fake clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -19,7 +19,7 @@ class _Time:
         self.now += seconds
 
 
-def test_an_inner_phase_stops_the_outer_one() -> None:
+def test_inner_phase_pauses_the_outer_one() -> None:
     time = _Time()
     clock = Clock(now=time)
     time.sleep(100)
@@ -36,7 +36,7 @@ def test_an_inner_phase_stops_the_outer_one() -> None:
     assert clock.total() == 31
 
 
-def test_a_phase_can_be_entered_again_and_read_while_open() -> None:
+def test_phase_is_reentrant_and_readable_while_open() -> None:
     time = _Time()
     clock = Clock(now=time)
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_a_phase_can_be_entered_again_and_read_while_open() -> None:
     assert clock.seconds("save") == 0
 
 
-def test_time_counts_when_a_phase_ends_with_an_error() -> None:
+def test_time_counts_if_a_phase_raises() -> None:
     time = _Time()
     clock = Clock(now=time)
     with pytest.raises(KeyError), clock.phase("save"):
@@ -61,7 +61,7 @@ def test_time_counts_when_a_phase_ends_with_an_error() -> None:
     assert clock.state() == {"save": 2}
 
 
-def test_a_resumed_run_goes_on_counting() -> None:
+def test_resumed_clock_continues() -> None:
     time = _Time()
     clock = Clock(now=time)
     with clock.phase("train"):
@@ -76,14 +76,14 @@ def test_a_resumed_run_goes_on_counting() -> None:
     assert saved == {"train": 1.5}
 
 
-def test_the_clock_runs_by_itself() -> None:
+def test_clock_uses_monotonic_time_by_default() -> None:
     clock = Clock()
     with clock.phase("train"):
         pass
     assert 0 <= clock.total() < 60
 
 
-def test_the_rate_leaves_out_pauses_and_earlier_intervals() -> None:
+def test_throughput_excludes_pauses_and_earlier_intervals() -> None:
     time = _Time()
     clock = Clock({"train": 50.0}, now=time)
     laps = Laps(clock)
@@ -100,7 +100,7 @@ def test_the_rate_leaves_out_pauses_and_earlier_intervals() -> None:
     assert math.isnan(laps.since_last(0)[0])
 
 
-def test_the_share_of_input_is_of_the_time_since_the_last_report() -> None:
+def test_input_wait_covers_the_time_since_the_last_report() -> None:
     time = _Time()
     clock = Clock({"input": 50.0}, now=time)
     laps = Laps(clock)
@@ -115,7 +115,7 @@ def test_the_share_of_input_is_of_the_time_since_the_last_report() -> None:
     assert math.isnan(laps.since_last(1)[1])
 
 
-def test_what_stands_still_is_the_innermost_phase() -> None:
+def test_idle_time_is_that_of_the_innermost_phase() -> None:
     time = _Time()
     clock = Clock(now=time)
     assert clock.idle_time() == ("", 0)

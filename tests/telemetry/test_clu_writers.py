@@ -19,12 +19,12 @@ for step in range(1, 5):
     report(step)
 writer.flush()
 writer.close()
-found = sorted(name for name in sys.modules if name.partition(".")[0] == "tensorflow")
-assert not found, found
+imported = sorted(name for name in sys.modules if name.partition(".")[0] == "tensorflow")
+assert not imported, imported
 """
 
 
-def test_clus_own_default_writer_works_and_nothing_imports_tensorflow(
+def test_clu_default_writer_works_without_tensorflow(
     tmp_path: pathlib.Path,
 ) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -39,7 +39,7 @@ def test_clus_own_default_writer_works_and_nothing_imports_tensorflow(
     assert points == [(step, np.float32(1 / step)) for step in range(1, 5)]
 
 
-def test_values_that_a_writer_cannot_hold_are_refused(tmp_path: pathlib.Path) -> None:
+def test_unsupported_values_are_rejected(tmp_path: pathlib.Path) -> None:
     writer = clu_writers.JsonLinesWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(NotImplementedError, match="JsonLinesWriter writes scalars only"):
         writer.write_images(1, {"train/image": np.zeros([2, 2, 3])})

@@ -27,7 +27,9 @@ def test_without_a_terminal_each_status_is_a_line() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d epoch 2: validation top-1 40%", note)
 
 
-def test_speed_and_time_left_are_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_and_time_left_are_those_of_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 50.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     stream = io.StringIO()
@@ -42,7 +44,9 @@ def test_speed_and_time_left_are_of_this_process(monkeypatch: pytest.MonkeyPatch
     assert second.endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left")
 
 
-def test_what_compiling_takes_counts_in_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_is_excluded_from_throughput_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now, compiled = 50.0, 7.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     stream = io.StringIO()
@@ -56,7 +60,7 @@ def test_what_compiling_takes_counts_in_neither(monkeypatch: pytest.MonkeyPatch)
     assert stream.getvalue().endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left\n")
 
 
-def test_a_bar_starts_anew_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_unpauses_after_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = 0.0
     unpaused: list[int] = []
     with Progress(
@@ -71,7 +75,7 @@ def test_a_bar_starts_anew_after_compiling(monkeypatch: pytest.MonkeyPatch) -> N
     assert unpaused == [1]
 
 
-def test_a_terminal_gets_a_bar_with_notes_above_it() -> None:
+def test_terminal_shows_a_bar_with_notes_above() -> None:
     stream = _Terminal()
     with Progress(4, initial_step=1, batch_size=500, stream=stream) as progress:
         progress.step(2)
@@ -86,7 +90,7 @@ def test_a_terminal_gets_a_bar_with_notes_above_it() -> None:
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()])
-def test_other_processes_show_nothing(stream: io.StringIO) -> None:
+def test_disabled_progress_shows_nothing(stream: io.StringIO) -> None:
     with Progress(4, initial_step=0, batch_size=8, stream=stream, enabled=False) as progress:
         progress.step(1)
         progress.status({"loss": 1.0})

@@ -1,4 +1,4 @@
-"""What a run takes of its machine."""
+"""Measurements of memory and disk space."""
 
 import pathlib
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from inception_jax.telemetry import resources
 
 
-def test_resident_memory_grows_with_what_is_used() -> None:
+def test_resident_memory_grows_with_allocations() -> None:
     before = resources.resident_memory()
     assert before is not None and before > 0.01
     block = np.ones(200_000_000, np.uint8)
@@ -18,12 +18,12 @@ def test_resident_memory_grows_with_what_is_used() -> None:
     del block
 
 
-def test_free_disk_is_that_of_the_folder(tmp_path: pathlib.Path) -> None:
+def test_free_disk_is_that_of_the_directory(tmp_path: pathlib.Path) -> None:
     expected = shutil.disk_usage(tmp_path).free / 1e9
     assert resources.free_disk(tmp_path) == pytest.approx(expected, abs=1)
     assert resources.free_disk(tmp_path / "gone") is None
 
 
-def test_what_the_system_does_not_say_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_memory_is_none_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_STATM", pathlib.Path("/nowhere"))
     assert resources.resident_memory() is None

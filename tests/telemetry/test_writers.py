@@ -22,7 +22,7 @@ from inception_jax import registry
 from inception_jax.config import Config, Log, validate
 from inception_jax.errors import ConfigError, UserError, WriteError
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import RunWriter, read_lines
+from inception_jax.telemetry.writers import RunWriter, read_metrics
 from tests import disks
 
 _KILLED = """
@@ -53,7 +53,7 @@ def _write(workdir: pathlib.Path, steps: range, *, resume_step: int = 0) -> None
             writer.write(step, epoch=step / 4, split="train", values={"loss": 1 / step})
 
 
-def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
+def test_line_contains_step_epoch_split_and_values(tmp_path: pathlib.Path) -> None:
     with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(3, epoch=0.3, split="train", values={"loss": 2.5, "learning_rate": 0.1})
         writer.write(3, epoch=0.3, split="validation", values={"top1": 12.5, "count": 10_000})
@@ -65,13 +65,13 @@ def test_a_line_holds_step_epoch_split_and_values(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 2**53 + 1.0])
-def test_floats_read_back_the_same(tmp_path: pathlib.Path, value: float) -> None:
+def test_floats_round_trip(tmp_path: pathlib.Path, value: float) -> None:
     with RunWriter(Workdir(tmp_path), Log(), resume_step=0) as writer:
         writer.write(1, epoch=value, split="train", values={"loss": value})
     assert _lines(tmp_path)[0]["loss"] == value == _lines(tmp_path)[0]["epoch"]
 
 
-def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Path) -> None:
+def test_array_scalars_are_numbers_and_nonfinite_ones_null(tmp_path: pathlib.Path) -> None:
     values: dict[str, Any] = {
         "numpy": np.float32(0.1),
         "jax": jnp.float32(0.1),
@@ -86,13 +86,13 @@ def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path: pathlib.Pa
     assert [line["nan"], line["inf"], line["jax_nan"]] == [None, None, None]
 
 
-def test_what_was_written_outlives_a_kill(tmp_path: pathlib.Path) -> None:
+def test_written_lines_survive_a_kill(tmp_path: pathlib.Path) -> None:
     child = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)])
     assert child.returncode == -signal.SIGKILL
     assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 26))
 
 
-def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> None:
+def test_resuming_removes_later_and_incomplete_lines(tmp_path: pathlib.Path) -> None:
     _write(tmp_path, range(1, 10))
     before = _lines(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -103,8 +103,8 @@ def test_resuming_removes_later_lines_and_a_torn_one(tmp_path: pathlib.Path) -> 
     assert [line["step"] for line in after] == list(range(1, 12))
 
 
-def test_starting_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
-    # Not even the state before the first step, nor a line that a resume would refuse.
+def test_new_run_removes_all_lines(tmp_path: pathlib.Path) -> None:
+    # Removes even step 0 and a line that a resume would reject.
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1}\n')
     _write(tmp_path, range(0))
     assert _lines(tmp_path) == []
@@ -123,17 +123,17 @@ def test_only_the_lead_process_writes(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"epoch": 1}', '{"step": "1"}'])
-def test_a_damaged_line_is_reported_with_its_place(tmp_path: pathlib.Path, line: str) -> None:
+def test_corrupt_line_is_reported_with_its_number(tmp_path: pathlib.Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*Remove the line"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 2: .*delete this line"):
         RunWriter(Workdir(tmp_path), Log(), resume_step=2)
     assert path.read_text().count("\n") == 3
 
 
-def test_a_write_that_fails_is_the_users_error(tmp_path: pathlib.Path) -> None:
-    # A limit on the size of files fails a write as a full disk does. It would fail the tests' own
-    # output too, where that is a file, hence the process of its own.
+def test_failed_write_is_a_user_error(tmp_path: pathlib.Path) -> None:
+    # A file size limit makes writes fail like a full disk. It would also affect the output of the
+    # tests if that is a file, hence the separate process.
     script = """
 import pathlib, resource, sys
 from inception_jax.errors import UserError
@@ -154,9 +154,9 @@ except UserError as error:
     assert re.search(rf"{re.escape(str(tmp_path))}: .*File too large.*space", done.stdout)
 
 
-def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_removed_workdir_is_a_user_error(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
-    # At the end, too: a line is missing.
+    # Also on exit, because a line is missing.
     with (
         pytest.raises(UserError, match="removed"),
         RunWriter(Workdir(workdir), Log(), resume_step=0) as writer,
@@ -168,28 +168,28 @@ def test_a_removed_folder_is_the_users_error(tmp_path: pathlib.Path) -> None:
             writer.write(1, epoch=0.0, split="train", values={"loss": 1.0})
 
 
-def test_a_patient_writer_keeps_what_a_full_disk_does_not_take(tmp_path: pathlib.Path) -> None:
+def test_retrying_writer_keeps_rows_while_the_disk_is_full(tmp_path: pathlib.Path) -> None:
     def write(steps: range) -> None:
         for step in steps:
             writer.write(step, epoch=0.0, split="train", values={"loss": 3.14159 * step})
 
     with disks.mounted(tmp_path / "disk", kilobytes=64) as disk:
-        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, patient=True) as writer:
+        with RunWriter(Workdir(disk / "run"), Log(), resume_step=0, retry_on_error=True) as writer:
             write(range(1, 11))
             writer.flush()
-            # What is left is a part of a page of each file: lines are torn.
+            # Only parts of the last pages are left, so lines are cut.
             (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
             write(range(11, 201))
-            with pytest.raises(WriteError, match=r"Cannot write metrics .*No space left"):
+            with pytest.raises(WriteError, match=r"cannot write metrics: .*No space left"):
                 writer.flush()
-            assert 10 < len(read_lines(disk / "run" / "metrics.jsonl")) < 200
+            assert 10 < len(read_metrics(disk / "run" / "metrics.jsonl")) < 200
             (disk / "other").unlink()
             write(range(201, 211))
         assert [line["step"] for line in _lines(disk / "run")] == list(range(1, 211))
 
 
 class Rows:
-    """A writer that keeps what it gets, and fails where it is told to."""
+    """A writer that records its rows, and fails on demand."""
 
     def __init__(self, fails: Callable[[str, int], bool] = lambda method, step: False) -> None:
         self.rows: list[tuple[int, float, str, dict[str, float]]] = []
@@ -198,7 +198,7 @@ class Rows:
 
     def _do(self, method: str, step: int = 0) -> None:
         if self._fails(method, step):
-            raise ValueError("the service is not there")
+            raise ValueError("service unavailable")
         self.calls.append(method)
 
     def resume(self, resume_step: int) -> None:
@@ -218,7 +218,7 @@ class Rows:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
-    """Registers a writer for one test, and returns settings that name it."""
+    """Registers a writer for one test, and returns settings that use it."""
     monkeypatch.setattr(registry.WRITERS, "_parts", dict(registry.WRITERS._parts))
 
     def register(build: Callable[[Log, Workdir], Any], **options: Any) -> Log:
@@ -229,7 +229,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
     return register
 
 
-def test_a_writer_of_ones_own_gets_every_row(
+def test_custom_writer_gets_every_row(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     rows, given = Rows(), list[Any]()
@@ -253,7 +253,7 @@ def test_a_writer_of_ones_own_gets_every_row(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_what_a_writer_does_to_a_row_the_next_one_does_not_see(
+def test_writers_get_separate_copies_of_a_row(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     rows = Rows()
@@ -264,7 +264,7 @@ def test_what_a_writer_does_to_a_row_the_next_one_does_not_see(
     assert rows.rows == [(1, 0.1, "train", {"loss": 1.0})] * 2
 
 
-def test_without_other_writers_there_is_metrics_jsonl(tmp_path: pathlib.Path) -> None:
+def test_metrics_jsonl_is_written_without_other_writers(tmp_path: pathlib.Path) -> None:
     with RunWriter(Workdir(tmp_path), Log(writers=()), resume_step=0) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -278,9 +278,7 @@ def test_only_the_lead_process_opens_writers(
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
 
 
-def test_a_writer_that_fails_is_named(
-    registered: Callable[..., Log], tmp_path: pathlib.Path
-) -> None:
+def test_failing_writer_is_named(registered: Callable[..., Log], tmp_path: pathlib.Path) -> None:
     rows = Rows(lambda method, step: method == "write" and step == 2)
     settings = registered(lambda settings, workdir: rows)
     with (
@@ -289,72 +287,76 @@ def test_a_writer_that_fails_is_named(
     ):
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
         expected = (
-            r"writer 'mine' cannot be given the row of train at step 2: ValueError: the service is "
-            r"not there \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
+            r"writer 'mine': cannot write the train row of step 2: ValueError: service "
+            r"unavailable \(.*test_writers\.py, line \d+\)\. .*config\.log\.writers"
         )
         with pytest.raises(WriteError, match=expected):
             writer.write(2, epoch=0.2, split="train", values={"loss": 2.0})
-    # The others have all, and are closed.
+    # The other writers have all rows and are closed.
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
     assert rows.calls[-1] == "close"
 
 
-def test_a_patient_run_outlives_a_writer_that_fails_for_a_while(
+def test_retrying_run_survives_a_temporary_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
-    is_down, said = [True], list[str]()
+    is_down, logged = [True], list[str]()
     rows = Rows(lambda method, step: is_down[0] and method == "write")
     settings = registered(lambda settings, workdir: rows)
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=logged.append
     ) as writer:
         for step in (1, 2):
             writer.write(step, epoch=0.1, split="train", values={"loss": 1.0})
-        assert not said
-        # No error: a checkpoint waits for metrics.jsonl alone.
+        assert not logged
+        # No error: a checkpoint only waits for metrics.jsonl.
         writer.flush()
-        assert "'mine' cannot be given the row of train at step 1: ValueError" in said.pop()
-        assert not said
+        assert "'mine': cannot write the train row of step 1: ValueError" in logged.pop()
+        assert not logged
         is_down[0] = False
         writer.write(3, epoch=0.1, split="train", values={"loss": 1.0})
-    assert not said
+    assert not logged
     assert [row[0] for row in rows.rows] == [1, 2, 3]
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_patient_run_ends_well_without_a_writer_that_never_came_back(
+def test_retrying_run_survives_a_permanent_writer_failure(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     settings = registered(lambda settings, workdir: Rows(lambda method, step: method != "resume 0"))
     with RunWriter(
-        Workdir(tmp_path), settings, resume_step=0, patient=True, log=said.append
+        Workdir(tmp_path), settings, resume_step=0, retry_on_error=True, log=logged.append
     ) as writer:
         writer.write(1, epoch=0.1, split="train", values={"loss": 1.0})
-    assert ["given the row" in said[0], "closed" in said[1], len(said)] == [True, True, 2]
-    assert "on_write_error = 'continue'" in said[0]
+    assert ["cannot write" in logged[0], "cannot close" in logged[1], len(logged)] == [
+        True,
+        True,
+        2,
+    ]
+    assert "on_write_error = 'continue'" in logged[0]
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 
 
-def test_a_writer_that_cannot_be_opened_is_named_and_the_others_are_closed(
+def test_writer_that_cannot_be_opened_is_named(
     registered: Callable[..., Log], tmp_path: pathlib.Path
 ) -> None:
     def mine(settings: Log) -> Rows:
         return Rows()
 
     settings = registered(mine)
-    with pytest.raises(WriteError, match=r"writer 'mine' cannot be opened: TypeError: .*1 pos"):
+    with pytest.raises(WriteError, match=r"writer 'mine': cannot open: TypeError: .*1 pos"):
         RunWriter(Workdir(tmp_path), settings, resume_step=0)
 
 
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        (None, r"returned None, which has no write\(\), flush\(\), close\(\)\. Return an object "),
-        (types.SimpleNamespace(write=print), r"returned .*, which has no flush\(\), close\(\)\. "),
+        (None, r"returned None without write\(\), flush\(\), close\(\); return an object "),
+        (types.SimpleNamespace(write=print), r"returned .* without flush\(\), close\(\); "),
     ],
 )
-def test_what_is_no_writer_is_refused(
+def test_object_without_writer_methods_is_rejected(
     registered: Callable[..., Log], tmp_path: pathlib.Path, returned: Any, words: str
 ) -> None:
     settings = registered(lambda settings, workdir: returned)
@@ -363,7 +365,7 @@ def test_what_is_no_writer_is_refused(
         RunWriter(Workdir(tmp_path), settings, resume_step=0)
 
 
-def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
+def test_unknown_writer_or_option_is_a_config_error(
     registered: Callable[..., Log],
 ) -> None:
     settings = registered(lambda settings, workdir: Rows(), project="p")
@@ -374,7 +376,7 @@ def test_a_wrong_writer_or_option_is_a_mistake_in_the_settings(
         validate(Config(log=dataclasses.replace(settings, options={"projet": "x"})))
 
 
-def test_a_class_is_registered_where_its_instances_are_made() -> None:
+def test_registered_class_has_its_definition_place() -> None:
     registry.register_writer("a class")(Rows)
     try:
         part = registry.WRITERS.get("a class")
@@ -383,7 +385,7 @@ def test_a_class_is_registered_where_its_instances_are_made() -> None:
         del registry.WRITERS._parts["a class"]
 
 
-def test_event_files_keep_their_order_when_the_clock_is_set_back(
+def test_event_files_stay_ordered_if_the_clock_is_set_back(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
@@ -394,15 +396,15 @@ def test_event_files_keep_their_order_when_the_clock_is_set_back(
     assert [int(name.rpartition(".")[2]) for name in names] == [5_000, 5_001, 5_002, 6_000]
 
 
-def test_a_workdir_that_is_a_file_is_the_users_error(tmp_path: pathlib.Path) -> None:
+def test_workdir_that_is_a_file_is_a_user_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="Cannot write metrics"):
+    with pytest.raises(UserError, match="cannot write metrics"):
         RunWriter(Workdir(tmp_path / "run"), Log(), resume_step=0)
 
 
 @pytest.fixture(params=["auto", "false"])
 def tensorboard(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[str]:
-    """Runs a TensorBoard of `tmp_path`, with each of its two loaders; gives its address."""
+    """Runs TensorBoard on `tmp_path` with each of its two loaders; yields its address."""
     pytest.importorskip("tensorboard")
     command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0"]
     command += [f"--logdir={tmp_path / 'tensorboard'}", f"--load_fast={request.param}"]
@@ -421,7 +423,7 @@ def tensorboard(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Itera
 
 
 def _curve(address: str, tag: str, *, last_step: int) -> list[tuple[int, float]]:
-    """Returns (step, value) of a curve once TensorBoard, which reads on, has its last step."""
+    """Waits until TensorBoard has read the last step, and returns the curve's (step, value)."""
     while True:
         with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags") as reply:
             tags = json.load(reply).get(".", {})
@@ -450,7 +452,7 @@ def test_tensorboard_shows_each_step_once_after_resumes(
     expected = [(step, 1.0 if step <= 20 else 2.0) for step in range(1, 41)]
     assert _curve(tensorboard, "train/loss", last_step=40) == expected
     assert _curve(tensorboard, "validation/top1", last_step=40) == expected[9::10]
-    # A new run in the same folder hides all of the old one.
+    # A new run in the same workdir hides the old one.
     _run(tmp_path, resume=0, last=50, loss=3.0)
     expected = [(step, 3.0) for step in range(1, 51)]
     assert _curve(tensorboard, "train/loss", last_step=50) == expected

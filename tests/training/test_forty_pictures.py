@@ -11,7 +11,7 @@ from PIL import Image
 from inception_jax.config import Config
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 from inception_jax.training import run, workdir
 from tests import small
 from tests.experiments import load
@@ -50,7 +50,7 @@ def test_forty_images_are_classified(red: int, blue: int, tmp_path: pathlib.Path
     result = small.train(this, folder, Evaluator(this), changed=[])
     assert (result["step"], result["top1"]) == (120, 100)
 
-    lines = read_lines(folder.path / "metrics.jsonl")
+    lines = read_metrics(folder.path / "metrics.jsonl")
     validation = [line["top1"] for line in lines if line["split"] == "validation"]
     assert 5 <= len(validation) <= 6
     assert set(validation[len(validation) // 2 :]) == {100}

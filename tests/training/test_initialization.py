@@ -86,7 +86,7 @@ def test_new_run_starts_from_file_and_resume_does_not_need_it(
     path = tmp_path / "copy.safetensors"
     train = Train(batch_size=64, duration="3 steps", ema="5 steps")
     this = small.build(fine_tuning(data_directory, path, train=train))
-    drawn = small.draw(this.model, 8)
+    drawn = small.random_variables(this.model, 8)
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))
     folder = Workdir(tmp_path / "run")
     small.train(this, folder, Evaluator(this), changed=[])

@@ -37,7 +37,7 @@ from inception_jax.input import pipeline
 from inception_jax.storage import append_only, integrity, lock
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import clock, compilations
-from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from inception_jax.training import checkpoints as checkpointing
 from inception_jax.training import reporter, run, startup, state, step, workdir
 from tests import small
@@ -90,8 +90,8 @@ def final_leaves(this: run.Run, folder: Workdir) -> list[tuple[str, np.ndarray]]
 
 
 def lines_without_timing(folder: Workdir) -> list[dict[str, Any]]:
-    lines = read_lines(folder.path / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+    lines = read_metrics(folder.path / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in NONDETERMINISTIC_FIELDS} for line in lines]
 
 
 def assert_same(this: run.Run, folder: Workdir, reference: Workdir) -> None:
@@ -118,7 +118,7 @@ def stop_before_step(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_metrics_and_result_are_written(reference: tuple[run.Run, Workdir]) -> None:
     _, folder = reference
-    lines = read_lines(folder.path / "metrics.jsonl")
+    lines = read_metrics(folder.path / "metrics.jsonl")
     at = [(line["step"], line["split"]) for line in lines]
     # 11 steps of 64: a report every 3 and at the end, an evaluation every 5 and at the end.
     train, test = "train", "test"
@@ -152,9 +152,9 @@ def test_each_evaluation_is_published_once_it_is_on_disk(
 
     def look(result: dict[str, Any], evaluated: EvalResult) -> None:
         assert not (tmp_path / "result.json").exists()
-        last = [each for each in read_lines(tmp_path / "metrics.jsonl") if each["split"] == "test"][
-            -1
-        ]
+        last = [
+            each for each in read_metrics(tmp_path / "metrics.jsonl") if each["split"] == "test"
+        ][-1]
         same = ("step", "epoch", "split", "loss", "top1", "top5", "count")
         assert {key: result[key] for key in same} == {key: last[key] for key in same}
         assert result["seconds_by_phase"]["train"] > 0
@@ -223,7 +223,7 @@ def test_slow_reports_are_written_less_often_and_at_the_end(
     monkeypatch.setattr(this.config.evaluation, "every", "2 steps")
     small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
     assert reports == [2, 11]
-    lines = read_lines(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["split"] == "test"] == [2, 4, 6, 8, 10, 11]
 
 
@@ -235,7 +235,9 @@ def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -
     this = small.build(config)
     result = small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
-        line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"
+        line["loss"]
+        for line in read_metrics(tmp_path / "metrics.jsonl")
+        if line["split"] == "train"
     ]
     assert losses[-1] < losses[0] / 2
     assert result["top1"] > 50  # Chance is 10.
@@ -399,13 +401,13 @@ def test_last_and_best_checkpoints_are_kept(
 
     def evaluate(_: state.Variables, names: Collection[str]) -> dict[str, EvalResult]:
         assert list(names) == ["test", "train_eval"]
-        main = small.evaluated(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
-        return main | small.evaluated(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
+        main = small.fake_results(["test"], loss=1.0, top1=next(scores), top5=99.0, count=360)
+        return main | small.fake_results(["train_eval"], loss=0.5, top1=95.0, top5=99.0, count=70)
 
     small.train(this, Workdir(tmp_path), evaluate, changed=[])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 10, 11]
-    lines = read_lines(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     sample = [(line["step"], line["count"]) for line in lines if line["split"] == "train_eval"]
     assert sample == [(5, 70), (10, 70), (11, 70)]
 
@@ -745,7 +747,7 @@ def test_clock_jumps_change_no_metrics(
         patch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
         train_again(this, folder)
     assert_same(this, folder, expected)
-    seconds = [line["seconds"] for line in read_lines(folder.path / "metrics.jsonl")]
+    seconds = [line["seconds"] for line in read_metrics(folder.path / "metrics.jsonl")]
     assert seconds == sorted(seconds) and 0 < seconds[-1] < 300
 
 

@@ -19,7 +19,7 @@ from inception_jax.evaluation.evaluate import EvalResult
 from inception_jax.input import pipeline
 from inception_jax.models.layers import Classifier, ModelOutput
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import MEASURED, read_lines
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from inception_jax.training import (
     checkpoints,
     gradients,
@@ -89,15 +89,15 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
 
 
 def evaluate(_: Any, names: Collection[str]) -> dict[str, EvalResult]:
-    return small.evaluated(names, loss=1.0, top1=10.0, top5=50.0, count=360)
+    return small.fake_results(names, loss=1.0, top1=10.0, top5=50.0, count=360)
 
 
 def train(this: run.Run, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and returns the lines of metrics without timings."""
     small.train(this, Workdir(folder), evaluate, changed=[])
     return [
-        {name: value for name, value in line.items() if name not in MEASURED}
-        for line in read_lines(folder / "metrics.jsonl")
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
+        for line in read_metrics(folder / "metrics.jsonl")
     ]
 
 
@@ -203,7 +203,7 @@ def test_too_many_skipped_steps_stop_run_even_after_resume(
         train(this, tmp_path)
     with checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
         assert saved.latest_step() == 6
-    assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
 def test_streak_that_reached_limit_is_kept() -> None:

@@ -12,7 +12,7 @@ from inception_jax.config import Evaluation, Train
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import read_lines
+from inception_jax.telemetry.writers import read_metrics
 from inception_jax.training import checkpoints, norm, run, state
 from tests import small
 
@@ -32,7 +32,7 @@ def test_statistics_are_mean_over_training_batches(
 ) -> None:
     this = small.build(settings(data_directory, examples=100, ema=ema))
     before = state.create(this)
-    params = small.draw(this.model, this.dataset.image_size)["params"]
+    params = small.random_variables(this.model, this.dataset.image_size)["params"]
     before = before.replace(average=before.average | {"params": params}) if ema else before
     estimate = norm.NormEstimator(this)
     if compiled:
@@ -105,7 +105,7 @@ def test_checkpoint_has_evaluated_statistics_and_training_is_unaffected(
         this = small.build(settings(data_directory, examples=examples))
         folder = Workdir(tmp_path / str(examples))
         small.train(this, folder, Evaluator(this), changed=[])
-        lines = [each for each in read_lines(folder.path / "metrics.jsonl") if "count" in each]
+        lines = [each for each in read_metrics(folder.path / "metrics.jsonl") if "count" in each]
         assert [each["step"] for each in lines] == [3, 6]
         for line in lines:
             result = evaluate_checkpoint(this, folder, str(line["step"]))

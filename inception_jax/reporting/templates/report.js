@@ -1,56 +1,56 @@
 // The page's only script: curves that can be zoomed, tables that can be sorted, the theme.
-// All text goes in as text, never as markup.
+// All text is inserted as text, never as markup.
 "use strict";
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
-  const many = data.runs.length > 1;
+  const isComparison = data.runs.length > 1;
   const MARGIN = { left: 58, right: 14, top: 10, bottom: 40 };
-  // With fewer evaluations in view each gets a dot; more would hide the line.
-  const MOST_DOTS = 40;
-  const RUN_COLOURS = 8;
+  // Up to this many evaluations in view, each has a dot; more dots would hide the line.
+  const MAX_DOTS = 40;
+  const RUN_COLORS = 8;
 
-  // What all charts share: the horizontal axis, its visible range (null: all), the curves hidden.
+  // State shared by all charts: horizontal axis, its visible range (null: all), hidden curves.
   const view = { axis: "epoch", range: null, hidden: new Set() };
   const charts = [];
 
-  function element(name, attributes = {}, text = null) {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    if (text !== null) made.textContent = text;
-    return made;
+  function svgElement(name, attributes = {}, text = null) {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    if (text !== null) node.textContent = text;
+    return node;
   }
 
-  function html(name, className, text = null) {
-    const made = document.createElement(name);
-    if (className) made.className = className;
-    if (text !== null) made.textContent = text;
-    return made;
+  function htmlElement(name, className, text = null) {
+    const node = document.createElement(name);
+    if (className) node.className = className;
+    if (text !== null) node.textContent = text;
+    return node;
   }
 
-  function show(value) {
+  function format(value) {
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-3 || size >= 1e6) return value.toExponential(1).replace("e+", "e");
     return String(Number(value.toPrecision(4)));
   }
 
-  // About `count` round numbers that cover a range.
+  // Returns about `count` round numbers that cover a range.
   function ticks(low, high, count) {
     const rough = (high - low) / Math.max(count, 1);
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 2.5, 5, 10].find((each) => each * power >= rough * 0.999) * power;
-    const found = [];
+    const numbers = [];
     for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) {
-      found.push(Number((n * step).toPrecision(12)));
+      numbers.push(Number((n * step).toPrecision(12)));
     }
-    return found;
+    return numbers;
   }
 
-  // The curves of one metric: in a run's own report coloured by split, in a comparison by run.
+  // Returns the curves of one metric: colored by split in a run's report, by run in a comparison.
   function seriesOf(metric) {
-    const found = [];
-    // What is known from training only has no other curves to be told from.
+    const curves = [];
+    // A metric that only training reports needs no label to distinguish its curves.
     const evaluated = data.runs.some((run) => Object.entries(run.splits)
       .some(([split, columns]) => !split.startsWith("train") && columns.metrics[metric]));
     data.runs.forEach((run, index) => {
@@ -59,22 +59,22 @@
         if (!values || !values.some((value) => value !== null)) continue;
         const training = split.startsWith("train");
         const kind = !evaluated ? "" : training ? "training" : "evaluation";
-        const colour = many ? `run${index % RUN_COLOURS}` : columns.colour;
-        found.push({
-          keys: many ? [`run:${index}`, ...(kind ? [`kind:${kind}`] : [])] : [`split:${split}`],
-          name: many ? `${run.name}${kind === "training" ? `, ${columns.label}` : ""}` : columns.label,
+        const color = isComparison ? `run${index % RUN_COLORS}` : columns.color;
+        curves.push({
+          keys: isComparison ? [`run:${index}`, ...(kind ? [`kind:${kind}`] : [])] : [`split:${split}`],
+          name: isComparison ? `${run.name}${kind === "training" ? `, ${columns.label}` : ""}` : columns.label,
           training,
-          dashed: many && kind === "training",
-          colour: `var(--${colour})`,
+          dashed: isComparison && kind === "training",
+          color: `var(--${color})`,
           columns,
           values,
         });
       }
     });
-    return found;
+    return curves;
   }
 
-  // The points of a curve that have a place on the axis: [{x, y}], y null where there is a gap.
+  // Returns the points of a curve that have a value on the axis: [{x, y}], y null for a gap.
   function pointsOf(series) {
     const axis = series.columns[view.axis];
     return series.values.map((y, n) => ({ x: axis[n], y })).filter((point) => point.x !== null);
@@ -92,7 +92,7 @@
       }
     }
     if (low > high) return [0, 1];
-    // From the start of the run, and never without width.
+    // The range begins at the start of the run and is never empty.
     low = Math.min(low, 0);
     return high > low ? [low, high] : [low, low + 1];
   }
@@ -122,10 +122,10 @@
       figure.hidden = false;
       charts.push(this);
       const last = this.series.map(({ name, values }) =>
-        `${name} ${show(values.findLast((value) => value !== null))}${this.unit}`);
+        `${name} ${format(values.findLast((value) => value !== null))}${this.unit}`);
       this.plot.setAttribute("aria-label", `${this.title}. Last values: ${last.join(", ")}`);
-      this.svg = element("svg", { "aria-hidden": "true" });
-      this.tip = html("div", "tip");
+      this.svg = svgElement("svg", { "aria-hidden": "true" });
+      this.tip = htmlElement("div", "tip");
       this.tip.hidden = true;
       this.plot.append(this.svg, this.tip);
       this.listen();
@@ -146,52 +146,52 @@
       const curves = this.visible().map((series) => ({ series, points: pointsOf(series) }));
       const inside = curves.flatMap(({ points }) =>
         points.filter(({ x, y }) => y !== null && x >= low && x <= high).map(({ y }) => y));
-      // Not Math.min(...inside): an engine bounds how many arguments a call may have.
-      let least = inside.length ? inside.reduce((a, b) => Math.min(a, b)) : 0;
-      let most = inside.length ? inside.reduce((a, b) => Math.max(a, b)) : 1;
-      const room = (most - least) * 0.06 || Math.abs(most) * 0.1 || 1;
-      const positive = least >= 0;
-      [least, most] = [least - room, most + room];
-      if (positive) least = Math.max(least, 0);
-      if (this.unit === "%") most = Math.min(most, 100);
+      // Not Math.min(...inside): engines limit the number of arguments of a call.
+      let min = inside.length ? inside.reduce((a, b) => Math.min(a, b)) : 0;
+      let max = inside.length ? inside.reduce((a, b) => Math.max(a, b)) : 1;
+      const room = (max - min) * 0.06 || Math.abs(max) * 0.1 || 1;
+      const positive = min >= 0;
+      [min, max] = [min - room, max + room];
+      if (positive) min = Math.max(min, 0);
+      if (this.unit === "%") max = Math.min(max, 100);
       this.box = { low, high, left: MARGIN.left, right, bottom };
       this.x = (value) => MARGIN.left + ((value - low) / (high - low)) * (right - MARGIN.left);
-      this.y = (value) => bottom - ((value - least) / (most - least)) * (bottom - MARGIN.top);
+      this.y = (value) => bottom - ((value - min) / (max - min)) * (bottom - MARGIN.top);
       this.svg.replaceChildren();
       this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      this.drawAxes(width, low, high, least, most);
+      this.drawAxes(width, low, high, min, max);
       this.drawCurves(curves, low, high);
-      this.overlay = element("g");
+      this.overlay = svgElement("g");
       this.svg.append(this.overlay);
       this.drawCursor();
     }
 
-    drawAxes(width, low, high, least, most) {
+    drawAxes(width, low, high, min, max) {
       const { left, right, bottom } = this.box;
-      for (const tick of ticks(least, most, 5)) {
+      for (const tick of ticks(min, max, 5)) {
         const y = this.y(tick);
         this.svg.append(
-          element("line", { class: "gridline", x1: left, x2: right, y1: y, y2: y }),
-          element("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, show(tick)));
+          svgElement("line", { class: "gridline", x1: left, x2: right, y1: y, y2: y }),
+          svgElement("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, format(tick)));
       }
       for (const tick of ticks(low, high, width / 90)) {
         const x = this.x(tick);
         this.svg.append(
-          element("line", { class: "gridline", x1: x, x2: x, y1: bottom, y2: bottom + 5 }),
-          element("text", { x, y: bottom + 19, "text-anchor": "middle" }, show(tick)));
+          svgElement("line", { class: "gridline", x1: x, x2: x, y1: bottom, y2: bottom + 5 }),
+          svgElement("text", { x, y: bottom + 19, "text-anchor": "middle" }, format(tick)));
       }
-      const words = view.axis === "epoch" ? "epoch" : "hours";
+      const label = view.axis === "epoch" ? "epoch" : "hours";
       this.svg.append(
-        element("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, words));
+        svgElement("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, label));
     }
 
     drawCurves(curves, low, high) {
       const { left, right, bottom } = this.box;
-      const clip = element("clipPath", { id: this.clip });
-      clip.append(element("rect", {
+      const clip = svgElement("clipPath", { id: this.clip });
+      clip.append(svgElement("rect", {
         x: left - 4, y: 0, width: right - left + 8, height: bottom + 4,
       }));
-      const group = element("g", { "clip-path": `url(#${this.clip})` });
+      const group = svgElement("g", { "clip-path": `url(#${this.clip})` });
       for (const { series, points } of curves) {
         let path = "";
         let pen = "M";
@@ -204,14 +204,14 @@
           pen = "L";
         }
         const dashed = series.dashed ? " dashed" : "";
-        const line = element("path", { class: `curve${dashed}`, d: path });
-        line.style.stroke = series.colour;
+        const line = svgElement("path", { class: `curve${dashed}`, d: path });
+        line.style.stroke = series.color;
         group.append(line);
         const seen = points.filter(({ x, y }) => y !== null && x >= low && x <= high);
-        if (seen.length <= (series.training ? 1 : MOST_DOTS)) {
+        if (seen.length <= (series.training ? 1 : MAX_DOTS)) {
           for (const { x, y } of seen) {
-            const dot = element("circle", { cx: this.x(x), cy: this.y(y), r: 3 });
-            dot.style.fill = series.colour;
+            const dot = svgElement("circle", { cx: this.x(x), cy: this.y(y), r: 3 });
+            dot.style.fill = series.color;
             group.append(dot);
           }
         }
@@ -219,24 +219,24 @@
       this.svg.append(clip, group);
     }
 
-    // Shows the values at the place of the cursor: of each curve those of its nearest point.
+    // Shows each curve's value at the point nearest to the cursor.
     drawCursor() {
       this.overlay.replaceChildren();
       this.tip.hidden = true;
       if (this.at === null || this.at < this.box.low || this.at > this.box.high) return;
       const x = this.x(this.at);
-      this.overlay.append(element("line", {
+      this.overlay.append(svgElement("line", {
         class: "cursor", x1: x, x2: x, y1: MARGIN.top, y2: this.box.bottom,
       }));
-      this.tip.replaceChildren(html("b", "", `${view.axis === "epoch" ? "epoch" : "hour"} ${show(this.at)}`));
+      this.tip.replaceChildren(htmlElement("b", "", `${view.axis === "epoch" ? "epoch" : "hour"} ${format(this.at)}`));
       for (const { series, point } of this.nearest()) {
-        const dot = element("circle", { cx: this.x(point.x), cy: this.y(point.y), r: 4.5 });
-        dot.style.fill = series.colour;
+        const dot = svgElement("circle", { cx: this.x(point.x), cy: this.y(point.y), r: 4.5 });
+        dot.style.fill = series.color;
         this.overlay.append(dot);
-        const row = html("div");
-        const key = html("i");
-        key.style.background = series.colour;
-        row.append(key, html("span", "", series.name), html("em", "", `${show(point.y)}${this.unit}`));
+        const row = htmlElement("div");
+        const key = htmlElement("i");
+        key.style.background = series.color;
+        row.append(key, htmlElement("span", "", series.name), htmlElement("em", "", `${format(point.y)}${this.unit}`));
         this.tip.append(row);
       }
       this.tip.hidden = false;
@@ -246,47 +246,47 @@
     }
 
     nearest() {
-      const found = [];
+      const nearest = [];
       for (const series of this.visible()) {
         let best = null;
         for (const point of pointsOf(series)) {
           if (point.y === null || point.x < this.box.low || point.x > this.box.high) continue;
           if (!best || Math.abs(point.x - this.at) < Math.abs(best.x - this.at)) best = point;
         }
-        if (best) found.push({ series, point: best });
+        if (best) nearest.push({ series, point: best });
       }
-      return found;
+      return nearest;
     }
 
-    // Every place in view that has a point, in order.
-    places() {
+    // Returns the positions of all points in view, in order.
+    positions() {
       const all = this.visible().flatMap((series) => pointsOf(series))
         .filter(({ x, y }) => y !== null && x >= this.box.low && x <= this.box.high)
         .map(({ x }) => x);
       return [...new Set(all)].sort((a, b) => a - b);
     }
 
-    moveTo(place) {
-      this.at = place;
+    moveTo(position) {
+      this.at = position;
       this.drawCursor();
-      const words = this.nearest().map(({ series, point }) => `${series.name} ${show(point.y)}${this.unit}`);
-      byId("said").textContent = `${this.title}, ${view.axis === "epoch" ? "epoch" : "hour"} ${show(place)}: ${words.join(", ")}`;
+      const values = this.nearest().map(({ series, point }) => `${series.name} ${format(point.y)}${this.unit}`);
+      byId("announcement").textContent = `${this.title}, ${view.axis === "epoch" ? "epoch" : "hour"} ${format(position)}: ${values.join(", ")}`;
     }
 
     zoomBy(factor) {
       const { low, high } = this.box;
-      const centre = this.at === null ? (low + high) / 2 : this.at;
-      zoomTo([centre - (centre - low) * factor, centre + (high - centre) * factor]);
+      const center = this.at === null ? (low + high) / 2 : this.at;
+      zoomTo([center - (center - low) * factor, center + (high - center) * factor]);
     }
 
     onKey(event) {
-      const places = this.places();
-      const here = this.at === null ? -1 : places.findLastIndex((place) => place <= this.at);
+      const positions = this.positions();
+      const here = this.at === null ? -1 : positions.findLastIndex((each) => each <= this.at);
       const actions = {
-        ArrowRight: () => this.moveTo(places[Math.min(here + 1, places.length - 1)]),
-        ArrowLeft: () => this.moveTo(places[Math.max(here - 1, 0)]),
-        Home: () => this.moveTo(places[0]),
-        End: () => this.moveTo(places[places.length - 1]),
+        ArrowRight: () => this.moveTo(positions[Math.min(here + 1, positions.length - 1)]),
+        ArrowLeft: () => this.moveTo(positions[Math.max(here - 1, 0)]),
+        Home: () => this.moveTo(positions[0]),
+        End: () => this.moveTo(positions[positions.length - 1]),
         "+": () => this.zoomBy(0.5),
         "=": () => this.zoomBy(0.5),
         "-": () => this.zoomBy(2),
@@ -294,38 +294,38 @@
         Escape: () => zoomTo(null),
       };
       const action = actions[event.key];
-      if (!action || !places.length || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (!action || !positions.length || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
       action();
     }
 
     listen() {
       let from = null;
-      const place = (event) => {
+      const positionOf = (event) => {
         const { left, right, low, high } = this.box;
         const x = event.clientX - this.plot.getBoundingClientRect().left;
-        const share = Math.min(Math.max((x - left) / (right - left), 0), 1);
-        return low + share * (high - low);
+        const fraction = Math.min(Math.max((x - left) / (right - left), 0), 1);
+        return low + fraction * (high - low);
       };
       const select = (to) => {
         const [a, b] = [this.x(from), this.x(to)].sort((one, other) => one - other);
-        this.overlay.append(element("rect", {
+        this.overlay.append(svgElement("rect", {
           class: "selection", x: a, width: b - a, y: MARGIN.top, height: this.box.bottom - MARGIN.top,
         }));
       };
       this.plot.addEventListener("pointerdown", (event) => {
         if (event.button !== 0) return;
-        from = place(event);
+        from = positionOf(event);
         this.plot.setPointerCapture(event.pointerId);
       });
       this.plot.addEventListener("pointermove", (event) => {
-        this.at = place(event);
+        this.at = positionOf(event);
         this.drawCursor();
         if (from !== null) select(this.at);
       });
       this.plot.addEventListener("pointerup", (event) => {
         if (from === null) return;
-        const [start, end] = [from, place(event)].sort((one, other) => one - other);
+        const [start, end] = [from, positionOf(event)].sort((one, other) => one - other);
         from = null;
         if (this.x(end) - this.x(start) > 8) zoomTo([start, end]);
         else this.drawCursor();
@@ -345,20 +345,20 @@
     }
   }
 
-  function legendEntry(key, words, colour, dashed) {
-    const button = html("button");
+  function legendEntry(key, label, color, dashed) {
+    const button = htmlElement("button");
     button.type = "button";
     button.dataset.key = key;
     button.setAttribute("aria-pressed", "true");
-    if (colour) {
-      const sample = element("svg", { width: 22, height: 8, "aria-hidden": "true" });
-      const line = element("line", { x1: 1, x2: 21, y1: 4, y2: 4, "stroke-width": dashed ? 2 : 3 });
+    if (color) {
+      const sample = svgElement("svg", { width: 22, height: 8, "aria-hidden": "true" });
+      const line = svgElement("line", { x1: 1, x2: 21, y1: 4, y2: 4, "stroke-width": dashed ? 2 : 3 });
       if (dashed) line.setAttribute("stroke-dasharray", "5 3");
-      line.style.stroke = colour;
+      line.style.stroke = color;
       sample.append(line);
       button.append(sample);
     }
-    button.append(html("span", "", words));
+    button.append(htmlElement("span", "", label));
     button.addEventListener("click", () => {
       const on = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(on));
@@ -375,10 +375,10 @@
       const key = series.keys[0];
       if (seen.has(key)) continue;
       seen.add(key);
-      const words = many ? data.runs[Number(key.slice(4))].name : series.name;
-      legendEntry(key, words, series.colour, false);
+      const label = isComparison ? data.runs[Number(key.slice(4))].name : series.name;
+      legendEntry(key, label, series.color, false);
     }
-    if (many) {
+    if (isComparison) {
       legendEntry("kind:evaluation", "evaluation", "currentColor", false);
       legendEntry("kind:training", "training", "currentColor", true);
     }
@@ -402,12 +402,12 @@
     }
     byId("reset").addEventListener("click", () => zoomTo(null));
     for (const swatch of document.querySelectorAll(".swatch")) {
-      swatch.style.background = `var(--run${swatch.dataset.run % RUN_COLOURS})`;
+      swatch.style.background = `var(--run${swatch.dataset.run % RUN_COLORS})`;
     }
     charts.forEach((chart) => chart.draw());
   }
 
-  // Numbers sort as numbers, the rest as words; what is missing comes last, either way.
+  // Numbers sort numerically and the rest as text; missing values come last in both orders.
   function valueOf(cell) {
     const text = (cell.dataset.sort ?? cell.textContent).trim();
     if (text === "" || text === "–") return null;
@@ -424,7 +424,7 @@
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
       head.querySelector(".sort").addEventListener("click", () => {
-        // Numbers begin with the largest, words with the first.
+        // The first click sorts numbers from the largest and text from A.
         const first = head.classList.contains("number") ? "descending" : "ascending";
         const second = first === "ascending" ? "descending" : "ascending";
         const order = head.getAttribute("aria-sort") === first ? second : first;
@@ -444,14 +444,14 @@
     const input = byId("filter");
     if (!input) return;
     const rows = [...byId("all-settings").tBodies[0].rows];
-    const words = rows.map((row) => row.textContent.toLowerCase().replaceAll("_", " "));
+    const texts = rows.map((row) => row.textContent.toLowerCase().replaceAll("_", " "));
     const apply = () => {
       const wanted = input.value.toLowerCase().replaceAll("_", " ").split(/\s+/);
       rows.forEach((row, n) => {
-        const found = wanted.every((word) => words[n].includes(word));
-        row.hidden = !found || (byId("only-changed").checked && !row.classList.contains("changed"));
+        const matches = wanted.every((word) => texts[n].includes(word));
+        row.hidden = !matches || (byId("only-changed").checked && !row.classList.contains("changed"));
       });
-      byId("found").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+      byId("match-count").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
     };
     input.addEventListener("input", apply);
     byId("only-changed").addEventListener("change", apply);
@@ -466,7 +466,7 @@
       button.textContent = `Theme: ${theme}`;
       button.dataset.theme = theme;
     };
-    // A page from a file may have no storage; then the choice lasts as long as the page.
+    // A page opened from a file may have no storage; the choice then lasts until it is closed.
     let stored = null;
     try {
       stored = localStorage.getItem("inception-report-theme");

@@ -1,7 +1,7 @@
-"""A small run of the training command, whose process can be killed in a phase of one's choice.
+"""Starts a small training run whose process can be killed in a chosen phase.
 
-Which phase a process is in is read from outside: from the files that it writes anyway, and from
-JAX's debug log on its stderr. So what the files say after a kill is the phase that the kill met.
+The phase of a process is determined from outside, from the files that it writes anyway and JAX's
+debug log on its stderr. The files left by a kill therefore show the phase that was hit.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import measure
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import MEASURED
+from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS
 from inception_jax.training import run as runs
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
@@ -29,17 +29,17 @@ from inception_jax.training.checkpoints import Checkpoints
 
 PHASES = {
     "start": "interpreter, imports, flags, devices",
-    "preparation": "of the data set",
-    "compile": "tracing, compiled programs, restoring the state",
-    "steps": "training steps, between what follows",
-    "evaluation": "from the step that it is due at to its line in metrics.jsonl",
-    "save": "from its step on, until the checkpoint has its name",
+    "preparation": "preparing the dataset",
+    "compile": "tracing, compiling or loading programs, restoring the state",
+    "steps": "training steps, between the phases below",
+    "evaluation": "from the step at which it is due to its line in metrics.jsonl",
+    "save": "from the step saved until the checkpoint has its final name",
     "report": "after an evaluation: predictions.npz, report.html",
     "end": "after the last checkpoint: result.json, plots",
 }
 SAVE_EVERY, EVALUATE_EVERY = 4, 10
 
-# Of a run of seconds, but for its length and its folders.
+# Flags of a run that takes seconds, without its duration and paths.
 FLAGS = (
     "--config=experiments/digits.py",
     "--config.data.image_size=8",
@@ -54,7 +54,7 @@ FLAGS = (
     f"--config.checkpoint.every={SAVE_EVERY} steps",
     "--config.log.every=1 step",
 )
-# One device, and no program too small for the cache: a restart should cost little.
+# One device and a cache of all programs, to make restarts cheap.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "1",
@@ -67,19 +67,19 @@ _TRACED = re.compile(rb"Finished tracing")
 _POLL = 0.002
 
 
-class LifeError(measure.BenchmarkError):
-    """A process that failed by itself; the message has the end of what it printed."""
+class ProcessError(measure.BenchmarkError):
+    """A process that failed without a kill; the message contains the end of its output."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a process works.
+class Paths:
+    """The directories of a run, and its duration.
 
     Attributes:
-      workdir: of the run.
+      workdir: the workdir.
       data: directory of the prepared data.
-      cache: of compiled programs.
-      steps: length of the run.
+      cache: directory of the compilation cache.
+      steps: duration of the run.
     """
 
     workdir: pathlib.Path
@@ -88,17 +88,17 @@ class Place:
     steps: int
 
 
-class Life:
-    """One process of the training command, from its start to its end."""
+class TrainingProcess:
+    """A process of the training command."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        place.workdir.mkdir(parents=True, exist_ok=True)
-        self._resumed = max(finished_steps(place.workdir), default=0)
-        self._stderr = place.workdir.with_name(f"{place.workdir.name}.stderr")
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        paths.workdir.mkdir(parents=True, exist_ok=True)
+        self._resumed = max(finished_steps(paths.workdir), default=0)
+        self._stderr = paths.workdir.with_name(f"{paths.workdir.name}.stderr")
         self._traced = False
         self._began = time.time_ns()
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(place.cache)
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(paths.cache)
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [
@@ -106,9 +106,9 @@ class Life:
                     "-m",
                     "inception_jax.main",
                     *FLAGS,
-                    f"--config.train.duration={place.steps} steps",
-                    f"--config.data.directory={place.data}",
-                    f"--workdir={place.workdir}",
+                    f"--config.train.duration={paths.steps} steps",
+                    f"--config.data.directory={paths.data}",
+                    f"--workdir={paths.workdir}",
                 ],
                 cwd=measure.ROOT,
                 env={**os.environ, **_ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": cache},
@@ -119,17 +119,17 @@ class Life:
             )
 
     def wait(self) -> dict[str, float]:
-        """Lets the process come to its end; returns and raises as `watch` does."""
+        """Waits until the process exits; returns and raises as `watch` does."""
         return self.watch(lambda phase: False)
 
     def watch(self, until: Callable[[str], bool]) -> dict[str, float]:
-        """Waits until `until`, called with the phase again and again, is true, or for the end.
+        """Polls the phase until `until(phase)` is true or the process exits.
 
         Returns:
-          By phase, how long it took when it was last passed, seconds.
+          By phase, its duration when it was last completed, seconds.
 
         Raises:
-          LifeError: if the process fails.
+          ProcessError: if the process fails.
         """
         spans: dict[str, float] = {}
         before, since = "start", time.perf_counter()
@@ -142,58 +142,60 @@ class Life:
                 before, since = phase, now
             if ended:
                 lines = self.messages.splitlines()[-20:]
-                raise LifeError("\n".join([f"the command ended with {ended}", *lines]))
+                raise ProcessError(
+                    "\n".join([f"the training command exited with code {ended}", *lines])
+                )
             if ended == 0 or until(phase):
                 return spans
             time.sleep(_POLL)
 
     def kill(self) -> str | None:
-        """Kills the process, and returns the phase that this met; None if it had ended before."""
+        """Kills the process and returns the phase that was hit; None if it had already exited."""
         if self.running:
-            # What it started goes with it.
+            # The session includes its child processes.
             os.killpg(self._process.pid, signal.SIGKILL)
         return self.phase() if self._process.wait() == -signal.SIGKILL else None
 
     def stop(self, number: signal.Signals) -> int:
-        """Sends a signal, and returns the exit code with which the process ends then."""
+        """Sends a signal and returns the exit code of the process."""
         self._process.send_signal(number)
         return self._process.wait()
 
     @property
     def messages(self) -> str:
-        """What the process has printed on stderr."""
+        """The output of the process on stderr."""
         return self._stderr.read_text(errors="replace")
 
     @property
     def running(self) -> bool:
-        """Whether the process has not ended."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
     def step(self) -> int:
         """The newest step in metrics.jsonl."""
-        return max((line["step"] for line in metric_lines(self.place.workdir)), default=0)
+        return max((line["step"] for line in metric_lines(self.paths.workdir)), default=0)
 
     def phase(self) -> str:
-        """Returns which of `PHASES` the process is in, or was in when it ended."""
-        metrics = self.place.workdir / "metrics.jsonl"
+        """Returns the phase, a key of `PHASES`, that the process is in or was in when it exited."""
+        metrics = self.paths.workdir / "metrics.jsonl"
         if self._touched(metrics):
-            lines = metric_lines(self.place.workdir)
+            lines = metric_lines(self.paths.workdir)
             if lines and lines[-1]["step"] > self._resumed:
                 return self._training_phase(lines[-1])
         self._traced = self._traced or bool(_TRACED.search(self._stderr.read_bytes()))
         if self._traced:
             return "compile"
-        folder = self.place.data / "inception_jax"
+        folder = self.paths.data / "inception_jax"
         locks = list(folder.glob("*.lock"))
         if any(map(self._touched, locks)) and not list(folder.glob("*px/info.json")):
             return "preparation"
         return "start"
 
     def _training_phase(self, last: dict[str, Any]) -> str:
-        """Returns the phase by the newest line of metrics."""
-        step, end = last["step"], last["step"] == self.place.steps
-        saved = step in finished_steps(self.place.workdir)
+        """Returns the phase according to the newest line of metrics."""
+        step, end = last["step"], last["step"] == self.paths.steps
+        saved = step in finished_steps(self.paths.workdir)
         if last["split"] != "train":
             return "save" if not saved else "end" if end else "report"
         if end or step % EVALUATE_EVERY == 0:
@@ -201,11 +203,11 @@ class Life:
         if step % SAVE_EVERY == 0 and not saved:
             return "save"
         # Written in the background, while steps go on.
-        checkpoints = self.place.workdir / "checkpoints"
+        checkpoints = self.paths.workdir / "checkpoints"
         return "save" if list(checkpoints.glob("*.orbax-checkpoint-tmp*")) else "steps"
 
     def _touched(self, path: pathlib.Path) -> bool:
-        """Whether this process has written a file."""
+        """Returns whether this process has written a file."""
         try:
             return path.stat().st_mtime_ns >= self._began
         except FileNotFoundError:
@@ -213,14 +215,14 @@ class Life:
 
 
 def finished_steps(workdir: pathlib.Path) -> list[int]:
-    """Returns the steps of the checkpoints that are whole."""
+    """Returns the steps of the finished checkpoints."""
     folder = workdir / "checkpoints"
     names = os.listdir(folder) if folder.is_dir() else []
     return [int(name) for name in names if name.isdecimal()]
 
 
 def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of metrics.jsonl; none where there is no file."""
+    """Returns the complete lines of metrics.jsonl; none if it does not exist."""
     try:
         text = (workdir / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
@@ -230,13 +232,13 @@ def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run has left that must not depend on what happened to it.
+    """The final state of a run that must not depend on interruptions.
 
     Attributes:
-      lines: of metrics.jsonl, without the times in them.
-      arrays: the bytes of each array of the last checkpoint, by its path: parameters, BatchNorm
-        statistics, their averages, the optimizer's state, the step, sums of metrics.
-      result: result.json's evaluation.
+      lines: lines of metrics.jsonl without measurements.
+      arrays: bytes of each array of the last checkpoint, by path: parameters, BatchNorm statistics,
+        their averages, optimizer state, step, sums of metrics.
+      result: the evaluation in result.json.
     """
 
     lines: list[dict[str, Any]]
@@ -244,41 +246,41 @@ class Outcome:
     result: dict[str, Any]
 
     def differences(self, other: "Outcome") -> list[str]:
-        """Returns what is not the same, to the bit."""
-        found = [path for path in self.arrays if self.arrays[path] != other.arrays.get(path)]
+        """Returns the names of all parts that are not bit-identical."""
+        different = [path for path in self.arrays if self.arrays[path] != other.arrays.get(path)]
         if self.arrays.keys() != other.arrays.keys():
-            found.append("the arrays' names")
+            different.append("names of arrays")
         if self.result != other.result:
-            found.append("result.json")
+            different.append("result.json")
         if self.lines != other.lines:
-            found.append("metrics.jsonl")
-        return found
+            different.append("metrics.jsonl")
+        return different
 
 
 def outcome(workdir: pathlib.Path) -> Outcome:
-    """Reads what a finished run has left.
+    """Reads the final state of a run.
 
     Raises:
-      BenchmarkError: if metrics.jsonl has a torn line.
+      BenchmarkError: if the last line of metrics.jsonl is incomplete.
     """
     metrics = workdir / "metrics.jsonl"
     if not metrics.read_bytes().endswith(b"\n"):
-        raise measure.BenchmarkError(f"{metrics}: the last line is torn")
+        raise measure.BenchmarkError(f"{metrics}: the last line is incomplete")
     lines = [
-        {name: value for name, value in line.items() if name not in MEASURED}
+        {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
         for line in metric_lines(workdir)
     ]
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     same = ("name", "step", "epoch", "split", "loss", "top1", "top5", "count")
-    # Of few classes there is no top5.
+    # With few classes there is no top5.
     return Outcome(lines, _arrays(workdir), {n: result[n] for n in same if n in result})
 
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:
     folder = Workdir(path)
-    config = workdirs.require_record(folder).config
-    like = states.abstract_state(runs.assemble(config, log=measure.say))
+    config = workdirs.recorded_run(folder).config
+    abstract_state = states.abstract_state(runs.assemble(config, log=measure.log))
     with Checkpoints(folder.checkpoints, read_only=True) as saved:
-        restored, _ = saved.restore(saved.resolve("last"), like)
+        restored, _ = saved.restore(saved.resolve("last"), abstract_state)
     leaves = jax.tree_util.tree_leaves_with_path(restored)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

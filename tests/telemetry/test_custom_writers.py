@@ -1,4 +1,4 @@
-"""Writers of one's own as the documentation shows them, each a file outside the package."""
+"""Custom writers as in the documentation, each in a file outside the package."""
 
 import csv
 import json
@@ -73,13 +73,13 @@ class MLflow:
 
 @pytest.fixture(autouse=True)
 def own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets after a test what it registered."""
+    """Removes the writers that a test registered."""
     registry.WRITERS.names()
     monkeypatch.setattr(registry.WRITERS, "_parts", dict(registry.WRITERS._parts))
 
 
 def settings_of(text: str, name: str, folder: pathlib.Path, **options: Any) -> Log:
-    """Returns settings that name a writer which a file registers, and runs the file."""
+    """Runs a file that registers a writer, and returns settings that use it."""
     assert len(text.strip().splitlines()) <= (25 if name == "csv" else 11)
     (folder / "mine.py").write_text(text)
     runpy.run_path(str(folder / "mine.py"))
@@ -95,7 +95,7 @@ def run(workdir: Workdir, settings: Log, *, resume_step: int, last: int) -> None
             writer.write(step, epoch=step / 2, split="train", values=values)
 
 
-def test_a_csv_file_has_each_step_once_after_a_resume(tmp_path: pathlib.Path) -> None:
+def test_csv_has_each_step_once_after_a_resume(tmp_path: pathlib.Path) -> None:
     settings = settings_of(CSV, "csv", tmp_path, file="curves.csv")
     workdir = Workdir(tmp_path / "run")
     run(workdir, settings, resume_step=0, last=5)
@@ -105,35 +105,35 @@ def test_a_csv_file_has_each_step_once_after_a_resume(tmp_path: pathlib.Path) ->
     assert rows[0] == ["1", "0.5", "train", "loss", "1.0"]
     assert [int(row[0]) for row in rows] == [step for step in range(1, 7) for _ in range(2)]
     assert [float(row[4]) for row in rows if row[3] == "top1"] == [0, 0, 0, 3, 3, 3]
-    # A run that begins anew in the same folder.
+    # A new run in the same workdir.
     run(workdir, settings, resume_step=0, last=1)
     assert (workdir.path / "curves.csv").read_text().count("\n") == 2
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], Any]]:
-    """What the services' libraries, of which there are stand-ins here, were called with."""
-    found: list[tuple[str, tuple[Any, ...], Any]] = []
+    """Replaces the services' libraries by fakes, and returns the calls of them."""
+    recorded: list[tuple[str, tuple[Any, ...], Any]] = []
 
-    def stand_in(name: str, returned: Any = None) -> Any:
+    def record_calls(name: str, returned: Any = None) -> Any:
         def called(*args: Any, **more: Any) -> Any:
-            found.append((name, args, more))
+            recorded.append((name, args, more))
             return returned
 
         return called
 
-    a_run = types.SimpleNamespace(log=stand_in("log"), finish=stand_in("finish"))
+    a_run = types.SimpleNamespace(log=record_calls("log"), finish=record_calls("finish"))
     for name, members in (
-        ("wandb", {"init": stand_in("init", a_run)}),
+        ("wandb", {"init": record_calls("init", a_run)}),
         (
             "mlflow",
-            {n: stand_in(n) for n in ("set_experiment", "start_run", "log_metrics", "end_run")},
+            {n: record_calls(n) for n in ("set_experiment", "start_run", "log_metrics", "end_run")},
         ),
     ):
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    return found
+    return recorded
 
 
 def test_weights_and_biases_get_settings_and_rows(
