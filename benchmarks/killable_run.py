@@ -278,7 +278,7 @@ def outcome(workdir: pathlib.Path) -> Outcome:
 
 def _arrays(path: pathlib.Path) -> dict[str, bytes]:
     folder = Workdir(path)
-    config = workdirs.recorded_run(folder).config
+    config = workdirs.require_record(folder).config
     abstract_state = states.abstract_state(runs.assemble(config, log=measure.log))
     with Checkpoints(folder.checkpoints, read_only=True) as saved:
         restored, _ = saved.restore(saved.resolve("last"), abstract_state)

@@ -65,7 +65,7 @@ def define_config() -> flags.FlagHolder[Config]:
         Config(),
         "experiment file (Python, with a get_config() that returns a Config), or the config.json "
         "of a run. Experiment files are executed: use only ones you trust",
-        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.say_once),
+        parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.log_once),
         sys_argv=_config_argv,
     )
     # Without --config, it has no value.
@@ -268,7 +268,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     # Imports and tracing create millions of long-lived objects. Scanning them for garbage as often
     # as Python does by default takes a sixth of the start.
     gc.set_threshold(100_000)
-    console.prepare()
+    console.prepare_streams()
     # The libraries log much that does not help users, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
     # For example, that it has no writable cache folder.

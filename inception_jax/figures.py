@@ -35,5 +35,5 @@ def save(figure: "Figure", path: pathlib.Path, *, dpi: int = 150) -> None:
 
 def truncate(name: str, length: int) -> str:
     """Returns a name for a plot, on one line of at most `length` characters."""
-    name = folders.shown(name)
+    name = folders.escape_for_display(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"

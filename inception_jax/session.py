@@ -70,7 +70,7 @@ def train_and_evaluate(
     names = {kind: type(each).__qualname__ for kind, each in objects.items()}
     workdir = Workdir(path)
     if "dataset" in objects:
-        config = run.adapted(config, objects["dataset"])
+        config = run.config_for_dataset(config, objects["dataset"])
     before, config, changed, experiment = _resolve_settings(workdir, config, origin, names)
     workdirs.check_writable(workdir.path)
     stop = join(config)
@@ -228,24 +228,24 @@ def train_run(
 
 def _resolve_settings(
     workdir: Workdir, config: Config, origin: Origin | None, own: Mapping[str, str]
-) -> tuple[Previous, Config, list[str], Mapping[str, Any] | None]:
+) -> tuple[PreviousRun, Config, list[str], Mapping[str, Any] | None]:
     """Returns the earlier state of a folder, the settings to use, their changes and their origin.
 
     Raises:
       UserError: if a setting is invalid, or the folder belongs to another run.
     """
-    before = workdirs.previous(workdir)
+    before = workdirs.load_previous_run(workdir)
     experiment: Mapping[str, Any] | None
     if origin:
-        experiment = workdirs.recall(before, config, *origin, console.log)
+        experiment = workdirs.restore_overrides(before, config, *origin, console.log)
     else:
         experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, console.log)
-    config = workdirs.with_recorded(before, config)
+    config = workdirs.with_recorded_auto_settings(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 
 
-def _assemble(config: Config, before: Previous, objects: Mapping[str, Any]) -> Run:
+def _assemble(config: Config, before: PreviousRun, objects: Mapping[str, Any]) -> Run:
     setup = run.assemble(config, **objects, log=console.log)
     workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
     return setup

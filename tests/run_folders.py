@@ -142,9 +142,9 @@ def write(
     if steps == STEPS:
         (folder / "result.json").write_text(json.dumps(result))
     made = fake_predictions(len(names))
-    shown = predictions.choose(made)
+    shown = predictions.select_examples(made)
     random = np.random.default_rng(1)
     images = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
     files = tuple(f"picture_{index}.png" for index in shown)
-    predictions.write(folder, Evaluated(result, made, shown, files, images))
+    predictions.write(folder, SavedEvaluation(result, made, shown, files, images))
     return folder

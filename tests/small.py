@@ -134,7 +134,7 @@ def train(
     this: Run, folder: Workdir, evaluate: loop.Evaluate, *, changed: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
     """Trains a run in a workdir as the command does, with its lock and config.json."""
-    before = workdirs.previous(folder)
+    before = workdirs.load_previous_run(folder)
     return session.train_run(this, before, evaluate, changed=changed, **more)
 
 

@@ -325,7 +325,7 @@ def _usual_eval_split(recipe: Recipe, opened: Collection[str], train: str) -> st
     alternatives = f"the others are {', '.join(others)}" if others else "there are no others"
     remedy = (
         "set config.data.eval_split"
-        if "eval_split" in recipe.part.takes
+        if "eval_split" in recipe.part.extra_settings
         else "set register_dataset(..., eval_split=...)"
     )
     raise ConfigError(

@@ -36,7 +36,7 @@ def data_directory(directory: str) -> pathlib.Path:
         default = os.environ.get("TFDS_DATA_DIR", "")
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
-    path = paths.local(directory, what)
+    path = paths.local_path(directory, what)
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -131,9 +131,9 @@ class Recipe:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The values of the settings specific to this data set, by name, as read back from JSON."""
-        settings = {name: getattr(self.data, name) for name in self.part.takes}
+        settings = {name: getattr(self.data, name) for name in self.part.extra_settings}
         if self.part.options or not self.part.is_builder:
-            options = registry.with_defaults(self.part, self.data.options)
+            options = registry.options_with_defaults(self.part, self.data.options)
             settings["options"] = json.loads(json.dumps(options))
         return settings
 
@@ -189,7 +189,7 @@ class Recipe:
                 )
         if self.code and prepared.code and self.code != prepared.code:
             return Change(
-                f"{self.part.place}: the code of {self.name!r} has changed since it prepared "
+                f"{self.part.location}: the code of {self.name!r} has changed since it prepared "
                 f"{where}",
                 "Restore the code",
             )

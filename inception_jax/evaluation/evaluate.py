@@ -214,7 +214,7 @@ class Evaluator:
         dataset = self._run.dataset
 
         def logits(variables: Variables, images: jax.Array, flip: jax.Array) -> jax.Array:
-            images = augment.normalise(augment.resize(images, size), dataset.mean, dataset.std)
+            images = augment.normalize(augment.resize(images, size), dataset.mean, dataset.std)
             images = jnp.where(flip, images[:, :, ::-1], images)
             output: Any = self._run.model.apply(variables, images, train=False)
             return output.logits

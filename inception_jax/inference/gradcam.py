@@ -240,8 +240,8 @@ class HeatmapWriter:
                 self._folder / self._unused_name(image.name),
                 image.view,
                 heat,
-                title=f"{figures.short(prediction.name, 60)}: {prediction.probability:.1%}",
-                captions=(figures.short(os.path.basename(image.name), 40), caption),
+                title=f"{figures.truncate(prediction.name, 60)}: {prediction.probability:.1%}",
+                captions=(figures.truncate(os.path.basename(image.name), 40), caption),
             )
 
     def _unused_name(self, image_name: str) -> str:

@@ -56,15 +56,15 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         if path != STDIN and os.path.isdir(path):
             for file in _below(path):
                 inner = os.path.join(path, file)
-                is_image = folders.named_as_picture(file) and not _is_special(inner)
+                is_image = folders.has_image_extension(file) and not _is_special(inner)
                 (images.files if is_image else images.skipped).append(inner)
         else:
             images.files.append(path)
     if not images.files:
-        more = f" Skipped: {folders.listed(images.skipped)}." if images.skipped else ""
+        more = f" Skipped: {folders.join_truncated(images.skipped)}." if images.skipped else ""
         raise DataError(
-            f"{folders.quoted(arguments)}: no file has an image extension (.jpg, .png, …).{more} "
-            "To read a file whatever its name, give its path"
+            f"{folders.quote_and_join(arguments)}: no file has an image extension (.jpg, .png, …)."
+            f"{more} To read a file whatever its name, give its path"
         )
     return images
 
@@ -111,11 +111,11 @@ def read(path: str) -> bytes:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{display_name(path)}: cannot be read: {error.strerror}") from error
-    if len(data) > MOST_BYTES:
-        raise DataError(f"{display_name(path)}: must not be larger than {MOST_BYTES:,} bytes")
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{display_name(path)}: must not be larger than {MAX_BYTES:,} bytes")
     return data
 
 
 def display_name(path: str) -> str:
     """Returns a path as a single line for messages."""
-    return "standard input" if path == STDIN else folders.shown(path)
+    return "standard input" if path == STDIN else folders.escape_for_display(path)

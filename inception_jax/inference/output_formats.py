@@ -29,7 +29,9 @@ class Format(NamedTuple):
 
 def _table(name: str, predictions: Sequence[Prediction]) -> str:
     # Class names must not be able to send control codes to the terminal.
-    lines = [f"{each.probability:9.2%}  {folders.shown(each.name)}" for each in predictions]
+    lines = [
+        f"{each.probability:9.2%}  {folders.escape_for_display(each.name)}" for each in predictions
+    ]
     return "\n".join([name, *lines, ""])
 
 

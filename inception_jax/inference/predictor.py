@@ -346,7 +346,7 @@ def classify(
     predictor: Predictor, read: Iterable[LoadedImage | DataError]
 ) -> Iterator[list[ClassifiedImage | DataError]]:
     """Yields the results of `read_files` in batches, with the logits of each image."""
-    for batch in decode.pieces(read, predictor.batch_size):
+    for batch in decode.chunks(read, predictor.batch_size):
         pixels = [each.pixels for each in batch if isinstance(each, LoadedImage)]
         logits = iter(predictor.logits(np.stack(pixels)) if pixels else ())
         yield [

@@ -148,8 +148,8 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
         )
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
-            f"{part.place}: the augmentation {name!r} returned {registry.described(result)}; must "
-            f"return images of the same shape and dtype as its input, float32 {list(images.shape)}"
+            f"{part.location}: the augmentation {name!r} returned "
+            f"{registry.describe_value(result)}; must return images of the same shape and dtype as its input, float32 {list(images.shape)}"
         )
     return result
 

@@ -130,7 +130,7 @@ def create(
         network = part.build(filled, num_classes)
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"{part.place}: the model {part.name!r} returned {network!r}, a "
+            f"{part.location}: the model {part.name!r} returned {network!r}, a "
             f"{type(network).__name__}; it must return a flax.linen.Module"
         )
     if hasattr(network, "rewrite"):
@@ -138,7 +138,7 @@ def create(
     if part.is_builtin:
         return network
     return protocol.adapt(
-        network, name=part.name, place=part.place, min_image_size=part.min_image_size
+        network, name=part.name, place=part.location, min_image_size=part.min_image_size
     )
 
 
@@ -208,7 +208,7 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
-            got = type(logits).__name__ if shape is None else registry.described(logits)
+            got = type(logits).__name__ if shape is None else registry.describe_value(logits)
             raise ConfigError(
                 f"{subject} returned {got} for 2 images of {image_size} px; {required}"
             )

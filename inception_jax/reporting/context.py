@@ -231,7 +231,7 @@ def evaluation_info(record: RunRecord) -> Values | None:
         "split": result["split"],
         "step": result["step"],
         "role": record.role(result["step"]),
-        "num_predictions": record.evaluated.predictions.guesses.shape[1],
+        "num_predictions": record.evaluated.predictions.top_classes.shape[1],
     }
 
 
@@ -274,7 +274,7 @@ def confusion(record: RunRecord) -> Values | None:
     matrix = record.confusion
     if matrix is None:
         return None
-    chosen = calibration.most_confused(matrix, MAX_CONFUSED_CLASSES)
+    chosen = calibration.most_confused_classes(matrix, MAX_CONFUSED_CLASSES)
     totals = np.maximum(matrix.sum(axis=1), 1)
     pairs = calibration.confused_pairs(matrix, MAX_CONFUSED_PAIRS)
     return {
@@ -314,12 +314,12 @@ def examples(record: RunRecord) -> Values | None:
     if evaluated is None:
         return None
     predictions = evaluated.predictions
-    images: Values = {"mistakes": [], "correct": [], "side": evaluated.pictures.shape[1]}
+    images: Values = {"mistakes": [], "correct": [], "side": evaluated.images.shape[1]}
     for index, name, pixels in zip(
         evaluated.indices, evaluated.names, evaluated.images, strict=True
     ):
-        label, guesses = predictions.labels[index], predictions.guesses[index]
-        images["correct" if predictions.right[index] else "mistakes"].append(
+        label, guesses = predictions.labels[index], predictions.top_classes[index]
+        images["correct" if predictions.correct[index] else "mistakes"].append(
             {
                 "source": data_uri(pixels),
                 "file": name,
@@ -352,7 +352,7 @@ def reliability(record: RunRecord) -> Values | None:
     if record.evaluated is None:
         return None
     predictions = record.evaluated.predictions
-    result = calibration.calibration(predictions.confidence, predictions.right)
+    result = calibration.calibration(predictions.confidence, predictions.correct)
     bins = [
         {
             "low": 100 * float(result.edges[n]),
@@ -367,7 +367,7 @@ def reliability(record: RunRecord) -> Values | None:
     return {
         "bins": bins,
         "error": 100 * result.error,
-        "excess": 100 * result.excess,
+        "excess": 100 * result.overconfidence,
         "confidence": 100 * float(predictions.confidence.mean()),
         "accuracy": 100 * float(predictions.correct.mean()),
     }

@@ -127,7 +127,7 @@ def _curve_figures(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
 
 def _title(record: RunRecord) -> str:
     """Returns the run's name with its last and best evaluation accuracy."""
-    name = figures.short(record.name, _MAX_NAME_LENGTH)
+    name = figures.truncate(record.name, _MAX_NAME_LENGTH)
     result = context.result(record)
     if result is None:
         return name
@@ -200,13 +200,13 @@ def plot_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     if points:
         axes.set_ylim(0, 1.5 * max(smoothed[: len(points) // 2 + 1]))
     result = f"proposed rate {proposal['rate']:g}" if proposal else "no proposed rate"
-    title = f"{figures.short(values['config']['name'], _MAX_NAME_LENGTH)}: {result}"
+    title = f"{figures.truncate(values['config']['name'], _MAX_NAME_LENGTH)}: {result}"
     _style_curve_axes(axes, title, "learning rate", "loss")
     figures.save(figure, path)
 
 
 def _prediction_figures(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
-    name = figures.short(record.name, _MAX_NAME_LENGTH)
+    name = figures.truncate(record.name, _MAX_NAME_LENGTH)
     title = name
     if evaluated := context.evaluation_info(record):
         title += f", step {evaluated['step']:,}"
@@ -229,7 +229,7 @@ def _class_figure(classes: dict[str, Any], title: str) -> "Figure":
     # The context lists the worst class first; the plot is sorted from best to worst.
     rows = rows[:count] + rows[count:][::-1]
     figure, axes = _new_figure(height=1.6 + 0.32 * len(rows))
-    names = [figures.short(row["name"], _MAX_CLASS_LENGTH) for row in rows]
+    names = [figures.truncate(row["name"], _MAX_CLASS_LENGTH) for row in rows]
     places = range(len(rows), 0, -1)
     bars = axes.barh(places, [row["accuracy"] for row in rows], color=_BLUE, height=0.7)
     axes.bar_label(bars, [f"{row['accuracy']:.1f}" for row in rows], padding=4, fontsize=11)
@@ -245,7 +245,7 @@ def _class_figure(classes: dict[str, Any], title: str) -> "Figure":
 
 def _confusion_figure(confusion: dict[str, Any], title: str) -> "Figure":
     """Returns the confusion matrix, colored by the fraction of the true class."""
-    names = [figures.short(name, _MAX_CLASS_LENGTH) for name in confusion["names"]]
+    names = [figures.truncate(name, _MAX_CLASS_LENGTH) for name in confusion["names"]]
     side = 3.0 + 0.5 * len(names)
     figure, axes = _new_figure(width=side + 1, height=side)
     fractions = [[cell["fraction"] for cell in row["cells"]] for row in confusion["rows"]]
@@ -341,7 +341,7 @@ def _plot_curve(
         marker="" if dense else "o",
         markersize=5,
         markerfacecolor="white" if style == "--" else None,
-        label=f"{figures.short(name, _MAX_NAME_LENGTH)}, last {last:.4g}",
+        label=f"{figures.truncate(name, _MAX_NAME_LENGTH)}, last {last:.4g}",
     )
 
 

@@ -36,7 +36,7 @@ def publish(
     Raises:
       UserError: if the files cannot be written.
     """
-    predictions.write(path, predictions.gather(result, predicted, split))
+    predictions.write(path, predictions.with_images(result, predicted, split))
     write_page(path)
 
 

@@ -98,7 +98,7 @@ class RunRecord:
         if "classes" in self.dataset or self.evaluated is None:
             return self.dataset.get("classes", 0)
         predicted = self.evaluated.predictions
-        return int(max(predicted.labels.max(), predicted.guesses.max())) + 1
+        return int(max(predicted.labels.max(), predicted.top_classes.max())) + 1
 
     @property
     def label_counts(self) -> list[int]:
@@ -113,7 +113,9 @@ class RunRecord:
         if self.evaluated is None:
             return None
         predicted = self.evaluated.predictions
-        return calibration.confusion(predicted.labels, predicted.guesses[:, 0], self.num_classes)
+        return calibration.confusion(
+            predicted.labels, predicted.top_classes[:, 0], self.num_classes
+        )
 
     @functools.cached_property
     def diagnosis(self) -> Diagnosis | None:

@@ -136,16 +136,18 @@ class _GuardedWriter:
     ) -> None:
         self._part, self._workdir, self._retry_on_error = part, workdir, retry_on_error
         self._logged_errors = functools.partial(
-            integrity.log_write_errors, retry_on_error and not part.is_own, log
+            integrity.log_write_errors, retry_on_error and not part.is_builtin, log
         )
         self._pending = collections.deque[_Row]()
         with self._translated_errors("open"):
-            self._writer: Writer = part.build(registry.fill(part, settings), workdir)
+            self._writer: Writer = part.build(
+                registry.settings_with_defaults(part, settings), workdir
+            )
         if missing := [
             n for n in _REQUIRED_METHODS if not callable(getattr(self._writer, n, None))
         ]:
             raise ConfigError(
-                f"writer {part.name!r} ({part.place}): returned {self._writer!r} without "
+                f"writer {part.name!r} ({part.location}): returned {self._writer!r} without "
                 f"{', '.join(f'{name}()' for name in missing)}; return an object with the methods "
                 "write(step, *, epoch, split, values), flush() and close()"
             )
@@ -187,7 +189,7 @@ class _GuardedWriter:
             yield
         except Exception as error:
             resume = "then rerun the same command to resume from the last checkpoint"
-            if not self._part.is_own:
+            if not self._part.is_builtin:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(
                     f"writer {self._part.name!r}: cannot {what}: {type(error).__name__}: {error} "
@@ -232,7 +234,7 @@ class RunWriter:
         resume_step: int,
         is_lead: bool = True,
         retry_on_error: bool = False,
-        log: Callable[[str], None] = console.say,
+        log: Callable[[str], None] = console.log,
     ) -> None:
         self._writers: list[_GuardedWriter] = []
         self._opened = contextlib.ExitStack()

@@ -77,7 +77,7 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=console.log)
     trained = load.load(**_TRAINED.values(), log=console.log)
     path = cli.given(_OUTPUT)
-    workdir.check_writable(path.parent, flag="output", own=False)
+    workdir.check_writable(path.parent, flag="output", dedicated=False)
     description = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
@@ -120,7 +120,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
 
     dataset = _open_dataset(weights)
     float32_data = _onnx_file(weights)
-    train = dataset.train_evaluated
+    train = dataset.train_eval_view
     count = min(_CALIBRATION.value, len(train))
     # Examples are in hash order, so the first are as good as any.
     images = train.read(np.arange(count))
@@ -148,7 +148,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
     remedies.append("float32 (--quantize=none)")
     if warning := quantization.accuracy_warning(before, after, remedies):
-        console.say(warning)
+        console.log(warning)
     return quantized
 
 
@@ -178,8 +178,8 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     folder = _TRAINED.workdir.value
     before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
     for problem in configs.validate(given, recorded=before.config if before else None):
-        console.say(problem)
-    prepared = dataset.prepare(given.data, log=console.say)
+        console.log(problem)
+    prepared = dataset.prepare(given.data, log=console.log)
     initialization.check_classes(weights, prepared)
     return prepared
 
@@ -196,7 +196,7 @@ def _verify(weights: "Weights", classify: "LogitsFunction") -> None:
     from inception_jax.export import program
 
     difference = program.max_logit_difference(weights, classify)
-    console.say(
+    console.log(
         "verified: on random images its logits differ from the original's by at most "
         f"{difference:.2g}"
     )

@@ -71,7 +71,7 @@ def main(positional: Sequence[str]) -> None:
         low=_LOW.value,
         high=_HIGH.value,
         steps=_STEPS.value,
-        stepped=_log_progress,
+        on_step=_log_progress,
     )
     proposal = propose(points)
     problems: list[str] = []

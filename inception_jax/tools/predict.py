@@ -82,9 +82,9 @@ def main(positional: Sequence[str]) -> None:
 
     if _EXPLAIN.value is not None:
         atomic.make_output_folder(_EXPLAIN.value)
-    devices.initialize(platform=_PLATFORM.value, log=console.say)
-    weights = load.load(**_TRAINED.values(), log=console.say)
-    console.say(f"network: {weights}")
+    devices.initialize(platform=_PLATFORM.value, log=console.log)
+    weights = load.load(**_TRAINED.values(), log=console.log)
+    console.log(f"network: {weights}")
     if images is None:
         _predict_split(weights)
     else:
@@ -111,10 +111,12 @@ def _predict_files(weights: "Weights", images: "ImageFiles") -> None:
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
     if images.skipped:
-        skipped = folders.listed([folders.shown(path) for path in images.skipped])
-        console.say(f"skipped, no image extension: {skipped}")
+        skipped = folders.join_truncated(
+            [folders.escape_for_display(path) for path in images.skipped]
+        )
+        console.log(f"skipped, no image extension: {skipped}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(images.files)))
-    console.say(f"images: {predictor.preparation}, as in evaluation")
+    console.log(f"images: {predictor.preparation}, as in evaluation")
     heat_maps = _heat_maps(predictor)
     format = output_formats.FORMATS["json" if _JSON.value else "csv" if _CSV.value else "table"]
     loaded = read_files(predictor, images.files, view_size=heat_maps.view_size if heat_maps else 0)
@@ -169,7 +171,7 @@ def _predict_split(weights: "Weights") -> None:
     predictor = Predictor(weights, batch_size=batch_size_for(len(split)))
     order = sorted(range(len(split)), key=lambda n: image_files.natural_key(split.names[n]))
     with _open_results(format) as file, _progress(len(order), predictor) as progress:
-        batches = [np.array(batch) for batch in decode.pieces(order, predictor.batch_size)]
+        batches = [np.array(batch) for batch in decode.chunks(order, predictor.batch_size)]
         for batch, pixels in zip(batches, decode.threaded_map(split.read, batches), strict=True):
             for n, best in zip(batch, predictor.predict(pixels, 1), strict=True):
                 file.write(format.entry(split.names[n], best))
@@ -239,8 +241,8 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
     from inception_jax.console import Progress
 
     to_terminal = _OUTPUT.value is None and sys.stdout.isatty()
-    shown = total > predictor.batch_size and not to_terminal
-    return Progress("classifying", total, log=console.say, shown=shown)
+    visible = total > predictor.batch_size and not to_terminal
+    return Progress("classifying", total, log=console.log, visible=visible)
 
 
 if __name__ == "__main__":

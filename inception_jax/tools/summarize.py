@@ -76,7 +76,7 @@ def main(positional: Sequence[str]) -> None:
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
-    written += drawing.write(drawing.draw(analyzed, title), folder, log=console.say)
+    written += drawing.write(drawing.draw(analyzed, title), folder, log=console.log)
     if weights is not None:
         written += _draw_weights(folder, weights, analyzed)
     for path in written:
@@ -109,7 +109,7 @@ def _draw_weights(
         written.append(folder / "filters.png")
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
     else:
-        console.say(f"{first}: the first layer is not a convolution, so it has no filters to draw")
+        console.log(f"{first}: the first layer is not a convolution, so it has no filters to draw")
     if _IMAGE.value is None:
         return written
     written.append(folder / "activations.png")

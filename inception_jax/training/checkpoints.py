@@ -96,7 +96,7 @@ class Checkpoints:
 
     def _open(self) -> _Manager:
         with _as_write_error(self._directory):
-            self._plain = paths.Plain(self._directory)
+            self._plain = paths.PlainPath(self._directory)
             return _Manager(self._plain.path, options=self._options(self._plain.path))
 
     def __enter__(self) -> Self:
@@ -153,7 +153,7 @@ class Checkpoints:
 
     def _ranked(self, which: str) -> list[int]:
         """Returns all steps, newest first ("last"), or the evaluated ones, best first ("best")."""
-        steps = integrity.steps(self._directory)
+        steps = integrity.list_steps(self._directory)
         if which == "last":
             return steps[::-1]
         top1 = {step: _top1(metrics) for step in steps if (metrics := self.metrics(step))}
@@ -353,9 +353,9 @@ def _local_handler() -> ocp.PyTreeCheckpointHandler:
 
 def _finalize_unmerged(directory: pathlib.Path) -> None:
     """Finalizes checkpoints that older versions left unmerged in paths with brackets."""
-    for step in integrity.steps(directory):
-        for item in integrity.unmerged(directory / str(step)):
-            plain = paths.Plain(item)
+    for step in integrity.list_steps(directory):
+        for item in integrity.unmerged_items(directory / str(step)):
+            plain = paths.PlainPath(item)
             with contextlib.closing(plain), contextlib.closing(_local_handler()) as handler:
                 handler.finalize(plain.path)
 

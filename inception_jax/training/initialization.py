@@ -61,7 +61,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
       ConfigError: if its weights belong to another network.
     """
     notes: list[str] = []
-    path = paths.local(run.config.init.pretrained, "config.init.pretrained")
+    path = paths.local_path(run.config.init.pretrained, "config.init.pretrained")
     weights = files.load(path, notes.append)
     expected = files.flatten(
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
@@ -71,7 +71,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     notes += [f"setting differs: {line}" for line in _setting_differences(weights, run.config)]
     if reason := class_mismatch(weights, run.dataset):
         notes.append(f"the classifier is re-initialized: {reason}")
-        classifiers = protocol.needed(
+        classifiers = protocol.require_attribute(
             run.model, "classifiers", "initializing from weights for other classes"
         )
         values, expected = (_drop_modules(tree, *classifiers) for tree in (values, expected))
@@ -198,7 +198,7 @@ def _differences(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
 
 def _heads(run: Run) -> tuple[str, ...]:
     """Returns the modules used only in training, whether this instance has them or not."""
-    heads: tuple[str, ...] = protocol.said(run.model, "heads", ())
+    heads: tuple[str, ...] = protocol.get_attribute(run.model, "heads", ())
     return heads
 
 
@@ -232,8 +232,8 @@ def _adapt_first_layer(
     is exact except at the image's border, where the zero padding means another color.
     """
     purpose = "initializing from weights for images with another mean or std"
-    first = protocol.needed(run.model, "first_conv", purpose)
-    norm = protocol.said(run.model, "first_norm", "")
+    first = protocol.require_attribute(run.model, "first_conv", purpose)
+    norm = protocol.get_attribute(run.model, "first_norm", "")
     scale = run.dataset.std / weights.std
     shift = (run.dataset.mean - weights.mean) / weights.std
     kernel = values[f"params/{first}/kernel"]

@@ -143,7 +143,7 @@ class MetricSet:
         return _scale_means(means, self._scale)
 
 
-def _check(part: Metric, function: Any, num_classes: int) -> None:
+def _check(part: MetricPart, function: Any, num_classes: int) -> None:
     """Raises ConfigError if a metric fails or returns an invalid value for synthetic examples."""
     # Two examples per class, but at most 40 MB.
     examples = min(2 * num_classes + 1, max(10**7 // num_classes, 3))
@@ -159,7 +159,7 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
     except Exception as error:
         kind = "inside jit, as JAX arrays" if part.over == "example" else "as NumPy arrays"
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): failed on {inputs}, {kind}: "
+            f"metric {part.name!r} ({part.location}): failed on {inputs}, {kind}: "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
     if part.over == "split":
@@ -173,8 +173,8 @@ def _check(part: Metric, function: Any, num_classes: int) -> None:
         )
     if not is_valid:
         raise ConfigError(
-            f"metric {part.name!r} ({part.place}): returned {described(result)} for {inputs}; "
-            f"expected {expected}"
+            f"metric {part.name!r} ({part.location}): returned {describe_value(result)} for "
+            f"{inputs}; expected {expected}"
         )
 
 

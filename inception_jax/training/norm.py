@@ -87,6 +87,6 @@ class NormEstimator:
             mutable=["batch_stats"],
         )
         # The update from zeros is (1 - momentum) times the batch's statistics.
-        momentum = protocol.said(self._run.model, "norm_momentum")
+        momentum = protocol.get_attribute(self._run.model, "norm_momentum")
         weight = 1 / (1 - momentum) / self._batches
         return jax.tree.map(lambda old, new: old + weight * new, mean, updated["batch_stats"])

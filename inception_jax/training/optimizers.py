@@ -73,7 +73,7 @@ def make_optimizer(
         built = part.build(settings, schedule)
     if not isinstance(built, optax.GradientTransformation):
         raise ConfigError(
-            f"{part.place}: the optimizer {part.name!r} returned {built!r}, a "
+            f"{part.location}: the optimizer {part.name!r} returned {built!r}, a "
             f"{type(built).__name__}; it must return an optax.GradientTransformation"
         )
     clip = (

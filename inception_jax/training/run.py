@@ -156,7 +156,7 @@ def assemble(
         config = config_for_dataset(config, dataset)
     hosts.check_consistent("data set", lambda: dataset_fingerprint(dataset))
     config = _resolve_auto_settings(config, dataset, mesh.size, log)
-    if config.model.dtype == "bfloat16" and (slow := ops.slow_bfloat16()):
+    if config.model.dtype == "bfloat16" and (slow := ops.bfloat16_slowdown()):
         log(
             f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; set "
             "--config.model.dtype=float32"
@@ -165,7 +165,7 @@ def assemble(
         network = networks.create(config.model, dataset.num_classes)
     else:
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")
-        network = protocol.adapted(model, name=type(model).__name__, place="model")
+        network = protocol.adapt(model, name=type(model).__name__, place="model")
     networks.check(network, config, dataset.num_classes)
     if config.evaluation.norm_examples and protocol.get_attribute(network, "norm_momentum") is None:
         log(

@@ -103,8 +103,8 @@ def _check_rate(part: registry.Part, schedule: Any) -> None:
         rate = jax.eval_shape(lambda step: jnp.asarray(schedule(step)), step)
         if not rate.shape and jnp.issubdtype(rate.dtype, jnp.floating):
             return
-        got = f"a function that returns {registry.described(rate)}"
-    raise ConfigError(f"{part.place}: the schedule {part.name!r} returned {got}; {expected}")
+        got = f"a function that returns {registry.describe_value(rate)}"
+    raise ConfigError(f"{part.location}: the schedule {part.name!r} returned {got}; {expected}")
 
 
 @register_schedule("constant", settings=())

@@ -57,7 +57,7 @@ def open_run(
                 batch_size=config.train.batch_size,
                 enabled=run.is_lead,
                 # Compiling the training step and, in this thread, the first evaluation.
-                pauses=lambda: clock.seconds("compile") + compilations.seconds(),
+                pauses=lambda: clock.seconds("compile") + compilations.thread_seconds(),
             ) as progress,
             Watchdog(
                 clock,

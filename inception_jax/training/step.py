@@ -75,10 +75,10 @@ def compile_train_steps(
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
         kind = f"{what}, {run.compilation_key()}"
-        seconds = compilations.expected(kind)
+        seconds = compilations.last_seconds(kind)
         estimate = "" if seconds is None else f" (about {seconds:.0f} s last time)"
         log(f"{what}: compiling{estimate}, or loading from the compilation cache")
-        return compilations.compile_and_say(lowered, what, kind, log)
+        return compilations.compile_and_log(lowered, what, kind, log)
 
     def trace_and_compile(image_size: int) -> jax.stages.Compiled:
         return compile_lowered(image_size, lower(image_size))

@@ -150,8 +150,8 @@ def load_previous_run(workdir: Workdir) -> PreviousRun:
     record = load_record(workdir) if has_checkpoint(workdir) else None
     if record:
         for note in record.notes:
-            console.say_once(note)
-        import_parts(record.parts, str(workdir.config), console.say_once)
+            console.log_once(note)
+        import_parts(record.parts, str(workdir.config), console.log_once)
     return PreviousRun(workdir, record)
 
 
@@ -279,7 +279,7 @@ def dataset_identity(dataset: Dataset) -> dict[str, Any]:
 def dataset_record(dataset: Dataset) -> dict[str, Any]:
     """Returns a data set's entry in config.json: its identity, and what else readers need."""
     record = dataset_identity(dataset)
-    if (overlap := dataset.trained_on) is not None:
+    if (overlap := dataset.eval_train_overlap) is not None:
         record["evaluated and trained on"] = dataclasses.asdict(overlap)
     # Every float32 is exact as a double, so reading the text gives the same bits.
     return record | {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
@@ -359,7 +359,7 @@ def record_start(
         "changes": changes,
         "config": values,
         "experiment": experiment,
-        "parts": used_parts(config),
+        "parts": custom_parts(config),
         "own": dict(custom_objects),
         "dataset": dataset,
         "environment": environment.environment(),

@@ -222,7 +222,7 @@ def test_pipe_or_device_among_images_is_not_read(tmp_path: pathlib.Path) -> None
                 source.read(name)
     listing = image_files.find([str(path)])
     assert [os.path.basename(file) for file in listing.files] == ["0.jpg", "1.jpg"]
-    assert [os.path.basename(file) for file in listing.left_out] == ["pipe.jpg", "zero.jpg"]
+    assert [os.path.basename(file) for file in listing.skipped] == ["pipe.jpg", "zero.jpg"]
 
 
 def test_oversized_file_is_not_read(

@@ -27,7 +27,7 @@ def split(folder: pathlib.Path, count: int, size: int) -> DecodedSplit:
 
 
 def test_confident_mistakes_come_first_then_spaced_correct_examples() -> None:
-    predicted = run_folders.predicted(10, count=200)
+    predicted = run_folders.fake_predictions(10, count=200)
     indices = predictions.select_examples(predicted)
     mistakes, correct = indices[: predictions.MAX_MISTAKES], indices[predictions.MAX_MISTAKES :]
     wrong = [n for n in range(200) if predicted.top_classes[n, 0] != predicted.labels[n]]
@@ -52,7 +52,7 @@ def test_split_may_be_all_correct_or_all_wrong(correct: bool) -> None:
 
 
 def test_file_round_trip(tmp_path: pathlib.Path) -> None:
-    predicted = run_folders.predicted(7, count=60)
+    predicted = run_folders.fake_predictions(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
     written = predictions.with_images(result, predicted, split(tmp_path, 60, 8))
     predictions.write(tmp_path, written)
@@ -70,7 +70,7 @@ def test_file_round_trip(tmp_path: pathlib.Path) -> None:
 
 
 def test_large_images_are_downscaled(tmp_path: pathlib.Path) -> None:
-    predicted = run_folders.predicted(7, count=60)
+    predicted = run_folders.fake_predictions(7, count=60)
     saved = predictions.with_images({}, predicted, split(tmp_path, 60, 160))
     side = predictions.MAX_IMAGE_SIZE
     assert saved.images.shape[1:] == (side, side, 3)

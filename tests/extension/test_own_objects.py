@@ -132,6 +132,6 @@ def test_training_split_is_called_train_whatever_its_source_name() -> None:
         base, splits={"extra": base.train, "train": other, "test": base.evaluation},
         train_split="extra", eval_split="test",
     )  # fmt: skip
-    for split in (dataset.train_evaluated, dataset.view("train")):
+    for split in (dataset.train_eval_view, dataset.view("train")):
         np.testing.assert_array_equal(split.labels, base.train.labels)
         assert len(split) == len(base.train) != len(other)

@@ -126,7 +126,7 @@ def test_custom_network_is_exported(form: str, finished: Any) -> None:
 def test_custom_network_is_inspected(finished: Any) -> None:
     weights = weights_of(*finished[:2])
     assert Explainer(Predictor(weights)).layer == "Module_2"
-    description = structure.describe(finished[0].model, 8)
+    description = structure.analyze(finished[0].model, 8)
     assert [block.name for block in description.blocks()][:3] == ["Unit_0", "Module_0", "Module_1"]
     params = finished[1].params
     assert sum(layer.parameters for layer in description.layers) == sum(

@@ -26,7 +26,7 @@ def parameter_count(model: config.Model, size: int, num_classes: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
+@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_builtin])
 def test_settings_reach_the_network(name: str) -> None:
     settings: dict[str, Any] = {
         "width": 0.5,
@@ -87,7 +87,7 @@ def test_every_combination_builds(stem: str, conv5x5: str, norm: str) -> None:
 
 # Flax's BatchNorm mixes bfloat16 with its float32 statistics.
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
+@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_builtin])
 def test_outputs_parameters_and_statistics_are_float32_for_any_compute_dtype(name: str) -> None:
     aux_heads = name.startswith("googlenet")
     model = config.Model(name=name, dtype="bfloat16", width=0.1, aux_heads=aux_heads)

@@ -511,7 +511,7 @@ def test_nonfinite_loss_stops_run(data_directory: pathlib.Path, tmp_path: pathli
     assert "learning_rate" in str(error.value)
     assert not (tmp_path / "result.json").exists()
     # The curves also show it.
-    assert read_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
 def test_last_finite_checkpoint_survives_nonfinite_loss(

@@ -118,7 +118,7 @@ def test_muon_equals_numpy_on_hidden_kernels_and_adamw_elsewhere(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), result, expected)
 
 
-@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_own])
+@pytest.mark.parametrize("name", [part.name for part in MODELS if part.is_builtin])
 def test_muon_updates_all_kernels_except_first_and_last(name: str) -> None:
     aux = name.startswith("googlenet")
     model = networks.create(config.Model(name=name, aux_heads=aux, width=0.5), num_classes=7)

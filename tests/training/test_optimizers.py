@@ -181,7 +181,7 @@ def test_adafactor_decay_is_decoupled() -> None:
     assert np.linalg.norm(decaying["conv"]["kernel"]) < np.linalg.norm(plain["conv"]["kernel"])
 
 
-@pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_own])
+@pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_builtin])
 def test_state_structure_does_not_depend_on_settings(name: str) -> None:
     plain = config.Optimizer(name=name)
     variants = [

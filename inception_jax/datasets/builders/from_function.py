@@ -71,7 +71,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
     def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
         self._recipe = recipe
         # Prefix of errors.
-        self._prefix = f"{recipe.part.place}: the data set {recipe.name!r}"
+        self._prefix = f"{recipe.part.location}: the data set {recipe.name!r}"
         super().__init__(**kwargs)
 
     def is_prepared(self) -> bool:

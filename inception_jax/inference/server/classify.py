@@ -109,7 +109,7 @@ class PredictionService:
             width, height = decode.dimensions(data)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _image_too_large("more than 90 megapixels", limits) from error
-        except decode.BROKEN:
+        except decode.DECODE_ERRORS:
             return  # Decoding will fail, too, and say why.
         if width * height > limits.pixels:
             raise _image_too_large(f"{width:,} × {height:,} pixels", limits)
