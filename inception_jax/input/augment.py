@@ -149,7 +149,8 @@ def apply(name: str, key: jax.Array, images: jax.Array, settings: config.Augment
     if getattr(result, "shape", None) != images.shape or result.dtype != jnp.float32:
         raise ConfigError(
             f"{part.location}: the augmentation {name!r} returned "
-            f"{registry.describe_value(result)}; must return images of the same shape and dtype as its input, float32 {list(images.shape)}"
+            f"{registry.describe_value(result)}; must return images "
+            f"of the same shape and dtype as its input, float32 {list(images.shape)}"
         )
     return result
 
