@@ -55,7 +55,7 @@ def test_without_a_trustworthy_curve_no_rate_is_printed(
     assert "learning_rate=" not in done.stdout
     assert "but no rate is proposed:" in done.stderr
     assert "--steps=51" in done.stderr
-    assert "Give a larger --high" in done.stderr
+    assert "Use a larger --high" in done.stderr
     found = json.loads((tmp_path / "find_lr.json").read_text())
     assert found["proposal"] is None
     assert len(found["doubts"]) >= 2
