@@ -10,15 +10,15 @@ STAMP := $(VENV)/.installed
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench docs lint format pins clean
+.PHONY: help setup demo test test-slow bench docs lint format check hooks pins clean
 
-help: ## list the commands
+help: ## list these commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make the environment in .venv, with pinned versions
+setup: $(STAMP) ## create the environment in .venv with pinned versions
 
-# The stamp is new once everything is in place, so an interrupted set-up starts again.
+# The stamp is touched once everything is in place, so an interrupted set-up starts over.
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "make: there is no $(PYTHON). Name a Python 3.11 or 3.12: make setup PYTHON=..." >&2; exit 2; }
@@ -32,9 +32,9 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 	@echo "Ready: $(BIN)/python -m inception_jax.main --help"
 
-demo: setup ## train on the embedded digits, evaluate and plot: data, curves and result
-	@if [ -d $(DEMO) ]; then echo "$(DEMO) holds an earlier run, which goes on or is finished" \
-	  "already; to start again: rm -r $(DEMO)"; fi
+demo: setup ## train on the embedded digits, evaluate and plot
+	@if [ -d $(DEMO) ]; then echo "$(DEMO) holds an earlier run, which is resumed, or is finished" \
+	  "already; to start over: rm -r $(DEMO)"; fi
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
 	  --config.data.directory=runs/data
 	$(BIN)/python -m inception_jax.main --config experiments/digits.py --workdir $(DEMO) \
@@ -46,34 +46,48 @@ demo: setup ## train on the embedded digits, evaluate and plot: data, curves and
 	@echo "Plots:       $(DEMO)/plots/"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)/tensorboard"
 
-test: setup ## run the tests, but for the slow ones; some of them: make test ARGS="tests/models -k norm"
+test: setup ## run the tests except the slow ones; only some: make test ARGS="tests/models -k norm"
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: setup ## run the slow tests, which repeat on whole runs what the others check
+test-slow: setup ## run the slow tests, which repeat on whole runs what others check
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
-docs: setup ## build the reference pages from the docstrings, with Sphinx, in build/docs
+docs: setup ## build the documentation with Sphinx in build/docs; warnings are errors
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
-	@echo "Reference: build/docs/index.html"
+	@echo "Documentation: build/docs/index.html"
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup ## put the code in format
+# What is quick to check and easy to break. git is asked for whitespace errors and conflict markers
+# in what is not committed yet; outside a repository that check is skipped.
+check: lint ## run the checks of a commit: lint, whitespace, and the tests of files and documentation
+	@! git rev-parse --is-inside-work-tree > /dev/null 2>&1 || git --no-pager diff --check HEAD
+	$(BIN)/python -m pytest --numprocesses=2 tests/test_architecture.py tests/test_documentation.py \
+	  tests/test_docstrings.py tests/test_packaging.py
+
+hooks: ## run `make check` before each commit, by a hook of git
+	@hook=$$(git rev-parse --git-path hooks)/pre-commit; \
+	  if [ -e "$$hook" ]; then echo "make: $$hook exists already; it was left as it is" >&2; exit 2; fi; \
+	  mkdir -p "$$(dirname "$$hook")" && printf '%s\n' '#!/bin/sh' \
+	  'unset $$(git rev-parse --local-env-vars)' 'exec make check' > "$$hook" && \
+	  chmod +x "$$hook" && echo "Wrote $$hook"
+
+format: setup ## fix style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # In a new environment, with the newest versions that pyproject.toml allows. pip freeze writes no
 # hashes and no addresses, so the file says nothing about the index that made it. --all keeps
 # setuptools, which TensorBoard needs and which builds this package.
-pins: ## renew the pins of one Python: make pins PYTHON=python3.12
+pins: ## update the pins of one Python: make pins PYTHON=python3.12
 	@rm -rf build/pins
 	@$(PYTHON) -m venv --upgrade-deps build/pins
 	@build/pins/bin/python -m pip -qq --disable-pip-version-check install '.[dev]'
@@ -81,6 +95,6 @@ pins: ## renew the pins of one Python: make pins PYTHON=python3.12
 	  build/pins/bin/python -m pip freeze --all --exclude pip --exclude inception-jax > \
 	  $$pins && echo "Wrote $$pins"
 
-clean: ## remove the environment and the caches; runs/ stays
+clean: ## remove the environment and the caches, but not runs/
 	rm -rf $(VENV) build docs/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv\* -prune -o -name __pycache__ -prune -exec rm -rf {} +

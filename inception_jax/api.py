@@ -1,4 +1,4 @@
-"""The trainer from one's own program: docs/notebook.rst shows how; `inception_jax.NAME` is shorter.
+"""The Python API, reached as `inception_jax.NAME`; docs/python.md shows it by example.
 
 A user's mistake raises a `UserError` of `inception_jax.errors`, which says how to fix it.
 """

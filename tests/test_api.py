@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import warnings
@@ -422,9 +421,8 @@ def test_the_documented_examples_run_as_they_stand(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one program, but with less of everything, and the data in a folder of the test."""
-    text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
-    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
-    code = "\n".join(textwrap.dedent(block) for block in blocks)
+    text = (command.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     public = {name for name in inception_jax.__all__ if not name.startswith("register_")}
     assert public <= set(re.findall(r"ij\.(\w+)", code))
     monkeypatch.chdir(tmp_path)
