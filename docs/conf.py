@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 templates_path = ["templates"]
-exclude_patterns = ["build", "templates", "**/.ipynb_checkpoints"]
+exclude_patterns = ["templates", "**/.ipynb_checkpoints"]
 # Headings get the anchors that GitHub gives them.
 myst_heading_anchors = 4
 # `x` in the docstrings is code.
