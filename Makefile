@@ -55,9 +55,12 @@ test-slow: setup ## run the slow tests, which repeat on whole runs what others c
 bench: setup ## compare speed with the last stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
-docs: setup ## build the documentation with Sphinx in build/docs; warnings are errors
+docs: setup ## generate docs/configuration.md and build the documentation in build/docs
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
+	@mkdir -p build
+	$(BIN)/python -m inception_jax.config.reference > build/configuration.md
+	@mv build/configuration.md docs/configuration.md
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 	@echo "Documentation: build/docs/index.html"
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 import inception_jax as ij
 from inception_jax import config as configs
+from inception_jax.config import reference
 from inception_jax.errors import UserError
 from tests import command
 from tests.markdown import (
@@ -89,25 +90,19 @@ COMMANDS: dict[str, By | NotHere] = {
     "make format": NotHere("changes files; make lint, in .ci/run, says what it would change"),
     "make bench*": NotHere("takes four minutes on a quiet machine; tests/benchmarks has its parts"),
     "make pins*": NotHere("changes the pins; tests/test_packaging.py checks those that there are"),
-    "make": By("tests/test_packaging.py", '["help"]'),
     ". .venv/bin/activate": NotHere("changes the shell; the tests name the interpreter instead"),
     "pip install -e *": NotHere("changes the environment of the tests"),
     "pip install *": NotHere("changes the environment of the tests"),
     "pip wheel *": NotHere("writes a wheel, which is not part of the tests"),
-    "git *": NotHere("needs a repository elsewhere"),
     "python -m pytest *": By(CI, "make test "),
     "tensorboard *": NotHere("serves until it is stopped; tests/telemetry reads what it would"),
     "tail -f *": NotHere("follows a file until it is stopped"),
-    "curl *": By("tests/inference/server/test_app.py", "/predict"),
     "tfds build *": NotHere("needs TensorFlow; tests/datasets/builders/test_tfds_prepared.py"),
-    "sbatch *": NotHere(LAUNCHER),
     "srun *": NotHere(LAUNCHER),
     "mpirun *": NotHere(LAUNCHER),
     "ssh *": NotHere(LAUNCHER),
     "scontrol *": NotHere(LAUNCHER),
-    "gcloud *": NotHere(CLOUD),
     "$all *": NotHere(CLOUD),
-    "benchmarks/accelerator.sh*": NotHere(ACCELERATOR),
     "python -m inception_jax.main *--coordinator_address*": By(
         "tests/integration/test_hosts.py", "--coordinator_address"
     ),
@@ -515,6 +510,10 @@ def test_files_and_modules_in_the_text_exist(page: str) -> None:
         if module and importlib.util.find_spec(module[1]) is None:
             missing.add(name)
     assert not missing
+
+
+def test_the_reference_of_settings_is_up_to_date() -> None:
+    assert text_of("docs/configuration.md") == reference.page(), "make docs generates it"
 
 
 # Form
