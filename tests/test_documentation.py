@@ -48,9 +48,9 @@ def _markdown(*patterns: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("docs/build/"))
 
 
-PAGES = _markdown("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-# Their links, names and line lengths are checked, too, but their commands belong to recorded runs.
-ALL_PAGES = sorted({*PAGES, *_markdown("*.md", "results/**/*.md")})
+PAGES = _markdown("README.md", "CONTRIBUTING.md", "docs/*.md")
+# The others record runs with their commands: their links, names and line lengths are checked.
+ALL_PAGES = sorted({*PAGES, *_markdown("*.md", "docs/**/*.md", "results/**/*.md")})
 # They also have names of earlier versions, and those that users mistake for ours.
 HISTORY = {"CHANGELOG.md", "docs/notes/user_situations.md"}
 
@@ -106,8 +106,10 @@ COMMANDS: dict[str, By | NotHere] = {
     "python -m inception_jax.main *--coordinator_address*": By(
         "tests/integration/test_hosts.py", "--coordinator_address"
     ),
-    "python -m inception_jax.main *--distributed*": NotHere(LAUNCHER),
-    "python -m inception_jax.main *--platform=gpu*": NotHere(ACCELERATOR),
+    "git clone *": NotHere("needs a repository elsewhere"),
+    "lscpu": NotHere("asks for the processor of the reader's machine"),
+    "grep -o *": NotHere("filters what lscpu prints"),
+    "python -m inception_jax.main --config photos.py *": By("tests/test_api.py", "photos"),
     "python -m inception_jax.main *--platform=tpu*": NotHere(ACCELERATOR),
     "python -m inception_jax.tools.serve*": By("tests/tools/test_serve.py", "tools.serve"),
     "python -m inception_jax.tools.import_weights *": By(
@@ -117,7 +119,7 @@ COMMANDS: dict[str, By | NotHere] = {
 }
 # The pages whose Python code a test runs, and which.
 SNIPPETS = {
-    "README.md": By(SELF, "test_the_readme_s_python_is_in_a_page_that_is_run"),
+    "README.md": By(SELF, "FILES.items()"),
     "docs/extending.md": By("tests/test_extending.py", "extending.md"),
     "docs/export.md": By("tests/tools/test_export.py", "export.md"),
     "docs/python.md": By("tests/test_api.py", '"python.md"'),
@@ -227,6 +229,12 @@ def is_placeholder(text: str) -> bool:
 # Commands
 
 
+# Experiments that pages show, by the name in their first line.
+FILES = {
+    name[1]: code
+    for code in python_blocks("README.md")
+    if (name := re.match(r"# (\w+\.py)\n", code))
+}
 OURS = [(page, words) for page, words in documented() if is_ours(words)]
 
 
@@ -314,6 +322,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     for name in ("image.png", "other.png"):
         Image.fromarray(np.full((20, 20, 3), 99, np.uint8)).save(path / name)
+    for name, code in FILES.items():
+        (path / name).write_text(code, encoding="utf-8")
     (path / "images").mkdir()
     Image.fromarray(np.full((20, 20, 3), 9, np.uint8)).save(path / "images" / "one.png")
     return path
@@ -352,7 +362,8 @@ def shortened(words: tuple[str, ...], folder: pathlib.Path, number: int) -> list
     out = [module]
     for name, value in flags:
         if name == "config":
-            out += ["--config=experiments/digits.py", *small(folder)]
+            file = folder / value if value in FILES else "experiments/digits.py"
+            out += [f"--config={file}", *small(folder)]
         elif name in paths:
             out.append(f"--{name}={paths[name]}")
         elif name in names:
@@ -412,13 +423,6 @@ def test_python_in_the_pages_is_run_and_uses_names_that_exist(page: str) -> None
         assert set(re.findall(r"\bij\.(\w+)", code)) <= set(ij.__all__)
 
 
-def test_the_readme_s_python_is_in_a_page_that_is_run() -> None:
-    pages = "\n".join(python_blocks("docs/python.md") + python_blocks("docs/extending.md"))
-    for code in python_blocks("README.md"):
-        for name in re.findall(r"\bij\.(\w+)\(", code):
-            assert f"ij.{name}" in pages
-
-
 # Links
 
 
@@ -445,7 +449,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         for line in block.lines
         if line.strip() and not line.startswith(":")
     }
-    pages = {page.removesuffix(".md") for page in PAGES if page.startswith("docs/")}
+    pages = {page.removesuffix(".md") for page in ALL_PAGES if page.startswith("docs/")}
     pages.discard("docs/index")
     missing = {page for page in pages if not any(fnmatch.fnmatch(page, each) for each in entries)}
     assert not missing
@@ -481,7 +485,7 @@ def all_flags() -> frozenset[str]:
     return frozenset(itertools.chain.from_iterable(map(flags_of, modules))) | {"config"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page not in HISTORY])
 def test_flags_in_the_text_exist(page: str) -> None:
     named = {
         found[1]
