@@ -115,6 +115,8 @@ COMMANDS: dict[str, By | NotHere] = {
     "python -m inception_jax.tools.import_weights *": By(
         "tests/models/test_torchvision_weights.py", "import_weights"
     ),
+    "curl *": By("tests/inference/server/test_app.py", "/predict"),
+    "python -m onnxruntime.*": NotHere("converts for ONNX Runtime's own format, which is not ours"),
     "python -m benchmarks.*": NotHere("takes minutes; tests/benchmarks has its parts"),
 }
 # The pages whose Python code a test runs, and which.
@@ -122,6 +124,7 @@ SNIPPETS = {
     "README.md": By(SELF, "FILES.items()"),
     "docs/extending.md": By("tests/test_extending.py", "extending.md"),
     "docs/export.md": By("tests/tools/test_export.py", "export.md"),
+    "docs/phones_and_browsers.md": By("tests/test_pages.py", "phones_and_browsers.md"),
     "docs/python.md": By("tests/test_api.py", '"python.md"'),
 }
 # Flags of other programs that the pages name in their text.
@@ -191,7 +194,7 @@ def flags_of(module: str) -> dict[str, bool]:
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    names = re.findall(r"^  --(\w+)=", done.stdout, re.MULTILINE)
+    names = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     source += text_of("inception_jax/cli.py")
     is_bool = {
