@@ -1,6 +1,6 @@
 # The commands of the project; `make` alone lists them.
 
-# The Python that the environment is made with, 3.11 or 3.12, and where the environment lies.
+# The interpreter for the environment (Python 3.11 or 3.12), and the folder of the environment.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -88,7 +88,7 @@ format: setup ## fix style and format
 	$(BIN)/ruff format .
 
 # In a new environment, with the newest versions that pyproject.toml allows. pip freeze writes no
-# hashes and no addresses, so the file says nothing about the index that made it. --all keeps
+# hashes and no addresses, so the file does not depend on the package index. --all keeps
 # setuptools, which TensorBoard needs and which builds this package.
 pins: ## update the pins of one Python: make pins PYTHON=python3.12
 	@rm -rf build/pins

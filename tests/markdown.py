@@ -38,16 +38,16 @@ def split(page: str) -> tuple[tuple[Block, ...], tuple[str, ...]]:
     fence, language, code = "", "", list[str]()
     in_list = False
     for line in [*text_of(page).splitlines(), ""]:
-        found = FENCE.match(line)
+        match = FENCE.match(line)
         if fence:
-            if found and found[2].startswith(fence) and not found[3]:
+            if match and match[2].startswith(fence) and not match[3]:
                 blocks.append(Block(language, tuple(code)))
                 fence = ""
             else:
                 code.append(line)
             prose.append("")
-        elif found:
-            fence, language, code = found[2], found[3], []
+        elif match:
+            fence, language, code = match[2], match[3], []
             prose.append("")
         elif line.startswith("    ") and not in_list and (code or not prose or not prose[-1]):
             if not code:
@@ -69,12 +69,12 @@ def split(page: str) -> tuple[tuple[Block, ...], tuple[str, ...]]:
 
 
 def names_in(page: str) -> Iterator[str]:
-    """Yields each name in typewriter letters in a page's text."""
+    """Yields the inline code of a page's text."""
     yield from INLINE.findall("\n".join(split(page)[1]))
 
 
 def shell_lines(block: Block) -> Iterator[str]:
-    """Yields what a block has a user type, one logical line at a time."""
+    """Yields the lines that a block has a user type, continuation lines joined."""
     is_console = block.language == "console"
     if not is_console and block.language not in ("", "bash", "sh", "shell"):
         return
@@ -132,11 +132,11 @@ def anchors(page: str) -> frozenset[str]:
     if page.endswith(".ipynb"):
         return frozenset()
     counts: dict[str, int] = {}
-    found = set(re.findall(r"(?:id|name)=\"([^\"]+)\"", text_of(page)))
+    names = set(re.findall(r"(?:id|name)=\"([^\"]+)\"", text_of(page)))
     for line in split(page)[1]:
         if heading := re.match(r"#+ (.*)", line):
             name = slug(heading[1])
             number = counts.get(name, 0)
             counts[name] = number + 1
-            found.add(f"{name}-{number}" if number else name)
-    return frozenset(found)
+            names.add(f"{name}-{number}" if number else name)
+    return frozenset(names)

@@ -9,7 +9,7 @@ import pytest
 from tests import command
 
 PACKAGE = command.ROOT / "inception_jax"
-# Found by their text, so that collecting the tests imports nothing.
+# Selected by their text, so that collecting the tests imports nothing.
 MODULES = [
     ".".join(path.relative_to(command.ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted(PACKAGE.rglob("*.py"))

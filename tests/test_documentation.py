@@ -55,19 +55,19 @@ ALL_PAGES = sorted({*PAGES, *_markdown("*.md", "docs/**/*.md", "results/**/*.md"
 HISTORY = {"CHANGELOG.md", "docs/notes/user_situations.md"}
 
 
-# How a command that a page shows is tried: a file, and the text in it that runs the command; or why
-# it is not. The first pattern that matches the command counts; '*' stands for any text.
+# How a documented command is tested: a file, and the text in it that runs the command; or why it is
+# not. The first matching pattern counts; '*' stands for any text.
 @dataclasses.dataclass(frozen=True)
-class By:
-    """Something else runs it."""
+class RunBy:
+    """A test, or CI, runs it."""
 
     file: str
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class NotHere:
-    """It cannot run in a test."""
+class NotRun:
+    """It cannot run in a test, for this reason."""
 
     reason: str
 
@@ -76,56 +76,58 @@ CI, SELF = ".ci/run", "tests/test_documentation.py"
 LAUNCHER = "needs several hosts or a scheduler; tests/integration/test_hosts.py starts processes"
 CLOUD = "needs a cloud account and a TPU"
 ACCELERATOR = "needs an accelerator"
-EXTENDING = By("tests/test_extending.py", "test_every_experiment_and_its_settings_are_understood")
+EXTENDING = RunBy(
+    "tests/test_extending.py", "test_every_experiment_and_its_settings_are_understood"
+)
 
-COMMANDS: dict[str, By | NotHere] = {
-    "make setup*": By(CI, "make setup"),
-    "make demo*": By(CI, "make demo"),
-    "make test-slow*": By(CI, "make test-slow"),
-    "make test*": By(CI, "make test "),
-    "make lint": By(CI, "make lint"),
-    "make docs": By(CI, "make docs"),
-    "make check": NotHere("runs this test; its parts are run by .ci/run"),
-    "make hooks": By(SELF, "test_the_hook_runs_the_checks"),
-    "make format": NotHere("changes files; make lint, in .ci/run, says what it would change"),
-    "make bench*": NotHere("takes four minutes on a quiet machine; tests/benchmarks has its parts"),
-    "make pins*": NotHere("changes the pins; tests/test_packaging.py checks those that there are"),
-    ". .venv/bin/activate": NotHere("changes the shell; the tests name the interpreter instead"),
-    "pip install -e *": NotHere("changes the environment of the tests"),
-    "pip install *": NotHere("changes the environment of the tests"),
-    "pip wheel *": NotHere("writes a wheel, which is not part of the tests"),
-    "python -m pytest *": By(CI, "make test "),
-    "tensorboard *": NotHere("serves until it is stopped; tests/telemetry reads what it would"),
-    "tail -f *": NotHere("follows a file until it is stopped"),
-    "tfds build *": NotHere("needs TensorFlow; tests/datasets/builders/test_tfds_prepared.py"),
-    "srun *": NotHere(LAUNCHER),
-    "mpirun *": NotHere(LAUNCHER),
-    "ssh *": NotHere(LAUNCHER),
-    "scontrol *": NotHere(LAUNCHER),
-    "$all *": NotHere(CLOUD),
-    "python -m inception_jax.main *--coordinator_address*": By(
+COMMANDS: dict[str, RunBy | NotRun] = {
+    "make setup*": RunBy(CI, "make setup"),
+    "make demo*": RunBy(CI, "make demo"),
+    "make test-slow*": RunBy(CI, "make test-slow"),
+    "make test*": RunBy(CI, "make test "),
+    "make lint": RunBy(CI, "make lint"),
+    "make docs": RunBy(CI, "make docs"),
+    "make check": NotRun("runs this test; its parts are run by .ci/run"),
+    "make hooks": RunBy(SELF, "test_the_hook_runs_the_checks"),
+    "make format": NotRun("changes files; make lint, in .ci/run, says what it would change"),
+    "make bench*": NotRun("takes four minutes on a quiet machine; tests/benchmarks has its parts"),
+    "make pins*": NotRun("changes the pins; tests/test_packaging.py checks those that there are"),
+    ". .venv/bin/activate": NotRun("changes the shell; the tests name the interpreter instead"),
+    "pip install -e *": NotRun("changes the environment of the tests"),
+    "pip install *": NotRun("changes the environment of the tests"),
+    "pip wheel *": NotRun("writes a wheel, which is not part of the tests"),
+    "python -m pytest *": RunBy(CI, "make test "),
+    "tensorboard *": NotRun("serves until it is stopped; tests/telemetry reads what it would"),
+    "tail -f *": NotRun("follows a file until it is stopped"),
+    "tfds build *": NotRun("needs TensorFlow; tests/datasets/builders/test_tfds_prepared.py"),
+    "srun *": NotRun(LAUNCHER),
+    "mpirun *": NotRun(LAUNCHER),
+    "ssh *": NotRun(LAUNCHER),
+    "scontrol *": NotRun(LAUNCHER),
+    "$all *": NotRun(CLOUD),
+    "python -m inception_jax.main *--coordinator_address*": RunBy(
         "tests/integration/test_hosts.py", "--coordinator_address"
     ),
-    "git clone *": NotHere("needs a repository elsewhere"),
-    "lscpu": NotHere("asks for the processor of the reader's machine"),
-    "grep -o *": NotHere("filters what lscpu prints"),
-    "python -m inception_jax.main --config photos.py *": By("tests/test_api.py", "photos"),
-    "python -m inception_jax.main *--platform=tpu*": NotHere(ACCELERATOR),
-    "python -m inception_jax.tools.serve*": By("tests/tools/test_serve.py", "tools.serve"),
-    "python -m inception_jax.tools.import_weights *": By(
+    "git clone *": NotRun("needs a repository elsewhere"),
+    "lscpu": NotRun("asks for the processor of the reader's machine"),
+    "grep -o *": NotRun("filters what lscpu prints"),
+    "python -m inception_jax.main --config photos.py *": RunBy("tests/test_api.py", "photos"),
+    "python -m inception_jax.main *--platform=tpu*": NotRun(ACCELERATOR),
+    "python -m inception_jax.tools.serve*": RunBy("tests/tools/test_serve.py", "tools.serve"),
+    "python -m inception_jax.tools.import_weights *": RunBy(
         "tests/models/test_torchvision_weights.py", "import_weights"
     ),
-    "curl *": By("tests/inference/server/test_app.py", "/predict"),
-    "python -m onnxruntime.*": NotHere("converts for ONNX Runtime's own format, which is not ours"),
-    "python -m benchmarks.*": NotHere("takes minutes; tests/benchmarks has its parts"),
+    "curl *": RunBy("tests/inference/server/test_app.py", "/predict"),
+    "python -m onnxruntime.*": NotRun("converts for ONNX Runtime's own format, which is not ours"),
+    "python -m benchmarks.*": NotRun("takes minutes; tests/benchmarks has its parts"),
 }
 # The pages whose Python code a test runs, and which.
 SNIPPETS = {
-    "README.md": By(SELF, "FILES.items()"),
-    "docs/extending.md": By("tests/test_extending.py", "extending.md"),
-    "docs/export.md": By("tests/tools/test_export.py", "export.md"),
-    "docs/phones_and_browsers.md": By("tests/test_pages.py", "phones_and_browsers.md"),
-    "docs/python.md": By("tests/test_api.py", '"python.md"'),
+    "README.md": RunBy(SELF, "FILES.items()"),
+    "docs/extending.md": RunBy("tests/test_extending.py", "extending.md"),
+    "docs/export.md": RunBy("tests/tools/test_export.py", "export.md"),
+    "docs/phones_and_browsers.md": RunBy("tests/test_pages.py", "phones_and_browsers.md"),
+    "docs/python.md": RunBy("tests/test_api.py", '"python.md"'),
 }
 # Flags of other programs that the pages name in their text.
 OTHER_FLAGS = {"gpus-per-task", "ntasks-per-node", "signal"}
@@ -155,16 +157,16 @@ FILE_ENDINGS = {
 @functools.cache
 def documented() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Returns each page with each command in it, once a page."""
-    found: dict[tuple[str, tuple[str, ...]], None] = {}
+    commands: dict[tuple[str, tuple[str, ...]], None] = {}
     for page in PAGES:
         for block in split(page)[0]:
             for line in shell_lines(block):
-                found.update(((page, words), None) for words in commands_in(line))
+                commands.update(((page, words), None) for words in commands_in(line))
         for name in names_in(page):
-            # A name of a module alone is no command.
+            # The name of a module alone is not a command.
             if PROGRAMS.match(name) and not re.fullmatch(r"python -m [\w.]+|make|pip|git", name):
-                found.update(((page, words), None) for words in commands_in(name))
-    return tuple(found)
+                commands.update(((page, words), None) for words in commands_in(name))
+    return tuple(commands)
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
@@ -173,11 +175,11 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return lambda text: re.fullmatch(parts, text, re.DOTALL) is not None
 
 
-def how(page: str, words: tuple[str, ...]) -> By | NotHere | None:
+def how(page: str, words: tuple[str, ...]) -> RunBy | NotRun | None:
     """Returns how a command is tried, or None where `test_the_documented_commands_run` does it."""
-    for pattern, found in COMMANDS.items():
+    for pattern, answer in COMMANDS.items():
         if matcher(pattern)(" ".join(words)):
-            return found
+            return answer
     if page == "docs/extending.md":
         return EXTENDING
     return None
@@ -251,21 +253,21 @@ def test_every_command_is_run_or_says_why_not() -> None:
 
 
 def test_every_pattern_is_of_a_documented_command() -> None:
-    found = [" ".join(words) for _, words in documented()]
-    unused = [pattern for pattern in COMMANDS if not any(map(matcher(pattern), found))]
+    commands = [" ".join(words) for _, words in documented()]
+    unused = [pattern for pattern in COMMANDS if not any(map(matcher(pattern), commands))]
     assert not unused, "no page shows these; remove them from COMMANDS"
 
 
 @pytest.mark.parametrize(
-    "found",
+    "runner",
     sorted(
-        {each for each in COMMANDS.values() if isinstance(each, By)} | set(SNIPPETS.values()),
+        {each for each in COMMANDS.values() if isinstance(each, RunBy)} | set(SNIPPETS.values()),
         key=str,
     ),
     ids=str,
 )
-def test_what_is_said_to_run_a_command_exists(found: By) -> None:
-    assert found.text in text_of(found.file)
+def test_the_tests_named_in_the_tables_exist(runner: RunBy) -> None:
+    assert runner.text in text_of(runner.file)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def shortened(words: tuple[str, ...], folder: pathlib.Path, number: int) -> list
 
 def shapes() -> list[tuple[str, ...]]:
     """Returns a command for each combination of flags that the pages use."""
-    found: dict[tuple[object, ...], tuple[str, ...]] = {}
+    unique: dict[tuple[object, ...], tuple[str, ...]] = {}
     for page, words in OURS:
         if how(page, words) is not None:
             continue
@@ -392,8 +394,8 @@ def shapes() -> list[tuple[str, ...]]:
             (name, value if name in ("to", "mode", "quantize") else "") for name, value in flags
         }
         own = frozenset(kind for kind in kinds if not kind[0].startswith("config."))
-        found.setdefault((words[2], own, min(len(rest), 2)), words)
-    return list(found.values())
+        unique.setdefault((words[2], own, min(len(rest), 2)), words)
+    return list(unique.values())
 
 
 @pytest.mark.slow
@@ -466,8 +468,9 @@ def test_settings_in_the_text_exist(page: str) -> None:
     wrong = []
     paths = set(re.findall(r"--(?:no)?config\.([a-z_0-9.]*[a-z_0-9])(?![\w…])", text_of(page)))
     for name in names_in(page):
-        if (found := SETTING.fullmatch(name)) and found[1].rpartition(".")[2] not in FILE_ENDINGS:
-            paths.add(found[1])
+        match = SETTING.fullmatch(name)
+        if match and match[1].rpartition(".")[2] not in FILE_ENDINGS:
+            paths.add(match[1])
     for path in sorted(paths - {"a.b", "a.b.c"}):
         try:
             configs.check_path(path)
@@ -491,9 +494,9 @@ def all_flags() -> frozenset[str]:
 @pytest.mark.parametrize("page", [page for page in ALL_PAGES if page not in HISTORY])
 def test_flags_in_the_text_exist(page: str) -> None:
     named = {
-        found[1]
+        match[1]
         for name in names_in(page)
-        if (found := re.match(r"--([a-z][\w-]*)(?![\w.-])", name))
+        if (match := re.match(r"--([a-z][\w-]*)(?![\w.-])", name))
     }
     others = {
         word[2:].partition("=")[0]
