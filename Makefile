@@ -10,9 +10,9 @@ STAMP := $(VENV)/.installed
 DEMO := runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench docs lint format pins clean
+.PHONY: help setup demo test test-slow bench docs lint format check hooks pins clean
 
-help: ## list the commands
+help: ## list these commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
@@ -58,8 +58,11 @@ bench: setup ## compare speed with the stored result; to store a new one: make b
 docs: setup ## build the documentation with Sphinx in build/docs
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
+	@mkdir -p build
+	$(BIN)/python -m inception_jax.config.reference > build/configuration.md
+	@mv build/configuration.md docs/configuration.md
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
-	@echo "Reference: build/docs/index.html"
+	@echo "Documentation: build/docs/index.html"
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
