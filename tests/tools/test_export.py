@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     trained = folder / "trained.safetensors"
     weights.save(trained, random_weights.make())
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
+    Image.fromarray(pixels).save(folder / "image.png")
     for form, name in (
         ("savedweights", "model.safetensors"),
         ("stablehlo", "model.stablehlo"),
@@ -58,7 +58,7 @@ def test_documentation_snippets_run(snippet: str, folder: pathlib.Path) -> None:
         assert "params/conv1/conv/kernel (3, 3, 3, 10)" in done.stdout
     else:
         predictor = Predictor(random_weights.make())
-        pixels = predictor.read((folder / "picture.png").read_bytes(), "")
+        pixels = predictor.read((folder / "image.png").read_bytes(), "")
         best = predictor.predict(pixels[None])[0]
         assert done.stdout.splitlines() == [f"{g.probability:6.1%}  {g.name}" for g in best]
 
