@@ -11,11 +11,11 @@ than a few times the spread between seeds (--seeds) mean nothing.
 The file, in TOML:
 
   experiment = "experiments/tiny.py"
-  shared = ["data.holdout=5000", "train.length.epochs=15"]
+  shared = ["data.holdout=5000", "train.duration=15 epochs"]
 
   [variants]
   base = []
-  "no average" = ["train.ema.epochs=0"]
+  "no average" = ["train.ema="]
 """
 
 import argparse

@@ -65,18 +65,18 @@ SHARED: dict[str, dict[str, Any]] = {
         "model.width": 0.125,
         "model.dropout": 0.2,
         "train.batch_size": 64,
-        "evaluation.train_examples": 360,
-        "evaluation.every.epochs": 2.0,
-        "checkpoint.every.epochs": 100.0,
-        "log.every.steps": 20,
+        "evaluation.train_eval_examples": 360,
+        "evaluation.every": "2 epochs",
+        "checkpoint.every": "100 epochs",
+        "log.every": "20 steps",
     },
     "image_folder": {
         "data.image_size": 32,
         "model.width": 0.125,
         "model.name": "mini_googlenet",
         "model.stem": "paper",
-        "evaluation.train_examples": 480,
-        "checkpoint.every.epochs": 100.0,
+        "evaluation.train_eval_examples": 480,
+        "checkpoint.every": "100 epochs",
     },
 }
 RATE = 0.05
@@ -129,8 +129,8 @@ CASES = {
     "rate x 10": Case("rate", [FINE], {"schedule.learning_rate": RATE * 10}),
     "rate x 100": Case("rate", [HARDLY], {"schedule.learning_rate": RATE * 100}),
     "no rate": Case("rate", [HARDLY], {"schedule.learning_rate": 1e-12}),
-    "2 of 12 epochs": Case("length", [SHORT], {"train.length.epochs": 2.0}),
-    "3 of 12 epochs": Case("length", [SHORT], {"train.length.epochs": 3.0}),
+    "2 of 12 epochs": Case("length", [SHORT], {"train.duration": "2 epochs"}),
+    "3 of 12 epochs": Case("length", [SHORT], {"train.duration": "3 epochs"}),
     "interrupted": Case("length", [SHORT], {}, stop=100),
     "few images": Case(
         "100 images",
@@ -140,8 +140,8 @@ CASES = {
             "augment.crop": "none",
             "model.dropout": 0.0,
             "optimizer.weight_decay": 0.0,
-            "train.length.epochs": 100.0,
-            "evaluation.every.epochs": 20.0,
+            "train.duration": "100 epochs",
+            "evaluation.every": "20 epochs",
         },
     ),
     "thin": Case("width", [UNDER, HARDLY], {"model.width": 0.015}),
@@ -162,7 +162,7 @@ CASES = {
     "newcomer": Case(
         "10 of 60 epochs",
         [SHORT],
-        RECIPE | {"train.length.epochs": 10.0},
+        RECIPE | {"train.duration": "10 epochs"},
         "image_folder",
         NEWCOMER,
     ),
@@ -173,20 +173,11 @@ def settings(case: Case) -> tuple[Config, dict[str, Any]]:
     """Returns a case's configuration, and the experiment's own values of what the case changes."""
     config = importlib.import_module(f"experiments.{case.experiment}").get_config()
     for path, value in SHARED[case.experiment].items():
-        put(config, path, value)
+        configs.put(config, path, value)
     own = {path: configs.get(config, path) for path in case.settings}
     for path, value in case.settings.items():
-        put(config, path, value)
+        configs.put(config, path, value)
     return config, own
-
-
-def put(config: Config, path: str, value: Any) -> None:
-    """Gives a setting another value; the other units of a duration become 0."""
-    group, _, name = path.rpartition(".")
-    parent = configs.get(config, group)
-    if isinstance(parent, configs.Duration):
-        parent.epochs, parent.steps, parent.examples = 0.0, 0, 0
-    setattr(parent, name, value)
 
 
 def train(
@@ -346,7 +337,7 @@ def try_case(name: str, case: Case, output: pathlib.Path) -> dict[str, Any]:
         result["followed"] = changes
         changed = copy.deepcopy(config)
         for path, value in changes.items():
-            put(changed, path, value)
+            configs.put(changed, path, value)
         own |= {path: configs.get(config, path) for path in changes if path not in own}
         name = " ".join(f"{path}={value}" for path, value in changes.items())
         after = outcome(train(changed, runs / name, own=own, frozen=frozen))

@@ -73,7 +73,7 @@ def command_rates(arguments: argparse.Namespace, batch_size: int) -> dict[str, l
     """
     flags = [
         f"--platform={arguments.platform}",
-        f"--config.log.every.steps={arguments.every}",
+        f"--config.log.every={arguments.every} steps",
         *command.overrides(arguments.set),
     ]
     with command.training(arguments.experiment, flags) as run:

@@ -71,7 +71,7 @@ def start(
     """
     flags = [
         f"--platform={arguments.platform}",
-        "--config.log.every.steps=1",
+        "--config.log.every=1 step",
         *command.overrides(arguments.set),
     ]
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **(_DEBUG if explained else {})}

@@ -15,7 +15,6 @@ from inception_jax.config import (
     Augment,
     Config,
     Data,
-    Duration,
     Log,
     Model,
     Optimizer,
@@ -32,7 +31,7 @@ def get_config() -> Config:
         augment=Augment(crop="pad", pad=4, flip=True),
         model=Model(name="mini_googlenet", dropout=0.2, dtype="bfloat16"),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule(name="cosine", learning_rate=0.1, warmup=Duration(epochs=5)),
-        train=Train(batch_size=128, length=Duration(epochs=65), label_smoothing=0.1),
-        log=Log(every=Duration(steps=100)),
+        schedule=Schedule(name="cosine", learning_rate=0.1, warmup="5 epochs"),
+        train=Train(batch_size=128, duration="65 epochs", label_smoothing=0.1),
+        log=Log(every="100 steps"),
     )

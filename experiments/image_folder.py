@@ -10,11 +10,11 @@ Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with B
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=PICTURES --config.data.directory=DATA
   PICTURES holds train/CLASS/ and val/CLASS/, or CLASS/ alone, of which a share is then held out
-  (--config.data.eval_share=0.2); or it is a zip or tar archive of that. DATA keeps what is
-  prepared; use one for each PICTURES. --config.data.unreadable=skip leaves out corrupt and
+  (--config.data.val_fraction=0.2); or it is a zip or tar archive of that. DATA keeps what is
+  prepared; use one for each PICTURES. --config.data.on_unreadable=skip leaves out corrupt and
   non-image files.
-  --config.init.weights=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
-  trained weights, in a third of the epochs. Longer: --config.train.length.epochs=200.
+  --config.init.pretrained=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
+  trained weights, in a third of the epochs. Longer: --config.train.duration='200. epochs'
   Larger pictures: --config.data.image_size=128 --config.model.stem=paper costs about the same.
 Expected: depends on the pictures. 245 of ants and bees (hymenoptera_data.zip, PyTorch's tutorials)
   gave 82.35% top-1 on 153 others in 20 epochs from results/pretrained (n = 1, seed 0, bfloat16).
@@ -27,7 +27,6 @@ from inception_jax.config import (
     Checkpoint,
     Config,
     Data,
-    Duration,
     Evaluation,
     Log,
     Model,
@@ -42,20 +41,18 @@ def get_config() -> Config:
     return Config(
         name="image_folder",
         data=Data(name="image_folder", image_size=64),
-        augment=Augment(crop="resized", area_min=0.25, flip=True, mixup=-1.0),
+        augment=Augment(crop="resized", crop_scale_min=0.25, flip=True, mixup=-1.0),
         model=Model(name="googlenet", stem="s16", dropout=0.4, dtype="auto"),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
         schedule=Schedule(name="cosine", learning_rate=0.0),
         train=Train(
             auto_size=True,
             batch_size=0,
-            length=Duration(),
+            duration="",
             label_smoothing=0.1,
-            ema=Duration(epochs=2),
+            ema="2 epochs",
         ),
-        evaluation=Evaluation(
-            batch_size=250, every=Duration(), train_examples=100, norm_examples=128
-        ),
-        checkpoint=Checkpoint(every=Duration()),
-        log=Log(every=Duration()),
+        evaluation=Evaluation(batch_size=250, every="", train_eval_examples=100, norm_examples=128),
+        checkpoint=Checkpoint(every=""),
+        log=Log(every=""),
     )

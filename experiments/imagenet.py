@@ -8,7 +8,7 @@ Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions"): the n
   T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there the batch is 256, not 32, at the same rate, and
   kernels start from He's distribution.
   The paper's schedule, -4% every 8 epochs, is --config.schedule.name=exponential
-  --config.schedule.decay=0.96 --config.schedule.decay_every.epochs=8
+  --config.schedule.decay_rate=0.96 --config.schedule.decay_period='8 epochs'
   --config.schedule.staircase=true (BVLC ran it for 250 epochs).
 Command: python -m inception_jax.main --config experiments/imagenet.py --workdir runs/imagenet
   with --config.data.source=FOLDER, where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are,
@@ -27,7 +27,6 @@ from inception_jax.config import (
     Checkpoint,
     Config,
     Data,
-    Duration,
     Evaluation,
     Expected,
     Log,
@@ -42,9 +41,9 @@ def get_config() -> Config:
     """Returns the settings."""
     return Config(
         name="imagenet",
-        data=Data(name="imagenet2012", image_size=224, storage="records", eval_crop=0.875),
+        data=Data(name="imagenet2012", image_size=224, storage="records", eval_crop_pct=0.875),
         augment=Augment(
-            crop="inception", area_min=0.08, aspect_max=4 / 3, flip=True, color_jitter=0.5
+            crop="inception", crop_scale_min=0.08, crop_ratio_max=4 / 3, flip=True, color_jitter=0.5
         ),
         model=Model(
             name="googlenet",
@@ -59,13 +58,13 @@ def get_config() -> Config:
         schedule=Schedule(name="polynomial", learning_rate=0.01, power=0.5),
         train=Train(
             batch_size=256,
-            length=Duration(epochs=60),
+            duration="60 epochs",
             aux_weight=0.3,
-            ema=Duration(epochs=1),
+            ema="1 epoch",
         ),
-        evaluation=Evaluation(batch_size=500, every=Duration(epochs=1)),
-        checkpoint=Checkpoint(every=Duration(steps=2000)),
-        log=Log(every=Duration(steps=100)),
+        evaluation=Evaluation(batch_size=500, every="1 epoch"),
+        checkpoint=Checkpoint(every="2000 steps"),
+        log=Log(every="100 steps"),
         expected=Expected(
             top1=68.7, source="BVLC Caffe's, with another solver and without these boxes"
         ),

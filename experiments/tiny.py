@@ -12,7 +12,7 @@ Cost: 11,719 steps of 512, 60 epochs; 1.57 GMACs an image forward, 6.2 M paramet
 """
 
 from experiments import tiny_base
-from inception_jax.config import Config, Duration, Model, Optimizer, Schedule, Train
+from inception_jax.config import Config, Model, Optimizer, Schedule, Train
 
 
 def get_config() -> Config:
@@ -20,13 +20,11 @@ def get_config() -> Config:
     config = tiny_base.get_config()
     config.name = "tiny"
     config.augment.mixup, config.augment.cutmix = 0.2, 1.0
-    config.augment.mix_probability, config.augment.mix_until = 0.5, Duration(epochs=55)
+    config.augment.mix_probability, config.augment.mix_end = 0.5, "55 epochs"
     config.model = Model(name="googlenet", stem="s32", dropout=0.2, dtype="bfloat16")
     config.optimizer = Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4)
-    config.schedule = Schedule(name="cosine", learning_rate=0.4, warmup=Duration(epochs=5))
-    config.train = Train(
-        batch_size=512, length=Duration(epochs=60), label_smoothing=0.1, ema=Duration(epochs=1)
-    )
-    config.evaluation.flip = True
-    config.log.every = Duration(steps=50)
+    config.schedule = Schedule(name="cosine", learning_rate=0.4, warmup="5 epochs")
+    config.train = Train(batch_size=512, duration="60 epochs", label_smoothing=0.1, ema="1 epoch")
+    config.evaluation.flip_tta = True
+    config.log.every = "50 steps"
     return config

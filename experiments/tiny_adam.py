@@ -13,11 +13,11 @@ Changes to tiny_base: augment, optimizer, schedule, train, expected.
 Cost: 375,000 steps of 32, 120 epochs; 0.13 GMACs an image forward, 6.2 M parameters.
 Short: on two CPU cores, the same in little; a constant rate needs nothing else.
   python -m inception_jax.main --config experiments/tiny_adam.py --workdir runs/tiny_adam_short \
-    --config.train.length.epochs=2
+    --config.train.duration='2 epochs'
 """
 
 from experiments import tiny_base
-from inception_jax.config import Augment, Config, Duration, Expected, Optimizer, Schedule, Train
+from inception_jax.config import Augment, Config, Expected, Optimizer, Schedule, Train
 
 
 def get_config() -> Config:
@@ -27,6 +27,6 @@ def get_config() -> Config:
     config.augment = Augment(crop="none", flip=False)
     config.optimizer = Optimizer(name="adam", epsilon=1e-7)
     config.schedule = Schedule(name="constant", learning_rate=1e-3)
-    config.train = Train(batch_size=32, length=Duration(epochs=120))
+    config.train = Train(batch_size=32, duration="120 epochs")
     config.expected = Expected(top1=41.80, source="stated by the recipe's source, a README")
     return config

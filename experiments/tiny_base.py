@@ -16,7 +16,7 @@ from their sources in common:
     on kernels, as there.
 """
 
-from inception_jax.config import Augment, Checkpoint, Config, Data, Duration, Evaluation, Log, Model
+from inception_jax.config import Augment, Checkpoint, Config, Data, Evaluation, Log, Model
 
 
 def get_config() -> Config:
@@ -26,7 +26,7 @@ def get_config() -> Config:
         data=Data(name="tiny_imagenet", image_size=64),
         augment=Augment(crop="pad", pad=4, flip=True),
         model=Model(name="googlenet", stem="paper", norm="batch", dropout=0.4),
-        evaluation=Evaluation(batch_size=500, every=Duration(epochs=1)),
-        checkpoint=Checkpoint(every=Duration(epochs=1), keep_last=2, keep_best=1),
-        log=Log(every=Duration(steps=100)),
+        evaluation=Evaluation(batch_size=500, every="1 epoch"),
+        checkpoint=Checkpoint(every="1 epoch", keep_last=2, keep_best=1),
+        log=Log(every="100 steps"),
     )

@@ -18,7 +18,7 @@ Time: 52 minutes, 50 of them training (16 epochs: 122 and 119), on two cores of 
 """
 
 from experiments import tiny_base
-from inception_jax.config import Config, Duration, Expected, Model, Optimizer, Schedule, Train
+from inception_jax.config import Config, Expected, Model, Optimizer, Schedule, Train
 
 
 def get_config() -> Config:
@@ -27,16 +27,16 @@ def get_config() -> Config:
     config.name = "tiny_cpu"
     config.model = Model(name="googlenet", stem="s16", dropout=0.0, dtype="bfloat16")
     config.optimizer = Optimizer(name="muon", momentum=0.9, weight_decay=0.05)
-    config.schedule = Schedule(name="linear", learning_rate=0.08, warmup=Duration(epochs=0.3))
+    config.schedule = Schedule(name="linear", learning_rate=0.08, warmup="0.3 epochs")
     config.train = Train(
         batch_size=256,
-        length=Duration(epochs=6.4),
+        duration="6.4 epochs",
         label_smoothing=0.1,
         image_sizes=(32, 48, 64),
-        image_size_epochs=(3.8, 5.8),
+        image_size_boundaries=("3.8 epochs", "5.8 epochs"),
     )
-    config.evaluation.every = Duration(epochs=6)  # The first is at the last size, too.
-    config.evaluation.flip = True
-    config.checkpoint.every = Duration(steps=200)
+    config.evaluation.every = "6 epochs"  # The first is at the last size, too.
+    config.evaluation.flip_tta = True
+    config.checkpoint.every = "200 steps"
     config.expected = Expected(top1=55.03, source="measured once, seed 0: results/tiny_cpu")
     return config

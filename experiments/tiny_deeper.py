@@ -11,7 +11,7 @@ Expected: the whole is not measured. 8.80% top-1, 25.97% top-5 on the validation
 Variant: falls after epochs 40 and 60 of 70, as in github.com/meng1994412/GoogLeNet_from_scratch
   (there with SGD and nine modules: top-1 55.05% of training images held out).
   python -m inception_jax.main --config experiments/tiny_deeper.py --workdir runs/tiny_deeper_70 \
-    '--config.schedule.boundaries=(40.0, 60.0)' --config.train.length.epochs=70
+    --config.schedule.boundaries='40 epochs,60 epochs' --config.train.duration='70 epochs'
 Deviations: the source also rotates by up to 18 degrees, shears by up to 0.15 (Keras's degrees) and
   zooms by up to 15%, and repeats the border where this has black. tiny_base.py names those that all
   such experiments share.
@@ -19,14 +19,13 @@ Changes to tiny_base: augment, model, optimizer, schedule, train, expected.
 Cost: 101,563 steps of 64, 65 epochs; 0.46 GMACs an image forward, 3.7 M parameters.
 Short: on two CPU cores, all of the schedule in a twentieth of its length.
   python -m inception_jax.main --config experiments/tiny_deeper.py --workdir runs/deeper_short \
-    --config.train.length.epochs=3.25 '--config.schedule.boundaries=(2.0, 2.25)'
+    --config.train.duration='3.25 epochs' --config.schedule.boundaries='2 epochs,2.25 epochs'
 """
 
 from experiments import tiny_base
 from inception_jax.config import (
     Augment,
     Config,
-    Duration,
     Expected,
     Model,
     Optimizer,
@@ -42,7 +41,9 @@ def get_config() -> Config:
     config.augment = Augment(crop="pad", pad=13, flip=True)  # 20% of 64 pixels.
     config.model = Model(name="deeper_googlenet", dropout=0.4, norm_momentum=0.99)
     config.optimizer = Optimizer(name="adam", epsilon=1e-7, weight_decay=1e-3)
-    config.schedule = Schedule(name="steps", learning_rate=1e-3, decay=0.1, boundaries=(40.0, 45.0))
-    config.train = Train(batch_size=64, length=Duration(epochs=65))
+    config.schedule = Schedule(
+        name="steps", learning_rate=1e-3, decay_rate=0.1, boundaries=("40 epochs", "45 epochs")
+    )
+    config.train = Train(batch_size=64, duration="65 epochs")
     config.expected = Expected(top1=45.18, source="stated by the recipe's source, last epoch")
     return config

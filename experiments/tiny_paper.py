@@ -13,27 +13,27 @@ Variant: BatchNorm in place of LRN, at the higher rate that it allows.
   python -m inception_jax.main --config experiments/tiny_paper.py --workdir runs/tiny_paper_bn \
     --config.model.norm=batch --config.schedule.learning_rate=0.1
 Deviations: 64 epochs, eight periods of the rate (the paper names no length, Caffe's solver has 250:
-  --config.train.length.epochs=250); no photometric distortion, one interpolation, one process that
-  updates; the Polyak average is exponential, over an epoch. At 64 px the paper's stem leaves grids
-  of 8, 4 and 2, and the heads average their whole grid; --config.model.stem=s32 leaves 32, 16 and
-  8, near the paper's 28, 14 and 7, at twelve times the work.
+  --config.train.duration='250 epochs'); no photometric distortion, one interpolation, one process
+  that updates; the Polyak average is exponential, over an epoch. At 64 px the paper's stem leaves
+  grids of 8, 4 and 2, and the heads average their whole grid; --config.model.stem=s32 leaves 32,
+  16 and 8, near the paper's 28, 14 and 7, at twelve times the work.
 Changes to tiny_base: augment, model, optimizer, schedule, train.
 Cost: 200,000 steps of 32, 64 epochs; 0.13 GMACs an image forward.
 Short: on two CPU cores, all of the schedule in a 32nd of its length.
   python -m inception_jax.main --config experiments/tiny_paper.py --workdir runs/tiny_paper_short \
-    --config.train.length.epochs=2 --config.schedule.decay_every.epochs=0.25 \
-    --config.train.ema.epochs=0.03125
+    --config.train.duration='2 epochs' --config.schedule.decay_period='0.25 epochs' \
+    --config.train.ema='0.03125 epochs'
 """
 
 from experiments import tiny_base
-from inception_jax.config import Augment, Config, Duration, Model, Optimizer, Schedule, Train
+from inception_jax.config import Augment, Config, Model, Optimizer, Schedule, Train
 
 
 def get_config() -> Config:
     """Returns the settings."""
     config = tiny_base.get_config()
     config.name = "tiny_paper"
-    config.augment = Augment(crop="resized", area_min=0.08, aspect_max=4 / 3, flip=True)
+    config.augment = Augment(crop="resized", crop_scale_min=0.08, crop_ratio_max=4 / 3, flip=True)
     config.model = Model(
         name="googlenet", stem="paper", norm="lrn", aux_heads=True, dropout=0.4, aux_dropout=0.7
     )
@@ -41,11 +41,9 @@ def get_config() -> Config:
     config.schedule = Schedule(
         name="exponential",
         learning_rate=0.01,
-        decay=0.96,
-        decay_every=Duration(epochs=8),
+        decay_rate=0.96,
+        decay_period="8 epochs",
         staircase=True,
     )
-    config.train = Train(
-        batch_size=32, length=Duration(epochs=64), aux_weight=0.3, ema=Duration(epochs=1)
-    )
+    config.train = Train(batch_size=32, duration="64 epochs", aux_weight=0.3, ema="1 epoch")
     return config

@@ -13,7 +13,7 @@ Expected: the whole is not measured. 4.17% top-1, 15.56% top-5 on the validation
   its schedule in half an epoch, in bfloat16 (n = 1, seed 0; results/tiny_steps).
 Later schedule: 1e-3 to epoch 25, 1e-4 to 45, 1e-5 to 55, 1e-6 to 65 (101,563 steps).
   python -m inception_jax.main --config experiments/tiny_steps.py --workdir runs/tiny_steps_later \
-    '--config.schedule.boundaries=(25.0, 45.0, 55.0)' --config.train.length.epochs=65
+    --config.schedule.boundaries='25 epochs,45 epochs,55 epochs' --config.train.duration='65 epochs'
 Deviations: the source also rotates by up to 20 degrees, shears by up to 0.2 (Keras's degrees) and
   zooms by up to 20%, and repeats the border where this has black; its l2 is 5e-4 on the three
   convolutions of the stem. tiny_base.py names those that all such experiments share.
@@ -21,14 +21,13 @@ Changes to tiny_base: augment, model, optimizer, schedule, train, expected.
 Cost: 93,750 steps of 64, 60 epochs; 0.91 GMACs an image forward, 10.7 M parameters.
 Short: on two CPU cores, all of the schedule in a twentieth of its length.
   python -m inception_jax.main --config experiments/tiny_steps.py --workdir runs/tiny_steps_short \
-    --config.train.length.epochs=3 '--config.schedule.boundaries=(1.3, 2.0, 2.6)'
+    --config.train.duration='3 epochs' --config.schedule.boundaries='1.3 epochs,2 epochs,2.6 epochs'
 """
 
 from experiments import tiny_base
 from inception_jax.config import (
     Augment,
     Config,
-    Duration,
     Expected,
     Model,
     Optimizer,
@@ -45,9 +44,12 @@ def get_config() -> Config:
     config.model = Model(name="eight_module_googlenet", dropout=0.3, norm_momentum=0.99)
     config.optimizer = Optimizer(name="adam", epsilon=1e-7, weight_decay=6e-4)
     config.schedule = Schedule(
-        name="steps", learning_rate=1e-3, decay=0.1, boundaries=(26.0, 40.0, 52.0)
+        name="steps",
+        learning_rate=1e-3,
+        decay_rate=0.1,
+        boundaries=("26 epochs", "40 epochs", "52 epochs"),
     )
-    config.train = Train(batch_size=64, length=Duration(epochs=60))
+    config.train = Train(batch_size=64, duration="60 epochs")
     config.expected = Expected(
         top1=29.83,
         source="stated by the recipe's source for its first network, on 6,000 images held out",

@@ -33,7 +33,7 @@ _BYTES = re.compile(r"\b(\d{7,}) ?bytes")
 # By what was going on: a phase of training or a command.
 _TRAIN = (
     "give a smaller config.train.batch_size{train.batch_size}, or compute it in parts by "
-    "config.train.accumulate{train.accumulate} (2, 4, …)"
+    "config.train.grad_accum_steps{train.grad_accum_steps} (2, 4, …)"
 )
 _EVALUATE = "give a smaller config.evaluation.batch_size{evaluation.batch_size}"
 _WHAT_TO_DO = {
@@ -45,7 +45,7 @@ _WHAT_TO_DO = {
     "predict": ("predicting", "give fewer pictures at a time: up to a batch is computed together"),
     "export": (
         "exporting",
-        "with --quantise give a smaller --calibration; else use a machine with more memory",
+        "with --quantize give a smaller --calibration; else use a machine with more memory",
     ),
     "serve": ("serving", "give a smaller --max_megapixels, or use --platform=cpu"),
     "view": ("inspecting a network", "give a smaller config.data.image_size"),
@@ -105,7 +105,7 @@ def _no_memory(
     error: BaseException, what: str, doing: str, todo: str, settings: Mapping[str, Any]
 ) -> str:
     what = _BYTES.sub(lambda found: f"{found[0]} ({int(found[1]) / 1e9:,.1f} GB)", what)
-    for path in ("train.batch_size", "train.accumulate", "evaluation.batch_size"):
+    for path in ("train.batch_size", "train.grad_accum_steps", "evaluation.batch_size"):
         now = f" (now {settings[path]})" if path in settings else ""
         todo = todo.replace(f"{{{path}}}", now)
     todo = todo[0].upper() + todo[1:]

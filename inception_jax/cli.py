@@ -28,7 +28,7 @@ from ml_collections import config_flags
 from inception_jax import advice, console
 from inception_jax import config as configs
 from inception_jax import experiment as experiments
-from inception_jax.config import Config
+from inception_jax.config import Config, reference
 from inception_jax.errors import (
     EXIT_PREEMPTED,
     Preempted,
@@ -181,15 +181,20 @@ def require(*names: str) -> None:
         flags.register_validator(name, bool, f"give --{name}=…")
 
 
-def require_one(*names: str, message: str) -> None:
-    """Makes one of some flags obligatory, and refuses more than one of them.
+def require_one(*names: str, message: str, unless: str = "") -> None:
+    """Requires exactly one of several flags.
 
     Args:
-      message: for the user who gave none, or several.
+      message: for a user who gives none or more than one.
+      unless: a boolean flag with which none is needed.
     """
-    flags.register_multi_flags_validator(
-        names, lambda given: sum(bool(given[name]) for name in names) == 1, message
-    )
+
+    def is_right(given: dict[str, Any]) -> bool:
+        count = sum(bool(given[name]) for name in names)
+        return count == 1 or (count == 0 and bool(unless) and given[unless])
+
+    checked = [*names, unless] if unless else names
+    flags.register_multi_flags_validator(checked, is_right, message)
 
 
 def overrides() -> dict[str, Any]:
@@ -338,7 +343,7 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     for argument in argv[1:]:
         if match := _OVERRIDE.match(argument):
             configs.check_path(match[1])
-    argv, entries = _without_entries(argv)
+    argv, entries = _without_entries([_with_tuple(argument) for argument in argv])
     _config_argv[:] = argv
     try:
         rest = flags.FLAGS(argv)[1:]
@@ -348,6 +353,18 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         raise UserError(_unknown_flag(error.flagname)) from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
+
+
+def _with_tuple(argument: str) -> str:
+    """Returns an argument; a list such as top1,top5 in the form that config_flags reads."""
+    path, given, value = argument.partition("=")
+    match = _OVERRIDE.match(argument)
+    kinds = {known: kind for known, kind, _ in configs.leaves()}
+    if not match or not given or kinds.get(match[1]) != tuple[str, ...]:
+        return argument
+    if value.lstrip()[:1] in ("(", "[", "'", '"'):
+        return argument
+    return f"{path}={tuple(filter(None, (each.strip() for each in value.split(','))))!r}"
 
 
 def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -461,7 +478,7 @@ def _unknown_flag(name: str) -> str:
     if not difflib.get_close_matches(name, own, n=1, cutoff=0.8) and "config" in flags.FLAGS:
         hint = configs.did_you_mean(name, "--config.")
     hint = hint or nearest(name, own, "--")
-    return f"--{name}: there is no such flag.{hint} See --help"
+    return f"--{name}: no such flag.{hint} See --help"
 
 
 def _wrong_value(message: str) -> str:
@@ -471,17 +488,8 @@ def _wrong_value(message: str) -> str:
     path, value = found.groups()
     kinds = {known: kind for known, kind, _ in configs.leaves()}
     said = f"config.{path} = {value!r}: must be of type {configs.type_name(kinds[path])}"
-    if not (number := _WITH_UNIT.fullmatch(value)):
-        return said
-    # "60 epochs", for one of the settings that a duration has: one for each unit.
-    duration, _, unit = path.rpartition(".")
-    word = number[2].rstrip("s") + "s"
-    if word != unit and f"{duration}.{word}" in kinds:
-        return (
-            f"{said}; the unit is a part of the name: --config.{duration}.{word}={number[1]} "
-            f"--config.{path}=0"
-        )
-    return f"{said}, without a unit: --config.{path}={number[1]}"
+    number = _WITH_UNIT.fullmatch(value)
+    return f"{said}, without a unit: --config.{path}={number[1]}" if number else said
 
 
 def _help(usage: str) -> str:
@@ -496,7 +504,12 @@ def _help(usage: str) -> str:
             "  --config=FILE",
             f"      {flags.FLAGS['config'].help}; see experiments/",
             "",
-            "Settings, with their defaults; an experiment file gives others:",
-            configs.describe(Config()),
+        ]
+        _, files = _take(sys.argv, "config")
+        config = experiments.load(files[-1], "--config=") if files else Config()
+        lines += [
+            f"Settings, as {files[-1]} sets them:" if files else "Settings and their defaults:",
+            "",
+            reference.help_text(config, is_default=not files),
         ]
     return "\n".join(lines)

@@ -65,12 +65,12 @@ def phase_of(error: BaseException) -> str:
 
 
 def nearest(name: str, allowed: Iterable[str], prefix: str = "") -> str:
-    """Returns ' Did you mean X?' for the allowed name nearest to `name`, or '' if none is near.
+    """Returns ' Did you mean X?' for the allowed name closest to `name`, or '' if none is close.
 
     Args:
       name: what was given.
-      allowed: what may be given.
-      prefix: what to put before the name proposed.
+      allowed: the allowed names.
+      prefix: put before the suggested name.
     """
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {prefix + matches[0]!r}?" if matches else ""
+    return f" Did you mean {prefix}{matches[0]}?" if matches else ""

@@ -255,7 +255,7 @@ def _no_experiment(path: pathlib.Path) -> str:
     names = {each.stem: f"{_NAME}/{each.name}" for at in _SHIPPED for each in at.glob("*.py")}
     names |= {each.stem: str(each) for each in found}
     meant = difflib.get_close_matches(path.stem, list(names), n=1)
-    hint = f" Did you mean {names[meant[0]]!r}?" if meant else ""
+    hint = f" Did you mean {names[meant[0]]}?" if meant else ""
     return f"there is no such file.{hint} Give an experiment, such as experiments/tiny.py"
 
 

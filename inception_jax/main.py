@@ -25,7 +25,12 @@ how to fix it; 75: saved on TERM, INT, HUP, USR1, USR2 or XCPU, run it again to 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "folder of the run: checkpoints, metrics, plots")
 _WEIGHTS = cli.define_path("weights", "eval: file of weights, instead of --workdir")
-cli.require_one("workdir", "weights", message="give --workdir=DIR or --weights=FILE")
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "print every setting the run would use and where it comes from, and exit"
+)
+cli.require_one(
+    "workdir", "weights", message="give --workdir=DIR or --weights=FILE", unless="print_config"
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
 _PROCESSES = cli.define_processes()
@@ -35,10 +40,16 @@ cli.require("config")
 def main(positional: Sequence[str]) -> None:
     """Runs the command; imports late, so that --help and mistakes in flags are answered at once."""
     cli.refuse_positional(positional)
+    if _PRINT_CONFIG.value:
+        from inception_jax import session
+
+        origin = session.Origin(cli.experiment(), cli.overrides())
+        print(session.settings_in_use(_CONFIG.value, _WORKDIR.value, origin=origin))
+        return
     if _MODE.value == "train" and _WORKDIR.value is None:
         raise UserError(
             "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
-            "--config.init.weights=FILE instead of --weights"
+            "--config.init.pretrained=FILE instead of --weights"
         )
     import jax
 

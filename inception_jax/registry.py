@@ -573,7 +573,7 @@ def register_optimizer(
     clips the gradient before the rule (clip_norm). The rest is up to `decay`: by default the
     function returns a whole rule, which multiplies by the negative rate, and decays the weights
     if it is to (`settings.weight_decay`; `settings.decay_mask` maps parameters to whether each
-    does). Or it returns a direction alone. With config.train.nonfinite=skip a step that is left out
+    does). Or it returns a direction alone. With config.train.on_nonfinite=skip a skipped step
     still counts for the schedule of the package, but not for a count of the rule's own.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, reference
 from inception_jax.console import say
 from inception_jax.evaluation import evaluate
 from inception_jax.experiment import used_parts
@@ -93,6 +93,36 @@ def train_and_evaluate(
     return result
 
 
+def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin) -> str:
+    """Returns the value of every setting that a start would use and its origin, a line each.
+
+    Args:
+      config: the settings of this start; changed to those the run has where this start omits them.
+      path: folder of the run, if any.
+      origin: where the settings come from.
+    """
+    experiment: Mapping[str, Any] | None = origin.experiment
+    recorded = ""
+    opened = {name for name, _, _ in configs.leaves() if configs.is_open(config, name)}
+    if path is None:
+        run.check_settings(config, log=say)
+    else:
+        before, config, _, experiment = _settle(Workdir(path), config, origin, {})
+        recorded = str(before.workdir.config)
+    assert experiment is not None, "its origin is known"
+    origins: dict[str, str] = {}
+    for name, _, _ in configs.leaves():
+        if name in origin.given:
+            origins[name] = "command line"
+        elif configs.is_open(config, name):
+            origins[name] = "chosen at the start, from the data or the hardware"
+        elif name in opened or name in experiment["own"]:
+            origins[name] = recorded
+        elif configs.get(config, name) != configs.get(Config(), name):
+            origins[name] = experiment["file"]
+    return reference.listing(config, origins)
+
+
 def evaluate_checkpoint(
     config: Config,
     path: pathlib.Path,
@@ -130,7 +160,7 @@ def join_processes(
     parts = used_parts(config)
     notify_preemption = devices.initialize(
         **processes,
-        heartbeat_timeout=config.watch.host_silence,
+        heartbeat_timeout=config.watch.heartbeat_timeout_seconds,
         fingerprint=lambda: (
             environment.software()
             | configs.shared(config)
@@ -224,7 +254,7 @@ def _rate_rise(setup: Run, old: Config, first: int) -> list[str]:
       first: finished steps.
     """
     schedule = schedules.make_schedule(
-        old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.length)
+        old.schedule, timeline=setup.timeline, total_steps=setup.timeline.steps(old.train.duration)
     )
     # Where the old schedule would have gone on to is no change, such as in its warm-up.
     before = max(float(schedule(first - 1)), float(schedule(first)))

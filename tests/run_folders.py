@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Data, Duration, Schedule, Train
+from inception_jax.config import Config, Data, Schedule, Train
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Evaluated, Predictions
 
@@ -43,7 +43,7 @@ def config(**groups: Any) -> Config:
             "name": "made_up",
             "data": Data(name="digits", image_size=16),
             "schedule": Schedule(name="cosine", learning_rate=0.05),
-            "train": Train(batch_size=BATCH, length=Duration(steps=STEPS)),
+            "train": Train(batch_size=BATCH, duration=f"{STEPS} steps"),
         }
         | groups
     )

@@ -17,7 +17,6 @@ from inception_jax.config import (
     Checkpoint,
     Config,
     Data,
-    Duration,
     Evaluation,
     Log,
     Model,
@@ -44,11 +43,11 @@ def config(directory: pathlib.Path, **changes: Any) -> Config:
         "data": Data(name="digits", directory=str(directory), image_size=8),
         "augment": Augment(crop="pad", pad=1, flip=False, mixup=0.2),
         "model": Model(name="mini_googlenet", width=0.125, dropout=0.1),
-        "schedule": Schedule(name="cosine", learning_rate=0.05, warmup=Duration(steps=2)),
-        "train": Train(batch_size=64, length=Duration(steps=11), ema=Duration(steps=5)),
-        "evaluation": Evaluation(batch_size=100, every=Duration(steps=5)),
-        "checkpoint": Checkpoint(every=Duration(steps=2), keep_last=20),
-        "log": Log(every=Duration(steps=3)),
+        "schedule": Schedule(name="cosine", learning_rate=0.05, warmup="2 steps"),
+        "train": Train(batch_size=64, duration="11 steps", ema="5 steps"),
+        "evaluation": Evaluation(batch_size=100, every="5 steps"),
+        "checkpoint": Checkpoint(every="2 steps", keep_last=20),
+        "log": Log(every="3 steps"),
     }
     return Config(**(groups | changes))
 
@@ -123,7 +122,7 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
         variables=draw(model, settings.data.image_size, seed=seed),
         model=settings.model,
         image_size=settings.data.image_size,
-        eval_crop=settings.data.eval_crop,
+        eval_crop=settings.data.eval_crop_pct,
         eval_image_size=settings.evaluation.image_size,
         dataset=settings.data.name,
         class_names=tuple(f"kind {label}" for label in range(classes)),

@@ -7,7 +7,7 @@ from inception_jax.errors import phase_of
 from inception_jax.telemetry.clock import Clock
 
 GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 6727663616 bytes."
-SETTINGS = {"train.batch_size": 4096, "train.accumulate": 1, "evaluation.batch_size": 3000}
+SETTINGS = {"train.batch_size": 4096, "train.grad_accum_steps": 1, "evaluation.batch_size": 3000}
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ SETTINGS = {"train.batch_size": 4096, "train.accumulate": 1, "evaluation.batch_s
     [
         ("train", "while training: "),
         ("train", "Give a smaller config.train.batch_size (now 4096), or compute it in parts by"),
-        ("compile", "config.train.accumulate (now 1) (2, 4, …)"),
+        ("compile", "config.train.grad_accum_steps (now 1) (2, 4, …)"),
         ("evaluate", "while evaluating: "),
         ("evaluate", "Give a smaller config.evaluation.batch_size (now 3000). "),
         ("predict", "Give fewer pictures at a time"),

@@ -27,7 +27,7 @@ from absl import logging
 
 import inception_jax
 from inception_jax import api, registry
-from inception_jax.config import Duration, Log
+from inception_jax.config import Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.models.weights import save as save_weights
@@ -140,7 +140,7 @@ class Net(nn.Module):
 
 digits = load_digits()
 images = (digits.images[..., None] * [15, 15, 15]).astype("uint8")
-config = ij.load_config("experiments/digits.py", {"train.length.epochs": 2})
+config = ij.load_config("experiments/digits.py", {"train.duration": "2 epochs"})
 result = ij.train(config, "runs/mine", dataset=(images, digits.target), model=Net())
 """
 
@@ -259,8 +259,8 @@ def test_a_command_says_that_it_needs_the_object(
 def test_a_loop_of_one_s_own_makes_the_same_state(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    config = small.config(data_directory, log=Log(every=Duration(steps=30)))
-    config.train.length = Duration(steps=20)
+    config = small.config(data_directory, log=Log(every="30 steps"))
+    config.train.duration = "20 steps"
     own = {"model": small.Network(), "optimizer": optax.sgd(0.05, momentum=0.9)}
     result = inception_jax.train(config, tmp_path, **own)
 
@@ -369,8 +369,8 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    config = small.config(data_directory, log=Log(every=Duration(steps=1)))
-    config.train.length = config.evaluation.every = config.checkpoint.every = Duration(steps=5000)
+    config = small.config(data_directory, log=Log(every="1 step"))
+    config.train.duration = config.evaluation.every = config.checkpoint.every = "5000 steps"
     own = {"model": small.Linear()}
 
     def interrupt() -> None:
@@ -387,7 +387,7 @@ def test_an_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: path
     assert surroundings() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert 5 < step < 5000
-    config.train.length = Duration(steps=step + 2)
+    config.train.duration = f"{step + 2} steps"
     assert inception_jax.train(config, tmp_path, **own)["step"] == step + 2
 
 
@@ -431,7 +431,7 @@ def test_the_documented_examples_run_as_they_stand(
     load_config = api.load_config
 
     def small_config(path: str, overrides: dict[str, Any] | None = None) -> Any:
-        less = {"train.length.epochs": 0.1, "schedule.warmup.epochs": 0, "model.width": 0.125}
+        less = {"train.duration": "0.1 epochs", "schedule.warmup": "", "model.width": 0.125}
         if path.endswith(".json"):
             return load_config(path, overrides)
         return load_config(path, (overrides or {}) | less | {"data.directory": str(tmp_path)})
@@ -459,7 +459,7 @@ def test_net(settings, num_classes):
 
 def get_config():
     changes = {"model.name": "test_net", "model.dropout": 0.0, "data.image_size": 8}
-    return ij.load_config("experiments/digits.py", changes | {"train.length.epochs": 2})
+    return ij.load_config("experiments/digits.py", changes | {"train.duration": "2 epochs"})
 """
 
 

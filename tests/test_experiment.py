@@ -54,7 +54,7 @@ def test_a_file_of_one_s_own_comes_before_the_shipped_one(
     assert ij.load_config("experiments/tiny.py").name == "tiny"
     write(tmp_path / "experiments" / "tiny.py", "def get_config(): return Config(name='mine')")
     assert ij.load_config("experiments/tiny.py").name == "mine"
-    with pytest.raises(UserError, match=r"Did you mean 'experiments/digits\.py'"):
+    with pytest.raises(UserError, match=r"Did you mean experiments/digits\.py"):
         ij.load_config("experiments/digit.py")
 
 

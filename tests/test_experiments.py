@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, auto_settings
+from inception_jax.config import Config, auto_settings
 from inception_jax.models import networks
 from inception_jax.training import optimizers, schedules
 from tests.experiments import load
@@ -29,7 +29,7 @@ SIZES = {
 }
 PEERS = ("tiny_adam", "tiny_deeper", "tiny_paper", "tiny_steps")
 # A setting in a docstring, quoted where a shell needs it; and those that stand in a row.
-FLAG = r"(?:'--config\.[^']+'|--config\.[\w.]+=[^\s;)]*[^\s;).,])"
+FLAG = r"(?:--config\.[\w.]+='[^']+'|--config\.[\w.]+=[^\s;)]*[^\s;).,])"
 FLAGS = re.compile(rf"{FLAG}(?:\s+{FLAG})*")
 
 
@@ -60,7 +60,7 @@ def timeline_of(config: Config) -> configs.Timeline:
 def rates(config: Config, epochs: np.ndarray) -> np.ndarray:
     """Returns the learning rate of the updates that start at the given times."""
     timeline = timeline_of(config)
-    total = timeline.steps(config.train.length)
+    total = timeline.steps(config.train.duration)
     rate = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total)
     steps = np.floor(epochs * timeline.train_examples / timeline.batch_size)
     return np.asarray(rate(steps.astype(np.int32)))
@@ -75,7 +75,7 @@ def test_every_experiment_builds(name: str) -> None:
     model = networks.create(config.model, SIZES[config.data.name][1])
     timeline = timeline_of(config)
     schedule = schedules.make_schedule(
-        config.schedule, timeline=timeline, total_steps=timeline.steps(config.train.length)
+        config.schedule, timeline=timeline, total_steps=timeline.steps(config.train.duration)
     )
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, model)
     side = config.data.image_size
@@ -119,11 +119,17 @@ def test_an_experiment_differs_from_its_base_in_what_it_names(name: str) -> None
     assert differing == {"name", *named[1].split(", ")}
 
 
+def epochs_of(duration: str) -> float:
+    length = configs.parse_duration(duration)
+    assert length is None or length.unit == "epochs"
+    return length.amount if length else 0.0
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_the_cost_is_that_of_the_run(name: str) -> None:
     config = experiment(name)
-    train, steps = config.train, timeline_of(config).steps(config.train.length)
-    cost = f"Cost: {steps:,} steps of {train.batch_size}, {train.length.epochs} epochs"
+    train, steps = config.train, timeline_of(config).steps(config.train.duration)
+    cost = f"Cost: {steps:,} steps of {train.batch_size}, {train.duration}"
     assert cost in docstring(name)
 
 
@@ -139,7 +145,7 @@ STEPS = {
 @pytest.mark.parametrize("name", PEERS)
 def test_the_rate_is_the_stated_one_in_every_epoch(name: str) -> None:
     config = experiment(name)
-    length = int(config.train.length.epochs)
+    length = int(epochs_of(config.train.duration))
     assert length == max(STEPS[name])
     expected = [
         next(r for last, r in STEPS[name].items() if epoch < last) for epoch in range(length)
@@ -153,15 +159,15 @@ def test_the_rate_is_the_stated_one_in_every_epoch(name: str) -> None:
 def test_the_short_command_has_the_schedule_in_proportion(name: str) -> None:
     (arguments,) = commands(name, after="Short:")
     config, short = experiment(name), load([f"--config={PATHS[name]}", *arguments[1:]])
-    length, less = config.train.length.epochs, short.train.length.epochs
+    length, less = (epochs_of(each.train.duration) for each in (config, short))
     assert less <= length / 20
     parts = (np.arange(256) + 0.5) / 256
     np.testing.assert_allclose(rates(short, parts * less), rates(config, parts * length), rtol=1e-5)
-    assert short.train.ema == Duration(epochs=config.train.ema.epochs * less / length)
+    assert epochs_of(short.train.ema) == epochs_of(config.train.ema) * less / length
     # What is not a time stays as it is.
     for changed in (config, short):
-        changed.train.length = changed.train.ema = Duration()
-        changed.schedule.decay_every = Duration()
+        changed.train.duration = changed.train.ema = ""
+        changed.schedule.decay_period = ""
         changed.schedule.boundaries = ()
     assert short == config
 

@@ -34,7 +34,7 @@ MESSAGES = [
 ]
 MOST_LINES = {"inception_bn.py": 40, "to_wandb.py": 10, "to_mlflow.py": 10, "notebook.py": 15}
 # A run of a few steps, and of narrow layers where the command says nothing of them.
-SHORT = {"train.length.epochs": 0, "train.batch_size": 20, "schedule.warmup.epochs": 0.01}
+SHORT = {"train.duration": "", "train.batch_size": 20, "schedule.warmup": "0.01 epochs"}
 
 
 @pytest.fixture(autouse=True)
@@ -171,15 +171,15 @@ def test_every_experiment_and_its_settings_are_understood(
 def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
     """A network, data set, optimizer, schedule, augmentation and three writers, in one run."""
     train = said("together.py")
-    small = SHORT | {"model.options.width": 4, "data.options.count": 100, "log.every.steps": 1}
-    run(folder, train, small | {"train.length.steps": 3})
+    small = SHORT | {"model.options.width": 4, "data.options.count": 100, "log.every": "1 step"}
+    run(folder, train, small | {"train.duration": "3 steps"})
     found = folder / "runs" / "together"
     first = json.loads((found / "result.json").read_text())
     # From the folder alone.
     resumed = run(folder, ["python", "-m", "inception_jax.main", "--workdir", "runs/together"])
     assert "signum.py, which registers the optimizer 'signum' of this run" in resumed
     # Further, by the same command.
-    run(folder, train, small | {"train.length.steps": 5})
+    run(folder, train, small | {"train.duration": "5 steps"})
     result = json.loads((found / "result.json").read_text())
     assert (first["step"], result["step"], result["count"]) == (3, 5, 200)
     assert result["evaluations"]["mirrored"]["count"] == 200
@@ -212,7 +212,7 @@ def test_parts_together_train_resume_and_are_used(folder: pathlib.Path) -> None:
 def test_metrics_of_one_s_own_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
     arguments = said("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
     less = {"model.width": 0.125, "data.image_size": 16, "evaluations.seen.examples": 50}
-    run(folder, arguments, SHORT | less | {"train.length.steps": 2, "optimizer.name": "lion"})
+    run(folder, arguments, SHORT | less | {"train.duration": "2 steps", "optimizer.name": "lion"})
     found = json.loads((folder / "runs" / "ranks" / "result.json").read_text())
     seen, mirrored = found["evaluations"]["seen"], found["evaluations"]["mirrored"]
     assert (found["count"], mirrored["count"], seen["count"]) == (100, 100, 50)

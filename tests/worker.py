@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from inception_jax import cli, console, registry
-from inception_jax.config import Duration, Schedule
+from inception_jax.config import Schedule
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.runtime import devices, sharding
 from inception_jax.storage.workdir import Workdir
@@ -41,11 +41,11 @@ registry.register_metric("worker_macro", over="split", percent=True)(macro)
 def build(data: pathlib.Path, steps: int) -> Run:
     """Returns a run whose rate does not depend on its length."""
     config = small.config(data, schedule=Schedule(name="constant", learning_rate=0.05))
-    config.train.length = Duration(steps=steps)
-    config.evaluation.every = config.checkpoint.every = Duration(steps=4)
-    config.log.every = Duration(steps=2)
+    config.train.duration = f"{steps} steps"
+    config.evaluation.every = config.checkpoint.every = "4 steps"
+    config.log.every = "2 steps"
     config.evaluation.metrics = ("top1", "top5", "worker_macro")
-    config.evaluation.flip = True
+    config.evaluation.flip_tta = True
     return small.build(config)
 
 

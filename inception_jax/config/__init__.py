@@ -3,9 +3,9 @@
 Each is imported "as" itself: that exports it.
 """
 
+from inception_jax.config.durations import Duration as Duration, parse_duration as parse_duration
 from inception_jax.config.fields import (
     check_path as check_path,
-    describe as describe,
     did_you_mean as did_you_mean,
     entry_type as entry_type,
     fill_open as fill_open,
@@ -19,11 +19,11 @@ from inception_jax.config.fields import (
     type_name as type_name,
     unknown_field as unknown_field,
 )
-from inception_jax.config.other_names import RENAMED as RENAMED
+from inception_jax.config.other_names import RENAMED as RENAMED, current_path as current_path
 from inception_jax.config.schema import (
     BIT_DEPTHS as BIT_DEPTHS,
     DTYPES as DTYPES,
-    FIVE_BY_FIVE as FIVE_BY_FIVE,
+    CONV5X5 as CONV5X5,
     NORMS as NORMS,
     OPEN as OPEN,
     STEMS as STEMS,
@@ -31,7 +31,6 @@ from inception_jax.config.schema import (
     Checkpoint as Checkpoint,
     Config as Config,
     Data as Data,
-    Duration as Duration,
     Evaluation as Evaluation,
     Expected as Expected,
     Init as Init,
@@ -41,6 +40,7 @@ from inception_jax.config.schema import (
     Schedule as Schedule,
     Train as Train,
     View as View,
+    Watch as Watch,
 )
 from inception_jax.config.serialization import (
     Record as Record,

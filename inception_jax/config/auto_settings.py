@@ -7,9 +7,11 @@ made. They are recorded as if they had been given.
 """
 
 import math
+import shlex
 
+from inception_jax.config import durations
 from inception_jax.config.fields import fill_open, get, is_open
-from inception_jax.config.schema import OPEN, Config, Duration
+from inception_jax.config.schema import OPEN, Config
 from inception_jax.config.timeline import Timeline
 
 # Epochs for `FEW` to `MANY` images. Outside, fewer by the root of how far they are off: more images
@@ -57,26 +59,26 @@ def resolve(
         return config
     resolved = config
 
-    def fill(path: str, value: int | float | str | Duration) -> None:
+    def fill(path: str, value: int | float | str) -> None:
         nonlocal resolved
         resolved = fill_open(resolved, {path: value})
 
     fill("model.dtype", dtype)
-    share = devices * config.train.accumulate
+    share = devices * config.train.grad_accum_steps
     wished = max(LEAST_BATCH, min(LARGEST_BATCH, train_examples // STEPS_AN_EPOCH))
     fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
     batch_size = resolved.train.batch_size
     fill("schedule.learning_rate", RATE_AN_IMAGE * batch_size)
-    fill("train.length", Duration(epochs=epochs(config, train_examples, batch_size)))
+    fill("train.duration", f"{epochs(config, train_examples, batch_size)} epochs")
     timeline = Timeline(batch_size, train_examples)
-    total_steps = timeline.steps(resolved.train.length)
-    fill("schedule.warmup", Duration(steps=int(WARMUP * total_steps)))
+    total_steps = timeline.steps(resolved.train.duration)
+    fill("schedule.warmup", _steps(int(WARMUP * total_steps)))
     mixed = train_examples >= FEW and total_steps >= MIXED_FROM_STEPS
     fill("augment.mixup", MIXUP if mixed else 0.0)
     settings = config.evaluation
     images = eval_examples + sum(
         min(examples, train_examples)
-        for examples in (settings.train_examples, settings.norm_examples)
+        for examples in (settings.train_eval_examples, settings.norm_examples)
     )
     for view in config.evaluations.values():
         there = train_examples if view.split == "train" else eval_examples
@@ -84,30 +86,29 @@ def resolve(
     affordable = EVALUATION * 3 * total_steps * batch_size / images
     evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
     every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))
-    fill("evaluation.every", Duration(steps=every))
-    fill("checkpoint.every", Duration(steps=every))
-    fill("log.every", Duration(steps=max(1, every // REPORTS_AN_EVALUATION)))
+    fill("evaluation.every", _steps(every))
+    fill("checkpoint.every", _steps(every))
+    fill("log.every", _steps(max(1, every // REPORTS_AN_EVALUATION)))
     return resolved
 
 
 def epochs(config: Config, train_examples: int, batch_size: int) -> int:
-    """Returns the length that is chosen where `train.length` is left open."""
+    """Returns the length that is chosen where `train.duration` is left open."""
     factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
     chosen, least = max(EPOCHS * factor, LEAST_EPOCHS), LEAST_STEPS
-    if config.init.weights:
+    if config.init.pretrained:
         chosen, least = chosen * PRETRAINED, LEAST_STEPS_PRETRAINED
     return math.ceil(max(chosen, least * batch_size / train_examples))
 
 
+def _steps(number: int) -> str:
+    return str(durations.Duration(number, "steps"))
+
+
 def describe(before: Config, after: Config) -> str:
-    """Returns what `resolve` chose, as flags name it; '' if nothing was left open."""
-    chosen: dict[str, int | float | str] = {}
-    for path in OPEN:
-        if is_open(before, path):
-            value = get(after, path)
-            units = value.given() if isinstance(value, Duration) else {"": value}
-            chosen |= {f"{path}.{unit}".rstrip("."): number for unit, number in units.items()}
+    """Returns what `resolve` chose, as flags would give it; '' if nothing was left open."""
+    chosen = {path: get(after, path) for path in OPEN if is_open(before, path)}
     return ", ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={shlex.quote(str(value))}"
         for name, value in chosen.items()
     )

@@ -137,10 +137,10 @@ def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def check_path(path: str) -> None:
-    """Checks that a dotted path is a setting's.
+    """Checks that a dotted path names a setting.
 
     Raises:
-      ConfigError: with what may be meant, if it is not.
+      ConfigError: with a suggestion, if it does not.
     """
     paths = {known for known, _, _ in leaves()}
     mapping, entry = mapping_of(path)
@@ -151,7 +151,7 @@ def check_path(path: str) -> None:
             return
         hint = nearest(inside, inner_paths) if inside else ""
         raise ConfigError(
-            f"config.{path}: there is no such setting.{hint} config.{mapping}.{name} has "
+            f"config.{path}: no such setting.{hint} config.{mapping}.{name} has "
             f"{', '.join(inner_paths)}"
         )
     if path in paths or entry:
@@ -163,24 +163,22 @@ def check_path(path: str) -> None:
 
 
 def unknown_field(path: str) -> str:
-    """Returns the message for a setting that does not exist, with the one that may be meant."""
-    return (
-        f"config.{path}: there is no such setting.{did_you_mean(path)} See --help for all of them"
-    )
+    """Returns the message for a setting that does not exist, with a suggestion."""
+    return f"config.{path}: no such setting.{did_you_mean(path)} See --help for all settings"
 
 
 def did_you_mean(path: str, prefix: str = "") -> str:
-    """Returns ' Did you mean X?' for a setting's name or path that does not exist, or ''.
+    """Returns ' Did you mean X?' for the name or path of a setting that does not exist, or ''.
 
-    It knows what other trainers call the settings, and what older versions called them.
+    It knows the names of settings in older versions and in other trainers.
 
     Args:
       path: what was given, with or without a group.
-      prefix: what to put before the setting's path.
+      prefix: put before the setting's path.
     """
     path = path.lower().replace("-", "_")
     if renamed := other_names.new_name(path, prefix):
-        return f" It is {renamed} now."
+        return f" It is now {renamed}."
     group, _, name = path.rpartition(".")
     known = [known_path for known_path, _, _ in leaves()]
     same_name = [p for p in known if p.rpartition(".")[2] == name]
@@ -188,7 +186,7 @@ def did_you_mean(path: str, prefix: str = "") -> str:
     if not same_group and name in other_names.ANSWER_TO:
         return f" {other_names.ANSWER_TO[name]}."
     meant = [*same_group, *filter(None, [other_names.SETTING_OF.get(name)]), *same_name]
-    return f" Did you mean {prefix + meant[0]!r}?" if meant else nearest(path, known, prefix)
+    return f" Did you mean {prefix}{meant[0]}?" if meant else nearest(path, known, prefix)
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -214,24 +212,3 @@ def type_name(hint: Any) -> str:
         kind = typing.get_args(hint)[1]
         return f"a mapping of names to {'values' if kind is Any else kind.__name__}"
     return str(hint) if typing.get_args(hint) else hint.__name__
-
-
-def describe(config: Config) -> str:
-    """Returns every setting with its value and meaning, a line each, for --help and logs."""
-    lines = []
-    for path, _, field in leaves():
-        choices = field.metadata["choices"]
-        allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
-        if kind := field.metadata["registry"]:
-            # Finding them would import what registers them.
-            allowed = f" [a registered {kind}; an unknown name is answered with all of them]"
-        lines.append(
-            f"  --config.{path}={get(config, path)!r}\n      {field.metadata['help']}{allowed}"
-        )
-        if kind := entry_group(path):
-            lines += [
-                f"  --config.{path}.NAME.{inside}={get(kind(), inside)!r}\n"
-                f"      {inner.metadata['help']}"
-                for inside, _, inner in leaves(kind)
-            ]
-    return "\n".join(lines)

@@ -5,8 +5,9 @@ An experiment file returns a `Config`; the command line overrides single fields
 downloaded or compiled.
 
 Each field is declared with `setting`, or `resumable`, whose metadata is read in four places:
-`validate` (type, range, choices), `describe` (the --help text), `changes` (what may differ when a
-run is resumed) and the tests, which require that every field is read somewhere in the package.
+`validate` (type, range, choices), `reference` (--help, --print_config, docs/configuration.md),
+`changes` (what may differ when a run is resumed) and the tests, which require that every field is
+read somewhere in the package.
 """
 
 import copy
@@ -15,10 +16,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-# What cameras and scanners put into files of 16 bits a channel.
+# Bits per channel that cameras and scanners use in 16-bit files.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 STEMS = ("paper", "s16", "s32")
-FIVE_BY_FIVE = ("5x5", "3x3", "two_3x3")
+CONV5X5 = ("5x5", "3x3", "two_3x3")
 NORMS = ("batch", "lrn", "none")
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -27,6 +28,7 @@ def setting(
     default: Any,
     meaning: str,
     *,
+    unit: str = "",
     choices: Sequence[Any] = (),
     low: float | None = None,
     high: float | None = None,
@@ -35,24 +37,29 @@ def setting(
     resumable: bool = False,
     per_host: bool = False,
     path: bool = False,
+    duration: bool = False,
     registry: str = "",
 ) -> Any:
-    """Declares one field of the configuration.
+    """Declares a field of the configuration.
 
     Args:
-      default: its value when nothing else is said; a dataclass instance is copied for each use.
-      meaning: what it is, with its unit.
-      choices: the allowed values; empty: any.
-      low, high: the smallest and largest allowed value, themselves included.
-      above, below: bounds that are themselves excluded.
-      resumable: whether a run may be resumed with another value. A field that decides the shape of
-        the state, or which examples a step sees, may not.
+      default: its value if not set; a dataclass instance is copied for each use.
+      meaning: a description for users, without unit and range; `empty = …` or `0 = …` says what
+        the unset value does.
+      unit: of a number ("pixels", "seconds"); '' = none.
+      choices: the allowed values; empty = any.
+      low, high: inclusive bounds.
+      above, below: exclusive bounds.
+      resumable: whether a run may be resumed with a different value. Not so for a field that
+        determines the shape of the state, or which examples a step sees.
       per_host: whether the processes of a run on several hosts may have different values.
-      path: whether it is a local path; empty: none.
-      registry: the kind of registered part that the value names, or each of its values; '': none.
+      path: whether it is a local path; '' = none.
+      duration: whether it is a duration (see `durations`), or a tuple of durations.
+      registry: the kind of registered part that the value, or each of its values, names; '' = none.
     """
     metadata = {
         "help": meaning,
+        "unit": unit,
         "choices": tuple(choices),
         "low": low,
         "high": high,
@@ -61,6 +68,7 @@ def setting(
         "resumable": resumable,
         "per_host": per_host,
         "path": path,
+        "duration": duration,
         "registry": registry,
     }
     if isinstance(default, dict):
@@ -73,340 +81,308 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Declares a field whose value may be another one when a run is resumed.
+# Declares a field that may change when a run is resumed.
 resumable = functools.partial(setting, resumable=True)
+# Declares a duration, or a tuple of durations, that may change when a run is resumed.
+resumable_duration = functools.partial(resumable, duration=True)
 
 
-@dataclasses.dataclass
-class Duration:
-    """A length of training in one of three units; at most one of them is more than zero.
-
-    With all at zero the duration is absent, which each user of a duration gives a meaning ("off").
-    """
-
-    epochs: float = resumable(0.0, "passes over the training split; 0: not the unit", low=0)
-    steps: int = resumable(0, "optimizer steps; 0: not the unit", low=0)
-    examples: int = resumable(0, "training examples seen; 0: not the unit", low=0)
-
-    def given(self) -> dict[str, float | int]:
-        """Returns the units that are set, with their values."""
-        return {unit: value for unit, value in dataclasses.asdict(self).items() if value}
-
-    def __bool__(self) -> bool:
-        """Whether a unit is set."""
-        return bool(self.given())
-
-    def __str__(self) -> str:
-        return ", ".join(f"{value:g} {unit}" for unit, value in self.given().items()) or "none"
-
-
-# Settings that may be left open, and the value that says so: of `model.dtype`, which the hardware
-# decides, and of those that train.auto_size takes from the size of the data.
+# Settings that may be left open, and the value that leaves them open: `model.dtype`, which the
+# hardware decides, and those that train.auto_size derives from the size of the data.
 OPEN: dict[str, Any] = {
     "model.dtype": "auto",
     "train.batch_size": 0,
     "schedule.learning_rate": 0,
-    "train.length": Duration(),
-    "schedule.warmup": Duration(),
+    "train.duration": "",
+    "schedule.warmup": "",
     "augment.mixup": -1,
-    "evaluation.every": Duration(),
-    "checkpoint.every": Duration(),
-    "log.every": Duration(),
+    "evaluation.every": "",
+    "checkpoint.every": "",
+    "log.every": "",
 }
 
 
 @dataclasses.dataclass
 class Data:
-    name: str = setting("tiny_imagenet", "the data set", registry="dataset")
+    name: str = setting("tiny_imagenet", "data set", registry="dataset")
     source: str = resumable(
         "",
-        "the original files: an archive or a folder; empty: the official download, where there is "
-        "one",
+        "original files: an archive or a folder; empty = the official download, if there is one",
         per_host=True,
         path=True,
     )
     directory: str = resumable(
         "",
-        "where prepared data are kept; empty: TFDS's own default (~/tensorflow_datasets)",
+        "folder for prepared data; empty = the TFDS default (~/tensorflow_datasets)",
         per_host=True,
         path=True,
     )
     tfds: str = setting(
         "",
-        "of the data set 'tfds': which of those that TFDS prepared as ArrayRecord, NAME, "
+        "for name=tfds: a data set that TFDS has prepared as ArrayRecord, written as NAME, "
         "NAME:VERSION or NAME/CONFIG:VERSION",
     )
     train_split: str = setting(
         "",
-        "of the data set 'tfds': the split to train on, or a slice of it such as train[:90%]; "
-        "empty: train",
+        "for name=tfds: the split to train on, or a slice of it such as train[:90%]; empty = train",
     )
     eval_split: str = setting(
         "",
-        "of the data set 'tfds': the split to evaluate on, or a slice; empty: validation or test, "
-        "or the only other one",
+        "for name=tfds: the split to evaluate on, or a slice of it; empty = validation or test, or "
+        "the only split besides train",
     )
-    eval_share: float = setting(
+    val_fraction: float = setting(
         0.2,
-        "share of each class that image_folder evaluates on, where the folder has no val/ or test/",
+        "for name=image_folder: fraction of each class held out for evaluation if the folder has "
+        "no val/ or test/",
         above=0,
         below=1,
     )
-    unreadable: str = setting(
+    on_unreadable: str = setting(
         "refuse",
-        "what image_folder does about corrupt or non-image files: stop, or leave them out",
+        "for name=image_folder: on corrupt or non-image files, stop (refuse) or leave them out "
+        "(skip)",
         choices=("refuse", "skip"),
     )
     archive_encoding: str = setting(
         "",
-        "encoding of the names in image_folder's archive (gbk, shift_jis, cp866, …) where the "
-        "archive does not declare it; empty: UTF-8, or stop if they are not",
+        "for name=image_folder: encoding of file names in an archive that does not declare it "
+        "(gbk, shift_jis, cp866, …); empty = UTF-8",
     )
     layout: str = setting(
         "auto",
-        "what the outermost folders of image_folder are: splits where they are named and built so "
-        "(train/, val/), or classes whatever their names",
+        "for name=image_folder: auto = treat top-level folders as splits if they are named like "
+        "splits (train/, val/); classes = always treat them as classes",
         choices=("auto", "classes"),
     )
     on_change: str = resumable(
         "refuse",
-        "what to do where the source, or a setting that decides on what is taken from it, is not "
-        "what was prepared: stop, or prepare it again in place of what is there",
+        "if the source, or a setting that affects its contents, differs from what was prepared: "
+        "stop (refuse) or prepare it again, replacing the old data (prepare)",
         choices=("refuse", "prepare"),
     )
     # Whether the pixels are those of before is compared with the data set.
     bit_depth: int = resumable(
         0,
-        "bits that the values of image files with 16 bits a channel use, of which the upper 8 "
-        "become the pixels; 0: what the largest value of image_folder's files needs",
+        "bits per channel used in 16-bit image files; the upper 8 of them become the pixels; 0 = "
+        "detect from the largest value in image_folder's files",
+        unit="bits",
         choices=(0, *BIT_DEPTHS),
     )
-    image_size: int = setting(64, "height and width of the images fed to the model, pixels", low=8)
+    image_size: int = setting(
+        64, "height and width of the images fed to the model", unit="pixels", low=8
+    )
     storage: str = resumable(
         "decoded",
-        "where a step's images come from: all decoded once into a file (3 x image_size^2 bytes "
-        "each on disk), or decoded from the compressed records at each step",
+        "decoded = decode all images once into a file (3 × image_size² bytes each); records = "
+        "decode the compressed records at each step",
         choices=("decoded", "records"),
         per_host=True,
     )
     workers: int = resumable(
-        0, "threads that decode records, a batch each; 0: one for each core", low=0, per_host=True
+        0,
+        "for storage=records: decoding threads, each working on one batch; 0 = one per core",
+        low=0,
+        per_host=True,
     )
-    eval_crop: float = resumable(
+    eval_crop_pct: float = resumable(
         1.0,
-        "side of the centred square that evaluation cuts from an image, over the image's shorter "
-        "side; other than 1 with storage 'records' only",
+        "side of the center crop for evaluation, as a fraction of the image's shorter side; values "
+        "other than 1 need storage=records",
         above=0,
         high=1,
     )
     holdout: int = setting(
         0,
-        "training examples, the same number of each class, that are kept from training and "
-        "evaluated on in place of the evaluation split: to tune on; 0: none",
+        "training examples to hold out and evaluate on instead of the evaluation split, the same "
+        "number from each class; use it to tune hyperparameters; 0 = none",
+        unit="examples",
         low=0,
     )
-    options: dict[str, Any] = setting(
-        {}, "settings of a data set of one's own, by the names it is registered with"
-    )
+    options: dict[str, Any] = setting({}, "options of a registered data set, by name")
 
 
 @dataclasses.dataclass
 class Augment:
     crop: str = resumable(
         "pad",
-        "random crop of training images: 'pad' shifts them, 'resized' resizes a box of what was "
-        "cut to data.image_size before, 'inception' resizes a box of the original image (storage "
-        "'records' only)",
+        "random crop of training images: pad = shift by up to `pad` pixels; resized = resize a "
+        "random box of the image at data.image_size; inception = resize a random box of the "
+        "original image (needs data.storage=records)",
         choices=("none", "pad", "resized", "inception"),
     )
-    pad: int = resumable(4, "zeros added on each side before a 'pad' crop, pixels", low=0)
-    area_min: float = resumable(
+    pad: int = resumable(
+        4, "for crop=pad: black pixels added on each side before cropping", unit="pixels", low=0
+    )
+    crop_scale_min: float = resumable(
         0.08,
-        "smallest share of the image's area in a 'resized' or 'inception' crop",
+        "for crop=resized and inception: smallest area of the box, as a fraction of the image's",
         above=0,
         high=1,
     )
-    aspect_max: float = resumable(
-        4 / 3, "largest width/height, and height/width, of a 'resized' or 'inception' crop", low=1
+    crop_ratio_max: float = resumable(
+        4 / 3,
+        "for crop=resized and inception: largest aspect ratio of the box; the smallest is its "
+        "reciprocal",
+        low=1,
     )
-    flip: bool = resumable(True, "mirror half of the training images left to right")
+    flip: bool = resumable(True, "flip half of the training images horizontally")
     policy: str = resumable(
         "none",
-        "an augmentation of whole grey levels, after crop and flip: randaugment and trivialaugment "
-        "draw operations for each image; 'none': none. Experimental: no recorded run has used it",
+        "augmentation policy applied after crop and flip: randaugment, trivialaugment or none. "
+        "Experimental: not used in any recorded run",
         choices=("none",),
         registry="augmentation",
     )
-    policy_ops: int = resumable(
-        2, "operations an image, of randaugment (trivialaugment: one)", low=1
-    )
+    policy_ops: int = resumable(2, "for policy=randaugment: operations per image", low=1)
     policy_magnitude: int = resumable(
-        9,
-        "strength of randaugment's operations, in 30ths of the strongest (trivialaugment: random)",
-        low=0,
-        high=30,
+        9, "for policy=randaugment: magnitude of the operations, out of 30", low=0, high=30
     )
     color_jitter: float = resumable(
         0.0,
-        "brightness, contrast and saturation of each image are multiplied by factors uniform "
-        "between 1 - this and 1 + this; 0: they are not; Howard's 2013 are 0.5. Experimental: no "
-        "recorded run has used it",
+        "brightness, contrast and saturation are each multiplied by a factor drawn uniformly from "
+        "1 ± this; 0 = off; Howard (2013) used 0.5. Experimental: not used in any recorded run",
         low=0,
         high=1,
     )
     hue_jitter: float = resumable(
         0.0,
-        "the hue of each image turns by up to this share of the colour circle, either way; 0: not. "
-        "Experimental: no recorded run has used it",
+        "the hue is shifted by up to this fraction of the color circle in either direction; 0 = "
+        "off. Experimental: not used in any recorded run",
         low=0,
         high=0.5,
     )
     extra: tuple[str, ...] = resumable(
-        (),
-        "augmentations of one's own, one after another, after the colour jitter",
-        registry="augmentation",
+        (), "registered augmentations, applied in order after color jitter", registry="augmentation"
     )
-    mixup: float = resumable(
-        0.0, "alpha of mixup's Beta(alpha, alpha) distribution; 0: no mixup", low=0
-    )
-    cutmix: float = resumable(
-        0.0, "alpha of CutMix's Beta(alpha, alpha) distribution; 0: no CutMix", low=0
-    )
+    mixup: float = resumable(0.0, "alpha of mixup's Beta(alpha, alpha); 0 = off", low=0)
+    cutmix: float = resumable(0.0, "alpha of CutMix's Beta(alpha, alpha); 0 = off", low=0)
     mix_probability: float = resumable(
-        1.0, "share of batches that mixup or CutMix change", low=0, high=1
+        1.0, "fraction of batches to which mixup or CutMix is applied", low=0, high=1
     )
-    mix_until: Duration = resumable(
-        Duration(), "time from the start after which nothing is mixed; none: mix to the end"
+    mix_end: str = resumable_duration(
+        "", "time from the start after which mixup and CutMix are off; empty = never"
     )
     cutout: int = resumable(
         0,
-        "side of the square that Cutout blanks, pixels of the image as train.image_sizes has it; "
-        "0: no Cutout",
+        "side of the square that Cutout blanks, at the current training image size; 0 = off",
+        unit="pixels",
         low=0,
     )
-    options: dict[str, Any] = resumable(
-        {}, "settings of augmentations of one's own, by the names they are registered with"
-    )
+    options: dict[str, Any] = resumable({}, "options of registered augmentations, by name")
 
 
 @dataclasses.dataclass
 class Model:
-    name: str = setting("googlenet", "the network", registry="model")
+    name: str = setting("googlenet", "network", registry="model")
     stem: str = setting(
         "paper",
-        "first layers of googlenet: the paper's (total stride 8), or for small images s16 "
-        "(stride 4) and s32 (stride 2)",
+        "for googlenet: the first layers; paper = total stride 8; for small images, s16 (stride 4) "
+        "and s32 (stride 2) keep feature maps larger",
         choices=STEMS,
     )
-    width: float = setting(1.0, "factor on the number of channels of every layer", above=0)
-    five_by_five: str = setting(
-        "5x5", "what the inception modules' 5x5 branch is made of", choices=FIVE_BY_FIVE
+    width: float = setting(1.0, "multiplier for the number of channels of every layer", above=0)
+    conv5x5: str = setting(
+        "5x5", "convolutions in the 5x5 branch of the inception modules", choices=CONV5X5
     )
     norm: str = setting(
         "batch",
-        "BatchNorm after each convolution, the paper's two local response normalisations, or none",
+        "batch = BatchNorm after each convolution; lrn = the paper's two local response "
+        "normalizations",
         choices=NORMS,
     )
     norm_momentum: float = resumable(
-        0.9, "share of BatchNorm's running statistics kept at each step", low=0, below=1
+        0.9, "fraction of BatchNorm's running statistics kept at each step", low=0, below=1
     )
     norm_epsilon: float = resumable(1e-3, "added to BatchNorm's variance", above=0)
-    aux_heads: bool = setting(False, "auxiliary classifiers on modules 4a and 4d, in training only")
-    dropout: float = resumable(
-        0.4, "share of features dropped before the last layer", low=0, below=1
+    aux_heads: bool = setting(
+        False, "add auxiliary classifiers to modules 4a and 4d, used in training only"
     )
-    aux_dropout: float = resumable(
-        0.7, "share of features dropped in the auxiliary heads", low=0, below=1
-    )
+    dropout: float = resumable(0.4, "dropout rate before the last layer", low=0, below=1)
+    aux_dropout: float = resumable(0.7, "dropout rate in the auxiliary heads", low=0, below=1)
     dtype: str = resumable(
         "float32",
-        "type that layers compute in; parameters and statistics are float32. auto: bfloat16 where "
-        "the hardware multiplies it, else float32",
+        "type that layers compute in; parameters and statistics are always float32; auto = "
+        "bfloat16 where the hardware multiplies it natively, otherwise float32",
         choices=DTYPES,
     )
-    options: dict[str, Any] = setting(
-        {}, "settings of a network of one's own, by the names it is registered with"
-    )
+    options: dict[str, Any] = setting({}, "options of a registered network, by name")
 
 
 @dataclasses.dataclass
 class Optimizer:
-    name: str = setting("sgd_nesterov", "the update rule", registry="optimizer")
+    name: str = setting("sgd_nesterov", "optimizer", registry="optimizer")
     momentum: float = resumable(0.9, "momentum of SGD, Muon and RMSprop", low=0, below=1)
     beta1: float = resumable(
-        0.9, "decay of the first moment, of Adam, LAMB and Lion", low=0, below=1
+        0.9, "decay rate of the first moment of Adam, LAMB and Lion", low=0, below=1
     )
     beta2: float = resumable(
         0.999,
-        "decay of the second moment, of Adam, LAMB and RMSprop; of Lion, of its momentum",
+        "decay rate of the second moment of Adam, LAMB and RMSprop, and of Lion's momentum",
         low=0,
         below=1,
     )
     epsilon: float = resumable(1e-8, "epsilon of Adam, LAMB and RMSprop", above=0)
     weight_decay: float = resumable(
-        0.0, "L2 coefficient added to the gradient (SGD, Adam, RMSprop), or decoupled decay", low=0
-    )
-    adam_rate_factor: float = resumable(
-        0.05,
-        "learning rate of the Adam that muon leaves the first convolution, the classifiers, biases "
-        "and norms to, over schedule.learning_rate",
-        above=0,
-    )
-    decay_all: bool = resumable(False, "decay biases and norm scales too, not kernels only")
-    clip_norm: float = resumable(0.0, "largest global norm of the gradient; 0: no clipping", low=0)
-    sam_rho: float = resumable(
         0.0,
-        "radius of sharpness-aware minimisation, in the norm of all parameters together, for twice "
-        "the work; 0: off. Experimental: no recorded run has used it",
+        "weight decay: L2 added to the gradient for SGD, Adam and RMSprop; decoupled for the "
+        "others",
         low=0,
     )
-    options: dict[str, Any] = setting(
-        {}, "settings of an optimizer of one's own, by the names it is registered with"
+    muon_adam_lr_ratio: float = resumable(
+        0.05,
+        "for name=muon: learning rate of Adam, relative to schedule.learning_rate; Adam updates "
+        "the first convolution, the classifiers, biases and norms",
+        above=0,
     )
+    decay_norm_and_bias: bool = resumable(
+        False, "apply weight decay to biases and norm parameters too, not only to kernels"
+    )
+    clip_norm: float = resumable(0.0, "clip the gradient's global norm to this; 0 = off", low=0)
+    sam_rho: float = resumable(
+        0.0,
+        "radius of sharpness-aware minimization, in the norm over all parameters; doubles the "
+        "compute; 0 = off. Experimental: not used in any recorded run",
+        low=0,
+    )
+    options: dict[str, Any] = setting({}, "options of a registered optimizer, by name")
 
 
 @dataclasses.dataclass
 class Schedule:
-    name: str = resumable(
-        "cosine", "shape of the learning rate after the warm-up", registry="schedule"
+    name: str = resumable("cosine", "shape of the learning rate after warmup", registry="schedule")
+    learning_rate: float = resumable(0.1, "peak learning rate, reached after warmup", above=0)
+    warmup: str = resumable_duration(
+        "", "linear rise from 0 to the peak; empty = start at the peak"
     )
-    learning_rate: float = resumable(0.1, "the peak rate, at the end of the warm-up", above=0)
-    warmup: Duration = resumable(
-        Duration(), "linear rise from 0 to the peak; none: start at the peak"
+    final_lr_ratio: float = resumable(
+        0.0, "for cosine, linear and polynomial: final over peak learning rate", low=0, high=1
     )
-    end_factor: float = resumable(
-        0.0, "last rate over peak rate, for cosine, linear and polynomial", low=0, high=1
-    )
-    power: float = resumable(1.0, "exponent of the polynomial schedule", above=0)
-    decay: float = resumable(
+    power: float = resumable(1.0, "for polynomial: the exponent", above=0)
+    decay_rate: float = resumable(
         0.1,
-        "factor at each boundary (steps) or over each decay_every (exponential)",
+        "for steps and exponential: factor at each of `boundaries`, or over each decay_period",
         above=0,
         high=1,
     )
-    decay_every: Duration = resumable(
-        Duration(), "time in which exponential multiplies the rate by `decay`"
+    decay_period: str = resumable_duration(
+        "", "for exponential: time over which the learning rate is multiplied by decay_rate"
     )
     staircase: bool = resumable(
-        False, "let exponential fall at whole multiples of decay_every only"
+        False, "for exponential: decay only at whole multiples of decay_period"
     )
-    boundaries: tuple[float, ...] = resumable(
-        (), "where `steps` multiplies the rate by `decay`, in boundaries_unit from the start", low=0
+    boundaries: tuple[str, ...] = resumable_duration(
+        (), "for steps: times from the start at which the rate is multiplied by decay_rate"
     )
-    boundaries_unit: str = resumable(
-        "epochs", "what `boundaries` counts", choices=("epochs", "steps")
-    )
-    options: dict[str, Any] = resumable(
-        {}, "settings of a schedule of one's own, by the names it is registered with"
-    )
+    options: dict[str, Any] = resumable({}, "options of a registered schedule, by name")
 
 
 @dataclasses.dataclass
 class Init:
-    weights: str = setting(
+    pretrained: str = setting(
         "",
-        "file of weights that a new run starts from (tools.export, tools.import_weights); "
-        "a resumed run does not read it; empty: random values",
+        "weights file that a new run starts from (see tools.export and tools.import_weights); "
+        "ignored on resume; empty = random initialization",
         path=True,
     )
 
@@ -415,44 +391,48 @@ class Init:
 class Train:
     auto_size: bool = resumable(
         False,
-        "take from the number of training images what is left at 0 or none of the batch size, "
-        "learning rate, length, warm-up, and times between evaluations, checkpoints and reports, "
-        "and mixup if it is -1",
+        "derive from the number of training images whichever of these are unset: batch size, "
+        "learning rate, duration, warmup, the intervals of evaluation, checkpoints and logging, "
+        "and mixup (-1 = unset)",
     )
-    batch_size: int = setting(128, "examples a step, over all devices", low=1)
-    accumulate: int = resumable(
+    batch_size: int = setting(128, "examples per step, over all devices", unit="examples", low=1)
+    grad_accum_steps: int = resumable(
         1,
-        "micro-batches that a step's batch is computed in, one after another, to save memory; "
-        "BatchNorm sees each by itself",
+        "micro-batches per step, computed in sequence to save memory; BatchNorm sees each one "
+        "separately",
         low=1,
     )
-    length: Duration = resumable(Duration(epochs=60), "length of the run")
+    duration: str = resumable_duration("60 epochs", "length of the run")
     label_smoothing: float = resumable(
-        0.0, "share of the target spread evenly over all classes", low=0, below=1
+        0.0, "fraction of the target spread evenly over all classes", low=0, below=1
     )
     image_sizes: tuple[int, ...] = resumable(
         (),
-        "progressive resizing: sides that training images are resized to one after another, "
-        "pixels; empty: data.image_size throughout",
+        "progressive resizing: image sizes to train at, in order; empty = data.image_size "
+        "throughout",
+        unit="pixels",
         low=8,
     )
-    image_size_epochs: tuple[float, ...] = resumable(
-        (), "where each of image_sizes after the first begins, epochs from the start", above=0
+    image_size_boundaries: tuple[str, ...] = resumable_duration(
+        (), "times from the start at which each of image_sizes after the first takes over"
     )
     aux_weight: float = resumable(0.3, "weight of each auxiliary head's loss", low=0)
-    ema: Duration = resumable(
-        Duration(),
-        "time constant of the exponential moving average of parameters and BatchNorm statistics "
-        "that evaluation uses; none: no average",
+    ema: str = resumable_duration(
+        "",
+        "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
+        "statistics that evaluation uses; empty = no EMA",
     )
-    nonfinite: str = resumable(
+    on_nonfinite: str = resumable(
         "stop",
-        "what a loss or gradient that is not finite does: stop the run, which then goes on from "
-        "the checkpoint before, or leave that step's update out",
+        "on a NaN or infinite loss or gradient: stop, so that the run can resume from the last "
+        "checkpoint, or skip that step's update",
         choices=("stop", "skip"),
     )
     nonfinite_limit: int = resumable(
-        5, "with nonfinite=skip: steps in a row left out at which the run stops", low=1
+        5,
+        "for on_nonfinite=skip: consecutive skipped steps after which the run stops",
+        unit="steps",
+        low=1,
     )
 
 
@@ -460,116 +440,120 @@ class Train:
 class Evaluation:
     batch_size: int = resumable(
         500,
-        "most examples an evaluation step, over all devices; fewer where the split has fewer",
+        "largest number of examples per evaluation step, over all devices; smaller splits use "
+        "smaller batches",
+        unit="examples",
         low=1,
     )
-    every: Duration = resumable(
-        Duration(epochs=1), "time between evaluations; there is always one at the end"
+    every: str = resumable_duration(
+        "1 epoch", "interval between evaluations; there is always one at the end"
     )
     image_size: int = resumable(
-        0, "side that images are resized to for evaluation, pixels; 0: data.image_size", low=0
+        0, "size to resize images to for evaluation; 0 = data.image_size", unit="pixels", low=0
     )
     metrics: tuple[str, ...] = resumable(
         ("top1", "top5"),
-        "metrics reported with the loss, in training and evaluation; top5 of more than five "
-        "classes only",
+        "metrics to report besides the loss, in training and evaluation; top5 needs more than five "
+        "classes",
         registry="metric",
     )
-    flip: bool = resumable(
+    flip_tta: bool = resumable(
         False,
-        "short for an evaluation 'flip' in evaluations, with flip_tta: the logits averaged over "
-        "each image and its mirror image",
+        "add an evaluation named flip that averages the logits of each image and its mirror image "
+        "(shorthand for an entry of `evaluations` with flip_tta)",
     )
-    train_examples: int = resumable(
+    train_eval_examples: int = resumable(
         0,
-        "short for an evaluation 'train_eval' in evaluations, of this many training examples, "
-        "without augmentation and dropout; 0: none",
+        "add an evaluation named train_eval of this many training examples, without augmentation "
+        "and dropout (shorthand for an entry of `evaluations`); 0 = off",
+        unit="examples",
         low=0,
     )
     norm_examples: int = resumable(
         0,
-        "training examples that BatchNorm's statistics are re-estimated from before each "
-        "evaluation, and saved so, for runs of few steps; 0: the running statistics",
+        "training examples from which BatchNorm statistics are re-estimated before each "
+        "evaluation, for runs of few steps; the new statistics are saved; 0 = use the running ones",
+        unit="examples",
         low=0,
     )
-    options: dict[str, Any] = resumable(
-        {}, "settings of metrics of one's own, by the names they are registered with"
-    )
+    options: dict[str, Any] = resumable({}, "options of registered metrics, by name")
 
 
 @dataclasses.dataclass
 class View:
-    """An evaluation in addition to the run's own: which examples, and how the network sees them."""
+    """An additional evaluation: which examples to evaluate, and how the network sees them."""
 
     split: str = resumable(
         "eval",
-        "the examples: eval (those of the run's own evaluation), train (those it trains on, "
-        "without augmentation), or a split of the data set by its name",
+        "eval = the run's own evaluation split; train = the training examples without "
+        "augmentation; otherwise a split of the data set by name",
     )
-    examples: int = resumable(0, "how many of them, the first of the split; 0: all", low=0)
+    examples: int = resumable(
+        0, "evaluate only this many, from the start of the split; 0 = all", unit="examples", low=0
+    )
     crop: float = resumable(
         0.0,
-        "side of the centred square that is cut from an image, over the image's shorter side; 0: "
-        "data.eval_crop",
+        "side of the center crop, as a fraction of the image's shorter side; 0 = "
+        "data.eval_crop_pct",
         low=0,
         high=1,
     )
     size: int = resumable(
-        0, "side that images are resized to, pixels; 0: evaluation.image_size", low=0
+        0, "size to resize images to; 0 = evaluation.image_size", unit="pixels", low=0
     )
-    flip_tta: bool = resumable(False, "average the logits over each image and its mirror image")
-    every: Duration = resumable(
-        Duration(), "time between them, besides one at the end; none: evaluation.every"
+    flip_tta: bool = resumable(False, "average the logits of each image and its mirror image")
+    every: str = resumable_duration(
+        "", "interval between these evaluations; empty = evaluation.every"
     )
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    every: Duration = resumable(
-        Duration(epochs=1), "time between checkpoints; there is always one at the end"
+    every: str = resumable_duration(
+        "1 epoch", "interval between checkpoints; there is always one at the end"
     )
-    keep_last: int = resumable(2, "how many of the newest checkpoints are kept", low=1)
+    keep_last: int = resumable(2, "number of newest checkpoints to keep", low=1)
     keep_best: int = resumable(
-        1, "how many of the best by validation top-1 are kept besides", low=0
+        1, "number of checkpoints with the best validation top-1 to keep in addition", low=0
     )
     on_write_error: str = resumable(
         "stop",
-        "what a full disk does to the run, or another reason why a checkpoint, a line of metrics "
-        "or the report cannot be written: stop it, or continue: say so, and try again at the next "
-        "one. The last must succeed. On several processes a run always stops",
+        "if a checkpoint, a line of metrics or the report cannot be written (full disk, …): stop, "
+        "or continue: log the error and retry at the next one; the last write must succeed. Runs "
+        "on several processes always stop",
         choices=("stop", "continue"),
     )
 
 
 @dataclasses.dataclass
 class Log:
-    every: Duration = resumable(Duration(steps=100), "time between training metrics")
+    every: str = resumable_duration("100 steps", "interval between reports of training metrics")
     writers: tuple[str, ...] = resumable(
         ("tensorboard",),
-        "where metrics go besides metrics.jsonl, which is always written",
+        "where metrics go in addition to metrics.jsonl, which is always written",
         registry="writer",
     )
-    options: dict[str, Any] = resumable(
-        {}, "settings of writers of one's own, by the names they are registered with"
-    )
+    options: dict[str, Any] = resumable({}, "options of registered writers, by name")
 
 
 @dataclasses.dataclass
 class Watch:
-    host_silence: float = resumable(
+    heartbeat_timeout_seconds: float = resumable(
         60.0,
-        "on several hosts: seconds without a heartbeat after which JAX takes a process for dead "
-        "and stops the others",
+        "on several hosts: time without a heartbeat after which a process counts as dead and the "
+        "others stop",
+        unit="seconds",
         low=3,
     )
     stall_minutes: float = resumable(
         10.0,
-        "minutes without a step, save or anything else after which a run says what each of its "
-        "threads is doing; 0: never",
+        "time without progress (a step, a save, …) after which the stacks of all threads are "
+        "logged; 0 = never",
+        unit="minutes",
         low=0,
     )
     long_stall_minutes: float = resumable(
-        60.0, "the same while it compiles or evaluates; 0: never", low=0
+        60.0, "the same during compilation and evaluation; 0 = never", unit="minutes", low=0
     )
 
 
@@ -577,32 +561,33 @@ class Watch:
 class Expected:
     top1: float = resumable(
         0.0,
-        "top-1 on the evaluation split that the experiment should reach, for its report, percent; "
-        "0: not known",
+        "top-1 on the evaluation split that the experiment should reach, shown in its report; 0 = "
+        "unknown",
+        unit="percent",
         low=0,
         high=100,
     )
-    source: str = resumable("", "where that figure is from, in a line")
+    source: str = resumable("", "where that figure comes from, in one line")
 
 
 @dataclasses.dataclass
 class Config:
     """All settings of a run."""
 
-    name: str = resumable("unnamed", "what the experiment is called in logs and plots")
-    seed: int = setting(0, "seed of initialisation, shuffling and augmentation", low=0)
-    data: Data = setting(Data(), "what the examples are")
-    augment: Augment = setting(Augment(), "how training images are varied")
-    model: Model = setting(Model(), "what is trained")
-    init: Init = setting(Init(), "what training starts from")
+    name: str = resumable("unnamed", "name of the experiment in logs and plots")
+    seed: int = setting(0, "seed of initialization, shuffling and augmentation", low=0)
+    data: Data = setting(Data(), "the data set, where it comes from and how it is stored")
+    augment: Augment = setting(Augment(), "augmentation of training images")
+    model: Model = setting(Model(), "the network")
+    init: Init = setting(Init(), "what a new run starts from")
     optimizer: Optimizer = setting(Optimizer(), "how parameters are updated")
     schedule: Schedule = setting(Schedule(), "the learning rate over time")
     train: Train = setting(Train(), "how training runs")
     evaluation: Evaluation = setting(Evaluation(), "how the model is evaluated")
     evaluations: dict[str, View] = resumable(
-        {}, "more evaluations, by names under which their metrics are reported"
+        {}, "additional evaluations, by the name under which their metrics are reported"
     )
-    checkpoint: Checkpoint = setting(Checkpoint(), "when and what is saved")
-    log: Log = setting(Log(), "what is reported")
-    watch: Watch = setting(Watch(), "when a run counts as stuck or broken")
-    expected: Expected = setting(Expected(), "what the result is compared with")
+    checkpoint: Checkpoint = setting(Checkpoint(), "when checkpoints are saved, and which are kept")
+    log: Log = setting(Log(), "when and where metrics are reported")
+    watch: Watch = setting(Watch(), "when a run counts as stalled or a host as dead")
+    expected: Expected = setting(Expected(), "the result to compare with")

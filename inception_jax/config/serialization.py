@@ -8,6 +8,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from inception_jax.config import durations
 from inception_jax.config.fields import get, leaves, matches, plain, put, type_name
 from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import Config
@@ -52,7 +53,9 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if any(each.startswith(f"{path}.") for each in known):
             raise ConfigError(f"config.{path} = {value!r}: must be a group of settings")
         if path not in known:
-            notes.append(f"config.{path} = {value!r}: no setting of this version; it is left out")
+            notes.append(
+                f"config.{path} = {value!r}: ignored, because this version has no such setting"
+            )
             continue
         hint, field = known[path]
         put(config, path, _without_strangers(path, value, hint, notes))
@@ -62,7 +65,7 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if not field.metadata["resumable"]:
             raise ConfigError(problem)
         put(config, path, get(default, path))
-        notes.append(f"{problem}; the default is taken, {get(default, path)!r}")
+        notes.append(f"{problem}; the default is used, {get(default, path)!r}")
     return config, notes
 
 
@@ -80,26 +83,38 @@ def _without_strangers(path: str, value: Any, hint: Any, notes: list[str]) -> An
                 found[name][inside] = each
             else:
                 notes.append(
-                    f"config.{path}.{name}.{inside} = {each!r}: no setting of this version, or of "
-                    "another type; it is left out"
+                    f"config.{path}.{name}.{inside} = {each!r}: ignored, because this version has "
+                    "no such setting, or it has another type"
                 )
     return found
 
 
 def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Returns nested settings by their names of today, and notes what is there by both names."""
+    """Returns nested settings under today's names, and notes settings present under both names."""
     found = copy.deepcopy(dict(values))
-    for old, new in RENAMED.items():
-        group, name = _group_of(found, old)
-        if name not in group:
-            continue
-        value = group.pop(name)
-        for path, moved in ({new: value} if isinstance(new, str) else new(value)).items():
+    for pattern, renamed in RENAMED.items():
+        for old, path in _matching(found, pattern, renamed.path):
+            group, name = _group_of(found, old)
+            if name not in group:
+                continue
+            value = group.pop(name)
+            moved = renamed.convert(value, group) if renamed.convert else value
+            if not path:
+                continue
             group, name = _group_of(found, path)
             if name in group:
-                notes.append(f"config.{old} = {value!r}: is config.{path} now, which is there too")
+                notes.append(f"config.{old} = {value!r}: ignored, because config.{path} is set too")
             group.setdefault(name, moved)
     return found
+
+
+def _matching(values: dict[str, Any], old: str, new: str) -> list[tuple[str, str]]:
+    """Returns an old and a new path, once for each name that '*' stands for in both."""
+    if "*" not in old:
+        return [(old, new)]
+    group, name = _group_of(values, old.partition(".*")[0])
+    names = group.get(name)
+    return [(old.replace("*", each), new.replace("*", each)) for each in names or ()]
 
 
 def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
@@ -224,6 +239,13 @@ def _values(config: Config, path: str) -> dict[str, Any]:
     return {f"{path}.{name}": entry for name, entry in value.items()}
 
 
+def _same(before: Any, after: Any, is_duration: bool) -> bool:
+    """Whether two values of a setting are the same; durations may be written differently."""
+    if is_duration and isinstance(before, str) and isinstance(after, str):
+        return durations.same(before, after)
+    return bool(plain(before) == plain(after))
+
+
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """Returns what differs between the configuration of a workdir and a new one.
 
@@ -239,9 +261,11 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
         kind += [
             f"config.{each}: {before.get(each)!r} → {after.get(each)!r}"
             for each in dict.fromkeys([*before, *after])
-            if plain(before.get(each)) != plain(after.get(each))
+            if not _same(before.get(each), after.get(each), field.metadata["duration"])
         ]
     # The average is part of the state: it can neither be added to a run nor taken away.
-    if bool(old.train.ema) != bool(new.train.ema):
-        refused.append(f"config.train.ema: {old.train.ema} → {new.train.ema}")
+    if bool(durations.parse_duration(old.train.ema)) != bool(
+        durations.parse_duration(new.train.ema)
+    ):
+        refused.append(f"config.train.ema: {old.train.ema!r} → {new.train.ema!r}")
     return refused, allowed

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from inception_jax.config.schema import Duration
+from inception_jax.config import durations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +23,29 @@ class Timeline:
     batch_size: int
     train_examples: int
 
-    def _examples(self, duration: Duration) -> Fraction:
-        if duration.epochs:
-            return Fraction(duration.epochs).limit_denominator(10**6) * self.train_examples
-        return Fraction(duration.steps * self.batch_size or duration.examples)
+    def _examples(self, duration: str) -> Fraction:
+        length = durations.parse_duration(duration)
+        if length is None:
+            return Fraction(0)
+        if length.unit == "epochs":
+            return Fraction(length.amount).limit_denominator(10**6) * self.train_examples
+        return Fraction(int(length.amount)) * (self.batch_size if length.unit == "steps" else 1)
 
-    def steps(self, duration: Duration) -> int:
-        """Returns the least number of steps that lasts at least `duration`."""
+    def steps(self, duration: str) -> int:
+        """Returns the smallest number of steps that lasts at least `duration` ('' = 0)."""
         return math.ceil(self._examples(duration) / self.batch_size)
 
-    def due(self, every: Duration, step: int) -> bool:
-        """Whether a multiple of `every` is reached by step `step` (counted from 1)."""
+    def due(self, every: str, step: int) -> bool:
+        """Whether step `step`, counted from 1, reaches a multiple of the interval `every`."""
         period = self._examples(every)
         return step * self.batch_size // period > (step - 1) * self.batch_size // period
+
+    def epochs(self, duration: str) -> float:
+        """Returns how many epochs a duration is; of steps and examples, rounded up to steps."""
+        length = durations.parse_duration(duration)
+        if length is not None and length.unit == "epochs":
+            return length.amount
+        return self.epoch(self.steps(duration))
 
     def epoch(self, step: int) -> float:
         """Returns how many epochs `step` steps are."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inception_jax import registry
+from inception_jax.config import durations
 from inception_jax.config.fields import (
     entries,
     get,
@@ -30,6 +31,8 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
         return f"must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
     if metadata["path"] and (problem := paths.problem(value)):
         return problem
+    if metadata["duration"]:
+        return _duration_problem(value)
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -47,29 +50,36 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     return ""
 
 
+def _duration_problem(value: str | tuple[str, ...]) -> str:
+    """Returns what is wrong with a duration, or with a tuple of them; '' if nothing is."""
+    for each in value if isinstance(value, tuple) else (value,):
+        try:
+            durations.parse_duration(each)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def _boundary_problem(boundaries: tuple[str, ...]) -> str:
+    """Returns what is wrong with durations that must increase from one to the next, or ''."""
+    parsed = [durations.parse_duration(each) for each in boundaries]
+    amounts = [each.amount for each in parsed if each]
+    if len(amounts) < len(parsed) or amounts != sorted(set(amounts)):
+        return "must increase from one to the next"
+    if len({each.unit for each in parsed if each}) > 1:
+        return "must all have the same unit"
+    return ""
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     """Yields what is wrong between fields that are each right by themselves."""
-    for path in (path for path, _, _ in (*leaves(), *entries(config)) if path.endswith(".epochs")):
-        path = path.removesuffix(".epochs")
-        if len(given := get(config, path).given()) > 1:
-            units = " and ".join(f"{unit}={value}" for unit, value in given.items())
-            yield f"config.{path} has {units}: give one unit, and set the others to 0"
-    for path in ("train.length", "evaluation.every", "checkpoint.every", "log.every"):
+    for path in ("train.duration", "evaluation.every", "checkpoint.every", "log.every"):
         duration = get(config, path)
-        if not duration and not is_open(config, path):
-            yield f"config.{path} = {duration}: give a unit more than zero, such as {path}.epochs=1"
-    schedule = config.schedule
-    for path, boundaries in (
-        ("schedule.boundaries", schedule.boundaries),
-        ("train.image_size_epochs", config.train.image_size_epochs),
-    ):
-        if list(boundaries) != sorted(set(boundaries)):
-            yield f"config.{path} = {boundaries}: must rise from each to the next"
-    if schedule.boundaries_unit == "steps" and any(b % 1 for b in schedule.boundaries):
-        yield (
-            f"config.schedule.boundaries = {schedule.boundaries}: must be whole numbers with "
-            "schedule.boundaries_unit = 'steps'"
-        )
+        if durations.parse_duration(duration) is None and not is_open(config, path):
+            yield f"config.{path} = {duration!r}: must be a duration such as {durations.EXAMPLE}"
+    for path in ("schedule.boundaries", "train.image_size_boundaries"):
+        if problem := _boundary_problem(get(config, path)):
+            yield f"config.{path} = {get(config, path)}: {problem}"
     if config.augment.crop == "pad" and config.augment.pad >= config.data.image_size:
         yield (
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
@@ -83,23 +93,27 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"config.data.storage = {config.data.storage!r} does not keep; set data.storage to "
                 "'records', or augment.crop to 'resized'"
             )
-        if config.data.eval_crop != 1:
+        if config.data.eval_crop_pct != 1:
             yield (
-                f"config.data.eval_crop = {config.data.eval_crop:g}: with config.data.storage = "
-                f"{config.data.storage!r} it must be 1; set data.storage to 'records' to cut less"
+                f"config.data.eval_crop_pct = {config.data.eval_crop_pct:g}: must be 1 with "
+                f"config.data.storage = {config.data.storage!r}; set data.storage to 'records' for "
+                "a smaller crop"
             )
-    sizes, begins = config.train.image_sizes, config.train.image_size_epochs
+    sizes, begins = config.train.image_sizes, config.train.image_size_boundaries
     if len(begins) != max(len(sizes) - 1, 0):
         yield (
-            f"config.train.image_size_epochs = {begins}: must have an entry for each of "
-            f"train.image_sizes = {sizes} but the first"
+            f"config.train.image_size_boundaries = {begins}: must have one entry for each of "
+            f"train.image_sizes = {sizes} except the first"
         )
-    length = config.train.length
-    if begins and length.epochs and begins[-1] >= length.epochs:
+    length, last = (
+        durations.parse_duration(config.train.duration),
+        durations.parse_duration(begins[-1] if begins else ""),
+    )
+    if length and last and last.unit == length.unit and last.amount >= length.amount:
         yield (
-            f"config.train.image_size_epochs = {begins}: its last begins no sooner than the run "
-            f"ends, config.train.length.epochs = {length.epochs:g}, so that its size is never "
-            "reached; begin it sooner, or drop it and its size"
+            f"config.train.image_size_boundaries = {begins}: the last size would never be used, "
+            f"because the run ends at config.train.duration = {config.train.duration!r}; use an "
+            "earlier boundary, or remove it and its size"
         )
     optimizer = config.optimizer.name
     known = [part.name for part in registry.OPTIMIZERS if part.auto_rate]

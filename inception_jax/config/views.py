@@ -11,8 +11,8 @@ def views(config: Config) -> dict[str, View]:
     They are those of `config.evaluations`, and the two that have a setting of their own.
     """
     short: dict[str, View] = {}
-    if config.evaluation.train_examples:
-        short[TRAIN_EVAL] = View(split="train", examples=config.evaluation.train_examples)
-    if config.evaluation.flip:
+    if config.evaluation.train_eval_examples:
+        short[TRAIN_EVAL] = View(split="train", examples=config.evaluation.train_eval_examples)
+    if config.evaluation.flip_tta:
         short[FLIP] = View(flip_tta=True)
     return short | config.evaluations

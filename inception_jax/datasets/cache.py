@@ -135,8 +135,17 @@ def prepared(info: Info) -> Prepared:
     source = info["source"]
     names = info["class_names"]
     return Prepared(
-        source["path"], source["digest"], source["settings"], names, source.get("code", "")
+        source["path"], source["digest"], _settings(source), names, source.get("code", "")
     )
+
+
+def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that data were prepared with, under today's names."""
+    found = facts.get("settings", {})
+    return {
+        config.current_path(f"data.{name}").removeprefix("data."): value
+        for name, value in found.items()
+    }
 
 
 def prepared_by(builder: Any) -> Prepared:
@@ -145,7 +154,7 @@ def prepared_by(builder: Any) -> Prepared:
     return Prepared(
         path=facts.get("source", ""),
         digest=facts.get("source_digest", ""),
-        settings=facts.get("settings", {}),
+        settings=_settings(facts),
         class_names=builder.class_names,
         code=facts.get("code", ""),
     )

@@ -65,7 +65,7 @@ _register(
     "image_folder",
     "image_folder.ImageFolder",
     eval_split="validation",
-    takes=("eval_share", "unreadable", "layout", "archive_encoding"),
+    takes=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
     contents=_late("folders.contents"),
     check=_check_encoding,
 )

@@ -62,7 +62,7 @@ class Dataset:
         labels: np.ndarray | Sequence[int],
         *,
         evaluation: tuple[np.ndarray, np.ndarray | Sequence[int]] | None = None,
-        eval_share: float = 0.2,
+        val_fraction: float = 0.2,
         class_names: Sequence[str] = (),
         image_size: int = 0,
         name: str = "arrays",
@@ -74,7 +74,7 @@ class Dataset:
           images: uint8 [N, H, W, 3], or grey: [N, H, W] or [N, H, W, 1].
           labels: int [N], from 0 on.
           evaluation: (images, labels) to evaluate on; None: a share of each class is held out.
-          eval_share: that share, rounded, but at least one example, and never all.
+          val_fraction: that share, rounded, but at least one example, and never all.
           class_names: in the order of the labels; none: the labels' numbers.
           image_size: height and width that images are resized to, of the centred square, pixels; 0:
             their shorter side.
@@ -92,9 +92,11 @@ class Dataset:
         class_names = tuple(class_names) or arrays.numbered(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:
-            if not 0 < eval_share < 1:
-                raise ConfigError(f"eval_share = {eval_share}: must be more than 0, less than 1")
-            held = arrays.held_out(known, eval_share, seed)
+            if not 0 < val_fraction < 1:
+                raise ConfigError(
+                    f"val_fraction = {val_fraction}: must be more than 0, less than 1"
+                )
+            held = arrays.held_out(known, val_fraction, seed)
             if not held.any():
                 raise DataError("images: no class has two, so that one could be evaluated on")
             test = arrays.make_split(pixels, known, np.flatnonzero(held), size)
@@ -284,7 +286,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
         opened[evaluated] = splits.part_of(opened[evaluated], part_of_it)
     # Only what is evaluated is cut: training has crops of its own.
     opened = {
-        name: split if name == train else split.cropped(data.eval_crop)
+        name: split if name == train else split.cropped(data.eval_crop_pct)
         for name, split in opened.items()
     }
     for name in (train, evaluated):
@@ -304,7 +306,7 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
         splits=opened,
         train_split=train,
         eval_split=evaluated,
-        eval_crop=data.eval_crop,
+        eval_crop=data.eval_crop_pct,
         bit_depth=cache.bit_depth(part.name, info),
     )
 

@@ -206,7 +206,7 @@ class Evaluator:
     def _source(self, name: str) -> tuple[Any, ...]:
         """Returns what evaluations have in common that see the same images of the same size."""
         view = self.views[name]
-        crop = view.crop or self._run.config.data.eval_crop
+        crop = view.crop or self._run.config.data.eval_crop_pct
         return view.split, len(self.splits[name]), crop, self._size(view)
 
     def _size(self, view: View) -> int:
@@ -248,7 +248,7 @@ def _examples(run: Run, name: str, view: View) -> Split:
     Raises:
       ConfigError: if there is no such split.
     """
-    crop = view.crop or run.config.data.eval_crop
+    crop = view.crop or run.config.data.eval_crop_pct
     try:
         return run.dataset.view(view.split, crop=crop, examples=view.examples or None)
     except ConfigError as error:

@@ -75,7 +75,7 @@ def from_checkpoint(
         if model is None
         else protocol.adapted(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
-        has_average=bool(config.train.ema),
+        has_average=bool(configs.parse_duration(config.train.ema)),
     )
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)
@@ -89,7 +89,7 @@ def from_checkpoint(
         class_names=tuple(dataset["class names"]),
         mean=np.array(dataset["mean"], np.float32),
         std=np.array(dataset["std"], np.float32),
-        eval_crop=config.data.eval_crop,
+        eval_crop=config.data.eval_crop_pct,
         eval_image_size=config.evaluation.image_size,
         bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
         experiment=config.name,

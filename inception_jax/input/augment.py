@@ -78,7 +78,9 @@ def augment(
     if settings.crop == "pad":
         images = pad_crop(keys[_Stream.CROP], images, settings.pad)
     elif settings.crop == "resized":
-        images = resized_crop(keys[_Stream.CROP], images, settings.area_min, settings.aspect_max)
+        images = resized_crop(
+            keys[_Stream.CROP], images, settings.crop_scale_min, settings.crop_ratio_max
+        )
     if settings.flip:
         images = flip(keys[_Stream.FLIP], images)
     if settings.policy != "none":
@@ -206,39 +208,40 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
 
 
 def resized_crop(
-    key: jax.Array, images: jax.Array, area_min: float, aspect_max: float
+    key: jax.Array, images: jax.Array, crop_scale_min: float, crop_ratio_max: float
 ) -> jax.Array:
     """Cuts a random box out of each image and resizes it to the image's own size.
 
-    The box is that of torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6): an area
-    uniform in [area_min, 1] of the image's, width / height log-uniform in [1 / aspect_max,
-    aspect_max], both sides rounded to pixels, the place uniform. torchvision draws until a box fits
-    the image, ten times at most; here all ten are drawn at once and the first that fits is taken.
-    Should none fit, the whole image is the box, as it is there for a square image.
+    The box is that of torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6): its area is
+    uniform in [crop_scale_min, 1] of the image's, width / height log-uniform in
+    [1 / crop_ratio_max, crop_ratio_max], both sides rounded to pixels, its position uniform.
+    torchvision draws until a box fits the image, at most ten times; here all ten are drawn at once
+    and the first that fits is used. If none fits, the box is the whole image, as torchvision has it
+    for a square image.
 
     Args:
       key: typed PRNG key.
       images: uint8 [B, H, W, C].
-      area_min: share of the image's area.
-      aspect_max: a ratio of at least 1.
+      crop_scale_min: share of the image's area.
+      crop_ratio_max: a ratio of at least 1.
 
     Returns:
       float32 [B, H, W, C], between 0 and 255.
     """
     batch, height, width, _ = images.shape
-    boxes = _random_boxes(key, batch, (height, width), area_min, aspect_max)
+    boxes = _random_boxes(key, batch, (height, width), crop_scale_min, crop_ratio_max)
     return resize_boxes(images, boxes)
 
 
 def _random_boxes(
-    key: jax.Array, batch: int, size: tuple[int, int], area_min: float, aspect_max: float
+    key: jax.Array, batch: int, size: tuple[int, int], crop_scale_min: float, crop_ratio_max: float
 ) -> jax.Array:
     """Returns float32 [B, 4]: top, left, height and width of each image's box, whole pixels."""
     image_height, image_width = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
     tries = (batch, _RESIZED_TRIES)
-    area = jax.random.uniform(area_key, tries, minval=area_min) * (image_height * image_width)
-    log_max = math.log(aspect_max)
+    area = jax.random.uniform(area_key, tries, minval=crop_scale_min) * (image_height * image_width)
+    log_max = math.log(crop_ratio_max)
     aspect = jnp.exp(jax.random.uniform(aspect_key, tries, minval=-log_max, maxval=log_max))
     heights = jnp.round(jnp.sqrt(area / aspect))
     widths = jnp.round(jnp.sqrt(area * aspect))

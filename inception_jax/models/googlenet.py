@@ -109,7 +109,7 @@ class GoogLeNet(nn.Module):
       num_classes: number of logits.
       stem: which entry of `STEMS`.
       body: which entry of `BODIES`.
-      five_by_five: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
+      conv5x5: what the 5x5 branch is made of: "5x5", "3x3" or "two_3x3".
       norm: "batch", "lrn" (the two local response normalisations of the stem, and biases) or
         "none" (biases).
       norm_momentum: share of BatchNorm's running statistics that a step keeps.
@@ -128,7 +128,7 @@ class GoogLeNet(nn.Module):
     num_classes: int
     stem: str = "paper"
     body: str = "paper"
-    five_by_five: str = "5x5"
+    conv5x5: str = "5x5"
     norm: str = "batch"
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-3
@@ -221,7 +221,7 @@ class GoogLeNet(nn.Module):
 
     def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
         widths = InceptionWidths(*(scaled(channels, self.width) for channels in widths))
-        return Inception(widths, self.five_by_five, unit, self.rewrite, name=f"inception_{name}")
+        return Inception(widths, self.conv5x5, unit, self.rewrite, name=f"inception_{name}")
 
     def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
         return AuxiliaryHead(

@@ -174,14 +174,14 @@ class Inception(nn.Module):
 
     Attributes:
       widths: output channels of each layer.
-      five_by_five: what stands in the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
+      conv5x5: what stands in the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
       rewrite: as of `ops.max_pool`.
     """
 
     widths: InceptionWidths
-    five_by_five: str
+    conv5x5: str
     unit: Unit
     rewrite: bool = False
 
@@ -193,9 +193,9 @@ class Inception(nn.Module):
         branch_3x3 = unit(widths.reduce_3x3, name="reduce_3x3")(x)
         branch_3x3 = unit(widths.conv_3x3, 3, name="conv_3x3")(branch_3x3)
         branch_5x5 = unit(widths.reduce_5x5, name="reduce_5x5")(x)
-        if self.five_by_five == "two_3x3":
+        if self.conv5x5 == "two_3x3":
             branch_5x5 = unit(widths.conv_5x5, 3, name="conv_5x5_first")(branch_5x5)
-        kernel_size = 5 if self.five_by_five == "5x5" else 3
+        kernel_size = 5 if self.conv5x5 == "5x5" else 3
         branch_5x5 = unit(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
         branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite)
         branch_pool = unit(widths.pool_proj, name="pool_proj")(branch_pool)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SHARED = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
 _HEADS = ("aux_heads", "aux_dropout")
-_PAPER = (*_SHARED, *_HEADS, "stem", "five_by_five", "norm")
+_PAPER = (*_SHARED, *_HEADS, "stem", "conv5x5", "norm")
 
 
 def _attributes(settings: configs.Model, names: tuple[str, ...]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def googlenet_torchvision(settings: configs.Model, num_classes: int) -> "nn.Modu
     """
     attributes = _attributes(settings, (*_SHARED, *_HEADS))
     return _googlenet(
-        num_classes, body="torchvision", five_by_five="3x3", adaptive_aux=True, **attributes
+        num_classes, body="torchvision", conv5x5="3x3", adaptive_aux=True, **attributes
     )
 
 
@@ -119,7 +119,7 @@ def create(
         raise ConfigError(
             f"model.name = {settings.name!r}: a network needs at least one class, got "
             f"{num_classes}. Weights without a classifier can only start a training: "
-            "config.init.weights"
+            "config.init.pretrained"
         )
     part = registry.MODELS.get(settings.name)
     dtype = ops.auto_dtype() if settings.dtype == "auto" else settings.dtype

@@ -26,8 +26,9 @@ inside the collection "params", with slashes::
     rewrite: bool                 A field; whether to compute by the equivalents of `models.ops` for
                                   the CPU. `networks.create` sets it.
 
-To be drawn and counted layer by layer (tools.view), and to be exported to ONNX, it has to be made
-of operations that `inspection.structure` and `export.onnx_graph` know. Those say what they miss.
+To be drawn and counted layer by layer (tools.summarize), and to be exported to ONNX, it must be
+made of operations that `inspection.structure` and `export.onnx_graph` know. Those say what they
+miss.
 """
 
 import inspect

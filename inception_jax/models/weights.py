@@ -310,7 +310,7 @@ def _fields(description: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _inferred(config: Config) -> dict[str, Any]:
     """Returns what files of format 1 say in the training's settings, or do not say."""
     return {
-        "eval_crop": config.data.eval_crop,
+        "eval_crop": config.data.eval_crop_pct,
         "eval_image_size": config.evaluation.image_size,
         "bit_depth": configs.unrecorded_bit_depth(config.data.name),
         "experiment": config.name,

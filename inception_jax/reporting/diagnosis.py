@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, reference
 from inception_jax.reporting.evidence import Evidence
 
 # Before that many updates one sees the warm-up, and BatchNorm's statistics have hardly settled.
@@ -110,7 +110,8 @@ class Diagnosis:
         lines = [f"diagnosis: {self.verdict}: {self.reason}"]
         lines += [f"  note: {note}" for note in self.notes]
         if a := self.advice:
-            change = f"--config.{a.setting}={a.value} (now {a.before})"
+            now = a.before if a.before != "" else "unset"
+            change = f"{reference.flag(a.setting, a.value)} (now {now})"
             lines.append(f"  try, in a new workdir: {change}: {a.reason}")
         return lines
 
@@ -267,7 +268,7 @@ def _fit(stats: Evidence, config: Config) -> _Finding:
             f"{stats.running_top1:.1f}% on augmented images. Unless training images are evaluated "
             "the way validation images are, overfitting, underfitting and wrong statistics cannot "
             "be told apart",
-            ("evaluation.train_examples", SAMPLE, "evaluates this many training images, too"),
+            ("evaluation.train_eval_examples", SAMPLE, "evaluates this many training images, too"),
         )
     share = (
         f"the error is {train_error:.1f}% on training images and {error:.1f}% on validation images"
@@ -351,16 +352,18 @@ def _lower_rate(config: Config) -> _Change:
 
 def _longer(stats: Evidence, config: Config) -> _Change:
     """Returns twice the length, or that of the experiment's own recipe."""
-    ((unit, value),) = config.train.length.given().items()
+    length = configs.parse_duration(config.train.duration)
+    assert length is not None, "a run has a duration"
     factor, reason = 2.0, "twice as long"
     if stats.recipe_epochs > stats.epochs:
         factor = stats.recipe_epochs / stats.epochs
         reason = "the length of the experiment's own recipe"
-        if unit == "epochs":
+        if length.unit == "epochs":
             # What was trained is rounded up to whole steps.
-            return "train.length.epochs", stats.recipe_epochs, reason
-    longer = value * factor
-    return f"train.length.{unit}", longer if unit == "epochs" else round(longer), reason
+            return "train.duration", str(configs.Duration(stats.recipe_epochs, "epochs")), reason
+    longer = length.amount * factor
+    amount = longer if length.unit == "epochs" else round(longer)
+    return "train.duration", str(configs.Duration(amount, length.unit)), reason
 
 
 def _closer_averages(stats: Evidence, config: Config) -> _Change | None:
@@ -370,9 +373,8 @@ def _closer_averages(stats: Evidence, config: Config) -> _Change | None:
         return "model.norm_momentum", 0.9, "BatchNorm's statistics are of the last steps then"
     if stats.steps < SETTLED / (1 - momentum):
         return _longer(stats, config)
-    if config.train.ema:
-        ((unit, _),) = config.train.ema.given().items()
-        return f"train.ema.{unit}", 0, "evaluates the weights themselves, not their average"
+    if configs.parse_duration(config.train.ema):
+        return "train.ema", "", "evaluates the weights themselves, not their average"
     return None
 
 

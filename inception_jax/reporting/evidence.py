@@ -2,10 +2,10 @@
 
 All are of evaluations, in which images are neither mixed nor augmented, labels not smoothed and no
 features dropped: of the validation images, and of training images seen the same way (split
-train_eval, `config.evaluation.train_examples`). The loss that training reports is of its objective,
-which says little about a fit: with mixed and smoothed labels it stays high however good the network
-is. Of training itself only its accuracy is used, as a lower bound: the same images evaluated
-plainly must come out at least about as well.
+train_eval, `config.evaluation.train_eval_examples`). The loss that training reports is of its
+objective, which says little about a fit: with mixed and smoothed labels it stays high however good
+the network is. Of training itself only its accuracy is used, as a lower bound: the same images
+evaluated plainly must come out at least about as well.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, auto_settings
+from inception_jax.config import Config, auto_settings
 
 # Of metrics.jsonl.
 Row = Mapping[str, Any]
@@ -110,7 +110,7 @@ def gather(
     return Evidence(
         steps=steps,
         epochs=float(rows[-1]["epoch"]),
-        planned_steps=timeline.steps(config.train.length),
+        planned_steps=timeline.steps(config.train.duration),
         recipe_epochs=_recipe_epochs(timeline, config, own_settings or {}),
         nonfinite_step=broken[0] if broken else math.nan,
         evaluations=len(validation),
@@ -147,14 +147,12 @@ def _recipe_epochs(
     timeline: configs.Timeline, config: Config, own_settings: Mapping[str, Any]
 ) -> float:
     """Returns the epochs that the experiment's file plans; NaN where the run has that length."""
-    paths = {unit: f"train.length.{unit}" for unit in ("epochs", "steps", "examples")}
-    if not any(path in own_settings for path in paths.values()):
+    if "train.duration" not in own_settings:
         return math.nan
-    values = {unit: own_settings.get(p, configs.get(config, p)) for unit, p in paths.items()}
-    length = Duration(**values)
+    length = own_settings["train.duration"]
     if config.train.auto_size and not length:
         return auto_settings.epochs(config, timeline.train_examples, timeline.batch_size)
-    return length.epochs or timeline.epoch(timeline.steps(length)) or math.nan
+    return timeline.epochs(length) or math.nan
 
 
 def _at(step: float, rows: Sequence[Row], values: np.ndarray) -> float:

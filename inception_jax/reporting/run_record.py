@@ -153,7 +153,7 @@ def read(path: pathlib.Path) -> RunRecord:
     finished = bool(result)
     if config is not None and "training examples" in dataset:
         timeline = configs.Timeline(config.train.batch_size, dataset["training examples"])
-        finished = rows[-1]["step"] >= timeline.steps(config.train.length)
+        finished = rows[-1]["step"] >= timeline.steps(config.train.duration)
     return RunRecord(
         workdir=workdir,
         rows=rows,

@@ -1,7 +1,7 @@
 """The other processes of a run: whether they agree, and what this one does when one is gone.
 
 Liveness is JAX's own: a process that sends its coordination service, in process 0, no heartbeat for
-`config.watch.host_silence` seconds is taken for dead, and JAX ends all others from C++ (SIGABRT),
+`config.watch.heartbeat_timeout_seconds` counts as dead, and JAX ends all others from C++ (SIGABRT),
 with the dead one's number ("task") in the message. Python adds, through the service's store of
 texts, what JAX does not know: names of hosts, differences between the processes before a collective
 operation could hang on them, and the reason why a process fails. One alone has nobody to ask.

@@ -55,7 +55,9 @@ def check_batch_size(batch_size: int, device_count: int, parts: int = 1) -> None
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = [str(size) for size in (below, below + unit) if size]
-        in_parts = f" in {parts} micro-batches each (config.train.accumulate)" if parts > 1 else ""
+        in_parts = (
+            f" in {parts} micro-batches each (config.train.grad_accum_steps)" if parts > 1 else ""
+        )
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: {device_count} devices cannot share it "
             f"evenly{in_parts}; the nearest sizes that they can are {' and '.join(nearest)}"

@@ -20,16 +20,16 @@ Write a trained network as a file for other programs, or its weights for this on
   python -m inception_jax.tools.export --to=savedweights --workdir DIR --output FILE.safetensors
   python -m inception_jax.tools.export --to=stablehlo --workdir DIR --output FILE.stablehlo
   python -m inception_jax.tools.export --to=onnx --weights FILE.safetensors --output FILE.onnx
-  python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantise=int8
+  python -m inception_jax.tools.export --to=onnx --workdir DIR --output FILE.onnx --quantize=int8
 
 Of a run it takes the weights that evaluation uses: the moving average where there is one.
 savedweights: one safetensors file with the network's settings, the classes and the normalisation,
-which --weights and --config.init.weights read. In bfloat16 it is half as large; BatchNorm
+which --weights and --config.init.pretrained read. In bfloat16 it is half as large; BatchNorm
 statistics stay float32.
 stablehlo: by jax.export, for CPUs, CUDA GPUs and TPUs; FILE.json beside it says what goes in and
 comes out. onnx: for ONNX Runtime and others; needs the extra [onnx]. Both take uint8 pixels [batch,
 S, S, 3] and give logits [batch, classes]; docs/export.md has the lines to load and call them.
---quantise=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
+--quantize=int8 computes in 8 bits, with ranges seen on images of the training split, and prints the
 accuracy of both forms on the evaluation split; the file's description has that of int8. The data
 are those of the run, but for what --config.data.directory says; with --weights give the experiment
 too (--config). Where 8 bits cost too much accuracy: --float_ends, or more --calibration images.
@@ -44,12 +44,12 @@ _OUTPUT = cli.define_path("output", "file to write; one that is there is replace
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "savedweights: type of the parameters"
 )
-_QUANTISE = flags.DEFINE_enum("quantise", "none", ["none", "int8"], "onnx: what to compute in")
+_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "onnx: what to compute in")
 _CALIBRATION = flags.DEFINE_integer(
-    "calibration", 512, "--quantise: training images that the ranges are taken from", 1
+    "calibration", 512, "--quantize: training images that the ranges are taken from", 1
 )
 _FLOAT_ENDS = flags.DEFINE_bool(
-    "float_ends", False, "--quantise: leave the first convolution and the classifier in float32"
+    "float_ends", False, "--quantize: leave the first convolution and the classifier in float32"
 )
 
 
@@ -62,10 +62,10 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.runtime import devices
     from inception_jax.training import workdir
 
-    if _QUANTISE.value != "none" and _TO.value != "onnx":
-        raise UserError(f"--quantise={_QUANTISE.value}: is for --to=onnx")
-    if _FLOAT_ENDS.value and _QUANTISE.value == "none":
-        raise UserError("--float_ends: is for --quantise=int8")
+    if _QUANTIZE.value != "none" and _TO.value != "onnx":
+        raise UserError(f"--quantize={_QUANTIZE.value}: is for --to=onnx")
+    if _FLOAT_ENDS.value and _QUANTIZE.value == "none":
+        raise UserError("--float_ends: is for --quantize=int8")
     if _DTYPE.value != "float32" and _TO.value != "savedweights":
         raise UserError(f"--dtype={_DTYPE.value}: is for --to=savedweights; the others are float32")
     # Converting needs no accelerator, and another command may be using it.
@@ -78,7 +78,7 @@ def main(positional: Sequence[str]) -> None:
         weights.save(path, trained, dtype=_DTYPE.value)
     elif _TO.value == "stablehlo":
         _write_stablehlo(path, trained)
-    elif _QUANTISE.value == "none":
+    elif _QUANTIZE.value == "none":
         _write(path, _onnx_file(trained))
     else:
         trained, form = _write_quantized(path, trained), f"{_TO.value}, int8"
@@ -141,7 +141,7 @@ def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
     remedies = [] if _FLOAT_ENDS.value else ["--float_ends"]
     if count < len(train):
         remedies.append(f"--calibration={min(4 * count, len(train))} (now {count})")
-    remedies.append("float32 (--quantise=none)")
+    remedies.append("float32 (--quantize=none)")
     if warning := quantization.loss_warning(before, after, remedies):
         console.say(warning)
     return quantized
@@ -162,7 +162,7 @@ def _dataset(weights: "Weights") -> "Dataset":
     given: Config | None = flags.FLAGS.config
     if given is None:
         raise UserError(
-            "--quantise needs the data set; with --weights give its experiment too: --config=FILE"
+            "--quantize needs the data set; with --weights give its experiment too: --config=FILE"
         )
     if given.data.image_size != weights.image_size:
         raise UserError(

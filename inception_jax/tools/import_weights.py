@@ -24,7 +24,7 @@ The input is PyTorch's .pth, which needs PyTorch, or a .safetensors of the same 
 not. It may be a whole checkpoint with the state dict inside, and the names may have any prefix
 (module., model., _orig_mod.); of several networks in it, --prefix says which. The number of classes
 is that of the classifier. Auxiliary heads that do not fit it are skipped, as training alone uses
-them. A file without a classifier can only start a training (--config.init.weights).
+them. A file without a classifier can only start a training (--config.init.pretrained).
 What was skipped is logged.
 
 torchvision's pretrained GoogLeNet (transform_input) takes pixels from -1 to 1, and the file says

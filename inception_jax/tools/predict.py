@@ -194,7 +194,7 @@ def _data_settings(weights: "Weights") -> "Data":
         data = Data(
             name=weights.dataset,
             image_size=weights.image_size,
-            eval_crop=weights.eval_crop,
+            eval_crop_pct=weights.eval_crop,
             storage="decoded" if weights.eval_crop == 1 else "records",
         )
     else:

@@ -35,25 +35,25 @@ class InitialWeights(NamedTuple):
 def create_state(run: Run) -> TrainState:
     """Returns the state before a run's first step, on all devices.
 
-    Its parameters are drawn by config.seed, or come from the file that config.init.weights names.
+    Its parameters are drawn with config.seed, or read from config.init.pretrained.
 
     Raises:
       UserError: if that file cannot be used.
     """
     abstract, create = states.lower_init(run)
-    if not run.config.init.weights:
+    if not run.config.init.pretrained:
         return create()
     return states.with_initial_weights(create(), initialize_from(run, abstract).values)
 
 
 def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
-    """Returns what a new run takes from the file that config.init.weights names.
+    """Returns what a new run takes from the file that config.init.pretrained names.
 
     The classifiers are re-initialized where the classes differ. Auxiliary heads are taken where
     both sides have them and they fit, for their shapes depend on the size of the images.
 
     Args:
-      run: with config.init.weights.
+      run: with config.init.pretrained.
       abstract_state: shapes of the state.
 
     Raises:
@@ -61,7 +61,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
       ConfigError: if its weights are of another network.
     """
     notes: list[str] = []
-    path = paths.local(run.config.init.weights, "config.init.weights")
+    path = paths.local(run.config.init.pretrained, "config.init.pretrained")
     found = files.load(path, notes.append)
     expected = files.flatten(
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
@@ -109,7 +109,7 @@ def check_classes(found: Weights, dataset: Dataset) -> None:
     if reason := other_classes(found, dataset):
         raise ConfigError(
             f"{found.origin}: its weights are of other classes: {reason}. Give the data set they "
-            "were trained on, or train on this one from them: --config.init.weights"
+            "were trained on, or train on this one from them: --config.init.pretrained"
         )
 
 

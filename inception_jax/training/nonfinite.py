@@ -1,7 +1,7 @@
 """Losses and gradients that are not finite: where they come from, and what a step does about them.
 
 The devices note the first such step in the metrics (`FirstStep`), so that no step waits for the
-host, which looks at it with each report and before each save. With `config.train.nonfinite` =
+host, which looks at it with each report and before each save. With `config.train.on_nonfinite` =
 "skip" that note is the first step of the present streak of them instead: a good step clears it,
 unless the streak has reached the limit, which is then never forgotten. So the state has the same
 structure either way, and a resumed run counts on.

@@ -32,7 +32,7 @@ class Settings(Optimizer):
 
     def decay_mask(self, params: optax.Params) -> optax.Params:
         """Returns a tree of bools, true for the parameters that weight decay takes."""
-        if self.decay_all:
+        if self.decay_norm_and_bias:
             return jax.tree.map(lambda _: True, params)
         return protocol.decay_mask(self.network)(params)
 
@@ -49,7 +49,7 @@ def make_optimizer(
     First the gradient is scaled down to a global norm of clip_norm, where it is larger (Pascanu et
     al. 2013). Then comes what is registered under the name: a whole rule, or a direction between
     decay and rate (`registry.register_optimizer`). Only the parameters that `protocol` names decay
-    (kernels; not biases and norm scales), unless decay_all.
+    (kernels; not biases and norm scales), unless decay_norm_and_bias.
 
     The state's structure depends on the name alone (sgd and sgd_nesterov share theirs), so a run
     can be resumed with any other setting changed.
@@ -87,7 +87,7 @@ def make_optimizer(
 
 
 _ADAM = ("beta1", "beta2", "epsilon")
-_DECAY = ("weight_decay", "decay_all")
+_DECAY = ("weight_decay", "decay_norm_and_bias")
 
 # Directions by name: where the weight decay stands, the settings that they read, and the rule.
 _DIRECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Settings, Any], Any]]] = {
@@ -138,7 +138,7 @@ for _name, (_place, _settings, _rule) in _DIRECTIONS.items():
     )(_rule)
 
 
-@register_optimizer("muon", settings=("momentum", *_ADAM, "adam_rate_factor", *_DECAY))
+@register_optimizer("muon", settings=("momentum", *_ADAM, "muon_adam_lr_ratio", *_DECAY))
 def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns Muon for the kernels of hidden layers and AdamW for the rest."""
     network = settings.network
@@ -152,7 +152,9 @@ def muon(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransfor
         "adam": optax.chain(
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
             decay,
-            optax.scale_by_learning_rate(lambda count: settings.adam_rate_factor * schedule(count)),
+            optax.scale_by_learning_rate(
+                lambda count: settings.muon_adam_lr_ratio * schedule(count)
+            ),
         ),
     }
     return optax.partition(rules, lambda params: muon_rule.split(network, params))

@@ -154,7 +154,7 @@ class Reporter:
         while self._finite and self._finite[0][0] <= step:
             self._finite.popleft()
         first = metrics.first_nonfinite_step.compute()
-        skip = train.nonfinite == "skip"
+        skip = train.on_nonfinite == "skip"
         for n, finite in bad.items() if skip else ():
             what = nonfinite.describe(finite, self._modules)
             self.log(f"step {n:,} was left out: {what} not finite")
@@ -184,7 +184,7 @@ class Reporter:
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
             f"{row}. The last checkpoint is from before that, and the same command goes on from "
-            f"it. {remedies} config.train.nonfinite=skip, which leaves single steps out"
+            f"it. {remedies} config.train.on_nonfinite=skip, which leaves single steps out"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:

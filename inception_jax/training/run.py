@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration, Timeline, auto_settings
+from inception_jax.config import Config, Timeline, auto_settings
 from inception_jax.datasets.dataset import Dataset, data_directory, prepare
 from inception_jax.errors import ConfigError, UserError, during
 from inception_jax.input import augment, crops, pipeline
@@ -70,8 +70,7 @@ class Run:
 
     @functools.cached_property
     def _image_size_begins(self) -> list[int]:
-        epochs = self.config.train.image_size_epochs
-        return [self.timeline.steps(Duration(epochs=epoch)) for epoch in epochs]
+        return [self.timeline.steps(each) for each in self.config.train.image_size_boundaries]
 
     @functools.cached_property
     def metric_set(self) -> MetricSet:
@@ -150,7 +149,7 @@ def assemble(
       ConfigError: if an object is of another kind, or the network returns something else.
     """
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.accumulate)
+    sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)
     if dataset is None:
         with during("prepare"):
             dataset = prepare(config.data, log=log)
@@ -176,7 +175,7 @@ def assemble(
         )
     augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
-    total_steps = timeline.steps(config.train.length)
+    total_steps = timeline.steps(config.train.duration)
     schedule = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
     applies_schedule = optimizer is None
     if optimizer is None:

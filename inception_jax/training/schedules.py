@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from inception_jax import config as configs
 from inception_jax import registry
-from inception_jax.config import Config, Duration, Schedule, Timeline
+from inception_jax.config import Config, Schedule, Timeline
 from inception_jax.errors import ConfigError
 from inception_jax.registry import register_schedule
 
@@ -30,7 +31,7 @@ class Settings(Schedule):
     timeline: Timeline = dataclasses.field(default_factory=lambda: Timeline(1, 1))
     warmup_steps: int = 0
 
-    def steps(self, duration: Duration) -> int:
+    def steps(self, duration: str) -> int:
         """Returns a duration in steps, rounded up."""
         return self.timeline.steps(duration)
 
@@ -46,16 +47,16 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
 
       constant      1
       steps         decay ^ (how many boundaries lie in (W, t])
-      exponential   decay ^ ((t - W) / E), E the setting decay_every
+      exponential   decay_rate ^ ((t - W) / E), E the setting decay_period
         staircase   decay ^ (t // E - W // E), falling at whole multiples of E
       cosine        end + (1 - end) * (1 + cos(pi * p)) / 2, with p = (t - W) / (T - W)
       linear        end + (1 - end) * (1 - p)
       polynomial    end + (1 - end) * (1 - p) ^ power
 
-    `end`, the setting end_factor, is reached at t = T, so the last update is made just above it:
-    for linear at peak * (end + (1 - end) / (T - W)). After T these three stay at the end, the
-    others go on. Boundaries and multiples of E count from the start of training, warm-up included.
-    Durations are rounded up to whole steps.
+    `end`, the setting final_lr_ratio, is reached at t = T, so the last update is just above it: for
+    linear at peak * (end + (1 - end) / (T - W)). After T these three stay at the end, the others go
+    on. Boundaries and multiples of E count from the start of training, warm-up included. Durations
+    are rounded up to whole steps.
 
     Bits of the rates are those of revision 56edb8b: where a formula of optax rounds otherwise, it
     is written here.
@@ -76,8 +77,8 @@ def make_schedule(schedule: Schedule, *, timeline: Timeline, total_steps: int) -
     warmup = timeline.steps(schedule.warmup)
     if warmup and warmup >= total_steps:
         raise ConfigError(
-            f"config.schedule.warmup = {schedule.warmup}, {warmup} steps: must be shorter than the "
-            f"run of {total_steps} steps; shorten it, or lengthen config.train.length"
+            f"config.schedule.warmup = {schedule.warmup!r} ({warmup} steps): must be shorter than "
+            f"the run ({total_steps} steps); shorten it, or lengthen config.train.duration"
         )
     filled = registry.fill(part, schedule)
     settings = Settings(**vars(filled), timeline=timeline, warmup_steps=warmup)
@@ -113,15 +114,10 @@ def _check_boundaries(config: Config) -> Iterator[str]:
         yield "config.schedule.boundaries = (): the schedule 'steps' needs at least one"
 
 
-@register_schedule(
-    "steps", settings=("boundaries", "boundaries_unit", "decay"), check=_check_boundaries
-)
+@register_schedule("steps", settings=("boundaries", "decay_rate"), check=_check_boundaries)
 def steps(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a rate that falls at boundaries, which count from the start of training."""
-    if settings.boundaries_unit == "epochs":
-        boundaries = [settings.steps(Duration(epochs=b)) for b in settings.boundaries]
-    else:
-        boundaries = [int(step) for step in settings.boundaries]
+    boundaries = [settings.steps(boundary) for boundary in settings.boundaries]
     warmup = settings.warmup_steps
     if boundaries[0] <= warmup:
         raise ConfigError(
@@ -132,28 +128,31 @@ def steps(settings: Settings, total_steps: int) -> optax.Schedule:
     passed = np.asarray(boundaries, np.int32) - warmup
 
     def factor(count: jax.Array) -> jax.Array:
-        return settings.decay ** _float(jnp.searchsorted(passed, count, side="right"))
+        return settings.decay_rate ** _float(jnp.searchsorted(passed, count, side="right"))
 
     return _times_peak(settings, factor)
 
 
-def _check_decay_every(config: Config) -> Iterator[str]:
-    if not config.schedule.decay_every:
-        yield "config.schedule.decay_every = none: the schedule 'exponential' needs it"
+def _check_decay_period(config: Config) -> Iterator[str]:
+    if configs.parse_duration(config.schedule.decay_period) is None:
+        yield (
+            f"config.schedule.decay_period = {config.schedule.decay_period!r}: the schedule "
+            "'exponential' needs it; set it to a duration such as '8 epochs'"
+        )
 
 
 @register_schedule(
-    "exponential", settings=("decay", "decay_every", "staircase"), check=_check_decay_every
+    "exponential", settings=("decay_rate", "decay_period", "staircase"), check=_check_decay_period
 )
 def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a rate that falls by one factor in equal times."""
-    every, warmup = settings.steps(settings.decay_every), settings.warmup_steps
+    every, warmup = settings.steps(settings.decay_period), settings.warmup_steps
     if settings.staircase:
         return _times_peak(
             settings,
-            lambda t: settings.decay ** _float((t + warmup) // every - warmup // every),
+            lambda t: settings.decay_rate ** _float((t + warmup) // every - warmup // every),
         )
-    return _times_peak(settings, lambda t: settings.decay ** (t / every))
+    return _times_peak(settings, lambda t: settings.decay_rate ** (t / every))
 
 
 # The fall from 1 to 0 as a function of progress from 0 to 1: that of Loshchilov and Hutter 2017, by
@@ -166,13 +165,13 @@ _FALLS: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Arr
 
 
 def _falling(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., optax.Schedule]:
-    """Returns what makes a schedule that falls from the peak to its end_factor."""
+    """Returns what makes a schedule that falls from the peak to its final_lr_ratio."""
 
     def build(settings: Settings, total_steps: int) -> optax.Schedule:
         def factor(count: jax.Array) -> jax.Array:
             left = fall(settings, jnp.clip(count / total_steps, 0, 1))
-            # Written so that it is exactly 1 where `left` is, whatever the rounding of end_factor.
-            return settings.end_factor * (1 - left) + left
+            # Written so that it is exactly 1 where `left` is, however final_lr_ratio is rounded.
+            return settings.final_lr_ratio * (1 - left) + left
 
         return _times_peak(settings, factor)
 
@@ -180,7 +179,7 @@ def _falling(fall: Callable[[Settings, jax.Array], jax.Array]) -> Callable[..., 
 
 
 for _name, (_read, _fall) in _FALLS.items():
-    register_schedule(_name, settings=("end_factor", *_read))(_falling(_fall))
+    register_schedule(_name, settings=("final_lr_ratio", *_read))(_falling(_fall))
 
 
 def _times_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:

@@ -91,7 +91,7 @@ def _initial(
     first = checkpoints.latest_step()
     # Read before anything is compiled, as it may be refused.
     weights = None
-    if first is None and run.config.init.weights:
+    if first is None and run.config.init.pretrained:
         weights = initialization.initialize_from(run, abstract_state)
     log = console.say if run.is_lead else lambda line: None
     train_steps = compile_train_steps(

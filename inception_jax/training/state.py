@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inception_jax import config as configs
 from inception_jax.models import weights
 from inception_jax.runtime import sharding
 from inception_jax.training import keys
@@ -74,7 +75,7 @@ def _initial_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Va
 
 def _initial_state(run: Run) -> TrainState:
     params, batch_stats = _initial_variables(run.model, run.dataset.image_size, run.config.seed)
-    has_average = bool(run.config.train.ema)
+    has_average = bool(configs.parse_duration(run.config.train.ema))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

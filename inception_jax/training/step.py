@@ -120,7 +120,7 @@ def make_train_step(
     gradient = gradients.make_gradient(
         run.model,
         loss or _settings_loss(config.train),
-        num_microbatches=config.train.accumulate,
+        num_microbatches=config.train.grad_accum_steps,
         sam_rho=config.optimizer.sam_rho,
         mesh=run.mesh,
     )
@@ -145,7 +145,7 @@ def make_train_step(
         )
         if momentum is not None:
             # Each micro-batch updates the running statistics once.
-            kept = momentum**config.train.accumulate
+            kept = momentum**config.train.grad_accum_steps
             batch_stats = ema.correct_start(state.batch_stats, batch_stats, state.step, kept)
         updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -171,7 +171,7 @@ def make_train_step(
             metrics=state.metrics.merge(metrics),
         )
         finite = nonfinite.finite_flags(of_each, grads)
-        if config.train.nonfinite == "skip":
+        if config.train.on_nonfinite == "skip":
             after = nonfinite.skip_if_nonfinite(
                 state, after, finite.all(), config.train.nonfinite_limit
             )
@@ -203,7 +203,7 @@ def _settings_augmentation(
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns the augmentation that settings ask for, which also takes the finished steps."""
     settings, dataset = run.config.augment, run.dataset
-    mixed_steps = run.timeline.steps(settings.mix_until)
+    mixed_steps = run.timeline.steps(settings.mix_end)
     return lambda key, pixels, labels, step: augment.augment(
         key,
         pixels,

@@ -15,7 +15,7 @@ from typing import Any
 
 from inception_jax import config as configs
 from inception_jax import console
-from inception_jax.config import Config, Duration, Record
+from inception_jax.config import Config, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.experiment import import_parts, used_parts
@@ -219,12 +219,6 @@ def recall(
     if before.record is None:
         return {**experiment, "own": own}
     old, origin = before.record.config, before.record.experiment
-    lengths = _given_lengths(config, given)
-    for path, _, _ in configs.leaves():
-        # The unit that is given takes the place of the one that the run had.
-        if path.startswith(lengths) and path not in given and (here := configs.get(config, path)):
-            configs.put(config, path, type(here)(0))
-            own.setdefault(path, here)
     if not origin:
         return {**experiment, "own": own}
     recalled: list[str] = []
@@ -233,19 +227,13 @@ def recall(
     if same_file or _as_written(old, origin, chosen) == _as_written(config, experiment, chosen):
         for path in origin["own"]:
             value, here = configs.get(old, path), configs.get(config, path)
-            if path not in given and not path.startswith(lengths) and value != here:
+            if path not in given and value != here:
                 configs.put(config, path, value)
                 own[path] = configs.plain(here)
                 recalled.append(f"config.{path} = {value!r}")
     if recalled:
         log(f"not given, so as the run was started: {', '.join(recalled)}")
     return {**experiment, "own": own}
-
-
-def _given_lengths(config: Config, given: Collection[str]) -> tuple[str, ...]:
-    """Returns what the paths begin with of the durations for which a unit is given."""
-    groups = {path.rpartition(".")[0] for path in given if configs.get(config, path)} - {""}
-    return tuple(f"{path}." for path in groups if isinstance(configs.get(config, path), Duration))
 
 
 def _resolved(file: str) -> pathlib.Path:
@@ -258,12 +246,7 @@ def _as_written(
     """Returns all settings as the experiment itself has them, by path, but for those left open."""
     values = {path: configs.plain(configs.get(config, path)) for path, _, _ in configs.leaves()}
     values |= dict(experiment["own"])
-    # train.length is a group, of which the leaves are train.length.epochs and others.
-    return {
-        path: value
-        for path, value in values.items()
-        if not f"{path}.".startswith(tuple(f"{open}." for open in chosen))
-    }
+    return {path: value for path, value in values.items() if path not in chosen}
 
 
 def with_recorded(before: Previous, config: Config) -> Config:

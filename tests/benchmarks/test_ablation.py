@@ -13,7 +13,7 @@ from tests.experiments import load
 
 PLAN = """
 experiment = "experiments/digits.py"
-shared = ["train.length.epochs=2"]
+shared = ["train.duration=2 epochs"]
 
 [variants]
 base = []
@@ -60,7 +60,7 @@ def test_each_variant_is_trained_once(
     ablation.main()
     assert len(called) == 4, "what has finished is not trained again"
     assert called[3][-4:] == [
-        "--config.train.length.epochs=2",
+        "--config.train.duration=2 epochs",
         "--config.augment.flip=False",
         "--config.augment.pad=2",
         "--config.seed=1",
@@ -89,12 +89,12 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: pathlib.Path, text: str) ->
 
 
 def test_a_variant_replaces_a_shared_tuple() -> None:
-    shared = ["train.image_sizes=(32,48)", "train.image_size_epochs=(0.75,)"]
-    variant = ["train.image_sizes=(48,)", "train.image_size_epochs=()"]
+    shared = ["train.image_sizes=(32,48)", "train.image_size_boundaries=0.75 epochs"]
+    variant = ["train.image_sizes=(48,)", "train.image_size_boundaries="]
     flags = command.overrides([*shared, *variant])
     config = load([f"--config={measure.ROOT / 'experiments' / 'tiny_cpu.py'}", *flags])
     assert config.train.image_sizes == (48,)
-    assert config.train.image_size_epochs == ()
+    assert config.train.image_size_boundaries == ()
 
 
 def test_each_variant_of_the_project_is_valid() -> None:

@@ -75,7 +75,7 @@ def test_grey_images_are_resized_and_evaluated_as_given() -> None:
         ({"class_names": ["a", "b", "b"]}, r"class_names: are 'a', 'b', 'b'; expected at least"),
         ({"class_names": "abc"}, r"class_names: are of type str; expected a list"),
         ({"labels": np.arange(30)}, r"no class has two"),
-        ({"eval_share": 1.0}, r"eval_share = 1\.0: must be more than 0, less than 1"),
+        ({"val_fraction": 1.0}, r"val_fraction = 1\.0: must be more than 0, less than 1"),
         ({"evaluation": (arrays()[0], [3] * 30)}, r"evaluation\[1\]: have 3 among them"),
     ],
 )

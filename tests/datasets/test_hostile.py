@@ -72,7 +72,7 @@ def test_no_path_in_an_archive_leads_out_of_it(
         source=str(path),
         directory=str(folder / "data"),
         image_size=SIZE,
-        unreadable="skip",
+        on_unreadable="skip",
     )
     dataset = prepare(data, log=quiet)
     assert {dataset.class_names[k] for k in dataset.train.labels} == found

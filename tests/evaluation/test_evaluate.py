@@ -19,7 +19,7 @@ from tests import small
 
 def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory))
-    this.config.evaluation.train_examples = 150
+    this.config.evaluation.train_eval_examples = 150
     variables = state.create(this).eval_variables()
     evaluator = Evaluator(this)
     found = evaluator(variables)
@@ -28,9 +28,9 @@ def test_an_evaluation_is_what_counting_by_hand_gives(data_directory: pathlib.Pa
     # One full batch of 100 and a half one.
     check(found["train_eval"].metrics, this, variables, this.dataset.train, 150)
     assert list(evaluator(variables, ["train_eval"])) == ["train_eval"]
-    this.config.evaluation.train_examples = 10**6
+    this.config.evaluation.train_eval_examples = 10**6
     assert len(Evaluator(this).splits["train_eval"]) == len(this.dataset.train)
-    this.config.evaluation.train_examples = 0
+    this.config.evaluation.train_eval_examples = 0
     assert list(Evaluator(this).views) == ["test"]
 
 
@@ -59,7 +59,7 @@ def test_small_splits_are_not_filled_up_to_the_largest_batch(
 
     monkeypatch.setattr(pipeline, "eval_batches", batches)
     this.config.evaluation.batch_size = 1000
-    this.config.evaluation.train_examples = 100
+    this.config.evaluation.train_eval_examples = 100
     # Both splits by one program.
     found = Evaluator(this)(variables)
     assert sizes == {360}
@@ -114,7 +114,7 @@ def check(
 def test_evaluations_have_images_of_their_own(data_directory: pathlib.Path) -> None:
     plain = Evaluator(small.build(small.config(data_directory)))
     config = small.config(data_directory)
-    config.evaluation.flip = True
+    config.evaluation.flip_tta = True
     config.evaluations = {
         "small": View(size=4, examples=50),
         "small_mirror": View(size=4, examples=50, flip_tta=True),

@@ -17,7 +17,6 @@ from inception_jax import registry
 from inception_jax.config import (
     Augment,
     Config,
-    Duration,
     Model,
     Optimizer,
     Schedule,
@@ -55,10 +54,10 @@ def own_config(directory: pathlib.Path, **changes: Any) -> Config:
         "schedule": Schedule(
             name="triangle",
             learning_rate=0.01,
-            warmup=Duration(steps=2),
+            warmup="2 steps",
             options={"top": 0.25},
         ),
-        "train": Train(batch_size=64, length=Duration(steps=40)),
+        "train": Train(batch_size=64, duration="40 steps"),
         "augment": Augment(crop="none", extra=("blur",), options={"probability": 1.0}),
     }
     return small.config(directory, **(groups | changes))
@@ -180,9 +179,7 @@ def test_kernels_decay_whatever_the_network(finished: Any) -> None:
 
 
 def test_an_own_schedule_comes_after_the_warm_up() -> None:
-    settings = Schedule(
-        name="triangle", learning_rate=2.0, warmup=Duration(steps=4), options={"top": 0.25}
-    )
+    settings = Schedule(name="triangle", learning_rate=2.0, warmup="4 steps", options={"top": 0.25})
     rate = schedules.make_schedule(settings, timeline=Timeline(1, 100), total_steps=12)
     expected = [0, 0.5, 1, 1.5, 0, 1, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0]
     np.testing.assert_allclose([rate(t) for t in range(13)], expected, rtol=1e-5, atol=1e-6)
@@ -339,10 +336,10 @@ def test_an_augmentation_that_gives_no_images_is_named(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": Model(name="inception_nb")}, "Did you mean 'inception_bn'"),
-        ({"optimizer": Optimizer(name="lyon")}, "Did you mean 'lion'"),
-        ({"schedule": Schedule(name="triangel")}, "Did you mean 'triangle'"),
-        ({"augment": Augment(extra=("blurr",))}, "Did you mean 'blur'"),
+        ({"model": Model(name="inception_nb")}, "Did you mean inception_bn"),
+        ({"optimizer": Optimizer(name="lyon")}, "Did you mean lion"),
+        ({"schedule": Schedule(name="triangel")}, "Did you mean triangle"),
+        ({"augment": Augment(extra=("blurr",))}, "Did you mean blur"),
         ({"model": Model(name="inception_bn", options={"depth": 1})}, "it takes width"),
         ({"model": Model(name="inception_bn", width=0.5)}, r"'inception_bn' does not have this"),
         ({"optimizer": Optimizer(name="sgd", beta1=0.5)}, r"'sgd' does not have this setting"),

@@ -125,7 +125,7 @@ def test_an_unknown_layer_is_refused_with_those_there_are(predictor: Predictor) 
         Explainer(predictor, "inception_4c")
     message = str(error.value)
     assert "--layer=inception_4c: the network has no such layer" in message
-    assert "Did you mean 'inception_" in message
+    assert "Did you mean inception_" in message
     assert "inception_3a (4 × 4)" in message and "inception_4b (2 × 2)" in message
     with pytest.raises(ConfigError):
         Explainer(predictor, "classifier")

@@ -35,7 +35,7 @@ def finished(
 ) -> tuple[run.Run, Workdir]:
     """A run without average, evaluated at a size of its own."""
     config = small.config(data_directory)
-    config.train.ema.steps = 0
+    config.train.ema = ""
     config.evaluation.image_size = 12
     return small.finished(config, tmp_path_factory.mktemp("run"))
 
@@ -165,14 +165,14 @@ def test_the_most_probable_classes_come_first(predictor: Predictor) -> None:
 
 def test_a_class_is_found_by_name_or_number(predictor: Predictor) -> None:
     assert predictor.label("kind 7") == predictor.label("7") == 7
-    with pytest.raises(UserError, match=r"'kind 70'.* Did you mean 'kind 7'\?.*from 0 to 9"):
+    with pytest.raises(UserError, match=r"'kind 70'.* Did you mean kind 7\?.*from 0 to 9"):
         predictor.label("kind 70")
     nameless = Predictor(dataclasses.replace(predictor.weights, class_names=()))
     assert nameless.class_name(3) == "3"
 
 
 def test_the_preparation_is_told() -> None:
-    data = Data(name="image_folder", storage="records", image_size=8, eval_crop=0.875)
+    data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.875)
     changes = {"data": data, "evaluation": Evaluation(image_size=12)}
     for extra, words in (
         ({}, "the centred square, resized to 8 × 8 px"),
@@ -185,7 +185,7 @@ def test_the_preparation_is_told() -> None:
 
 
 def test_views_show_what_is_seen() -> None:
-    data = Data(name="image_folder", storage="records", image_size=8, eval_crop=0.5)
+    data = Data(name="image_folder", storage="records", image_size=8, eval_crop_pct=0.5)
     predictor = Predictor(small.weights(data=data))
     # A quarter of the shorter side at each edge, and the longer side's ends, are not seen.
     picture = np.full((64, 96, 3), 255, np.uint8)

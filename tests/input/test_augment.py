@@ -120,15 +120,17 @@ def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
         )
 
 
-def boxes_of_torchvision(count: int, size: int, area_min: float, aspect_max: float) -> np.ndarray:
+def boxes_of_torchvision(
+    count: int, size: int, crop_scale_min: float, crop_ratio_max: float
+) -> np.ndarray:
     """Returns [count, 4], as the loop of RandomResizedCrop.get_params defines them."""
     rng = np.random.default_rng(3)
     boxes = []
     for _ in range(count):
         box = (0, 0, size, size)
         for _ in range(10):
-            area = size * size * rng.uniform(area_min, 1)
-            aspect = np.exp(rng.uniform(-np.log(aspect_max), np.log(aspect_max)))
+            area = size * size * rng.uniform(crop_scale_min, 1)
+            aspect = np.exp(rng.uniform(-np.log(crop_ratio_max), np.log(crop_ratio_max)))
             width, height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
             if 0 < width <= size and 0 < height <= size:
                 top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
@@ -138,13 +140,15 @@ def boxes_of_torchvision(count: int, size: int, area_min: float, aspect_max: flo
     return np.array(boxes)
 
 
-@pytest.mark.parametrize(("area_min", "aspect_max"), [(0.08, 4 / 3), (0.5, 2.0)])
-def test_resized_crop_draws_the_boxes_of_torchvision(area_min: float, aspect_max: float) -> None:
+@pytest.mark.parametrize(("crop_scale_min", "crop_ratio_max"), [(0.08, 4 / 3), (0.5, 2.0)])
+def test_resized_crop_draws_the_boxes_of_torchvision(
+    crop_scale_min: float, crop_ratio_max: float
+) -> None:
     size, count = 32, 4000
     # Pixels that hold four times their own row and column tell which box was cut.
     rows, columns = np.meshgrid(4 * np.arange(size), 4 * np.arange(size), indexing="ij")
     ramp = np.broadcast_to(np.stack([rows, columns], -1).astype(np.uint8), (count, size, size, 2))
-    result = np.asarray(resized_crop(jax.random.key(4), ramp, area_min, aspect_max))
+    result = np.asarray(resized_crop(jax.random.key(4), ramp, crop_scale_min, crop_ratio_max))
     result = np.stack([result[:, :, 16, 0], result[:, 16, :, 1]], axis=1) / 4
     # At and near the middle no border of the image bends the ramp.
     slope = result[:, :, 17] - result[:, :, 16]
@@ -155,7 +159,7 @@ def test_resized_crop_draws_the_boxes_of_torchvision(area_min: float, aspect_max
     boxes = np.round(boxes)
 
     assert boxes[:, :2].min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= size
-    expected = boxes_of_torchvision(count, size, area_min, aspect_max)
+    expected = boxes_of_torchvision(count, size, crop_scale_min, crop_ratio_max)
     for derive in (
         lambda b: b[:, 2] * b[:, 3] / size**2,
         lambda b: np.log(b[:, 3] / b[:, 2]),

@@ -201,7 +201,7 @@ def test_decoded_images_have_no_boxes(directory: pathlib.Path) -> None:
 def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathlib.Path) -> None:
     mesh = sharding.make_mesh()
     files = archives.tiny_imagenet_files(3, 11, 5, 4, 40)
-    whole, cut = dataset(directory), dataset(directory, eval_crop=0.5)
+    whole, cut = dataset(directory), dataset(directory, eval_crop_pct=0.5)
     indices = np.arange(33)
     np.testing.assert_array_equal(whole.train.read(indices), cut.train.read(indices))
     (batch,) = pipeline.eval_batches(cut.evaluation, batch_size=16, mesh=mesh)
@@ -209,7 +209,7 @@ def test_what_is_evaluated_is_cut_and_what_is_trained_on_is_not(directory: pathl
     expected = [decode.decode(files[name], SIZE, name, crop=0.5) for name in cut.evaluation.names]
     np.testing.assert_array_equal(found, expected)
     assert (found != whole.evaluation.read(np.arange(15))).any()
-    both = dataset(directory, eval_crop=0.5, holdout=6)
+    both = dataset(directory, eval_crop_pct=0.5, holdout=6)
     assert both.train_evaluated.names == both.train.names
     for split, count in (
         (both.evaluation, 6),
@@ -227,9 +227,9 @@ def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib
         directory=str(data_directory),
         image_size=8,
         storage="records",
-        eval_crop=0.5,
+        eval_crop_pct=0.5,
     )
-    evaluation = config.Evaluation(train_examples=10)
+    evaluation = config.Evaluation(train_eval_examples=10)
     this = small.build(small.config(data_directory, data=data, evaluation=evaluation))
     sample = Evaluator(this).splits["train_eval"]
     whole, indices = this.dataset.train, np.arange(10)
@@ -243,7 +243,7 @@ def test_what_evaluations_cover_of_training_is_cut_alike(data_directory: pathlib
 def test_training_cuts_the_boxes(
     data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = config.Duration(steps=3)
+    steps = "3 steps"
     this = small.build(
         small.config(
             data_directory,
@@ -251,7 +251,7 @@ def test_training_cuts_the_boxes(
                 name="digits", directory=str(data_directory), image_size=8, storage="records"
             ),
             augment=INCEPTION,
-            train=config.Train(batch_size=64, length=steps),
+            train=config.Train(batch_size=64, duration=steps),
         )
     )
     drawn: list[np.ndarray] = []

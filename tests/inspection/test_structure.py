@@ -18,7 +18,7 @@ from tests.small import Linear
 
 NETWORKS = [
     (Model(norm="lrn", aux_heads=True), 224),
-    (Model(stem="s16", five_by_five="two_3x3", width=0.3), 64),
+    (Model(stem="s16", conv5x5="two_3x3", width=0.3), 64),
     (Model(stem="s32", norm="none", dtype="bfloat16"), 65),
     (Model(name="googlenet_torchvision", aux_heads=True), 96),
     (Model(name="deeper_googlenet"), 64),

@@ -42,15 +42,12 @@ def training(data: list[str]) -> list[str]:
         "--config.model.name=mini_googlenet",
         "--config.model.width=0.125",
         "--config.train.batch_size=16",
-        "--config.train.length.epochs=0",
-        f"--config.train.length.steps={STEPS}",
-        "--config.train.ema.steps=5",
-        "--config.schedule.warmup.epochs=0",
-        "--config.schedule.warmup.steps=3",
+        f"--config.train.duration={STEPS} steps",
+        "--config.train.ema=5 steps",
+        "--config.schedule.warmup=3 steps",
         "--config.evaluation.batch_size=10",
-        "--config.checkpoint.every.epochs=0",
-        "--config.checkpoint.every.steps=3",
-        "--config.log.every.steps=4",
+        "--config.checkpoint.every=3 steps",
+        "--config.log.every=4 steps",
     ]
 
 
@@ -140,10 +137,12 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     assert "not given, so as the run was started: " in again.stderr
     assert "config.model.width = 0.125" in again.stderr
     record = json.loads((folder / "config.json").read_text())
-    longer = command.run("main", f"--workdir={folder}", f"--config.train.length.steps={STEPS + 4}")
+    longer = command.run(
+        "main", f"--workdir={folder}", f"--config.train.duration={STEPS + 4} steps"
+    )
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
-    assert f"config.train.length.steps: {STEPS} → {STEPS + 4}" in longer.stderr
+    assert f"config.train.duration.steps: {STEPS} → {STEPS + 4}" in longer.stderr
     assert "warning: the learning rate rises from " in longer.stderr
     assert "Total: " not in longer.stderr
     resumed = json.loads((folder / "config.json").read_text())
@@ -168,7 +167,7 @@ def test_exported_weights_evaluate_as_the_checkpoint(
     assert result in [line for line in lines(finished) if line["split"] == "validation"]
     done = command.run("main", *training, f"--weights={path}")
     assert done.returncode == 2
-    assert "--config.init.weights" in done.stderr
+    assert "--config.init.pretrained" in done.stderr
 
 
 def test_the_report_is_made_of_the_folder_alone(

@@ -74,7 +74,7 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
         port = probe.getsockname()[1]
     settings = [
         *lives.FLAGS,
-        "--config.train.length.steps=1000000",
+        "--config.train.duration=1000000 steps",
         f"--config.data.directory={tmp_path / 'data'}",
         f"--workdir={workdir}",
         f"--coordinator_address=127.0.0.1:{port}",

@@ -37,7 +37,7 @@ def test_the_settings_reach_the_network(name: str) -> None:
     if name.startswith("googlenet"):
         settings |= {"aux_heads": True, "aux_dropout": 0.2}
     if name == "googlenet":
-        settings |= {"stem": "s32", "five_by_five": "two_3x3", "norm": "none"}
+        settings |= {"stem": "s32", "conv5x5": "two_3x3", "norm": "none"}
     module = networks.create(config.Model(name=name, dtype="bfloat16", **settings), 7)
     assert {setting: getattr(module, setting) for setting in settings} == settings
     assert module.dtype == jnp.bfloat16
@@ -73,12 +73,12 @@ def test_auxiliary_heads_of_the_paper_have_the_papers_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stem", "five_by_five", "norm"),
-    list(itertools.product(config.STEMS, config.FIVE_BY_FIVE, config.NORMS)),
+    ("stem", "conv5x5", "norm"),
+    list(itertools.product(config.STEMS, config.CONV5X5, config.NORMS)),
 )
-def test_every_combination_builds(stem: str, five_by_five: str, norm: str) -> None:
+def test_every_combination_builds(stem: str, conv5x5: str, norm: str) -> None:
     # The network without heads is a part of the one with them.
-    model = config.Model(stem=stem, five_by_five=five_by_five, norm=norm, aux_heads=True, width=0.1)
+    model = config.Model(stem=stem, conv5x5=conv5x5, norm=norm, aux_heads=True, width=0.1)
     variables = abstract_variables(model, 64, 10)
     heads = {name for name in variables["params"] if name.startswith("aux")}
     assert heads == {"aux_4a", "aux_4d"}

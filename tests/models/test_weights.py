@@ -191,7 +191,7 @@ def test_what_inference_needs_is_picked_out_of_the_settings_of_format_1(
     path = tmp_path / "weights"
     weights.save(path, example())
     groups = {
-        "data": Data(name=data, eval_crop=0.9),
+        "data": Data(name=data, eval_crop_pct=0.9),
         "model": Model(width=0.25),
         "evaluation": Evaluation(image_size=80),
     }

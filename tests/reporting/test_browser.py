@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from inception_jax.config import Duration, Train
+from inception_jax.config import Train
 from inception_jax.reporting import report
 from tests import run_folders
 
@@ -48,7 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
         names=NAMES,
         experiment={"file": "experiments/made_up.py", "own": {"train.batch_size": 32}},
     )
-    longer = run_folders.config(train=Train(batch_size=36, length=Duration(steps=800)))
+    longer = run_folders.config(train=Train(batch_size=36, duration="800 steps"))
     other = run_folders.write(folder / "other", names=NAMES, settings=longer, skill=2.0)
     bare = folder / "bare"
     bare.mkdir()
@@ -186,7 +186,7 @@ def column(page: Any, table: str, index: int) -> list[str]:
 def test_runs_can_be_sorted_by_any_column(opened: Any) -> None:
     heads = opened.locator("#run-table th button")
     names = heads.all_inner_texts()
-    assert "train.length.steps" in names
+    assert "train.duration.steps" in names
     for index in range(heads.count()):
         head = opened.locator("#run-table thead th").nth(index)
         orders = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from inception_jax.config import Augment, Config, Duration, Evaluation, Log, Model, Schedule, Train
+from inception_jax.config import Augment, Config, Evaluation, Log, Model, Schedule, Train
 from inception_jax.errors import Preempted
 from inception_jax.evaluation.evaluate import EvalResult, Evaluator
 from inception_jax.reporting import report
@@ -29,9 +29,9 @@ def settings(directory: pathlib.Path, **groups: Any) -> Config:
             "augment": Augment(crop="none", flip=False, mixup=0.2),
             "model": Model(name="mini_googlenet", dropout=0.0),
             "schedule": Schedule(name="cosine", learning_rate=0.1),
-            "train": Train(batch_size=64, length=Duration(steps=STEPS), label_smoothing=0.1),
-            "evaluation": Evaluation(batch_size=360, every=Duration(steps=15), train_examples=360),
-            "log": Log(every=Duration(steps=5)),
+            "train": Train(batch_size=64, duration=f"{STEPS} steps", label_smoothing=0.1),
+            "evaluation": Evaluation(batch_size=360, every="15 steps", train_eval_examples=360),
+            "log": Log(every="5 steps"),
         }
         | groups,
     )
@@ -73,7 +73,7 @@ def test_mixing_and_smoothing_are_not_taken_for_a_fault(
     assert whole.verdict in ("no fault found", "underfitting"), whole.lines()
     assert whole.evidence.top1 > 85
     if whole.advice:
-        assert whole.advice.setting == "train.length.steps"
+        assert whole.advice.setting == "train.duration.steps"
 
 
 def test_no_rate_is_guessed_where_nothing_was_learned(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Augment, Config, Duration, Model, Train
+from inception_jax.config import Augment, Config, Model, Train
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.reporting.diagnosis import diagnose as diagnose_evidence
 from inception_jax.reporting.evidence import gather
@@ -37,7 +37,7 @@ def plain(**changes: Any) -> Config:
     groups: dict[str, Any] = {
         "augment": Augment(),
         "model": Model(dropout=0.3),
-        "train": Train(batch_size=100, length=Duration(epochs=EPOCHS)),
+        "train": Train(batch_size=100, duration=f"{EPOCHS} epochs"),
     }
     return Config(**(groups | changes))
 
@@ -126,7 +126,7 @@ def advised(diagnosis: Diagnosis) -> tuple[str, Any] | None:
 )
 def test_each_rule_holds_on_one_side_of_its_threshold(curve: dict[str, Any], expected: str) -> None:
     steps = curve.get("steps", STEPS)
-    config = plain(train=Train(batch_size=100, length=Duration(steps=steps)))
+    config = plain(train=Train(batch_size=100, duration=f"{steps} steps"))
     diagnosis = found(curve, config)
     assert diagnosis.verdict == expected, diagnosis.lines()
     assert diagnosis.reason
@@ -158,10 +158,10 @@ def test_an_unfinished_run_is_too_short_to_judge_and_gets_no_advice() -> None:
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({"train.length.epochs": 60.0}, ("train.length.epochs", 60)),
-        ({"train.length.steps": 1200, "train.length.epochs": 0.0}, ("train.length.epochs", 40)),
-        ({"train.length.epochs": 39.0}, None),
-        ({"train.length.epochs": 10.0}, None),
+        ({"train.duration": "60 epochs"}, ("train.duration", "60 epochs")),
+        ({"train.duration": "1200 steps"}, ("train.duration", "40 epochs")),
+        ({"train.duration": "39 epochs"}, None),
+        ({"train.duration": "10 epochs"}, None),
         ({"schedule.learning_rate": 0.5}, None),
     ],
 )
@@ -205,7 +205,7 @@ def test_what_was_not_measured_is_said_and_not_guessed() -> None:
         diagnosis = found(curve | {"train_top1": None})
         assert diagnosis.verdict == "not measured"
         assert "cannot be told apart" in diagnosis.reason
-        assert advised(diagnosis) == ("evaluation.train_examples", 1000)
+        assert advised(diagnosis) == ("evaluation.train_eval_examples", 1000)
     assert found(NOTHING | {"train_top1": None}).verdict == "hardly learned"
     assert found({"train_top1": None, "top1": 95.1, "running": 99.0}).verdict == "no fault found"
 
@@ -217,7 +217,7 @@ def test_a_loss_far_above_chance_shows_a_rate_that_is_too_high() -> None:
     assert any("tools.find_lr" in note for note in low.notes)
 
 
-@pytest.mark.parametrize(("half", "expected"), [(0.53, "train.length.epochs"), (0.51, "width")])
+@pytest.mark.parametrize(("half", "expected"), [(0.53, "train.duration"), (0.51, "width")])
 def test_underfitting_asks_for_steps_as_long_as_they_help(half: float, expected: str) -> None:
     diagnosis = found({"train_top1": 62.0, "half": half})
     assert diagnosis.verdict == "underfitting"
@@ -243,7 +243,7 @@ def test_with_one_evaluation_more_steps_come_first() -> None:
     diagnosis = diagnose(last, plain(), classes=10, train_examples=EXAMPLES)
     assert diagnosis.verdict == "underfitting"
     assert "there is one evaluation only" in diagnosis.reason
-    assert advised(diagnosis) == ("train.length.epochs", 2 * EPOCHS)
+    assert advised(diagnosis) == ("train.duration", f"{2 * EPOCHS} epochs")
 
 
 # One of each finding.
@@ -263,17 +263,17 @@ CURVES: list[dict[str, Any]] = [
 
 def settings(steps: int) -> Iterator[Config]:
     """Yields settings with values on both sides of all that is ever advised."""
-    lengths = (Duration(epochs=steps / 30), Duration(steps=steps), Duration(examples=100 * steps))
+    lengths = (f"{steps / 30} epochs", f"{steps} steps", f"{100 * steps} examples")
     values = itertools.product(
         (0.0, 0.2, 2.0), (0.0, 0.5, 0.9), (0.0, 0.1, 0.5), (0.5, 0.9, 0.99), (1, 9)
     )
     for length, each in zip(itertools.cycle(lengths), values, strict=False):
         mixup, dropout, smoothing, momentum, factor = each
-        ema = Duration(steps=factor - 1)
+        ema = f"{factor - 1} steps"
         config = plain(
             augment=Augment(mixup=mixup),
             model=Model(dropout=dropout, norm_momentum=momentum, width=float(factor)),
-            train=Train(batch_size=100, length=length, label_smoothing=smoothing, ema=ema),
+            train=Train(batch_size=100, duration=length, label_smoothing=smoothing, ema=ema),
         )
         config.optimizer.weight_decay = 0.01 * (factor - 1)
         config.schedule.learning_rate = 0.1 * factor
@@ -282,7 +282,14 @@ def settings(steps: int) -> Iterator[Config]:
 
 def test_all_advice_is_valid_and_none_goes_against_any_other() -> None:
     """Whatever was advised before, and for whichever run: nothing leads back over it."""
-    advised: dict[tuple[str, float, float], Config] = {}
+
+    def amount(value: float | str) -> float:
+        if not isinstance(value, str):
+            return value
+        duration = configs.parse_duration(value)
+        return duration.amount if duration else 0.0
+
+    advised: dict[tuple[str, Any, Any], Config] = {}
     for curve in CURVES:
         for config in settings(curve.get("steps", STEPS)):
             if advice := found(curve, config).advice:
@@ -293,13 +300,14 @@ def test_all_advice_is_valid_and_none_goes_against_any_other() -> None:
         group, _, name = setting.rpartition(".")
         setattr(configs.get(config, group), name, value)
         configs.validate(config)
-        if value > before:
-            raised[setting] = max(value, raised.get(setting, -math.inf))
+        new, old = amount(value), amount(before)
+        if new > old:
+            raised[setting] = max(new, raised.get(setting, -math.inf))
         else:
-            assert value < before
-            lowered[setting] = min(value, lowered.get(setting, math.inf))
-    assert {"schedule.learning_rate", "model.norm_momentum", "train.ema.steps"} <= set(lowered)
-    assert {"train.length.epochs", "augment.mixup", "model.width"} <= set(raised)
+            assert new < old
+            lowered[setting] = min(new, lowered.get(setting, math.inf))
+    assert {"schedule.learning_rate", "model.norm_momentum", "train.ema"} <= set(lowered)
+    assert {"train.duration", "augment.mixup", "model.width"} <= set(raised)
     assert set(raised) & set(lowered)
     for setting in set(raised) & set(lowered):
         assert raised[setting] <= lowered[setting], setting
@@ -318,11 +326,11 @@ def test_evidence_is_what_arithmetic_gives() -> None:
     sample = [{"step": 40, "epoch": 4.0, "split": "train_eval", "loss": 1.1, "top1": 70.0}]
     found = gather(
         [*train, *validation, sample[0] | {"count": 98}],
-        plain(train=Train(batch_size=100, length=Duration(epochs=8))),
+        plain(train=Train(batch_size=100, duration="8 epochs")),
         classes=10,
         train_examples=1000,
         label_counts=[1, 3],
-        own_settings={"train.length.epochs": 12.0},
+        own_settings={"train.duration": "12 epochs"},
     )
     assert (found.steps, found.planned_steps, found.recipe_epochs) == (40, 80, 12)
     assert found.chance_loss == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
@@ -342,8 +350,8 @@ def test_evidence_is_what_arithmetic_gives() -> None:
         ("rate_too_high", 5.0, "hardly learned", ("schedule.learning_rate", 0.5)),
         ("rate_too_low", 5e-5, "hardly learned", None),
         # All of 500 images right in training, and 35% of the others.
-        ("over_fitting", 0.05, "not measured", ("evaluation.train_examples", 1000)),
-        ("three_epochs", 0.1, "not measured", ("evaluation.train_examples", 1000)),
+        ("over_fitting", 0.05, "not measured", ("evaluation.train_eval_examples", 1000)),
+        ("three_epochs", 0.1, "not measured", ("evaluation.train_eval_examples", 1000)),
     ],
 )
 def test_runs_of_older_versions_are_judged_by_what_they_measured(
@@ -351,7 +359,7 @@ def test_runs_of_older_versions_are_judged_by_what_they_measured(
 ) -> None:
     """On the digits at 5 and 5e-5, where 0.05 is right; on 500 of them; and on Tiny ImageNet."""
     lines = read_lines(HERE / "curves" / f"{name}.jsonl")
-    config = plain(train=Train(batch_size=32, length=Duration(steps=lines[-1]["step"])))
+    config = plain(train=Train(batch_size=32, duration=f"{lines[-1]['step']} steps"))
     config.schedule.learning_rate = rate
     classes = 200 if name == "three_epochs" else 10
     diagnosis = diagnose(lines, config, classes=classes, train_examples=EXAMPLES)

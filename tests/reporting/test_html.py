@@ -12,7 +12,7 @@ import pytest
 
 import inception_jax
 from inception_jax import config as configs
-from inception_jax.config import Duration, Expected, Train
+from inception_jax.config import Expected, Train
 from inception_jax.errors import UserError
 from inception_jax.evaluation import calibration, predictions
 from inception_jax.reporting import context, html, report, run_record
@@ -277,7 +277,7 @@ def test_the_result_is_set_against_what_is_expected(tmp_path: pathlib.Path) -> N
 
 def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
     own = {
-        "train.length.steps": 4000,
+        "train.duration": "4000 steps",
         "schedule.learning_rate": 0.05,
         "data.directory": "elsewhere",
     }
@@ -285,7 +285,7 @@ def test_what_was_overridden_is_named(tmp_path: pathlib.Path) -> None:
     words = expected_of(tmp_path, 50.0, experiment=experiment)
     # The rate is the experiment's after all, and where data lie is no part of a recipe.
     assert "this run changed 1 of its settings" in words
-    assert "setting experiment this run train.length.steps 4000 400" in words
+    assert "setting experiment this run train.duration.steps 4000 400" in words
     assert "As they are in experiments/made_up.py." in expected_of(
         tmp_path, 50.0, experiment=experiment | {"own": {}}
     )
@@ -340,7 +340,7 @@ def test_what_another_machine_evaluated_is_shown(tmp_path: pathlib.Path) -> None
 def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(
-        train=Train(batch_size=36, length=Duration(steps=800), label_smoothing=0.1)
+        train=Train(batch_size=36, duration="800 steps", label_smoothing=0.1)
     )
     other = run_folders.write(tmp_path / "other & more", settings=settings, skill=2.0)
     report.write_page(other)
@@ -350,7 +350,7 @@ def test_a_comparison_has_what_differs(tmp_path: pathlib.Path) -> None:
     page = Page(output.read_text(encoding="utf-8"))
     assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
     assert context.differing([run_record.read(one), run_record.read(other)]) == [
-        "train.length.steps",
+        "train.duration.steps",
         "train.label_smoothing",
     ]
     assert "train.label_smoothing 0.0 0.1" in page.words

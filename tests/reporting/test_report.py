@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).parent
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     """A run's folder with three real epochs on Tiny ImageNet, which ran to its end."""
-    config = configs.Config(name="three", train=configs.Train(length=configs.Duration(epochs=3)))
+    config = configs.Config(name="three", train=configs.Train(duration="3 epochs"))
     config.schedule.name = "linear"
     dataset = {"name": "tiny_imagenet", "classes": 200, "training examples": 100_000}
     record = {"config": configs.to_dict(config), "dataset": dataset, "changes": []}
@@ -37,11 +37,13 @@ def test_a_finished_run_gets_plots_and_its_diagnosis(folder: pathlib.Path) -> No
     said: list[str] = []
     report.finish(folder, said.append)
     assert said[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
-    assert said[1].startswith("  try, in a new workdir: --config.evaluation.train_examples=1000")
+    assert said[1].startswith(
+        "  try, in a new workdir: --config.evaluation.train_eval_examples=1000"
+    )
     assert (folder / "plots" / "loss.png").exists()
     stored = json.loads((folder / "diagnosis.json").read_text())
     assert stored["verdict"] == "not measured"
-    assert stored["advice"]["setting"] == "evaluation.train_examples"
+    assert stored["advice"]["setting"] == "evaluation.train_eval_examples"
     assert (stored["advice"]["before"], stored["advice"]["value"]) == (0, 1000)
     # Never happened: null, as JSON has no NaN.
     assert stored["evidence"]["nonfinite_step"] is None

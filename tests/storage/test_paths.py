@@ -79,7 +79,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (Config(data=Data(source="gs://b/pictures.zip")), "data.source"),
         (Config(data=Data(directory="gs:/b/data")), "data.directory"),
-        (Config(init=Init(weights="https://host/w.safetensors")), "init.weights"),
+        (Config(init=Init(pretrained="https://host/w.safetensors")), "init.pretrained"),
     ],
 )
 def test_settings_that_are_urls_are_refused_with_all_others(settings: Config, setting: str) -> None:
@@ -107,7 +107,7 @@ def test_the_default_directory_may_be_no_url(monkeypatch: pytest.MonkeyPatch) ->
         ["tools.import_weights", "--input=gs://b/x.pth", "--output=x"],
         ["tools.predict", "--workdir=gs://b/run", "cat.jpg"],
         ["tools.predict", "--workdir=x", "gs://b/cat.jpg"],
-        ["tools.view", "--config=experiments/digits.py", "--output=gs://b/view"],
+        ["tools.summarize", "--config=experiments/digits.py", "--output=gs://b/view"],
         ["tools.serve", "--weights=gs://b/w"],
         ["tools.report", "gs://b/run"],
         ["tools.plot", "gs://b/run"],

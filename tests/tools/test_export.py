@@ -77,7 +77,7 @@ def test_eight_bits_have_their_own_accuracy(
     done = command.run(
         "tools.export",
         "--to=onnx",
-        "--quantise=int8",
+        "--quantize=int8",
         "--calibration=4",
         f"--workdir={run}",
         f"--output={output}",
@@ -101,11 +101,11 @@ def test_eight_bits_have_their_own_accuracy(
     ("arguments", "words"),
     [
         (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: is for --to=savedweights"),
-        (["--to=stablehlo", "--quantise=int8"], "--quantise=int8: is for --to=onnx"),
-        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantise=int8"),
-        (["--to=onnx", "--quantise=int8"], "give its experiment too: --config=FILE"),
+        (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: is for --to=onnx"),
+        (["--to=onnx", "--float_ends"], "--float_ends: is for --quantize=int8"),
+        (["--to=onnx", "--quantize=int8"], "give its experiment too: --config=FILE"),
         (
-            ["--to=onnx", "--quantise=int8", "--config=experiments/digits.py"],
+            ["--to=onnx", "--quantize=int8", "--config=experiments/digits.py"],
             "config.data.image_size = 16: the network takes images of 17 px",
         ),
         (["--to=tflite"], "--to"),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.config import Checkpoint, Config, Data, Duration, Init, Model, Train
+from inception_jax.config import Checkpoint, Config, Data, Init, Model, Train
 from inception_jax.errors import ConfigError
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint, evaluate_weights
 from inception_jax.inference import load
@@ -71,8 +71,8 @@ def test_a_file_brings_its_own_normalisation(source: Source, tmp_path: pathlib.P
 def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
     """Returns settings of a run from a file; its first step has rate 0 and changes no parameter."""
     groups = {
-        "init": Init(weights=str(path)),
-        "checkpoint": Checkpoint(every=Duration(steps=1), keep_last=20),
+        "init": Init(pretrained=str(path)),
+        "checkpoint": Checkpoint(every="1 step", keep_last=20),
     }
     return small.config(directory, **(groups | changes))
 
@@ -84,7 +84,7 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "copy.safetensors"
-    train = Train(batch_size=64, length=Duration(steps=3), ema=Duration(steps=5))
+    train = Train(batch_size=64, duration="3 steps", ema="5 steps")
     this = small.build(fine_tuning(data_directory, path, train=train))
     drawn = small.draw(this.model, 8)
     weights.save(path, dataclasses.replace(source.weights, variables=drawn))

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from inception_jax.config import Checkpoint, Duration, Model, Schedule, View
+from inception_jax.config import Checkpoint, Model, Schedule, View
 from inception_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -178,7 +178,7 @@ def test_an_evaluation_with_times_of_its_own_is_resumed_with_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     this, without = reference
-    rare = View(split="train", examples=50, every=Duration(steps=4))
+    rare = View(split="train", examples=50, every="4 steps")
     monkeypatch.setattr(this.config, "evaluations", {"rare": rare})
     evaluator = Evaluator(this)
     whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
@@ -218,7 +218,7 @@ def test_reports_that_take_long_are_written_less_often_and_at_the_end(
     monkeypatch.setattr(
         startup, "Clock", functools.partial(clock.Clock, now=lambda: next(seconds) + cost)
     )
-    monkeypatch.setattr(this.config.evaluation, "every", Duration(steps=2))
+    monkeypatch.setattr(this.config.evaluation, "every", "2 steps")
     small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[], on_evaluation=show)
     assert reports == [2, 11]
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -227,9 +227,9 @@ def test_reports_that_take_long_are_written_less_often_and_at_the_end(
 
 def test_training_learns(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory)
-    config.train.length = Duration(epochs=12)
-    config.log.every = Duration(epochs=1)
-    config.evaluation.every = config.checkpoint.every = Duration(epochs=12)
+    config.train.duration = "12 epochs"
+    config.log.every = "1 epoch"
+    config.evaluation.every = config.checkpoint.every = "12 epochs"
     this = small.build(config)
     result = small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     losses = [
@@ -387,13 +387,13 @@ def test_the_last_and_the_best_checkpoints_are_kept(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(
-        data_directory, checkpoint=Checkpoint(every=Duration(steps=1), keep_last=2, keep_best=1)
+        data_directory, checkpoint=Checkpoint(every="1 step", keep_last=2, keep_best=1)
     )
     this = small.build(config)
     # The evaluation at step 5 is the best.
     scores = iter([90.0, 50.0, 50.0])
 
-    config.evaluation.train_examples = 70
+    config.evaluation.train_eval_examples = 70
 
     def evaluate(_: state.Variables, names: Collection[str]) -> dict[str, EvalResult]:
         assert list(names) == ["test", "train_eval"]
@@ -422,7 +422,7 @@ def test_another_rate_and_length_go_on_and_are_recorded(
         with pytest.raises(Stopped):
             train_again(this, folder)
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=0.01))
-    config.train.length = Duration(steps=6)
+    config.train.duration = "6 steps"
     train_again(small.build(config), folder)
     lines = lines_without_timing(folder)
     assert lines[-1]["step"] == 6
@@ -447,7 +447,7 @@ def test_a_finished_schedule_that_is_stretched_is_warned_of(
 ) -> None:
     shutil.copytree(reference[1].path, tmp_path / "run")
     config = small.config(data_directory)
-    config.train.length = Duration(steps=20)
+    config.train.duration = "20 steps"
     this = small.build(config)
     capsys.readouterr()
     train_again(this, Workdir(tmp_path / "run"))
@@ -493,7 +493,7 @@ def test_a_run_that_is_made_shorter_than_it_is_just_reports(
     _, folder = reference
     before = lines_without_timing(folder)
     config = small.config(data_directory)
-    config.train.length = Duration(steps=4)
+    config.train.duration = "4 steps"
     result = train_again(small.build(config), folder)
     assert result["step"] == 11
     assert lines_without_timing(folder) == before
@@ -783,7 +783,7 @@ def test_a_run_without_average_trains_and_evaluates(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small.config(data_directory)
-    config.train.ema, config.train.length = Duration(), Duration(steps=3)
+    config.train.ema, config.train.duration = "", "3 steps"
     this = small.build(config)
     result = small.train(this, Workdir(tmp_path), evaluator_of(this), changed=[])
     assert np.isfinite(result["loss"])
@@ -796,7 +796,7 @@ def test_progressive_resizing_goes_on_to_the_same_bits(
 ) -> None:
     config = small.config(data_directory)
     # 11 steps of 64 of 1,437 examples are 0.49 epochs; the size changes after 5 steps.
-    config.train.image_sizes, config.train.image_size_epochs = (12, 8), (0.2,)
+    config.train.image_sizes, config.train.image_size_boundaries = (12, 8), ("0.2 epochs",)
     this = small.build(config)
     assert [this.train_image_size(step) for step in range(11)] == [12] * 5 + [8] * 6
     assert this.train_image_sizes(0) == [12, 8]
@@ -821,6 +821,6 @@ def test_an_image_size_that_is_too_small_is_refused_before_it_is_reached(
         small.build(config)
     config = small.config(data_directory, model=Model(name="googlenet"))
     config.data.image_size = 32
-    config.train.image_sizes, config.train.image_size_epochs = (64, 24), (0.1,)
+    config.train.image_sizes, config.train.image_size_boundaries = (64, 24), ("0.1 epochs",)
     with pytest.raises(ConfigError, match=r"config\.train\.image_sizes = 24: .* at least 31 px"):
         small.build(config)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.config import Augment, Duration, Optimizer, Schedule, Train
+from inception_jax.config import Augment, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
 from inception_jax.models import weights
 from inception_jax.training import lr_range_test, run, state, step
@@ -28,7 +28,7 @@ def linear(data_directory: pathlib.Path) -> run.Run:
         augment=Augment(crop="none", flip=False),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9),
         schedule=Schedule(name="constant", learning_rate=0.01),
-        train=Train(batch_size=64, length=Duration(steps=20)),
+        train=Train(batch_size=64, duration="20 steps"),
     )
     return dataclasses.replace(run.assemble(config, log=lambda _: None), model=small.Linear())
 
@@ -68,7 +68,7 @@ def test_it_starts_from_the_weights_that_the_run_starts_from(
     )
     weights.save(path, zeros)
     config = copy.deepcopy(linear.config)
-    config.init.weights = str(path)
+    config.init.pretrained = str(path)
     fine_tuning = dataclasses.replace(linear, config=config)
     point = lr_range_test.range_test(fine_tuning, low=0.01, high=0.01, steps=2)[0]
     assert point.loss == pytest.approx(math.log(10), rel=1e-5)

@@ -74,9 +74,9 @@ MUON_PARAMS = {
 @pytest.mark.parametrize(
     "settings",
     [
-        config.Optimizer(name="muon", adam_rate_factor=1.0),
+        config.Optimizer(name="muon", muon_adam_lr_ratio=1.0),
         config.Optimizer(name="muon", momentum=0.5, weight_decay=0.3, clip_norm=20.0),
-        config.Optimizer(name="muon", weight_decay=0.3, decay_all=True),
+        config.Optimizer(name="muon", weight_decay=0.3, decay_norm_and_bias=True),
     ],
     ids=str,
 )
@@ -103,7 +103,7 @@ def test_muon_equals_numpy_on_hidden_kernels_and_adamw_elsewhere(
         return params
 
     result = train(settings, 1.0)
-    expected = train(dataclasses.replace(settings, name="adamw"), settings.adam_rate_factor)
+    expected = train(dataclasses.replace(settings, name="adamw"), settings.muon_adam_lr_ratio)
     for layer in ("tall", "wide"):
         kernel = draw(99)["inception"][layer]["kernel"].astype(np.float64)
         momentum = np.zeros_like(kernel)

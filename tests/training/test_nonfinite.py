@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inception_jax.config import Augment, Checkpoint, Duration, Log, Optimizer, Schedule, Train
+from inception_jax.config import Augment, Checkpoint, Log, Optimizer, Schedule, Train
 from inception_jax.errors import RunError
 from inception_jax.evaluation.evaluate import EvalResult
 from inception_jax.input import pipeline
@@ -71,15 +71,15 @@ def build(data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Buil
 
             return broken
 
-        options = {"nonfinite": "skip", "nonfinite_limit": LIMIT, "ema": Duration(steps=5)}
+        options = {"on_nonfinite": "skip", "nonfinite_limit": LIMIT, "ema": "5 steps"}
         config = small.config(
             data_directory,
             augment=Augment(crop="none", flip=False),
             optimizer=Optimizer(name=optimizer, weight_decay=1e-3),
             schedule=Schedule(name="cosine", learning_rate=0.05),
-            train=Train(batch_size=64, length=Duration(steps=12), **(options | train)),
-            checkpoint=Checkpoint(every=Duration(steps=3), keep_last=20),
-            log=Log(every=Duration(steps=4)),
+            train=Train(batch_size=64, duration="12 steps", **(options | train)),
+            checkpoint=Checkpoint(every="3 steps", keep_last=20),
+            log=Log(every="4 steps"),
         )
         monkeypatch.setattr(gradients, "make_gradient", make_gradient if bad else plain)
         built = run.assemble(config, log=lambda _: None)
@@ -228,7 +228,7 @@ def test_a_row_that_reached_the_limit_is_not_forgotten() -> None:
 
 
 def test_the_stop_names_the_layers(build: Build, tmp_path: pathlib.Path) -> None:
-    this = build(2, nonfinite="stop")
+    this = build(2, on_nonfinite="stop")
     with pytest.raises(RunError, match=r"the gradient of last was not finite at step 2,"):
         train(this, tmp_path)
     assert not (tmp_path / "checkpoints" / "3").exists()

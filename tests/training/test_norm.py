@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.config import Duration, Evaluation, Train
+from inception_jax.config import Evaluation, Train
 from inception_jax.evaluation.evaluate import Evaluator, evaluate_checkpoint
 from inception_jax.input import pipeline
 from inception_jax.storage.workdir import Workdir
@@ -20,8 +20,8 @@ from tests import small
 def settings(data_directory: pathlib.Path, *, examples: int, ema: int = 5) -> Any:
     return small.config(
         data_directory,
-        train=Train(batch_size=64, length=Duration(steps=6), ema=Duration(steps=ema)),
-        evaluation=Evaluation(every=Duration(steps=3), norm_examples=examples),
+        train=Train(batch_size=64, duration="6 steps", ema=f"{ema} steps"),
+        evaluation=Evaluation(every="3 steps", norm_examples=examples),
     )
 
 

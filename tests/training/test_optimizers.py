@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from inception_jax import config
-from inception_jax.config import Duration
 from inception_jax.registry import OPTIMIZERS
 from inception_jax.training import optimizers, schedules
 from tests import small
@@ -61,7 +60,7 @@ SETTINGS = [
     for changes in (
         {},
         {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decay_all": True, "clip_norm": 3.0},
+        {"weight_decay": 0.1, "decay_norm_and_bias": True, "clip_norm": 3.0},
         {"momentum": 0.5, "beta1": 0.7, "beta2": 0.9, "epsilon": 1e-3, "clip_norm": 1e6},
     )
 ]
@@ -78,7 +77,7 @@ def by_numpy(settings: config.Optimizer) -> dict[str, dict[str, np.ndarray]]:
             grads = {path: g * settings.clip_norm / norm for path, g in grads.items()}
         lr = 0.1 - 0.01 * step
         for path, p in params.items():
-            decays = settings.decay_all or path[1] == "kernel"
+            decays = settings.decay_norm_and_bias or path[1] == "kernel"
             decay = settings.weight_decay * p if decays else np.zeros_like(p)
             decoupled = settings.name in ("adamw", "lion")
             g = grads[path] if decoupled else grads[path] + decay
@@ -120,7 +119,10 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     kernel, others = tensors["conv"]["kernel"], [tensors["conv"]["bias"], tensors["norm"]["scale"]]
     groups = [
         {"params": [kernel], "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": settings.weight_decay if settings.decay_all else 0.0},
+        {
+            "params": others,
+            "weight_decay": settings.weight_decay if settings.decay_norm_and_bias else 0.0,
+        },
     ]
     if settings.name.startswith("sgd"):
         optimizer = torch.optim.SGD(
@@ -186,7 +188,7 @@ def test_state_has_one_structure_whatever_the_settings(name: str) -> None:
         dataclasses.replace(plain, **changes)
         for changes in (
             {"weight_decay": 0.1},
-            {"weight_decay": 0.1, "decay_all": True},
+            {"weight_decay": 0.1, "decay_norm_and_bias": True},
             {"clip_norm": 1.0},
             {"momentum": 0.0, "beta1": 0.0},
         )
@@ -195,7 +197,7 @@ def test_state_has_one_structure_whatever_the_settings(name: str) -> None:
         schedules.make_schedule, timeline=config.Timeline(8, 100), total_steps=100
     )
     constant = make(config.Schedule(name="constant"))
-    cosine = make(config.Schedule(name="cosine", warmup=Duration(steps=5)))
+    cosine = make(config.Schedule(name="cosine", warmup="5 steps"))
 
     def structure(settings: config.Optimizer, schedule: optax.Schedule) -> object:
         state = optimizers.make_optimizer(settings, schedule, small.Network()).init(PARAMS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from inception_jax.config import Augment, Duration, Optimizer, Schedule
+from inception_jax.config import Augment, Optimizer, Schedule
 from inception_jax.errors import ConfigError
 from inception_jax.input import pipeline
 from inception_jax.models.layers import ModelOutput
@@ -29,7 +29,7 @@ def build(data_directory: pathlib.Path, devices: int) -> run.Run:
     )
     config.model.dropout = 0.0
     config.train.label_smoothing = 0.1
-    config.train.ema = Duration(steps=2)
+    config.train.ema = "2 steps"
     mesh = jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -103,7 +103,7 @@ def test_batches_are_mixed_until_a_step(data_directory: pathlib.Path) -> None:
 
     plain = dataclasses.replace(build(data_directory, 1), model=small.Linear())
     config = copy.deepcopy(plain.config)
-    config.augment.mixup, config.augment.mix_until = 1.0, Duration(examples=129)
+    config.augment.mixup, config.augment.mix_end = 1.0, "129 examples"
     mixed = dataclasses.replace(plain, config=config)
     batch = batches(plain, 1)[0]
     # At step 2 of 64 the third batch is still to come, which ends after 129 examples.
@@ -188,7 +188,7 @@ def test_micro_batches_leave_the_steps_and_their_metrics_as_they_are(
     ends = []
     for accumulate, on in ((1, 1), (4, devices)):
         this = dataclasses.replace(build(data_directory, on), model=Linear())
-        this.config.train.accumulate = accumulate
+        this.config.train.grad_accum_steps = accumulate
         this.config.optimizer.sam_rho = 0.05
         this.config.augment = Augment(crop="pad", pad=1, mixup=0.5)
         current, train_step = state.create(this), make_train_step(this)
@@ -212,6 +212,6 @@ def test_the_radius_of_sam_reaches_the_step(data_directory: pathlib.Path) -> Non
 
 def test_a_batch_that_its_micro_batches_cannot_share_is_refused(tmp_path: pathlib.Path) -> None:
     config = small.config(tmp_path)
-    config.train.accumulate = 3
-    with pytest.raises(ConfigError, match=r"batch_size = 64.*accumulate.*48 and 72"):
+    config.train.grad_accum_steps = 3
+    with pytest.raises(ConfigError, match=r"batch_size = 64.*grad_accum_steps.*48 and 72"):
         run.assemble(config, log=lambda _: None)

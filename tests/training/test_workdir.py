@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from inception_jax import config as configs
-from inception_jax.config import Config, Duration
+from inception_jax.config import Config
 from inception_jax.errors import CheckpointError, UserError
 from inception_jax.storage import atomic
 from inception_jax.storage.workdir import Workdir
@@ -120,7 +120,7 @@ def test_changed_settings_are_recorded_with_their_step(tmp_path: pathlib.Path) -
 
 def test_the_experiment_is_recorded(tmp_path: pathlib.Path) -> None:
     folder = Workdir(tmp_path)
-    experiment = {"file": "experiments/digits.py", "own": {"train.length.epochs": 12.0}}
+    experiment = {"file": "experiments/digits.py", "own": {"train.duration": "12 epochs"}}
     workdirs.record_start(
         workdirs.previous(folder),
         Config(),
@@ -157,7 +157,7 @@ def test_objects_of_a_program_are_recorded_and_asked_for(tmp_path: pathlib.Path)
 def test_an_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
     folder = started(tmp_path, Config())
     config = Config()
-    config.train.length = Duration(epochs=60)
+    config.train.duration = "60 epochs"
     assert workdirs.check_compatible(workdirs.previous(folder), config) == []
 
 
@@ -193,13 +193,13 @@ def overridden(path: pathlib.Path) -> Workdir:
     return folder
 
 
-def test_another_unit_of_a_duration_takes_the_place_of_the_one_the_run_had(
+def test_a_duration_in_another_unit_replaces_the_one_of_the_run(
     tmp_path: pathlib.Path,
 ) -> None:
     config = Config()
-    config.train.length = Duration(epochs=20)
+    config.train.duration = "20 epochs"
     folder = started(tmp_path, config)
-    experiment: dict[str, object] = {"file": "a.py", "own": {"train.length.epochs": 60.0}}
+    experiment: dict[str, object] = {"file": "a.py", "own": {"train.duration": "60 epochs"}}
     workdirs.record_start(
         workdirs.previous(folder),
         config,
@@ -209,9 +209,9 @@ def test_another_unit_of_a_duration_takes_the_place_of_the_one_the_run_had(
         experiment=experiment,
     )
     now = Config()
-    found, said = recall(folder, now, "a.py", {"train.length.steps": 300})
-    assert now.train.length == Duration(steps=300) and not said
-    assert found["own"] == {"train.length.steps": 0, "train.length.epochs": 60.0}
+    found, said = recall(folder, now, "a.py", {"train.duration": "300 steps"})
+    assert now.train.duration == "300 steps" and not said
+    assert found["own"] == {"train.duration": "60 epochs"}
     configs.validate(now)
 
 

@@ -30,8 +30,8 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     without classes), file_name (path below the source, unprintable characters escaped).
 
     Args:
-      eval_share: share of each class to evaluate on where the source has no folder for it.
-      unreadable: 'refuse' or 'skip' corrupt files and files that are not images.
+      val_fraction: share of each class to evaluate on where the source has no folder for it.
+      on_unreadable: 'refuse' or 'skip' corrupt files and files that are not images.
       archive_encoding: of an archive's names where it does not say it; '': not known.
       layout: 'auto', or 'classes' where no folder is a split.
       kwargs: as of `builder.ImageBuilder`.
@@ -43,13 +43,13 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     def __init__(
         self,
         *,
-        eval_share: float,
-        unreadable: str,
+        val_fraction: float,
+        on_unreadable: str,
         layout: str,
         archive_encoding: str,
         **kwargs: Any,
     ) -> None:
-        self._eval_share, self._unreadable, self._reading = eval_share, unreadable, layout
+        self._val_fraction, self._on_unreadable, self._reading = val_fraction, on_unreadable, layout
         self._encoding = archive_encoding
         super().__init__(**kwargs)
 
@@ -91,10 +91,10 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
     def _divide(self, layout: folders.Layout) -> None:
         entries = list(itertools.chain.from_iterable(layout.splits.values()))
         problems, self._bit_depth = self._inspect(entries)
-        if problems and self._unreadable == "refuse":
+        if problems and self._on_unreadable == "refuse":
             raise DataError(
                 f"{self._listed(problems, len(entries))}\nFix or remove them, or set "
-                "config.data.unreadable=skip to leave them out"
+                "config.data.on_unreadable=skip to leave them out"
             )
         splits = {
             split: [entry for entry in members if entry.file not in problems]
@@ -106,11 +106,11 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             self._settings["archive_encoding"] = self._encoding
         if problems:
             self.log(f"{self._listed(problems, len(entries))}\nThey are left out")
-            self._settings["unreadable"] = self._unreadable
+            self._settings["on_unreadable"] = self._on_unreadable
         if not layout.divided:
-            self._settings["eval_share"] = self._eval_share
+            self._settings["val_fraction"] = self._val_fraction
             train, held = folders.hold_out(
-                splits[folders.TRAIN], self._eval_share, root=layout.root
+                splits[folders.TRAIN], self._val_fraction, root=layout.root
             )
             splits |= {folders.TRAIN: train, folders.VALIDATION: held}
         for split in (folders.TEST, folders.UNLABELED):

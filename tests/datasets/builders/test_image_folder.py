@@ -105,7 +105,7 @@ def test_an_empty_test_folder_is_no_split(
     counts = {"train/a": 4, "train/b": 4} | ({"val/a": 1} if divided else {})
     path = write(tmp_path / "x", archives.class_folders(counts, SIZE) | test)
     lines: list[str] = []
-    dataset = prepare(data(path, tmp_path, unreadable="skip"), log=lines.append)
+    dataset = prepare(data(path, tmp_path, on_unreadable="skip"), log=lines.append)
     assert set(dataset.splits) == {"train", "validation"}
     assert any("the test folder has no picture" in line for line in lines)
 
@@ -119,13 +119,13 @@ def test_unreadable_files_are_named_and_counted(
     source = source.with_stem("bad")
     write(source, archives.class_folders(COUNTS, SIZE) | BAD)
     with pytest.raises(
-        DataError, match=r"(?s)3 of 21 files are corrupt or not images:.*unreadable=skip"
+        DataError, match=r"(?s)3 of 21 files are corrupt or not images:.*on_unreadable=skip"
     ) as e:
         prepare(data(source, tmp_path / "data"), log=quiet)
     assert all(f" {name}" in str(e.value) for name in BAD)
     assert not (tmp_path / "data" / "image_folder").exists()
     lines: list[str] = []
-    dataset = prepare(data(source, tmp_path / "data", unreadable="skip"), log=lines.append)
+    dataset = prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=lines.append)
     assert len(dataset.train) + len(dataset.evaluation) == 18
     assert any("3 of 21 files" in line and "left out" in line for line in lines)
     stored = tmp_path / "data" / "image_folder" / "1.0.0" / "metadata.json"
@@ -133,7 +133,7 @@ def test_unreadable_files_are_named_and_counted(
     assert metadata["unreadable_count"] == 3
     assert sorted(metadata["unreadable_files"]) == sorted(BAD)
     # What was left out would now be refused.
-    with pytest.raises(DataError, match=r"unreadable = 'refuse'.*prepared with 'skip'"):
+    with pytest.raises(DataError, match=r"on_unreadable = 'refuse'.*prepared with 'skip'"):
         prepare(data("", tmp_path / "data"), log=quiet)
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_grouped_by_kind_with_the_remedy(tmp_path: pathli
     assert first.endswith("3 of 7 files are corrupt or not images:")
     assert heics.startswith("  HEIC photo (2): a/x.jpg, b/y.HEIC. Convert it to JPEG")
     assert page.startswith("  web page in the place of a picture (1): b/z.jpg. Download")
-    assert last.endswith("config.data.unreadable=skip to leave them out")
+    assert last.endswith("config.data.on_unreadable=skip to leave them out")
 
 
 def test_sidecar_files_are_ignored_and_logged_once(
@@ -169,7 +169,7 @@ def test_sidecar_files_are_ignored_and_logged_once(
     (line,) = [line for line in lines if "ignored 4 paths" in line]
     assert "ant/1.txt" in line and "README" in line
     # They are no unreadable images, so that setting does not matter.
-    prepare(data(source, tmp_path / "data", unreadable="skip"), log=quiet)
+    prepare(data(source, tmp_path / "data", on_unreadable="skip"), log=quiet)
 
 
 def test_a_folder_of_sidecar_files_alone_is_no_class(tmp_path: pathlib.Path) -> None:
@@ -322,7 +322,7 @@ def test_a_class_without_pictures_is_refused(
 ) -> None:
     path = write(tmp_path / name, archives.class_folders({"a": 2, "b": 2}, SIZE) | files)
     with pytest.raises(DataError, match=message):
-        prepare(data(path, tmp_path, unreadable="skip"), log=quiet)
+        prepare(data(path, tmp_path, on_unreadable="skip"), log=quiet)
 
 
 def test_something_must_be_left_to_evaluate_on(tmp_path: pathlib.Path) -> None:
@@ -356,8 +356,8 @@ def test_few_files_are_in_memory_at_a_time(
         source=str(path),
         log=quiet,
         data_dir=tmp_path,
-        eval_share=0.2,
-        unreadable="refuse",
+        val_fraction=0.2,
+        on_unreadable="refuse",
         layout="auto",
         archive_encoding="",
     )
@@ -402,10 +402,10 @@ def test_changed_content_or_settings_are_noticed(
     directory = tmp_path / "data"
     prepare(data(source, directory), log=quiet)
     for size in (SIZE, 8):
-        with pytest.raises(DataError, match=r"eval_share = 0\.5: .* was prepared with 0\.2"):
-            prepare(data("", directory, eval_share=0.5, image_size=size), log=quiet)
+        with pytest.raises(DataError, match=r"val_fraction = 0\.5: .* was prepared with 0\.2"):
+            prepare(data("", directory, val_fraction=0.5, image_size=size), log=quiet)
     # Nothing was unreadable, so this setting decided nothing.
-    prepare(data(source, directory, unreadable="skip"), log=quiet)
+    prepare(data(source, directory, on_unreadable="skip"), log=quiet)
     write(source, archives.class_folders(COUNTS | {"ant": 11}, SIZE))
     with pytest.raises(DataError, match=r"prepared from other content, .* as it was then"):
         prepare(data(source, directory), log=quiet)
@@ -424,7 +424,7 @@ def test_the_share_does_not_matter_where_val_is_given(tmp_path: pathlib.Path) ->
     files = archives.class_folders({"train/a": 2, "train/b": 2, "val/b": 1}, SIZE)
     path = write(tmp_path / "x", files)
     prepare(data(path, tmp_path), log=quiet)
-    prepare(data(path, tmp_path, eval_share=0.5), log=quiet)
+    prepare(data(path, tmp_path, val_fraction=0.5), log=quiet)
 
 
 def test_a_changed_source_is_prepared_again_where_a_setting_says_so(
@@ -454,7 +454,7 @@ def test_a_touched_picture_or_another_setting_is_prepared_again(tmp_path: pathli
     os.utime(path / "ant" / "0.jpg", (1, 1))
     after = prepare(data(path, tmp_path / "data", on_change="prepare"), log=quiet)
     assert after.train.names == before.train.names
-    half = data(path, tmp_path / "data", on_change="prepare", eval_share=0.5)
+    half = data(path, tmp_path / "data", on_change="prepare", val_fraction=0.5)
     assert len(prepare(half, log=quiet).evaluation) == 9
 
 
@@ -519,7 +519,7 @@ def test_what_revision_56edb8b_prepared_stays_usable(tmp_path: pathlib.Path) -> 
     splits = archives.class_folders({f"seg_{s}/{c}": 3 for s in ("train", "test") for c in "ab"})
     path, directory = write(tmp_path / "y", splits), tmp_path / "splits"
     prepare(data(path, directory, layout="classes"), log=quiet)
-    record_source(directory, settings={"eval_share": 0.2})
+    record_source(directory, settings={"val_fraction": 0.2})
     with pytest.raises(
         DataError, match=r"an older version took others .*\(.*without 'seg_test', 'seg_train'"
     ):

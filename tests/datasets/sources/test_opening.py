@@ -409,7 +409,7 @@ def test_a_method_that_is_not_known_is_named_once(
     changed_members(path, change)
     lines: list[str] = []
     data = config.Data(
-        name="image_folder", source=str(path), directory=str(tmp_path), unreadable=unreadable
+        name="image_folder", source=str(path), directory=str(tmp_path), on_unreadable=unreadable
     )
     with pytest.raises(DataError, match=message):
         prepare(data, log=lines.append)

@@ -9,7 +9,7 @@ from PIL import Image
 from inception_jax.models import weights
 from tests import command, random_weights
 
-DIGITS = ["tools.view", "--config=experiments/digits.py"]
+DIGITS = ["tools.summarize", "--config=experiments/digits.py"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_weights_show_filters_and_activations(
     Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)).save(picture)
     output = tmp_path / "view"
     printed = command.check(
-        "tools.view", f"--weights={trained}", f"--output={output}", f"--image={picture}"
+        "tools.summarize", f"--weights={trained}", f"--output={output}", f"--image={picture}"
     )
     for name in ("filters.png", "activations.png"):
         assert str(output / name) in printed.splitlines()
@@ -47,14 +47,14 @@ def test_weights_show_filters_and_activations(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["tools.view"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
+        (["tools.summarize"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
         ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
         (
-            ["tools.view", "--config=experiments/image_folder.py"],
+            ["tools.summarize", "--config=experiments/image_folder.py"],
             "number of classes of image_folder depends on its source: give it as --classes=N",
         ),
         (
-            ["tools.view", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
+            ["tools.summarize", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
             "too small",
         ),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),

@@ -18,10 +18,10 @@ Show what a network is made of: a drawing (architecture.svg and .png, by Graphvi
 block by block, of output size, parameters, multiply-adds and receptive field (architecture.md and
 .csv). At 224 px the paper's network is compared with table 1 of its paper.
 
-  python -m inception_jax.tools.view --config experiments/tiny.py
-  python -m inception_jax.tools.view --config experiments/image_folder.py --classes=5
-  python -m inception_jax.tools.view --workdir DIR
-  python -m inception_jax.tools.view --weights FILE.safetensors --image cat.jpg --layer=inception_4a
+  python -m inception_jax.tools.summarize --config experiments/tiny.py
+  python -m inception_jax.tools.summarize --config experiments/image_folder.py --classes=5
+  python -m inception_jax.tools.summarize --workdir DIR
+  python -m inception_jax.tools.summarize --weights FILE --image cat.jpg --layer=inception_4a
 
 Of trained weights it also draws the first layer's filters (filters.png) and, with --image, what a
 module finds in a picture (activations.png).
@@ -30,7 +30,7 @@ module finds in a picture (activations.png).
 cli.define_config()
 _TRAINED = cli.define_trained(or_config=True)
 _OUTPUT = cli.define_path(
-    "output", "folder for the files; default: DIR/view of --workdir, else runs/view"
+    "output", "folder for the files; default: DIR/summary for --workdir=DIR, otherwise runs/summary"
 )
 _CLASSES = flags.DEFINE_integer(
     "classes", None, "with --config: number of classes, where the data set does not say it", 1
@@ -70,7 +70,7 @@ def main(positional: Sequence[str]) -> None:
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
     found = structure.describe(network, size)
-    folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "view")
+    folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "summary")
     workdir.check_writable(folder, flag="output")
     table = make_table(found)
     print(table.markdown())
