@@ -1,9 +1,9 @@
 """The errors of the package: what a user can mend, and what stops a run.
 
-Every message names the thing, the value found, what is allowed and the remedy (BUILD_NOTES.md,
-"Errors"). `cli.run` turns a `UserError` into one message on stderr and exit code 2, a `RunError`
-into one message and exit code 1, and leaves everything else, a bug, its traceback. `Preempted` is
-no failure; its exit code tells a scheduler to start the command again.
+Every message names the thing, the value found, what is allowed and the remedy. `cli.run` turns a
+`UserError` into one message on stderr and exit code 2, a `RunError` into one message and exit code
+1, and leaves everything else, a bug, its traceback. `Preempted` is no failure; its exit code tells
+a scheduler to start the command again.
 """
 
 import contextlib

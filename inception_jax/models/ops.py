@@ -3,7 +3,7 @@
 XLA's CPU backend loses most of a training step in a few places: the weight gradients of
 convolutions, convolutions on small images, the gradient of a windowed maximum, and the many passes
 over the images that the derivative of BatchNorm takes. Each has an equivalent, of the same values
-and gradients to rounding, that is faster there (BUILD_NOTES.md, "Speed"). Which of the two is
+and gradients to rounding, that is faster there (docs/notes/performance.md). Which of the two is
 traced is said by the argument `rewrite`. A network has it as an attribute, which
 `networks.create` sets once; so a program for a TPU can be traced on a machine that has none.
 """

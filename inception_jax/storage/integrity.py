@@ -1,9 +1,9 @@
 """Damage to checkpoints on disk: found by checksums, named, and set aside.
 
 A checkpoint has a manifest, which lists for each of its files the size and the SHA-256, as
-`sha256sum` gives it. Reading a checkpoint of 50 MB for it takes some 0.05 s (BUILD_NOTES.md,
-"Damaged storage"). Of one without a manifest, which an older version wrote, all that can be told is
-whether its parts are there.
+`sha256sum` gives it. Reading a checkpoint of 50 MB for it takes some 0.05 s
+(docs/notes/reliability.md). Of one without a manifest, which an older version wrote, all that can
+be told is whether its parts are there.
 """
 
 import contextlib

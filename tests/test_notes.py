@@ -1,0 +1,75 @@
+"""The notes of the maintainers: what they name exists, and the table of faults is up to date."""
+
+import pathlib
+import re
+
+import pytest
+
+from tests import fault_table
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "inception_jax"
+NOTES = ROOT / "docs" / "notes"
+PAGES = [ROOT / "BUILD_NOTES.md", *sorted(NOTES.rglob("*.md"))]
+# Modules as the notes call them: from the root of the repository, or of the package. One that was
+# deleted is told of as such.
+MODULE = re.compile(r"`((?:\w+/)*\w+\.py)`")
+DELETED = {"datasets/registry.py"}
+RECORD = re.compile(r"`((?:results|benchmarks/results|tests/fixtures)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("test", [t for entry in fault_table.faults() for t in entry["tests"]])
+def test_every_test_of_the_table_of_faults_exists(test: str) -> None:
+    assert not [line for line in fault_table.problems() if line.startswith(test)]
+
+
+def test_the_table_of_faults_is_up_to_date() -> None:
+    text = fault_table.PAGE.read_text(encoding="utf-8")
+    assert text == fault_table.page(text), "run: python -m tests.fault_table"
+
+
+def test_a_test_that_is_gone_is_named_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"tests": ["test_notes.py::test_the_table_of_faults_is_old"]}
+    monkeypatch.setattr(fault_table, "faults", lambda: [entry])
+    (line,) = fault_table.problems()
+    assert line == (
+        "test_notes.py::test_the_table_of_faults_is_old: no such test; "
+        "is it test_the_table_of_faults_is_up_to_date?"
+    )
+
+
+def test_the_files_that_user_situations_name_exist() -> None:
+    text = (NOTES / "user_situations.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.endswith(".py |")]
+    assert len(rows) >= 60
+    named = {file.strip(" |") for row in rows for file in row[-1].split(", ")}
+    assert not [file for file in sorted(named) if not (ROOT / "tests" / file).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_modules_and_records_that_a_page_names_exist(page: pathlib.Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in set(MODULE.findall(text)) - DELETED:
+        places = [PACKAGE, PACKAGE / "datasets", ROOT, ROOT / "experiments", ROOT / "tests"]
+        assert any((place / name).is_file() for place in places), name
+    for name in RECORD.findall(text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_lines_of_a_page_are_short(page: pathlib.Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def test_the_build_notes_are_an_index() -> None:
+    assert len((ROOT / "BUILD_NOTES.md").read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_every_decision_has_a_date() -> None:
+    for page in sorted((NOTES / "decisions").glob("*.md")):
+        entries = page.read_text(encoding="utf-8").split("\n## ")[1:]
+        assert len(entries) >= 5
+        for entry in entries:
+            heading, _, rest = entry.partition("\n")
+            assert re.match(r"\n\*2026-\d\d-\d\d(, (revised|extended) 2026-\d\d-\d\d)?\*\n", rest), heading
