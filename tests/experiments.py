@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from inception_jax import cli
 from inception_jax import config as configs
 from inception_jax.config import Config
 
 
 def load(arguments: Sequence[str]) -> Config:
     """Returns the configuration that a command's arguments make, as the command line does."""
-    argv = ["command", *(each for each in arguments if each.startswith("--config"))]
+    settings = [cli._with_tuple(each) for each in arguments if each.startswith("--config")]
+    argv = ["command", *settings]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     with warnings.catch_warnings():

@@ -54,9 +54,8 @@ def table() -> str:
             + " |"
             for entry in entries
         ]
-        sections.append(
-            "\n".join([f"### {group}", "", "| fault | outcome | tests |", "| --- | --- | --- |", *rows])
-        )
+        head = [f"### {group}", "", "| fault | outcome | tests |", "| --- | --- | --- |"]
+        sections.append("\n".join([*head, *rows]))
     return "\n\n".join(sections)
 
 

@@ -1,20 +1,29 @@
-"""The notes of the maintainers: what they name exists, and the table of faults is up to date."""
+"""The notes of the maintainers and the READMEs of results: what they name exists, commands parse.
+
+The table of faults is up to date.
+"""
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
 from tests import fault_table
+from tests.experiments import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "inception_jax"
 NOTES = ROOT / "docs" / "notes"
-PAGES = [ROOT / "BUILD_NOTES.md", *sorted(NOTES.rglob("*.md"))]
+RESULTS = sorted((ROOT / "results").glob("*/README.md"))
+PAGES = [ROOT / "BUILD_NOTES.md", *sorted(NOTES.rglob("*.md")), *RESULTS]
 # Modules as the notes call them: from the root of the repository, or of the package. One that was
 # deleted is told of as such.
 MODULE = re.compile(r"`((?:\w+/)*\w+\.py)`")
 DELETED = {"datasets/registry.py"}
+# A command and its lines that go on after a backslash.
+COMMAND = re.compile(r"^    python -m inception_jax\.main ((?:.*\\\n)*.*)$", re.MULTILINE)
+DATE = re.compile(r"\n\*2026-\d\d-\d\d(, (revised|extended) 2026-\d\d-\d\d)?\*\n")
 RECORD = re.compile(r"`((?:results|benchmarks/results|tests/fixtures)/[\w./-]+)`")
 
 
@@ -46,7 +55,7 @@ def test_the_files_that_user_situations_name_exist() -> None:
     assert not [file for file in sorted(named) if not (ROOT / "tests" / file).is_file()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_the_modules_and_records_that_a_page_names_exist(page: pathlib.Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name in set(MODULE.findall(text)) - DELETED:
@@ -56,7 +65,7 @@ def test_the_modules_and_records_that_a_page_names_exist(page: pathlib.Path) -> 
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_the_lines_of_a_page_are_short(page: pathlib.Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
@@ -72,4 +81,20 @@ def test_every_decision_has_a_date() -> None:
         assert len(entries) >= 5
         for entry in entries:
             heading, _, rest = entry.partition("\n")
-            assert re.match(r"\n\*2026-\d\d-\d\d(, (revised|extended) 2026-\d\d-\d\d)?\*\n", rest), heading
+            assert re.match(
+                r"\n\*2026-\d\d-\d\d(, (revised|extended) 2026-\d\d-\d\d)?\*\n", rest
+            ), heading
+
+
+def test_the_commands_of_recorded_runs_have_settings_of_today() -> None:
+    found = [
+        shlex.split(
+            command.replace("\\\n", " ").replace("--config ", "--config=").replace("SEED", "0")
+        )
+        for page in PAGES
+        for command in COMMAND.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert len(found) >= 11
+    for arguments in found:
+        experiment = ROOT / arguments[0].removeprefix("--config=")
+        load([f"--config={experiment}", *arguments[1:]])
