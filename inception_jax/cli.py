@@ -1,8 +1,8 @@
-"""The command line that main and every tool share.
+"""The command line shared by main and all tools.
 
-Flags are absl's, because ml_collections' `config_flags` (the `--config.a.b=value` overrides) are.
-absl itself exits with 1 for --help and for a wrong flag, and an unknown setting raises a bare
-KeyError; here --help exits with 0 and a user's mistake with 2 and one message.
+Flags are absl's, as ml_collections' `config_flags` (the `--config.a.b=value` overrides) requires.
+absl itself exits with 1 for --help and for a wrong flag, and config_flags raises a bare KeyError
+for an unknown setting; here --help exits with 0, and a usage error with 2 and one message.
 """
 
 import ast
@@ -18,6 +18,7 @@ import pathlib
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -40,19 +41,19 @@ from inception_jax.errors import (
 from inception_jax.runtime import compilation_cache, hosts
 from inception_jax.storage import paths
 
-_AGAIN = "start the same command again (training goes on from its last checkpoint)"
-# As a shell reports a program that SIGPIPE ended.
+_AGAIN = "rerun the same command (training resumes from its last checkpoint)"
+# The exit code that a shell reports for a program killed by SIGPIPE.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
-# absl's words for a setting's value that it cannot convert, and a number with its unit.
+# absl's messages for a setting's value that it cannot convert, and a number with a unit.
 _ABSL_PREFIX = re.compile(r"flags? .*?: (?=give )|flag (?=--)", re.DOTALL)
 _WRONG_SETTING = re.compile(r"flag --config\.([^=]+)=(.*?): .*", re.DOTALL)
 _WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
-# The command line as config_flags is to see it. It looks for --config there when the flag is
-# defined, too, which comes before any command line is parsed.
+# The command line that config_flags sees. It also looks for --config in it when the flag is
+# defined, before any command line is parsed.
 _config_argv = ["", "--config="]
-# Settings that the command line gave an entry of, which config_flags does not know, with their
-# values before.
+# Previous values of the mappings to which the command line added entries, which config_flags does
+# not know.
 _mappings_before: dict[str, Any] = {}
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
@@ -62,18 +63,18 @@ def define_config() -> flags.FlagHolder[Config]:
     holder = config_flags.DEFINE_config_dataclass(
         "config",
         Config(),
-        "experiment file with a get_config() that returns a Config. It is a Python program, which "
-        "is run: give none that you would not run. Or the config.json of a run",
+        "experiment file (Python, with a get_config() that returns a Config), or the config.json "
+        "of a run. Experiment files are executed: use only ones you trust",
         parse_fn=functools.partial(experiments.load, prefix="--config=", log=console.say_once),
         sys_argv=_config_argv,
     )
-    # It has a value only where --config is given.
+    # Without --config, it has no value.
     flags.FLAGS.set_default("config", None)
     return holder
 
 
 class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
-    """Reads the path of a local file or folder; an empty one stands for none.
+    """Parses the path of a local file or folder; '' means none.
 
     Args:
       name: of the flag, for messages.
@@ -91,18 +92,18 @@ class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
 def define_path(
     name: str, meaning: str, *, required: bool = False
 ) -> flags.FlagHolder[pathlib.Path | None]:
-    """Defines a flag that names a local file or folder; its value is None if it is not given."""
+    """Defines a flag for a local file or folder, whose value is None if it is not given."""
     return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
 
 
 def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
-    """Returns the path of a flag that other checks make sure is given."""
+    """Returns the path of a flag that earlier checks guarantee is given."""
     assert flag.value is not None, f"--{flag.name} is required here"
     return flag.value
 
 
 class TrainedFlags(NamedTuple):
-    """The flags that say which trained weights to use."""
+    """The flags that select trained weights."""
 
     workdir: flags.FlagHolder[pathlib.Path | None]
     weights: flags.FlagHolder[pathlib.Path | None]
@@ -110,63 +111,71 @@ class TrainedFlags(NamedTuple):
     parts: flags.FlagHolder[pathlib.Path | None]
 
     def values(self) -> dict[str, Any]:
-        """Returns what loads the weights, once the file that registers their network was run."""
+        """Runs the file that registers the network, if any, and returns arguments of `load`."""
         if self.parts.value is not None:
             experiments.register_parts(self.parts.value)
         return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 
 def define_trained(*, or_config: bool = False) -> TrainedFlags:
-    """Defines --workdir, --weights, --checkpoint and --parts; one of the first two is needed.
+    """Defines --workdir, --weights, --checkpoint and --parts; one of the first two is required.
 
     Args:
-      or_config: whether --config will do instead.
+      or_config: whether --config may be given instead.
     """
-    found = TrainedFlags(
-        define_path("workdir", "folder of a run whose checkpoint to use"),
-        define_path("weights", "file of weights, instead of --workdir"),
-        flags.DEFINE_string("checkpoint", "best", "best, last or the number of a step"),
+    defined = TrainedFlags(
+        define_path("workdir", "run whose checkpoint to use"),
+        define_path("weights", "weights file to use instead of --workdir"),
+        flags.DEFINE_string("checkpoint", "best", "with --workdir: best, last or a step number"),
         define_path(
             "parts",
-            "with --weights of a network of one's own: the Python file that registers it, which is "
-            "run: give none that you would not run",
+            "with --weights of a custom network: the Python file that registers it. It is "
+            "executed: use only files you trust",
         ),
     )
     if or_config:
-        message = "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"
+        message = "give one of --config=FILE, --workdir=DIR or --weights=FILE"
         require_one("config", "workdir", "weights", message=message)
     else:
         message = "give either --workdir=DIR or --weights=FILE"
         require_one("workdir", "weights", message=message)
-    return found
+    return defined
 
 
 def define_platform() -> flags.FlagHolder[str]:
-    """Defines the flag that says what kind of device to compute on."""
-    return flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty: the best there is")
+    """Defines the flag for the kind of device to compute on."""
+    return flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty = the best available")
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:
-    """Defines the flags that say on which devices, and with which other processes, to compute.
+    """Defines the flags for the devices to use and the other processes of the run.
 
     Returns:
-      A function that gives their values, as `runtime.initialize` takes them.
+      A function that returns their values, arguments of `runtime.devices.initialize`.
     """
     holders = (
         define_platform(),
-        flags.DEFINE_bool("distributed", False, "join the hosts of a TPU pod, SLURM or Open MPI"),
-        flags.DEFINE_string(
-            "cluster", "", "with distributed: how JAX finds them, such as mpi4py; empty: by itself"
+        flags.DEFINE_bool(
+            "distributed", False, "run on several hosts of a TPU slice, SLURM or Open MPI job"
         ),
-        flags.DEFINE_string("coordinator_address", "", "host:port of process 0"),
-        flags.DEFINE_integer("process_count", 0, "with coordinator_address: how many processes"),
-        flags.DEFINE_integer("process_index", -1, "with coordinator_address: which one this is"),
+        flags.DEFINE_string(
+            "cluster", "", "with --distributed: JAX's cluster detection method; empty = automatic"
+        ),
+        flags.DEFINE_string(
+            "coordinator_address",
+            "",
+            "on several hosts without a scheduler: host:port of process 0",
+        ),
+        flags.DEFINE_integer("process_count", 0, "with --coordinator_address: number of processes"),
+        flags.DEFINE_integer(
+            "process_index", -1, "with --coordinator_address: index of this process"
+        ),
     )
     return lambda: {holder.name: holder.value for holder in holders}
 
 
 def command() -> dict[str, Any]:
-    """Returns the flags of the command itself, without its settings, by their names with dashes."""
+    """Returns the values of the command's own flags, without its settings, by '--name'."""
     defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
     return {
         f"--{flag.name}": str(flag.value) if isinstance(flag.value, pathlib.Path) else flag.value
@@ -176,9 +185,9 @@ def command() -> dict[str, Any]:
 
 
 def require(*names: str) -> None:
-    """Makes flags obligatory."""
+    """Makes flags required."""
     for name in names:
-        flags.register_validator(name, bool, f"give --{name}=…")
+        flags.register_validator(name, bool, f"give --{name}=VALUE")
 
 
 def require_one(*names: str, message: str, unless: str = "") -> None:
@@ -198,22 +207,22 @@ def require_one(*names: str, message: str, unless: str = "") -> None:
 
 
 def overrides() -> dict[str, Any]:
-    """Returns the settings that the command line gives, by path, with their value before."""
+    """Returns the settings that the command line sets, by path, with their previous values."""
     return _mappings_before | {
-        # config_flags makes a flag of each override, by default what the experiment says.
+        # config_flags defines a flag for each override; its default is the experiment's value.
         path: flags.FLAGS[f"config.{path}"].default
         for path in config_flags.get_override_values(flags.FLAGS["config"])
     }
 
 
 def experiment() -> dict[str, Any]:
-    """Returns which experiment the command line took, and its own values of what was overridden.
+    """Returns the experiment that --config names, with its own values of overridden settings.
 
-    Where it took a run's config.json, that run's experiment.
+    If --config names a run's config.json, it is that run's experiment.
 
     Returns:
-      Values for JSON: file, as it was given; and own, the experiment's value of each setting that
-      the command line gave another one, by its dotted path.
+      Values for JSON: "file", as given; and "own", the experiment's value of each setting that the
+      command line changed, by dotted path.
     """
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
@@ -229,43 +238,43 @@ def experiment() -> dict[str, Any]:
 
 
 def refuse_positional(positional: Sequence[str]) -> None:
-    """Checks that nothing is left of the command line besides flags.
+    """Checks that the command line has no positional arguments.
 
     Raises:
-      UserError: naming what was left.
+      UserError: naming them.
     """
     if positional:
-        raise UserError(f"{' '.join(positional)!r}: not a flag; flags begin with --. See --help")
+        raise UserError(f"{' '.join(positional)!r}: not a flag; flags start with --. See --help")
 
 
 def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
     """Returns the local files or folders that positional arguments name.
 
     Raises:
-      UserError: if one of them is a URL, or has no meaning for this user.
+      UserError: if one of them is a URL, or the home folder of an unknown user.
     """
     return [paths.local(argument, argument) for argument in positional]
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
-    """Parses the command line, calls `main` with what is left of it, and exits.
+    """Parses the command line, calls `main`, and exits.
 
     Args:
-      main: gets the positional arguments.
-      usage: what the command is for and how it is called, for --help.
-      settings_of: the flag that names a run's folder, whose settings are taken where --config is
-        not given; '' for none.
+      main: takes the positional arguments.
+      usage: the purpose and syntax of the command, for --help.
+      settings_of: the flag that names a run's folder, whose settings are used if --config is not
+        given; '' = none.
     """
-    # Imports and tracing make millions of objects that stay. Looking for garbage among them as
-    # often as Python does by default takes a sixth of a start.
+    # Imports and tracing create millions of long-lived objects. Scanning them for garbage as often
+    # as Python does by default takes a sixth of the start.
     gc.set_threshold(100_000)
     console.prepare()
-    # The libraries log much that is of no use to a user, and errors that they also raise.
+    # The libraries log much that does not help users, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
-    # Such as that it found no folder for its cache.
+    # For example, that it has no writable cache folder.
     python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
-    # A notebook names its own backend to the commands it starts, which need none: without it there,
-    # matplotlib could not even be imported.
+    # Commands started from a notebook inherit its backend; if that is not installed, importing
+    # matplotlib fails.
     os.environ["MPLBACKEND"] = "agg"
     try:
         if _HELP & set(sys.argv[1:]):
@@ -273,7 +282,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
         else:
             with compilation_cache.explained_problems(console.say):
                 main(_parse(sys.argv, settings_of))
-        # What a pipe has not taken shows here, and not while Python shuts down.
+        # A closed pipe raises here rather than while Python shuts down.
         sys.stdout.flush()
     except UserError as error:
         _fail(str(error), 2)
@@ -287,7 +296,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except KeyboardInterrupt:
         _fail(f"interrupted; {_AGAIN}", 130)
     except OSError as error:
-        # A failed read or write that no module could say more about: its text says enough.
+        # A failed read or write whose own text explains enough.
         if error.filename is None:
             _fail_unexpectedly(error)
         _fail(f"{error.filename}: {error.strerror}. Fix this, and {_AGAIN}", 2)
@@ -297,16 +306,16 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
 
 
 def _end_with_reader() -> NoReturn:
-    """Ends where who reads the output, such as head, has enough: in silence, as SIGPIPE would."""
-    # Python flushes its streams once more when it ends, and would complain.
+    """Exits silently, as SIGPIPE would, when the reader of the output (head, …) has closed it."""
+    # Python flushes its streams at exit, which would fail and print an error.
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    hosts.fail("who read its output has gone", EXIT_BROKEN_PIPE)
+    hosts.fail("the reader of its output has closed it", EXIT_BROKEN_PIPE)
     sys.exit(EXIT_BROKEN_PIPE)
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
-    """Ends with a bug, or what another process's failure looks like here, which is then named."""
+    """Exits after an unexpected error, or after another process's failure, which is named."""
     if message := hosts.peer_failure(error):
         console.say(f"error: {message}")
         hosts.fail("", 1)
@@ -315,7 +324,7 @@ def _fail_unexpectedly(error: Exception) -> NoReturn:
 
 
 def _unexpected(error: Exception) -> str:
-    """Returns what to do about an error that no module explains."""
+    """Returns the message for an exception that no module explains."""
     given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
     config = given.get("config")
     settings: dict[str, Any] = {}
@@ -326,7 +335,7 @@ def _unexpected(error: Exception) -> str:
         return message
     return (
         f"{advice.first_line(error)}. Unexpected error; see the traceback above. "
-        f"{_AGAIN.capitalize()}; if it fails again, it is a bug in the program: report these lines"
+        f"{_AGAIN.capitalize()}; if it fails again, please report this output as a bug"
     )
 
 
@@ -337,13 +346,17 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
-    """Parses flags and returns the positional arguments; every mistake is a UserError."""
+    """Parses flags and returns the positional arguments.
+
+    Raises:
+      UserError: for every usage error.
+    """
     argv = _with_config(argv, settings_of)
     _check_values_given(argv)
     for argument in argv[1:]:
         if match := _OVERRIDE.match(argument):
             configs.check_path(match[1])
-    argv, entries = _without_entries([_with_tuple(argument) for argument in argv])
+    argv, entries = _without_entries([with_tuple(argument) for argument in argv])
     _config_argv[:] = argv
     try:
         rest = flags.FLAGS(argv)[1:]
@@ -355,7 +368,7 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 
 
-def _with_tuple(argument: str) -> str:
+def with_tuple(argument: str) -> str:
     """Returns an argument; a list such as top1,top5 in the form that config_flags reads."""
     path, given, value = argument.partition("=")
     match = _OVERRIDE.match(argument)
@@ -368,13 +381,15 @@ def _with_tuple(argument: str) -> str:
 
 
 def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the command line without entries of settings that are mappings, and those by path."""
+    """Returns the command line without entries of mappings, and the entries' values by path."""
     rest: list[str] = []
     entries: dict[str, str] = {}
     for argument in argv:
         match = _OVERRIDE.match(argument)
         if match and configs.is_mapping(match[1]):
-            raise UserError(f"{argument}: takes single entries: --config.{match[1]}.NAME=VALUE")
+            raise UserError(
+                f"{argument}: is a mapping; set its entries with --config.{match[1]}.NAME=VALUE"
+            )
         mapping, entry = configs.mapping_of(match[1]) if match else ("", "")
         if not match or not entry:
             rest.append(argument)
@@ -383,13 +398,13 @@ def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not given and configs.entry_type(match[1]) is bool:
             value = str(not argument.lstrip("-").startswith("no"))
         elif not given:
-            raise UserError(f"{argument}: needs a value: {argument}=…")
+            raise UserError(f"{argument}: needs a value: {argument}=VALUE")
         entries[f"{mapping}.{entry}"] = value
     return rest, entries
 
 
 def _put_entries(entries: Mapping[str, str]) -> None:
-    """Puts entries of settings that are mappings into the configuration, after all else of it."""
+    """Sets entries of mappings in the parsed configuration."""
     _mappings_before.clear()
     for path, text in entries.items():
         mapping, _ = configs.mapping_of(path)
@@ -404,39 +419,39 @@ def _put_entries(entries: Mapping[str, str]) -> None:
 
 
 def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
-    """Returns the command line with --config as its first flag, where config_flags wants it.
+    """Returns the command line with --config as its first flag, where config_flags expects it.
 
-    Where it is not given, and the command takes the settings of a run's folder instead, it is that
+    If it is not given and the command uses the settings of a run's folder instead, it is that
     folder's config.json.
 
     Args:
       argv: the command line.
-      settings_of: the flag that names the folder; '' for none.
+      settings_of: the flag that names the folder; '' = none.
     """
     rest, files = _take(argv, "config")
     if len(files) > 1:
-        raise UserError(f"--config: is given {len(files)} times ({', '.join(files)}); give it once")
+        raise UserError(f"--config: given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
         folder = paths.local(folders[-1], f"--{settings_of}={folders[-1]}")
         record = folder / "config.json"
         if not record.exists():
             raise UserError(
-                f"--{settings_of}={folders[-1]}: there is no run here (no config.json). Start one "
-                "with --config=FILE, an experiment such as experiments/tiny.py"
+                f"--{settings_of}={folders[-1]}: not a run (it has no config.json). Start one with "
+                "--config=FILE, for example --config=experiments/tiny.py"
             )
         files = [str(record)]
     if not files and overridden and "config" in flags.FLAGS:
         if not settings_of and (_take(argv, "workdir")[1] or _take(argv, "weights")[1]):
-            raise UserError(f"{overridden[0]}: trained weights have their settings; leave it out")
-        raise UserError(
-            f"{overridden[0]}: changes a setting of an experiment; give that too, as --config=FILE"
-        )
+            raise UserError(
+                f"{overridden[0]}: settings come with the trained weights; remove this flag"
+            )
+        raise UserError(f"{overridden[0]}: overrides a setting of an experiment; add --config=FILE")
     return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:]]
 
 
 def _take(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """Returns the command line without a flag, and the values that it gave the flag."""
+    """Returns the command line without a flag, and the flag's values."""
     rest: list[str] = []
     values: list[str] = []
     arguments = iter(argv)
@@ -446,7 +461,7 @@ def _take(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
         elif match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL):
             value = next(arguments, None) if match[1] is None else match[1]
             if not value or value.startswith("--"):
-                raise UserError(f"--{name}: needs a value: --{name}=…")
+                raise UserError(f"--{name}: needs a value: --{name}=VALUE")
             values.append(value)
         else:
             rest.append(argument)
@@ -454,7 +469,7 @@ def _take(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def _check_values_given(argv: Sequence[str]) -> None:
-    """Checks that no flag takes the next flag for its value, as absl would have it."""
+    """Checks that no flag lacks its value; absl would use the next flag as the value."""
     settings = {f"config.{path}": kind is bool for path, kind, _ in configs.leaves()}
     for argument, following in itertools.pairwise([*argv[1:], "--"]):
         if argument == "--":
@@ -467,14 +482,14 @@ def _check_values_given(argv: Sequence[str]) -> None:
         else:
             takes_value = name in flags.FLAGS and not flags.FLAGS[name].boolean
         if takes_value:
-            raise UserError(f"{argument}: needs a value: {argument}=…")
+            raise UserError(f"{argument}: needs a value: {argument}=VALUE")
 
 
 def _unknown_flag(name: str) -> str:
-    """Returns the message for a flag that does not exist, with what may be meant."""
+    """Returns the message for a flag that does not exist, with a suggestion."""
     own = [flag for flag in flags.FLAGS if not flag.startswith("config.")]
     hint = ""
-    # What is no more than misspelled is a flag, what others call a setting is a setting.
+    # A misspelled flag takes precedence over another trainer's name for a setting.
     if not difflib.get_close_matches(name, own, n=1, cutoff=0.8) and "config" in flags.FLAGS:
         hint = configs.did_you_mean(name, "--config.")
     hint = hint or nearest(name, own, "--")
@@ -482,34 +497,37 @@ def _unknown_flag(name: str) -> str:
 
 
 def _wrong_value(message: str) -> str:
-    """Returns what absl says of a value that has the wrong type, in the words of `configs`."""
+    """Returns absl's message about a value of the wrong type in the style of `configs`."""
     if not (found := _WRONG_SETTING.fullmatch(message)):
         return _ABSL_PREFIX.sub("", message)
     path, value = found.groups()
     kinds = {known: kind for known, kind, _ in configs.leaves()}
-    said = f"config.{path} = {value!r}: must be of type {configs.type_name(kinds[path])}"
+    problem = f"config.{path} = {value!r}: must be of type {configs.type_name(kinds[path])}"
     number = _WITH_UNIT.fullmatch(value)
-    return f"{said}, without a unit: --config.{path}={number[1]}" if number else said
+    return f"{problem}, without a unit: --config.{path}={number[1]}" if number else problem
 
 
 def _help(usage: str) -> str:
+    """Returns the text of --help; with --config=FILE, it shows that file's settings."""
     by_module = flags.FLAGS.flags_by_module_dict()
     defined = [*by_module.get(sys.argv[0], []), *by_module.get(__name__, [])]
     lines = [usage.strip(), "", "Flags:"]
     for flag in sorted(defined, key=lambda flag: flag.name):
         if flag.name != "config":
-            lines.append(f"  --{flag.name}={flag.default_as_str or ''}\n      {flag.help}")
+            default = "" if flag.boolean or flag.default in (None, "") else f"={flag.default}"
+            lines += [f"  --{flag.name}{default}", _paragraph(flag.help)]
     if "config" in flags.FLAGS:
-        lines += [
-            "  --config=FILE",
-            f"      {flags.FLAGS['config'].help}; see experiments/",
-            "",
-        ]
+        lines += ["  --config=FILE", _paragraph(flags.FLAGS["config"].help)]
         _, files = _take(sys.argv, "config")
         config = experiments.load(files[-1], "--config=") if files else Config()
         lines += [
-            f"Settings, as {files[-1]} sets them:" if files else "Settings and their defaults:",
+            "",
+            f"Settings of {files[-1]}:" if files else "Settings and their defaults:",
             "",
             reference.help_text(config, is_default=not files),
         ]
     return "\n".join(lines)
+
+
+def _paragraph(text: str | None) -> str:
+    return textwrap.fill(text or "", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)

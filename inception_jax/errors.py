@@ -1,9 +1,16 @@
-"""The errors of the package: what a user can mend, and what stops a run.
+"""The package's exceptions: errors that users can fix, and failures of a run.
 
+<<<<<<< HEAD
 Every message names the thing, the value found, what is allowed and the remedy. `cli.run` turns a
 `UserError` into one message on stderr and exit code 2, a `RunError` into one message and exit code
 1, and leaves everything else, a bug, its traceback. `Preempted` is no failure; its exit code tells
 a scheduler to start the command again.
+=======
+A message names the thing, the value found, what is allowed and the remedy. `cli.run` prints a
+`UserError` as one message with exit code 2 and a `RunError` as one message with exit code 1; any
+other exception is a bug and keeps its traceback. `Preempted` is not a failure: its exit code tells
+a scheduler to rerun the command.
+>>>>>>> main
 """
 
 import contextlib
@@ -11,21 +18,21 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 
-# sysexits.h: "temporary failure; the user is invited to try again". Apart from 143 and 130, with
-# which a program ends that a signal met unprepared.
+# sysexits.h: "temporary failure; the user is invited to retry". Distinct from 143 and 130, the exit
+# codes of programs killed by SIGTERM and SIGINT.
 EXIT_PREEMPTED = os.EX_TEMPFAIL
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: a setting, a file, a missing device. Exit code 2."""
+    """An error that the user can fix: a setting, a file, a missing device. Exit code 2."""
 
 
 class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, out of its range, or contradicts another."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another."""
 
 
 class DataError(UserError):
-    """A data source is missing, truncated, incomplete, corrupt or not what it should be."""
+    """A data source is missing, incomplete, corrupt or not of the expected kind."""
 
 
 class CheckpointError(UserError):
@@ -33,15 +40,15 @@ class CheckpointError(UserError):
 
 
 class WriteError(UserError):
-    """A file of a run cannot be written: a full disk, a folder that is read-only or gone."""
+    """A run's file cannot be written: the disk is full, or the folder is read-only or missing."""
 
 
 class RunError(Exception):
-    """A run had to stop through no mistake of the user's: a non-finite loss. Exit code 1."""
+    """A run failed through no error of the user, e.g. with a non-finite loss. Exit code 1."""
 
 
 class Preempted(Exception):
-    """Training was told to end, and has been saved. Exit code `EXIT_PREEMPTED`, 75."""
+    """Training was interrupted and a checkpoint saved. Exit code 75, `EXIT_PREEMPTED`."""
 
 
 _PHASE = "phase: "
@@ -49,7 +56,7 @@ _PHASE = "phase: "
 
 @contextlib.contextmanager
 def during(phase: str) -> Iterator[None]:
-    """Notes the phase in an error that leaves the `with` block; the first note stays."""
+    """Notes the phase on an exception raised in the `with` block, unless it has one already."""
     try:
         yield
     except Exception as error:
@@ -59,7 +66,7 @@ def during(phase: str) -> Iterator[None]:
 
 
 def phase_of(error: BaseException) -> str:
-    """Returns what `during` noted, or ''."""
+    """Returns the phase that `during` noted on an exception, or ''."""
     notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_PHASE)]
     return notes[0].removeprefix(_PHASE) if notes else ""
 
@@ -68,7 +75,7 @@ def nearest(name: str, allowed: Iterable[str], prefix: str = "") -> str:
     """Returns ' Did you mean X?' for the allowed name closest to `name`, or '' if none is close.
 
     Args:
-      name: what was given.
+      name: the unknown name.
       allowed: the allowed names.
       prefix: put before the suggested name.
     """

@@ -1,4 +1,4 @@
-"""Trains or evaluates: flags, then one call into the package."""
+"""Trains or evaluates a network: parses flags, then makes one call into the package."""
 
 import functools
 import json
@@ -11,44 +11,45 @@ from inception_jax.errors import UserError
 from inception_jax.runtime import huge_pages
 
 USAGE = """
-Train a network, or evaluate a checkpoint of it.
+Train a network, resume a run, or evaluate a checkpoint.
 
-  python -m inception_jax.main --config experiments/tiny.py --workdir DIR [--config.a.b=value ...]
+  python -m inception_jax.main --config FILE --workdir DIR [--config.a.b=value ...]
   python -m inception_jax.main --workdir DIR [--mode=eval] [--config.a.b=value ...]
-  python -m inception_jax.main --config experiments/tiny.py --weights FILE --mode=eval
+  python -m inception_jax.main --config FILE --weights FILE --mode=eval
 
-A setting is what --config.a.b says; else, with the run's own --config or without any, what the run
-in DIR has; else what --config says. Exit code 0: done; 1: failed; 2: usage error, the message says
-how to fix it; 75: saved on TERM, INT, HUP, USR1, USR2 or XCPU, run it again to resume.
+A setting comes from the command line (--config.a.b=value) if given there, otherwise from the run in
+DIR if it was given when that run started, otherwise from --config; --print_config shows the result.
+Exit codes: 0 = done; 1 = failed; 2 = usage error; 75 = stopped by a signal (TERM, INT, HUP, USR1,
+USR2 or XCPU) after saving a checkpoint; run the same command to resume.
 """
 
 _CONFIG = cli.define_config()
-_WORKDIR = cli.define_path("workdir", "folder of the run: checkpoints, metrics, plots")
-_WEIGHTS = cli.define_path("weights", "eval: file of weights, instead of --workdir")
+_WORKDIR = cli.define_path("workdir", "folder of the run, for its checkpoints, metrics and plots")
+_WEIGHTS = cli.define_path(
+    "weights", "with --mode=eval: weights file to evaluate instead of --workdir"
+)
 _PRINT_CONFIG = flags.DEFINE_bool(
-    "print_config", False, "print every setting the run would use and where it comes from, and exit"
+    "print_config",
+    False,
+    "print every setting the run would use and where it comes from, then exit",
 )
 cli.require_one(
     "workdir", "weights", message="give --workdir=DIR or --weights=FILE", unless="print_config"
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do: train or eval")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "eval: best, last or the number of a step")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "with --mode=eval: best, last or a step number"
+)
 _PROCESSES = cli.define_processes()
 cli.require("config")
 
 
 def main(positional: Sequence[str]) -> None:
-    """Runs the command; imports late, so that --help and mistakes in flags are answered at once."""
+    """Runs the command; imports late, so that --help and usage errors are answered immediately."""
     cli.refuse_positional(positional)
-    if _PRINT_CONFIG.value:
-        from inception_jax import session
-
-        origin = session.Origin(cli.experiment(), cli.overrides())
-        print(session.settings_in_use(_CONFIG.value, _WORKDIR.value, origin=origin))
-        return
-    if _MODE.value == "train" and _WORKDIR.value is None:
+    if _MODE.value == "train" and _WORKDIR.value is None and not _PRINT_CONFIG.value:
         raise UserError(
-            "--mode=train needs --workdir=DIR; to start from a file of weights, give it as "
+            "--mode=train needs --workdir=DIR; to start from a weights file, use "
             "--config.init.pretrained=FILE instead of --weights"
         )
     import jax
@@ -57,6 +58,9 @@ def main(positional: Sequence[str]) -> None:
 
     join = functools.partial(session.join_processes, processes=_PROCESSES(), command=cli.command())
     origin = session.Origin(cli.experiment(), cli.overrides())
+    if _PRINT_CONFIG.value:
+        print(session.settings_in_use(_CONFIG.value, _WORKDIR.value, origin=origin))
+        return
     if _WORKDIR.value is None:
         result = session.evaluate_weights(_CONFIG.value, cli.given(_WEIGHTS), join=join)
     elif _MODE.value == "train":

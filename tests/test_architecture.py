@@ -106,7 +106,7 @@ def part_of_file(path: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_run_one_way(path: pathlib.Path) -> None:
+def test_imports_follow_the_layers(path: pathlib.Path) -> None:
     part = part_of_file(path)
     allowed = {"tools", *MAY_IMPORT} if part in COMMANDS else {part, *MAY_IMPORT[part]}
     used = {part_of(name) for name in imports(path) if name.split(".")[0] == "inception_jax"}
@@ -114,20 +114,20 @@ def test_imports_run_one_way(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_each_changing_library_has_one_owner(path: pathlib.Path) -> None:
+def test_volatile_libraries_have_one_owner(path: pathlib.Path) -> None:
     for name in {name.split(".")[0] for name in imports(path)}:
         assert name not in UNWANTED
         if name in OWNERS:
             assert name_of(path).startswith(OWNERS[name]), f"{name} belongs to {OWNERS[name]}"
 
 
-def test_every_owned_library_is_used_by_its_owner() -> None:
+def test_owners_use_their_libraries() -> None:
     """A rule about a library that nothing uses would only look like a rule."""
     used = {name.split(".")[0] for path in MODULES for name in imports(path)}
     assert set(OWNERS) <= used
 
 
-def test_models_name_no_mesh_axis() -> None:
+def test_models_do_not_name_mesh_axes() -> None:
     for path in sorted((PACKAGE / "models").glob("*.py")):
         nodes = list(ast.walk(parse(path)))
         words = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -137,7 +137,7 @@ def test_models_name_no_mesh_axis() -> None:
         assert not any(name.startswith("jax.sharding") for name in imports(path)), path
 
 
-def test_reports_are_made_without_jax() -> None:
+def test_reporting_does_not_import_jax() -> None:
     """So that a report, a plot or a diagnosis of a run takes no second to start."""
     paths = sorted((PACKAGE / "reporting").glob("*.py"))
     for path in paths:
@@ -157,12 +157,12 @@ def test_experiments_import_only_the_configuration() -> None:
             assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.name}: {name}"
 
 
-def test_every_experiment_says_what_it_is() -> None:
+def test_every_experiment_has_a_docstring() -> None:
     for path in sorted((ROOT / "experiments").glob("*.py")):
         assert ast.get_docstring(parse(path)), f"{path.name} has no docstring"
 
 
-def test_the_entry_point_is_short() -> None:
+def test_main_is_short() -> None:
     assert len((PACKAGE / "main.py").read_text(encoding="utf-8").splitlines()) <= 80
 
 

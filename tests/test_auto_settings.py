@@ -54,9 +54,7 @@ def resolve(config: Config, train: int, evaluation: int = 0, devices: int = 1) -
     ("images", "batch", "epochs"),
     [(2, 8, 480), (32, 8, 30), (160, 16, 60), (245, 32, 60), (1_000, 64, 60), (4_000, 64, 30)],
 )
-def test_few_images_take_small_batches_and_many_epochs(
-    images: int, batch: int, epochs: int
-) -> None:
+def test_few_images_get_small_batches_and_many_epochs(images: int, batch: int, epochs: int) -> None:
     found = resolve(open_settings(), images)
     assert found.train.batch_size == batch
     assert found.train.duration == f"{epochs} epochs"
@@ -65,19 +63,19 @@ def test_few_images_take_small_batches_and_many_epochs(
 
 @pytest.mark.parametrize("images", [1, 2, 7, 32, 100, 3_000, 1_000_000])
 @pytest.mark.parametrize("evaluation", [1, 50, 10_000])
-def test_every_size_gives_a_run_that_moves_and_is_looked_at(images: int, evaluation: int) -> None:
+def test_every_size_gives_enough_steps_and_evaluations(images: int, evaluation: int) -> None:
     found = resolve(open_settings(), images, evaluation)
     timeline = configs.Timeline(found.train.batch_size, images)
     total = timeline.steps(found.train.duration)
-    assert total >= auto_settings.LEAST_STEPS
+    assert total >= auto_settings.MIN_STEPS
     assert timeline.steps(found.schedule.warmup) == pytest.approx(total / 20, abs=1)
     evaluations = sum(timeline.due(found.evaluation.every, step) for step in range(1, total + 1))
-    assert auto_settings.LEAST_EVALUATIONS - 1 <= evaluations <= auto_settings.MOST_EVALUATIONS
+    assert auto_settings.MIN_EVALUATIONS - 1 <= evaluations <= auto_settings.MAX_EVALUATIONS
     assert found.checkpoint.every == found.evaluation.every
     assert 1 <= timeline.steps(found.log.every) <= timeline.steps(found.evaluation.every)
 
 
-def test_images_are_mixed_where_there_are_steps_enough() -> None:
+def test_mixup_needs_enough_images_and_steps() -> None:
     assert [resolve(open_settings(), n).augment.mixup for n in (32, 80, 245)] == [0.0, 0.0, 0.2]
     config = open_settings()
     config.augment.mixup = 0.0
@@ -87,7 +85,7 @@ def test_images_are_mixed_where_there_are_steps_enough() -> None:
     assert resolve(config, 245).augment.mixup == 0.0
 
 
-def test_own_pictures_are_trained_on_as_the_readme_had_it() -> None:
+def test_settings_chosen_for_ants_and_bees() -> None:
     """245 ants and bees: batch 32, rate 0.025, 60 epochs with 3 of warm-up, mixup 0.2."""
     found = resolve(open_settings(), 245, 153)
     timeline = configs.Timeline(32, 245)
@@ -96,7 +94,7 @@ def test_own_pictures_are_trained_on_as_the_readme_had_it() -> None:
     assert (found.train.duration, found.augment.mixup) == ("60 epochs", 0.2)
 
 
-def test_trained_weights_need_a_third_of_the_epochs() -> None:
+def test_pretrained_weights_need_a_third_of_the_epochs() -> None:
     config = open_settings()
     config.init.pretrained = "weights.safetensors"
     assert resolve(config, 245).train.duration == "20 epochs"
@@ -106,7 +104,7 @@ def test_trained_weights_need_a_third_of_the_epochs() -> None:
         assert timeline.steps(found.train.duration) >= diagnosis.LEAST_STEPS
 
 
-def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
+def test_explicit_settings_are_kept_and_the_rest_derived() -> None:
     config = open_settings()
     config.train.batch_size = 16
     config.train.duration = "40 steps"
@@ -121,7 +119,7 @@ def test_what_is_given_stays_and_the_rest_follows_from_it() -> None:
     )
 
 
-def test_an_experiment_that_does_not_ask_is_left_alone() -> None:
+def test_nothing_is_chosen_without_auto_size() -> None:
     for config in (Config(), resolve(open_settings(), 100)):
         found = resolve(config, 10)
         assert found == config
@@ -130,7 +128,7 @@ def test_an_experiment_that_does_not_ask_is_left_alone() -> None:
     assert resolve(config, 10) is config
 
 
-def test_the_batch_is_one_that_the_devices_can_share() -> None:
+def test_batch_size_is_a_multiple_of_the_devices() -> None:
     config = open_settings()
     config.train.grad_accum_steps = 2
     assert resolve(config, 32, devices=6).train.batch_size == 12
@@ -146,7 +144,7 @@ def test_the_batch_is_one_that_the_devices_can_share() -> None:
         ("augment.mixup", -1, "config.augment.mixup = -1: must be at least 0"),
     ],
 )
-def test_nothing_may_be_left_open_without_asking(path: str, value: object, words: str) -> None:
+def test_open_settings_need_auto_size(path: str, value: object, words: str) -> None:
     config = Config()
     group, _, name = path.rpartition(".")
     setattr(configs.get(config, group), name, value)
@@ -154,7 +152,7 @@ def test_nothing_may_be_left_open_without_asking(path: str, value: object, words
         configs.validate(config)
 
 
-def test_the_type_to_compute_in_follows_the_hardware_where_that_is_left_open() -> None:
+def test_auto_dtype_follows_the_hardware() -> None:
     config = Config()
     config.model.dtype = "auto"
     assert resolve(config, 100).model.dtype == "bfloat16"
@@ -172,7 +170,7 @@ def test_the_type_to_compute_in_follows_the_hardware_where_that_is_left_open() -
         ("sse2 avx2 avx512f", (0, 12, 0), "no amx_bf16 or avx512_bf16"),
     ],
 )
-def test_bfloat16_is_for_processors_that_multiply_it(
+def test_bfloat16_is_chosen_for_cpus_that_multiply_it(
     flags: str, version: tuple[int, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "_cpu_flags", flags.split)
@@ -186,16 +184,16 @@ def test_bfloat16_is_for_processors_that_multiply_it(
         ops.slow_bfloat16.cache_clear()
 
 
-def test_a_rate_is_known_for_sgd_alone() -> None:
+def test_auto_learning_rate_is_for_sgd_only() -> None:
     config = open_settings()
     config.optimizer.name = "adamw"
-    with pytest.raises(ConfigError, match="sgd and sgd_nesterov only, not for 'adamw'; give one"):
+    with pytest.raises(ConfigError, match="sgd and sgd_nesterov only, not for 'adamw'; set one"):
         configs.validate(config)
     config.schedule.learning_rate = 0.001
     configs.validate(config)
 
 
-def test_a_run_has_them_in_its_record_and_a_resume_without_flags_is_the_same(
+def test_chosen_settings_are_recorded_and_reused_on_resume(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     given = open_settings()

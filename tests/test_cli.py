@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from inception_jax import cli
+from inception_jax import config as configs
 from inception_jax.config import View
+from tests import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,7 +32,7 @@ def test_help_exits_with_0(module: str) -> None:
     assert f"python -m inception_jax.{module}" in done.stdout
     if module not in ("tools.plot", "tools.diagnose", "tools.report"):
         assert "--config.train.batch_size=128" in done.stdout
-        assert "It is a Python program, which is run" in done.stdout
+        assert "Experiment files are executed" in done.stdout
 
 
 def experiment(folder: pathlib.Path, body: str) -> str:
@@ -61,7 +64,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
             "It is now train.duration='20 epochs'.",
         ),
         (["--config.data.image_size=64px"], "of type int, without a unit: --config.data.image_siz"),
-        (["--config=experiments/tiny.py"], "--config: is given 2 times (experiments/digits.py, e"),
+        (["--config=experiments/tiny.py"], "--config: given 2 times (experiments/digits.py, e"),
         (["--config.train.batch_size", "--mode=eval"], "--config.train.batch_size: needs a value"),
         (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
         (["--mode=evaluate"], "train"),
@@ -71,7 +74,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--coordinator_address=localhost:1"], "--process_count"),
     ],
 )
-def test_a_mistake_gets_one_message_and_exit_code_2(
+def test_usage_error_gives_one_message_and_exit_code_2(
     arguments: list[str], words: str, tmp_path: pathlib.Path
 ) -> None:
     base = ["--config", "experiments/digits.py", "--workdir", str(tmp_path / "run")]
@@ -92,9 +95,7 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
         ("return nothing", "line 3"),
     ],
 )
-def test_an_experiment_file_that_fails_is_named(
-    body: str, words: str, tmp_path: pathlib.Path
-) -> None:
+def test_failing_experiment_file_is_named(body: str, words: str, tmp_path: pathlib.Path) -> None:
     path = experiment(tmp_path, body)
     done = run("inception_jax.main", "--config", path, "--workdir", str(tmp_path / "run"))
     assert done.returncode == 2, done.stderr
@@ -103,7 +104,7 @@ def test_an_experiment_file_that_fails_is_named(
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_an_experiment_can_import_its_neighbour_from_anywhere(
+def test_experiment_can_import_its_sibling_from_anywhere(
     joined: bool, tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "above" / "recipes"
@@ -185,7 +186,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         ("", "--config: needs a value"),
     ],
 )
-def test_what_is_no_experiment_file_is_named(
+def test_path_that_is_not_an_experiment_file_is_named(
     config: str, words: str, tmp_path: pathlib.Path
 ) -> None:
     done = run("inception_jax.main", f"--config={config}", "--workdir", str(tmp_path / "run"))
@@ -194,11 +195,14 @@ def test_what_is_no_experiment_file_is_named(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> None:
+def test_settings_without_an_experiment_are_refused(tmp_path: pathlib.Path) -> None:
     for flags, words in (
-        ([f"--workdir={tmp_path}"], "there is no run here (no config.json). Start one with --con"),
-        ([f"--workdir={tmp_path}", "--config.seed=3"], "there is no run here"),
-        (["--config.seed=3", "--weights=x"], "--config.seed=3: changes a setting of an experiment"),
+        ([f"--workdir={tmp_path}"], "not a run (it has no config.json). Start one"),
+        ([f"--workdir={tmp_path}", "--config.seed=3"], "not a run"),
+        (
+            ["--config.seed=3", "--weights=x"],
+            "--config.seed=3: overrides a setting",
+        ),
         (["--weights=x"], "give --config="),
     ):
         done = run("inception_jax.main", *flags)
@@ -207,7 +211,7 @@ def test_settings_without_an_experiment_ask_for_one(tmp_path: pathlib.Path) -> N
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_experiment_file_may_be_called_anything(tmp_path: pathlib.Path) -> None:
+def test_experiment_file_may_have_any_name(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "a:b c"
     folder.mkdir()
     path = experiment(folder, "return Config(seed=-7)")
@@ -215,7 +219,7 @@ def test_an_experiment_file_may_be_called_anything(tmp_path: pathlib.Path) -> No
     assert "config.seed = -7" in done.stderr
 
 
-def test_what_follows_a_colon_is_for_get_config(tmp_path: pathlib.Path) -> None:
+def test_text_after_a_colon_is_passed_to_get_config(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "experiment.py"
     path.write_text(
         "from inception_jax.config import Config\n"
@@ -226,7 +230,7 @@ def test_what_follows_a_colon_is_for_get_config(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("streams", ["1", "2>&1"])
-def test_a_reader_that_has_enough_ends_it_quietly(streams: str) -> None:
+def test_closed_pipe_ends_the_command_quietly(streams: str) -> None:
     merged = " 2>&1" if streams == "2>&1" else ""
     done = subprocess.run(
         [
@@ -246,20 +250,20 @@ def test_a_reader_that_has_enough_ends_it_quietly(streams: str) -> None:
     assert done.stderr == ""
 
 
-def test_an_experiment_file_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+def test_missing_experiment_file_is_named(tmp_path: pathlib.Path) -> None:
     done = run("inception_jax.main", "--config", "none.py", "--workdir", str(tmp_path))
     assert done.returncode == 2
     assert "none.py" in done.stderr
 
 
-def test_flags_that_are_needed_are_named() -> None:
+def test_missing_required_flags_are_named() -> None:
     done = run("inception_jax.main", "--config", "experiments/digits.py")
     assert done.returncode == 2
     assert "--workdir" in done.stderr
 
 
 @pytest.mark.parametrize("workdir", ["/proc/no/such", "file/run"])
-def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pathlib.Path) -> None:
+def test_unwritable_workdir_is_refused(workdir: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / workdir
     done = run("inception_jax.main", "--config", "experiments/digits.py", "--workdir", str(path))
@@ -276,10 +280,10 @@ def test_a_workdir_that_cannot_be_written_is_refused(workdir: str, tmp_path: pat
         ("FileNotFoundError(2, 'No such file', 'x.npy')", 2, "x.npy: No such file. Fix this, and"),
         ("OSError(12, 'Cannot allocate memory')", 1, "out of memory: OSError: [Errno 12]"),
         ("RuntimeError('first\\nsecond')", 1, "error: RuntimeError: first. Unexpected error"),
-        ("KeyboardInterrupt()", 130, "start the same command again"),
+        ("KeyboardInterrupt()", 130, "rerun the same command"),
     ],
 )
-def test_the_last_line_of_a_failed_run_says_what_to_do(
+def test_failed_run_ends_with_the_remedy(
     failure: str, code: int, words: str, tmp_path: pathlib.Path
 ) -> None:
     script = tmp_path / "script.py"
@@ -317,7 +321,7 @@ def run_in(
 
 
 @pytest.mark.parametrize("package", ["regular", "namespace"])
-def test_a_package_of_the_same_name_hides_no_experiment(
+def test_installed_package_named_experiments_does_not_interfere(
     package: str, tmp_path: pathlib.Path
 ) -> None:
     theirs = tmp_path / "experiments"
@@ -330,7 +334,7 @@ def test_a_package_of_the_same_name_hides_no_experiment(
     assert done.returncode == 2 and "config.seed = -7" in done.stderr
 
 
-def test_an_experiment_can_be_copied_with_its_base(tmp_path: pathlib.Path) -> None:
+def test_experiment_works_when_copied_with_its_base(tmp_path: pathlib.Path) -> None:
     for name in ("tiny_cpu.py", "tiny_base.py"):
         (tmp_path / name).write_bytes((ROOT / "experiments" / name).read_bytes())
     (tmp_path / "elsewhere").mkdir()
@@ -371,7 +375,7 @@ cli.run(main, "")
         {"TMPDIR": "/proc/none"},
     ],
 )
-def test_output_and_plots_need_nothing_of_the_environment(
+def test_output_and_plots_are_independent_of_the_environment(
     environment: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     done = subprocess.run(
@@ -397,7 +401,7 @@ def test_output_and_plots_need_nothing_of_the_environment(
         ("2> >(true)", "grün\n"),
     ],
 )
-def test_a_stream_that_is_closed_ends_no_command(
+def test_closed_standard_streams_do_not_fail_a_command(
     closed: str, output: str, tmp_path: pathlib.Path
 ) -> None:
     done = subprocess.run(
@@ -412,3 +416,23 @@ def test_a_stream_that_is_closed_ends_no_command(
     assert done.stdout == output
     # Nothing of it went into the file that was opened next.
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_print_config_shows_every_value_and_its_origin() -> None:
+    flags = ["--config=experiments/digits.py", "--config.train.duration=3 steps"]
+    shown = command.check("main", *flags, "--config.evaluations.big.size=48", "--print_config")
+    lines = dict(line.split("  # ") for line in shown.splitlines())
+    origins = {flag.strip(): origin for flag, origin in lines.items()}
+    assert origins["--config.train.duration='3 steps'"] == "command line"
+    assert origins["--config.evaluations.big.size=48"] == "command line"
+    assert origins["--config.data.name=digits"] == "experiments/digits.py"
+    assert origins["--config.model.norm=batch"] == "default"
+    assert len(origins) >= len(list(configs.leaves())) - 8  # Empty mappings have no flag.
+
+
+def test_tuples_of_words_need_no_quotes() -> None:
+    assert cli.with_tuple("--config.evaluation.metrics=top1, top5") == (
+        "--config.evaluation.metrics=('top1', 'top5')"
+    )
+    for unchanged in ("--config.log.writers=('a',)", "--config.name=a,b", "--workdir=a,b"):
+        assert cli.with_tuple(unchanged) == unchanged

@@ -20,13 +20,13 @@ from inception_jax.config import (
 from inception_jax.errors import ConfigError
 
 
-def test_the_default_is_valid_and_survives_json() -> None:
+def test_default_config_is_valid_and_round_trips_through_json() -> None:
     default = Config(schedule=Schedule(name="steps", boundaries=("2.5 epochs", "4 epochs")))
     configs.validate(default)
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(default)))) == default
 
 
-def test_configurations_share_no_group() -> None:
+def test_configs_do_not_share_groups() -> None:
     first, second = Config(), Config()
     first.train.batch_size = 7
     assert second.train.batch_size == 128
@@ -46,26 +46,40 @@ def test_configurations_share_no_group() -> None:
         ("augment.policy_magnitude", 31, "at most 30"),
         ("augment.hue_jitter", 0.6, "at most 0.5"),
         ("model.stem", "s23", "paper, s16, s32. Did you mean s32?"),
-        ("schedule.boundaries", (1.0, "2"), "of type tuple[float, ...]"),
-        ("schedule.boundaries", (3.0, 2.0), "must rise"),
-        ("train.duration.steps", 5, "give one unit"),
+        ("schedule.boundaries", ("1 epoch", 2), "of type tuple[str, ...]"),
+        ("schedule.boundaries", ("3 epochs", "2 epochs"), "must increase from one to the next"),
+        ("schedule.boundaries", ("3 epochs", ""), "must increase from one to the next"),
+        ("schedule.boundaries", ("3 epochs", "40 steps"), "must all have the same unit"),
+        ("train.duration", "", "must be a duration such as '20 epochs'"),
+        ("train.duration", "0 epochs", "must be a duration such as '20 epochs'"),
+        ("train.duration", "20", "the unit is missing"),
+        ("train.duration", "20 hours", "must be a duration such as"),
+        ("train.ema", "2.5 steps", "must be a whole number of steps"),
+        ("log.every", "-2 steps", "must not be negative"),
+        ("log.every", "1e999 epochs", "must be finite"),
         ("augment.pad", 64, "less than data.image_size = 64"),
         ("data.name", "tiny_imagnet", "Did you mean tiny_imagenet"),
         ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
-        ("data.eval_crop_pct", 0.875, "with config.data.storage = 'decoded' it must be 1"),
+        ("data.eval_crop_pct", 0.875, "must be 1 with config.data.storage = 'decoded'"),
         ("data.eval_crop_pct", 0.0, "more than 0"),
-        ("expected.top1", 50.0, "a figure needs its source"),
+        ("expected.top1", 50.0, "needs a source"),
         ("evaluation.metrics", ("top1", "top_5"), "Did you mean top5?"),
-        ("evaluation.metrics", ("top5",), "must have 'top1', by which the best checkpoint"),
+        ("evaluation.metrics", ("top5",), "must contain 'top1', which selects the best"),
         ("evaluations", {"mine": 3}, "a mapping of names to View"),
-        ("evaluations", {"a/b": View()}, "give it a name of letters"),
+        ("evaluations", {"a/b": View()}, "use letters, digits"),
         ("evaluations", {"mine": View(examples=-1)}, ".mine.examples = -1: must be at least 0"),
         ("evaluations", {"mine": View(size=1.5)}, ".mine.size = 1.5: must be of type int"),
-        ("evaluations", {"mine": View(crop=0.5)}, "config.evaluations.mine.crop = 0.5: with"),
+        (
+            "evaluations",
+            {"mine": View(crop=0.5)},
+            "mine.crop = 0.5: must be 0 or 1",
+        ),
         ("evaluations", {"mine": View(every="1")}, ".mine.every = '1': must be a duration"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, words: str) -> None:
+def test_invalid_value_is_reported_with_allowed_values(
+    path: str, value: object, words: str
+) -> None:
     config = Config(schedule=Schedule(name="steps", boundaries=("1 epoch",)))
     parent, _, name = path.rpartition(".")
     setattr(configs.get(config, parent) if parent else config, name, value)
@@ -75,19 +89,19 @@ def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: object, w
     assert words in str(error.value)
 
 
-def test_original_images_are_cut_where_they_are_streamed() -> None:
+def test_inception_crop_is_allowed_with_records_storage() -> None:
     config = Config(data=configs.Data(storage="records", eval_crop_pct=0.875))
     config.augment.crop = "inception"
     configs.validate(config)
 
 
-def test_all_wrong_values_are_named_at_once() -> None:
+def test_all_invalid_values_are_reported_together() -> None:
     config = Config(train=Train(batch_size=-1), optimizer=Optimizer(name="sdg"))
     with pytest.raises(ConfigError, match=r"batch_size(.|\n)*optimizer\.name"):
         configs.validate(config)
 
 
-def test_settings_that_a_model_does_not_have_are_refused() -> None:
+def test_settings_unused_by_the_model_are_refused() -> None:
     config = Config()
     config.model.name, config.model.stem, config.model.aux_heads = "mini_googlenet", "s16", True
     with pytest.raises(ConfigError, match=r"model\.stem(.|\n)*aux_heads"):
@@ -102,7 +116,7 @@ def test_settings_that_a_model_does_not_have_are_refused() -> None:
         (Schedule(name="exponential"), "decay_period"),
     ],
 )
-def test_schedules_need_their_settings(schedule: Schedule, words: str) -> None:
+def test_schedules_require_their_settings(schedule: Schedule, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         configs.validate(Config(schedule=schedule))
 
@@ -146,7 +160,7 @@ def test_schedules_need_their_settings(schedule: Schedule, words: str) -> None:
         ("LR", "schedule.learning_rate"),
     ],
 )
-def test_an_unknown_field_gets_the_nearest(path: str, hint: str) -> None:
+def test_unknown_setting_gets_a_suggestion(path: str, hint: str) -> None:
     assert f"Did you mean {hint}" in configs.unknown_field(path)
 
 
@@ -160,18 +174,18 @@ def test_an_unknown_field_gets_the_nearest(path: str, hint: str) -> None:
         ("num_classes", "comes from the data set"),
     ],
 )
-def test_what_needs_no_setting_is_said(path: str, words: str) -> None:
+def test_unsupported_names_are_explained(path: str, words: str) -> None:
     assert words in configs.unknown_field(path)
 
 
-def test_names_of_other_trainers_stand_for_settings_there_are() -> None:
+def test_names_of_other_trainers_map_to_existing_settings() -> None:
     paths = {path for path, _, _ in configs.leaves()}
     assert {path.partition("=")[0] for path in other_names.SETTING_OF.values()} <= paths
     ends = {path.rpartition(".")[2] for path in paths}
     assert not ends & (other_names.SETTING_OF.keys() | other_names.ANSWER_TO.keys())
 
 
-def test_what_a_program_assigns_beside_the_settings_is_refused() -> None:
+def test_unknown_attributes_are_refused() -> None:
     config = Config()
     config.train.lr = 0.1  # type: ignore[attr-defined]
     with pytest.raises(ConfigError) as error:
@@ -179,17 +193,17 @@ def test_what_a_program_assigns_beside_the_settings_is_refused() -> None:
     assert "config.train.lr: no such setting. Did you mean schedule.lear" in str(error.value)
 
 
-def test_a_group_is_no_setting() -> None:
+def test_a_group_is_not_a_setting() -> None:
     with pytest.raises(ConfigError, match=r"give one of init\.pretrained"):
         configs.check_path("init")
 
 
-def test_an_unknown_field_of_a_record_is_refused() -> None:
+def test_from_dict_refuses_unknown_settings() -> None:
     with pytest.raises(ConfigError, match=r"config\.train\.rate"):
         configs.from_dict({"train": {"rate": 1}})
 
 
-def test_settings_of_another_version_are_named_and_left_out() -> None:
+def test_settings_unknown_to_this_version_are_logged_and_ignored() -> None:
     values = configs.to_dict(Config(seed=3))
     values["train"]["rate"] = 1
     values["spare"] = {"time": {"much": True}}
@@ -203,12 +217,12 @@ def test_settings_of_another_version_are_named_and_left_out() -> None:
     ]
 
 
-def test_a_wrong_type_that_decides_on_the_network_is_no_default() -> None:
+def test_wrong_type_of_a_structural_setting_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"config\.model\.width = '1': must be of type float"):
         configs.read_settings({"model": {"width": "1"}})
 
 
-def test_what_was_recorded_is_not_held_against_todays_rules() -> None:
+def test_read_settings_does_not_validate() -> None:
     found, notes = configs.read_settings(
         {"schedule": {"name": "gone"}, "model": {"name": "lost", "dropout": 3.0}}
     )
@@ -216,9 +230,9 @@ def test_what_was_recorded_is_not_held_against_todays_rules() -> None:
     assert not notes
 
 
-def test_groups_of_a_mapping_are_read_tolerantly_too() -> None:
+def test_unknown_settings_inside_mappings_are_ignored() -> None:
     notes: list[str] = []
-    found = serialization._without_strangers(
+    found = serialization._without_unknown(
         "evaluations",
         {"half": {"examples": 2, "days": 3, "crop": "x"}, "all": 7},
         dict[str, View],
@@ -315,18 +329,18 @@ def test_a_setting_recorded_under_both_names_keeps_the_new_one() -> None:
         ("schedule.boundaries_unit", "schedule.boundaries='30 epochs,60 epochs'"),
     ],
 )
-def test_an_old_name_is_answered_with_the_new_one(old: str, new: str) -> None:
+def test_old_name_gets_the_new_one_as_suggestion(old: str, new: str) -> None:
     assert f"no such setting. It is now {new}." in configs.unknown_field(old)
 
 
-def test_every_renamed_setting_leads_to_one_of_today() -> None:
+def test_renamed_settings_map_to_existing_ones() -> None:
     known = {path for path, _, _ in configs.leaves()} | {"evaluations.*.every"}
     for old, new in configs.RENAMED.items():
         assert new.path in known or (not new.path and new.example), old
         assert old not in known or new.path == old, old
 
 
-def test_a_record_is_read_with_the_experiments_own_values(tmp_path: pathlib.Path) -> None:
+def test_record_includes_the_experiments_own_values(tmp_path: pathlib.Path) -> None:
     values = configs.to_dict(Config(seed=3))
     del values["train"]["grad_accum_steps"]
     values["train"]["accumulate"] = 4
@@ -340,7 +354,7 @@ def test_a_record_is_read_with_the_experiments_own_values(tmp_path: pathlib.Path
     assert (found.dataset, found.changes, found.notes) == ({"a": 1}, [], [])
 
 
-def test_a_run_goes_on_with_what_its_start_allowed() -> None:
+def test_resumed_run_may_keep_settings_that_are_now_invalid() -> None:
     recorded = Config()
     recorded.train.aux_weight, recorded.schedule.learning_rate = -2.0, -1.0
     found = configs.validate(copy.deepcopy(recorded), recorded=recorded)
@@ -361,7 +375,7 @@ def test_a_run_goes_on_with_what_its_start_allowed() -> None:
         configs.validate(changed, recorded=recorded)
 
 
-def test_options_are_equal_whether_read_back_or_given() -> None:
+def test_options_compare_equal_after_a_json_round_trip() -> None:
     old, new = Config(), Config()
     new.model.options = {"sizes": [1, 2]}
     recorded, _ = configs.read_settings(json.loads(json.dumps(configs.to_dict(new))))
@@ -384,7 +398,7 @@ def test_changes_are_split_into_refused_and_allowed() -> None:
     ]
 
 
-def test_an_average_can_change_its_length_but_not_appear() -> None:
+def test_ema_may_change_its_duration_but_not_be_added() -> None:
     old, new = Config(), Config()
     new.train.ema = "10 steps"
     assert configs.changes(old, new)[0] == ["config.train.ema: '' → '10 steps'"]
@@ -392,14 +406,34 @@ def test_an_average_can_change_its_length_but_not_appear() -> None:
     assert configs.changes(old, new) == ([], ["config.train.ema: '20 steps' → '10 steps'"])
 
 
-def test_each_field_has_a_meaning_and_shows_in_the_help() -> None:
-    text = reference.help_text(Config())
+def test_every_setting_is_in_the_help_and_the_reference() -> None:
+    text, page = reference.help_text(Config()), reference.page()
     for path, _, field in configs.leaves():
         assert field.metadata["help"]
-        assert f"--config.{path}=" in text
+        if configs.entry_group(path) is None:
+            assert f"--config.{path}=" in text
+            assert f"| `{path}`" in page
 
 
-def test_evaluations_are_put_by_name_and_survive_json() -> None:
+def test_configuration_page_is_up_to_date() -> None:
+    page = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference.page()
+
+
+def test_help_shows_an_experiments_values_with_the_defaults() -> None:
+    text = reference.help_text(Config(train=Train(duration="7 steps")), is_default=False)
+    assert "--config.train.duration='7 steps'   (default: '60 epochs')" in text
+    assert "--config.train.batch_size=128\n" in text
+
+
+@pytest.mark.parametrize("text", ["2.5 epochs", "2.5epochs", " 2.5 EPOCHS ", "25e-1 epoch"])
+def test_equivalent_spellings_of_a_duration(text: str) -> None:
+    assert configs.parse_duration(text) == configs.Duration(2.5, "epochs")
+    old, new = Config(train=Train(duration=text)), Config(train=Train(duration="2.5 epochs"))
+    assert configs.changes(old, new) == ([], [])
+
+
+def test_evaluations_are_set_by_name_and_round_trip_through_json() -> None:
     config = Config()
     for path, value in (("flip_tta", True), ("split", "train"), ("every", "5 steps")):
         configs.check_path(f"evaluations.mine.{path}")
@@ -419,7 +453,7 @@ def test_evaluations_are_put_by_name_and_survive_json() -> None:
     assert "--config.evaluations.NAME.flip_tta=False" in reference.help_text(Config())
 
 
-def test_the_short_settings_stand_for_evaluations() -> None:
+def test_shorthand_settings_add_evaluations() -> None:
     config = Config()
     assert configs.views(config) == {}
     config.evaluation.flip_tta, config.evaluation.train_eval_examples = True, 70
@@ -440,7 +474,7 @@ def test_timeline_in_each_unit() -> None:
     assert timeline.epoch(25) == 8.0
 
 
-def test_timeline_is_due_once_a_period() -> None:
+def test_timeline_is_due_once_per_period() -> None:
     timeline = Timeline(batch_size=32, train_examples=100)
     due = [step for step in range(1, 14) if timeline.due("1 epoch", step)]
     # The first step by which 100, 200, 300, 400 examples were seen.
@@ -450,13 +484,13 @@ def test_timeline_is_due_once_a_period() -> None:
     assert all(timeline.due("10 examples", step) for step in range(1, 10))
 
 
-def test_the_reading_of_tenths_of_epochs_is_exact() -> None:
+def test_tenths_of_epochs_are_exact() -> None:
     timeline = Timeline(batch_size=1, train_examples=10)
     due = [step for step in range(1, 21) if timeline.due("0.1 epochs", step)]
     assert due == list(range(1, 21))
 
 
-def test_groups_are_dataclasses_all_the_way() -> None:
+def test_groups_are_dataclasses() -> None:
     assert all(
         dataclasses.is_dataclass(getattr(Config(), field.name))
         or field.name in ("name", "seed", "evaluations")
@@ -475,7 +509,7 @@ def test_groups_are_dataclasses_all_the_way() -> None:
         ((32, 48, 64), ("3 epochs", "70 epochs"), "would never be used"),
     ],
 )
-def test_progressive_sizes_that_do_not_fit_are_refused(
+def test_invalid_progressive_resizing_is_refused(
     sizes: tuple[int, ...], boundaries: tuple[str, ...], message: str
 ) -> None:
     config = Config()
@@ -484,14 +518,14 @@ def test_progressive_sizes_that_do_not_fit_are_refused(
         configs.validate(config)
 
 
-def test_progressive_sizes_and_heads_that_depend_on_the_size_are_refused() -> None:
+def test_progressive_resizing_with_size_dependent_heads_is_refused() -> None:
     config = Config()
     config.train.image_sizes, config.model.aux_heads = (32,), True
     with pytest.raises(ConfigError, match="auxiliary heads"):
         configs.validate(config)
 
 
-def test_hosts_share_all_settings_but_where_their_data_are() -> None:
+def test_hosts_share_all_settings_except_data_locations() -> None:
     one, other = Config(), Config()
     other.data.directory, other.data.source, other.data.workers = "/disk", "a.zip", 8
     assert configs.shared(one) == configs.shared(other)

@@ -87,7 +87,7 @@ def test_every_experiment_builds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_every_command_of_a_docstring_is_for_its_file_and_valid(name: str) -> None:
+def test_commands_in_docstrings_are_valid(name: str) -> None:
     found = commands(name)
     assert found or name == "tiny_base"
     # A line of flags after one without a backslash would not be read, here or by a shell.
@@ -98,7 +98,7 @@ def test_every_command_of_a_docstring_is_for_its_file_and_valid(name: str) -> No
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_every_setting_that_a_docstring_mentions_is_valid(name: str) -> None:
+def test_settings_in_docstrings_are_valid(name: str) -> None:
     text = docstring(name).replace("\\\n", " ")
     found = [shlex.split(row) for row in FLAGS.findall(text)]
     assert sum(map(len, found)) == len(re.findall(r"--config\.[\w.]+=", text))
@@ -107,7 +107,7 @@ def test_every_setting_that_a_docstring_mentions_is_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PEERS, "tiny", "tiny_cpu"])
-def test_an_experiment_differs_from_its_base_in_what_it_names(name: str) -> None:
+def test_experiment_states_its_changes_to_the_base(name: str) -> None:
     base, derived = experiment("tiny_base"), experiment(name)
     differing = {
         field.name
@@ -126,7 +126,7 @@ def epochs_of(duration: str) -> float:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_the_cost_is_that_of_the_run(name: str) -> None:
+def test_stated_cost_matches_the_run(name: str) -> None:
     config = experiment(name)
     train, steps = config.train, timeline_of(config).steps(config.train.duration)
     cost = f"Cost: {steps:,} steps of {train.batch_size}, {train.duration}"
@@ -143,7 +143,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_the_rate_is_the_stated_one_in_every_epoch(name: str) -> None:
+def test_learning_rate_matches_the_source_in_every_epoch(name: str) -> None:
     config = experiment(name)
     length = int(epochs_of(config.train.duration))
     assert length == max(STEPS[name])
@@ -156,7 +156,7 @@ def test_the_rate_is_the_stated_one_in_every_epoch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_the_short_command_has_the_schedule_in_proportion(name: str) -> None:
+def test_short_command_scales_the_schedule(name: str) -> None:
     (arguments,) = commands(name, after="Short:")
     config, short = experiment(name), load([f"--config={PATHS[name]}", *arguments[1:]])
     length, less = (epochs_of(each.train.duration) for each in (config, short))
@@ -172,7 +172,7 @@ def test_the_short_command_has_the_schedule_in_proportion(name: str) -> None:
     assert short == config
 
 
-def test_the_recipes_are_their_sources() -> None:
+def test_recipes_match_their_sources() -> None:
     """What the sources state, apart from the rates."""
     adam, steps = experiment("tiny_adam"), experiment("tiny_steps")
     deeper, paper = experiment("tiny_deeper"), experiment("tiny_paper")

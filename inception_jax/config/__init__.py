@@ -7,6 +7,7 @@ from inception_jax.config.durations import Duration as Duration, parse_duration 
 from inception_jax.config.fields import (
     check_path as check_path,
     did_you_mean as did_you_mean,
+    entry_group as entry_group,
     entry_type as entry_type,
     fill_open as fill_open,
     get as get,

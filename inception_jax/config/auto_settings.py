@@ -1,9 +1,9 @@
-"""Settings that an experiment leaves open, chosen by the size of the data and by the hardware.
+"""Chooses settings that an experiment leaves open, by the size of the data and the hardware.
 
-What suits 40 pictures takes thousands too long to learn, or to evaluate; the other way round, forty
-would have been seen before the first statistics have settled. An experiment with `train.auto_size`
-leaves such settings open (`config.OPEN`), and `resolve` fills them in once, before the timeline is
-made. They are recorded as if they had been given.
+Settings that suit 40 images make thousands take too long to train on or to evaluate; settings for
+thousands would end a run on 40 images before its BatchNorm statistics have settled. An experiment
+with `train.auto_size` leaves such settings open (`config.OPEN`), and `resolve` fills them in once,
+before the timeline is made. They are recorded as if they had been set.
 """
 
 import math
@@ -14,46 +14,47 @@ from inception_jax.config.fields import fill_open, get, is_open
 from inception_jax.config.schema import OPEN, Config
 from inception_jax.config.timeline import Timeline
 
-# Epochs for `FEW` to `MANY` images. Outside, fewer by the root of how far they are off: more images
-# take fewer epochs to learn from, and of fewer images there is less to learn, so that a first try
-# takes a minute. Weights that were trained need a third.
-EPOCHS, FEW, MANY, LEAST_EPOCHS = 60, 128, 1000, 15
-PRETRAINED = 1 / 3
+# Epochs for between FEW_IMAGES and MANY_IMAGES training images. Beyond either end, the number
+# falls with the square root of the ratio: more images need fewer epochs, and fewer images offer
+# less to learn, so that a first try takes a minute. Pretrained weights need a third.
+BASE_EPOCHS, FEW_IMAGES, MANY_IMAGES, MIN_EPOCHS = 60, 128, 1000, 15
+PRETRAINED_FACTOR = 1 / 3
 
-# However few the images are, a network takes that many updates to move.
-LEAST_STEPS = 120
-LEAST_STEPS_PRETRAINED = 60  # The diagnosis judges no run of fewer than 50.
+# A network needs this many updates to learn anything, however few the images are.
+MIN_STEPS = 120
+MIN_STEPS_PRETRAINED = 60  # The diagnosis needs at least 50.
 
-# Batches are a power of two that makes some six updates an epoch, and that BatchNorm can do with.
-STEPS_AN_EPOCH = 6
-LEAST_BATCH, LARGEST_BATCH = 8, 64
+# The batch size is a power of two that gives about six updates per epoch, within what BatchNorm
+# can handle.
+STEPS_PER_EPOCH = 6
+MIN_BATCH_SIZE, MAX_BATCH_SIZE = 8, 64
 
-# Of SGD with a momentum of 0.9, for an image of the batch: 0.05 for 64.
-RATE_AN_IMAGE = 0.05 / 64
+# Learning rate of SGD with momentum 0.9, per image of the batch: 0.05 for 64.
+LR_PER_IMAGE = 0.05 / 64
 
-WARMUP = 0.05  # Of the run.
+WARMUP_FRACTION = 0.05
 
-# Mixing takes many images, `FEW` at least, and many steps.
-MIXUP, MIXED_FROM_STEPS = 0.2, 400
+# Mixup needs many images, FEW_IMAGES at least, and many steps.
+MIXUP, MIN_MIXUP_STEPS = 0.2, 400
 
-# Evaluating an image takes a third of the work of training on it, and a twentieth of the run is
-# spent so; with a checkpoint and a report after each evaluation, that is some 20 updates' time.
-EVALUATION = 0.05
-STEPS_AN_EVALUATION = 20
-LEAST_EVALUATIONS, MOST_EVALUATIONS = 5, 20
-REPORTS_AN_EVALUATION = 4
+# Evaluating an image takes a third of the work of training on it; evaluations may take a twentieth
+# of the run. Each, with its checkpoint and report, takes about as long as 20 updates.
+EVALUATION_FRACTION = 0.05
+MIN_STEPS_PER_EVALUATION = 20
+MIN_EVALUATIONS, MAX_EVALUATIONS = 5, 20
+LOGS_PER_EVALUATION = 4
 
 
 def resolve(
     config: Config, *, train_examples: int, eval_examples: int, devices: int, dtype: str
 ) -> Config:
-    """Returns a configuration in which nothing is left open; the same one if nothing was.
+    """Returns the configuration with all open settings filled in.
 
     Args:
       config: validated settings.
       train_examples, eval_examples: sizes of the two splits.
-      devices: that share a batch; it is made a multiple of them.
-      dtype: that the hardware multiplies well.
+      devices: number of devices; the batch size is rounded up to a multiple of it.
+      dtype: the compute type that suits the hardware, for model.dtype = 'auto'.
     """
     if not config.train.auto_size and config.model.dtype != "auto":
         return config
@@ -65,15 +66,15 @@ def resolve(
 
     fill("model.dtype", dtype)
     share = devices * config.train.grad_accum_steps
-    wished = max(LEAST_BATCH, min(LARGEST_BATCH, train_examples // STEPS_AN_EPOCH))
-    fill("train.batch_size", -(-(1 << wished.bit_length() - 1) // share) * share)
+    wanted = max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, train_examples // STEPS_PER_EPOCH))
+    fill("train.batch_size", -(-(1 << wanted.bit_length() - 1) // share) * share)
     batch_size = resolved.train.batch_size
-    fill("schedule.learning_rate", RATE_AN_IMAGE * batch_size)
+    fill("schedule.learning_rate", LR_PER_IMAGE * batch_size)
     fill("train.duration", f"{epochs(config, train_examples, batch_size)} epochs")
     timeline = Timeline(batch_size, train_examples)
     total_steps = timeline.steps(resolved.train.duration)
-    fill("schedule.warmup", _steps(int(WARMUP * total_steps)))
-    mixed = train_examples >= FEW and total_steps >= MIXED_FROM_STEPS
+    fill("schedule.warmup", _steps(int(WARMUP_FRACTION * total_steps)))
+    mixed = train_examples >= FEW_IMAGES and total_steps >= MIN_MIXUP_STEPS
     fill("augment.mixup", MIXUP if mixed else 0.0)
     settings = config.evaluation
     images = eval_examples + sum(
@@ -81,23 +82,25 @@ def resolve(
         for examples in (settings.train_eval_examples, settings.norm_examples)
     )
     for view in config.evaluations.values():
-        there = train_examples if view.split == "train" else eval_examples
-        images += min(view.examples or there, there)
-    affordable = EVALUATION * 3 * total_steps * batch_size / images
-    evaluations = min(affordable, total_steps / STEPS_AN_EVALUATION, MOST_EVALUATIONS)
-    every = math.ceil(total_steps / max(evaluations, LEAST_EVALUATIONS))
+        available = train_examples if view.split == "train" else eval_examples
+        images += min(view.examples or available, available)
+    affordable = EVALUATION_FRACTION * 3 * total_steps * batch_size / images
+    evaluations = min(affordable, total_steps / MIN_STEPS_PER_EVALUATION, MAX_EVALUATIONS)
+    every = math.ceil(total_steps / max(evaluations, MIN_EVALUATIONS))
     fill("evaluation.every", _steps(every))
     fill("checkpoint.every", _steps(every))
-    fill("log.every", _steps(max(1, every // REPORTS_AN_EVALUATION)))
+    fill("log.every", _steps(max(1, every // LOGS_PER_EVALUATION)))
     return resolved
 
 
 def epochs(config: Config, train_examples: int, batch_size: int) -> int:
-    """Returns the length that is chosen where `train.duration` is left open."""
-    factor = min(1.0, math.sqrt(train_examples / FEW), math.sqrt(MANY / train_examples))
-    chosen, least = max(EPOCHS * factor, LEAST_EPOCHS), LEAST_STEPS
+    """Returns the number of epochs chosen if `train.duration` is left open."""
+    factor = min(
+        1.0, math.sqrt(train_examples / FEW_IMAGES), math.sqrt(MANY_IMAGES / train_examples)
+    )
+    chosen, least = max(BASE_EPOCHS * factor, MIN_EPOCHS), MIN_STEPS
     if config.init.pretrained:
-        chosen, least = chosen * PRETRAINED, LEAST_STEPS_PRETRAINED
+        chosen, least = chosen * PRETRAINED_FACTOR, MIN_STEPS_PRETRAINED
     return math.ceil(max(chosen, least * batch_size / train_examples))
 
 
@@ -106,7 +109,7 @@ def _steps(number: int) -> str:
 
 
 def describe(before: Config, after: Config) -> str:
-    """Returns what `resolve` chose, as flags would give it; '' if nothing was left open."""
+    """Returns what `resolve` chose, as flags would set it; '' if nothing was left open."""
     chosen = {path: get(after, path) for path in OPEN if is_open(before, path)}
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={shlex.quote(str(value))}"

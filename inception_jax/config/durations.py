@@ -37,6 +37,11 @@ def parse_duration(text: str) -> Duration | None:
 
     Raises:
       ConfigError: if it is not a duration; the message does not repeat the text.
+
+    >>> parse_duration("2.5 epochs")
+    Duration(amount=2.5, unit='epochs')
+    >>> str(parse_duration("1e6examples"))
+    '1000000 examples'
     """
     text = text.strip()
     if not text:

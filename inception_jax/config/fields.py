@@ -1,4 +1,4 @@
-"""Walks the fields of a configuration: paths, types, values, and help."""
+"""Access to settings by dotted path: their types, values, and suggestions for unknown names."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, da
 
 @functools.cache
 def _mappings() -> dict[str, Any]:
-    """Returns the types of what the settings map names to that are mappings, by their paths."""
+    """Returns the value types of the settings that are mappings, by dotted path."""
     return {
         path: typing.get_args(hint)[1]
         for path, hint, _ in leaves()
@@ -34,18 +34,18 @@ def _mappings() -> dict[str, Any]:
 
 
 def is_mapping(path: str) -> bool:
-    """Whether the setting at a dotted path is a mapping of names to values."""
+    """Whether the setting at a dotted path is a mapping."""
     return path in _mappings()
 
 
 def entry_group(path: str) -> Any:
-    """Returns the class of the groups that the setting at a dotted path maps names to, or None."""
+    """Returns the dataclass of a mapping's values, or None if they are plain values."""
     kind = _mappings().get(path)
     return kind if dataclasses.is_dataclass(kind) else None
 
 
 def entry_type(path: str) -> Any:
-    """Returns the type of a setting inside a group of a mapping; None for any other path."""
+    """Returns the type of a setting inside a mapping's group, or None for any other path."""
     mapping, entry = mapping_of(path)
     kind, inside = entry_group(mapping), entry.partition(".")[2]
     return (
@@ -54,19 +54,19 @@ def entry_type(path: str) -> Any:
 
 
 def entries(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yields (dotted path, type, field) of every leaf inside a mapping of names to groups."""
+    """Yields (dotted path, type, field) of every leaf of the groups inside mappings."""
     for path in _mappings():
-        if isinstance(found := get(config, path), dict):
-            for name, entry in found.items():
-                if dataclasses.is_dataclass(entry):
-                    yield from leaves(type(entry), f"{path}.{name}.")
+        if isinstance(mapping := get(config, path), dict):
+            for name, group in mapping.items():
+                if dataclasses.is_dataclass(group):
+                    yield from leaves(type(group), f"{path}.{name}.")
 
 
 def mapping_of(path: str) -> tuple[str, str]:
-    """Returns the setting that is a mapping and has an entry of this path, and the entry's path.
+    """Splits the path of a mapping's entry into the mapping's path and the entry's.
 
     Returns:
-      ("model.options", "depth") for "model.options.depth"; ("", "") where there is none.
+      ("model.options", "depth") for "model.options.depth"; ("", "") if it is not such a path.
     """
     for known in _mappings():
         if path.startswith(f"{known}."):
@@ -75,17 +75,17 @@ def mapping_of(path: str) -> tuple[str, str]:
 
 
 def get(config: Any, path: str) -> Any:
-    """Returns the setting at a dotted path, or an entry of one that is a mapping."""
+    """Returns the value of the setting, or of the mapping's entry, at a dotted path."""
     for part in path.split("."):
         config = config[part] if isinstance(config, Mapping) else getattr(config, part)
     return config
 
 
 def put(config: Config, path: str, value: Any) -> None:
-    """Changes the setting at a dotted path.
+    """Sets the setting at a dotted path.
 
-    Lists and dictionaries, which JSON makes of tuples and groups, become those again. A group in a
-    mapping is made where one of its settings is the first to be given.
+    Lists and dictionaries, as JSON stores tuples and groups, are converted back. A group inside a
+    mapping is created when its first setting is set.
     """
     mapping, entry = mapping_of(path)
     if kind := entry_group(mapping):
@@ -105,14 +105,14 @@ def put(config: Config, path: str, value: Any) -> None:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Returns a value with tuples in place of lists, inside a mapping too."""
+    """Returns a value with its lists converted to tuples, including those inside a mapping."""
     if isinstance(value, Mapping):
         return {name: _with_tuples(entry) for name, entry in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, tuple | list) else value
 
 
 def plain(value: Any) -> Any:
-    """Returns a setting's value as JSON gives it back: tuples as lists, groups as dictionaries."""
+    """Returns a value as JSON stores it: tuples as lists, groups as dictionaries."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -121,13 +121,13 @@ def plain(value: Any) -> Any:
 
 
 def is_open(config: Config, path: str) -> bool:
-    """Whether a setting is left to be chosen by the size of the data, or by the hardware."""
-    asked = config.train.auto_size is True or path == "model.dtype"
-    return asked and path in OPEN and get(config, path) == OPEN[path]
+    """Whether a setting is left open, to be chosen by the size of the data or by the hardware."""
+    may_be_open = config.train.auto_size is True or path == "model.dtype"
+    return may_be_open and path in OPEN and get(config, path) == OPEN[path]
 
 
 def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns a configuration with what it leaves open taken from values by dotted path."""
+    """Returns a configuration whose open settings are filled from values by dotted path."""
     filled = copy.deepcopy(config)
     for path, value in values.items():
         if is_open(config, path):
@@ -190,7 +190,7 @@ def did_you_mean(path: str, prefix: str = "") -> str:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's declared type; an int passes for a float."""
+    """Whether a value has a field's declared type; an int counts as a float."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(matches(v, typing.get_args(hint)[0]) for v in value)
     if typing.get_origin(hint) is dict:
@@ -207,7 +207,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """Returns the name of a setting's type, for messages."""
+    """Returns the name of a setting's type for messages."""
     if typing.get_origin(hint) is dict:
         kind = typing.get_args(hint)[1]
         return f"a mapping of names to {'values' if kind is Any else kind.__name__}"

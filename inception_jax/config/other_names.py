@@ -136,7 +136,7 @@ _OTHER_NAMES = {
     "evaluation.every='1 epoch'": "eval_every eval_freq val_interval validation_freq "
     "check_val_every_n_epoch",
     "evaluation.flip_tta": "tta test_time_augmentation",
-    "init.pretrained": "pretrained pretrained_weights initial_checkpoint finetune",
+    "init.pretrained": "pretrained_weights initial_checkpoint finetune",
     "log.every='100 steps'": "log_every log_interval log_every_n_steps print_freq logging_steps",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.dtype": "amp precision mixed_precision fp16 bf16 half compute_dtype",

@@ -94,7 +94,7 @@ def _kind(hint: Any, metadata: Mapping[str, Any]) -> str:
 def _allowed(metadata: Mapping[str, Any]) -> str:
     """Returns unit and range of a setting, or its choices, in words; '' if anything goes."""
     if kind := metadata["registry"]:
-        return f"a registered {kind}"
+        return f"a registered {kind}; an unknown name lists them"
     if metadata["choices"]:
         return ", ".join(map(str, metadata["choices"]))
     bounds = [
@@ -141,9 +141,17 @@ def listing(config: Config, origins: Mapping[str, str]) -> str:
       config: the values that a run will use.
       origins: where values that are not the default come from, by dotted path.
     """
-    rows = [
-        (flag(path, get(config, path)), origins.get(path, "default")) for path, _, _ in leaves()
-    ]
+    rows = []
+    for path, _, _ in leaves():
+        value, origin = get(config, path), origins.get(path, "default")
+        members = value.items() if isinstance(value, dict) else [("", value)]
+        for name, member in members:
+            full = f"{path}.{name}".rstrip(".")
+            if dataclasses.is_dataclass(member):
+                inner = leaves(typing.cast(type, type(member)), f"{full}.")
+                rows += [(flag(each, get(config, each)), origin) for each, _, _ in inner]
+            else:
+                rows.append((flag(full, member), origin))
     width = max(len(shown) for shown, _ in rows)
     return "\n".join(f"{shown:{width}}  # {origin}" for shown, origin in rows)
 

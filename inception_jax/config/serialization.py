@@ -1,4 +1,4 @@
-"""Configurations as dictionaries and JSON, and how two of them differ."""
+"""Converts configurations to and from dictionaries and JSON, and compares them."""
 
 import copy
 import dataclasses
@@ -16,15 +16,15 @@ from inception_jax.errors import ConfigError
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as nested dictionaries that JSON can hold."""
+    """Returns the configuration as nested dictionaries that can be stored as JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the configuration that `to_dict` (and a pass through JSON) gave `values`.
+    """Returns the configuration from the output of `to_dict`, stored as JSON or not.
 
     Raises:
-      ConfigError: if a field is unknown.
+      ConfigError: if a setting is unknown.
     """
     config, notes = read_settings(values)
     if notes:
@@ -33,19 +33,20 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """Returns settings that this or another version recorded; only their types are checked.
+    """Returns settings recorded by this or another version; only their types are checked.
 
-    Rules may have changed since, so that whoever starts something new has to `validate` them.
+    Rules may have changed since, so a new run has to `validate` them.
 
     Args:
-      values: nested, as `to_dict` of that version gave them; what is not there is as by default.
+      values: the output of that version's `to_dict`, or settings by dotted path; missing settings
+        have their default.
 
     Returns:
-      The settings, and a line for the log of each that is left out: those that this version does
-      not have, and those of a wrong type without which the network and the examples are the same.
+      The settings, and a log line for each one that is ignored: settings that this version does not
+      have, and settings of the wrong type that affect neither the network nor the examples.
 
     Raises:
-      ConfigError: if a value is of a wrong type that decides on the network or the examples.
+      ConfigError: if a setting that affects the network or the examples has the wrong type.
     """
     config, default, notes = Config(), Config(), list[str]()
     known = {path: (hint, field) for path, hint, field in leaves()}
@@ -58,7 +59,7 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
             )
             continue
         hint, field = known[path]
-        put(config, path, _without_strangers(path, value, hint, notes))
+        put(config, path, _without_unknown(path, value, hint, notes))
         if matches(get(config, path), hint):
             continue
         problem = f"config.{path} = {value!r}: must be of type {type_name(hint)}"
@@ -69,43 +70,46 @@ def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     return config, notes
 
 
-def _without_strangers(path: str, value: Any, hint: Any, notes: list[str]) -> Any:
-    """Returns a value; of a mapping of names to groups without what this version does not have."""
+def _without_unknown(path: str, value: Any, hint: Any, notes: list[str]) -> Any:
+    """Returns a value; if it is a mapping of groups, without settings unknown to this version."""
     kind = (typing.get_args(hint) or (None, None))[-1]
     if not (isinstance(value, Mapping) and dataclasses.is_dataclass(kind)):
         return value
     hints = {inside: hint for inside, hint, _ in leaves(typing.cast(type, kind))}
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, group in value.items():
-        found[name] = {}
+        groups[name] = {}
         for inside, each in flatten(group if isinstance(group, Mapping) else {"": group}).items():
             if inside in hints and matches(each, hints[inside]):
-                found[name][inside] = each
+                groups[name][inside] = each
             else:
                 notes.append(
                     f"config.{path}.{name}.{inside} = {each!r}: ignored, because this version has "
                     "no such setting, or it has another type"
                 )
-    return found
+    return groups
 
 
 def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Returns nested settings under today's names, and notes settings present under both names."""
-    found = copy.deepcopy(dict(values))
+    updated: dict[str, Any] = {}
+    for path, value in values.items():
+        group, name = _group_of(updated, path)
+        group[name] = copy.deepcopy(value)
     for pattern, renamed in RENAMED.items():
-        for old, path in _matching(found, pattern, renamed.path):
-            group, name = _group_of(found, old)
+        for old, path in _matching(updated, pattern, renamed.path):
+            group, name = _group_of(updated, old)
             if name not in group:
                 continue
             value = group.pop(name)
             moved = renamed.convert(value, group) if renamed.convert else value
             if not path:
                 continue
-            group, name = _group_of(found, path)
+            group, name = _group_of(updated, path)
             if name in group:
                 notes.append(f"config.{old} = {value!r}: ignored, because config.{path} is set too")
             group.setdefault(name, moved)
-    return found
+    return updated
 
 
 def _matching(values: dict[str, Any], old: str, new: str) -> list[tuple[str, str]]:
@@ -118,7 +122,7 @@ def _matching(values: dict[str, Any], old: str, new: str) -> list[tuple[str, str
 
 
 def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """Returns the dictionary that holds the value at a dotted path, and its name there."""
+    """Returns the dictionary that contains the value at a dotted path, and its key there."""
     *groups, name = path.split(".")
     for group in groups:
         inner = values.setdefault(group, {})
@@ -127,27 +131,27 @@ def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
 
 
 def unrecorded_bit_depth(data_name: str) -> int:
-    """Returns the bit depth of what older versions prepared or trained, which recorded none.
+    """Returns the bit depth of data that older versions prepared or used without recording it.
 
-    They took all 16 bits for used. Only image_folder can have such files; for others 0 stands.
+    They assumed that all 16 bits are used. Only image_folder can have 16-bit files; others give 0.
     """
     return 16 if data_name == "image_folder" else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run's config.json holds.
+    """The contents of a run's config.json.
 
     Attributes:
-      config: the settings, by their names of today.
-      experiment: where they are from ("file"), and its own values of what the command line gave
-        ("own"), by their paths of today; None: not known.
-      dataset: what the examples are.
-      changes: of settings, when the run was resumed.
-      environment: of the last start.
-      parts: those that the settings name and that are not the package's own: kind, name and file.
-      own: the names of objects that a program gave in place of what the settings name, by kind.
-      notes: what of the settings is left out, a line for the log each.
+      config: the settings, under today's names.
+      experiment: the file they come from ("file"), and the file's own values of settings that the
+        command line overrode ("own"), by today's paths; None = unknown.
+      dataset: the data set's identity and statistics.
+      changes: the changes of settings on resume.
+      environment: software and hardware of the last start.
+      parts: kind, name and file of the custom parts that the settings name.
+      own: names of the objects that a program passed instead of naming a part, by kind.
+      notes: a log line for each setting that is ignored.
     """
 
     config: Config
@@ -161,11 +165,11 @@ class Record:
 
 
 def read_record(path: pathlib.Path) -> Record:
-    """Returns what a run's config.json holds, of whichever version since 0.1.0.
+    """Returns the contents of a run's config.json, written by any version since 0.1.0.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ConfigError: if it cannot be read as the record of a run.
+      FileNotFoundError: if the file does not exist.
+      ConfigError: if it is not a valid record of a run.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -184,13 +188,13 @@ def read_record(path: pathlib.Path) -> Record:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"{path}: cannot be read as the record of a run: {error}. Was it changed since? "
-            "Restore it from a backup, or use a new --workdir"
+            f"{path}: not a valid record of a run: {error}. Restore it from a backup, or use a new "
+            "--workdir"
         ) from error
 
 
 def _experiment(values: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
-    """Returns where recorded settings are from, its own values by their paths of today."""
+    """Returns where recorded settings come from, with the file's own values by today's paths."""
     recorded = values.get("experiment")
     if not recorded:
         return None
@@ -206,12 +210,15 @@ def _experiment(values: Mapping[str, Any], config: Config) -> dict[str, Any] | N
 def flatten(
     values: Mapping[str, Any], prefix: str = "", *, stop: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Returns nested dictionaries as one, keyed by dotted path.
+    """Flattens nested dictionaries into one, keyed by dotted path.
 
     Args:
       values: nested dictionaries.
-      prefix: of their paths.
-      stop: paths whose values are kept as they are, dictionaries or not.
+      prefix: put before each path.
+      stop: paths whose values are not flattened further.
+
+    >>> flatten({"train": {"batch_size": 128}, "seed": 0})
+    {'train.batch_size': 128, 'seed': 0}
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -223,7 +230,7 @@ def flatten(
 
 
 def shared(config: Config) -> dict[str, Any]:
-    """Returns what the processes of a run must have in common, by the settings' full names."""
+    """Returns the settings that must be equal in all processes of a run, by their full names."""
     return {
         f"config.{path}": plain(get(config, path))
         for path, _, field in leaves()
@@ -232,7 +239,7 @@ def shared(config: Config) -> dict[str, Any]:
 
 
 def _values(config: Config, path: str) -> dict[str, Any]:
-    """Returns a setting's value by its path; of a mapping each entry's by its own."""
+    """Returns a setting's value by path; for a mapping, each entry's value by its own path."""
     value = get(config, path)
     if not isinstance(value, dict):
         return {path: value}
@@ -247,11 +254,11 @@ def _same(before: Any, after: Any, is_duration: bool) -> bool:
 
 
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Returns what differs between the configuration of a workdir and a new one.
+    """Returns how the configuration of a workdir differs from a new one.
 
     Returns:
-      (refused, allowed): 'path: old → new' of the fields that a resumed run may not change, and of
-      those that it may.
+      (refused, allowed): 'path: old → new' for settings that must not change on resume, and for
+      those that may.
     """
     refused: list[str] = []
     allowed: list[str] = []
@@ -263,7 +270,7 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
             for each in dict.fromkeys([*before, *after])
             if not _same(before.get(each), after.get(each), field.metadata["duration"])
         ]
-    # The average is part of the state: it can neither be added to a run nor taken away.
+    # The EMA is part of the state, so it can be neither added to a run nor removed.
     if bool(durations.parse_duration(old.train.ema)) != bool(
         durations.parse_duration(new.train.ema)
     ):

@@ -1,4 +1,4 @@
-"""Turns durations (epochs, steps or examples) into steps."""
+"""Converts durations (epochs, steps or examples) to steps."""
 
 import dataclasses
 import math
@@ -11,13 +11,17 @@ from inception_jax.config import durations
 class Timeline:
     """Converts between epochs, steps and examples for one run.
 
-    Training runs over an endless sequence of shuffled epochs, one after another; a batch may hold
-    the end of one epoch and the start of the next, so no example is ever left out. An epoch is
-    therefore `train_examples / batch_size` steps, which need not be whole.
+    Training runs over an endless sequence of shuffled epochs; a batch may contain the end of one
+    epoch and the start of the next, so no example is ever dropped. An epoch is therefore
+    `train_examples / batch_size` steps, not necessarily a whole number.
 
     Args:
-      batch_size: examples a step, over all devices.
+      batch_size: examples per step, over all devices.
       train_examples: size of the training split.
+
+    >>> timeline = Timeline(batch_size=32, train_examples=100)
+    >>> timeline.steps("2 epochs"), timeline.steps("64 examples")
+    (7, 2)
     """
 
     batch_size: int

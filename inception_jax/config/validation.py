@@ -1,4 +1,4 @@
-"""Checks a whole configuration: each field by its declaration, then the rules between fields."""
+"""Validates a configuration: each setting by its declaration, then rules between settings."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from inception_jax.storage import paths
 
 
 def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
-    """Returns what is wrong with one value, or ''."""
+    """Returns the problem of a single value, or ''."""
     if not matches(value, hint):
         return f"must be of type {type_name(hint)}"
     if metadata["choices"] and not metadata["registry"] and value not in metadata["choices"]:
@@ -51,7 +51,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def _duration_problem(value: str | tuple[str, ...]) -> str:
-    """Returns what is wrong with a duration, or with a tuple of them; '' if nothing is."""
+    """Returns the problem of a duration or of a tuple of durations, or ''."""
     for each in value if isinstance(value, tuple) else (value,):
         try:
             durations.parse_duration(each)
@@ -61,7 +61,7 @@ def _duration_problem(value: str | tuple[str, ...]) -> str:
 
 
 def _boundary_problem(boundaries: tuple[str, ...]) -> str:
-    """Returns what is wrong with durations that must increase from one to the next, or ''."""
+    """Returns the problem of durations that must increase from one to the next, or ''."""
     parsed = [durations.parse_duration(each) for each in boundaries]
     amounts = [each.amount for each in parsed if each]
     if len(amounts) < len(parsed) or amounts != sorted(set(amounts)):
@@ -72,7 +72,7 @@ def _boundary_problem(boundaries: tuple[str, ...]) -> str:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """Yields what is wrong between fields that are each right by themselves."""
+    """Yields contradictions between settings that are each valid on their own."""
     for path in ("train.duration", "evaluation.every", "checkpoint.every", "log.every"):
         duration = get(config, path)
         if durations.parse_duration(duration) is None and not is_open(config, path):
@@ -86,10 +86,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"{config.data.image_size}"
         )
     if config.data.storage != "records":
-        # What is kept decoded is the whole centred square, at the size that the model sees.
+        # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":
             yield (
-                f"config.augment.crop = 'inception': cuts from the original images, which "
+                f"config.augment.crop = 'inception': needs the original images, which "
                 f"config.data.storage = {config.data.storage!r} does not keep; set data.storage to "
                 "'records', or augment.crop to 'resized'"
             )
@@ -119,43 +119,43 @@ def _contradictions(config: Config) -> Iterator[str]:
     known = [part.name for part in registry.OPTIMIZERS if part.auto_rate]
     if is_open(config, "schedule.learning_rate") and optimizer not in known:
         yield (
-            f"config.schedule.learning_rate = 0: config.train.auto_size knows a rate for "
-            f"{' and '.join(known)} only, not for {optimizer!r}; give one, such as "
-            "tools.find_lr proposes"
+            "config.schedule.learning_rate = 0: config.train.auto_size chooses a learning rate for "
+            f"{' and '.join(known)} only, not for {optimizer!r}; set one (tools.find_lr suggests "
+            "one)"
         )
     if "top1" not in config.evaluation.metrics:
         yield (
-            f"config.evaluation.metrics = {config.evaluation.metrics}: must have 'top1', by which "
-            "the best checkpoint is chosen; add it"
+            f"config.evaluation.metrics = {config.evaluation.metrics}: must contain 'top1', which "
+            "selects the best checkpoint; add it"
         )
     for name, view in config.evaluations.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "train":
             yield (
-                f"config.evaluations.{name}: such an evaluation's metrics could not be told from "
-                "others; give it a name of letters, digits and _, other than 'train'"
+                f"config.evaluations.{name}: invalid name for an evaluation; use letters, digits "
+                "and _, starting with a letter, other than 'train'"
             )
         if view.crop not in (0, 1) and config.data.storage != "records":
             yield (
-                f"config.evaluations.{name}.crop = {view.crop:g}: with config.data.storage = "
-                f"{config.data.storage!r} it must be 0 or 1; set data.storage to 'records' to cut "
-                "less"
+                f"config.evaluations.{name}.crop = {view.crop:g}: must be 0 or 1 with "
+                f"config.data.storage = {config.data.storage!r}; set data.storage to 'records' for "
+                "a smaller crop"
             )
     if config.expected.top1 and not config.expected.source:
         yield (
-            f"config.expected.top1 = {config.expected.top1:g}: a figure needs its source; say in "
-            "config.expected.source where it is from, or set top1 to 0"
+            f"config.expected.top1 = {config.expected.top1:g}: needs a source; set "
+            "config.expected.source to where the figure comes from, or top1 to 0"
         )
-    # What a configuration names exactly one of.
+    # Parts of which a configuration names exactly one.
     for registered in (registry.MODELS, registry.OPTIMIZERS, registry.SCHEDULES):
         name = get(config, registered.setting)
-        # One that is gone is tolerated in a run that goes on.
+        # A resumed run may name a part that no longer exists.
         if name in registered and (check := registered.get(name).check) is not None:
             yield from check(config)
 
 
-def _unread(config: Config) -> Iterator[str]:
-    """Yields the settings that were changed although the part that is named does not read them."""
-    # A schedule's may rest: a run can change from one to another and back.
+def _unused_settings(config: Config) -> Iterator[str]:
+    """Yields settings that were changed although the chosen part does not read them."""
+    # Not for schedules: a run may switch from one to another and back.
     for known in (registry.MODELS, registry.OPTIMIZERS):
         name, group = get(config, known.setting), known.setting.partition(".")[0]
         if name not in known or (read := known.get(name).settings) is None:
@@ -167,24 +167,24 @@ def _unread(config: Config) -> Iterator[str]:
                 continue
             readers = [repr(part.name) for part in known if field.name in (part.settings or ())]
             yield (
-                f"config.{path} = {value!r}: {name!r} does not have this setting (only "
-                f"{', '.join(readers)}); leave it at {default!r}"
+                f"config.{path} = {value!r}: not used by {name!r} (only by {', '.join(readers)}); "
+                f"leave it at {default!r}"
             )
 
 
 def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
-    """Checks a whole configuration.
+    """Validates a configuration.
 
     Args:
-      config: to check.
-      recorded: of a run that is to go on with it, and that other rules may have let start; None:
-        the run is a new one.
+      config: the settings.
+      recorded: for a resumed run, its recorded settings, which an older version may have accepted;
+        None = the run is new.
 
     Returns:
-      What is wrong in both, lines for the log.
+      Log lines for problems that both configurations have.
 
     Raises:
-      ConfigError: naming every setting that is wrong, its value, what is allowed.
+      ConfigError: naming every invalid setting, its value and what is allowed.
     """
     unknown = [
         f"config.{path} = {name!r}: {known.unknown(name)}"
@@ -194,19 +194,19 @@ def validate(config: Config, *, recorded: Config | None = None) -> list[str]:
     if unknown and recorded is not None:
         raise ConfigError("\n".join(unknown))
     tolerated: list[str] = []
-    # Fields of a wrong type would make the comparisons between fields fail in odd ways.
+    # In this order, because values of the wrong type would break the comparisons between settings.
     for check in (_field_problems, _part_problems, _contradictions):
-        found = list(check(config))
-        before = [] if recorded is None or not found else list(check(recorded))
-        if problems := [problem for problem in found if problem not in before]:
-            raise ConfigError("\n".join(problems))
-        tolerated += found
+        problems = list(check(config))
+        before = [] if recorded is None or not problems else list(check(recorded))
+        if new := [problem for problem in problems if problem not in before]:
+            raise ConfigError("\n".join(new))
+        tolerated += problems
     return tolerated
 
 
 def _field_problems(config: Config) -> Iterator[str]:
-    """Yields what is wrong with each setting by itself, and what is no setting."""
-    yield from (unknown_field(path) for path in _strangers(config))
+    """Yields the problems of each setting on its own, and attributes that are not settings."""
+    yield from (unknown_field(path) for path in _unknown_attributes(config))
     for path, hint, field in leaves():
         value = get(config, path)
         if is_open(config, path):
@@ -222,7 +222,7 @@ def _field_problems(config: Config) -> Iterator[str]:
 
 
 def named_parts(config: Config) -> Iterator[tuple[str, registry.Registry[Any], str]]:
-    """Yields (dotted path, registry, name) of every registered part that is named."""
+    """Yields (dotted path, registry, name) of every registered part that the settings name."""
     for path, _, field in leaves():
         if kind := field.metadata["registry"]:
             value = get(config, path)
@@ -232,30 +232,30 @@ def named_parts(config: Config) -> Iterator[tuple[str, registry.Registry[Any], s
 
 
 def _part_problems(config: Config) -> Iterator[str]:
-    """Yields what is wrong with settings and options for the parts that are named."""
+    """Yields problems of settings and options with the parts that the settings name."""
     parts: dict[str, list[registry.Part]] = {
         path.partition(".")[0]: [] for path, _, _ in leaves() if path.endswith(".options")
     }
     for path, known, name in named_parts(config):
         if name in known:
             parts[path.partition(".")[0]].append(known.get(name))
-    yield from _unread(config)
-    for group, found in parts.items():
+    yield from _unused_settings(config)
+    for group, named in parts.items():
         options = get(config, f"{group}.options")
-        yield from registry.option_problems(found, options, f"{group}.options")
+        yield from registry.option_problems(named, options, f"{group}.options")
     if config.data.name in registry.DATASETS:
         yield from registry.DATASETS.get(config.data.name).problems(config.data, Data())
 
 
-def _strangers(group: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the paths of what a program assigned to a group that is no setting of it."""
+def _unknown_attributes(group: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the paths of attributes that a program set on a group and that are not settings."""
     fields = {field.name for field in dataclasses.fields(group)}
     for name, value in vars(group).items():
         if name not in fields:
             yield f"{prefix}{name}"
         elif dataclasses.is_dataclass(value):
-            yield from _strangers(value, f"{prefix}{name}.")
+            yield from _unknown_attributes(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
             for entry, group in value.items():
                 if dataclasses.is_dataclass(group):
-                    yield from _strangers(group, f"{prefix}{name}.{entry}.")
+                    yield from _unknown_attributes(group, f"{prefix}{name}.{entry}.")

@@ -136,13 +136,17 @@ def test_the_folder_is_enough_to_evaluate_and_to_resume(
     assert json.loads(again.stdout) == expected, again.stderr
     assert "not given, so as the run was started: " in again.stderr
     assert "config.model.width = 0.125" in again.stderr
+    # --print_config names the run as the origin of what was overridden.
+    shown = command.check("main", data[0], f"--workdir={folder}", "--print_config")
+    origins = {line.split()[0]: line.split("  # ")[1] for line in shown.splitlines()}
+    assert origins["--config.model.width=0.125"] == str(folder / "config.json")
     record = json.loads((folder / "config.json").read_text())
     longer = command.run(
         "main", f"--workdir={folder}", f"--config.train.duration={STEPS + 4} steps"
     )
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
-    assert f"config.train.duration.steps: {STEPS} → {STEPS + 4}" in longer.stderr
+    assert f"config.train.duration: '{STEPS} steps' → '{STEPS + 4} steps'" in longer.stderr
     assert "warning: the learning rate rises from " in longer.stderr
     assert "Total: " not in longer.stderr
     resumed = json.loads((folder / "config.json").read_text())

@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(name: str, folder: pathlib.Path) 
     expected = EXPECTED[name]["resume"]
     result, log = main(folder, f"--workdir=runs/{name}")
 
-    line = "config.watch.dogs = 2: no setting of this version; it is left out"
+    line = "config.watch.dogs = 2: ignored, because this version has no such setting"
     assert log.count(line) == 1
     words = "must be an encoding" if name == "image_folder" else "only 'image_folder' has"
     assert f"config.data.archive_encoding = 'none': {words}" in log
