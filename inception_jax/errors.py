@@ -1,16 +1,9 @@
 """The package's exceptions: errors that users can fix, and failures of a run.
 
-<<<<<<< HEAD
-Every message names the thing, the value found, what is allowed and the remedy. `cli.run` turns a
-`UserError` into one message on stderr and exit code 2, a `RunError` into one message and exit code
-1, and leaves everything else, a bug, its traceback. `Preempted` is no failure; its exit code tells
-a scheduler to start the command again.
-=======
 A message names the thing, the value found, what is allowed and the remedy. `cli.run` prints a
 `UserError` as one message with exit code 2 and a `RunError` as one message with exit code 1; any
 other exception is a bug and keeps its traceback. `Preempted` is not a failure: its exit code tells
 a scheduler to rerun the command.
->>>>>>> main
 """
 
 import contextlib
