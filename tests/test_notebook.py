@@ -1,6 +1,6 @@
-"""The notebook of docs/notebooks: its stored outputs, and that it runs as a user's kernel runs it.
+"""The quickstart notebook: its stored outputs, and a run of its cells in a user's environment.
 
-After a change to its cells, store their outputs again:
+After changing a cell, store the outputs again:
 `.venv/bin/jupyter execute --inplace docs/notebooks/quickstart.ipynb`.
 """
 
@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebooks" / "quickstart.ipynb"
-# A user has one device, optimized programs, and JAX's own promotion rules.
+# As for a user: one device, optimized programs, JAX's default promotion rules.
 USERS = {
     "JAX_NUM_CPU_DEVICES": "1",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
@@ -44,7 +44,7 @@ def drawings(notebook: Any) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_stored_notebook_is_small_and_has_the_outputs_of_every_cell_in_order() -> None:
+def test_stored_notebook_is_small_and_complete() -> None:
     notebook = read()
     nbformat.validate(notebook)
     assert NOTEBOOK.stat().st_size < 600_000
@@ -55,17 +55,16 @@ def test_the_stored_notebook_is_small_and_has_the_outputs_of_every_cell_in_order
     assert drawings(notebook) == 4
 
 
-def test_the_stored_outputs_name_no_place_of_one_machine() -> None:
-    """Nothing of the machine that stored them: folders, host names."""
+def test_stored_outputs_contain_no_local_paths() -> None:
     assert not re.search(r"/(home|root|tmp|work|Users)/", text_of(read()))
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_it_names_the_supported_versions_of_python(python: str) -> None:
+def test_notebook_names_supported_python_versions(python: str) -> None:
     assert python in read().cells[0].source
 
 
-def test_its_cells_run(tmp_path: pathlib.Path) -> None:
+def test_cells_run(tmp_path: pathlib.Path) -> None:
     notebook = read()
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
