@@ -4,8 +4,8 @@ Source: MiniGoogLeNet (Zhang et al. 2017, "Understanding deep learning requires 
   generalization", arXiv:1611.03530, figure 3) with the usual recipe for small images: SGD with
   Nesterov momentum, 5 epochs of warm-up, cosine decay, padded crops, flips, label smoothing.
 Command: python -m inception_jax.main --config experiments/cifar10_mini.py --workdir runs/cifar10
-  Add --config.data.source=cifar-10-python.tar.gz where the archive is already at hand.
-Expected: not measured yet; at least 91% top-1 on the test images is the aim.
+  If you already have the archive, add --config.data.source=cifar-10-python.tar.gz
+Expected: not measured yet; the goal is at least 91% top-1 on the test images.
 Time: not measured yet. 25,391 steps of 128.
 Short: in 46 minutes on two CPU cores, 16 epochs of Muon on images that grow from 16 to 32 pixels
   gave 89.21% on lossy copies of the images; results/cifar10_mini_cpu has the command.

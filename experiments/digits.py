@@ -1,11 +1,11 @@
-"""MiniGoogLeNet on handwritten digits: the demo, with nothing to download.
+"""MiniGoogLeNet on handwritten digits: the demo, which downloads nothing.
 
 Source: MiniGoogLeNet (Zhang et al. 2017, "Understanding deep learning requires rethinking
   generalization", figure 3) on the 1,797 digits of 8 by 8 pixels that come with scikit-learn,
-  enlarged to 16 pixels; 1,437 to train on, 360 to test.
+  enlarged to 16 pixels; 1,437 for training, 360 for testing.
 Command: make demo, or
   python -m inception_jax.main --config experiments/digits.py --workdir runs/digits
-Expected: at least 97% of the test digits right (the figure measured is in BUILD_NOTES.md).
+Expected: at least 97% top-1 on the test images; 99.44% measured (n = 1, seed 0).
 """
 
 from inception_jax.config import (

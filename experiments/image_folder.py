@@ -1,25 +1,26 @@
-r"""GoogLeNet on a folder of one's own pictures.
+r"""GoogLeNet on a folder of your own images.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with BatchNorm and a stem
-  for small images, at 64 pixels. Batch size, learning rate, length, warm-up and the intervals of
-  evaluations follow from the number of training images (train.auto_size), bfloat16 or float32 from
-  the hardware; the log says what was chosen, config.json records it, and a flag overrides it. A
-  small folder is memorized within a few epochs, hence crops of 25 to 100% of the picture, flips,
-  dropout, label smoothing, and mixup where images and steps are many. The average over the last
+  for small images, at 64 pixels. Batch size, learning rate, duration, warm-up and evaluation
+  intervals are chosen from the number of training images (train.auto_size), bfloat16 or float32
+  from the hardware; the log reports the choice, config.json records it, and a flag overrides it. A
+  small folder is memorized within a few epochs, hence crops of 25 to 100% of the image, flips,
+  dropout, label smoothing, and mixup if there are many images and steps. The average over the last
   epochs is evaluated, with BatchNorm's statistics re-estimated from training images.
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
-    --config.data.source=PICTURES --config.data.directory=DATA
-  PICTURES holds train/CLASS/ and val/CLASS/, or CLASS/ alone, of which a share is then held out
-  (--config.data.val_fraction=0.2); or it is a zip or tar archive of that. DATA keeps what is
-  prepared; use one for each PICTURES. --config.data.on_unreadable=skip leaves out corrupt and
+    --config.data.source=IMAGES --config.data.directory=DATA
+  IMAGES contains train/CLASS/ and val/CLASS/, or only CLASS/, of which a fraction is then held out
+  (--config.data.val_fraction=0.2); or it is a zip or tar archive of that. DATA is the directory for
+  prepared data; use one for each IMAGES. --config.data.on_unreadable=skip skips corrupt and
   non-image files.
   --config.init.pretrained=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
-  trained weights, in a third of the epochs. Longer: --config.train.duration='200. epochs'
-  Larger pictures: --config.data.image_size=128 --config.model.stem=paper costs about the same.
-Expected: depends on the pictures. 245 of ants and bees (hymenoptera_data.zip, PyTorch's tutorials)
+  pretrained weights and trains for a third of the epochs. To train longer:
+  --config.train.duration='200 epochs'
+  Larger images: --config.data.image_size=128 --config.model.stem=paper costs about the same.
+Expected: depends on the images. 245 of ants and bees (hymenoptera_data.zip, PyTorch's tutorials)
   gave 82.35% top-1 on 153 others in 20 epochs from results/pretrained (n = 1, seed 0, bfloat16).
   From scratch they gave 76.47% in 60 epochs (n = 1, seed 0, bfloat16; results/image_folder).
-Cost: 0.49 GMACs an image forward, 6 M parameters.
+Cost: 0.49 GMACs per image forward, 6 M parameters.
 """
 
 from inception_jax.config import (

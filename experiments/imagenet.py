@@ -1,25 +1,26 @@
-"""GoogLeNet on ImageNet at 224 pixels: the paper's own task, for a host with several accelerators.
+"""GoogLeNet on ImageNet at 224 pixels: the paper's task, for a host with several accelerators.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions"): the network without
-  BatchNorm, with local response normalisation and both auxiliary heads; boxes of 8 to 100% of the
+  BatchNorm, with local response normalization and both auxiliary heads; crops of 8 to 100% of the
   image and Howard's photometric distortions (section 6); the averaged parameters are evaluated
-  (Polyak averaging; here a moving average over an epoch). Optimisation is BVLC Caffe's
-  models/bvlc_googlenet/quick_solver.prototxt: SGD with momentum 0.9, rate 0.01 falling as (1 - t /
-  T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there the batch is 256, not 32, at the same rate, and
-  kernels start from He's distribution.
+  (Polyak averaging; here a moving average over an epoch). The optimizer settings are those of BVLC
+  Caffe's models/bvlc_googlenet/quick_solver.prototxt: SGD with momentum 0.9, learning rate 0.01
+  decaying as (1 - t / T) ^ 0.5, L2 of 0.0002, 60 epochs. Unlike there, the batch size is 256, not
+  32, at the same learning rate, and kernels are initialized from He's distribution.
   The paper's schedule, -4% every 8 epochs, is --config.schedule.name=exponential
   --config.schedule.decay_rate=0.96 --config.schedule.decay_period='8 epochs'
   --config.schedule.staircase=true (BVLC ran it for 250 epochs).
 Command: python -m inception_jax.main --config experiments/imagenet.py --workdir runs/imagenet
-  with --config.data.source=FOLDER, where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are,
-  and --config.data.directory on a disk with 150 GB; or with a directory in which
-  `tfds build imagenet2012 --file_format=array_record` has prepared it.
-Expected: no accuracy of it was measured: the data have to be requested from image-net.org. BVLC
-  reports 68.7% top-1 and 88.9% top-5, centre crop, for its solver with batches of 32, 2.4 million
-  steps and neither these boxes nor photometric distortions.
-Evaluation: the centred 224 pixels of the image resized to a shorter side of 256, one crop.
-Cost: 1.6 GMACs an image forward, 7.0 M parameters without the heads; 300,274 steps of 256. JPEGs
-  are decoded and cut at each step, on every core of the host: BUILD_NOTES.md has the rate.
+  with --config.data.source=FOLDER, which contains ILSVRC2012_img_train.tar and
+  ILSVRC2012_img_val.tar, and --config.data.directory on a disk with 150 GB; or with a directory in
+  which `tfds build imagenet2012 --file_format=array_record` has prepared the data.
+Expected: not measured: the data must be requested from image-net.org. BVLC reports 68.7% top-1 and
+  88.9% top-5, center crop, for its solver with batches of 32, 2.4 million steps and neither these
+  crops nor photometric distortions.
+Evaluation: the central 224 pixels of the image resized to a shorter side of 256, one crop.
+Cost: 1.6 GMACs per image forward, 7.0 M parameters without the heads; 300,274 steps of 256. JPEGs
+  are decoded and cropped at each step, on every core of the host, 2.1 ms per image and core
+  (docs/notes/decisions/data.md).
 """
 
 from inception_jax.config import (

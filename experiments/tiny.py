@@ -1,14 +1,14 @@
-"""GoogLeNet on Tiny ImageNet: the main job, for one GPU or TPU host.
+"""GoogLeNet on Tiny ImageNet: the main recipe, for one GPU or TPU host.
 
 Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with BatchNorm and a stem
-  that keeps grids of 32, 16 and 8 at 64 pixels; the recipe is the usual one for small images (SGD
+  that leaves grids of 32, 16 and 8 at 64 pixels. The recipe is the usual one for small images (SGD
   with Nesterov momentum, cosine decay, label smoothing, mixup and CutMix until near the end, a
   moving average).
 Command: python -m inception_jax.main --config experiments/tiny.py --workdir runs/tiny
-  Add --config.data.source=tiny-imagenet-200.zip where the archive is already at hand.
+  If you already have the archive, add --config.data.source=tiny-imagenet-200.zip
 Changes to tiny_base: augment, model, optimizer, schedule, train, evaluation, log.
 Expected: not measured yet; it needs an accelerator.
-Cost: 11,719 steps of 512, 60 epochs; 1.57 GMACs an image forward, 6.2 M parameters.
+Cost: 11,719 steps of 512, 60 epochs; 1.57 GMACs per image forward, 6.2 M parameters.
 """
 
 from experiments import tiny_base

@@ -1,18 +1,18 @@
 """GoogLeNet on Tiny ImageNet in an hour on two CPU cores.
 
-Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that keeps grids of 16, 8 and 4 at
-  64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as in
-  the fast trainings of ImageNet (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The rate
-  rises and falls linearly; so few epochs need no mixing and no dropout.
-  bfloat16 needs AMX and jax 0.12 (Python 3.12): with the 0.10.2 of Python 3.11 it is slow; there
-  try --config.model.dtype=float32.
+Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that leaves grids of 16, 8 and 4
+  at 64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as
+  in fast ImageNet trainings (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The learning
+  rate rises and falls linearly; so few epochs need no mixing and no dropout.
+  bfloat16 needs AMX and jax 0.12 (Python 3.12): with jax 0.10.2, the last for Python 3.11, it is
+  slow; try --config.model.dtype=float32 there.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint, expected.
 Expected: 55.03% top-1, 79.72% top-5 on the validation images, 55.81% and 80.64% averaged over each
-  image and its mirror image (n = 1, seed 0; results/tiny_cpu). In two hours, 16 epochs, 61.22% and
-  83.89%, averaged 61.65% and 84.05% (n = 1, seed 0; results/tiny_cpu_long, with its command). Muon
-  was chosen against SGD on training images held out (41.92% against 30.14% after 2.7 epochs;
-  BUILD_NOTES.md, "Recipes").
+  image and its mirror image (n = 1, seed 0; results/tiny_cpu). In two hours, 16 epochs: 61.22% and
+  83.89%, averaged 61.65% and 84.05% (n = 1, seed 0; results/tiny_cpu_long has the command). Muon
+  was chosen over SGD on held-out training images (41.92% against 30.14% after 2.7 epochs;
+  docs/notes/recipes.md).
 Time: 52 minutes, 50 of them training (16 epochs: 122 and 119), on two cores of an Intel Xeon with
   AMX, Python 3.12.
 """

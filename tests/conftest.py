@@ -40,6 +40,7 @@ _LONGEST = (
     "tests/training/test_loop.py",
     "tests/test_extending.py",
     "tests/integration/test_hosts.py",
+    "tests/test_notebook.py",
     "tests/integration/test_faults.py",
     "tests/reporting/test_diagnosed_runs.py",
     "tests/training/test_forty_pictures.py",
