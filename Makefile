@@ -12,7 +12,7 @@ DEMO := runs/digits
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow bench docs lint format check hooks pins clean
 
-help: ## list these commands
+help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
@@ -55,7 +55,7 @@ test-slow: setup ## run the slow tests, which repeat the checks on full runs
 bench: setup ## compare speed with the stored result; to store a new one: make bench STORE=--store
 	$(BIN)/python -m benchmarks.regression $(STORE)
 
-docs: setup ## build the documentation with Sphinx in build/docs
+docs: setup ## generate docs/configuration.md and build the documentation in build/docs
 	$(PIP) install --no-build-isolation -e '.[docs]' -c requirements/python$$($(BIN)/python -c \
 	  'import sys; print("%d.%d" % sys.version_info[:2])').txt
 	@mkdir -p build
@@ -68,6 +68,20 @@ lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Quick checks of what breaks easily. git checks uncommitted changes for whitespace errors and conflict
+# markers; outside a repository this is skipped.
+check: lint ## run the checks of a commit: lint, whitespace, and the tests of files and documentation
+	@! git rev-parse --is-inside-work-tree > /dev/null 2>&1 || git --no-pager diff --check HEAD
+	$(BIN)/python -m pytest --numprocesses=2 tests/test_architecture.py tests/test_documentation.py \
+	  tests/test_docstrings.py tests/test_packaging.py
+
+hooks: ## install a git hook that runs `make check` before each commit
+	@hook=$$(git rev-parse --git-path hooks)/pre-commit; \
+	  if [ -e "$$hook" ]; then echo "make: $$hook already exists and was not changed" >&2; exit 2; fi; \
+	  mkdir -p "$$(dirname "$$hook")" && printf '%s\n' '#!/bin/sh' \
+	  'unset $$(git rev-parse --local-env-vars)' 'exec make check' > "$$hook" && \
+	  chmod +x "$$hook" && echo "Wrote $$hook"
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

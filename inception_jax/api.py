@@ -1,4 +1,4 @@
-"""The Python API, also available as `inception_jax.NAME`; see docs/notebook.rst.
+"""The Python API, also available as `inception_jax.NAME`; see docs/python.md.
 
 A user's mistake raises an `inception_jax.errors.UserError` with a message that says how to fix it.
 """

@@ -416,9 +416,8 @@ def test_second_interrupt_stops_immediately() -> None:
 
 def test_documented_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one program, with small settings and the data in a temporary folder."""
-    text = (command.ROOT / "docs" / "notebook.rst").read_text(encoding="utf-8")
-    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
-    code = "\n".join(textwrap.dedent(block) for block in blocks)
+    text = (command.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     public = {name for name in inception_jax.__all__ if not name.startswith("register_")}
     assert public <= set(re.findall(r"ij\.(\w+)", code))
     monkeypatch.chdir(tmp_path)

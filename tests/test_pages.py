@@ -104,7 +104,7 @@ def load(experiment: str, overrides: Mapping[str, Any] | None = None) -> configs
 def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
     """Returns those of one image, with auxiliary heads, as tools.summarize counts them."""
     network = networks.create(settings, classes, rewrite=False)
-    return sum(block.multiply_adds for block in structure.describe(network, size).blocks())
+    return sum(block.multiply_adds for block in structure.analyze(network, size).blocks())
 
 
 def pflop(config: configs.Config, examples: int, classes: int, steps: int = 0) -> float:
@@ -173,7 +173,7 @@ def test_the_table_of_networks_is_that_of_the_networks(cells: list[str]) -> None
     classes = {"224": 1000, "32": 10, "16": 10}.get(size, 200)
     settings = configs.Model(name=name, stem=stem or "paper")
     network = networks.create(settings, classes, rewrite=False)
-    found = structure.describe(network, int(size)).blocks()
+    found = structure.analyze(network, int(size)).blocks()
     assert macs == f"{sum(block.multiply_adds for block in found) / 1e6:,.1f} M"
     count = sum(block.parameters for block in found)
     assert parameters == f"{count / 1e6:.2f} M"

@@ -3,9 +3,9 @@
 XLA's CPU backend spends most of a training step in a few places: weight gradients of convolutions,
 convolutions on small images, the gradient of max pooling, and BatchNorm's derivative with its many
 passes over the images. Each has an equivalent here that is faster on the CPU, with the same values
-and gradients up to rounding (BUILD_NOTES.md, "Speed"). The argument `rewrite` selects it. Networks
-have it as an attribute, which `networks.create` sets once, so a program for a TPU can be traced on
-a machine without one.
+and gradients up to rounding (docs/notes/performance.md). The argument `rewrite` selects it.
+Networks have it as an attribute, which `networks.create` sets once, so a program for a TPU can be
+traced on a machine without one.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Detection of corrupt checkpoints by checksums; corrupt ones are renamed.
 
 A checkpoint has a manifest with the size and SHA-256 (as `sha256sum` prints it) of each file.
-Checking a 50 MB checkpoint takes about 0.05 s (BUILD_NOTES.md, "Damaged storage"). For a checkpoint
+Checking a 50 MB checkpoint takes about 0.05 s (docs/notes/reliability.md). For a checkpoint
 without a manifest, written by an older version, only missing parts can be detected.
 """
 
