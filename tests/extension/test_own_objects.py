@@ -81,9 +81,9 @@ def test_a_network_that_could_not_be_evaluated_is_refused_before_it_trains(
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([0, 1, 2, 2**31 - 1] * 4, "4 numbers occur, up to 2147483647; expected 0 to 3: np.uniq"),
-        ([0, 100, 200, 300] * 4, "4 numbers occur, up to 300"),
-        ([0] * 16, "one class alone"),
+        ([0, 1, 2, 2**31 - 1] * 4, "4 distinct values, up to 2147483647; must be 0 to 3; renumber"),
+        ([0, 100, 200, 300] * 4, "4 distinct values, up to 300"),
+        ([0] * 16, "only one class"),
     ],
 )
 def test_labels_that_are_no_numbering_are_refused(labels: list[int], words: str) -> None:
