@@ -84,9 +84,9 @@ def test_network_that_cannot_be_evaluated_is_rejected_before_training(
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([0, 1, 2, 2**31 - 1] * 4, "4 numbers occur, up to 2147483647; expected 0 to 3: np.uniq"),
-        ([0, 100, 200, 300] * 4, "4 numbers occur, up to 300"),
-        ([0] * 16, "one class alone"),
+        ([0, 1, 2, 2**31 - 1] * 4, "4 distinct values, up to 2147483647; must be 0 to 3; renumber"),
+        ([0, 100, 200, 300] * 4, "4 distinct values, up to 300"),
+        ([0] * 16, "only one class"),
     ],
 )
 def test_invalid_label_numbering_is_rejected(labels: list[int], words: str) -> None:
