@@ -233,7 +233,7 @@ def test_the_program_that_has_the_object_uses_what_it_trained(
     images = names["images"][:300]
     found = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
     assert np.mean(np.array(found) == names["digits"].target[:300]) > 0.6
-    with pytest.raises(UserError, match=r"an object of a program \(Net\)\. Register it"):
+    with pytest.raises(UserError, match=r"given as an object \(Net\); register it"):
         save_weights(tmp_path / "x.safetensors", weights)
 
 

@@ -168,7 +168,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     for path, size in sizes:
         if size < min_size:
             raise ConfigError(
-                f"config.{path} = {size}: must be at least {min_size} for {name}; increase it, or "
+                f"config.{path} = {size}: must be at least {min_size} px for {name}; increase it, or "
                 "use a model or stem that downsamples less"
             )
     if isinstance(network, protocol.Adapter):

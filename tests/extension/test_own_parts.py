@@ -290,7 +290,9 @@ def test_a_network_that_gives_no_logits_is_named(
 @pytest.mark.usefixtures("forgotten")
 def test_images_too_small_for_an_own_network_are_refused(data_directory: pathlib.Path) -> None:
     name = registered(registry.register_model, min_image_size=9)(lambda s, n: Wide())
-    with pytest.raises(ConfigError, match=r"data\.image_size = 8: must be at least 9 for broken"):
+    with pytest.raises(
+        ConfigError, match=r"data\.image_size = 8: must be at least 9 px for broken"
+    ):
         run.assemble(own_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
