@@ -168,8 +168,8 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     for path, size in sizes:
         if size < min_size:
             raise ConfigError(
-                f"config.{path} = {size}: must be at least {min_size} for {name}; increase it, or "
-                "use a model or stem that downsamples less"
+                f"config.{path} = {size}: must be at least {min_size} px for {name}; increase it, "
+                "or use a model or stem that downsamples less"
             )
     if isinstance(network, protocol.Adapter):
         _check_output(network, config.data.image_size, num_classes)
