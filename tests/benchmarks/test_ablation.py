@@ -89,7 +89,7 @@ def test_invalid_plan_is_rejected(tmp_path: pathlib.Path, text: str) -> None:
 
 
 def test_variant_replaces_a_shared_tuple() -> None:
-    shared = ["train.image_sizes=(32,48)", "train.image_size_boundaries=0.75 epochs"]
+    shared = ["train.image_sizes=(32,48)", "train.image_size_boundaries=('0.75 epochs',)"]
     variant = ["train.image_sizes=(48,)", "train.image_size_boundaries=()"]
     flags = command.overrides([*shared, *variant])
     config = load([f"--config={measure.ROOT / 'experiments' / 'tiny_cpu.py'}", *flags])
