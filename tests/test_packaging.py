@@ -144,7 +144,7 @@ def test_make_refuses_another_python(tmp_path: pathlib.Path) -> None:
     command = ["make", "setup", f"PYTHON={other}", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "Python 3.9; 3.11 or 3.12 is needed" in done.stderr
+    assert "Python 3.9; must be 3.11 or 3.12" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 
@@ -152,4 +152,4 @@ def test_make_says_when_there_is_no_such_python(tmp_path: pathlib.Path) -> None:
     command = ["make", "setup", "PYTHON=no-such-python", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "there is no no-such-python" in done.stderr
+    assert "no-such-python not found" in done.stderr
