@@ -65,7 +65,7 @@ _register(
     "image_folder",
     "image_folder.ImageFolder",
     eval_split="validation",
-    takes=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
+    extra_settings=("val_fraction", "on_unreadable", "layout", "archive_encoding"),
     contents=_lazy("folders.contents"),
     check=_check_encoding,
 )
@@ -74,7 +74,7 @@ _register(
     "digits.Digits",
     eval_split="test",
     classes=10,
-    takes_source=False,
+    accepts_source=False,
     content_is_canonical=True,
 )
 _register(
@@ -92,8 +92,8 @@ _register(
 _register(
     "tfds",
     "tfds_prepared.PreparedTfds",
-    takes=("tfds", "train_split", "eval_split"),
-    takes_source=False,
+    extra_settings=("tfds", "train_split", "eval_split"),
+    accepts_source=False,
     content_is_canonical=True,
     check=_lazy("tfds_folders.problems"),
     locate=_lazy("tfds_folders.locate"),
