@@ -7,9 +7,9 @@ The operation of an image is known only on the device, and a switch between oper
 would compute all of them for all images. So they are implemented as three passes over every image,
 with per-image parameters that leave it unchanged if its operation is another:
 
-- a table of 256 levels: brightness, contrast, posterize, solarize, autocontrast, equalize; - a
-blend with gray or smoothed pixels: color, sharpness; - an affine map of coordinates: shears,
-translations, rotation.
+- a table of 256 levels: brightness, contrast, posterize, solarize, autocontrast, equalize;
+- a blend with gray or smoothed pixels: color, sharpness;
+- an affine map of coordinates: shears, translations, rotation.
 """
 
 import enum
