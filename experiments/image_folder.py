@@ -9,8 +9,8 @@ Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with B
   epochs is evaluated, with BatchNorm's statistics re-estimated from training images.
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=IMAGES --config.data.directory=DATA
-  IMAGES contains train/CLASS/ and val/CLASS/, or only CLASS/, of which a fraction is then held out
-  (--config.data.val_fraction=0.2); or it is a zip or tar archive of that. DATA is the directory for
+  IMAGES contains train/CLASS/ and val/CLASS/, or only CLASS/, in which case a fraction is held out
+  (--config.data.val_fraction=0.2). It may also be a zip or tar archive of that. DATA is the directory for
   prepared data; use one for each IMAGES. --config.data.on_unreadable=skip skips corrupt and
   non-image files.
   --config.init.pretrained=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
@@ -19,7 +19,7 @@ Command: python -m inception_jax.main --config experiments/image_folder.py --wor
   Larger images: --config.data.image_size=128 --config.model.stem=paper costs about the same.
 Expected: depends on the images. 245 of ants and bees (hymenoptera_data.zip, PyTorch's tutorials)
   gave 82.35% top-1 on 153 others in 20 epochs from results/pretrained (n = 1, seed 0, bfloat16).
-  From scratch they gave 76.47% in 60 epochs (n = 1, seed 0, bfloat16; results/image_folder).
+  From scratch, they gave 76.47% in 60 epochs (n = 1, seed 0, bfloat16; results/image_folder).
 Cost: 0.49 GMACs per image forward, 6 M parameters.
 """
 

@@ -3,7 +3,7 @@
 Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that leaves grids of 16, 8 and 4
   at 64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as
   in fast ImageNet trainings (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The learning
-  rate rises and falls linearly; so few epochs need no mixing and no dropout.
+  rate rises and falls linearly. With so few epochs, there is no mixing and no dropout.
   bfloat16 needs AMX and jax 0.12 (Python 3.12): with jax 0.10.2, the last for Python 3.11, it is
   slow; try --config.model.dtype=float32 there.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
