@@ -22,7 +22,7 @@ from typing import Any
 
 from inception_jax import advice, console, registry
 from inception_jax import config as configs
-from inception_jax.config import Config
+from inception_jax.config import Config, durations
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.storage import paths
 
@@ -272,10 +272,16 @@ def _describe_failure(error: Exception, path: pathlib.Path) -> str:
     # A get_config() with other arguments fails in this file; a syntax error contains its location.
     inside = last.filename != __file__ and not isinstance(error, SyntaxError)
     where = f" ({last.filename}, line {last.lineno})" if inside else ""
-    hint = ""
-    if isinstance(error, TypeError) and (match := _UNEXPECTED_KEYWORD.search(str(error))):
+    hint, text = "", str(error)
+    missing = re.search(r"has no attribute '(\w+)'", text)
+    if text.startswith("Duration.__init__") or (missing and missing[1] in durations.UNITS):
+        hint = f" A duration is one string, such as {durations.EXAMPLE}"
+    elif isinstance(error, AttributeError) and type(error.obj).__module__ == Config.__module__:
+        hint = configs.did_you_mean(str(error.name))
+    elif isinstance(error, TypeError) and (match := _UNEXPECTED_KEYWORD.search(text)):
         hint = configs.did_you_mean(match[1])
-    elif isinstance(error, ImportError) and (match := _MISSING_MODULE.search(str(error))):
+    elif isinstance(error, ImportError) and (match := _MISSING_MODULE.search(text)):
         name = match[1] or match[2]
         hint = f" Copy {name}.py to {path.resolve().parent}"
-    return f"the experiment file failed: {advice.first_line(error)}{where}{hint and f'.{hint}'}"
+    hint = hint and f".{hint}".rstrip(".")
+    return f"the experiment file failed: {advice.first_line(error)}{where}{hint}"

@@ -585,6 +585,9 @@ def register_optimizer(
       auto_rate: whether the learning rate chosen by train.auto_size, meant for SGD, applies.
       options: defaults of its options; `settings.options` has all of them.
       settings, check: as in `Part`.
+
+    Raises:
+      ConfigError: if the name is taken, or `decay` is invalid.
     """
     if decay not in ("own", "l2", "decoupled"):
         raise ConfigError(

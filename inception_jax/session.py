@@ -103,7 +103,7 @@ def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin
       origin: origin of the settings.
     """
     experiment: Mapping[str, Any] | None = origin.experiment
-    recorded = ""
+    recorded = "the run that --config names"
     opened = {name for name, _, _ in configs.leaves() if configs.is_open(config, name)}
     if path is None:
         run.check_settings(config, log=console.log)

@@ -91,6 +91,11 @@ def test_usage_error_gives_one_message_and_exit_code_2(
     [
         ("return Config(batch=3)", "Did you mean train.batch_size"),
         ("config = Config(); config.train.lr = 3; return config", "config.train.lr: no such"),
+        (
+            "config = Config(); config.train.length.epochs = 3",
+            "It is now train.duration='20 epochs'",
+        ),
+        ("Config().log.every.steps = 3", "A duration is one string, such as '20 epochs'"),
         ("return 3", "must return an inception_jax.config.Config"),
         ("return nothing", "line 3"),
     ],

@@ -333,6 +333,11 @@ def test_old_name_gets_the_new_one_as_suggestion(old: str, new: str) -> None:
     assert f"no such setting. It is now {new}." in configs.unknown_field(old)
 
 
+def test_old_name_that_another_setting_has_today_suggests_that_setting() -> None:
+    assert configs.did_you_mean("flip", "--config.") == " Did you mean --config.augment.flip?"
+    assert configs.did_you_mean("evaluation.flip") == " It is now evaluation.flip_tta."
+
+
 def test_renamed_settings_map_to_existing_ones() -> None:
     known = {path for path, _, _ in configs.leaves()} | {"evaluations.*.every"}
     for old, new in configs.RENAMED.items():

@@ -177,11 +177,13 @@ def did_you_mean(path: str, prefix: str = "") -> str:
       prefix: put before the setting's path.
     """
     path = path.lower().replace("-", "_")
-    if renamed := other_names.new_name(path, prefix):
-        return f" It is now {renamed}."
     group, _, name = path.rpartition(".")
     known = [known_path for known_path, _, _ in leaves()]
     same_name = [p for p in known if p.rpartition(".")[2] == name]
+    # A last part alone may also be that of a setting of today: --flip is augment.flip.
+    is_old = bool(group) or not same_name
+    if is_old and (renamed := other_names.new_name(path, prefix)):
+        return f" It is now {renamed}."
     same_group = [p for p in same_name if group and p.startswith(f"{group.partition('.')[0]}.")]
     if not same_group and name in other_names.ANSWER_TO:
         return f" {other_names.ANSWER_TO[name]}."

@@ -12,7 +12,7 @@ class Renamed:
     """What became of a setting of an older version.
 
     Attributes:
-      path: its dotted path today; '*' stands for any name, as in its old path.
+      path: its dotted path today; '*' matches any name, as in its old path.
       convert: returns today's value from the recorded one and its group; None = unchanged.
       example: a value of today, for messages, if the form of the value changed.
     """
@@ -103,7 +103,7 @@ def new_name(path: str, prefix: str = "") -> str:
     """
     for old, new in RENAMED.items():
         if new.path == old and path != old and not path.startswith(f"{old}."):
-            continue  # Only the form of its value changed, so that its last part alone is no hint.
+            continue  # Only the form of its value changed, so the last part alone is no hint.
         if f"{path}.".startswith(f"{old}.") or path == old.rpartition(".")[2]:
             if not new.path:
                 return prefix + new.example

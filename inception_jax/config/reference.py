@@ -29,7 +29,7 @@ class Setting:
     """One setting as the reference shows it.
 
     Attributes:
-      path: dotted; for settings inside a mapping, NAME stands for the name.
+      path: dotted; for settings inside a mapping, NAME is a placeholder.
       default: its value if not set.
       kind: its type, in words.
       allowed: unit, range or choices, in words; '' = no restriction.

@@ -35,7 +35,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def read_settings(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """Returns settings recorded by this or another version; only their types are checked.
 
-    Rules may have changed since, so a new run has to `validate` them.
+    Rules may have changed since, so a new run must `validate` them.
 
     Args:
       values: the output of that version's `to_dict`, or settings by dotted path; missing settings
@@ -113,7 +113,7 @@ def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, An
 
 
 def _matching(values: dict[str, Any], old: str, new: str) -> list[tuple[str, str]]:
-    """Returns an old and a new path, once for each name that '*' stands for in both."""
+    """Returns an old and a new path, once for each name that '*' matches in both."""
     if "*" not in old:
         return [(old, new)]
     group, name = _group_of(values, old.partition(".*")[0])

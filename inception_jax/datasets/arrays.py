@@ -100,7 +100,7 @@ def check_labels(
 
 
 def check_contiguous_labels(labels: np.ndarray) -> None:
-    """Checks that labels without class names use all of 0 to K - 1, with K at least 2.
+    """Checks that labels, int [N], without class names use all of 0 to K - 1, K ≥ 2.
 
     Raises:
       DataError: if a number is missing, or there is only one class.

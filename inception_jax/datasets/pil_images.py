@@ -69,7 +69,7 @@ class UnsupportedImage(ValueError):
 
 
 def bit_depth_of(values: np.ndarray) -> int:
-    """Returns the smallest of `BIT_DEPTHS` that fits all uint16 values."""
+    """Returns the smallest of `BIT_DEPTHS` that fits all values: uint16, of any shape."""
     needed = int(values.max(initial=0)).bit_length()
     return next(depth for depth in BIT_DEPTHS if depth >= needed)
 

@@ -82,7 +82,7 @@ def confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]:
     """Returns the most frequent mistakes as (true, predicted), the most frequent first.
 
     Args:
-      matrix: from `confusion`.
+      matrix: int [K, K], from `confusion`.
       limit: maximum number of pairs.
     """
     mistakes = matrix.copy()

@@ -215,7 +215,7 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
 
 
 def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors of any safetensors file by name, and its metadata.
+    """Returns the arrays of any safetensors file, of any shape, by name, and its metadata.
 
     Raises:
       DataError: if it is missing, damaged, or not a safetensors file.
@@ -226,7 +226,7 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
             return tensors.get_tensors(), tensors.metadata() or {}
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}. Give a weights file"
+            f"{path}: cannot be read: {error.strerror or error}. Use a weights file"
         ) from error
     except SafetensorError as error:
         if is_pickle:

@@ -77,10 +77,10 @@ def make_global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax
     """Combines the rows of each process into global arrays.
 
     Args:
-      batch: this process's rows of each array.
+      batch: this process's rows of each array, [B / number of processes, ...].
       mesh: mesh of all devices.
 
     Returns:
-      The global batch, split over the `data` axis.
+      The global arrays, [B, ...], split over the `data` axis.
     """
     return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)

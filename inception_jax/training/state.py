@@ -118,8 +118,8 @@ def with_initial_weights(state: TrainState, values: Mapping[str, np.ndarray]) ->
 
     Args:
       state: the state from `create`.
-      values: parameters and BatchNorm statistics by path ("params/conv1/conv/kernel"); all others
-        keep their values. The averages start from the same values.
+      values: parameters and BatchNorm statistics by path ("params/conv1/conv/kernel"), in the
+        shapes of the state; all others keep their values. The averages start from the same values.
     """
 
     def replaced(state: TrainState, values: Mapping[str, jax.Array]) -> TrainState:

@@ -87,7 +87,7 @@ def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> 
 
     line = "config.watch.dogs = 2: ignored, because this version has no such setting"
     assert log.count(line) == 1
-    words = "must be an encoding" if name == "image_folder" else "only 'image_folder' has"
+    words = "must be an encoding" if name == "image_folder" else "must be '' for 'digits'"
     assert f"config.data.archive_encoding = 'none': {words}" in log
     assert result["step"] == expected["output"]["step"]
     assert result["loss"] == pytest.approx(expected["output"]["loss"], abs=0.05)
