@@ -514,7 +514,8 @@ def _help(usage: str) -> str:
     lines = [usage.strip(), "", "Flags:"]
     for flag in sorted(defined, key=lambda flag: flag.name):
         if flag.name != "config":
-            default = "" if flag.boolean or flag.default in (None, "") else f"={flag.default}"
+            value = ("true" if flag.default else None) if flag.boolean else flag.default
+            default = "" if value in (None, "") else f"={value}"
             lines += [f"  --{flag.name}{default}", _paragraph(flag.help)]
     if "config" in flags.FLAGS:
         lines += ["  --config=FILE", _paragraph(flags.FLAGS["config"].help)]
