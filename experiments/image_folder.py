@@ -10,9 +10,9 @@ Source: GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions") with B
 Command: python -m inception_jax.main --config experiments/image_folder.py --workdir runs/mine \
     --config.data.source=IMAGES --config.data.directory=DATA
   IMAGES contains train/CLASS/ and val/CLASS/, or only CLASS/, in which case a fraction is held out
-  (--config.data.val_fraction=0.2). It may also be a zip or tar archive of that. DATA is the directory for
-  prepared data; use one for each IMAGES. --config.data.on_unreadable=skip skips corrupt and
-  non-image files.
+  (--config.data.val_fraction=0.2). It may also be a zip or tar archive of that. DATA is the
+  directory for prepared data; use one for each IMAGES. --config.data.on_unreadable=skip skips
+  corrupt and non-image files.
   --config.init.pretrained=results/pretrained/googlenet-s16-tiny-imagenet.safetensors starts from
   pretrained weights and trains for a third of the epochs. To train longer:
   --config.train.duration='200 epochs'
