@@ -31,7 +31,10 @@ def test_unknown_name_suggests_nearest() -> None:
             Data(name="digits", layout="classes"),
             r"config\.data\.layout = 'classes': must be 'auto' for 'digits'; only 'image_folder' ",
         ),
-        (Data(name="cifar10", tfds="cifar100"), r"config\.data\.tfds = 'cifar100': only 'tfds'"),
+        (
+            Data(name="cifar10", tfds="cifar100"),
+            r"config\.data\.tfds = 'cifar100': must be '' for 'cifar10'",
+        ),
         (Data(name="tfds"), r"config\.data\.tfds = '': must be the name of a TFDS data set"),
         (Data(name="tfds", tfds="a/b/c"), r"config\.data\.tfds = 'a/b/c': must be the name"),
         (Data(name="image_folder", archive_encoding="utf-16"), r"archive_encoding = 'utf-16'"),

@@ -188,7 +188,9 @@ def test_default_directory_is_tfds_default(
 
 
 def test_source_for_data_set_without_source_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.data\.source = 'x': 'digits' needs none"):
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.source = 'x': must be empty for 'digits'"
+    ):
         prepare(config.Data(name="digits", source="x", directory=str(tmp_path)))
 
 

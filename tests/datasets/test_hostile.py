@@ -237,7 +237,7 @@ def test_oversized_file_is_not_read(
     ):
         source.read("a/large.jpg")
     monkeypatch.setattr(image_files, "MAX_BYTES", 1000)
-    with pytest.raises(DataError, match=r"large\.jpg: has more than 1,000 bytes"):
+    with pytest.raises(DataError, match=r"large\.jpg: must not be larger than 1,000 bytes"):
         image_files.read(str(tmp_path / "a" / "large.jpg"))
 
 

@@ -92,12 +92,14 @@ def test_empty_step_range_gives_no_batches() -> None:
 
 def test_indivisible_batch_size_is_refused() -> None:
     sharding.check_batch_size(16, 8)
-    with pytest.raises(ConfigError, match=r"batch_size = 12: 8 devices .* 8 and 16"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 12: must be a multiple of 8: 8 devices.* 8 or 16"
+    ):
         sharding.check_batch_size(12, 8)
-    with pytest.raises(ConfigError, match=r"can are 8$"):
+    with pytest.raises(ConfigError, match=r"Set it to 8$"):
         sharding.check_batch_size(3, 8)
     sharding.check_batch_size(48, 8, 3)
-    with pytest.raises(ConfigError, match=r"40: 8 devices.*3 micro-batches.*are 24 and 48"):
+    with pytest.raises(ConfigError, match=r"40: .* 24: 8 devices × 3 micro-batches.* 24 or 48"):
         sharding.check_batch_size(40, 8, 3)
 
 

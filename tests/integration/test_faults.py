@@ -58,7 +58,7 @@ def test_preempted_run_saves_and_resumes_bit_identically(
         process = killable_run.TrainingProcess(paths)
         process.watch(lambda phase: phase in ("steps", "save"))
         assert process.stop(number) == EXIT_PREEMPTED, process.messages
-        assert f"{number.name}: ends once this step is saved" in process.messages
+        assert f"{number.name}: saving after the current step" in process.messages
         step = saved_step(process.messages)
         assert before < step < STEPS
         assert step == max(killable_run.finished_steps(paths.workdir)) == process.step
@@ -102,5 +102,5 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     # Only one of them logs the training (the collectives' library also prints lines).
     assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
     # The other one received the signal.
-    logged = ["SIGUSR1: ends once this step is saved" in each.stderr for each in done]
+    logged = ["SIGUSR1: saving after the current step" in each.stderr for each in done]
     assert logged == [False, True]

@@ -130,7 +130,9 @@ def test_full_disk_is_detected_before_download(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with (
         serving() as server,
-        pytest.raises(DataError, match=r"downloading .* takes up to 1\.0 MB, and 0\.0 MB are free"),
+        pytest.raises(
+            DataError, match=r"downloading .* needs up to 1\.0 MB, but only 0\.0 MB is free"
+        ),
     ):
         fetch(server, pathlib.Path(tmp_path, "tiny.zip"))
     assert not server.requested

@@ -223,7 +223,7 @@ def test_compressed_tar_is_unpacked_to_scratch_and_removed(
     with (
         TarSource(path, scratch=scratch) as source,
         pytest.raises(
-            DataError, match=r"scratch: unpacking .*x\.tgz takes up to 0\.0 MB, and 0\.0 MB are"
+            DataError, match=r"scratch: unpacking .*x\.tgz needs up to 0\.0 MB, but only 0\.0 MB is"
         ),
     ):
         source.read("b/2.jpg")
