@@ -279,6 +279,11 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     try:
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
+        elif len(sys.argv) == 1 and settings_of:
+            raise UserError(
+                f"no flags given; use --config=FILE --{settings_of}=DIR to start a run, or "
+                f"--{settings_of}=DIR to resume it. See --help"
+            )
         else:
             with compilation_cache.log_cache_errors(console.log):
                 main(_parse(sys.argv, settings_of))
@@ -355,7 +360,8 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     _check_values_given(argv)
     for argument in argv[1:]:
         if match := _OVERRIDE.match(argument):
-            configs.check_path(match[1])
+            value = argument.partition("=")[2]
+            configs.check_path(match[1], prefix="--config.", value=value)
     argv, entries = _without_entries([with_tuple(argument) for argument in argv])
     _config_argv[:] = argv
     try:
@@ -363,7 +369,7 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         _put_entries(entries)
         return rest
     except flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown_flag(error.flagname)) from error
+        raise UserError(_unknown_flag(error.flagname, argv)) from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 
@@ -485,13 +491,15 @@ def _check_values_given(argv: Sequence[str]) -> None:
             raise UserError(f"{argument}: needs a value: {argument}=VALUE")
 
 
-def _unknown_flag(name: str) -> str:
+def _unknown_flag(name: str, argv: Sequence[str]) -> str:
     """Returns the message for a flag that does not exist, with a suggestion."""
     own = [flag for flag in flags.FLAGS if not flag.startswith("config.")]
     hint = ""
     # A misspelled flag takes precedence over another trainer's name for a setting.
     if not difflib.get_close_matches(name, own, n=1, cutoff=0.8) and "config" in flags.FLAGS:
-        hint = configs.did_you_mean(name, "--config.")
+        given = (argument.lstrip("-").partition("=") for argument in argv)
+        value = next((value for flag, _, value in given if flag == name), "")
+        hint = configs.did_you_mean(name, "--config.", value)
     hint = hint or nearest(name, own, "--")
     return f"--{name}: no such flag.{hint} See --help"
 

@@ -20,7 +20,7 @@ from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import lock
 from inception_jax.storage.workdir import Workdir
-from inception_jax.training import loop, run, schedules
+from inception_jax.training import initialization, loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
@@ -241,6 +241,8 @@ def _resolve_settings(
     else:
         experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, console.log)
+    if before.record is None:
+        initialization.check_file(config)
     config = workdirs.with_recorded_auto_settings(before, config)
     return before, config, workdirs.check_compatible(before, config, own), experiment
 

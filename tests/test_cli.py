@@ -51,7 +51,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--config.model.name=goglenet"], "Did you mean googlenet"),
         (["--noconfig.augment.flop"], "augment.flip"),
         (["--workdri=x"], "--workdri: no such flag. Did you mean --workdir"),
-        (["--lr=0.1"], "Did you mean --config.schedule.learning_rate"),
+        (["--lr=0.1"], "Did you mean --config.schedule.learning_rate=0.1?"),
         (["--batch-size", "8"], "Did you mean --config.train.batch_size"),
         (["--resume"], "Runs resume automatically"),
         (["--config.train.lr=0.1"], "Did you mean schedule.learning_rate"),
@@ -61,7 +61,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         ),
         (
             ["--config.train.length.epochs=9"],
-            "It is now train.duration='20 epochs'.",
+            "It was renamed; use --config.train.duration='9 epochs'.",
         ),
         (["--config.data.image_size=64px"], "of type int, without a unit: --config.data.image_siz"),
         (["--config=experiments/tiny.py"], "--config: given 2 times (experiments/digits.py, e"),
@@ -93,7 +93,7 @@ def test_usage_error_gives_one_message_and_exit_code_2(
         ("config = Config(); config.train.lr = 3; return config", "config.train.lr: no such"),
         (
             "config = Config(); config.train.length.epochs = 3",
-            "It is now train.duration='20 epochs'",
+            "It was renamed; use --config.train.duration=",
         ),
         ("Config().log.every.steps = 3", "A duration is one string, such as '20 epochs'"),
         ("return 3", "must return an inception_jax.config.Config"),

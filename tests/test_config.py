@@ -330,12 +330,12 @@ def test_a_setting_recorded_under_both_names_keeps_the_new_one() -> None:
     ],
 )
 def test_old_name_gets_the_new_one_as_suggestion(old: str, new: str) -> None:
-    assert f"no such setting. It is now {new}." in configs.unknown_field(old)
+    assert f"no such setting. It was renamed; use {new}." in configs.unknown_field(old)
 
 
 def test_old_name_that_another_setting_has_today_suggests_that_setting() -> None:
     assert configs.did_you_mean("flip", "--config.") == " Did you mean --config.augment.flip?"
-    assert configs.did_you_mean("evaluation.flip") == " It is now evaluation.flip_tta."
+    assert configs.did_you_mean("evaluation.flip") == " It was renamed; use evaluation.flip_tta."
 
 
 def test_renamed_settings_map_to_existing_ones() -> None:

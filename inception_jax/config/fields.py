@@ -136,8 +136,12 @@ def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
     return filled
 
 
-def check_path(path: str) -> None:
+def check_path(path: str, *, prefix: str = "", value: str = "") -> None:
     """Checks that a dotted path names a setting.
+
+    Args:
+      path: the dotted path.
+      prefix, value: for the suggestion, as in `did_you_mean`.
 
     Raises:
       ConfigError: with a suggestion, if it does not.
@@ -159,15 +163,16 @@ def check_path(path: str) -> None:
     if inner := [known for known in paths if known.startswith(f"{path}.")]:
         some = ", ".join(sorted(inner))
         raise ConfigError(f"config.{path}: is a group of settings; give one of {some}")
-    raise ConfigError(unknown_field(path))
+    raise ConfigError(unknown_field(path, prefix=prefix, value=value))
 
 
-def unknown_field(path: str) -> str:
+def unknown_field(path: str, *, prefix: str = "", value: str = "") -> str:
     """Returns the message for a setting that does not exist, with a suggestion."""
-    return f"config.{path}: no such setting.{did_you_mean(path)} See --help for all settings"
+    hint = did_you_mean(path, prefix, value)
+    return f"config.{path}: no such setting.{hint} See --help for all settings"
 
 
-def did_you_mean(path: str, prefix: str = "") -> str:
+def did_you_mean(path: str, prefix: str = "", value: str = "") -> str:
     """Returns ' Did you mean X?' for the name or path of a setting that does not exist, or ''.
 
     It knows the names of settings in older versions and in other trainers.
@@ -175,6 +180,7 @@ def did_you_mean(path: str, prefix: str = "") -> str:
     Args:
       path: what was given, with or without a group.
       prefix: put before the setting's path.
+      value: what the user gave it, if known.
     """
     path = path.lower().replace("-", "_")
     group, _, name = path.rpartition(".")
@@ -182,13 +188,15 @@ def did_you_mean(path: str, prefix: str = "") -> str:
     same_name = [p for p in known if p.rpartition(".")[2] == name]
     # A last part alone may also be that of a setting of today: --flip is augment.flip.
     is_old = bool(group) or not same_name
-    if is_old and (renamed := other_names.new_name(path, prefix)):
-        return f" It is now {renamed}."
+    if is_old and (renamed := other_names.new_name(path)):
+        return f" It was renamed; use {prefix}{other_names.with_value(renamed, value)}."
     same_group = [p for p in same_name if group and p.startswith(f"{group.partition('.')[0]}.")]
     if not same_group and name in other_names.ANSWER_TO:
         return f" {other_names.ANSWER_TO[name]}."
     meant = [*same_group, *filter(None, [other_names.SETTING_OF.get(name)]), *same_name]
-    return f" Did you mean {prefix}{meant[0]}?" if meant else nearest(path, known, prefix)
+    if not meant:
+        return nearest(path, known, prefix)
+    return f" Did you mean {prefix}{other_names.with_value(meant[0], value)}?"
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -1,6 +1,7 @@
 """Names of settings in older versions and in other trainers."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,20 +95,34 @@ def current_path(path: str) -> str:
     return RENAMED[path].path if path in RENAMED else path
 
 
-def new_name(path: str, prefix: str = "") -> str:
+def with_value(setting: str, value: str) -> str:
+    """Returns a suggested setting with the value that the user gave, in place of an example's.
+
+    >>> with_value("train.duration='20 epochs'", "3"), with_value("schedule.learning_rate", "0.1")
+    ("train.duration='3 epochs'", 'schedule.learning_rate=0.1')
+    """
+    path, _, example = setting.partition("=")
+    if not example:
+        return f"{path}={value}" if value else path
+    unit = re.fullmatch(r"'[\d.]+ (\w+)'", example)
+    if not unit or not re.fullmatch(r"\d+(\.\d+)?", value):
+        return setting
+    return f"{path}='{durations.Duration(float(value), unit[1].removesuffix('s') + 's')}'"
+
+
+def new_name(path: str) -> str:
     """Returns how a setting of an older version is given today; '' if it is unknown.
 
     Args:
       path: dotted, or its last part alone.
-      prefix: put before today's path.
     """
     for old, new in RENAMED.items():
         if new.path == old and path != old and not path.startswith(f"{old}."):
             continue  # Only the form of its value changed, so the last part alone is no hint.
         if f"{path}.".startswith(f"{old}.") or path == old.rpartition(".")[2]:
             if not new.path:
-                return prefix + new.example
-            return prefix + new.path + (f"={new.example!r}" if new.example else "")
+                return new.example
+            return new.path + (f"={new.example!r}" if new.example else "")
     return ""
 
 

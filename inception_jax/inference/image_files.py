@@ -47,7 +47,7 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
         raise DataError(
             f"{folders.quote_and_join([folders.escape_for_display(path) for path in missing])}: "
-            "no such file or folder. Nothing was read; correct the paths"
+            "no such file or folder; no image was classified"
         )
     if arguments.count(STDIN) > 1:
         raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")

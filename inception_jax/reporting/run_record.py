@@ -182,10 +182,13 @@ def _read_rows(path: pathlib.Path, classes: int | None) -> list[Row]:
     """
     try:
         lines = read_metrics(path)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UserError(
-            f"{path}: cannot read: {error.strerror}. Use the --workdir of a run that has started"
+            f"{path.parent}: not a run with metrics ({path.name} not found); use the folder of a run "
+            "that has started"
         ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not lines:
         raise UserError(
             f"{path}: contains no metrics yet; wait for the run's first report (config.log.every)"

@@ -38,10 +38,11 @@ class Progress(console.Progress):
         self._enabled = enabled
         self._steps = total_steps
         self._batch_size = batch_size
-        self._step = self._first_step = initial_step
+        self._step = initial_step
         self._pauses = pauses
-        self._started, self._paused = time.monotonic(), pauses()
-        self._paused_at_start = self._paused
+        self._paused = pauses()
+        # Step, time and pauses at the last line, from which throughput is measured.
+        self._mark = (initial_step, time.monotonic(), self._paused)
         if enabled and self._stream.isatty():
             self._bar = self.draw(
                 initial=initial_step * batch_size,
@@ -66,10 +67,11 @@ class Progress(console.Progress):
             self._bar.update((step - self._step) * self._batch_size)
         self._step = step
 
-    def status(self, values: Mapping[str, float]) -> None:
+    def status(self, step: int, values: Mapping[str, float]) -> None:
         """Shows training metrics after the bar or, without one, as a line.
 
         Args:
+          step: the last step that the metrics include.
           values: metrics such as loss and top1, shown with four digits.
         """
         texts = {name: f"{value:.4g}" for name, value in values.items()}
@@ -77,7 +79,7 @@ class Progress(console.Progress):
             self._bar.set_postfix(texts)
         else:
             metrics = "".join(f", {name} {value}" for name, value in texts.items())
-            self.note(f"{self._position()}{metrics}")
+            self.note(f"{self._position(step)}{metrics}")
 
     def note(self, line: str) -> None:
         """Prints a line above the bar or, without one, with the time."""
@@ -86,13 +88,14 @@ class Progress(console.Progress):
         elif self._enabled:
             print(time.strftime("%H:%M:%S"), line, file=self._stream, flush=True)
 
-    def _position(self) -> str:
-        """Returns step, percentage, throughput and time left, measured without pauses."""
-        text = f"step {self._step}/{self._steps} ({100 * self._step / self._steps:.1f}%)"
-        paused = self._pauses() - self._paused_at_start
-        done, elapsed = self._step - self._first_step, time.monotonic() - self._started - paused
+    def _position(self, step: int) -> str:
+        """Returns step, percentage, throughput and time left, since the last line without pauses."""
+        text = f"step {step}/{self._steps} ({100 * step / self._steps:.1f}%)"
+        now = (step, time.monotonic(), self._pauses())
+        done, passed, paused = (new - old for new, old in zip(now, self._mark, strict=True))
+        self._mark, elapsed = now, passed - paused
         if done and elapsed > 0:
-            left = round((self._steps - self._step) * elapsed / done)
+            left = round((self._steps - step) * elapsed / done)
             text += f", {done * self._batch_size / elapsed:.0f} images/s, {_duration(left)} left"
         return text
 

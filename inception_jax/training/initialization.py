@@ -46,6 +46,20 @@ def create_state(run: Run) -> TrainState:
     return states.with_initial_weights(create(), initialize_from(run, abstract).values)
 
 
+def check_file(config: Config) -> None:
+    """Checks that the file in config.init.pretrained exists, before data are prepared.
+
+    Raises:
+      ConfigError: if it does not.
+    """
+    name = config.init.pretrained
+    if name and not paths.local_path(name, "config.init.pretrained").is_file():
+        raise ConfigError(
+            f"config.init.pretrained = {name!r}: file not found; set it to a weights file, such as "
+            "one written by tools.export"
+        )
+
+
 def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
     """Reads the variables for a new run from the file in config.init.pretrained.
 

@@ -98,7 +98,9 @@ class Reporter:
             f"{self._main} images, {run.total_steps:,} steps of {run.config.train.batch_size}, on "
             f"{devices}"
         )
-        if first:
+        if first >= run.total_steps:
+            self.log(f"already finished at step {first:,}; nothing left to train")
+        elif first:
             self.log(f"resumed at step {first:,}, epoch {run.timeline.epoch(first):.2f}")
         for line in notes:
             self.log(line)
@@ -134,7 +136,7 @@ class Reporter:
         values = metrics.compute()
         rate = self._learning_rate(step)
         self._write(step, "train", {**values, **rate, **timing})
-        self._progress.status({"loss": values["loss"], "top1": values["top1"], **rate})
+        self._progress.status(step, {"loss": values["loss"], "top1": values["top1"], **rate})
 
     def check_finite(self, step: int, metrics: TrainMetrics) -> None:
         """Logs skipped steps; raises at a non-finite loss or gradient, or at too many in a row.

@@ -16,7 +16,7 @@ def test_without_a_terminal_each_status_is_a_line() -> None:
     with Progress(400, initial_step=100, batch_size=32, stream=stream) as progress:
         for step in range(101, 201):
             progress.step(step)
-        progress.status({"loss": 1.23456, "top1": 45.6789})
+        progress.status(200, {"loss": 1.23456, "top1": 45.6789})
         progress.note("epoch 2: validation top-1 40%")
     status, note = stream.getvalue().splitlines()
     assert re.fullmatch(
@@ -27,21 +27,24 @@ def test_without_a_terminal_each_status_is_a_line() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d epoch 2: validation top-1 40%", note)
 
 
-def test_throughput_and_time_left_are_those_of_this_process(
+def test_throughput_and_time_left_are_those_since_the_last_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 50.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     stream = io.StringIO()
     progress = Progress(1000, initial_step=900, batch_size=10, stream=stream)
-    progress.status({})
+    progress.status(900, {})
     now += 20
     progress.step(901)
-    progress.step(902)
-    progress.status({})
-    first, second = stream.getvalue().splitlines()
+    progress.step(903)  # Dispatched since, and not part of the metrics.
+    progress.status(902, {})
+    now += 1
+    progress.status(904, {})
+    first, second, third = stream.getvalue().splitlines()
     assert first.endswith(" step 900/1000 (90.0%)")
     assert second.endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left")
+    assert third.endswith(" step 904/1000 (90.4%), 20 images/s, 0:00:48 left")
 
 
 def test_compilation_is_excluded_from_throughput_and_time_left(
@@ -56,7 +59,7 @@ def test_compilation_is_excluded_from_throughput_and_time_left(
     now += 80
     compiled += 60
     progress.step(902)
-    progress.status({})
+    progress.status(902, {})
     assert stream.getvalue().endswith(" step 902/1000 (90.2%), 1 images/s, 0:16:20 left\n")
 
 
@@ -81,7 +84,7 @@ def test_terminal_shows_a_bar_with_notes_above() -> None:
         progress.step(2)
         progress.note("a note")
         progress.step(4)
-        progress.status({"loss": 2.0})
+        progress.status(4, {"loss": 2.0})
     text = stream.getvalue()
     assert "2.00k/2.00k" in text
     assert "images/s" in text
@@ -93,7 +96,7 @@ def test_terminal_shows_a_bar_with_notes_above() -> None:
 def test_disabled_progress_shows_nothing(stream: io.StringIO) -> None:
     with Progress(4, initial_step=0, batch_size=8, stream=stream, enabled=False) as progress:
         progress.step(1)
-        progress.status({"loss": 1.0})
+        progress.status(1, {"loss": 1.0})
         progress.note("a note")
     assert stream.getvalue() == ""
 
