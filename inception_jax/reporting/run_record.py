@@ -184,8 +184,8 @@ def _read_rows(path: pathlib.Path, classes: int | None) -> list[Row]:
         lines = read_metrics(path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path.parent}: not a run with metrics ({path.name} not found); use the folder of a run "
-            "that has started"
+            f"{path.parent}: not a run with metrics ({path.name} not found); use the folder of a "
+            "run that has started"
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

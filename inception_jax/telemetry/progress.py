@@ -89,7 +89,7 @@ class Progress(console.Progress):
             print(time.strftime("%H:%M:%S"), line, file=self._stream, flush=True)
 
     def _position(self, step: int) -> str:
-        """Returns step, percentage, throughput and time left, since the last line without pauses."""
+        """Returns step, percentage, recent throughput and time left, both without pauses."""
         text = f"step {step}/{self._steps} ({100 * step / self._steps:.1f}%)"
         now = (step, time.monotonic(), self._pauses())
         done, passed, paused = (new - old for new, old in zip(now, self._mark, strict=True))

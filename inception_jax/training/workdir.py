@@ -238,7 +238,7 @@ def restore_overrides(
                 own[path] = configs.plain(here)
                 restored.append(f"config.{path} = {value!r}")
     if restored:
-        log(f"not given, so kept from the start of the run: {', '.join(restored)}")
+        log(f"kept from this run's start, as not on this command line: {', '.join(restored)}")
     return {**experiment, "own": own}
 
 

@@ -134,7 +134,7 @@ def test_workdir_alone_can_be_evaluated_and_resumed(
         f"--config.data.directory={tmp_path / 'data'}",
     )  # fmt: skip
     assert json.loads(again.stdout) == expected, again.stderr
-    assert "not given, so kept from the start of the run: " in again.stderr
+    assert "kept from this run's start, as not on this command line: " in again.stderr
     assert "config.model.width = 0.125" in again.stderr
     # --print_config names the run as the origin of what was overridden.
     shown = command.check("main", data[0], f"--workdir={folder}", "--print_config")

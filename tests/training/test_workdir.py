@@ -242,7 +242,7 @@ def test_overrides_of_first_start_are_restored(tmp_path: pathlib.Path) -> None:
         "train.image_sizes": [],
     }
     assert log == [
-        "not given, so kept from the start of the run: config.model.width = 0.5, "
+        "kept from this run's start, as not on this command line: config.model.width = 0.5, "
         "config.train.image_sizes = (16,)"
     ]
     assert len(workdirs.check_compatible(workdirs.load_previous_run(folder), config)) == 1
