@@ -44,7 +44,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.train.batchsize=3"], "Did you mean train.batch_size"),
+        (["--config.train.batchsize=3"], "Did you mean --config.train.batch_size?"),
         (["--config.train=3"], "is a group of settings"),
         (["--config.train.batch_size=many"], "many"),
         (["--config.train.batch_size=0"], "config.train.batch_size = 0: must be at least 1"),
@@ -54,7 +54,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--lr=0.1"], "Did you mean --config.schedule.learning_rate=0.1?"),
         (["--batch-size", "8"], "Did you mean --config.train.batch_size"),
         (["--resume"], "Runs resume automatically"),
-        (["--config.train.lr=0.1"], "Did you mean schedule.learning_rate"),
+        (["--config.train.lr=0.1"], "Did you mean --config.schedule.learning_rate=0.1?"),
         (
             ["--config.train.batch_size=60 images"],
             "without a unit: --config.train.batch_size=60",
@@ -93,7 +93,7 @@ def test_usage_error_gives_one_message_and_exit_code_2(
         ("config = Config(); config.train.lr = 3; return config", "config.train.lr: no such"),
         (
             "config = Config(); config.train.length.epochs = 3",
-            "It was renamed; use --config.train.duration=",
+            "It was renamed; use train.duration=",
         ),
         ("Config().log.every.steps = 3", "A duration is one string, such as '20 epochs'"),
         ("return 3", "must return an inception_jax.config.Config"),
