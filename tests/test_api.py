@@ -378,7 +378,7 @@ def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib
     before = global_state()
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match="which is saved"):
+    with pytest.raises(KeyboardInterrupt, match="the state is saved"):
         inception_jax.train(config, tmp_path, **objects)
     assert global_state() == before
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]

@@ -85,7 +85,7 @@ def test_run_of_older_version_says_how_to_upgrade(
     record = json.loads(finished[1].config.read_text())
     del record["dataset"]["class names"]
     atomic.write_json(Workdir(tmp_path).config, record)
-    with pytest.raises(CheckpointError, match="Start the training's command once more: it adds"):
+    with pytest.raises(CheckpointError, match="Rerun the training command once to add them"):
         load.load(workdir=tmp_path, weights=None, checkpoint="best")
 
 

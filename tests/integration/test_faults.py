@@ -26,8 +26,8 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Campai
 def saved_step(messages: str) -> int:
     """Returns the step that a stopped process reports as saved."""
     matches = re.findall(
-        r"^stopped as a signal asked, after step ([\d,]+) of [\d,]+, which is saved; "
-        r"the same command goes on from it$",
+        r"^stopped by a signal after step ([\d,]+) of [\d,]+; the state is saved. Rerun the same "
+        r"command to resume$",
         messages,
         re.MULTILINE,
     )

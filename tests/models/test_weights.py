@@ -255,7 +255,9 @@ def test_model_settings_are_copied() -> None:
 def test_unregistered_network_is_reported(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights"
     weights.save(path, example(model=Model(name="my_net")))
-    with pytest.raises(ConfigError, match=r"weights: .*'my_net'.* once the file .* is imported"):
+    with pytest.raises(
+        ConfigError, match=r"weights: .*'my_net'.* import the file that registers it"
+    ):
         _ = weights.load(path).network
 
 

@@ -158,6 +158,6 @@ def test_data_directory_can_have_any_name(storage: str, tmp_path: pathlib.Path) 
 
 def test_non_utf8_data_directory_is_rejected(tmp_path: pathlib.Path) -> None:
     folder = os.path.join(tmp_path, os.fsdecode(b"\xff"))
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not valid UTF-8"):
         prepare(Data(name="digits", directory=folder), log=print)
     assert not list(tmp_path.iterdir())

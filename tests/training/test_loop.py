@@ -602,7 +602,7 @@ def test_run_continues_on_full_disk_if_configured(
         small.train(this, folder, evaluator_of(this), changed=[])
     assert {3, 5, 7} <= set(failed)
     log = capsys.readouterr().err
-    assert "No space left on device" in log and "Training goes on" in log
+    assert "No space left on device" in log and "Training continues" in log
     steps = sorted(int(path.name) for path in folder.checkpoints.iterdir())
     assert steps == [2, 10, 11]
     assert_same(this, folder, expected)
