@@ -229,7 +229,7 @@ def test_weights_of_a_custom_network_are_usable_with_it(
     images = names["images"][:300]
     labels = [best.label for best, *_ in inception_jax.Predictor(weights).predict(images)]
     assert np.mean(np.array(labels) == names["digits"].target[:300]) > 0.6
-    with pytest.raises(UserError, match=r"an object of a program \(Net\)\. Register it"):
+    with pytest.raises(UserError, match=r"given as an object \(Net\); register it"):
         save_weights(tmp_path / "x.safetensors", weights)
 
 
@@ -313,8 +313,11 @@ def net(call: Any) -> nn.Module:
             {"model": net(lambda self, x, train=False: [nn.Dense(10)(x.mean((1, 2)))])},
             "Net.* returned ",
         ),
-        ({"optimizer": "adam"}, "optimizer: must be a GradientTransformation such as .* got str"),
-        ({"dataset": "digits"}, "dataset: must be a Dataset .* got str"),
+        (
+            {"optimizer": "adam"},
+            "optimizer: must be an optax.GradientTransformation such as .* got str",
+        ),
+        ({"dataset": "digits"}, "dataset: must be an .*Dataset, got str"),
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8),)}, r"pair \(images, labels\), got 1"),
         ({"dataset": (np.zeros((4, 8, 8, 3)), np.arange(4))}, "images: .*float64"),
         ({"dataset": (np.zeros((4, 8, 8, 3), np.uint8), np.arange(3))}, "labels: "),

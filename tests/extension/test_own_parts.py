@@ -290,7 +290,9 @@ def test_network_without_logits_is_named(
 @pytest.mark.usefixtures("temporary_registry")
 def test_images_too_small_for_custom_network_are_rejected(data_directory: pathlib.Path) -> None:
     name = registered(registry.register_model, min_image_size=9)(lambda s, n: Wide())
-    with pytest.raises(ConfigError, match=r"data\.image_size = 8: broken needs at least 9 px"):
+    with pytest.raises(
+        ConfigError, match=r"data\.image_size = 8: must be at least 9 px for broken"
+    ):
         run.assemble(custom_config(data_directory, model=Model(name=name)), log=lambda _: None)
 
 
@@ -357,5 +359,5 @@ def test_unknown_name_option_or_setting_is_rejected(
 
 
 def test_builtin_names_cannot_be_registered_again() -> None:
-    with pytest.raises(ConfigError, match=r"registers the model 'googlenet', which .*networks\.py"):
+    with pytest.raises(ConfigError, match=r"'googlenet' is already registered by .*networks\.py"):
         registry.register_model("googlenet")(lambda settings, num_classes: Wide())
