@@ -69,7 +69,7 @@ def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
             IntegerLogits(),
             r"'IntegerLogits' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]",
         ),
-        (NoParameters(), "'NoParameters' has no parameters, so there is nothing to train"),
+        (NoParameters(), "'NoParameters' has no parameters, so it cannot be trained"),
         (Misspelled(), "'Misspelled' failed .* AttributeError: .* has no attribute 'Dens'"),
     ],
     ids=lambda each: type(each).__name__,
@@ -97,7 +97,7 @@ def test_invalid_label_numbering_is_rejected(labels: list[int], words: str) -> N
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda c, s: ij.train(c, ""), "workdir: is empty"),
+        (lambda c, s: ij.train(c, ""), "workdir: must not be empty"),
         (lambda c, s: ij.train_batches(c), "run: must be a Run from assemble.*, got Config"),
         (lambda c, s: ij.train_batches(s, -3, 1), "start = -3, stop = 1: must be integers"),
         (lambda c, s: ij.train_batches(s, 3, 1), "start = 3, stop = 1: must be integers"),
