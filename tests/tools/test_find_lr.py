@@ -53,7 +53,7 @@ def test_unreliable_curve_prints_no_rate(
     assert "learning_rate=" not in done.stdout
     assert "but none is proposed:" in done.stderr
     assert "--steps=51" in done.stderr
-    assert "Give a larger --high" in done.stderr
+    assert "Use a larger --high" in done.stderr
     results = json.loads((tmp_path / "find_lr.json").read_text())
     assert results["proposal"] is None
     assert len(results["doubts"]) >= 2

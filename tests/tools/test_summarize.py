@@ -47,7 +47,7 @@ def test_weights_show_filters_and_activations(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tools.summarize"], "give one of --config=EXPERIMENT, --workdir=DIR and --weights=FILE"),
+        (["tools.summarize"], "give one of --config=FILE, --workdir=DIR or --weights=FILE"),
         ([*DIGITS, "--image=x.png"], "--image: activations need trained weights"),
         (
             ["tools.summarize", "--config=experiments/image_folder.py"],

@@ -213,5 +213,5 @@ def test_sam_rho_reaches_step(data_directory: pathlib.Path) -> None:
 def test_batch_not_divisible_into_microbatches_is_rejected(tmp_path: pathlib.Path) -> None:
     config = small.config(tmp_path)
     config.train.grad_accum_steps = 3
-    with pytest.raises(ConfigError, match=r"batch_size = 64.*grad_accum_steps.*48 and 72"):
+    with pytest.raises(ConfigError, match=r"batch_size = 64.*grad_accum_steps.*48 or 72"):
         run.assemble(config, log=lambda _: None)
