@@ -458,7 +458,7 @@ def test_stretching_a_finished_schedule_logs_warning(
     before, now = (f"{float(each.schedule(n)):.2g}" for each, n in ((reference[0], 10), (this, 11)))
     assert float(now) > 2 * float(before)
     log = capsys.readouterr().err
-    assert f"warning: the learning rate rises from {before} to {now} at step 11, as" in log
+    assert f"warning: the learning rate rises from {before} to {now} at step 11 because" in log
 
 
 @pytest.mark.slow
@@ -467,7 +467,7 @@ def test_compilation_is_logged_with_its_time(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compilations, "_file", lambda: tmp_path / "seconds.json")
+    monkeypatch.setattr(compilations, "_seconds_file", lambda: tmp_path / "seconds.json")
     config = small.config(data_directory)
     this = dataclasses.replace(small.build(config), model=small.Linear())
     abstract, _ = state.lower_init(this)
