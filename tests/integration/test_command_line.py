@@ -146,7 +146,7 @@ def test_workdir_alone_can_be_evaluated_and_resumed(
     )
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == STEPS + 4
-    assert f"config.train.duration: {STEPS} steps → {STEPS + 4} steps" in longer.stderr
+    assert f"config.train.duration: '{STEPS} steps' → '{STEPS + 4} steps'" in longer.stderr
     assert "warning: the learning rate rises from " in longer.stderr
     assert "Total: " not in longer.stderr
     resumed = json.loads((folder / "config.json").read_text())
