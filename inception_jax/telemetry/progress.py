@@ -17,8 +17,10 @@ class Progress(console.Progress):
       batch_size: examples per step over all devices.
       stream: output; a terminal shows a bar. None: stderr.
       enabled: whether to write anything; only one process should.
-      pauses: returns the total seconds, such as those of compilation, to exclude from throughput
-        and time left.
+      pauses: returns the total seconds, such as those of compilation, to exclude from the time
+        left.
+      train_seconds: returns the total seconds of training, without evaluations and checkpoints,
+        from which throughput is computed.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Progress(console.Progress):
         stream: TextIO | None = None,
         enabled: bool = True,
         pauses: Callable[[], float] = lambda: 0.0,
+        train_seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         # Counts images, so that the rate is images per second for any batch size.
         super().__init__("training", total_steps * batch_size)
@@ -38,11 +41,13 @@ class Progress(console.Progress):
         self._enabled = enabled
         self._steps = total_steps
         self._batch_size = batch_size
-        self._step = initial_step
+        self._step = self._first_step = initial_step
         self._pauses = pauses
-        self._paused = pauses()
-        # Step, time and pauses at the last line, from which throughput is measured.
-        self._mark = (initial_step, time.monotonic(), self._paused)
+        self._started, self._paused = time.monotonic(), pauses()
+        self._paused_at_start = self._paused
+        self._train_seconds = train_seconds
+        # Step and training seconds at the last line.
+        self._last_line = (initial_step, train_seconds())
         if enabled and self._stream.isatty():
             self._bar = self.draw(
                 initial=initial_step * batch_size,
@@ -89,14 +94,19 @@ class Progress(console.Progress):
             print(time.strftime("%H:%M:%S"), line, file=self._stream, flush=True)
 
     def _position(self, step: int) -> str:
-        """Returns step, percentage, recent throughput and time left, both without pauses."""
+        """Returns step, percentage, throughput since the last line, and time left."""
         text = f"step {step}/{self._steps} ({100 * step / self._steps:.1f}%)"
-        now = (step, time.monotonic(), self._pauses())
-        done, passed, paused = (new - old for new, old in zip(now, self._mark, strict=True))
-        self._mark, elapsed = now, passed - paused
+        before, seconds_before = self._last_line
+        self._last_line = step, seconds = step, self._train_seconds()
+        if step > before and seconds > seconds_before:
+            text += (
+                f", {(step - before) * self._batch_size / (seconds - seconds_before):.0f} images/s"
+            )
+        paused = self._pauses() - self._paused_at_start
+        done, elapsed = step - self._first_step, time.monotonic() - self._started - paused
         if done and elapsed > 0:
-            left = round((self._steps - step) * elapsed / done)
-            text += f", {done * self._batch_size / elapsed:.0f} images/s, {_duration(left)} left"
+            # From the average since the start, which includes evaluations.
+            text += f", {_duration(round((self._steps - step) * elapsed / done))} left"
         return text
 
 

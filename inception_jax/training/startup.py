@@ -58,6 +58,7 @@ def open_run(
                 enabled=run.is_lead,
                 # Compiling the training step and, in this thread, the first evaluation.
                 pauses=lambda: clock.seconds("compile") + compilations.thread_seconds(),
+                train_seconds=lambda: clock.seconds("train") + clock.seconds("input"),
             ) as progress,
             Watchdog(
                 clock,
