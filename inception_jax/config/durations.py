@@ -51,7 +51,8 @@ def parse_duration(text: str) -> Duration | None:
     if match is None or unit not in UNITS:
         unitless = re.fullmatch(r"[-+.\deE]+", text)
         raise ConfigError(
-            f"must be a duration such as {EXAMPLE}{'; the unit is missing' if unitless else ''}"
+            f"must be a duration such as {EXAMPLE}"
+            + (f"; the unit is missing, as in '{text} epochs'" if unitless else "")
         )
     amount = float(match[1])
     if amount < 0:

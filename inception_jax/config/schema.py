@@ -288,7 +288,7 @@ class Model:
     norm: str = setting(
         "batch",
         "batch = BatchNorm after each convolution; lrn = the paper's two local response "
-        "normalizations",
+        "normalizations; none = neither",
         choices=NORMS,
     )
     norm_momentum: float = resumable(
