@@ -104,7 +104,7 @@ class LinkOutside(SphinxTransform):
 
 
 def setup(app: Sphinx) -> None:
-    """Adds what the pages need besides the extensions."""
+    """Adds what the pages need in addition to the extensions."""
     app.add_source_suffix(".ipynb", "ipynb")
     app.add_source_parser(NotebookParser)
     app.add_transform(LinkOutside)

@@ -129,7 +129,7 @@ class Data:
     eval_split: str = setting(
         "",
         "for name=tfds: the split to evaluate on, or a slice of it; empty = validation or test, or "
-        "the only split besides train",
+        "the only split other than train",
     )
     val_fraction: float = setting(
         0.2,
@@ -453,7 +453,7 @@ class Evaluation:
     )
     metrics: tuple[str, ...] = resumable(
         ("top1", "top5"),
-        "metrics to report besides the loss, in training and evaluation; top5 needs more than five "
+        "metrics to report in addition to the loss, in training and evaluation; top5 needs more than five "
         "classes",
         registry="metric",
     )
