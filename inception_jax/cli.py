@@ -362,7 +362,7 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         if match := _OVERRIDE.match(argument):
             value = argument.partition("=")[2]
             configs.check_path(match[1], prefix="--config.", value=value)
-    argv, entries = _without_entries([with_tuple(argument) for argument in argv])
+    argv, entries = _without_entries(with_tuples(argv))
     _config_argv[:] = argv
     try:
         rest = flags.FLAGS(argv)[1:]
@@ -374,16 +374,24 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
 
 
-def with_tuple(argument: str) -> str:
-    """Returns an argument; a list such as top1,top5 in the form that config_flags reads."""
-    path, given, value = argument.partition("=")
-    match = _OVERRIDE.match(argument)
-    kinds = {known: kind for known, kind, _ in configs.leaves()}
-    if not match or not given or kinds.get(match[1]) != tuple[str, ...]:
-        return argument
-    if value.lstrip()[:1] in ("(", "[", "'", '"'):
-        return argument
-    return f"{path}={tuple(filter(None, (each.strip() for each in value.split(','))))!r}"
+def with_tuples(argv: Sequence[str]) -> list[str]:
+    """Returns the command line with lists such as top1,top5 in the form that config_flags reads.
+
+    >>> with_tuples(["--config.evaluation.metrics", "top1,top5", "--config.name=a,b"])
+    ["--config.evaluation.metrics=('top1', 'top5')", '--config.name=a,b']
+    """
+    tuples = {path for path, kind, _ in configs.leaves() if kind == tuple[str, ...]}
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if (match := _OVERRIDE.match(argument)) and match[1] in tuples:
+            value = value if given else next(arguments, "")
+            if value.lstrip()[:1] not in ("(", "[", "'", '"'):
+                value = repr(tuple(filter(None, (each.strip() for each in value.split(",")))))
+            argument = f"{flag}={value}"
+        rest.append(argument)
+    return rest
 
 
 def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ from inception_jax.config import Config
 
 def load(arguments: Sequence[str]) -> Config:
     """Returns the configuration that a command's arguments make, as the command line does."""
-    argv = ["command", *map(cli.with_tuple, arguments)]
+    argv = ["command", *cli.with_tuples(arguments)]
     argv = [each for each in argv if each == "command" or each.startswith("--config")]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)

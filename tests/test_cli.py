@@ -436,8 +436,9 @@ def test_print_config_shows_every_value_and_its_origin() -> None:
 
 
 def test_tuples_of_words_need_no_quotes() -> None:
-    assert cli.with_tuple("--config.evaluation.metrics=top1, top5") == (
-        "--config.evaluation.metrics=('top1', 'top5')"
-    )
+    expected = ["--config.evaluation.metrics=('top1', 'top5')"]
+    assert cli.with_tuples(["--config.evaluation.metrics=top1, top5"]) == expected
+    assert cli.with_tuples(["--config.evaluation.metrics", "top1,top5"]) == expected
+    assert cli.with_tuples(["--config.schedule.boundaries="]) == ["--config.schedule.boundaries=()"]
     for unchanged in ("--config.log.writers=('a',)", "--config.name=a,b", "--workdir=a,b"):
-        assert cli.with_tuple(unchanged) == unchanged
+        assert cli.with_tuples([unchanged]) == [unchanged]

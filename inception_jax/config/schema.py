@@ -453,8 +453,8 @@ class Evaluation:
     )
     metrics: tuple[str, ...] = resumable(
         ("top1", "top5"),
-        "metrics to report in addition to the loss, in training and evaluation; top5 needs more than five "
-        "classes",
+        "metrics to report in addition to the loss, in training and evaluation; top5 needs more "
+        "than five classes",
         registry="metric",
     )
     flip_tta: bool = resumable(
