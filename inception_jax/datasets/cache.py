@@ -54,7 +54,7 @@ _IMAGES, _DIGESTS = "_images.npy", "_digests.npy"
 _CHUNK_SIZE = 64
 # Records read at a time within a task: photos may have 10 MB each.
 _READ_CHUNK_SIZE = 8
-# Upper bound of what TFDS stores per example besides the image, including its index, bytes.
+# Upper bound of what TFDS stores per example in addition to the image, with its index, bytes.
 RECORD_OVERHEAD = 512
 _NAME_BYTES = 128
 
