@@ -107,13 +107,21 @@ class Data:
     name: str = setting("tiny_imagenet", "data set", registry="dataset")
     source: str = resumable(
         "",
-        "original files: an archive or a folder; empty = the official download, if there is one",
+        "original files: an archive or a folder, local or gs://BUCKET/PATH; empty = the official "
+        "download, if there is one",
         per_host=True,
         path=True,
     )
     directory: str = resumable(
         "",
-        "folder for prepared data; empty = the TFDS default (~/tensorflow_datasets)",
+        "folder for prepared data, local or gs://BUCKET/PATH; empty = the TFDS default "
+        "(~/tensorflow_datasets)",
+        per_host=True,
+        path=True,
+    )
+    cache: str = resumable(
+        "",
+        "local folder for copies of data in a bucket; empty = ~/.cache/inception_jax/data",
         per_host=True,
         path=True,
     )
@@ -526,6 +534,18 @@ class Checkpoint:
 
 
 @dataclasses.dataclass
+class Bucket:
+    retry_seconds: float = resumable(
+        300.0,
+        "how long to repeat a request to a bucket (gs://) that fails temporarily, such as when "
+        "the network is down",
+        unit="seconds",
+        above=0,
+        per_host=True,
+    )
+
+
+@dataclasses.dataclass
 class Log:
     every: str = resumable_duration("100 steps", "interval between reports of training metrics")
     writers: tuple[str, ...] = resumable(
@@ -588,6 +608,7 @@ class Config:
         {}, "additional evaluations, by the name under which their metrics are reported"
     )
     checkpoint: Checkpoint = setting(Checkpoint(), "when checkpoints are saved, and which are kept")
+    bucket: Bucket = setting(Bucket(), "access to Google Cloud Storage (gs:// paths)")
     log: Log = setting(Log(), "when and where metrics are reported")
     watch: Watch = setting(Watch(), "when a run counts as stalled or a host as dead")
     expected: Expected = setting(Expected(), "the result to compare with")

@@ -1,1 +1,1 @@
-"""Files on disk: paths, atomic writes, locks and integrity checks."""
+"""Files on disk and in buckets: paths, atomic writes, locks, integrity checks and transfers."""

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inception_jax.errors import WriteError
+from inception_jax.storage import buckets, paths
 
 # Marks a folder whose files were written by this program and are not part of a data set.
 MARKER = ".inception_jax"
@@ -24,11 +26,11 @@ def make_output_folder(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: paths.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path to write to, which replaces `path` at the end of the block.
 
-    The contents are flushed to disk before the replacement. On an error, an earlier file stays as
-    it was and the temporary one is removed.
+    The contents are flushed to disk before the replacement, or uploaded if `path` is in a bucket.
+    On an error, an earlier file stays as it was and the temporary one is removed.
 
     Args:
       path: the file to write.
@@ -36,6 +38,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       WriteError: if it cannot be written.
     """
+    if not paths.is_local(path):
+        with tempfile.TemporaryDirectory(prefix="inception_jax-") as folder:
+            local = pathlib.Path(folder, path.name)
+            yield local
+            buckets.write_bytes(path, local.read_bytes())
+        return
     # File systems limit names to 255 bytes, and a character has up to 4.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
     try:
@@ -55,7 +63,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: paths.Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically.
 
     Raises:

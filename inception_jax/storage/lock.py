@@ -9,8 +9,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 from inception_jax.errors import UserError
+from inception_jax.storage.workdir import LOCK_FILE
 
-LOCK_FILE = "run.lock"
 # Errors if another process has the lock. File systems without locks, such as NFS without its lock
 # service, return various other ones.
 _HELD_ERRNOS = (errno.EAGAIN, errno.EACCES)

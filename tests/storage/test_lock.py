@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from inception_jax.errors import UserError
-from inception_jax.storage import lock
+from inception_jax.storage import lock, workdir
 
 HOLD = """
 import pathlib, sys, time
-from inception_jax.storage import lock
+from inception_jax.storage import lock, workdir
 with lock.lock_workdir(pathlib.Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)
@@ -38,10 +38,10 @@ def test_second_process_is_rejected_until_the_first_is_killed(tmp_path: pathlib.
         finally:
             os.kill(process.pid, signal.SIGKILL)
     # It left an unlocked file.
-    assert (tmp_path / lock.LOCK_FILE).exists()
+    assert (tmp_path / workdir.LOCK_FILE).exists()
     for _ in range(2):
         with lock.lock_workdir(tmp_path, quiet):
-            assert str(os.getpid()) in (tmp_path / lock.LOCK_FILE).read_text()
+            assert str(os.getpid()) in (tmp_path / workdir.LOCK_FILE).read_text()
 
 
 def test_exception_releases_the_lock(tmp_path: pathlib.Path) -> None:

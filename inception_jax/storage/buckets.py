@@ -1,0 +1,280 @@
+"""Objects in Google Cloud Storage; the only module that uses its client library.
+
+Requests that fail temporarily (429, 5xx, timeouts, cut connections) are repeated with exponential
+backoff for `config.bucket.retry_seconds`. Other failures become one `BucketError` with a remedy.
+Uploads and downloads are checked against the checksums that the service stores with each object.
+
+Orbax reaches buckets through etils with gcsfs, and through TensorStore; `translate_errors` also
+recognizes their errors. The environment variables STORAGE_EMULATOR_HOST (client library, gcsfs) and
+TENSORSTORE_GCS_HTTP_URL select another server.
+"""
+
+import base64
+import contextlib
+import functools
+import http
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from inception_jax.errors import WriteError
+
+if TYPE_CHECKING:
+    from etils import epath
+    from google.api_core import retry as retries
+    from google.cloud import storage
+
+_Result = TypeVar("_Result")
+
+_ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_REMEDIES = {
+    401: "credentials are missing or have expired; run gcloud auth application-default login, or "
+    "on a Google Cloud machine, attach a service account with the scope cloud-platform",
+    403: "permission denied; grant roles/storage.objectUser on the bucket (for reading only: "
+    "roles/storage.objectViewer) to the account of this command",
+    404: "bucket not found; correct its name, or create it with gcloud storage buckets create",
+}
+# Libraries whose exceptions concern the connection, unless they have an HTTP status.
+_NETWORK_LIBRARIES = ("aiohttp", "requests", "urllib3", "http")
+# TensorStore's messages, which arrive as text in exceptions of various types.
+_TENSORSTORE_STATUS = re.compile(r"HTTP response code: (\d{3})")
+_TENSORSTORE_NETWORK = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED): .*(CURL|://)", re.S)
+
+_retry_seconds = 300.0
+
+
+class BucketError(WriteError):
+    """A bucket cannot be read or written, after the retries that may help."""
+
+
+class ChangedError(Exception):
+    """An object does not have the generation that a conditional write expects."""
+
+
+class Stat(NamedTuple):
+    """Size of an object in bytes, its MD5 in hexadecimal ('' if unknown), and its generation."""
+
+    size: int
+    md5: str
+    generation: int
+
+
+def set_retry_seconds(seconds: float) -> None:
+    """Sets for how long this process repeats a request that fails temporarily."""
+    global _retry_seconds
+    _retry_seconds = seconds
+
+
+def list_files(folder: "epath.Path") -> dict[str, Stat]:
+    """Returns the objects below a folder, by their relative paths; {} if there are none.
+
+    Raises:
+      BucketError: if the bucket cannot be read.
+    """
+    bucket, name = _split(folder)
+    prefix = f"{name}/" if name else ""
+
+    def attempt() -> dict[str, Stat]:
+        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_ATTEMPT_SECONDS, retry=None)
+        return {blob.name.removeprefix(prefix): _stat(blob) for blob in blobs}
+
+    return {name: stat for name, stat in _request(folder, attempt).items() if name}
+
+
+def stat(path: "epath.Path") -> Stat | None:
+    """Returns the facts about an object; None if it does not exist.
+
+    Raises:
+      BucketError: if the bucket cannot be read.
+    """
+    bucket, name = _split(path)
+
+    def attempt() -> Stat | None:
+        blob = _client().bucket(bucket).get_blob(name, timeout=_ATTEMPT_SECONDS, retry=None)
+        return _stat(blob) if blob else None
+
+    return _request(path, attempt)
+
+
+def read_bytes(path: "epath.Path", start: int = 0, end: int | None = None) -> bytes:
+    """Returns the contents of an object, or of the range [start, end) of its bytes.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+      BucketError: if it cannot be read.
+    """
+    last = None if end is None else end - 1
+
+    def attempt() -> bytes:
+        blob = _blob(path)
+        contents: bytes = blob.download_as_bytes(
+            start=start or None, end=last, raw_download=True, timeout=_ATTEMPT_SECONDS, retry=None
+        )
+        return contents
+
+    with _missing_as_file_not_found(path):
+        return _request(path, attempt)
+
+
+def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = None) -> int:
+    """Creates or replaces an object; returns its new generation.
+
+    Args:
+      path: the object.
+      data: its new contents.
+      if_generation: the generation to replace; 0: the object must not exist; None: any.
+
+    Raises:
+      ChangedError: if it has another generation. An earlier attempt whose answer was lost may have
+        written it.
+      BucketError: if it cannot be written.
+    """
+
+    def attempt() -> int:
+        blob = _blob(path)
+        blob.upload_from_string(
+            data,
+            content_type="application/octet-stream",
+            if_generation_match=if_generation,
+            timeout=_ATTEMPT_SECONDS,
+            retry=None,
+        )
+        return int(blob.generation)
+
+    return _request(path, attempt)
+
+
+def delete(path: "epath.Path") -> None:
+    """Deletes an object, if it exists.
+
+    Raises:
+      BucketError: if it cannot be deleted.
+    """
+    with contextlib.suppress(FileNotFoundError), _missing_as_file_not_found(path):
+        _request(path, lambda: _blob(path).delete(timeout=_ATTEMPT_SECONDS, retry=None))
+
+
+def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
+    """Returns the result of a request, repeated while it fails temporarily.
+
+    Raises:
+      ChangedError, BucketError: as the functions above.
+    """
+    with translate_errors(path):
+        return _retry()(attempt)()
+
+
+def _retry() -> "retries.Retry":
+    from google.api_core import retry
+
+    return retry.Retry(
+        predicate=lambda error: _status(error) in _TRANSIENT,
+        initial=1.0,
+        maximum=32.0,
+        timeout=_retry_seconds,
+    )
+
+
+@contextlib.contextmanager
+def translate_errors(path: "epath.Path | pathlib.Path") -> Iterator[None]:
+    """Turns errors of requests to buckets into a `BucketError` or `ChangedError`.
+
+    Args:
+      path: what the block reads or writes, for the message.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        status = _status(error)
+        if status == http.HTTPStatus.PRECONDITION_FAILED:
+            raise ChangedError(str(path)) from error
+        if not status:
+            raise
+        raise BucketError(f"{path}: {_describe(status, error)}") from error
+
+
+def _describe(status: int, error: BaseException) -> str:
+    if status in _TRANSIENT:
+        return (
+            f"Google Cloud Storage did not answer within {_retry_seconds:g} s "
+            f"(config.bucket.retry_seconds): {_first_line(error)}. Check the network and rerun the "
+            "command"
+        )
+    return _REMEDIES.get(status, f"request failed: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0][:200]
+
+
+def _status(error: BaseException) -> int:
+    """Returns the HTTP status of a failed request, or one of the same meaning; 0 if it is none."""
+    library = type(error).__module__.partition(".")[0]
+    name = type(error).__name__
+    code = getattr(error, "code", None)
+    if library in ("google", "gcsfs") and str(code).isdecimal():
+        return int(str(code))
+    if library == "google":
+        if name == "RetryError":
+            return _status(error.__cause__) if error.__cause__ else 503
+        response = getattr(error, "response", None)  # InvalidResponse, of downloads.
+        if response is not None:
+            return int(response.status_code)
+        if name in ("DataCorruption", "TransportError"):
+            return 503
+        return 401 if ".auth." in f"{type(error).__module__}." else 0
+    if library in _NETWORK_LIBRARIES or isinstance(error, ConnectionError | TimeoutError):
+        return 503
+    text = str(error)
+    if match := _TENSORSTORE_STATUS.search(text):
+        return int(match[1])
+    if _TENSORSTORE_NETWORK.search(text):
+        return 503
+    return 403 if isinstance(error, OSError) and text.startswith("Forbidden: ") else 0
+
+
+@contextlib.contextmanager
+def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
+    """Turns the 404 of an object, as opposed to one of its bucket, into a FileNotFoundError."""
+    try:
+        yield
+    except BucketError as error:
+        if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
+            raise
+        # Raises a BucketError if the bucket is missing.
+        list_files(path / "-")
+        raise FileNotFoundError(f"{path}: not found") from error
+
+
+def _split(path: "epath.Path") -> tuple[str, str]:
+    bucket, _, name = str(path).removeprefix("gs://").partition("/")
+    return bucket, name
+
+
+def _blob(path: "epath.Path") -> "storage.Blob":
+    bucket, name = _split(path)
+    return _client().bucket(bucket).blob(name)
+
+
+def _stat(blob: "storage.Blob") -> Stat:
+    md5 = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
+    return Stat(int(blob.size), md5, int(blob.generation))
+
+
+@functools.cache
+def _client() -> "storage.Client":
+    from google.auth import exceptions
+    from google.cloud import storage
+
+    try:
+        # A project is only needed for creating buckets.
+        return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "unused"))
+    except exceptions.DefaultCredentialsError:
+        # Enough for public buckets.
+        return storage.Client.create_anonymous_client()
