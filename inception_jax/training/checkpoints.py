@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -60,6 +60,8 @@ class Checkpoints:
       keep_last: number of newest checkpoints to keep.
       keep_best: number of best checkpoints to keep in addition, by validation top-1.
       read_only: whether to never write, rename or delete anything.
+      before_commit: called in the background, in process 0, once a checkpoint is written and before
+        it counts. If it raises, the save fails with that error.
       log: called with a line about each corrupt checkpoint.
 
     Raises:
@@ -73,9 +75,10 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
+        before_commit: Callable[[], None] = lambda: None,
         log: integrity.Log = console.log,
     ) -> None:
-        self._directory = directory
+        self._directory, self._before_commit = directory, before_commit
         self._log = log
         if read_only and not directory.is_dir():
             raise CheckpointError(
@@ -308,6 +311,12 @@ class Checkpoints:
                 self._manager = self._open()
             raise
 
+    def _prepare_commit(self, folder: pathlib.Path) -> None:
+        """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
+        _check_restorable(folder)
+        self._before_commit()
+        integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
+
     def _options(self, directory: pathlib.Path) -> ocp.CheckpointManagerOptions:
         kept = [_managers.LatestN(n=self._keep_last)]
         if self._keep_best:
@@ -333,16 +342,10 @@ class Checkpoints:
                 timeout_secs=_YEAR_SECONDS if jax.process_count() == 1 else _TWENTY_MINUTES_SECONDS,
                 # Runs in the background, in process 0.
                 post_finalization_callback=_orbax_private.before_commit(
-                    directory, _verify_and_write_manifest
+                    directory, self._prepare_commit
                 ),
             ),
         )
-
-
-def _verify_and_write_manifest(folder: pathlib.Path) -> None:
-    """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
-    _check_restorable(folder)
-    integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
 
 
 def _local_handler() -> ocp.PyTreeCheckpointHandler:
