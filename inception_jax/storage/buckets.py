@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import functools
 import http
+import logging
 import math
 import os
 import pathlib
@@ -83,6 +84,16 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         _time_limit.reset(before)
+
+
+def retry_seconds() -> float:
+    """Returns for how long this process repeats a request that fails temporarily."""
+    return _retry_seconds
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception reports a failed request to a bucket, or follows from one."""
+    return isinstance(error, BucketError) or bool(_status(error))
 
 
 def list_files(folder: "epath.Path") -> dict[str, Stat]:
@@ -179,6 +190,26 @@ def delete(path: "epath.Path") -> None:
     """
     with contextlib.suppress(FileNotFoundError), _missing_as_file_not_found(path):
         _request(path, lambda: _blob(path).delete(timeout=_attempt_seconds(), retry=None))
+
+
+def copy(source: "epath.Path", destination: "epath.Path") -> None:
+    """Copies an object within its bucket, replacing an earlier destination; without downloading it.
+
+    Raises:
+      FileNotFoundError: if the source does not exist.
+      BucketError: if it cannot be copied.
+    """
+    old, new = _blob(source), _blob(destination)
+
+    def attempt(token: str | None) -> str | None:
+        token, _, _ = new.rewrite(old, token=token, timeout=_attempt_seconds(), retry=None)
+        return token
+
+    with _missing_as_file_not_found(source):
+        # A large object takes several requests.
+        token = _request(source, lambda: attempt(None))
+        while token:
+            token = _request(source, functools.partial(attempt, token))
 
 
 def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
@@ -298,6 +329,23 @@ def _blob(path: "epath.Path", generation: int | None = None) -> "storage.Blob":
 def _stat(blob: "storage.Blob") -> Stat:
     md5 = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
     return Stat(int(blob.size), md5, int(blob.generation))
+
+
+@functools.cache
+def configure_epath() -> None:
+    """Configures gcsfs, through which `epath.Path` reads and writes buckets.
+
+    Other processes write to the same folders, so listings must not be cached. Failures are raised,
+    so they need not be logged, too. Folders of hierarchical buckets need no special treatment,
+    which takes further libraries, permissions and requests.
+    """
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    from fsspec import config
+
+    config.conf.setdefault("gcs", {}).update(
+        use_listings_cache=False, requests_timeout=_ATTEMPT_SECONDS
+    )
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 @functools.cache
