@@ -1,4 +1,4 @@
-"""Whole files, local or in a bucket: reading them, and checking output files before long work."""
+"""Access to whole files, local or in a bucket; checks of outputs before long work."""
 
 import contextlib
 import os
@@ -21,14 +21,38 @@ def is_file(path: paths.Path) -> bool:
     return buckets.stat(path) is not None
 
 
-def read_bytes(path: paths.Path) -> bytes:
+def size(path: paths.Path) -> int:
+    """Returns the size of an existing file in bytes.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+      BucketError: if its bucket cannot be read.
+    """
+    if paths.is_local(path):
+        return path.stat().st_size
+    if (facts := buckets.stat(path)) is None:
+        raise FileNotFoundError(path)
+    return facts.size
+
+
+def read_bytes(path: paths.Path, limit: int = -1) -> bytes:
     """Returns the contents of a file.
+
+    Args:
+      path: the file.
+      limit: number of bytes to read at most; -1: all.
 
     Raises:
       OSError: if it does not exist, or cannot be read.
       BucketError: if its bucket cannot be read.
     """
-    return path.read_bytes() if paths.is_local(path) else buckets.read_bytes(path)
+    if paths.is_local(path):
+        with path.open("rb") as file:
+            return file.read(limit)
+    if limit >= 0 and (facts := buckets.stat(path)) and facts.size > limit:
+        return buckets.read_bytes(path, 0, limit)
+    # Only complete objects are checked against their checksums.
+    return buckets.read_bytes(path)
 
 
 @contextlib.contextmanager
