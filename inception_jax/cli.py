@@ -113,7 +113,7 @@ class TrainedFlags(NamedTuple):
     def values(self) -> dict[str, Any]:
         """Runs the file that registers the network, if any, and returns arguments of `load`."""
         if self.parts.value is not None:
-            experiments.register_parts(self.parts.value)
+            experiments.register_parts(self.parts.value, "--parts=")
         return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 

@@ -59,13 +59,12 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")
     images = ImageFiles([], [])
     for path in arguments:
-        place = str(places.get(path, path))
-        files = below[path]
+        name, files = str(places.get(path, path)), below[path]
         if files is None:
-            images.files.append(place)
+            images.files.append(name)
             continue
         for file in files:
-            inner = os.path.join(place, file)
+            inner = os.path.join(name, file)
             is_image = folders.has_image_extension(file) and not _is_special(inner)
             (images.files if is_image else images.skipped).append(inner)
     if not images.files:

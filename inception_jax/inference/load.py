@@ -39,9 +39,20 @@ def load(
       UserError: if they cannot be loaded.
     """
     if workdir is not None:
-        return from_checkpoint(Workdir(workdir), checkpoint, log)
+        return from_checkpoint(open_workdir(workdir), checkpoint, log)
     assert weights is not None
     return files.load(weights, log)
+
+
+def open_workdir(location: paths.Path) -> Workdir:
+    """Returns the folder of a run to read; of one in a bucket, only config.json is copied.
+
+    Raises:
+      BucketError: if it cannot be read.
+    """
+    workdir = Workdir(location)
+    workdir.download(workdir.config)
+    return workdir
 
 
 def from_checkpoint(

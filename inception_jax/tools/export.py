@@ -161,7 +161,7 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
     from inception_jax.errors import UserError
-    from inception_jax.storage.workdir import Workdir
+    from inception_jax.inference import load
     from inception_jax.training import initialization, workdir
 
     given: Config | None = flags.FLAGS.config
@@ -176,7 +176,9 @@ def _open_dataset(weights: "Weights") -> "Dataset":
             "network's image size; give the experiment it was trained with: --config=FILE"
         )
     folder = _TRAINED.workdir.value
-    before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
+    before = None
+    if folder is not None:
+        before = workdir.load_previous_run(load.open_workdir(folder)).record
     for problem in configs.validate(given, recorded=before.config if before else None):
         console.log(problem)
     prepared = dataset.prepare(given.data, log=console.log)

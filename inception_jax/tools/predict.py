@@ -189,11 +189,11 @@ def _data_settings(weights: "Weights") -> "Data":
     import dataclasses
 
     from inception_jax.config import Data
-    from inception_jax.storage.workdir import Workdir
+    from inception_jax.inference import load
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
-        data = workdir.require_record(Workdir(_TRAINED.workdir.value)).config.data
+        data = workdir.require_record(load.open_workdir(_TRAINED.workdir.value)).config.data
     elif weights.dataset:
         data = Data(
             name=weights.dataset,
