@@ -28,8 +28,7 @@ from inception_jax.inference.predictor import Predictor as Predictor
 from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
-from inception_jax.storage import paths
-from inception_jax.storage.workdir import Workdir
+from inception_jax.storage import buckets, paths
 from inception_jax.training import run
 from inception_jax.training.initialization import create_state as create_state
 from inception_jax.training.norm import NormEstimator
@@ -138,7 +137,8 @@ def load_weights(
     """Returns the weights of a run or from a file.
 
     Args:
-      path: the folder of a run, or a file written by `tools.export --to=savedweights`.
+      path: the folder of a run, or a file written by `tools.export --to=savedweights`; local or
+        gs://BUCKET/PATH.
       checkpoint: checkpoint of the run: "best", "last" or a step.
       model: the network, if it was passed to `train`.
 
@@ -146,12 +146,16 @@ def load_weights(
       UserError: if `path` is not a path.
       CheckpointError: if the folder contains no run or no such checkpoint.
       DataError: if the file cannot be used.
+      BucketError: if it is in a bucket that cannot be read.
     """
-    local = paths.local_path(_require_path(path, "path", "a run's folder or of a file"), str(path))
-    if not local.is_dir():
-        return weight_files.load(local, console.log)
+    place = paths.user_path(_require_path(path, "path", "a run's folder or of a file"), str(path))
+    # Buckets have no folders, only files below a path.
+    is_run = place.is_dir() if paths.is_local(place) else bool(buckets.list_files(place))
+    if not is_run:
+        return weight_files.load(place, console.log)
+    workdir = load.open_workdir(place)
     with _quiet_libraries():
-        return load.from_checkpoint(Workdir(local), str(checkpoint), console.log, model=model)
+        return load.from_checkpoint(workdir, str(checkpoint), console.log, model=model)
 
 
 def load_model(weights: Weights) -> tuple[nn.Module, Variables]:

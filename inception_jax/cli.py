@@ -73,30 +73,30 @@ def define_config() -> flags.FlagHolder[Config]:
     return holder
 
 
-class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
-    """Parses the path of a local file or folder; '' means none.
+class _PathParser(flags.ArgumentParser[paths.Path | None]):
+    """Parses the path of a file or folder, local or in a bucket; '' means none.
 
     Args:
       name: of the flag, for messages.
     """
 
-    syntactic_help = "a local path"
+    syntactic_help = "a local path or gs://BUCKET/PATH"
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def parse(self, argument: str) -> pathlib.Path | None:
-        return paths.local_path(argument, f"--{self._name}={argument}") if argument else None
+    def parse(self, argument: str) -> paths.Path | None:
+        return paths.user_path(argument, f"--{self._name}={argument}") if argument else None
 
 
 def define_path(
     name: str, meaning: str, *, required: bool = False
-) -> flags.FlagHolder[pathlib.Path | None]:
-    """Defines a flag for a local file or folder, whose value is None if it is not given."""
+) -> flags.FlagHolder[paths.Path | None]:
+    """Defines a flag for a file or folder, whose value is None if it is not given."""
     return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
 
 
-def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
+def given(flag: flags.FlagHolder[paths.Path | None]) -> paths.Path:
     """Returns the path of a flag that earlier checks guarantee is given."""
     assert flag.value is not None, f"--{flag.name} is required here"
     return flag.value
@@ -105,15 +105,15 @@ def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
 class TrainedFlags(NamedTuple):
     """The flags that select trained weights."""
 
-    workdir: flags.FlagHolder[pathlib.Path | None]
-    weights: flags.FlagHolder[pathlib.Path | None]
+    workdir: flags.FlagHolder[paths.Path | None]
+    weights: flags.FlagHolder[paths.Path | None]
     checkpoint: flags.FlagHolder[str]
-    parts: flags.FlagHolder[pathlib.Path | None]
+    parts: flags.FlagHolder[paths.Path | None]
 
     def values(self) -> dict[str, Any]:
         """Runs the file that registers the network, if any, and returns arguments of `load`."""
         if self.parts.value is not None:
-            experiments.register_parts(self.parts.value)
+            experiments.register_parts(self.parts.value, "--parts=")
         return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 

@@ -159,19 +159,38 @@ def import_parts(
 
 def _resolve(source: str, prefix: str) -> pathlib.Path:
     """Returns the path that a user typed; experiments/… falls back to this project's files."""
-    path = paths.local_path(source, f"{prefix}{source}")
+    path = _require_local(paths.user_path(source, f"{prefix}{source}"), f"{prefix}{source}")
     if path.exists() or path.parts[:1] != (_EXPERIMENTS,):
         return path
     shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED_FOLDERS]
     return next((each for each in shipped if each.is_file()), path)
 
 
-def register_parts(path: pathlib.Path) -> None:
-    """Runs a file that registers parts.
+def _require_local(path: paths.Path, what: str) -> pathlib.Path:
+    """Returns the path of a file to execute, which may import others from its folder.
 
     Raises:
-      UserError: if it does not exist or fails.
+      UserError: if it is in a bucket.
     """
+    if not paths.is_local(path):
+        raise UserError(
+            f"{what}: is executed, so it must be a local file; copy it, and the files that it "
+            f"imports, with gcloud storage cp {path} ."
+        )
+    return path
+
+
+def register_parts(path: paths.Path, prefix: str = "") -> None:
+    """Runs a file that registers parts.
+
+    Args:
+      path: of the file.
+      prefix: text before the path in messages.
+
+    Raises:
+      UserError: if it is in a bucket, does not exist or fails.
+    """
+    path = _require_local(path, f"{prefix}{path}")
     if not path.is_file():
         raise UserError(f"{path}: {_describe_missing(path)}")
     token = _registering_file.set(str(path))

@@ -18,7 +18,7 @@ from inception_jax.evaluation.predictions import Predictions
 from inception_jax.reporting import html, plots, run_record
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.reporting.run_record import RunRecord
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 from inception_jax.storage.workdir import Workdir
 
 
@@ -133,21 +133,21 @@ def _store_diagnosis(record: RunRecord) -> Diagnosis:
     return diagnosis
 
 
-def write_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> list[pathlib.Path]:
+def write_range_test(path: paths.Path, values: Mapping[str, Any]) -> list[paths.Path]:
     """Writes find_lr.json and its plot, find_lr.png, and returns both paths.
 
     Args:
-      path: an existing directory.
+      path: an existing directory, or one in a bucket.
       values: from `training.lr_range_test.record`.
 
     Raises:
-      UserError: if the files cannot be written.
+      WriteError: if the files cannot be written.
     """
     json_path, png_path = path / "find_lr.json", path / "find_lr.png"
     values = _nonfinite_as_null(values)
-    with _as_user_error(path):
-        atomic.write_json(json_path, values)
-        plots.plot_range_test(png_path, values)
+    atomic.write_json(json_path, values)
+    with atomic.replacing(png_path) as temporary:
+        plots.plot_range_test(temporary, values)
     return [json_path, png_path]
 
 

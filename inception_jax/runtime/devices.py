@@ -111,14 +111,18 @@ def run_settings(log: Callable[[str], None]) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in (*_FIXED_SETTINGS, cache)}
     with compilation_cache.log_cache_errors(log):
         _fix_settings(log)
-        if not before[cache]:
+        # The calling program may have set another folder.
+        if before[cache] in (None, os.environ.get(compilation_cache.VARIABLE)):
             compilation_cache.enable(log)
+        is_changed = getattr(jax.config, cache) != before[cache]
+        if is_changed:
+            jax_compilation_cache.reset_cache()
         try:
             yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
-            if not before[cache]:
+            if is_changed:
                 jax_compilation_cache.reset_cache()
 
 

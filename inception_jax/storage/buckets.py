@@ -12,6 +12,7 @@ TENSORSTORE_GCS_HTTP_URL select another server.
 import base64
 import contextlib
 import contextvars
+import errno
 import functools
 import http
 import logging
@@ -182,6 +183,24 @@ def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = 
     return _request(path, attempt)
 
 
+def check_writable(path: "epath.Path") -> None:
+    """Checks that an object can be written, or any in a folder, without writing one.
+
+    Raises:
+      BucketError: if it cannot.
+    """
+    bucket, name = _split(path)
+
+    def attempt() -> None:
+        # Permissions are checked before the generation, which no object has.
+        _client().bucket(bucket).blob(name or ".probe").upload_from_string(
+            b"", if_generation_match=1, timeout=_attempt_seconds(), retry=None
+        )
+
+    with contextlib.suppress(ChangedError):
+        _request(path, attempt)
+
+
 def delete(path: "epath.Path") -> None:
     """Deletes an object, if it exists.
 
@@ -313,7 +332,8 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
             raise
         # Raises a BucketError if the bucket is missing.
         list_files(path / "-")
-        raise FileNotFoundError(f"{path}: not found") from error
+        missing = errno.ENOENT
+        raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
 
 
 def _split(path: "epath.Path") -> tuple[str, str]:

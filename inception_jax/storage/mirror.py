@@ -5,6 +5,7 @@ local folder, and the changed ones are uploaded from time to time. The bucket is
 process starts with what it contains, and the local folder disappears with the process.
 """
 
+import contextlib
 import pathlib
 import tempfile
 import threading
@@ -48,16 +49,27 @@ class Mirror:
         self._scheduled = futures.Future[None]()
         self._scheduled.set_result(None)
 
-    def download(self) -> None:
-        """Copies all files of the bucket's folder to the local one.
+    def download(self, names: Collection[str] = ()) -> None:
+        """Copies files of the bucket's folder to the local one.
+
+        Args:
+          names: the files to copy, if they exist; empty: all.
 
         Raises:
           BucketError: if the bucket cannot be read.
         """
-        names = [name for name in buckets.list_files(self._remote) if self._is_included(name)]
+
+        def read(name: str) -> bytes | None:
+            with contextlib.suppress(FileNotFoundError):
+                return buckets.read_bytes(self._remote / name)
+            return None
+
+        if not names:
+            names = [name for name in buckets.list_files(self._remote) if self._is_included(name)]
         with futures.ThreadPoolExecutor(_PARALLEL_REQUESTS) as threads:
-            contents = threads.map(lambda name: buckets.read_bytes(self._remote / name), names)
-            for name, data in zip(names, contents, strict=True):
+            for name, data in zip(names, threads.map(read, names), strict=True):
+                if data is None:
+                    continue
                 file = self.path / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)

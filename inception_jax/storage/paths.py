@@ -101,12 +101,17 @@ def user_path(typed: "str | os.PathLike[str]", what: str) -> Path:
     text = os.fspath(typed)
     if reason := find_problem(text):
         raise UserError(f"{what}: {reason}")
+    # As in a shell, ~name stays as it is if there is no such user.
+    return from_text(os.path.expanduser(text))
+
+
+def from_text(text: str) -> Path:
+    """Returns the path with this text, which `str` gives back; neither expands nor checks it."""
     if text.startswith("gs://"):
         from etils import epath
 
         return epath.Path(text)
-    # As in a shell, ~name stays as it is if there is no such user.
-    return pathlib.Path(os.path.expanduser(text))
+    return pathlib.Path(text)
 
 
 def local_path(typed: "str | os.PathLike[str]", what: str) -> pathlib.Path:

@@ -1,5 +1,7 @@
 """The folder of a run, with the paths of all files that a run writes."""
 
+import pathlib
+
 from inception_jax.storage import paths
 from inception_jax.storage.mirror import Log, Mirror
 
@@ -48,14 +50,17 @@ class Workdir:
         self.diagnosis = self.path / "diagnosis.json"
         self.result = self.path / "result.json"
 
-    def download(self) -> None:
+    def download(self, *files: pathlib.Path) -> None:
         """Reads the files of a run in a bucket.
+
+        Args:
+          files: the files to read, if they exist; none: all.
 
         Raises:
           BucketError: if they cannot be read.
         """
         if self._mirror:
-            self._mirror.download()
+            self._mirror.download([file.relative_to(self.path).as_posix() for file in files])
 
     def upload(self) -> None:
         """Writes new and changed files of a run to its bucket.
