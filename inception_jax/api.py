@@ -28,7 +28,7 @@ from inception_jax.inference.predictor import Predictor as Predictor
 from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
-from inception_jax.storage import paths
+from inception_jax.storage import buckets, paths
 from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
 from inception_jax.training.initialization import create_state as create_state
@@ -169,8 +169,10 @@ def load_dataset(config: Config) -> Dataset:
 
     Raises:
       DataError: if the source is corrupt or missing, or the disk is full.
+      WriteError: if data are in a bucket that cannot be read, or not be written.
     """
     _check_config(config)
+    buckets.set_retry_seconds(config.bucket.retry_seconds)
     return prepare(config.data, log=console.log)
 
 
