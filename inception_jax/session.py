@@ -219,7 +219,7 @@ def train_run(
         return lines + [f"changed since the run began: {line}" for line in changed]
 
     workdir = before.workdir
-    locked = lock.lock_workdir(workdir.path, console.log)
+    locked = lock.lock_workdir(workdir.location, console.log)
     with locked if setup.is_lead else contextlib.nullcontext():
         return loop.train(
             setup, workdir, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop

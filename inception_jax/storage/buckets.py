@@ -11,8 +11,10 @@ TENSORSTORE_GCS_HTTP_URL select another server.
 
 import base64
 import contextlib
+import contextvars
 import functools
 import http
+import math
 import os
 import pathlib
 import re
@@ -44,6 +46,7 @@ _TENSORSTORE_STATUS = re.compile(r"HTTP response code: (\d{3})")
 _TENSORSTORE_NETWORK = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED): .*(CURL|://)", re.S)
 
 _retry_seconds = 300.0
+_time_limit: contextvars.ContextVar[float] = contextvars.ContextVar("_time_limit", default=math.inf)
 
 
 class BucketError(WriteError):
@@ -76,6 +79,20 @@ def set_retry_seconds(seconds: float) -> None:
     _retry_seconds = seconds
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Limits the retries and attempts of each request in the block, if that is less than usual.
+
+    Args:
+      seconds: for how long a request is repeated, and for how long an attempt may get no answer.
+    """
+    before = _time_limit.set(seconds)
+    try:
+        yield
+    finally:
+        _time_limit.reset(before)
+
+
 def list_files(folder: "epath.Path") -> dict[str, Stat]:
     """Returns the objects below a folder, by their relative paths; {} if there are none.
 
@@ -86,7 +103,7 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
     prefix = f"{name}/" if name else ""
 
     def attempt() -> dict[str, Stat]:
-        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_ATTEMPT_SECONDS, retry=None)
+        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_attempt_seconds(), retry=None)
         return {blob.name.removeprefix(prefix): _stat(blob) for blob in blobs}
 
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
@@ -101,25 +118,32 @@ def stat(path: "epath.Path") -> Stat | None:
     bucket, name = _split(path)
 
     def attempt() -> Stat | None:
-        blob = _client().bucket(bucket).get_blob(name, timeout=_ATTEMPT_SECONDS, retry=None)
+        blob = _client().bucket(bucket).get_blob(name, timeout=_attempt_seconds(), retry=None)
         return _stat(blob) if blob else None
 
     return _request(path, attempt)
 
 
-def read_bytes(path: "epath.Path", start: int = 0, end: int | None = None) -> bytes:
+def read_bytes(
+    path: "epath.Path", start: int = 0, end: int | None = None, *, generation: int | None = None
+) -> bytes:
     """Returns the contents of an object, or of the range [start, end) of its bytes.
 
+    Args:
+      path: the object.
+      start, end: the range.
+      generation: the generation to read; None: the newest.
+
     Raises:
-      FileNotFoundError: if it does not exist.
+      FileNotFoundError: if it does not exist, or no longer has this generation.
       BucketError: if it cannot be read.
     """
     last = None if end is None else end - 1
 
     def attempt() -> bytes:
-        blob = _blob(path)
+        blob = _blob(path, generation)
         contents: bytes = blob.download_as_bytes(
-            start=start or None, end=last, raw_download=True, timeout=_ATTEMPT_SECONDS, retry=None
+            start=start or None, end=last, raw_download=True, timeout=_attempt_seconds(), retry=None
         )
         return contents
 
@@ -147,7 +171,7 @@ def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = 
             data,
             content_type="application/octet-stream",
             if_generation_match=if_generation,
-            timeout=_ATTEMPT_SECONDS,
+            timeout=_attempt_seconds(),
             retry=None,
         )
         return int(blob.generation)
@@ -178,7 +202,7 @@ def delete(path: "epath.Path") -> None:
       BucketError: if it cannot be deleted.
     """
     with contextlib.suppress(FileNotFoundError), _missing_as_file_not_found(path):
-        _request(path, lambda: _blob(path).delete(timeout=_ATTEMPT_SECONDS, retry=None))
+        _request(path, lambda: _blob(path).delete(timeout=_attempt_seconds(), retry=None))
 
 
 def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
@@ -198,8 +222,16 @@ def _retry() -> "retries.Retry":
         predicate=lambda error: _status(error) in _TRANSIENT,
         initial=1.0,
         maximum=32.0,
-        timeout=_retry_seconds,
+        timeout=_retry_limit(),
     )
+
+
+def _retry_limit() -> float:
+    return min(_retry_seconds, _time_limit.get())
+
+
+def _attempt_seconds() -> float:
+    return min(_ATTEMPT_SECONDS, _time_limit.get())
 
 
 @contextlib.contextmanager
@@ -224,10 +256,11 @@ def translate_errors(path: "epath.Path | pathlib.Path") -> Iterator[None]:
 
 def _describe(status: int, error: BaseException) -> str:
     if status in _TRANSIENT:
+        is_limited = _retry_limit() < _retry_seconds
+        setting = "" if is_limited else " (config.bucket.retry_seconds)"
         return (
-            f"Google Cloud Storage did not answer within {_retry_seconds:g} s "
-            f"(config.bucket.retry_seconds): {_first_line(error)}. Check the network and rerun the "
-            "command"
+            f"Google Cloud Storage did not answer within {_retry_limit():g} s{setting}: "
+            f"{_first_line(error)}. Check the network and rerun the command"
         )
     return _REMEDIES.get(status, f"request failed: {_first_line(error)}")
 
@@ -281,9 +314,9 @@ def _split(path: "epath.Path") -> tuple[str, str]:
     return bucket, name
 
 
-def _blob(path: "epath.Path") -> "storage.Blob":
+def _blob(path: "epath.Path", generation: int | None = None) -> "storage.Blob":
     bucket, name = _split(path)
-    return _client().bucket(bucket).blob(name)
+    return _client().bucket(bucket).blob(name, generation=generation)
 
 
 def _stat(blob: "storage.Blob") -> Stat:
