@@ -164,8 +164,8 @@ def test_the_build_steps_install_the_command(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "digits" in done.stdout
     where = "import inception_jax; print(inception_jax.__file__)"
-    done = subprocess.run([venv / "bin/python", "-c", where], cwd=home, capture_output=True)
-    assert done.stdout.decode().startswith(str(venv))
+    found = subprocess.run([venv / "bin/python", "-c", where], cwd=home, capture_output=True)
+    assert found.stdout.decode().startswith(str(venv))
 
 
 # Kubernetes
