@@ -347,11 +347,11 @@ def _status(error: BaseException) -> int:
     if library == "google":
         if name == "RetryError":
             return _status(error.__cause__) if error.__cause__ else 503
+        if name in ("DataCorruption", "TransportError"):
+            return 503
         response = getattr(error, "response", None)  # InvalidResponse, of downloads.
         if response is not None:
             return int(response.status_code)
-        if name in ("DataCorruption", "TransportError"):
-            return 503
         return 401 if ".auth." in f"{type(error).__module__}." else 0
     if library in _NETWORK_LIBRARIES or isinstance(error, ConnectionError | TimeoutError):
         return 503
@@ -373,8 +373,11 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
     except BucketError as error:
         if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
             raise
-        # Raises a BucketError if the bucket is missing.
-        list_files(path / "-")
+        with translate_errors(path):
+            # Raises an error if the bucket is missing.
+            _retry()(
+                lambda: list(_client().list_blobs(_split(path)[0], max_results=1, retry=None))
+            )()
         missing = errno.ENOENT
         raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
 

@@ -56,26 +56,6 @@ def test_checkpoints_and_lock_are_left_to_others(run: paths.Path) -> None:
     assert not any(workdir.path.iterdir())
 
 
-def test_failed_background_upload_is_logged_and_repeated(
-    run: paths.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workdir = Workdir(run)
-    workdir.metrics.write_text("1\n")
-    lines: list[str] = []
-
-    def refuse(*_: object) -> int:
-        raise buckets.BucketError("gs://b: permission denied")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(buckets, "write_bytes", refuse)
-        workdir.upload_soon(lines.append)
-        while not lines:
-            pass
-    assert "permission denied" in lines[0] and "the next report or save" in lines[0]
-    workdir.upload()
-    assert list(buckets.list_files(run)) == ["metrics.jsonl"]
-
-
 def test_local_run_has_no_copies(tmp_path: pathlib.Path) -> None:
     workdir = Workdir(tmp_path)
     workdir.download()
