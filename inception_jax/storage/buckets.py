@@ -20,8 +20,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from inception_jax.errors import WriteError
 
@@ -43,9 +43,12 @@ _REMEDIES = {
 }
 # Libraries whose exceptions concern the connection, unless they have an HTTP status.
 _NETWORK_LIBRARIES = ("aiohttp", "requests", "urllib3", "http")
-# TensorStore's messages, which arrive as text in exceptions of various types.
-_TENSORSTORE_STATUS = re.compile(r"HTTP response code: (\d{3})")
-_TENSORSTORE_NETWORK = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED): .*(CURL|://)", re.S)
+# TensorStore's messages, which arrive as text in exceptions of various types. Details follow them
+# in brackets; not always the status.
+_TENSORSTORE_STATUS = re.compile(r"\[http_response_code='(\d{3})'\]")
+_TENSORSTORE_NETWORK = re.compile(r"retry attempts failed: |\bcurl_code=|\bDEADLINE_EXCEEDED: ")
+_TENSORSTORE_DENIED = re.compile(r"^(PERMISSION_DENIED|UNAUTHENTICATED): .*gs://", re.S)
+_TENSORSTORE_DETAILS = re.compile(r" \[\w+='.*", re.S)
 
 _retry_seconds = 300.0
 _time_limit: contextvars.ContextVar[float] = contextvars.ContextVar("_time_limit", default=math.inf)
@@ -244,12 +247,24 @@ def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
 def _retry() -> "retries.Retry":
     from google.api_core import retry
 
-    return retry.Retry(
-        predicate=lambda error: _status(error) in _TRANSIENT,
-        initial=1.0,
-        maximum=32.0,
-        timeout=_retry_limit(),
-    )
+    return retry.Retry(**_retry_options())
+
+
+def _retry_asynchronously(
+    attempt: Callable[..., Awaitable[_Result]],
+) -> Callable[..., Awaitable[_Result]]:
+    from google.api_core import retry
+
+    return retry.AsyncRetry(**_retry_options())(attempt)
+
+
+def _retry_options() -> dict[str, Any]:
+    return {
+        "predicate": lambda error: _status(error) in _TRANSIENT,
+        "initial": 1.0,
+        "maximum": 32.0,
+        "timeout": _retry_limit(),
+    }
 
 
 def _retry_limit() -> float:
@@ -293,7 +308,8 @@ def _describe(status: int, error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0][:200]
+    text = _TENSORSTORE_DETAILS.sub("", str(cause)).rpartition("retry attempts failed: ")[2]
+    return f"{type(cause).__name__}: {text}".splitlines()[0][:200]
 
 
 def _status(error: BaseException) -> int:
@@ -319,6 +335,8 @@ def _status(error: BaseException) -> int:
         return int(match[1])
     if _TENSORSTORE_NETWORK.search(text):
         return 503
+    if _TENSORSTORE_DENIED.search(text):
+        return 403
     return 403 if isinstance(error, OSError) and text.startswith("Forbidden: ") else 0
 
 
@@ -355,17 +373,20 @@ def _stat(blob: "storage.Blob") -> Stat:
 def configure_epath() -> None:
     """Configures gcsfs, through which `epath.Path` reads and writes buckets.
 
-    Other processes write to the same folders, so listings must not be cached. Failures are raised,
-    so they need not be logged, too. Folders of hierarchical buckets need no special treatment,
-    which takes further libraries, permissions and requests.
+    It retries like the functions above. Other processes write to the same folders, so listings must
+    not be cached. Errors are raised, so they need not be logged, too. Folders of hierarchical
+    buckets need no special treatment, which takes further permissions and requests.
     """
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from fsspec import config
+
+    from inception_jax.storage import _gcsfs_private
 
     config.conf.setdefault("gcs", {}).update(
         use_listings_cache=False, requests_timeout=_ATTEMPT_SECONDS
     )
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    _gcsfs_private.set_retry(_retry_asynchronously)
 
 
 @functools.cache

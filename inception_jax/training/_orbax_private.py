@@ -20,6 +20,7 @@ test_bucket_checkpoints.py and test_faults.py, then add it here.
 """
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,12 @@ def set_delete(manager: ocp.CheckpointManager, delete: Callable[[int], None]) ->
 
 
 def limit_retries(seconds: float) -> None:
-    """Limits for how long this process repeats a failed request for arrays in a bucket."""
+    """Limits for how long this process repeats a failed request for arrays in a bucket.
+
+    Also, a request without a byte from the server for a minute fails.
+    """
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     delays = [1.0]  # Seconds; TensorStore's own, without its random part.
     while sum(delays) + (following := min(2 * delays[-1], 32.0)) <= seconds:
         delays.append(following)
