@@ -57,7 +57,7 @@ def train(
 
     Args:
       config: settings, as returned by `load_config`.
-      workdir: folder of the run; created if missing.
+      workdir: folder of the run, local or gs://BUCKET/PATH; created if missing.
       dataset, model, optimizer: as for `assemble`. config.json records their use, so that only a
         call that passes them again can resume the run.
 
@@ -75,7 +75,7 @@ def train(
             f"inception_jax.train: runs in a single process, but this is one of "
             f"{jax.process_count()}; use python -m inception_jax.main in each of them"
         )
-    path = paths.local_path(_require_path(workdir, "workdir", "a run's folder"), str(workdir))
+    location = paths.user_path(_require_path(workdir, "workdir", "a run's folder"), str(workdir))
     objects = {"dataset": _as_dataset(dataset), "model": model, "optimizer": optimizer}
     with (
         _quiet_libraries(),
@@ -84,7 +84,7 @@ def train(
     ):
         try:
             return session.train_and_evaluate(
-                copy.deepcopy(config), path, objects=objects, join=lambda config: stop
+                copy.deepcopy(config), location, objects=objects, join=lambda config: stop
             )
         except Preempted as end:
             raise KeyboardInterrupt(str(end)) from end

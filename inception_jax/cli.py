@@ -39,7 +39,8 @@ from inception_jax.errors import (
     phase_of,
 )
 from inception_jax.runtime import compilation_cache, hosts
-from inception_jax.storage import paths
+from inception_jax.storage import access, paths
+from inception_jax.storage.workdir import CONFIG
 
 _AGAIN = "rerun the same command (training resumes from its last checkpoint)"
 # The exit code that a shell reports for a program killed by SIGPIPE.
@@ -178,7 +179,7 @@ def command() -> dict[str, Any]:
     """Returns the values of the command's own flags, without its settings, by '--name'."""
     defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
     return {
-        f"--{flag.name}": str(flag.value) if isinstance(flag.value, pathlib.Path) else flag.value
+        f"--{flag.name}": str(flag.value) if isinstance(flag.value, os.PathLike) else flag.value
         for flag in defined
         if flag.name != "config"
     }
@@ -227,7 +228,7 @@ def experiment() -> dict[str, Any]:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
     if file.endswith(".json"):
-        record = configs.read_record(paths.local_path(file, f"--config={file}"))
+        record = configs.read_record(paths.user_path(file, f"--config={file}"))
         before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
@@ -247,13 +248,13 @@ def refuse_positional(positional: Sequence[str]) -> None:
         raise UserError(f"{' '.join(positional)!r}: not a flag; flags start with --. See --help")
 
 
-def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
-    """Returns the local files or folders that positional arguments name.
+def positional_paths(positional: Sequence[str]) -> list[paths.Path]:
+    """Returns the files or folders that positional arguments name.
 
     Raises:
-      UserError: if one of them is a URL, or the home folder of an unknown user.
+      UserError: if one of them is another URL, or the home folder of an unknown user.
     """
-    return [paths.local_path(argument, argument) for argument in positional]
+    return [paths.user_path(argument, argument) for argument in positional]
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
@@ -447,9 +448,11 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         raise UserError(f"--config: given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
-        folder = paths.local_path(folders[-1], f"--{settings_of}={folders[-1]}")
-        record = folder / "config.json"
-        if not record.exists():
+        folder = paths.user_path(folders[-1], f"--{settings_of}={folders[-1]}")
+        record = folder / CONFIG
+        with access.naming_flag(settings_of):
+            is_run = access.is_file(record)
+        if not is_run:
             raise UserError(
                 f"--{settings_of}={folders[-1]}: not a run (it has no config.json). Start one with "
                 "--config=FILE, for example --config=experiments/tiny.py"

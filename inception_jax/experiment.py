@@ -82,6 +82,9 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
     Raises:
       UserError: if the file does not exist, fails, or returns no settings.
     """
+    place = paths.user_path(source, f"{prefix}{source}")
+    if not paths.is_local(place) and place.suffix == ".json":
+        return _load_record(place, f"{prefix}{source}", log)
     path = _resolve(source, prefix)
     arguments: list[str] = []
     if not path.exists() and ":" in source:
@@ -90,11 +93,7 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
     if not path.exists() or path.is_dir():
         raise UserError(f"{prefix}{source}: {_describe_missing(path)}")
     if path.suffix == ".json":
-        record = configs.read_record(path)
-        for note in record.notes:
-            log(note)
-        import_parts(record.parts, str(path), log)
-        return record.config
+        return _load_record(path, f"{prefix}{source}", log)
     try:
         with _imported(path) as module:
             if not hasattr(module, "get_config"):
@@ -112,6 +111,17 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
             f"{type(config).__name__}"
         )
     return config
+
+
+def _load_record(path: paths.Path, what: str, log: Callable[[str], None]) -> Config:
+    try:
+        record = configs.read_record(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: file not found") from error
+    for note in record.notes:
+        log(note)
+    import_parts(record.parts, str(path), log)
+    return record.config
 
 
 def custom_parts(config: Config) -> list[dict[str, str]]:

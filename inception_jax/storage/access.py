@@ -120,12 +120,20 @@ def _probe(path: paths.Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_flag_error(path: paths.Path, flag: str) -> Iterator[None]:
-    """Names a flag in errors about writing to its path."""
+def naming_flag(flag: str) -> Iterator[None]:
+    """Names a flag in errors of requests to the bucket of its path."""
     try:
         yield
     except buckets.BucketError as error:  # It starts with the path.
         raise WriteError(f"--{flag}={error}") from error
+
+
+@contextlib.contextmanager
+def _as_flag_error(path: paths.Path, flag: str) -> Iterator[None]:
+    """Names a flag in errors about writing to its path."""
+    try:
+        with naming_flag(flag):
+            yield
     except OSError as error:
         raise UserError(
             f"--{flag}={path}: cannot be written to: {error.strerror}. "

@@ -11,9 +11,12 @@ TENSORSTORE_GCS_HTTP_URL select another server.
 
 import base64
 import contextlib
+import contextvars
 import errno
 import functools
 import http
+import logging
+import math
 import os
 import pathlib
 import re
@@ -45,6 +48,7 @@ _TENSORSTORE_STATUS = re.compile(r"HTTP response code: (\d{3})")
 _TENSORSTORE_NETWORK = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED): .*(CURL|://)", re.S)
 
 _retry_seconds = 300.0
+_time_limit: contextvars.ContextVar[float] = contextvars.ContextVar("_time_limit", default=math.inf)
 
 
 class BucketError(WriteError):
@@ -69,6 +73,30 @@ def set_retry_seconds(seconds: float) -> None:
     _retry_seconds = seconds
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Limits the retries and attempts of each request in the block, if that is less than usual.
+
+    Args:
+      seconds: for how long a request is repeated, and for how long an attempt may get no answer.
+    """
+    before = _time_limit.set(seconds)
+    try:
+        yield
+    finally:
+        _time_limit.reset(before)
+
+
+def retry_seconds() -> float:
+    """Returns for how long this process repeats a request that fails temporarily."""
+    return _retry_seconds
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception reports a failed request to a bucket, or follows from one."""
+    return isinstance(error, BucketError) or bool(_status(error))
+
+
 def list_files(folder: "epath.Path") -> dict[str, Stat]:
     """Returns the objects below a folder, by their relative paths; {} if there are none.
 
@@ -79,7 +107,7 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
     prefix = f"{name}/" if name else ""
 
     def attempt() -> dict[str, Stat]:
-        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_ATTEMPT_SECONDS, retry=None)
+        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_attempt_seconds(), retry=None)
         return {blob.name.removeprefix(prefix): _stat(blob) for blob in blobs}
 
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
@@ -94,25 +122,32 @@ def stat(path: "epath.Path") -> Stat | None:
     bucket, name = _split(path)
 
     def attempt() -> Stat | None:
-        blob = _client().bucket(bucket).get_blob(name, timeout=_ATTEMPT_SECONDS, retry=None)
+        blob = _client().bucket(bucket).get_blob(name, timeout=_attempt_seconds(), retry=None)
         return _stat(blob) if blob else None
 
     return _request(path, attempt)
 
 
-def read_bytes(path: "epath.Path", start: int = 0, end: int | None = None) -> bytes:
+def read_bytes(
+    path: "epath.Path", start: int = 0, end: int | None = None, *, generation: int | None = None
+) -> bytes:
     """Returns the contents of an object, or of the range [start, end) of its bytes.
 
+    Args:
+      path: the object.
+      start, end: the range.
+      generation: the generation to read; None: the newest.
+
     Raises:
-      FileNotFoundError: if it does not exist.
+      FileNotFoundError: if it does not exist, or no longer has this generation.
       BucketError: if it cannot be read.
     """
     last = None if end is None else end - 1
 
     def attempt() -> bytes:
-        blob = _blob(path)
+        blob = _blob(path, generation)
         contents: bytes = blob.download_as_bytes(
-            start=start or None, end=last, raw_download=True, timeout=_ATTEMPT_SECONDS, retry=None
+            start=start or None, end=last, raw_download=True, timeout=_attempt_seconds(), retry=None
         )
         return contents
 
@@ -140,7 +175,7 @@ def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = 
             data,
             content_type="application/octet-stream",
             if_generation_match=if_generation,
-            timeout=_ATTEMPT_SECONDS,
+            timeout=_attempt_seconds(),
             retry=None,
         )
         return int(blob.generation)
@@ -159,7 +194,7 @@ def check_writable(path: "epath.Path") -> None:
     def attempt() -> None:
         # Permissions are checked before the generation, which no object has.
         _client().bucket(bucket).blob(name or ".probe").upload_from_string(
-            b"", if_generation_match=1, timeout=_ATTEMPT_SECONDS, retry=None
+            b"", if_generation_match=1, timeout=_attempt_seconds(), retry=None
         )
 
     with contextlib.suppress(ChangedError):
@@ -173,7 +208,27 @@ def delete(path: "epath.Path") -> None:
       BucketError: if it cannot be deleted.
     """
     with contextlib.suppress(FileNotFoundError), _missing_as_file_not_found(path):
-        _request(path, lambda: _blob(path).delete(timeout=_ATTEMPT_SECONDS, retry=None))
+        _request(path, lambda: _blob(path).delete(timeout=_attempt_seconds(), retry=None))
+
+
+def copy(source: "epath.Path", destination: "epath.Path") -> None:
+    """Copies an object within its bucket, replacing an earlier destination; without downloading it.
+
+    Raises:
+      FileNotFoundError: if the source does not exist.
+      BucketError: if it cannot be copied.
+    """
+    old, new = _blob(source), _blob(destination)
+
+    def attempt(token: str | None) -> str | None:
+        token, _, _ = new.rewrite(old, token=token, timeout=_attempt_seconds(), retry=None)
+        return token
+
+    with _missing_as_file_not_found(source):
+        # A large object takes several requests.
+        token = _request(source, lambda: attempt(None))
+        while token:
+            token = _request(source, functools.partial(attempt, token))
 
 
 def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
@@ -193,8 +248,16 @@ def _retry() -> "retries.Retry":
         predicate=lambda error: _status(error) in _TRANSIENT,
         initial=1.0,
         maximum=32.0,
-        timeout=_retry_seconds,
+        timeout=_retry_limit(),
     )
+
+
+def _retry_limit() -> float:
+    return min(_retry_seconds, _time_limit.get())
+
+
+def _attempt_seconds() -> float:
+    return min(_ATTEMPT_SECONDS, _time_limit.get())
 
 
 @contextlib.contextmanager
@@ -219,10 +282,11 @@ def translate_errors(path: "epath.Path | pathlib.Path") -> Iterator[None]:
 
 def _describe(status: int, error: BaseException) -> str:
     if status in _TRANSIENT:
+        is_limited = _retry_limit() < _retry_seconds
+        setting = "" if is_limited else " (config.bucket.retry_seconds)"
         return (
-            f"Google Cloud Storage did not answer within {_retry_seconds:g} s "
-            f"(config.bucket.retry_seconds): {_first_line(error)}. Check the network and rerun the "
-            "command"
+            f"Google Cloud Storage did not answer within {_retry_limit():g} s{setting}: "
+            f"{_first_line(error)}. Check the network and rerun the command"
         )
     return _REMEDIES.get(status, f"request failed: {_first_line(error)}")
 
@@ -277,14 +341,31 @@ def _split(path: "epath.Path") -> tuple[str, str]:
     return bucket, name
 
 
-def _blob(path: "epath.Path") -> "storage.Blob":
+def _blob(path: "epath.Path", generation: int | None = None) -> "storage.Blob":
     bucket, name = _split(path)
-    return _client().bucket(bucket).blob(name)
+    return _client().bucket(bucket).blob(name, generation=generation)
 
 
 def _stat(blob: "storage.Blob") -> Stat:
     md5 = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
     return Stat(int(blob.size), md5, int(blob.generation))
+
+
+@functools.cache
+def configure_epath() -> None:
+    """Configures gcsfs, through which `epath.Path` reads and writes buckets.
+
+    Other processes write to the same folders, so listings must not be cached. Failures are raised,
+    so they need not be logged, too. Folders of hierarchical buckets need no special treatment,
+    which takes further libraries, permissions and requests.
+    """
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    from fsspec import config
+
+    config.conf.setdefault("gcs", {}).update(
+        use_listings_cache=False, requests_timeout=_ATTEMPT_SECONDS
+    )
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 @functools.cache
