@@ -173,8 +173,10 @@ def load_dataset(config: Config) -> Dataset:
 
     Raises:
       DataError: if the source is corrupt or missing, or the disk is full.
+      WriteError: if data are in a bucket that cannot be read, or not be written.
     """
     _check_config(config)
+    buckets.set_retry_seconds(config.bucket.retry_seconds)
     return prepare(config.data, log=console.log)
 
 

@@ -75,11 +75,7 @@ def _user_folder() -> pathlib.Path:
       OSError: if it cannot be created, or is owned by another user, who could plant programs there.
       RuntimeError: if the home directory is unknown.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says to ignore relative paths.
-    if not cache.is_absolute():
-        cache = pathlib.Path.home() / ".cache"
-    folder = cache / "inception_jax" / "xla"
+    folder = paths.user_cache() / "xla"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
         raise PermissionError(f"{folder}: owned by another user")

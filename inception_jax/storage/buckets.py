@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from inception_jax.errors import WriteError
@@ -63,11 +63,19 @@ class ChangedError(Exception):
 
 
 class Stat(NamedTuple):
-    """Size of an object in bytes, its MD5 in hexadecimal ('' if unknown), and its generation."""
+    """Facts about an object.
+
+    Attributes:
+      size: bytes.
+      md5: hexadecimal; '' if unknown, as of composed objects.
+      generation: number of this version of it; in Google's service, µs since 1970.
+      crc32c: hexadecimal.
+    """
 
     size: int
     md5: str
     generation: int
+    crc32c: str
 
 
 def set_retry_seconds(seconds: float) -> None:
@@ -202,6 +210,22 @@ def check_writable(path: "epath.Path") -> None:
 
     with contextlib.suppress(ChangedError):
         _request(path, attempt)
+
+
+def compose(path: "epath.Path", parts: Sequence["epath.Path"]) -> Stat:
+    """Creates or replaces an object, joining 1 to 32 objects of the same bucket.
+
+    Raises:
+      BucketError: if it cannot be written, or a part is missing.
+    """
+
+    def attempt() -> Stat:
+        blob = _blob(path)
+        blob.content_type = "application/octet-stream"
+        blob.compose([_blob(part) for part in parts], timeout=_attempt_seconds(), retry=None)
+        return _stat(blob)
+
+    return _request(path, attempt)
 
 
 def delete(path: "epath.Path") -> None:
@@ -365,8 +389,10 @@ def _blob(path: "epath.Path", generation: int | None = None) -> "storage.Blob":
 
 
 def _stat(blob: "storage.Blob") -> Stat:
-    md5 = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
-    return Stat(int(blob.size), md5, int(blob.generation))
+    md5, crc32c = (
+        base64.b64decode(digest).hex() if digest else "" for digest in (blob.md5_hash, blob.crc32c)
+    )
+    return Stat(int(blob.size), md5, int(blob.generation), crc32c)
 
 
 @functools.cache

@@ -129,6 +129,19 @@ def local_path(typed: "str | os.PathLike[str]", what: str) -> pathlib.Path:
     return path
 
 
+def user_cache() -> pathlib.Path:
+    """Returns the user's folder for this program's caches; it need not exist.
+
+    Raises:
+      RuntimeError: if the home directory is unknown.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says to ignore relative paths.
+    if not cache.is_absolute():
+        cache = pathlib.Path.home() / ".cache"
+    return cache / "inception_jax"
+
+
 def is_local(path: Path) -> TypeGuard[pathlib.Path]:
     """Whether a path is local, and not in a bucket."""
     return isinstance(path, pathlib.Path)
