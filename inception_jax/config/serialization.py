@@ -194,8 +194,8 @@ def read_record(path: paths.Path, shown: paths.Path | None = None) -> Record:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"{shown}: not a valid record of a run: {error}. Restore it from a backup, or use a new "
-            "--workdir"
+            f"{shown}: not a valid record of a run: {error}. Restore it from a backup, or use a "
+            "new --workdir"
         ) from error
 
 

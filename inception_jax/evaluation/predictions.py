@@ -162,6 +162,6 @@ def read(workdir: Workdir) -> SavedEvaluation | None:
     # Raised by NumPy and zipfile for a corrupt file or one of another format.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{workdir.location_of(workdir.predictions)}: not a readable predictions file: {error}. Delete it; rerunning the training "
-            "command recreates it"
+            f"{workdir.location_of(workdir.predictions)}: not a readable predictions file: "
+            f"{error}. Delete it; rerunning the training command recreates it"
         ) from error

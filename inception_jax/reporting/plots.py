@@ -51,8 +51,8 @@ def plot_run(record: RunRecord) -> list[str]:
     """Draws all plots of a run into the directory plots/ of its workdir.
 
     Returns:
-      The names of the files written: loss, accuracy, one per further metric, classes, confusion, calibration
-      and time, except for those without data.
+      The names of the files written: loss, accuracy, one per further metric, classes, confusion,
+      calibration and time, except for those without data.
 
     Raises:
       UserError: if the files cannot be written.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from inception_jax.errors import UserError
 
+# A place where files are stored. Both kinds have the operations of pathlib.PurePosixPath.
 if TYPE_CHECKING:
-    # Imported only for paths in buckets, which need optional libraries.
     from etils import epath
 
-# A place where files are stored. Both kinds have the operations of pathlib.PurePath.
-Path: TypeAlias = "pathlib.Path | epath.Path"
+    Path: TypeAlias = pathlib.Path | epath.Path
+else:
+    # epath is imported only for paths in buckets, which need optional libraries.
+    Path = pathlib.Path | pathlib.PurePosixPath
 
 # pathlib turns gs:// into gs:/, which is also a common typo.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")

@@ -314,8 +314,8 @@ def read_metrics(path: pathlib.Path, shown: paths.Path | None = None) -> list[di
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(
-                f"{shown or path}, line {number}: {line[:60]!r} is not a JSON object with an integer "
-                '"step"; delete this line or the file, and rerun the command'
+                f"{shown or path}, line {number}: {line[:60]!r} is not a JSON object with an "
+                'integer "step"; delete this line or the file, and rerun the command'
             )
         rows.append(row)
     return rows

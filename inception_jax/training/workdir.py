@@ -110,8 +110,8 @@ def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
         raise CheckpointError(f"--workdir={workdir}: no run found here (no config.json)")
     if _CLASS_NAMES not in record.dataset:
         raise CheckpointError(
-            f"{workdir.location_of(workdir.config)}: written by an older version, without class names. Rerun the "
-            "training command once to add them; a finished run exits immediately"
+            f"{workdir.location_of(workdir.config)}: written by an older version, without class "
+            "names. Rerun the training command once to add them; a finished run exits immediately"
         )
     network = record.own.get("model")
     if network and not has_model:
