@@ -79,7 +79,7 @@ def _find_bucket_problem(typed: str) -> str:
 def _is_installed(library: str) -> bool:
     try:
         return importlib.util.find_spec(library) is not None
-    except ModuleNotFoundError:  # Of a package above it.
+    except (ModuleNotFoundError, ValueError):  # Without the package above it; blocked by a caller.
         return False
 
 

@@ -16,16 +16,44 @@ from tests import names
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-URLS = ["gs://bucket/run", "gs:/bucket/run", "s3://b/x", "https://host/x.zip", "hdfs://b", "GS://b"]
 
-
-@pytest.mark.parametrize("typed", URLS)
+@pytest.mark.parametrize("typed", ["s3://b/x", "https://host/x.zip", "hdfs://b", "GCS://b"])
 def test_urls_are_rejected(typed: str) -> None:
     with pytest.raises(UserError) as refused:
-        paths.local_path(typed, f"--workdir={typed}")
+        paths.user_path(typed, f"--workdir={typed}")
     message = str(refused.value)
     assert message.startswith(f"--workdir={typed}: is a URL")
-    assert f"write ./{typed}" in message and "bucket" in message
+    assert f"write ./{typed}" in message and "gs://BUCKET/PATH" in message
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("gs:/bucket/run", "must be written with two slashes: gs://bucket/run"),
+        ("GS://bucket/run", "must be written with two slashes: gs://bucket/run"),
+        ("gs://", "must be gs://BUCKET/PATH"),
+        ("gs://My_Bucket/x", "lowercase letters"),
+        ("gs://bucket/a/../b", "must not contain '/../'"),
+        ("gs://bucket/run[1]", r"must not contain '\['"),
+    ],
+)
+def test_malformed_bucket_paths_are_rejected(typed: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        paths.user_path(typed, f"--workdir={typed}")
+
+
+def test_paths_in_buckets_are_not_local() -> None:
+    path = paths.user_path("gs://bucket/runs//a/", "--workdir")
+    assert str(path / "config.json") == "gs://bucket/runs/a/config.json"
+    assert not paths.is_local(path)
+    with pytest.raises(UserError, match=r"is a URL \(gs:\); must be a local path"):
+        paths.local_path("gs://bucket/x", "config.data.cache = 'gs://bucket/x'")
+
+
+def test_missing_libraries_for_buckets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"pip install 'inception-jax\[gcs\]'"):
+        paths.user_path("gs://bucket/run", "--workdir=gs://bucket/run")
 
 
 @pytest.mark.parametrize(
@@ -77,8 +105,8 @@ def test_unknown_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "setting"),
     [
-        (Config(data=Data(source="gs://b/pictures.zip")), "data.source"),
-        (Config(data=Data(directory="gs:/b/data")), "data.directory"),
+        (Config(data=Data(source="s3://b/pictures.zip")), "data.source"),
+        (Config(data=Data(directory="hdfs:/b/data")), "data.directory"),
         (Config(init=Init(pretrained="https://host/w.safetensors")), "init.pretrained"),
     ],
 )
@@ -91,27 +119,27 @@ def test_url_settings_are_reported_with_other_errors(settings: Config, setting: 
 
 
 def test_default_directory_must_not_be_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TFDS_DATA_DIR", "gs://tfds-data/datasets")
-    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=gs://tfds-data/datasets\): is a URL"):
+    monkeypatch.setenv("TFDS_DATA_DIR", "s3://tfds-data/datasets")
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=s3://tfds-data/datasets\): is a URL"):
         data_directory("")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["main", "--config=experiments/digits.py", "--workdir=gs://b/run"],
-        ["main", "--config=experiments/digits.py", "--mode=eval", "--weights=gs://b/w.safetensors"],
-        ["tools.prepare", "--config=experiments/digits.py", "--config.data.directory=gs://b/data"],
-        ["tools.find_lr", "--config=experiments/digits.py", "--output=gs://b/lr"],
-        ["tools.export", "--to=onnx", "--weights=x", "--output=gs://b/x.onnx"],
-        ["tools.import_weights", "--input=gs://b/x.pth", "--output=x"],
-        ["tools.predict", "--workdir=gs://b/run", "cat.jpg"],
-        ["tools.predict", "--workdir=x", "gs://b/cat.jpg"],
-        ["tools.summarize", "--config=experiments/digits.py", "--output=gs://b/view"],
-        ["tools.serve", "--weights=gs://b/w"],
-        ["tools.report", "gs://b/run"],
-        ["tools.plot", "gs://b/run"],
-        ["tools.diagnose", "gs://b/run"],
+        ["main", "--config=experiments/digits.py", "--workdir=s3://b/run"],
+        ["main", "--config=experiments/digits.py", "--mode=eval", "--weights=s3://b/w.safetensors"],
+        ["tools.prepare", "--config=experiments/digits.py", "--config.data.directory=s3://b/data"],
+        ["tools.find_lr", "--config=experiments/digits.py", "--output=s3://b/lr"],
+        ["tools.export", "--to=onnx", "--weights=x", "--output=s3://b/x.onnx"],
+        ["tools.import_weights", "--input=s3://b/x.pth", "--output=x"],
+        ["tools.predict", "--workdir=s3://b/run", "cat.jpg"],
+        ["tools.predict", "--workdir=x", "s3://b/cat.jpg"],
+        ["tools.summarize", "--config=experiments/digits.py", "--output=s3://b/view"],
+        ["tools.serve", "--weights=s3://b/w"],
+        ["tools.report", "s3://b/run"],
+        ["tools.plot", "s3://b/run"],
+        ["tools.diagnose", "s3://b/run"],
     ],
 )
 def test_every_command_rejects_urls_before_writing(
@@ -127,7 +155,7 @@ def test_every_command_rejects_urls_before_writing(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "is a URL (gs:)" in done.stderr
+    assert done.stderr.count("\n") == 1 and "is a URL (s3:)" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
