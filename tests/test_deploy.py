@@ -1,4 +1,4 @@
-"""The Dockerfile and the Kubernetes manifests, without a container engine and a cluster."""
+"""The Dockerfile, the Kubernetes manifests and the script for hosts, without a cloud."""
 
 import copy
 import fnmatch
@@ -262,3 +262,61 @@ def test_the_arguments_of_the_manifests_exist(manifest: str) -> None:
         else:
             assert re.search(rf"^  --{name}\b", help_text, re.MULTILINE), name
     assert (ROOT / arguments["config"]).is_file()
+
+
+# deploy/ssh_all.sh
+
+GCLOUD = """#!/bin/sh
+# Knows a group of two hosts and an empty one, and runs the commands for hosts here.
+case "$*" in
+  "compute instance-groups managed list-instances empty "*) ;;
+  "compute instance-groups managed list-instances group --project=p --zone=z "*)
+    printf 'host-a\\nhost-b\\n' ;;
+  "compute ssh host-"?" --project=p --zone=z --command="*) exec sh -c "${6#--command=}" ;;
+  *) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
+
+
+def on_all(
+    folder: pathlib.Path, remote: str, *, group: str = "group"
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command with deploy/ssh_all.sh on two made-up hosts."""
+    gcloud = folder / "gcloud"
+    gcloud.write_text(GCLOUD, encoding="utf-8")
+    gcloud.chmod(0o755)
+    return subprocess.run(
+        [ROOT / "deploy" / "ssh_all.sh", *([remote] if remote else [])],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z", "NAME": group},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_command_runs_on_all_hosts_and_its_output_names_them(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, "echo 'one  two'; echo three >&2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == [
+        "host-a: one  two",
+        "host-a: three",
+        "host-b: one  two",
+        "host-b: three",
+    ]
+
+
+def test_the_hosts_work_at_the_same_time(tmp_path: pathlib.Path) -> None:
+    """Each waits for the other one, as the processes of a run do."""
+    meet = f'cd {tmp_path}; touch "$$"; while [ $(ls | grep -c "^[0-9]") -lt 2 ]; do :; done'
+    assert on_all(tmp_path, meet).returncode == 0
+
+
+def test_a_failure_on_one_host_is_the_result(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, f"mkdir {tmp_path}/once || exit 7")
+    assert done.returncode == 7
+
+
+def test_a_group_without_hosts_and_a_missing_command_are_refused(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, "true", group="empty")
+    assert done.returncode == 1 and "NAME=empty: the managed instance group has no" in done.stderr
+    done = on_all(tmp_path, "")
+    assert done.returncode == 2 and done.stderr.startswith("usage: PROJECT=PROJECT")
