@@ -264,6 +264,24 @@ def test_the_arguments_of_the_manifests_exist(manifest: str) -> None:
     assert (ROOT / arguments["config"]).is_file()
 
 
+def test_the_page_fills_in_the_jobset() -> None:
+    text = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^(sed .*) \| kubectl apply -f -$", text, re.MULTILINE)
+    filled = subprocess.run(
+        ["sh", "-c", line],
+        cwd=ROOT,
+        env=os.environ | {"image": "a/b:1", "BUCKET": "c"},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    (slices,) = yaml.safe_load(filled.stdout)["spec"]["replicatedJobs"]
+    (container,) = pod_of(slices["template"])["containers"]
+    assert container["image"] == "a/b:1"
+    assert "--workdir=gs://c/runs/tiny" in container["args"]
+    assert "--config.data.directory=gs://c/data" in container["args"]
+
+
 # deploy/ssh_all.sh
 
 GCLOUD = """#!/bin/sh
