@@ -3,10 +3,12 @@
 import copy
 import fnmatch
 import functools
+import itertools
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -280,6 +282,74 @@ def test_the_page_fills_in_the_jobset() -> None:
     assert container["image"] == "a/b:1"
     assert "--workdir=gs://c/runs/tiny" in container["args"]
     assert "--config.data.directory=gs://c/data" in container["args"]
+
+
+# The commands of docs/tpu.md, with programs that only record how they are called
+
+CASES = {
+    "One host: v6e, v5p": ["One host: v6e, v5p"],
+    "Several hosts: v6e, v5p": ["One host: v6e, v5p", "Several hosts: v6e, v5p"],
+    "One or several hosts: v5e, v4": ["One or several hosts: v5e, v4"],
+}
+RECORDER = """#!/bin/sh
+for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word"; done >> "$CALLS"
+printf '\\n\\0' >> "$CALLS"
+case "$*" in *list-instances*) echo host-a ;; esac
+"""
+
+
+def script(*headings: str) -> str:
+    """Returns the shell code of parts of docs/tpu.md, by their headings."""
+    text = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
+    parts = dict(part.split("\n", 1) for part in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:])
+    blocks = [re.findall(r"```bash\n(.*?)```", parts[heading], re.DOTALL) for heading in headings]
+    return "\n".join(itertools.chain.from_iterable(blocks))
+
+
+def calls_of(folder: pathlib.Path, code: str) -> list[list[str]]:
+    """Returns the programs that shell code calls, each with its arguments."""
+    for name in ("gcloud", "kubectl", "docker", "tensorboard", "python"):
+        (folder / name).write_text(RECORDER, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    calls = folder / "calls"
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls)}
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recorded = calls.read_text(encoding="utf-8").split("\n\0")
+    return [call.split("\0")[:-1] for call in recorded if call]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_commands_for_machines_are_passed_on_as_meant(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    shared = ("Set up the hosts", "Prepare the data once", "Train", "Watch", "Delete")
+    stop = "Stop, resume, clean up"
+    code = script("Variables and a bucket", *CASES[case], *shared, stop)
+    calls = calls_of(tmp_path, code)
+    assert ["create"] in [call[3:4] for call in calls]
+    remote = [call[-1].removeprefix("--command=") for call in calls if "ssh" in call]
+    assert len(remote) == len(re.findall(r"^\$all ", code, re.MULTILINE))
+    for call in calls:
+        # All but the commands for the hosts are single words: nothing was split or left unset.
+        assert not [word for word in call[:-1] if re.search(r"\s|\$|=$", word)], call
+    (started,) = [shlex.split(each) for each in remote if each.startswith("tmux new-session")]
+    *tmux, inner = started
+    assert tmux == ["tmux", "new-session", "-d", "-s", "train"]
+    words = shlex.split(inner)
+    assert words[:4] == ["cd", "inception_jax", "&&", "exec"]
+    assert ("--distributed" in words) == (case != "One host: v6e, v5p")
+    assert "--workdir gs://my-bucket/runs/tiny" in inner and inner.endswith(">> ~/train.log 2>&1")
+
+
+def test_the_commands_for_kubernetes_are_passed_on_as_meant(tmp_path: pathlib.Path) -> None:
+    calls = calls_of(tmp_path, script("Variables and a bucket", "GKE"))
+    (build,) = [call for call in calls if call[:2] == ["docker", "build"]]
+    image = "us-east5-docker.pkg.dev/my-project/inception-jax/train:1"
+    assert build[2:] == ["--build-arg", "EXTRAS=gcs,tpu", "--tag", image, "."]
+    for call in calls:
+        assert not [word for word in call if re.search(r"\s|\$|=$", word)], call
 
 
 # deploy/ssh_all.sh
