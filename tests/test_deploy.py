@@ -1,12 +1,14 @@
-"""The Dockerfile and the Kubernetes manifests, without a container engine and a cluster."""
+"""The Dockerfile, the Kubernetes manifests and the script for hosts, without a cloud."""
 
 import copy
 import fnmatch
 import functools
+import itertools
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -262,3 +264,147 @@ def test_the_arguments_of_the_manifests_exist(manifest: str) -> None:
         else:
             assert re.search(rf"^  --{name}\b", help_text, re.MULTILINE), name
     assert (ROOT / arguments["config"]).is_file()
+
+
+def test_the_page_fills_in_the_jobset() -> None:
+    text = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^(sed .*) \| kubectl apply -f -$", text, re.MULTILINE)
+    filled = subprocess.run(
+        ["sh", "-c", line],
+        cwd=ROOT,
+        env=os.environ | {"image": "a/b:1", "BUCKET": "c"},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    (slices,) = yaml.safe_load(filled.stdout)["spec"]["replicatedJobs"]
+    (container,) = pod_of(slices["template"])["containers"]
+    assert container["image"] == "a/b:1"
+    assert "--workdir=gs://c/runs/tiny" in container["args"]
+    assert "--config.data.directory=gs://c/data" in container["args"]
+
+
+# The commands of docs/tpu.md, with programs that only record how they are called
+
+CASES = {
+    "One host: v6e, v5p": ["One host: v6e, v5p"],
+    "Several hosts: v6e, v5p": ["One host: v6e, v5p", "Several hosts: v6e, v5p"],
+    "One or several hosts: v5e, v4": ["One or several hosts: v5e, v4"],
+}
+RECORDER = """#!/bin/sh
+for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word"; done >> "$CALLS"
+printf '\\n\\0' >> "$CALLS"
+case "$*" in *list-instances*) echo host-a ;; esac
+"""
+
+
+def script(*headings: str) -> str:
+    """Returns the shell code of parts of docs/tpu.md, by their headings."""
+    text = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
+    parts = dict(part.split("\n", 1) for part in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:])
+    blocks = [re.findall(r"```bash\n(.*?)```", parts[heading], re.DOTALL) for heading in headings]
+    return "\n".join(itertools.chain.from_iterable(blocks))
+
+
+def calls_of(folder: pathlib.Path, code: str) -> list[list[str]]:
+    """Returns the programs that shell code calls, each with its arguments."""
+    for name in ("gcloud", "kubectl", "docker", "tensorboard", "python"):
+        (folder / name).write_text(RECORDER, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    calls = folder / "calls"
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls)}
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recorded = calls.read_text(encoding="utf-8").split("\n\0")
+    return [call.split("\0")[:-1] for call in recorded if call]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_commands_for_machines_are_passed_on_as_meant(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    shared = ("Set up the hosts", "Prepare the data once", "Train", "Watch", "Delete")
+    stop = "Stop, resume, clean up"
+    code = script("Variables and a bucket", *CASES[case], *shared, stop)
+    calls = calls_of(tmp_path, code)
+    assert ["create"] in [call[3:4] for call in calls]
+    remote = [call[-1].removeprefix("--command=") for call in calls if "ssh" in call]
+    assert len(remote) == len(re.findall(r"^\$all ", code, re.MULTILINE))
+    for call in calls:
+        # All but the commands for the hosts are single words: nothing was split or left unset.
+        assert not [word for word in call[:-1] if re.search(r"\s|\$|=$", word)], call
+    (started,) = [shlex.split(each) for each in remote if each.startswith("tmux new-session")]
+    *tmux, inner = started
+    assert tmux == ["tmux", "new-session", "-d", "-s", "train"]
+    words = shlex.split(inner)
+    assert words[:4] == ["cd", "inception_jax", "&&", "exec"]
+    assert ("--distributed" in words) == (case != "One host: v6e, v5p")
+    assert "--workdir gs://my-bucket/runs/tiny" in inner and inner.endswith(">> ~/train.log 2>&1")
+
+
+def test_the_commands_for_kubernetes_are_passed_on_as_meant(tmp_path: pathlib.Path) -> None:
+    calls = calls_of(tmp_path, script("Variables and a bucket", "GKE"))
+    (build,) = [call for call in calls if call[:2] == ["docker", "build"]]
+    image = "us-east5-docker.pkg.dev/my-project/inception-jax/train:1"
+    assert build[2:] == ["--build-arg", "EXTRAS=gcs,tpu", "--tag", image, "."]
+    for call in calls:
+        assert not [word for word in call if re.search(r"\s|\$|=$", word)], call
+
+
+# deploy/ssh_all.sh
+
+GCLOUD = """#!/bin/sh
+# Knows a group of two hosts and an empty one, and runs the commands for hosts here.
+case "$*" in
+  "compute instance-groups managed list-instances empty "*) ;;
+  "compute instance-groups managed list-instances group --project=p --zone=z "*)
+    printf 'host-a\\nhost-b\\n' ;;
+  "compute ssh host-"?" --project=p --zone=z --command="*) exec sh -c "${6#--command=}" ;;
+  *) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
+
+
+def on_all(
+    folder: pathlib.Path, remote: str, *, group: str = "group"
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command with deploy/ssh_all.sh on two made-up hosts."""
+    gcloud = folder / "gcloud"
+    gcloud.write_text(GCLOUD, encoding="utf-8")
+    gcloud.chmod(0o755)
+    return subprocess.run(
+        [ROOT / "deploy" / "ssh_all.sh", *([remote] if remote else [])],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z", "NAME": group},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_command_runs_on_all_hosts_and_its_output_names_them(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, "echo 'one  two'; echo three >&2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == [
+        "host-a: one  two",
+        "host-a: three",
+        "host-b: one  two",
+        "host-b: three",
+    ]
+
+
+def test_the_hosts_work_at_the_same_time(tmp_path: pathlib.Path) -> None:
+    """Each waits for the other one, as the processes of a run do."""
+    meet = f'cd {tmp_path}; touch "$$"; while [ $(ls | grep -c "^[0-9]") -lt 2 ]; do :; done'
+    assert on_all(tmp_path, meet).returncode == 0
+
+
+def test_a_failure_on_one_host_is_the_result(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, f"mkdir {tmp_path}/once || exit 7")
+    assert done.returncode == 7
+
+
+def test_a_group_without_hosts_and_a_missing_command_are_refused(tmp_path: pathlib.Path) -> None:
+    done = on_all(tmp_path, "true", group="empty")
+    assert done.returncode == 1 and "NAME=empty: the managed instance group has no" in done.stderr
+    done = on_all(tmp_path, "")
+    assert done.returncode == 2 and done.stderr.startswith("usage: PROJECT=PROJECT")
