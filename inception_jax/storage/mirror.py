@@ -257,8 +257,8 @@ def _make_temporary_folder() -> tuple[pathlib.Path, IO[bytes]]:
     parent = pathlib.Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
         # Of another user, or kept because of a failed upload.
-        with contextlib.suppress(OSError), (left / _LOCK_FILE).open("rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), (left / _LOCK_FILE).open("rb+") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     # Renamed once it is locked, so that no other process deletes it before.
     new = pathlib.Path(tempfile.mkdtemp(prefix="inception_jax-new-"))
