@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: the promises of those on disk, on a server that fails as real ones do."""
+"""Checkpoints in a bucket keep the promises of those on disk, though its server fails."""
 
 import contextlib
 import itertools

@@ -27,7 +27,6 @@ from inception_jax.storage import integrity
 from inception_jax.training import _orbax_private
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.state import TrainState
 from tests import disks, names
 from tests.saved import check_restores, save, state
 
