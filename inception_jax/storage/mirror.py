@@ -8,6 +8,7 @@ has something that could not be uploaded.
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import shutil
@@ -42,7 +43,7 @@ class Mirror:
       remote: the folder in the bucket.
       exclude: names of files and folders in it, at any depth, that are not copied. Those whose
         names start with a dot, such as unfinished files, are not copied either.
-      last: names of files that are uploaded after all others.
+      last: names of files that are uploaded after all others, and not in the background.
 
     Attributes:
       path: the local folder, empty at first.
@@ -113,8 +114,13 @@ class Mirror:
           BucketError: if a file cannot be uploaded; others may have been.
           RunError: if the lock of the block of `uploading` was lost; nothing is uploaded.
         """
+        self._upload_except(frozenset())
+
+    def _upload_except(self, names: frozenset[str]) -> None:
         with self._upload_lock:
             for name, version in self._changed_files().items():
+                if name in names:
+                    continue
                 self._check()
                 # In memory, because metrics may be appended during the upload.
                 data = (self.path / name).read_bytes()
@@ -136,7 +142,8 @@ class Mirror:
           WriteError: if the last upload fails.
         """
         self._check = check
-        self._background = _BackgroundUploads(self.upload, self._remote, log)
+        upload = functools.partial(self._upload_except, self._last)
+        self._background = _BackgroundUploads(upload, self._remote, log)
         try:
             yield
             self._background.stop()
@@ -257,8 +264,8 @@ def _make_temporary_folder() -> tuple[pathlib.Path, IO[bytes]]:
     parent = pathlib.Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
         # Of another user, or kept because of a failed upload.
-        with contextlib.suppress(OSError), (left / _LOCK_FILE).open("rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), (left / _LOCK_FILE).open("rb+") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     # Renamed once it is locked, so that no other process deletes it before.
     new = pathlib.Path(tempfile.mkdtemp(prefix="inception_jax-new-"))
