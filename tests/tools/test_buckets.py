@@ -85,6 +85,7 @@ def test_unwritable_bucket_is_reported_before_an_export(
     assert not buckets.list_files(remote / "out")
 
 
+@pytest.mark.slow
 def test_find_lr_writes_to_a_bucket(bucket: str, data_directory: pathlib.Path) -> None:
     done = command.run(
         "tools.find_lr",
