@@ -66,10 +66,10 @@ def check_shared(workdir: Workdir) -> None:
     try:
         # A name that no process has looked up before, as network file systems cache lookups.
         written = workdir.path / hosts.gather("folder", probe.name)[0]
-        what = f"--workdir={workdir.path} contains the file that process 0 wrote"
         hosts.check_consistent(
             "shared folder",
-            lambda: {what: written.exists()},
+            # Without the path, which may differ between hosts that see the same folder.
+            lambda: {"--workdir contains the file that process 0 wrote": written.exists()},
             "Hosts of a TPU slice share no disk. Use --workdir=gs://BUCKET/PATH, or a folder that "
             "all hosts mount",
         )
