@@ -83,6 +83,7 @@ EXTENDING = RunBy(
 COMMANDS: dict[str, RunBy | NotRun] = {
     "make setup*": RunBy(CI, "make setup"),
     "make demo*": RunBy(CI, "make demo"),
+    "make test-quick*": RunBy(CI, "make test-quick"),
     "make test-slow*": RunBy(CI, "make test-slow"),
     "make test*": RunBy(CI, "make test "),
     "make lint": RunBy(CI, "make lint"),
