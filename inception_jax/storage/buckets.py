@@ -125,6 +125,19 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
 
 
+def check_bucket(path: "epath.Path") -> None:
+    """Checks that the bucket of a path exists and can be read.
+
+    Raises:
+      BucketError: if not.
+    """
+    bucket, timeout = _split(path)[0], _attempt_seconds()
+    _request(
+        path,
+        lambda: list(_client().list_blobs(bucket, max_results=1, timeout=timeout, retry=None)),
+    )
+
+
 def stat(path: "epath.Path") -> Stat | None:
     """Returns the facts about an object; None if it does not exist.
 
@@ -373,11 +386,7 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
     except BucketError as error:
         if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
             raise
-        with translate_errors(path):
-            # Raises an error if the bucket is missing.
-            _retry()(
-                lambda: list(_client().list_blobs(_split(path)[0], max_results=1, retry=None))
-            )()
+        check_bucket(path)
         missing = errno.ENOENT
         raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
 
