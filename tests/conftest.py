@@ -7,6 +7,8 @@ inherit them.
 import os
 import pathlib
 import platform
+import uuid
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,6 +34,8 @@ from absl import flags  # noqa: E402  (after setting the environment)
 
 # Grain's workers read absl flags, which only an absl app parses (fixed after 0.2.18).
 flags.FLAGS.mark_as_parsed()
+
+from tests import gcs as gcs_server  # noqa: E402
 
 # The slowest test files, slowest first. Running them first leaves short tests for the end, so no
 # process waits long for another. Files missing here only cost time.
@@ -70,3 +74,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The directory of the embedded digits, prepared once for all tests of a process."""
     return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="session")
+def _gcs() -> Iterator[tuple[gcs_server.Server, gcs_server.Proxy]]:
+    with gcs_server.serving() as (server, proxy):
+        yield server, proxy
+
+
+@pytest.fixture
+def gcs(_gcs: tuple[gcs_server.Server, gcs_server.Proxy]) -> Iterator[gcs_server.Proxy]:
+    """The proxy in front of the storage server, without rules and recorded requests."""
+    proxy = _gcs[1]
+    proxy.clear()
+    yield proxy
+    proxy.clear()
+
+
+@pytest.fixture
+def bucket(_gcs: tuple[gcs_server.Server, gcs_server.Proxy], gcs: gcs_server.Proxy) -> str:
+    """The URL of a new, empty bucket: "gs://NAME"."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    _gcs[0].create_bucket(name)
+    return f"gs://{name}"
