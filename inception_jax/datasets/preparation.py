@@ -150,7 +150,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
     recipe.fetch_records()
     builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
-        with contextlib.closing(builder):
+        with contextlib.closing(builder), recipe.showing_source():
             # Opens the source first, so that remaining files are not removed without a replacement.
             _open(recipe, builder)
         recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
@@ -188,8 +188,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
 def _open(recipe: Recipe, builder: Any) -> None:
     """Opens the source, copied from a bucket if it is there."""
     recipe.fetch_source()
-    with recipe.showing_source():
-        builder.open()
+    builder.open()
 
 
 def _remove_caches(recipe: Recipe) -> None:
