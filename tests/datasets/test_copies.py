@@ -18,7 +18,7 @@ from inception_jax.datasets.dataset import Dataset, class_ids, prepare
 from inception_jax.errors import DataError, UserError
 from inception_jax.storage import buckets, paths, transfers
 from tests import archives
-from tests.gcs import Delay, FlipBit, Proxy, Rule, Status
+from tests.gcs import Call, Delay, FlipBit, Proxy, Rule, Status
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = "data/inception_jax/digits-1.0.0-8px"
@@ -153,7 +153,8 @@ def test_killed_download_is_resumed(
     prepare(digits(stored, tmp_path / "whole"), log=quiet)
     whole = sum(request.sent for request in gcs.find("read"))
     gcs.clear()
-    host, processes = tmp_path / "second", []
+    host = tmp_path / "second"
+    processes: list[subprocess.Popen[str]] = []
     ready = threading.Event()
 
     def kill() -> None:
