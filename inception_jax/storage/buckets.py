@@ -333,7 +333,7 @@ def _describe(status: int, error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
     text = _TENSORSTORE_DETAILS.sub("", str(cause)).rpartition("retry attempts failed: ")[2]
-    return f"{type(cause).__name__}: {text}".splitlines()[0][:200]
+    return f"{type(cause).__name__}: {text}".splitlines()[0][:200].rstrip(".")
 
 
 def _status(error: BaseException) -> int:
@@ -411,7 +411,8 @@ def configure_epath() -> None:
     config.conf.setdefault("gcs", {}).update(
         use_listings_cache=False, requests_timeout=_ATTEMPT_SECONDS
     )
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    for logger in ("gcsfs", "fsspec.prefetcher"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     _gcsfs_private.set_retry(_retry_asynchronously)
 
 

@@ -218,6 +218,7 @@ class Checkpoints:
             if paths.is_local(self._directory):
                 size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
                 check_space(self._directory, size, "a checkpoint")
+            self._manager.wait_until_finished()  # The previous write uses the next value.
             self._saving = step
             saved = self._manager.save(
                 step,
