@@ -20,6 +20,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -272,6 +273,8 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     console.prepare_streams()
     # The libraries log much that does not help users, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
+    # runtime/tpu_vm.py reports the same among others.
+    warnings.filterwarnings("ignore", "Transparent hugepages are not enabled")
     # For example, that it has no writable cache folder.
     python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
     # Commands started from a notebook inherit its backend; if that is not installed, importing

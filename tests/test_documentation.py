@@ -105,6 +105,10 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     "ssh *": NotRun(LAUNCHER),
     "scontrol *": NotRun(LAUNCHER),
     "$all *": NotRun(CLOUD),
+    "gcloud *": NotRun(CLOUD),
+    "docker *": NotRun("needs a container engine; tests/test_deploy.py runs the build's steps"),
+    "kubectl *": NotRun("needs a cluster; tests/test_deploy.py checks the manifests"),
+    "sed *": RunBy("tests/test_deploy.py", "test_the_page_fills_in_the_jobset"),
     "python -m inception_jax.main *--coordinator_address*": RunBy(
         "tests/integration/test_hosts.py", "--coordinator_address"
     ),
@@ -130,7 +134,7 @@ SNIPPETS = {
     "docs/python.md": RunBy("tests/test_api.py", '"python.md"'),
 }
 # Flags of other programs that the pages name in their text.
-OTHER_FLAGS = {"gpus-per-task", "ntasks-per-node", "signal"}
+OTHER_FLAGS = {"boot-disk-size", "gpus-per-task", "ntasks-per-node", "signal"}
 
 GROUPS = {field.name for field in dataclasses.fields(configs.Config)} - {"name", "seed"}
 SETTING = re.compile(rf"(?:config\.)?((?:{'|'.join(sorted(GROUPS))})(?:\.[a-z][a-z_0-9]*)+)")
@@ -283,7 +287,7 @@ def test_the_flags_and_settings_of_a_command_exist(page: str, words: tuple[str, 
             path = name.removeprefix("config.")
             configs.check_path(path)
             if value and not is_placeholder(value):
-                overrides[path] = value
+                overrides[path] = value.replace("$BUCKET", "bucket")
         else:
             known = {*flags_of(module), "config"}
             assert name.removeprefix("no") in known or name in known, f"{module} has no --{name}"

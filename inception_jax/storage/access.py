@@ -18,7 +18,10 @@ def is_file(path: paths.Path) -> bool:
     """
     if paths.is_local(path):
         return path.is_file()
-    return buckets.stat(path) is not None
+    if buckets.stat(path) is not None:
+        return True
+    buckets.check_bucket(path)
+    return False
 
 
 def size(path: paths.Path) -> int:

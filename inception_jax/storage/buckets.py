@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
+_INITIAL_BACKOFF_SECONDS = 1.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REMEDIES = {
     401: "credentials are missing or have expired; run gcloud auth application-default login, or "
@@ -122,6 +123,19 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
         return {blob.name.removeprefix(prefix): _stat(blob) for blob in blobs}
 
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
+
+
+def check_bucket(path: "epath.Path") -> None:
+    """Checks that the bucket of a path exists and can be read.
+
+    Raises:
+      BucketError: if not.
+    """
+    bucket, timeout = _split(path)[0], _attempt_seconds()
+    _request(
+        path,
+        lambda: list(_client().list_blobs(bucket, max_results=1, timeout=timeout, retry=None)),
+    )
 
 
 def stat(path: "epath.Path") -> Stat | None:
@@ -285,7 +299,7 @@ def _retry_asynchronously(
 def _retry_options() -> dict[str, Any]:
     return {
         "predicate": lambda error: _status(error) in _TRANSIENT,
-        "initial": 1.0,
+        "initial": _INITIAL_BACKOFF_SECONDS,
         "maximum": 32.0,
         "timeout": _retry_limit(),
     }
@@ -346,11 +360,11 @@ def _status(error: BaseException) -> int:
     if library == "google":
         if name == "RetryError":
             return _status(error.__cause__) if error.__cause__ else 503
+        if name in ("DataCorruption", "TransportError"):
+            return 503
         response = getattr(error, "response", None)  # InvalidResponse, of downloads.
         if response is not None:
             return int(response.status_code)
-        if name in ("DataCorruption", "TransportError"):
-            return 503
         return 401 if ".auth." in f"{type(error).__module__}." else 0
     if library in _NETWORK_LIBRARIES or isinstance(error, ConnectionError | TimeoutError):
         return 503
@@ -372,8 +386,7 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
     except BucketError as error:
         if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
             raise
-        # Raises a BucketError if the bucket is missing.
-        list_files(path / "-")
+        check_bucket(path)
         missing = errno.ENOENT
         raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
 

@@ -73,11 +73,11 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(
             f"--dtype={_DTYPE.value}: requires --to=savedweights; other formats are float32"
         )
-    path = cli.given(_OUTPUT)
-    access.check_output_file(path, "output")
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.log)
     trained = load.load(**_TRAINED.values(), log=console.log)
+    path = cli.given(_OUTPUT)
+    access.check_output_file(path, "output")
     description = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)

@@ -60,9 +60,9 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.runtime import devices, environment
 
     source, target = cli.given(_INPUT), cli.given(_OUTPUT)
-    access.check_output_file(target, "output")
     devices.initialize(platform="cpu", log=console.log)
     state = read_state_dict(source)
+    access.check_output_file(target, "output")
     try:
         model, variables, notes = torchvision_weights.from_torchvision(
             state, prefix=_PREFIX.value, classifier=_CLASSIFIER.value

@@ -80,12 +80,12 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import load
     from inception_jax.runtime import devices
 
+    devices.initialize(platform=_PLATFORM.value, log=console.log)
+    weights = load.load(**_TRAINED.values(), log=console.log)
     if _EXPLAIN.value is not None:
         access.check_output_folder(_EXPLAIN.value, "explain")
     if _OUTPUT.value is not None:
         access.check_output_file(_OUTPUT.value, "output")
-    devices.initialize(platform=_PLATFORM.value, log=console.log)
-    weights = load.load(**_TRAINED.values(), log=console.log)
     console.log(f"network: {weights}")
     if images is None:
         _predict_split(weights)

@@ -59,9 +59,6 @@ def main(positional: Sequence[str]) -> None:
         raise UserError(
             "--image: activations need trained weights; use --workdir=DIR or --weights=FILE"
         )
-    run = _TRAINED.workdir.value
-    folder = _OUTPUT.value or (run or pathlib.Path("runs")) / "summary"
-    access.check_output_folder(folder, "output")
     image = None if _IMAGE.value is None else image_files.read(str(_IMAGE.value))
     # Tracing needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.log)
@@ -74,6 +71,8 @@ def main(positional: Sequence[str]) -> None:
         weights = load.load(**_TRAINED.values(), log=console.log)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
+    folder = _OUTPUT.value or (_TRAINED.workdir.value or pathlib.Path("runs")) / "summary"
+    access.check_output_folder(folder, "output")
     analyzed = structure.analyze(network, size)
     table = make_table(analyzed)
     print(table.markdown())

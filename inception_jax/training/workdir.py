@@ -53,7 +53,12 @@ def check_shared(workdir: Workdir) -> None:
         # A name that no process has looked up before, as network file systems cache lookups.
         written = workdir.location / hosts.gather("folder", name)[0]
         what = f"--workdir={workdir} contains the file that process 0 wrote"
-        hosts.check_consistent("shared folder", lambda: {what: access.is_file(written)})
+        hosts.check_consistent(
+            "shared folder",
+            lambda: {what: access.is_file(written)},
+            "Hosts of a TPU slice share no disk. Use --workdir=gs://BUCKET/PATH, or a folder that "
+            "all hosts mount",
+        )
 
 
 @contextlib.contextmanager
