@@ -215,14 +215,15 @@ def train(
                 variables = {**variables, "batch_stats": stats}
             return evaluator(variables, names)
 
+        workdir = Workdir(folder)
         try:
             session.train_run(
                 this,
-                load_previous_run(Workdir(folder)),
+                load_previous_run(workdir),
                 evaluate,
                 experiment={"file": config.name, "own": own},
                 on_evaluation=lambda result, evaluated: report.publish(
-                    folder, result, evaluated.predictions, this.dataset.evaluation
+                    workdir, result, evaluated.predictions, this.dataset.evaluation
                 ),
                 stop=lambda step: step == stop,
             )
@@ -293,8 +294,9 @@ def changed_settings(config: Config) -> dict[str, Any]:
 def recorded_evidence(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the data from which a run's diagnosis can be recomputed."""
     from inception_jax.reporting import run_record
+    from inception_jax.storage.workdir import Workdir
 
-    run = run_record.read(folder)
+    run = run_record.read(Workdir(folder))
     keys = ("step", "epoch", "split", "loss", "top1", "count")
     lines = [{key: row[key] for key in keys if key in row} for row in run.rows]
     assert run.config is not None

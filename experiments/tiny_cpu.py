@@ -4,8 +4,8 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that leaves gr
   at 64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as
   in fast ImageNet trainings (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The learning
   rate rises and falls linearly. With so few epochs, there is no mixing and no dropout.
-  bfloat16 needs AMX and jax 0.12 (Python 3.12): with jax 0.10.2, the last for Python 3.11, it is
-  slow; try --config.model.dtype=float32 there.
+  bfloat16 needs AMX and jax 0.12 (Python 3.12 or later): with jax 0.10.2, the last for Python
+  3.11, it is slow; try --config.model.dtype=float32 there.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint, expected.
 Expected: 55.03% top-1, 79.72% top-5 on the validation images, 55.81% and 80.64% averaged over each

@@ -28,8 +28,7 @@ from inception_jax.inference.predictor import Predictor as Predictor
 from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
 from inception_jax.runtime import devices, preemption
-from inception_jax.storage import paths
-from inception_jax.storage.workdir import Workdir
+from inception_jax.storage import buckets, paths
 from inception_jax.training import run
 from inception_jax.training.initialization import create_state as create_state
 from inception_jax.training.norm import NormEstimator
@@ -58,7 +57,7 @@ def train(
 
     Args:
       config: settings, as returned by `load_config`.
-      workdir: folder of the run; created if missing.
+      workdir: folder of the run, local or gs://BUCKET/PATH; created if missing.
       dataset, model, optimizer: as for `assemble`. config.json records their use, so that only a
         call that passes them again can resume the run.
 
@@ -76,7 +75,7 @@ def train(
             f"inception_jax.train: runs in a single process, but this is one of "
             f"{jax.process_count()}; use python -m inception_jax.main in each of them"
         )
-    path = paths.local_path(_require_path(workdir, "workdir", "a run's folder"), str(workdir))
+    location = paths.user_path(_require_path(workdir, "workdir", "a run's folder"), str(workdir))
     objects = {"dataset": _as_dataset(dataset), "model": model, "optimizer": optimizer}
     with (
         _quiet_libraries(),
@@ -85,7 +84,7 @@ def train(
     ):
         try:
             return session.train_and_evaluate(
-                copy.deepcopy(config), path, objects=objects, join=lambda config: stop
+                copy.deepcopy(config), location, objects=objects, join=lambda config: stop
             )
         except Preempted as end:
             raise KeyboardInterrupt(str(end)) from end
@@ -138,7 +137,8 @@ def load_weights(
     """Returns the weights of a run or from a file.
 
     Args:
-      path: the folder of a run, or a file written by `tools.export --to=savedweights`.
+      path: the folder of a run, or a file written by `tools.export --to=savedweights`; local or
+        gs://BUCKET/PATH.
       checkpoint: checkpoint of the run: "best", "last" or a step.
       model: the network, if it was passed to `train`.
 
@@ -146,12 +146,16 @@ def load_weights(
       UserError: if `path` is not a path.
       CheckpointError: if the folder contains no run or no such checkpoint.
       DataError: if the file cannot be used.
+      BucketError: if it is in a bucket that cannot be read.
     """
-    local = paths.local_path(_require_path(path, "path", "a run's folder or of a file"), str(path))
-    if not local.is_dir():
-        return weight_files.load(local, console.log)
+    place = paths.user_path(_require_path(path, "path", "a run's folder or of a file"), str(path))
+    # Buckets have no folders, only files below a path.
+    is_run = place.is_dir() if paths.is_local(place) else bool(buckets.list_files(place))
+    if not is_run:
+        return weight_files.load(place, console.log)
+    workdir = load.open_workdir(place)
     with _quiet_libraries():
-        return load.from_checkpoint(Workdir(local), str(checkpoint), console.log, model=model)
+        return load.from_checkpoint(workdir, str(checkpoint), console.log, model=model)
 
 
 def load_model(weights: Weights) -> tuple[nn.Module, Variables]:
@@ -169,8 +173,10 @@ def load_dataset(config: Config) -> Dataset:
 
     Raises:
       DataError: if the source is corrupt or missing, or the disk is full.
+      WriteError: if data are in a bucket that cannot be read, or not be written.
     """
     _check_config(config)
+    buckets.set_retry_seconds(config.bucket.retry_seconds)
     return prepare(config.data, log=console.log)
 
 

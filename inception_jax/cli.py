@@ -20,6 +20,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,7 +40,8 @@ from inception_jax.errors import (
     phase_of,
 )
 from inception_jax.runtime import compilation_cache, hosts
-from inception_jax.storage import paths
+from inception_jax.storage import access, paths
+from inception_jax.storage.workdir import CONFIG
 
 _AGAIN = "rerun the same command (training resumes from its last checkpoint)"
 # The exit code that a shell reports for a program killed by SIGPIPE.
@@ -73,30 +75,30 @@ def define_config() -> flags.FlagHolder[Config]:
     return holder
 
 
-class _PathParser(flags.ArgumentParser[pathlib.Path | None]):
-    """Parses the path of a local file or folder; '' means none.
+class _PathParser(flags.ArgumentParser[paths.Path | None]):
+    """Parses the path of a file or folder, local or in a bucket; '' means none.
 
     Args:
       name: of the flag, for messages.
     """
 
-    syntactic_help = "a local path"
+    syntactic_help = "a local path or gs://BUCKET/PATH"
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def parse(self, argument: str) -> pathlib.Path | None:
-        return paths.local_path(argument, f"--{self._name}={argument}") if argument else None
+    def parse(self, argument: str) -> paths.Path | None:
+        return paths.user_path(argument, f"--{self._name}={argument}") if argument else None
 
 
 def define_path(
     name: str, meaning: str, *, required: bool = False
-) -> flags.FlagHolder[pathlib.Path | None]:
-    """Defines a flag for a local file or folder, whose value is None if it is not given."""
+) -> flags.FlagHolder[paths.Path | None]:
+    """Defines a flag for a file or folder, whose value is None if it is not given."""
     return flags.DEFINE(_PathParser(name), name, None, meaning, required=required)
 
 
-def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
+def given(flag: flags.FlagHolder[paths.Path | None]) -> paths.Path:
     """Returns the path of a flag that earlier checks guarantee is given."""
     assert flag.value is not None, f"--{flag.name} is required here"
     return flag.value
@@ -105,15 +107,15 @@ def given(flag: flags.FlagHolder[pathlib.Path | None]) -> pathlib.Path:
 class TrainedFlags(NamedTuple):
     """The flags that select trained weights."""
 
-    workdir: flags.FlagHolder[pathlib.Path | None]
-    weights: flags.FlagHolder[pathlib.Path | None]
+    workdir: flags.FlagHolder[paths.Path | None]
+    weights: flags.FlagHolder[paths.Path | None]
     checkpoint: flags.FlagHolder[str]
-    parts: flags.FlagHolder[pathlib.Path | None]
+    parts: flags.FlagHolder[paths.Path | None]
 
     def values(self) -> dict[str, Any]:
         """Runs the file that registers the network, if any, and returns arguments of `load`."""
         if self.parts.value is not None:
-            experiments.register_parts(self.parts.value)
+            experiments.register_parts(self.parts.value, "--parts=")
         return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 
@@ -178,7 +180,7 @@ def command() -> dict[str, Any]:
     """Returns the values of the command's own flags, without its settings, by '--name'."""
     defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
     return {
-        f"--{flag.name}": str(flag.value) if isinstance(flag.value, pathlib.Path) else flag.value
+        f"--{flag.name}": str(flag.value) if isinstance(flag.value, os.PathLike) else flag.value
         for flag in defined
         if flag.name != "config"
     }
@@ -227,7 +229,7 @@ def experiment() -> dict[str, Any]:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     own: dict[str, Any] = {}
     if file.endswith(".json"):
-        record = configs.read_record(paths.local_path(file, f"--config={file}"))
+        record = configs.read_record(paths.user_path(file, f"--config={file}"))
         before = record.experiment or {"file": file, "own": {}}
         file, own = before["file"], dict(before["own"])
     for path, value in overrides().items():
@@ -247,13 +249,13 @@ def refuse_positional(positional: Sequence[str]) -> None:
         raise UserError(f"{' '.join(positional)!r}: not a flag; flags start with --. See --help")
 
 
-def local_paths(positional: Sequence[str]) -> list[pathlib.Path]:
-    """Returns the local files or folders that positional arguments name.
+def positional_paths(positional: Sequence[str]) -> list[paths.Path]:
+    """Returns the files or folders that positional arguments name.
 
     Raises:
-      UserError: if one of them is a URL, or the home folder of an unknown user.
+      UserError: if one of them is another URL, or the home folder of an unknown user.
     """
-    return [paths.local_path(argument, argument) for argument in positional]
+    return [paths.user_path(argument, argument) for argument in positional]
 
 
 def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str = "") -> NoReturn:
@@ -271,6 +273,8 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     console.prepare_streams()
     # The libraries log much that does not help users, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
+    # runtime/tpu_vm.py reports the same among others.
+    warnings.filterwarnings("ignore", "Transparent hugepages are not enabled")
     # For example, that it has no writable cache folder.
     python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
     # Commands started from a notebook inherit its backend; if that is not installed, importing
@@ -447,9 +451,11 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         raise UserError(f"--config: given {len(files)} times ({', '.join(files)}); give it once")
     overridden = [argument for argument in rest[1:] if _OVERRIDE.match(argument)]
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
-        folder = paths.local_path(folders[-1], f"--{settings_of}={folders[-1]}")
-        record = folder / "config.json"
-        if not record.exists():
+        folder = paths.user_path(folders[-1], f"--{settings_of}={folders[-1]}")
+        record = folder / CONFIG
+        with access.naming_flag(settings_of):
+            is_run = access.is_file(record)
+        if not is_run:
             raise UserError(
                 f"--{settings_of}={folders[-1]}: not a run (it has no config.json). Start one with "
                 "--config=FILE, for example --config=experiments/tiny.py"

@@ -82,6 +82,9 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
     Raises:
       UserError: if the file does not exist, fails, or returns no settings.
     """
+    place = paths.user_path(source, f"{prefix}{source}")
+    if not paths.is_local(place) and place.suffix == ".json":
+        return _load_record(place, f"{prefix}{source}", log)
     path = _resolve(source, prefix)
     arguments: list[str] = []
     if not path.exists() and ":" in source:
@@ -90,11 +93,7 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
     if not path.exists() or path.is_dir():
         raise UserError(f"{prefix}{source}: {_describe_missing(path)}")
     if path.suffix == ".json":
-        record = configs.read_record(path)
-        for note in record.notes:
-            log(note)
-        import_parts(record.parts, str(path), log)
-        return record.config
+        return _load_record(path, f"{prefix}{source}", log)
     try:
         with _imported(path) as module:
             if not hasattr(module, "get_config"):
@@ -112,6 +111,17 @@ def load(source: str, prefix: str = "", log: Callable[[str], None] = lambda line
             f"{type(config).__name__}"
         )
     return config
+
+
+def _load_record(path: paths.Path, what: str, log: Callable[[str], None]) -> Config:
+    try:
+        record = configs.read_record(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: file not found") from error
+    for note in record.notes:
+        log(note)
+    import_parts(record.parts, str(path), log)
+    return record.config
 
 
 def custom_parts(config: Config) -> list[dict[str, str]]:
@@ -159,19 +169,38 @@ def import_parts(
 
 def _resolve(source: str, prefix: str) -> pathlib.Path:
     """Returns the path that a user typed; experiments/… falls back to this project's files."""
-    path = paths.local_path(source, f"{prefix}{source}")
+    path = _require_local(paths.user_path(source, f"{prefix}{source}"), f"{prefix}{source}")
     if path.exists() or path.parts[:1] != (_EXPERIMENTS,):
         return path
     shipped = [folder.joinpath(*path.parts[1:]) for folder in _SHIPPED_FOLDERS]
     return next((each for each in shipped if each.is_file()), path)
 
 
-def register_parts(path: pathlib.Path) -> None:
-    """Runs a file that registers parts.
+def _require_local(path: paths.Path, what: str) -> pathlib.Path:
+    """Returns the path of a file to execute, which may import others from its folder.
 
     Raises:
-      UserError: if it does not exist or fails.
+      UserError: if it is in a bucket.
     """
+    if not paths.is_local(path):
+        raise UserError(
+            f"{what}: is executed, so it must be a local file; copy it, and the files that it "
+            f"imports, with gcloud storage cp {path} ."
+        )
+    return path
+
+
+def register_parts(path: paths.Path, prefix: str = "") -> None:
+    """Runs a file that registers parts.
+
+    Args:
+      path: of the file.
+      prefix: text before the path in messages.
+
+    Raises:
+      UserError: if it is in a bucket, does not exist or fails.
+    """
+    path = _require_local(path, f"{prefix}{path}")
     if not path.is_file():
         raise UserError(f"{path}: {_describe_missing(path)}")
     token = _registering_file.set(str(path))

@@ -18,7 +18,7 @@ from inception_jax.experiment import custom_parts
 from inception_jax.models import weights
 from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
-from inception_jax.storage import lock
+from inception_jax.storage import access, buckets, lock, paths
 from inception_jax.storage.workdir import Workdir
 from inception_jax.training import initialization, loop, run, schedules
 from inception_jax.training import workdir as workdirs
@@ -44,7 +44,7 @@ class Origin(NamedTuple):
 
 def train_and_evaluate(
     config: Config,
-    path: pathlib.Path,
+    location: paths.Path,
     *,
     origin: Origin | None = None,
     objects: Mapping[str, Any] | None = None,
@@ -54,7 +54,7 @@ def train_and_evaluate(
 
     Args:
       config: settings; those that this start does not set are replaced by the run's recorded ones.
-      path: folder of the run.
+      location: folder of the run, local or in a bucket.
       origin: origin of the settings; None: unknown, and all of them count as set.
       objects: objects that replace what the settings name, as for `run.assemble`.
       join: initializes the devices, and returns the function that tells when to stop.
@@ -68,16 +68,16 @@ def train_and_evaluate(
     """
     objects = {kind: each for kind, each in (objects or {}).items() if each is not None}
     names = {kind: type(each).__qualname__ for kind, each in objects.items()}
-    workdir = Workdir(path)
     if "dataset" in objects:
         config = run.config_for_dataset(config, objects["dataset"])
+    workdir = _open_workdir(location, config)
     before, config, changed, experiment = _resolve_settings(workdir, config, origin, names)
-    workdirs.check_writable(workdir.path)
+    workdirs.check_writable(workdir)
     stop = join(config)
     workdirs.check_shared(workdir)
     setup = _assemble(config, before, objects)
     evaluator = evaluate.Evaluator(setup)
-    result = train_run(
+    return train_run(
         setup,
         before,
         evaluator,
@@ -85,31 +85,30 @@ def train_and_evaluate(
         experiment=experiment,
         own=names,
         on_evaluation=lambda result, evaluated: report.publish(
-            path, result, evaluated.predictions, setup.dataset.evaluation
+            workdir, result, evaluated.predictions, setup.dataset.evaluation
         ),
+        on_end=lambda: report.finish(workdir, log=console.log),
         stop=stop,
     )
-    if setup.is_lead:
-        report.finish(path, log=console.log)
-    return result
 
 
-def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin) -> str:
+def settings_in_use(config: Config, location: paths.Path | None, *, origin: Origin) -> str:
     """Returns a line with the value and origin of each setting that a start would use.
 
     Args:
       config: settings; those that this start does not set are replaced by the run's recorded ones.
-      path: folder of the run, if any.
+      location: folder of the run, if any.
       origin: origin of the settings.
     """
     experiment: Mapping[str, Any] | None = origin.experiment
     recorded = "the run that --config names"
     opened = {name for name, _, _ in configs.leaves() if configs.is_open(config, name)}
-    if path is None:
+    if location is None:
         run.check_settings(config, log=console.log)
     else:
-        before, config, _, experiment = _resolve_settings(Workdir(path), config, origin, {})
-        recorded = str(before.workdir.config)
+        workdir = _open_workdir(location, config)
+        _, config, _, experiment = _resolve_settings(workdir, config, origin, {})
+        recorded = str(workdir.location_of(workdir.config))
     assert experiment is not None, "its origin is known"
     origins: dict[str, str] = {}
     for name, _, _ in configs.leaves():
@@ -126,14 +125,14 @@ def settings_in_use(config: Config, path: pathlib.Path | None, *, origin: Origin
 
 def evaluate_checkpoint(
     config: Config,
-    path: pathlib.Path,
+    location: paths.Path,
     checkpoint: str,
     *,
     origin: Origin,
     join: Callable[[Config], ShouldStop],
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run: "best", "last" or a step."""
-    workdir = Workdir(path)
+    workdir = _open_workdir(location, config)
     before, config, _, _ = _resolve_settings(workdir, config, origin, {})
     join(config)
     return evaluate.evaluate_checkpoint(
@@ -142,7 +141,7 @@ def evaluate_checkpoint(
 
 
 def evaluate_weights(
-    config: Config, path: pathlib.Path, *, join: Callable[[Config], ShouldStop]
+    config: Config, path: paths.Path, *, join: Callable[[Config], ShouldStop]
 ) -> dict[str, Any]:
     """Evaluates a file of weights on the configured data set."""
     run.check_settings(config, log=console.log)
@@ -192,6 +191,7 @@ def train_run(
     experiment: Mapping[str, Any] | None = None,
     own: Mapping[str, str] | None = None,
     on_evaluation: OnEvaluation = lambda result, evaluated: None,
+    on_end: Callable[[], None] = lambda: None,
     stop: ShouldStop = lambda step: False,
 ) -> dict[str, Any]:
     """Trains with the folder locked, and records the start in it.
@@ -201,6 +201,15 @@ def train_run(
       before: the state that earlier starts left in the folder.
       evaluator, on_evaluation, stop: as for `loop.train`.
       changed, experiment, own: as for `workdir.record_start`.
+      on_end: called by the lead process once result.json exists.
+
+    Returns:
+      The contents of result.json.
+
+    Raises:
+      UserError: if another process is training in the folder, or was since `before` was read.
+      WriteError: if the folder is in a bucket, and its last files cannot be uploaded.
+      Exception: as `loop.train`.
     """
 
     def record(start_step: int) -> list[str]:
@@ -219,11 +228,30 @@ def train_run(
         return lines + [f"changed since the run began: {line}" for line in changed]
 
     workdir = before.workdir
-    locked = lock.lock_workdir(workdir.path, console.log)
-    with locked if setup.is_lead else contextlib.nullcontext():
-        return loop.train(
+    with contextlib.ExitStack() as block:
+        if setup.is_lead:
+            check_lock = block.enter_context(lock.lock_workdir(workdir.location, console.log))
+            workdirs.check_unchanged(before)
+            block.enter_context(workdir.uploading(check_lock, console.log))
+        result = loop.train(
             setup, workdir, evaluator, on_start=record, on_evaluation=on_evaluation, stop=stop
         )
+        if setup.is_lead:
+            on_end()
+    return result
+
+
+def _open_workdir(location: paths.Path, config: Config) -> Workdir:
+    """Returns a folder with its files downloaded, if it is in a bucket.
+
+    Raises:
+      WriteError: if its bucket cannot be read.
+    """
+    buckets.set_retry_seconds(config.bucket.retry_seconds)
+    workdir = Workdir(location)
+    with access.naming_flag("workdir"):
+        workdir.download()
+    return workdir
 
 
 def _resolve_settings(
@@ -241,6 +269,7 @@ def _resolve_settings(
     else:
         experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, console.log)
+    buckets.set_retry_seconds(config.bucket.retry_seconds)
     if before.record is None:
         initialization.check_file(config)
     config = workdirs.with_recorded_auto_settings(before, config)

@@ -6,13 +6,14 @@ inherit them.
 
 import os
 import pathlib
-import platform
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
-_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{platform.python_version()}"
+# Shared by all Pythons with one version of jaxlib, which alone decides what a program compiles to.
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{version('jaxlib')}"
 
 os.environ.update(
     JAX_PLATFORMS="cpu",

@@ -102,7 +102,9 @@ def commands_in(line: str) -> Iterator[tuple[str, ...]]:
             if words and words[-1] == "2" and word.startswith(">"):
                 words.pop()
             while words and (words[0] in ("do", "then") or ASSIGNMENT.fullmatch(words[0])):
-                words.pop(0)
+                _, is_substitution, program = words.pop(0).partition("=$(")
+                if is_substitution:
+                    words.insert(0, program)
             if words and words[0] not in SHELL_WORDS and words[0] not in ("tee", "1"):
                 words[0] = re.sub(r"^\.venv/bin/(?=\w)", "", words[0])
                 yield tuple(words)

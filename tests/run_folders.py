@@ -11,6 +11,7 @@ from inception_jax import config as configs
 from inception_jax.config import Config, Data, Schedule, Train
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions, SavedEvaluation
+from inception_jax.storage.workdir import Workdir
 
 STEPS, BATCH, EXAMPLES, EVALUATED = 400, 36, 1440, 600
 ENVIRONMENT = {"date": "2026-11-21T10:00:00+00:00", "device": "cpu", "packages": {"jax": "0.12"}}
@@ -146,5 +147,5 @@ def write(
     random = np.random.default_rng(1)
     images = random.integers(0, 255, size=(len(shown), 16, 16, 3), dtype=np.uint8)
     files = tuple(f"picture_{index}.png" for index in shown)
-    predictions.write(folder, SavedEvaluation(result, made, shown, files, images))
+    predictions.write(Workdir(folder), SavedEvaluation(result, made, shown, files, images))
     return folder

@@ -83,6 +83,7 @@ EXTENDING = RunBy(
 COMMANDS: dict[str, RunBy | NotRun] = {
     "make setup*": RunBy(CI, "make setup"),
     "make demo*": RunBy(CI, "make demo"),
+    "make test-quick*": RunBy(CI, "make test-quick"),
     "make test-slow*": RunBy(CI, "make test-slow"),
     "make test*": RunBy(CI, "make test "),
     "make lint": RunBy(CI, "make lint"),
@@ -105,6 +106,10 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     "ssh *": NotRun(LAUNCHER),
     "scontrol *": NotRun(LAUNCHER),
     "$all *": NotRun(CLOUD),
+    "gcloud *": NotRun(CLOUD),
+    "docker *": NotRun("needs a container engine; tests/test_deploy.py runs the build's steps"),
+    "kubectl *": NotRun("needs a cluster; tests/test_deploy.py checks the manifests"),
+    "sed *": RunBy("tests/test_deploy.py", "test_the_page_fills_in_the_jobset"),
     "python -m inception_jax.main *--coordinator_address*": RunBy(
         "tests/integration/test_hosts.py", "--coordinator_address"
     ),
@@ -130,7 +135,7 @@ SNIPPETS = {
     "docs/python.md": RunBy("tests/test_api.py", '"python.md"'),
 }
 # Flags of other programs that the pages name in their text.
-OTHER_FLAGS = {"gpus-per-task", "ntasks-per-node", "signal"}
+OTHER_FLAGS = {"boot-disk-size", "gpus-per-task", "ntasks-per-node", "signal"}
 
 GROUPS = {field.name for field in dataclasses.fields(configs.Config)} - {"name", "seed"}
 SETTING = re.compile(rf"(?:config\.)?((?:{'|'.join(sorted(GROUPS))})(?:\.[a-z][a-z_0-9]*)+)")
@@ -283,7 +288,7 @@ def test_the_flags_and_settings_of_a_command_exist(page: str, words: tuple[str, 
             path = name.removeprefix("config.")
             configs.check_path(path)
             if value and not is_placeholder(value):
-                overrides[path] = value
+                overrides[path] = value.replace("$BUCKET", "bucket")
         else:
             known = {*flags_of(module), "config"}
             assert name.removeprefix("no") in known or name in known, f"{module} has no --{name}"

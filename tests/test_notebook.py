@@ -59,7 +59,7 @@ def test_stored_outputs_contain_no_local_paths() -> None:
     assert not re.search(r"/(home|root|tmp|work|Users)/", text_of(read()))
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.11", "3.14"])
 def test_notebook_names_supported_python_versions(python: str) -> None:
     assert python in read().cells[0].source
 

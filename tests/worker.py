@@ -56,7 +56,7 @@ def build(data: pathlib.Path, steps: int) -> Run:
 def train() -> None:
     """Trains."""
     folder = Workdir(pathlib.Path(_WORKDIR.value))
-    workdir.check_writable(folder.path)
+    workdir.check_writable(folder)
     workdir.check_shared(folder)
     this = build(pathlib.Path(_DATA.value), _STEPS.value)
     changed = workdir.check_compatible(workdir.load_previous_run(folder), this.config)

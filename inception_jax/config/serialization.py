@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import pathlib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from inception_jax.config.fields import get, leaves, matches, plain, put, type_n
 from inception_jax.config.other_names import RENAMED
 from inception_jax.config.schema import Config
 from inception_jax.errors import ConfigError
+from inception_jax.storage import access, paths
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -164,15 +164,21 @@ class Record:
     notes: Sequence[str] = ()
 
 
-def read_record(path: pathlib.Path) -> Record:
+def read_record(path: paths.Path, shown: paths.Path | None = None) -> Record:
     """Returns the contents of a run's config.json, written by any version since 0.1.0.
 
+    Args:
+      path: the file.
+      shown: its path for messages, if that is another one.
+
     Raises:
+      BucketError: if it is in a bucket that cannot be read.
       FileNotFoundError: if the file does not exist.
       ConfigError: if it is not a valid record of a run.
     """
+    shown = shown or path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(access.read_bytes(path))
         config, notes = read_settings(values["config"])
         return Record(
             config=config,
@@ -182,14 +188,14 @@ def read_record(path: pathlib.Path) -> Record:
             environment=values.get("environment") or {},
             parts=values.get("parts") or [],
             own=values.get("own") or {},
-            notes=[f"{path}: {note}" for note in notes],
+            notes=[f"{shown}: {note}" for note in notes],
         )
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"{path}: not a valid record of a run: {error}. Restore it from a backup, or use a new "
-            "--workdir"
+            f"{shown}: not a valid record of a run: {error}. Restore it from a backup, or use a "
+            "new --workdir"
         ) from error
 
 

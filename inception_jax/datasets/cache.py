@@ -46,6 +46,7 @@ from inception_jax.datasets.builders import folders
 from inception_jax.datasets.recipe import Prepared, Recipe
 from inception_jax.datasets.splits import DecodedSplit, RecordSplit, Split
 from inception_jax.errors import DataError
+from inception_jax.storage import paths
 
 # Incremented when the file layout or the decoding changes; older caches are then rebuilt.
 FORMAT = 1
@@ -136,7 +137,12 @@ def prepared_from_info(info: Info) -> Prepared:
     source = info["source"]
     names = info["class_names"]
     return Prepared(
-        source["path"], source["digest"], _settings(source), names, source.get("code", "")
+        source["path"],
+        source["digest"],
+        _settings(source),
+        names,
+        source.get("code", ""),
+        source.get("objects", ""),
     )
 
 
@@ -158,10 +164,11 @@ def prepared_from_builder(builder: Any) -> Prepared:
         settings=_settings(facts),
         class_names=builder.class_names,
         code=facts.get("code", ""),
+        objects=facts.get("source_objects", ""),
     )
 
 
-def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: pathlib.Path) -> None:
+def check_not_constant(recipe: Recipe, std: Sequence[float], *, where: paths.Path) -> None:
     """Raises DataError if all training images are one single color."""
     if not any(std):
         raise DataError(
@@ -199,7 +206,9 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
     # If another split is used for training, its own statistics apply, see below.
     train = part.train_split if part.train_split in statistics else next(iter(statistics))
     if decode:
-        check_not_constant(recipe, statistics[train][1], where=pathlib.Path(builder.data_dir))
+        check_not_constant(
+            recipe, statistics[train][1], where=recipe.original(pathlib.Path(builder.data_dir))
+        )
     mean, std = (part.mean, part.std) if part.mean else statistics[train]
     source = prepared_from_builder(builder)
     info = {
@@ -219,8 +228,9 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
         },
         "source": {"path": source.path, "digest": source.digest, "settings": source.settings},
     }
-    if source.code:
-        info["source"]["code"] = source.code
+    for name in ("code", "objects"):
+        if value := getattr(source, name):
+            info["source"][name] = value
     if "train_split" in part.extra_settings:
         info["statistics"] = statistics
     if builder.fields is not None:

@@ -6,19 +6,20 @@ original files or from a registered function (`registry.register_dataset`).
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+import pathlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
 from inception_jax import config
-from inception_jax.datasets import arrays, cache, duplicates, preparation, splits
+from inception_jax.datasets import arrays, cache, duplicates, locks, preparation, splits
 from inception_jax.datasets.cache import Info
 from inception_jax.datasets.duplicates import Duplicates
-from inception_jax.datasets.recipe import Log, Recipe, class_changes, data_directory
+from inception_jax.datasets.recipe import Log, Recipe, class_changes, data_location
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import ConfigError, DataError, nearest
 
-__all__ = ["HOLDOUT", "Dataset", "class_changes", "class_ids", "data_directory", "prepare"]
+__all__ = ["HOLDOUT", "Dataset", "class_changes", "class_ids", "data_location", "prepare"]
 
 # The split taken from the training split by config.data.holdout or a slice.
 HOLDOUT = "holdout"
@@ -183,7 +184,8 @@ class Dataset:
 def prepare(data: config.Data, *, log: Log = print) -> Dataset:
     """Opens a data set, preparing it first if necessary.
 
-    Several processes may call this at once: one prepares the data set while the others wait.
+    Several processes may call this at once, also on several hosts if `config.data.directory` is in
+    a bucket: one prepares the data set while the others wait.
 
     Args:
       data: the settings in config.data.
@@ -196,31 +198,58 @@ def prepare(data: config.Data, *, log: Log = print) -> Dataset:
       ConfigError: if a setting does not apply to the data set.
       DataError: if the source or the prepared data are damaged or missing, or the disk is full or
         read-only.
+      BucketError: if a bucket cannot be read, or prepared data cannot be uploaded.
     """
     recipe = Recipe.from_config(data, log)
-    folder, is_new = recipe.cache_dir, False
+    where, is_new = recipe.original(recipe.cache_dir), False
 
-    def is_outdated(info: Info) -> bool:
-        return recipe.is_outdated(cache.prepared_from_info(info), folder)
+    def usable(found: preparation.Found) -> Info | None:
+        """Returns the description of prepared data that need not be prepared again."""
+        if found.info and recipe.is_outdated(cache.prepared_from_info(found.info), where):
+            return None
+        return found.info
 
-    info, _ = cache.read_info(folder)
-    if info is None or is_outdated(info):
+    found = preparation.find(recipe)
+    info = usable(found)
+    if info is None or (recipe.remote and not found.version):
         lock = recipe.cache_root / f"{recipe.name}-{recipe.version}.lock"
-        with preparation.locked(lock, log=log):
-            # Another process may have prepared it in the meantime.
-            info, problem = cache.read_info(folder)
-            if info is None and problem:
-                log(f"{folder}: {problem}; rebuilding it")
-            if info is None or is_outdated(info):
-                with preparation.translate_disk_errors(recipe.directory):
-                    info, is_new = preparation.build(recipe), True
-    recipe.check(cache.prepared_from_info(info), folder)
+        with locks.locked(
+            lock, doing="preparing this data set", setting=recipe.folder_setting, log=log
+        ):
+            info, is_new = _find_or_prepare(recipe, usable)
+    recipe.check(cache.prepared_from_info(info), where)
     dataset = _open(recipe, info)
     for line in _notes(recipe, dataset, info):
         log(line)
     if is_new:
         _log_duplicates(dataset, log)
     return dataset
+
+
+def _find_or_prepare(
+    recipe: Recipe, usable: Callable[[preparation.Found], Info | None]
+) -> tuple[Info, bool]:
+    """Returns the description of the cache, and whether this process has prepared it.
+
+    Requires the lock of this host.
+    """
+    while True:
+        # Another process may have prepared it in the meantime.
+        found = preparation.find(recipe)
+        info = usable(found)
+        if info and (found.version or not recipe.remote):
+            return info, False
+        with preparation.sole_writer(recipe, found) as check:
+            if check is None:
+                continue
+            is_new = info is None
+            if info is None:
+                if found.info is None and found.problem:
+                    recipe.log(f"{recipe.cache_dir}: {found.problem}; rebuilding it")
+                with preparation.translate_disk_errors(recipe.directory):
+                    info = preparation.build(recipe)
+            preparation.upload(recipe, check)
+            return info, is_new
 
 
 def _log_duplicates(dataset: Dataset, log: Log) -> None:
@@ -252,10 +281,12 @@ def class_ids(data: config.Data) -> tuple[str, ...]:
       DataError: if the records are missing.
     """
     recipe = Recipe.from_config(data, print)
+    recipe.fetch_records(metadata_only=True)
     builder = preparation.make_builder(recipe)
     if not builder.is_prepared():
+        where = recipe.original(pathlib.Path(builder.data_dir))
         raise DataError(
-            f"{builder.data_dir}: is missing, so the class ids are unknown. Restore it, or remove "
+            f"{where}: is missing, so the class ids are unknown. Restore it, or remove "
             f"{recipe.prepared_paths} to prepare the data set again"
         )
     return tuple(builder.facts.get("wnids", ()))
@@ -340,7 +371,7 @@ def _notes(recipe: Recipe, dataset: Dataset, info: Info) -> Iterator[str]:
     Raises:
       DataError: if all training images are one single color.
     """
-    folder = recipe.cache_dir
+    folder = recipe.original(recipe.cache_dir)
     cache.check_not_constant(recipe, info["std"], where=folder)
     channels = zip(("red", "green", "blue"), info["mean"], info["std"], strict=True)
     if constant := [f"{color} ({mean:.3g})" for color, mean, std in channels if not std > 0]:

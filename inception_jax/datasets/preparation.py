@@ -1,22 +1,101 @@
-"""Writes a data set's records and its cache, in one process while others wait."""
+"""Writes a data set's records and its cache, and uploads them if they belong in a bucket."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
+import re
 import shutil
-import stat
-import tempfile
-from collections.abc import Iterator
-from typing import Any
-
-import filelock
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from inception_jax import registry
 from inception_jax.datasets import cache
-from inception_jax.datasets.recipe import Log, Recipe
-from inception_jax.errors import DataError
+from inception_jax.datasets.recipe import Recipe
+from inception_jax.errors import DataError, UserError
+from inception_jax.storage import buckets, lease
 from inception_jax.storage.space import check_space, disk_failure
+
+
+class Found(NamedTuple):
+    """Prepared data on this host's disk.
+
+    Attributes:
+      info: description of the cache; None: there is none, or it is unusable.
+      problem: why it is unusable.
+      version: of the bucket's folder that it is a copy of; '': there is none, or it is local.
+    """
+
+    info: cache.Info | None
+    problem: str
+    version: str
+
+
+def find(recipe: Recipe) -> Found:
+    """Returns the prepared data, copied from the bucket if they belong in one.
+
+    Raises:
+      BucketError: if the bucket cannot be read.
+      DataError: if the disk is full.
+    """
+    if recipe.cache_copy is None:
+        return Found(*cache.read_info(recipe.cache_dir), "")
+    for verify in (False, True):
+        version = recipe.cache_copy.fetch(verify=verify)
+        if version and recipe.data.storage == "records":
+            recipe.fetch_records()
+        info, problem = cache.read_info(recipe.cache_dir)
+        if info or not version:
+            break
+    return Found(info, problem, version)
+
+
+def upload(recipe: Recipe, check: Callable[[], None]) -> None:
+    """Copies prepared data to the bucket, if they belong in one and it does not have them.
+
+    Args:
+      recipe: settings and registry entry of the data set.
+      check: called before data in the bucket change or become valid; as for `FolderCopy.upload`.
+
+    Raises:
+      BucketError: if the bucket cannot be written.
+    """
+    if recipe.cache_copy is None:
+        return
+    # Data sets that TFDS prepared come from the bucket.
+    if recipe.records_copy and not recipe.part.locate:
+        recipe.records_copy.upload(check)
+    recipe.cache_copy.upload(check)
+
+
+@contextlib.contextmanager
+def sole_writer(recipe: Recipe, found: Found) -> Iterator[Callable[[], None] | None]:
+    """Excludes other hosts from preparing the data set in a bucket during the block.
+
+    Yields:
+      A function that raises an error if another host has taken over; None: another host has
+      prepared the data set in the meantime.
+
+    Raises:
+      BucketError: if the bucket cannot be written.
+    """
+    copy = recipe.cache_copy
+    if copy is None or recipe.remote is None:
+        yield lambda: None
+        return
+
+    def is_replaced() -> bool:
+        return copy.version() != found.version
+
+    path = recipe.original(recipe.cache_root) / f"{recipe.name}-{recipe.version}.lock"
+    with lease.lease(
+        path,
+        recipe.log,
+        what=f"config.data.directory = {str(recipe.remote)!r}",
+        doing="preparing this data set",
+        wait=True,
+        unneeded=is_replaced,
+    ) as check:
+        yield None if is_replaced() else check
 
 
 def build(recipe: Recipe) -> cache.Info:
@@ -31,7 +110,8 @@ def build(recipe: Recipe) -> cache.Info:
     for leftover in (partial, *unfinished):
         shutil.rmtree(leftover, ignore_errors=True)
     builder = _prepared_builder(recipe)
-    recipe.check(cache.prepared_from_builder(builder), pathlib.Path(builder.data_dir))
+    where = recipe.original(pathlib.Path(builder.data_dir))
+    recipe.check(cache.prepared_from_builder(builder), where)
     count = sum(split.num_examples for split in builder.info.splits.values())
     _check_space(recipe, count * cache.example_bytes(recipe.data))
     partial.mkdir(parents=True)
@@ -55,7 +135,7 @@ def make_builder(recipe: Recipe) -> Any:
     """Returns the builder that prepares a data set and reads its records; imports TFDS."""
     part, data = recipe.part, recipe.data
     # TFDS expands ~ too, and treats gs:/ as a bucket; in an absolute path both are plain names.
-    directory, source = recipe.directory.absolute(), str(recipe.source or "")
+    directory = recipe.directory.absolute()
     if part.is_builder:
         make = part.build(registry.settings_with_defaults(part, data))
         arguments = {name: getattr(data, name) for name in part.extra_settings}
@@ -63,16 +143,21 @@ def make_builder(recipe: Recipe) -> Any:
         from inception_jax.datasets.builders import from_function
 
         make, arguments = from_function.make_class(part), {"recipe": recipe}
+    if recipe.source_copy:
+        objects = recipe.source_copy.objects()
+        arguments["original"] = {"source": str(recipe.source), "source_objects": objects}
+    source = str(recipe.local_source or "")
     return make(source=source, log=recipe.log, data_dir=directory, **arguments)
 
 
 def _prepared_builder(recipe: Recipe) -> Any:
     """Returns the builder of a prepared TFDS data set, writing the data set if necessary."""
+    recipe.fetch_records()
     builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
-        with contextlib.closing(builder):
+        with contextlib.closing(builder), recipe.showing_source():
             # Opens the source first, so that remaining files are not removed without a replacement.
-            builder.open()
+            _open(recipe, builder)
         recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
         shutil.rmtree(builder.data_dir)
         builder = make_builder(recipe)
@@ -80,7 +165,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
     if (
         builder.is_prepared()
         and recipe.data.on_change == "prepare"
-        and (change := recipe.change(cache.prepared_from_builder(builder), place))
+        and (change := recipe.change(cache.prepared_from_builder(builder), recipe.original(place)))
     ):
         recipe.log(f"{change.what}; preparing it again")
         # Named like an unfinished TFDS folder, so the next start removes it.
@@ -89,8 +174,8 @@ def _prepared_builder(recipe: Recipe) -> Any:
         builder = make_builder(recipe)
     if not builder.is_prepared():
         try:
-            with contextlib.closing(builder):
-                builder.open()
+            with contextlib.closing(builder), recipe.showing_source():
+                _open(recipe, builder)
                 count = sum(map(len, builder.splits().values()))
                 records = builder.source_bytes() + count * cache.RECORD_OVERHEAD
                 _check_space(recipe, records + count * cache.example_bytes(recipe.data))
@@ -100,67 +185,30 @@ def _prepared_builder(recipe: Recipe) -> Any:
                 os.replace(aside, place)
             raise
     if aside:
-        for old in recipe.cache_root.glob(f"{recipe.name}-{recipe.version}-*px*"):
-            shutil.rmtree(old)
+        _remove_caches(recipe)
         shutil.rmtree(aside)
     return builder
 
 
-@contextlib.contextmanager
-def locked(path: pathlib.Path, *, log: Log) -> Iterator[None]:
-    """Holds a lock that is released when the process ends, however it ends."""
-    _check_writable(path.parent)
-    lock = _lock(path, log=log)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        log(f"waiting for another process that is preparing this data set ({lock.lock_file})")
-        lock.acquire()
-    except PermissionError as error:
-        raise DataError(
-            f"config.data.directory: {path} belongs to another user and is not writable. Remove "
-            "it while no process is preparing the data set, or use your own directory"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _open(recipe: Recipe, builder: Any) -> None:
+    """Opens the source, copied from a bucket if it is there."""
+    recipe.fetch_source()
+    builder.open()
 
 
-def _lock(path: pathlib.Path, *, log: Log) -> filelock.BaseFileLock:
-    """Returns an OS lock on a file, or a lock file if the file system does not support locks.
-
-    Examples of the latter: NFS without a lock service, and Lustre without the option flock.
-    """
-    with tempfile.TemporaryFile(dir=path.parent) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock_file = path.with_name(f"{path.name}.held")
-            log(
-                f"{path.parent}: this file system does not support locks ({error.strerror}); "
-                f"using the file {lock_file.name} as a lock. If a process on another host is "
-                "killed while preparing the data set, remove this file"
-            )
-            return filelock.SoftFileLock(lock_file)
-    # Anyone who may create files in the folder may hold the lock, regardless of this user's umask.
-    return filelock.FileLock(path, mode=stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
-
-
-def _check_writable(directory: pathlib.Path) -> None:
-    try:
-        if not directory.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
-            # A group that shares the parent folder shares this one, regardless of the umask.
-            with contextlib.suppress(PermissionError):
-                directory.chmod(stat.S_IMODE(directory.parent.stat().st_mode))
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"config.data.directory: cannot write to {directory} ({error}). Use a directory you "
-            "can write to"
-        ) from error
+def _remove_caches(recipe: Recipe) -> None:
+    """Removes all caches of a data set, because its records have changed."""
+    name = re.compile(re.escape(f"{recipe.name}-{recipe.version}-") + r"\d+px[^/]*")
+    for path in recipe.cache_root.iterdir():
+        if path.is_dir() and name.fullmatch(path.name):
+            shutil.rmtree(path)
+    if recipe.remote is None:
+        return
+    remote = recipe.remote / recipe.cache_root.name
+    files = [file for file in buckets.list_files(remote) if name.match(file)]
+    # Without its manifest, a folder does not count.
+    for file in sorted(files, key=lambda file: not file.endswith(".manifest.json")):
+        buckets.delete(remote / file)
 
 
 @contextlib.contextmanager
@@ -168,7 +216,7 @@ def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
     """Converts errors of a full or failing disk to DataError."""
     try:
         yield
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
         reason = disk_failure(error)

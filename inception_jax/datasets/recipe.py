@@ -1,6 +1,7 @@
 """Describes a configured data set and detects how it differs from prepared data."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,48 +11,69 @@ import json
 import os
 import pathlib
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inception_jax import config, registry
-from inception_jax.datasets.builders import folders
+from inception_jax.datasets import copies
+from inception_jax.datasets.builders import folders, tfds_folders
 from inception_jax.datasets.sources import files
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.registry import DatasetPart
 from inception_jax.storage import paths
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _CACHES = "inception_jax"
 
 Log = Callable[[str], None]
 
 
-def data_directory(directory: str) -> pathlib.Path:
+class Location(NamedTuple):
+    """The directory of prepared data: a local folder, and its original in a bucket, if any."""
+
+    local: pathlib.Path
+    remote: "epath.Path | None" = None
+
+
+def data_location(directory: str, cache: str = "") -> Location:
     """Returns the directory of prepared data: `directory`, or TFDS's default if it is ''.
 
+    Args:
+      directory: as `config.data.directory`.
+      cache: as `config.data.cache`.
+
     Raises:
-      UserError: if it is not a usable local path, or there is no home directory for the default.
+      UserError: if one of them is not a usable path, or there is no home directory for a default.
     """
     what = f"config.data.directory = {directory!r}"
     if not directory:
         default = os.environ.get("TFDS_DATA_DIR", "")
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
-    path = paths.local_path(directory, what)
+    path = paths.user_path(directory, what)
+    copies_folder = copies.cache_folder(cache)
+    location = Location(path)
+    if not paths.is_local(path):
+        what = f"config.data.cache = {cache!r}"
+        location = Location(copies.below(copies_folder / "prepared", path), path)
     try:
-        str(path.absolute()).encode()
+        str(location.local.absolute()).encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{what}: the path is not valid UTF-8, which the library that writes the records "
             "requires. Rename the folder, or use another"
         ) from error
-    return path
+    return location
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """Source path, digest, settings and class names of prepared data.
 
-    `code` is a digest of the function that returned the examples; '': none.
+    `code` is a digest of the function that returned the examples; '': none. `objects` is a digest
+    of the source's objects in a bucket; '': it was local.
     """
 
     path: str
@@ -59,6 +81,21 @@ class Prepared:
     settings: Mapping[str, Any]
     class_names: Sequence[str]
     code: str = ""
+    objects: str = ""
+
+
+def _is_metadata(name: str) -> bool:
+    """Whether a file describes records of TFDS, and contains none."""
+    return name.endswith((".json", ".txt"))
+
+
+@contextlib.contextmanager
+def _showing(path: pathlib.Path, instead: paths.Path) -> Iterator[None]:
+    """Replaces a path in messages of errors."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(str(error).replace(str(path), str(instead))) from error
 
 
 class Change(NamedTuple):
@@ -75,7 +112,8 @@ class Recipe:
     Attributes:
       part: its registry entry.
       data: the settings in config.data.
-      directory: of all prepared data.
+      directory: local folder of all prepared data.
+      remote: the folder in a bucket that `directory` is a copy of; None: there is none.
       name, version: used in the folder names of prepared data.
       log: called with one line of text.
     """
@@ -83,6 +121,7 @@ class Recipe:
     part: DatasetPart
     data: config.Data
     directory: pathlib.Path
+    remote: "epath.Path | None"
     name: str
     version: str
     log: Log
@@ -98,10 +137,14 @@ class Recipe:
         # Other rules apply to new runs and are checked by `config.validate`.
         if problem := part.source_problem(data):
             raise ConfigError(problem)
-        directory = data_directory(data.directory)
-        locate = part.locate
-        name, version = locate(data, directory, log) if locate else (part.name, part.version)
-        return cls(part, data, directory, name, version, log)
+        directory, remote = data_location(data.directory, data.cache)
+        recipe = cls(part, data, directory, remote, part.name, part.version, log)
+        if part.locate:
+            recipe.fetch_records(metadata_only=True)
+            with _showing(directory, remote or directory):
+                name, version = part.locate(data, directory, log)
+            recipe = dataclasses.replace(recipe, name=name, version=version)
+        return recipe
 
     @property
     def cache_root(self) -> pathlib.Path:
@@ -117,16 +160,110 @@ class Recipe:
         return self.cache_root / (f"{name}-{data.bit_depth}bit" if data.bit_depth else name)
 
     @property
-    def prepared_paths(self) -> str:
-        """The folders of its prepared data, for remedies in errors."""
-        return f"{self.directory / self.name} and {self.cache_root / self.name}-*"
+    def folder_setting(self) -> str:
+        """The setting that selects the local folder, for messages."""
+        return "config.data.cache" if self.remote else "config.data.directory"
 
     @property
-    def source(self) -> pathlib.Path | None:
+    def prepared_paths(self) -> str:
+        """The folders of its prepared data, for remedies in errors."""
+        directory = self.remote or self.directory
+        return f"{directory / self.name} and {directory / _CACHES / self.name}-*"
+
+    def original(self, path: pathlib.Path) -> paths.Path:
+        """Returns what a path below `directory` is a copy of; the path itself if it is not."""
+        return self.remote / path.relative_to(self.directory) if self.remote else path
+
+    @property
+    def source(self) -> "paths.Path | None":
         """The path of the original files; None if they are downloaded or there are none."""
         if not self.data.source:
             return None
-        return paths.local_path(self.data.source, f"config.data.source = {self.data.source!r}")
+        return paths.user_path(self.data.source, f"config.data.source = {self.data.source!r}")
+
+    @functools.cached_property
+    def source_copy(self) -> copies.SourceCopy | None:
+        """The local copy of a source in a bucket; None: the source is local, or there is none.
+
+        Raises:
+          BucketError: if the bucket cannot be read.
+        """
+        if self.source is None or paths.is_local(self.source):
+            return None
+        folder = copies.cache_folder(self.data.cache)
+        return copies.SourceCopy(self.source, folder, log=self.log)
+
+    @property
+    def local_source(self) -> pathlib.Path | None:
+        """The local path of the original files; of a source in a bucket, see `fetch_source`."""
+        if self.source_copy:
+            return self.source_copy.path
+        return self.source
+
+    def fetch_source(self) -> None:
+        """Copies a source in a bucket to `local_source`.
+
+        Raises:
+          BucketError: if the bucket cannot be read.
+          DataError: if there is no such source, or the disk is full.
+        """
+        if not (copy := self.source_copy):
+            return
+        if not copy.fetch():
+            raise DataError(
+                f"config.data.source = {self.data.source!r}: no such file or folder in the bucket"
+            )
+        self.log(f"{self.source}: using the copy {copy.local}, which may be removed afterwards")
+
+    @functools.cached_property
+    def cache_copy(self) -> copies.FolderCopy | None:
+        """This data set's cache as a copy of a folder in a bucket; None: it is local."""
+        return self._copy(self.cache_dir, ["info.json"])
+
+    @functools.cached_property
+    def records_copy(self) -> copies.FolderCopy | None:
+        """The records as a copy of a folder in a bucket; None: they are local.
+
+        Of a data set that TFDS has prepared, this has all configurations and versions.
+        """
+        name = f"{self.name}/{self.version}"
+        if self.part.locate:
+            name = tfds_folders.top_folder(self.data.tfds)
+        return self._copy(self.directory / name, ["dataset_info.json"])
+
+    def fetch_records(self, *, metadata_only: bool = False) -> str:
+        """Copies the records from a bucket, or only the files that describe them.
+
+        Returns:
+          The version of the bucket's folder; '': there is none, or the data are local.
+
+        Raises:
+          BucketError: if the bucket cannot be read.
+          DataError: if the disk is full.
+        """
+        copy = self.records_copy
+        if copy is None:
+            return ""
+        if metadata_only:
+            return copy.fetch(_is_metadata)
+        if not self.part.locate:
+            return copy.fetch()
+        folder = tfds_folders.find(self.data.tfds, self.directory, lambda line: None).folder
+        below = folder.relative_to(copy.local).as_posix()
+        return copy.fetch(lambda name: _is_metadata(name) or name.startswith(f"{below}/"))
+
+    def _copy(
+        self, folder: pathlib.Path, complete_files: Sequence[str]
+    ) -> copies.FolderCopy | None:
+        if self.remote is None:
+            return None
+        remote = self.remote / folder.relative_to(self.directory).as_posix()
+        return copies.FolderCopy(remote, folder, complete_files=complete_files, log=self.log)
+
+    def showing_source(self) -> contextlib.AbstractContextManager[None]:
+        """Shows the original source in errors, instead of its copy."""
+        copy = self.source_copy
+        return _showing(copy.path, self.source) if copy else contextlib.nullcontext()
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -166,7 +303,7 @@ class Recipe:
         contents: files.Contents = self.part.contents(path, self.settings)
         return contents
 
-    def check(self, prepared: Prepared, where: pathlib.Path) -> None:
+    def check(self, prepared: Prepared, where: paths.Path) -> None:
         """Raises DataError if source or settings differ from the prepared data."""
         if change := self.change(prepared, where):
             raise DataError(
@@ -174,11 +311,11 @@ class Recipe:
                 "or set config.data.on_change=prepare to prepare it again"
             )
 
-    def is_outdated(self, prepared: Prepared, where: pathlib.Path) -> bool:
+    def is_outdated(self, prepared: Prepared, where: paths.Path) -> bool:
         """Returns whether the data set must be prepared again."""
         return self.data.on_change == "prepare" and self.change(prepared, where) is not None
 
-    def change(self, prepared: Prepared, where: pathlib.Path) -> Change | None:
+    def change(self, prepared: Prepared, where: paths.Path) -> Change | None:
         """Returns how source or settings differ from the prepared data; None if they do not."""
         # Settings unknown to older versions affect the contents of the source, checked below.
         for name, value in prepared.settings.items():
@@ -196,6 +333,8 @@ class Recipe:
         path = self.source
         if self.part.content_is_canonical or path is None:
             return None
+        if not paths.is_local(path):
+            return self._change_in_bucket(prepared, where)
         path = path.absolute()
         # The source may be removed once it is prepared. A path may lead into an archive.
         is_there = path.exists() or any(above.is_file() for above in path.parents)
@@ -218,6 +357,24 @@ class Recipe:
                 "with different class folders: a folder without images was added or removed, or "
                 f"an older version chose the classes differently ({changes})"
             )
+        return self._source_change(where, what)
+
+    def _change_in_bucket(self, prepared: Prepared, where: paths.Path) -> Change | None:
+        """Returns how a source in a bucket differs, from names and checksums of its objects."""
+        assert self.source_copy is not None
+        objects = self.source_copy.objects()
+        # The source may be removed once it is prepared.
+        if objects == prepared.objects or (not objects and str(self.source) == prepared.path):
+            return None
+        if not objects:
+            return self._source_change(where, f"from {prepared.path}, and this does not exist")
+        if not prepared.objects:
+            what = f"from {prepared.path or 'no source'}, which may have other content"
+            return self._source_change(where, what)
+        then = " at that time" if str(self.source) == prepared.path else ""
+        return self._source_change(where, f"from other content, {prepared.path}{then}")
+
+    def _source_change(self, where: paths.Path, what: str) -> Change:
         return Change(
             f"config.data.source = {self.data.source!r}: {where} was prepared {what}",
             "Leave config.data.source empty to use what is prepared",

@@ -7,7 +7,6 @@ is a plain NumPy archive without pickled objects.
 
 import dataclasses
 import json
-import pathlib
 import zipfile
 import zlib
 from typing import Any
@@ -121,13 +120,13 @@ def with_images(result: dict[str, Any], predictions: Predictions, split: Split) 
     )
 
 
-def write(path: pathlib.Path, evaluated: SavedEvaluation) -> None:
+def write(workdir: Workdir, evaluated: SavedEvaluation) -> None:
     """Writes an evaluation's file to a workdir atomically.
 
     Raises:
       WriteError: if it cannot be written.
     """
-    with atomic.replacing(Workdir(path).predictions) as temporary, temporary.open("wb") as file:
+    with atomic.replacing(workdir.predictions) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             result=np.array(json.dumps(evaluated.result)),
@@ -141,15 +140,14 @@ def write(path: pathlib.Path, evaluated: SavedEvaluation) -> None:
         )
 
 
-def read(path: pathlib.Path) -> SavedEvaluation | None:
+def read(workdir: Workdir) -> SavedEvaluation | None:
     """Returns the evaluation stored in a workdir, or None if there is none.
 
     Raises:
       UserError: if its file is not readable.
     """
-    path = Workdir(path).predictions
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with workdir.predictions.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return SavedEvaluation(
                 result=json.loads(str(archive["result"])),
                 predictions=Predictions(
@@ -164,6 +162,6 @@ def read(path: pathlib.Path) -> SavedEvaluation | None:
     # Raised by NumPy and zipfile for a corrupt file or one of another format.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: not a readable predictions file: {error}. Delete it; rerunning the training "
-            "command recreates it"
+            f"{workdir.location_of(workdir.predictions)}: not a readable predictions file: "
+            f"{error}. Delete it; rerunning the training command recreates it"
         ) from error

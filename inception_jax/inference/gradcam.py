@@ -21,6 +21,7 @@ from inception_jax import figures
 from inception_jax.errors import ConfigError, nearest
 from inception_jax.inference.predictor import ClassifiedImage, Predictor
 from inception_jax.models import introspect
+from inception_jax.storage import atomic, paths
 from inception_jax.training.state import Variables
 
 # Height and width of the image next to its heat map, pixels: enough for photos, small on screen.
@@ -165,7 +166,7 @@ def overlay(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def draw_heat_map(
-    path: pathlib.Path, view: np.ndarray, heat: np.ndarray, *, title: str, captions: tuple[str, str]
+    path: paths.Path, view: np.ndarray, heat: np.ndarray, *, title: str, captions: tuple[str, str]
 ) -> None:
     """Draws an image next to its heat map.
 
@@ -177,7 +178,7 @@ def draw_heat_map(
       captions: of the image and of the heat map.
 
     Raises:
-      OSError: if the file cannot be written.
+      WriteError: if the file cannot be written.
     """
     # Imported late, since predictions alone do not need it.
     from matplotlib.figure import Figure
@@ -189,7 +190,8 @@ def draw_heat_map(
         axes.imshow(image)
         axes.set_title(caption, fontsize=11)
         axes.set_axis_off()
-    figures.save(figure, path, dpi=120)
+    with atomic.replacing(path) as temporary:
+        figures.save(figure, temporary, dpi=120)
 
 
 class HeatmapWriter:
@@ -204,14 +206,14 @@ class HeatmapWriter:
       count: number of files drawn.
 
     Args:
-      folder: an existing folder.
+      folder: an existing folder, or one in a bucket.
       explainer: computes the heat maps.
       label: the class to explain; None: each image's most probable class.
     """
 
     view_size = VIEW_SIZE
 
-    def __init__(self, folder: pathlib.Path, explainer: Explainer, label: int | None) -> None:
+    def __init__(self, folder: paths.Path, explainer: Explainer, label: int | None) -> None:
         self._folder, self._explainer, self._label = folder, explainer, label
         self._names: set[str] = set()
         self.layer = explainer.layer
@@ -225,7 +227,7 @@ class HeatmapWriter:
         """Draws images and their heat maps.
 
         Raises:
-          OSError: if a file cannot be written.
+          WriteError: if a file cannot be written.
         """
         if not classified:
             return

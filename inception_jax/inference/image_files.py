@@ -1,8 +1,6 @@
 """Finds and reads image files: files, folders and standard input, in a stable order."""
 
-import contextlib
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from typing import NamedTuple
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.sources.files import MAX_BYTES, FolderSource
 from inception_jax.errors import DataError
-from inception_jax.storage import paths
+from inception_jax.storage import access, buckets, paths
 
 # The argument for standard input.
 STDIN = "-"
@@ -38,13 +36,21 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     included.
 
     Args:
-      arguments: paths of files and folders, and at most once `STDIN`.
+      arguments: paths of files and folders, local or in a bucket, and at most once `STDIN`.
 
     Raises:
       DataError: if a path does not exist, a folder cannot be read, or no file is found.
+      BucketError: if a bucket cannot be read.
     """
-    arguments = [path if path == STDIN else str(paths.local_path(path, path)) for path in arguments]
-    if missing := [path for path in arguments if path != STDIN and not os.path.exists(path)]:
+    places = {path: paths.user_path(path, path) for path in arguments if path != STDIN}
+    below: dict[str, list[str] | None] = {STDIN: None}
+    missing: list[str] = []
+    for path, place in places.items():
+        try:
+            below[path] = _below(place)
+        except FileNotFoundError:
+            missing.append(str(place))
+    if missing:
         raise DataError(
             f"{folders.quote_and_join([folders.escape_for_display(path) for path in missing])}: "
             "no such file or folder; no image was classified"
@@ -53,13 +59,14 @@ def find(arguments: Sequence[str]) -> ImageFiles:
         raise DataError(f"{STDIN!r}: must be given only once; standard input holds one image")
     images = ImageFiles([], [])
     for path in arguments:
-        if path != STDIN and os.path.isdir(path):
-            for file in _below(path):
-                inner = os.path.join(path, file)
-                is_image = folders.has_image_extension(file) and not _is_special(inner)
-                (images.files if is_image else images.skipped).append(inner)
-        else:
-            images.files.append(path)
+        name, files = str(places.get(path, path)), below[path]
+        if files is None:
+            images.files.append(name)
+            continue
+        for file in files:
+            inner = os.path.join(name, file)
+            is_image = folders.has_image_extension(file) and not _is_special(inner)
+            (images.files if is_image else images.skipped).append(inner)
     if not images.files:
         more = f" Skipped: {folders.join_truncated(images.skipped)}." if images.skipped else ""
         raise DataError(
@@ -69,10 +76,30 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     return images
 
 
-def _below(folder: str) -> list[str]:
-    """Returns the paths of the files below a folder, relative to it, in natural order."""
-    path = pathlib.Path(folder)
-    return sorted(FolderSource(path, is_hidden=folders.is_hidden).sizes, key=natural_key)
+def _below(path: paths.Path) -> list[str] | None:
+    """Returns the paths of the files below a folder, relative to it, in natural order.
+
+    Returns:
+      None if the path is a file.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+    """
+    if paths.is_local(path):
+        if not os.path.exists(path):
+            raise FileNotFoundError(path)
+        if not path.is_dir():
+            return None
+        found = list(FolderSource(path, is_hidden=folders.is_hidden).sizes)
+    else:
+        if access.is_file(path):
+            return None
+        objects = buckets.list_files(path)
+        if not objects:
+            raise FileNotFoundError(path)
+        # Some programs create empty objects for folders.
+        found = [name for name in objects if not name.endswith("/") and not folders.is_hidden(name)]
+    return sorted(found, key=natural_key)
 
 
 def _is_special(path: str) -> bool:
@@ -102,13 +129,13 @@ def read(path: str) -> bytes:
 
     Raises:
       DataError: if it cannot be read, or is far larger than any image.
+      BucketError: if its bucket cannot be read.
     """
     try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer
-            if path != STDIN:
-                file = stack.enter_context(pathlib.Path(path).open("rb"))
-            data = file.read(MAX_BYTES + 1)
+        if path == STDIN:
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            data = access.read_bytes(paths.from_text(path), MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{display_name(path)}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_BYTES:

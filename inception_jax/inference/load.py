@@ -1,6 +1,5 @@
 """Loads trained weights from a workdir or a weights file."""
 
-import pathlib
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ from inception_jax.models import networks, protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
+from inception_jax.storage import paths
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import drop_trivial_top5
 from inception_jax.training import state as states
@@ -22,8 +22,8 @@ from inception_jax.training.checkpoints import Checkpoints
 
 def load(
     *,
-    workdir: pathlib.Path | None,
-    weights: pathlib.Path | None,
+    workdir: paths.Path | None,
+    weights: paths.Path | None,
     checkpoint: str,
     log: Callable[[str], None] = print,
 ) -> Weights:
@@ -39,9 +39,20 @@ def load(
       UserError: if they cannot be loaded.
     """
     if workdir is not None:
-        return from_checkpoint(Workdir(workdir), checkpoint, log)
+        return from_checkpoint(open_workdir(workdir), checkpoint, log)
     assert weights is not None
     return files.load(weights, log)
+
+
+def open_workdir(location: paths.Path) -> Workdir:
+    """Returns the folder of a run to read; of one in a bucket, only config.json is copied.
+
+    Raises:
+      BucketError: if it cannot be read.
+    """
+    workdir = Workdir(location)
+    workdir.download(workdir.config)
+    return workdir
 
 
 def from_checkpoint(
@@ -101,6 +112,6 @@ def from_checkpoint(
         metrics=drop_trivial_top5(metrics, dataset["classes"]),
         checkpoint=roles,
         revision=environment.revision(),
-        origin=f"{workdir.path}, step {step:,}",
+        origin=f"{workdir}, step {step:,}",
         module=model,
     )

@@ -5,14 +5,13 @@ import csv
 import io
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from inception_jax.datasets.builders import folders
 from inception_jax.inference.predictor import Prediction
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 
 
 class Format(NamedTuple):
@@ -76,7 +75,7 @@ def split_format(class_ids: Sequence[str]) -> Format:
 
 
 @contextlib.contextmanager
-def open_output(path: pathlib.Path | None) -> Iterator[TextIO]:
+def open_output(path: paths.Path | None) -> Iterator[TextIO]:
     """Opens a text file to be written atomically, or standard output for None.
 
     Raises:

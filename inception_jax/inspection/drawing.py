@@ -1,14 +1,13 @@
 """Draws a network with Graphviz: layers as boxes, modules around them, shapes on the arrows."""
 
 import html
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from inception_jax.errors import UserError
 from inception_jax.inspection import structure as structures
 from inception_jax.inspection.structure import Block, Edge, Layer, Structure
 from inception_jax.inspection.table import layer_text, shape_text
+from inception_jax.storage import atomic, paths
 
 if TYPE_CHECKING:
     import graphviz
@@ -90,39 +89,38 @@ def draw(structure: Structure, title: str) -> "graphviz.Digraph":
 
 
 def write(
-    drawing: "graphviz.Digraph", folder: pathlib.Path, log: Callable[[str], None]
-) -> list[pathlib.Path]:
+    drawing: "graphviz.Digraph", folder: paths.Path, log: Callable[[str], None]
+) -> list[paths.Path]:
     """Writes architecture.dot and, where Graphviz is installed, architecture.svg and .png.
 
     Args:
       drawing: of a network.
-      folder: an existing folder.
+      folder: an existing folder, or one in a bucket.
       log: receives a line if the images cannot be rendered.
 
     Returns:
       The files written.
 
     Raises:
-      UserError: if they cannot be written.
+      WriteError: if they cannot be written.
     """
     import graphviz
 
     source = folder / "architecture.dot"
     written = [source]
     try:
-        source.write_text(drawing.source, encoding="utf-8")
+        with atomic.replacing(source) as temporary:
+            temporary.write_text(drawing.source, encoding="utf-8")
         high_resolution = drawing.copy()
         high_resolution.attr(dpi=_PNG_DPI)
         for graph, extension in ((drawing, "svg"), (high_resolution, "png")):
             path = folder / f"architecture.{extension}"
-            path.write_bytes(graph.pipe(format=extension))
+            image = graph.pipe(format=extension)
+            with atomic.replacing(path) as temporary:
+                temporary.write_bytes(image)
             written.append(path)
     except graphviz.ExecutableNotFound:
-        log(f"{source}: {_DOT_MISSING.format(path=source)}")
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
-        ) from error
+        log(f"{source}: {_DOT_MISSING.format(path=source.name)}")
     return written
 
 

@@ -1,7 +1,6 @@
 """Draws the filters and activations of a trained network."""
 
 import math
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ from inception_jax.inference.predictor import Predictor
 from inception_jax.models import introspect
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
+from inception_jax.storage import atomic, paths
 
 # Width of the gaps between tiles, pixels.
 _GAP = 1
@@ -75,7 +75,7 @@ def compute_activations(predictor: Predictor, pixels: np.ndarray, layer: str) ->
     return np.asarray(compiled(predictor.variables, pixels[None])[0], np.float32)
 
 
-def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
+def draw_filters(path: paths.Path, kernel: np.ndarray, title: str) -> None:
     """Draws filters in a grid, each scaled to its range of values.
 
     Args:
@@ -84,7 +84,7 @@ def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
       title: of the figure.
 
     Raises:
-      UserError: if the file cannot be written.
+      WriteError: if the file cannot be written.
     """
     low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     scaled = (kernel - low) / np.maximum(high - low, 1e-12)
@@ -93,7 +93,7 @@ def draw_filters(path: pathlib.Path, kernel: np.ndarray, title: str) -> None:
 
 
 def draw_activations(
-    path: pathlib.Path, pixels: np.ndarray, maps: np.ndarray, *, layer: str, title: str
+    path: paths.Path, pixels: np.ndarray, maps: np.ndarray, *, layer: str, title: str
 ) -> None:
     """Draws an image next to every channel of a module's output, each scaled from 0 to its maximum.
 
@@ -105,7 +105,7 @@ def draw_activations(
       title: of the figure.
 
     Raises:
-      UserError: if the file cannot be written.
+      WriteError: if the file cannot be written.
     """
     low = np.minimum(maps.min((0, 1)), 0)
     scaled = (maps - low) / np.maximum(maps.max((0, 1)) - low, 1e-12)
@@ -135,7 +135,7 @@ def tile_images(images: np.ndarray) -> np.ndarray:
     return tiled
 
 
-def _save(path: pathlib.Path, images: list[tuple[np.ndarray, str]], title: str) -> None:
+def _save(path: paths.Path, images: list[tuple[np.ndarray, str]], title: str) -> None:
     """Draws captioned images side by side, the last one large."""
     from matplotlib.figure import Figure
 
@@ -149,9 +149,5 @@ def _save(path: pathlib.Path, images: list[tuple[np.ndarray, str]], title: str) 
         axes.imshow(image, cmap="magma", interpolation="nearest")
         axes.set_title(caption, fontsize=11)
         axes.axis("off")
-    try:
-        figures.save(figure, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error}. Make the folder writable or free disk space"
-        ) from error
+    with atomic.replacing(path) as temporary:
+        figures.save(figure, temporary)

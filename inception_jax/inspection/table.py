@@ -1,12 +1,11 @@
 """Tabulates a network block by block, compared with Table 1 of its paper where that applies."""
 
 import csv
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from inception_jax.errors import UserError
 from inception_jax.inspection.structure import Block, Layer, Shape, Structure
+from inception_jax.storage import atomic, paths
 
 Cell = str | int | None
 
@@ -91,21 +90,20 @@ class Table(NamedTuple):
         lines = "".join(f"| {' | '.join(line)} |\n" for line in aligned)
         return f"{lines}\n{self.notes}" if self.notes else lines
 
-    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    def write(self, folder: paths.Path) -> list[paths.Path]:
         """Writes architecture.md, and architecture.csv with plain numbers.
 
         Raises:
-          UserError: if they cannot be written.
+          WriteError: if they cannot be written.
         """
         markdown, comma = folder / "architecture.md", folder / "architecture.csv"
-        try:
-            markdown.write_text(self.markdown(), encoding="utf-8")
-            with comma.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([self.head, *self.lines])
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be written: {error}. Make the folder writable or free disk space"
-            ) from error
+        with atomic.replacing(markdown) as temporary:
+            temporary.write_text(self.markdown(), encoding="utf-8")
+        with (
+            atomic.replacing(comma) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            csv.writer(file).writerows([self.head, *self.lines])
         return [markdown, comma]
 
 

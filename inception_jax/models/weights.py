@@ -27,7 +27,7 @@ from inception_jax import registry
 from inception_jax.config import Config, Model
 from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.models import networks, protocol
-from inception_jax.storage import atomic
+from inception_jax.storage import access, atomic, paths
 from inception_jax.version import __version__
 
 # Increased when older versions would misread new files. Format 1 has all training settings, as
@@ -147,11 +147,11 @@ def check_weights(weights: object) -> None:
         )
 
 
-def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> None:
+def save(path: paths.Path, weights: Weights, *, dtype: str = "float32") -> None:
     """Writes a weights file atomically.
 
     Args:
-      path: of the file; replaced if it exists.
+      path: of the file, local or in a bucket; replaced if it exists.
       weights: to write.
       dtype: of the parameters, "float32" or "bfloat16". BatchNorm statistics stay float32: they are
         only 0.2% of the numbers, and rounding them changed the logits of a trained MiniGoogLeNet by
@@ -178,11 +178,11 @@ def save(path: pathlib.Path, weights: Weights, *, dtype: str = "float32") -> Non
         temporary.write_bytes(data)
 
 
-def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
+def load(path: paths.Path, log: Callable[[str], None] = print) -> Weights:
     """Reads a file that `save` wrote, of this or an older version.
 
     Args:
-      path: of the file.
+      path: of the file, local or in a bucket.
       log: receives a line for each model setting that this version does not have.
 
     Raises:
@@ -214,16 +214,18 @@ def load(path: pathlib.Path, log: Callable[[str], None] = print) -> Weights:
     return weights
 
 
-def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_arrays(path: paths.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns the arrays of any safetensors file, of any shape, by name, and its metadata.
 
     Raises:
       DataError: if it is missing, damaged, or not a safetensors file.
+      BucketError: if it is in a bucket that cannot be read.
     """
     try:
-        is_pickle = looks_like_pickle(path)
-        with safe_open(path, framework="np") as tensors:
-            return tensors.get_tensors(), tensors.metadata() or {}
+        with access.local_copy(path) as local:
+            is_pickle = looks_like_pickle(local)
+            with safe_open(local, framework="np") as tensors:
+                return tensors.get_tensors(), tensors.metadata() or {}
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror or error}. Use a weights file"

@@ -17,8 +17,10 @@ import jinja2
 
 from inception_jax.reporting import context
 from inception_jax.reporting.run_record import RunRecord
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 
+# Shows an object in a bucket to users who are logged in and may read it.
+_BROWSER_URL = "https://storage.cloud.google.com/"
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
@@ -46,7 +48,7 @@ def run_page(record: RunRecord) -> str:
     )
 
 
-def comparison_page(records: Sequence[RunRecord], output: pathlib.Path) -> str:
+def comparison_page(records: Sequence[RunRecord], output: paths.Path) -> str:
     """Renders the comparison of several runs.
 
     Args:
@@ -66,7 +68,7 @@ def comparison_page(records: Sequence[RunRecord], output: pathlib.Path) -> str:
     )
 
 
-def write(path: pathlib.Path, page: str) -> None:
+def write(path: paths.Path, page: str) -> None:
     """Writes a page atomically, because a browser may be reading it.
 
     Raises:
@@ -76,12 +78,23 @@ def write(path: pathlib.Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _report_link(record: RunRecord, output: pathlib.Path) -> str:
-    """Returns the path of a run's own report relative to a page; '' if it does not exist."""
-    page = record.workdir.report
-    if not page.exists():
+def _report_link(record: RunRecord, output: paths.Path) -> str:
+    """Returns a link from a page to a run's own report; '' if it does not exist.
+
+    It is relative, except from a page elsewhere to a report in a bucket. From a page in a bucket, a
+    local report cannot be reached.
+    """
+    workdir = record.workdir
+    if not workdir.report.exists():
         return ""
-    return pathlib.Path(os.path.relpath(page.resolve(), output.resolve().parent)).as_posix()
+    page = workdir.location_of(workdir.report)
+    if paths.is_local(page):
+        if not paths.is_local(output):
+            return ""
+        return pathlib.Path(os.path.relpath(page.resolve(), output.resolve().parent)).as_posix()
+    if page.parts[:2] == output.parts[:2]:  # The same bucket.
+        return os.path.relpath(str(page), str(output.parent))
+    return _BROWSER_URL + str(page).removeprefix("gs://")
 
 
 def _render(template: str, **values: Any) -> str:

@@ -15,7 +15,7 @@ from inception_jax.errors import UserError
 from inception_jax.reporting import context
 from inception_jax.reporting.context import Metric
 from inception_jax.reporting.run_record import RunRecord
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,21 +47,21 @@ _MAX_NAME_LENGTH, _MAX_CLASS_LENGTH = 40, 26
 _MAX_MARKED_POINTS = 70
 
 
-def plot_run(record: RunRecord) -> list[pathlib.Path]:
+def plot_run(record: RunRecord) -> list[str]:
     """Draws all plots of a run into the directory plots/ of its workdir.
 
     Returns:
-      The files written: loss, accuracy, one per further metric, classes, confusion, calibration
-      and time, except for those without data.
+      The names of the files written: loss, accuracy, one per further metric, classes, confusion,
+      calibration and time, except for those without data.
 
     Raises:
       UserError: if the files cannot be written.
     """
     named_figures = [*_curve_figures(record), *_prediction_figures(record)]
-    return write_figures(record.workdir.plots, named_figures)
+    return [path.name for path in write_figures(record.workdir.plots, named_figures)]
 
 
-def plot_comparison(records: Sequence[RunRecord], directory: pathlib.Path) -> list[pathlib.Path]:
+def plot_comparison(records: Sequence[RunRecord], directory: paths.Path) -> list[paths.Path]:
     """Draws a plot of each metric, such as loss.png and top1.png, with a curve for each run.
 
     The curves are those of evaluations, because the training loss is that of the objective, which
@@ -70,7 +70,7 @@ def plot_comparison(records: Sequence[RunRecord], directory: pathlib.Path) -> li
 
     Args:
       records: the runs.
-      directory: output directory, created if missing.
+      directory: output directory, local or in a bucket; created if missing.
 
     Returns:
       The files written.
@@ -84,26 +84,28 @@ def plot_comparison(records: Sequence[RunRecord], directory: pathlib.Path) -> li
 
 
 def write_figures(
-    directory: pathlib.Path, named_figures: "Iterable[tuple[str, Figure]]"
-) -> list[pathlib.Path]:
+    directory: paths.Path, named_figures: "Iterable[tuple[str, Figure]]"
+) -> list[paths.Path]:
     """Writes figures as PNG files and returns their paths.
 
     Args:
-      directory: output directory, created if missing.
+      directory: output directory, local or in a bucket; created if missing.
       named_figures: pairs of a name and a figure.
 
     Raises:
       UserError: if the files cannot be written.
     """
-    written = []
+    written: list[paths.Path] = []
     try:
-        atomic.make_output_folder(directory)
+        if paths.is_local(directory):
+            atomic.make_output_folder(directory)
         for name, figure in named_figures:
             # A metric can have any name, even that of another plot.
             stem = re.sub(r"[^\w.-]", "_", name)
             stem += "-2" * (directory / f"{stem}.png" in written)
             written.append(directory / f"{stem}.png")
-            figures.save(figure, written[-1])
+            with atomic.replacing(written[-1]) as temporary:
+                figures.save(figure, temporary)
     except OSError as error:
         raise UserError(
             f"{directory}: cannot write plots: {error}. Free disk space or make the directory "

@@ -18,17 +18,15 @@ from inception_jax.evaluation.predictions import Predictions
 from inception_jax.reporting import html, plots, run_record
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.reporting.run_record import RunRecord
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 from inception_jax.storage.workdir import Workdir
 
 
-def publish(
-    path: pathlib.Path, result: dict[str, Any], predicted: Predictions, split: Split
-) -> None:
+def publish(workdir: Workdir, result: dict[str, Any], predicted: Predictions, split: Split) -> None:
     """Stores an evaluation in a workdir: predictions.npz and the report.
 
     Args:
-      path: the workdir.
+      workdir: the workdir.
       result: contents of result.json if the run ended here.
       predicted: predictions for each example.
       split: the examples.
@@ -36,54 +34,64 @@ def publish(
     Raises:
       UserError: if the files cannot be written.
     """
-    predictions.write(path, predictions.with_images(result, predicted, split))
-    write_page(path)
+    predictions.write(workdir, predictions.with_images(result, predicted, split))
+    html.write(workdir.report, html.run_page(run_record.read(workdir)))
 
 
-def write_page(path: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
+def write_page(location: paths.Path, output: paths.Path | None = None) -> paths.Path:
     """Writes the report of a run and returns its path.
 
     Args:
-      path: the workdir.
-      output: the file to write; None: report.html in the workdir.
+      location: the run's folder, local or in a bucket.
+      output: the file to write; None: report.html in the run's folder.
 
     Raises:
       UserError: if the run cannot be read or the report cannot be written.
     """
-    output = output or Workdir(path).report
-    html.write(output, html.run_page(run_record.read(path)))
+    record = _read(location)
+    output = output or record.workdir.location_of(record.workdir.report)
+    html.write(output, html.run_page(record))
     return output
 
 
-def write_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> pathlib.Path:
+def write_comparison(locations: Sequence[paths.Path], output: paths.Path) -> paths.Path:
     """Writes a report that compares several runs and returns its path.
 
     Args:
-      paths: the workdirs.
+      locations: the runs' folders, local or in buckets.
       output: the file to write; must not be the report of one of the runs.
 
     Raises:
       UserError: if a run cannot be read, the report cannot be written, or it would overwrite the
         report of a run.
     """
-    if output.resolve() in {Workdir(path).report.resolve() for path in paths}:
+    records = [_read(location) for location in locations]
+    reports = [record.workdir.location_of(record.workdir.report) for record in records]
+    if _absolute(output) in map(_absolute, reports):
         raise UserError(
             f"--output={output}: is the report of one of the compared runs; use another file"
         )
-    html.write(output, html.comparison_page([run_record.read(path) for path in paths], output))
+    html.write(output, html.comparison_page(records, output))
     return output
 
 
-def plot(path: pathlib.Path) -> list[pathlib.Path]:
-    """Draws all plots of a run as PNG files in plots/ of its workdir and returns their paths.
+def plot(location: paths.Path) -> list[paths.Path]:
+    """Draws all plots of a run as PNG files in plots/ of its folder and returns their paths.
+
+    Args:
+      location: the run's folder, local or in a bucket.
 
     Raises:
       UserError: if the run cannot be read or the plots cannot be written.
     """
-    return plots.plot_run(run_record.read(path))
+    record = _read(location)
+    names = plots.plot_run(record)
+    record.workdir.upload()
+    folder = record.workdir.location_of(record.workdir.plots)
+    return [folder / name for name in names]
 
 
-def plot_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
+def plot_comparison(locations: Sequence[paths.Path], output: paths.Path) -> list[paths.Path]:
     """Draws the curves of several runs together as PNG files in a directory.
 
     Returns:
@@ -92,40 +100,57 @@ def plot_comparison(paths: Sequence[pathlib.Path], output: pathlib.Path) -> list
     Raises:
       UserError: if a run cannot be read or the plots cannot be written.
     """
-    return plots.plot_comparison([run_record.read(path) for path in paths], output)
+    return plots.plot_comparison([_read(location) for location in locations], output)
 
 
-def finish(path: pathlib.Path, log: Callable[[str], None]) -> None:
+def finish(workdir: Workdir, log: Callable[[str], None]) -> None:
     """Draws the plots of a run, logs and stores its diagnosis, and writes its report.
 
     Args:
-      path: the workdir.
+      workdir: the workdir.
       log: called with each line of the diagnosis.
 
     Raises:
       UserError: if the run cannot be read or files cannot be written.
     """
-    record = run_record.read(path)
+    record = run_record.read(workdir)
     plots.plot_run(record)
     for line in _store_diagnosis(record).lines():
         log(line)
-    html.write(record.workdir.report, html.run_page(record))
-    log(f"report: {record.workdir.report}")
+    html.write(workdir.report, html.run_page(record))
+    log(f"report: {workdir.location_of(workdir.report)}")
 
 
-def write_diagnosis(path: pathlib.Path) -> Diagnosis:
+def write_diagnosis(location: paths.Path) -> Diagnosis:
     """Diagnoses a run, writes diagnosis.json and returns the diagnosis.
+
+    Args:
+      location: the run's folder, local or in a bucket.
 
     Raises:
       UserError: if the run cannot be read or diagnosis.json cannot be written.
     """
-    return _store_diagnosis(run_record.read(path))
+    record = _read(location)
+    diagnosis = _store_diagnosis(record)
+    record.workdir.upload()
+    return diagnosis
+
+
+def _read(location: paths.Path) -> RunRecord:
+    """Reads a run, downloaded first if it is in a bucket."""
+    workdir = Workdir(location)
+    workdir.download()
+    return run_record.read(workdir)
+
+
+def _absolute(path: paths.Path) -> paths.Path:
+    return path.resolve() if paths.is_local(path) else path
 
 
 def _store_diagnosis(record: RunRecord) -> Diagnosis:
     diagnosis = record.diagnosis
     if diagnosis is None:
-        raise UserError(f"{record.workdir.path}: config.json not found; use the workdir of a run")
+        raise UserError(f"{record.workdir}: config.json not found; use the workdir of a run")
     with _as_user_error(record.workdir.diagnosis):
         atomic.write_json(
             record.workdir.diagnosis, _nonfinite_as_null(dataclasses.asdict(diagnosis))
@@ -133,21 +158,21 @@ def _store_diagnosis(record: RunRecord) -> Diagnosis:
     return diagnosis
 
 
-def write_range_test(path: pathlib.Path, values: Mapping[str, Any]) -> list[pathlib.Path]:
+def write_range_test(path: paths.Path, values: Mapping[str, Any]) -> list[paths.Path]:
     """Writes find_lr.json and its plot, find_lr.png, and returns both paths.
 
     Args:
-      path: an existing directory.
+      path: an existing directory, or one in a bucket.
       values: from `training.lr_range_test.record`.
 
     Raises:
-      UserError: if the files cannot be written.
+      WriteError: if the files cannot be written.
     """
     json_path, png_path = path / "find_lr.json", path / "find_lr.png"
     values = _nonfinite_as_null(values)
-    with _as_user_error(path):
-        atomic.write_json(json_path, values)
-        plots.plot_range_test(png_path, values)
+    atomic.write_json(json_path, values)
+    with atomic.replacing(png_path) as temporary:
+        plots.plot_range_test(temporary, values)
     return [json_path, png_path]
 
 

@@ -22,6 +22,7 @@ from inception_jax.evaluation.predictions import SavedEvaluation
 from inception_jax.reporting import evidence
 from inception_jax.reporting.diagnosis import Diagnosis, diagnose
 from inception_jax.reporting.evidence import Row
+from inception_jax.storage import paths
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import drop_trivial_top5, read_metrics
 
@@ -65,7 +66,7 @@ class RunRecord:
         """The experiment's name; the workdir's name if unknown."""
         if self.config is not None:
             return self.config.name
-        return self.result.get("name") or self.workdir.path.resolve().name
+        return self.result.get("name") or _absolute(self.workdir).name
 
     @property
     def split(self) -> str:
@@ -134,21 +135,20 @@ class RunRecord:
         return diagnose(stats, self.config)
 
 
-def read(path: pathlib.Path) -> RunRecord:
-    """Reads the workdir of a run.
+def read(workdir: Workdir) -> RunRecord:
+    """Reads the workdir of a run; one in a bucket must be downloaded.
 
     Raises:
       UserError: if it contains no metrics, or one of its files cannot be read.
     """
-    workdir = Workdir(path)
     try:
-        recorded = configs.read_record(workdir.config)
+        recorded = configs.read_record(workdir.config, workdir.location_of(workdir.config))
     except FileNotFoundError:
         recorded = None
     config = recorded.config if recorded else None
     dataset = recorded.dataset if recorded else {}
-    rows = _read_rows(workdir.metrics, dataset.get("classes"))
-    evaluated = predictions.read(path)
+    rows = _read_rows(workdir, dataset.get("classes"))
+    evaluated = predictions.read(workdir)
     if evaluated and not _has_row_of(rows, evaluated.result):
         evaluated = None
     result = _newest_result(
@@ -172,7 +172,7 @@ def read(path: pathlib.Path) -> RunRecord:
     )
 
 
-def _read_rows(path: pathlib.Path, classes: int | None) -> list[Row]:
+def _read_rows(workdir: Workdir, classes: int | None) -> list[Row]:
     """Returns the rows of a metrics.jsonl, at least one, with each evaluation in a separate row.
 
     Omits top-5 for five classes or fewer, which older versions wrote.
@@ -180,11 +180,12 @@ def _read_rows(path: pathlib.Path, classes: int | None) -> list[Row]:
     Raises:
       UserError: if the file is empty or cannot be read.
     """
+    path = workdir.location_of(workdir.metrics)
     try:
-        lines = read_metrics(path)
+        lines = read_metrics(workdir.metrics, path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path.parent}: not a run with metrics ({path.name} not found); use the folder of a "
+            f"{workdir}: not a run with metrics ({path.name} not found); use the folder of a "
             "run that has started"
         ) from error
     except OSError as error:
@@ -208,12 +209,17 @@ def display_names(records: Sequence[RunRecord]) -> list[str]:
     """Returns a distinct name for each run: the shortest unique end of its path."""
     if len(records) == 1:
         return [records[0].name]
-    directories = [record.workdir.path.resolve() for record in records]
+    directories = [_absolute(record.workdir) for record in records]
     for parts in range(1, max(len(directory.parts) for directory in directories) + 1):
         names = ["/".join(directory.parts[-parts:]) for directory in directories]
         if len(set(names)) == len(names):
             return names
     return [f"{directory.name} ({number})" for number, directory in enumerate(directories, start=1)]
+
+
+def _absolute(workdir: Workdir) -> paths.Path:
+    location = workdir.location
+    return location.resolve() if paths.is_local(location) else location
 
 
 def _read_result(path: pathlib.Path) -> dict[str, Any]:

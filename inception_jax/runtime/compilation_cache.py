@@ -19,7 +19,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+from inception_jax.storage import paths
+
 Log = Callable[[str], None]
+
+# With the folder of the cache.
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 # A GoogLeNet's programs take 2.5 MB.
 MAX_BYTES = 2 * 2**30
@@ -36,22 +41,31 @@ _HASH = "[0-9a-f]" * 64
 def enable(log: Log) -> None:
     """Enables the cache in the user's cache folder.
 
-    The environment variable JAX_COMPILATION_CACHE_DIR sets another folder; empty, it disables the
-    cache.
+    The environment variable JAX_COMPILATION_CACHE_DIR sets another folder, local or in a bucket;
+    empty, it disables the cache.
 
     Args:
       log: called with a line if the cache cannot be used.
+
+    Raises:
+      UserError: if that variable is not the path of a folder.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    given = os.environ.get(VARIABLE)
+    if given == "":
+        return
+    if given:
+        # JAX would take ~ and other URLs for names of folders in the current one.
+        folder = paths.user_path(given, f"{VARIABLE}={given}")
+    else:
         try:
             folder = _user_folder()
             _evict_oldest(folder, MAX_BYTES)
         except (OSError, RuntimeError) as error:
             log(f"compilation cache disabled; programs are recompiled at every start: {error}")
             return
-        import jax
+    import jax
 
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _user_folder() -> pathlib.Path:
@@ -61,11 +75,7 @@ def _user_folder() -> pathlib.Path:
       OSError: if it cannot be created, or is owned by another user, who could plant programs there.
       RuntimeError: if the home directory is unknown.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says to ignore relative paths.
-    if not cache.is_absolute():
-        cache = pathlib.Path.home() / ".cache"
-    folder = cache / "inception_jax" / "xla"
+    folder = paths.user_cache() / "xla"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
         raise PermissionError(f"{folder}: owned by another user")
@@ -110,10 +120,12 @@ def log_cache_errors(log: Log) -> Iterator[None]:
         import jax
 
         # Some versions of JAX do not declare the types of their settings.
-        folder = pathlib.Path(cast(Any, jax.config).jax_compilation_cache_dir)
-        with contextlib.suppress(OSError):
-            for path in folder.glob(f"{warning['program']}-{_HASH}-cache"):
-                path.unlink(missing_ok=True)
+        folder = paths.from_text(cast(Any, jax.config).jax_compilation_cache_dir)
+        # An object in a bucket is complete or missing.
+        if paths.is_local(folder):
+            with contextlib.suppress(OSError):
+                for path in folder.glob(f"{warning['program']}-{_HASH}-cache"):
+                    path.unlink(missing_ok=True)
         # If one entry cannot be written, none can.
         if warning["action"] not in logged:
             verb = "read" if warning["action"] == "reading" else "write"

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_compilat
 
 from inception_jax import advice
 from inception_jax.errors import UserError, nearest
-from inception_jax.runtime import _jax_private, compilation_cache, hosts
+from inception_jax.runtime import _jax_private, compilation_cache, hosts, tpu_vm
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 # Environment variables in which MPI launchers set the process count and the process index.
@@ -52,7 +52,8 @@ def initialize(
       heartbeat_timeout: seconds without a heartbeat after which JAX considers another process dead
         and terminates this one.
       fingerprint: returns JSON values, by name, that must be equal in all processes.
-      log: called with a line if the compilation cache is disabled or another process is slow.
+      log: called with a line if the compilation cache is disabled, another process is slow, or
+        this machine is a TPU VM with a known problem.
 
     Returns:
       A function that tells JAX's preemption service, and so all processes, that this process must
@@ -70,6 +71,9 @@ def initialize(
     _fix_settings(log)
     if platform == "cpu":
         jax.config.update("jax_platforms", platform)
+    elif os.environ.get("JAX_PLATFORMS") != "cpu":
+        for line in tpu_vm.warnings_of(os.environ):
+            log(f"warning: {line}")
     compilation_cache.enable(log)
     before = _jax_private.sigterm_handler()
     if coordinator_address:
@@ -87,6 +91,7 @@ def initialize(
     # Before the devices are initialized, which other versions of JAX might do differently.
     hosts.check_consistent("startup settings", fingerprint)
     _check_platform(platform)
+    _check_joined()
     hosts.check_consistent("devices", _device_info)
     return None if handler == before else _jax_private.preemption_notifier(handler)
 
@@ -111,14 +116,18 @@ def run_settings(log: Callable[[str], None]) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in (*_FIXED_SETTINGS, cache)}
     with compilation_cache.log_cache_errors(log):
         _fix_settings(log)
-        if not before[cache]:
+        # The calling program may have set another folder.
+        if before[cache] in (None, os.environ.get(compilation_cache.VARIABLE)):
             compilation_cache.enable(log)
+        is_changed = getattr(jax.config, cache) != before[cache]
+        if is_changed:
+            jax_compilation_cache.reset_cache()
         try:
             yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
-            if not before[cache]:
+            if is_changed:
                 jax_compilation_cache.reset_cache()
 
 
@@ -186,6 +195,19 @@ def _check_platform(platform: str) -> None:
             f"platform {platform!r}: not available; JAX found {backend}{reason}. Check the driver, "
             "install the package with its extra (pip install -e '.[cuda]' or '.[tpu]'), or use "
             "--platform=cpu"
+        )
+
+
+def _check_joined() -> None:
+    """Checks that this process is not one of several that know nothing of each other.
+
+    The TPUs of a slice connect by themselves, so JAX counts their hosts even if none has joined.
+    """
+    if (count := jax.process_count()) > 1 and not hosts.is_multi_process():
+        raise UserError(
+            f"this machine is one of {count} hosts of a TPU slice, and has not joined the others. "
+            "Run the same command with --distributed on all of them at the same time; commands "
+            "without that flag need --platform=cpu"
         )
 
 

@@ -160,12 +160,17 @@ def gather(name: str, value: Any) -> list[Any]:
     return values
 
 
-def check_consistent(name: str, fingerprint: Callable[[], Mapping[str, Any]]) -> None:
+def check_consistent(
+    name: str,
+    fingerprint: Callable[[], Mapping[str, Any]],
+    remedy: str = "Start all of them with the same command, settings, software and data",
+) -> None:
     """Checks that all processes have equal fingerprints; a no-op in a single process.
 
     Args:
       name: name of the check, used once per run.
       fingerprint: returns JSON values by name.
+      remedy: what the user must do if they differ.
 
     Raises:
       UserError: in all processes, with each value that differs, the processes and their hosts.
@@ -177,9 +182,7 @@ def check_consistent(name: str, fingerprint: Callable[[], Mapping[str, Any]]) ->
         fingerprints, [_joined.describe(number) for number in range(_joined.process_count)]
     ):
         raise UserError(
-            "the processes of this run are inconsistent:\n  "
-            + "\n  ".join(lines)
-            + "\nStart all of them with the same command, settings, software and data"
+            "the processes of this run are inconsistent:\n  " + "\n  ".join(lines) + f"\n{remedy}"
         )
 
 

@@ -22,6 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from inception_jax.errors import EXIT_PREEMPTED
+from inception_jax.storage import lease
 
 SIGNALS = (
     signal.SIGTERM,
@@ -177,6 +178,7 @@ def _log(line: str) -> None:
 
 
 def _exit(line: str, code: int) -> NoReturn:
-    """Exits from any thread, without waiting for anything."""
+    """Exits from any thread, without waiting for anything but the release of leases."""
     _log(line)
+    lease.release_all(_log)
     os._exit(code)

@@ -11,13 +11,17 @@ TENSORSTORE_GCS_HTTP_URL select another server.
 
 import base64
 import contextlib
+import contextvars
+import errno
 import functools
 import http
+import logging
+import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from inception_jax.errors import WriteError
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
+_INITIAL_BACKOFF_SECONDS = 1.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REMEDIES = {
     401: "credentials are missing or have expired; run gcloud auth application-default login, or "
@@ -39,11 +44,15 @@ _REMEDIES = {
 }
 # Libraries whose exceptions concern the connection, unless they have an HTTP status.
 _NETWORK_LIBRARIES = ("aiohttp", "requests", "urllib3", "http")
-# TensorStore's messages, which arrive as text in exceptions of various types.
-_TENSORSTORE_STATUS = re.compile(r"HTTP response code: (\d{3})")
-_TENSORSTORE_NETWORK = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED): .*(CURL|://)", re.S)
+# TensorStore's messages, which arrive as text in exceptions of various types. Details follow them
+# in brackets; not always the status.
+_TENSORSTORE_STATUS = re.compile(r"\[http_response_code='(\d{3})'\]")
+_TENSORSTORE_NETWORK = re.compile(r"retry attempts failed: |\bcurl_code=|\bDEADLINE_EXCEEDED: ")
+_TENSORSTORE_DENIED = re.compile(r"^(PERMISSION_DENIED|UNAUTHENTICATED): .*gs://", re.S)
+_TENSORSTORE_DETAILS = re.compile(r" \[\w+='.*", re.S)
 
 _retry_seconds = 300.0
+_time_limit: contextvars.ContextVar[float] = contextvars.ContextVar("_time_limit", default=math.inf)
 
 
 class BucketError(WriteError):
@@ -55,17 +64,49 @@ class ChangedError(Exception):
 
 
 class Stat(NamedTuple):
-    """Size of an object in bytes, its MD5 in hexadecimal ('' if unknown), and its generation."""
+    """Facts about an object.
+
+    Attributes:
+      size: bytes.
+      md5: hexadecimal; '' if unknown, as of composed objects.
+      generation: number of this version of it; in Google's service, µs since 1970.
+      crc32c: hexadecimal.
+    """
 
     size: int
     md5: str
     generation: int
+    crc32c: str
 
 
 def set_retry_seconds(seconds: float) -> None:
     """Sets for how long this process repeats a request that fails temporarily."""
     global _retry_seconds
     _retry_seconds = seconds
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Limits the retries and attempts of each request in the block, if that is less than usual.
+
+    Args:
+      seconds: for how long a request is repeated, and for how long an attempt may get no answer.
+    """
+    before = _time_limit.set(seconds)
+    try:
+        yield
+    finally:
+        _time_limit.reset(before)
+
+
+def retry_seconds() -> float:
+    """Returns for how long this process repeats a request that fails temporarily."""
+    return _retry_seconds
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception reports a failed request to a bucket, or follows from one."""
+    return isinstance(error, BucketError) or bool(_status(error))
 
 
 def list_files(folder: "epath.Path") -> dict[str, Stat]:
@@ -78,10 +119,23 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
     prefix = f"{name}/" if name else ""
 
     def attempt() -> dict[str, Stat]:
-        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_ATTEMPT_SECONDS, retry=None)
+        blobs = _client().list_blobs(bucket, prefix=prefix, timeout=_attempt_seconds(), retry=None)
         return {blob.name.removeprefix(prefix): _stat(blob) for blob in blobs}
 
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
+
+
+def check_bucket(path: "epath.Path") -> None:
+    """Checks that the bucket of a path exists and can be read.
+
+    Raises:
+      BucketError: if not.
+    """
+    bucket, timeout = _split(path)[0], _attempt_seconds()
+    _request(
+        path,
+        lambda: list(_client().list_blobs(bucket, max_results=1, timeout=timeout, retry=None)),
+    )
 
 
 def stat(path: "epath.Path") -> Stat | None:
@@ -93,25 +147,32 @@ def stat(path: "epath.Path") -> Stat | None:
     bucket, name = _split(path)
 
     def attempt() -> Stat | None:
-        blob = _client().bucket(bucket).get_blob(name, timeout=_ATTEMPT_SECONDS, retry=None)
+        blob = _client().bucket(bucket).get_blob(name, timeout=_attempt_seconds(), retry=None)
         return _stat(blob) if blob else None
 
     return _request(path, attempt)
 
 
-def read_bytes(path: "epath.Path", start: int = 0, end: int | None = None) -> bytes:
+def read_bytes(
+    path: "epath.Path", start: int = 0, end: int | None = None, *, generation: int | None = None
+) -> bytes:
     """Returns the contents of an object, or of the range [start, end) of its bytes.
 
+    Args:
+      path: the object.
+      start, end: the range.
+      generation: the generation to read; None: the newest.
+
     Raises:
-      FileNotFoundError: if it does not exist.
+      FileNotFoundError: if it does not exist, or no longer has this generation.
       BucketError: if it cannot be read.
     """
     last = None if end is None else end - 1
 
     def attempt() -> bytes:
-        blob = _blob(path)
+        blob = _blob(path, generation)
         contents: bytes = blob.download_as_bytes(
-            start=start or None, end=last, raw_download=True, timeout=_ATTEMPT_SECONDS, retry=None
+            start=start or None, end=last, raw_download=True, timeout=_attempt_seconds(), retry=None
         )
         return contents
 
@@ -139,10 +200,44 @@ def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = 
             data,
             content_type="application/octet-stream",
             if_generation_match=if_generation,
-            timeout=_ATTEMPT_SECONDS,
+            timeout=_attempt_seconds(),
             retry=None,
         )
         return int(blob.generation)
+
+    return _request(path, attempt)
+
+
+def check_writable(path: "epath.Path") -> None:
+    """Checks that an object can be written, or any in a folder, without writing one.
+
+    Raises:
+      BucketError: if it cannot.
+    """
+    bucket, name = _split(path)
+
+    def attempt() -> None:
+        # Permissions are checked before the generation, which no object has.
+        _client().bucket(bucket).blob(name or ".probe").upload_from_string(
+            b"", if_generation_match=1, timeout=_attempt_seconds(), retry=None
+        )
+
+    with contextlib.suppress(ChangedError):
+        _request(path, attempt)
+
+
+def compose(path: "epath.Path", parts: Sequence["epath.Path"]) -> Stat:
+    """Creates or replaces an object, joining 1 to 32 objects of the same bucket.
+
+    Raises:
+      BucketError: if it cannot be written, or a part is missing.
+    """
+
+    def attempt() -> Stat:
+        blob = _blob(path)
+        blob.content_type = "application/octet-stream"
+        blob.compose([_blob(part) for part in parts], timeout=_attempt_seconds(), retry=None)
+        return _stat(blob)
 
     return _request(path, attempt)
 
@@ -154,7 +249,27 @@ def delete(path: "epath.Path") -> None:
       BucketError: if it cannot be deleted.
     """
     with contextlib.suppress(FileNotFoundError), _missing_as_file_not_found(path):
-        _request(path, lambda: _blob(path).delete(timeout=_ATTEMPT_SECONDS, retry=None))
+        _request(path, lambda: _blob(path).delete(timeout=_attempt_seconds(), retry=None))
+
+
+def copy(source: "epath.Path", destination: "epath.Path") -> None:
+    """Copies an object within its bucket, replacing an earlier destination; without downloading it.
+
+    Raises:
+      FileNotFoundError: if the source does not exist.
+      BucketError: if it cannot be copied.
+    """
+    old, new = _blob(source), _blob(destination)
+
+    def attempt(token: str | None) -> str | None:
+        token, _, _ = new.rewrite(old, token=token, timeout=_attempt_seconds(), retry=None)
+        return token
+
+    with _missing_as_file_not_found(source):
+        # A large object takes several requests.
+        token = _request(source, lambda: attempt(None))
+        while token:
+            token = _request(source, functools.partial(attempt, token))
 
 
 def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
@@ -170,12 +285,32 @@ def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
 def _retry() -> "retries.Retry":
     from google.api_core import retry
 
-    return retry.Retry(
-        predicate=lambda error: _status(error) in _TRANSIENT,
-        initial=1.0,
-        maximum=32.0,
-        timeout=_retry_seconds,
-    )
+    return retry.Retry(**_retry_options())
+
+
+def _retry_asynchronously(
+    attempt: Callable[..., Awaitable[_Result]],
+) -> Callable[..., Awaitable[_Result]]:
+    from google.api_core import retry
+
+    return retry.AsyncRetry(**_retry_options())(attempt)
+
+
+def _retry_options() -> dict[str, Any]:
+    return {
+        "predicate": lambda error: _status(error) in _TRANSIENT,
+        "initial": _INITIAL_BACKOFF_SECONDS,
+        "maximum": 32.0,
+        "timeout": _retry_limit(),
+    }
+
+
+def _retry_limit() -> float:
+    return min(_retry_seconds, _time_limit.get())
+
+
+def _attempt_seconds() -> float:
+    return min(_ATTEMPT_SECONDS, _time_limit.get())
 
 
 @contextlib.contextmanager
@@ -200,17 +335,19 @@ def translate_errors(path: "epath.Path | pathlib.Path") -> Iterator[None]:
 
 def _describe(status: int, error: BaseException) -> str:
     if status in _TRANSIENT:
+        is_limited = _retry_limit() < _retry_seconds
+        setting = "" if is_limited else " (config.bucket.retry_seconds)"
         return (
-            f"Google Cloud Storage did not answer within {_retry_seconds:g} s "
-            f"(config.bucket.retry_seconds): {_first_line(error)}. Check the network and rerun the "
-            "command"
+            f"Google Cloud Storage did not answer within {_retry_limit():g} s{setting}: "
+            f"{_first_line(error)}. Check the network and rerun the command"
         )
     return _REMEDIES.get(status, f"request failed: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0][:200]
+    text = _TENSORSTORE_DETAILS.sub("", str(cause)).rpartition("retry attempts failed: ")[2]
+    return f"{type(cause).__name__}: {text}".splitlines()[0][:200].rstrip(".")
 
 
 def _status(error: BaseException) -> int:
@@ -223,11 +360,11 @@ def _status(error: BaseException) -> int:
     if library == "google":
         if name == "RetryError":
             return _status(error.__cause__) if error.__cause__ else 503
+        if name in ("DataCorruption", "TransportError"):
+            return 503
         response = getattr(error, "response", None)  # InvalidResponse, of downloads.
         if response is not None:
             return int(response.status_code)
-        if name in ("DataCorruption", "TransportError"):
-            return 503
         return 401 if ".auth." in f"{type(error).__module__}." else 0
     if library in _NETWORK_LIBRARIES or isinstance(error, ConnectionError | TimeoutError):
         return 503
@@ -236,6 +373,8 @@ def _status(error: BaseException) -> int:
         return int(match[1])
     if _TENSORSTORE_NETWORK.search(text):
         return 503
+    if _TENSORSTORE_DENIED.search(text):
+        return 403
     return 403 if isinstance(error, OSError) and text.startswith("Forbidden: ") else 0
 
 
@@ -247,9 +386,9 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
     except BucketError as error:
         if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
             raise
-        # Raises a BucketError if the bucket is missing.
-        list_files(path / "-")
-        raise FileNotFoundError(f"{path}: not found") from error
+        check_bucket(path)
+        missing = errno.ENOENT
+        raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
 
 
 def _split(path: "epath.Path") -> tuple[str, str]:
@@ -257,14 +396,37 @@ def _split(path: "epath.Path") -> tuple[str, str]:
     return bucket, name
 
 
-def _blob(path: "epath.Path") -> "storage.Blob":
+def _blob(path: "epath.Path", generation: int | None = None) -> "storage.Blob":
     bucket, name = _split(path)
-    return _client().bucket(bucket).blob(name)
+    return _client().bucket(bucket).blob(name, generation=generation)
 
 
 def _stat(blob: "storage.Blob") -> Stat:
-    md5 = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
-    return Stat(int(blob.size), md5, int(blob.generation))
+    md5, crc32c = (
+        base64.b64decode(digest).hex() if digest else "" for digest in (blob.md5_hash, blob.crc32c)
+    )
+    return Stat(int(blob.size), md5, int(blob.generation), crc32c)
+
+
+@functools.cache
+def configure_epath() -> None:
+    """Configures gcsfs, through which `epath.Path` reads and writes buckets.
+
+    It retries like the functions above. Other processes write to the same folders, so listings must
+    not be cached. Errors are raised, so they need not be logged, too. Folders of hierarchical
+    buckets need no special treatment, which takes further permissions and requests.
+    """
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    from fsspec import config
+
+    from inception_jax.storage import _gcsfs_private
+
+    config.conf.setdefault("gcs", {}).update(
+        use_listings_cache=False, requests_timeout=_ATTEMPT_SECONDS
+    )
+    for logger in ("gcsfs", "fsspec.prefetcher"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    _gcsfs_private.set_retry(_retry_asynchronously)
 
 
 @functools.cache

@@ -2,22 +2,36 @@
 
 Objects in buckets cannot be appended to, and are slow to write. So files of a run are written in a
 local folder, and the changed ones are uploaded from time to time. The bucket is the truth: a
-process starts with what it contains, and the local folder disappears with the process.
+process starts with what it contains, and the local folder disappears with the process, unless it
+has something that could not be uploaded.
 """
 
+import contextlib
+import fcntl
+import functools
+import os
 import pathlib
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from inception_jax.errors import WriteError
 from inception_jax.storage import buckets
 
 if TYPE_CHECKING:
     from etils import epath
 
 _PARALLEL_REQUESTS = 8
+# Cloud Storage accepts about one write per second of the same object.
+_PAUSE_SECONDS = 5.0
+# After an error, which may be that the bucket cannot be reached.
+_LAST_TRY_SECONDS = 20.0
+_PREFIX = "inception_jax-run-"
+_LOCK_FILE = ".lock"
 
 Log = Callable[[str], None]
 
@@ -27,87 +41,247 @@ class Mirror:
 
     Args:
       remote: the folder in the bucket.
-      exclude: names of files and folders in it that are not copied. Files whose names start with a
-        dot, such as unfinished ones, are not copied either.
+      exclude: names of files and folders in it, at any depth, that are not copied. Those whose
+        names start with a dot, such as unfinished files, are not copied either.
+      last: names of files that are uploaded after all others, and not in the background.
 
     Attributes:
       path: the local folder, empty at first.
     """
 
-    def __init__(self, remote: "epath.Path", exclude: Collection[str] = ()) -> None:
-        self._remote, self._exclude = remote, frozenset(exclude)
-        self._parent = tempfile.TemporaryDirectory(
-            prefix="inception_jax-", ignore_cleanup_errors=True
-        )
+    def __init__(
+        self,
+        remote: "epath.Path",
+        *,
+        exclude: Collection[str] = (),
+        last: Collection[str] = (),
+    ) -> None:
+        self._remote, self._exclude, self._last = remote, frozenset(exclude), frozenset(last)
+        folder, lock = _make_temporary_folder()
+        self._delete_later = weakref.finalize(self, _delete, folder, lock)
         # Some files show the name of their folder.
-        self.path = pathlib.Path(self._parent.name, remote.name or "run")
+        self.path = folder / (remote.name or "run")
         self.path.mkdir()
-        self._uploaded: dict[str, tuple[int, int]] = {}
+        # Version and generation of each file as downloaded or uploaded.
+        self._versions: dict[str, tuple[int, int, int]] = {}
+        self._generations: dict[str, int] = {}
         self._upload_lock = threading.Lock()
-        self._background = futures.ThreadPoolExecutor(1, "mirror")
-        self._scheduled = futures.Future[None]()
-        self._scheduled.set_result(None)
+        self._background: _BackgroundUploads | None = None
+        self._check: Callable[[], None] = lambda: None
 
-    def download(self) -> None:
-        """Copies all files of the bucket's folder to the local one.
+    def download(self, names: Collection[str] = ()) -> None:
+        """Copies files of the bucket's folder to the local one.
+
+        Args:
+          names: the files to copy, if they exist; empty: all, and local files that the bucket does
+            not have are deleted.
 
         Raises:
           BucketError: if the bucket cannot be read.
         """
-        names = [name for name in buckets.list_files(self._remote) if self._is_included(name)]
+
+        def read(name: str) -> bytes | None:
+            with contextlib.suppress(FileNotFoundError):
+                return buckets.read_bytes(self._remote / name)
+            return None
+
+        generations = dict.fromkeys(names, 0)
+        if not names:
+            stats = buckets.list_files(self._remote)
+            generations = {
+                name: stat.generation for name, stat in stats.items() if self._is_included(name)
+            }
+            for name in self._local_files().keys() - generations.keys():
+                (self.path / name).unlink()
+        changed = [
+            name
+            for name, generation in generations.items()
+            if not generation or self._generations.get(name) != generation
+        ]
         with futures.ThreadPoolExecutor(_PARALLEL_REQUESTS) as threads:
-            contents = threads.map(lambda name: buckets.read_bytes(self._remote / name), names)
-            for name, data in zip(names, contents, strict=True):
+            for name, data in zip(changed, threads.map(read, changed), strict=True):
+                if data is None:
+                    continue
                 file = self.path / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)
-                self._uploaded[name] = _version(file)
+                self._versions[name], self._generations[name] = _version(file), generations[name]
 
     def upload(self) -> None:
         """Copies new and changed local files to the bucket.
 
         Raises:
           BucketError: if a file cannot be uploaded; others may have been.
+          RunError: if the lock of the block of `uploading` was lost; nothing is uploaded.
         """
-        with self._upload_lock, futures.ThreadPoolExecutor(_PARALLEL_REQUESTS) as threads:
-            list(threads.map(self._upload_file, self._changed_files()))
+        self._upload_except(frozenset())
 
-    def upload_soon(self, log: Log) -> None:
-        """Starts `upload` in the background, unless one is running.
+    def _upload_except(self, names: frozenset[str]) -> None:
+        with self._upload_lock:
+            for name, version in self._changed_files().items():
+                if name in names:
+                    continue
+                self._check()
+                # In memory, because metrics may be appended during the upload.
+                data = (self.path / name).read_bytes()
+                self._generations[name] = buckets.write_bytes(self._remote / name, data)
+                self._versions[name] = version
+
+    @contextlib.contextmanager
+    def uploading(self, check: Callable[[], None], log: Log) -> Iterator[None]:
+        """Uploads changed files in the background during the block, and all at its end.
+
+        If that is impossible, the local folder is kept.
 
         Args:
-          log: called with a line if it fails; the next upload repeats it.
-        """
-        if self._scheduled.done():
-            self._scheduled = self._background.submit(self._upload_or_log, log)
+          check: called before each upload; raises an error if another process may write.
+          log: called with a line if an upload in the background fails, or after an error if the
+            last one does.
 
-    def _upload_or_log(self, log: Log) -> None:
+        Raises:
+          WriteError: if the last upload fails.
+        """
+        self._check = check
+        upload = functools.partial(self._upload_except, self._last)
+        self._background = _BackgroundUploads(upload, self._remote, log)
         try:
+            yield
+            self._background.stop()
             self.upload()
         except buckets.BucketError as error:
-            log(f"{error}\nTraining continues; the next report or save uploads these files, too")
+            if not self._changed_files():
+                raise
+            raise WriteError(f"{error}. {self._keep()}") from error
+        except BaseException:
+            self._background.stop()
+            if not self._upload_within(_LAST_TRY_SECONDS):
+                log(f"{self._remote}: {self._keep()}")
+            raise
+        finally:
+            self._background.stop()
+            self._background = None
 
-    def _changed_files(self) -> list[tuple[str, tuple[int, int]]]:
-        files = {
-            path.relative_to(self.path).as_posix(): path
-            for path in self.path.rglob("*")
-            if path.is_file()
-        }
-        versions = {name: _version(path) for name, path in files.items() if self._is_included(name)}
-        return [each for each in versions.items() if self._uploaded.get(each[0]) != each[1]]
+    def upload_soon(self) -> None:
+        """Starts an upload in the background; does nothing outside a block of `uploading`.
 
-    def _upload_file(self, file: tuple[str, tuple[int, int]]) -> None:
-        name, version = file
-        # In memory, because metrics may be appended during the upload.
-        buckets.write_bytes(self._remote / name, (self.path / name).read_bytes())
-        self._uploaded[name] = version
+        Raises:
+          Exception: if an earlier one failed for another reason than the bucket.
+        """
+        if self._background:
+            self._background.start()
+
+    def _upload_within(self, seconds: float) -> bool:
+        """Uploads changed files in limited time, and returns whether that succeeded."""
+
+        def upload() -> None:
+            with contextlib.suppress(Exception), buckets.time_limit(seconds):
+                self.upload()
+
+        # Another thread, because it may have to wait for an upload that does not end.
+        thread = threading.Thread(target=upload, name="last upload", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return not thread.is_alive() and not self._changed_files()
+
+    def _keep(self) -> str:
+        """Keeps the local folder when the process ends, and returns a sentence about that."""
+        if detached := self._delete_later.detach():
+            folder, lock = detached[2]
+            (folder / _LOCK_FILE).unlink(missing_ok=True)  # Marks a folder that may be deleted.
+            lock.close()
+        return (
+            f"The newest metrics and other small files were not uploaded; they are in {self.path}"
+        )
+
+    def _local_files(self) -> dict[str, pathlib.Path]:
+        files = (path for path in self.path.rglob("*") if path.is_file())
+        named = {path.relative_to(self.path).as_posix(): path for path in files}
+        return {name: path for name, path in named.items() if self._is_included(name)}
+
+    def _changed_files(self) -> dict[str, tuple[int, int, int]]:
+        files = self._local_files()
+        names = sorted(files, key=lambda name: (name in self._last, name))
+        versions = {name: _version(files[name]) for name in names}
+        return {n: version for n, version in versions.items() if self._versions.get(n) != version}
 
     def _is_included(self, name: str) -> bool:
         parts = pathlib.PurePosixPath(name).parts
-        return parts[0] not in self._exclude and not any(part.startswith(".") for part in parts)
+        return not any(part in self._exclude or part.startswith(".") for part in parts)
 
 
-def _version(file: pathlib.Path) -> tuple[int, int]:
-    """Returns size in bytes and time of modification in nanoseconds."""
+class _BackgroundUploads:
+    """A thread that uploads when asked, and does not keep the process from exiting.
+
+    Args:
+      upload: the function to call.
+      remote: where it uploads to, for messages.
+      log: called with a line when an outage of the bucket begins or ends.
+    """
+
+    def __init__(self, upload: Callable[[], None], remote: "epath.Path", log: Log) -> None:
+        self._upload, self._remote, self._log = upload, remote, log
+        self._wanted, self._stopped = threading.Event(), threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        """Starts an upload soon.
+
+        Raises:
+          Exception: an earlier failure for another reason than the bucket.
+        """
+        if self._failure:
+            raise self._failure
+        self._wanted.set()
+
+    def stop(self) -> None:
+        """Ends the thread, after an upload that has begun."""
+        self._stopped.set()
+        self._wanted.set()
+
+    def _run(self) -> None:
+        is_failing = False
+        while self._wanted.wait() and not self._stopped.is_set():
+            self._wanted.clear()
+            try:
+                self._upload()
+                if is_failing:
+                    self._log(f"{self._remote}: reachable again; all files are uploaded")
+                is_failing = False
+            except buckets.BucketError as error:
+                if not is_failing:
+                    self._log(f"{error}\nTraining continues; later uploads include these files")
+                is_failing = True
+            except Exception as error:
+                self._failure = error
+                return
+            self._stopped.wait(_PAUSE_SECONDS)
+
+
+def _make_temporary_folder() -> tuple[pathlib.Path, IO[bytes]]:
+    """Returns a new folder and its locked file; deletes the folders that killed processes left."""
+    parent = pathlib.Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_PREFIX}*"):
+        # Of another user, or kept because of a failed upload.
+        with contextlib.suppress(OSError), (left / _LOCK_FILE).open("rb+") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    # Renamed once it is locked, so that no other process deletes it before.
+    new = pathlib.Path(tempfile.mkdtemp(prefix="inception_jax-new-"))
+    lock = (new / _LOCK_FILE).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = new.with_name(_PREFIX + new.name.rpartition("-")[2])
+    os.rename(new, folder)
+    return folder, lock
+
+
+def _delete(folder: pathlib.Path, lock: IO[bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _version(file: pathlib.Path) -> tuple[int, int, int]:
+    """Returns size in bytes, time of modification in nanoseconds, and inode."""
     facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from inception_jax.errors import UserError
 
+# A place where files are stored. Both kinds have the operations of pathlib.PurePosixPath.
 if TYPE_CHECKING:
-    # Imported only for paths in buckets, which need optional libraries.
     from etils import epath
 
-# A place where files are stored. Both kinds have the operations of pathlib.PurePath.
-Path: TypeAlias = "pathlib.Path | epath.Path"
+    Path: TypeAlias = pathlib.Path | epath.Path
+else:
+    # epath is imported only for paths in buckets, which need optional libraries.
+    Path = pathlib.Path | pathlib.PurePosixPath
 
 # pathlib turns gs:// into gs:/, which is also a common typo.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -101,12 +103,17 @@ def user_path(typed: "str | os.PathLike[str]", what: str) -> Path:
     text = os.fspath(typed)
     if reason := find_problem(text):
         raise UserError(f"{what}: {reason}")
+    # As in a shell, ~name stays as it is if there is no such user.
+    return from_text(os.path.expanduser(text))
+
+
+def from_text(text: str) -> Path:
+    """Returns the path with this text, which `str` gives back; neither expands nor checks it."""
     if text.startswith("gs://"):
         from etils import epath
 
         return epath.Path(text)
-    # As in a shell, ~name stays as it is if there is no such user.
-    return pathlib.Path(os.path.expanduser(text))
+    return pathlib.Path(text)
 
 
 def local_path(typed: "str | os.PathLike[str]", what: str) -> pathlib.Path:
@@ -120,6 +127,19 @@ def local_path(typed: "str | os.PathLike[str]", what: str) -> pathlib.Path:
     path = user_path(typed, what)
     assert is_local(path)
     return path
+
+
+def user_cache() -> pathlib.Path:
+    """Returns the user's folder for this program's caches; it need not exist.
+
+    Raises:
+      RuntimeError: if the home directory is unknown.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says to ignore relative paths.
+    if not cache.is_absolute():
+        cache = pathlib.Path.home() / ".cache"
+    return cache / "inception_jax"
 
 
 def is_local(path: Path) -> TypeGuard[pathlib.Path]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import jax
 
 from inception_jax.errors import WriteError
-from inception_jax.storage import atomic
+from inception_jax.storage import atomic, paths
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -84,8 +84,9 @@ def _listen() -> None:
 
 def _seconds_file() -> pathlib.Path | None:
     # Not all versions of JAX declare the types of their settings.
-    directory = cast(Any, jax.config).jax_compilation_cache_dir
-    return pathlib.Path(directory) / _FILE if directory else None
+    directory = paths.from_text(cast(Any, jax.config).jax_compilation_cache_dir or "")
+    # Not worth requests to a bucket.
+    return directory / _FILE if directory.name and paths.is_local(directory) else None
 
 
 def _load_seconds() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from inception_jax import console, registry
 from inception_jax.config import Log
 from inception_jax.errors import ConfigError, UserError, WriteError
-from inception_jax.storage import atomic, integrity
+from inception_jax.storage import atomic, integrity, paths
 from inception_jax.storage.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _metrics_file(settings: Log, workdir: Workdir) -> CluWriter:
         from inception_jax.telemetry import clu_writers
 
         workdir.path.mkdir(parents=True, exist_ok=True)
-        _truncate_after(workdir.metrics, resume_step)
+        _truncate_after(workdir, resume_step)
         return clu_writers.JsonLinesWriter(workdir.metrics)
 
     return CluWriter(open_at)
@@ -293,10 +293,14 @@ def drop_trivial_top5(metrics: Mapping[str, float], classes: int) -> dict[str, f
     return {n: value for n, value in metrics.items() if classes > 5 or not n.endswith("top5")}
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(path: pathlib.Path, shown: paths.Path | None = None) -> list[dict[str, Any]]:
     """Returns the rows of a metrics.jsonl, in order.
 
     Skips an incomplete last line, which a kill leaves behind.
+
+    Args:
+      path: the file.
+      shown: its path for messages, if that is another one.
 
     Raises:
       UserError: if another line is not a JSON object with a step.
@@ -310,17 +314,18 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(
-                f"{path}, line {number}: {line[:60]!r} is not a JSON object with an integer "
-                '"step"; delete this line or the file, and rerun the command'
+                f"{shown or path}, line {number}: {line[:60]!r} is not a JSON object with an "
+                'integer "step"; delete this line or the file, and rerun the command'
             )
         rows.append(row)
     return rows
 
 
-def _truncate_after(path: pathlib.Path, resume_step: int) -> None:
+def _truncate_after(workdir: Workdir, resume_step: int) -> None:
     """Removes the rows after a step, or all for step 0, and an incomplete last line."""
-    kept = []
+    kept, path = [], workdir.metrics
     if resume_step and path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        rows = read_metrics(path, workdir.location_of(path))
+        kept = [row for row in rows if row["step"] <= resume_step]
     with atomic.replacing(path) as temporary, temporary.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.writelines(json.dumps(row) + "\n" for row in kept)

@@ -23,7 +23,7 @@ def main(positional: Sequence[str]) -> None:
 
     if not positional:
         raise UserError("no workdir given; run python -m inception_jax.tools.diagnose DIR")
-    folders = cli.local_paths(positional)
+    folders = cli.positional_paths(positional)
     for folder in folders:
         if len(folders) > 1:
             print(folder)

@@ -1,6 +1,5 @@
 """Exports a trained network to a file for other programs."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from inception_jax.datasets.dataset import Dataset
     from inception_jax.export.program import LogitsFunction
     from inception_jax.models.weights import Weights
+    from inception_jax.storage import paths
 
 USAGE = """
 Export a trained network for other programs, or its weights for this one.
@@ -63,7 +63,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import load
     from inception_jax.models import weights
     from inception_jax.runtime import devices
-    from inception_jax.training import workdir
+    from inception_jax.storage import access
 
     if _QUANTIZE.value != "none" and _TO.value != "onnx":
         raise UserError(f"--quantize={_QUANTIZE.value}: requires --to=onnx")
@@ -77,7 +77,7 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=console.log)
     trained = load.load(**_TRAINED.values(), log=console.log)
     path = cli.given(_OUTPUT)
-    workdir.check_writable(path.parent, flag="output", dedicated=False)
+    access.check_output_file(path, "output")
     description = f"{_TO.value}, {_DTYPE.value}"
     if _TO.value == "savedweights":
         weights.save(path, trained, dtype=_DTYPE.value)
@@ -87,10 +87,10 @@ def main(positional: Sequence[str]) -> None:
         _write_file(path, _onnx_file(trained))
     else:
         trained, description = _write_quantized(path, trained), f"{_TO.value}, int8"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {description}; {trained}")
+    print(f"{path}: {access.size(path) / 1e6:.1f} MB, {description}; {trained}")
 
 
-def _write_stablehlo(path: pathlib.Path, weights: "Weights") -> None:
+def _write_stablehlo(path: "paths.Path", weights: "Weights") -> None:
     import json
 
     from inception_jax.export import program, stablehlo
@@ -110,7 +110,7 @@ def _onnx_file(weights: "Weights") -> bytes:
     return data
 
 
-def _write_quantized(path: pathlib.Path, weights: "Weights") -> "Weights":
+def _write_quantized(path: "paths.Path", weights: "Weights") -> "Weights":
     """Writes the network in int8, prints the cost in accuracy, and returns it with its metrics."""
     import dataclasses
 
@@ -161,7 +161,7 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     from inception_jax import config as configs
     from inception_jax.datasets import dataset
     from inception_jax.errors import UserError
-    from inception_jax.storage.workdir import Workdir
+    from inception_jax.inference import load
     from inception_jax.training import initialization, workdir
 
     given: Config | None = flags.FLAGS.config
@@ -176,7 +176,9 @@ def _open_dataset(weights: "Weights") -> "Dataset":
             "network's image size; give the experiment it was trained with: --config=FILE"
         )
     folder = _TRAINED.workdir.value
-    before = workdir.load_previous_run(Workdir(folder)).record if folder is not None else None
+    before = None
+    if folder is not None:
+        before = workdir.load_previous_run(load.open_workdir(folder)).record
     for problem in configs.validate(given, recorded=before.config if before else None):
         console.log(problem)
     prepared = dataset.prepare(given.data, log=console.log)
@@ -184,7 +186,7 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     return prepared
 
 
-def _write_file(path: pathlib.Path, data: bytes) -> None:
+def _write_file(path: "paths.Path", data: bytes) -> None:
     from inception_jax.storage import atomic
 
     with atomic.replacing(path) as temporary:

@@ -45,7 +45,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.errors import UserError
     from inception_jax.reporting import report
     from inception_jax.runtime import devices
-    from inception_jax.training import run, workdir
+    from inception_jax.storage import access
+    from inception_jax.training import run
     from inception_jax.training.lr_range_test import (
         chance_loss,
         propose,
@@ -63,7 +64,7 @@ def main(positional: Sequence[str]) -> None:
             "omit both for 1e-05 and 10"
         )
     output = cli.given(_OUTPUT)
-    workdir.check_writable(output, flag="output")
+    access.check_output_folder(output, "output")
     devices.initialize(platform=_PLATFORM.value, log=console.log)
     this_run = run.assemble(_CONFIG.value, log=console.log)
     points = range_test(

@@ -13,6 +13,7 @@ from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import DataError, UserError
+from inception_jax.storage import access, paths
 
 USAGE = """
 Convert a state dict of torchvision's GoogLeNet, fine-tuned or not, to a weights file.
@@ -57,11 +58,11 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax.models import torchvision_weights, weights
     from inception_jax.runtime import devices, environment
-    from inception_jax.training import workdir
 
-    devices.initialize(platform="cpu", log=console.log)
     source, target = cli.given(_INPUT), cli.given(_OUTPUT)
+    devices.initialize(platform="cpu", log=console.log)
     state = read_state_dict(source)
+    access.check_output_file(target, "output")
     try:
         model, variables, notes = torchvision_weights.from_torchvision(
             state, prefix=_PREFIX.value, classifier=_CLASSIFIER.value
@@ -84,19 +85,19 @@ def main(positional: Sequence[str]) -> None:
     if _CLASS_NAMES.value is not None:
         names = read_names(_CLASS_NAMES.value, imported.num_classes)
         imported = dataclasses.replace(imported, class_names=names)
-    workdir.check_writable(target.parent, flag="output", dedicated=False)
     weights.save(target, imported)
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
+    print(f"{target}: {access.size(target) / 1e6:.1f} MB; {imported}; mean {mean}, std {std}")
 
 
-def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
+def read_names(path: paths.Path, count: int) -> tuple[str, ...]:
     """Returns the class names in a text file, one per line.
 
     Raises:
       DataError: if there are not `count`.
+      OSError, BucketError: if the file cannot be read.
     """
     try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
+        names = tuple(access.read_bytes(path).decode().splitlines())
     except UnicodeDecodeError as error:
         raise DataError(f"--class_names={path}: must be UTF-8 text: {error}") from error
     if not count:
@@ -110,7 +111,7 @@ def read_names(path: pathlib.Path, count: int) -> tuple[str, ...]:
     return names
 
 
-def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+def read_state_dict(path: paths.Path) -> Mapping[str, np.ndarray]:
     """Returns the arrays of a state dict by name.
 
     Args:
@@ -123,12 +124,13 @@ def read_state_dict(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     from inception_jax.models import weights
 
     try:
-        is_pickle = weights.looks_like_pickle(path)
+        with access.local_copy(path) as local:
+            if weights.looks_like_pickle(local):
+                state = _load_with_torch(local, str(path))
+                return {name: _array(tensor) for name, tensor in _tensors(state)}
     except OSError as error:
         raise DataError(f"--input={path}: cannot be read: {error.strerror}") from error
-    if not is_pickle:
-        return weights.read_arrays(path)[0]
-    return {name: _array(tensor) for name, tensor in _tensors(_load_with_torch(path))}
+    return weights.read_arrays(path)[0]
 
 
 def _tensors(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,7 +148,8 @@ def _array(tensor: Any) -> np.ndarray:
     return (detached.float() if detached.is_floating_point() else detached).numpy()
 
 
-def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
+def _load_with_torch(local: pathlib.Path, path: str) -> dict[str, Any]:
+    """Returns the contents of a local file; `path` names it in messages."""
     try:
         import torch
     except ImportError as error:
@@ -158,7 +161,7 @@ def _load_with_torch(path: pathlib.Path) -> dict[str, Any]:
         # weights_only runs no code from the file. Training scripts store their arguments next to
         # the weights, as a Namespace, which is safe, as it contains only values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(local, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         object_name = re.search(r"GLOBAL (\S+)", str(error))
         if object_name:

@@ -29,7 +29,7 @@ def main(positional: Sequence[str]) -> None:
 
     if not positional:
         raise UserError("no workdir given; run python -m inception_jax.tools.plot DIR")
-    folders = cli.local_paths(positional)
+    folders = cli.positional_paths(positional)
     if _OUTPUT.value is not None:
         for path in report.plot_comparison(folders, _OUTPUT.value):
             print(path)

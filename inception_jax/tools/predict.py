@@ -10,7 +10,7 @@ from absl import flags
 from inception_jax import cli, console
 from inception_jax.errors import DataError, RunError, UserError
 from inception_jax.runtime import huge_pages
-from inception_jax.storage import atomic
+from inception_jax.storage import access
 
 if TYPE_CHECKING:
     from inception_jax.config import Data
@@ -80,10 +80,12 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import load
     from inception_jax.runtime import devices
 
-    if _EXPLAIN.value is not None:
-        atomic.make_output_folder(_EXPLAIN.value)
     devices.initialize(platform=_PLATFORM.value, log=console.log)
     weights = load.load(**_TRAINED.values(), log=console.log)
+    if _EXPLAIN.value is not None:
+        access.check_output_folder(_EXPLAIN.value, "explain")
+    if _OUTPUT.value is not None:
+        access.check_output_file(_OUTPUT.value, "output")
     console.log(f"network: {weights}")
     if images is None:
         _predict_split(weights)
@@ -187,11 +189,11 @@ def _data_settings(weights: "Weights") -> "Data":
     import dataclasses
 
     from inception_jax.config import Data
-    from inception_jax.storage.workdir import Workdir
+    from inception_jax.inference import load
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
-        data = workdir.require_record(Workdir(_TRAINED.workdir.value)).config.data
+        data = workdir.require_record(load.open_workdir(_TRAINED.workdir.value)).config.data
     elif weights.dataset:
         data = Data(
             name=weights.dataset,

@@ -12,6 +12,7 @@ Prepare an experiment's data set: read its source, write it as a TFDS data set a
       --config.data.source=tiny-imagenet-200.zip --config.data.directory=DIR
 
 The source is an archive or an extracted folder; without one, the official archive is downloaded.
+Source and directory may be in a bucket: gs://BUCKET/PATH.
 Training does the same if the prepared data set is missing.
 """
 
@@ -24,8 +25,10 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax import config as configs
     from inception_jax.datasets.dataset import prepare
+    from inception_jax.storage import buckets
 
     configs.validate(_CONFIG.value)
+    buckets.set_retry_seconds(_CONFIG.value.bucket.retry_seconds)
     dataset = prepare(_CONFIG.value.data, log=console.log)
     for name, split in dataset.splits.items():
         print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")

@@ -32,7 +32,7 @@ def main(positional: Sequence[str]) -> None:
 
     if not positional:
         raise UserError("no workdir given; run python -m inception_jax.tools.report DIR")
-    folders, output = cli.local_paths(positional), _OUTPUT.value
+    folders, output = cli.positional_paths(positional), _OUTPUT.value
     if len(folders) == 1:
         print(report.write_page(folders[0], output))
     else:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from inception_jax.config import Config
     from inception_jax.inspection.structure import Structure
     from inception_jax.models.weights import Weights
+    from inception_jax.storage import paths
 
 USAGE = """
 Summarize the blocks of a network in a drawing and a table.
@@ -46,18 +47,19 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax import config as configs
     from inception_jax.errors import UserError
-    from inception_jax.inference import load
+    from inception_jax.inference import image_files, load
     from inception_jax.inspection import drawing, structure
     from inception_jax.inspection.table import make_table
     from inception_jax.models import networks
     from inception_jax.runtime import devices
-    from inception_jax.training import workdir
+    from inception_jax.storage import access
 
     given: Config | None = flags.FLAGS.config
     if _IMAGE.value is not None and given is not None:
         raise UserError(
             "--image: activations need trained weights; use --workdir=DIR or --weights=FILE"
         )
+    image = None if _IMAGE.value is None else image_files.read(str(_IMAGE.value))
     # Tracing needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.log)
     if given is not None:
@@ -69,16 +71,16 @@ def main(positional: Sequence[str]) -> None:
         weights = load.load(**_TRAINED.values(), log=console.log)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes
         network = weights.network
+    folder = _OUTPUT.value or (_TRAINED.workdir.value or pathlib.Path("runs")) / "summary"
+    access.check_output_folder(folder, "output")
     analyzed = structure.analyze(network, size)
-    folder = _OUTPUT.value or pathlib.Path(_TRAINED.workdir.value or "runs", "summary")
-    workdir.check_writable(folder, flag="output")
     table = make_table(analyzed)
     print(table.markdown())
     title = f"{name}, {size} px, {classes} classes"
     written = table.write(folder)
     written += drawing.write(drawing.draw(analyzed, title), folder, log=console.log)
     if weights is not None:
-        written += _draw_weights(folder, weights, analyzed)
+        written += _draw_weights(folder, weights, analyzed, image)
     for path in written:
         print(path)
 
@@ -96,9 +98,9 @@ def _num_classes(name: str) -> int:
 
 
 def _draw_weights(
-    folder: pathlib.Path, weights: "Weights", structure: "Structure"
-) -> list[pathlib.Path]:
-    """Draws the first layer's filters and, with --image, activations; returns the files."""
+    folder: "paths.Path", weights: "Weights", structure: "Structure", image: bytes | None
+) -> "list[paths.Path]":
+    """Draws the first layer's filters and the activations for an image; returns the files."""
     from inception_jax.inference.predictor import Predictor
     from inception_jax.inspection import feature_maps
 
@@ -110,13 +112,13 @@ def _draw_weights(
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
     else:
         console.log(f"{first}: the first layer is not a convolution, so it has no filters to draw")
-    if _IMAGE.value is None:
+    if image is None:
         return written
     written.append(folder / "activations.png")
     modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
     layer = _LAYER.value or next(modules)
     predictor = Predictor(weights)
-    pixels = predictor.read(_IMAGE.value.read_bytes(), str(_IMAGE.value))
+    pixels = predictor.read(image, str(_IMAGE.value))
     maps = feature_maps.compute_activations(predictor, pixels, layer)
     feature_maps.draw_activations(written[-1], pixels, maps, layer=layer, title=str(weights))
     return written

@@ -3,9 +3,10 @@
 A checkpoint is a directory named by its step, with three items: `model` (parameters, BatchNorm
 statistics and their averages: everything that evaluation needs), `training` (step, optimizer state,
 metric sums) and `progress` (JSON: seconds spent so far). Orbax writes it under a temporary name in
-the background; then its manifest is written, and it is renamed. A kill at any moment leaves the
-previous checkpoint intact, and a checkpoint with its final name has checksums of all its files.
-They are verified before a restore; a corrupt checkpoint is logged, and the previous one used.
+the background; then its manifest is written, and it is renamed. In a bucket, where folders cannot
+be renamed, a commit file is written instead. A kill at any moment leaves the previous checkpoint
+intact, and a finished checkpoint has checksums of all its files. They are verified before a
+restore; a corrupt checkpoint is logged, and the previous one used.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -26,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from inception_jax import console
 from inception_jax.errors import CheckpointError, UserError, WriteError
-from inception_jax.storage import integrity, paths
+from inception_jax.storage import buckets, integrity, paths
 from inception_jax.storage.space import check_space, disk_failure
 from inception_jax.training import _orbax_private
 from inception_jax.training.state import TrainState
@@ -56,10 +57,12 @@ class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
     Args:
-      directory: their directory; created if missing.
+      directory: their directory, local or in a bucket; created if missing.
       keep_last: number of newest checkpoints to keep.
       keep_best: number of best checkpoints to keep in addition, by validation top-1.
       read_only: whether to never write, rename or delete anything.
+      before_commit: called in the background, in process 0, once a checkpoint is written and before
+        it counts. If it raises, the save fails with that error.
       log: called with a line about each corrupt checkpoint.
 
     Raises:
@@ -68,36 +71,61 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: paths.Path,
         *,
         keep_last: int = 1,
         keep_best: int = 1,
         read_only: bool = False,
+        before_commit: Callable[[], None] = lambda: None,
         log: integrity.Log = console.log,
     ) -> None:
-        self._directory = directory
+        self._directory, self._before_commit = directory, before_commit
         self._log = log
-        if read_only and not directory.is_dir():
+        self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
+        if not paths.is_local(directory):
+            buckets.configure_epath()
+            _orbax_private.limit_retries(buckets.retry_seconds())
+        if read_only and not _exists(directory):
             raise CheckpointError(
                 f"{directory}: no checkpoints found; train first with the same --workdir"
             )
         if not read_only:
             # Before Orbax opens them: the files that it reads may be the corrupt ones.
             if jax.process_index() == 0:
-                _finalize_unmerged(directory)
+                if paths.is_local(directory):
+                    _finalize_unmerged(directory)
                 integrity.quarantine_corrupt(directory, log)
             _wait_for_all_processes("corrupt checkpoints quarantined")
-            with _as_write_error(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-        self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
+            if paths.is_local(directory):
+                with _as_write_error(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
         self._cleanup = contextlib.ExitStack()
         self._write_failed = False
-        self._manager = self._open()
+        self._plain: paths.PlainPath | None = None
+        self._saving: int | None = None
+        self._opened: _Manager | None = self._open()
+
+    @property
+    def _manager(self) -> _Manager:
+        """Orbax's manager, reopened if a write has failed."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def _open(self) -> _Manager:
         with _as_write_error(self._directory):
-            self._plain = paths.PlainPath(self._directory)
-            return _Manager(self._plain.path, options=self._options(self._plain.path))
+            if paths.is_local(self._directory):
+                self._plain = paths.PlainPath(self._directory)
+                self._folder: paths.Path = self._plain.path
+                return _Manager(self._folder, options=self._options(self._folder))
+            self._folder = self._directory
+            if not self._read_only:
+                if jax.process_index() == 0:
+                    integrity.delete_unfinished(self._directory)
+                _wait_for_all_processes("unfinished checkpoints deleted")
+            manager = _Manager(self._folder, options=self._options(self._folder))
+            _orbax_private.set_delete(manager, self._delete)
+            return manager
 
     def __enter__(self) -> Self:
         self._cleanup.enter_context(_silence_failed_writes())
@@ -107,13 +135,15 @@ class Checkpoints:
         """Waits for a pending write. Its failure does not hide an earlier error."""
         try:
             with _as_write_error(self._directory):
-                self._manager.close()
+                if self._opened:
+                    self._opened.close()
         except Exception:
             self._write_failed = True
             if error is None:
                 raise
         finally:
-            self._plain.close()
+            if self._plain:
+                self._plain.close()
             if self._write_failed:
                 gc.collect()  # While errors of failed writes are still silenced.
             self._cleanup.close()
@@ -185,8 +215,11 @@ class Checkpoints:
         """
         step = int(state.step)
         with self._explain_write_errors():
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            check_space(self._directory, size, "a checkpoint")
+            if paths.is_local(self._directory):
+                size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+                check_space(self._directory, size, "a checkpoint")
+            self._manager.wait_until_finished()  # The previous write uses the next value.
+            self._saving = step
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -238,7 +271,7 @@ class Checkpoints:
         """Returns shapes, dtypes and shardings of a checkpoint's metrics, given the run's own."""
         placed = jax.tree.leaves(abstract_metrics)[0].sharding
         with contextlib.closing(_local_handler()) as handler:
-            saved = handler.metadata(self._plain.path / str(step) / "training").tree["metrics"]
+            saved = handler.metadata(self._folder / str(step) / "training").tree["metrics"]
         others = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), saved
         )
@@ -261,7 +294,8 @@ class Checkpoints:
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics saved with a step; empty if there are none or not readable."""
         try:
-            metrics = self._manager.metrics(step)
+            with _translate_errors(self._directory / str(step)):
+                metrics = self._manager.metrics(step)
         except (OSError, ValueError):
             return {}
         return metrics if isinstance(metrics, dict) and "top1" in metrics else {}
@@ -271,9 +305,12 @@ class Checkpoints:
         """Turns a failure to restore into a CheckpointError."""
         folder = self._directory / str(step)
         try:
-            yield
+            with _translate_errors(folder):
+                yield
+        except buckets.BucketError:
+            raise
         except Exception as error:
-            if not (folder / integrity.MANIFEST).exists():
+            if integrity.verify(folder) is None:
                 raise CheckpointError(
                     f"{folder}: cannot be restored: {error}. An older version wrote this "
                     "checkpoint without checksums; it is corrupt or belongs to another model. To "
@@ -294,7 +331,7 @@ class Checkpoints:
                 yield
         except WriteError as error:
             self._write_failed = True
-            if not self._directory.is_dir():
+            if paths.is_local(self._directory) and not self._directory.is_dir():
                 raise WriteError(
                     f"{self._directory}: was removed, renamed or unmounted while the run was "
                     "writing to it. Nothing was written in its place. Restore it and rerun the "
@@ -302,25 +339,49 @@ class Checkpoints:
                 ) from error
             # Other processes are still in the failed write: they cannot reopen together.
             if jax.process_count() == 1:
-                with contextlib.suppress(Exception):
-                    self._manager.close()
-                # This also deletes the partial files of the failed write, to free disk space.
-                self._manager = self._open()
+                if self._opened:
+                    with contextlib.suppress(Exception):
+                        self._opened.close()
+                    self._opened = None
+                # This also deletes the partial files of the failed write, to free disk space. A
+                # bucket may still be unreachable.
+                if paths.is_local(self._directory):
+                    self._opened = self._open()
             raise
 
-    def _options(self, directory: pathlib.Path) -> ocp.CheckpointManagerOptions:
+    def _delete(self, step: int) -> None:
+        """Deletes an old checkpoint in a bucket."""
+        assert not paths.is_local(self._directory)
+        if jax.process_index() == 0:
+            integrity.delete_checkpoint(self._directory / str(step))
+
+    def _prepare_commit(self, folder: paths.Path) -> None:
+        """Reads a written checkpoint back and writes its manifest, before it is committed."""
+        _check_restorable(folder)
+        self._before_commit()
+        integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
+
+    def _options(self, directory: paths.Path) -> ocp.CheckpointManagerOptions:
         kept = [_managers.LatestN(n=self._keep_last)]
         if self._keep_best:
             best = _managers.BestN(
                 get_metric_fn=_top1, n=self._keep_best, keep_checkpoints_without_metrics=False
             )
             kept.append(best)
+        is_local = paths.is_local(directory)
+        before_commit = (
+            _orbax_private.before_commit(directory, self._prepare_commit)
+            if paths.is_local(directory)
+            else lambda: self._prepare_commit(directory / str(self._saving))
+        )
         return ocp.CheckpointManagerOptions(
+            create=is_local,
+            step_name_format=None if is_local else _orbax_private.BucketSteps(integrity.list_steps),
             preservation_policy=_managers.AnyPreservationPolicy(kept),
             # Without best_fn, Orbax would not write the metrics that BestN compares.
             best_fn=_top1,
             best_mode="max",
-            cleanup_tmp_directories=not self._read_only,
+            cleanup_tmp_directories=is_local and not self._read_only,
             read_only=self._read_only,
             # Corrupt checkpoints stay in place then, and their metrics must not be read.
             lightweight_initialize=self._read_only,
@@ -332,17 +393,9 @@ class Checkpoints:
                 # Several processes need a timeout, as they wait for each other.
                 timeout_secs=_YEAR_SECONDS if jax.process_count() == 1 else _TWENTY_MINUTES_SECONDS,
                 # Runs in the background, in process 0.
-                post_finalization_callback=_orbax_private.before_commit(
-                    directory, _verify_and_write_manifest
-                ),
+                post_finalization_callback=before_commit,
             ),
         )
-
-
-def _verify_and_write_manifest(folder: pathlib.Path) -> None:
-    """Reads a finished checkpoint back and writes its manifest, before it gets its name."""
-    _check_restorable(folder)
-    integrity.write_manifest(folder, exclude=(_orbax_private.STEP_METADATA,))
 
 
 def _local_handler() -> ocp.PyTreeCheckpointHandler:
@@ -351,16 +404,23 @@ def _local_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
 
 
+def _exists(directory: paths.Path) -> bool:
+    if paths.is_local(directory):
+        return directory.is_dir()
+    return bool(buckets.list_files(directory))
+
+
 def _finalize_unmerged(directory: pathlib.Path) -> None:
     """Finalizes checkpoints that older versions left unmerged in paths with brackets."""
     for step in integrity.list_steps(directory):
-        for item in integrity.unmerged_items(directory / str(step)):
-            plain = paths.PlainPath(item)
+        checkpoint = directory / str(step)
+        for item in integrity.unmerged_items(checkpoint):
+            plain = paths.PlainPath(checkpoint / item)
             with contextlib.closing(plain), contextlib.closing(_local_handler()) as handler:
                 handler.finalize(plain.path)
 
 
-def _check_restorable(folder: pathlib.Path) -> None:
+def _check_restorable(folder: paths.Path) -> None:
     """Reads a finished checkpoint as a restore would, array by array.
 
     Checksums prove that files are unchanged, not that they can be restored: if Orbax finds no
@@ -370,11 +430,13 @@ def _check_restorable(folder: pathlib.Path) -> None:
       WriteError: if an array cannot be read.
     """
     try:
-        with contextlib.closing(_local_handler()) as handler:
+        with _translate_errors(folder), contextlib.closing(_local_handler()) as handler:
             for item in integrity.ARRAYS:
                 arrays = handler.metadata(folder / item).tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
                 handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except buckets.BucketError:
+        raise
     except Exception as error:
         raise WriteError(
             f"{folder}: the checkpoint was written but cannot be read back: "
@@ -409,7 +471,9 @@ def _silence_failed_writes() -> Iterator[None]:
     tasks = logging.getLogger("asyncio")
 
     def show_other_threads(failure: threading.ExceptHookArgs) -> None:
-        if not _is_disk_failure(failure.exc_value):
+        if not isinstance(failure.exc_value, OSError | WriteError) and not _is_write_failure(
+            failure.exc_value
+        ):
             show_thread(failure)
 
     def show_other_unraisable(failure: "sys.UnraisableHookArgs") -> None:
@@ -417,7 +481,7 @@ def _silence_failed_writes() -> Iterator[None]:
             show_unraisable(failure)
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and disk_failure(record.exc_info[1]))
+        return not (record.exc_info and _is_write_failure(record.exc_info[1]))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -430,19 +494,28 @@ def _silence_failed_writes() -> Iterator[None]:
             tasks.removeFilter(is_other)
 
 
-def _is_disk_failure(error: BaseException | None) -> bool:
-    return isinstance(error, OSError | WriteError) or bool(disk_failure(error))
+def _is_write_failure(error: BaseException | None) -> bool:
+    return bool(disk_failure(error)) or (error is not None and buckets.is_failure(error))
+
+
+def _translate_errors(folder: paths.Path) -> contextlib.AbstractContextManager[None]:
+    """Turns errors of libraries into a BucketError if a folder is in a bucket."""
+    return contextlib.nullcontext() if paths.is_local(folder) else buckets.translate_errors(folder)
 
 
 @contextlib.contextmanager
-def _as_write_error(directory: pathlib.Path) -> Iterator[None]:
-    """Turns a disk failure into a WriteError that says what is intact and what to do."""
+def _as_write_error(directory: paths.Path) -> Iterator[None]:
+    """Turns a failure to write into a WriteError that says what is intact and what to do."""
     try:
-        yield
+        with _translate_errors(directory):
+            yield
+    except buckets.BucketError as error:
+        traceback.clear_frames(error.__traceback__)
+        raise WriteError(f"{error}. Earlier checkpoints are intact") from error
     except UserError:
         raise
     except Exception as error:
-        if not _is_disk_failure(error):
+        if not isinstance(error, OSError) and not disk_failure(error):
             raise
         # Local variables in its frames would keep the objects of the failed write alive.
         traceback.clear_frames(error.__traceback__)

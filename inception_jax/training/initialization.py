@@ -12,7 +12,7 @@ from inception_jax.errors import ConfigError
 from inception_jax.models import protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
-from inception_jax.storage import paths
+from inception_jax.storage import access, paths
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
@@ -51,13 +51,19 @@ def check_file(config: Config) -> None:
 
     Raises:
       ConfigError: if it does not.
+      BucketError: if it is in a bucket that cannot be read.
     """
     name = config.init.pretrained
-    if name and not paths.local_path(name, "config.init.pretrained").is_file():
+    if name and not access.is_file(_pretrained_path(config)):
         raise ConfigError(
             f"config.init.pretrained = {name!r}: file not found; set it to a weights file, such as "
             "one written by tools.export"
         )
+
+
+def _pretrained_path(config: Config) -> paths.Path:
+    name = config.init.pretrained
+    return paths.user_path(name, f"config.init.pretrained = {name!r}")
 
 
 def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
@@ -75,8 +81,7 @@ def initialize_from(run: Run, abstract_state: TrainState) -> InitialWeights:
       ConfigError: if its weights belong to another network.
     """
     notes: list[str] = []
-    path = paths.local_path(run.config.init.pretrained, "config.init.pretrained")
-    weights = files.load(path, notes.append)
+    weights = files.load(_pretrained_path(run.config), notes.append)
     expected = files.flatten(
         {"params": abstract_state.params, "batch_stats": abstract_state.batch_stats}
     )

@@ -2,7 +2,6 @@
 
 import collections
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from inception_jax.errors import RunError
 from inception_jax.runtime import environment
+from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import resources
 from inception_jax.telemetry.clock import Clock, Laps
 from inception_jax.telemetry.progress import Progress
@@ -47,7 +47,7 @@ class Reporter:
       writer: writes the metrics.
       progress: shows log lines and the current step.
       clock: the run's clock.
-      path: the run's directory.
+      workdir: the run's workdir.
       on_evaluation: called by the lead process after evaluations.
     """
 
@@ -58,11 +58,11 @@ class Reporter:
         writer: RunWriter,
         progress: Progress,
         clock: Clock,
-        path: pathlib.Path,
+        workdir: Workdir,
         on_evaluation: OnEvaluation,
     ) -> None:
         self.clock = clock
-        self._path = path
+        self._workdir = workdir
         self._on_evaluation = on_evaluation
         self._run = run
         self._main = run.dataset.eval_split
@@ -217,6 +217,7 @@ class Reporter:
         if self._run.is_lead and (last or not too_often):
             with self.clock.phase("report"):
                 self._on_evaluation(self.result(step, results), results[self._main])
+                self._workdir.upload_soon()
 
     def result(self, step: int, results: EvalResults) -> dict[str, Any]:
         """Returns the contents of result.json for a run that ends at a step."""
@@ -247,7 +248,7 @@ class Reporter:
         }
         for name, value in (
             ("resident_memory", resources.resident_memory()),
-            ("free_disk", resources.free_disk(self._path)),
+            ("free_disk", resources.free_disk(self._workdir.path)),
         ):
             if value is not None:
                 timing[name] = round(value, 3)
@@ -255,3 +256,4 @@ class Reporter:
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._writer.write(step, epoch=self._run.timeline.epoch(step), split=split, values=values)
+        self._workdir.upload_soon()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from inception_jax import config as configs
 from inception_jax.config import Config, Timeline, auto_settings
-from inception_jax.datasets.dataset import Dataset, data_directory, prepare
+from inception_jax.datasets.dataset import Dataset, data_location, prepare
 from inception_jax.errors import ConfigError, UserError, during
 from inception_jax.input import augment, crops, pipeline
 from inception_jax.models import networks, ops, protocol
@@ -112,7 +112,7 @@ def check_settings(
     """
     for problem in configs.validate(config, recorded=recorded):
         log(f"{problem}; kept, because the run was started with this value")
-    data_directory(config.data.directory)
+    data_location(config.data.directory, config.data.cache)
 
 
 def config_for_dataset(config: Config, dataset: Dataset) -> Config:

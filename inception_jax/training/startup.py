@@ -36,6 +36,8 @@ def open_run(
             workdir.checkpoints,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
+            # So that the bucket of a run has all metrics up to each of its checkpoints.
+            before_commit=workdir.upload,
         ) as checkpoints,
         contextlib.ExitStack() as cleanup,
     ):
@@ -73,7 +75,7 @@ def open_run(
                 writer=writer,
                 progress=progress,
                 clock=clock,
-                path=workdir.path,
+                workdir=workdir,
                 on_evaluation=on_evaluation,
             )
             reporter.on_start(state, notes)

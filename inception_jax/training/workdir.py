@@ -5,22 +5,21 @@ the settings changed by later starts. A workdir belongs to one model on one data
 would mix two is refused.
 """
 
+import contextlib
 import dataclasses
 import datetime
-import os
-import pathlib
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from inception_jax import config as configs
 from inception_jax import console
 from inception_jax.config import Config, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
-from inception_jax.errors import CheckpointError, ConfigError, UserError
+from inception_jax.errors import CheckpointError, ConfigError
 from inception_jax.experiment import custom_parts, import_parts
 from inception_jax.runtime import environment, hosts
-from inception_jax.storage import atomic, paths
+from inception_jax.storage import access, atomic, buckets, integrity, paths
 from inception_jax.storage.workdir import Workdir
 
 # Key of the class names in a data set's record.
@@ -28,29 +27,18 @@ _CLASS_NAMES = "class names"
 _EMPTY: Mapping[str, str] = {}
 
 
-def check_writable(folder: pathlib.Path, *, flag: str = "workdir", dedicated: bool = True) -> None:
-    """Creates a directory and checks that files can be written in it.
-
-    Args:
-      folder: the directory.
-      flag: the flag that named it, for the message.
-      dedicated: whether it is for this program's output alone, like a workdir.
+def check_writable(workdir: Workdir) -> None:
+    """Creates a workdir, and checks that files can be written in it.
 
     Raises:
       UserError: if it cannot be created or written to.
     """
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        if dedicated:
-            atomic.make_output_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--{flag}={folder}: cannot be written to: {error.strerror}. "
-            "Use a writable directory on a disk with free space"
-        ) from error
+    location = workdir.location
+    access.check_output_folder(location, "workdir")
+    if not paths.is_local(location):
+        # Files of a run are replaced, for which permission to delete is required.
+        with access.naming_flag("workdir"), _probe(location):
+            pass
 
 
 def check_shared(workdir: Workdir) -> None:
@@ -61,15 +49,33 @@ def check_shared(workdir: Workdir) -> None:
     """
     if not hosts.is_multi_process():
         return
-    probe = workdir.path / f".probe.{secrets.token_hex(8)}"
-    probe.touch()
-    try:
+    with _probe(workdir.location) as name:
         # A name that no process has looked up before, as network file systems cache lookups.
-        written = workdir.path / hosts.gather("folder", probe.name)[0]
-        what = f"--workdir={workdir.path} contains the file that process 0 wrote"
-        hosts.check_consistent("shared folder", lambda: {what: written.exists()})
+        written = workdir.location / hosts.gather("folder", name)[0]
+        hosts.check_consistent(
+            "shared folder",
+            # Without the path, which may differ between hosts that see the same folder.
+            lambda: {"--workdir contains the file that process 0 wrote": access.is_file(written)},
+            "Hosts of a TPU slice share no disk. Use --workdir=gs://BUCKET/PATH, or a folder that "
+            "all hosts mount",
+        )
+
+
+@contextlib.contextmanager
+def _probe(folder: paths.Path) -> Iterator[str]:
+    """Yields the name of a file in a folder, which exists during the block."""
+    probe = folder / f".probe.{secrets.token_hex(8)}"
+    if paths.is_local(probe):
+        probe.touch()
+    else:
+        buckets.write_bytes(probe, b"")
+    try:
+        yield probe.name
     finally:
-        probe.unlink()
+        if paths.is_local(probe):
+            probe.unlink()
+        else:
+            buckets.delete(probe)
 
 
 def load_record(workdir: Workdir) -> Record | None:
@@ -79,7 +85,7 @@ def load_record(workdir: Workdir) -> Record | None:
       CheckpointError: if the file is not readable.
     """
     try:
-        return configs.read_record(workdir.config)
+        return configs.read_record(workdir.config, workdir.location_of(workdir.config))
     except FileNotFoundError:
         return None
     except ConfigError as error:
@@ -101,28 +107,26 @@ def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
     """
     record = load_record(workdir)
     if record is None:
-        raise CheckpointError(f"--workdir={workdir.path}: no run found here (no config.json)")
+        raise CheckpointError(f"--workdir={workdir}: no run found here (no config.json)")
     if _CLASS_NAMES not in record.dataset:
         raise CheckpointError(
-            f"{workdir.config}: written by an older version, without class names. Rerun the "
-            "training command once to add them; a finished run exits immediately"
+            f"{workdir.location_of(workdir.config)}: written by an older version, without class "
+            "names. Rerun the training command once to add them; a finished run exits immediately"
         )
     network = record.own.get("model")
     if network and not has_model:
         raise CheckpointError(
-            f"--workdir={workdir.path}: its network is an object passed by a program ({network}). "
+            f"--workdir={workdir}: its network is an object passed by a program ({network}). "
             "Load it in that program with inception_jax.load_weights(PATH, model=…). To use "
             "commands, register it with inception_jax.register_model and train by its name"
         )
-    import_parts(record.parts, str(workdir.config), console.log_once)
+    import_parts(record.parts, str(workdir.location_of(workdir.config)), console.log_once)
     return record
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
-    """Whether there is a finished checkpoint; Orbax renames it to its number at the end."""
-    return workdir.checkpoints.is_dir() and any(
-        child.name.isdecimal() for child in workdir.checkpoints.iterdir()
-    )
+    """Whether there is a finished checkpoint."""
+    return bool(integrity.list_steps(workdir.checkpoints))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +155,24 @@ def load_previous_run(workdir: Workdir) -> PreviousRun:
     if record:
         for note in record.notes:
             console.log_once(note)
-        import_parts(record.parts, str(workdir.config), console.log_once)
+        import_parts(record.parts, str(workdir.location_of(workdir.config)), console.log_once)
     return PreviousRun(workdir, record)
+
+
+def check_unchanged(previous: PreviousRun) -> None:
+    """Checks, once a workdir is locked, that no other start has used it since it was read.
+
+    Of a workdir in a bucket, this downloads what has changed.
+
+    Raises:
+      CheckpointError: if one has, because then its settings were not considered.
+    """
+    previous.workdir.download()
+    if load_previous_run(previous.workdir) != previous:
+        raise CheckpointError(
+            f"--workdir={previous.workdir}: another process has trained in this folder while this "
+            "one was starting; rerun the same command"
+        )
 
 
 def check_compatible(
@@ -178,7 +198,7 @@ def check_compatible(
         f"{kind} ({name})" for kind, name in record.own.items() if kind not in custom_objects
     ]:
         raise CheckpointError(
-            f"--workdir={previous.workdir.path}: this run uses objects passed by its program: "
+            f"--workdir={previous.workdir}: this run uses objects passed by its program: "
             f"{', '.join(missing)}. Resume it from that program: inception_jax.train(config, "
             "workdir, …) with the same objects"
         )
@@ -242,8 +262,9 @@ def restore_overrides(
     return {**experiment, "own": own}
 
 
-def _resolved(file: str) -> pathlib.Path:
-    return paths.local_path(file, file).resolve()
+def _resolved(file: str) -> paths.Path:
+    path = paths.user_path(file, file)
+    return path.resolve() if paths.is_local(path) else path
 
 
 def _experiment_settings(
@@ -322,7 +343,7 @@ def check_dataset(previous: PreviousRun, dataset: Mapping[str, Any]) -> None:
 def _other_run_error(workdir: Workdir, differing: list[str], remedy: str) -> CheckpointError:
     lines = "\n  ".join(differing)
     return CheckpointError(
-        f"--workdir={workdir.path}: belongs to another run; differences:\n  {lines}\n{remedy}"
+        f"--workdir={workdir}: belongs to another run; differences:\n  {lines}\n{remedy}"
     )
 
 

@@ -17,7 +17,7 @@ from sklearn import datasets as sklearn_datasets
 
 from inception_jax import config
 from inception_jax.datasets.builders import tiny_imagenet_layout
-from inception_jax.datasets.dataset import Dataset, class_ids, data_directory, prepare
+from inception_jax.datasets.dataset import Dataset, class_ids, data_location, prepare
 from inception_jax.datasets.sources import files
 from inception_jax.datasets.splits import Split
 from inception_jax.errors import ConfigError, DataError
@@ -176,12 +176,12 @@ def test_digits_match_scikit_learn(tmp_path: pathlib.Path) -> None:
 def test_default_directory_is_tfds_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    assert data_directory("~/x") == pathlib.Path.home() / "x"
+    assert data_location("~/x").local == pathlib.Path.home() / "x"
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert data_directory("") == pathlib.Path.home() / "tensorflow_datasets"
+    assert data_location("").local == pathlib.Path.home() / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert data_directory("") == tmp_path
-    assert data_directory("/y") == pathlib.Path("/y")
+    assert data_location("").local == tmp_path
+    assert data_location("/y").local == pathlib.Path("/y")
 
 
 # Invalid sources.

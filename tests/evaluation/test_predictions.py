@@ -12,6 +12,7 @@ from inception_jax.datasets.splits import DecodedSplit
 from inception_jax.errors import UserError
 from inception_jax.evaluation import predictions
 from inception_jax.evaluation.predictions import Predictions
+from inception_jax.storage.workdir import Workdir
 from tests import run_folders
 
 
@@ -55,8 +56,8 @@ def test_file_round_trip(tmp_path: pathlib.Path) -> None:
     predicted = run_folders.fake_predictions(7, count=60)
     result = {"step": 3, "split": "test", "loss": 0.1234567890123}
     written = predictions.with_images(result, predicted, split(tmp_path, 60, 8))
-    predictions.write(tmp_path, written)
-    saved = predictions.read(tmp_path)
+    predictions.write(Workdir(tmp_path), written)
+    saved = predictions.read(Workdir(tmp_path))
     assert saved is not None
     assert saved.result == result
     for field in dataclasses.fields(Predictions):
@@ -78,7 +79,7 @@ def test_large_images_are_downscaled(tmp_path: pathlib.Path) -> None:
 
 
 def test_missing_file_gives_none(tmp_path: pathlib.Path) -> None:
-    assert predictions.read(tmp_path) is None
+    assert predictions.read(Workdir(tmp_path)) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "pickle"])
@@ -93,11 +94,11 @@ def test_corrupt_file_is_a_user_error(damage: str, tmp_path: pathlib.Path) -> No
     else:
         np.savez(path, result=np.array([object()], object))
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}: not a readable"):
-        predictions.read(tmp_path)
+        predictions.read(Workdir(tmp_path))
 
 
 def test_full_disk_is_a_user_error_and_keeps_old_file(tmp_path: pathlib.Path) -> None:
-    saved = predictions.read(run_folders.write(tmp_path))
+    saved = predictions.read(Workdir(run_folders.write(tmp_path)))
     assert saved is not None
     before = (tmp_path / "predictions.npz").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -105,7 +106,7 @@ def test_full_disk_is_a_user_error_and_keeps_old_file(tmp_path: pathlib.Path) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     try:
         with pytest.raises(UserError, match="File too large"):
-            predictions.write(tmp_path, saved)
+            predictions.write(Workdir(tmp_path), saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "predictions.npz").read_bytes() == before
@@ -113,7 +114,7 @@ def test_full_disk_is_a_user_error_and_keeps_old_file(tmp_path: pathlib.Path) ->
 
 
 def test_unwritable_directory_is_a_user_error(tmp_path: pathlib.Path) -> None:
-    saved = predictions.read(run_folders.write(tmp_path / "run"))
+    saved = predictions.read(Workdir(run_folders.write(tmp_path / "run")))
     assert saved is not None
     with pytest.raises(UserError, match="cannot be written"):
-        predictions.write(tmp_path / "none", saved)
+        predictions.write(Workdir(tmp_path / "none"), saved)

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, UserError
 from inception_jax.inference import image_files
+from inception_jax.storage import buckets, paths
 from tests import archives
 
 
@@ -73,6 +74,32 @@ def test_invalid_arguments_are_reported(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
         image_files.find(arguments)
+
+
+def test_images_in_buckets_are_found_and_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = paths.user_path(bucket, "")
+    names = ["photos/10.jpg", "photos/2.jpg", "photos/a #1 [x].png", "photos/.b/c.jpg", "d"]
+    for name in [*names, "photos/notes.txt", "photos/empty"]:
+        buckets.write_bytes(root / name, name.encode())
+    images = image_files.find([f"{bucket}/d", f"{bucket}/photos/"])
+    found = [f"{bucket}/{name}" for name in ("d", "photos/2.jpg", "photos/10.jpg")]
+    assert images.files == [*found, f"{bucket}/photos/a #1 [x].png"]
+    assert images.skipped == [f"{bucket}/photos/empty", f"{bucket}/photos/notes.txt"]
+    assert [image_files.read(file) for file in images.files[1:]] == [
+        b"photos/2.jpg",
+        b"photos/10.jpg",
+        b"photos/a #1 [x].png",
+    ]
+    monkeypatch.setattr(image_files, "MAX_BYTES", 3)
+    with pytest.raises(DataError, match=r"photos/2\.jpg: must not be larger than 3 bytes"):
+        image_files.read(images.files[1])
+
+
+def test_missing_images_in_buckets_are_named(bucket: str) -> None:
+    with pytest.raises(DataError, match=f"'{bucket}/a.jpg', '{bucket}/b': no such file or folder"):
+        image_files.find([f"{bucket}/a.jpg", f"{bucket}/b"])
+    with pytest.raises(UserError, match=r"^gs://no-such-bucket/a\.jpg: bucket not found"):
+        image_files.find(["gs://no-such-bucket/a.jpg"])
 
 
 def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

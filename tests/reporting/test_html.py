@@ -16,6 +16,7 @@ from inception_jax.config import Expected, Train
 from inception_jax.errors import UserError
 from inception_jax.evaluation import calibration, predictions
 from inception_jax.reporting import context, html, report, run_record
+from inception_jax.storage.workdir import Workdir
 from tests import command, run_folders
 
 PACKAGE = pathlib.Path(inception_jax.__file__).parent
@@ -145,7 +146,7 @@ def test_all_evaluations_are_shown_and_the_result_is_the_main_one(tmp_path: path
     row = {"step": 400, "epoch": 10.0, "split": "crops", "top1": 99.9, "loss": 0.01, "count": 7}
     flip = {"flip_loss": 0.5, "flip_top1": 88.8, "flip_top5": 99.0}
     folder = with_rows(run_folders.write(tmp_path), row, **flip)
-    record = run_record.read(folder)
+    record = run_record.read(Workdir(folder))
     assert (record.split, len(record.evaluations)) == ("test", 10)
     assert record.diagnosis is not None
     assert record.diagnosis.evidence.top1 == run_folders.lines()[-1]["top1"]
@@ -184,7 +185,7 @@ def test_finish_reads_and_diagnoses_a_run_once(
         (calibration, "confusion"),
     ):
         count(module, name)
-    report.finish(run_folders.write(tmp_path), lambda line: None)
+    report.finish(Workdir(run_folders.write(tmp_path)), lambda line: None)
     assert sorted(calls) == ["confusion", "diagnose", "read", "read_metrics", "read_record"]
 
 
@@ -325,7 +326,7 @@ def test_files_of_an_earlier_run_are_ignored(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     other = run_folders.lines(skill=0.5)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
-    record = run_record.read(tmp_path)
+    record = run_record.read(Workdir(tmp_path))
     assert record.evaluated is None
     assert record.result == {}
 
@@ -334,7 +335,7 @@ def test_evaluation_on_another_machine_is_shown(tmp_path: pathlib.Path) -> None:
     run_folders.write(tmp_path)
     lines = [line | {"loss": line["loss"] * 1.0001} for line in run_folders.lines()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run_record.read(tmp_path).evaluated is not None
+    assert run_record.read(Workdir(tmp_path)).evaluated is not None
 
 
 def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
@@ -349,7 +350,9 @@ def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     report.write_comparison([one, other], output)
     page = Page(output.read_text(encoding="utf-8"))
     assert [run["name"] for run in page.data["runs"]] == ["one", "other & more"]
-    assert context.differing_settings([run_record.read(one), run_record.read(other)]) == [
+    assert context.differing_settings(
+        [run_record.read(Workdir(one)), run_record.read(Workdir(other))]
+    ) == [
         "train.duration",
         "train.label_smoothing",
     ]
@@ -364,7 +367,7 @@ def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
 
 def test_runs_with_equal_directory_names_are_distinguished(tmp_path: pathlib.Path) -> None:
     folders = [run_folders.write(tmp_path / name / "run") for name in ("a", "b")]
-    records = [run_record.read(folder) for folder in folders]
+    records = [run_record.read(Workdir(folder)) for folder in folders]
     assert run_record.display_names(records) == ["a/run", "b/run"]
     assert len(set(run_record.display_names([records[0], records[0]]))) == 2
 

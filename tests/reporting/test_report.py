@@ -13,6 +13,7 @@ from PIL import Image
 from inception_jax import config as configs
 from inception_jax.errors import UserError
 from inception_jax.reporting import report
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import lr_range_test
 from inception_jax.training.lr_range_test import Point, Proposal
 from tests import command, run_folders
@@ -35,7 +36,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_finish_writes_plots_and_diagnosis(folder: pathlib.Path) -> None:
     logged: list[str] = []
-    report.finish(folder, logged.append)
+    report.finish(Workdir(folder), logged.append)
     assert logged[0].startswith("diagnosis: not measured: validation top-1 is 30.6%")
     assert logged[1].startswith(
         "  try, in a new workdir: --config.evaluation.train_eval_examples=1000"
@@ -68,7 +69,7 @@ def test_unusual_names_can_be_plotted_and_reported(tmp_path: pathlib.Path) -> No
 
 def test_diagnose_command_prints_what_training_logged(folder: pathlib.Path) -> None:
     logged: list[str] = []
-    report.finish(folder, logged.append)
+    report.finish(Workdir(folder), logged.append)
     assert logged.pop() == f"report: {folder / 'report.html'}"
     assert command.check("tools.diagnose", str(folder)).splitlines() == logged
     done = command.run("tools.diagnose", str(folder), str(folder / "none"))
@@ -83,7 +84,8 @@ def test_report_does_not_import_jax(tmp_path: pathlib.Path) -> None:
     script = """
 import pathlib, sys
 from inception_jax.reporting import report
-report.finish(pathlib.Path(sys.argv[1]), lambda line: None)
+from inception_jax.storage.workdir import Workdir
+report.finish(Workdir(pathlib.Path(sys.argv[1])), lambda line: None)
 print(*sorted({"jax", "flax", "optax", "tensorflow_datasets"} & set(sys.modules)))
 """
     arguments = [sys.executable, "-c", script, str(run_folders.write(tmp_path))]

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 
 from inception_jax.errors import UserError
 from inception_jax.runtime import hosts
+from inception_jax.storage.workdir import Workdir
+from inception_jax.training import workdir as workdirs
 
 
 class Memory:
@@ -232,3 +235,26 @@ def test_inconsistent_processes_all_raise(monkeypatch: pytest.MonkeyPatch) -> No
         f"labels: {json.dumps('ab')} on process 1 (host host1); "
         f"{json.dumps('cd')} on process 0 (host host0) and 1 more" in message
     )
+
+
+def test_a_local_workdir_that_the_hosts_do_not_share_is_rejected(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = Machines(3, monkeypatch)
+    machines.name()
+    disks = [tmp_path / f"disk{number}" for number in range(3)]
+    for disk in disks:
+        disk.mkdir()
+
+    def check(number: int) -> str:
+        with pytest.raises(UserError) as error:
+            workdirs.check_shared(Workdir(disks[number]))
+        return str(error.value)
+
+    (message,) = set(machines.each(check))
+    assert (
+        "--workdir contains the file that process 0 wrote: true on process 0 (host host0); false "
+        "on process 1 (host host1) and 1 more" in message
+    )
+    assert message.endswith("Use --workdir=gs://BUCKET/PATH, or a folder that all hosts mount")
+    assert [list(disk.iterdir()) for disk in disks] == [[], [], []]

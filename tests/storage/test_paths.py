@@ -9,7 +9,7 @@ import pytest
 
 from inception_jax import config
 from inception_jax.config import Config, Data, Init
-from inception_jax.datasets.dataset import data_directory, prepare
+from inception_jax.datasets.dataset import data_location, prepare
 from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.storage import paths
 from tests import names
@@ -95,7 +95,7 @@ def test_unknown_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for call in (
         lambda: paths.local_path("~/x", "--workdir=~/x"),
-        lambda: data_directory(""),
+        lambda: data_location(""),
         lambda: prepare(Data(name="digits"), log=print),
     ):
         with pytest.raises(UserError, match="home folder is unknown; set HOME"):
@@ -121,7 +121,7 @@ def test_url_settings_are_reported_with_other_errors(settings: Config, setting: 
 def test_default_directory_must_not_be_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", "s3://tfds-data/datasets")
     with pytest.raises(UserError, match=r"TFDS_DATA_DIR=s3://tfds-data/datasets\): is a URL"):
-        data_directory("")
+        data_location("")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_plain_path_is_the_same_folder(name: str, tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("storage", ["decoded", "records"])
-def test_data_directory_can_have_any_name(storage: str, tmp_path: pathlib.Path) -> None:
+def test_data_location_can_have_any_name(storage: str, tmp_path: pathlib.Path) -> None:
     # All characters in one name, because TFDS alone takes a second.
     folder = tmp_path / "".join(name for name in names.ODD if name.isprintable()).replace("/", "")
     data = Data(name="digits", directory=str(folder), image_size=4, storage=storage)
@@ -184,7 +184,7 @@ def test_data_directory_can_have_any_name(storage: str, tmp_path: pathlib.Path) 
     assert not again
 
 
-def test_non_utf8_data_directory_is_rejected(tmp_path: pathlib.Path) -> None:
+def test_non_utf8_data_location_is_rejected(tmp_path: pathlib.Path) -> None:
     folder = os.path.join(tmp_path, os.fsdecode(b"\xff"))
     with pytest.raises(DataError, match="not valid UTF-8"):
         prepare(Data(name="digits", directory=folder), log=print)

@@ -27,36 +27,13 @@ from inception_jax.storage import integrity
 from inception_jax.training import _orbax_private
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.state import TrainState
 from tests import disks, names
+from tests.saved import check_restores, save, state
 
 # Orbax leaves coroutines that never ran, which are reported on garbage collection.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STEPS = {2: 50.0, 4: 90.0, 6: 80.0}
-
-
-def state(step: int) -> TrainState:
-    values = jnp.asarray(np.random.default_rng(step).normal(size=2000), jnp.float32)
-    return TrainState(
-        step=jnp.int32(step),
-        params={"kernel": values},
-        batch_stats={"mean": values[:3]},
-        average={"params": {"kernel": values + 1}},
-        opt_state={"trace": -values},
-        metrics=TrainMetrics.empty({}),
-    )
-
-
-def save(checkpoints: Checkpoints, step: int, *, top1: float | None = 1.0) -> None:
-    metrics = None if top1 is None else {"top1": top1}
-    checkpoints.save(state(step), progress={"seconds": {"train": step}}, metrics=metrics)
-
-
-def check_restores(checkpoints: Checkpoints, step: int) -> None:
-    restored, progress = checkpoints.restore(step, state(0))
-    jax.tree.map(np.testing.assert_array_equal, restored, state(step))
-    assert progress == {"seconds": {"train": step}}
 
 
 def metrics_of(*names: str) -> TrainMetrics:

@@ -295,7 +295,7 @@ def test_json_is_written_atomically(tmp_path: pathlib.Path) -> None:
 def test_directory_that_cannot_be_created_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir="):
-        workdirs.check_writable(tmp_path / "file" / "run")
-    workdirs.check_writable(tmp_path / "a" / "b")
+        workdirs.check_writable(Workdir(tmp_path / "file" / "run"))
+    workdirs.check_writable(Workdir(tmp_path / "a" / "b"))
     # Marked as output, as directories of images may be next to it.
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".inception_jax"]

@@ -34,7 +34,8 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
     time the data set is prepared.
 
     Args:
-      source: path of the original files, as in `config.data.source`.
+      source: local path of the original files.
+      original: metadata about a source in a bucket that `source` is a copy of.
       log: called with one line of text.
       data_dir: as for every TFDS builder.
 
@@ -59,11 +60,13 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         self,
         *,
         source: str = "",
+        original: Mapping[str, str] | None = None,
         log: Callable[[str], None] = print,
         data_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.source = source
+        self._original = original or {}
         self.log = log
         super().__init__(data_dir=data_dir, **kwargs)
 
@@ -172,7 +175,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         # Set only now: `_info` must work without the source, so that a prepared data set can be
         # read after the source is removed.
         self.info.features["label"].names = list(names)
-        self.info.metadata.update(metadata)
+        self.info.metadata.update({**metadata, **self._original})
         return {
             split: self._generate_examples(split, items) for split, items in self.splits().items()
         }

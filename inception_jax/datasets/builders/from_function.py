@@ -91,12 +91,13 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
 
     def open(self) -> None:
         """Calls the function and checks its result without reading individual examples."""
-        part, data, source = self._recipe.part, self._recipe.data, self._recipe.source
+        part, data, source = self._recipe.part, self._recipe.data, self._recipe.local_source
         # Computed before the function runs, which may read the source for a long time.
         self._digest = self._recipe.contents(source).digests[0] if source else ""
         options = registry.options_with_defaults(part, data.options)
         with registry.as_config_error(part, f"the data set {part.name!r}"):
-            returned = part.build(dataclasses.replace(data, options=options))
+            source_text = str(source) if self._recipe.source_copy else data.source
+            returned = part.build(dataclasses.replace(data, options=options, source=source_text))
         names: Any = part.class_names
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping):
             returned, names = returned
@@ -199,7 +200,7 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
 
     def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names, and metadata on what the examples depend on."""
-        source = self._recipe.source
+        source = self._recipe.local_source
         return self._classes, {
             "source": str(source.absolute()) if source else "",
             "source_digest": self._digest,

@@ -51,6 +51,21 @@ def locate(
     return f"tfds-{place.title.replace('/', '-')}", place.version
 
 
+def top_folder(text: str) -> str:
+    """Returns the folder of all configurations and versions selected by `config.data.tfds`.
+
+    Raises:
+      ConfigError: if `text` is malformed.
+    """
+    return _parse(text)["name"]
+
+
+def _parse(text: str) -> re.Match[str]:
+    if not (match := _NAME.fullmatch(text)):
+        raise ConfigError(f"config.data.tfds = {text!r}: {_EXPECTED}")
+    return match
+
+
 def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> PreparedLocation:
     """Returns the location of the data set selected by `config.data.tfds`.
 
@@ -60,8 +75,7 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Prep
       ConfigError: if `text` is malformed, or more than one configuration is prepared.
       DataError: if nothing is prepared; the message has the command to prepare it.
     """
-    if not (match := _NAME.fullmatch(text)):
-        raise ConfigError(f"config.data.tfds = {text!r}: {_EXPECTED}")
+    match = _parse(text)
     name, chosen = match["name"], match["config"] or ""
     folder, versions = directory / name / chosen, _versions(directory / name / chosen)
     if not versions and not chosen:

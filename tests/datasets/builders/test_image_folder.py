@@ -20,6 +20,7 @@ from inception_jax.datasets.sources.files import FolderSource
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 from inception_jax.reporting import plots
+from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir as workdirs
 from tests import archives
 
@@ -493,7 +494,7 @@ def test_data_and_workdir_may_be_inside_the_source(
     first = prepare(inside, log=quiet)
     assert first.num_classes == 3
     # A run creates its folder first; files, logs and notes are added later.
-    workdirs.check_writable(path / "runs" / "x")
+    workdirs.check_writable(Workdir(path / "runs" / "x"))
     for step in range(2):
         lines: list[str] = []
         assert prepare(inside, log=lines.append).train.names == first.train.names
