@@ -68,9 +68,9 @@ def read_plan(path: pathlib.Path) -> Plan:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = measure.make_parser(__doc__)
-    parser.add_argument("plan", type=pathlib.Path, help="TOML file of variants")
+    parser.add_argument("plan", type=measure.local_path, help="TOML file of variants")
     parser.add_argument(
-        "--output", type=pathlib.Path, required=True, help="directory for the workdirs"
+        "--output", type=measure.local_path, required=True, help="directory for the workdirs"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -366,7 +366,9 @@ def is_worse(first: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = measure.make_parser(__doc__)
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the runs")
+    parser.add_argument(
+        "--output", type=measure.local_path, required=True, help="directory for the runs"
+    )
     parser.add_argument("--only", nargs="+", default=list(CASES), metavar="CASE", choices=CASES)
     return parser.parse_args(argv)
 

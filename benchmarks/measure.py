@@ -97,13 +97,24 @@ def _revision() -> str:
     return done.stdout.strip()
 
 
+def local_path(argument: str) -> pathlib.Path:
+    """Returns the path that an argument names, as the type of an argument of a parser."""
+    from inception_jax.errors import UserError
+    from inception_jax.storage import paths
+
+    try:
+        return paths.local_path(argument, argument)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns an argument parser with a description, usually a module's docstring, and --json."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the result to this file"
+        "--json", type=local_path, metavar="FILE", help="also write the result to this file"
     )
     return parser
 

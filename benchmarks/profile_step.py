@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=10, help="operations to print")
     parser.add_argument(
         "--trace",
-        type=pathlib.Path,
+        type=measure.local_path,
         default=pathlib.Path("runs/trace"),
         help="directory for the trace",
     )

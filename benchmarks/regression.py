@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.make_parser(__doc__)
     parser.add_argument("--store", action="store_true", help="add the result to --results")
     parser.add_argument(
-        "--results", type=pathlib.Path, default=RESULTS, help="directory of results"
+        "--results", type=measure.local_path, default=RESULTS, help="directory of results"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

@@ -31,9 +31,9 @@ Classify image files with a run's checkpoint or a weights file.
   python -m inception_jax.tools.predict --workdir DIR --split test --output predictions.txt
 
 Images may have any size, any format that Pillow reads and any EXIF orientation; '-' reads one image
-from standard input. They are cropped and resized as in evaluation; the log states how. Folders are
-searched recursively, in natural order (2.jpg before 10.jpg); names that start with a dot are
-ignored, and files without an image extension are skipped and logged.
+from standard input. They are cropped and resized as in evaluation; the log states how. Folders,
+local or gs://BUCKET/PATH, are searched recursively, in natural order (2.jpg before 10.jpg); names
+that start with a dot are ignored, and files without an image extension are skipped and logged.
 
 --split predicts a prepared split instead, one line per image, in the order of the file names: file
 name and class id if the data set has such ids ("test_0.JPEG n01443537", the leaderboard format of

@@ -16,6 +16,7 @@ from inception_jax.inference.predictor import Predictor
 from inception_jax.models import networks, torchvision_weights, weights
 from inception_jax.models.torchvision_weights import ImportedWeights, from_torchvision
 from inception_jax.models.weights import Weights
+from inception_jax.storage import buckets, paths
 from tests import command
 
 State = dict[str, np.ndarray]
@@ -270,9 +271,11 @@ def test_missing_entries_are_reported_with_skipped_ones(state: State) -> None:
         from_torchvision(other)
 
 
-def test_command_logs_what_it_skipped(state: State, tmp_path: pathlib.Path) -> None:
-    source, target = tmp_path / "tuned.bin", tmp_path / "weights.safetensors"
-    save_file(renamed(without(state, "fc."), lambda name: f"model.{name}"), source)
+def test_command_logs_what_it_skipped(state: State, tmp_path: pathlib.Path, bucket: str) -> None:
+    local = tmp_path / "tuned.bin"
+    save_file(renamed(without(state, "fc."), lambda name: f"model.{name}"), local)
+    source, target = (paths.user_path(f"{bucket}/{name}", "") for name in ("tuned.bin", "weights"))
+    buckets.write_bytes(source, local.read_bytes())
     done = command.run("tools.import_weights", f"--input={source}", f"--output={target}")
     assert done.returncode == 0, done.stderr
     for message in (

@@ -11,6 +11,7 @@ import warnings
 import jax
 import pytest
 
+from inception_jax.errors import UserError
 from inception_jax.runtime import compilation_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,6 +77,7 @@ def entries(folder: pathlib.Path) -> list[pathlib.Path]:
         ({"HOME": "{}/h", "XDG_CACHE_HOME": "{}/x"}, "{}/x/inception_jax/xla"),
         ({"HOME": "{}/h", "XDG_CACHE_HOME": "relative"}, "{}/h/.cache/inception_jax/xla"),
         ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": "{}/j"}, "{}/j"),
+        ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": "~/j"}, "{}/h/j"),
         ({"HOME": "{}/h", "JAX_COMPILATION_CACHE_DIR": ""}, ""),
     ],
 )
@@ -88,6 +90,18 @@ def test_programs_are_cached_in_the_user_folder(
     assert compile_in(COMPILE + AGAIN, **filled) == [where, "41 compiled", again]
     if where and "JAX_COMPILATION_CACHE_DIR" not in environment:
         assert pathlib.Path(where).stat().st_mode & 0o777 == 0o700
+
+
+def test_cache_may_be_in_a_bucket(bucket: str) -> None:
+    where = {"JAX_COMPILATION_CACHE_DIR": f"{bucket}/programs"}
+    assert compile_in(**where) == [f"{bucket}/programs", "41 compiled"]
+    assert compile_in(**where) == [f"{bucket}/programs", "41 cached"]
+
+
+def test_other_urls_are_no_cache_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "s3://b/x")
+    with pytest.raises(UserError, match=r"^JAX_COMPILATION_CACHE_DIR=s3://b/x: is a URL"):
+        compilation_cache.enable(print)
 
 
 @pytest.mark.parametrize("damage", [0, 1, 100])

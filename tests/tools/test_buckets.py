@@ -1,0 +1,171 @@
+"""The tools with inputs and outputs in a bucket, compared with the same tools on local files."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inception_jax import api
+from inception_jax.errors import UserError
+from inception_jax.models import weights
+from inception_jax.storage import access, buckets, paths
+from tests import command, random_weights, small
+from tests.gcs import Proxy
+
+
+@pytest.fixture
+def files(bucket: str, tmp_path: pathlib.Path) -> tuple[pathlib.Path, paths.Path]:
+    """A local folder and one in a bucket with the same network and images."""
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    weights.save(tmp_path / "in" / "w.safetensors", random_weights.make())
+    pixels = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
+    for n in range(3):
+        Image.fromarray(np.roll(pixels, n)).save(tmp_path / "in" / "images" / f"{n}.png")
+    remote = paths.user_path(f"{bucket}/in", "")
+    for file in (path for path in (tmp_path / "in").rglob("*") if path.is_file()):
+        name = file.relative_to(tmp_path / "in").as_posix()
+        buckets.write_bytes(remote / name, file.read_bytes())
+    return tmp_path, remote.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "outputs"),
+    [
+        (
+            "predict --weights=IN/w.safetensors --csv IN/images --output=OUT/p.csv --explain=OUT/x",
+            ["p.csv", "x/0.png", "x/1.png", "x/2.png"],
+        ),
+        (
+            "export --to=stablehlo --weights=IN/w.safetensors --output=OUT/w.stablehlo",
+            ["w.stablehlo", "w.stablehlo.json"],
+        ),
+        (
+            "export --to=savedweights --weights=IN/w.safetensors --output=OUT/w.safetensors",
+            ["w.safetensors"],
+        ),
+        (
+            "summarize --weights=IN/w.safetensors --image=IN/images/1.png --output=OUT",
+            ["architecture.md", "architecture.csv", "filters.png", "activations.png"],
+        ),
+    ],
+    ids=["predict", "stablehlo", "savedweights", "summarize"],
+)
+def test_tools_give_the_same_files_in_a_bucket(
+    arguments: str,
+    outputs: list[str],
+    files: tuple[pathlib.Path, paths.Path],
+) -> None:
+    contents = []
+    for place in files:
+        place_in_text = arguments.replace("IN/", f"{place}/in/").replace("OUT", f"{place}/out")
+        printed = command.check(*f"tools.{place_in_text}".split())
+        found = [access.read_bytes(place / "out" / name) for name in outputs]
+        contents.append([each.replace(str(place).encode(), b"PLACE") for each in found])
+        assert arguments.startswith("predict") or f"{place}/out" in printed
+    assert contents[0] == contents[1]
+    assert set(outputs) <= set(buckets.list_files(files[1] / "out"))
+    assert not list(command.ROOT.glob("gs:*"))
+
+
+def test_unwritable_bucket_is_reported_before_an_export(
+    files: tuple[pathlib.Path, paths.Path], gcs: Proxy
+) -> None:
+    remote = files[1]
+    gcs.make_read_only()
+    done = command.run(
+        "tools.export",
+        "--to=onnx",
+        f"--weights={remote}/in/w.safetensors",
+        f"--output={remote}/out/w.onnx",
+    )
+    assert done.returncode == 2 and not done.stdout
+    message = f"error: --output={remote}/out/w.onnx: permission denied; grant roles/storage"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not buckets.list_files(remote / "out")
+
+
+@pytest.mark.slow
+def test_find_lr_writes_to_a_bucket(bucket: str, data_directory: pathlib.Path) -> None:
+    done = command.run(
+        "tools.find_lr",
+        "--config=experiments/digits.py",
+        f"--config.data.directory={data_directory}",
+        "--config.data.image_size=8",
+        "--config.model.width=0.125",
+        f"--output={bucket}/lr",
+        "--steps=10",
+    )
+    # So few steps allow no proposal.
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.splitlines() == [f"{bucket}/lr/find_lr.{end}" for end in ("json", "png")]
+    assert set(buckets.list_files(paths.user_path(f"{bucket}/lr", ""))) == {
+        "find_lr.json",
+        "find_lr.png",
+    }
+
+
+def test_wrong_weights_in_a_bucket_are_named(files: tuple[pathlib.Path, paths.Path]) -> None:
+    remote = files[1]
+    done = command.run(
+        "tools.import_weights",
+        f"--input={remote}/in/w.safetensors",
+        f"--output={remote}/out/w.safetensors",
+    )
+    # These are no torchvision weights, as their names tell.
+    assert done.returncode == 2 and f"--input={remote}/in/w.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr and not buckets.list_files(remote / "out")
+
+
+def test_tilde_is_expanded_in_every_argument(
+    files: tuple[pathlib.Path, paths.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, _ = files
+    monkeypatch.setenv("HOME", str(local))
+    command.check(
+        "tools.predict",
+        "--weights=~/in/w.safetensors",
+        "~/in/images",
+        "--csv",
+        "--output=~/out/p.csv",
+        "--explain=~/out/x",
+    )
+    assert {path.name for path in (local / "out").iterdir()} == {"p.csv", "x"}
+    assert not list(command.ROOT.glob("~*"))
+
+
+def test_weights_and_runs_are_loaded_from_a_bucket(
+    bucket: str, data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    _, run = small.finished(small.config(data_directory), tmp_path / "run")
+    remote = paths.user_path(f"{bucket}/run", "")
+    # As gcloud storage cp does.
+    for file in (path for path in run.path.rglob("*") if path.is_file()):
+        name = file.relative_to(run.path).as_posix()
+        buckets.write_bytes(remote / name, file.read_bytes())
+    expected = api.load_weights(run.path)
+    loaded = api.load_weights(str(remote))
+    assert loaded.origin.startswith(f"{remote}, step ")
+    weights.save(remote.parent / "w.safetensors", expected)
+    saved = api.load_weights(f"{bucket}/w.safetensors")
+    for each in (loaded, saved):
+        for name, value in weights.flatten(expected.variables).items():
+            np.testing.assert_array_equal(weights.flatten(each.variables)[name], value)
+
+
+def test_missing_weights_in_a_bucket_are_named(bucket: str) -> None:
+    with pytest.raises(UserError, match=rf"^{bucket}/x: cannot be read: No such file"):
+        api.load_weights(f"{bucket}/x")
+    with pytest.raises(UserError, match=r"^gs://no-such-bucket/x: bucket not found"):
+        api.load_weights("gs://no-such-bucket/x")
+
+
+@pytest.mark.parametrize("arguments", [["--config"], ["--parts", "--weights=w"]], ids=str)
+def test_files_to_execute_must_be_local(arguments: list[str]) -> None:
+    flag, *others = arguments
+    done = command.run("tools.summarize", f"{flag}=gs://bucket/e.py", *others)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {flag}=gs://bucket/e.py: is executed, so it must be a local file; copy it, and "
+        "the files that it imports, with gcloud storage cp gs://bucket/e.py .\n"
+    )
