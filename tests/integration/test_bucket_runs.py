@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import inception_jax as ij
-from benchmarks import killable_run
+from benchmarks import fault_injection, killable_run
 from inception_jax import experiment, session
 from inception_jax.config import Bucket, Checkpoint, Config, Evaluation, Log, Train
 from inception_jax.errors import CheckpointError, Preempted, RunError, UserError, WriteError
@@ -433,6 +433,15 @@ def test_second_process_cannot_use_the_run_of_another_network(
     with pytest.raises(CheckpointError, match=f"^--workdir={location}: belongs to another run"):
         ij.train(other, str(location))
     assert buckets.list_files(location) == stored
+
+
+@pytest.mark.slow
+def test_killed_run_in_a_bucket_ends_bit_identical(
+    location: "epath.Path", tmp_path: pathlib.Path
+) -> None:
+    campaign = fault_injection.Campaign(tmp_path, steps=STEPS, seed=1, runs=location)
+    results = fault_injection.kill(campaign, 3)
+    assert results["kills"] == 3 and results["lines"] == 14 and results["arrays"] > 100
 
 
 @pytest.fixture
