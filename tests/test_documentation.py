@@ -98,7 +98,7 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     "pip install *": NotRun("changes the environment of the tests"),
     "pip wheel *": NotRun("writes a wheel, which is not part of the tests"),
     "python -m pytest *": RunBy(CI, "make test "),
-    "tensorboard *": NotRun("serves until it is stopped; tests/telemetry reads what it would"),
+    "tensorboard *": RunBy("tests/integration/test_bucket_runs.py", "tensorboard.main"),
     "tail -f *": NotRun("follows a file until it is stopped"),
     "tfds build *": NotRun("needs TensorFlow; tests/datasets/builders/test_tfds_prepared.py"),
     "srun *": NotRun(LAUNCHER),

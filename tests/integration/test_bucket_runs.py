@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 
 import inception_jax as ij
-from benchmarks import killable_run
+from benchmarks import fault_injection, killable_run
 from inception_jax import experiment, session
 from inception_jax.config import Bucket, Checkpoint, Config, Evaluation, Log, Train
 from inception_jax.errors import CheckpointError, Preempted, RunError, UserError, WriteError
@@ -337,29 +336,23 @@ def test_process_that_lost_its_lock_writes_nothing_more(
     def lock_workdir(*arguments: Any) -> Iterator[Callable[[], None]]:
         yield check
 
+    workdir = Workdir(location)
     before: dict[str, buckets.Stat] = {}
 
     def lose(step: int) -> bool:
         nonlocal is_lost
         if step == 8:
-            startup_wait()
+            while 6 not in integrity.list_steps(location / "checkpoints"):
+                time.sleep(0.01)
+            workdir.upload()
             before.update(buckets.list_files(location))
             is_lost = True
         return False
 
-    def startup_wait() -> None:
-        while 6 not in integrity.list_steps(location / "checkpoints"):
-            time.sleep(0.01)
-        for thread in threading.enumerate():
-            if thread.name == "uploads":
-                time.sleep(0.5)  # Until uploads of earlier reports are done.
-
     monkeypatch.setattr(lock, "lock_workdir", lock_workdir)
     with pytest.raises(RunError, match="took over"):
-        train(run, Workdir(location), evaluator, stop=lose)
-    after = {n: s for n, s in buckets.list_files(location).items() if "checkpoints/9/" not in n}
-    assert after == before
-    assert integrity.list_steps(location / "checkpoints") == [3, 6]
+        train(run, workdir, evaluator, stop=lose)
+    assert before and buckets.list_files(location) == before
 
 
 def test_start_that_missed_another_one_is_refused(
@@ -433,6 +426,15 @@ def test_second_process_cannot_use_the_run_of_another_network(
     with pytest.raises(CheckpointError, match=f"^--workdir={location}: belongs to another run"):
         ij.train(other, str(location))
     assert buckets.list_files(location) == stored
+
+
+@pytest.mark.slow
+def test_killed_run_in_a_bucket_ends_bit_identical(
+    location: "epath.Path", tmp_path: pathlib.Path
+) -> None:
+    campaign = fault_injection.Campaign(tmp_path, steps=STEPS, seed=1, runs=location)
+    results = fault_injection.kill(campaign, 3)
+    assert results["kills"] == 3 and results["lines"] == 14 and results["arrays"] > 100
 
 
 @pytest.fixture
