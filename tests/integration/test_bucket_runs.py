@@ -463,7 +463,7 @@ def test_reports_and_plots_are_written_to_the_bucket(
     assert {name: after[name] for name in before} == before
     assert buckets.read_bytes(made_up / "plots" / "loss.png").startswith(b"\x89PNG")
     page = report.write_page(made_up, tmp_path / "page.html")
-    assert page == tmp_path / "page.html" and page.read_text().startswith("<!DOCTYPE html>")
+    assert page == tmp_path / "page.html" and page.read_text().startswith("<!doctype html>")
 
 
 def test_runs_in_a_bucket_and_on_disk_are_compared(
