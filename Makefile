@@ -53,7 +53,7 @@ demo: setup ## train on the built-in digits, evaluate and plot
 test: setup ## run all but the slow tests; a selection: make test ARGS="tests/models -k norm"
 	$(BIN)/python -m pytest $(ARGS)
 
-# What depends on the versions of Python and libraries, in about three minutes on two cores: a short
+# What depends on the versions of Python and libraries, in a few minutes on two cores: a short
 # training and its resume, checkpoints, files of earlier versions, storage and buckets, archives, input,
 # telemetry, plots, and the server.
 QUICK := tests/test_api.py tests/integration/test_old_files.py tests/training/test_checkpoints.py \
