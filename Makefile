@@ -53,11 +53,16 @@ demo: setup ## train on the built-in digits, evaluate and plot
 test: setup ## run all but the slow tests; a selection: make test ARGS="tests/models -k norm"
 	$(BIN)/python -m pytest $(ARGS)
 
-# A short training, its resume, each command, files, buckets, and what depends on the versions of Python
-# and libraries, in about three minutes on two cores. Patterns may match nothing.
-QUICK := $(wildcard tests/storage tests/integration/test_old_files.py tests/integration/test_bucket*.py)
+# What depends on the versions of Python and libraries, in a few minutes on two cores: a short
+# training and its resume, checkpoints, files of earlier versions, storage and buckets, archives, input,
+# telemetry, plots, and the server.
+QUICK := tests/test_api.py tests/integration/test_old_files.py tests/training/test_checkpoints.py \
+  tests/training/test_workdir.py tests/storage $(wildcard tests/integration/test_bucket*.py) \
+  tests/datasets/sources tests/datasets/test_decode.py tests/input/test_pipeline.py tests/telemetry \
+  tests/reporting/test_plots.py tests/inference/server/test_app.py tests/test_config.py \
+  tests/test_packaging.py tests/test_private.py
 
-test-quick: setup ## run the quick part of the tests, for one more version of Python or libraries
+test-quick: setup ## run the tests that depend most on versions of Python and libraries
 	$(BIN)/python -m pytest $(QUICK) $(ARGS)
 
 test-slow: setup ## run the slow tests, which repeat the checks on full runs

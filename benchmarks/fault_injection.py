@@ -11,14 +11,20 @@ bit-identical to those of an undisturbed run, except for measurements
 Killing a process is not a power failure: data handed to the operating system is kept.
 
   python -m benchmarks.fault_injection --json benchmarks/results/fault_injection.json
+  python -m benchmarks.fault_injection --workdir gs://bucket/faults
+
+With --workdir, the runs are in a bucket of the server that STORAGE_EMULATOR_HOST names, else of one
+that this command starts. Each process then has its own empty folder for temporary files.
 
 On two CPU cores: about 8 s per kill, 13 minutes for the default of 100.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import filecmp
 import itertools
+import os
 import pathlib
 import random
 import tempfile
@@ -28,6 +34,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import killable_run, measure
+from inception_jax.storage import buckets, paths
+from tests import gcs
 
 # Other phases are hit by chance: reports are mostly written during a save, and a run ends once.
 TARGET_PHASES = ("start", "preparation", "compile", "steps", "evaluation", "save")
@@ -57,6 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = measure.make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--workdir", default="", help="gs://BUCKET/PATH for the runs")
     parser.add_argument("--steps", type=int, default=60, help="steps per run")
     return parser.parse_args(argv)
 
@@ -68,12 +77,16 @@ class Campaign:
       top: directory for all files.
       steps: steps per run.
       seed: seed of the kill times.
+      runs: folder of the runs, which may be in a bucket; None: `top`.
     """
 
-    def __init__(self, top: pathlib.Path, *, steps: int, seed: int) -> None:
+    def __init__(
+        self, top: pathlib.Path, *, steps: int, seed: int, runs: paths.Path | None = None
+    ) -> None:
         self.kills: list[Kill] = []
         self.runs = 0
         self._top = top
+        self._folder = runs or top
         self._steps = steps
         self._random = random.Random(seed)
         self._targets = self._cycle_targets()
@@ -87,7 +100,7 @@ class Campaign:
     def paths(self, name: str) -> killable_run.Paths:
         """Returns the paths of a run with prepared data."""
         return killable_run.Paths(
-            self._top / name, self._prepared, self._top / "cache", self._steps
+            self._folder / name, self._prepared, self._top / "cache", self._steps
         )
 
     def disturb(self, kills: int) -> None:
@@ -174,15 +187,48 @@ def _after_entries(target: str, entries: int) -> Callable[[str], bool]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns the contents of the JSON file."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-faults-") as top:
-        campaign = Campaign(pathlib.Path(top), steps=arguments.steps, seed=arguments.seed)
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-faults-") as top,
+        _folder_of_runs(arguments.workdir) as runs,
+    ):
+        campaign = Campaign(
+            pathlib.Path(top), steps=arguments.steps, seed=arguments.seed, runs=runs
+        )
         results = kill(campaign, arguments.kills)
     return {
         "benchmark": "fault_injection",
         "environment": measure.environment(),
-        "settings": {"steps": arguments.steps, "seed": arguments.seed},
+        "settings": {
+            "steps": arguments.steps,
+            "seed": arguments.seed,
+            "workdir": arguments.workdir,
+        },
         "results": results,
     }
+
+
+@contextlib.contextmanager
+def _folder_of_runs(typed: str) -> Iterator[paths.Path | None]:
+    """Yields the folder that --workdir names, on a server for tests; None if it is not given.
+
+    Raises:
+      BenchmarkError: if it is not in a bucket, or not empty.
+    """
+    if not typed:
+        yield None
+        return
+    folder = paths.user_path(typed, f"--workdir={typed}")
+    if paths.is_local(folder):
+        raise measure.BenchmarkError(f"--workdir={typed}: must be gs://BUCKET/PATH")
+    with contextlib.ExitStack() as cleanup:
+        if "STORAGE_EMULATOR_HOST" not in os.environ:
+            server = gcs.Server()
+            cleanup.callback(server.stop)
+            os.environ.update(gcs.environment(server.url))
+            server.create_bucket(typed.removeprefix("gs://").partition("/")[0])
+        if buckets.list_files(folder):
+            raise measure.BenchmarkError(f"--workdir={typed}: must be empty")
+        yield folder
 
 
 def kill(campaign: Campaign, kills: int) -> dict[str, Any]:

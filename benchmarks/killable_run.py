@@ -1,7 +1,9 @@
 """Starts a small training run whose process can be killed in a chosen phase.
 
 The phase of a process is determined from outside, from the files that it writes anyway and JAX's
-debug log on its stderr. The files left by a kill therefore show the phase that was hit.
+debug log on its stderr. The files left by a kill therefore show the phase that was hit. The small
+files of a run in a bucket are read where the process keeps them before it uploads them. Each of its
+processes has its own folder for temporary files, as on a new machine.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +23,15 @@ import jax
 import numpy as np
 
 from benchmarks import measure
+from inception_jax.storage import buckets, integrity, paths
+from inception_jax.storage.paths import is_local
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS
 from inception_jax.training import run as runs
 from inception_jax.training import state as states
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.checkpoints import Checkpoints
+from inception_jax.training.run import Run
 
 PHASES = {
     "start": "interpreter, imports, flags, devices",
@@ -65,6 +71,8 @@ _ENVIRONMENT = {
 _TRACED = re.compile(rb"Finished tracing")
 # Seconds; a tenth of the shortest phase.
 _POLL = 0.002
+# A save to a bucket takes longer, and so does each look at it.
+_POLL_BUCKET = 0.02
 
 
 class ProcessError(measure.BenchmarkError):
@@ -76,13 +84,13 @@ class Paths:
     """The directories of a run, and its duration.
 
     Attributes:
-      workdir: the workdir.
+      workdir: the workdir, local or in a bucket.
       data: directory of the prepared data.
-      cache: directory of the compilation cache.
+      cache: directory of the compilation cache; other files are written next to it.
       steps: duration of the run.
     """
 
-    workdir: pathlib.Path
+    workdir: paths.Path
     data: pathlib.Path
     cache: pathlib.Path
     steps: int
@@ -91,14 +99,20 @@ class Paths:
 class TrainingProcess:
     """A process of the training command."""
 
-    def __init__(self, paths: Paths) -> None:
-        self.paths = paths
-        paths.workdir.mkdir(parents=True, exist_ok=True)
-        self._resumed = max(finished_steps(paths.workdir), default=0)
-        self._stderr = paths.workdir.with_name(f"{paths.workdir.name}.stderr")
+    def __init__(self, run: Paths) -> None:
+        self.paths = run
+        self._local = run.workdir if is_local(run.workdir) else None
+        environment = {**os.environ, **_ENVIRONMENT}
+        if self._local:
+            self._local.mkdir(parents=True, exist_ok=True)
+        else:
+            self._temporary = pathlib.Path(tempfile.mkdtemp(dir=run.cache.parent))
+            environment["TMPDIR"] = str(self._temporary)
+        self._resumed = max(finished_steps(run.workdir), default=0)
+        self._stderr = run.cache.with_name(f"{run.workdir.name}.stderr")
         self._traced = False
         self._began = time.time_ns()
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(paths.cache)
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(run.cache)
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [
@@ -106,12 +120,12 @@ class TrainingProcess:
                     "-m",
                     "inception_jax.main",
                     *FLAGS,
-                    f"--config.train.duration={paths.steps} steps",
-                    f"--config.data.directory={paths.data}",
-                    f"--workdir={paths.workdir}",
+                    f"--config.train.duration={run.steps} steps",
+                    f"--config.data.directory={run.data}",
+                    f"--workdir={run.workdir}",
                 ],
                 cwd=measure.ROOT,
-                env={**os.environ, **_ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": cache},
+                env={**environment, "JAX_COMPILATION_CACHE_DIR": cache},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -147,7 +161,7 @@ class TrainingProcess:
                 )
             if ended == 0 or until(phase):
                 return spans
-            time.sleep(_POLL)
+            time.sleep(_POLL if self._local else _POLL_BUCKET)
 
     def kill(self) -> str | None:
         """Kills the process and returns the phase that was hit; None if it had already exited."""
@@ -174,13 +188,21 @@ class TrainingProcess:
     @property
     def step(self) -> int:
         """The newest step in metrics.jsonl."""
-        return max((line["step"] for line in metric_lines(self.paths.workdir)), default=0)
+        return max((line["step"] for line in self._metric_lines()), default=0)
+
+    def _metric_lines(self) -> list[dict[str, Any]]:
+        return metric_lines(path) if (path := self._metrics()) else []
+
+    def _metrics(self) -> pathlib.Path | None:
+        if self._local:
+            return self._local / "metrics.jsonl"
+        return next(self._temporary.glob(f"*/{self.paths.workdir.name}/metrics.jsonl"), None)
 
     def phase(self) -> str:
         """Returns the phase, a key of `PHASES`, that the process is in or was in when it exited."""
-        metrics = self.paths.workdir / "metrics.jsonl"
-        if self._touched(metrics):
-            lines = metric_lines(self.paths.workdir)
+        metrics = self._metrics()
+        if metrics and self._touched(metrics):
+            lines = metric_lines(metrics)
             if lines and lines[-1]["step"] > self._resumed:
                 return self._training_phase(lines[-1])
         self._traced = self._traced or bool(_TRACED.search(self._stderr.read_bytes()))
@@ -203,8 +225,15 @@ class TrainingProcess:
         if step % SAVE_EVERY == 0 and not saved:
             return "save"
         # Written in the background, while steps go on.
-        checkpoints = self.paths.workdir / "checkpoints"
-        return "save" if list(checkpoints.glob("*.orbax-checkpoint-tmp*")) else "steps"
+        return "save" if self._has_unfinished_checkpoint() else "steps"
+
+    def _has_unfinished_checkpoint(self) -> bool:
+        if self._local:
+            return bool(list((self._local / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+        folder = self.paths.workdir / "checkpoints"
+        assert not is_local(folder)
+        begun = {name.partition("/")[0] for name in buckets.list_files(folder)}
+        return bool(begun - set(map(str, integrity.list_steps(folder))))
 
     def _touched(self, path: pathlib.Path) -> bool:
         """Returns whether this process has written a file."""
@@ -214,17 +243,15 @@ class TrainingProcess:
             return False
 
 
-def finished_steps(workdir: pathlib.Path) -> list[int]:
+def finished_steps(workdir: paths.Path) -> list[int]:
     """Returns the steps of the finished checkpoints."""
-    folder = workdir / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [int(name) for name in names if name.isdecimal()]
+    return integrity.list_steps(workdir / "checkpoints")
 
 
-def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of metrics.jsonl; none if it does not exist."""
+def metric_lines(metrics: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a metrics.jsonl; none if it does not exist."""
     try:
-        text = (workdir / "metrics.jsonl").read_bytes()
+        text = metrics.read_bytes()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split(b"\n")[:-1]]
@@ -257,30 +284,32 @@ class Outcome:
         return different
 
 
-def outcome(workdir: pathlib.Path) -> Outcome:
+def outcome(location: paths.Path) -> Outcome:
     """Reads the final state of a run.
 
     Raises:
       BenchmarkError: if the last line of metrics.jsonl is incomplete.
     """
-    metrics = workdir / "metrics.jsonl"
-    if not metrics.read_bytes().endswith(b"\n"):
-        raise measure.BenchmarkError(f"{metrics}: the last line is incomplete")
+    workdir = Workdir(location)
+    workdir.download()
+    if not workdir.metrics.read_bytes().endswith(b"\n"):
+        raise measure.BenchmarkError(f"{location / 'metrics.jsonl'}: the last line is incomplete")
     lines = [
         {name: value for name, value in line.items() if name not in NONDETERMINISTIC_FIELDS}
-        for line in metric_lines(workdir)
+        for line in metric_lines(workdir.metrics)
     ]
-    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
+    result = json.loads(workdir.result.read_text(encoding="utf-8"))
     same = ("name", "step", "epoch", "split", "loss", "top1", "top5", "count")
     # With few classes there is no top5.
-    return Outcome(lines, _arrays(workdir), {n: result[n] for n in same if n in result})
+    config = workdirs.require_record(workdir).config
+    arrays = saved_arrays(runs.assemble(config, log=measure.log), workdir)
+    return Outcome(lines, arrays, {n: result[n] for n in same if n in result})
 
 
-def _arrays(path: pathlib.Path) -> dict[str, bytes]:
-    folder = Workdir(path)
-    config = workdirs.require_record(folder).config
-    abstract_state = states.abstract_state(runs.assemble(config, log=measure.log))
-    with Checkpoints(folder.checkpoints, read_only=True) as saved:
+def saved_arrays(run: Run, workdir: Workdir) -> dict[str, bytes]:
+    """Returns the bytes of each array of a run's last checkpoint, by path."""
+    abstract_state = states.abstract_state(run)
+    with Checkpoints(workdir.checkpoints, read_only=True) as saved:
         restored, _ = saved.restore(saved.resolve("last"), abstract_state)
     leaves = jax.tree_util.tree_leaves_with_path(restored)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

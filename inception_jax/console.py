@@ -92,6 +92,7 @@ class Progress:
         self._label, self._total, self._unit, self._log = label, total, unit, log
         self._visible = visible
         self._done = 0
+        self._start = time.monotonic()
         self._bar: tqdm | None = None
         self._next_line = math.inf
 
@@ -99,7 +100,7 @@ class Progress:
         if self._visible and sys.stderr.isatty():
             self._bar = self.draw(desc=self._label)
         elif self._visible:
-            self._log(f"{self._label}: {self._total:,} {self._unit}")
+            self._log(f"{self._label}: {self._amount(self._total)}")
             self._next_line = time.monotonic() + _LOG_INTERVAL_SECONDS
         return self
 
@@ -123,8 +124,18 @@ class Progress:
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() >= self._next_line:
-            self._log(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}")
+            self._log(f"{self._label}: {self._describe()}")
             self._next_line = time.monotonic() + _LOG_INTERVAL_SECONDS
+
+    def _describe(self) -> str:
+        if self._unit != "bytes":
+            return f"{self._done:,} of {self._total:,} {self._unit}"
+        rate = self._done / (time.monotonic() - self._start) / 1e6
+        return f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate:.1f} MB/s"
+
+    def _amount(self, amount: int) -> str:
+        is_large = self._unit == "bytes" and amount >= 1e7
+        return f"{amount / 1e9:.2f} GB" if is_large else f"{amount:,} {self._unit}"
 
     def log(self, line: str) -> None:
         """Logs a line, above the bar if there is one."""

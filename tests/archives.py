@@ -119,7 +119,8 @@ class _RawName(zipfile.ZipInfo):
     raw = b""
 
     def _encodeFilenameFlags(self) -> tuple[bytes, int]:
-        return self.raw, self.flag_bits
+        # 0x800: the name is UTF-8, which newer Pythons (3.14.10) set unless this method removes it.
+        return self.raw, self.flag_bits & ~0x800
 
 
 def write_raw_zip(

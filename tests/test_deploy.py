@@ -294,7 +294,10 @@ CASES = {
 RECORDER = """#!/bin/sh
 for word in "$(basename "$0")" "$@"; do printf '%s\\0' "$word"; done >> "$CALLS"
 printf '\\n\\0' >> "$CALLS"
-case "$*" in *list-instances*) echo host-a ;; esac
+case "$*" in
+  *list-instances*) echo host-a ;;
+  *"-f -") cat > /dev/null ;;
+esac
 """
 
 

@@ -83,6 +83,7 @@ EXTENDING = RunBy(
 COMMANDS: dict[str, RunBy | NotRun] = {
     "make setup*": RunBy(CI, "make setup"),
     "make demo*": RunBy(CI, "make demo"),
+    "make test-quick*": RunBy(CI, "make test-quick"),
     "make test-slow*": RunBy(CI, "make test-slow"),
     "make test*": RunBy(CI, "make test "),
     "make lint": RunBy(CI, "make lint"),
@@ -97,7 +98,7 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     "pip install *": NotRun("changes the environment of the tests"),
     "pip wheel *": NotRun("writes a wheel, which is not part of the tests"),
     "python -m pytest *": RunBy(CI, "make test "),
-    "tensorboard *": NotRun("serves until it is stopped; tests/telemetry reads what it would"),
+    "tensorboard *": RunBy("tests/integration/test_bucket_runs.py", "tensorboard.main"),
     "tail -f *": NotRun("follows a file until it is stopped"),
     "tfds build *": NotRun("needs TensorFlow; tests/datasets/builders/test_tfds_prepared.py"),
     "srun *": NotRun(LAUNCHER),

@@ -29,6 +29,7 @@ from inception_jax.config.schema import (
     OPEN as OPEN,
     STEMS as STEMS,
     Augment as Augment,
+    Bucket as Bucket,
     Checkpoint as Checkpoint,
     Config as Config,
     Data as Data,

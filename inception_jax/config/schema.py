@@ -115,13 +115,14 @@ class Data:
     directory: str = resumable(
         "",
         "folder for prepared data, local or gs://BUCKET/PATH; empty = the TFDS default "
-        "(~/tensorflow_datasets)",
+        "($TFDS_DATA_DIR or ~/tensorflow_datasets)",
         per_host=True,
         path=True,
     )
     cache: str = resumable(
         "",
-        "local folder for copies of data in a bucket; empty = ~/.cache/inception_jax/data",
+        "local folder for copies of data and sources in a bucket; empty = "
+        "~/.cache/inception_jax/data, or below $XDG_CACHE_HOME",
         per_host=True,
         path=True,
     )

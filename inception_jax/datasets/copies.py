@@ -152,17 +152,22 @@ class FolderCopy:
             "process writes to this folder"
         )
 
-    def upload(self) -> None:
+    def upload(self, check: Callable[[], None]) -> None:
         """Makes the bucket's folder equal to the local one, unless it is known to be.
 
         Requires that no other process writes there. Until the upload is complete, other hosts see
         no folder.
+
+        Args:
+          check: raises an error if another process may write there; called before the folder is
+            marked as incomplete and as complete.
 
         Raises:
           BucketError: if the bucket cannot be written.
         """
         if self._is_current(self.version(), everything):
             return
+        check()
         self.discard()
         files = sorted(path for path in self.local.rglob("*") if path.is_file())
         names = [path.relative_to(self.local).as_posix() for path in files]
@@ -179,6 +184,7 @@ class FolderCopy:
                 name: {"size": each.size, "xxh3": each.chunks} for name, each in facts.items()
             },
         }
+        check()
         generation = buckets.write_bytes(self._manifest, json.dumps(manifest).encode())
         self._write_record(_manifest_version(generation), names, names)
 
@@ -324,8 +330,7 @@ def _list_files(folder: "epath.Path") -> dict[str, FileFacts]:
 
 
 def _facts(stat: buckets.Stat) -> FileFacts:
-    # Digests of local folders include the times of files, which must be equal on all hosts.
-    return FileFacts(stat.size, stat.crc32c, mtime_ns=1000 * stat.generation)
+    return FileFacts(stat.size, stat.crc32c)
 
 
 def _digest(files: Mapping[str, FileFacts]) -> str:

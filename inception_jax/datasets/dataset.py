@@ -239,8 +239,8 @@ def _find_or_prepare(
         info = usable(found)
         if info and (found.version or not recipe.remote):
             return info, False
-        with preparation.sole_writer(recipe, found) as is_sole:
-            if not is_sole:
+        with preparation.sole_writer(recipe, found) as check:
+            if check is None:
                 continue
             is_new = info is None
             if info is None:
@@ -248,7 +248,7 @@ def _find_or_prepare(
                     recipe.log(f"{recipe.cache_dir}: {found.problem}; rebuilding it")
                 with preparation.translate_disk_errors(recipe.directory):
                     info = preparation.build(recipe)
-            preparation.upload(recipe)
+            preparation.upload(recipe, check)
             return info, is_new
 
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from inception_jax import registry
@@ -49,8 +49,12 @@ def find(recipe: Recipe) -> Found:
     return Found(info, problem, version)
 
 
-def upload(recipe: Recipe) -> None:
+def upload(recipe: Recipe, check: Callable[[], None]) -> None:
     """Copies prepared data to the bucket, if they belong in one and it does not have them.
+
+    Args:
+      recipe: settings and registry entry of the data set.
+      check: called before data in the bucket change or become valid; as for `FolderCopy.upload`.
 
     Raises:
       BucketError: if the bucket cannot be written.
@@ -59,23 +63,24 @@ def upload(recipe: Recipe) -> None:
         return
     # Data sets that TFDS prepared come from the bucket.
     if recipe.records_copy and not recipe.part.locate:
-        recipe.records_copy.upload()
-    recipe.cache_copy.upload()
+        recipe.records_copy.upload(check)
+    recipe.cache_copy.upload(check)
 
 
 @contextlib.contextmanager
-def sole_writer(recipe: Recipe, found: Found) -> Iterator[bool]:
+def sole_writer(recipe: Recipe, found: Found) -> Iterator[Callable[[], None] | None]:
     """Excludes other hosts from preparing the data set in a bucket during the block.
 
     Yields:
-      Whether to prepare it; False: another host has done so in the meantime.
+      A function that raises an error if another host has taken over; None: another host has
+      prepared the data set in the meantime.
 
     Raises:
       BucketError: if the bucket cannot be written.
     """
     copy = recipe.cache_copy
     if copy is None or recipe.remote is None:
-        yield True
+        yield lambda: None
         return
 
     def is_replaced() -> bool:
@@ -89,8 +94,8 @@ def sole_writer(recipe: Recipe, found: Found) -> Iterator[bool]:
         doing="preparing this data set",
         wait=True,
         unneeded=is_replaced,
-    ):
-        yield not is_replaced()
+    ) as check:
+        yield None if is_replaced() else check
 
 
 def build(recipe: Recipe) -> cache.Info:
@@ -150,7 +155,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
     recipe.fetch_records()
     builder = make_builder(recipe)
     if builder.is_prepared() and (missing := builder.missing_files()):
-        with contextlib.closing(builder):
+        with contextlib.closing(builder), recipe.showing_source():
             # Opens the source first, so that remaining files are not removed without a replacement.
             _open(recipe, builder)
         recipe.log(f"{missing[0]}: is missing; rebuilding {builder.data_dir}")
@@ -188,8 +193,7 @@ def _prepared_builder(recipe: Recipe) -> Any:
 def _open(recipe: Recipe, builder: Any) -> None:
     """Opens the source, copied from a bucket if it is there."""
     recipe.fetch_source()
-    with recipe.showing_source():
-        builder.open()
+    builder.open()
 
 
 def _remove_caches(recipe: Recipe) -> None:

@@ -175,7 +175,7 @@ class Recipe:
         return self.remote / path.relative_to(self.directory) if self.remote else path
 
     @property
-    def source(self) -> paths.Path | None:
+    def source(self) -> "paths.Path | None":
         """The path of the original files; None if they are downloaded or there are none."""
         if not self.data.source:
             return None

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def write(path: paths.Path, page: str) -> None:
 
 
 def _report_link(record: RunRecord, output: paths.Path) -> str:
-    """Returns a link from a page to a run's own report; '' if it does not exist.
+    """Returns the URL of a run's own report in a page; '' if it does not exist.
 
     It is relative, except from a page elsewhere to a report in a bucket. From a page in a bucket, a
     local report cannot be reached.
@@ -91,10 +92,12 @@ def _report_link(record: RunRecord, output: paths.Path) -> str:
     if paths.is_local(page):
         if not paths.is_local(output):
             return ""
-        return pathlib.Path(os.path.relpath(page.resolve(), output.resolve().parent)).as_posix()
-    if page.parts[:2] == output.parts[:2]:  # The same bucket.
-        return os.path.relpath(str(page), str(output.parent))
-    return _BROWSER_URL + str(page).removeprefix("gs://")
+        relative = pathlib.Path(os.path.relpath(page.resolve(), output.resolve().parent))
+        return urllib.parse.quote(relative.as_posix())
+    same_bucket = not paths.is_local(output) and page.parts[:3] == output.parts[:3]
+    if same_bucket:
+        return urllib.parse.quote(os.path.relpath(str(page), str(output.parent)))
+    return _BROWSER_URL + urllib.parse.quote(str(page).removeprefix("gs://"))
 
 
 def _render(template: str, **values: Any) -> str:

@@ -146,12 +146,6 @@ class Mirror:
         self._background = _BackgroundUploads(upload, self._remote, log)
         try:
             yield
-            self._background.stop()
-            self.upload()
-        except buckets.BucketError as error:
-            if not self._changed_files():
-                raise
-            raise WriteError(f"{error}. {self._keep()}") from error
         except BaseException:
             self._background.stop()
             if not self._upload_within(_LAST_TRY_SECONDS):
@@ -160,6 +154,15 @@ class Mirror:
         finally:
             self._background.stop()
             self._background = None
+        try:
+            self.upload()
+        except buckets.BucketError as error:
+            raise WriteError(f"{error}. {self._keep()}") from error
+
+    def check_lock(self) -> None:
+        """Raises an error if another process may write; only in a block of `uploading`."""
+        if self._background:
+            self._check()
 
     def upload_soon(self) -> None:
         """Starts an upload in the background; does nothing outside a block of `uploading`.

@@ -51,14 +51,12 @@ class FileFacts(NamedTuple):
       crc32c: of the whole file, hexadecimal; '': unknown.
       chunks: XXH3 (64 bits, hexadecimal) of each chunk of `chunk_bytes`; empty: unknown.
       chunk_bytes: size of all chunks but the last.
-      mtime_ns: modification time to give to copies; 0: the time of the copy.
     """
 
     size: int
     crc32c: str = ""
     chunks: tuple[str, ...] = ()
     chunk_bytes: int = 0
-    mtime_ns: int = 0
 
 
 class DamagedError(buckets.BucketError):
@@ -163,8 +161,7 @@ class _ChunkedFile:
         self._arrivals: pathlib.Path | None = None
         if not facts.chunks:
             # Another version of the object has another file.
-            name = f"{arrivals.name}.{facts.crc32c}.{facts.mtime_ns}"
-            self._arrivals = arrivals.with_name(name)
+            self._arrivals = arrivals.with_name(f"{arrivals.name}.{facts.crc32c}")
             self._arrivals.parent.mkdir(parents=True, exist_ok=True)
             self._expected = _read_arrivals(self._arrivals)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,8 +193,6 @@ class _ChunkedFile:
             return False
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
-        if self._facts.mtime_ns:
-            os.utime(self._path, ns=(self._facts.mtime_ns, self._facts.mtime_ns))
         return True
 
     def _fetch(self, number: int, start: int, end: int) -> bytes:

@@ -102,6 +102,11 @@ class Workdir:
         """
         return self._mirror.uploading(check, log) if self._mirror else contextlib.nullcontext()
 
+    def check_lock(self) -> None:
+        """Checks before a write to the bucket that this process may write, as `upload` does."""
+        if self._mirror:
+            self._mirror.check_lock()
+
     def location_of(self, file: pathlib.Path) -> paths.Path:
         """Returns where a file of `path` is for the user: the same path, or one in the bucket."""
         return self.location / file.relative_to(self.path).as_posix()

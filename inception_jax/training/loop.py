@@ -130,6 +130,7 @@ def train(
                     ):
                         # Metrics up to this step must be on disk before its checkpoint is.
                         reporter.flush()
+                        workdir.check_lock()
                         checkpoints.save(
                             state,
                             progress={"seconds": clock.state()},

@@ -52,10 +52,10 @@ def check_shared(workdir: Workdir) -> None:
     with _probe(workdir.location) as name:
         # A name that no process has looked up before, as network file systems cache lookups.
         written = workdir.location / hosts.gather("folder", name)[0]
-        what = f"--workdir={workdir} contains the file that process 0 wrote"
         hosts.check_consistent(
             "shared folder",
-            lambda: {what: access.is_file(written)},
+            # Without the path, which may differ between hosts that see the same folder.
+            lambda: {"--workdir contains the file that process 0 wrote": access.is_file(written)},
             "Hosts of a TPU slice share no disk. Use --workdir=gs://BUCKET/PATH, or a folder that "
             "all hosts mount",
         )
@@ -151,12 +151,16 @@ def load_previous_run(workdir: Workdir) -> PreviousRun:
     Raises:
       CheckpointError: if config.json is not readable, or a part is not available.
     """
-    record = load_record(workdir) if has_checkpoint(workdir) else None
+    record = _load_checkpointed_record(workdir)
     if record:
         for note in record.notes:
             console.log_once(note)
         import_parts(record.parts, str(workdir.location_of(workdir.config)), console.log_once)
     return PreviousRun(workdir, record)
+
+
+def _load_checkpointed_record(workdir: Workdir) -> Record | None:
+    return load_record(workdir) if has_checkpoint(workdir) else None
 
 
 def check_unchanged(previous: PreviousRun) -> None:
@@ -168,7 +172,7 @@ def check_unchanged(previous: PreviousRun) -> None:
       CheckpointError: if one has, because then its settings were not considered.
     """
     previous.workdir.download()
-    if load_previous_run(previous.workdir) != previous:
+    if _load_checkpointed_record(previous.workdir) != previous.record:
         raise CheckpointError(
             f"--workdir={previous.workdir}: another process has trained in this folder while this "
             "one was starting; rerun the same command"

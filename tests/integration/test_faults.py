@@ -83,7 +83,8 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
     processes = [command.start("main", *settings, f"--process_index={index}") for index in range(2)]
     try:
         deadline = time.monotonic() + command.TIMEOUT
-        while not any(line["step"] >= 3 for line in killable_run.metric_lines(workdir)):
+        metrics = workdir / "metrics.jsonl"
+        while not any(line["step"] >= 3 for line in killable_run.metric_lines(metrics)):
             assert time.monotonic() < deadline
             for process in processes:
                 assert process.poll() is None, process.communicate()[1]
@@ -98,7 +99,7 @@ def test_two_processes_save_the_same_step(tmp_path: pathlib.Path) -> None:
         assert each.returncode == EXIT_PREEMPTED, each.stderr
     steps = [saved_step(each.stderr) for each in done]
     assert steps[0] == steps[1] == max(killable_run.finished_steps(workdir))
-    assert killable_run.metric_lines(workdir)[-1]["step"] == steps[0]
+    assert killable_run.metric_lines(metrics)[-1]["step"] == steps[0]
     # Only one of them logs the training (the collectives' library also prints lines).
     assert ["mini_googlenet on digits" in each.stderr for each in done] == [True, False]
     # The other one received the signal.

@@ -46,7 +46,7 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     save = Figure.savefig
 
     def spy(self: Figure, path: pathlib.Path, **kwargs: Any) -> None:
-        saved[path.name] = self.axes[0]
+        saved[path.stem.removeprefix(".")] = self.axes[0]  # At first, it is called .NAME.PROCESS.
         save(self, path, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", spy)

@@ -251,7 +251,10 @@ def test_a_local_workdir_that_the_hosts_do_not_share_is_rejected(
             workdirs.check_shared(Workdir(disks[number]))
         return str(error.value)
 
-    for number, message in enumerate(machines.each(check)):
-        assert f"--workdir={disks[number]} contains the file that process 0 wrote" in message
-        assert message.endswith("Use --workdir=gs://BUCKET/PATH, or a folder that all hosts mount")
-        assert list(disks[number].iterdir()) == []
+    (message,) = set(machines.each(check))
+    assert (
+        "--workdir contains the file that process 0 wrote: true on process 0 (host host0); false "
+        "on process 1 (host host1) and 1 more" in message
+    )
+    assert message.endswith("Use --workdir=gs://BUCKET/PATH, or a folder that all hosts mount")
+    assert [list(disk.iterdir()) for disk in disks] == [[], [], []]

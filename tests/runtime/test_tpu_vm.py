@@ -213,3 +213,24 @@ def test_a_host_that_did_not_join_the_others_of_its_slice_stops() -> None:
     output = start("cpu", process_count=4)
     assert output.startswith("UserError this machine is one of 4 hosts of a TPU slice")
     assert "--distributed on all of them" in output
+
+
+# As JAX does when it is imported on a TPU VM, which this machine is not.
+JAX_WARNING = """
+import sys, warnings
+from jax._src import cloud_tpu_init, hardware_utils
+from inception_jax import cli
+hardware_utils.num_available_tpu_chips_and_device_id = (
+    lambda: (4, hardware_utils.TpuVersion.v6e)
+)
+hardware_utils.transparent_hugepages_enabled = lambda: False
+sys.argv = ["command"]
+cli.run(lambda rest: cloud_tpu_init.cloud_tpu_init(), "")
+"""
+
+
+def test_jax_does_not_warn_of_huge_pages_a_second_time() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JAX_WARNING], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""

@@ -1,11 +1,17 @@
 """Files of a run in a bucket."""
 
+import contextlib
+import os
 import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 
 from inception_jax.storage import atomic, buckets, paths
 from inception_jax.storage.workdir import Workdir
+from tests.gcs import Proxy
 
 
 @pytest.fixture
@@ -49,11 +55,72 @@ def test_only_changed_files_are_uploaded(run: paths.Path) -> None:
 
 
 def test_checkpoints_and_lock_are_left_to_others(run: paths.Path) -> None:
-    for name in ("checkpoints/1/data", "run.lock"):
+    # Other runs, or prepared data, may be in the same folder.
+    names = ("checkpoints/1/data", "run.lock", "b/checkpoints/1/data", "inception_jax/8px/x")
+    for name in names:
         buckets.write_bytes(run / name, b"x")
     workdir = Workdir(run)
     workdir.download()
     assert not any(workdir.path.iterdir())
+
+
+def test_second_download_reads_only_what_has_changed(run: paths.Path, gcs: Proxy) -> None:
+    for name in ("a", "b", "c"):
+        buckets.write_bytes(run / name, b"1")
+    workdir = Workdir(run)
+    workdir.download()
+    buckets.write_bytes(run / "b", b"2")
+    buckets.delete(run / "c")
+    gcs.clear()
+    workdir.download()
+    assert {path.name: path.read_bytes() for path in workdir.path.iterdir()} == {
+        "a": b"1",
+        "b": b"2",
+    }
+    assert [request.names for request in gcs.find("read")] == [["runs/a/b"]]
+    workdir.upload()
+    assert not gcs.find("write")
+
+
+OPEN_AND_WAIT = """
+import sys
+from inception_jax.storage import paths
+from inception_jax.storage.workdir import Workdir
+from tests.gcs import Proxy
+workdir = Workdir(paths.user_path("gs://bkt/runs/a", "--workdir"))
+workdir.metrics.write_text("1")
+print(workdir.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def process(temporary: pathlib.Path) -> Iterator[tuple["subprocess.Popen[str]", pathlib.Path]]:
+    """Yields a process with a run in a bucket, and the run's local folder."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OPEN_AND_WAIT],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as started:
+        assert started.stdout is not None
+        yield started, pathlib.Path(started.stdout.readline().rstrip())
+
+
+def test_local_folders_end_with_their_processes(tmp_path: pathlib.Path) -> None:
+    with process(tmp_path) as (first, folder), process(tmp_path) as (second, other):
+        assert folder != other and (folder / "metrics.jsonl").exists()
+        assert folder.parent.parent == other.parent.parent == tmp_path
+        first.kill()
+        first.wait()
+        assert folder.exists()
+        with process(tmp_path) as (third, _):
+            # Of the killed process, but not that of the running one.
+            assert not folder.exists() and other.exists()
+            third.communicate("")
+        second.communicate("")
+    assert not any(tmp_path.iterdir())
 
 
 def test_local_run_has_no_copies(tmp_path: pathlib.Path) -> None:

@@ -369,23 +369,28 @@ def start_worker(folder: "epath.Path", steps: str, *arguments: str) -> subproces
     )
 
 
-# Operation and name of a request of the last save, and the steps that exist after a kill there.
-MOMENTS = {
-    "first file": ("write", "*/8/_CHECKPOINT_METADATA", [2, 4, 6]),
-    "arrays": ("write", "*/8/*ocdbt*", [2, 4, 6]),
-    "merged arrays": ("write", "*/8/model/manifest.ocdbt", [2, 4, 6]),
-    "manifest": ("write", "*/8/manifest.json", [2, 4, 6]),
-    "commit": ("write", "*/8/commit_success.txt", [2, 4, 6]),
-    "deletion": ("delete", "*/4/commit_success.txt", [2, 4, 6, 8]),
-    "deletion of other files": ("delete", "*/4/*ocdbt*", [2, 6, 8]),
+# Operation and name of a request, how many of them come first, and the steps after a kill there.
+MOMENTS: dict[str, tuple[str, str, int, list[int]]] = {
+    "first file": ("write", "*/8/_CHECKPOINT_METADATA", 0, [2, 4, 6]),
+    "arrays": ("write", "*/8/*ocdbt*", 3, [2, 4, 6]),
+    "merged arrays": ("write", "*/8/model/manifest.ocdbt", 0, [2, 4, 6]),
+    "manifest": ("write", "*/8/manifest.json", 0, [2, 4, 6]),
+    "commit": ("write", "*/8/commit_success.txt", 0, [2, 4, 6]),
+    # Orbax also deletes a commit file before it writes it.
+    "deletion": ("delete", "*/4/commit_success.txt", 1, [2, 4, 6, 8]),
+    "deletion of other files": ("delete", "*/4/*ocdbt*", 1, [2, 6, 8]),
 }
+QUICK = ("commit", "deletion of other files")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MOMENTS],
+)
 def test_killed_process_leaves_whole_checkpoints(
     moment: str, empty: "epath.Path", gcs: Proxy
 ) -> None:
-    operation, name, steps = MOMENTS[moment]
+    operation, name, skip, steps = MOMENTS[moment]
     worker = start_worker(empty, "2,4,6,8")
 
     def kill() -> None:
@@ -394,7 +399,7 @@ def test_killed_process_leaves_whole_checkpoints(
         # Nothing that the process has sent is still on its way.
         gcs.inject(CutRequest())
 
-    gcs.inject(Call(kill), operation=operation, name=name, times=1)
+    gcs.inject(Call(kill), operation=operation, name=name, skip=skip, times=1)
     done = command.finish(worker)
     assert done.returncode == -signal.SIGKILL, done.stderr
     gcs.clear()
@@ -413,24 +418,26 @@ def check_continues(folder: "epath.Path", steps: list[int]) -> None:
     assert names(folder) == set(map(str, left))
 
 
-@pytest.mark.parametrize("count", [*range(0, 300, 30)])
+@pytest.mark.parametrize(
+    "count",
+    [60, 180, *(pytest.param(count, marks=pytest.mark.slow) for count in range(0, 300, 25))],
+)
 def test_connection_lost_at_any_moment_leaves_whole_checkpoints(
     count: int, folder: "epath.Path", gcs: Proxy
 ) -> None:
     """As a kill, seen from the bucket; and in the process that survives it."""
     with contextlib.suppress(WriteError), Checkpoints(folder, keep_last=2) as checkpoints:
-        rule = gcs.inject(CutRequest(), skip=count)
+        gcs.inject(CutRequest(), skip=count)
         save(checkpoints, 8)
         checkpoints.wait()
     gcs.clear()
     steps = integrity.list_steps(folder)
     assert steps in ([2, 4, 6], [2, 4, 6, 8], [4, 6, 8])
-    assert rule.seen < count or steps[-1] == 6 or count > 100
     assert [integrity.find_corruption(folder / str(step)) for step in steps] == [""] * len(steps)
     with Checkpoints(folder, keep_last=2) as checkpoints:
         check_restores(checkpoints, steps[-1])
         save(checkpoints, 10)
-    assert names(folder) == {"4", str(steps[-1]), "10"}
+    assert integrity.list_steps(folder) == sorted({4, steps[-1], 10})
 
 
 # Faults.

@@ -175,7 +175,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         # Set only now: `_info` must work without the source, so that a prepared data set can be
         # read after the source is removed.
         self.info.features["label"].names = list(names)
-        self.info.metadata.update(metadata | self._original)
+        self.info.metadata.update({**metadata, **self._original})
         return {
             split: self._generate_examples(split, items) for split, items in self.splits().items()
         }

@@ -175,11 +175,16 @@ def decompressor(path: pathlib.Path) -> Callable[..., Any] | None:
 
 
 class _BoundedReader(io.RawIOBase):
-    """Wraps a file and refuses large reads."""
+    """Wraps a file and refuses to read large headers.
+
+    Newer Pythons (3.14.10) read a header in chunks. tarfile reads the blocks between headers one by
+    one, so consecutive larger reads belong to one header.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
         self._file = file
+        self._header_bytes = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Moves to an offset in the file."""
@@ -190,9 +195,12 @@ class _BoundedReader(io.RawIOBase):
         return self._file.tell()
 
     def read(self, size: int = -1, /) -> bytes:
-        """Reads from the file; raises ReadError for more than `_MAX_HEADER_BYTES`."""
-        if not 0 <= size <= _MAX_HEADER_BYTES:
+        """Reads from the file; raises ReadError in a header of more than `_MAX_HEADER_BYTES`."""
+        self._header_bytes = self._header_bytes + size if size > _BLOCK else 0
+        if size < 0:
             raise tarfile.ReadError(f"a member's header has {size:,} bytes")
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a member's header has more than {_MAX_HEADER_BYTES:,} bytes")
         return self._file.read(size)
 
 

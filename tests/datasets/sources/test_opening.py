@@ -179,7 +179,7 @@ def test_oversized_tar_header_is_not_read(tmp_path: pathlib.Path) -> None:
         file.write(member.tobuf())
         file.truncate(1 << 30)
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"a member's header has 536,870,912 bytes"):
+    with pytest.raises(DataError, match=r"a member's header has more than [\d,]+ bytes"):
         folders.open_source(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
