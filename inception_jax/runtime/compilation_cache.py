@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from inception_jax.storage import paths
+from inception_jax.storage import buckets, paths
 
 Log = Callable[[str], None]
 
@@ -56,6 +56,8 @@ def enable(log: Log) -> None:
     if given:
         # JAX would take ~ and other URLs for names of folders in the current one.
         folder = paths.user_path(given, f"{VARIABLE}={given}")
+        if not paths.is_local(folder):
+            buckets.configure_epath()  # With which JAX writes there.
     else:
         try:
             folder = _user_folder()
