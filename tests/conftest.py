@@ -42,6 +42,8 @@ from tests import gcs as gcs_server  # noqa: E402
 # process waits long for another. Files missing here only cost time.
 _LONGEST = (
     "tests/integration/test_command_line.py",
+    "tests/training/test_bucket_checkpoints.py",
+    "tests/integration/test_bucket_runs.py",
     "tests/training/test_loop.py",
     "tests/test_extending.py",
     "tests/integration/test_hosts.py",

@@ -68,6 +68,10 @@ OWNERS = {
     "graphviz": ("inspection/drawing.py",),
     "onnx": ("export/",),
     "onnxruntime": ("export/",),
+    "google": ("storage/buckets.py",),
+    "google_crc32c": ("storage/transfers.py",),
+    "gcsfs": ("storage/_gcsfs_private.py",),
+    "fsspec": ("storage/",),
 }
 UNWANTED = {"tensorflow", "keras", "torchvision", "tensorboard"}
 PARALLEL = {"sharding", "PartitionSpec", "NamedSharding", "Mesh", "axis_name", "psum", "pmean"}
