@@ -108,12 +108,13 @@ def test_objects_below_a_prefix_are_listed(files: storage.Bucket) -> None:
 
 
 @pytest.mark.parametrize("fault", [CutRequest(after=300_000), CutResponse(), Status(503)])
+@pytest.mark.parametrize("part", [1, 2, 3])
 def test_an_interrupted_resumable_upload_is_whole(
-    files: storage.Bucket, gcs: servers.Proxy, fault: servers.Action
+    part: int, fault: servers.Action, files: storage.Bucket, gcs: servers.Proxy
 ) -> None:
     contents = np.random.default_rng(0).bytes(9 << 20)
     blob = files.blob("object", chunk_size=3 << 20)
-    rule = gcs.inject(fault, operation="write", name="object", skip=2, times=1)
+    rule = gcs.inject(fault, operation="write", name="object", skip=part, times=1)
     blob.upload_from_string(contents, if_generation_match=0, retry=QUICKLY)
     assert rule.applied == 1
     assert blob.download_as_bytes() == contents
@@ -370,7 +371,9 @@ def test_the_server_ends_with_a_killed_process() -> None:
         url, folder = process.stdout.readline().split()
         urllib.request.urlopen(f"{url}/storage/v1/b").close()
         os.kill(process.pid, signal.SIGKILL)
-    while os.path.exists(folder):
+    deadline = time.monotonic() + 60
+    while os.path.exists(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert not os.path.exists(folder)
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(f"{url}/storage/v1/b")
