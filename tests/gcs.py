@@ -69,7 +69,7 @@ def environment(url: str) -> dict[str, str]:
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         # Clients neither look for credentials of the machine's user, nor ask the metadata server.
-        
+        "FSSPEC_GCS_TOKEN": "anon",
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
         "GOOGLE_CLOUD_PROJECT": "project",
         # gcsfs does not ask for a bucket's type by gRPC, which takes it a minute without an answer.
@@ -89,7 +89,7 @@ class Server:
     def __init__(self) -> None:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="gcs-"))
         # `cat` ends when this process does, even if it is killed.
-        script = '"$@" & exec 2>/dev/null; sleep 1000; kill -9 $!; wait $!; rm -rf "$PWD"'
+        script = '"$@" & exec 2>/dev/null; cat; kill -9 $!; wait $!; rm -rf "$PWD"'
         port = _free_port()
         address = f"127.0.0.1:{port}"
         self.url = f"http://{address}"
@@ -186,7 +186,7 @@ class Rule:
     applied: int = 0
 
     def __post_init__(self) -> None:
-        self._random = random.Random()
+        self._random = random.Random(self.seed)
 
     def applies(self, request: Request) -> bool:
         """Counts a request if it matches; returns whether it is given the fault."""
@@ -195,7 +195,7 @@ class Rule:
         if not any(fnmatch.fnmatchcase(name, self.name) for name in request.names or ("",)):
             return False
         self.seen += 1
-        if  self.applied >= self.times:
+        if self.seen <= self.skip or self.applied >= self.times:
             return False
         applies = self._random.random() < self.probability
         self.applied += applies
@@ -233,7 +233,7 @@ class Proxy:
 
     def make_read_only(self) -> None:
         """Denies all writes and deletions, as for an account that may only read."""
-        self.inject(Status(403), operation="write")
+        self.inject(Status(403), operation="write|delete")
 
     def clear(self) -> None:
         """Removes all rules and recorded requests, and cuts requests that are being delayed."""
