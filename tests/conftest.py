@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 import pytest
 
+from tests import gcs as gcs_server
+
 # Shared by all Pythons with one version of jaxlib, which alone decides what a program compiles to.
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{version('jaxlib')}"
 
@@ -35,8 +37,6 @@ from absl import flags  # noqa: E402  (after setting the environment)
 
 # Grain's workers read absl flags, which only an absl app parses (fixed after 0.2.18).
 flags.FLAGS.mark_as_parsed()
-
-from tests import gcs as gcs_server  # noqa: E402
 
 # The slowest test files, slowest first. Running them first leaves short tests for the end, so no
 # process waits long for another. Files missing here only cost time.

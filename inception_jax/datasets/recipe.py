@@ -53,11 +53,12 @@ def data_location(directory: str, cache: str = "") -> Location:
         directory = default or "~/tensorflow_datasets"
         what += f" (TFDS_DATA_DIR={default})" if default else f" ({directory})"
     path = paths.user_path(directory, what)
-    copies_folder = copies.cache_folder(cache)
     location = Location(path)
     if not paths.is_local(path):
         what = f"config.data.cache = {cache!r}"
-        location = Location(copies.below(copies_folder / "prepared", path), path)
+        location = Location(copies.below(copies.cache_folder(cache) / "prepared", path), path)
+    elif cache:
+        copies.cache_folder(cache)  # Reports a wrong setting before it is used.
     try:
         str(location.local.absolute()).encode()
     except UnicodeEncodeError as error:

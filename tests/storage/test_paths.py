@@ -101,6 +101,10 @@ def test_unknown_home_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(UserError, match="home folder is unknown; set HOME"):
             call()
+    # Only its default needs one.
+    assert data_location("/data").local == pathlib.Path("/data")
+    with pytest.raises(UserError, match="home folder is unknown; set it to a local folder"):
+        data_location("gs://bucket/data")
 
 
 @pytest.mark.parametrize(
