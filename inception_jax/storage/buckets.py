@@ -434,6 +434,8 @@ def _client() -> "storage.Client":
     from google.auth import exceptions
     from google.cloud import storage
 
+    # The library would look up each bucket in a thread of its own, for traces that nobody collects.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     try:
         # A project is only needed for creating buckets.
         return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "unused"))
