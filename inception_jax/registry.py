@@ -95,6 +95,7 @@ class DatasetPart(Part):
         "validation" or "test" if there is one, otherwise the only other split.
       class_names: class names in the order of the labels; empty: returned with the splits.
       classes: number of classes; 0: determined by the source.
+      examples: number of examples in each split that is used; empty: determined by the source.
       extra_settings: fields of `config.Data` that apply to this data set but not to most others.
       accepts_source: whether `config.data.source` may be set.
       content_is_canonical: whether every source contains the same examples, so that data prepared
@@ -114,6 +115,7 @@ class DatasetPart(Part):
     eval_split: str = ""
     class_names: Sequence[str] = ()
     classes: int = 0
+    examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
     extra_settings: tuple[str, ...] = ()
     accepts_source: bool = True
     content_is_canonical: bool = False
