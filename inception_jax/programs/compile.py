@@ -7,7 +7,6 @@ evaluation. They need the shapes of the data, not the data.
 import contextlib
 import copy
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -252,8 +251,6 @@ def largest_batch(
 ) -> int:
     """Returns the largest batch size whose training step fits into the memory of the devices.
 
-    Doubles or halves the batch until it is known to an octave, then bisects to an eighth of it.
-
     Args:
       assemble_for: returns the run with a batch size, a multiple of `start`'s unit.
       target: its devices.
@@ -263,9 +260,9 @@ def largest_batch(
     Returns:
       The batch size, or 0 if not even one image a device fits.
     """
-    unit = target.devices * assemble_for(start).config.train.grad_accum_steps
+    first = assemble_for(start)
+    unit = target.devices * first.config.train.grad_accum_steps
 
-    @functools.cache
     def fits(units: int) -> bool:
         this = assemble_for(units * unit)
         try:
@@ -275,19 +272,41 @@ def largest_batch(
             return False
         return True
 
-    units = start // unit
-    while units and not fits(units):
-        units //= 2
-    most = len(assemble_for(start).dataset.train) // unit
-    if not units or units == most:
-        return units * unit
-    while 2 * units <= most and fits(2 * units):
-        units *= 2
-    grain, above = max(1, units // 8), 2 * units
-    while above - units > grain:
-        middle = units + (above - units) // 2 // grain * grain
-        units, above = (middle, above) if middle <= most and fits(middle) else (units, middle)
-    return units * unit
+    return unit * bisect_largest(fits, start // unit, len(first.dataset.train) // unit)
+
+
+def bisect_largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """Returns about the largest number that fits, where all smaller ones fit as well.
+
+    Doubles or halves the number until it is known to a factor of two, then bisects to an eighth.
+
+    >>> bisect_largest(lambda number: number <= 1000, start=64, most=10_000)
+    960
+
+    Args:
+      fits: whether a number fits; called once for each number tried.
+      start: the first number tried, at least 1.
+      most: the largest number of interest, at least `start`.
+
+    Returns:
+      The number, or 0 if not even 1 fits.
+    """
+    below = start
+    while below and not fits(below):
+        below //= 2
+    if not below:
+        return 0
+    if below == start:
+        while 2 * below <= most and fits(2 * below):
+            below *= 2
+    above, grain = min(2 * below, most + 1), max(1, below // 8)
+    while above - below > grain:
+        middle = below + max(1, (above - below) // grain // 2) * grain
+        if fits(middle):
+            below = middle
+        else:
+            above = middle
+    return below
 
 
 def _compile(

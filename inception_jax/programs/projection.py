@@ -1,10 +1,12 @@
 """Derives times from what a program does and what a data sheet says a device can do.
 
-No time is measured. The fastest is a roofline (Williams, Waterman and Patterson 2009): a program
-takes at least its operations divided by the peak, and its memory traffic divided by the bandwidth.
-The slowest has its operations one after another, each as long as the compiler estimates, and data
-between devices after them. Compilers for GPUs estimate nothing; there, each operation is assumed to
-reach half of the peak or of the bandwidth, after a few microseconds in which nothing happens.
+No time is measured. A roofline (Williams, Waterman and Patterson 2009) is a bound: a program takes
+at least its operations divided by the peak, and its memory traffic divided by the bandwidth. The
+estimate is a range. At its fast end, only what the compiler itself estimates takes time, and the
+rest goes on at the same time, as far as the roofline permits. At its slow end, everything happens
+one after another. Compilers for GPUs estimate nothing: there, the fast end is the roofline, and at
+the slow end each operation reaches half of the peak or of the bandwidth after some microseconds
+for its start, which are assumptions.
 """
 
 import collections
@@ -27,7 +29,9 @@ class Times:
     Attributes:
       products: its operations at the peak; None: the peak is unknown.
       memory: its memory traffic at full bandwidth.
-      between_devices: its collectives; None: the bandwidth of links is unknown.
+      between_devices: its collectives, without latency; None: the bandwidth of links is unknown.
+      roofline: the longest of these.
+      compiler: the sum of the compiler's estimates; None: it makes none.
       operations: each operation's estimate, times how often it runs, in order.
       fastest, slowest: the range.
     """
@@ -35,6 +39,8 @@ class Times:
     products: float | None
     memory: float
     between_devices: float | None
+    roofline: float
+    compiler: float | None
     operations: tuple[float, ...]
     fastest: float
     slowest: float
@@ -46,12 +52,16 @@ def times(program: Program, target: Target) -> Times:
     products = program.flops / chip.peak if chip.peak else None
     memory = found.bytes / chip.bandwidth
     between = _between_devices(program, target)
+    compiler = found.cycles / chip.cycles if chip.cycles and found.cycles is not None else None
     operations = tuple(each.times * operation_seconds(each, chip) for each in found.operations)
-    fastest = max(products or 0.0, memory, between or 0.0)
+    roofline = max(products or 0.0, memory, between or 0.0)
+    fastest = max(roofline, compiler or 0.0)
     return Times(
         products=products,
         memory=memory,
         between_devices=between,
+        roofline=roofline,
+        compiler=compiler,
         operations=operations,
         fastest=fastest,
         slowest=max(fastest, sum(operations) + (between or 0.0)),

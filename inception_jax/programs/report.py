@@ -170,6 +170,8 @@ def _program_record(program: Program, target: Target) -> dict[str, Any]:
             "products": times.products,
             "memory": times.memory,
             "between_devices": times.between_devices,
+            "roofline": times.roofline,
+            "compiler": times.compiler,
             "fastest": times.fastest,
             "slowest": times.slowest,
         },
@@ -198,15 +200,19 @@ def _program(program: dict[str, Any], target: dict[str, Any]) -> list[str]:
         parts.insert(0, f"products {_ms(seconds['products'])}")
     if seconds["between_devices"]:
         parts.append(f"between devices {_ms(seconds['between_devices'])}")
+    accessed = program["bytes_accessed"]
+    counted = f" ({_size(accessed)} in all memories)" if accessed else ""
+    estimate = f"{_ms(seconds['fastest'])} to {_ms(seconds['slowest'])}"
     if program["cycles"]:
-        parts.append(f"{program['cycles'] / 1e6:,.1f} M cycles by the compiler's estimate")
+        estimate += f" (the compiler estimates {program['cycles'] / 1e6:,.1f} M cycles)"
     lines = [
         program["name"],
         f"  compiled  in {program['compile_seconds']:.0f} s{code}",
         f"  memory    fits: {memory['peak'] / GIB:.2f} of {usable / GIB:.2f} GiB",
         f"  work      {program['flops'] / 1e9:,.1f} GFLOP, {_size(program['bytes'])} to and from "
-        f"memory, {intensity:.0f} FLOP/byte, {program['operations']:,} operations",
-        f"  time      {_ms(seconds['fastest'])} to {_ms(seconds['slowest'])}: {', '.join(parts)}",
+        f"memory{counted}, {intensity:.0f} FLOP/byte, {program['operations']:,} operations",
+        f"  roofline  at least {_ms(seconds['roofline'])}: {', '.join(parts)}",
+        f"  estimate  {estimate}",
     ]
     if collectives := program["collectives"]:
         found = [
