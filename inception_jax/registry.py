@@ -138,6 +138,11 @@ class DatasetPart(Part):
                 'version must be three numbers, such as "1.0.0"'
             )
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0: determined by the source."""
+        return self.classes or len(self.class_names)
+
     def source_problem(self, data: Any) -> str:
         """Returns an error message if a source is set but not accepted, or ''."""
         if not data.source or self.accepts_source:

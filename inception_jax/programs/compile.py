@@ -141,20 +141,16 @@ def abstract_dataset(config: Config, *, classes: int = 0, examples: int = 0) -> 
       UserError: if a number is neither defined nor given, or given and defined otherwise.
     """
     data, part = config.data, DATASETS.get(config.data.name)
-    known = part.classes or len(part.class_names)
-    for given, defined, what in (
-        (classes, known, "classes"),
-        (examples, part.examples.get(part.train_split, 0), "examples"),
+    for given, defined, what, meaning in (
+        (classes, part.num_classes, "classes", "classes"),
+        (examples, part.examples.get(part.train_split, 0), "examples", "training images"),
     ):
         if given and defined and given != defined:
             raise UserError(f"{what} = {given}: {part.name} has {defined:,}; leave it out")
         if not given and not defined:
-            meaning = {"classes": "number of classes", "examples": "number of training images"}[
-                what
-            ]
             raise UserError(
-                f"{what} is not set: the {meaning} of {part.name} depends on its source; set it "
-                f"(--{what}=N)"
+                f"the number of {meaning} of {part.name} depends on its source; set --{what}=N (in "
+                f"Python, {what}=N)"
             )
     train = (examples or part.examples[part.train_split]) - data.holdout
     # An evaluation of unknown size is compiled for a full batch.
@@ -171,7 +167,7 @@ def abstract_dataset(config: Config, *, classes: int = 0, examples: int = 0) -> 
         name=part.name,
         version=part.version,
         image_size=data.image_size,
-        class_names=tuple(part.class_names) or arrays.numbered_names(classes or known),
+        class_names=tuple(part.class_names) or arrays.numbered_names(classes or part.num_classes),
         # Constants of the program, whose values change nothing else.
         mean=np.array(part.mean or (0.5, 0.5, 0.5), np.float32),
         std=np.array(part.std or (0.25, 0.25, 0.25), np.float32),

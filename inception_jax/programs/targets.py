@@ -263,11 +263,6 @@ def make_mesh(target: Target) -> "Mesh":
     Raises:
       UserError: if the compiler is not installed.
     """
-    import jax
-    from jax.experimental import topologies
-
-    from inception_jax.runtime import sharding
-
     tpu = target.chip.platform == "tpu"
     plugins = ("libtpu",) if tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
     if not any(map(importlib.util.find_spec, plugins)):
@@ -276,6 +271,11 @@ def make_mesh(target: Target) -> "Mesh":
             f"target = {target.name!r}: its compiler, {what}, is not installed; install it with "
             f"pip install -e '.[{extra}]' -c .venv/pins.txt. No device is needed"
         )
+    import jax
+    from jax.experimental import topologies
+
+    from inception_jax.runtime import sharding
+
     # This process's own devices come first: what follows must not concern them.
     own = jax.default_backend()
     with _offline() if tpu and own != "tpu" else contextlib.nullcontext():
