@@ -87,7 +87,8 @@ class Audit:
     Attributes:
       operations: everything that it starts, in order.
       collectives: number and bytes of each kind of operation between devices.
-      convolutions: number of convolutions by the type of their operands, such as "bf16".
+      convolutions: number of convolutions, also of those written as products, by the type of their
+        operands, such as "bf16".
       arguments: type and shape of each argument by its name, such as "batch['image']".
       state_bytes: bytes of the arguments below `state`.
       donated_bytes: bytes of arguments whose memory is reused for results.
@@ -137,7 +138,7 @@ def audit(text: str) -> Audit:
     ]
     convolutions: Counter[str] = Counter()
     for computation, each in everything:
-        if _is_convolution(each):
+        if _flops(computation, each) and _is_of_convolution(_parts(each.op_name)[0]):
             dtypes = {array.dtype for array in computation.operands(each)[:2]}
             convolutions[" and ".join(sorted(dtypes))] += 1
     parameters = module.parameters
@@ -300,13 +301,18 @@ def _parts(op_name: str) -> tuple[list[str], bool]:
     return names, "transpose(" in op_name
 
 
+def _is_of_convolution(names: list[str]) -> bool:
+    """Whether names are those of a convolution, whatever the compiler has made of it."""
+    return bool(names) and "conv" in names[-1]
+
+
 def _is_pooling(each: Instruction) -> bool:
     return each.opcode in ("select-and-scatter", "reduce-window")
 
 
 def _product_kind(main: Instruction, names: list[str], is_backward: bool) -> str:
     """Returns the kind of a product or convolution."""
-    if not names or "conv" not in names[-1]:
+    if not _is_of_convolution(names):
         return "dense layer"
     if not is_backward:
         return "convolution"

@@ -39,7 +39,11 @@ Log = Callable[[str], None]
 
 # What the compilers write when a program does not fit.
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|out of memory", re.IGNORECASE)
-_USED = re.compile(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", re.IGNORECASE)
+# By libtpu 0.0.50, and by older ones.
+_USED = re.compile(
+    r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|"
+    r"Used ([\d.]+\w) of ([\d.]+\w) hbm"
+)
 
 
 class OutOfMemory(UserError):
@@ -380,7 +384,7 @@ def _explain(
     if _OUT_OF_MEMORY.search(text):
         used = _USED.search(text)
         raise _out_of_memory(
-            name, target, purpose, config, *(used.groups() if used else ())
+            name, target, purpose, config, *filter(None, used.groups() if used else ())
         ) from error
     raise RunError(
         f"{name}: the compiler for {target.name} failed, which is a fault of the compiler: "
