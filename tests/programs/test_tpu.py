@@ -1,6 +1,9 @@
 """What the compiler for TPUs makes of the training step, where it is installed (libtpu alone)."""
 
+import importlib.metadata
 import importlib.util
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from inception_jax.programs import targets
 from inception_jax.programs.compile import Program
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
+from tests import command
 from tests.programs import narrow
 
 pytestmark = [
@@ -110,6 +114,22 @@ def test_evaluation_compiles_too_and_leaves_no_cache(
     assert (evaluation.purpose, evaluation.batch_size) == ("evaluate", 96)
     assert set(evaluation.audit.convolutions) == {"bf16"} and not evaluation.audit.collectives
     assert not list(folder.glob("*-cache"))
+
+
+def test_the_command_describes_and_records_a_run(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "programs.json"
+    printed = command.check(
+        "tools.compile",
+        "--config=experiments/digits.py",
+        "--config.model.width=0.125",
+        "--target=v5litepod-1",
+        f"--json={path}",
+    )
+    assert "on v5e-1: 1 × TPU v5e" in printed and "convolution, to the kernel" in printed
+    record = json.loads(path.read_text())
+    assert record["versions"]["libtpu"] == importlib.metadata.version("libtpu")
+    assert [each["purpose"] for each in record["programs"]] == ["train", "evaluate"]
+    assert all(each["cycles"] and each["bytes_accessed"] for each in record["programs"])
 
 
 def test_a_step_that_does_not_fit_is_one_message() -> None:
