@@ -340,9 +340,7 @@ def _compile(
     )
     usable = target.chip.memory * target.chip.usable
     if memory.peak > usable:
-        raise _out_of_memory(
-            name, target, purpose, config, f"{memory.peak / GIB:.2f}G", f"{usable / GIB:.2f}G"
-        )
+        raise _out_of_memory(name, target, purpose, config, _size(memory.peak), _size(usable))
     counted = cast(dict[str, float] | None, compiled.cost_analysis()) or {}
     found = audit.audit(compiled.as_text() or "")
     return Program(
@@ -406,8 +404,13 @@ def _out_of_memory(
         )
     else:
         remedy = f"reduce config.evaluation.batch_size (currently {config.evaluation.batch_size})"
-    amount = f": it needs {needed} bytes of {usable}" if needed else ""
+    amount = f": it needs {needed} of {usable}" if needed else ""
     return OutOfMemory(f"{name}: out of memory on {target.name}{amount} on each device; {remedy}")
+
+
+def _size(count: float) -> str:
+    """Returns a number of bytes as the compilers write it."""
+    return f"{count / GIB:.2f}G" if count >= GIB else f"{count / 2**20:.2f}M"
 
 
 def _bytes(tree: Any) -> int:

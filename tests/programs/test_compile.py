@@ -91,7 +91,7 @@ def test_a_run_is_compiled_and_described_without_data(capsys: pytest.CaptureFixt
     assert record["recipe"]["images_per_second"][0] <= record["recipe"]["images_per_second"][1]
     assert record["recipe"]["minutes"][0] <= record["recipe"]["minutes"][1]
     text = str(report)
-    assert "small (Network, float32) on v5e-8: 8 × TPU v5e" in text
+    assert "small (Network, bfloat16) on v5e-8: 8 × TPU v5e" in text
     assert "Nothing was run: times are estimates." in text
     assert "training step, 8 px, batch 64" in text and "convolution, to the kernel" in text
     assert "compiling for v5e-8" in capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_a_step_that_needs_too_much_memory_names_the_settings_to_change(
 def test_a_gpu_program_larger_than_jax_reserves_does_not_fit() -> None:
     text = "device_memory_size: 100000\nmemory_bandwidth: 1000"
     target = targets.from_target_config(text, 8, "small.pbtxt")
-    with pytest.raises(programs.OutOfMemory, match=r"it needs 0\.\d\dG of 0\.00G on each device"):
+    with pytest.raises(programs.OutOfMemory, match=r"it needs \d\.\d\dM of 0\.07M on each device"):
         ij.compile_for(narrow.config(), target, model=small.Network())
 
 
