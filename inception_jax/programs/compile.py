@@ -40,7 +40,7 @@ Log = Callable[[str], None]
 # What the compilers write when a program does not fit.
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|out of memory", re.IGNORECASE)
 # By libtpu 0.0.50, and by older ones.
-_USED = re.compile(
+_AMOUNTS = re.compile(
     r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|"
     r"Used ([\d.]+\w) of ([\d.]+\w) hbm"
 )
@@ -85,11 +85,11 @@ class Program:
       compile_seconds: duration of the compilation on this machine.
       code_bytes: size of the program; 0: unknown.
       memory: on each device.
-      flops: operations on each device, counted by the compiler, or by the audit where it counts
-        none.
-      bytes_accessed: bytes read and written by all operations in any memory, counted by the
-        compiler; None: it counts none.
-      audit: what it does.
+      audit: what it does on each device.
+      compiler_flops: operations on each device as the compiler counts them, which includes those of
+        one number at a time, and each loop once; None: it counts none.
+      bytes_accessed: bytes read and written by all operations in any memory, as the compiler counts
+        them; None: it counts none.
     """
 
     purpose: str
@@ -98,18 +98,17 @@ class Program:
     compile_seconds: float
     code_bytes: int
     memory: Memory
-    flops: float
-    bytes_accessed: float | None
     audit: Audit
+    compiler_flops: float | None = None
+    bytes_accessed: float | None = None
 
     @property
     def name(self) -> str:
         """What it is, for people."""
-        return describe(self.purpose, self.image_size, self.batch_size)
+        return _name(self.purpose, self.image_size, self.batch_size)
 
 
-def describe(purpose: str, image_size: int, batch_size: int) -> str:
-    """Returns what a program is, for people."""
+def _name(purpose: str, image_size: int, batch_size: int) -> str:
     what = {"train": "training step", "evaluate": "evaluation"}[purpose]
     return f"{what}, {image_size} px, batch {batch_size}"
 
@@ -233,17 +232,32 @@ def compile_run(this: Run, target: Target, log: Log = lambda line: None) -> Iter
     resident = _bytes(state) - _bytes(variables)
     lowered = Evaluator(this).lower(variables)
     for size, forward in lowered.forward.items():
-        batch_size = forward.out_info.shape[0]
-        yield _compile(forward, target, "evaluate", size, batch_size, this.config, resident, log)
+        yield _compile(
+            forward,
+            target,
+            this.config,
+            purpose="evaluate",
+            image_size=size,
+            batch_size=forward.out_info.shape[0],
+            resident=resident,
+            log=log,
+        )
 
 
 def compile_train_step(
     this: Run, target: Target, image_size: int, log: Log = lambda line: None
 ) -> Program:
     """Compiles the training step of a run for an image size; raises as `compile_run` does."""
-    lowered = steps.lower_train_step(this, states.abstract_state(this), image_size)
-    batch_size = this.config.train.batch_size
-    return _compile(lowered, target, "train", image_size, batch_size, this.config, 0, log)
+    return _compile(
+        steps.lower_train_step(this, states.abstract_state(this), image_size),
+        target,
+        this.config,
+        purpose="train",
+        image_size=image_size,
+        batch_size=this.config.train.batch_size,
+        resident=0,
+        log=log,
+    )
 
 
 def largest_batch(
@@ -312,22 +326,28 @@ def bisect_largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 def _compile(
     lowered: jax.stages.Lowered,
     target: Target,
+    config: Config,
+    *,
     purpose: str,
     image_size: int,
     batch_size: int,
-    config: Config,
     resident: int,
     log: Log,
 ) -> Program:
-    name = describe(purpose, image_size, batch_size)
+    name = _name(purpose, image_size, batch_size)
     log(f"{name}: compiling for {target.name}")
     start = time.monotonic()
     try:
         with _without_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        _explain(error, name, target, purpose, config)
-        raise
+        what = f"{name}, {target.name}"
+        if not _OUT_OF_MEMORY.search(str(error)):
+            raise _compiler_fault(what, target, error) from error
+        amounts = _AMOUNTS.search(str(error))
+        raise _out_of_memory(
+            what, config, purpose, *filter(None, amounts.groups() if amounts else ())
+        ) from error
     seconds = time.monotonic() - start
     log(f"{name}: compiled in {seconds:.0f} s")
     size: Any = compiled.memory_analysis()
@@ -340,9 +360,9 @@ def _compile(
     )
     usable = target.chip.memory * target.chip.usable
     if memory.peak > usable:
-        raise _out_of_memory(name, target, purpose, config, _size(memory.peak), _size(usable))
+        what = f"{name}, {target.name}"
+        raise _out_of_memory(what, config, purpose, _size(memory.peak), _size(usable))
     counted = cast(dict[str, float] | None, compiled.cost_analysis()) or {}
-    found = audit.audit(compiled.as_text() or "")
     return Program(
         purpose=purpose,
         image_size=image_size,
@@ -350,9 +370,9 @@ def _compile(
         compile_seconds=seconds,
         code_bytes=size.generated_code_size_in_bytes,
         memory=memory,
-        flops=counted.get("flops", found.flops),
+        audit=audit.audit(compiled.as_text() or ""),
+        compiler_flops=counted.get("flops"),
         bytes_accessed=counted.get("bytes accessed"),
-        audit=found,
     )
 
 
@@ -374,26 +394,16 @@ def _without_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _explain(
-    error: jax.errors.JaxRuntimeError, name: str, target: Target, purpose: str, config: Config
-) -> None:
-    """Raises an error that says what to do, if there is something."""
-    text = str(error)
-    if _OUT_OF_MEMORY.search(text):
-        used = _USED.search(text)
-        raise _out_of_memory(
-            name, target, purpose, config, *filter(None, used.groups() if used else ())
-        ) from error
-    raise RunError(
-        f"{name}: the compiler for {target.name} failed, which is a fault of the compiler: "
-        f"{advice.first_line(error)}. Try another version of "
-        f"{'libtpu with its JAX' if target.chip.platform == 'tpu' else 'JAX'}, or another batch or "
-        "image size"
-    ) from error
+def _compiler_fault(what: str, target: Target, error: jax.errors.JaxRuntimeError) -> RunError:
+    packages = "libtpu with its JAX" if target.chip.platform == "tpu" else "JAX"
+    return RunError(
+        f"{what}: the compiler failed, which is a fault of the compiler: "
+        f"{advice.first_line(error)}. Try another version of {packages}, or another batch size"
+    )
 
 
 def _out_of_memory(
-    name: str, target: Target, purpose: str, config: Config, needed: str = "", usable: str = ""
+    what: str, config: Config, purpose: str, needed: str = "", usable: str = ""
 ) -> OutOfMemory:
     if purpose == "train":
         settings = config.train
@@ -404,8 +414,8 @@ def _out_of_memory(
         )
     else:
         remedy = f"reduce config.evaluation.batch_size (currently {config.evaluation.batch_size})"
-    amount = f": it needs {needed} of {usable}" if needed else ""
-    return OutOfMemory(f"{name}: out of memory on {target.name}{amount} on each device; {remedy}")
+    amount = f": it needs {needed} of {usable} on each device" if needed else ""
+    return OutOfMemory(f"{what}: out of memory{amount}; {remedy}")
 
 
 def _size(count: float) -> str:

@@ -49,7 +49,7 @@ class Times:
 def times(program: Program, target: Target) -> Times:
     """Returns the estimated times of a program."""
     chip, found = target.chip, program.audit
-    products = program.flops / chip.peak if chip.peak else None
+    products = found.flops / chip.peak if chip.peak else None
     memory = found.bytes / chip.bandwidth
     between = _between_devices(program, target)
     compiler = found.cycles / chip.cycles if chip.cycles and found.cycles is not None else None

@@ -143,7 +143,7 @@ def test_a_step_that_needs_too_much_memory_names_the_settings_to_change(
     with pytest.raises(programs.OutOfMemory) as caught:
         ij.compile_for(narrow.config(), "v5e-8", model=small.Network())
     assert str(caught.value) == (
-        "training step, 16 px, batch 64: out of memory on v5e-8: it needs 19.53G of 15.75G on each "
+        "training step, 16 px, batch 64, v5e-8: out of memory: it needs 19.53G of 15.75G on each "
         "device; reduce config.train.batch_size (currently 64), or split each batch with "
         "config.train.grad_accum_steps (currently 1) = 2, 4, …"
     )

@@ -34,7 +34,7 @@ def program(*operations: Operation, collectives: int = 0, purpose: str = "train"
         host_transfers=(),
         dynamic_shapes=(),
     )
-    return Program(purpose, 16, 64, 1.0, 0, Memory(0, 0, 0, 0, 0), found.flops, None, found)
+    return Program(purpose, 16, 64, 1.0, 0, Memory(0, 0, 0, 0, 0), found)
 
 
 def test_the_roofline_is_the_longest_of_products_traffic_and_network() -> None:
