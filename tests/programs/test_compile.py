@@ -93,7 +93,7 @@ def test_a_run_is_compiled_and_described_without_data(capsys: pytest.CaptureFixt
     text = str(report)
     assert "small (Network, bfloat16) on v5e-8: 8 × TPU v5e" in text
     assert "Nothing was run: times are estimates." in text
-    assert "training step, 8 px, batch 64" in text and "convolution, to the kernel" in text
+    assert "training step, 8 px, batch 64" in text and "kind" in text and "convolution" in text
     assert "compiling for v5e-8" in capsys.readouterr().err
 
 
