@@ -177,13 +177,14 @@ class Inception(nn.Module):
       conv5x5: convolutions of the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
-      rewrite: see `ops.max_pool`.
+      rewrite, pad_pools: see `ops.max_pool`.
     """
 
     widths: InceptionWidths
     conv5x5: str
     unit: Unit
     rewrite: bool = False
+    pad_pools: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -197,7 +198,7 @@ class Inception(nn.Module):
             branch_5x5 = unit(widths.conv_5x5, 3, name="conv_5x5_first")(branch_5x5)
         kernel_size = 5 if self.conv5x5 == "5x5" else 3
         branch_5x5 = unit(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
-        branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite)
+        branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite, pad=self.pad_pools)
         branch_pool = unit(widths.pool_proj, name="pool_proj")(branch_pool)
         return jnp.concatenate([branch_1x1, branch_3x3, branch_5x5, branch_pool], axis=-1)
 

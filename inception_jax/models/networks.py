@@ -97,7 +97,11 @@ def mini_googlenet(settings: configs.Model, num_classes: int) -> "nn.Module":
 
 
 def create(
-    settings: configs.Model, num_classes: int, *, rewrite: bool | None = None
+    settings: configs.Model,
+    num_classes: int,
+    *,
+    rewrite: bool | None = None,
+    pad_pools: bool | None = None,
 ) -> "nn.Module":
     """Returns the network named by `settings.name`.
 
@@ -109,6 +113,7 @@ def create(
       num_classes: number of logits.
       rewrite: whether to use the CPU equivalents in `ops`; None: if JAX's default device is a CPU.
         Use False for other devices, for export and for inspection.
+      pad_pools: see `ops.pads_pools`; None: as JAX's default device needs it.
 
     Raises:
       ConfigError: if `num_classes` is less than 1, or the registered factory returns no network.
@@ -135,6 +140,8 @@ def create(
         )
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
+    if hasattr(network, "pad_pools"):
+        network = network.clone(pad_pools=ops.pads_pools() if pad_pools is None else pad_pools)
     if part.is_builtin:
         return network
     return protocol.adapt(

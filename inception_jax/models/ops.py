@@ -9,6 +9,7 @@ traced on a machine without one.
 """
 
 import functools
+import importlib.metadata
 import pathlib
 import re
 
@@ -24,6 +25,10 @@ NO_PADDING: Paddings = ((0, 0), (0, 0))
 
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
 _MIN_CHANNELS = 8
+
+# Pixels of the images whose pools at stride 1 a compiler fails on (see `pads_pools`): of the sizes
+# tried, 16 x 16 to 21 x 21, 10 x 26, 8 x 32 and 4 x 64, but neither 15 x 16 nor 22 x 22.
+_PADDED_PIXELS = range(15 * 16 + 1, 22 * 22)
 
 
 def prefers_rewrite(device: jax.Device | None = None) -> bool:
@@ -55,6 +60,23 @@ def bfloat16_slowdown(device: jax.Device | None = None) -> str:
 def auto_dtype(device: jax.Device | None = None) -> str:
     """Returns the compute dtype: "bfloat16" if the device multiplies it, else "float32"."""
     return "float32" if bfloat16_slowdown(device) else "bfloat16"
+
+
+def pads_pools(device: jax.Device | None = None) -> bool:
+    """Returns whether the compiler for a device fails on the gradient of some pools.
+
+    libtpu 0.0.50.1 does so for TPU v6e and TPU7x ("LLO_CHECK failure … scheduled_bundleno_.valid()
+    … opcode=vector-store"); 0.0.52 does not. See `padded_max_pool` for the way around it.
+
+    Args:
+      device: the device; None: JAX's first one.
+    """
+    kind = (device or jax.devices()[0]).device_kind
+    return kind in ("TPU v6 lite", "TPU7x") and _libtpu_version() < (0, 0, 52)
+
+
+def _libtpu_version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("libtpu"))))
 
 
 def _cpu_flags() -> list[str]:
@@ -201,7 +223,9 @@ def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
     return jnp.concatenate(_taps(x, size, paddings), axis=-1)
 
 
-def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: bool = False) -> jax.Array:
+def max_pool(
+    x: jax.Array, *, window: int, stride: int, rewrite: bool = False, pad: bool = False
+) -> jax.Array:
     """Max-pools over square windows, padded as in the paper's Caffe implementation.
 
     At stride 1 the window is centered and the size is preserved. At a larger stride the first
@@ -212,11 +236,14 @@ def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: bool = False) -
       window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
       rewrite: whether to use the CPU equivalent instead of XLA's windowed maximum.
+      pad: whether to use `padded_max_pool` for the sizes that need it.
 
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
     pool = indexed_max_pool if rewrite else plain_max_pool
+    if pad and not rewrite and stride == 1 and x.shape[1] * x.shape[2] in _PADDED_PIXELS:
+        pool = padded_max_pool
     return pool(x, window, stride, pool_paddings(x.shape, window=window, stride=stride))
 
 
@@ -240,6 +267,16 @@ def plain_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -
     """Pools with XLA's windowed reduction; among equal values the first gets the full gradient."""
     # nn.max_pool has the name that converters to other formats look for.
     return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride), padding=paddings)
+
+
+def padded_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -> jax.Array:
+    """Computes `plain_max_pool` on a padded copy, for compilers that fail to pad in the gradient.
+
+    Values and gradients are the same; the copies cost another 1.6 times the memory traffic of the
+    gradient of a 16 x 16 pool (libtpu 0.0.50.1's count for v6e: 245 MB instead of 94).
+    """
+    x = jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf)
+    return plain_max_pool(x, window, stride, NO_PADDING)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -24,6 +24,8 @@ in the collection "params"::
     dtype                         Compute dtype; determines compiler options.
     rewrite: bool                 A field: whether to use the CPU equivalents in `models.ops`.
                                   `networks.create` sets it.
+    pad_pools: bool               A field: whether to avoid gradients of pools that a compiler
+                                  fails on (`models.ops.pads_pools`). `networks.create` sets it.
 
 To be summarized layer by layer (tools.summarize) or exported to ONNX, a network must consist of
 operations that `inspection.structure` and `export.onnx_graph` support; their errors name the
@@ -105,7 +107,10 @@ def with_plain_ops(network: nn.Module) -> nn.Module:
     """Returns a network that uses only plain operations, for inspection and export."""
     if isinstance(network, Adapter):
         return network.clone(adapted_network=with_plain_ops(network.adapted_network))
-    return network.clone(rewrite=False) if hasattr(network, "rewrite") else network
+    for field in ("rewrite", "pad_pools"):
+        if hasattr(network, field):
+            network = network.clone(**{field: False})
+    return network
 
 
 def get_attribute(network: nn.Module, attribute: str, default: Any = None) -> Any:

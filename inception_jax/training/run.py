@@ -174,7 +174,10 @@ def assemble(
         )
     if model is None:
         network = networks.create(
-            config.model, dataset.num_classes, rewrite=ops.prefers_rewrite(device)
+            config.model,
+            dataset.num_classes,
+            rewrite=ops.prefers_rewrite(device),
+            pad_pools=ops.pads_pools(device),
         )
     else:
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")

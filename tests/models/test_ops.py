@@ -1,6 +1,8 @@
 """Tests operations against direct formulas, and CPU equivalents against plain operations."""
 
 import functools
+import importlib.metadata
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +123,44 @@ def test_max_pool_matches_direct_maximum(
     x = normal(2, side, side + 2, 3)
     result = ops.max_pool(jnp.asarray(x), window=window, stride=stride, rewrite=rewrite)
     np.testing.assert_array_equal(result, direct_max_pool(x, window, stride))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 32)])
+def test_padded_max_pool_equals_plain_max_pool_exactly(size: tuple[int, int]) -> None:
+    """Few distinct values, so that many windows have equal maxima."""
+    x = np.round(normal(2, *size, 3)) - 2
+    pool = functools.partial(ops.max_pool, window=3, stride=1)
+    padded, plain = (value_and_vjp(functools.partial(pool, pad=pad), x) for pad in (True, False))
+    np.testing.assert_array_equal(padded[0], plain[0])
+    np.testing.assert_array_equal(padded[1][0], plain[1][0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "libtpu", "expected"),
+    [
+        ("TPU v6 lite", "0.0.50.1", True),
+        ("TPU7x", "0.0.50.1", True),
+        ("TPU v6 lite", "0.0.52", False),
+        ("TPU v5 lite", "0.0.50.1", False),
+    ],
+)
+@pytest.mark.parametrize("size", [15, 16, 21, 22])
+def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
+    kind: str, libtpu: str, expected: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: libtpu)
+    device: Any = types.SimpleNamespace(device_kind=kind)
+    settings = Model(name="googlenet", stem="s16", width=0.05)
+    network = networks.create(settings, 2, rewrite=False, pad_pools=ops.pads_pools(device))
+    images = jax.ShapeDtypeStruct((1, 4 * size, 4 * size, 3), jnp.float32)
+
+    def call(images: jax.Array) -> Any:
+        return network.init_with_output(jax.random.key(0), images)
+
+    program = str(jax.make_jaxpr(call)(images))
+    # The two modules at a quarter of the size; later ones are smaller.
+    padded = program.count(f"1,{size + 2},{size + 2},")
+    assert (padded > 0) is (expected and size in (16, 21))
 
 
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
