@@ -76,7 +76,12 @@ def pads_pools(device: jax.Device | None = None) -> bool:
 
 
 def _libtpu_version() -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("libtpu"))))
+    """Returns the installed version, or () if it is unknown, as of a file outside a package."""
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _cpu_flags() -> list[str]:

@@ -107,9 +107,10 @@ def with_plain_ops(network: nn.Module) -> nn.Module:
     """Returns a network that uses only plain operations, for inspection and export."""
     if isinstance(network, Adapter):
         return network.clone(adapted_network=with_plain_ops(network.adapted_network))
-    for field in ("rewrite", "pad_pools"):
-        if hasattr(network, field):
-            network = network.clone(**{field: False})
+    if hasattr(network, "rewrite"):
+        network = network.clone(rewrite=False)
+    if hasattr(network, "pad_pools"):
+        network = network.clone(pad_pools=False)
     return network
 
 
