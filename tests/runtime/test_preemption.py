@@ -63,19 +63,19 @@ class Process:
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
-        """Returns the next line on stderr; empty if there is none within a minute."""
-        with self._killed_after(60):
+        """Returns the next line on stderr; empty if there is none within five minutes."""
+        with self._killed_later():
             return self._messages.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Returns exit code, stdout and stderr; kills the process after a minute."""
-        with self._killed_after(60):
+        """Returns exit code, stdout and stderr; kills the process after five minutes."""
+        with self._killed_later():
             output, messages = self._output.read(), self._messages.read()
             return self._process.wait(), output, messages
 
     @contextlib.contextmanager
-    def _killed_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self._process.kill)
+    def _killed_later(self) -> Iterator[None]:
+        timer = threading.Timer(300, self._process.kill)
         timer.start()
         try:
             yield
