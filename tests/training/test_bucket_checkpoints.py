@@ -45,6 +45,13 @@ def short_retries() -> Iterator[None]:
 
 
 @pytest.fixture
+def collected() -> Iterator[None]:
+    """Collects unfinished tasks of failed reads while Python's reports about them are ignored."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
 def empty(bucket: str) -> "epath.Path":
     """A folder in a bucket without objects."""
     folder = paths.user_path(f"{bucket}/run/checkpoints", "test")
@@ -542,10 +549,9 @@ def test_fault_during_restore_is_one_message(folder: "epath.Path", gcs: Proxy) -
         ("*/6/model/ocdbt.process_0/d/*", 3),
         ("*/6/training/_METADATA", 3),
         ("*/6/model/array_metadatas/*", 20),
-        ("*/6/progress/metadata", 20),
-        ("*/6/training/_sharding", 3),
     ],
 )
+@pytest.mark.usefixtures("collected")
 def test_intact_checkpoint_that_arrives_damaged_is_one_message(
     name: str, at: int, folder: "epath.Path", gcs: Proxy
 ) -> None:
@@ -558,15 +564,13 @@ def test_intact_checkpoint_that_arrives_damaged_is_one_message(
     message = str(caught.value)
     assert message.startswith(f"{folder}/6: the checkpoint is intact, but was damaged while ")
     assert message.endswith(". Rerun the command") and "\n" not in message
-    # Python reports unfinished tasks when they are collected.
-    del caught
-    gc.collect()
     # It is not set aside, and the same command succeeds.
     with Checkpoints(folder) as checkpoints:
         assert contents(folder) == before
         check_restores(checkpoints, 6)
 
 
+@pytest.mark.usefixtures("collected")
 def test_checkpoint_that_is_damaged_during_a_start_is_not_called_intact(
     folder: "epath.Path",
 ) -> None:
