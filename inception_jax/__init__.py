@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from inception_jax.api import (
         Predictor,
         assemble,
+        compile_for,
         create_state,
         evaluate,
         load_dataset,
@@ -40,6 +41,7 @@ _REGISTRARS = (
 __all__ = [
     "Predictor",
     "assemble",
+    "compile_for",
     "create_state",
     "evaluate",
     "load_config",

@@ -27,6 +27,9 @@ from inception_jax.inference import load
 from inception_jax.inference.predictor import Predictor as Predictor
 from inception_jax.models import weights as weight_files
 from inception_jax.models.weights import Weights, check_weights
+from inception_jax.programs import report, targets
+from inception_jax.programs.report import Report
+from inception_jax.programs.targets import Target
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage import buckets, paths
 from inception_jax.training import run
@@ -131,6 +134,50 @@ def assemble(
     config = copy.deepcopy(config)
     run.check_settings(config)
     return run.assemble(config, _as_dataset(dataset), model, optimizer, log=console.log)
+
+
+def compile_for(
+    config: Config,
+    target: str | Target,
+    *,
+    classes: int = 0,
+    examples: int = 0,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    largest_batch: bool = False,
+) -> Report:
+    """Compiles the training step and the evaluation for a TPU or GPU that need not be there.
+
+    Needs the compiler, which comes with the extra tpu or cuda, but no device and no data.
+
+    Args:
+      config: settings, as returned by `load_config`.
+      target: "v5e-8", "h100" or another name (docs/compile.md), or a `Target`.
+      classes, examples: numbers of classes and of training images, if the data set does not define
+        them.
+      model, optimizer: as for `assemble`.
+      largest_batch: whether to look for the largest batch that fits, too, which takes several more
+        compilations.
+
+    Returns:
+      A report: `print` it, or use the figures in its attribute `record`.
+
+    Raises:
+      UserError: if a setting is invalid, there is no such target, its compiler is not installed,
+        the devices cannot share the batch, or a program does not fit into their memory.
+      RunError: if the compiler fails.
+    """
+    _use_settings(config)
+    return report.compile_for(
+        config,
+        targets.get(target) if isinstance(target, str) else target,
+        classes=classes,
+        examples=examples,
+        model=model,
+        optimizer=optimizer,
+        largest_batch=largest_batch,
+        log=console.log,
+    )
 
 
 def load_weights(

@@ -95,6 +95,7 @@ class DatasetPart(Part):
         "validation" or "test" if there is one, otherwise the only other split.
       class_names: class names in the order of the labels; empty: returned with the splits.
       classes: number of classes; 0: determined by the source.
+      examples: number of examples in each split that is used; empty: determined by the source.
       extra_settings: fields of `config.Data` that apply to this data set but not to most others.
       accepts_source: whether `config.data.source` may be set.
       source_files: names of the files that a source consists of, in one folder; the setting names
@@ -116,6 +117,7 @@ class DatasetPart(Part):
     eval_split: str = ""
     class_names: Sequence[str] = ()
     classes: int = 0
+    examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
     extra_settings: tuple[str, ...] = ()
     accepts_source: bool = True
     source_files: tuple[str, ...] = ()
@@ -138,6 +140,11 @@ class DatasetPart(Part):
                 f"{self.location}: register_dataset({self.name!r}, version={self.version!r}): the "
                 'version must be three numbers, such as "1.0.0"'
             )
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0: determined by the source."""
+        return self.classes or len(self.class_names)
 
     def source_problem(self, data: Any) -> str:
         """Returns an error message if a source is set but not accepted, or ''."""

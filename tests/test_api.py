@@ -422,7 +422,8 @@ def test_documented_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     text = (command.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     public = {name for name in inception_jax.__all__ if not name.startswith("register_")}
-    assert public <= set(re.findall(r"ij\.(\w+)", code))
+    # Another page has this one, which needs the compiler of a TPU or GPU.
+    assert public - {"compile_for"} <= set(re.findall(r"ij\.(\w+)", code))
     monkeypatch.chdir(tmp_path)
     load_config = api.load_config
 

@@ -44,6 +44,7 @@ MAY_IMPORT |= {
     "inference": _TOWERS_USE,
     "export": _TOWERS_USE | {"inference"},
     "inspection": _TOWERS_USE | {"inference"},
+    "programs": _TOWERS_USE,
     # What a report is made of can be read without JAX.
     "reporting": BASE | {"figures", "datasets", "telemetry", "evaluation"},
     "cli": BASE | {"experiment", "runtime"},

@@ -118,6 +118,10 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     "grep -o *": NotRun("filters what lscpu prints"),
     "python -m inception_jax.main --config photos.py *": RunBy("tests/test_api.py", "photos"),
     "python -m inception_jax.main *--platform=tpu*": NotRun(ACCELERATOR),
+    "python -m inception_jax.tools.compile *": RunBy(
+        "tests/programs/test_compile.py", "test_a_run_is_compiled_and_described_without_data"
+    ),
+    "python -c *": NotRun("writes files of a GPU, which the tests do not have"),
     "python -m inception_jax.tools.serve*": RunBy("tests/tools/test_serve.py", "tools.serve"),
     "python -m inception_jax.tools.import_weights *": RunBy(
         "tests/models/test_torchvision_weights.py", "import_weights"
@@ -129,6 +133,7 @@ COMMANDS: dict[str, RunBy | NotRun] = {
 # The pages whose Python code a test runs, and which.
 SNIPPETS = {
     "README.md": RunBy(SELF, "FILES.items()"),
+    "docs/compile.md": RunBy("tests/programs/test_compile.py", "docs/compile.md"),
     "docs/extending.md": RunBy("tests/test_extending.py", "extending.md"),
     "docs/export.md": RunBy("tests/tools/test_export.py", "export.md"),
     "docs/phones_and_browsers.md": RunBy("tests/test_pages.py", "phones_and_browsers.md"),

@@ -102,8 +102,22 @@ def test_the_python_versions_agree() -> None:
     listed = re.findall(r"Python :: (3\.\d+)", "\n".join(project()["classifiers"]))
     allowed = Requirement(f"python{project()['requires-python']}").specifier
     assert set(PYTHONS) == {f"3.{minor}" for minor in range(20) if f"3.{minor}" in allowed}
-    assert files == set(PINS)
+    assert files == {*PINS, "tpu"}
     assert listed == list(PYTHONS)
+
+
+def test_the_compiler_for_tpus_is_the_one_of_the_pinned_jax() -> None:
+    """CI installs it alone, for the tests of compiled programs."""
+    ((name, version),) = pins("tpu").items()
+    assert name == "libtpu"
+    for environment in PINS[:-1]:
+        if (jax := pins(environment)["jax"]) == Version(importlib.metadata.version("jax")):
+            wanted = [
+                requirement
+                for requirement in map(Requirement, importlib.metadata.requires("jax") or [])
+                if requirement.name == "libtpu"
+            ]
+            assert [version in each.specifier for each in wanted] == [True], f"jax {jax}: {wanted}"
 
 
 def test_extras_for_development_have_the_bounds_of_the_others() -> None:

@@ -24,7 +24,8 @@ def read_tested_versions(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
 
 
 def pins() -> list[dict[str, str]]:
-    files = sorted((ROOT / "requirements").glob("*.txt"))
+    # Those of whole environments.
+    files = [path for path in (ROOT / "requirements").glob("*.txt") if path.stem != "tpu"]
     assert files
     lines = (path.read_text(encoding="utf-8").split() for path in files)
     return [dict(line.lower().split("==") for line in each if "==" in line) for each in lines]

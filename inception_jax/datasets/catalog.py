@@ -52,6 +52,7 @@ _register(
     "tiny_imagenet.TinyImagenet",
     eval_split="validation",
     classes=200,
+    examples={"train": 100_000, "validation": 10_000},
     content_is_canonical=True,
 )
 _register(
@@ -60,7 +61,14 @@ _register(
     eval_split="validation",
     contents=_lazy("tiny_imagenet_layout.contents"),
 )
-_register("cifar10", "cifar10.Cifar10", eval_split="test", classes=10, content_is_canonical=True)
+_register(
+    "cifar10",
+    "cifar10.Cifar10",
+    eval_split="test",
+    classes=10,
+    examples={"train": 50_000, "test": 10_000},
+    content_is_canonical=True,
+)
 _register(
     "image_folder",
     "image_folder.ImageFolder",
@@ -74,6 +82,7 @@ _register(
     "digits.Digits",
     eval_split="test",
     classes=10,
+    examples={"train": 1437, "test": 360},
     accepts_source=False,
     content_is_canonical=True,
 )
@@ -83,6 +92,7 @@ _register(
     version="5.1.0",
     eval_split="validation",
     classes=1000,
+    examples={"train": 1_281_167, "validation": 50_000},
     # As in torchvision's documentation of its pretrained models.
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),

@@ -1,6 +1,7 @@
 """Exact evaluation: each example counts once, whatever the batch size and devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -43,6 +44,21 @@ class EvalResult:
     predictions: Predictions
 
 
+@dataclasses.dataclass(frozen=True)
+class LoweredEvaluation:
+    """The traced programs of an evaluation.
+
+    Attributes:
+      forward: from variables and images to logits, by image size in pixels.
+      measure: from logits to metric sums and predictions.
+      mean: averages the logits of images and their mirror images; None: not used.
+    """
+
+    forward: dict[int, jax.stages.Lowered]
+    measure: jax.stages.Lowered
+    mean: jax.stages.Lowered | None
+
+
 class Evaluator:
     """Evaluates model variables on a run's evaluation split and its additional evaluations.
 
@@ -56,6 +72,7 @@ class Evaluator:
       main: name of the main evaluation, which is that of its split.
       views: all evaluations by name, the main one first.
       splits: the examples of each evaluation, by its name.
+      batch_size: images of a batch, before it is rounded up to a multiple of the devices.
 
     Raises:
       ConfigError: if a split does not exist, or a metric returns an invalid value.
@@ -73,12 +90,11 @@ class Evaluator:
         self.views = {self.main: View(), **others}
         self.splits = {name: _split_for_view(run, name, self.views[name]) for name in self.views}
         # One batch size for all splits, so that there is one program to compile.
-        self._batch_size = pipeline.eval_batch_size(
+        self.batch_size = pipeline.eval_batch_size(
             len(run.dataset.evaluation), limit=run.config.evaluation.batch_size
         )
         replicated, batch = sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
-        options = ops.compiler_options(run.model)
-        self._no_flip, self._flip = jax.device_put((np.bool_(False), np.bool_(True)), replicated)
+        options = ops.compiler_options(run.model, run.device)
         self._is_compiled = False
         # Nothing is donated: training continues with the same variables.
         # Jitted functions, replaced by compiled ones in `compile`.
@@ -104,22 +120,34 @@ class Evaluator:
         if self._is_compiled:
             return
         self._is_compiled = True
+        lowered = self.lower(variables)
+        self._forward = {size: each.compile() for size, each in lowered.forward.items()}
+        self._measure = lowered.measure.compile()
+        if lowered.mean:
+            self._mean = lowered.mean.compile()
+
+    def lower(self, variables: Variables) -> "LoweredEvaluation":
+        """Traces the programs for variables of these shapes and dtypes; computes nothing."""
+        flip = jax.ShapeDtypeStruct((), bool, sharding=sharding.replicated(self._run.mesh))
         batch = pipeline.abstract_eval_batch(
-            self._run.dataset.evaluation, batch_size=self._batch_size, mesh=self._run.mesh
+            self._run.dataset.evaluation, batch_size=self.batch_size, mesh=self._run.mesh
         )
-        logits: Any = None
-        for size, forward in self._forward.items():
-            lowered = forward.lower(variables, batch["image"], self._no_flip)
-            logits = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=batch["label"].sharding
-                ),
-                lowered.out_info,
-            )
-            self._forward[size] = lowered.compile()
-        self._measure = self._measure.lower(logits, batch["label"], batch["mask"]).compile()
-        if any(view.flip_tta for view in self.views.values()):
-            self._mean = self._mean.lower(logits, logits).compile()
+        forward = {
+            size: jitted.lower(variables, batch["image"], flip)
+            for size, jitted in self._forward.items()
+        }
+        logits = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=batch["label"].sharding
+            ),
+            next(iter(forward.values())).out_info,
+        )
+        flips = any(view.flip_tta for view in self.views.values())
+        return LoweredEvaluation(
+            forward=forward,
+            measure=self._measure.lower(logits, batch["label"], batch["mask"]),
+            mean=self._mean.lower(logits, logits) if flips else None,
+        )
 
     def __call__(
         self, variables: Variables, names: Collection[str] | None = None
@@ -155,10 +183,17 @@ class Evaluator:
         """
         return self._evaluate_batch(variables, batch, [self.main])[self.main]
 
+    @functools.cached_property
+    def _flips(self) -> tuple[jax.Array, jax.Array]:
+        """False and True, on all devices; not placed before they are needed, for `lower`."""
+        placed = sharding.replicated(self._run.mesh)
+        no_flip, flip = jax.device_put((np.bool_(False), np.bool_(True)), placed)
+        return no_flip, flip
+
     def _evaluate(self, variables: Variables, names: list[str]) -> dict[str, EvalResult]:
         """Returns the results of evaluations that use the same images."""
         split = self.splits[names[0]]
-        batches = pipeline.eval_batches(split, batch_size=self._batch_size, mesh=self._run.mesh)
+        batches = pipeline.eval_batches(split, batch_size=self.batch_size, mesh=self._run.mesh)
         sums: dict[str, EvalMetrics] = {}
         rows: dict[str, list[Any]] = {name: [] for name in names}
         for result in to_host(self._evaluate_batch(variables, batch, names) for batch in batches):
@@ -173,10 +208,11 @@ class Evaluator:
         """Returns the results of one batch for evaluations that use the same images, by name."""
         forward = self._forward[self._size(self.views[names[0]])]
         flipped = [name for name in names if self.views[name].flip_tta]
-        logits = forward(variables, batch["image"], self._no_flip)
+        no_flip, flip = self._flips
+        logits = forward(variables, batch["image"], no_flip)
         mean = logits
         if flipped:
-            mean = self._mean(logits, forward(variables, batch["image"], self._flip))
+            mean = self._mean(logits, forward(variables, batch["image"], flip))
         return {
             name: self._measure(mean if name in flipped else logits, batch["label"], batch["mask"])
             for name in names

@@ -26,19 +26,22 @@ NO_PADDING: Paddings = ((0, 0), (0, 0))
 _MIN_CHANNELS = 8
 
 
-def prefers_rewrite() -> bool:
-    """Returns whether the CPU equivalents are faster on JAX's default device."""
-    return jax.default_backend() == "cpu"
+def prefers_rewrite(device: jax.Device | None = None) -> bool:
+    """Returns whether the CPU equivalents are faster on a device; None: JAX's default one."""
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 @functools.cache
-def bfloat16_slowdown() -> str:
-    """Returns why bfloat16 is slower than float32 on this hardware, or '' if it is not.
+def bfloat16_slowdown(device: jax.Device | None = None) -> str:
+    """Returns why bfloat16 is slower than float32 on a device, or '' if it is not.
 
     TPUs multiply bfloat16 natively, as do NVIDIA GPUs from compute capability 8.0 and x86 CPUs with
     AMX or AVX-512 BF16 (used only by jaxlib 0.12). Elsewhere XLA converts each number.
+
+    Args:
+      device: the device; None: JAX's first one.
     """
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     if device.platform != "cpu":
         old = re.fullmatch(r"[0-7]\.\d", getattr(device, "compute_capability", ""))
         return f"{device.device_kind} cannot multiply it" if old else ""
@@ -49,9 +52,9 @@ def bfloat16_slowdown() -> str:
     return ""
 
 
-def auto_dtype() -> str:
-    """Returns the compute dtype: "bfloat16" if the hardware multiplies it, else "float32"."""
-    return "float32" if bfloat16_slowdown() else "bfloat16"
+def auto_dtype(device: jax.Device | None = None) -> str:
+    """Returns the compute dtype: "bfloat16" if the device multiplies it, else "float32"."""
+    return "float32" if bfloat16_slowdown(device) else "bfloat16"
 
 
 def _cpu_flags() -> list[str]:
@@ -62,8 +65,8 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-def compiler_options(network: nn.Module) -> dict[str, bool]:
-    """Returns the compiler options of `jax.jit` for a network.
+def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool]:
+    """Returns the compiler options of `jax.jit` for a network on a device; None: the default one.
 
     On the CPU in bfloat16, they let XLA call oneDNN, which jaxlib 0.12 contains but does not use by
     default (0.10.2 ignores the option). Only oneDNN runs products and convolutions on the matrix
@@ -71,7 +74,7 @@ def compiler_options(network: nn.Module) -> dict[str, bool]:
     jaxlib cannot write such programs to the compilation cache, which the 10% gained in float32 is
     not worth.
     """
-    on_cpu = getattr(network, "rewrite", prefers_rewrite())
+    on_cpu = getattr(network, "rewrite", prefers_rewrite(device))
     use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
     return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
 

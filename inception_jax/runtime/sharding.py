@@ -15,14 +15,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from inception_jax.errors import ConfigError
 
 
-def make_mesh() -> Mesh:
-    """Returns the mesh of all devices of all processes, with the single axis `data`.
+def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of some devices, with the single axis `data`.
 
     Unlike jax.make_mesh, which on some TPU slices orders the devices in a ring through all hosts,
     this keeps a process's rows of a batch contiguous. Sums over all devices do not depend on it.
+
+    Args:
+      devices: the devices; None: all devices of all processes.
     """
-    devices = np.array(in_process_order(jax.devices()))
-    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    ordered = np.array(in_process_order(jax.devices() if devices is None else devices))
+    return Mesh(ordered, ("data",), axis_types=(AxisType.Auto,))
 
 
 def in_process_order(devices: Iterable[jax.Device]) -> list[jax.Device]:

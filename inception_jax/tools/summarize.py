@@ -91,7 +91,7 @@ def _num_classes(name: str) -> int:
     from inception_jax.registry import DATASETS
 
     part = DATASETS.get(name)
-    classes = _CLASSES.value or part.classes or len(part.class_names)
+    classes = _CLASSES.value or part.num_classes
     if not classes:
         raise UserError(f"the number of classes of {name} depends on its source; set --classes=N")
     return classes

@@ -63,7 +63,8 @@ def make_gradient(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        per_example_loss = loss(output, targets)
+        with jax.named_scope("loss"):
+            per_example_loss = loss(output, targets)
         return per_example_loss.mean(), (
             updated.get("batch_stats", {}),
             per_example_loss,

@@ -41,7 +41,7 @@ class NormEstimator:
             self._add_statistics,
             in_shardings=(replicated, replicated, sharding.batch_sharding(run.mesh)),
             out_shardings=replicated,
-            compiler_options=ops.compiler_options(run.model),
+            compiler_options=ops.compiler_options(run.model, run.device),
         )
         self._compute: Callable[..., Variables] = self._jitted
 

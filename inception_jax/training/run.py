@@ -58,6 +58,12 @@ class Run:
         """Whether this process writes the metrics and messages."""
         return jax.process_index() == 0
 
+    @property
+    def device(self) -> jax.Device:
+        """The first of the devices, which are all of the same kind."""
+        first: jax.Device = self.mesh.devices.flat[0]
+        return first
+
     def train_image_size(self, step: int) -> int:
         """Returns the side of the training images in pixels after `step` finished steps."""
         sizes = self.config.train.image_sizes or (self.dataset.image_size,)
@@ -92,7 +98,7 @@ class Run:
         """Returns a description of everything that affects this run's compilation time."""
         model, train = self.config.model, self.config.train
         layers = (self.model_name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
-        device = f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
+        device = f"{self.mesh.size} × {self.device.device_kind}"
         return ", ".join((*layers, self.config.optimizer.name, f"batch {train.batch_size}", device))
 
 
@@ -133,6 +139,7 @@ def assemble(
     model: nn.Module | None = None,
     optimizer: optax.GradientTransformation | None = None,
     *,
+    mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Run:
     """Builds a run from its configuration, preparing the data set if necessary.
@@ -140,6 +147,7 @@ def assemble(
     Args:
       config: validated settings; the run's copy has automatic settings filled in.
       dataset, model, optimizer: used in place of the configured ones, as in `api.assemble`.
+      mesh: the devices, which may be ones that this machine does not have; None: all of JAX's.
       log: called with lines about the preparation, and a warning if the dtype is slow here.
 
     Raises:
@@ -147,7 +155,8 @@ def assemble(
         processes of the run have different data.
       ConfigError: if an object has the wrong type, or the network's output is invalid.
     """
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
+    device = mesh.devices.flat[0]
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)
     if dataset is None:
         with during("prepare"):
@@ -155,14 +164,16 @@ def assemble(
     else:
         config = config_for_dataset(config, dataset)
     hosts.check_consistent("data set", lambda: dataset_fingerprint(dataset))
-    config = _resolve_auto_settings(config, dataset, mesh.size, log)
-    if config.model.dtype == "bfloat16" and (slow := ops.bfloat16_slowdown()):
+    config = _resolve_auto_settings(config, dataset, mesh, log)
+    if config.model.dtype == "bfloat16" and (slow := ops.bfloat16_slowdown(device)):
         log(
             f"warning: config.model.dtype = 'bfloat16': {slow}, so it is slower than float32; set "
             "--config.model.dtype=float32"
         )
     if model is None:
-        network = networks.create(config.model, dataset.num_classes)
+        network = networks.create(
+            config.model, dataset.num_classes, rewrite=ops.prefers_rewrite(device)
+        )
     else:
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")
         network = protocol.adapt(model, name=type(model).__name__, place="model")
@@ -241,15 +252,15 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
 
 
 def _resolve_auto_settings(
-    config: Config, dataset: Dataset, devices: int, log: Callable[[str], None]
+    config: Config, dataset: Dataset, mesh: Mesh, log: Callable[[str], None]
 ) -> Config:
     """Returns the settings with automatic ones filled in, and logs those."""
     resolved = auto_settings.resolve(
         config,
         train_examples=len(dataset.train),
         eval_examples=len(dataset.evaluation),
-        devices=devices,
-        dtype=ops.auto_dtype(),
+        devices=mesh.size,
+        dtype=ops.auto_dtype(mesh.devices.flat[0]),
     )
     if chosen := auto_settings.describe(config, resolved):
         log(

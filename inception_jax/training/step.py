@@ -65,12 +65,9 @@ def compile_train_steps(
       Futures of compiled steps, called as described in `make_train_step`, by image size in pixels;
       empty if no step remains.
     """
-    batch = pipeline.abstract_train_batch(
-        run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
-    )
 
     def lower(image_size: int) -> jax.stages.Lowered:
-        return make_train_step(run, image_size).lower(abstract_state, batch)
+        return lower_train_step(run, abstract_state, image_size)
 
     def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         what = f"training step for {image_size} px"
@@ -90,6 +87,14 @@ def compile_train_steps(
         elif size not in steps:
             steps[size] = background.submit(trace_and_compile, size)
     return steps
+
+
+def lower_train_step(run: Run, abstract_state: TrainState, image_size: int) -> jax.stages.Lowered:
+    """Traces the training step of a run for an image size in pixels; computes nothing."""
+    batch = pipeline.abstract_train_batch(
+        run.dataset.train, batch_size=run.config.train.batch_size, mesh=run.mesh
+    )
+    return make_train_step(run, image_size).lower(abstract_state, batch)
 
 
 def make_train_step(
@@ -131,10 +136,12 @@ def make_train_step(
             batch["image"],
             batch["label"],
         )
-        if augment is None:
-            images, targets = settings_augmentation(key, pixels, labels, state.step)
-        else:
-            images, targets = augment(key, pixels, labels)
+        # The scopes name these parts of the step in profiles and in tables of compiled programs.
+        with jax.named_scope("augment"):
+            if augment is None:
+                images, targets = settings_augmentation(key, pixels, labels, state.step)
+            else:
+                images, targets = augment(key, pixels, labels)
         grads, batch_stats, per_example_loss, logits = gradient(
             state.params,
             state.batch_stats,
@@ -148,21 +155,24 @@ def make_train_step(
             batch_stats = ema.correct_start(
                 state.batch_stats, batch_stats, state.step, step_momentum
             )
-        updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
         if time_constant:
-            decay = ema.decay(state.step, time_constant)
-            current = {"params": params, "batch_stats": batch_stats}
-            average = ema.update(state.average, current, decay)
-        # For mixed images, the label with the larger weight counts as correct.
-        labels = jnp.argmax(targets, axis=-1)
-        metrics = TrainMetrics.single_step(
-            step=state.step + 1,
-            values={**metric_fns.per_example(logits, labels), "loss": per_example_loss},
-            scale=metric_fns.scale,
-            gradient_norm=optax.tree.norm(grads),
-        )
+            with jax.named_scope("average"):
+                decay = ema.decay(state.step, time_constant)
+                current = {"params": params, "batch_stats": batch_stats}
+                average = ema.update(state.average, current, decay)
+        with jax.named_scope("metrics"):
+            # For mixed images, the label with the larger weight counts as correct.
+            labels = jnp.argmax(targets, axis=-1)
+            metrics = TrainMetrics.single_step(
+                step=state.step + 1,
+                values={**metric_fns.per_example(logits, labels), "loss": per_example_loss},
+                scale=metric_fns.scale,
+                gradient_norm=optax.tree.norm(grads),
+            )
         new_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -182,7 +192,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        compiler_options=ops.compiler_options(run.model),
+        compiler_options=ops.compiler_options(run.model, run.device),
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )

@@ -1,0 +1,353 @@
+"""Counts what a compiled program does: operations, memory traffic, collectives, and where.
+
+Everything is per device. Where a fused operation does several things, its products, convolutions or
+windows decide what it counts as, or else the name that the compiler gives it.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from inception_jax.programs import hlo
+from inception_jax.programs.hlo import Computation, Instruction, Module
+
+# Operations that compute and move nothing.
+_FREE = {
+    "after-all",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+_LOOPS = {"call", "conditional", "while"}
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_HOST = {"infeed", "outfeed", "recv", "send"}
+_HOST_CALLS = re.compile(r"callback|MoveToHost|MoveToDevice|host_compute", re.IGNORECASE)
+_COPIES = {"copy", "copy-start", "transpose"}
+
+# The parts of a step outside the network, by the scope that it names.
+_SCOPES = {
+    "augment": "augmentation",
+    "average": "optimizer and averages",
+    "loss": "loss",
+    "metrics": "metrics",
+    "optimizer": "optimizer and averages",
+}
+_CUDNN_FILTER, _CUDNN_INPUT = "__cudnn$convBackwardFilter", "__cudnn$convBackwardInput"
+# A top-level module in the name of an argument: state.params['conv1']['conv']['kernel'].
+_MODULE = re.compile(r"\bparams(?:'\])?\['([^']+)'\]")
+# Wrappers that JAX puts around a name.
+_WRAPPER = re.compile(r"(?:transpose|jvp|vmap|remat|checkpoint)\((.*)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation that the device starts.
+
+    Attributes:
+      name: in the text of the program.
+      opcode: such as "fusion".
+      kind: what it does, such as "convolution, to the kernel".
+      module: the part of the network, or of the step, that it belongs to.
+      times: how often it runs.
+      flops: operations of its products and convolutions, two for each multiply-add.
+      bytes: moved to and from the device's memory, with padding.
+      cycles: the compiler's estimate; None: there is none.
+    """
+
+    name: str
+    opcode: str
+    kind: str
+    module: str
+    times: int
+    flops: float
+    bytes: int
+    cycles: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What a program does.
+
+    Attributes:
+      operations: everything that it starts, in order.
+      collectives: number and bytes of each kind of operation between devices.
+      convolutions: number of convolutions, also of those written as products, by the type of their
+        operands, such as "bf16".
+      arguments: type and shape of each argument by its name, such as "batch['image']".
+      state_bytes: bytes of the arguments below `state`.
+      donated_bytes: bytes of arguments whose memory is reused for results.
+      host_transfers: names of operations that wait for the host or move data to or from it.
+      dynamic_shapes: names of operations with a dimension that is only known as they run.
+    """
+
+    operations: tuple[Operation, ...]
+    collectives: dict[str, tuple[int, int]]
+    convolutions: dict[str, int]
+    arguments: dict[str, str]
+    state_bytes: int
+    donated_bytes: int
+    host_transfers: tuple[str, ...]
+    dynamic_shapes: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """Operations of all products and convolutions."""
+        return sum(each.times * each.flops for each in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved to and from the device's memory."""
+        return sum(each.times * each.bytes for each in self.operations)
+
+    @property
+    def cycles(self) -> int | None:
+        """The sum of the compiler's estimates; None: it makes none."""
+        known = [each.times * each.cycles for each in self.operations if each.cycles is not None]
+        return sum(known) if known else None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many operations of each opcode are in the program, most first."""
+        return dict(Counter(each.opcode for each in self.operations).most_common())
+
+
+def audit(text: str) -> Audit:
+    """Reads the text of a compiled program and counts what it does."""
+    module = hlo.parse(text)
+    names = _Names(module)
+    everything = [
+        (computation, each)
+        for computation in module.computations.values()
+        for each in computation.instructions.values()
+    ]
+    convolutions: Counter[str] = Counter()
+    for computation, each in everything:
+        if _flops(computation, each) and _is_of_convolution(_parts(each.op_name)[0]):
+            dtypes = {array.dtype for array in computation.operands(each)[:2]}
+            convolutions[" and ".join(sorted(dtypes))] += 1
+    parameters = module.parameters
+    return Audit(
+        operations=tuple(_operations(module, module.entry, names, 1)),
+        collectives=_collectives(everything),
+        convolutions=dict(convolutions),
+        arguments={
+            each.op_name: f"{array.dtype}[{','.join(map(str, array.shape))}]"
+            for each in parameters
+            for array in each.arrays
+        },
+        state_bytes=sum(_bytes(each) for each in parameters if each.op_name.startswith("state")),
+        donated_bytes=sum(_bytes(parameters[number]) for number in module.aliased),
+        host_transfers=tuple(each.name for _, each in everything if _uses_host(each)),
+        dynamic_shapes=tuple(
+            each.name for _, each in everything if any(array.is_dynamic for array in each.arrays)
+        ),
+    )
+
+
+def _operations(
+    module: Module, computation: Computation, names: "_Names", times: int
+) -> Iterator[Operation]:
+    """Yields what a computation starts, and what its loops start."""
+    for each in computation.instructions.values():
+        if each.opcode in _LOOPS:
+            for name in each.calls:
+                trips = each.trips if each.opcode == "while" else 1
+                yield from _operations(module, module.computations[name], names, times * trips)
+        elif each.opcode not in _FREE and not each.opcode.endswith(("-done", "-update")):
+            inside = [(computation, each), *module.inside(each)]
+            yield Operation(
+                each.name,
+                each.opcode,
+                *names.kind_and_module(each, inside),
+                times=times,
+                flops=sum(_flops(there, one) for there, one in inside),
+                bytes=_traffic(computation, each),
+                cycles=each.cycles,
+            )
+
+
+def _traffic(computation: Computation, each: Instruction) -> int:
+    """Returns the bytes that an operation moves to and from the device's memory."""
+    # An asynchronous copy returns its result, its operand and a handle.
+    results = each.arrays[:1] if each.opcode == "copy-start" else each.arrays
+    return sum(
+        array.padded_bytes
+        for array in (*computation.operands(each), *results)
+        if array.memory == hlo.DEVICE_MEMORY
+    )
+
+
+def _bytes(each: Instruction) -> int:
+    return sum(array.bytes for array in each.arrays)
+
+
+def _is_convolution(each: Instruction) -> bool:
+    """Whether it is a convolution with a window, or a product written as a convolution."""
+    is_cudnn = each.custom_call_target.startswith("__cudnn$conv")
+    return (each.opcode == "convolution" or is_cudnn) and each.dim_labels is not None
+
+
+def _flops(computation: Computation, each: Instruction) -> float:
+    """Returns the operations of a product or convolution, 0 of anything else."""
+    if each.opcode == "dot" or each.custom_call_target.startswith("__cublas$"):
+        left = computation.operands(each)[0]
+        sides = [left.shape[dimension] for dimension in each.contracting_dimensions]
+        return 2 * each.arrays[0].size * math.prod(sides)
+    if not _is_convolution(each) or each.dim_labels is None:
+        return 0
+    left, right = computation.operands(each)[:2]
+    labels = each.dim_labels
+    if each.custom_call_target == _CUDNN_FILTER:
+        # Written as the forward convolution whose kernel it returns.
+        return 2 * right.size * each.arrays[0].size / each.arrays[0].shape[labels[1].index("o")]
+    if each.custom_call_target == _CUDNN_INPUT:
+        return 2 * left.size * right.size / right.shape[labels[1].index("o")]
+    window = math.prod(each.window) / math.prod(each.lhs_dilation)
+    return 2 * each.arrays[0].size * window * right.shape[labels[1].index("i")]
+
+
+def _collectives(everything: list[tuple[Computation, Instruction]]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for computation, each in everything:
+        name = each.opcode.removesuffix("-start")
+        if name in _COLLECTIVES:
+            count, size = found.get(name, (0, 0))
+            found[name] = count + 1, size + sum(a.bytes for a in computation.operands(each))
+    return found
+
+
+def _uses_host(each: Instruction) -> bool:
+    return (
+        each.opcode.removesuffix("-done") in _HOST
+        or _HOST_CALLS.search(each.custom_call_target) is not None
+        or any(array.memory == hlo.HOST_MEMORY for array in each.arrays)
+    )
+
+
+class _Names:
+    """Derives kinds and modules from the names that JAX gave to operations."""
+
+    def __init__(self, program: Module) -> None:
+        arguments = "\n".join(each.op_name for each in program.parameters)
+        self._modules = set(_MODULE.findall(arguments))
+
+    def kind_and_module(
+        self, each: Instruction, inside: list[tuple[Computation, Instruction]]
+    ) -> tuple[str, str]:
+        """Returns what an operation does, and the part that it belongs to."""
+        main = next((one for _, one in inside if _flops(_, one)), None)
+        main = main or next((one for _, one in inside if _is_pooling(one)), None)
+        names, is_backward = _parts((main or each).op_name or each.op_name)
+        return self._kind(each, main, names, is_backward), self._module(names)
+
+    def _kind(
+        self, each: Instruction, main: Instruction | None, names: list[str], is_backward: bool
+    ) -> str:
+        if each.opcode.removesuffix("-start") in _COLLECTIVES:
+            return "between devices"
+        if main is not None and _is_pooling(main):
+            return "pooling"
+        if main is not None:
+            return _product_kind(main, names, is_backward)
+        if each.opcode in _COPIES:
+            return "copies and layout"
+        for name in names:
+            if name in _SCOPES:
+                return _SCOPES[name]
+        if any("norm" in name.lower() for name in names):
+            return "normalization"
+        last = names[-1] if names else ""
+        if last == "concatenate" or (is_backward and last in ("split", "slice", "pad")):
+            return "concatenation"
+        return "other" if names else "copies and layout"
+
+    def _module(self, names: list[str]) -> str:
+        for name in names:
+            if name in self._modules:
+                return name
+            if name in _SCOPES:
+                return _SCOPES[name]
+        return "(none)"
+
+
+def _parts(op_name: str) -> tuple[list[str], bool]:
+    """Returns the parts of an operation's name, and whether it belongs to the gradient.
+
+    >>> _parts("jit(train_step)/transpose(jvp(Net))/conv1/norm/mul")
+    (['Net', 'conv1', 'norm', 'mul'], True)
+    """
+    names = []
+    for name in op_name.split("/"):
+        while found := _WRAPPER.fullmatch(name):
+            name = found[1]
+        if name and not name.startswith("jit("):
+            names.append(name)
+    return names, "transpose(" in op_name
+
+
+def _is_of_convolution(names: list[str]) -> bool:
+    """Whether names are those of a convolution, whatever the compiler has made of it."""
+    return bool(names) and "conv" in names[-1]
+
+
+def _is_pooling(each: Instruction) -> bool:
+    return each.opcode in ("select-and-scatter", "reduce-window")
+
+
+def _product_kind(main: Instruction, names: list[str], is_backward: bool) -> str:
+    """Returns the kind of a product or convolution."""
+    if not _is_of_convolution(names):
+        return "dense layer"
+    if not is_backward:
+        return "convolution"
+    # The gradient to the kernel sums over the images, which are its features.
+    if main.custom_call_target == _CUDNN_FILTER:
+        sums_images = True
+    elif main.dim_labels is not None:
+        sums_images = main.dim_labels[0].startswith("f")
+    else:
+        sums_images = main.contracting_dimensions == (0,)
+    return "convolution, to the kernel" if sums_images else "convolution, to the input"
+
+
+def tables(operations: tuple[Operation, ...], seconds: Sequence[float]) -> dict[str, list[Any]]:
+    """Returns the totals by kind and by module, those that take longest first.
+
+    Args:
+      operations: those of an audit.
+      seconds: the estimated time of each.
+
+    Returns:
+      "by_kind" and "by_module", with rows of name, operations, seconds, cycles (of those that the
+      compiler estimates) and bytes.
+    """
+    found: dict[str, list[Any]] = {}
+    for table, name in (("by_kind", "kind"), ("by_module", "module")):
+        rows: dict[str, dict[str, Any]] = {}
+        for each, time in zip(operations, seconds, strict=True):
+            key = getattr(each, name)
+            row = rows.setdefault(
+                key, {"name": key, "operations": 0, "seconds": 0.0, "cycles": 0, "bytes": 0}
+            )
+            row["operations"] += each.times
+            row["seconds"] += time
+            row["cycles"] += each.times * (each.cycles or 0)
+            row["bytes"] += each.times * each.bytes
+        found[table] = sorted(rows.values(), key=lambda row: -row["seconds"])
+    return found

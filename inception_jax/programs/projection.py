@@ -1,0 +1,130 @@
+"""Derives times from what a program does and what a data sheet says a device can do.
+
+No time is measured. A roofline (Williams, Waterman and Patterson 2009) is a bound: a program takes
+at least its operations divided by the peak, and its memory traffic divided by the bandwidth. The
+estimate is a range. At its fast end, only what the compiler itself estimates takes time, and the
+rest goes on at the same time, as far as the roofline permits. At its slow end, everything happens
+one after another. Compilers for GPUs estimate nothing: there, the fast end is the roofline, and at
+the slow end each operation reaches half of the peak or of the bandwidth after some microseconds
+for its start, which are assumptions.
+"""
+
+import collections
+import dataclasses
+import math
+
+from inception_jax.evaluation.evaluate import Evaluator
+from inception_jax.programs.audit import Operation
+from inception_jax.programs.compile import Program
+from inception_jax.programs.targets import Chip, Target
+from inception_jax.training.run import Run
+
+_GPU_EFFICIENCY, _GPU_LAUNCH = 0.5, 3e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Estimated seconds of a program.
+
+    Attributes:
+      products: its operations at the peak; None: the peak is unknown.
+      memory: its memory traffic at full bandwidth.
+      between_devices: its collectives, without latency; None: the bandwidth of links is unknown.
+      roofline: the longest of these.
+      compiler: the sum of the compiler's estimates; None: it makes none.
+      operations: each operation's estimate, times how often it runs, in order.
+      fastest, slowest: the range.
+    """
+
+    products: float | None
+    memory: float
+    between_devices: float | None
+    roofline: float
+    compiler: float | None
+    operations: tuple[float, ...]
+    fastest: float
+    slowest: float
+
+
+def times(program: Program, target: Target) -> Times:
+    """Returns the estimated times of a program."""
+    chip, found = target.chip, program.audit
+    products = found.flops / chip.peak if chip.peak else None
+    memory = found.bytes / chip.bandwidth
+    between = _between_devices(program, target)
+    compiler = found.cycles / chip.cycles if chip.cycles and found.cycles is not None else None
+    operations = tuple(each.times * operation_seconds(each, chip) for each in found.operations)
+    roofline = max(products or 0.0, memory, between or 0.0)
+    fastest = max(roofline, compiler or 0.0)
+    return Times(
+        products=products,
+        memory=memory,
+        between_devices=between,
+        roofline=roofline,
+        compiler=compiler,
+        operations=operations,
+        fastest=fastest,
+        slowest=max(fastest, sum(operations) + (between or 0.0)),
+    )
+
+
+def operation_seconds(each: Operation, chip: Chip) -> float:
+    """Returns the estimated time of one operation."""
+    if chip.cycles and each.cycles is not None:
+        return each.cycles / chip.cycles
+    roofline = max(each.flops / chip.peak if chip.peak else 0.0, each.bytes / chip.bandwidth)
+    return roofline if chip.cycles else _GPU_LAUNCH + roofline / _GPU_EFFICIENCY
+
+
+def _between_devices(program: Program, target: Target) -> float | None:
+    """Returns the time of all collectives, as rings over all devices, without latency."""
+    if target.chip.link is None:
+        return None
+    share = (target.devices - 1) / target.devices
+    total = 0.0
+    for name, (_, size) in program.audit.collectives.items():
+        total += (2 * share if name == "all-reduce" else share) * size
+    return total / target.chip.link
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Estimates for a whole run.
+
+    Attributes:
+      images_per_second: slowest and fastest, in training, without evaluations.
+      minutes: fastest and slowest, with evaluations.
+    """
+
+    images_per_second: tuple[float, float]
+    minutes: tuple[float, float]
+
+
+def recipe(this: Run, programs: list[Program], target: Target) -> Recipe:
+    """Returns estimates for a whole run; input, checkpoints and compilation are not counted."""
+    found = {(each.purpose, each.image_size): times(each, target) for each in programs}
+    sizes = collections.Counter(map(this.train_image_size, range(this.total_steps)))
+    totals = []
+    speeds = []
+    for end in ("fastest", "slowest"):
+        training = sum(count * getattr(found["train", size], end) for size, count in sizes.items())
+        evaluating = sum(
+            count * getattr(found["evaluate", size], end)
+            for size, count in _evaluation_steps(this).items()
+        )
+        totals.append((training + evaluating) / 60)
+        images = this.total_steps * this.config.train.batch_size
+        speeds.append(images / training if training else math.inf)
+    return Recipe((speeds[1], speeds[0]), (totals[0], totals[1]))
+
+
+def _evaluation_steps(this: Run) -> dict[int, int]:
+    """Returns how often the evaluation program runs, by image size."""
+    evaluator, settings = Evaluator(this), this.config.evaluation
+    steps: collections.Counter[int] = collections.Counter()
+    for name, view in evaluator.views.items():
+        every = this.timeline.steps(view.every or settings.every) or this.total_steps
+        batches = -(-len(evaluator.splits[name]) // evaluator.batch_size)
+        size = view.size or settings.image_size or this.dataset.image_size
+        steps[size] += -(-this.total_steps // every) * batches * (1 + view.flip_tta)
+    return steps
