@@ -3,14 +3,15 @@ r"""Measures saving and restoring checkpoints in a bucket, against a local folde
 The state is that of an experiment's network and optimizer before the first step. Rounds alternate
 between the two places. Measured are the seconds for which a save blocks training, those until the
 checkpoint counts, and those of opening the checkpoints and restoring the newest one; with
---emulator also requests and bytes, counted by the proxy of the tests.
+--emulator also requests and bytes, counted by the proxy of the tests, and those of a whole run of
+experiments/digits.py, for each of its training steps.
 
     python -m benchmarks.bucket --folder gs://BUCKET/benchmark
     python -m benchmarks.bucket --emulator --latency 0.05
 
 --emulator starts the storage server of the tests on this machine, whose proxy delays each request
-by --latency seconds. The folder must not exist; it is deleted at the end. About a minute on
-two CPU cores.
+by --latency seconds. The folder must not exist; it is deleted at the end. About a minute on two CPU
+cores, three with --emulator.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 import jax
 
+import inception_jax as ij
 from benchmarks import measure
 from benchmarks.contenders import ours_step
 from inception_jax import config as configs
@@ -86,6 +88,25 @@ def measure_round(folder: paths.Path, state: TrainState, step: int) -> dict[str,
     return {"blocked": blocked - start, "saved": saved - start, "restored": restored - opened}
 
 
+def count(requests: Sequence[Any]) -> dict[str, int]:
+    """Returns the numbers of requests and bytes, by name."""
+    return {
+        "requests": len(requests),
+        "bytes_up": sum(request.received for request in requests),
+        "bytes_down": sum(request.sent for request in requests),
+    }
+
+
+def count_run(folder: paths.Path, requests: list[Any]) -> dict[str, float]:
+    """Trains digits with its workdir in a bucket; returns its traffic in total and by step."""
+    with tempfile.TemporaryDirectory() as data:
+        config = ij.load_config("experiments/digits.py", {"data.directory": data})
+        requests.clear()
+        steps = ij.train(config, str(folder))["step"]
+    total = count(requests)
+    return {"steps": steps, **total, **{f"{key}_per_step": total[key] / steps for key in total}}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the seconds in each place, and the requests and bytes of a round in the bucket."""
     config = experiment.load_config(arguments.experiment)
@@ -114,13 +135,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                         for name, value in times.items():
                             seconds[place][name].append(value)
                 if step > 1 and requests:
-                    traffic.append(
-                        {
-                            "requests": len(requests),
-                            "bytes_up": sum(request.received for request in requests),
-                            "bytes_down": sum(request.sent for request in requests),
-                        }
-                    )
+                    traffic.append(count(requests))
+            training = count_run(folder / "digits", requests) if arguments.emulator else {}
         finally:
             if not paths.is_local(folder):
                 for name in buckets.list_files(folder):
@@ -136,6 +152,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             name: statistics.median(each[name] for each in traffic)
             for name in (traffic[0] if traffic else ())
         },
+        "training": training,
     }
 
 
@@ -151,6 +168,13 @@ def report(result: dict[str, Any]) -> str:
             f"A save and a restore of {result['state_bytes'] / 1e6:.1f} MB: "
             f"{traffic['requests']:,} requests, {traffic['bytes_up'] / 1e6:.1f} MB up, "
             f"{traffic['bytes_down'] / 1e6:.1f} MB down"
+        )
+    if training := result["training"]:
+        lines.append(
+            f"experiments/digits.py, {training['steps']:,} steps with all reports and checkpoints: "
+            f"{training['requests_per_step']:.1f} requests a step, "
+            f"{training['bytes_up_per_step'] / 1e3:.1f} kB up, "
+            f"{training['bytes_down_per_step'] / 1e3:.1f} kB down"
         )
     return "\n\n".join(lines)
 

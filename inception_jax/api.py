@@ -44,6 +44,8 @@ PathLike = str | os.PathLike[str]
 # Images uint8 [N, H, W, 3] and labels int [N].
 Arrays = tuple[np.ndarray, np.ndarray]
 
+buckets.log_outages(console.log)
+
 
 def train(
     config: Config,
@@ -71,7 +73,7 @@ def train(
       UserError: if a setting is invalid, the folder belongs to another run, or data is missing.
       RunError: if the loss or gradient is not finite.
     """
-    _check_config(config)
+    _use_settings(config)
     check_not_registering("trains")
     if jax.process_count() > 1:
         raise UserError(
@@ -128,7 +130,7 @@ def assemble(
       ConfigError: if a setting is invalid, or an object has the wrong type.
       DataError: if the data set cannot be prepared.
     """
-    _check_config(config)
+    _use_settings(config)
     config = copy.deepcopy(config)
     run.check_settings(config)
     return run.assemble(config, _as_dataset(dataset), model, optimizer, log=console.log)
@@ -165,7 +167,7 @@ def compile_for(
         the devices cannot share the batch, or a program does not fit into their memory.
       RunError: if the compiler fails.
     """
-    _check_config(config)
+    _use_settings(config)
     return report.compile_for(
         config,
         targets.get(target) if isinstance(target, str) else target,
@@ -222,8 +224,7 @@ def load_dataset(config: Config) -> Dataset:
       DataError: if the source is corrupt or missing, or the disk is full.
       WriteError: if data are in a bucket that cannot be read, or not be written.
     """
-    _check_config(config)
-    buckets.set_retry_seconds(config.bucket.retry_seconds)
+    _use_settings(config)
     return prepare(config.data, log=console.log)
 
 
@@ -259,7 +260,7 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
         estimate_norm, evaluator = _cached_evaluator(subject)
         return summary(evaluator(estimate_norm(context).eval_variables()))
     check_weights(subject)
-    _check_config(context)
+    _use_settings(context)
     assert isinstance(context, Config)
     return evaluate_weights(run.assemble(context, log=console.log), subject)
 
@@ -288,10 +289,11 @@ def _require_path(path: object, name: str, what: str) -> PathLike:
     return path
 
 
-def _check_config(config: object) -> None:
-    """Checks that a caller passed settings, not the path of an experiment."""
+def _use_settings(config: object) -> None:
+    """Checks that a caller passed settings, not a path, and applies those of the whole process."""
     if not isinstance(config, Config):
         raise UserError(
             f"config: must be a Config, got {type(config).__name__}; load an experiment with "
             "inception_jax.load_config(PATH)"
         )
+    buckets.set_retry_seconds(config.bucket.retry_seconds)

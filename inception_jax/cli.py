@@ -40,7 +40,7 @@ from inception_jax.errors import (
     phase_of,
 )
 from inception_jax.runtime import compilation_cache, hosts
-from inception_jax.storage import access, paths
+from inception_jax.storage import access, buckets, paths
 from inception_jax.storage.workdir import CONFIG
 
 _AGAIN = "rerun the same command (training resumes from its last checkpoint)"
@@ -271,6 +271,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     # as Python does by default takes a sixth of the start.
     gc.set_threshold(100_000)
     console.prepare_streams()
+    buckets.log_outages(console.log)
     # The libraries log much that does not help users, and errors that they also raise.
     logging.set_verbosity(logging.FATAL)
     # runtime/tpu_vm.py reports the same among others.
@@ -371,11 +372,13 @@ def _parse(argv: Sequence[str], settings_of: str) -> Sequence[str]:
     try:
         rest = flags.FLAGS(argv)[1:]
         _put_entries(entries)
-        return rest
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error.flagname, argv)) from error
     except flags.Error as error:
         raise UserError(f"{_wrong_value(str(error).strip()).rstrip('.')}. See --help") from error
+    if config := flags.FLAGS["config"].value if "config" in flags.FLAGS else None:
+        buckets.set_retry_seconds(config.bucket.retry_seconds)
+    return rest
 
 
 def with_tuples(argv: Sequence[str]) -> list[str]:

@@ -98,6 +98,8 @@ class DatasetPart(Part):
       examples: number of examples in each split that is used; empty: determined by the source.
       extra_settings: fields of `config.Data` that apply to this data set but not to most others.
       accepts_source: whether `config.data.source` may be set.
+      source_files: names of the files that a source consists of, in one folder; the setting names
+        this folder, or one of the files. Empty: a source is a single file or a whole folder.
       content_is_canonical: whether every source contains the same examples, so that data prepared
         from one can be used for another.
       contents: returns the `sources.files.Contents` of a source, given its path and the values of
@@ -118,6 +120,7 @@ class DatasetPart(Part):
     examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
     extra_settings: tuple[str, ...] = ()
     accepts_source: bool = True
+    source_files: tuple[str, ...] = ()
     content_is_canonical: bool = False
     contents: Callable[..., Any] | None = None
     locate: Callable[..., tuple[str, str]] | None = None

@@ -70,7 +70,7 @@ def train_and_evaluate(
     names = {kind: type(each).__qualname__ for kind, each in objects.items()}
     if "dataset" in objects:
         config = run.config_for_dataset(config, objects["dataset"])
-    workdir = _open_workdir(location, config)
+    workdir = _open_workdir(location)
     before, config, changed, experiment = _resolve_settings(workdir, config, origin, names)
     workdirs.check_writable(workdir)
     stop = join(config)
@@ -106,7 +106,7 @@ def settings_in_use(config: Config, location: paths.Path | None, *, origin: Orig
     if location is None:
         run.check_settings(config, log=console.log)
     else:
-        workdir = _open_workdir(location, config)
+        workdir = _open_workdir(location)
         _, config, _, experiment = _resolve_settings(workdir, config, origin, {})
         recorded = str(workdir.location_of(workdir.config))
     assert experiment is not None, "its origin is known"
@@ -132,7 +132,7 @@ def evaluate_checkpoint(
     join: Callable[[Config], ShouldStop],
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run: "best", "last" or a step."""
-    workdir = _open_workdir(location, config)
+    workdir = _open_workdir(location)
     before, config, _, _ = _resolve_settings(workdir, config, origin, {})
     join(config)
     return evaluate.evaluate_checkpoint(
@@ -241,13 +241,12 @@ def train_run(
     return result
 
 
-def _open_workdir(location: paths.Path, config: Config) -> Workdir:
+def _open_workdir(location: paths.Path) -> Workdir:
     """Returns a folder with its files downloaded, if it is in a bucket.
 
     Raises:
       WriteError: if its bucket cannot be read.
     """
-    buckets.set_retry_seconds(config.bucket.retry_seconds)
     workdir = Workdir(location)
     with access.naming_flag("workdir"):
         workdir.download()
@@ -269,7 +268,7 @@ def _resolve_settings(
     else:
         experiment = before.record.experiment if before.record else None
     run.check_settings(config, before.record.config if before.record else None, console.log)
-    buckets.set_retry_seconds(config.bucket.retry_seconds)
+    buckets.set_retry_seconds(config.bucket.retry_seconds)  # Perhaps that of an earlier start.
     if before.record is None:
         initialization.check_file(config)
     config = workdirs.with_recorded_auto_settings(before, config)

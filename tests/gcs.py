@@ -85,7 +85,7 @@ class Server:
 
     Attributes:
       url: "http://127.0.0.1:PORT".
-      folder: of its files, temporary.
+      folder: of its temporary files.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Server:
             "-scheme=http",
             "-host=127.0.0.1",
             f"-port={port}",
-            f"-filesystem-root={self.folder / 'objects'}",
+            "-backend=memory",
             f"-public-host={address}",
             f"-external-url={self.url}",
             "-log-level=error",

@@ -166,6 +166,7 @@ def test_experiments_and_settings_load(arguments: list[str], here: pathlib.Path)
     ij.load_config(path, overrides)
 
 
+@pytest.mark.slow
 def test_combined_parts_train_resume_and_export(folder: pathlib.Path) -> None:
     """A network, data set, optimizer, schedule, augmentation and three writers, in one run."""
     train = quoted("together.py")
@@ -207,6 +208,7 @@ def test_combined_parts_train_resume_and_export(folder: pathlib.Path) -> None:
     assert "name='square'" in run(folder, quoted("use_weights.py"))
 
 
+@pytest.mark.slow
 def test_custom_metrics_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
     arguments = quoted("ranks.py", "--config.evaluations.mirrored.flip_tta=true")
     less = {"model.width": 0.125, "data.image_size": 16, "evaluations.seen.examples": 50}
@@ -221,6 +223,7 @@ def test_custom_metrics_on_cifar100_from_tfds(folder: pathlib.Path) -> None:
     assert result["macro"] == pytest.approx(result["top1"])
 
 
+@pytest.mark.slow
 def test_custom_programs_train(folder: pathlib.Path) -> None:
     loop = run(folder, ["python", "own_loop.py"]).splitlines()
     assert [line.split()[0] for line in loop[:6]] == ["15", "30", "45", "60", "75", "90"]

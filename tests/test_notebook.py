@@ -64,6 +64,7 @@ def test_notebook_names_supported_python_versions(python: str) -> None:
     assert python in read().cells[0].source
 
 
+@pytest.mark.slow
 def test_cells_run(tmp_path: pathlib.Path) -> None:
     notebook = read()
     for cell in code_cells(notebook):

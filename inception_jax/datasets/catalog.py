@@ -96,6 +96,7 @@ _register(
     # As in torchvision's documentation of its pretrained models.
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
+    source_files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
     content_is_canonical=True,
 )
 # Data sets prepared by TFDS's own commands.

@@ -400,24 +400,29 @@ class SourceCopy(FolderCopy):
     Args:
       path: a file or folder in the bucket, or a path that leads into an archive there.
       cache: the folder of all copies.
+      names: the files that the source consists of, if `path` is one of them or their folder; empty:
+        it is what is at `path`.
       log: called with one line of text.
 
     Attributes:
-      path: path of the copy.
+      path: path of the copy; of several files, that of their folder.
 
     Raises:
       BucketError: if the bucket cannot be read.
     """
 
-    def __init__(self, path: "epath.Path", cache: pathlib.Path, *, log: Log) -> None:
-        self._file = _find_file(path)
-        original = self._file or path
-        local = below(cache / "sources", original)
-        self.path = local
-        if self._file:
+    def __init__(
+        self, path: "epath.Path", cache: pathlib.Path, *, names: Collection[str] = (), log: Log
+    ) -> None:
+        file = path if path.name in names else _find_file(path)
+        remote = file.parent if file else path
+        self._names = tuple(names)
+        local = self.path = below(cache / "sources", remote)
+        if file and not names:
+            self._names = (file.name,)
             # A file has a folder of its own, because that is what is copied.
-            self.path = local / self._file.name / path.relative_to(self._file)
-        remote = self._file.parent if self._file else path
+            local = below(cache / "sources", file)
+            self.path = local / file.name / path.relative_to(file)
         super().__init__(remote, local, log=log)
 
     def objects(self) -> str:
@@ -428,10 +433,19 @@ class SourceCopy(FolderCopy):
         """
         return self.version().removeprefix("files ")
 
+    def missing(self) -> list[str]:
+        """Returns the names of the files of the source that the bucket does not have.
+
+        Raises:
+          BucketError: if the bucket cannot be read.
+        """
+        files = self._find().files or {}
+        return [name for name in self._names if name not in files]
+
     def _find(self) -> "_Found":
-        if self._file:
-            stat = buckets.stat(self._file)
-            files = {self._file.name: _facts(stat)} if stat else {}
+        if self._names:
+            stats = {name: buckets.stat(self.remote / name) for name in self._names}
+            files = {name: _facts(stat) for name, stat in stats.items() if stat}
         else:
             files = _list_files(self.remote)
         return _Found(f"files {_digest(files)}" if files else "", files)

@@ -192,7 +192,7 @@ class Recipe:
         if self.source is None or paths.is_local(self.source):
             return None
         folder = copies.cache_folder(self.data.cache)
-        return copies.SourceCopy(self.source, folder, log=self.log)
+        return copies.SourceCopy(self.source, folder, names=self.part.source_files, log=self.log)
 
     @property
     def local_source(self) -> pathlib.Path | None:
@@ -206,14 +206,18 @@ class Recipe:
 
         Raises:
           BucketError: if the bucket cannot be read.
-          DataError: if there is no such source, or the disk is full.
+          DataError: if there is no such source, a part of it is missing, or the disk is full.
         """
         if not (copy := self.source_copy):
             return
-        if not copy.fetch():
+        what = f"config.data.source = {self.data.source!r}"
+        if missing := copy.missing():
             raise DataError(
-                f"config.data.source = {self.data.source!r}: no such file or folder in the bucket"
+                f"{what}: {' and '.join(missing)} not found in {copy.remote}. Upload all files of "
+                "the source to one folder, and set config.data.source to it"
             )
+        if not copy.fetch():
+            raise DataError(f"{what}: no such file or folder in the bucket")
         self.log(f"{self.source}: using the copy {copy.local}, which may be removed afterwards")
 
     @functools.cached_property
@@ -264,7 +268,7 @@ class Recipe:
     def showing_source(self) -> contextlib.AbstractContextManager[None]:
         """Shows the original source in errors, instead of its copy."""
         copy = self.source_copy
-        return _showing(copy.path, self.source) if copy else contextlib.nullcontext()
+        return _showing(copy.local, copy.remote) if copy else contextlib.nullcontext()
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _tpu(
     """Returns a TPU, described in GiB, GB/s, TFLOP/s and GB/s.
 
     `per_cycle` is the peak in operations a cycle. It is not published, but two products of 8,192²
-    and 16,384² elements are estimated by libtpu 0.0.50.1 at 78 to 94% of these powers of two, and
+    and 16,384² elements are estimated by libtpu 0.0.50.1 at 70 to 94% of these powers of two, and
     at more than half of them, so that the clock follows from the published peak.
     """
     return Chip(

@@ -18,7 +18,7 @@ from inception_jax.evaluation.predictions import Predictions
 from inception_jax.reporting import html, plots, run_record
 from inception_jax.reporting.diagnosis import Diagnosis
 from inception_jax.reporting.run_record import RunRecord
-from inception_jax.storage import atomic, paths
+from inception_jax.storage import atomic, buckets, paths
 from inception_jax.storage.workdir import Workdir
 
 
@@ -140,7 +140,10 @@ def _read(location: paths.Path) -> RunRecord:
     """Reads a run, downloaded first if it is in a bucket."""
     workdir = Workdir(location)
     workdir.download()
-    return run_record.read(workdir)
+    record = run_record.read(workdir)
+    if record.config:
+        buckets.set_retry_seconds(record.config.bucket.retry_seconds, is_recorded=True)
+    return record
 
 
 def _absolute(path: paths.Path) -> paths.Path:

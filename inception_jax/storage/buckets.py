@@ -1,7 +1,8 @@
 """Objects in Google Cloud Storage; the only module that uses its client library.
 
 Requests that fail temporarily (429, 5xx, timeouts, cut connections) are repeated with exponential
-backoff for `config.bucket.retry_seconds`. Other failures become one `BucketError` with a remedy.
+backoff for `config.bucket.retry_seconds`, and the first of them is logged. Other failures become
+one `BucketError` with a remedy.
 Uploads and downloads are checked against the checksums that the service stores with each object.
 
 Orbax reaches buckets through etils with gcsfs, and through TensorStore; `translate_errors` also
@@ -20,6 +21,8 @@ import math
 import os
 import pathlib
 import re
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -27,13 +30,14 @@ from inception_jax.errors import WriteError
 
 if TYPE_CHECKING:
     from etils import epath
-    from google.api_core import retry as retries
     from google.cloud import storage
 
 _Result = TypeVar("_Result")
 
 _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
 _INITIAL_BACKOFF_SECONDS = 1.0
+# An outage has ended if no request fails for longer than an attempt and the longest pause take.
+_OUTAGE_SECONDS = 120.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REMEDIES = {
     401: "credentials are missing or have expired; run gcloud auth application-default login, or "
@@ -51,7 +55,13 @@ _TENSORSTORE_NETWORK = re.compile(r"retry attempts failed: |\bcurl_code=|\bDEADL
 _TENSORSTORE_DENIED = re.compile(r"^(PERMISSION_DENIED|UNAUTHENTICATED): .*gs://", re.S)
 _TENSORSTORE_DETAILS = re.compile(r" \[\w+='.*", re.S)
 
+Log = Callable[[str], None]
+
 _retry_seconds = 300.0
+_has_setting = False
+_log: Log | None = None
+_last_failure = -math.inf
+_failure_lock = threading.Lock()
 _time_limit: contextvars.ContextVar[float] = contextvars.ContextVar("_time_limit", default=math.inf)
 
 
@@ -79,10 +89,23 @@ class Stat(NamedTuple):
     crc32c: str
 
 
-def set_retry_seconds(seconds: float) -> None:
-    """Sets for how long this process repeats a request that fails temporarily."""
-    global _retry_seconds
-    _retry_seconds = seconds
+def set_retry_seconds(seconds: float, *, is_recorded: bool = False) -> None:
+    """Sets for how long this process repeats a request that fails temporarily.
+
+    Args:
+      seconds: how long.
+      is_recorded: whether a run that this process only reads recorded it, and not its own settings,
+        which take precedence.
+    """
+    global _retry_seconds, _has_setting
+    if not is_recorded or not _has_setting:
+        _retry_seconds, _has_setting = seconds, not is_recorded
+
+
+def log_outages(log: Log) -> None:
+    """Sets what is called with a line when requests begin to fail temporarily."""
+    global _log
+    _log = log
 
 
 @contextlib.contextmanager
@@ -278,14 +301,10 @@ def _request(path: "epath.Path", attempt: Callable[[], _Result]) -> _Result:
     Raises:
       ChangedError, BucketError: as the functions above.
     """
-    with translate_errors(path):
-        return _retry()(attempt)()
-
-
-def _retry() -> "retries.Retry":
     from google.api_core import retry
 
-    return retry.Retry(**_retry_options())
+    with translate_errors(path):
+        return retry.Retry(**_retry_options(str(path)))(attempt)()
 
 
 def _retry_asynchronously(
@@ -293,16 +312,33 @@ def _retry_asynchronously(
 ) -> Callable[..., Awaitable[_Result]]:
     from google.api_core import retry
 
-    return retry.AsyncRetry(**_retry_options())(attempt)
+    return retry.AsyncRetry(**_retry_options("Google Cloud Storage"))(attempt)
 
 
-def _retry_options() -> dict[str, Any]:
+def _retry_options(what: str) -> dict[str, Any]:
+    """Returns arguments of the client library's retries; `what` is requested, for messages."""
     return {
         "predicate": lambda error: _status(error) in _TRANSIENT,
         "initial": _INITIAL_BACKOFF_SECONDS,
         "maximum": 32.0,
         "timeout": _retry_limit(),
+        "on_error": functools.partial(_log_first_failure, what),
     }
+
+
+def _log_first_failure(what: str, error: BaseException) -> None:
+    """Logs the first failure of an outage, since the user would otherwise wait without a sign."""
+    global _last_failure
+    if _retry_limit() < _retry_seconds:
+        return  # Whoever limits the retries soon reports the failure.
+    with _failure_lock:
+        before, _last_failure = _last_failure, time.monotonic()
+        is_first = _last_failure - before > _OUTAGE_SECONDS
+    if is_first and _log:
+        _log(
+            f"{what}: {_first_line(error)}; retrying for up to {_retry_seconds:g} s "
+            "(config.bucket.retry_seconds)"
+        )
 
 
 def _retry_limit() -> float:

@@ -21,7 +21,6 @@ from inception_jax.storage.workdir import LOCK_FILE
 # service, return various other ones.
 _HELD_ERRNOS = (errno.EAGAIN, errno.EACCES)
 
-
 _DOING = "training in this folder"
 _REMEDY = "Wait for it to finish, stop it, or use another --workdir"
 

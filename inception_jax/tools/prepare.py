@@ -25,10 +25,8 @@ def main(positional: Sequence[str]) -> None:
     cli.refuse_positional(positional)
     from inception_jax import config as configs
     from inception_jax.datasets.dataset import prepare
-    from inception_jax.storage import buckets
 
     configs.validate(_CONFIG.value)
-    buckets.set_retry_seconds(_CONFIG.value.bucket.retry_seconds)
     dataset = prepare(_CONFIG.value.data, log=console.log)
     for name, split in dataset.splits.items():
         print(f"{dataset.name} {name}: {len(split):,} images of {dataset.image_size} px")

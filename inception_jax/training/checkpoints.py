@@ -11,8 +11,10 @@ restore; a corrupt checkpoint is logged, and the previous one used.
 
 import contextlib
 import gc
+import json
 import logging
 import pathlib
+import re
 import sys
 import threading
 import traceback
@@ -25,8 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from inception_jax import console
-from inception_jax.errors import CheckpointError, UserError, WriteError
+from inception_jax import advice, console
+from inception_jax.errors import CheckpointError, RunError, UserError, WriteError
 from inception_jax.storage import buckets, integrity, paths
 from inception_jax.storage.space import check_space, disk_failure
 from inception_jax.training import _orbax_private
@@ -34,6 +36,8 @@ from inception_jax.training.state import TrainState
 
 _managers = ocp.checkpoint_managers
 _YEAR_SECONDS, _TWENTY_MINUTES_SECONDS = 365 * 24 * 3600, 1200
+# Errors of TensorStore about contents that it cannot decode.
+_UNDECODABLE = re.compile(r"Error (reading|opening|decoding) |error while reading array")
 
 
 def _top1(metrics: Mapping[str, float]) -> float:
@@ -246,6 +250,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if the checkpoint does not match the model.
+          RunError: if it is intact, but was damaged on its way from the disk or bucket.
         """
         training = _training_item(abstract_state)
         with self._explain_restore_errors(step):
@@ -285,7 +290,7 @@ class Checkpoints:
           abstract_model: shapes, dtypes and shardings, as in `TrainState.model_item`.
 
         Raises:
-          CheckpointError: if the checkpoint does not match the model.
+          CheckpointError, RunError: as `restore`.
         """
         with self._explain_restore_errors(step):
             args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_model))
@@ -302,7 +307,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explain_restore_errors(self, step: int) -> Iterator[None]:
-        """Turns a failure to restore into a CheckpointError."""
+        """Turns a failure to restore into a CheckpointError or RunError."""
         folder = self._directory / str(step)
         try:
             with _translate_errors(folder):
@@ -315,6 +320,16 @@ class Checkpoints:
                     f"{folder}: cannot be restored: {error}. An older version wrote this "
                     "checkpoint without checksums; it is corrupt or belongs to another model. To "
                     "use the previous checkpoint, move this directory elsewhere"
+                ) from error
+            if _is_undecodable(error):
+                if problem := integrity.find_corruption(folder):
+                    raise CheckpointError(
+                        f"{folder}: corrupt checkpoint: {problem}. Rerun the command, which uses "
+                        "the previous one"
+                    ) from error
+                raise RunError(
+                    f"{folder}: the checkpoint is intact, but was damaged while it was read: "
+                    f"{advice.first_line(error.__cause__ or error)}. Rerun the command"
                 ) from error
             if not isinstance(error, ValueError):
                 raise
@@ -396,6 +411,13 @@ class Checkpoints:
                 post_finalization_callback=before_commit,
             ),
         )
+
+
+def _is_undecodable(error: Exception) -> bool:
+    """Whether a failure to restore is due to contents that Orbax or TensorStore cannot decode."""
+    # A key can be missing in Orbax's JSON files.
+    is_json_error = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | KeyError)
+    return is_json_error or bool(_UNDECODABLE.search(str(error)))
 
 
 def _local_handler() -> ocp.PyTreeCheckpointHandler:

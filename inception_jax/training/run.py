@@ -21,7 +21,6 @@ from inception_jax.errors import ConfigError, UserError, during
 from inception_jax.input import augment, crops, pipeline
 from inception_jax.models import networks, ops, protocol
 from inception_jax.runtime import hosts, sharding
-from inception_jax.storage import buckets
 from inception_jax.training import optimizers, schedules
 from inception_jax.training.metrics import MetricSet
 
@@ -156,7 +155,6 @@ def assemble(
         processes of the run have different data.
       ConfigError: if an object has the wrong type, or the network's output is invalid.
     """
-    buckets.set_retry_seconds(config.bucket.retry_seconds)
     mesh = mesh or sharding.make_mesh()
     device = mesh.devices.flat[0]
     sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)

@@ -81,15 +81,19 @@ def _probe(folder: paths.Path) -> Iterator[str]:
 def load_record(workdir: Workdir) -> Record | None:
     """Returns the contents of config.json, or None in a new workdir.
 
+    Without settings of this process, the run's determine how long requests are repeated.
+
     Raises:
       CheckpointError: if the file is not readable.
     """
     try:
-        return configs.read_record(workdir.config, workdir.location_of(workdir.config))
+        record = configs.read_record(workdir.config, workdir.location_of(workdir.config))
     except FileNotFoundError:
         return None
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
+    buckets.set_retry_seconds(record.config.bucket.retry_seconds, is_recorded=True)
+    return record
 
 
 def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:

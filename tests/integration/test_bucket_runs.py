@@ -224,7 +224,14 @@ def fault_until_step(gcs: Proxy, name: str, last: int) -> Iterator[Callable[[int
 
 
 # Retried uploads of events last longer than all steps: only saves wait for them.
-@pytest.mark.parametrize("name", ["*/metrics.jsonl", "*/tensorboard/*", "*/checkpoints/3/*"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "*/metrics.jsonl",
+        pytest.param("*/tensorboard/*", marks=pytest.mark.slow),
+        pytest.param("*/checkpoints/3/*", marks=pytest.mark.slow),
+    ],
+)
 def test_training_stops_with_one_message_if_a_save_fails(
     name: str,
     run: Run,
@@ -251,7 +258,9 @@ def test_training_stops_with_one_message_if_a_save_fails(
     check_equal(run, location, expected)
 
 
-@pytest.mark.parametrize("name", ["*/metrics.jsonl", "*/checkpoints/[36]/*"])
+@pytest.mark.parametrize(
+    "name", ["*/checkpoints/[36]/*", pytest.param("*/metrics.jsonl", marks=pytest.mark.slow)]
+)
 def test_training_continues_after_a_failed_save_if_so_configured(
     name: str,
     run: Run,
@@ -383,6 +392,7 @@ def test_unusable_bucket_is_refused_with_a_remedy(
     assert not buckets.list_files(location)
 
 
+@pytest.mark.slow
 def test_whole_run_in_python_and_its_evaluation(
     run: Run, location: "epath.Path", capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def assert_evaluated(result: dict[str, Any], expected: dict[str, Any]) -> None:
         assert result[name] == pytest.approx(expected[name], rel=FORWARD), name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["digits", pytest.param("image_folder", marks=pytest.mark.slow)])
 def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> None:
     workdir = folder / "runs" / name
     # Violates a newer rule, and adds a setting that no longer exists.

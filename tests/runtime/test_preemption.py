@@ -63,19 +63,19 @@ class Process:
         assert self._output.readline() == "ready\n", self._messages.read()
 
     def message(self) -> str:
-        """Returns the next line on stderr; empty if there is none within a minute."""
-        with self._killed_after(60):
+        """Returns the next line on stderr; empty if there is none within two minutes."""
+        with self._killed_later():
             return self._messages.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Returns exit code, stdout and stderr; kills the process after a minute."""
-        with self._killed_after(60):
+        """Returns exit code, stdout and stderr; kills the process after two minutes."""
+        with self._killed_later():
             output, messages = self._output.read(), self._messages.read()
             return self._process.wait(), output, messages
 
     @contextlib.contextmanager
-    def _killed_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self._process.kill)
+    def _killed_later(self) -> Iterator[None]:
+        timer = threading.Timer(120, self._process.kill)
         timer.start()
         try:
             yield
@@ -102,8 +102,11 @@ def processes() -> Iterator[list[Process]]:
         process.close()
 
 
-# A parent that ignores Ctrl-C, such as a shell with a background job, passes that on.
-LISTEN = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+# A parent that ignores Ctrl-C (a shell with a background job) or SIGHUP (nohup) passes that on.
+LISTEN = (
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+)
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
@@ -147,7 +150,7 @@ def test_signal_stops_training_after_a_step(
 
 
 def test_signal_works_without_a_terminal(processes: list[Process]) -> None:
-    processes.append(process := Process(TRAINS))
+    processes.append(process := Process(TRAINS, LISTEN))
     process.hang_up()
     process.send(signal.SIGHUP)
     code, output, _ = process.end()

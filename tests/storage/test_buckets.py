@@ -1,8 +1,10 @@
 """Requests to buckets, with and without faults."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
+from etils import epath
 
 from inception_jax.storage import buckets, paths
 from tests.gcs import Action, CutRequest, CutResponse, FlipBit, Proxy, Status
@@ -112,6 +114,35 @@ def test_persistent_failures_have_one_message(
         with pytest.raises(buckets.BucketError, match=f"^{folder.parent}.*: {message}") as failed:
             request()
         assert "\n" not in str(failed.value)
+
+
+def test_each_outage_is_logged_once(
+    folder: paths.Path, gcs: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "_last_failure", float("-inf"))
+    monkeypatch.setattr(buckets, "_log", None)
+    lines: list[str] = []
+    buckets.log_outages(lines.append)
+    buckets.write_bytes(folder / "x", CONTENTS)
+    assert lines == []
+    gcs.inject(Status(503), times=3)
+    buckets.read_bytes(folder / "x")
+    gcs.inject(Status(429), times=3)
+    buckets.list_files(folder)
+    end = r"; retrying for up to 300 s \(config\.bucket\.retry_seconds\)"
+    assert len(lines) == 1 and re.fullmatch(
+        f"{folder}/x: ServiceUnavailable: 503 .*{end}", lines[0]
+    )
+    # The next ones.
+    monkeypatch.setattr(buckets, "_OUTAGE_SECONDS", 0.0)
+    rule = gcs.inject(Status(503), times=1)
+    with buckets.time_limit(5):
+        buckets.read_bytes(folder / "x")
+    assert rule.applied == 1 and len(lines) == 1
+    buckets.configure_epath()
+    gcs.inject(Status(503), times=1)
+    assert epath.Path(str(folder / "x")).read_bytes() == CONTENTS
+    assert len(lines) == 2 and re.fullmatch(f"Google Cloud Storage: HttpError: .*{end}", lines[1])
 
 
 def test_missing_bucket_is_not_a_missing_object() -> None:

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from inception_jax import api
+from inception_jax.config import Bucket
 from inception_jax.errors import UserError
 from inception_jax.models import weights
-from inception_jax.storage import access, buckets, paths
-from tests import command, random_weights, small
-from tests.gcs import Proxy
+from inception_jax.reporting import report
+from inception_jax.storage import access, buckets, integrity, paths
+from tests import command, random_weights, run_folders, small
+from tests.gcs import FlipBit, Proxy, Status
 
 
 @pytest.fixture
@@ -105,6 +107,25 @@ def test_find_lr_writes_to_a_bucket(bucket: str, data_directory: pathlib.Path) -
     }
 
 
+def test_outage_is_logged_and_waited_for_as_long_as_the_command_says(
+    bucket: str, gcs: Proxy
+) -> None:
+    gcs.inject(Status(503))
+    done = command.run(
+        "tools.find_lr",
+        "--config=experiments/digits.py",
+        "--config.bucket.retry_seconds=0.5",
+        f"--output={bucket}/lr",
+    )
+    retrying, failed = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert retrying.startswith(f"{bucket}/lr: ServiceUnavailable: 503 ")
+    assert retrying.endswith("; retrying for up to 0.5 s (config.bucket.retry_seconds)")
+    assert failed.startswith(
+        f"error: --output={bucket}/lr: Google Cloud Storage did not answer within 0.5 s "
+    )
+
+
 def test_wrong_weights_in_a_bucket_are_named(files: tuple[pathlib.Path, paths.Path]) -> None:
     remote = files[1]
     done = command.run(
@@ -138,11 +159,7 @@ def test_weights_and_runs_are_loaded_from_a_bucket(
     bucket: str, data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     _, run = small.finished(small.config(data_directory), tmp_path / "run")
-    remote = paths.user_path(f"{bucket}/run", "")
-    # As gcloud storage cp does.
-    for file in (path for path in run.path.rglob("*") if path.is_file()):
-        name = file.relative_to(run.path).as_posix()
-        buckets.write_bytes(remote / name, file.read_bytes())
+    remote = copy_run(run.path, bucket)
     expected = api.load_weights(run.path)
     loaded = api.load_weights(str(remote))
     assert loaded.origin.startswith(f"{remote}, step ")
@@ -151,6 +168,65 @@ def test_weights_and_runs_are_loaded_from_a_bucket(
     for each in (loaded, saved):
         for name, value in weights.flatten(expected.variables).items():
             np.testing.assert_array_equal(weights.flatten(each.variables)[name], value)
+
+
+def copy_run(folder: pathlib.Path, bucket: str) -> paths.Path:
+    """Copies a run to a bucket, as gcloud storage cp does."""
+    remote = paths.user_path(f"{bucket}/run", "")
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        buckets.write_bytes(remote / file.relative_to(folder).as_posix(), file.read_bytes())
+    return remote
+
+
+def test_run_says_how_long_to_wait_unless_this_process_does(
+    bucket: str,
+    gcs: Proxy,
+    data_directory: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small.config(data_directory, bucket=Bucket(retry_seconds=0.25))
+    remote = copy_run(small.finished(config, tmp_path / "run")[1].path, bucket)
+    # A process that has used no settings yet.
+    monkeypatch.setattr(buckets, "_retry_seconds", 300.0)
+    monkeypatch.setattr(buckets, "_has_setting", False)
+    monkeypatch.setattr(buckets, "_log", None)
+    gcs.inject(Status(503), name="run/checkpoints/*")
+    with pytest.raises(buckets.BucketError, match=r"within 0\.25 s"):
+        api.load_weights(str(remote))
+    gcs.clear()
+    config.bucket.retry_seconds = 0.75
+    shown = copy_run(run_folders.write(tmp_path / "shown", settings=config), f"{bucket}/shown")
+    gcs.inject(Status(503), operation="write", name="*/report.html")
+    with pytest.raises(UserError, match=r"within 0\.75 s"):
+        report.write_page(shown)
+    gcs.clear()
+    config.bucket.retry_seconds = 0.5
+    api.load_dataset(config)
+    gcs.inject(Status(503), name="run/checkpoints/*")
+    with pytest.raises(buckets.BucketError, match=r"within 0\.5 s"):
+        api.load_weights(str(remote))
+
+
+@pytest.mark.parametrize("damaged", ["model/manifest.ocdbt", "model/ocdbt.process_0/d/*"])
+def test_weights_that_arrive_damaged_are_one_message(
+    damaged: str, bucket: str, gcs: Proxy, data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    _, run = small.finished(small.config(data_directory), tmp_path / "run")
+    remote = copy_run(run.path, bucket)
+    for step in integrity.list_steps(remote / "checkpoints"):
+        integrity.write_manifest(remote / "checkpoints" / str(step))  # As one written there.
+    gcs.inject(FlipBit(3), operation="read", name=f"run/checkpoints/*/{damaged}")
+    output = tmp_path / "w.safetensors"
+    arguments = [f"--workdir={remote}", "--to=savedweights", f"--output={output}"]
+    done = command.run("tools.export", *arguments)
+    assert done.returncode == 1 and not done.stdout and not output.exists()
+    *others, message = done.stderr.splitlines()
+    assert message.startswith(f"error: {remote}/checkpoints/")
+    assert message.endswith(". Rerun the command")
+    assert all("Using GOOGLE_AUTH_TOKEN_FOR_TESTING" in line for line in others)
+    gcs.clear()
+    command.check("tools.export", *arguments)
 
 
 def test_missing_weights_in_a_bucket_are_named(bucket: str) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints in a bucket keep the promises of those on disk, though its server fails."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from inception_jax.errors import CheckpointError, WriteError
+from inception_jax.errors import CheckpointError, RunError, WriteError
 from inception_jax.inference import load
 from inception_jax.storage import buckets, integrity, paths
 from inception_jax.storage.workdir import Workdir
@@ -41,6 +42,13 @@ def short_retries() -> Iterator[None]:
     buckets.set_retry_seconds(1)
     yield
     buckets.set_retry_seconds(before)
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Collects unfinished tasks of failed reads while Python's reports about them are ignored."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -190,13 +198,16 @@ def test_checkpoint_with_unknown_md5_is_read(
     assert "MD5 mismatch" in integrity.find_corruption(folder / "6")
 
 
+def put(local: pathlib.Path, folder: paths.Path) -> None:
+    for path in filter(pathlib.Path.is_file, local.rglob("*")):
+        buckets.write_bytes(folder / path.relative_to(local).as_posix(), path.read_bytes())
+
+
 def test_checkpoints_are_valid_when_copied(
     template: tuple[pathlib.Path, dict[str, bytes]], empty: "epath.Path", tmp_path: pathlib.Path
 ) -> None:
     local, objects = template
-    for path in local.rglob("*"):
-        if path.is_file():
-            buckets.write_bytes(empty / path.relative_to(local).as_posix(), path.read_bytes())
+    put(local, empty)
     copy = tmp_path / "checkpoints"
     for name, data in objects.items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,13 +225,19 @@ def test_checkpoints_are_valid_when_copied(
     assert "SHA-256 mismatch" in integrity.find_corruption(empty / "6")
 
 
+def test_copied_checkpoint_that_arrives_damaged_is_read_again(
+    template: tuple[pathlib.Path, dict[str, bytes]], empty: "epath.Path", gcs: Proxy
+) -> None:
+    put(template[0], empty)
+    rule = gcs.inject(FlipBit(20), operation="read", name="*/6/*ocdbt*", times=1)
+    assert integrity.find_corruption(empty / "6") == "" and rule.applied == 1
+
+
 def test_checkpoints_of_old_version_are_restored_from_bucket(empty: "epath.Path") -> None:
     workdir = Workdir(FIXTURE / "runs" / "digits")
     expected = load.from_checkpoint(workdir, "best", lambda line: None)
     local = FIXTURE / "runs" / "digits" / "checkpoints"
-    for path in local.rglob("*"):
-        if path.is_file():
-            buckets.write_bytes(empty / path.relative_to(local).as_posix(), path.read_bytes())
+    put(local, empty)
     workdir.checkpoints = empty
     loaded = load.from_checkpoint(workdir, "best", lambda line: None)
     assert loaded.step == expected.step
@@ -523,6 +540,44 @@ def test_fault_during_restore_is_one_message(folder: "epath.Path", gcs: Proxy) -
             checkpoints.resolve("best")
         gcs.clear()
         check_restores(checkpoints, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("*/6/training/manifest.ocdbt", 20),
+        ("*/6/model/ocdbt.process_0/d/*", 3),
+        ("*/6/training/_METADATA", 3),
+        ("*/6/model/array_metadatas/*", 20),
+    ],
+)
+@pytest.mark.usefixtures("collected")
+def test_intact_checkpoint_that_arrives_damaged_is_one_message(
+    name: str, at: int, folder: "epath.Path", gcs: Proxy
+) -> None:
+    before = contents(folder)
+    with Checkpoints(folder) as checkpoints:
+        gcs.inject(FlipBit(at), operation="read", name=name)
+        with pytest.raises(RunError) as caught:
+            checkpoints.restore(6, state(0))
+        gcs.clear()
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/6: the checkpoint is intact, but was damaged while ")
+    assert message.endswith(". Rerun the command") and "\n" not in message
+    # It is not set aside, and the same command succeeds.
+    with Checkpoints(folder) as checkpoints:
+        assert contents(folder) == before
+        check_restores(checkpoints, 6)
+
+
+@pytest.mark.usefixtures("collected")
+def test_checkpoint_that_is_damaged_during_a_start_is_not_called_intact(
+    folder: "epath.Path",
+) -> None:
+    with Checkpoints(folder) as checkpoints:
+        buckets.write_bytes(folder / "6/training/manifest.ocdbt", bytes(114))
+        with pytest.raises(CheckpointError, match="/6: corrupt checkpoint: training/manifest"):
+            checkpoints.restore(6, state(0))
 
 
 def test_checkpoint_of_another_model_is_reported(folder: "epath.Path") -> None:

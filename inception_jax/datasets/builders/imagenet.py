@@ -29,8 +29,7 @@ from inception_jax.datasets.sources.tar_source import decompressor
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
 
-TRAIN = "ILSVRC2012_img_train.tar"
-VALIDATION = "ILSVRC2012_img_val.tar"
+TRAIN, VALIDATION = DATASETS.get("imagenet2012").source_files
 TRAIN_IMAGES = 1_281_167
 
 _CITATION = """@article{ILSVRC15,

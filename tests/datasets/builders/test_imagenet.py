@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import tarfile
 from typing import Any
@@ -20,7 +21,9 @@ from inception_jax.datasets.builders import imagenet
 from inception_jax.datasets.dataset import Dataset, prepare
 from inception_jax.errors import DataError
 from inception_jax.registry import DATASETS
+from inception_jax.storage import buckets, paths
 from tests import archives
+from tests.gcs import Proxy
 
 WNIDS = tuple(archives.wnid(label) for label in range(3))
 VALIDATION = tuple(WNIDS[label] for label in (2, 0, 0, 1))
@@ -127,6 +130,41 @@ def test_prepared_data_match_archives(source: pathlib.Path, tmp_path: pathlib.Pa
     lines: list[str] = []
     check(prepare(settings(tmp_path), log=lines.append))
     assert not lines, "the second time there is nothing to do"
+
+
+@pytest.mark.parametrize("given", ["", f"/{imagenet.TRAIN}", f"/{imagenet.VALIDATION}"])
+def test_source_in_a_bucket_is_both_archives(
+    given: str, source: pathlib.Path, bucket: str, gcs: Proxy, tmp_path: pathlib.Path
+) -> None:
+    remote = paths.user_path(f"{bucket}/imagenet", "")
+    for name in (imagenet.TRAIN, imagenet.VALIDATION):
+        buckets.write_bytes(remote / name, (source / name).read_bytes())
+    buckets.write_bytes(remote / "ILSVRC2012_img_test.tar", bytes(100))
+    lines: list[str] = []
+    data = settings(tmp_path / "data", f"{remote}{given}", cache=str(tmp_path / "cache"))
+    check(prepare(data, log=lines.append))
+    copy = tmp_path / "cache/sources" / str(remote).removeprefix("gs://")
+    assert {path.name for path in copy.iterdir()} == {imagenet.TRAIN, imagenet.VALIDATION}
+    assert f"{remote}{given}: using the copy {copy}, which may be removed afterwards" in lines
+    # Nothing is downloaded if one of them is missing.
+    buckets.delete(remote / imagenet.VALIDATION)
+    gcs.clear()
+    data = settings(tmp_path / "other", f"{remote}{given}", cache=str(tmp_path / "other_cache"))
+    missing = f"'{remote}{given}': {imagenet.VALIDATION} not found in {remote}. Upload all files"
+    with pytest.raises(DataError, match=re.escape(missing)):
+        prepare(data, log=quiet)
+    assert not gcs.find("read")
+
+
+def test_damaged_archive_in_a_bucket_is_named(
+    source: pathlib.Path, bucket: str, tmp_path: pathlib.Path
+) -> None:
+    remote = paths.user_path(f"{bucket}/imagenet", "")
+    for name in (imagenet.TRAIN, imagenet.VALIDATION):
+        buckets.write_bytes(remote / name, (source / imagenet.VALIDATION).read_bytes())
+    data = settings(tmp_path / "data", remote / imagenet.TRAIN, cache=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"^{remote}/{imagenet.TRAIN}: "):
+        prepare(data, log=quiet)
 
 
 def test_published_statistics_are_used_without_decoding(
