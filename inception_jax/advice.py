@@ -1,4 +1,4 @@
-"""Advice on errors of the hardware: out of memory, or a device that another process uses.
+"""Advice on errors of the hardware and its compilers: out of memory, a device in use, a fault.
 
 JAX, its compilers and the drivers raise exceptions of many types for these, so the errors are
 recognized by their text.
@@ -28,6 +28,8 @@ _IN_USE = re.compile(
     r"(create|initialize) (cudnn|cublas|cusolver|cusparse)",
     re.IGNORECASE,
 )
+# An internal check of the compiler for TPUs.
+_COMPILER_FAULT = re.compile(r"LLO_CHECK failure")
 _BYTES = re.compile(r"\b(\d{7,}) ?bytes")
 
 # By phase of training or name of the command: what was being done, and the remedy.
@@ -73,7 +75,7 @@ def explain(
             known = [name for name in contexts if name in _REMEDIES]
             activity, remedy = _REMEDIES[known[0]] if known else ("", _DEFAULT_REMEDY)
             return _out_of_memory_advice(each, what, activity, remedy, settings)
-        if message := device_in_use(text):
+        if message := device_in_use(text) or compiler_fault(text):
             return message
     return None
 
@@ -88,6 +90,17 @@ def device_in_use(text: str) -> str | None:
         "TPU VM, run sudo lsof -t /dev/accel* /dev/vfio/* /tmp/libtpu_lockfile, and if none is "
         "left, remove /tmp/libtpu_lockfile), or use --platform=cpu. JAX reserves 75% of a GPU's "
         "memory; to run two processes on one GPU, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for each"
+    )
+
+
+def compiler_fault(text: str) -> str | None:
+    """Returns advice if an error's text shows a known fault of the compiler for TPUs, else None."""
+    if not _COMPILER_FAULT.search(text):
+        return None
+    return (
+        f"the compiler failed, which is a fault of the compiler: {_truncated_first_line(text)}. "
+        "libtpu 0.0.50.1 and 0.0.51 are known to fail on some pools, 0.0.52 is not; install a "
+        "newer libtpu (docs/tpu.md)"
     )
 
 

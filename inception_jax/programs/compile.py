@@ -395,6 +395,8 @@ def _without_cache() -> Iterator[None]:
 
 
 def _compiler_fault(what: str, target: Target, error: jax.errors.JaxRuntimeError) -> RunError:
+    if known := advice.compiler_fault(advice.first_line(error)):
+        return RunError(f"{what}: {known}")
     packages = "libtpu with its JAX" if target.chip.platform == "tpu" else "JAX"
     return RunError(
         f"{what}: the compiler failed, which is a fault of the compiler: "

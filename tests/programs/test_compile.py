@@ -158,11 +158,18 @@ def test_a_gpu_program_larger_than_jax_reserves_does_not_fit() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_a_fault_of_the_compiler_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(
-        monkeypatch, "INTERNAL: LLO_CHECK failure (llo_instruction.h) opcode=vector-store\nmore"
-    )
-    with pytest.raises(RunError, match=r"a fault of the compiler: .*LLO_CHECK failure.* libtpu"):
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("INTERNAL: LLO_CHECK failure (llo_instruction.h) opcode=vector-store", "libtpu 0.0.50.1"),
+        ("INTERNAL: Check failed: index < size", "Try another version of libtpu"),
+    ],
+)
+def test_a_fault_of_the_compiler_is_called_one(
+    message: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, f"{message}\nmore")
+    with pytest.raises(RunError, match=rf"a fault of the compiler: .*INTERNAL: .*\. {remedy}"):
         ij.compile_for(narrow.config(), "v6e-8", model=small.Network())
 
 

@@ -1,5 +1,6 @@
 """What the compiler for TPUs makes of the training step, where it is installed (libtpu alone)."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -11,10 +12,11 @@ import pytest
 
 import inception_jax as ij
 from inception_jax.errors import UserError
-from inception_jax.models import weights
+from inception_jax.models import ops, weights
 from inception_jax.programs import compile as programs
 from inception_jax.programs import targets
 from inception_jax.programs.compile import Program
+from inception_jax.runtime import sharding
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from tests import command
@@ -134,6 +136,25 @@ def test_the_command_describes_and_records_a_run(tmp_path: pathlib.Path) -> None
     assert record["versions"]["libtpu"] == importlib.metadata.version("libtpu")
     assert [each["purpose"] for each in record["programs"]] == ["train", "evaluate"]
     assert all(each["cycles"] and each["bytes_accessed"] for each in record["programs"])
+
+
+@pytest.mark.parametrize(("target", "side"), [("v6e-1", 16), ("v6e-1", 21), ("tpu7x-8", 16)])
+def test_padded_pools_compile_where_the_compiler_fails_on_others(target: str, side: int) -> None:
+    mesh = targets.make_mesh(targets.get(target))
+    device = mesh.devices.flat[0]
+    x = jax.ShapeDtypeStruct((64, side, side, 64), jnp.bfloat16, sharding=sharding.replicated(mesh))
+
+    def gradient(x: jax.Array, pad: bool) -> jax.Array:
+        pool = functools.partial(ops.max_pool, window=3, stride=1, pad=pad)
+        return jax.vjp(pool, x)[1](x)[0]
+
+    lowered = {pad: jax.jit(gradient, static_argnums=1).lower(x, pad) for pad in (False, True)}
+    lowered[True].compile()
+    if ops.pads_pools(device):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="LLO_CHECK failure"):
+            lowered[False].compile()
+    else:
+        lowered[False].compile()
 
 
 def test_a_step_that_does_not_fit_is_one_message() -> None:
