@@ -110,14 +110,15 @@ def test_the_compiler_for_tpus_is_the_one_of_the_pinned_jax() -> None:
     """CI installs it alone, for the tests of compiled programs."""
     ((name, version),) = pins("tpu").items()
     assert name == "libtpu"
-    for environment in PINS[:-1]:
-        if (jax := pins(environment)["jax"]) == Version(importlib.metadata.version("jax")):
-            wanted = [
-                requirement
-                for requirement in map(Requirement, importlib.metadata.requires("jax") or [])
-                if requirement.name == "libtpu"
-            ]
-            assert [version in each.specifier for each in wanted] == [True], f"jax {jax}: {wanted}"
+    newest = max(pins(environment)["jax"] for environment in PINS)
+    if Version(importlib.metadata.version("jax")) != newest:
+        pytest.skip(f"only jax {newest} itself says which compiler it needs")
+    wanted = [
+        requirement
+        for requirement in map(Requirement, importlib.metadata.requires("jax") or [])
+        if requirement.name == "libtpu"
+    ]
+    assert [version in each.specifier for each in wanted] == [True], wanted
 
 
 def test_extras_for_development_have_the_bounds_of_the_others() -> None:
