@@ -99,8 +99,8 @@ def compiler_fault(text: str) -> str | None:
         return None
     return (
         f"the compiler failed, which is a fault of the compiler: {_truncated_first_line(text)}. "
-        "libtpu 0.0.50.1 and 0.0.51 are known to fail on some pools, 0.0.52 is not; install a "
-        "newer libtpu (docs/tpu.md)"
+        "libtpu 0.0.50.1 and 0.0.51 are known to fail on some operations that 0.0.52 compiles; "
+        "try a newer libtpu (docs/tpu.md)"
     )
 
 
