@@ -65,8 +65,9 @@ def auto_dtype(device: jax.Device | None = None) -> str:
 def pads_pools(device: jax.Device | None = None) -> bool:
     """Returns whether the compiler for a device fails on the gradient of some pools.
 
-    libtpu 0.0.50.1 does so for TPU v6e and TPU7x ("LLO_CHECK failure … scheduled_bundleno_.valid()
-    … opcode=vector-store"); 0.0.52 does not. See `padded_max_pool` for the way around it.
+    libtpu 0.0.50.1 does so for TPU v6e and TPU7x ("LLO_CHECK failure" with
+    ``scheduled_bundleno_.valid()`` and ``opcode=vector-store``); 0.0.52 does not. See
+    `padded_max_pool` for the way around it.
 
     Args:
       device: the device; None: JAX's first one.
