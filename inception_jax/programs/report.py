@@ -106,7 +106,7 @@ def _report(
         {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "revision": environment.revision(),
-            "versions": {"python": platform.python_version(), **_versions(target)},
+            "versions": {"python": platform.python_version(), **versions(target)},
             "config": config.name,
             "model": this.model_name,
             "dtype": config.model.dtype,
@@ -121,7 +121,8 @@ def _report(
     )
 
 
-def _versions(target: Target) -> dict[str, str]:
+def versions(target: Target) -> dict[str, str]:
+    """Returns the versions of the installed packages that compile for a target, by name."""
     found = {}
     for name in _PACKAGES[target.chip.platform]:
         try:
