@@ -94,12 +94,14 @@ def compile_one(
       A row for each program, or one with the error's text; and the record of tools.compile, or
       None if it failed.
     """
+    environment = measure.environment()
     base = {
         "experiment": experiment,
         "target": target,
         "batch_size": batch_size,
         "versions": compiler_versions(target),
-        "date": measure.environment()["date"],
+        "date": environment["date"],
+        "revision": environment["revision"],
     }
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "record.json"
