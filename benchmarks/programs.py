@@ -9,7 +9,8 @@ stopped command continues.
   python -m benchmarks.programs --json benchmarks/results/programs.json
   python -m benchmarks.programs --experiments tiny --targets v5e-8 --details benchmarks/results
 
-Nothing is run on a device: memory and cycles are the compiler's figures, and images/s an estimate.
+Nothing is run on a device: memory and cycles are the compiler's figures; milliseconds, images/s and
+the minutes of the whole recipe are estimates, if reading keeps up.
 On two CPU cores: 5 to 15 minutes for each combination of tiny.py.
 """
 
@@ -142,6 +143,7 @@ def _figures(program: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "all_reduces": program["collectives"].get("all-reduce", {}).get("count", 0),
         "milliseconds": [round(1e3 * seconds[end], 2) for end in ("fastest", "slowest")],
         "images_per_second": [round(each) for each in record["recipe"]["images_per_second"]],
+        "minutes": [round(each, 2) for each in record["recipe"]["minutes"]],
     }
 
 
@@ -158,9 +160,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         where = [f"{row['experiment']}, {row['target']}", f"{row['batch_size']:,}"]
         if "error" in row:
-            lines.append([*where, row["error"], *[""] * 4])
+            lines.append([*where, row["error"], *[""] * 6])
             continue
-        cycles = row["mega_cycles"]
+        cycles, trains = row["mega_cycles"], row["program"].startswith("training")
         lines.append(
             [
                 *where,
@@ -168,10 +170,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['memory_gib']:.2f}",
                 f"{cycles:.1f}" if cycles else "",
                 "{:.1f} to {:.1f}".format(*row["milliseconds"]),
+                "{:,} to {:,}".format(*row["images_per_second"]) if trains else "",
+                "{:.1f} to {:.1f}".format(*row["minutes"]) if trains else "",
                 f"{row['compile_seconds']:.0f}",
             ]
         )
-    head = ["experiment, target", "batch", "program", "GiB", "M cycles", "ms", "compiled in s"]
+    head = ["experiment, target", "batch", "program", "GiB", "M cycles", "ms"]
+    head += ["images/s", "minutes", "compiled in s"]
     return measure.markdown_table(head, lines)
 
 

@@ -22,7 +22,7 @@ RECORD = {
             "seconds": {"fastest": 0.0166, "slowest": 0.0265},
         }
     ],
-    "recipe": {"images_per_second": [19000.0, 30000.0]},
+    "recipe": {"images_per_second": [19000.0, 30000.0], "minutes": [3.2, 5.1]},
 }
 
 
@@ -65,7 +65,7 @@ def test_each_combination_is_compiled_once_and_failures_are_rows(
     rows = json.loads(result.read_text())["programs"]
     assert [row.get("error") for row in rows] == [None, *2 * ["the compiler failed"]]
     assert rows[0]["all_reduces"] == 44
-    assert "| training step, 64 px | 1.00 |     25.0 | 16.6 to 26.5 |" in first
+    assert "| training step, 64 px | 1.00 |     25.0 | 16.6 to 26.5 | 19,000 to 30,000 |" in first
     assert [path.name for path in sorted(tmp_path.glob("*-*.json"))] == [
         "programs-tiny-v5e-8-512.json"
     ]
