@@ -26,9 +26,9 @@ NO_PADDING: Paddings = ((0, 0), (0, 0))
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
 _MIN_CHANNELS = 8
 
-# Pixels of the images whose pools at stride 1 a compiler fails on (see `pads_pools`): of the sizes
-# tried, 16 x 16 to 21 x 21, 10 x 26, 8 x 32 and 4 x 64, but neither 15 x 16 nor 22 x 22.
-_PADDED_PIXELS = range(15 * 16 + 1, 22 * 22)
+# The compiler that `pads_pools` describes fails on pools at stride 1 over fewer pixels: among other
+# operations, on 3 x 3 to 21 x 21 of the sizes tried, but not on 22 x 22 or more.
+_PADDED_BELOW_PIXELS = 22 * 22
 
 
 def prefers_rewrite(device: jax.Device | None = None) -> bool:
@@ -248,7 +248,7 @@ def max_pool(
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
     pool = indexed_max_pool if rewrite else plain_max_pool
-    if pad and not rewrite and stride == 1 and x.shape[1] * x.shape[2] in _PADDED_PIXELS:
+    if pad and not rewrite and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS:
         pool = padded_max_pool
     return pool(x, window, stride, pool_paddings(x.shape, window=window, stride=stride))
 

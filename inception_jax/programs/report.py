@@ -106,7 +106,7 @@ def _report(
         {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "revision": environment.revision(),
-            "versions": {"python": platform.python_version(), **_versions(target)},
+            "versions": {"python": platform.python_version(), **versions(target)},
             "config": config.name,
             "model": this.model_name,
             "dtype": config.model.dtype,
@@ -121,7 +121,8 @@ def _report(
     )
 
 
-def _versions(target: Target) -> dict[str, str]:
+def versions(target: Target) -> dict[str, str]:
+    """Returns the versions of the installed packages that compile for a target, by name."""
     found = {}
     for name in _PACKAGES[target.chip.platform]:
         try:
@@ -257,9 +258,13 @@ def _tail(record: dict[str, Any]) -> list[str]:
     recipe = record["recipe"]
     slow, fast = recipe["images_per_second"]
     low, high = recipe["minutes"]
+    # A small data set takes less than a tenth of a minute.
+    duration = (
+        f"{low:,.1f} to {high:,.1f} min" if high >= 1 else f"{60 * low:.2g} to {60 * high:.2g} s"
+    )
     lines = [
-        f"estimate  {slow:,.0f} to {fast:,.0f} images/s in training; {low:,.1f} to {high:,.1f} min "
-        f"for all {record['steps']:,} steps with their evaluations, if input keeps up"
+        f"estimate  {slow:,.0f} to {fast:,.0f} images/s in training; {duration} for all "
+        f"{record['steps']:,} steps with their evaluations, if input keeps up"
     ]
     if record["largest_batch"] is not None:
         lines.append(f"largest batch that fits: {record['largest_batch']:,}")

@@ -125,7 +125,7 @@ def test_max_pool_matches_direct_maximum(
     np.testing.assert_array_equal(result, direct_max_pool(x, window, stride))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (8, 32)])
+@pytest.mark.parametrize("size", [(16, 16), (3, 5)])
 def test_padded_max_pool_equals_plain_max_pool_exactly(size: tuple[int, int]) -> None:
     """Few distinct values, so that many windows have equal maxima."""
     x = np.round(normal(2, *size, 3)) - 2
@@ -144,7 +144,7 @@ def test_padded_max_pool_equals_plain_max_pool_exactly(size: tuple[int, int]) ->
         ("TPU v5 lite", "0.0.50.1", False),
     ],
 )
-@pytest.mark.parametrize("size", [15, 16, 21, 22])
+@pytest.mark.parametrize("size", [4, 16, 21, 22])
 def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
     kind: str, libtpu: str, expected: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +160,7 @@ def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
     program = str(jax.make_jaxpr(call)(images))
     # The two modules at a quarter of the size; later ones are smaller.
     padded = program.count(f"1,{size + 2},{size + 2},")
-    assert (padded > 0) is (expected and size in (16, 21))
+    assert (padded > 0) is (expected and size < 22)
 
 
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)

@@ -75,17 +75,18 @@ def test_devices_exchange_sums_alone_and_little_more_than_the_gradient(
     if run.mesh.size == 1:
         assert not found
         return
-    leaves = parameters(run)
-    norms = sum(name.endswith("norm/scale") for name in leaves)
-    channels = sum(leaf.size for name, leaf in leaves.items() if name.endswith("norm/scale"))
+    sizes = {name: leaf.size for name, leaf in parameters(run).items()}
+    kernels = sum(size for name, size in sizes.items() if name.endswith("conv/kernel"))
+    norms = sum(size for name, size in sizes.items() if "/norm/" in name)
+    others = sum(sizes.values()) - kernels - norms
     count, size = found.pop("all-reduce")
-    # Each BatchNorm sums over the devices once forward and once back; gradients are sent together.
-    assert count <= 2 * norms + 4
-    numbers = sum(leaf.size for leaf in leaves.values())
-    # Kernels' gradients are summed as the convolutions return them, in bfloat16. Two sums of each
-    # channel forward and two back, and metrics.
-    most = 4 * numbers + 4 * 4 * channels + 1000
-    assert 2 * numbers <= size <= most
+    # The convolutions follow each other in three groups, whose BatchNorms need sums forward and
+    # back; then come the gradients in bfloat16, those in float32, and the metrics.
+    assert count <= 2 * 3 + 3
+    # Kernels' gradients are summed as the convolutions return them, in bfloat16. BatchNorm sums two
+    # numbers of each channel forward, and back two that are the gradients of its parameters.
+    metrics = size - (2 * kernels + 2 * 4 * norms + 4 * others)
+    assert 0 <= metrics <= 64
     # Of images that are mixed with those of the next device.
     assert set(found) <= {"collective-permute"}
     assert found.get("collective-permute", (0, 0))[1] <= 4 * 16 * 16 * 3 * 8
@@ -138,7 +139,9 @@ def test_the_command_describes_and_records_a_run(tmp_path: pathlib.Path) -> None
     assert all(each["cycles"] and each["bytes_accessed"] for each in record["programs"])
 
 
-@pytest.mark.parametrize(("target", "side"), [("v6e-1", 16), ("v6e-1", 21), ("tpu7x-8", 16)])
+@pytest.mark.parametrize(
+    ("target", "side"), [("v6e-1", 8), ("v6e-1", 21), ("tpu7x-8", 8), ("tpu7x-8", 16)]
+)
 def test_padded_pools_compile_where_the_compiler_fails_on_others(target: str, side: int) -> None:
     mesh = targets.make_mesh(targets.get(target))
     device = mesh.devices.flat[0]
@@ -146,7 +149,8 @@ def test_padded_pools_compile_where_the_compiler_fails_on_others(target: str, si
 
     def gradient(x: jax.Array, pad: bool) -> jax.Array:
         pool = functools.partial(ops.max_pool, window=3, stride=1, pad=pad)
-        return jax.vjp(pool, x)[1](x)[0]
+        # Between other operations, it fails on more sizes than alone.
+        return 2 * jax.vjp(pool, jax.nn.relu(x))[1](3 * x)[0]
 
     lowered = {pad: jax.jit(gradient, static_argnums=1).lower(x, pad) for pad in (False, True)}
     lowered[True].compile()
