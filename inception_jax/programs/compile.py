@@ -350,26 +350,46 @@ def _compile(
         ) from error
     seconds = time.monotonic() - start
     log(f"{name}: compiled in {seconds:.0f} s")
-    size: Any = compiled.memory_analysis()
-    memory = Memory(
-        arguments=size.argument_size_in_bytes,
-        results=size.output_size_in_bytes,
-        reused=size.alias_size_in_bytes,
-        temporaries=size.temp_size_in_bytes,
+    program = describe(
+        compiled,
+        purpose=purpose,
+        image_size=image_size,
+        batch_size=batch_size,
+        compile_seconds=seconds,
         resident=resident,
     )
     usable = target.chip.memory * target.chip.usable
-    if memory.peak > usable:
+    if program.memory.peak > usable:
         what = f"{name}, {target.name}"
-        raise _out_of_memory(what, config, purpose, _size(memory.peak), _size(usable))
+        raise _out_of_memory(what, config, purpose, _size(program.memory.peak), _size(usable))
+    return program
+
+
+def describe(
+    compiled: jax.stages.Compiled,
+    *,
+    purpose: str,
+    image_size: int,
+    batch_size: int,
+    compile_seconds: float,
+    resident: int = 0,
+) -> Program:
+    """Returns what a compiled program needs and does; for the arguments, see `Program`."""
+    size: Any = compiled.memory_analysis()
     counted = cast(dict[str, float] | None, compiled.cost_analysis()) or {}
     return Program(
         purpose=purpose,
         image_size=image_size,
         batch_size=batch_size,
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
         code_bytes=size.generated_code_size_in_bytes,
-        memory=memory,
+        memory=Memory(
+            arguments=size.argument_size_in_bytes,
+            results=size.output_size_in_bytes,
+            reused=size.alias_size_in_bytes,
+            temporaries=size.temp_size_in_bytes,
+            resident=resident,
+        ),
         audit=audit.audit(compiled.as_text() or ""),
         compiler_flops=counted.get("flops"),
         bytes_accessed=counted.get("bytes accessed"),
