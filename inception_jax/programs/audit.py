@@ -77,6 +77,8 @@ class Operation:
       flops: operations of its products and convolutions, two for each multiply-add.
       bytes: moved to and from the device's memory, with padding.
       cycles: the compiler's estimate; None: there is none.
+      accessed: bytes that it reads and writes in any memory, with padding.
+      padding: how many of `accessed` only fill tiles.
       awaited: of a copy that goes on beside other operations, the index of the operation that waits
         for its end (the number of operations: the program's end); None: nothing goes on beside it.
     """
@@ -89,6 +91,8 @@ class Operation:
     flops: float
     bytes: int
     cycles: int | None
+    accessed: int = 0
+    padding: int = 0
     awaited: int | None = None
 
 
@@ -191,6 +195,7 @@ def _operations(module: Module, names: "_Names") -> tuple[Operation, ...]:
                 if move and each.opcode.endswith("-start"):
                     started[each.name] = len(found)
                 inside = [(computation, each), *module.inside(each)]
+                accesses = _accesses(module, computation, each, move)
                 found.append(
                     Operation(
                         each.name,
@@ -198,8 +203,10 @@ def _operations(module: Module, names: "_Names") -> tuple[Operation, ...]:
                         *names.kind_and_module(computation, each),
                         times=times,
                         flops=sum(_flops(there, one) for there, one in inside),
-                        bytes=_traffic(module, computation, each, move),
+                        bytes=sum(a.bytes for a in accesses if a.array.memory == hlo.DEVICE_MEMORY),
                         cycles=each.cycles,
+                        accessed=sum(a.bytes for a in accesses),
+                        padding=sum(a.padding for a in accesses),
                     )
                 )
 
@@ -225,13 +232,11 @@ class _Move:
         return same and self.source.memory != self.result.memory
 
     @property
-    def bytes(self) -> int:
-        """What it moves to and from the device's memory."""
+    def accesses(self) -> tuple["_Access", ...]:
+        """What it reads and writes."""
         whole = self.source.shape == self.result.shape
-        read = self.source.padded_bytes if whole else self.result.padded_bytes
-        return (read if self.source.memory == hlo.DEVICE_MEMORY else 0) + (
-            self.result.padded_bytes if self.result.memory == hlo.DEVICE_MEMORY else 0
-        )
+        read = dataclasses.replace(self.source if whole else self.result, layout=self.source.layout)
+        return _Access(read), _Access(self.result)
 
 
 def _move(module: Module, computation: Computation, each: Instruction) -> _Move | None:
@@ -252,20 +257,35 @@ def _move(module: Module, computation: Computation, each: Instruction) -> _Move 
     return None
 
 
-def _traffic(
+@dataclasses.dataclass(frozen=True)
+class _Access:
+    """An array that an operation reads or writes, or the share of it that it reads."""
+
+    array: Array
+    share: float = 1.0
+
+    @property
+    def bytes(self) -> int:
+        return round(self.share * self.array.padded_bytes)
+
+    @property
+    def padding(self) -> int:
+        return round(self.share * (self.array.padded_bytes - self.array.bytes))
+
+
+def _accesses(
     module: Module, computation: Computation, each: Instruction, move: _Move | None
-) -> int:
-    """Returns the bytes that an operation moves to and from the device's memory."""
+) -> list[_Access]:
+    """Returns what an operation reads and writes, in any memory."""
     if move:
-        return move.bytes
-    total = sum(a.padded_bytes for a in each.arrays if a.memory == hlo.DEVICE_MEMORY)
+        return list(move.accesses)
+    found = [_Access(array) for array in each.arrays]
     for number, name in enumerate(each.operands):
         read = computation.instructions.get(name)
         for array in read.arrays if read else ():
-            if array.memory == hlo.DEVICE_MEMORY:
-                share = _share_read(module, each, number) if each.opcode == "fusion" else 1.0
-                total += round(share * array.padded_bytes)
-    return total
+            share = _share_read(module, each, number) if each.opcode == "fusion" else 1.0
+            found.append(_Access(array, share))
+    return found
 
 
 def _share_read(module: Module, fusion: Instruction, number: int) -> float:
@@ -478,19 +498,17 @@ def tables(operations: tuple[Operation, ...], seconds: Sequence[float]) -> dict[
 
     Returns:
       "by_kind" and "by_module", with rows of name, operations, seconds, cycles (of those that the
-      compiler estimates) and bytes.
+      compiler estimates), bytes, accessed and padding.
     """
     found: dict[str, list[Any]] = {}
     for table, name in (("by_kind", "kind"), ("by_module", "module")):
         rows: dict[str, dict[str, Any]] = {}
         for each, time in zip(operations, seconds, strict=True):
             key = getattr(each, name)
-            row = rows.setdefault(
-                key, {"name": key, "operations": 0, "seconds": 0.0, "cycles": 0, "bytes": 0}
-            )
+            row = rows.setdefault(key, {"name": key, "operations": 0, "seconds": 0.0})
             row["operations"] += each.times
             row["seconds"] += time
-            row["cycles"] += each.times * (each.cycles or 0)
-            row["bytes"] += each.times * each.bytes
+            for column in ("cycles", "bytes", "accessed", "padding"):
+                row[column] = row.get(column, 0) + each.times * (getattr(each, column) or 0)
         found[table] = sorted(rows.values(), key=lambda row: -row["seconds"])
     return found

@@ -22,7 +22,7 @@ TARGET = Target("four", CHIP, 4, "")
 def operation(
     *, flops: float = 0, size: int = 0, cycles: int | None = None, awaited: int | None = None
 ) -> Operation:
-    return Operation("a", "fusion", "other", "(none)", 1, flops, size, cycles, awaited)
+    return Operation("a", "fusion", "other", "(none)", 1, flops, size, cycles, awaited=awaited)
 
 
 def program(*operations: Operation, collectives: int = 0, purpose: str = "train") -> Program:
