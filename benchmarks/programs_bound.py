@@ -13,6 +13,7 @@ a later operation can compute from what it reads anyway: normalized values, ReLU
   ReLU done in the operations that read and write. A convolution reads X and writes Y; its kernel
   gradient reads X, Y and G; its input gradient reads Y and G, and the X whose BatchNorm needs sums,
   and writes a gradient of X's size, which later readers of the same X also read. Pools likewise.
+  Bytes count in the module of the layer that reads or writes them.
 
 The state is read and written once, and the gradient of the parameters, float32, written and read;
 kernels are read in bfloat16 forward and for the input gradient. Not counted: the classifier,
@@ -38,7 +39,7 @@ from typing import Any
 from benchmarks import measure
 
 _STORED = 2  # Bytes of an activation.
-_STATE = "optimizer and averages"
+_STATE, _MOVES = "optimizer and averages", "moves between memories"
 
 
 @dataclasses.dataclass
@@ -263,6 +264,9 @@ def account(arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": [dataclasses.asdict(each) for each in found],
         "outputs": outputs,
         "on_chip": on_chip,
+        "moved": next(
+            (each["accessed"] for each in program["by_kind"] if each["name"] == _MOVES), 0
+        ),
         "device_memory": {
             "needed": 2 * max(0, outputs - on_chip) + 2 * program["state_bytes"] + images,
             "bytes": program["bytes"],
@@ -309,11 +313,14 @@ def report(result: dict[str, Any]) -> str:
         )
     head = ["module", "GFLOP", "needed MB", "by operation", "compiled", "padding", "ratio"]
     head += ["device memory MB", "products ms", "needed ms", "estimate ms"]
-    memory = result["device_memory"]
+    memory, computed = result["device_memory"], total["accessed"] - result["moved"]
     return "\n".join(
         [
             measure.markdown_table(head, lines),
             "",
+            f"Compiled without moves between memories ({result['moved'] / 1e6:,.0f} MB): "
+            f"{computed / total['needed']:.1f} times what is needed, "
+            f"{computed / total['by_operation']:.2f} times what is needed by operation.",
             f"All outputs of convolutions: {result['outputs'] / 1e6:,.0f} MB; on the chip "
             f"{result['on_chip'] / 1e6:,.0f} MB.",
             f"Device memory: needed {memory['needed'] / 1e6:,.0f} MB "
