@@ -342,8 +342,12 @@ def _flops(computation: Computation, each: Instruction) -> float:
         return 2 * right.size * each.arrays[0].size / each.arrays[0].shape[labels[1].index("o")]
     if each.custom_call_target == _CUDNN_INPUT:
         return 2 * left.size * right.size / right.shape[labels[1].index("o")]
-    window = math.prod(each.window) / math.prod(each.lhs_dilation)
-    return 2 * each.arrays[0].size * window * right.shape[labels[1].index("i")]
+    dilations = each.lhs_dilation or (1,) * len(each.window)
+    taps = 1.0
+    for number, (side, dilation) in enumerate(zip(each.window, dilations, strict=True)):
+        # An input of one pixel, padded to a wide window, is a way to write a convolution of 1 x 1.
+        taps *= min(side / dilation, left.shape[labels[0].index(str(number))])
+    return 2 * each.arrays[0].size * taps * right.shape[labels[1].index("i")]
 
 
 def _collectives(everything: list[tuple[Computation, Instruction]]) -> dict[str, tuple[int, int]]:
