@@ -304,6 +304,15 @@ class Model:
         0.9, "fraction of BatchNorm's running statistics kept at each step", low=0, below=1
     )
     norm_epsilon: float = resumable(1e-3, "added to BatchNorm's variance", above=0)
+    norm_group_size: int = resumable(
+        0,
+        "images whose statistics BatchNorm shares in training (ghost batch normalization); must "
+        "divide the batch or micro-batch; the result does not depend on the number of devices, "
+        "which exchange no statistics if the group is a device's share of the batch or divides it; "
+        "0 = the whole batch",
+        unit="images",
+        low=0,
+    )
     aux_heads: bool = setting(
         False, "add auxiliary classifiers to modules 4a and 4d, used in training only"
     )

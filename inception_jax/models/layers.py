@@ -87,13 +87,14 @@ class BatchNormReLU(nn.Module):
       momentum: fraction of the running statistics kept at each training step.
       epsilon: added to the variance.
       train: whether to use batch statistics and update the running ones.
-      rewrite: see `ops.batch_norm_relu`.
+      rewrite, group_size: see `ops.batch_norm_relu`.
     """
 
     momentum: float
     epsilon: float
     train: bool
     rewrite: bool = False
+    group_size: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -107,7 +108,13 @@ class BatchNormReLU(nn.Module):
             factor = scale * lax.rsqrt(variance.value + self.epsilon)
             return ops.affine_relu(x, factor, bias - mean.value * factor)
         x, batch_mean, batch_variance = ops.batch_norm_relu(
-            x, scale, bias, epsilon=self.epsilon, rewrite=self.rewrite
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            rewrite=self.rewrite,
+            # The batch that gives the variables their shapes may be of any size.
+            group_size=0 if self.is_initializing() else self.group_size,
         )
         if not self.is_initializing():
             for running, batch in ((mean, batch_mean), (variance, batch_variance)):
@@ -121,9 +128,7 @@ class ConvUnit(nn.Module):
     Attributes:
       features, kernel_size, stride, paddings, dtype, rewrite: see `Conv`.
       batch_norm: whether to use BatchNorm instead of a bias.
-      momentum: fraction of the running statistics kept at each training step.
-      epsilon: added to the variance.
-      train: whether to use batch statistics and update the running ones.
+      momentum, epsilon, train, group_size: see `BatchNormReLU`.
     """
 
     features: int
@@ -136,6 +141,7 @@ class ConvUnit(nn.Module):
     epsilon: float = 1e-3
     train: bool = False
     rewrite: bool = False
+    group_size: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -152,7 +158,9 @@ class ConvUnit(nn.Module):
         )(x)
         if not self.batch_norm:
             return nn.relu(x)
-        return BatchNormReLU(self.momentum, self.epsilon, self.train, self.rewrite, name="norm")(x)
+        return BatchNormReLU(
+            self.momentum, self.epsilon, self.train, self.rewrite, self.group_size, name="norm"
+        )(x)
 
 
 Unit = Callable[..., ConvUnit]

@@ -31,6 +31,7 @@ class MiniGoogLeNet(nn.Module):
       num_classes: number of logits.
       norm_momentum: fraction of BatchNorm's running statistics kept at each step.
       norm_epsilon: added to BatchNorm's variance.
+      norm_group_size: images that BatchNorm normalizes together; 0: the whole batch.
       width: multiplier on every layer's number of channels.
       dropout: fraction of features dropped before the last layer; the paper has none.
       dtype: compute dtype.
@@ -45,6 +46,7 @@ class MiniGoogLeNet(nn.Module):
     num_classes: int
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-3
+    norm_group_size: int = 0
     width: float = 1.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -72,6 +74,7 @@ class MiniGoogLeNet(nn.Module):
             epsilon=self.norm_epsilon,
             train=train,
             rewrite=self.rewrite,
+            group_size=self.norm_group_size,
         )
         x = unit(scale_channels(96, self.width), 3, name="conv1")(images)
         x = self._inception("2a", 32, 32, unit)(x)

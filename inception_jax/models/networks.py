@@ -16,7 +16,8 @@ from inception_jax.registry import register_model
 if TYPE_CHECKING:
     import flax.linen as nn
 
-_COMMON_SETTINGS = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
+_NORM_SETTINGS = ("norm_momentum", "norm_epsilon", "norm_group_size")
+_COMMON_SETTINGS = ("width", *_NORM_SETTINGS, "dropout", "dtype")
 _HEAD_SETTINGS = ("aux_heads", "aux_dropout")
 _GOOGLENET_SETTINGS = (*_COMMON_SETTINGS, *_HEAD_SETTINGS, "stem", "conv5x5", "norm")
 

@@ -12,12 +12,15 @@ import functools
 import importlib.metadata
 import pathlib
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from inception_jax.errors import ConfigError
 
 # Pixels before and after, in each direction: ((top, bottom), (left, right)).
 Paddings = tuple[tuple[int, int], tuple[int, int]]
@@ -375,23 +378,64 @@ def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array
 
 
 def batch_norm_relu(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, rewrite: bool = False
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float,
+    rewrite: bool = False,
+    group_size: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes each channel by the moments of the batch, then applies ReLU.
+
+    With a group size of N, each N consecutive images are normalized by their own moments ("ghost
+    batch normalization", Hoffer et al. 2017, arXiv:1705.08741, algorithm 1). Devices that hold
+    whole groups exchange no moments.
 
     Args:
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
       rewrite: whether to use the CPU equivalent instead of XLA's derivative.
+      group_size: N, which must divide B; 0: the whole batch is one group.
 
     Returns:
       max(0, (x - mean) / sqrt(variance + epsilon) * scale + bias) in the dtype of x, and the
-      float32 mean and (biased) variance [C], which have no gradient.
+      float32 mean and (biased) variance [C], averaged over the groups, which have no gradient.
+
+    Raises:
+      ConfigError: if the group size does not divide the batch.
     """
     normalize = fused_batch_norm_relu if rewrite else plain_batch_norm_relu
-    y, mean, variance = normalize(x, scale, bias, epsilon)
+    if group_size:
+        y, mean, variance = _over_groups(normalize, x, scale, bias, epsilon, group_size)
+    else:
+        y, mean, variance = normalize(x, scale, bias, epsilon)
     return y, lax.stop_gradient(mean), lax.stop_gradient(variance)
+
+
+_Normalize = Callable[
+    [jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array, jax.Array]
+]
+
+
+def _over_groups(
+    normalize: _Normalize,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float,
+    group_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes each group of images by itself; averages the moments of the groups."""
+    if x.shape[0] % group_size:
+        raise ConfigError(
+            f"config.model.norm_group_size = {group_size}: must divide the {x.shape[0]} images of "
+            "a batch; set it to 0 to normalize the whole batch"
+        )
+    groups = x.reshape(-1, group_size, *x.shape[1:])
+    y, mean, variance = jax.vmap(lambda group: normalize(group, scale, bias, epsilon))(groups)
+    return y.reshape(x.shape), mean.mean(0), variance.mean(0)
 
 
 def plain_batch_norm_relu(
