@@ -306,9 +306,8 @@ class Model:
     norm_epsilon: float = resumable(1e-3, "added to BatchNorm's variance", above=0)
     norm_group_size: int = resumable(
         0,
-        "images whose statistics BatchNorm shares in training (ghost batch normalization); must "
-        "divide the batch or micro-batch; the result does not depend on the number of devices, "
-        "which exchange no statistics if the group is a device's share of the batch or divides it; "
+        "images that BatchNorm normalizes together in training (ghost batch normalization); must "
+        "divide the batch or micro-batch; devices that hold whole groups exchange no statistics; "
         "0 = the whole batch",
         unit="images",
         low=0,
