@@ -8,11 +8,11 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from inception_jax.programs import hlo
-from inception_jax.programs.hlo import Computation, Instruction, Module
+from inception_jax.programs.hlo import Array, Computation, Instruction, Module
 
 # Operations that compute and move nothing.
 _FREE = {
@@ -38,7 +38,16 @@ _COLLECTIVES = (
 )
 _HOST = {"infeed", "outfeed", "recv", "send"}
 _HOST_CALLS = re.compile(r"callback|MoveToHost|MoveToDevice|host_compute", re.IGNORECASE)
+_LAYOUT, _NO_MODULE = "copies and layout", "(none)"
 _COPIES = {"copy", "copy-start", "transpose"}
+_SLICES = {"slice", "dynamic-slice"}
+# Copies of a part of an array, as the compiler starts them: by these names, or as a computation.
+_SLICE_STARTS = {"slice-start", "dynamic-slice-start"}
+_IN_SLICES = {*_SLICES, "bitcast", "constant", "copy", "parameter"}
+# A custom call that computes nothing: it names slices that were copied side by side.
+_CONCAT_BITCAST = "ConcatBitcast"
+# Operations that hand on what they are given.
+_HAND_ON = {"bitcast", "get-tuple-element", "opt-barrier"}
 
 # The parts of a step outside the network, by the scope that it names.
 _SCOPES = {
@@ -68,6 +77,8 @@ class Operation:
       flops: operations of its products and convolutions, two for each multiply-add.
       bytes: moved to and from the device's memory, with padding.
       cycles: the compiler's estimate; None: there is none.
+      awaited: of a copy that goes on beside other operations, the index of the operation that waits
+        for its end (the number of operations: the program's end); None: nothing goes on beside it.
     """
 
     name: str
@@ -78,6 +89,7 @@ class Operation:
     flops: float
     bytes: int
     cycles: int | None
+    awaited: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +155,7 @@ def audit(text: str) -> Audit:
             convolutions[" and ".join(sorted(dtypes))] += 1
     parameters = module.parameters
     return Audit(
-        operations=tuple(_operations(module, module.entry, names, 1)),
+        operations=_operations(module, names),
         collectives=_collectives(everything),
         convolutions=dict(convolutions),
         arguments={
@@ -160,37 +172,129 @@ def audit(text: str) -> Audit:
     )
 
 
-def _operations(
-    module: Module, computation: Computation, names: "_Names", times: int
-) -> Iterator[Operation]:
-    """Yields what a computation starts, and what its loops start."""
-    for each in computation.instructions.values():
-        if each.opcode in _LOOPS:
-            for name in each.calls:
-                trips = each.trips if each.opcode == "while" else 1
-                yield from _operations(module, module.computations[name], names, times * trips)
-        elif each.opcode not in _FREE and not each.opcode.endswith(("-done", "-update")):
-            inside = [(computation, each), *module.inside(each)]
-            yield Operation(
-                each.name,
-                each.opcode,
-                *names.kind_and_module(each, inside),
-                times=times,
-                flops=sum(_flops(there, one) for there, one in inside),
-                bytes=_traffic(computation, each),
-                cycles=each.cycles,
-            )
+def _operations(module: Module, names: "_Names") -> tuple[Operation, ...]:
+    """Returns what a program starts, with what its loops start, in order."""
+    found: list[Operation] = []
+
+    def add(computation: Computation, times: int) -> None:
+        started: dict[str, int] = {}
+        for each in computation.instructions.values():
+            if each.opcode in _LOOPS:
+                for name in each.calls:
+                    trips = each.trips if each.opcode == "while" else 1
+                    add(module.computations[name], times * trips)
+            elif each.opcode.endswith("-done"):
+                if (index := started.get(each.operands[0])) is not None:
+                    found[index] = dataclasses.replace(found[index], awaited=len(found))
+            elif not _is_free(each) and not each.opcode.endswith("-update"):
+                move = _move(module, computation, each)
+                if move and each.opcode.endswith("-start"):
+                    started[each.name] = len(found)
+                inside = [(computation, each), *module.inside(each)]
+                found.append(
+                    Operation(
+                        each.name,
+                        each.opcode,
+                        *names.kind_and_module(computation, each),
+                        times=times,
+                        flops=sum(_flops(there, one) for there, one in inside),
+                        bytes=_traffic(module, computation, each, move),
+                        cycles=each.cycles,
+                    )
+                )
+
+    add(module.entry, 1)
+    return tuple(found)
 
 
-def _traffic(computation: Computation, each: Instruction) -> int:
-    """Returns the bytes that an operation moves to and from the device's memory."""
-    # An asynchronous copy returns its result, its operand and a handle.
-    results = each.arrays[:1] if each.opcode == "copy-start" else each.arrays
-    return sum(
-        array.padded_bytes
-        for array in (*computation.operands(each), *results)
-        if array.memory == hlo.DEVICE_MEMORY
+def _is_free(each: Instruction) -> bool:
+    return each.opcode in _FREE or each.custom_call_target == _CONCAT_BITCAST
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """A copy of an array, or of a slice of it: what it is read from, and what it writes."""
+
+    source: Array
+    result: Array
+
+    @property
+    def is_between_memories(self) -> bool:
+        """Whether nothing but the memory changes."""
+        same = self.source.order == self.result.order
+        return same and self.source.memory != self.result.memory
+
+    @property
+    def bytes(self) -> int:
+        """What it moves to and from the device's memory."""
+        whole = self.source.shape == self.result.shape
+        read = self.source.padded_bytes if whole else self.result.padded_bytes
+        return (read if self.source.memory == hlo.DEVICE_MEMORY else 0) + (
+            self.result.padded_bytes if self.result.memory == hlo.DEVICE_MEMORY else 0
+        )
+
+
+def _move(module: Module, computation: Computation, each: Instruction) -> _Move | None:
+    """Returns the copy that an operation is or starts, None if it is something else."""
+    if each.opcode == "copy-start":
+        # It returns its result, its operand and a handle.
+        return _Move(each.arrays[1], each.arrays[0])
+    operands = computation.operands(each)
+    if each.opcode == "copy" and operands:
+        return _Move(operands[0], each.arrays[0])
+    starts_slice = each.opcode in _SLICE_STARTS or (
+        each.opcode == "async-start"
+        and all(one.opcode in _IN_SLICES for _, one in module.inside(each))
     )
+    # Its result is a tuple of its operands, the slice, and a handle.
+    if starts_slice and 0 < len(operands) < len(each.arrays):
+        return _Move(operands[0], each.arrays[len(operands)])
+    return None
+
+
+def _traffic(
+    module: Module, computation: Computation, each: Instruction, move: _Move | None
+) -> int:
+    """Returns the bytes that an operation moves to and from the device's memory."""
+    if move:
+        return move.bytes
+    total = sum(a.padded_bytes for a in each.arrays if a.memory == hlo.DEVICE_MEMORY)
+    for number, name in enumerate(each.operands):
+        read = computation.instructions.get(name)
+        for array in read.arrays if read else ():
+            if array.memory == hlo.DEVICE_MEMORY:
+                share = _share_read(module, each, number) if each.opcode == "fusion" else 1.0
+                total += round(share * array.padded_bytes)
+    return total
+
+
+def _share_read(module: Module, fusion: Instruction, number: int) -> float:
+    """Returns the part of an operand that a fused operation reads, as it may only take slices."""
+    return min(1.0, sum(_slices(module, fusion, number).values()))
+
+
+def _slices(module: Module, fusion: Instruction, number: int) -> dict[str, float]:
+    """Returns the different parts of an operand that are read, as fractions of it."""
+    function = module.computations[fusion.calls[0]]
+
+    def parts(name: str, whole: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for user in function.users[name]:
+            if user.opcode in _SLICES:
+                bounds = user.attributes.partition("slice={")[2].partition("}")[0]
+                found[f"{bounds or user.name} of {whole}"] = user.arrays[0].size / whole
+            elif user.opcode == "bitcast":
+                found |= parts(user.name, whole)
+            elif user.opcode == "fusion":
+                for position, operand in enumerate(user.operands):
+                    if operand == name:
+                        found |= _slices(module, user, position)
+            else:
+                found["all"] = 1.0
+        return found
+
+    parameter = function.parameters[number]
+    return parts(parameter.name, parameter.arrays[0].size or 1)
 
 
 def _bytes(each: Instruction) -> int:
@@ -244,17 +348,56 @@ class _Names:
     """Derives kinds and modules from the names that JAX gave to operations."""
 
     def __init__(self, program: Module) -> None:
+        self._program = program
         arguments = "\n".join(each.op_name for each in program.parameters)
         self._modules = set(_MODULE.findall(arguments))
 
-    def kind_and_module(
-        self, each: Instruction, inside: list[tuple[Computation, Instruction]]
-    ) -> tuple[str, str]:
+    def kind_and_module(self, computation: Computation, each: Instruction) -> tuple[str, str]:
         """Returns what an operation does, and the part that it belongs to."""
+        move = _move(self._program, computation, each)
+        names, kind = self._described(computation, each)
+        module = self._module(names)
+        if move is None:
+            return kind, module
+        kind = "moves between memories" if move.is_between_memories else _LAYOUT
+        if module == _NO_MODULE:
+            # What is copied to the device's memory belongs to what made it, else to what reads it.
+            is_eviction = move.result.memory == hlo.DEVICE_MEMORY
+            module = self._neighbor(computation, each, backward=is_eviction)
+        return kind, module
+
+    def _described(self, computation: Computation, each: Instruction) -> tuple[list[str], str]:
+        """Returns the names of an operation, and its kind if it is no move."""
+        inside = [(computation, each), *self._program.inside(each)]
         main = next((one for _, one in inside if _flops(_, one)), None)
         main = main or next((one for _, one in inside if _is_pooling(one)), None)
         names, is_backward = _parts((main or each).op_name or each.op_name)
-        return self._kind(each, main, names, is_backward), self._module(names)
+        return names, self._kind(each, main, names, is_backward)
+
+    def _neighbor(self, computation: Computation, each: Instruction, *, backward: bool) -> str:
+        """Returns the module of the nearest operation with one that reads or made a result."""
+        seen, waiting = {each.name}, [each]
+        while waiting:
+            this = waiting.pop(0)
+            near = [computation.instructions.get(name) for name in this.operands]
+            for one in near if backward else computation.users[this.name]:
+                if one is None or one.name in seen:
+                    continue
+                seen.add(one.name)
+                module = self._module(self._described(computation, one)[0])
+                if module != _NO_MODULE:
+                    return module
+                if self._hands_on(computation, one):
+                    waiting.append(one)
+        return _NO_MODULE
+
+    def _hands_on(self, computation: Computation, each: Instruction) -> bool:
+        return (
+            each.opcode in _HAND_ON
+            or each.opcode.endswith("-done")
+            or each.custom_call_target == _CONCAT_BITCAST
+            or _move(self._program, computation, each) is not None
+        )
 
     def _kind(
         self, each: Instruction, main: Instruction | None, names: list[str], is_backward: bool
@@ -266,7 +409,7 @@ class _Names:
         if main is not None:
             return _product_kind(main, names, is_backward)
         if each.opcode in _COPIES:
-            return "copies and layout"
+            return _LAYOUT
         for name in names:
             if name in _SCOPES:
                 return _SCOPES[name]
@@ -275,7 +418,7 @@ class _Names:
         last = names[-1] if names else ""
         if last == "concatenate" or (is_backward and last in ("split", "slice", "pad")):
             return "concatenation"
-        return "other" if names else "copies and layout"
+        return "other" if names else _LAYOUT
 
     def _module(self, names: list[str]) -> str:
         for name in names:
@@ -283,7 +426,7 @@ class _Names:
                 return name
             if name in _SCOPES:
                 return _SCOPES[name]
-        return "(none)"
+        return _NO_MODULE
 
 
 def _parts(op_name: str) -> tuple[list[str], bool]:

@@ -81,6 +81,11 @@ class Array:
         return int(found[1]) if found else DEVICE_MEMORY
 
     @property
+    def order(self) -> str:
+        """How it lies in its memory: the layout without the memory space."""
+        return re.sub(r"S\(\d+\)", "", self.layout).removesuffix(":")
+
+    @property
     def bytes(self) -> int:
         """The bytes of its elements."""
         return self.size * _BITS.get(self.dtype, 0) // 8
@@ -177,6 +182,21 @@ class Computation:
     name: str
     instructions: dict[str, Instruction]
 
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        """Its arguments, in order."""
+        found = [each for each in self.instructions.values() if each.opcode == "parameter"]
+        return sorted(found, key=lambda each: int(each.attributes.partition(")")[0]))
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read the result of each one, in the order of execution."""
+        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for each in self.instructions.values():
+            for name in dict.fromkeys(each.operands):
+                found.setdefault(name, []).append(each)
+        return found
+
     def operands(self, instruction: Instruction) -> list[Array]:
         """Returns the arrays that an instruction of this computation reads."""
         read = (self.instructions.get(name) for name in instruction.operands)
@@ -200,8 +220,7 @@ class Module:
     @property
     def parameters(self) -> list[Instruction]:
         """The arguments of the program, in order."""
-        found = [each for each in self.entry.instructions.values() if each.opcode == "parameter"]
-        return sorted(found, key=lambda each: int(each.attributes.partition(")")[0]))
+        return self.entry.parameters
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
         """Yields the instructions of the computations that one calls, and of those they call."""

@@ -4,14 +4,18 @@ No time is measured. A roofline (Williams, Waterman and Patterson 2009) is a bou
 at least its operations divided by the peak, and its memory traffic divided by the bandwidth. The
 estimate is a range. At its fast end, only what the compiler itself estimates takes time, and the
 rest goes on at the same time, as far as the roofline permits. At its slow end, everything happens
-one after another. Compilers for GPUs estimate nothing: there, the fast end is the roofline, and at
-the slow end each operation reaches half of the peak or of the bandwidth after some microseconds
-for its start, which are assumptions.
+one after another in the order of the program, except what the compiler starts as a copy between
+memories and awaits later. Such copies go on beside other operations, one after another in the order
+of their start, in the time in which these leave the memory's bandwidth unused; what is not done
+when its end is awaited, the program waits for. Compilers for GPUs estimate nothing: there, the fast
+end is the roofline, and at the slow end each operation reaches half of the peak or of the bandwidth
+after some microseconds for its start, which are assumptions.
 """
 
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.programs.audit import Operation
@@ -32,7 +36,7 @@ class Times:
       between_devices: its collectives, without latency; None: the bandwidth of links is unknown.
       roofline: the longest of these.
       compiler: the sum of the compiler's estimates; None: it makes none.
-      operations: each operation's estimate, times how often it runs, in order.
+      operations: what each operation adds to the slow end, without collectives, in order.
       fastest, slowest: the range.
     """
 
@@ -53,7 +57,7 @@ def times(program: Program, target: Target) -> Times:
     memory = found.bytes / chip.bandwidth
     between = _between_devices(program, target)
     compiler = found.cycles / chip.cycles if chip.cycles and found.cycles is not None else None
-    operations = tuple(each.times * operation_seconds(each, chip) for each in found.operations)
+    operations = tuple(_in_order(found.operations, chip))
     roofline = max(products or 0.0, memory, between or 0.0)
     fastest = max(roofline, compiler or 0.0)
     return Times(
@@ -68,7 +72,39 @@ def times(program: Program, target: Target) -> Times:
     )
 
 
-def operation_seconds(each: Operation, chip: Chip) -> float:
+def _in_order(operations: Sequence[Operation], chip: Chip) -> list[float]:
+    """Returns what each operation of a program adds to its time."""
+    seconds = [0.0] * len(operations)
+    # Copies under way, in the order of their start, with the time that each still needs.
+    under_way: dict[int, float] = {}
+
+    def copy_for(available: float) -> None:
+        for index, needed in list(under_way.items()):
+            under_way[index] = needed - min(needed, available)
+            available -= min(needed, available)
+
+    awaited = collections.defaultdict(list)
+    for index, each in enumerate(operations):
+        if each.awaited is not None:
+            awaited[each.awaited].append(index)
+    for index in range(len(operations) + 1):
+        for copy in awaited[index]:
+            # Earlier copies come first.
+            for before in [other for other in under_way if other <= copy]:
+                seconds[before] += under_way.pop(before)
+        if index == len(operations):
+            break
+        each = operations[index]
+        traffic = each.times * each.bytes / chip.bandwidth
+        if each.awaited is not None:
+            under_way[index] = traffic
+        else:
+            seconds[index] = each.times * _operation_seconds(each, chip)
+            copy_for(max(0.0, seconds[index] - traffic))
+    return seconds
+
+
+def _operation_seconds(each: Operation, chip: Chip) -> float:
     """Returns the estimated time of one operation."""
     if chip.cycles and each.cycles is not None:
         return each.cycles / chip.cycles

@@ -74,6 +74,14 @@ def test_a_tpu_has_estimates_and_a_gpu_has_none() -> None:
     assert gpu.bytes > 1_000_000 and gpu.counts["fusion"] > 50
 
 
+def test_a_tpu_copies_arguments_beside_other_operations() -> None:
+    moves = [each for each in recorded("v5e-8").operations if each.opcode == "copy-start"]
+    assert len(moves) == 196 and all(each.awaited is not None for each in moves)
+    assert {each.kind for each in moves} == {"moves between memories"}
+    modules = {each.module for each in moves}
+    assert modules >= {"conv1", "inception_3a", "classifier", "optimizer and averages"}
+
+
 def test_tables_have_everything_and_the_slowest_first() -> None:
     found = recorded("v5e-8")
     seconds = [each.times * (each.cycles or 0) / 1e9 for each in found.operations]
@@ -220,6 +228,98 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     # It stands for condition and body here.
     assert [each.times for each in found.operations] == [7, 7]
     assert found.cycles == 2 * 7 * 10 and found.bytes == 2 * 7 * (16 + 16)
+
+
+# Copies as libtpu 0.0.50.1 writes them, without their settings: of an array, and of its two halves.
+TILED = "0,3,2,1:T(8,128)(2,1)"
+COPY = (
+    f"%s = (bf16[8,4,4,2]{{{TILED}S(1)}}, bf16[8,4,4,2]{{{TILED}}}, u32[]{{:S(2)}}) copy-start(%y)",
+    "%z = f32[] add(%m)",
+    f"%d = bf16[8,4,4,2]{{{TILED}S(1)}} copy-done(%s)",
+)
+HALF, WHOLE = "s8[16384]{0:T(1024)(128)(4,1)S(1)}", "s8[32768]{0:T(1024)(128)(4,1)}"
+HALVES = (
+    f"%b = {WHOLE} bitcast(%y)",
+    f"%s.0 = (({WHOLE}), {HALF}, s32[]{{:S(2)}}) async-start(%b), calls=%first",
+    f"%s.1 = (({WHOLE}), {HALF}, s32[]{{:S(2)}}) async-start(%b), calls=%second",
+    "%z = f32[] add(%m)",
+    f"%d.0 = {HALF} async-done(%s.0)",
+    f"%d.1 = {HALF} async-done(%s.1)",
+    f"%d = bf16[8,4,4,2]{{{TILED}S(1)}} custom-call(%d.0, %d.1), "
+    'custom_call_target="ConcatBitcast"',
+)
+SLICES = "\n\n".join(
+    f"""\
+%{name} (p: s8[32768]) -> s8[16384] {{
+  %p = {WHOLE} parameter(0)
+  ROOT %slice = {HALF} slice(%p), slice={{[{low}:{low + 16384}]}}
+}}"""
+    for name, low in (("first", 0), ("second", 16384))
+)
+NEGATE = f"%y = bf16[8,4,4,2]{{{TILED}}} negate(%x)"
+MULTIPLY = (
+    f"%u = bf16[8,4,4,2]{{{TILED}S(1)}} multiply(%d, %d), "
+    'metadata={op_name="jit(f)/jvp(Net)/conv1/norm/mul"}'
+)
+
+
+@pytest.mark.parametrize(("lines", "more"), [(COPY, ""), (HALVES, SLICES)])
+def test_copies_between_memories_belong_to_their_reader_and_are_awaited(
+    lines: tuple[str, ...], more: str
+) -> None:
+    found = audit.audit(program(NEGATE, *lines, MULTIPLY, more=more))
+    moves = [each for each in found.operations if each.name.startswith("s")]
+    assert {(each.kind, each.module) for each in moves} == {("moves between memories", "conv1")}
+    # The 8 images are padded to 128 lanes, the 2 channels to 8 sublanes.
+    assert sum(each.bytes for each in moves) == 2 * 128 * 8 * 4 * 4
+    awaiting = {found.operations[each.awaited].name for each in moves if each.awaited is not None}
+    assert awaiting == {"u"}
+
+
+def test_a_copy_to_the_device_belongs_to_what_made_it_and_may_last_to_the_end() -> None:
+    made = MULTIPLY.replace("%d", "%x").replace("%u", "%made")
+    evicted = COPY[0].replace("S(1)}, bf16", "}, bf16").replace("}, u32", "S(1)}, u32")
+    evicted = evicted.replace("%y", "%made")
+    found = audit.audit(program(made, evicted, COPY[2].replace("S(1)", "")))
+    move = found.operations[1]
+    assert (move.kind, move.module) == ("moves between memories", "conv1")
+    assert (move.bytes, move.awaited) == (2 * 128 * 8 * 4 * 4, 2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # Transposed on its way, and in the same memory.
+        f"%c = bf16[8,4,4,2]{{{TILED.replace('0,3', '3,0')}S(1)}} copy(%y)",
+        f"%c = bf16[8,4,4,2]{{{TILED}}} copy(%y)",
+        f"%c = (bf16[8,4,4,2]{{{TILED}}}, bf16[8,4,4,2]{{{TILED}}}, u32[]) copy-start(%y)",
+    ],
+)
+def test_copies_that_change_the_layout_or_stay_are_not_moves(line: str) -> None:
+    _, copy = audit.audit(program(NEGATE, line)).operations
+    assert copy.kind == "copies and layout"
+
+
+def test_only_the_slices_that_a_fused_operation_takes_are_read() -> None:
+    function = """\
+%slices (p: bf16[8,4,4,2], q: bf16[8,4,4,6]) -> bf16[8,4,4,2] {
+  %p = bf16[8,4,4,2]{3,2,1,0} parameter(0)
+  %q = bf16[8,4,4,6]{3,2,1,0} parameter(1)
+  %nested = bf16[8,4,4,2]{3,2,1,0} fusion(%q), kind=kLoop, calls=%nested
+  %again = bf16[8,4,4,2]{3,2,1,0} slice(%q), slice={[0:8], [0:4], [0:4], [0:2]}
+  %other = bf16[8,4,4,1]{3,2,1,0} slice(%q), slice={[0:8], [0:4], [0:4], [5:6]}
+  ROOT %sum = bf16[8,4,4,2]{3,2,1,0} add(%p, %nested)
+}
+"""
+    nested = """\
+%nested (r: bf16[8,4,4,6]) -> bf16[8,4,4,2] {
+  %r = bf16[8,4,4,6]{3,2,1,0} parameter(0)
+  ROOT %first = bf16[8,4,4,2]{3,2,1,0} slice(%r), slice={[0:8], [0:4], [0:4], [0:2]}
+}
+"""
+    line = "%c = bf16[8,4,4,2]{3,2,1,0} fusion(%x, %g), kind=kLoop, calls=%slices"
+    # All of the first operand, 3 of 6 channels of the second, and the result.
+    assert only(line, more=f"{function}\n{nested}").bytes == 2 * 8 * 4 * 4 * (2 + 3 + 2)
 
 
 def test_memory_on_the_chip_is_not_counted_as_traffic() -> None:

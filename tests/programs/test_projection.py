@@ -19,8 +19,10 @@ CHIP = Chip("chip", "tpu", memory=1, bandwidth=1e8, peak=1e9, link=1e8, cycles=1
 TARGET = Target("four", CHIP, 4, "")
 
 
-def operation(*, flops: float = 0, size: int = 0, cycles: int | None = None) -> Operation:
-    return Operation("a", "fusion", "other", "(none)", 1, flops, size, cycles)
+def operation(
+    *, flops: float = 0, size: int = 0, cycles: int | None = None, awaited: int | None = None
+) -> Operation:
+    return Operation("a", "fusion", "other", "(none)", 1, flops, size, cycles, awaited)
 
 
 def program(*operations: Operation, collectives: int = 0, purpose: str = "train") -> Program:
@@ -54,6 +56,24 @@ def test_the_range_goes_from_what_the_compiler_estimates_to_everything_in_turn()
     assert times.roofline == times.fastest == pytest.approx(6e-6)
     assert times.slowest == pytest.approx(4e-6 + 5e-6 + 1.5e-6)
     assert times.operations == pytest.approx((4e-6, 5e-6))
+
+
+def test_copies_go_on_beside_operations_until_they_are_awaited() -> None:
+    operations = (
+        operation(size=400, awaited=4),
+        operation(size=300, awaited=2),
+        # Leaves the memory 3 of its 5 µs, then the first copy is awaited before the second.
+        operation(size=200, cycles=50),
+        operation(cycles=10),
+        operation(size=100, awaited=6),
+        operation(cycles=20),
+    )
+    times = projection.times(program(*operations), TARGET)
+    assert times.operations == pytest.approx((4e-6, 3e-6, 5e-6, 1e-6, 0, 2e-6))
+    waited = dataclasses.replace(operations[1], awaited=3)
+    times = projection.times(program(operations[0], waited, *operations[2:]), TARGET)
+    assert times.operations == pytest.approx((1e-6, 3e-6, 5e-6, 1e-6, 0, 2e-6))
+    assert times.slowest == pytest.approx(12e-6)
 
 
 def test_operations_of_a_gpu_reach_half_the_bandwidth_after_their_start() -> None:
