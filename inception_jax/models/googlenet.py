@@ -122,6 +122,7 @@ class GoogLeNet(nn.Module):
       dtype: compute dtype.
       rewrite: whether to use the CPU equivalents in `ops`.
       pad_pools: see `ops.pads_pools`.
+      join_first: see `ops.joins_first`.
     """
 
     first_conv = "conv1/conv"
@@ -143,6 +144,7 @@ class GoogLeNet(nn.Module):
     dtype: Any = jnp.float32
     rewrite: bool = False
     pad_pools: bool = False
+    join_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -236,6 +238,7 @@ class GoogLeNet(nn.Module):
             unit,
             self.rewrite,
             self.pad_pools,
+            self.join_first,
             name=f"inception_{name}",
         )
 

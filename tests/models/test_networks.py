@@ -45,6 +45,23 @@ def test_settings_reach_the_network(name: str) -> None:
     assert module.num_classes == 7
 
 
+@pytest.mark.parametrize(("name", "saved"), [("googlenet", 9 * 3), ("mini_googlenet", 8)])
+def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -> None:
+    settings = config.Model(name=name, width=0.05)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+    def program(join_first: bool | None) -> str:
+        network = networks.create(settings, 3, rewrite=False, join_first=join_first)
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        call = functools.partial(network.init, rngs, train=True)
+        return str(jax.make_jaxpr(call)(images))
+
+    # One ReLU for all branches of a module.
+    relus = {join_first: program(join_first).count(" max ") for join_first in (False, True, None)}
+    assert relus[False] - relus[True] == saved
+    assert relus[None] == relus[False], "the CPU, which has equivalents of its own"
+
+
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
 def test_groups_of_images_are_normalized_apart(name: str) -> None:
     settings = config.Model(name=name, width=0.05, dropout=0.0, norm_epsilon=0.1)
