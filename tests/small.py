@@ -64,10 +64,11 @@ class Network(nn.Module):
 
     dropout: float = 0.0
     classes: int = 10
+    norm_group_size: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        unit = functools.partial(ConvUnit, train=train)
+        unit = functools.partial(ConvUnit, train=train, group_size=self.norm_group_size)
         x = unit(8, 3, name="conv1")(images)
         x = ops.max_pool(x, window=3, stride=2)
         x = unit(16, 3, name="conv2")(x)

@@ -62,6 +62,8 @@ def test_configs_do_not_share_groups() -> None:
         ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
         ("data.eval_crop_pct", 0.875, "must be 1 with config.data.storage = 'decoded'"),
         ("data.eval_crop_pct", 0.0, "more than 0"),
+        ("model.norm_group_size", 48, "must divide the 128 images of a batch; set it to 32 or 64"),
+        ("model.norm_group_size", 256, "set it to 128"),
         ("expected.top1", 50.0, "needs a source"),
         ("evaluation.metrics", ("top1", "top_5"), "Did you mean top5?"),
         ("evaluation.metrics", ("top5",), "must contain 'top1', which selects the best"),
@@ -92,6 +94,19 @@ def test_invalid_value_is_reported_with_allowed_values(
 def test_inception_crop_is_allowed_with_records_storage() -> None:
     config = Config(data=configs.Data(storage="records", eval_crop_pct=0.875))
     config.augment.crop = "inception"
+    configs.validate(config)
+
+
+def test_groups_for_batch_norm_are_parts_of_a_micro_batch() -> None:
+    config = Config(train=Train(batch_size=96, grad_accum_steps=4))
+    config.model.norm_group_size = 12
+    configs.validate(config)
+    config.model.norm_group_size = 32
+    words = r"norm_group_size = 32: must divide the 24 images of a micro-batch .*set it to 24$"
+    with pytest.raises(ConfigError, match=words):
+        configs.validate(config)
+    # The batch size will be chosen for the data.
+    config.train.auto_size, config.train.batch_size = True, 0
     configs.validate(config)
 
 

@@ -304,6 +304,14 @@ class Model:
         0.9, "fraction of BatchNorm's running statistics kept at each step", low=0, below=1
     )
     norm_epsilon: float = resumable(1e-3, "added to BatchNorm's variance", above=0)
+    norm_group_size: int = resumable(
+        0,
+        "images that BatchNorm normalizes together in training (ghost batch normalization); must "
+        "divide the batch or micro-batch; devices that hold whole groups exchange no statistics; "
+        "0 = the whole batch",
+        unit="images",
+        low=0,
+    )
     aux_heads: bool = setting(
         False, "add auxiliary classifiers to modules 4a and 4d, used in training only"
     )

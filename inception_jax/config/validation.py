@@ -115,6 +115,20 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"because the run ends at config.train.duration = {config.train.duration!r}; use an "
             "earlier boundary, or remove it and its size"
         )
+    group, batch, parts = (
+        config.model.norm_group_size,
+        config.train.batch_size,
+        config.train.grad_accum_steps,
+    )
+    # A batch that the micro-batches cannot share is another problem, which needs the devices.
+    if group and batch % parts == 0 and batch // parts % group:
+        images = f"{batch // parts} images of a batch"
+        if parts > 1:
+            images = f"{batch // parts} images of a micro-batch (batch_size / grad_accum_steps)"
+        yield (
+            f"config.model.norm_group_size = {group}: must divide the {images}; set it to "
+            f"{' or '.join(_nearest_divisors(batch // parts, group))}"
+        )
     optimizer = config.optimizer.name
     known = [part.name for part in registry.OPTIMIZERS if part.auto_rate]
     if is_open(config, "schedule.learning_rate") and optimizer not in known:
@@ -151,6 +165,13 @@ def _contradictions(config: Config) -> Iterator[str]:
         # A resumed run may name a part that no longer exists.
         if name in registered and (check := registered.get(name).check) is not None:
             yield from check(config)
+
+
+def _nearest_divisors(number: int, near: int) -> list[str]:
+    """Returns the largest divisor of a number below another one, and the smallest above it."""
+    divisors = [each for each in range(1, number + 1) if number % each == 0]
+    below, above = [each for each in divisors if each < near], [e for e in divisors if e > near]
+    return [str(each) for each in (*below[-1:], *above[:1])]
 
 
 def _unused_settings(config: Config) -> Iterator[str]:

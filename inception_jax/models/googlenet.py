@@ -114,6 +114,7 @@ class GoogLeNet(nn.Module):
         (biases).
       norm_momentum: fraction of BatchNorm's running statistics kept at each step.
       norm_epsilon: added to BatchNorm's variance.
+      norm_group_size: images that BatchNorm normalizes together; 0: the whole batch.
       width: multiplier on every layer's number of channels.
       aux_heads: whether training uses the two auxiliary heads.
       adaptive_aux: whether the heads pool like torchvision's.
@@ -121,6 +122,7 @@ class GoogLeNet(nn.Module):
       dtype: compute dtype.
       rewrite: whether to use the CPU equivalents in `ops`.
       pad_pools: see `ops.pads_pools`.
+      join_first: see `ops.joins_first`.
     """
 
     first_conv = "conv1/conv"
@@ -133,6 +135,7 @@ class GoogLeNet(nn.Module):
     norm: str = "batch"
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-3
+    norm_group_size: int = 0
     width: float = 1.0
     aux_heads: bool = False
     adaptive_aux: bool = False
@@ -141,6 +144,7 @@ class GoogLeNet(nn.Module):
     dtype: Any = jnp.float32
     rewrite: bool = False
     pad_pools: bool = False
+    join_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -167,6 +171,7 @@ class GoogLeNet(nn.Module):
             epsilon=self.norm_epsilon,
             train=train,
             rewrite=self.rewrite,
+            group_size=self.norm_group_size,
         )
         x = self._stem(images, unit)
         aux = []
@@ -233,6 +238,7 @@ class GoogLeNet(nn.Module):
             unit,
             self.rewrite,
             self.pad_pools,
+            self.join_first,
             name=f"inception_{name}",
         )
 

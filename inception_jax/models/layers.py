@@ -4,7 +4,8 @@ Parameters and BatchNorm statistics are always float32; each layer computes in i
 weight that multiplies activations is named "kernel", by which `protocol` recognizes it.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -78,6 +79,31 @@ class Conv(nn.Module):
         return x
 
 
+class Unnormalized(NamedTuple):
+    """The output of a convolution before its BatchNorm and ReLU, which are `ops.affine_relu`.
+
+    Attributes:
+      x: float [B, H, W, C].
+      factor, offset: float32 [C], or [G, C] of groups.
+    """
+
+    x: jax.Array
+    factor: jax.Array
+    offset: jax.Array
+
+
+def concatenate(branches: Sequence[Any]) -> jax.Array:
+    """Concatenates the channels of branches, and normalizes them if they are `Unnormalized`.
+
+    Args:
+      branches: float [B, H, W, C] of each, or `Unnormalized`.
+    """
+    if not isinstance(branches[0], Unnormalized):
+        return jnp.concatenate(branches, axis=-1)
+    x, factor, offset = (jnp.concatenate(parts, axis=-1) for parts in zip(*branches, strict=True))
+    return ops.affine_relu(x, factor, offset)
+
+
 class BatchNormReLU(nn.Module):
     """BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1) and ReLU.
 
@@ -87,17 +113,20 @@ class BatchNormReLU(nn.Module):
       momentum: fraction of the running statistics kept at each training step.
       epsilon: added to the variance.
       train: whether to use batch statistics and update the running ones.
-      rewrite: see `ops.batch_norm_relu`.
+      rewrite, group_size: see `ops.batch_norm_relu`.
+      defer: whether training leaves the normalization to `concatenate`.
     """
 
     momentum: float
     epsilon: float
     train: bool
     rewrite: bool = False
+    group_size: int = 0
+    defer: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [B, H, W, C] to an array of the same shape and dtype."""
+    def __call__(self, x: jax.Array) -> Any:
+        """Maps float [B, H, W, C] to the same shape and dtype, or to `Unnormalized`."""
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
@@ -106,13 +135,27 @@ class BatchNormReLU(nn.Module):
         if not self.train:
             factor = scale * lax.rsqrt(variance.value + self.epsilon)
             return ops.affine_relu(x, factor, bias - mean.value * factor)
-        x, batch_mean, batch_variance = ops.batch_norm_relu(
-            x, scale, bias, epsilon=self.epsilon, rewrite=self.rewrite
-        )
+        # The batch that gives the variables their shapes may be of any size.
+        group_size = 0 if self.is_initializing() else self.group_size
+        result: Any
+        if self.defer:
+            factor, offset, batch_mean, batch_variance = ops.batch_norm_affine(
+                x, scale, bias, epsilon=self.epsilon, group_size=group_size
+            )
+            result = Unnormalized(x, factor, offset)
+        else:
+            result, batch_mean, batch_variance = ops.batch_norm_relu(
+                x,
+                scale,
+                bias,
+                epsilon=self.epsilon,
+                rewrite=self.rewrite,
+                group_size=group_size,
+            )
         if not self.is_initializing():
             for running, batch in ((mean, batch_mean), (variance, batch_variance)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
-        return x
+        return result
 
 
 class ConvUnit(nn.Module):
@@ -121,9 +164,7 @@ class ConvUnit(nn.Module):
     Attributes:
       features, kernel_size, stride, paddings, dtype, rewrite: see `Conv`.
       batch_norm: whether to use BatchNorm instead of a bias.
-      momentum: fraction of the running statistics kept at each training step.
-      epsilon: added to the variance.
-      train: whether to use batch statistics and update the running ones.
+      momentum, epsilon, train, group_size, defer: see `BatchNormReLU`.
     """
 
     features: int
@@ -136,10 +177,12 @@ class ConvUnit(nn.Module):
     epsilon: float = 1e-3
     train: bool = False
     rewrite: bool = False
+    group_size: int = 0
+    defer: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [B, H, W, I] to `dtype` [B, H', W', features]."""
+    def __call__(self, x: jax.Array) -> Any:
+        """Maps float [B, H, W, I] to `dtype` [B, H', W', features], or to `Unnormalized`."""
         x = Conv(
             self.features,
             self.kernel_size,
@@ -152,7 +195,15 @@ class ConvUnit(nn.Module):
         )(x)
         if not self.batch_norm:
             return nn.relu(x)
-        return BatchNormReLU(self.momentum, self.epsilon, self.train, self.rewrite, name="norm")(x)
+        return BatchNormReLU(
+            self.momentum,
+            self.epsilon,
+            self.train,
+            self.rewrite,
+            self.group_size,
+            self.defer,
+            name="norm",
+        )(x)
 
 
 Unit = Callable[..., ConvUnit]
@@ -178,6 +229,7 @@ class Inception(nn.Module):
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
       rewrite, pad_pools: see `ops.max_pool`.
+      join_first: see `ops.joins_first`.
     """
 
     widths: InceptionWidths
@@ -185,22 +237,24 @@ class Inception(nn.Module):
     unit: Unit
     rewrite: bool = False
     pad_pools: bool = False
+    join_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float [B, H, W, I] to [B, H, W, sum of the four branches]."""
         widths, unit = self.widths, self.unit
-        branch_1x1 = unit(widths.conv_1x1, name="conv_1x1")(x)
+        last = functools.partial(unit, defer=self.join_first)
+        branch_1x1 = last(widths.conv_1x1, name="conv_1x1")(x)
         branch_3x3 = unit(widths.reduce_3x3, name="reduce_3x3")(x)
-        branch_3x3 = unit(widths.conv_3x3, 3, name="conv_3x3")(branch_3x3)
+        branch_3x3 = last(widths.conv_3x3, 3, name="conv_3x3")(branch_3x3)
         branch_5x5 = unit(widths.reduce_5x5, name="reduce_5x5")(x)
         if self.conv5x5 == "two_3x3":
             branch_5x5 = unit(widths.conv_5x5, 3, name="conv_5x5_first")(branch_5x5)
         kernel_size = 5 if self.conv5x5 == "5x5" else 3
-        branch_5x5 = unit(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
+        branch_5x5 = last(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
         branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite, pad=self.pad_pools)
-        branch_pool = unit(widths.pool_proj, name="pool_proj")(branch_pool)
-        return jnp.concatenate([branch_1x1, branch_3x3, branch_5x5, branch_pool], axis=-1)
+        branch_pool = last(widths.pool_proj, name="pool_proj")(branch_pool)
+        return concatenate([branch_1x1, branch_3x3, branch_5x5, branch_pool])
 
 
 class Classifier(nn.Module):

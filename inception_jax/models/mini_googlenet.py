@@ -18,6 +18,7 @@ from inception_jax.models.layers import (
     ModelOutput,
     Unit,
     check_image_size,
+    concatenate,
     scale_channels,
 )
 
@@ -31,10 +32,12 @@ class MiniGoogLeNet(nn.Module):
       num_classes: number of logits.
       norm_momentum: fraction of BatchNorm's running statistics kept at each step.
       norm_epsilon: added to BatchNorm's variance.
+      norm_group_size: images that BatchNorm normalizes together; 0: the whole batch.
       width: multiplier on every layer's number of channels.
       dropout: fraction of features dropped before the last layer; the paper has none.
       dtype: compute dtype.
       rewrite: whether to use the CPU equivalents in `ops`.
+      join_first: see `ops.joins_first`.
     """
 
     min_image_size = 4  # Halved twice, it leaves one pixel.
@@ -45,10 +48,12 @@ class MiniGoogLeNet(nn.Module):
     num_classes: int
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-3
+    norm_group_size: int = 0
     width: float = 1.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
     rewrite: bool = False
+    join_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -72,6 +77,7 @@ class MiniGoogLeNet(nn.Module):
             epsilon=self.norm_epsilon,
             train=train,
             rewrite=self.rewrite,
+            group_size=self.norm_group_size,
         )
         x = unit(scale_channels(96, self.width), 3, name="conv1")(images)
         x = self._inception("2a", 32, 32, unit)(x)
@@ -90,6 +96,7 @@ class MiniGoogLeNet(nn.Module):
 
     def _inception(self, name: str, conv_1x1: int, conv_3x3: int, unit: Unit) -> "MiniInception":
         features = scale_channels(conv_1x1, self.width), scale_channels(conv_3x3, self.width)
+        unit = functools.partial(unit, defer=self.join_first)
         return MiniInception(*features, unit, name=f"inception_{name}")
 
     def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":
@@ -115,7 +122,7 @@ class MiniInception(nn.Module):
         """Maps float [B, H, W, I] to [B, H, W, conv_1x1 + conv_3x3]."""
         branch_1x1 = self.unit(self.conv_1x1, name="conv_1x1")(x)
         branch_3x3 = self.unit(self.conv_3x3, 3, name="conv_3x3")(x)
-        return jnp.concatenate([branch_1x1, branch_3x3], axis=-1)
+        return concatenate([branch_1x1, branch_3x3])
 
 
 class Downsample(nn.Module):

@@ -16,7 +16,8 @@ from inception_jax.registry import register_model
 if TYPE_CHECKING:
     import flax.linen as nn
 
-_COMMON_SETTINGS = ("width", "norm_momentum", "norm_epsilon", "dropout", "dtype")
+_NORM_SETTINGS = ("norm_momentum", "norm_epsilon", "norm_group_size")
+_COMMON_SETTINGS = ("width", *_NORM_SETTINGS, "dropout", "dtype")
 _HEAD_SETTINGS = ("aux_heads", "aux_dropout")
 _GOOGLENET_SETTINGS = (*_COMMON_SETTINGS, *_HEAD_SETTINGS, "stem", "conv5x5", "norm")
 
@@ -102,6 +103,7 @@ def create(
     *,
     rewrite: bool | None = None,
     pad_pools: bool | None = None,
+    join_first: bool | None = None,
 ) -> "nn.Module":
     """Returns the network named by `settings.name`.
 
@@ -114,6 +116,7 @@ def create(
       rewrite: whether to use the CPU equivalents in `ops`; None: if JAX's default device is a CPU.
         Use False for other devices, for export and for inspection.
       pad_pools: see `ops.pads_pools`; None: as JAX's default device needs it.
+      join_first: see `ops.joins_first`; None: as it suits JAX's default device.
 
     Raises:
       ConfigError: if `num_classes` is less than 1, or the registered factory returns no network.
@@ -142,6 +145,8 @@ def create(
         network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
     if hasattr(network, "pad_pools"):
         network = network.clone(pad_pools=ops.pads_pools() if pad_pools is None else pad_pools)
+    if hasattr(network, "join_first"):
+        network = network.clone(join_first=ops.joins_first() if join_first is None else join_first)
     if part.is_builtin:
         return network
     return protocol.adapt(
@@ -190,12 +195,15 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
 
     from inception_jax.models import protocol
 
+    # Without groups for BatchNorm, which would have to divide the two images.
+    plain = protocol.with_plain_ops(network)
+
     def call(images: jax.Array) -> tuple[Any, Any]:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-        variables = network.init(rngs, images, train=True)
-        output = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        variables = plain.init(rngs, images, train=True)
+        output = plain.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
         # As evaluation calls it: without keys or mutable collections, at another batch size.
-        network.apply(variables, jnp.concatenate([images, images]), train=False)
+        plain.apply(variables, jnp.concatenate([images, images]), train=False)
         return variables, output[0]
 
     subject = f"{network.place}: the model {network.display_name!r}"

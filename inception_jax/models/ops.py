@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from inception_jax.errors import ConfigError
+
 # Pixels before and after, in each direction: ((top, bottom), (left, right)).
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
@@ -74,6 +76,19 @@ def pads_pools(device: jax.Device | None = None) -> bool:
     """
     kind = (device or jax.devices()[0]).device_kind
     return kind in ("TPU v6 lite", "TPU7x") and _libtpu_version() < (0, 0, 52)
+
+
+def joins_first(device: jax.Device | None = None) -> bool:
+    """Returns whether a device should concatenate branches before it normalizes them.
+
+    On a TPU that saves two passes over the images: one reads the branches and writes both what is
+    saved for the gradient and the result, and the gradient's sums become part of the convolutions
+    that compute it. See `layers.concatenate`.
+
+    Args:
+      device: the device; None: JAX's default one.
+    """
+    return (device.platform if device else jax.default_backend()) == "tpu"
 
 
 def _libtpu_version() -> tuple[int, ...]:
@@ -368,42 +383,107 @@ def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array
 
     Args:
       x: float [..., C].
-      factor, offset: float32 [C].
+      factor, offset: float32 [C]; or [G, C], of G groups of consecutive images.
     """
+    if factor.ndim == 2:
+        groups = x.reshape(factor.shape[0], -1, *x.shape[1:])
+        return jax.vmap(affine_relu)(groups, factor, offset).reshape(x.shape)
     factor, offset = (jnp.broadcast_to(channelwise, x.shape) for channelwise in (factor, offset))
     return jnp.maximum(x.astype(jnp.float32) * factor + offset, 0.0).astype(x.dtype)
 
 
 def batch_norm_relu(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, rewrite: bool = False
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float,
+    rewrite: bool = False,
+    group_size: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes each channel by the moments of the batch, then applies ReLU.
+
+    With a group size of N, each N consecutive images are normalized by their own moments ("ghost
+    batch normalization", Hoffer et al. 2017, arXiv:1705.08741, algorithm 1). Devices that hold
+    whole groups exchange no moments.
 
     Args:
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
       rewrite: whether to use the CPU equivalent instead of XLA's derivative.
+      group_size: N, which must divide B; 0: the whole batch is one group.
 
     Returns:
       max(0, (x - mean) / sqrt(variance + epsilon) * scale + bias) in the dtype of x, and the
-      float32 mean and (biased) variance [C], which have no gradient.
+      float32 mean and (biased) variance [C], averaged over the groups, which have no gradient.
+
+    Raises:
+      ConfigError: if the group size does not divide the batch.
     """
     normalize = fused_batch_norm_relu if rewrite else plain_batch_norm_relu
-    y, mean, variance = normalize(x, scale, bias, epsilon)
+    if group_size:
+        groups = _groups(x, group_size)
+        y, mean, variance = jax.vmap(lambda group: normalize(group, scale, bias, epsilon))(groups)
+        y, mean, variance = y.reshape(x.shape), mean.mean(0), variance.mean(0)
+    else:
+        y, mean, variance = normalize(x, scale, bias, epsilon)
     return y, lax.stop_gradient(mean), lax.stop_gradient(variance)
+
+
+def _groups(x: jax.Array, group_size: int) -> jax.Array:
+    """Returns images [B, ...] as groups [B / group_size, group_size, ...]."""
+    if x.shape[0] % group_size:
+        raise ConfigError(
+            f"config.model.norm_group_size = {group_size}: must divide the {x.shape[0]} images of "
+            "a batch; set it to 0 to normalize the whole batch"
+        )
+    return x.reshape(-1, group_size, *x.shape[1:])
+
+
+def batch_norm_affine(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, group_size: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the factor and offset with which `affine_relu` computes `batch_norm_relu`.
+
+    Args:
+      x, scale, bias, epsilon, group_size: see `batch_norm_relu`.
+
+    Returns:
+      float32 factor and offset, [C], or [B / N, C] with groups; mean and variance as
+      `batch_norm_relu` returns them.
+
+    Raises:
+      ConfigError: if the group size does not divide the batch.
+    """
+    if group_size:
+        groups = _groups(x, group_size)
+        factor, offset, mean, variance = jax.vmap(
+            lambda group: _batch_norm_affine(group, scale, bias, epsilon)
+        )(groups)
+        mean, variance = mean.mean(0), variance.mean(0)
+    else:
+        factor, offset, mean, variance = _batch_norm_affine(x, scale, bias, epsilon)
+    return factor, offset, lax.stop_gradient(mean), lax.stop_gradient(variance)
+
+
+def _batch_norm_affine(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes)
+    variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
+    factor = scale * lax.rsqrt(variance + epsilon)
+    return factor, bias - mean * factor, mean, variance
 
 
 def plain_batch_norm_relu(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes `batch_norm_relu`, leaving the gradient to XLA."""
-    axes = tuple(range(x.ndim - 1))
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(axes)
-    variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
-    factor = scale * lax.rsqrt(variance + epsilon)
-    return affine_relu(x, factor, bias - mean * factor), mean, variance
+    factor, offset, mean, variance = _batch_norm_affine(x, scale, bias, epsilon)
+    return affine_relu(x, factor, offset), mean, variance
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

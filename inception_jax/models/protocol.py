@@ -26,6 +26,10 @@ in the collection "params"::
                                   `networks.create` sets it.
     pad_pools: bool               A field: whether to avoid gradients of pools that a compiler
                                   fails on (`models.ops.pads_pools`). `networks.create` sets it.
+    join_first: bool              A field: whether to concatenate branches before normalizing them
+                                  (`models.ops.joins_first`). `networks.create` sets it.
+    norm_group_size: int          A field: images that BatchNorm normalizes together
+                                  (`models.ops.batch_norm_relu`). Inspection sets it to 0.
 
 To be summarized layer by layer (tools.summarize) or exported to ONNX, a network must consist of
 operations that `inspection.structure` and `export.onnx_graph` support; their errors name the
@@ -111,6 +115,10 @@ def with_plain_ops(network: nn.Module) -> nn.Module:
         network = network.clone(rewrite=False)
     if hasattr(network, "pad_pools"):
         network = network.clone(pad_pools=False)
+    if hasattr(network, "join_first"):
+        network = network.clone(join_first=False)
+    if hasattr(network, "norm_group_size"):
+        network = network.clone(norm_group_size=0)  # Inspection traces a single image.
     return network
 
 

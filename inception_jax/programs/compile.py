@@ -7,6 +7,7 @@ evaluation. They need the shapes of the data, not the data.
 import contextlib
 import copy
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -272,10 +273,11 @@ def largest_batch(
       log: called with a line before each compilation.
 
     Returns:
-      The batch size, or 0 if not even one image a device fits.
+      The batch size, or 0 if not even the smallest one fits.
     """
     first = assemble_for(start)
-    unit = target.devices * first.config.train.grad_accum_steps
+    parts, group = first.config.train.grad_accum_steps, first.config.model.norm_group_size
+    unit = parts * math.lcm(target.devices, group or 1)
 
     def fits(units: int) -> bool:
         this = assemble_for(units * unit)

@@ -2,8 +2,8 @@
 
 One mesh axis, `data`, spans every device of every process. Its type is Auto: with the Explicit axes
 that `jax.make_mesh` uses by default, a linen convolution with BatchNorm fails to type-check its
-shardings. With Auto the compiler inserts the cross-device sums, so BatchNorm's statistics, the loss
-and the gradients are those of the global batch.
+shardings. With Auto the compiler inserts the cross-device sums, so the loss, the gradients and
+BatchNorm's statistics (of the whole batch or of each group) do not depend on the devices.
 """
 
 from collections.abc import Iterable

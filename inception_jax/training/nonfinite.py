@@ -29,7 +29,9 @@ def finite_flags(loss: jax.Array, grads: Mapping[str, Any]) -> jax.Array:
       grads: gradients by top-level module; the result follows the sorted names.
     """
     squares = [optax.tree.norm(grads[name], squared=True) for name in sorted(grads)]
-    return jnp.stack([jnp.all(jnp.isfinite(loss)), *map(jnp.isfinite, squares)])
+    # A sum, unlike `all`, travels between devices with the step's other sums.
+    num_bad = jnp.sum(~jnp.isfinite(loss), dtype=jnp.float32)
+    return jnp.stack([num_bad == 0, *map(jnp.isfinite, squares)])
 
 
 def skip_if_nonfinite(

@@ -176,6 +176,7 @@ def assemble(
             dataset.num_classes,
             rewrite=ops.prefers_rewrite(device),
             pad_pools=ops.pads_pools(device),
+            join_first=ops.joins_first(device),
         )
     else:
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")

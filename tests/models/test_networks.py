@@ -32,6 +32,7 @@ def test_settings_reach_the_network(name: str) -> None:
         "width": 0.5,
         "norm_momentum": 0.75,
         "norm_epsilon": 1e-2,
+        "norm_group_size": 4,
         "dropout": 0.1,
     }
     if name.startswith("googlenet"):
@@ -42,6 +43,50 @@ def test_settings_reach_the_network(name: str) -> None:
     assert {setting: getattr(module, setting) for setting in settings} == settings
     assert module.dtype == jnp.bfloat16
     assert module.num_classes == 7
+
+
+@pytest.mark.parametrize(("name", "saved"), [("googlenet", 9 * 3), ("mini_googlenet", 8)])
+def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -> None:
+    settings = config.Model(name=name, width=0.05)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+    def program(join_first: bool | None) -> str:
+        network = networks.create(settings, 3, rewrite=False, join_first=join_first)
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        call = functools.partial(network.init, rngs, train=True)
+        return str(jax.make_jaxpr(call)(images))
+
+    # One ReLU for all branches of a module.
+    relus = {join_first: program(join_first).count(" max ") for join_first in (False, True, None)}
+    assert relus[False] - relus[True] == saved
+    assert relus[None] == relus[False], "the CPU, which has equivalents of its own"
+
+
+@pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
+def test_groups_of_images_are_normalized_apart(name: str) -> None:
+    settings = config.Model(name=name, width=0.05, dropout=0.0, norm_epsilon=0.1)
+    whole = networks.create(settings, 3, rewrite=False)
+    settings.norm_group_size = 2
+    grouped = networks.create(settings, 3, rewrite=False)
+    images = np.random.default_rng(0).normal(size=(4, 40, 40, 3)).astype(np.float32)
+    # A batch of any size gives the variables their shapes.
+    variables = jax.jit(functools.partial(grouped.init, train=True))(jax.random.key(0), images[:1])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def train(network: Any, images: jax.Array) -> Any:
+        return network.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    output, updated = train(grouped, images)
+    parts = [train(whole, images[:2]), train(whole, images[2:])]
+    logits = np.concatenate([part[0].logits for part in parts])
+    np.testing.assert_allclose(output.logits, logits, rtol=1e-3, atol=1e-3)
+    mean = jax.tree.map(lambda *each: np.mean(each, axis=0), *(part[1] for part in parts))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), updated, mean)
+    # Evaluation uses the running statistics, in batches of any size.
+    evaluated = [network.apply(variables, images[:3]).logits for network in (grouped, whole)]
+    np.testing.assert_array_equal(*evaluated)
+    with pytest.raises(ConfigError, match="norm_group_size = 2: must divide the 3 images"):
+        train(grouped, images[:3])
 
 
 @pytest.mark.parametrize(

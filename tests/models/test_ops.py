@@ -15,6 +15,7 @@ import pytest
 from inception_jax.config import Model
 from inception_jax.models import networks, ops
 from inception_jax.models.mini_googlenet import MiniGoogLeNet
+from inception_jax.runtime import sharding
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -229,6 +230,39 @@ def test_batch_norm_relu_matches_flax(
     _, mean, variance = normalize(x, scale, bias, 1e-3)
     np.testing.assert_allclose(mean, x.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(variance, x.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("group_size", [1, 4, 16, 48])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_batch_norm_of_groups_equals_that_of_each_group(
+    devices: int, group_size: int, rewrite: bool
+) -> None:
+    """Devices of 6 images hold whole groups, share some, or split them unevenly."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    x, scale, bias = 2 * normal(48, 3, 2, 5) + 1, normal(5), normal(5) + 0.1
+    weights = normal(*x.shape)
+
+    def loss(
+        x: jax.Array, scale: jax.Array, bias: jax.Array, weights: jax.Array, size: int
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        result = ops.batch_norm_relu(x, scale, bias, epsilon=1e-3, rewrite=rewrite, group_size=size)
+        return (result[0] * weights).sum(), result
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="size")
+    rows = sharding.batch_sharding(mesh)
+    gradients, result = gradient(
+        jax.device_put(x, rows), scale, bias, jax.device_put(weights, rows), size=group_size
+    )
+    groups = np.split(np.arange(48), 48 // group_size)
+    expected = [gradient(x[rows], scale, bias, weights[rows], size=0) for rows in groups]
+    y, mean, variance = zip(*(each[1] for each in expected), strict=True)
+    gradient_x, gradient_scale, gradient_bias = zip(*(each[0] for each in expected), strict=True)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, result, (np.concatenate(y), np.mean(mean, 0), np.mean(variance, 0)))
+    close(gradients[0], np.concatenate(gradient_x))
+    close(gradients[1], np.sum(gradient_scale, 0))
+    close(gradients[2], np.sum(gradient_bias, 0))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

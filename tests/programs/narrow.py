@@ -37,10 +37,13 @@ class Network(nn.Module):
     norm_momentum = 0.9
 
     dtype: Any = jnp.bfloat16
+    norm_group_size: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
-        unit = functools.partial(ConvUnit, dtype=self.dtype, train=train)
+        unit = functools.partial(
+            ConvUnit, dtype=self.dtype, train=train, group_size=self.norm_group_size
+        )
         x = unit(8, 3, name="conv1")(images)
         x = ops.max_pool(x, window=3, stride=2)
         widths = InceptionWidths(8, 4, 8, 4, 8, 8)

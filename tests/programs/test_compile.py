@@ -174,7 +174,10 @@ def test_a_fault_of_the_compiler_is_called_one(
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_the_largest_batch_is_found_by_compiling_several(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("norm_group_size", "unit"), [(0, 8), (16, 16), (4, 8)])
+def test_the_largest_batch_is_found_by_compiling_several(
+    norm_group_size: int, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def compile_step(run: Any, *rest: Any) -> None:
@@ -188,11 +191,12 @@ def test_the_largest_batch_is_found_by_compiling_several(monkeypatch: pytest.Mon
     def assemble(batch_size: int) -> Any:
         config = narrow.config()
         config.train.batch_size = batch_size
+        config.model.norm_group_size = norm_group_size
         return programs.assemble(config, targets.get("v5e-8"), model=small.Network())
 
     found = programs.largest_batch(assemble, targets.get("v5e-8"), 64)
-    assert 900 * 7 / 8 - 8 <= found <= 900
-    assert all(size % 8 == 0 for size in tried) and len(tried) == len(set(tried)) <= 9
+    assert 900 * 7 / 8 - unit <= found <= 900
+    assert all(size % unit == 0 for size in tried) and len(tried) == len(set(tried)) <= 9
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 63, 64, 65, 1000, 5000])

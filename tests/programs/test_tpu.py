@@ -18,9 +18,10 @@ from inception_jax.programs import targets
 from inception_jax.programs.compile import Program
 from inception_jax.runtime import sharding
 from inception_jax.training import state as states
+from inception_jax.training import step as steps
 from inception_jax.training.run import Run
 from tests import command
-from tests.programs import narrow
+from tests.programs import chains, narrow
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,6 +91,24 @@ def test_devices_exchange_sums_alone_and_little_more_than_the_gradient(
     # Of images that are mixed with those of the next device.
     assert set(found) <= {"collective-permute"}
     assert found.get("collective-permute", (0, 0))[1] <= 4 * 16 * 16 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("norm_group_size", "expected"),
+    [
+        # Three BatchNorms in sequence, each forward and back, then the gradients of kernels.
+        (0, (7, 7)),
+        # The gradients of kernels in bfloat16, and everything else in float32.
+        (8, (2, 1)),
+    ],
+)
+def test_all_sums_of_one_time_travel_together(
+    norm_group_size: int, expected: tuple[int, int]
+) -> None:
+    model = narrow.Network(norm_group_size=norm_group_size)
+    run = programs.assemble(narrow.config(), targets.get("v5e-8"), model=model)
+    lowered = steps.lower_train_step(run, states.abstract_state(run), 16)
+    assert chains.all_reduces(lowered.compile().as_text() or "") == expected
 
 
 def test_the_compiler_estimates_most_of_the_time(compiled: tuple[Run, Program]) -> None:

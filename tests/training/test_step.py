@@ -17,6 +17,7 @@ from inception_jax.input import pipeline
 from inception_jax.models.layers import ModelOutput
 from inception_jax.training import run, state, step
 from tests import small
+from tests.programs import chains
 
 
 def build(data_directory: pathlib.Path, devices: int) -> run.Run:
@@ -116,10 +117,13 @@ def test_batches_are_mixed_until_mix_end(data_directory: pathlib.Path) -> None:
         assert np.allclose(kernels[0], kernels[1], rtol=1e-4) != is_mixed
 
 
-def test_eight_devices_equal_one(data_directory: pathlib.Path) -> None:
+@pytest.mark.parametrize("norm_group_size", [0, 4, 16])
+def test_eight_devices_equal_one(norm_group_size: int, data_directory: pathlib.Path) -> None:
     losses = []
     for devices in (1, 8):
         this = build(data_directory, devices)
+        model = this.model.clone(norm_group_size=norm_group_size)
+        this = dataclasses.replace(this, model=model)
         current, train_step = state.create(this), make_train_step(this)
         run_losses = []
         for batch in batches(this, 4):
@@ -129,6 +133,19 @@ def test_eight_devices_equal_one(data_directory: pathlib.Path) -> None:
         assert len(jax.tree.leaves(current.params)[0].sharding.device_set) == devices
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[0][3] < losses[0][0]
+
+
+def test_devices_exchange_no_statistics_of_groups_that_they_hold(
+    data_directory: pathlib.Path,
+) -> None:
+    longest = {}
+    for norm_group_size in (0, 4, 8, 16):
+        this = build(data_directory, 8)
+        this = dataclasses.replace(this, model=this.model.clone(norm_group_size=norm_group_size))
+        lowered = step.lower_train_step(this, state.abstract_state(this), this.dataset.image_size)
+        _, longest[norm_group_size] = chains.all_reduces(lowered.compile().as_text() or "")
+    # Two BatchNorms forward and two back, and the gradient of the first convolution's kernel.
+    assert longest == {0: 5, 4: 1, 8: 1, 16: 5}
 
 
 def test_input_state_is_donated(data_directory: pathlib.Path) -> None:
