@@ -56,7 +56,7 @@ class Conv(nn.Module):
     paddings: ops.Paddings | None = None
     use_bias: bool = False
     dtype: Any = jnp.float32
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ class BatchNormReLU(nn.Module):
     momentum: float
     epsilon: float
     train: bool
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ class ConvUnit(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-3
     train: bool = False
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -183,7 +183,7 @@ class Inception(nn.Module):
     widths: InceptionWidths
     conv5x5: str
     unit: Unit
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     pad_pools: bool = False
 
     @nn.compact

@@ -34,7 +34,7 @@ class MiniGoogLeNet(nn.Module):
       width: multiplier on every layer's number of channels.
       dropout: fraction of features dropped before the last layer; the paper has none.
       dtype: compute dtype.
-      rewrite: whether to use the CPU equivalents in `ops`.
+      rewrite: whose equivalents in `ops` are used.
     """
 
     min_image_size = 4  # Halved twice, it leaves one pixel.
@@ -48,7 +48,7 @@ class MiniGoogLeNet(nn.Module):
     width: float = 1.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -131,7 +131,7 @@ class Downsample(nn.Module):
 
     features: int
     unit: Unit
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

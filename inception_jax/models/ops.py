@@ -1,17 +1,18 @@
-"""Convolution, max pooling and BatchNorm, as plain XLA operations and as equivalents for the CPU.
+"""Convolution, max pooling and BatchNorm, as plain XLA operations and as equivalents.
 
 XLA's CPU backend spends most of a training step in a few places: weight gradients of convolutions,
 convolutions on small images, the gradient of max pooling, and BatchNorm's derivative with its many
 passes over the images. Each has an equivalent here that is faster on the CPU, with the same values
-and gradients up to rounding (docs/notes/performance.md). The argument `rewrite` selects it.
-Networks have it as an attribute, which `networks.create` sets once, so a program for a TPU can be
-traced on a machine without one.
+and gradients up to rounding. On a GPU, those of max pooling and BatchNorm move fewer bytes
+(docs/notes/performance.md). The argument `rewrite` selects them. Networks have it as an attribute,
+which `networks.create` sets once, so a program for a TPU can be traced on a machine without one.
 """
 
 import functools
 import importlib.metadata
 import pathlib
 import re
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,9 @@ from jax import lax
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
+# Whose equivalents are used: all of them ("cpu"), those of pools and BatchNorm ("gpu"), or none.
+Rewrite = Literal["", "cpu", "gpu"]
+
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
 _MIN_CHANNELS = 8
 
@@ -31,9 +35,12 @@ _MIN_CHANNELS = 8
 _PADDED_BELOW_PIXELS = 22 * 22
 
 
-def prefers_rewrite(device: jax.Device | None = None) -> bool:
-    """Returns whether the CPU equivalents are faster on a device; None: JAX's default one."""
-    return (device.platform if device else jax.default_backend()) == "cpu"
+def preferred_rewrite(device: jax.Device | None = None) -> Rewrite:
+    """Returns the equivalents that suit a device; None: JAX's default one."""
+    platform = device.platform if device else jax.default_backend()
+    if platform == "cpu":
+        return "cpu"
+    return "gpu" if platform in ("cuda", "gpu", "rocm") else ""
 
 
 @functools.cache
@@ -102,7 +109,7 @@ def compiler_options(network: nn.Module, device: jax.Device | None = None) -> di
     jaxlib cannot write such programs to the compilation cache, which the 10% gained in float32 is
     not worth.
     """
-    on_cpu = getattr(network, "rewrite", prefers_rewrite(device))
+    on_cpu = getattr(network, "rewrite", preferred_rewrite(device)) == "cpu"
     use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
     return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
 
@@ -113,7 +120,7 @@ def conv(
     *,
     stride: int = 1,
     paddings: Paddings = NO_PADDING,
-    rewrite: bool = False,
+    rewrite: Rewrite = "",
 ) -> jax.Array:
     """Convolves images with a square kernel.
 
@@ -122,13 +129,13 @@ def conv(
       kernel: float [k, k, I, O], of the same dtype.
       stride: distance between windows in pixels, in both directions.
       paddings: zeros added before and after, in each direction.
-      rewrite: whether to use the CPU equivalent instead of XLA's convolution.
+      rewrite: "cpu" uses the CPU equivalent instead of XLA's convolution.
 
     Returns:
       float [B, H', W', O] with H' = floor((H + top + bottom - k) / stride) + 1.
     """
     inside = max(paddings[0] + paddings[1]) < kernel.shape[0]
-    if rewrite and stride == 1 and inside:
+    if rewrite == "cpu" and stride == 1 and inside:
         return matmul_conv(x, kernel, paddings)
     return plain_conv(x, kernel, paddings, stride=stride)
 
@@ -230,7 +237,7 @@ def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
 
 
 def max_pool(
-    x: jax.Array, *, window: int, stride: int, rewrite: bool = False, pad: bool = False
+    x: jax.Array, *, window: int, stride: int, rewrite: Rewrite = "", pad: bool = False
 ) -> jax.Array:
     """Max-pools over square windows, padded as in the paper's Caffe implementation.
 
@@ -241,7 +248,7 @@ def max_pool(
       x: float [B, H, W, C].
       window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
-      rewrite: whether to use the CPU equivalent instead of XLA's windowed maximum.
+      rewrite: if not "", `indexed_max_pool` is used instead of XLA's windowed maximum.
       pad: whether to use `padded_max_pool` for the sizes that need it.
 
     Returns:
@@ -375,7 +382,7 @@ def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array
 
 
 def batch_norm_relu(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, rewrite: bool = False
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, rewrite: Rewrite = ""
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes each channel by the moments of the batch, then applies ReLU.
 
@@ -383,7 +390,7 @@ def batch_norm_relu(
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
-      rewrite: whether to use the CPU equivalent instead of XLA's derivative.
+      rewrite: if not "", the gradient of `fused_batch_norm_relu` is used instead of XLA's.
 
     Returns:
       max(0, (x - mean) / sqrt(variance + epsilon) * scale + bias) in the dtype of x, and the

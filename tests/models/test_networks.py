@@ -137,7 +137,7 @@ def test_a_network_without_batch_norm_learns() -> None:
     model = config.Model(norm="lrn", stem="s16", width=0.25, dropout=0.0)
     # The plain operations compile in half the time of the CPU equivalents, which have the same
     # values and gradients (test_ops.py).
-    module = networks.create(model, 4, rewrite=False)
+    module = networks.create(model, 4, rewrite="")
     rng = np.random.default_rng(0)
     labels = np.arange(16) % 4
     tints = rng.normal(size=(4, 1, 1, 3))
