@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import measure, step_time, workers
+from inception_jax.errors import RunError, UserError
 
 # Any program: XLA describes the GPU among the files that it dumps for it.
 _ANY_PROGRAM = "import jax; jax.jit(lambda x: x + 1)(1.0).block_until_ready()"
@@ -120,8 +121,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns the contents of the JSON file."""
-    from inception_jax.errors import RunError, UserError
-
     has_gpu = arguments.platform == "gpu"
     description = describe_gpu() if has_gpu else ""
     if arguments.target_config and description:

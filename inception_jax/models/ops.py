@@ -3,7 +3,7 @@
 XLA's CPU backend spends most of a training step in a few places: weight gradients of convolutions,
 convolutions on small images, the gradient of max pooling, and BatchNorm's derivative with its many
 passes over the images. Each has an equivalent here that is faster on the CPU, with the same values
-and gradients up to rounding. On a GPU, those of max pooling and BatchNorm move fewer bytes
+and gradients up to rounding. That of max pooling also moves fewer bytes on a GPU
 (docs/notes/performance.md). The argument `rewrite` selects them. Networks have it as an attribute,
 which `networks.create` sets once, so a program for a TPU can be traced on a machine without one.
 """
@@ -24,7 +24,7 @@ from jax import lax
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
-# Whose equivalents are used: all of them ("cpu"), those of pools and BatchNorm ("gpu"), or none.
+# Whose equivalents are used: all of them ("cpu"), that of max pooling ("gpu"), or none.
 Rewrite = Literal["", "cpu", "gpu"]
 
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
@@ -254,10 +254,12 @@ def max_pool(
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
-    pool = indexed_max_pool if rewrite else plain_max_pool
-    if pad and not rewrite and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS:
-        pool = padded_max_pool
-    return pool(x, window, stride, pool_paddings(x.shape, window=window, stride=stride))
+    paddings = pool_paddings(x.shape, window=window, stride=stride)
+    if rewrite:
+        return indexed_max_pool(x, window, stride, paddings, rewrite == "cpu")
+    pad = pad and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS
+    pool = padded_max_pool if pad else plain_max_pool
+    return pool(x, window, stride, paddings)
 
 
 def pool_paddings(shape: tuple[int, ...], *, window: int, stride: int) -> Paddings:
@@ -292,21 +294,31 @@ def padded_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) 
     return plain_max_pool(x, window, stride, NO_PADDING)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def indexed_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def indexed_max_pool(
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
+) -> jax.Array:
     """Computes `plain_max_pool`, saving the index of each maximum for the gradient.
 
     XLA scatters the gradient one value at a time; with the indices known, it is a sum over the
-    windows that contain a pixel.
+    windows that contain a pixel. On a GPU, XLA's gradient first writes four 32-bit coordinates of
+    each maximum.
+
+    Args:
+      x, window, stride: see `max_pool`.
+      paddings: added to x.
+      materialize: whether to write padded images to memory, which is faster on the CPU; otherwise
+        pooling is one pass over memory, and so is its gradient.
     """
-    return _max_and_index(x, window, stride, paddings)[0]
+    return _max_and_index(x, window, stride, paddings, materialize)[0]
 
 
 def _max_and_index(
-    x: jax.Array, window: int, stride: int, paddings: Paddings
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and the index of each in its window: uint8, row by row from 0."""
-    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf))
+    x = jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf)
+    x = _materialize(x) if materialize else x
     reach = [side - window + 1 for side in x.shape[1:3]]
     largest, position = x[:, : reach[0] : stride, : reach[1] : stride], jnp.uint8(0)
     for index in range(1, window**2):
@@ -320,13 +332,18 @@ def _max_and_index(
 
 
 def _indexed_max_pool_forward(
-    x: jax.Array, window: int, stride: int, paddings: Paddings
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
 ) -> tuple[jax.Array, jax.Array]:
-    return _max_and_index(x, window, stride, paddings)
+    return _max_and_index(x, window, stride, paddings, materialize)
 
 
 def _indexed_max_pool_backward(
-    window: int, stride: int, paddings: Paddings, position: jax.Array, gradient: jax.Array
+    window: int,
+    stride: int,
+    paddings: Paddings,
+    materialize: bool,
+    position: jax.Array,
+    gradient: jax.Array,
 ) -> tuple[jax.Array]:
     """Sums, for each pixel, the gradients of the windows whose maximum it is.
 
@@ -335,8 +352,10 @@ def _indexed_max_pool_backward(
     batch, height, width, channels = gradient.shape
     reach = -(-window // stride)  # Windows that cover a pixel, in one direction.
     border = ((0, 0), (reach - 1, reach - 1), (reach - 1, reach - 1), (0, 0))
-    gradient = _materialize(jnp.pad(gradient, border))
-    position = _materialize(jnp.pad(position, border, constant_values=window**2))
+    gradient = jnp.pad(gradient, border)
+    position = jnp.pad(position, border, constant_values=window**2)
+    if materialize:
+        gradient, position = _materialize(gradient), _materialize(position)
     blocks = (height + reach - 1, width + reach - 1)
     shape = (batch, blocks[0], stride, blocks[1], stride, channels)
 
@@ -390,13 +409,13 @@ def batch_norm_relu(
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
-      rewrite: if not "", the gradient of `fused_batch_norm_relu` is used instead of XLA's.
+      rewrite: "cpu" uses the CPU equivalent instead of XLA's derivative.
 
     Returns:
       max(0, (x - mean) / sqrt(variance + epsilon) * scale + bias) in the dtype of x, and the
       float32 mean and (biased) variance [C], which have no gradient.
     """
-    normalize = fused_batch_norm_relu if rewrite else plain_batch_norm_relu
+    normalize = fused_batch_norm_relu if rewrite == "cpu" else plain_batch_norm_relu
     y, mean, variance = normalize(x, scale, bias, epsilon)
     return y, lax.stop_gradient(mean), lax.stop_gradient(variance)
 
