@@ -265,7 +265,7 @@ def make_mesh(target: Target) -> "Mesh":
     """Returns the mesh of a target's devices, which can be compiled for, but not computed with.
 
     Raises:
-      UserError: if the compiler is not installed.
+      UserError: if the compiler is not installed, or does not accept the description of a GPU.
     """
     tpu = target.chip.platform == "tpu"
     plugins = ("libtpu",) if tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -283,9 +283,15 @@ def make_mesh(target: Target) -> "Mesh":
     # This process's own devices come first: what follows must not concern them.
     own = jax.default_backend()
     with _offline() if tpu and own != "tpu" else contextlib.nullcontext():
-        topology = topologies.get_topology_desc(
-            platform=target.chip.platform, topology_name=target.topology, **_options(target)
-        )
+        try:
+            topology = topologies.get_topology_desc(
+                platform=target.chip.platform, topology_name=target.topology, **_options(target)
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"target = {target.name!r}: the compiler does not accept it ({error}); a target "
+                "config file must be a GpuTargetConfigProto as text, as XLA writes it"
+            ) from error
     return sharding.make_mesh(topology.devices)
 
 

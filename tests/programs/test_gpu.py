@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from inception_jax.config import Model
+from inception_jax.errors import UserError
 from inception_jax.programs import compile as programs
 from inception_jax.programs import targets
 from inception_jax.programs.compile import Program
@@ -50,6 +51,12 @@ def test_pools_scatter_nothing_and_leave_one_byte_for_each_maximum(
 ) -> None:
     names = [each.name for each in compiled[1].audit.operations]
     assert not [name for name in names if "scatter" in name or "reduce_window" in name]
+
+
+def test_a_text_that_xla_cannot_read_is_one_message() -> None:
+    text = "device_memory_size: 85899345920\nmemory_bandwidth: 2000000000000\n{"
+    with pytest.raises(UserError, match=r"^target = 'GPU': the compiler does not accept it .*Proto"):
+        targets.make_mesh(targets.from_target_config(text, 1, "own.pbtxt"))
 
 
 def test_nothing_waits_for_the_host_and_all_shapes_are_known(compiled: tuple[Run, Program]) -> None:
