@@ -55,7 +55,9 @@ def test_pools_scatter_nothing_and_leave_one_byte_for_each_maximum(
 
 def test_a_text_that_xla_cannot_read_is_one_message() -> None:
     text = "device_memory_size: 85899345920\nmemory_bandwidth: 2000000000000\n{"
-    with pytest.raises(UserError, match=r"^target = 'GPU': the compiler does not accept it .*Proto"):
+    with pytest.raises(
+        UserError, match=r"^target = 'GPU': the compiler does not accept it .*Proto"
+    ):
         targets.make_mesh(targets.from_target_config(text, 1, "own.pbtxt"))
 
 
