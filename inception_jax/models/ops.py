@@ -256,7 +256,9 @@ def max_pool(
     """
     paddings = pool_paddings(x.shape, window=window, stride=stride)
     if rewrite:
-        return indexed_max_pool(x, window, stride, paddings, rewrite == "cpu")
+        # For tables of compiled programs, in which it is no operation of its own.
+        with jax.named_scope("max_pool"):
+            return indexed_max_pool(x, window, stride, paddings, rewrite == "cpu")
     pad = pad and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS
     pool = padded_max_pool if pad else plain_max_pool
     return pool(x, window, stride, paddings)
@@ -318,7 +320,7 @@ def _max_and_index(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and the index of each in its window: uint8, row by row from 0."""
     x = jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf)
-    x = _materialize(x) if materialize else x
+    x = _materialize(x, materialize)
     reach = [side - window + 1 for side in x.shape[1:3]]
     largest, position = x[:, : reach[0] : stride, : reach[1] : stride], jnp.uint8(0)
     for index in range(1, window**2):
@@ -352,10 +354,9 @@ def _indexed_max_pool_backward(
     batch, height, width, channels = gradient.shape
     reach = -(-window // stride)  # Windows that cover a pixel, in one direction.
     border = ((0, 0), (reach - 1, reach - 1), (reach - 1, reach - 1), (0, 0))
-    gradient = jnp.pad(gradient, border)
+    gradient = _materialize(jnp.pad(gradient, border), materialize)
     position = jnp.pad(position, border, constant_values=window**2)
-    if materialize:
-        gradient, position = _materialize(gradient), _materialize(position)
+    position = _materialize(position, materialize)
     blocks = (height + reach - 1, width + reach - 1)
     shape = (batch, blocks[0], stride, blocks[1], stride, channels)
 
@@ -384,9 +385,9 @@ def _indexed_max_pool_backward(
 indexed_max_pool.defvjp(_indexed_max_pool_forward, _indexed_max_pool_backward)
 
 
-def _materialize(x: jax.Array) -> jax.Array:
-    """Makes XLA compute x once, instead of fusing it into each of its consumers."""
-    return lax.optimization_barrier(x)
+def _materialize(x: jax.Array, wanted: bool = True) -> jax.Array:
+    """Makes XLA compute x once, instead of fusing it into each of its consumers, if wanted."""
+    return lax.optimization_barrier(x) if wanted else x
 
 
 def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
