@@ -208,6 +208,8 @@ def _in_order_of_parameters(gradient: jax.Array) -> jax.Array:
     parameters, momentum and averages, and then copy each (171 copies in GoogLeNet's step). With the
     barrier, one operation reorders the gradient, and one updates all three in place.
     """
+    if gradient.ndim < 4:  # Not a convolution's.
+        return gradient
     ordered = with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
     return jax.lax.optimization_barrier(ordered)
 
