@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import estimates, measure
+from inception_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Stands in for Python: XLA's dump of a program, or a process without a GPU.
@@ -85,7 +86,7 @@ def test_a_missing_compiler_leaves_the_measurement(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(arguments: Any, description: str) -> dict[str, Any]:
-        raise estimates.UserError("the compiler is not installed")
+        raise UserError("the compiler is not installed")
 
     result, printed = run(tmp_path, monkeypatch, "gpu", missing)
     assert result["seconds_per_step"]["median"] == 0.02
