@@ -3,6 +3,9 @@
 #
 #   benchmarks/accelerator.sh [--smoke] PART...
 #
+#   compile  the GPU as XLA describes it, and the estimate of tools.compile for it beside the measured
+#            time of the training step, with the last stem and the first batch: $OUT/target_config.pbtxt,
+#            $OUT/compile.{json,txt}. Calls without --smoke begin with it until there is a result
 #   compare  step_time for each of STEMS and BATCHES, bfloat16, alongside PyTorch (torch.compile,
 #            channels_last, autocast): $OUT/step_STEM_BATCH.{json,txt}
 #   profile  trace of the step with the first stem and the last batch: $OUT/profile.{json,txt}, $OUT/trace
@@ -21,7 +24,7 @@
 # --config.data.directory=DATA --config.data.source=tiny-imagenet-200.zip), ABLATION=runs/ablation,
 # VARIANTS="" (all), SETTINGS="" (settings of all variants, such as data.directory=DATA).
 #
-# Each stem and batch of `compare` takes about 3 minutes, mostly for compilation.
+# `compile` takes about 5 minutes, each stem and batch of `compare` about 3, mostly for compilation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,8 +38,8 @@ for argument in "$@"; do
   case "$argument" in
     --help | -h) usage; exit 0 ;;
     --smoke) smoke=yes ;;
-    compare | profile | train | export | ablate) parts+=("$argument") ;;
-    *) echo "$argument: must be compare, profile, train, export, ablate or --smoke; see --help" >&2; exit 2 ;;
+    compile | compare | profile | train | export | ablate) parts+=("$argument") ;;
+    *) echo "$argument: must be compile, compare, profile, train, export, ablate or --smoke; see --help" >&2; exit 2 ;;
   esac
 done
 if [ "${#parts[@]}" -eq 0 ]; then
@@ -73,6 +76,12 @@ else
   ABLATION=${ABLATION:-runs/ablation}
 fi
 mkdir -p "$OUT"
+
+compile() {
+  "$PYTHON" -m benchmarks.estimates --platform "$platform" --stem "${STEMS##* }" \
+    --batch-size "${BATCHES%% *}" --dtype bfloat16 --target-config "$OUT/target_config.pbtxt" \
+    --json "$OUT/compile.json" "${step[@]}" "${compare[@]}" | tee "$OUT/compile.txt"
+}
 
 # Word splitting of the lists is intended.
 # shellcheck disable=SC2086
@@ -124,6 +133,11 @@ ablate() {
     --platform "$platform" --json "$OUT/ablation.json" \
     ${VARIANTS:+--only $VARIANTS} ${SETTINGS:+--set $SETTINGS} | tee "$OUT/ablation.txt"
 }
+
+if [ -z "$smoke" ] && [ ! -e "$OUT/compile.json" ] && [[ " ${parts[*]} " != *" compile "* ]]; then
+  echo "=== compile"
+  compile || echo "compile: failed; continuing with the other parts" >&2
+fi
 
 for part in "${parts[@]}"; do
   echo "=== $part"

@@ -103,7 +103,7 @@ def load(experiment: str, overrides: Mapping[str, Any] | None = None) -> configs
 
 def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
     """Returns those of one image, with auxiliary heads, as tools.summarize counts them."""
-    network = networks.create(settings, classes, rewrite=False)
+    network = networks.create(settings, classes, rewrite="")
     return sum(block.multiply_adds for block in structure.analyze(network, size).blocks())
 
 
@@ -172,7 +172,7 @@ def test_the_table_of_networks_is_that_of_the_networks(cells: list[str]) -> None
     name, stem, size, macs, parameters, megabytes, _ = (cell.strip("`") for cell in cells)
     classes = {"224": 1000, "32": 10, "16": 10}.get(size, 200)
     settings = configs.Model(name=name, stem=stem or "paper")
-    network = networks.create(settings, classes, rewrite=False)
+    network = networks.create(settings, classes, rewrite="")
     found = structure.analyze(network, int(size)).blocks()
     assert macs == f"{sum(block.multiply_adds for block in found) / 1e6:,.1f} M"
     count = sum(block.parameters for block in found)

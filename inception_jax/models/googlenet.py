@@ -120,7 +120,7 @@ class GoogLeNet(nn.Module):
       adaptive_aux: whether the heads pool like torchvision's.
       dropout, aux_dropout: fraction of features dropped before the last layer, and in the heads.
       dtype: compute dtype.
-      rewrite: whether to use the CPU equivalents in `ops`.
+      rewrite: whose equivalents in `ops` are used.
       pad_pools: see `ops.pads_pools`.
       join_first: see `ops.joins_first`.
     """
@@ -142,7 +142,7 @@ class GoogLeNet(nn.Module):
     dropout: float = 0.4
     aux_dropout: float = 0.7
     dtype: Any = jnp.float32
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     pad_pools: bool = False
     join_first: bool = False
 

@@ -57,7 +57,7 @@ class Conv(nn.Module):
     paddings: ops.Paddings | None = None
     use_bias: bool = False
     dtype: Any = jnp.float32
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class BatchNormReLU(nn.Module):
     momentum: float
     epsilon: float
     train: bool
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     group_size: int = 0
     defer: bool = False
 
@@ -176,7 +176,7 @@ class ConvUnit(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-3
     train: bool = False
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     group_size: int = 0
     defer: bool = False
 
@@ -235,7 +235,7 @@ class Inception(nn.Module):
     widths: InceptionWidths
     conv5x5: str
     unit: Unit
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     pad_pools: bool = False
     join_first: bool = False
 

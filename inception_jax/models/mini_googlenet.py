@@ -36,7 +36,7 @@ class MiniGoogLeNet(nn.Module):
       width: multiplier on every layer's number of channels.
       dropout: fraction of features dropped before the last layer; the paper has none.
       dtype: compute dtype.
-      rewrite: whether to use the CPU equivalents in `ops`.
+      rewrite: whose equivalents in `ops` are used.
       join_first: see `ops.joins_first`.
     """
 
@@ -52,7 +52,7 @@ class MiniGoogLeNet(nn.Module):
     width: float = 1.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
     join_first: bool = False
 
     @nn.compact
@@ -138,7 +138,7 @@ class Downsample(nn.Module):
 
     features: int
     unit: Unit
-    rewrite: bool = False
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -16,6 +16,8 @@ from inception_jax.registry import register_model
 if TYPE_CHECKING:
     import flax.linen as nn
 
+    from inception_jax.models import ops
+
 _NORM_SETTINGS = ("norm_momentum", "norm_epsilon", "norm_group_size")
 _COMMON_SETTINGS = ("width", *_NORM_SETTINGS, "dropout", "dtype")
 _HEAD_SETTINGS = ("aux_heads", "aux_dropout")
@@ -101,7 +103,7 @@ def create(
     settings: configs.Model,
     num_classes: int,
     *,
-    rewrite: bool | None = None,
+    rewrite: "ops.Rewrite | None" = None,
     pad_pools: bool | None = None,
     join_first: bool | None = None,
 ) -> "nn.Module":
@@ -113,8 +115,8 @@ def create(
     Args:
       settings: validated settings of the network.
       num_classes: number of logits.
-      rewrite: whether to use the CPU equivalents in `ops`; None: if JAX's default device is a CPU.
-        Use False for other devices, for export and for inspection.
+      rewrite: whose equivalents in `ops` are used; None: those for JAX's default device. Use ""
+        for export and for inspection.
       pad_pools: see `ops.pads_pools`; None: as JAX's default device needs it.
       join_first: see `ops.joins_first`; None: as it suits JAX's default device.
 
@@ -142,7 +144,7 @@ def create(
             f"{type(network).__name__}; it must return a flax.linen.Module"
         )
     if hasattr(network, "rewrite"):
-        network = network.clone(rewrite=ops.prefers_rewrite() if rewrite is None else rewrite)
+        network = network.clone(rewrite=ops.preferred_rewrite() if rewrite is None else rewrite)
     if hasattr(network, "pad_pools"):
         network = network.clone(pad_pools=ops.pads_pools() if pad_pools is None else pad_pools)
     if hasattr(network, "join_first"):

@@ -1,17 +1,18 @@
-"""Convolution, max pooling and BatchNorm, as plain XLA operations and as equivalents for the CPU.
+"""Convolution, max pooling and BatchNorm, as plain XLA operations and as equivalents.
 
 XLA's CPU backend spends most of a training step in a few places: weight gradients of convolutions,
 convolutions on small images, the gradient of max pooling, and BatchNorm's derivative with its many
 passes over the images. Each has an equivalent here that is faster on the CPU, with the same values
-and gradients up to rounding (docs/notes/performance.md). The argument `rewrite` selects it.
-Networks have it as an attribute, which `networks.create` sets once, so a program for a TPU can be
-traced on a machine without one.
+and gradients up to rounding. That of max pooling also moves fewer bytes on a GPU
+(docs/notes/performance.md). The argument `rewrite` selects them. Networks have it as an attribute,
+which `networks.create` sets once, so a program for a TPU can be traced on a machine without one.
 """
 
 import functools
 import importlib.metadata
 import pathlib
 import re
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,9 @@ from inception_jax.errors import ConfigError
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
+# Whose equivalents are used: all of them ("cpu"), that of max pooling ("gpu"), or none.
+Rewrite = Literal["", "cpu", "gpu"]
+
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
 _MIN_CHANNELS = 8
 
@@ -33,9 +37,12 @@ _MIN_CHANNELS = 8
 _PADDED_BELOW_PIXELS = 22 * 22
 
 
-def prefers_rewrite(device: jax.Device | None = None) -> bool:
-    """Returns whether the CPU equivalents are faster on a device; None: JAX's default one."""
-    return (device.platform if device else jax.default_backend()) == "cpu"
+def preferred_rewrite(device: jax.Device | None = None) -> Rewrite:
+    """Returns the equivalents that suit a device; None: JAX's default one."""
+    platform = device.platform if device else jax.default_backend()
+    if platform == "cpu":
+        return "cpu"
+    return "gpu" if platform in ("cuda", "gpu", "rocm") else ""
 
 
 @functools.cache
@@ -117,7 +124,7 @@ def compiler_options(network: nn.Module, device: jax.Device | None = None) -> di
     jaxlib cannot write such programs to the compilation cache, which the 10% gained in float32 is
     not worth.
     """
-    on_cpu = getattr(network, "rewrite", prefers_rewrite(device))
+    on_cpu = getattr(network, "rewrite", preferred_rewrite(device)) == "cpu"
     use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
     return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
 
@@ -128,7 +135,7 @@ def conv(
     *,
     stride: int = 1,
     paddings: Paddings = NO_PADDING,
-    rewrite: bool = False,
+    rewrite: Rewrite = "",
 ) -> jax.Array:
     """Convolves images with a square kernel.
 
@@ -137,13 +144,13 @@ def conv(
       kernel: float [k, k, I, O], of the same dtype.
       stride: distance between windows in pixels, in both directions.
       paddings: zeros added before and after, in each direction.
-      rewrite: whether to use the CPU equivalent instead of XLA's convolution.
+      rewrite: "cpu" uses the CPU equivalent instead of XLA's convolution.
 
     Returns:
       float [B, H', W', O] with H' = floor((H + top + bottom - k) / stride) + 1.
     """
     inside = max(paddings[0] + paddings[1]) < kernel.shape[0]
-    if rewrite and stride == 1 and inside:
+    if rewrite == "cpu" and stride == 1 and inside:
         return matmul_conv(x, kernel, paddings)
     return plain_conv(x, kernel, paddings, stride=stride)
 
@@ -245,7 +252,7 @@ def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
 
 
 def max_pool(
-    x: jax.Array, *, window: int, stride: int, rewrite: bool = False, pad: bool = False
+    x: jax.Array, *, window: int, stride: int, rewrite: Rewrite = "", pad: bool = False
 ) -> jax.Array:
     """Max-pools over square windows, padded as in the paper's Caffe implementation.
 
@@ -256,16 +263,20 @@ def max_pool(
       x: float [B, H, W, C].
       window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
-      rewrite: whether to use the CPU equivalent instead of XLA's windowed maximum.
+      rewrite: if not "", `indexed_max_pool` is used instead of XLA's windowed maximum.
       pad: whether to use `padded_max_pool` for the sizes that need it.
 
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
-    pool = indexed_max_pool if rewrite else plain_max_pool
-    if pad and not rewrite and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS:
-        pool = padded_max_pool
-    return pool(x, window, stride, pool_paddings(x.shape, window=window, stride=stride))
+    paddings = pool_paddings(x.shape, window=window, stride=stride)
+    if rewrite:
+        # For tables of compiled programs, in which it is no operation of its own.
+        with jax.named_scope("max_pool"):
+            return indexed_max_pool(x, window, stride, paddings, rewrite == "cpu")
+    pad = pad and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS
+    pool = padded_max_pool if pad else plain_max_pool
+    return pool(x, window, stride, paddings)
 
 
 def pool_paddings(shape: tuple[int, ...], *, window: int, stride: int) -> Paddings:
@@ -300,21 +311,31 @@ def padded_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) 
     return plain_max_pool(x, window, stride, NO_PADDING)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def indexed_max_pool(x: jax.Array, window: int, stride: int, paddings: Paddings) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def indexed_max_pool(
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
+) -> jax.Array:
     """Computes `plain_max_pool`, saving the index of each maximum for the gradient.
 
     XLA scatters the gradient one value at a time; with the indices known, it is a sum over the
-    windows that contain a pixel.
+    windows that contain a pixel. On a GPU, XLA's gradient first writes four 32-bit coordinates of
+    each maximum.
+
+    Args:
+      x, window, stride: see `max_pool`.
+      paddings: added to x.
+      materialize: whether to write padded images to memory, which is faster on the CPU; otherwise
+        pooling is one pass over memory, and so is its gradient.
     """
-    return _max_and_index(x, window, stride, paddings)[0]
+    return _max_and_index(x, window, stride, paddings, materialize)[0]
 
 
 def _max_and_index(
-    x: jax.Array, window: int, stride: int, paddings: Paddings
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and the index of each in its window: uint8, row by row from 0."""
-    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf))
+    x = jnp.pad(x, ((0, 0), *paddings, (0, 0)), constant_values=-jnp.inf)
+    x = _materialize(x, materialize)
     reach = [side - window + 1 for side in x.shape[1:3]]
     largest, position = x[:, : reach[0] : stride, : reach[1] : stride], jnp.uint8(0)
     for index in range(1, window**2):
@@ -328,13 +349,18 @@ def _max_and_index(
 
 
 def _indexed_max_pool_forward(
-    x: jax.Array, window: int, stride: int, paddings: Paddings
+    x: jax.Array, window: int, stride: int, paddings: Paddings, materialize: bool
 ) -> tuple[jax.Array, jax.Array]:
-    return _max_and_index(x, window, stride, paddings)
+    return _max_and_index(x, window, stride, paddings, materialize)
 
 
 def _indexed_max_pool_backward(
-    window: int, stride: int, paddings: Paddings, position: jax.Array, gradient: jax.Array
+    window: int,
+    stride: int,
+    paddings: Paddings,
+    materialize: bool,
+    position: jax.Array,
+    gradient: jax.Array,
 ) -> tuple[jax.Array]:
     """Sums, for each pixel, the gradients of the windows whose maximum it is.
 
@@ -343,8 +369,9 @@ def _indexed_max_pool_backward(
     batch, height, width, channels = gradient.shape
     reach = -(-window // stride)  # Windows that cover a pixel, in one direction.
     border = ((0, 0), (reach - 1, reach - 1), (reach - 1, reach - 1), (0, 0))
-    gradient = _materialize(jnp.pad(gradient, border))
-    position = _materialize(jnp.pad(position, border, constant_values=window**2))
+    gradient = _materialize(jnp.pad(gradient, border), materialize)
+    position = jnp.pad(position, border, constant_values=window**2)
+    position = _materialize(position, materialize)
     blocks = (height + reach - 1, width + reach - 1)
     shape = (batch, blocks[0], stride, blocks[1], stride, channels)
 
@@ -373,9 +400,9 @@ def _indexed_max_pool_backward(
 indexed_max_pool.defvjp(_indexed_max_pool_forward, _indexed_max_pool_backward)
 
 
-def _materialize(x: jax.Array) -> jax.Array:
-    """Makes XLA compute x once, instead of fusing it into each of its consumers."""
-    return lax.optimization_barrier(x)
+def _materialize(x: jax.Array, wanted: bool = True) -> jax.Array:
+    """Makes XLA compute x once, instead of fusing it into each of its consumers, if wanted."""
+    return lax.optimization_barrier(x) if wanted else x
 
 
 def affine_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
@@ -398,7 +425,7 @@ def batch_norm_relu(
     bias: jax.Array,
     *,
     epsilon: float,
-    rewrite: bool = False,
+    rewrite: Rewrite = "",
     group_size: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes each channel by the moments of the batch, then applies ReLU.
@@ -411,7 +438,7 @@ def batch_norm_relu(
       x: float [B, H, W, C].
       scale, bias: float32 [C].
       epsilon: added to the variance.
-      rewrite: whether to use the CPU equivalent instead of XLA's derivative.
+      rewrite: "cpu" uses the CPU equivalent instead of XLA's derivative.
       group_size: N, which must divide B; 0: the whole batch is one group.
 
     Returns:
@@ -421,7 +448,7 @@ def batch_norm_relu(
     Raises:
       ConfigError: if the group size does not divide the batch.
     """
-    normalize = fused_batch_norm_relu if rewrite else plain_batch_norm_relu
+    normalize = fused_batch_norm_relu if rewrite == "cpu" else plain_batch_norm_relu
     if group_size:
         groups = _groups(x, group_size)
         y, mean, variance = jax.vmap(lambda group: normalize(group, scale, bias, epsilon))(groups)

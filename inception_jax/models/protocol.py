@@ -22,8 +22,8 @@ in the collection "params"::
                                   (`training.ema.correct_start`) nor re-estimated
                                   (config.evaluation.norm_examples).
     dtype                         Compute dtype; determines compiler options.
-    rewrite: bool                 A field: whether to use the CPU equivalents in `models.ops`.
-                                  `networks.create` sets it.
+    rewrite: str                  A field: whose equivalents in `models.ops` are used, "cpu" or
+                                  "gpu", or "" for none. `networks.create` sets it.
     pad_pools: bool               A field: whether to avoid gradients of pools that a compiler
                                   fails on (`models.ops.pads_pools`). `networks.create` sets it.
     join_first: bool              A field: whether to concatenate branches before normalizing them
@@ -112,7 +112,7 @@ def with_plain_ops(network: nn.Module) -> nn.Module:
     if isinstance(network, Adapter):
         return network.clone(adapted_network=with_plain_ops(network.adapted_network))
     if hasattr(network, "rewrite"):
-        network = network.clone(rewrite=False)
+        network = network.clone(rewrite="")
     if hasattr(network, "pad_pools"):
         network = network.clone(pad_pools=False)
     if hasattr(network, "join_first"):

@@ -437,6 +437,8 @@ class _Names:
         for name in names:
             if name in _SCOPES:
                 return _SCOPES[name]
+        if "max_pool" in names:
+            return "pooling"
         if any("norm" in name.lower() for name in names):
             return "normalization"
         last = names[-1] if names else ""

@@ -114,7 +114,7 @@ def _report(
             "training_images": len(this.dataset.train),
             "steps": this.total_steps,
             "target": _target_record(target),
-            "programs": [_program_record(each, target) for each in programs],
+            "programs": [program_record(each, target) for each in programs],
             "recipe": dataclasses.asdict(recipe),
             "largest_batch": largest_batch,
         }
@@ -139,7 +139,8 @@ def _target_record(target: Target) -> dict[str, Any]:
     return record
 
 
-def _program_record(program: Program, target: Target) -> dict[str, Any]:
+def program_record(program: Program, target: Target) -> dict[str, Any]:
+    """Returns the figures of a program as JSON values (see `Report.record`)."""
     found, times = program.audit, projection.times(program, target)
     return {
         "name": program.name,

@@ -114,6 +114,8 @@ H200 = Chip(
     usable=_GPU_FRACTION,
     source="itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html, read November 26, 2026",
 )
+# By the names that CUDA reports.
+_GPUS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +160,8 @@ def _flat(name: str, chip: Chip, shape: tuple[int, int], *, host: tuple[int, int
 
 
 def _gpus() -> Iterator[Target]:
-    for model, chip, name, bandwidth in (
-        ("h100", H100, "NVIDIA H100 80GB HBM3", 3_352_320_000_000),
-        ("h200", H200, "NVIDIA H200", 4_800_000_000_000),
+    for model, (name, chip), bandwidth in zip(
+        ("h100", "h200"), _GPUS.items(), (3_352_320_000_000, 4_800_000_000_000), strict=True
     ):
         config = _HOPPER.format(name=name, memory=chip.memory, bandwidth=bandwidth)
         for count in (1, 8):
@@ -236,6 +237,8 @@ def get(name: str) -> Target:
 def from_target_config(text: str, devices: int, source: str) -> Target:
     """Returns the target for GPUs that a GpuTargetConfigProto describes.
 
+    It has no peak and no bandwidth of links; those of models with a name here are added.
+
     Args:
       text: the description.
       devices: number of GPUs, in one host.
@@ -253,7 +256,8 @@ def from_target_config(text: str, devices: int, source: str) -> Target:
             f"{source}: is not the description of a GPU ({error}); it must be a "
             "GpuTargetConfigProto as text, with device_memory_size and memory_bandwidth"
         ) from error
-    chip = Chip(name, "cuda", memory, bandwidth, usable=_GPU_FRACTION, source=source)
+    known = _GPUS.get(name, Chip(name, "cuda", memory, bandwidth, usable=_GPU_FRACTION))
+    chip = dataclasses.replace(known, name=name, memory=memory, bandwidth=bandwidth, source=source)
     return _gpu(name, chip, devices, text)
 
 
@@ -261,7 +265,7 @@ def make_mesh(target: Target) -> "Mesh":
     """Returns the mesh of a target's devices, which can be compiled for, but not computed with.
 
     Raises:
-      UserError: if the compiler is not installed.
+      UserError: if the compiler is not installed, or does not accept the description of a GPU.
     """
     tpu = target.chip.platform == "tpu"
     plugins = ("libtpu",) if tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -279,9 +283,15 @@ def make_mesh(target: Target) -> "Mesh":
     # This process's own devices come first: what follows must not concern them.
     own = jax.default_backend()
     with _offline() if tpu and own != "tpu" else contextlib.nullcontext():
-        topology = topologies.get_topology_desc(
-            platform=target.chip.platform, topology_name=target.topology, **_options(target)
-        )
+        try:
+            topology = topologies.get_topology_desc(
+                platform=target.chip.platform, topology_name=target.topology, **_options(target)
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"target = {target.name!r}: the compiler does not accept it ({error}); a target "
+                "config file must be a GpuTargetConfigProto as text, as XLA writes it"
+            ) from error
     return sharding.make_mesh(topology.devices)
 
 

@@ -67,7 +67,7 @@ def main(positional: Sequence[str]) -> None:
         weights, classes = None, _num_classes(given.data.name)
         name, size = given.model.name, given.data.image_size
         network = networks.create(
-            given.model, classes, rewrite=False, pad_pools=False, join_first=False
+            given.model, classes, rewrite="", pad_pools=False, join_first=False
         )
     else:
         weights = load.load(**_TRAINED.values(), log=console.log)

@@ -174,7 +174,7 @@ def assemble(
         network = networks.create(
             config.model,
             dataset.num_classes,
-            rewrite=ops.prefers_rewrite(device),
+            rewrite=ops.preferred_rewrite(device),
             pad_pools=ops.pads_pools(device),
             join_first=ops.joins_first(device),
         )

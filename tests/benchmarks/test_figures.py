@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     command,
     end_to_end,
+    estimates,
     fault_injection,
     finite_flags,
     input_pipeline,
@@ -321,6 +322,7 @@ def test_stored_results_describe_their_environment(path: pathlib.Path) -> None:
 def test_all_benchmarks_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     for module in (
         end_to_end,
+        estimates,
         fault_injection,
         finite_flags,
         input_pipeline,

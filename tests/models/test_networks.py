@@ -51,7 +51,7 @@ def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
 
     def program(join_first: bool | None) -> str:
-        network = networks.create(settings, 3, rewrite=False, join_first=join_first)
+        network = networks.create(settings, 3, rewrite="", join_first=join_first)
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
         call = functools.partial(network.init, rngs, train=True)
         return str(jax.make_jaxpr(call)(images))
@@ -65,9 +65,9 @@ def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
 def test_groups_of_images_are_normalized_apart(name: str) -> None:
     settings = config.Model(name=name, width=0.05, dropout=0.0, norm_epsilon=0.1)
-    whole = networks.create(settings, 3, rewrite=False)
+    whole = networks.create(settings, 3, rewrite="")
     settings.norm_group_size = 2
-    grouped = networks.create(settings, 3, rewrite=False)
+    grouped = networks.create(settings, 3, rewrite="")
     images = np.random.default_rng(0).normal(size=(4, 40, 40, 3)).astype(np.float32)
     # A batch of any size gives the variables their shapes.
     variables = jax.jit(functools.partial(grouped.init, train=True))(jax.random.key(0), images[:1])
@@ -182,7 +182,7 @@ def test_a_network_without_batch_norm_learns() -> None:
     model = config.Model(norm="lrn", stem="s16", width=0.25, dropout=0.0)
     # The plain operations compile in half the time of the CPU equivalents, which have the same
     # values and gradients (test_ops.py).
-    module = networks.create(model, 4, rewrite=False)
+    module = networks.create(model, 4, rewrite="")
     rng = np.random.default_rng(0)
     labels = np.arange(16) % 4
     tints = rng.normal(size=(4, 1, 1, 3))

@@ -60,7 +60,7 @@ def value_and_vjp(
         value, pull_back = jax.vjp(function, *inputs)
         return value, pull_back(jnp.asarray(normal(*value.shape), value.dtype))
 
-    options = ops.compiler_options(MiniGoogLeNet(2, dtype=inputs[0].dtype, rewrite=True))
+    options = ops.compiler_options(MiniGoogLeNet(2, dtype=inputs[0].dtype, rewrite="cpu"))
     value, gradients = jax.jit(both, compiler_options=options)(*inputs)
     return np.asarray(value), [np.asarray(gradient) for gradient in gradients]
 
@@ -78,9 +78,9 @@ def value_and_vjp(
         (6, 3, 1, ((0, 2), (1, 0))),
     ],
 )
-@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("rewrite", ["", "cpu", "gpu"])
 def test_conv_matches_direct_sum(
-    rewrite: bool, side: int, size: int, stride: int, paddings: ops.Paddings
+    rewrite: ops.Rewrite, side: int, size: int, stride: int, paddings: ops.Paddings
 ) -> None:
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
     result = ops.conv(
@@ -116,10 +116,10 @@ def test_matmul_conv_matches_plain_conv(side: int, size: int, paddings: ops.Padd
 POOLS = [(8, 3, 2), (7, 3, 2), (2, 3, 2), (8, 2, 2), (7, 2, 2), (1, 2, 2), (6, 3, 1), (1, 3, 1)]
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("rewrite", ["", "cpu", "gpu"])
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
 def test_max_pool_matches_direct_maximum(
-    rewrite: bool, side: int, window: int, stride: int
+    rewrite: ops.Rewrite, side: int, window: int, stride: int
 ) -> None:
     x = normal(2, side, side + 2, 3)
     result = ops.max_pool(jnp.asarray(x), window=window, stride=stride, rewrite=rewrite)
@@ -152,7 +152,7 @@ def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: libtpu)
     device: Any = types.SimpleNamespace(device_kind=kind)
     settings = Model(name="googlenet", stem="s16", width=0.05)
-    network = networks.create(settings, 2, rewrite=False, pad_pools=ops.pads_pools(device))
+    network = networks.create(settings, 2, rewrite="", pad_pools=ops.pads_pools(device))
     images = jax.ShapeDtypeStruct((1, 4 * size, 4 * size, 3), jnp.float32)
 
     def call(images: jax.Array) -> Any:
@@ -166,18 +166,21 @@ def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
 
 @pytest.mark.parametrize(("side", "window", "stride"), POOLS)
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("materialize", [False, True])
 def test_indexed_max_pool_matches_plain_max_pool(
-    side: int, window: int, stride: int, ties: bool
+    materialize: bool, side: int, window: int, stride: int, ties: bool
 ) -> None:
     x = normal(2, side, side + 2, 3)
     if ties:
         x = np.round(x)
     paddings = ops.pool_paddings(x.shape, window=window, stride=stride)
 
-    def pooled(pool: Callable[..., jax.Array]) -> tuple[np.ndarray, list[np.ndarray]]:
-        return value_and_vjp(lambda x: pool(x, window, stride, paddings), x)
+    def pooled(
+        pool: Callable[..., jax.Array], *options: bool
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        return value_and_vjp(lambda x: pool(x, window, stride, paddings, *options), x)
 
-    value, (gradient,) = pooled(ops.indexed_max_pool)
+    value, (gradient,) = pooled(ops.indexed_max_pool, materialize)
     plain_value, (plain_gradient,) = pooled(ops.plain_max_pool)
     np.testing.assert_array_equal(value, plain_value)
     np.testing.assert_allclose(gradient, plain_gradient, atol=1e-6)
@@ -196,7 +199,7 @@ def test_bfloat16_convolutions_are_correct_up_to_rounding(
 ) -> None:
     x, kernel = normal(batch, side, side, channels), normal(size, size, channels, 32)
     paddings = ((size // 2,) * 2,) * 2
-    convolve = functools.partial(ops.conv, stride=stride, paddings=paddings, rewrite=True)
+    convolve = functools.partial(ops.conv, stride=stride, paddings=paddings, rewrite="cpu")
     value, gradients = value_and_vjp(
         convolve, np.asarray(x, jnp.bfloat16), np.asarray(kernel, jnp.bfloat16)
     )
@@ -232,11 +235,11 @@ def test_batch_norm_relu_matches_flax(
     np.testing.assert_allclose(variance, x.var((0, 1, 2)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("rewrite", ["", "cpu"])
 @pytest.mark.parametrize("group_size", [1, 4, 16, 48])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_batch_norm_of_groups_equals_that_of_each_group(
-    devices: int, group_size: int, rewrite: bool
+    devices: int, group_size: int, rewrite: ops.Rewrite
 ) -> None:
     """Devices of 6 images hold whole groups, share some, or split them unevenly."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -265,19 +268,30 @@ def test_batch_norm_of_groups_equals_that_of_each_group(
     close(gradients[2], np.sum(gradient_bias, 0))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("rewrite", [None, False, True])
+@pytest.mark.parametrize(
+    ("backend", "rewrite", "equivalents"),
+    [
+        ("cpu", None, {"matmul_conv", "indexed_max_pool", "fused_batch_norm_relu"}),
+        ("gpu", None, {"indexed_max_pool"}),
+        ("tpu", None, set()),
+        ("tpu", "cpu", {"matmul_conv", "indexed_max_pool", "fused_batch_norm_relu"}),
+        ("cpu", "", set()),
+    ],
+)
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
 def test_rewrite_is_chosen_when_the_network_is_created(
-    backend: str, rewrite: bool | None, name: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    rewrite: ops.Rewrite | None,
+    equivalents: set[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The choice is made once, whatever the backend is at tracing time."""
     settings = Model(name=name, width=0.05, dtype="bfloat16")
     with monkeypatch.context() as patched:
         patched.setattr(jax, "default_backend", lambda: backend)
         network = networks.create(settings, 2, rewrite=rewrite)
-    expected = backend == "cpu" if rewrite is None else rewrite
-    assert bool(ops.compiler_options(network)) is expected
+    assert bool(ops.compiler_options(network)) is ("matmul_conv" in equivalents)
 
     def call(images: jax.Array) -> Any:
         variables = network.init(jax.random.key(0), images)
@@ -292,5 +306,5 @@ def test_rewrite_is_chosen_when_the_network_is_created(
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     program = str(jax.make_jaxpr(call)(images))
     for equivalent in ("matmul_conv", "indexed_max_pool", "fused_batch_norm_relu"):
-        assert (equivalent in program) is expected
-    assert ("reduce_window_max" in program) is not expected
+        assert (equivalent in program) is (equivalent in equivalents)
+    assert ("reduce_window_max" in program) is ("indexed_max_pool" not in equivalents)

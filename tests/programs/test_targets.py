@@ -63,6 +63,13 @@ def test_a_text_describes_another_gpu() -> None:
     assert target.options == {"target_config": CONFIG}
 
 
+def test_a_described_gpu_of_a_known_model_has_its_peak() -> None:
+    text = CONFIG.replace("NVIDIA A100-SXM4-80GB", "NVIDIA H200")
+    chip = targets.from_target_config(text, 1, "own.pbtxt").chip
+    assert (chip.peak, chip.link) == (targets.H200.peak, targets.H200.link)
+    assert (chip.bandwidth, chip.source) == (2.039e12, "own.pbtxt")
+
+
 @pytest.mark.parametrize("text", ["", CONFIG.replace("85899345920", "much")])
 def test_a_text_that_describes_no_gpu_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^a100.pbtxt: is not the description of a GPU"):

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from inception_jax.config import Augment, Optimizer, Schedule
 from inception_jax.errors import ConfigError
 from inception_jax.input import pipeline
+from inception_jax.models import ops
 from inception_jax.models.layers import ModelOutput
 from inception_jax.training import run, state, step
 from tests import small
@@ -47,6 +48,20 @@ def batches(this: run.Run, stop: int) -> list[dict[str, jax.Array]]:
             this.dataset.train, batch_size=64, seed=0, start=0, stop=stop, mesh=this.mesh
         )
     )
+
+
+def test_step_as_written_for_a_gpu_computes_the_same(
+    data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = build(data_directory, 1)
+    batch, after = batches(this, 1)[0], {}
+    for kind in ("cpu", "gpu"):
+        monkeypatch.setattr(ops, "preferred_rewrite", lambda device, kind=kind: kind)
+        lowered = make_train_step(this).lower(state.create(this), batch)
+        assert ("LayoutConstraint" in lowered.as_text()) is (kind == "gpu")
+        after[kind], _ = lowered.compile()(state.create(this), batch)
+    for one, other in zip(*map(jax.tree.leaves, after.values()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_step_equals_its_parts(data_directory: pathlib.Path) -> None:
