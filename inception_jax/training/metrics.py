@@ -84,6 +84,14 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return (rank < k) & ~jnp.any(jnp.isnan(logits), axis=1)
 
 
+def all_finite(values: jax.Array) -> jax.Array:
+    """Returns whether all values are finite, a bool scalar.
+
+    It counts the others: unlike `jnp.all`, a sum travels between devices with a step's other sums.
+    """
+    return jnp.sum(~jnp.isfinite(values), dtype=jnp.float32) == 0
+
+
 class MetricSet:
     """The configured metrics, checked and ready to call; always includes loss.
 
@@ -256,7 +264,7 @@ class TrainMetrics:
           scale: from a `MetricSet`.
           gradient_norm: float32 scalar, global norm of the gradients.
         """
-        finite = jnp.isfinite(gradient_norm) & jnp.all(jnp.isfinite(values["loss"]))
+        finite = jnp.isfinite(gradient_norm) & all_finite(values["loss"])
         return cls(
             averages={
                 name: metrics.Average.from_model_output(each.astype(jnp.float32))

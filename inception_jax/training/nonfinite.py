@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from inception_jax.training.metrics import NEVER, FirstStep
+from inception_jax.training.metrics import NEVER, FirstStep, all_finite
 from inception_jax.training.state import TrainState
 
 
@@ -29,9 +29,7 @@ def finite_flags(loss: jax.Array, grads: Mapping[str, Any]) -> jax.Array:
       grads: gradients by top-level module; the result follows the sorted names.
     """
     squares = [optax.tree.norm(grads[name], squared=True) for name in sorted(grads)]
-    # A sum, unlike `all`, travels between devices with the step's other sums.
-    num_bad = jnp.sum(~jnp.isfinite(loss), dtype=jnp.float32)
-    return jnp.stack([num_bad == 0, *map(jnp.isfinite, squares)])
+    return jnp.stack([all_finite(loss), *map(jnp.isfinite, squares)])
 
 
 def skip_if_nonfinite(
