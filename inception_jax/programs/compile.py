@@ -340,7 +340,7 @@ def _compile(
     log(f"{name}: compiling for {target.name}")
     start = time.monotonic()
     try:
-        with _without_cache():
+        with without_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         what = f"{name}, {target.name}"
@@ -399,7 +399,7 @@ def describe(
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """Disables the compilation cache: JAX would write programs that it cannot read again.
 
     A start on a device looks for another key, which contains the version of the device's runtime
