@@ -100,8 +100,10 @@ def concatenate(branches: Sequence[Any]) -> jax.Array:
     """
     if not isinstance(branches[0], Unnormalized):
         return jnp.concatenate(branches, axis=-1)
-    x, factor, offset = (jnp.concatenate(parts, axis=-1) for parts in zip(*branches, strict=True))
-    return ops.affine_relu(x, factor, offset)
+    # The name by which compiled programs show what an operation does.
+    with jax.named_scope("norm"):
+        parts = zip(*branches, strict=True)
+        return ops.affine_relu(*(jnp.concatenate(part, axis=-1) for part in parts))
 
 
 class BatchNormReLU(nn.Module):
