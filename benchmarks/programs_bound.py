@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--program",
         type=measure.local_path,
-        default=measure.ROOT / "benchmarks" / "results" / "programs-tiny-v5e-8.json",
+        default=measure.ROOT / "benchmarks" / "results" / "programs-tiny-v5e-8-512.json",
         metavar="FILE",
         help="the record of its compiled programs",
     )
