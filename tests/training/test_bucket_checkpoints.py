@@ -7,10 +7,10 @@ import json
 import os
 import pathlib
 import signal
-import time
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
