@@ -138,6 +138,14 @@ def write_json(path: pathlib.Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def stored_programs(path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Returns the rows "programs" of an earlier result; [] if there is no such file."""
+    if path is None or not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["programs"]
+    return rows
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; all columns but the first are right-aligned."""
     lines = [list(head), *(list(row) for row in rows)]

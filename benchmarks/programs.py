@@ -183,9 +183,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the command."""
     arguments = parse()
-    rows: list[dict[str, Any]] = []
-    if arguments.json and arguments.json.is_file():
-        rows = json.loads(arguments.json.read_text(encoding="utf-8"))["programs"]
+    rows = measure.stored_programs(arguments.json)
     for experiment, target, batch_size in combinations(arguments):
         key = (experiment, target, batch_size, compiler_versions(target))
         names = ("experiment", "target", "batch_size", "versions")

@@ -11,7 +11,6 @@ On two CPU cores: 2 to 10 minutes for each pair.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -139,9 +138,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the command."""
     arguments = parse()
-    rows: list[dict[str, Any]] = []
-    if arguments.json and arguments.json.is_file():
-        rows = json.loads(arguments.json.read_text(encoding="utf-8"))["programs"]
+    rows = measure.stored_programs(arguments.json)
     for target in arguments.targets:
         for contender in arguments.contenders:
             key = (contender, target, compiler_versions(target))
