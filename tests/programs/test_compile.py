@@ -1,6 +1,6 @@
 """Compiling a run for devices that are not there; here, the CPU's compiler stands in for theirs.
 
-tests/programs/test_programs.py uses the compiler for TPUs where it is installed.
+tests/programs/test_tpu.py uses the compiler for TPUs where it is installed.
 """
 
 import functools
