@@ -121,8 +121,6 @@ class GoogLeNet(nn.Module):
       dropout, aux_dropout: fraction of features dropped before the last layer, and in the heads.
       dtype: compute dtype.
       rewrite: whose equivalents in `ops` are used.
-      pad_pools: see `ops.pads_pools`.
-      join_first: see `ops.joins_first`.
     """
 
     first_conv = "conv1/conv"
@@ -143,8 +141,6 @@ class GoogLeNet(nn.Module):
     aux_dropout: float = 0.7
     dtype: Any = jnp.float32
     rewrite: ops.Rewrite = ""
-    pad_pools: bool = False
-    join_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -232,15 +228,7 @@ class GoogLeNet(nn.Module):
 
     def _inception(self, name: str, widths: InceptionWidths, unit: Unit) -> Inception:
         widths = InceptionWidths(*(scale_channels(channels, self.width) for channels in widths))
-        return Inception(
-            widths,
-            self.conv5x5,
-            unit,
-            self.rewrite,
-            self.pad_pools,
-            self.join_first,
-            name=f"inception_{name}",
-        )
+        return Inception(widths, self.conv5x5, unit, self.rewrite, name=f"inception_{name}")
 
     def _head(self, name: str, unit: Unit, train: bool) -> AuxiliaryHead:
         return AuxiliaryHead(

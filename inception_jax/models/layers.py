@@ -230,22 +230,19 @@ class Inception(nn.Module):
       conv5x5: convolutions of the 5x5 branch: "5x5", "3x3" or "two_3x3" (Szegedy et al. 2015,
         arXiv:1512.00567, section 3.1).
       unit: makes a convolution unit, given features, kernel size and name.
-      rewrite, pad_pools: see `ops.max_pool`.
-      join_first: see `ops.joins_first`.
+      rewrite: see `ops.max_pool` and `ops.joins_first`.
     """
 
     widths: InceptionWidths
     conv5x5: str
     unit: Unit
     rewrite: ops.Rewrite = ""
-    pad_pools: bool = False
-    join_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float [B, H, W, I] to [B, H, W, sum of the four branches]."""
         widths, unit = self.widths, self.unit
-        last = functools.partial(unit, defer=self.join_first)
+        last = functools.partial(unit, defer=ops.joins_first(self.rewrite))
         branch_1x1 = last(widths.conv_1x1, name="conv_1x1")(x)
         branch_3x3 = unit(widths.reduce_3x3, name="reduce_3x3")(x)
         branch_3x3 = last(widths.conv_3x3, 3, name="conv_3x3")(branch_3x3)
@@ -254,7 +251,7 @@ class Inception(nn.Module):
             branch_5x5 = unit(widths.conv_5x5, 3, name="conv_5x5_first")(branch_5x5)
         kernel_size = 5 if self.conv5x5 == "5x5" else 3
         branch_5x5 = last(widths.conv_5x5, kernel_size, name="conv_5x5")(branch_5x5)
-        branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite, pad=self.pad_pools)
+        branch_pool = ops.max_pool(x, window=3, stride=1, rewrite=self.rewrite)
         branch_pool = last(widths.pool_proj, name="pool_proj")(branch_pool)
         return concatenate([branch_1x1, branch_3x3, branch_5x5, branch_pool])
 

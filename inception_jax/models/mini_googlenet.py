@@ -37,7 +37,6 @@ class MiniGoogLeNet(nn.Module):
       dropout: fraction of features dropped before the last layer; the paper has none.
       dtype: compute dtype.
       rewrite: whose equivalents in `ops` are used.
-      join_first: see `ops.joins_first`.
     """
 
     min_image_size = 4  # Halved twice, it leaves one pixel.
@@ -53,7 +52,6 @@ class MiniGoogLeNet(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     rewrite: ops.Rewrite = ""
-    join_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
@@ -96,7 +94,7 @@ class MiniGoogLeNet(nn.Module):
 
     def _inception(self, name: str, conv_1x1: int, conv_3x3: int, unit: Unit) -> "MiniInception":
         features = scale_channels(conv_1x1, self.width), scale_channels(conv_3x3, self.width)
-        unit = functools.partial(unit, defer=self.join_first)
+        unit = functools.partial(unit, defer=ops.joins_first(self.rewrite))
         return MiniInception(*features, unit, name=f"inception_{name}")
 
     def _downsample(self, name: str, conv_3x3: int, unit: Unit) -> "Downsample":

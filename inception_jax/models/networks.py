@@ -104,8 +104,6 @@ def create(
     num_classes: int,
     *,
     rewrite: "ops.Rewrite | None" = None,
-    pad_pools: bool | None = None,
-    join_first: bool | None = None,
 ) -> "nn.Module":
     """Returns the network named by `settings.name`.
 
@@ -117,8 +115,6 @@ def create(
       num_classes: number of logits.
       rewrite: whose equivalents in `ops` are used; None: those for JAX's default device. Use ""
         for export and for inspection.
-      pad_pools: see `ops.pads_pools`; None: as JAX's default device needs it.
-      join_first: see `ops.joins_first`; None: as it suits JAX's default device.
 
     Raises:
       ConfigError: if `num_classes` is less than 1, or the registered factory returns no network.
@@ -145,10 +141,6 @@ def create(
         )
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite=ops.preferred_rewrite() if rewrite is None else rewrite)
-    if hasattr(network, "pad_pools"):
-        network = network.clone(pad_pools=ops.pads_pools() if pad_pools is None else pad_pools)
-    if hasattr(network, "join_first"):
-        network = network.clone(join_first=ops.joins_first() if join_first is None else join_first)
     if part.is_builtin:
         return network
     return protocol.adapt(

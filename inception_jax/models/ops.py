@@ -3,9 +3,10 @@
 XLA's CPU backend spends most of a training step in a few places: weight gradients of convolutions,
 convolutions on small images, the gradient of max pooling, and BatchNorm's derivative with its many
 passes over the images. Each has an equivalent here that is faster on the CPU, with the same values
-and gradients up to rounding. That of max pooling also moves fewer bytes on a GPU
-(docs/notes/performance.md). The argument `rewrite` selects them. Networks have it as an attribute,
-which `networks.create` sets once, so a program for a TPU can be traced on a machine without one.
+and gradients up to rounding. That of max pooling also moves fewer bytes on a GPU, and TPUs have two
+of their own (docs/notes/performance.md). The argument `rewrite` selects those of a device. Networks
+have it as an attribute, which `networks.create` sets once, so a program for a TPU can be traced on
+a machine without one.
 """
 
 import functools
@@ -26,23 +27,51 @@ from inception_jax.errors import ConfigError
 Paddings = tuple[tuple[int, int], tuple[int, int]]
 NO_PADDING: Paddings = ((0, 0), (0, 0))
 
-# Whose equivalents are used: all of them ("cpu"), that of max pooling ("gpu"), or none.
-Rewrite = Literal["", "cpu", "gpu"]
+# Whose equivalents are used:
+#   "": none, only plain operations.
+#   "cpu": those of convolution, max pooling (`indexed_max_pool`) and BatchNorm.
+#   "gpu": that of max pooling.
+#   "tpu": branches are concatenated before they are normalized (`layers.concatenate`).
+#   "tpu_padded": as "tpu", and pools are padded for a compiler that needs it (`padded_max_pool`).
+Rewrite = Literal["", "cpu", "gpu", "tpu", "tpu_padded"]
 
 # With fewer channels, the matrix product for each tap of a kernel would be too thin.
 _MIN_CHANNELS = 8
 
-# The compiler that `pads_pools` describes fails on pools at stride 1 over fewer pixels: among other
+# Compilers that need "tpu_padded" fail on pools at stride 1 over fewer pixels: among other
 # operations, on 3 x 3 to 21 x 21 of the sizes tried, but not on 22 x 22 or more.
 _PADDED_BELOW_PIXELS = 22 * 22
 
 
 def preferred_rewrite(device: jax.Device | None = None) -> Rewrite:
-    """Returns the equivalents that suit a device; None: JAX's default one."""
-    platform = device.platform if device else jax.default_backend()
-    if platform == "cpu":
+    """Returns the equivalents that suit a device.
+
+    libtpu 0.0.50.1 fails on the gradient of some pools for TPU v6e and TPU7x ("LLO_CHECK failure"
+    with ``scheduled_bundleno_.valid()`` and ``opcode=vector-store``), as does 0.0.51; 0.0.52 does
+    not.
+
+    Args:
+      device: the device; None: JAX's first one.
+    """
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
         return "cpu"
-    return "gpu" if platform in ("cuda", "gpu", "rocm") else ""
+    if device.platform in ("cuda", "gpu", "rocm"):
+        return "gpu"
+    if device.platform != "tpu":
+        return ""
+    fails = device.device_kind in ("TPU v6 lite", "TPU7x") and _libtpu_version() < (0, 0, 52)
+    return "tpu_padded" if fails else "tpu"
+
+
+def joins_first(rewrite: Rewrite) -> bool:
+    """Returns whether branches are concatenated before they are normalized.
+
+    On a TPU that saves two passes over the images: one reads the branches and writes both what is
+    saved for the gradient and the result, and the gradient's sums become part of the convolutions
+    that compute it. See `layers.concatenate`.
+    """
+    return rewrite in ("tpu", "tpu_padded")
 
 
 @functools.cache
@@ -69,33 +98,6 @@ def bfloat16_slowdown(device: jax.Device | None = None) -> str:
 def auto_dtype(device: jax.Device | None = None) -> str:
     """Returns the compute dtype: "bfloat16" if the device multiplies it, else "float32"."""
     return "float32" if bfloat16_slowdown(device) else "bfloat16"
-
-
-def pads_pools(device: jax.Device | None = None) -> bool:
-    """Returns whether the compiler for a device fails on the gradient of some pools.
-
-    libtpu 0.0.50.1 does so for TPU v6e and TPU7x ("LLO_CHECK failure" with
-    ``scheduled_bundleno_.valid()`` and ``opcode=vector-store``); 0.0.52 does not. See
-    `padded_max_pool` for the way around it.
-
-    Args:
-      device: the device; None: JAX's first one.
-    """
-    kind = (device or jax.devices()[0]).device_kind
-    return kind in ("TPU v6 lite", "TPU7x") and _libtpu_version() < (0, 0, 52)
-
-
-def joins_first(device: jax.Device | None = None) -> bool:
-    """Returns whether a device should concatenate branches before it normalizes them.
-
-    On a TPU that saves two passes over the images: one reads the branches and writes both what is
-    saved for the gradient and the result, and the gradient's sums become part of the convolutions
-    that compute it. See `layers.concatenate`.
-
-    Args:
-      device: the device; None: JAX's default one.
-    """
-    return (device.platform if device else jax.default_backend()) == "tpu"
 
 
 def _libtpu_version() -> tuple[int, ...]:
@@ -251,9 +253,7 @@ def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
     return jnp.concatenate(_taps(x, size, paddings), axis=-1)
 
 
-def max_pool(
-    x: jax.Array, *, window: int, stride: int, rewrite: Rewrite = "", pad: bool = False
-) -> jax.Array:
+def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: Rewrite = "") -> jax.Array:
     """Max-pools over square windows, padded as in the paper's Caffe implementation.
 
     At stride 1 the window is centered and the size is preserved. At a larger stride the first
@@ -263,19 +263,19 @@ def max_pool(
       x: float [B, H, W, C].
       window: side of the window in pixels, at most 15; odd at stride 1.
       stride: distance between windows in pixels.
-      rewrite: if not "", `indexed_max_pool` is used instead of XLA's windowed maximum.
-      pad: whether to use `padded_max_pool` for the sizes that need it.
+      rewrite: "cpu" and "gpu" use `indexed_max_pool` instead of XLA's windowed maximum,
+        "tpu_padded" uses `padded_max_pool` for the sizes that need it.
 
     Returns:
       float [B, H', W', C] with H' = H at stride 1, else ceil((H - window) / stride) + 1.
     """
     paddings = pool_paddings(x.shape, window=window, stride=stride)
-    if rewrite:
+    if rewrite in ("cpu", "gpu"):
         # For tables of compiled programs, in which it is no operation of its own.
         with jax.named_scope("max_pool"):
             return indexed_max_pool(x, window, stride, paddings, rewrite == "cpu")
-    pad = pad and stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS
-    pool = padded_max_pool if pad else plain_max_pool
+    small = stride == 1 and x.shape[1] * x.shape[2] < _PADDED_BELOW_PIXELS
+    pool = padded_max_pool if small and rewrite == "tpu_padded" else plain_max_pool
     return pool(x, window, stride, paddings)
 
 

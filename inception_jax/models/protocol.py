@@ -22,12 +22,8 @@ in the collection "params"::
                                   (`training.ema.correct_start`) nor re-estimated
                                   (config.evaluation.norm_examples).
     dtype                         Compute dtype; determines compiler options.
-    rewrite: str                  A field: whose equivalents in `models.ops` are used, "cpu" or
-                                  "gpu", or "" for none. `networks.create` sets it.
-    pad_pools: bool               A field: whether to avoid gradients of pools that a compiler
-                                  fails on (`models.ops.pads_pools`). `networks.create` sets it.
-    join_first: bool              A field: whether to concatenate branches before normalizing them
-                                  (`models.ops.joins_first`). `networks.create` sets it.
+    rewrite: str                  A field: whose equivalents in `models.ops` are used
+                                  (`models.ops.Rewrite`). `networks.create` sets it.
     norm_group_size: int          A field: images that BatchNorm normalizes together
                                   (`models.ops.batch_norm_relu`). Inspection sets it to 0.
 
@@ -113,10 +109,6 @@ def with_plain_ops(network: nn.Module) -> nn.Module:
         return network.clone(adapted_network=with_plain_ops(network.adapted_network))
     if hasattr(network, "rewrite"):
         network = network.clone(rewrite="")
-    if hasattr(network, "pad_pools"):
-        network = network.clone(pad_pools=False)
-    if hasattr(network, "join_first"):
-        network = network.clone(join_first=False)
     if hasattr(network, "norm_group_size"):
         network = network.clone(norm_group_size=0)  # Inspection traces a single image.
     return network

@@ -66,9 +66,7 @@ def main(positional: Sequence[str]) -> None:
         configs.validate(given)
         weights, classes = None, _num_classes(given.data.name)
         name, size = given.model.name, given.data.image_size
-        network = networks.create(
-            given.model, classes, rewrite="", pad_pools=False, join_first=False
-        )
+        network = networks.create(given.model, classes, rewrite="")
     else:
         weights = load.load(**_TRAINED.values(), log=console.log)
         name, size, classes = weights.model.name, weights.image_size, weights.num_classes

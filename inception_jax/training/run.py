@@ -175,8 +175,6 @@ def assemble(
             config.model,
             dataset.num_classes,
             rewrite=ops.preferred_rewrite(device),
-            pad_pools=ops.pads_pools(device),
-            join_first=ops.joins_first(device),
         )
     else:
         _check_kind("model", model, nn.Module, "an instance of a flax.linen.Module")

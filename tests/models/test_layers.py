@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inception_jax.errors import ConfigError
-from inception_jax.models import layers
+from inception_jax.models import layers, ops
 from inception_jax.models.mini_googlenet import MiniInception
 
 
@@ -121,24 +121,24 @@ def test_inception_concatenates_branches_in_paper_order(kind: str, branch: list[
 def test_branches_joined_before_normalization_give_the_same(
     kind: str, train: bool, batch_norm: bool, group_size: int
 ) -> None:
-    def module(join_first: bool) -> nn.Module:
+    def module(rewrite: ops.Rewrite) -> nn.Module:
         unit = functools.partial(
             layers.ConvUnit, train=train, batch_norm=batch_norm, group_size=group_size
         )
         if kind == "inception":
             widths = layers.InceptionWidths(1, 2, 3, 4, 5, 6)
-            return layers.Inception(widths, "5x5", unit, join_first=join_first)
-        return MiniInception(2, 3, functools.partial(unit, defer=join_first))
+            return layers.Inception(widths, "5x5", unit, rewrite)
+        return MiniInception(2, 3, functools.partial(unit, defer=rewrite == "tpu"))
 
     x, weights = jnp.asarray(normal(4, 5, 5, 7)), normal(4, 5, 5, 15 if kind == "inception" else 5)
-    variables = module(False).init(jax.random.key(0), x)
+    variables = module("").init(jax.random.key(0), x)
     # Every scale and bias another, so that none can be confused with its neighbor's.
     params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape), variables.pop("params"))
 
     @functools.partial(jax.jit, static_argnums=2)
-    def run(params: Any, x: jax.Array, join_first: bool) -> Any:
+    def run(params: Any, x: jax.Array, rewrite: ops.Rewrite) -> Any:
         def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-            result = module(join_first).apply(
+            result = module(rewrite).apply(
                 {"params": params, **variables}, x, mutable=["batch_stats"]
             )
             return (result[0] * weights).sum(), result
@@ -146,7 +146,7 @@ def test_branches_joined_before_normalization_give_the_same(
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    jax.tree.map(close, run(params, x, True), run(params, x, False))
+    jax.tree.map(close, run(params, x, "tpu"), run(params, x, ""))
 
 
 def test_dropout_is_applied_only_in_training() -> None:

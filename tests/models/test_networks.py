@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 
 from inception_jax import config
 from inception_jax.errors import ConfigError
-from inception_jax.models import networks
+from inception_jax.models import networks, ops
 from inception_jax.registry import MODELS
 
 
@@ -50,16 +50,16 @@ def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -
     settings = config.Model(name=name, width=0.05)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
 
-    def program(join_first: bool | None) -> str:
-        network = networks.create(settings, 3, rewrite="", join_first=join_first)
+    def program(rewrite: ops.Rewrite) -> str:
+        network = networks.create(settings, 3, rewrite=rewrite)
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
         call = functools.partial(network.init, rngs, train=True)
         return str(jax.make_jaxpr(call)(images))
 
     # One ReLU for all branches of a module.
-    relus = {join_first: program(join_first).count(" max ") for join_first in (False, True, None)}
-    assert relus[False] - relus[True] == saved
-    assert relus[None] == relus[False], "the CPU, which has equivalents of its own"
+    relus = {rewrite: program(rewrite).count(" max ") for rewrite in get_args(ops.Rewrite)}
+    assert relus[""] == relus["gpu"]
+    assert relus[""] - relus["tpu"] == relus[""] - relus["tpu_padded"] == saved
 
 
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])

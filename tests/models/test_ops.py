@@ -131,7 +131,9 @@ def test_padded_max_pool_equals_plain_max_pool_exactly(size: tuple[int, int]) ->
     """Few distinct values, so that many windows have equal maxima."""
     x = np.round(normal(2, *size, 3)) - 2
     pool = functools.partial(ops.max_pool, window=3, stride=1)
-    padded, plain = (value_and_vjp(functools.partial(pool, pad=pad), x) for pad in (True, False))
+    padded, plain = (
+        value_and_vjp(functools.partial(pool, rewrite=rewrite), x) for rewrite in ("tpu_padded", "")
+    )
     np.testing.assert_array_equal(padded[0], plain[0])
     np.testing.assert_array_equal(padded[1][0], plain[1][0])
 
@@ -150,9 +152,9 @@ def test_pools_are_padded_only_where_the_compiler_fails_on_their_gradient(
     kind: str, libtpu: str, expected: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: libtpu)
-    device: Any = types.SimpleNamespace(device_kind=kind)
+    device: Any = types.SimpleNamespace(platform="tpu", device_kind=kind)
     settings = Model(name="googlenet", stem="s16", width=0.05)
-    network = networks.create(settings, 2, rewrite="", pad_pools=ops.pads_pools(device))
+    network = networks.create(settings, 2, rewrite=ops.preferred_rewrite(device))
     images = jax.ShapeDtypeStruct((1, 4 * size, 4 * size, 3), jnp.float32)
 
     def call(images: jax.Array) -> Any:
@@ -289,7 +291,8 @@ def test_rewrite_is_chosen_when_the_network_is_created(
     """The choice is made once, whatever the backend is at tracing time."""
     settings = Model(name=name, width=0.05, dtype="bfloat16")
     with monkeypatch.context() as patched:
-        patched.setattr(jax, "default_backend", lambda: backend)
+        device = types.SimpleNamespace(platform=backend, device_kind="")
+        patched.setattr(jax, "devices", lambda: [device])
         network = networks.create(settings, 2, rewrite=rewrite)
     assert bool(ops.compiler_options(network)) is ("matmul_conv" in equivalents)
 

@@ -166,19 +166,22 @@ def test_padded_pools_compile_where_the_compiler_fails_on_others(target: str, si
     device = mesh.devices.flat[0]
     x = jax.ShapeDtypeStruct((64, side, side, 64), jnp.bfloat16, sharding=sharding.replicated(mesh))
 
-    def gradient(x: jax.Array, pad: bool) -> jax.Array:
-        pool = functools.partial(ops.max_pool, window=3, stride=1, pad=pad)
+    def gradient(x: jax.Array, rewrite: ops.Rewrite) -> jax.Array:
+        pool = functools.partial(ops.max_pool, window=3, stride=1, rewrite=rewrite)
         # Between other operations, it fails on more sizes than alone.
         return 2 * jax.vjp(pool, jax.nn.relu(x))[1](3 * x)[0]
 
-    lowered = {pad: jax.jit(gradient, static_argnums=1).lower(x, pad) for pad in (False, True)}
+    lowered = {
+        rewrite: jax.jit(gradient, static_argnums=1).lower(x, rewrite)
+        for rewrite in ("tpu", "tpu_padded")
+    }
     with programs.without_cache():
-        lowered[True].compile()
-        if ops.pads_pools(device):
+        lowered["tpu_padded"].compile()
+        if ops.preferred_rewrite(device) == "tpu_padded":
             with pytest.raises(jax.errors.JaxRuntimeError, match="LLO_CHECK failure"):
-                lowered[False].compile()
+                lowered["tpu"].compile()
         else:
-            lowered[False].compile()
+            lowered["tpu"].compile()
 
 
 def test_a_step_that_does_not_fit_is_one_message() -> None:
