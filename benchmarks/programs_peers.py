@@ -72,12 +72,15 @@ def compile_one(contender: str, target_name: str) -> dict[str, Any]:
         run = compiling.assemble(config, target)
         program = compiling.compile_train_step(run, target, image_size)
     else:
-        model = {
+        networks: dict[str, linen_networks.GoogLeNet | linen_networks.ResNet50] = {
             "linen": linen_networks.GoogLeNet(STEM, CLASSES),
             "resnet50": linen_networks.ResNet50(1000),
-        }[contender]
+        }
         lowered = linen_networks.lower_train_step(
-            model, targets.make_mesh(target), batch_size=batch_size, image_size=image_size
+            networks[contender],
+            targets.make_mesh(target),
+            batch_size=batch_size,
+            image_size=image_size,
         )
         start = time.monotonic()
         program = compiling.describe(
