@@ -7,11 +7,11 @@ process, which compiles it on the GPU:
   python -m benchmarks.estimates --platform gpu --stem s32 --batch-size 512 --dtype bfloat16 \
       --target-config runs/target_config.pbtxt
 
-Also stores the description in --target-config, for the flag --target_config of tools.compile on
+The description is also stored in --target-config, for the flag --target_config of tools.compile on
 machines without such a GPU. Without a GPU, the CPU's step is timed, and --target names a GPU for
 the estimate, which then says nothing about the measured time.
 
-About 5 minutes, mostly for the two compilations.
+Takes about 5 minutes, mostly for the two compilations.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def main() -> None:
     result = run(arguments)
     measure.write_json(arguments.json, result)
     print("\n".join(report_lines(result)))
-    if arguments.platform != "gpu":
+    if arguments.target_config and arguments.platform != "gpu":
         print("Not stored: the description of the GPU, as this machine has none")
 
 

@@ -146,6 +146,11 @@ def stored_programs(path: pathlib.Path | None) -> list[dict[str, Any]]:
     return rows
 
 
+def has_row(rows: Iterable[dict[str, Any]], **values: Any) -> bool:
+    """Whether one of some rows has all these values."""
+    return any(all(row[name] == value for name, value in values.items()) for row in rows)
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; all columns but the first are right-aligned."""
     lines = [list(head), *(list(row) for row in rows)]

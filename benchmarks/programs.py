@@ -95,14 +95,11 @@ def compile_one(
       A row for each program, or one with the error's text; and the record of tools.compile, or
       None if it failed.
     """
-    environment = measure.environment()
     base = {
         "experiment": experiment,
         "target": target,
         "batch_size": batch_size,
-        "versions": compiler_versions(target),
-        "date": environment["date"],
-        "revision": environment["revision"],
+        **provenance(target),
     }
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "record.json"
@@ -154,6 +151,16 @@ def compiler_versions(target: str) -> dict[str, str]:
     return report.versions(targets.get(target))
 
 
+def provenance(target: str) -> dict[str, Any]:
+    """Returns when, of which revision, and with which versions a target's program is compiled."""
+    environment = measure.environment()
+    return {
+        "versions": compiler_versions(target),
+        "date": environment["date"],
+        "revision": environment["revision"],
+    }
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the programs, or the errors, as a Markdown table."""
     lines = []
@@ -185,9 +192,13 @@ def main() -> None:
     arguments = parse()
     rows = measure.stored_programs(arguments.json)
     for experiment, target, batch_size in combinations(arguments):
-        key = (experiment, target, batch_size, compiler_versions(target))
-        names = ("experiment", "target", "batch_size", "versions")
-        if any(key == tuple(row[name] for name in names) for row in rows):
+        if measure.has_row(
+            rows,
+            experiment=experiment,
+            target=target,
+            batch_size=batch_size,
+            versions=compiler_versions(target),
+        ):
             continue
         measure.log(f"{experiment}, {target}, batch {batch_size}")
         made, record = compile_one(arguments, experiment, target, batch_size)

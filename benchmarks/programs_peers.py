@@ -1,9 +1,9 @@
 """Compiles our training step and plain Flax's for a TPU or GPU, and compares the estimates.
 
-The contenders: our step with GoogLeNet and the stem s16, the same network written in plain Flax,
-and ResNet-50 as a yardstick whose real speed is published. All compute in bfloat16, on one device,
-without random augmentation. Pairs that `--json` holds already are left out, so a stopped command
-continues. Nothing is run: times are estimates (see `inception_jax.programs.projection`).
+The contenders are our step with GoogLeNet and the stem s16, the same network in plain Flax, and
+ResNet-50 as a yardstick whose real speed is published. All compute in bfloat16, on one device,
+without random augmentation. Pairs that `--json` already holds are left out, so that a stopped
+command continues. Nothing is run: times are estimates (see `inception_jax.programs.projection`).
 
   python -m benchmarks.programs_peers --targets h100 --json benchmarks/results/programs-peers.json
 
@@ -13,10 +13,9 @@ On two CPU cores: 2 to 10 minutes for each pair.
 import argparse
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks import measure
-from benchmarks.programs import compiler_versions
+from benchmarks import measure, programs
 
 if TYPE_CHECKING:
     from inception_jax.programs.compile import Program
@@ -24,13 +23,23 @@ if TYPE_CHECKING:
 CONTENDERS = ("ours", "linen", "resnet50")
 TARGETS = ("v5e-1", "h100")
 STEM, CLASSES = "s16", 200
-# Images a step and their side in pixels; for ResNet-50 on the H100, those of the published speed.
-SIZES = {"ours": (128, 64), "linen": (128, 64), "resnet50": (128, 224)}
-PUBLISHED_BATCH = {("resnet50", "h100"): 400}
-# Images/s of one device, and the page: MLPerf Training 3.0, 8 GPUs with 400 images each, MXNet with
-# NVIDIA's own kernels, float16, real input. The median of nine epochs there is 55,975 for all.
+# Images a step, where no speed is published, and the side of the images in pixels.
+BATCH_SIZE, IMAGE_SIZES = 128, {"ours": 64, "linen": 64, "resnet50": 224}
+
+
+class Published(NamedTuple):
+    """A published speed of one device: images a step, images/s, and the page."""
+
+    batch_size: int
+    images_per_second: float
+    source: str
+
+
+# MLPerf Training 3.0: 8 GPUs, MXNet with NVIDIA's own kernels, float16, real input. The median of
+# nine epochs there is 55,975 images/s for all.
 PUBLISHED = {
-    ("resnet50", "h100"): (
+    ("resnet50", "h100"): Published(
+        400,
         6_997,
         "github.com/mlcommons/training_results_v3.0, "
         "Dell/results/XE9680x8H100-SXM-80GB/resnet/result_0.txt, read November 26, 2026",
@@ -50,29 +59,31 @@ def compile_one(contender: str, target_name: str) -> dict[str, Any]:
     """Compiles a contender for a target, and returns a row of the result."""
     from benchmarks.contenders import linen_networks, ours_step
     from inception_jax.config import Augment
-    from inception_jax.programs import compile as programs
+    from inception_jax.programs import compile as compiling
     from inception_jax.programs import targets
 
-    target = targets.get(target_name)
-    batch_size, image_size = SIZES[contender]
-    batch_size = PUBLISHED_BATCH.get((contender, target_name), batch_size)
+    target, image_size = targets.get(target_name), IMAGE_SIZES[contender]
+    published = PUBLISHED.get((contender, target_name))
+    batch_size = published.batch_size if published else BATCH_SIZE
     if contender == "ours":
         settings = {"stem": STEM, "dtype": "bfloat16", "image_size": image_size}
         config = ours_step.make_config({**settings, "batch_size": batch_size})
         config.augment = Augment(crop="none", flip=False)
-        run = programs.assemble(config, target)
-        program = programs.compile_train_step(run, target, image_size)
+        run = compiling.assemble(config, target)
+        program = compiling.compile_train_step(run, target, image_size)
     else:
-        model = (
-            linen_networks.GoogLeNet(STEM, CLASSES)
-            if contender == "linen"
-            else linen_networks.ResNet50(1000)
-        )
+        networks: dict[str, linen_networks.GoogLeNet | linen_networks.ResNet50] = {
+            "linen": linen_networks.GoogLeNet(STEM, CLASSES),
+            "resnet50": linen_networks.ResNet50(1000),
+        }
         lowered = linen_networks.lower_train_step(
-            model, targets.make_mesh(target), batch_size=batch_size, image_size=image_size
+            networks[contender],
+            targets.make_mesh(target),
+            batch_size=batch_size,
+            image_size=image_size,
         )
         start = time.monotonic()
-        program = programs.describe(
+        program = compiling.describe(
             lowered.compile(),
             purpose="train",
             image_size=image_size,
@@ -83,12 +94,11 @@ def compile_one(contender: str, target_name: str) -> dict[str, Any]:
 
 
 def row(contender: str, target_name: str, program: "Program") -> dict[str, Any]:
-    """Returns the figures of a contender's program: of a step, in FLOP, bytes and seconds."""
+    """Returns the figures of a contender's step, in FLOP, bytes, and seconds."""
     from inception_jax.programs import projection, targets
 
     found, times = program.audit, projection.times(program, targets.get(target_name))
-    speed, source = PUBLISHED.get((contender, target_name), (None, None))
-    environment = measure.environment()
+    published = PUBLISHED.get((contender, target_name))
     return {
         "contender": contender,
         "target": target_name,
@@ -103,12 +113,10 @@ def row(contender: str, target_name: str, program: "Program") -> dict[str, Any]:
         "roofline": times.roofline,
         "fastest": times.fastest,
         "slowest": times.slowest,
-        "published": speed and program.batch_size / speed,
-        "published_source": source,
+        "published": published and program.batch_size / published.images_per_second,
+        "published_source": published and published.source,
         "compile_seconds": round(program.compile_seconds, 1),
-        "versions": compiler_versions(target_name),
-        "date": environment["date"],
-        "revision": environment["revision"],
+        **programs.provenance(target_name),
     }
 
 
@@ -141,9 +149,8 @@ def main() -> None:
     rows = measure.stored_programs(arguments.json)
     for target in arguments.targets:
         for contender in arguments.contenders:
-            key = (contender, target, compiler_versions(target))
-            names = ("contender", "target", "versions")
-            if any(key == tuple(each[name] for name in names) for each in rows):
+            versions = programs.compiler_versions(target)
+            if measure.has_row(rows, contender=contender, target=target, versions=versions):
                 continue
             measure.log(f"{contender}, {target}")
             rows.append(compile_one(contender, target))

@@ -1,9 +1,9 @@
-"""Plain Flax networks and their training step, as a peer of ours before the same compilers.
+"""Plain Flax networks and their training step, to compare with ours under the same compilers.
 
-GoogLeNet is what a user of `flax.linen` would write down. ResNet-50 is the network that everyone
-has measured (He et al. 2015, arXiv:1512.03385; version 1.5, with its strides in the 3x3
-convolutions). The step has no augmentation: it normalizes, and updates by SGD with Nesterov
-momentum and weight decay.
+GoogLeNet is written as a user of `flax.linen` would write it. ResNet-50 is the network that
+everyone has measured (He et al. 2015, arXiv:1512.03385; version 1.5, with its strides in the 3x3
+convolutions). The step has no augmentation: it normalizes the images, and updates by SGD with
+Nesterov momentum and weight decay.
 """
 
 import functools
@@ -96,7 +96,7 @@ class ResNet50(nn.Module):
 
 
 def lower_train_step(
-    model: nn.Module, mesh: Mesh, *, batch_size: int, image_size: int
+    model: GoogLeNet | ResNet50, mesh: Mesh, *, batch_size: int, image_size: int
 ) -> jax.stages.Lowered:
     """Traces the training step of a plain network; computes nothing.
 
@@ -122,7 +122,7 @@ def lower_train_step(
         def loss(params: Any) -> Any:
             logits, updates = model.apply(
                 variables | {"params": params},
-                (batch["image"].astype(jnp.float32) / 255 - 0.5).astype(jnp.bfloat16),
+                (batch["image"].astype(jnp.float32) / 255 - 0.5).astype(model.dtype),
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": key},

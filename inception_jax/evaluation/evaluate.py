@@ -105,7 +105,7 @@ class Evaluator:
                 out_shardings=batch,
                 compiler_options=options,
             )
-            for size in {self._size(view) for view in self.views.values()}
+            for size in {self.image_size(view) for view in self.views.values()}
         }
         self._mean: Any = jax.jit(lambda a, b: (a + b) / 2, in_shardings=batch, out_shardings=batch)
         self._measure: Any = jax.jit(
@@ -164,9 +164,7 @@ class Evaluator:
         results: dict[str, EvalResult] = {}
         for name in self.views if names is None else names:
             if name not in results:
-                same = [
-                    each for each in self.views if self._input_key(each) == self._input_key(name)
-                ]
+                same = [each for each in self.views if self.input_key(each) == self.input_key(name)]
                 together = [each for each in same if names is None or each in names]
                 results |= self._evaluate(variables, together)
         return results
@@ -206,7 +204,7 @@ class Evaluator:
         self, variables: Variables, batch: Arrays, names: list[str]
     ) -> dict[str, tuple[EvalMetrics, Arrays]]:
         """Returns the results of one batch for evaluations that use the same images, by name."""
-        forward = self._forward[self._size(self.views[names[0]])]
+        forward = self._forward[self.image_size(self.views[names[0]])]
         flipped = [name for name in names if self.views[name].flip_tta]
         no_flip, flip = self._flips
         logits = forward(variables, batch["image"], no_flip)
@@ -235,15 +233,16 @@ class Evaluator:
             predictions=Predictions(labels=split.labels, **arrays),
         )
 
-    def _input_key(self, name: str) -> tuple[Any, ...]:
+    def image_size(self, view: View) -> int:
+        """Returns the side of the network's images in an evaluation, in pixels."""
+        config, dataset = self._run.config, self._run.dataset
+        return view.size or config.evaluation.image_size or dataset.image_size
+
+    def input_key(self, name: str) -> tuple[Any, ...]:
         """Returns a key that is equal for evaluations of the same images at the same size."""
         view = self.views[name]
         crop = view.crop or self._run.config.data.eval_crop_pct
-        return view.split, len(self.splits[name]), crop, self._size(view)
-
-    def _size(self, view: View) -> int:
-        config, dataset = self._run.config, self._run.dataset
-        return view.size or config.evaluation.image_size or dataset.image_size
+        return view.split, len(self.splits[name]), crop, self.image_size(view)
 
     def _make_forward(self, size: int) -> Callable[..., jax.Array]:
         """Returns a function from variables, images and whether to flip them to logits [B, K]."""

@@ -1,7 +1,7 @@
 """Counts what a compiled program does: operations, memory traffic, collectives, and where.
 
-Everything is per device. Where a fused operation does several things, its products, convolutions or
-windows decide what it counts as, or else the name that the compiler gives it.
+Everything is per device. If a fused operation does several things, its products, convolutions, or
+windows decide its kind, or else the name that the compiler gives it.
 """
 
 import dataclasses
@@ -38,7 +38,6 @@ _COLLECTIVES = (
 )
 _HOST = {"infeed", "outfeed", "recv", "send"}
 _HOST_CALLS = re.compile(r"callback|MoveToHost|MoveToDevice|host_compute", re.IGNORECASE)
-_LAYOUT, _NO_MODULE = "copies and layout", "(none)"
 _COPIES = {"copy", "copy-start", "transpose"}
 _SLICES = {"slice", "dynamic-slice"}
 # Copies of a part of an array, as the compiler starts them: by these names, or as a computation.
@@ -49,13 +48,16 @@ _CONCAT_BITCAST = "ConcatBitcast"
 # Operations that hand on what they are given.
 _HAND_ON = {"bitcast", "get-tuple-element", "opt-barrier"}
 
+# Names of kinds and modules, in records on disk, too.
+MOVES, OPTIMIZER, NO_MODULE = "moves between memories", "optimizer and averages", "(none)"
+_LAYOUT = "copies and layout"
 # The parts of a step outside the network, by the scope that it names.
 _SCOPES = {
     "augment": "augmentation",
-    "average": "optimizer and averages",
+    "average": OPTIMIZER,
     "loss": "loss",
     "metrics": "metrics",
-    "optimizer": "optimizer and averages",
+    "optimizer": OPTIMIZER,
 }
 _CUDNN_FILTER, _CUDNN_INPUT = "__cudnn$convBackwardFilter", "__cudnn$convBackwardInput"
 # A top-level module in the name of an argument: state.params['conv1']['conv']['kernel'].
@@ -102,14 +104,14 @@ class Audit:
 
     Attributes:
       operations: everything that it starts, in order.
-      collectives: number and bytes of each kind of operation between devices.
+      collectives: how often each kind of operation between devices runs, and its bytes in all.
       convolutions: number of convolutions, also of those written as products, by the type of their
         operands, such as "bf16".
       arguments: type and shape of each argument by its name, such as "batch['image']".
       state_bytes: bytes of the arguments below `state`.
       donated_bytes: bytes of arguments whose memory is reused for results.
       host_transfers: names of operations that wait for the host or move data to or from it.
-      dynamic_shapes: names of operations with a dimension that is only known as they run.
+      dynamic_shapes: names of operations with a dimension that is known only when they run.
     """
 
     operations: tuple[Operation, ...]
@@ -160,7 +162,7 @@ def audit(text: str) -> Audit:
     parameters = module.parameters
     return Audit(
         operations=_operations(module, names),
-        collectives=_collectives(everything),
+        collectives=_collectives(module),
         convolutions=dict(convolutions),
         arguments={
             each.op_name: f"{array.dtype}[{','.join(map(str, array.shape))}]"
@@ -185,8 +187,7 @@ def _operations(module: Module, names: "_Names") -> tuple[Operation, ...]:
         for each in computation.instructions.values():
             if each.opcode in _LOOPS:
                 for name in each.calls:
-                    trips = each.trips if each.opcode == "while" else 1
-                    add(module.computations[name], times * trips)
+                    add(module.computations[name], times * each.trips)
             elif each.opcode.endswith("-done"):
                 if (index := started.get(each.operands[0])) is not None:
                     found[index] = dataclasses.replace(found[index], awaited=len(found))
@@ -200,7 +201,7 @@ def _operations(module: Module, names: "_Names") -> tuple[Operation, ...]:
                     Operation(
                         each.name,
                         each.opcode,
-                        *names.kind_and_module(computation, each),
+                        *names.kind_and_module(computation, each, move),
                         times=times,
                         flops=sum(_flops(there, one) for there, one in inside),
                         bytes=sum(a.bytes for a in accesses if a.array.memory == hlo.DEVICE_MEMORY),
@@ -350,13 +351,20 @@ def _flops(computation: Computation, each: Instruction) -> float:
     return 2 * each.arrays[0].size * taps * right.shape[labels[1].index("i")]
 
 
-def _collectives(everything: list[tuple[Computation, Instruction]]) -> dict[str, tuple[int, int]]:
+def _collectives(module: Module) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
-    for computation, each in everything:
-        name = each.opcode.removesuffix("-start")
-        if name in _COLLECTIVES:
-            count, size = found.get(name, (0, 0))
-            found[name] = count + 1, size + sum(a.bytes for a in computation.operands(each))
+
+    def add(computation: Computation, times: int) -> None:
+        for each in computation.instructions.values():
+            name = each.opcode.removesuffix("-start")
+            if name in _COLLECTIVES:
+                count, size = found.get(name, (0, 0))
+                sent = sum(array.bytes for array in computation.operands(each))
+                found[name] = count + times, size + times * sent
+            for called in each.calls:
+                add(module.computations[called], times * each.trips)
+
+    add(module.entry, 1)
     return found
 
 
@@ -376,16 +384,17 @@ class _Names:
         arguments = "\n".join(each.op_name for each in program.parameters)
         self._modules = set(_MODULE.findall(arguments))
 
-    def kind_and_module(self, computation: Computation, each: Instruction) -> tuple[str, str]:
+    def kind_and_module(
+        self, computation: Computation, each: Instruction, move: _Move | None
+    ) -> tuple[str, str]:
         """Returns what an operation does, and the part that it belongs to."""
-        move = _move(self._program, computation, each)
         names, kind = self._described(computation, each)
         module = self._module(names)
         if move is None:
             return kind, module
-        kind = "moves between memories" if move.is_between_memories else _LAYOUT
-        if module == _NO_MODULE:
-            # What is copied to the device's memory belongs to what made it, else to what reads it.
+        kind = MOVES if move.is_between_memories else _LAYOUT
+        if module == NO_MODULE:
+            # A copy to the device's memory belongs to what made the array, others to what reads it.
             is_eviction = move.result.memory == hlo.DEVICE_MEMORY
             module = self._neighbor(computation, each, backward=is_eviction)
         return kind, module
@@ -393,7 +402,7 @@ class _Names:
     def _described(self, computation: Computation, each: Instruction) -> tuple[list[str], str]:
         """Returns the names of an operation, and its kind if it is no move."""
         inside = [(computation, each), *self._program.inside(each)]
-        main = next((one for _, one in inside if _flops(_, one)), None)
+        main = next((one for there, one in inside if _flops(there, one)), None)
         main = main or next((one for _, one in inside if _is_pooling(one)), None)
         names, is_backward = _parts((main or each).op_name or each.op_name)
         return names, self._kind(each, main, names, is_backward)
@@ -409,11 +418,11 @@ class _Names:
                     continue
                 seen.add(one.name)
                 module = self._module(self._described(computation, one)[0])
-                if module != _NO_MODULE:
+                if module != NO_MODULE:
                     return module
                 if self._hands_on(computation, one):
                     waiting.append(one)
-        return _NO_MODULE
+        return NO_MODULE
 
     def _hands_on(self, computation: Computation, each: Instruction) -> bool:
         return (
@@ -452,7 +461,7 @@ class _Names:
                 return name
             if name in _SCOPES:
                 return _SCOPES[name]
-        return _NO_MODULE
+        return NO_MODULE
 
 
 def _parts(op_name: str) -> tuple[list[str], bool]:

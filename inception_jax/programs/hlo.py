@@ -140,7 +140,7 @@ class Instruction:
 
     @property
     def trips(self) -> int:
-        """How often a loop runs, if the compiler knows, or 1."""
+        """How often a loop runs, if it is one and the compiler knows, or 1."""
         found = _TRIPS.search(self.attributes)
         return int(found[1]) if found else 1
 

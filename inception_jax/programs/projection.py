@@ -139,28 +139,34 @@ class Recipe:
 def recipe(this: Run, programs: list[Program], target: Target) -> Recipe:
     """Returns estimates for a whole run; input, checkpoints and compilation are not counted."""
     found = {(each.purpose, each.image_size): times(each, target) for each in programs}
-    sizes = collections.Counter(map(this.train_image_size, range(this.total_steps)))
+    training = collections.Counter(map(this.train_image_size, range(this.total_steps)))
+    # All evaluations have the same batch size.
+    batch_size = next(each.batch_size for each in programs if each.purpose == "evaluate")
+    evaluating = _evaluation_batches(this, batch_size)
+    images = this.total_steps * this.config.train.batch_size
     totals = []
     speeds = []
     for end in ("fastest", "slowest"):
-        training = sum(count * getattr(found["train", size], end) for size, count in sizes.items())
-        evaluating = sum(
-            count * getattr(found["evaluate", size], end)
-            for size, count in _evaluation_steps(this).items()
-        )
-        totals.append((training + evaluating) / 60)
-        images = this.total_steps * this.config.train.batch_size
-        speeds.append(images / training if training else math.inf)
+        seconds = {key: getattr(each, end) for key, each in found.items()}
+        trained = sum(count * seconds["train", size] for size, count in training.items())
+        evaluated = sum(count * seconds["evaluate", size] for size, count in evaluating.items())
+        totals.append((trained + evaluated) / 60)
+        speeds.append(images / trained if trained else math.inf)
     return Recipe((speeds[1], speeds[0]), (totals[0], totals[1]))
 
 
-def _evaluation_steps(this: Run) -> dict[int, int]:
+def _evaluation_batches(this: Run, batch_size: int) -> dict[int, int]:
     """Returns how often the evaluation program runs, by image size."""
-    evaluator, settings = Evaluator(this), this.config.evaluation
-    steps: collections.Counter[int] = collections.Counter()
+    evaluator, total, default = Evaluator(this), this.total_steps, this.config.evaluation.every
+    # Evaluations of the same images after the same step share their passes over them.
+    passes = {}
     for name, view in evaluator.views.items():
-        every = this.timeline.steps(view.every or settings.every) or this.total_steps
-        batches = -(-len(evaluator.splits[name]) // evaluator.batch_size)
-        size = view.size or settings.image_size or this.dataset.image_size
-        steps[size] += -(-this.total_steps // every) * batches * (1 + view.flip_tta)
-    return steps
+        every = this.timeline.steps(view.every or default) or total
+        for step in {*range(every, total, every), total}:
+            for flip in {False, view.flip_tta}:
+                passes[step, evaluator.input_key(name), flip] = name
+    batches: collections.Counter[int] = collections.Counter()
+    for name in passes.values():
+        size = evaluator.image_size(evaluator.views[name])
+        batches[size] += -(-len(evaluator.splits[name]) // batch_size)
+    return batches

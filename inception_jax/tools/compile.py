@@ -1,4 +1,4 @@
-"""Compiles a run's programs for a TPU or GPU that need not be there, and says what they need."""
+"""Compiles a run's programs for a TPU or GPU, without having one, and says what they need."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

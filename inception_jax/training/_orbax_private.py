@@ -22,6 +22,7 @@ test_bucket_checkpoints.py and test_faults.py, then add it here.
 import functools
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,19 @@ def before_commit(
 
 
 def _apply_to_unfinished(directory: pathlib.Path, action: Callable[[pathlib.Path], None]) -> None:
-    # A process killed during a save leaves other ones; the current one is the newest.
-    unfinished = [pathlib.Path(each.get()) for each in ocp.utils.tmp_checkpoints(directory)]
-    action(max(unfinished, key=lambda folder: folder.stat().st_mtime_ns))
+    # A failed save leaves another one; the current one is the newest.
+    action(max(_unfinished(directory), key=lambda folder: folder.stat().st_mtime_ns))
+
+
+def delete_unfinished(directory: pathlib.Path) -> None:
+    """Deletes what killed and failed saves left in a local directory of checkpoints.
+
+    Orbax would do so in the background while the manager is already in use, and an error there,
+    such as of a directory that is unmounted meanwhile, would fail every later save.
+    """
+    for folder in _unfinished(directory):
+        shutil.rmtree(folder)
+
+
+def _unfinished(directory: pathlib.Path) -> list[pathlib.Path]:
+    return [pathlib.Path(each.get()) for each in ocp.utils.tmp_checkpoints(directory)]

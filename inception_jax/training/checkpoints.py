@@ -118,17 +118,17 @@ class Checkpoints:
 
     def _open(self) -> _Manager:
         with _as_write_error(self._directory):
+            self._folder: paths.Path = self._directory
             if paths.is_local(self._directory):
                 self._plain = paths.PlainPath(self._directory)
-                self._folder: paths.Path = self._plain.path
-                return _Manager(self._folder, options=self._options(self._folder))
-            self._folder = self._directory
+                self._folder = self._plain.path
             if not self._read_only:
                 if jax.process_index() == 0:
-                    integrity.delete_unfinished(self._directory)
+                    _delete_unfinished(self._folder)
                 _wait_for_all_processes("unfinished checkpoints deleted")
             manager = _Manager(self._folder, options=self._options(self._folder))
-            _orbax_private.set_delete(manager, self._delete)
+            if not paths.is_local(self._directory):
+                _orbax_private.set_delete(manager, self._delete)
             return manager
 
     def __enter__(self) -> Self:
@@ -359,9 +359,11 @@ class Checkpoints:
                         self._opened.close()
                     self._opened = None
                 # This also deletes the partial files of the failed write, to free disk space. A
-                # bucket may still be unreachable.
+                # bucket may still be unreachable; a disk that fails here is tried once more when
+                # the manager is used.
                 if paths.is_local(self._directory):
-                    self._opened = self._open()
+                    with contextlib.suppress(WriteError):
+                        self._opened = self._open()
             raise
 
     def _delete(self, step: int) -> None:
@@ -396,7 +398,6 @@ class Checkpoints:
             # Without best_fn, Orbax would not write the metrics that BestN compares.
             best_fn=_top1,
             best_mode="max",
-            cleanup_tmp_directories=is_local and not self._read_only,
             read_only=self._read_only,
             # Corrupt checkpoints stay in place then, and their metrics must not be read.
             lightweight_initialize=self._read_only,
@@ -430,6 +431,13 @@ def _exists(directory: paths.Path) -> bool:
     if paths.is_local(directory):
         return directory.is_dir()
     return bool(buckets.list_files(directory))
+
+
+def _delete_unfinished(directory: paths.Path) -> None:
+    if paths.is_local(directory):
+        _orbax_private.delete_unfinished(directory)
+    else:
+        integrity.delete_unfinished(directory)
 
 
 def _finalize_unmerged(directory: pathlib.Path) -> None:

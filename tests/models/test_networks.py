@@ -62,6 +62,19 @@ def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -
     assert relus[""] - relus["tpu"] == relus[""] - relus["tpu_padded"] == saved
 
 
+@pytest.mark.parametrize(
+    ("rewrite", "path"),
+    [("tpu", "/inception_3a/norm/max"), ("gpu", "/inception_3a/max_pool/")],
+)
+def test_programs_name_what_their_equivalents_do(rewrite: ops.Rewrite, path: str) -> None:
+    """Tables of compiled programs show these names."""
+    network = networks.create(config.Model(name="googlenet", width=0.05), 3, rewrite=rewrite)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    lowered = jax.jit(functools.partial(network.init, rngs, train=True)).lower(images)
+    assert path in lowered.as_text(debug_info=True)
+
+
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
 def test_groups_of_images_are_normalized_apart(name: str) -> None:
     settings = config.Model(name=name, width=0.05, dropout=0.0, norm_epsilon=0.1)

@@ -188,6 +188,13 @@ def test_indexed_max_pool_matches_plain_max_pool(
     np.testing.assert_allclose(gradient, plain_gradient, atol=1e-6)
 
 
+def test_indexed_max_pool_saves_one_byte_for_each_maximum() -> None:
+    pool = functools.partial(ops.max_pool, window=3, stride=2, rewrite="gpu")
+    value, pull_back = jax.vjp(pool, jnp.asarray(normal(2, 8, 8, 3)))
+    (saved,) = jax.tree.leaves(pull_back)
+    assert (saved.dtype, saved.shape) == (jnp.uint8, value.shape)
+
+
 # oneDNN computes products and convolutions of more than a few rows; for fewer than 16 images its
 # result for XLA's weight gradient is wrong. jaxlib cannot cache programs that use it.
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
@@ -294,6 +301,7 @@ def test_rewrite_is_chosen_when_the_network_is_created(
         device = types.SimpleNamespace(platform=backend, device_kind="")
         patched.setattr(jax, "devices", lambda: [device])
         network = networks.create(settings, 2, rewrite=rewrite)
+    assert network.rewrite == (backend if rewrite is None else rewrite)
     assert bool(ops.compiler_options(network)) is ("matmul_conv" in equivalents)
 
     def call(images: jax.Array) -> Any:

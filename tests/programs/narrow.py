@@ -38,16 +38,21 @@ class Network(nn.Module):
 
     dtype: Any = jnp.bfloat16
     norm_group_size: int = 0
+    rewrite: ops.Rewrite = ""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
         unit = functools.partial(
-            ConvUnit, dtype=self.dtype, train=train, group_size=self.norm_group_size
+            ConvUnit,
+            dtype=self.dtype,
+            train=train,
+            rewrite=self.rewrite,
+            group_size=self.norm_group_size,
         )
         x = unit(8, 3, name="conv1")(images)
-        x = ops.max_pool(x, window=3, stride=2)
+        x = ops.max_pool(x, window=3, stride=2, rewrite=self.rewrite)
         widths = InceptionWidths(8, 4, 8, 4, 8, 8)
-        x = Inception(widths, "5x5", unit, name="inception_3a")(x)
+        x = Inception(widths, "5x5", unit, self.rewrite, name="inception_3a")(x)
         return ModelOutput(Classifier(10, 0.1, train, name="classifier")(x.mean((1, 2))))
 
 

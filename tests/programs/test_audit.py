@@ -230,6 +230,30 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert found.cycles == 2 * 7 * 10 and found.bytes == 2 * 7 * (16 + 16)
 
 
+def test_collectives_of_a_loop_count_as_often_as_it_runs() -> None:
+    body = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %reduced = f32[4]{0} all-reduce(%p), to_apply=%sum
+}
+
+%condition (p: f32[4]) -> pred[] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %goes_on = pred[] constant(true)
+}
+"""
+    config = 'backend_config={"known_trip_count":{"n":"7"}}'
+    loop = f"%w = f32[4]{{0}} while(%x), condition=%condition, body=%body, {config}"
+    once = "%r = f32[4]{0} all-reduce(%w), to_apply=%sum"
+    assert audit.audit(program(loop, once, more=body)).collectives == {"all-reduce": (8, 8 * 16)}
+
+
 # Copies as libtpu 0.0.50.1 writes them, without their settings: of an array, and of its two halves.
 TILED = "0,3,2,1:T(8,128)(2,1)"
 COPY = (

@@ -1,6 +1,6 @@
 """Compiling a run for devices that are not there; here, the CPU's compiler stands in for theirs.
 
-tests/programs/test_programs.py uses the compiler for TPUs where it is installed.
+tests/programs/test_tpu.py uses the compiler for TPUs where it is installed.
 """
 
 import functools
@@ -76,15 +76,9 @@ def test_a_run_is_compiled_and_described_without_data(capsys: pytest.CaptureFixt
     ]
     train, evaluate = record["programs"][0], record["programs"][-1]
     assert train["donated_bytes"] == train["state_bytes"] > 0
-    assert (
-        0
-        < train["memory"]["peak"]
-        == sum(
-            -size if name == "reused" else size
-            for name, size in train["memory"].items()
-            if name != "peak"
-        )
-    )
+    parts = dict(train["memory"])
+    peak, reused = parts.pop("peak"), parts.pop("reused")
+    assert 0 < peak == sum(parts.values()) - reused
     # While evaluating, the optimizer's state, averages and metrics stay where they are.
     assert train["memory"]["resident"] == 0 < evaluate["memory"]["resident"]
     assert record["versions"]["jax"] == jax.__version__

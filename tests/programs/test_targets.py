@@ -38,7 +38,7 @@ def test_every_target_has_a_data_sheet_with_its_source() -> None:
     for target in targets.TARGETS.values():
         chip = target.chip
         assert chip.peak and chip.link and "2026" in chip.source
-        # A plausible machine: 100 to 400 operations for each byte of memory traffic.
+        # A plausible machine: 100 to 600 operations for each byte of memory traffic.
         assert 100 < chip.peak / chip.bandwidth < 600
         assert bool(chip.cycles) == (chip.platform == "tpu")
 

@@ -35,7 +35,7 @@ pytestmark = [
 def compiled(request: pytest.FixtureRequest) -> tuple[Run, Program]:
     """The run of the narrow network on one and on eight chips, and its training step."""
     target = targets.get(request.param)
-    run = programs.assemble(narrow.config(), target, model=narrow.Network())
+    run = programs.assemble(narrow.config(), target, model=narrow.Network(rewrite="tpu"))
     return run, programs.compile_train_step(run, target, 16)
 
 
@@ -105,7 +105,7 @@ def test_devices_exchange_sums_alone_and_little_more_than_the_gradient(
 def test_all_sums_of_one_time_travel_together(
     norm_group_size: int, expected: tuple[int, int]
 ) -> None:
-    model = narrow.Network(norm_group_size=norm_group_size)
+    model = narrow.Network(norm_group_size=norm_group_size, rewrite="tpu")
     run = programs.assemble(narrow.config(), targets.get("v5e-8"), model=model)
     lowered = steps.lower_train_step(run, states.abstract_state(run), 16)
     assert chains.all_reduces(lowered.compile().as_text() or "") == expected
@@ -133,7 +133,7 @@ def test_evaluation_compiles_too_and_leaves_no_cache(
     jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
         target = targets.get("v5e-8")
-        run = programs.assemble(narrow.config(), target, model=narrow.Network())
+        run = programs.assemble(narrow.config(), target, model=narrow.Network(rewrite="tpu"))
         *_, evaluation = programs.compile_run(run, target)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

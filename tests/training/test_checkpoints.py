@@ -445,6 +445,25 @@ def test_removed_directory_is_not_recreated(folder: pathlib.Path) -> None:
         check_restores(checkpoints, 8)
 
 
+def test_unfinished_checkpoints_are_deleted_before_the_first_save(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = folder / "8.orbax-checkpoint-tmp"
+    (unfinished / "model").mkdir(parents=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    # In the background, the error would appear in every save, the first of them hours later.
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="Input/output error"):
+        patch.setattr(shutil, "rmtree", fail)
+        Checkpoints(folder)
+    with Checkpoints(folder) as checkpoints:
+        assert not unfinished.exists()
+        save(checkpoints, 8)
+    assert integrity.list_steps(folder)[-1] == 8
+
+
 def test_clock_set_back_loses_no_checkpoint(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
