@@ -355,6 +355,12 @@ class Optimizer:
     decay_norm_and_bias: bool = resumable(
         False, "apply weight decay to biases and norm parameters too, not only to kernels"
     )
+    norm_bias_lr_ratio: float = resumable(
+        1.0,
+        "learning rate of the biases of BatchNorm, relative to that of the other parameters; does "
+        "not multiply weight decay (except with lamb). Experimental: not used in any recorded run",
+        above=0,
+    )
     clip_norm: float = resumable(0.0, "clip the gradient's global norm to this; 0 = off", low=0)
     sam_rho: float = resumable(
         0.0,

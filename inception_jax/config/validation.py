@@ -137,6 +137,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"{' and '.join(known)} only, not for {optimizer!r}; set one (tools.find_lr suggests "
             "one)"
         )
+    if config.optimizer.norm_bias_lr_ratio != 1 and config.model.norm != "batch":
+        yield (
+            f"config.optimizer.norm_bias_lr_ratio = {config.optimizer.norm_bias_lr_ratio:g}: must "
+            f"be 1 with config.model.norm = {config.model.norm!r}, which has no BatchNorm"
+        )
     if "top1" not in config.evaluation.metrics:
         yield (
             f"config.evaluation.metrics = {config.evaluation.metrics}: must contain 'top1', which "

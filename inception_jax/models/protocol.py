@@ -168,6 +168,20 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
 
 
+def norm_bias_mask(params: Any) -> Any:
+    """Returns a tree of bools: whether a parameter is the bias of a normalization with a scale."""
+    normalized: set[str] = set()
+
+    def note(path: str, leaf: Any) -> None:
+        del leaf
+        module, _, name = path.rpartition("/")
+        if name == "scale":
+            normalized.add(f"{module}/bias")
+
+    label_params(params, note)
+    return label_params(params, lambda path, _: path in normalized)
+
+
 def label_params(params: Any, label: Callable[[str, Any], Any]) -> Any:
     """Returns a tree of labels, computed for each parameter from its path and leaf."""
 
