@@ -236,6 +236,11 @@ class Augment:
         low=1,
     )
     flip: bool = resumable(True, "flip half of the training images horizontally")
+    alternating_flip: bool = resumable(
+        False,
+        "flip each image in every second epoch, half of them in the first, instead of at random. "
+        "Experimental: not used in any recorded run",
+    )
     policy: str = resumable(
         "none",
         "augmentation policy applied after crop and flip: randaugment, trivialaugment or none. "

@@ -85,6 +85,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
+    if config.augment.alternating_flip and not config.augment.flip:
+        yield (
+            "config.augment.alternating_flip = True: needs config.augment.flip; set it to True, or "
+            "this to False"
+        )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":
