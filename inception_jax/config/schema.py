@@ -413,6 +413,21 @@ class Init:
         "ignored on resume; empty = random initialization",
         path=True,
     )
+    identity_convs: bool = setting(
+        False,
+        "start convolutions larger than 1x1, except the first, by passing their input channels on; "
+        "output channels beyond those stay random. Experimental: not used in any recorded run",
+    )
+    whiten: bool = setting(
+        False,
+        "compute filters of the first convolution from training images, so that their responses "
+        "are uncorrelated, and do not train them. Experimental: not used in any recorded run",
+    )
+    whiten_bias: str = resumable_duration(
+        "",
+        "for whiten: time from the start after which the biases of those filters are not trained "
+        "any more either, nor with BatchNorm its scales; empty = always trained",
+    )
 
 
 @dataclasses.dataclass

@@ -90,6 +90,21 @@ def _contradictions(config: Config) -> Iterator[str]:
             "config.augment.alternating_flip = True: needs config.augment.flip; set it to True, or "
             "this to False"
         )
+    if config.init.whiten and config.init.pretrained:
+        yield (
+            "config.init.whiten = True: must be False with config.init.pretrained, a file that "
+            "has the first convolution's kernel"
+        )
+    if config.init.whiten and config.optimizer.sam_rho:
+        yield (
+            f"config.optimizer.sam_rho = {config.optimizer.sam_rho:g}: must be 0 with "
+            "config.init.whiten, whose filters it would change"
+        )
+    if durations.parse_duration(config.init.whiten_bias) and not config.init.whiten:
+        yield (
+            f"config.init.whiten_bias = {config.init.whiten_bias!r}: needs config.init.whiten; set "
+            "it to True, or leave this empty"
+        )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":

@@ -9,8 +9,9 @@ in the collection "params"::
     decays(path, leaf) -> bool    Whether weight decay applies to a parameter. Default: to all
                                   named "kernel" with two axes or more.
     first_conv: str               Path of the first convolution, which has "kernel" and, without
-                                  BatchNorm, "bias". Required by Muon, and to initialize from
-                                  weights of a data set with another mean.
+                                  BatchNorm, "bias". Required by Muon, to initialize from weights
+                                  of a data set with another mean, and by config.init.whiten and
+                                  config.init.identity_convs.
     first_norm: str               Path of the BatchNorm after it, if any.
     classifiers: tuple[str, ...]  Paths of the dense layers that compute logits, the network's main
                                   one first. Required by Muon, and to initialize from weights with

@@ -12,7 +12,7 @@ import numpy as np
 from inception_jax import config as configs
 from inception_jax.models import weights
 from inception_jax.runtime import sharding
-from inception_jax.training import keys
+from inception_jax.training import kernels, keys
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 
@@ -75,6 +75,8 @@ def _init_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Varia
 
 def _init_state(run: Run) -> TrainState:
     params, batch_stats = _init_variables(run.model, run.dataset.image_size, run.config.seed)
+    if run.config.init.identity_convs:
+        params = kernels.with_identity(run.model, params)
     has_average = bool(configs.parse_duration(run.config.train.ema))
     return TrainState(
         step=jnp.zeros((), jnp.int32),

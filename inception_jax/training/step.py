@@ -15,7 +15,7 @@ from inception_jax.input import augment, pipeline
 from inception_jax.models import ops, protocol
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
-from inception_jax.training import ema, gradients, keys, losses, nonfinite
+from inception_jax.training import ema, gradients, kernels, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Batch, Run
@@ -120,6 +120,7 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
+    freeze = kernels.make_freeze(run) if config.init.whiten else None
     metric_fns = run.metric_set
     momentum = protocol.get_attribute(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
@@ -151,6 +152,8 @@ def make_train_step(
             targets,
             keys.key_for(seed, "dropout", state.step),
         )
+        if freeze:
+            grads = freeze(grads, state.step)
         if momentum is not None:
             # Each micro-batch updates the running statistics once.
             step_momentum = momentum**config.train.grad_accum_steps
@@ -160,6 +163,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             directions = jax.tree.map(_in_order_of_parameters, grads) if on_gpu else grads
             updates, opt_state = run.optimizer.update(directions, state.opt_state, state.params)
+            if freeze:  # From weight decay, and from momentum before the biases were frozen.
+                updates = freeze(updates, state.step)
             params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
         if time_constant:
