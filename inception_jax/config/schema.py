@@ -16,6 +16,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from inception_jax.config.durations import parse_duration
+
 # Bits per channel that cameras and scanners use in 16-bit files.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 STEMS = ("paper", "s16", "s32")
@@ -465,6 +467,18 @@ class Train:
         "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
         "statistics that evaluation uses; empty = no EMA",
     )
+    lookahead: str = resumable_duration(
+        "",
+        "interval between updates of Lookahead's average, from which training then continues and "
+        "which evaluation uses; empty = no Lookahead. Experimental: not used in any recorded run",
+    )
+    lookahead_decay: float = resumable(
+        0.95,
+        "for lookahead: weight of the old average for each step of the interval, at the end of "
+        "training; it rises with the third power of the progress",
+        low=0,
+        below=1,
+    )
     on_nonfinite: str = resumable(
         "stop",
         "on a NaN or infinite loss or gradient: stop, so that the run can resume from the last "
@@ -477,6 +491,11 @@ class Train:
         unit="steps",
         low=1,
     )
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the training state contains averages of parameters and statistics."""
+        return bool(parse_duration(self.ema) or parse_duration(self.lookahead))
 
 
 @dataclasses.dataclass

@@ -105,6 +105,13 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.init.whiten_bias = {config.init.whiten_bias!r}: needs config.init.whiten; set "
             "it to True, or leave this empty"
         )
+    if durations.parse_duration(config.train.ema) and durations.parse_duration(
+        config.train.lookahead
+    ):
+        yield (
+            f"config.train.lookahead = {config.train.lookahead!r}: must be empty with "
+            f"config.train.ema = {config.train.ema!r}, because evaluation uses one average only"
+        )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":
