@@ -573,6 +573,13 @@ class View:
         0, "size to resize images to; 0 = evaluation.image_size", unit="pixels", low=0
     )
     flip_tta: bool = resumable(False, "average the logits of each image and its mirror image")
+    shift_tta: int = resumable(
+        0,
+        "average the logits of each image with those of two copies, shifted by this much up and "
+        "left, and down and right, which together count as much as the image; 0 = off",
+        unit="pixels",
+        low=0,
+    )
     every: str = resumable_duration(
         "", "interval between these evaluations; empty = evaluation.every"
     )

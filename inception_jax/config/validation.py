@@ -191,6 +191,11 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"config.data.storage = {config.data.storage!r}; set data.storage to 'records' for "
                 "a smaller crop"
             )
+        if view.shift_tta >= config.data.image_size:
+            yield (
+                f"config.evaluations.{name}.shift_tta = {view.shift_tta}: must be less than "
+                f"config.data.image_size = {config.data.image_size}"
+            )
     if config.expected.top1 and not config.expected.source:
         yield (
             f"config.expected.top1 = {config.expected.top1:g}: needs a source; set "

@@ -162,5 +162,6 @@ def _evaluation_steps(this: Run) -> dict[int, int]:
         every = this.timeline.steps(view.every or settings.every) or this.total_steps
         batches = -(-len(evaluator.splits[name]) // evaluator.batch_size)
         size = view.size or settings.image_size or this.dataset.image_size
-        steps[size] += -(-this.total_steps // every) * batches * (1 + view.flip_tta)
+        passes = (1 + view.flip_tta) * (3 if view.shift_tta else 1)
+        steps[size] += -(-this.total_steps // every) * batches * passes
     return steps
