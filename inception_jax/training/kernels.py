@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inception_jax.datasets.dataset import Dataset
+from inception_jax.errors import ConfigError
 from inception_jax.models import protocol, weights
 from inception_jax.runtime import hosts
 from inception_jax.training.run import Run
@@ -114,10 +115,16 @@ def whitened(run: Run, params: Any) -> dict[str, np.ndarray]:
       params: its initial parameters.
 
     Raises:
-      ConfigError: if the network does not declare its first convolution.
+      ConfigError: if the network does not declare its first convolution, or that is not a square
+        one of the image's three channels.
     """
     path = f"params/{_first_conv(run)}/kernel"
     kernel = np.asarray(weights.flatten({"params": params})[path])
+    if kernel.ndim != 4 or kernel.shape[:3] != (kernel.shape[0], kernel.shape[0], 3):
+        raise ConfigError(
+            f"config.init.whiten = True: needs a first convolution with a kernel [H, H, 3, O], but "
+            f"that of {run.model_name} is {list(kernel.shape)}; set it to False"
+        )
     channels = whitened_channels(kernel.shape)
     filters = whitening_filters(run.dataset, kernel.shape[0], channels // 2)
     shared = hosts.gather("whitening filters", filters.tolist())[0]

@@ -184,6 +184,13 @@ def test_whitening_layer_stays_while_the_rest_is_trained(
         assert is_changed == expected, path
 
 
+def test_whitening_needs_a_convolution_of_the_image(data_directory: pathlib.Path) -> None:
+    this = small.build(small.config(data_directory, init=Init(whiten=True)))
+    params = {"conv1": {"conv": {"kernel": np.zeros((3, 3, 12, 8), np.float32)}}}
+    with pytest.raises(ConfigError, match=r"\[H, H, 3, O\], but .* is \[3, 3, 12, 8\]; set it"):
+        kernels.whitened(this, params)
+
+
 def test_whitening_needs_the_path_of_the_first_convolution(data_directory: pathlib.Path) -> None:
     this = small.build(small.config(data_directory, init=Init(whiten=True)))
     this = dataclasses.replace(this, model=small.Linear())
