@@ -86,7 +86,7 @@ def from_checkpoint(
         if model is None
         else protocol.adapt(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
-        has_average=bool(configs.parse_duration(config.train.ema)),
+        has_average=config.train.keeps_average,
     )
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)

@@ -250,6 +250,7 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
         stop=stop,
         mesh=run.mesh,
         sample_crop=crops.crop_sampler(config.augment, config.seed),
+        alternate_flips=config.augment.flip and config.augment.alternating_flip,
     )
 
 
