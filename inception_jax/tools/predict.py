@@ -66,6 +66,7 @@ _DIRECTORY = flags.DEFINE_string(
     None,
     "with --split: directory of the prepared data; default: as in training",
 )
+_DTYPE = cli.define_inference_dtype()
 _PLATFORM = cli.define_platform()
 # Flags may follow image files.
 flags.FLAGS.set_gnu_getopt(True)
@@ -87,6 +88,7 @@ def main(positional: Sequence[str]) -> None:
     if _OUTPUT.value is not None:
         access.check_output_file(_OUTPUT.value, "output")
     console.log(f"network: {weights}")
+    weights = load.for_inference(weights, _DTYPE.value, console.log)
     if images is None:
         _predict_split(weights)
     else:

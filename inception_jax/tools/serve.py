@@ -44,6 +44,7 @@ _MEGABYTES = flags.DEFINE_float(
 _MEGAPIXELS = flags.DEFINE_float(
     "max_megapixels", 50, "largest image to accept, in megapixels", 0.001, 89
 )
+_DTYPE = cli.define_inference_dtype()
 _PLATFORM = cli.define_platform()
 
 
@@ -67,6 +68,7 @@ def main(positional: Sequence[str]) -> None:
         devices.initialize(platform=_PLATFORM.value, log=console.log)
         weights = load.load(**_TRAINED.values(), log=console.log)
         console.log(f"network: {weights}; compiling")
+        weights = load.for_inference(weights, _DTYPE.value, console.log)
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
         service = PredictionService(predictor, Explainer(predictor, _LAYER.value), limits)
