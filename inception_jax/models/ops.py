@@ -116,17 +116,13 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-def compiler_options(
-    network: nn.Module, device: jax.Device | None = None
-) -> dict[str, bool | int | str]:
+def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool | int]:
     """Returns the compiler options of `jax.jit` for a network on a device; None: the default one.
 
     On the CPU:
 
     - LLVM optimizes at level 1, unless XLA_FLAGS sets the level. The libraries do most of the work,
       and for the rest level 1 gives programs of the same speed in two thirds of the time.
-    - YNNPACK computes products and reductions, but not convolutions: Eigen is faster, in the first
-      weight gradient by half (jaxlib 0.12).
     - In bfloat16, XLA calls oneDNN, which jaxlib 0.12 contains but does not use by default (0.10.2
       ignores the option). Only oneDNN runs products and convolutions on the matrix units in both
       directions, for twice the images per second on a CPU with AMX. The price is that jaxlib cannot
@@ -134,11 +130,7 @@ def compiler_options(
     """
     if getattr(network, "rewrite", preferred_rewrite(device)) != "cpu":
         return {}
-    options: dict[str, bool | int | str] = {
-        "xla_cpu_experimental_ynn_fusion_type": (
-            "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-        )
-    }
+    options: dict[str, bool | int] = {}
     if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         options["xla_backend_optimization_level"] = 1
     if jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16:
@@ -186,7 +178,9 @@ def matmul_conv(x: jax.Array, kernel: jax.Array, paddings: Paddings) -> jax.Arra
     XLA's own weight gradient takes two to five times as long. Supports only reverse-mode
     differentiation, like every custom_vjp.
     """
-    return _conv_or_patches(x, kernel, paddings)
+    # Otherwise, in evaluation, XLA puts the convolution into the fusion of the product before it,
+    # where it is slower (YNNPACK, jaxlib 0.12).
+    return _conv_or_patches(_materialize(x, kernel.shape[0] > 1), kernel, paddings)
 
 
 def _conv_or_patches(x: jax.Array, kernel: jax.Array, paddings: Paddings) -> jax.Array:

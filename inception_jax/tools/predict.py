@@ -1,5 +1,10 @@
 """Classifies image files with a trained network."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,7 +14,6 @@ from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import DataError, RunError, UserError
-from inception_jax.runtime import huge_pages
 from inception_jax.storage import access
 
 if TYPE_CHECKING:
@@ -250,5 +254,4 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

@@ -1,12 +1,16 @@
 """Serves a local web page that classifies images."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 from collections.abc import Sequence
 
 from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import UserError
-from inception_jax.runtime import huge_pages
 
 USAGE = """
 Serve a local web page that classifies images.
@@ -83,5 +87,4 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

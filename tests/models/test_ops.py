@@ -294,6 +294,7 @@ def test_rewrite_is_chosen_when_the_network_is_created(
     with monkeypatch.context() as patched:
         patched.setattr(jax, "default_backend", lambda: backend)
         network = networks.create(settings, 2, rewrite=rewrite)
+    # With the flags of the tests, which set LLVM's level, only oneDNN remains.
     assert bool(ops.compiler_options(network)) is ("matmul_conv" in equivalents)
     monkeypatch.setenv("XLA_FLAGS", "")
     level = "xla_backend_optimization_level"
