@@ -491,6 +491,42 @@ def test_stretching_a_finished_schedule_logs_warning(
     assert f"warning: the learning rate rises from {before} to {now} at step 11 because" in log
 
 
+def test_evaluation_is_compiled_after_the_first_step(
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this, _ = reference
+    events: list[str] = []
+    compile_train_steps = startup.compile_train_steps
+
+    def recorded(*arguments: Any, **more: Any) -> dict[int, futures.Future[Any]]:
+        def record(step: Any) -> Any:
+            def run_step(*arguments: Any) -> Any:
+                result = jax.block_until_ready(step(*arguments))
+                events.append("step")
+                return result
+
+            return run_step
+
+        steps: dict[int, futures.Future[Any]] = {}
+        for size, compiled in compile_train_steps(*arguments, **more).items():
+            steps[size] = futures.Future()
+            steps[size].set_result(record(compiled.result()))
+        return steps
+
+    class Recorded:
+        def compile(self, variables: Any) -> None:
+            events.append("compile")
+
+        def __call__(self, variables: Any, names: Collection[str]) -> Any:
+            events.append("evaluate")
+            return evaluator_of(this)(variables, names)
+
+    monkeypatch.setattr(startup, "compile_train_steps", recorded)
+    small.train(this, Workdir(tmp_path / "run"), Recorded())
+    assert events[:1] == ["step"] and events.count("compile") == 1
+    assert events.index("compile") < events.index("evaluate")
+
+
 @pytest.mark.slow
 def test_compilation_is_logged_with_its_time(
     data_directory: pathlib.Path,
